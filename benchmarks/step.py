@@ -1,0 +1,242 @@
+"""The whole train step beside two peers, on the same batch in the same minutes.
+
+    python -m benchmarks.step            needs torch besides this package: pip install torch
+
+A GPT of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 8 x 256 tokens, float32, AdamW:
+
+  ours          train_step as `t5x train` runs it: shardings, document boundaries, losses per source, chunked loss;
+                fed by the real pipeline of rows
+  plain flax    the shape of Flax's lm1b example: linen's own attention, all logits held, one jit, one batch reused
+  plain torch   a minimal GPT with scaled_dot_product_attention, eager, one batch reused
+  matmul        what a plain JAX matmul reaches on these cores: the step's matmuls at that rate are the floor
+
+Each contender lives in a process of its own, and they take turns; the figure is the median step of each turn, the
+ratio is taken within a turn, and the spread is that of the turns.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+LAYERS, HIDDEN, HEADS, FEEDFORWARD, VOCABULARY, BATCH, LENGTH = 4, 256, 4, 1024, 8192, 8, 256
+MATMUL_FLOPS = BATCH * LENGTH * 6 * (LAYERS * (4 * HIDDEN**2 + 2 * HIDDEN * FEEDFORWARD) + HIDDEN * VOCABULARY)
+
+
+def ours(directory: str) -> Callable[[], None]:
+    import jax
+    import optax
+    from flax import linen as nn
+
+    from codellm_jax.mixture.batches import global_batch, read_ahead
+    from codellm_jax.mixture.mixture import Mixture, open_mixture
+    from codellm_jax.model.decoder import Decoder, DecoderConfig
+    from codellm_jax.runtime.optimization import adamw
+    from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
+    from codellm_jax.runtime.state import abstract_state, initial_state
+    from codellm_jax.train import train_step
+    from codellm_jax.vocabulary import load_vocabulary
+    from tasks import Definitions
+
+    vocabulary = load_vocabulary()
+    mixture = open_mixture(
+        Mixture("python_text_code", Definitions(), {"targets": LENGTH}, 1 / 3, cache_dir=directory),
+        vocabulary, seed=0, total_rows=10**6, report=lambda _: None)
+    config = DecoderConfig(layers=LAYERS, hidden=HIDDEN, heads=HEADS, feedforward=FEEDFORWARD,
+                           vocabulary_size=VOCABULARY, length=LENGTH, query_layer=False)
+    shape = MeshShape()
+    mesh = make_mesh(shape)
+    model, optimizer = Decoder(config), adamw(optax.constant_schedule(1e-3))
+    abstract = abstract_state(model, optimizer, mesh, shape)
+    jax.set_mesh(mesh)
+    rules = nn.logical_axis_rules(shape.all_rules())
+    rules.__enter__()
+    state = initial_state(model, optimizer, abstract, seed=0)
+    step_fn = jax.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer, sources=len(mixture.order.sources)),
+        donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None))
+    batches = read_ahead(functools.partial(
+        global_batch, batch_size=BATCH, order=mixture.order, rows=mixture.training,
+        end_of_document_id=vocabulary.end_of_document_id, sharding=batch_sharding(mesh)), 0, 10**6)
+
+    def step() -> None:
+        nonlocal state
+        batch, _ = next(batches)
+        state, metrics = step_fn(state, batch)
+        jax.device_get(metrics)
+
+    return step
+
+
+def plain_flax(_: str) -> Callable[[], None]:
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax.training.train_state import TrainState
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            y = nn.LayerNorm()(x)
+            x = x + nn.MultiHeadDotProductAttention(num_heads=HEADS)(y, y, mask=mask)
+            y = nn.LayerNorm()(x)
+            return x + nn.Dense(HIDDEN)(nn.gelu(nn.Dense(FEEDFORWARD)(y)))
+
+    class GPT(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(VOCABULARY, HIDDEN)
+            x = embed(tokens) + nn.Embed(LENGTH, HIDDEN)(jnp.arange(LENGTH))
+            mask = nn.make_causal_mask(tokens)
+            for _ in range(LAYERS):
+                x = Block()(x, mask)
+            return embed.attend(nn.LayerNorm()(x))
+
+    model = GPT()
+    tokens = jax.random.randint(jax.random.key(0), (BATCH, LENGTH + 1), 0, VOCABULARY)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    state = TrainState.create(
+        apply_fn=model.apply, params=model.init(jax.random.key(1), inputs)["params"],
+        tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.95, weight_decay=0.1)))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step_fn(state, inputs, targets):
+        def loss_fn(params):
+            logits = state.apply_fn({"params": params}, inputs)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    def step() -> None:
+        nonlocal state
+        state, loss = step_fn(state, inputs, targets)
+        jax.device_get(loss)
+
+    return step
+
+
+def plain_torch(_: str) -> Callable[[], None]:
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
+            self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+            self.up, self.down = nn.Linear(HIDDEN, FEEDFORWARD), nn.Linear(FEEDFORWARD, HIDDEN)
+
+        def forward(self, x):
+            q, k, v = (part.view(BATCH, LENGTH, HEADS, -1).transpose(1, 2)
+                       for part in self.qkv(self.norm1(x)).split(HIDDEN, dim=2))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(y.transpose(1, 2).reshape(BATCH, LENGTH, HIDDEN))
+            return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(VOCABULARY, HIDDEN), nn.Embedding(LENGTH, HIDDEN)
+            self.blocks, self.norm = nn.ModuleList([Block() for _ in range(LAYERS)]), nn.LayerNorm(HIDDEN)
+
+        def forward(self, tokens, targets):
+            x = self.tokens(tokens) + self.positions.weight
+            for block in self.blocks:
+                x = block(x)
+            logits = self.norm(x) @ self.tokens.weight.T
+            return F.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
+
+    model = GPT()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1))
+
+    def step() -> None:
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def matmul(_: str) -> Callable[[], None]:
+    """As many FLOPs as the step's matmuls, in square matmuls of 2048."""
+    import jax
+    import jax.numpy as jnp
+
+    times = round(MATMUL_FLOPS / (2 * 2048**3))
+    a = jax.random.normal(jax.random.key(0), (2048, 2048))
+
+    @jax.jit
+    def run(a):
+        return jax.lax.fori_loop(0, times, lambda _, x: jnp.tanh(a @ x), a)
+
+    return lambda: jax.block_until_ready(run(a)) and None
+
+
+CONTENDERS = {"ours": ours, "plain flax": plain_flax, "plain torch": plain_torch, "matmul": matmul}
+
+
+def serve(name: str, directory: str, connection: Connection) -> None:
+    step = CONTENDERS[name](directory)
+    for _ in range(3):
+        step()
+    connection.send("ready")
+    while (steps := connection.recv()) is not None:
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
+        connection.send(statistics.median(seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=8, help="steps of a turn")
+    flags = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        workers = {}
+        for name in CONTENDERS:
+            here, there = context.Pipe()
+            context.Process(target=serve, args=(name, directory, there), daemon=True).start()
+            there.close()
+            try:
+                here.recv()  # one at a time: compiling disturbs the others
+            except EOFError:
+                sys.exit(f"The contender {name!r} did not start; its error is above.")
+            workers[name] = here
+        medians: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        for turn in range(flags.rounds):
+            for name, worker in workers.items():
+                worker.send(flags.steps)
+                medians[name].append(worker.recv())
+            print(f"turn {turn + 1}/{flags.rounds}: "
+                  + "  ".join(f"{name} {seconds[-1]:.3f} s" for name, seconds in medians.items()), flush=True)
+        for worker in workers.values():
+            worker.send(None)
+    print(f"\n{'':<14}{'median step':>12}{'time / ours':>13}{'spread':>16}")
+    for name, seconds in medians.items():
+        ratios = [theirs / mine for theirs, mine in zip(seconds, medians["ours"], strict=True)]
+        print(f"{name:<14}{statistics.median(seconds):>10.3f} s{statistics.median(ratios):>13.3f}"
+              f"{min(ratios):>9.3f}-{max(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The `t5x` command.
+
+    t5x train --gin_file=gin/mixed_pretrain.gin --gin.CODE_RATE=0.5
+
+T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+GIN_FLAGS = """gin flags:
+  --gin_file=FILE          settings; repeatable, later ones win. Shipped files are found from any directory
+  --gin.NAME=VALUE         one setting; a bare word is a string. --gin.CODE_RATE=0.5, --gin.MODEL_DIR=runs/first
+  --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
+    parser = _parser()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "train": _train, "explain": _explain, "vocabulary": _vocabulary}
+    if given and not given[0].startswith("-") and given[0] not in commands:
+        near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
+        return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
+    flags, rest = parser.parse_known_args(given)
+    if flags.command is None:
+        parser.print_help()
+        return 2
+    try:
+        flags.overrides = _overrides(rest)
+        return commands[flags.command](flags)
+    except KeyboardInterrupt:
+        return _fail(f"t5x {flags.command}", "interrupted.", 130)
+    except Exception as error:
+        if flags.debug:
+            traceback.print_exc()
+        return _fail(f"t5x {flags.command}", _one_line(error), 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="t5x", description="Which training stage is helped by code data? Train and compare, from gin files.",
+        epilog=GIN_FLAGS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, text: str, description: str) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(
+            name, help=text, description=description, epilog=GIN_FLAGS, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_argument("--gin_file", action="append", default=[], help="see below")
+        command.add_argument("--gin_search_paths", default="", help="see below")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    train = add("train", "train a decoder on a text/code mixture",
+                "Trains to TRAIN_STEPS, or goes on from MODEL_DIR's newest checkpoint. SIGTERM saves and exits.")
+    train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
+    explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
+    explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
+    vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
+                     "Trains a byte-fallback BPE vocabulary on the mixture's training documents.")
+    vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
+    vocabulary.add_argument("--size", type=int, default=8192, help="pieces (default: %(default)s)")
+    return parser
+
+
+def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, value) of each --gin.NAME=VALUE (or --gin.NAME VALUE). Raises ValueError for any other flag."""
+    overrides, position = [], 0
+    while position < len(rest):
+        flag = rest[position]
+        if not flag.startswith("--gin."):
+            known = ["--gin_file", "--gin_search_paths", "--gin.NAME", "--dry_run", "--debug", "--help"]
+            near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
+            raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
+        name, equals, value = flag.removeprefix("--gin.").partition("=")
+        if not equals:
+            position += 1
+            if position == len(rest):
+                raise ValueError(f"{flag} needs a value: --gin.{name}=VALUE.")
+            value = rest[position]
+        overrides.append((name, value))
+        position += 1
+    return overrides
+
+
+def _configuration(flags: argparse.Namespace) -> Any:
+    from codellm_jax.configuration import read_configuration
+
+    if not flags.gin_file:
+        raise ValueError("no --gin_file is given; gin/mixed_pretrain.gin trains on data that is always there.")
+    return read_configuration(flags.gin_file, flags.overrides, [p for p in flags.gin_search_paths.split(",") if p])
+
+
+def _train(flags: argparse.Namespace) -> int:
+    configuration = _configuration(flags)
+    from codellm_jax.configuration import build, operative
+    from codellm_jax.plan import describe, make_plan
+    from codellm_jax.train import summary, train
+
+    _use_compilation_cache()
+    if not flags.debug:
+        _quiet_libraries()
+    training = build(configuration, "train")
+    if flags.dry_run:
+        plan = make_plan(training)
+        print(operative(configuration)[0])
+        print(describe(training, plan))
+        return 0
+    run = train(training, settings=lambda: operative(configuration))
+    print(summary(run))
+    if run.step == run.plan.last_step:
+        print(f"Next:        {_next_command(flags.gin_file)}")
+    return 0
+
+
+def _next_command(gin_files: Sequence[str]) -> str:
+    """The other arm of the study after one of the two shipped ones; else the run's own settings explained."""
+    arms = {"gin/mixed_pretrain.gin": "gin/text_pretrain.gin", "gin/text_pretrain.gin": "gin/mixed_pretrain.gin"}
+    return f"t5x train --gin_file={arms.get(gin_files[0], 'gin/mixed_pretrain.gin')}"
+
+
+def _explain(flags: argparse.Namespace) -> int:
+    from codellm_jax.configuration import explain
+
+    print(explain(_configuration(flags), flags.name))
+    return 0
+
+
+def _vocabulary(flags: argparse.Namespace) -> int:
+    configuration = _configuration(flags)
+    from codellm_jax.configuration import build
+    from codellm_jax.mixture.mixture import vocabulary_documents
+    from codellm_jax.vocabulary import train_vocabulary
+
+    vocabulary = train_vocabulary(vocabulary_documents(build(configuration, "mixture")), flags.size, flags.output)
+    print(f"{vocabulary.path}: {vocabulary.pieces} pieces, {vocabulary.content_hash[:12]}. "
+          f"Use it with --gin.VOCABULARY={vocabulary.path}")
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Orbax logs the traceback of a failed save, which is raised and told in one line all the same."""
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user chose a place already."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/codellm_jax/compiled"))
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _fail(command: str, message: str, status: int) -> int:
+    print(f"{command}: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

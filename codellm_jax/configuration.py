@@ -1,0 +1,270 @@
+"""gin files and flags to the objects of a run; the only importer of gin.
+
+Files and flags are read into a list of settings first, each with where it stands, so that `t5x explain` can tell what
+set a value and what that overrode, and a mistake is found before anything is built. What gin then gets is the last
+setting of each name.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+import gin
+from gin import config_parser
+
+# What gin files may bind, and where it is defined. Imported only when a configuration is built.
+CONFIGURABLES = {
+    "train": "codellm_jax.plan:Training",
+    "mixture": "codellm_jax.mixture.mixture:Mixture",
+    "tasks": "tasks:Definitions",
+    "vocabulary": "codellm_jax.vocabulary:load_vocabulary",
+    "model": "codellm_jax.model.decoder:DecoderConfig",
+    "mesh": "codellm_jax.runtime.partitioning:MeshShape",
+    "adamw": "codellm_jax.runtime.optimization:adamw",
+    "chain": "codellm_jax.runtime.optimization:chain",
+    "warmup_cosine": "codellm_jax.runtime.optimization:warmup_cosine",
+}
+
+# Where the shipped gin/ folder lies: beside the package in a checkout, inside it in an installation.
+SHIPPED = (Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One line of a gin file or one flag."""
+
+    name: str  # a macro such as BATCH_SIZE, or configurable.parameter
+    value: str  # as gin writes it
+    where: str  # file:line, or the flag
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """All settings in the order in which they were read, and the modules that gin files import."""
+
+    settings: tuple[Setting, ...]
+    imports: tuple[str, ...] = ()
+
+    @property
+    def effective(self) -> dict[str, Setting]:
+        """The last setting of each name."""
+        return {setting.name: setting for setting in self.settings}
+
+
+class _Reference:
+    """A reference to a configurable or macro that prints as gin writes it."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+class _AsWritten(config_parser.ParserDelegate):
+    """Leaves references as they are written."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
+        return _Reference(f"@{scoped_configurable_name}{'()' if evaluate else ''}")
+
+    def macro(self, macro_name: str) -> _Reference:
+        return _Reference(f"%{macro_name}")
+
+
+def read_configuration(
+    gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], search_paths: Sequence[str] = ()
+) -> Configuration:
+    """Reads gin files in order, then overrides; later settings win.
+
+    Args:
+      gin_files: paths, looked for as given, then in `search_paths`, then among the shipped ones.
+      overrides: (name, value) as on the command line; a value that is no gin literal is a string.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a syntax error, an unknown parameter, or a macro that nothing uses; in one line.
+    """
+    settings: list[Setting] = []
+    imports: list[str] = []
+    for file in gin_files:
+        _read_file(file, search_paths, settings, imports, included_by=None)
+    for name, value in overrides:
+        settings.append(Setting(name, as_gin_value(value), f"--gin.{name}"))
+    configuration = Configuration(tuple(settings), tuple(dict.fromkeys(imports)))
+    _require_known_names(configuration)
+    return configuration
+
+
+def _read_file(
+    file: str, search_paths: Sequence[str], settings: list[Setting], imports: list[str], included_by: str | None
+) -> None:
+    path = _find(file, search_paths)
+    parser = config_parser.ConfigParser(path.read_text(), _AsWritten())
+    try:
+        for statement in parser:
+            if isinstance(statement, config_parser.BindingStatement):
+                scope = f"{statement.scope}/" if statement.scope else ""
+                argument = f".{statement.arg_name}" if statement.arg_name else ""
+                settings.append(Setting(f"{scope}{statement.selector}{argument}", repr(statement.value),
+                                        f"{file}:{statement.location.line_num}"))
+            elif isinstance(statement, config_parser.IncludeStatement):
+                if included_by:
+                    raise ValueError(f"{file} is included by {included_by} and includes {statement.filename} itself; "
+                                     "one level of include is all there is.")
+                _read_file(statement.filename, search_paths, settings, imports, included_by=file)
+            elif isinstance(statement, config_parser.ImportStatement):
+                imports.append(statement.format())
+    except tokenize.TokenError as error:
+        raise ValueError(f"{file}, line {error.args[1][0]}: {error.args[0]}; is a bracket or quote open?") from None
+    except SyntaxError as error:
+        message, text = error.msg.splitlines()[0], (error.text or "").strip()
+        raise ValueError(f"{file}, line {error.lineno}: {message}: {text}") from None
+
+
+def _find(file: str, search_paths: Sequence[str]) -> epath.Path:
+    candidates = [epath.Path(file).expanduser(), *(epath.Path(folder).expanduser() / file for folder in search_paths),
+                  *(epath.Path(folder) / file for folder in SHIPPED)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    near = difflib.get_close_matches(file, list(shipped_gin_files()), n=3, cutoff=0.4)
+    raise FileNotFoundError(f"No gin file {file}" + (f"; nearest shipped: {', '.join(near)}." if near else "."))
+
+
+def shipped_gin_files() -> Iterator[str]:
+    """Names of the gin files that come with the package, such as gin/models/tiny.gin."""
+    folder = next(folder for folder in SHIPPED if (folder / "gin").is_dir())
+    for path in sorted((folder / "gin").rglob("*.gin")):
+        yield path.relative_to(folder).as_posix()
+
+
+def as_gin_value(text: str) -> str:
+    """A flag's value as gin writes it: a literal or reference as it is, any other text as a string."""
+    try:
+        statements = list(config_parser.ConfigParser(f"value = {text}", _AsWritten()))
+        if len(statements) == 1 and isinstance(statements[0], config_parser.BindingStatement):
+            return repr(statements[0].value)
+    except (SyntaxError, tokenize.TokenError):
+        if text.startswith(tuple("[{(@%'\"")):
+            raise ValueError(f"{text} looks like a list, reference or quoted string but is not a whole one.") from None
+    return repr(text)
+
+
+def build(configuration: Configuration, name: str) -> Any:
+    """Calls a configurable with everything that is bound, and returns what it makes.
+
+    Raises:
+      ValueError: in one line, where a parameter is missing.
+    """
+    gin.clear_config()
+    _register(configuration)
+    lines = [*configuration.imports, *(f"{s.name} = {s.value}" for s in configuration.effective.values())]
+    gin.parse_config("\n".join(lines))
+    return gin.get_configurable(name)()
+
+
+def _register(configuration: Configuration) -> None:
+    known = {name: target for name, target in CONFIGURABLES.items()}
+    known |= {f"optax.{name}": f"optax:{name}" for name in _optax_names(configuration)}
+    for name, target in known.items():
+        module, attribute = target.split(":")
+        if name not in _registered:
+            _registered.add(name)
+            scope, _, short = name.rpartition(".")
+            gin.external_configurable(getattr(importlib.import_module(module), attribute), short, module=scope or None)
+
+
+_registered: set[str] = set()
+
+
+def _optax_names(configuration: Configuration) -> set[str]:
+    return {found for s in configuration.settings for found in re.findall(r"\boptax\.(\w+)", f"{s.name} {s.value}")}
+
+
+def operative(configuration: Configuration) -> tuple[str, dict[str, str]]:
+    """What holds after `build`: every macro and every parameter that was used, defaults included.
+
+    Returns:
+      A gin file with the source of each value in a comment, and the same as name -> value.
+    """
+    effective = configuration.effective
+    values = {name: setting.value for name, setting in effective.items() if _is_macro(name)}
+    for statement in config_parser.ConfigParser(gin.operative_config_str(max_line_length=10**6), _AsWritten()):
+        if isinstance(statement, config_parser.BindingStatement) and statement.arg_name:
+            scope = f"{statement.scope}/" if statement.scope else ""
+            values[f"{scope}{statement.selector}.{statement.arg_name}"] = repr(statement.value)
+    lines = [*configuration.imports, *(
+        f"{name} = {value}  # {effective[name].where if name in effective else 'default'}"
+        for name, value in values.items())]
+    return "\n".join(lines) + "\n", values
+
+
+def explain(configuration: Configuration, name: str) -> str:
+    """What set a value and what that overrode, in a few lines. Raises ValueError for an unknown name."""
+    history = [setting for setting in configuration.settings if setting.name == name]
+    configurable, _, parameter = name.rpartition(".")
+    if not history:
+        if configurable in CONFIGURABLES and parameter in _parameters(configurable):
+            default = _parameters(configurable)[parameter].default
+            if default is inspect.Parameter.empty:
+                return f"{name} is not set and has no default."
+            return f"{name} is not set; its default is {default!r}."
+        raise ValueError(f"Nothing is named {name!r}" + _nearest(name, [
+            *configuration.effective, *(f"{c}.{p}" for c in CONFIGURABLES for p in _parameters(c))]))
+    lines = [f"{name} = {history[-1].value}", f"  set by {history[-1].where}"]
+    lines += [f"  overriding {setting.value} of {setting.where}" for setting in reversed(history[:-1])]
+    for macro in re.findall(r"%(\w+)", history[-1].value):
+        if macro in configuration.effective:
+            setting = configuration.effective[macro]
+            lines.append(f"  where {macro} = {setting.value}, set by {setting.where}")
+    lines += [f"  used by {setting.name}" for setting in configuration.effective.values()
+              if re.search(rf"%{re.escape(name)}\b", setting.value)]
+    return "\n".join(lines)
+
+
+def _require_known_names(configuration: Configuration) -> None:
+    effective = configuration.effective
+    used = {macro for setting in effective.values() for macro in re.findall(r"%([\w/.]+)", setting.value)}
+    for macro in sorted(used - set(effective)):
+        user = next(setting for setting in effective.values() if f"%{macro}" in setting.value)
+        raise ValueError(f"{user.where}: {user.name} needs {macro}, which no file and no flag sets; "
+                         f"give --gin.{macro}=VALUE.")
+    for name, setting in effective.items():
+        selector, _, parameter = name.split("/")[-1].rpartition(".")
+        if _is_macro(name):
+            if name not in used:
+                raise ValueError(f"{setting.where}: nothing uses the setting {name}" + _nearest(name, used))
+        elif selector in CONFIGURABLES:
+            if parameter not in _parameters(selector):
+                raise ValueError(f"{setting.where}: {selector} has no parameter {parameter!r}"
+                                 + _nearest(parameter, _parameters(selector)))
+        elif not selector.startswith("optax.") and not configuration.imports:
+            raise ValueError(f"{setting.where}: nothing is named {selector!r}" + _nearest(selector, CONFIGURABLES))
+    for setting in effective.values():
+        for reference in re.findall(r"@([\w/.]+)", setting.value):
+            selector = reference.split("/")[-1]
+            if selector not in CONFIGURABLES and not selector.startswith("optax.") and not configuration.imports:
+                raise ValueError(f"{setting.where}: nothing is named {selector!r}" + _nearest(selector, CONFIGURABLES))
+
+
+def _is_macro(name: str) -> bool:
+    return "." not in name
+
+
+def _parameters(configurable: str) -> Mapping[str, inspect.Parameter]:
+    module, attribute = CONFIGURABLES[configurable].split(":")
+    target: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return inspect.signature(target).parameters
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}." if near else "."

@@ -1,0 +1,146 @@
+"""The mixture a run trains on: from the names in a gin file to an order and the rows it draws."""
+
+import dataclasses
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+
+from etils import epath
+
+from codellm_jax.mixture.order import Order, Source
+from codellm_jax.mixture.rows import Definitions, Rows, cached_rows, quiet_tensorflow, require_registered, task_tokens
+from codellm_jax.mixture.schedules import constant, phases
+from codellm_jax.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What a gin file says of the data.
+
+    Attributes:
+      name: a SeqIO mixture or task, or a list of them. Its tasks are named text.NAME or code.NAME.
+      definitions: where those names come from.
+      lengths: SeqIO's sequence lengths; {"targets": inputs of a row}.
+      code_rate: share of code among the tokens, 0 to 1.
+      mix_phases: "text:code" for each equal part of training; replaces code_rate.
+      max_epochs: the run stops before any source begins an epoch more than this; None repeats without limit.
+      cache_dir: where rows are cached; local or gs://.
+    """
+
+    name: str | Sequence[str]
+    definitions: Definitions
+    lengths: Mapping[str, int]
+    code_rate: float
+    mix_phases: Sequence[str] | None = None
+    max_epochs: int | None = None
+    cache_dir: str = "~/.cache/codellm_jax"
+
+    def __post_init__(self) -> None:
+        if "targets" not in self.lengths or self.lengths["targets"] < 1:
+            raise ValueError(f"TASK_FEATURE_LENGTHS must give a length for 'targets', found {dict(self.lengths)}.")
+        if self.max_epochs is not None and self.max_epochs < 1:
+            raise ValueError(f"MAX_EPOCHS must be at least 1 (or None for no limit), found {self.max_epochs}.")
+        constant(self.code_rate)
+
+    @property
+    def length(self) -> int:
+        """Inputs of a row, in tokens."""
+        return self.lengths["targets"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenMixture:
+    """The order of a run and the rows it draws from; lists run parallel to `order.sources`."""
+
+    order: Order
+    training: list[Rows]
+    validation: list[Rows | None]
+
+
+def open_mixture(
+    mixture: Mixture, vocabulary: Vocabulary, seed: int, total_rows: int, report: Callable[[str], None] = print
+) -> OpenMixture:
+    """Resolves names, caches rows that are not cached yet, and lays out the order.
+
+    Within a pool a source's share of the tokens is its rate in the SeqIO mixture or the `rate` of its corpus; where
+    no source of the pool has one, it is its size, so that all of them finish their epochs together.
+
+    Raises:
+      ValueError: unknown names, a pool without a source, a corpus smaller than one row, rates for some only.
+    """
+    names = [mixture.name] if isinstance(mixture.name, str) else list(mixture.name)
+    rates: dict[str, float | None] = {}
+    for name in names:
+        rates.update(_tasks_of(name, mixture.definitions, mixture.cache_dir))
+    splits = [cached_rows(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, report)
+              for task in rates]
+    sources = []
+    for (name, rate), rows in zip(rates.items(), splits, strict=True):
+        rated = [other for other in rates if other.split(".")[0] == name.split(".")[0]]
+        without = [other for other in rated if rates[other] is None]
+        if without and len(without) < len(rated):
+            raise ValueError("Of one pool either all sources have a rate or none; without one: "
+                             f"{', '.join(without)}.")
+        weight = Fraction(rows["train"].count if rate is None else rate).limit_denominator(1_000_000)
+        sources.append(Source(name, rows["train"].count, weight, rows["train"].content_hash))
+    schedule = phases(mixture.mix_phases, total_rows) if mixture.mix_phases else constant(mixture.code_rate)
+    validation = [rows.get("validation") for rows in splits]
+    return OpenMixture(
+        order=Order(seed, schedule, tuple(sources)),
+        training=[rows["train"] for rows in splits],
+        validation=[rows if rows and rows.count else None for rows in validation],
+    )
+
+
+def _tasks_of(name: str, definitions: Definitions, cache_dir: str) -> dict[str, float | None]:
+    """The tasks of a SeqIO task or mixture with their rates (None for a task by itself that was given none).
+
+    Remembered in the cache under the definition's description, so that a second run need not import SeqIO.
+    """
+    if name in definitions.corpora:
+        return {name: definitions.corpora[name].get("rate")}
+    key = hashlib.sha256(json.dumps([name, definitions.describe(name)], sort_keys=True).encode()).hexdigest()[:16]
+    remembered = epath.Path(cache_dir).expanduser() / "mixtures" / f"{name}-{key}.json"
+    if remembered.exists():
+        return json.loads(remembered.read_text())
+    with quiet_tensorflow():
+        import seqio
+
+        definitions.register()
+    require_registered(name)
+    if name in seqio.TaskRegistry.names():
+        tasks: dict[str, float | None] = {name: None}
+    else:
+        found = seqio.MixtureRegistry.get(name)
+        tasks = {task.name: float(found.get_rate(task)) for task in found.tasks}
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    building = remembered.with_name(f".{remembered.name}.{uuid.uuid4().hex}")
+    building.write_text(json.dumps(tasks))
+    building.replace(remembered)  # whole or not there, whoever is killed or reads meanwhile
+    return tasks
+
+
+def vocabulary_documents(mixture: Mixture) -> Iterator[str]:
+    """What a vocabulary for a mixture is trained on: its training documents, as much text as code.
+
+    Of the larger pool documents are taken in the order of a hash until their characters equal the smaller pool's.
+    """
+    pools: dict[str, list[str]] = {}
+    names = [mixture.name] if isinstance(mixture.name, str) else list(mixture.name)
+    for task in {task: None for name in names for task in _tasks_of(name, mixture.definitions, mixture.cache_dir)}:
+        with quiet_tensorflow():
+            import seqio
+
+            mixture.definitions.register()
+            as_bytes = seqio.ByteVocabulary()
+            tokens = task_tokens(seqio.TaskRegistry.get(task), "train", as_bytes)
+            pools.setdefault(task.split(".")[0], []).extend(as_bytes.decode(ids.tolist()) for ids in tokens)
+    room = min(sum(map(len, documents)) for documents in pools.values())
+    for pool in sorted(pools, reverse=True):
+        used = 0
+        for document in sorted(pools[pool], key=lambda text: hashlib.sha256(text.encode()).digest()):
+            if used < room:
+                yield document
+            used += len(document)

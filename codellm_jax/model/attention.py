@@ -1,0 +1,139 @@
+"""Dot-product attention: one function, several implementations chosen by name.
+
+All implementations compute the same thing, softmax(Q K^T / sqrt(K)) V under one mask, and are tested against
+"reference" in values and gradients. Shape suffixes are explained at the top of `decoder.py`.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# "blocked" cuts the queries into at most so many blocks, none smaller than so many queries. Measured on 2 CPU cores,
+# forward and backward: 256 tokens 11 ms against 22 unblocked, 1,024 tokens 240 against 382.
+MOST_BLOCKS = 8
+SMALLEST_BLOCK = 64
+
+
+class AttentionMask(NamedTuple):
+    """Who may attend to whom, as a rule rather than an array, so that blockwise kernels can skip what is masked.
+
+    The query at index i of the row sees the key at index j where j <= i and both belong to the same segment
+    (document). Indices count along the row; they are not the position ids, which restart at each document.
+
+    Attributes:
+      query_segments_BL: int32, the document each query belongs to.
+      key_segments_BM: int32, the document each key belongs to.
+      query_offset: None if queries and keys are the same tokens; else an int32 scalar, the row index of the first
+        query (queries are then the newest tokens of a cache of M slots; slots not yet written lie in the future).
+    """
+
+    query_segments_BL: jax.Array
+    key_segments_BM: jax.Array
+    query_offset: jax.Array | None = None
+
+    def dense(self) -> jax.Array:
+        """Returns the mask as an array, bool [B, 1, L, M], True where the query may see the key."""
+        length, key_length = self.query_segments_BL.shape[1], self.key_segments_BM.shape[1]
+        query_index_L = jnp.arange(length)
+        if self.query_offset is not None:
+            query_index_L = query_index_L + self.query_offset
+        causal_LM = query_index_L[:, None] >= jnp.arange(key_length)[None, :]
+        same_BLM = self.query_segments_BL[:, :, None] == self.key_segments_BM[:, None, :]
+        return (causal_LM & same_BLM)[:, None]
+
+
+def _heads_first(
+    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scales the queries and swaps tokens with heads.
+
+    The einsums could read the arrays as they come, but XLA on CPU then takes 1.2 times as long. Scaling the queries
+    touches L x K numbers, scaling the scores would touch L x M.
+    """
+    query_BLHK = query_BLHK * (query_BLHK.shape[-1] ** -0.5)
+    return query_BLHK.swapaxes(1, 2), key_BMHK.swapaxes(1, 2), value_BMHK.swapaxes(1, 2)
+
+
+def _attend(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, mask_B1LM: jax.Array) -> jax.Array:
+    """softmax(Q K^T) V of scaled queries under a dense mask, all scores held and in float32."""
+    scores_BHLM = jnp.einsum("BHLK,BHMK->BHLM", query_BHLK, key_BHMK, preferred_element_type=jnp.float32)
+    # A token always sees itself: no row is masked whole, and the lowest finite number is as good as -inf.
+    scores_BHLM = jnp.where(mask_B1LM, scores_BHLM, jnp.finfo(jnp.float32).min)
+    weights_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(value_BHMK.dtype)
+    return jnp.einsum("BHLM,BHMK->BHLK", weights_BHLM, value_BHMK)
+
+
+def reference_attention(
+    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask
+) -> jax.Array:
+    """Attention with the whole square of scores, [B, H, L, M]; the definition the others are tested against."""
+    query_BHLK, key_BHMK, value_BHMK = _heads_first(query_BLHK, key_BMHK, value_BMHK)
+    return _attend(query_BHLK, key_BHMK, value_BHMK, mask.dense()).swapaxes(1, 2)
+
+
+def blocked_attention(
+    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask
+) -> jax.Array:
+    """Blocks of queries, each against the keys up to its own end only: nearly half of the square is never computed.
+
+    With a cache, where the queries' place in the row is known only at run time, it is the reference.
+    """
+    if mask.query_offset is not None:
+        return reference_attention(query_BLHK, key_BMHK, value_BMHK, mask)
+    length = query_BLHK.shape[1]
+    size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
+    query_BHLK, key_BHMK, value_BHMK = _heads_first(query_BLHK, key_BMHK, value_BMHK)
+    mask_B1LM = mask.dense()
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        blocks.append(
+            _attend(
+                query_BHLK[:, :, start:stop],
+                key_BHMK[:, :, :stop],
+                value_BHMK[:, :, :stop],
+                mask_B1LM[:, :, start:stop, :stop],
+            )
+        )
+    return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference_attention, "blocked": blocked_attention}
+
+
+def check_name(what: str, found: str, known: Iterable[str]) -> None:
+    """Raises a one-line ValueError that gives the nearest known name if `found` is not among `known`."""
+    known = list(known)
+    if found not in known:
+        nearest = difflib.get_close_matches(str(found), known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{what} {found!r} is unknown: did you mean {nearest!r}? Known: {', '.join(known)}.")
+
+
+def dot_product_attention(
+    query_BLHK: jax.Array,
+    key_BMHK: jax.Array,
+    value_BMHK: jax.Array,
+    mask: AttentionMask,
+    *,
+    implementation: str = "blocked",
+) -> jax.Array:
+    """Attends causally within each segment.
+
+    Args:
+      query_BLHK: queries, in the compute dtype.
+      key_BMHK: keys, same dtype.
+      value_BMHK: values, same dtype.
+      mask: who may see whom.
+      implementation: a key of `IMPLEMENTATIONS`.
+
+    Returns:
+      [B, L, H, K] in the dtype of the values; scores and softmax are float32 inside.
+
+    Raises:
+      ValueError: if the implementation is unknown.
+    """
+    check_name("attention implementation", implementation, IMPLEMENTATIONS)
+    return IMPLEMENTATIONS[implementation](query_BLHK, key_BMHK, value_BMHK, mask)

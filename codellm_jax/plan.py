@@ -1,0 +1,167 @@
+"""What a run will be, worked out before anything is trained: the objects a gin file asks for, and a page about them."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from codellm_jax.mixture.mixture import Mixture, OpenMixture, open_mixture
+from codellm_jax.model.decoder import Decoder, DecoderConfig, flops_per_token, parameter_count
+from codellm_jax.runtime.optimization import Schedule
+from codellm_jax.runtime.partitioning import MeshShape, make_mesh, require_divisible
+from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_device
+from codellm_jax.vocabulary import Vocabulary
+
+GIB = 2**30
+MANY_EPOCHS = 4  # more repeats than this of the same tokens are worth a warning (Muennighoff et al., 2023)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a gin file says of a training run.
+
+    Attributes:
+      model_dir: the run directory.
+      mixture: the data.
+      vocabulary: what rows are tokenized with; its padded size is the model's.
+      model: makes the decoder's configuration when called with `vocabulary_size` and `length`.
+      optimizer: makes the gradient transformation when called with the learning-rate schedule.
+      learning_rate: step -> learning rate.
+      mesh: devices along each axis.
+      batch_size: rows a step, over all devices.
+      train_steps: steps of the whole run.
+      eval_period, checkpoint_period, log_period: in steps; the last step always is.
+      eval_rows: held-out rows of each source that are evaluated.
+      keep_last: newest checkpoints kept; keep_every: besides, those at its multiples.
+      microbatches: parts a batch is trained on in turn before one update, to save memory.
+      initial_checkpoint_path: a run directory whose parameters are started from.
+      seed: of the parameters, the order and dropout.
+    """
+
+    model_dir: str
+    mixture: Mixture
+    vocabulary: Vocabulary
+    model: Callable[..., DecoderConfig]
+    optimizer: Callable[[Schedule], optax.GradientTransformation]
+    learning_rate: Schedule
+    mesh: MeshShape
+    batch_size: int
+    train_steps: int
+    eval_period: int
+    checkpoint_period: int
+    log_period: int = 10
+    eval_rows: int = 64
+    keep_last: int = 2
+    keep_every: int | None = None
+    microbatches: int = 1
+    initial_checkpoint_path: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "train_steps", "eval_period", "checkpoint_period", "log_period", "eval_rows",
+                     "keep_last", "microbatches"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name.upper()} must be a whole number from 1, found {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The objects of a run; `state` is abstract: shapes, dtypes and shardings."""
+
+    mesh: Mesh
+    model: Decoder
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    mixture: OpenMixture
+    last_step: int  # train_steps, or fewer where MAX_EPOCHS ends the run first
+
+
+def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan:
+    """Builds everything but arrays; writes the cache of rows where there is none.
+
+    Raises:
+      ValueError: in one line, for any setting that does not fit the others.
+    """
+    mesh = make_mesh(training.mesh)
+    require_divisible(training.batch_size, training.microbatches, mesh)
+    model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
+    optimizer = training.optimizer(training.learning_rate)
+    state = abstract_state(model, optimizer, mesh, training.mesh)
+    rows = training.train_steps * training.batch_size
+    mixture = open_mixture(training.mixture, training.vocabulary, training.seed, rows, report)
+    last_step = training.train_steps
+    if training.mixture.max_epochs is not None:
+        exhausted = mixture.order.exhausted_at(training.mixture.max_epochs, rows)
+        if exhausted is not None:
+            last_step = exhausted[0] // training.batch_size
+            if last_step == 0:
+                raise ValueError(
+                    f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run before its first step: "
+                    f"{exhausted[1].name} has {exhausted[1].rows} rows. Raise it, give more data, or lower BATCH_SIZE.")
+    return Plan(mesh, model, optimizer, state, mixture, last_step)
+
+
+def describe(training: Training, plan: Plan) -> str:
+    """The plan as a page of text: mixture, schedule, epochs to come, parameters, mesh, memory."""
+    order, config = plan.mixture.order, plan.model.config
+    rows = plan.last_step * training.batch_size
+    lines = [f"{'source':<20} {'tokens':>15} {'share':>7} {'of':>15} {'epochs to come':>15}"]
+    for source, drawn, cached in zip(order.sources, order.counts(rows), plan.mixture.training, strict=True):
+        lines.append(f"{source.name:<20} {drawn * cached.length:>15,} {drawn / rows:>7.4f} "
+                     f"{cached.count * cached.length:>15,} {drawn / cached.count:>15.2f}")
+    shares = order.schedule.shares
+    starts = [*(start // training.batch_size for start in order.schedule.starts), plan.last_step]
+    lines += ["", "share of code: " + ", ".join(
+        f"{float(share):.4f} from step {start}" for start, share in zip(starts, shares, strict=False))]
+    for source, drawn in zip(order.sources, order.counts(rows), strict=True):
+        if drawn > MANY_EPOCHS * source.rows:
+            lines.append(f"WARNING: {source.name} will be repeated {drawn / source.rows:.1f} times; "
+                         "MAX_EPOCHS would stop the run instead.")
+    if plan.last_step < training.train_steps:
+        lines.append(f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run at step {plan.last_step} of "
+                     f"{training.train_steps}.")
+    full, causal = (flops_per_token(config, causal=causal) for causal in (False, True))
+    tokens = rows * training.mixture.length
+    lines += [
+        "",
+        f"model        {parameter_count(config):,} parameters: {config.layers} layers of {config.hidden}, "
+        f"{config.heads} heads, {'query layer' if config.query_layer else 'no query layer'}, "
+        f"vocabulary {config.vocabulary_size:,}, {config.dtype}",
+        f"training     {plan.last_step:,} steps of {training.batch_size} rows of {training.mixture.length}: "
+        f"{tokens:,} tokens, {full * tokens:.3g} FLOPs ({causal * tokens:.3g} with causal attention counted by half)",
+        f"mesh         {' x '.join(f'{axis} {size}' for axis, size in plan.mesh.shape.items())} on "
+        f"{plan.mesh.size} {jax.devices()[0].device_kind} in {jax.process_count()} process(es)",
+        "memory       " + memory_estimate(training, plan),
+        f"vocabulary   {training.vocabulary.path} ({training.vocabulary.content_hash[:12]})",
+        f"order        {order.fingerprint()[:12]}",
+        f"run          {training.model_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def memory_estimate(training: Training, plan: Plan) -> str:
+    """GiB a device: the state exactly, gradients as large as the parameters, activations by what remat keeps."""
+    config = plan.model.config
+    shards = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+    tokens = training.batch_size // shards // training.microbatches * training.mixture.length
+    itemsize = jax.numpy.dtype(config.dtype).itemsize
+    # Values that a block keeps for a token: its input; outputs of its matmuls, split along `model` where heads or the
+    # MLP are; and without remat those of norms and activations too, and attention's probabilities over half the keys.
+    model = plan.mesh.shape["model"]
+    matmuls = 2 * config.hidden + (4 * config.hidden + config.feedforward) / model
+    kept = itemsize * {
+        "full": config.hidden,
+        "dots": config.hidden + matmuls,
+        "none": 4 * config.hidden + 2 * matmuls + config.heads / model * training.mixture.length,
+    }[config.remat]
+    parts = {
+        "state": bytes_per_device(plan.state),
+        "gradients": bytes_per_device(plan.state.params),
+        "activations about": math.ceil(tokens * kept * config.layers),
+    }
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return f"about {sum(parts.values()) / GIB:.2f} GiB a device: {listed}"

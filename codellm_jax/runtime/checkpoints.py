@@ -1,0 +1,212 @@
+"""Checkpoints: the only importer of Orbax.
+
+  MODEL_DIR/checkpoints/<step>/state    parameters, optimizer, step, rng
+  MODEL_DIR/checkpoints/<step>/record   JSON: ledger, settings, versions, and a checksum of every array
+
+Saves are asynchronous and commit by renaming, so a process killed at any moment leaves the last whole checkpoint as
+it was. A restore recomputes the checksums: a checkpoint that does not match what was saved is set aside, said aloud,
+and the one before it used.
+"""
+
+import contextlib
+import datetime
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+SAVE_TIMEOUT = datetime.timedelta(minutes=20)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. A context manager: leaving it waits for a save in flight.
+
+    Args:
+      directory: MODEL_DIR/checkpoints, local or gs://.
+      keep_last: how many of the newest are kept.
+      keep_every: those at multiples of this step are kept besides; None for none.
+    """
+
+    def __init__(self, directory: str, keep_last: int = 2, keep_every: int | None = None) -> None:
+        self._directory = epath.Path(directory)
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(timeout_secs=int(SAVE_TIMEOUT.total_seconds()))),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()})
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._manager.close()
+        except Exception:
+            if error_type is None:  # else what is already being raised matters more
+                raise
+
+    def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
+        """Begins to save; returns when the state is copied, so that its buffers may be donated."""
+        record = dict(record) | {"checksums": checksums(state)}
+        with self._one_line():
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)))
+
+    def raise_if_failed(self) -> None:
+        """Raises OSError where a save in the background failed."""
+        with self._one_line():
+            self._manager.check_for_errors()
+
+    def newest_step(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Waits until the save in flight is committed. Raises OSError where it failed."""
+        with self._one_line():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            full = "No space left on device" in str(error)
+            raise OSError(
+                f"Saving to {self._directory} failed: {'No space left on device' if full else _first_line(error)}. "
+                "Mend it and give the same command again: it goes on from the last whole checkpoint.") from error
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The JSON saved at a step, without the state."""
+        return dict(self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record)
+
+    def restore_newest(
+        self, abstract: Any, check: Callable[[dict[str, Any]], None], report: Callable[[str], None] = print
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """The newest undamaged checkpoint as (state on `abstract`'s shardings, record); None where there is none.
+
+        A damaged one is reported and moved to MODEL_DIR/damaged_checkpoints. `check` is called with the record
+        before the state is read, and raises where the run is another one.
+
+        Raises:
+          ValueError: there are checkpoints, and all are damaged; or the state has other arrays than `abstract`.
+        """
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                record = self.record(step)
+                saved = record["checksums"]
+            except Exception as error:
+                damaged.append((step, error))
+                continue
+            check(record)
+            _require_same_arrays(saved, abstract, step)
+            try:
+                state = self._manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+                _verify(saved, state)
+            except Exception as error:
+                damaged.append((step, error))
+                continue
+            self._set_aside(damaged, report)
+            return state, record
+        if damaged:
+            raise ValueError(
+                f"All checkpoints in {self._directory} are damaged ({_first_line(damaged[0][1])}): "
+                "restore one from a copy, or start again in another MODEL_DIR.")
+        return None
+
+    def _set_aside(self, damaged: list[tuple[int, Exception]], report: Callable[[str], None]) -> None:
+        for step, error in damaged:
+            aside = self._directory.parent / "damaged_checkpoints" / str(step)
+            report(f"WARNING: the checkpoint of step {step} is damaged ({_first_line(error)}); moved to {aside}; "
+                   "the one before it is used.")
+            if jax.process_index() == 0:
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                if aside.exists():
+                    shutil.rmtree(aside)
+                (self._directory / str(step)).rename(aside)
+        if damaged:
+            self._manager.reload()
+
+
+def restore_parameters(
+    model_dir: str, abstract_params: Any, report: Callable[[str], None] = print
+) -> tuple[Any, dict[str, Any]]:
+    """The parameters alone of the newest checkpoint of a run directory, and its record (warm start, evaluation).
+
+    Raises:
+      FileNotFoundError: the directory holds no checkpoint.
+      ValueError: its parameters have other names or shapes, or do not match their checksums.
+    """
+    directory = epath.Path(model_dir).expanduser()
+    steps = sorted(int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()) \
+        if (directory / "checkpoints").exists() else []
+    if not steps:
+        raise FileNotFoundError(f"No checkpoint in {directory / 'checkpoints'}: INITIAL_CHECKPOINT_PATH must be the "
+                                "MODEL_DIR of a run that saved one.")
+    path = directory / "checkpoints" / str(steps[-1])
+    record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record")
+    wanted = {"params": abstract_params}
+    _require_same_arrays(
+        {name: sum_ for name, sum_ in record["checksums"].items() if name.startswith("params/")}, wanted, steps[-1])
+    restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+        path / "state", args=ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
+    _verify(record["checksums"], restored)
+    report(f"Parameters from step {steps[-1]} of {directory}")
+    return restored["params"], record
+
+
+def checksums(tree: Any) -> dict[str, list[Any]]:
+    """For each array its shape, dtype, and the sum of its bits as uint32, wrapping: the same on any mesh."""
+    leaves = _named_leaves(tree)
+    sums = jax.device_get(_bit_sums(list(leaves.values())))
+    return {name: [list(leaf.shape), str(leaf.dtype), int(sum_)]
+            for (name, leaf), sum_ in zip(leaves.items(), sums, strict=True)}
+
+
+@jax.jit
+def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def bit_sum(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype == jnp.bool_:
+            return jnp.sum(leaf, dtype=jnp.uint32)
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        return jnp.sum(bits, dtype=jnp.uint32)
+
+    return [bit_sum(leaf) for leaf in leaves]
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): leaf
+            for path, leaf in paths}
+
+
+def _verify(saved: Mapping[str, list[Any]], tree: Any) -> None:
+    found = checksums(tree)
+    wrong = [name for name in found if found[name] != list(saved[name])]
+    if wrong:
+        raise ValueError(f"{len(wrong)} arrays differ from what was saved, {wrong[0]} first")
+
+
+def _require_same_arrays(saved: Mapping[str, list[Any]], abstract: Any, step: int) -> None:
+    """Raises ValueError where the checkpoint's arrays are not those of `abstract`: another model or optimizer."""
+    wanted = {name: list(leaf.shape) for name, leaf in _named_leaves(abstract).items()}
+    found = {name: list(facts[0]) for name, facts in saved.items()}
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"The checkpoint of step {step} has another model or optimizer: {name} is {found.get(name, 'absent')} "
+                f"there and {wanted.get(name, 'absent')} here. Use its configuration, or another MODEL_DIR.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,127 @@
+"""The metrics of each step: read one step late, checked, recorded and shown."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+
+from codellm_jax.mixture.order import POOLS, Order
+from codellm_jax.runtime.progress import Records, StatusLine, duration
+
+Array: TypeAlias = Any  # jax.Array as the step gives it, np.ndarray once it is fetched
+
+
+class Metrics(NamedTuple):
+    """Float32 scalars of one step; `source_*` are [sources]."""
+
+    loss: Array  # mean over the tokens that count, in nats
+    grad_norm: Array
+    source_losses: Array  # sums, not means
+    source_tokens: Array
+
+
+class Meter:
+    """Keeps one step in flight: the metrics of step k are read once step k + 1 is dispatched.
+
+    Args:
+      order: of the rows trained on; batch_size, length: of a batch.
+      first, last: steps done before, and at the end.
+      log_period: steps between two records.
+      learning_rate: step -> learning rate.
+      utilization: tokens per second -> model FLOPs utilization, with full and with causal attention; None if unknown.
+    """
+
+    def __init__(
+        self, order: Order, batch_size: int, length: int, first: int, last: int, log_period: int,
+        learning_rate: Callable[[int], Any], utilization: Callable[[float], tuple[float | None, float | None]],
+        records: Records, status: StatusLine,
+    ) -> None:
+        self._order, self._batch_size, self._length = order, batch_size, length
+        self._first, self._last, self._log_period = first, last, log_period
+        self._learning_rate, self._utilization = learning_rate, utilization
+        self._records, self._status = records, status
+        self._pending: tuple[int, Metrics] | None = None
+        self._began = time.monotonic()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new interval of measured time: what came before (evaluation, saving) is not the step's."""
+        self._steps, self._waited, self._since = 0, 0.0, time.monotonic()
+
+    def next_batch(self, batches: Iterator[Any]) -> Any:
+        """The next batch; the time it took is counted as waiting for data."""
+        began = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - began
+        return batch
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that has been dispatched, and settles those of the step before it.
+
+        A step that is recorded is settled at once: every measured interval ends with the devices idle, so that its
+        rate is exact, at the price of one gap in `log_period` steps.
+        """
+        self.settle()
+        self._pending = (step, metrics)
+        if step % self._log_period == 0:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for the pending step's metrics, and records them where they are due.
+
+        Raises:
+          FloatingPointError: its loss or gradient is not finite.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = Metrics(*map(np.asarray, jax.device_get(metrics)))
+        self._steps += 1
+        if not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
+            raise FloatingPointError(f"The loss became {float(values.loss)} and its gradient's norm "
+                                     f"{float(values.grad_norm)} at step {step}.")
+        if step % self._log_period == 0 or step == self._last:
+            self._record(step, values)
+            self.restart()
+
+    def _record(self, step: int, values: Metrics) -> None:
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rate = self._steps * self._batch_size * self._length / seconds
+        full, causal = self._utilization(rate)
+        names = [source.name for source in self._order.sources]
+        losses = loss_by_source(values.source_losses, values.source_tokens, names)
+        tokens = sum_by_source(values.source_tokens, names)
+        total = float(values.source_tokens.sum())
+        fractions = {f"token_fraction/{group}": count / total for group, count in tokens.items()}
+        self._records.write(step, "train", {
+            "loss": float(values.loss), "tokens": step * self._batch_size * self._length,
+            "tokens_per_second": rate, "learning_rate": float(self._learning_rate(step - 1)),
+            "grad_norm": float(values.grad_norm), "data_wait_fraction": self._waited / seconds,
+            "model_flops_utilization": full, "model_flops_utilization_causal": causal,
+        } | losses | fractions)
+        rows = step * self._batch_size
+        code = sum(int(count) for count, source in zip(self._order.counts(rows), self._order.sources, strict=True)
+                   if source.pool == "code")
+        left = (time.monotonic() - self._began) / (step - self._first) * (self._last - step)
+        pools = ", ".join(f"{pool} {losses[f'loss/{pool}']:.3f}" for pool in POOLS if f"loss/{pool}" in losses)
+        self._status.show(step, " | ".join(filter(None, [
+            f"loss {float(values.loss):.4f} ({pools})",
+            f"code {code / rows:.3f} of {float(self._order.schedule.asked(rows)) / rows:.3f}",
+            f"{rate:,.0f} tokens/s", f"MFU {full:.1%}" if full else "", f"{duration(left)} left"])))
+
+
+def sum_by_source(values: Array, names: Sequence[str]) -> dict[str, float]:
+    """Sums over each pool and each source: {"text": 10.0, "code": 5.0, "text.python": 10.0, ...}."""
+    pools = {pool: sum(float(value) for value, name in zip(values, names, strict=True) if name.split(".")[0] == pool)
+             for pool in POOLS}
+    return pools | {name: float(value) for value, name in zip(values, names, strict=True)}
+
+
+def loss_by_source(losses: Array, tokens: Array, names: Sequence[str]) -> dict[str, float]:
+    """Mean loss of each pool and source that has tokens: {"loss/text": 4.1, "loss/text.python": 4.1, ...}."""
+    counts = sum_by_source(tokens, names)
+    return {f"loss/{group}": loss / counts[group] for group, loss in sum_by_source(losses, names).items()
+            if counts[group] > 0}

@@ -1,0 +1,115 @@
+"""The mesh, and the rules that lay logical axes of parameters and activations onto it.
+
+Mesh axes: `data` replicates parameters and splits the batch; `fsdp` splits the batch and the parameters both; `model`
+splits heads, the MLP and the vocabulary (tensor parallelism). Several slices of a pod are joined along `data`, so that
+only gradients cross the slower network between them.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "model")
+
+# Logical axis -> mesh axes. The names are those of model/decoder.py.
+AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("activation_batch", ("data", "fsdp")),
+    ("activation_length", None),
+    ("activation_embed", None),
+    ("activation_heads", "model"),
+    ("activation_kv", None),
+    ("activation_mlp", "model"),
+    ("activation_vocab", "model"),
+    ("vocab", "model"),
+    ("embed", "fsdp"),
+    ("heads", "model"),
+    ("kv", None),
+    ("mlp", "model"),
+    ("position", None),
+    ("layers", None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis; one of `data`, `fsdp`, `model` may be -1: all devices that the others leave.
+
+    Attributes:
+      slices: TPU slices joined along `data`; divides it.
+      rules: overrides of AXIS_RULES, as (logical axis, mesh axis, tuple of mesh axes or None).
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+    slices: int = 1
+    rules: Sequence[tuple[str, str | tuple[str, ...] | None]] = ()
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.model)
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or self.slices < 1:
+            raise ValueError(f"Mesh axes must be positive, one of them -1 at most; found {self}.")
+        known = [name for name, _ in AXIS_RULES]
+        for name, _ in self.rules:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"mesh.rules names the unknown axis {name!r}; nearest: {near}.")
+
+    def sizes(self, devices: int) -> tuple[int, int, int]:
+        """The axes' sizes on that many devices. Raises ValueError where they do not multiply to it."""
+        sizes = [self.data, self.fsdp, self.model]
+        known = int(np.prod([size for size in sizes if size != -1]))
+        if -1 in sizes and devices % known == 0:
+            sizes[sizes.index(-1)] = devices // known
+        if int(np.prod(sizes)) != devices:
+            raise ValueError(
+                f"The mesh data={self.data}, fsdp={self.fsdp}, model={self.model} does not fit {devices} devices: "
+                "the axes must multiply to that number (-1 stands for the rest).")
+        if sizes[0] % self.slices:
+            raise ValueError(f"mesh.slices={self.slices} must divide the data axis, which has {sizes[0]}.")
+        return sizes[0], sizes[1], sizes[2]
+
+    def all_rules(self) -> list[tuple[str, str | tuple[str, ...] | None]]:
+        """AXIS_RULES with the overrides in their place."""
+        return list((dict(AXIS_RULES) | dict(self.rules)).items())
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all), nearest devices along `model`.
+
+    Axis types are Auto: under Explicit, which jax.make_mesh defaults to, Flax's partitioned parameters fail.
+    """
+    devices = jax.devices() if devices is None else devices
+    data, fsdp, model = shape.sizes(len(devices))
+    if shape.slices > 1 and getattr(devices[0], "slice_index", None) is not None:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (data // shape.slices, fsdp, model), (shape.slices, 1, 1), devices=devices)
+    else:
+        grid = mesh_utils.create_device_mesh((data, fsdp, model), devices=devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a [batch, length] array."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+
+
+def require_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+    """Raises ValueError where the mesh cannot split the batch evenly."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
+    if batch_size < 1 or batch_size % shards:
+        near = max(1, round(batch_size / shards)) * shards
+        raise ValueError(
+            f"BATCH_SIZE = {batch_size} cannot be divided by the mesh: data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']} x {microbatches} microbatches need a multiple of {shards}, such as {near}.")
+
+
+def shardings_of(boxed: object, mesh: Mesh, shape: MeshShape) -> object:
+    """NamedShardings for a tree of Flax's LogicallyPartitioned values; leaves without a box are replicated."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, shape.all_rules())

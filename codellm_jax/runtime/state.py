@@ -1,0 +1,60 @@
+"""What training carries from step to step, its abstract form, and its first value."""
+
+import math
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from codellm_jax.model.decoder import Decoder
+from codellm_jax.runtime.partitioning import MeshShape, shardings_of
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Step (int32 scalar), float32 parameters, the optimizer's state, and the key that dropout is drawn from."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array  # raw key data, uint32; constant: a step folds its number into it
+
+
+def _initial_boxed(model: Decoder, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
+    """The first state, with parameters in Flax's partitioning boxes; the optimizer's moments inherit them."""
+    init_rng, dropout_rng = jax.random.split(jax.random.key(seed))
+    tokens = jnp.zeros((1, min(8, model.config.length)), jnp.int32)
+    params = model.init(init_rng, tokens, tokens, tokens)["params"]
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(dropout_rng))
+
+
+def abstract_state(
+    model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, shape: MeshShape
+) -> TrainState:
+    """The state as jax.ShapeDtypeStructs with shardings: nothing is allocated. Call outside jax.set_mesh."""
+    boxed = jax.eval_shape(lambda: _initial_boxed(model, optimizer, jnp.uint32(0)))
+    shardings = shardings_of(boxed, mesh, shape)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or replicated),
+        nn.unbox(boxed), shardings)
+
+
+def initial_state(
+    model: Decoder, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+) -> TrainState:
+    """The first state, made on the devices it belongs to; the same numbers on any mesh."""
+    make = jax.jit(
+        lambda seed: nn.unbox(_initial_boxed(model, optimizer, seed)),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    return make(jnp.uint32(seed))
+
+
+def bytes_per_device(abstract: TrainState) -> int:
+    """Bytes of an abstract state, or part of one, that one device holds."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(abstract))

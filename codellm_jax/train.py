@@ -1,0 +1,279 @@
+"""Training: the step, its loss, and the loop.
+
+    state, metrics = train_step(state, batch, model=..., optimizer=..., sources=2)
+
+The loop keeps one step in flight: the metrics of step k are read while step k + 1 runs, so that the devices never
+wait for the host, yet every loss is looked at before a checkpoint could keep what came of it.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import linen as nn
+
+from codellm_jax.mixture.batches import Array, Batch, global_batch, held_out_batches, read_ahead
+from codellm_jax.mixture.ledger import Ledger
+from codellm_jax.mixture.order import POOLS
+from codellm_jax.model.decoder import Decoder, flops_per_token, token_embedding
+from codellm_jax.model.losses import cross_entropy
+from codellm_jax.plan import Plan, Training, describe, make_plan
+from codellm_jax.runtime.checkpoints import Checkpoints, restore_parameters
+from codellm_jax.runtime.meter import Meter, Metrics, loss_by_source
+from codellm_jax.runtime.partitioning import batch_sharding
+from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records
+from codellm_jax.runtime.signals import stop_on_signal
+from codellm_jax.runtime.state import TrainState, initial_state
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, model: Decoder, optimizer: optax.GradientTransformation, sources: int,
+    microbatches: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One update from one global batch.
+
+    The gradient is that of the mean loss over the tokens that count in the whole batch, whatever `microbatches`.
+    """
+    dropout_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    tokens = jnp.sum(batch.weights)
+
+    def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden_BLD: Any = model.apply(
+            {"params": params}, part.inputs, part.positions, part.segment_ids,
+            deterministic=model.config.dropout_rate == 0.0, rngs={"dropout": rng})
+        loss_sum, losses_BL = cross_entropy(hidden_BLD, token_embedding(params), part.targets, part.weights)
+        return loss_sum / tokens, by_source(losses_BL * part.weights, part.sources, sources)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if microbatches == 1:
+        (loss, source_losses), grads = grad_fn(state.params, batch, dropout_rng)
+    else:
+
+        def accumulate(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(state.params, *part)), None
+
+        # Microbatch k takes rows k, k + microbatches, ...: each device splits the rows it already has.
+        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, state.params, batch, dropout_rng))
+        ((loss, source_losses), grads), _ = jax.lax.scan(
+            accumulate, zero, (parts, jax.random.split(dropout_rng, microbatches)))
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = Metrics(loss, optax.tree.norm(grads), source_losses, by_source(batch.weights, batch.sources, sources))
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def eval_step(params: Any, batch: Batch, *, model: Decoder, sources: int) -> tuple[jax.Array, jax.Array]:
+    """Sums of losses in nats and of tokens for each source: two float32 [sources]."""
+    hidden_BLD: Any = model.apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
+    _, losses_BL = cross_entropy(hidden_BLD, token_embedding(params), batch.targets, batch.weights)
+    return (by_source(losses_BL * batch.weights, batch.sources, sources),
+            by_source(batch.weights, batch.sources, sources))
+
+
+def by_source(values_BL: Array, sources_BL: Array, sources: int) -> jax.Array:
+    """Sums of values for each source: float32 [sources]."""
+    return jnp.einsum("BL,BLS->S", values_BL, jax.nn.one_hot(sources_BL, sources))
+
+
+@dataclasses.dataclass
+class Run:
+    """A run under way: `step` steps are done."""
+
+    training: Training
+    plan: Plan
+    state: TrainState
+    ledger: Ledger
+    step: int
+
+
+def train(training: Training, settings: Callable[[], tuple[str, Mapping[str, str]]] = lambda: ("", {})) -> Run:
+    """Trains to the end, or to a SIGTERM or SIGINT, which saves and returns.
+
+    Args:
+      training: what the gin file says.
+      settings: called when everything is built; the operative configuration as text and as name -> value. The text
+        goes to MODEL_DIR/config.gin, the values into every checkpoint, and a resume with others is refused.
+
+    Raises:
+      ValueError: a mistake in the configuration, or a MODEL_DIR of another one.
+      FloatingPointError: the loss is not finite.
+    """
+    plan = make_plan(training, say)
+    say(describe(training, plan) + "\n")
+    model_dir = epath.Path(training.model_dir).expanduser()
+    text, values = settings()
+    with (
+        stop_on_signal() as stop,
+        Checkpoints(str(model_dir / "checkpoints"), training.keep_last, training.keep_every) as checkpoints,
+        jax.set_mesh(plan.mesh),
+        nn.logical_axis_rules(training.mesh.all_rules()),
+    ):
+        run = begin_or_resume(training, plan, checkpoints, values)
+        first_process = jax.process_index() == 0
+        if first_process and text:
+            (model_dir / "config.gin").write_text(text)
+        records = Records(str(model_dir), run.step, active=first_process)
+        status = StatusLine(run.step, plan.last_step, active=first_process)
+        try:
+            loop(run, checkpoints, records, status, values, stop)
+        except FloatingPointError as error:
+            good = checkpoints.newest_step()
+            raise FloatingPointError(
+                f"{error} " + ("No checkpoint was saved before. " if good is None else
+                               f"The last good checkpoint is step {good} in {model_dir}. ")
+                + "A lower learning rate or a longer warm-up may help.") from None
+        finally:
+            status.close()
+            records.close()
+    return run
+
+
+def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, settings: Mapping[str, str]) -> Run:
+    """The newest checkpoint of MODEL_DIR, else parameters of another run, else new ones."""
+    order, vocabulary = plan.mixture.order, training.vocabulary
+    restored = checkpoints.restore_newest(
+        plan.state, check=lambda record: require_same_settings(record["settings"], settings, training.model_dir),
+        report=say)
+    if restored is not None:
+        state, record = restored
+        ledger, step = Ledger.from_json(record["ledger"]), int(state.step)
+        ledger.check(order, vocabulary.content_hash, step * training.batch_size)
+        say(f"Resuming {training.model_dir} after step {step}.")
+        return Run(training, plan, state, ledger, step)
+    state = initial_state(plan.model, plan.optimizer, plan.state, training.seed)
+    if training.initial_checkpoint_path:
+        params, record = restore_parameters(training.initial_checkpoint_path, plan.state.params, say)
+        if record["ledger"]["vocabulary_hash"] != vocabulary.content_hash:
+            raise ValueError(f"{training.initial_checkpoint_path} was trained with another vocabulary "
+                             f"({record['ledger']['vocabulary_hash'][:12]}, here {vocabulary.content_hash[:12]}): "
+                             "set VOCABULARY to the file it was trained with.")
+        state = state.replace(params=params)
+    ledger = Ledger.begin("pretraining", order, vocabulary.content_hash, training.mixture.length)
+    return Run(training, plan, state, ledger, 0)
+
+
+def loop(
+    run: Run, checkpoints: Checkpoints, records: Records, status: StatusLine, settings: Mapping[str, str],
+    stop: threading.Event,
+) -> None:
+    """Trains `run` on to the plan's last step, in place."""
+    training, plan, order = run.training, run.plan, run.plan.mixture.order
+    sources = len(order.sources)
+    step_fn = jax.jit(
+        functools.partial(train_step, model=plan.model, optimizer=plan.optimizer, sources=sources,
+                          microbatches=training.microbatches),
+        donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, plan.state), None))
+    eval_fn = jax.jit(functools.partial(eval_step, model=plan.model, sources=sources))
+    meter = Meter(order, training.batch_size, training.mixture.length, run.step, plan.last_step, training.log_period,
+                  training.learning_rate, functools.partial(utilization, plan), records, status)
+    if run.step == 0:
+        evaluate(run, eval_fn, records, status)
+    batches = read_ahead(functools.partial(
+        global_batch, batch_size=training.batch_size, order=order, rows=plan.mixture.training,
+        end_of_document_id=training.vocabulary.end_of_document_id, sharding=batch_sharding(plan.mesh)),
+        run.step, plan.last_step)
+    meter.restart()
+    try:
+        while run.step < plan.last_step and not stop.is_set():
+            batch, drawn = meter.next_batch(batches)
+            run.state, metrics = step_fn(run.state, batch)
+            run.step += 1
+            run.ledger.add(order, drawn.source)
+            meter.add(run.step, metrics)
+            checkpoints.raise_if_failed()
+            ends = run.step == plan.last_step or stop.is_set()
+            evaluates = run.step % training.eval_period == 0 or run.step == plan.last_step
+            saves = run.step % training.checkpoint_period == 0 or ends
+            if evaluates or saves:
+                meter.settle()
+                if evaluates:
+                    evaluate(run, eval_fn, records, status)
+                if saves:
+                    checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json()})
+                meter.restart()
+    finally:
+        batches.close()
+    checkpoints.wait()
+    if run.step < plan.last_step:
+        status.say(f"Stopped by a signal; saved after step {run.step}. The same command goes on from there.")
+
+
+def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: StatusLine) -> None:
+    """Held-out loss of each source and each pool on the first rows of its validation split, recorded and shown."""
+    training, plan, order = run.training, run.plan, run.plan.mixture.order
+    losses, tokens = np.zeros(len(order.sources)), np.zeros(len(order.sources))
+    for index, rows in enumerate(plan.mixture.validation):
+        if rows is None:
+            continue
+        for batch in held_out_batches(rows, training.eval_rows, training.batch_size, index,
+                                      training.vocabulary.end_of_document_id, batch_sharding(plan.mesh)):
+            loss, count = jax.device_get(eval_fn(run.state.params, batch))
+            losses, tokens = losses + loss, tokens + count
+    if not tokens.sum():
+        return
+    values = loss_by_source(losses, tokens, [source.name for source in order.sources])
+    records.write(run.step, "eval", {"loss": losses.sum() / tokens.sum(), "tokens": tokens.sum()} | values)
+    pools = ", ".join(f"{pool} {values[f'loss/{pool}']:.4f}" for pool in POOLS if f"loss/{pool}" in values)
+    status.say(f"held-out loss after step {run.step}: {pools}")
+
+
+def utilization(plan: Plan, tokens_per_second: float) -> tuple[float | None, float | None]:
+    """Model FLOPs over the devices' peak, with full and with causal attention counted; None if it is not known."""
+    peak = peak_flops()
+    if peak is None:
+        return None, None
+    full, causal = (flops_per_token(plan.model.config, causal=causal) for causal in (False, True))
+    return full * tokens_per_second / (peak * plan.mesh.size), causal * tokens_per_second / (peak * plan.mesh.size)
+
+
+def summary(run: Run) -> str:
+    """What a run came to, for its last lines on the terminal."""
+    evaluations = [line for line in read_records(run.training.model_dir) if line["split"] == "eval"]
+    lines = ["", f"{run.step} of {run.plan.last_step} steps are done.", ""]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        lines.append(f"{'held-out loss, nats a token':<28} {'step ' + str(first['step']):>12} "
+                     f"{'step ' + str(last['step']):>12}")
+        lines += [f"  {pool:<26} {first[f'loss/{pool}']:>12.4f} {last[f'loss/{pool}']:>12.4f}"
+                  for pool in POOLS if f"loss/{pool}" in last]
+        lines.append("")
+    lines += [run.ledger.table(run.plan.mixture.order), "",
+              f"The run:     {run.training.model_dir}",
+              f"Look at it:  tensorboard --logdir {run.training.model_dir}"]
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Prints on the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+# Settings that a resume may change: they do not change what is computed, beyond rounding.
+FREE_ON_RESUME = frozenset("""
+    MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH
+    train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
+    train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir vocabulary.path
+    mesh.data mesh.fsdp mesh.model mesh.slices mesh.rules model.remat model.scan_unroll model.attention
+    """.split())
+
+
+def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:
+    """Raises ValueError, naming what differs, where a run directory belongs to another configuration."""
+    names = sorted((set(saved) | set(now)) - FREE_ON_RESUME)
+    differing = [name for name in names if saved.get(name) != now.get(name)]
+    if differing:
+        listed = "; ".join(f"{name} was {saved.get(name, 'not set')}, is {now.get(name, 'not set')}"
+                           for name in differing[:6])
+        raise ValueError(f"{model_dir} holds a run of another configuration: {listed}"
+                         f"{' and more' if len(differing) > 6 else ''}. Set them back, or use another MODEL_DIR.")

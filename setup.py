@@ -1,0 +1,58 @@
+"""Installs the library, the SeqIO tasks, the gin files and the `t5x` command."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithGinFiles(build_py):
+    """Puts the gin/ folder inside the installed package, where the `t5x` command looks for it.
+
+    It cannot be a package of its own: with an `__init__.py` it would hide the library `gin`.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("gin", Path(self.build_lib) / "codellm_jax" / "gin", dirs_exist_ok=True)
+
+
+setup(
+    name="codellm_jax",
+    version="0.1.0",
+    description="At which training stage does code data help a language model reason? A JAX system to find out.",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["codellm_jax*", "tasks*"]),
+    package_data={"codellm_jax": ["vocabularies/*.model", "py.typed"]},
+    cmdclass={"build_py": BuildWithGinFiles},
+    python_requires=">=3.11",
+    install_requires=[
+        "etils[epath]>=1.12",
+        "flax>=0.12.4",
+        "gin-config>=0.5",
+        "importlib_resources>=6.5",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.9",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "sentencepiece>=0.2.1",
+        "seqio>=0.0.20",
+        "tensorboard>=2.20",
+        "tensorboardX>=2.6.4",
+        "tensorflow>=2.20",
+        "tensorflow-datasets>=4.9.9",
+        "tensorflow-text>=2.20",
+        "tensorstore>=0.1.78",
+        "tqdm>=4.67",
+        "zstandard>=0.23",
+    ],
+    extras_require={
+        "test": ["hypothesis>=6.140", "mypy>=1.18", "pytest>=8.4", "ruff>=0.14"],
+        "tpu": ["jax[tpu]>=0.9"],
+        "cuda": ["jax[cuda13]>=0.9"],
+    },
+    entry_points={"console_scripts": ["t5x=codellm_jax.cli:main"]},
+)

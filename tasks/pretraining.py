@@ -1,0 +1,111 @@
+"""SeqIO tasks of pre-training: whole documents, tokenized, each ended by the end-of-document token.
+
+`text.python` and `code.python` read what every Python holds; the mixture `python_text_code` joins
+them as the paper joins 100 GB of text and 50 GB of code. `add_corpus` makes the same kind of task
+of a user's corpus.
+
+Documents are never cut here: read with `sequence_length=None` they are whole, and the training code
+joins them and cuts rows. Upstream T5X reads the same tasks with a length, to which SeqIO trims. Its
+mixture rates then count documents; where rows are full, they count tokens.
+
+Tokens are made by the vocabulary in the task's `output_features`, so that
+`task.replace(output_features=...)` tokenizes with another one.
+"""
+
+import difflib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from codellm_jax import vocabulary
+from tasks import sources
+
+DEFAULT_VOCABULARY = vocabulary.load_vocabulary("python_8k")
+
+# What `add_corpus` registered, by name, to tell it from what modules did.
+_added: dict[str, Mapping[str, Any]] = {}
+
+
+def output_features(path: str = DEFAULT_VOCABULARY.path) -> dict[str, seqio.Feature]:
+    """The features of a pre-training task, tokenized by a SentencePiece model file."""
+    return {"targets": seqio.Feature(seqio.SentencePieceVocabulary(path), add_eos=True)}
+
+
+def add_corpus(name: str, spec: Mapping[str, Any]) -> None:
+    """Registers a corpus as the SeqIO task `name`.
+
+    The same spec again changes nothing (an alias follows its task); another one replaces the task.
+
+    Args:
+      name: the task's name, such as "text.books".
+      spec: as `tasks.sources` describes it. The kind "task" gives an existing task, with its own
+        preprocessors and features, a second name.
+
+    Raises:
+      ValueError: the spec is malformed, the name is a task or mixture of another origin, or an
+        alias names no task with a feature "targets".
+    """
+    sources.validate(spec, name)
+    taken = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
+    if name in _added:
+        if _added[name] == spec and "task" not in spec:
+            return
+    elif name in taken:
+        raise ValueError(f"{name} is already a task of its own; give the corpus another name.")
+    task = _alias(name, spec["task"]) if "task" in spec else _task(name, spec)
+    seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add_provider(name, task)
+    _added[name] = dict(spec)
+
+
+def _alias(name: str, target: str) -> seqio.Task:
+    tasks = sorted(set(seqio.TaskRegistry.names()) - {name})
+    if target not in tasks:
+        near = difflib.get_close_matches(target, tasks, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "is its module in tasks.modules?"
+        raise ValueError(f"{name}: no SeqIO task is named {target!r}; {hint}")
+    task = seqio.TaskRegistry.get(target)
+    if "targets" not in task.output_features:
+        raise ValueError(
+            f"{name}: the task {target!r} has no feature 'targets', only "
+            f"{', '.join(task.output_features)}; rename one in its preprocessors."
+        )
+    return task.replace(name=name)
+
+
+def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
+    return seqio.Task(
+        name=name,
+        source=seqio.FunctionDataSource(
+            functools.partial(_dataset, spec=dict(spec), name=name), splits=sources.splits(spec)
+        ),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features=output_features(),
+        metric_fns=[],
+    )
+
+
+def _dataset(
+    split: str, shuffle_files: bool, spec: Mapping[str, Any], name: str
+) -> tf.data.Dataset:
+    """Documents as {"targets": text}; in the readers' order, which SeqIO shuffles afterwards."""
+    del shuffle_files
+    # Calls the reader once outside of TensorFlow, where its errors keep their type and one line.
+    sources.documents(spec, split, name)
+
+    def examples() -> Iterator[dict[str, str]]:
+        for text in sources.documents(spec, split, name):
+            yield {"targets": text}
+
+    return tf.data.Dataset.from_generator(
+        examples, output_signature={"targets": tf.TensorSpec((), tf.string)}
+    )
+
+
+for _kind in ("text", "code"):
+    seqio.TaskRegistry.add_provider(f"{_kind}.python", _task(f"{_kind}.python", {"python": _kind}))
+
+seqio.MixtureRegistry.add("python_text_code", [("text.python", 2), ("code.python", 1)])

@@ -1,0 +1,338 @@
+"""The corpora that every Python holds: the standard library's source code, and its prose.
+
+Code is each source file without its docstrings. Text is what is written for people: the docstrings
+of each file, those of the compiled modules, the language reference that `help()` shows, and a few
+text files. Tests, installed packages, generated tables and what was written for one machine are
+left out.
+
+About 5% of the documents are "validation" and 5% "test", by a hash of the file's name. Code and
+docstrings of one file fall into the same split, as do `heapq` and its compiled twin `_heapq`; a
+docstring or a topic's paragraph that occurs twice is kept once. So no split tells another's text.
+On one Python version and platform, documents and their order are always the same: compiled modules
+are read by a Python process of its own that sees no installed package, no environment variable and
+no working directory.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import sysconfig
+import tokenize
+import types
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "_bundled"}
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
+_FOREIGN_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|(site|user)customize\.py")
+# The topics are text; Grammar.txt and its like are neither.
+_NOT_CODE = {"pydoc_data/topics.py"}
+_NOT_PROSE = re.compile(r".*Grammar\.txt|.*requirements.*\.txt")
+# Some 100 encodings are one generated file with other numbers in it: twins across the splits.
+_GENERATED = re.compile(r"\bdecoding_(table|map)\b|\b_multibytecodec\b")
+# They talk to the terminal when imported, or open a windowing library, or serve Python's tests.
+_UNSAFE_MODULES = re.compile(r"readline|_tkinter|_test.*|_?xx.*|_ctypes_test")
+
+
+class Document(NamedTuple):
+    """One document: where it comes from, such as "json/decoder.py", its split, and its text."""
+
+    name: str
+    split: str
+    text: str
+
+
+class _SourceFile(NamedTuple):
+    name: str  # Path relative to the standard library, with forward slashes.
+    code: str
+    docstrings: list[str]
+
+
+class _Docstring(NamedTuple):
+    begin: tuple[int, int]  # Line, from 1, and column in bytes of UTF-8, from 0.
+    end: tuple[int, int]
+    alone: bool  # Its class or function has no other statement.
+    text: str
+
+
+def python_documents(kind: str, split: str) -> Iterator[str]:
+    """Texts of `python_corpus(kind)` in one split: "train", "validation" or "test"."""
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"The Python corpora have train, validation and test, found {split!r}.")
+    return (document.text for document in python_corpus(kind) if document.split == split)
+
+
+@functools.cache
+def python_corpus(kind: str) -> tuple[Document, ...]:
+    """All documents of the running Python, sorted by name; some seconds at the first call.
+
+    Args:
+      kind: "code" or "text".
+
+    Raises:
+      ValueError: there is no such kind.
+      FileNotFoundError: this Python has no readable standard library.
+      RuntimeError: the compiled modules could not be read.
+    """
+    pieces: Iterator[tuple[str, list[str]]]
+    if kind == "code":
+        pieces = ((file.name, [file.code]) for file in _source_files())
+    elif kind == "text":
+        pieces = _prose()
+    else:
+        raise ValueError(
+            f"The kinds of Python's own corpora are 'text' and 'code', found {kind!r}."
+        )
+    seen: set[str] = set()
+    corpus = []
+    for name, texts in sorted(pieces):
+        new = [text for text in dict.fromkeys(texts) if text not in seen and _is_document(text)]
+        seen.update(new)
+        if new:
+            corpus.append(Document(name, split_of(name), "\n\n".join(new)))
+    return tuple(corpus)
+
+
+def split_of(name: str) -> str:
+    """The split of a document by its name; private and compiled twins of a module go with it."""
+    stem = re.sub(r"(/__init__)?\.py$", "", re.sub("^modules/", "", name))
+    key = stem if "/" in stem else re.sub("^_(py)?", "", stem)
+    return {0: "validation", 1: "test"}.get(_hash(key) % 20, "train")
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def _is_document(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Lone surrogates, from the escapes in a docstring.
+        return False
+    return bool(text.strip())
+
+
+def _prose() -> Iterator[tuple[str, list[str]]]:
+    """Names, and texts that belong together."""
+    for file in _source_files():
+        yield file.name, file.docstrings
+    for path, name in _installed_files(".txt"):
+        if not _NOT_PROSE.fullmatch(name):
+            yield name, [path.read_text(encoding="utf-8", errors="ignore")]
+    for topic, text in _topics().items():
+        yield f"topics/{topic}", [text]
+    for module, docstrings in _compiled_docstrings().items():
+        yield f"modules/{module}", docstrings
+
+
+@functools.cache
+def _source_files() -> tuple[_SourceFile, ...]:
+    """The standard library's source files that this Python can parse."""
+    found, unreadable = [], []
+    for path, name in _installed_files(".py"):
+        try:
+            with tokenize.open(path) as stream:
+                source = stream.read()
+            if name in _NOT_CODE or (name.startswith("encodings/") and _GENERATED.search(source)):
+                continue
+            found.append(_SourceFile(name, *split_docstrings(source)))
+        except (SyntaxError, UnicodeDecodeError):
+            unreadable.append(name)
+    if not found:
+        raise FileNotFoundError(
+            f"Python's standard library holds no source files at {_root()}; "
+            "use a Python whose library is installed as files, or a corpus of your own."
+        )
+    if unreadable:
+        logging.warning(
+            "%d of %d files of Python's standard library cannot be parsed and are passed over: %s.",
+            len(unreadable),
+            len(unreadable) + len(found),
+            ", ".join(unreadable),
+        )
+    return tuple(found)
+
+
+def _root() -> pathlib.Path:
+    return pathlib.Path(sysconfig.get_path("stdlib"))
+
+
+def _installed_files(suffix: str) -> Iterator[tuple[pathlib.Path, str]]:
+    """Files of the standard library with their names, sorted by name."""
+    found: list[pathlib.Path] = []
+    for folder, subfolders, names in os.walk(_root()):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in _FOREIGN_FOLDERS | _TEST_FOLDERS and not name.startswith("config-")
+        ]
+        found += [
+            pathlib.Path(folder, name)
+            for name in names
+            if name.endswith(suffix) and not _FOREIGN_FILES.fullmatch(name)
+        ]
+    named = {path.relative_to(_root()).as_posix(): path for path in found}
+    for name in sorted(named):
+        yield named[name], name
+
+
+def _topics() -> dict[str, str]:
+    """The language reference of `help()`, by topic; empty where the installation has none.
+
+    Some topics are parts of others: each paragraph stays in the longest one, and a topic that loses
+    half of its paragraphs is left out.
+    """
+    path = _root() / "pydoc_data" / "topics.py"
+    if not path.is_file():
+        return {}
+    [topics] = [
+        ast.literal_eval(statement.value)
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(statement, ast.Assign)
+    ]
+    kept, seen = {}, set()
+    for topic, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        paragraphs = inspect.cleandoc(text).split("\n\n")
+        new = [paragraph for paragraph in paragraphs if paragraph not in seen]
+        seen.update(new)
+        if 2 * len(new) > len(paragraphs):
+            kept[topic] = "\n\n".join(new)
+    return kept
+
+
+def _compiled_docstrings() -> dict[str, list[str]]:
+    """Docstrings of the compiled modules, by module, as an isolated Python reads them."""
+    command = [sys.executable, "-I", "-S", "-W", "ignore", os.path.abspath(__file__)]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["it says nothing"])[
+            -1
+        ]
+        raise RuntimeError(
+            f"{sys.executable} cannot list the compiled modules' docstrings: {last}."
+        )
+    return json.loads(done.stdout)
+
+
+def _compiled_modules() -> Iterator[types.ModuleType]:
+    """Imports the built-in and extension modules of the standard library, sorted by name."""
+    for name in sorted(sys.stdlib_module_names | set(sys.builtin_module_names)):
+        if _UNSAFE_MODULES.fullmatch(name):
+            continue
+        try:
+            specification = importlib.util.find_spec(name)
+            loader = specification and specification.loader
+            if loader is importlib.machinery.BuiltinImporter or isinstance(
+                loader, importlib.machinery.ExtensionFileLoader
+            ):
+                yield importlib.import_module(name)
+        except (ImportError, ValueError):
+            continue  # This platform or installation lacks it.
+
+
+def _docstrings_of_module(module: types.ModuleType) -> list[str]:
+    """Docstrings of a compiled module, its functions and classes, and of their members."""
+    compiled = (
+        types.BuiltinFunctionType,
+        types.MethodDescriptorType,
+        types.ClassMethodDescriptorType,
+        types.GetSetDescriptorType,
+        types.MemberDescriptorType,
+        types.WrapperDescriptorType,
+    )
+    documented: list[object] = [module]
+    for _, value in sorted(vars(module).items()):
+        if isinstance(value, compiled):
+            documented.append(value)
+        elif isinstance(value, type):
+            documented.append(value)
+            documented += [
+                member for _, member in sorted(vars(value).items()) if isinstance(member, compiled)
+            ]
+    docstrings = [getattr(value, "__doc__", None) for value in documented]
+    return [inspect.cleandoc(text) for text in docstrings if isinstance(text, str) and text.strip()]
+
+
+def split_docstrings(source: str) -> tuple[str, list[str]]:
+    """Separates a source file's docstrings from its code.
+
+    The docstrings of modules, classes and functions are cut out of the text as it stands: every
+    comment, blank line and other string stays where it was, save for blank lines at the head of the
+    file. A body that held nothing else gets `pass`.
+
+    Args:
+      source: text of a Python file.
+
+    Returns:
+      The code, and the docstrings in the file's order, dedented as `inspect.cleandoc` does, without
+      the empty ones.
+
+    Raises:
+      SyntaxError: this Python cannot read the source, or no longer could without its docstrings.
+    """
+    source = re.sub("\r\n?", "\n", source)  # As Python's own reader does, which counts the lines.
+    found = sorted(_docstrings(_parse(source)), key=lambda docstring: docstring.begin)
+    lines = [line.encode() for line in source.split("\n")]  # Columns count bytes of UTF-8.
+    for docstring in reversed(found):
+        _cut(lines, docstring)
+    code = b"\n".join(lines).decode().lstrip("\n")
+    if found:
+        _parse(code)
+    texts = [inspect.cleandoc(docstring.text) for docstring in found]
+    return code, [text for text in texts if text.strip()]
+
+
+def _parse(source: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Invalid escapes in other people's strings.
+        try:
+            return ast.parse(source)
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise SyntaxError(f"Python cannot parse the source: {error}.") from error
+
+
+def _docstrings(tree: ast.Module) -> Iterator[_Docstring]:
+    """All docstrings, in no order; visits statements alone, as expressions are most of the work."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            pending += getattr(node, field, ())
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        match node.body[:1]:
+            case [ast.Expr(value=ast.Constant(value=str(text))) as statement]:
+                end = (statement.end_lineno or 0, statement.end_col_offset or 0)
+                alone = len(node.body) == 1 and not isinstance(node, ast.Module)
+                yield _Docstring((statement.lineno, statement.col_offset), end, alone, text)
+
+
+def _cut(lines: list[bytes], docstring: _Docstring) -> None:
+    """Removes one docstring from `lines`, in place; the lines above it keep their numbers."""
+    (first, begin), (last, end) = docstring.begin, docstring.end
+    before, after = lines[first - 1][:begin], lines[last - 1][end:]
+    if docstring.alone:
+        before += b"pass"
+    elif after.lstrip().startswith(b";"):
+        after = after.lstrip()[1:].lstrip()
+    line = (before + after).rstrip()
+    lines[first - 1 : last] = [line] if line.strip() else []
+
+
+if __name__ == "__main__":  # What `_compiled_docstrings` runs.
+    print(
+        json.dumps(
+            {module.__name__: _docstrings_of_module(module) for module in _compiled_modules()}
+        )
+    )

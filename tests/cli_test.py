@@ -1,0 +1,138 @@
+"""The command: what it answers to a user's slips, and what --dry_run and explain print."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codellm_jax import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+MIXED = "--gin_file=gin/mixed_pretrain.gin"
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """The one line on stderr with which a command is refused."""
+    assert cli.main(arguments) != 0
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["trian"], "there is no sub-command 'trian'; nearest: train"),
+    (["train"], "no --gin_file is given"),
+    (["train", MIXED, "--dryrun"], "unknown argument --dryrun; nearest: --dry_run"),
+    (["train", MIXED, "--gin.SEED"], "--gin.SEED needs a value"),
+    (["train", "--gin_file=gin/mixed.gin"], "No gin file gin/mixed.gin; nearest shipped: gin/mixed_pretrain.gin"),
+    (["train", MIXED, "--gin.BATCHSIZE=8"], "nothing uses the setting BATCHSIZE; nearest: BATCH_SIZE"),
+    (["train", MIXED, "--gin.CODE_RATE=1.5"], "CODE_RATE must lie between 0 (text only) and 1 (code only), found 1.5"),
+    (["train", MIXED, "--gin.CODE_RATE=lots"], "CODE_RATE must be a number between 0 and 1, found 'lots'"),
+    (["train", MIXED, "--gin.BATCH_SIZE=12"], "BATCH_SIZE = 12 cannot be divided by the mesh"),
+    (["train", MIXED, "--gin.BATCH_SIZE=0"], "BATCH_SIZE must be a whole number from 1, found 0"),
+    (["train", MIXED, "--gin.mesh.data=3"], "does not fit 8 devices"),
+    (["train", MIXED, "--gin.WARMUP_STEPS=900"], "warmup_cosine.warmup_steps = 900"),
+    (["train", MIXED, "--gin.VOCABULARY=nowhere.model"], "There is no vocabulary file nowhere.model"),
+    (["train", MIXED, "--gin.VOCABULARY=python_9k"], "No vocabulary 'python_9k' is shipped"),
+    (["train", MIXED, "--gin.model.heads=5"], "heads must divide hidden"),
+    (["train", MIXED, "--gin.model.activation=gela"], "gela"),
+    (["train", MIXED, "--gin.TASK_MODULES=['my_tasks']"], "my_tasks"),
+    (["train", MIXED, "--gin.CORPORA={'text.a': {'json_lines': 'nowhere/*.jsonl'}}",
+      "--gin.MIXTURE_OR_TASK_NAME=['text.a', 'code.python']"], "nowhere/*.jsonl"),
+    (["train", MIXED, "--gin.CORPORA={'prose.a': {'text_files': '*'}}"], "prose.a"),
+    (["train", MIXED, "--gin.MAX_EPOCHS=0"], "MAX_EPOCHS must be at least 1"),
+    (["explain", "BATCH", MIXED], "Nothing is named 'BATCH'; nearest: BATCH_SIZE"),
+])
+def test_slips_get_one_line(capsys, arguments, message):
+    assert message in refusal(capsys, *arguments)
+
+
+def test_an_unknown_mixture_gets_the_nearest_names(capsys, tiny_cache):
+    line = refusal(capsys, "train", MIXED, f"--gin.CACHE_DIR={tiny_cache}",
+                   "--gin.MIXTURE_OR_TASK_NAME=python_text_cod")
+    assert "No SeqIO task or mixture is named 'python_text_cod'; nearest: python_text_code" in line
+
+
+def test_a_corpus_smaller_than_a_row_is_refused(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("too short")
+    line = refusal(capsys, "train", MIXED, f"--gin.CACHE_DIR={tmp_path}", "--gin.CODE_RATE=0.0",
+                   f"--gin.CORPORA={{'text.a': {{'text_files': '{tmp_path}/a.txt', 'holdout': 0}}}}",
+                   "--gin.MIXTURE_OR_TASK_NAME=['text.a']")
+    assert "text.a: its training split has" in line and "lower TASK_FEATURE_LENGTHS" in line
+
+
+def test_a_pool_that_is_asked_for_but_not_there_is_refused(capsys, tiny_flags):
+    line = refusal(capsys, "train", *tiny_flags, "--gin.MIXTURE_OR_TASK_NAME=['text.tiny']")
+    assert "The mixture has no code source: set CODE_RATE = 0.0" in line
+
+
+def test_a_run_directory_of_another_configuration_says_what_differs(capsys, tiny_flags, tmp_path):
+    flags = [*tiny_flags, f"--gin.MODEL_DIR={tmp_path}/run", "--gin.TRAIN_STEPS=4"]
+    assert cli.main(["train", *flags]) == 0
+    capsys.readouterr()
+    line = refusal(capsys, "train", *flags, "--gin.CODE_RATE=0.75", "--gin.SEED=5")
+    assert "another configuration: CODE_RATE was 0.333333333333, is 0.75; SEED was 0, is 5" in line
+    line = refusal(capsys, "train", *flags, "--gin.model.layers=4")
+    assert "model.layers was 3, is 4" in line
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(capsys, tiny_flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refusal(capsys, "train", *tiny_flags, f"--gin.MODEL_DIR={tmp_path}/file/run")
+    assert "file" in line and "Traceback" not in line
+
+
+def test_a_full_disk_ends_the_run_in_one_line(tiny_flags, tmp_path):
+    """A file system of four megabytes, in a mount namespace of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=4m none {disk}"
+    if subprocess.run(["unshare", "-rm", "bash", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no user and mount namespaces here")
+    flags = " ".join(f"'{flag}'" if "'" not in flag else f'"{flag}"' for flag in tiny_flags)
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c",
+         f"{mount} && exec {sys.executable} -m codellm_jax.cli train {flags} --gin.MODEL_DIR={disk}/run "
+         "--gin.TRAIN_STEPS=12 --gin.CHECKPOINT_PERIOD=4"],
+        capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and "No space left on device" in lines[0], done.stderr
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert cli.main(["train", "--gin_file=none.gin", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(capsys, tiny_flags, tmp_path):
+    flags = [*tiny_flags, f"--gin.MODEL_DIR={tmp_path}/run", "--gin.TRAIN_STEPS=200",
+             "--gin.MIX_PHASES=['5:5', '6:4', '7:3', '7:3']"]
+    assert cli.main(["train", *flags, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("CODE_RATE = 0.333333333333  # gin/mixed_pretrain.gin:", "MIX_PHASES = ['5:5', '6:4', '7:3', '7:3']",
+                  "epochs to come", "share of code: 0.5000 from step 0, 0.4000 from step 50, 0.3000 from step 100",
+                  "WARNING: text.tiny will be repeated", "parameters", "mesh", "GiB a device", "order"):
+        assert words in printed, printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_explain(capsys):
+    assert cli.main(["explain", "CODE_RATE", MIXED, "--gin.CODE_RATE=0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "CODE_RATE = 0.5" in printed and "set by --gin.CODE_RATE" in printed
+    assert "overriding 0.333333333333 of gin/mixed_pretrain.gin:" in printed
+
+
+def test_help_and_no_command(capsys):
+    assert cli.main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_the_command_works_from_another_directory(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "codellm_jax.cli", "explain", "BATCH_SIZE", MIXED], capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "BATCH_SIZE = 8" in done.stdout

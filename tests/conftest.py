@@ -1,0 +1,128 @@
+"""Eight host devices, and tiny corpora whose rows are cached once a session."""
+
+import getpass
+import os
+import tempfile
+
+# Before jax is imported, which reads them once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+# LLVM's expensive passes make compiling three times as long, which is most of the time of these tests.
+os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
+                           "--xla_llvm_disable_expensive_passes=true").strip()
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    tempfile.gettempdir(), f"codellm_jax_tests_{getpass.getuser()}", "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+import dataclasses  # noqa: E402
+import functools  # noqa: E402
+import json  # noqa: E402
+import random  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+
+LENGTH = 32
+WORDS = ("the a row of tokens is read by its number and never lost while one model learns from text and code in turn "
+         "héllo 世界 order position share ledger epoch source schedule quota").split()
+
+
+def _prose(dice: random.Random, words: int) -> str:
+    return " ".join(dice.choice(WORDS) for _ in range(words)) + "."
+
+
+def _program(dice: random.Random, lines: int) -> str:
+    body = "".join(f"    value = value * {dice.randrange(100)} + {dice.choice('abcdef')}{dice.randrange(10)}\n"
+                   for _ in range(lines))
+    return f"def function_{dice.randrange(1000)}(value):\n{body}    return value\n"
+
+
+def write_json_lines(path: Path, documents: list[str]) -> str:
+    """Writes documents as {"text": document} lines; returns the path as a corpus's pattern."""
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_documents() -> dict[tuple[str, str], list[str]]:
+    """(corpus, split) -> documents from one word to many rows long."""
+    dice = random.Random(7)
+    sizes = [1, 2, 3, 5, 8, 13, 30, 60, 90, 400]
+    return {
+        ("text.tiny", "train"): [_prose(dice, size) for size in sizes * 2],
+        ("text.tiny", "validation"): [_prose(dice, size) for size in (1, 20, 150, 40)],
+        ("code.tiny", "train"): [_program(dice, size) for size in (0, 1, 2, 3, 5, 8, 13, 20, 1, 30)],
+        ("code.tiny", "validation"): [_program(dice, size) for size in (0, 12, 4, 9)],
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_corpora(tmp_path_factory: pytest.TempPathFactory, tiny_documents: Any) -> dict[str, dict[str, Any]]:
+    """CORPORA of two JSON-lines corpora, text.tiny and code.tiny, with validation files of their own."""
+    folder = tmp_path_factory.mktemp("corpora")
+    files = {key: write_json_lines(folder / f"{'.'.join(key)}.jsonl", documents)
+             for key, documents in tiny_documents.items()}
+    return {name: {"json_lines": files[name, "train"], "validation": files[name, "validation"]}
+            for name in ("text.tiny", "code.tiny")}
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_corpora: dict[str, dict[str, Any]]) -> str:
+    """A CACHE_DIR that holds the rows of the tiny corpora, 32 tokens each in the shipped vocabulary."""
+    import tasks
+    from codellm_jax.mixture.rows import cached_rows
+    from codellm_jax.vocabulary import load_vocabulary
+
+    cache_dir = str(tmp_path_factory.mktemp("cache"))
+    definitions = tasks.Definitions(modules=("tasks.pretraining",), corpora=tiny_corpora)
+    for name in tiny_corpora:
+        cached_rows(name, definitions, load_vocabulary("python_8k"), LENGTH, cache_dir, report=lambda line: None)
+    return cache_dir
+
+
+@pytest.fixture(scope="session")
+def make_training(
+    tmp_path_factory: pytest.TempPathFactory, tiny_corpora: dict[str, dict[str, Any]], tiny_cache: str
+) -> Callable[..., Any]:
+    """Makes a `Training` of a micro model on the tiny corpora; overrides name fields of Training or of Mixture."""
+    import tasks
+    from codellm_jax.mixture.mixture import Mixture
+    from codellm_jax.model.decoder import DecoderConfig
+    from codellm_jax.plan import Training
+    from codellm_jax.runtime.optimization import adamw, warmup_cosine
+    from codellm_jax.runtime.partitioning import MeshShape
+    from codellm_jax.vocabulary import load_vocabulary
+
+    of_training = {field.name for field in dataclasses.fields(Training)}
+    of_mixture = {field.name for field in dataclasses.fields(Mixture)}
+
+    def make(**overrides: Any) -> Training:
+        unknown = set(overrides) - of_training - of_mixture
+        assert not unknown, f"neither Training nor Mixture has {unknown}"
+        mixture = Mixture(**{
+            "name": list(tiny_corpora), "lengths": {"targets": LENGTH}, "code_rate": 1 / 3, "cache_dir": tiny_cache,
+            "definitions": tasks.Definitions(modules=("tasks.pretraining",), corpora=tiny_corpora),
+        } | {name: value for name, value in overrides.items() if name in of_mixture})
+        steps = overrides.get("train_steps", 12)
+        return Training(**{
+            "model_dir": str(tmp_path_factory.mktemp("run")), "mixture": mixture,
+            "vocabulary": load_vocabulary("python_8k"),
+            "model": functools.partial(DecoderConfig, layers=3, hidden=32, heads=2, feedforward=64),
+            "optimizer": adamw, "learning_rate": warmup_cosine(1e-2, 1e-4, min(3, steps - 1), steps),
+            "mesh": MeshShape(data=-1), "batch_size": 8, "train_steps": steps, "eval_period": 6,
+            "checkpoint_period": 4, "log_period": 1, "eval_rows": 8,
+        } | {name: value for name, value in overrides.items() if name in of_training})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(tiny_corpora: dict[str, dict[str, Any]], tiny_cache: str) -> list[str]:
+    """Flags of `t5x train` for a micro model on the tiny corpora; MODEL_DIR and TRAIN_STEPS are the test's."""
+    return [
+        "--gin_file=gin/mixed_pretrain.gin", f"--gin.CORPORA={tiny_corpora}", f"--gin.CACHE_DIR={tiny_cache}",
+        f"--gin.MIXTURE_OR_TASK_NAME={list(tiny_corpora)}", f"--gin.TASK_FEATURE_LENGTHS={{'targets': {LENGTH}}}",
+        "--gin.model.layers=3", "--gin.model.hidden=32", "--gin.model.heads=2", "--gin.model.feedforward=64",
+        "--gin.WARMUP_STEPS=2", "--gin.train.eval_rows=8"]

@@ -1,0 +1,85 @@
+"""Which room may know which: docs/architecture.md, held by reading every import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PURE = {"codellm_jax.mixture.schedules", "codellm_jax.mixture.order", "codellm_jax.mixture.ledger"}
+HEAVY = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"}
+
+
+def modules() -> dict[str, Path]:
+    paths = [*(ROOT / "codellm_jax").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+
+
+def imports(path: Path, everywhere: bool = True) -> set[str]:
+    """Modules that a file imports, in functions too or at its top alone."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else iter(tree.body)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def tops(found: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in found}
+
+
+def test_arrows_point_down():
+    for name, path in modules().items():
+        found = imports(path)
+        room = name.split(".")[1] if name.count(".") > 1 else ""
+        above = {"codellm_jax.cli", "codellm_jax.configuration", "codellm_jax.train", "codellm_jax.plan"}
+        if room:
+            assert not found & above, name
+        if room in ("mixture", "model"):
+            assert not any(other.startswith("codellm_jax.runtime") for other in found), name
+        if room == "mixture":
+            assert not any(other.startswith("codellm_jax.model") for other in found), name
+        if room == "model":
+            assert all(other.startswith("codellm_jax.model") for other in found
+                       if other.startswith("codellm_jax")), name
+        if name.startswith("tasks"):
+            assert all(other.startswith("codellm_jax.vocabulary") for other in found - {"codellm_jax"}
+                       if other.startswith("codellm_jax")), name
+        if name.startswith("codellm_jax"):
+            assert "tasks" not in tops(found), name
+        if "gin" in tops(found):
+            assert name == "codellm_jax.configuration"
+        if "orbax" in tops(found):
+            assert name == "codellm_jax.runtime.checkpoints"
+        if name in PURE:
+            assert not tops(found) & ({"jax", "gin"} | HEAVY), name
+        assert not tops(imports(path, everywhere=False)) & HEAVY or name == "tasks.pretraining", name
+
+
+def test_gin_is_a_folder_of_files_only():
+    assert not list((ROOT / "gin").rglob("*.py"))
+
+
+def test_training_code_imports_without_tensorflow():
+    script = ("import sys, codellm_jax.train, codellm_jax.configuration, tasks; "
+              "print(sorted({'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_imports_no_heavy_library():
+    script = ("import sys; from codellm_jax import cli\n"
+              "try: cli.main(['train', '--help'])\n"
+              "except SystemExit: pass\n"
+              "print({'jax', 'gin', 'numpy', 'tensorflow'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip().endswith("set()")
+
+
+def test_no_file_is_too_long_to_read():
+    for name, path in modules().items():
+        assert len(path.read_text().splitlines()) <= 450, name

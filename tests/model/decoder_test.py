@@ -1,0 +1,289 @@
+"""The decoder equals a naive NumPy reading of its specification, with a cache as without, and counts itself rightly."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from codellm_jax.model.decoder import (
+    Decoder,
+    DecoderConfig,
+    flops_per_token,
+    init_cache,
+    parameter_count,
+    token_embedding,
+)
+
+TINY = DecoderConfig(layers=3, hidden=12, heads=3, feedforward=20, vocabulary_size=17, length=11)
+ARCHITECTURES = {"query layer": TINY, "gpt": dataclasses.replace(TINY, query_layer=False)}
+
+Inputs = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def make_inputs(config: DecoderConfig, starts: tuple[tuple[int, ...], ...] = ((0, 4, 9), (0, 7))) -> Inputs:
+    """Random tokens with documents starting at the given indices of each row; positions restart there."""
+    tokens_BL = np.random.default_rng(0).integers(config.vocabulary_size, size=(len(starts), config.length))
+    index_L = np.arange(config.length)
+    segments_BL = np.stack([np.searchsorted(row, index_L, side="right") for row in starts])
+    positions_BL = np.stack([index_L - np.asarray(row)[s - 1] for row, s in zip(starts, segments_BL, strict=True)])
+    return tuple(jnp.asarray(array, jnp.int32) for array in (tokens_BL, positions_BL, segments_BL))
+
+
+@functools.cache
+def make_params(config: DecoderConfig) -> Any:
+    """Parameters that hide nothing: biases and LayerNorms drawn too, matrices large enough to matter."""
+    boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), *make_inputs(config))["params"]
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.4, jnp.float32), nn.unbox(boxed))
+
+
+def compute_logits(config: DecoderConfig, params: Any, inputs: Inputs, **options: Any) -> jax.Array:
+    def run(params: Any, *inputs: jax.Array) -> jax.Array:
+        hidden_BLD = Decoder(config).apply({"params": params}, *inputs, **options)
+        return Decoder(config).apply({"params": params}, hidden_BLD, method="logits")
+
+    return jax.jit(run)(params, *inputs)
+
+
+# The specification in NumPy, one token and one head at a time, in float64.
+
+
+def naive_norm(x_D: np.ndarray, p: Any) -> np.ndarray:
+    return (x_D - x_D.mean()) / np.sqrt(((x_D - x_D.mean()) ** 2).mean() + 1e-5) * p["scale"] + p["bias"]
+
+
+def naive_block(config: DecoderConfig, p: Any, x_LD: np.ndarray, query_LD: Any, segments_L: np.ndarray) -> np.ndarray:
+    attention, feedforward = p["attention"], p["feedforward"]
+    normed_LD = np.stack([naive_norm(x_D, p["attention_norm"]) for x_D in x_LD])
+    asked_LD = normed_LD if query_LD is None else query_LD
+    result_LD = np.zeros_like(x_LD)
+    for i in range(len(x_LD)):
+        x_D = x_LD[i] + attention["output_bias"]
+        for h in range(config.heads):
+
+            def project(name: str, y_D: np.ndarray, h: int = h) -> np.ndarray:
+                return y_D @ attention[f"{name}_kernel"][:, h] + attention[f"{name}_bias"][h]
+
+            query_K = project("query", asked_LD[i])
+            seen = [j for j in range(i + 1) if segments_L[j] == segments_L[i]]
+            scores = [query_K @ project("key", normed_LD[j]) / np.sqrt(config.head_size) for j in seen]
+            weights = np.exp(scores) / np.exp(scores).sum()
+            attended_K = sum(w * project("value", normed_LD[j]) for w, j in zip(weights, seen, strict=True))
+            x_D = x_D + attended_K @ attention["output_kernel"][h]
+        up_F = naive_norm(x_D, p["feedforward_norm"]) @ feedforward["up_kernel"] + feedforward["up_bias"]
+        if config.activation == "gelu":
+            up_F = up_F * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up_F + 0.044715 * up_F**3)))
+        else:
+            up_F = up_F / (1 + np.exp(-1.702 * up_F))
+        result_LD[i] = x_D + up_F @ feedforward["down_kernel"] + feedforward["down_bias"]
+    return result_LD
+
+
+def naive_logits(config: DecoderConfig, params: Any, inputs: Inputs) -> np.ndarray:
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    rows = []
+    for tokens_L, positions_L, segments_L in zip(*map(np.asarray, inputs), strict=True):
+        x_LD = p["token_embedding"][tokens_L] + p["position_embedding"][positions_L]
+        for layer in range(config.layers - config.query_layer):
+            block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
+            x_LD = naive_block(config, block, x_LD, None, segments_L)
+        x_LD = np.stack([naive_norm(x_D, p["final_norm"]) for x_D in x_LD])
+        if config.query_layer:
+            x_LD = naive_block(config, p["query_block"], x_LD, p["query_embedding"][positions_L], segments_L)
+        rows.append(x_LD @ p["token_embedding"].T)
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("change", [{}, {"query_layer": False}, {"activation": "fast_gelu"}, {"layers": 1}], ids=str)
+def test_equals_the_specification(change: dict[str, Any]) -> None:
+    config = dataclasses.replace(TINY, **change)
+    params, inputs = make_params(config), make_inputs(config)
+    logits_BLV = compute_logits(config, params, inputs)
+    assert logits_BLV.dtype == jnp.float32
+    np.testing.assert_allclose(logits_BLV, naive_logits(config, params, inputs), atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_documents_do_not_leak(architecture: str) -> None:
+    """In one row: neither an earlier document nor a later token changes a token's logits, nor does its place."""
+    config = ARCHITECTURES[architecture]
+    params, inputs = make_params(config), make_inputs(config, ((0, 4),))
+    tokens_BL, positions_BL, segments_BL = inputs
+    logits = jax.jit(functools.partial(compute_logits, config))
+    base_BLV = logits(params, inputs)
+    other_first = logits(params, ((tokens_BL + 1).at[:, 4:].set(tokens_BL[:, 4:]) % 17, positions_BL, segments_BL))
+    np.testing.assert_array_equal(other_first[:, 4:], base_BLV[:, 4:])
+    assert not np.allclose(other_first[:, :4], base_BLV[:, :4])
+    other_last = logits(params, (tokens_BL.at[:, -1].add(1) % 17, positions_BL, segments_BL))
+    np.testing.assert_array_equal(other_last[:, :-1], base_BLV[:, :-1])
+    alone = compute_logits(config, params, tuple(array[:, 4:] for array in inputs))
+    np.testing.assert_allclose(alone, base_BLV[:, 4:], atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cache_equals_the_whole_row(architecture: str) -> None:
+    """Prompts of every length, then one token at a time; several documents in a row."""
+    config = dataclasses.replace(ARCHITECTURES[architecture], length=7)
+    decoder, params, inputs = Decoder(config), make_params(config), make_inputs(config, ((0, 3, 5), (0, 4)))
+    expected_BLV = compute_logits(config, params, inputs)
+
+    @jax.jit
+    def step(cache: Any, *inputs: jax.Array) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "cache": cache}
+        hidden_BLD, changed = decoder.apply(variables, *inputs, decode=True, mutable=["cache"])
+        return decoder.apply(variables, hidden_BLD, method="logits"), changed["cache"]
+
+    for prompt in range(1, config.length + 1):
+        cache = init_cache(config, batch=2)
+        logits_BLV, cache = step(cache, *(array[:, :prompt] for array in inputs))
+        np.testing.assert_allclose(logits_BLV, expected_BLV[:, :prompt], atol=1e-5)
+        for i in range(prompt, config.length):
+            logits_BLV, cache = step(cache, *(array[:, i : i + 1] for array in inputs))
+            np.testing.assert_allclose(logits_BLV[:, 0], expected_BLV[:, i], atol=1e-5)
+    assert cache["cached_mask"]["index"] == config.length
+
+    # Several tokens at a time, in a cache no longer than they need, with the prompt's state used twice.
+    cache = init_cache(config, batch=2, length=6)
+    _, prompted = step(cache, *(array[:, :4] for array in inputs))
+    for shift in (1, 0):
+        continuation = ((inputs[0] + shift) % 17)[:, 4:6], *(array[:, 4:6] for array in inputs[1:])
+        logits_BLV, _ = step(prompted, *continuation)
+    np.testing.assert_allclose(logits_BLV, expected_BLV[:, 4:6], atol=1e-5)
+
+
+def test_left_padding_serves_prompts_of_different_lengths() -> None:
+    """Padding before a prompt, in a segment of its own, changes nothing."""
+    config = TINY
+    params, inputs = make_params(config), make_inputs(config, ((0, 3),))
+    padded_BLV = compute_logits(config, params, inputs)
+    alone_BLV = compute_logits(config, params, tuple(array[:, 3:] for array in inputs))
+    np.testing.assert_allclose(padded_BLV[:, 3:], alone_BLV, atol=1e-5)
+
+
+def loss_gradients(config: DecoderConfig, params: Any, inputs: Inputs) -> Any:
+    def loss(params: Any) -> jax.Array:
+        hidden_BLD = Decoder(config).apply(
+            {"params": params}, *inputs, deterministic=False, rngs={"dropout": jax.random.key(3)}
+        )
+        return jnp.sum(jnp.sin(hidden_BLD))
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+def test_remat_and_unrolling_change_no_gradient() -> None:
+    """With dropout, whose draws must come out the same the second time."""
+    config = dataclasses.replace(TINY, dropout_rate=0.3, remat="none")
+    params, inputs = make_params(TINY), make_inputs(TINY)
+    expected = loss_gradients(config, params, inputs)
+    assert all(leaf.any() for leaf in jax.tree.leaves(expected))
+    for change in ({"remat": "dots"}, {"remat": "full", "scan_unroll": 2}):
+        gradients = loss_gradients(dataclasses.replace(config, **change), params, inputs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradients, expected)
+
+
+def test_dropout_differs_by_rng_and_is_reproducible() -> None:
+    config = dataclasses.replace(TINY, dropout_rate=0.5)
+    params, inputs = make_params(TINY), make_inputs(TINY)
+
+    @jax.jit
+    def run(seed: jax.Array) -> jax.Array:
+        rngs = {"dropout": jax.random.key(seed)}
+        return Decoder(config).apply({"params": params}, *inputs, deterministic=False, rngs=rngs)
+
+    np.testing.assert_array_equal(run(0), run(0))
+    assert not np.allclose(run(0), run(1))
+    np.testing.assert_array_equal(compute_logits(config, params, inputs), compute_logits(TINY, params, inputs))
+
+
+def test_bfloat16_computes_so_and_keeps_float32_parameters() -> None:
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    inputs = make_inputs(config)
+    fresh = jax.eval_shape(Decoder(config).init, jax.random.key(0), *inputs)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+    assert jax.eval_shape(Decoder(config).apply, {"params": fresh}, *inputs).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(init_cache(config, 1)["blocks"])} == {jnp.dtype("bfloat16")}
+    params = jax.tree.map(lambda leaf: leaf / 2, make_params(TINY))
+    logits_BLV = compute_logits(config, params, inputs)
+    assert logits_BLV.dtype == jnp.float32
+    np.testing.assert_allclose(logits_BLV, naive_logits(TINY, params, inputs), atol=0.03)
+
+
+def test_initial_parameters() -> None:
+    """normal(0.02), biases zero, LayerNorms one and zero; blocks differ; every parameter has logical axes."""
+    config = dataclasses.replace(TINY, hidden=48, feedforward=96, vocabulary_size=64)
+    boxed = jax.jit(Decoder(config).init)(jax.random.key(0), *make_inputs(config))["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(boxed)):
+        name = path[-1].key
+        if name == "scale":
+            assert (leaf == 1).all()
+        elif name.endswith("bias"):
+            assert (leaf == 0).all()
+        else:
+            assert abs(leaf.std() / 0.02 - 1) < 0.1, path
+    query_kernel = boxed["blocks"]["attention"]["query_kernel"]
+    assert query_kernel.names == ("layers", "embed", "heads", "kv")
+    assert not np.allclose(query_kernel.value[0], query_kernel.value[1])
+    np.testing.assert_array_equal(token_embedding(boxed), token_embedding(nn.unbox(boxed)))
+    for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
+        assert isinstance(leaf, nn.LogicallyPartitioned) and None not in leaf.names
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("query_layer", [True, False])
+def test_parameter_count_equals_the_real_one(layers: int, query_layer: bool) -> None:
+    config = dataclasses.replace(TINY, layers=layers, query_layer=query_layer)
+    params = jax.eval_shape(Decoder(config).init, jax.random.key(0), *make_inputs(config))["params"]
+    assert parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(("layers", "hidden", "heads"), [(16, 2560, 32), (32, 2560, 32), (40, 5120, 40)])
+def test_parameter_count_of_the_published_sizes(layers: int, hidden: int, heads: int) -> None:
+    config = DecoderConfig(layers, hidden, heads, 4 * hidden, vocabulary_size=40_000, length=1024)
+    by_hand = {
+        # (V + 2 P) D       layers x (12 D^2 + 13 D)         2 D
+        (16, 2560): 42_048 * 2560 + 16 * (78_643_200 + 33_280) + 5_120,
+        (32, 2560): 42_048 * 2560 + 32 * (78_643_200 + 33_280) + 5_120,
+        (40, 5120): 42_048 * 5120 + 40 * (314_572_800 + 66_560) + 10_240,
+    }[layers, hidden]
+    assert parameter_count(config) == by_hand
+    assert by_hand == {16: 1_366_471_680, 32: 2_625_295_360, 40: 12_800_870_400}[layers]
+
+
+def test_flops_per_token() -> None:
+    """2.6B by hand: matmul parameters 32 x 12 D^2 + 40,000 D; attention 12 x 32 x 1024 x D."""
+    config = DecoderConfig(32, 2560, 32, 10_240, vocabulary_size=40_000, length=1024)
+    matmul = 6 * (2_516_582_400 + 102_400_000)
+    assert flops_per_token(config, causal=False) == matmul + 1_006_632_960
+    assert flops_per_token(config, causal=True) == matmul + 503_316_480
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 5}, "heads must divide hidden, found 5 heads and hidden 12"),
+        ({"layers": 0}, "layers must be at least 1, found 0"),
+        ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), found 1.0"),
+        ({"activation": "fastgelu"}, "activation 'fastgelu' is unknown: did you mean 'fast_gelu'"),
+        ({"remat": "ful"}, "did you mean 'full'"),
+        ({"dtype": "bf16"}, "did you mean 'bfloat16'"),
+        ({"attention": "references"}, "did you mean 'reference'"),
+    ],
+)
+def test_errors_say_what_was_found(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        dataclasses.replace(TINY, **change)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_too_long_are_refused() -> None:
+    inputs = [jnp.zeros((1, TINY.length + 1), jnp.int32)] * 3
+    with pytest.raises(ValueError, match="at most 11 tokens, found 12"):
+        Decoder(TINY).apply({"params": make_params(TINY)}, *inputs)
+    variables = {"params": make_params(TINY), "cache": init_cache(TINY, 1, length=2)}
+    with pytest.raises(ValueError, match="2 slots, found 3 tokens"):
+        Decoder(TINY).apply(variables, *(a[:, :3] for a in inputs), decode=True, mutable=["cache"])

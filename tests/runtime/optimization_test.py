@@ -1,0 +1,116 @@
+"""AdamW against a plain numpy one, and the learning rate against its formula."""
+
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from codellm_jax.runtime.optimization import adamw, chain, decayed, warmup_cosine
+
+
+def tree(dice: np.random.Generator, size: float = 1.0) -> dict:
+    return {"embedding": size * dice.normal(size=(7, 4)),
+            "norm": {"scale": size * dice.normal(size=4), "bias": size * dice.normal(size=4)},
+            "block": {"query_kernel": size * dice.normal(size=(4, 5)), "query_bias": size * dice.normal(size=5)}}
+
+
+def as_float32(values: dict) -> dict:
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), values)
+
+
+class PlainAdamW:
+    """Loshchilov and Hutter (2019) after clipping to a global norm, in float64."""
+
+    def __init__(self, params, rates, b1, b2, eps, weight_decay, clip_norm, undecayed):
+        self.params = {name: value.astype(np.float64) for name, value in params.items()}
+        self.m = {name: np.zeros_like(value) for name, value in self.params.items()}
+        self.v = {name: np.zeros_like(value) for name, value in self.params.items()}
+        self.rates, self.b1, self.b2, self.eps = rates, b1, b2, eps
+        self.weight_decay, self.clip_norm, self.undecayed, self.steps = weight_decay, clip_norm, undecayed, 0
+
+    def step(self, gradients):
+        norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients.values()))
+        shrink = min(1.0, self.clip_norm / norm)
+        rate = self.rates(self.steps)
+        self.steps += 1
+        for name, gradient in gradients.items():
+            gradient = gradient.astype(np.float64) * shrink
+            self.m[name] = self.b1 * self.m[name] + (1 - self.b1) * gradient
+            self.v[name] = self.b2 * self.v[name] + (1 - self.b2) * gradient**2
+            m = self.m[name] / (1 - self.b1**self.steps)
+            v = self.v[name] / (1 - self.b2**self.steps)
+            decay = 0.0 if name in self.undecayed else self.weight_decay
+            self.params[name] = self.params[name] - rate * (m / (np.sqrt(v) + self.eps) + decay * self.params[name])
+
+
+def flat(values: dict) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(values)}
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"b1": 0.8, "b2": 0.99, "eps": 1e-3, "weight_decay": 0.5, "clip_norm": 0.1}, {"clip_norm": 1e9},
+    {"weight_decay": 0.0}])
+def test_adamw_is_the_one_of_the_paper(settings):
+    dice = np.random.default_rng(0)
+
+    def rates(step):
+        return 1e-2 * (step + 1)
+
+    params = as_float32(tree(dice))
+    optimizer = adamw(rates, **settings)
+    every = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0} | settings
+    plain = PlainAdamW(flat(params), rates, **every, undecayed={"norm/scale", "norm/bias", "block/query_bias"})
+    state = optimizer.init(params)
+    # Small gradients and large ones: below the clipping norm and far above it.
+    for size in (1e-2, 10.0, 1e-3, 3.0, 1.0, 100.0):
+        gradients = as_float32(tree(dice, size))
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        plain.step(flat(gradients))
+        for name, found in flat(params).items():
+            np.testing.assert_allclose(found, plain.params[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_decay_leaves_out_biases_and_scales():
+    assert decayed(tree(np.random.default_rng(0))) == {
+        "embedding": True, "norm": {"scale": False, "bias": False},
+        "block": {"query_kernel": True, "query_bias": False}}
+
+
+@pytest.mark.parametrize(("peak", "final", "warmup", "steps"), [
+    (1e-4, 1e-6, 500, 80_000), (1e-3, 1e-5, 30, 350), (1.0, 0.0, 1, 2), (2.0, 0.5, 0, 10)])
+def test_warmup_cosine_is_its_formula(peak, final, warmup, steps):
+    schedule = warmup_cosine(peak, final, warmup, steps)
+    for step in {0, 1, warmup // 2, warmup - 1, warmup, warmup + 1, (warmup + steps) // 2, steps - 1, steps, steps + 9}:
+        if step < 0:
+            continue
+        if step < warmup:
+            expected = peak * step / warmup
+        else:
+            progress = min(1.0, (step - warmup) / (steps - warmup))
+            expected = final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+        np.testing.assert_allclose(float(schedule(step)), expected, rtol=1e-5, atol=1e-7 * peak, err_msg=str(step))
+    assert float(schedule(warmup)) == pytest.approx(peak) and float(schedule(steps)) == pytest.approx(final)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (0, 0)])
+def test_a_warmup_longer_than_the_run_is_refused_in_one_line(warmup, steps):
+    with pytest.raises(ValueError, match=f"warmup_steps = {warmup} must be at least 0 and below the {steps}") as raised:
+        warmup_cosine(1e-3, 1e-5, warmup, steps)
+    assert "\n" not in str(raised.value)
+
+
+def test_chain_ends_with_the_learning_rate():
+    optimizer = chain(lambda step: 0.5 / (step + 1), [optax.clip(2.0), optax.trace(decay=0.5)])
+    params = {"x": np.zeros(3, np.float32)}
+    state = optimizer.init(params)
+    gradient = {"x": np.array([1.0, -8.0, 0.0], np.float32)}
+    first, state = optimizer.update(gradient, state, params)
+    second, state = optimizer.update(gradient, state, params)
+    np.testing.assert_allclose(first["x"], [-0.5, 1.0, 0.0])
+    np.testing.assert_allclose(second["x"], [-0.25 * 1.5, 0.25 * 3.0, 0.0])
+    plain, _ = chain(lambda step: 3.0, []).update(gradient, chain(lambda step: 3.0, []).init(params), params)
+    np.testing.assert_allclose(plain["x"], [-3.0, 24.0, 0.0])

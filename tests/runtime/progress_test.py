@@ -1,0 +1,157 @@
+"""metrics.jsonl after kills, lines of progress, and durations."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from codellm_jax.runtime import progress
+from codellm_jax.runtime.progress import Records, StatusLine, duration, peak_flops, read_records
+
+
+def write_steps(model_dir: Path, begin: int, steps: range, value: float = 1.0) -> None:
+    records = Records(str(model_dir), begin, active=True)
+    for step in steps:
+        records.write(step, "train", {"loss": value * step})
+    records.close()
+
+
+def test_lines_are_what_was_written(tmp_path):
+    records = Records(str(tmp_path), 0, active=True)
+    records.write(1, "train", {"loss": 2.5, "loss/text": 3, "model_flops_utilization": None})
+    records.write(1, "eval", {"loss": 0.125})
+    # Readable while the run goes on.
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records.close()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "split": "train", "loss": 2.5, "loss/text": 3.0}, {"step": 1, "split": "eval", "loss": 0.125}]
+    assert read_records(str(tmp_path)) == [json.loads(line) for line in lines]
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    records = Records(str(tmp_path), 0, active=True)
+    records.write(3, "train", {"loss": math.nan, "grad_norm": math.inf, "rate": -math.inf, "tokens": 5})
+    records.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text) == {"step": 3, "split": "train", "loss": None, "grad_norm": None, "rate": None, "tokens": 5}
+
+
+def test_lines_after_the_checkpoint_are_dropped_and_written_again(tmp_path):
+    write_steps(tmp_path, 0, range(1, 8), value=1.0)
+    write_steps(tmp_path, 4, range(5, 10), value=2.0)
+    assert [(line["step"], line["loss"]) for line in read_records(str(tmp_path))] == [
+        (1, 1), (2, 2), (3, 3), (4, 4), (5, 10), (6, 12), (7, 14), (8, 16), (9, 18)]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["metrics.jsonl"]
+
+
+def test_a_run_that_begins_anew_keeps_no_line(tmp_path):
+    # Killed before its first checkpoint, with its evaluation before the first step on record.
+    records = Records(str(tmp_path), 0, active=True)
+    records.write(0, "eval", {"loss": 9.0})
+    records.write(1, "train", {"loss": 9.0})
+    records.close()
+    records = Records(str(tmp_path), 0, active=True)
+    records.write(0, "eval", {"loss": 9.0})
+    records.close()
+    assert [(line["step"], line["split"]) for line in read_records(str(tmp_path))] == [(0, "eval")]
+
+
+@pytest.mark.parametrize("kept", [1, 10, 25, 36])
+def test_a_last_line_that_was_cut_short_is_dropped(tmp_path, kept):
+    write_steps(tmp_path, 0, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:kept])
+    assert [line["step"] for line in read_records(str(tmp_path))] == [1, 2]
+    write_steps(tmp_path, 3, range(4, 5))
+    assert [line["step"] for line in read_records(str(tmp_path))] == [1, 2, 4]
+
+
+def test_a_kill_while_reopening_loses_no_line(tmp_path, monkeypatch):
+    write_steps(tmp_path, 0, range(1, 8))
+
+    class Killed(BaseException):
+        pass
+
+    def die_halfway(path: Path, text: str) -> None:
+        path.write_bytes(text[:30].encode())
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(progress.epath.Path(tmp_path)), "write_text", die_halfway)
+        with pytest.raises(Killed):
+            Records(str(tmp_path), 6, active=True)
+    assert [line["step"] for line in read_records(str(tmp_path))] == list(range(1, 8))
+    write_steps(tmp_path, 6, range(7, 9))
+    assert [line["step"] for line in read_records(str(tmp_path))] == list(range(1, 9))
+
+
+def test_no_records_yet(tmp_path):
+    assert read_records(str(tmp_path / "nothing")) == []
+
+
+def test_other_processes_write_nothing(tmp_path):
+    records = Records(str(tmp_path / "run"), 0, active=False)
+    records.write(1, "train", {"loss": 1.0})
+    records.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_reads_the_same_values(tmp_path):
+    write_steps(tmp_path, 0, range(1, 8), value=1.0)
+    # Files are named by the second in which they are opened; a resume is never in the same one.
+    first, = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.1000000000.host"))
+    write_steps(tmp_path, 4, range(5, 7), value=2.0)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 1), (2, 2), (3, 3), (4, 4), (5, 10), (6, 12)]
+
+
+def test_plain_status_lines_come_now_and_then(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
+    status = StatusLine(3, 50, active=True)
+    for step, clock in ((4, 100), (5, 105), (6, 109.9), (7, 110.1), (8, 111), (50, 112)):
+        now[0] = clock
+        status.show(step, f"loss {step}")
+    status.say("a line of its own")
+    status.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 4/50 loss 4", "step 7/50 loss 7", "step 50/50 loss 50", "a line of its own"]
+
+
+def test_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    status = StatusLine(10, 20, active=True)
+    status.show(15, "loss 1.5")
+    status.say("held-out loss")
+    status.show(20, "loss 1.0")
+    status.close()
+    captured = capsys.readouterr()
+    assert captured.out == "" and "held-out loss\n" in captured.err
+    assert "20/20 loss 1.0" in captured.err and "100%" in captured.err
+
+
+def test_a_silent_status_line(capsys):
+    status = StatusLine(0, 5, active=False)
+    status.show(5, "loss")
+    status.say("text")
+    status.close()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0, "0 s"), (-3, "0 s"), (45.2, "45 s"), (59.4, "59 s"), (59.6, "1:00"), (185, "3:05"), (3599.7, "1:00:00"),
+    (7800, "2:10:00"), (86_400 * 2, "48:00:00")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_device_that_is_not_in_the_table_has_no_peak():
+    assert peak_flops() is None  # CPU
