@@ -154,7 +154,7 @@ def _scan(
         """[chunks, B, C, ...] to [B, L, ...]."""
         return jnp.moveaxis(chunks, 0, 1).reshape(batch, length, *chunks.shape[3:])
 
-    initial_VD = jnp.zeros(embedding_VD.shape, jnp.float32) if with_gradients else None
+    initial_VD: Any = jnp.zeros(embedding_VD.shape, jnp.float32) if with_gradients else None
     embedding_gradient_VD, (losses, hidden_gradients) = jax.lax.scan(
         one_chunk, initial_VD, jnp.arange(0, length, chunk)
     )
