@@ -74,6 +74,8 @@ def open_mixture(
     rates: dict[str, float | None] = {}
     for name in names:
         rates.update(_tasks_of(name, mixture.definitions, mixture.cache_dir))
+    # By pool and name, so that the order of a list of names makes no other order of rows.
+    rates = {name: rates[name] for name in sorted(rates, key=lambda name: (name.startswith("code."), name))}
     splits = [cached_rows(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, report)
               for task in rates]
     sources = []

@@ -222,6 +222,8 @@ def _write_split(
         count += rows
 
     for document in documents():
+        if not number:  # the first comes once libraries are imported, which is not the tokenizer's time
+            start = last_report = time.monotonic()
         waiting.append(document.astype(dtype))
         waiting_tokens += len(document)
         tokens += len(document)

@@ -69,7 +69,7 @@ class Records:
 
 def read_records(model_dir: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without a last one that a kill cut short."""
-    path = epath.Path(model_dir) / "metrics.jsonl"
+    path = epath.Path(model_dir).expanduser() / "metrics.jsonl"
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

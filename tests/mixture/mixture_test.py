@@ -66,11 +66,12 @@ def test_without_rates_a_pool_is_shared_by_size(mixture_of, vocabulary, tiny_cor
     (tmp_path / "half.jsonl").write_text("".join(half[:10]))
     corpora = {"text.half": {"json_lines": str(tmp_path / "half.jsonl"), "holdout": 0}}
     opened = open_mixture(mixture_of(["text.tiny", "text.half"], corpora, code_rate=0), vocabulary, 0, 100, silent)
-    large, small = opened.training
-    assert [source.weight for source in opened.order.sources] == [large.count, small.count]
+    small, large = opened.training  # by name, however the list has them
+    assert small.name == "text.half" and small.count < large.count
+    assert [source.weight for source in opened.order.sources] == [small.count, large.count]
     # All the rows of the pool are through at the same time.
-    assert opened.order.counts(large.count + small.count).tolist() == [large.count, small.count]
-    assert opened.validation[1] is None  # nothing is held out
+    assert opened.order.counts(large.count + small.count).tolist() == [small.count, large.count]
+    assert opened.validation[0] is None  # nothing is held out
 
 
 def test_rates_of_corpora(mixture_of, vocabulary, tiny_corpora):
