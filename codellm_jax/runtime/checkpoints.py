@@ -38,7 +38,10 @@ class Checkpoints:
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(timeout_secs=int(SAVE_TIMEOUT.total_seconds()))),
+                # Created in the background, a folder that cannot be made leaves threads that wait for it and keep the
+                # process from ending for five minutes.
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=int(SAVE_TIMEOUT.total_seconds()), create_directories_asynchronously=False)),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()})
 
     def __enter__(self) -> "Checkpoints":
@@ -56,8 +59,10 @@ class Checkpoints:
         record = dict(record) | {"checksums": checksums(state)}
         self._saving = True
         with self._one_line():
-            self._manager.save(
+            saves = self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)))
+            if not saves:  # Orbax passes over a step that is not after the newest
+                raise ValueError(f"step {step} is not after step {self.newest_step()}, which is there already")
 
     def raise_if_failed(self) -> None:
         """Raises OSError where a save in the background failed. Cheap enough for every step."""
