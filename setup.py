@@ -50,7 +50,7 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        "test": ["hypothesis>=6.140", "mypy>=1.18", "pytest>=8.4", "ruff>=0.14"],
+        "test": ["hypothesis>=6.140", "mypy>=1.18", "pytest>=8.4", "ruff>=0.14", "setuptools>=77"],
         "tpu": ["jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
     },

@@ -1,0 +1,86 @@
+"""README's commands work as they stand there, and its installed form needs no checkout."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from codellm_jax import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Every line of README's shell blocks that runs t5x, and the inline ones."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+    lines = [line[line.index("t5x "):] for line in blocks.splitlines() if re.search(r"\bt5x ", line)]
+    return list(dict.fromkeys([*lines, *re.findall(r"`(t5x [^`]*)`", README)]))
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 5
+    assert any(line.startswith("t5x train --gin_file=gin/mixed_pretrain.gin") for line in commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme_commands_are_accepted(command, capsys, tmp_path, tiny_flags):
+    """Run on the tiny corpora and without training: what the flags of README mean is resolved to the last one."""
+    arguments = shlex.split(command)[1:]
+    if arguments[0] == "train":
+        kept = ("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE")
+        corpora = [flag for flag in tiny_flags if flag.startswith(kept)]
+        arguments = [*arguments, *corpora, f"--gin.MODEL_DIR={tmp_path}/run"]
+        if "--dry_run" not in arguments:
+            arguments.append("--dry_run")
+    if arguments[0] == "vocabulary":
+        # As much text as a test has does not fill 16,000 pieces.
+        arguments = [flag.replace("my.model", f"{tmp_path}/my.model").replace("16000", "500") for flag in arguments]
+        arguments += [flag for flag in tiny_flags if flag.startswith(("--gin.CORPORA", "--gin.MIXTURE"))]
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+
+
+def test_the_optimizer_of_readme(capsys, tmp_path, tiny_flags):
+    flags = re.findall(r"`(--gin\.[^`]+)`", README[README.index("**Another optimizer**"):README.index("**A pod**")])
+    assert len(flags) == 3
+    arguments = [argument for flag in flags for argument in shlex.split(flag)]
+    assert cli.main(["train", *tiny_flags, *arguments, f"--gin.MODEL_DIR={tmp_path}/run", "--dry_run"]) == 0, \
+        capsys.readouterr().err
+
+
+def test_files_of_readme_exist():
+    tree = README[README.index("## What is where"):]
+    for name in re.findall(r"^  (\w+(?:\.py|/))", tree, flags=re.MULTILINE):
+        assert (ROOT / "codellm_jax" / name).exists(), name
+    for name in re.findall(r"^(\w+/)", tree, flags=re.MULTILINE):
+        assert (ROOT / name).exists(), name
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_an_installed_package_finds_its_files_from_any_directory(tmp_path):
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info"))
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
+         str(tmp_path), str(checkout)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "site")
+    shutil.rmtree(checkout)
+    done = subprocess.run(
+        [sys.executable, "-m", "codellm_jax.cli", "explain", "vocabulary.path", "--gin_file=gin/mixed_pretrain.gin",
+         "--gin_file=gin/models/13b.gin"],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
+    assert "VOCABULARY = 'python_8k', set by gin/pretrain.gin" in done.stdout, done.stderr
+    assert not (tmp_path / "site" / "gin").exists()  # which would hide the library of that name
+    found = subprocess.run(
+        [sys.executable, "-c", "from codellm_jax.vocabulary import load_vocabulary as load; print(load().path)"],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
+    assert found.stdout.startswith(str(tmp_path / "site")), found.stderr
