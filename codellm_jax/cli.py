@@ -8,9 +8,12 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 import argparse
 import difflib
 import os
+import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 GIN_FLAGS = """gin flags:
@@ -115,15 +118,18 @@ def _train(flags: argparse.Namespace) -> int:
         return 0
     run = train(training, settings=lambda: operative(configuration))
     print(summary(run))
+    print(f"The run:     {training.model_dir}")
+    print(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")
     if run.step == run.plan.last_step:
-        print(f"Next:        {_next_command(flags.gin_file)}")
+        # The other arm of the study, to compare with.
+        other = "mixed" if "gin/text_pretrain.gin" in flags.gin_file else "text"
+        print(f"Next:        {_tool('t5x')} train --gin_file=gin/{other}_pretrain.gin")
     return 0
 
 
-def _next_command(gin_files: Sequence[str]) -> str:
-    """The other arm of the study after one of the two shipped ones; else the run's own settings explained."""
-    arms = {"gin/mixed_pretrain.gin": "gin/text_pretrain.gin", "gin/text_pretrain.gin": "gin/mixed_pretrain.gin"}
-    return f"t5x train --gin_file={arms.get(gin_files[0], 'gin/mixed_pretrain.gin')}"
+def _tool(name: str) -> str:
+    """How a command of this environment is typed: its name where PATH finds it, else its path from here."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).parent / name)
 
 
 def _explain(flags: argparse.Namespace) -> int:

@@ -247,10 +247,7 @@ def summary(run: Run) -> str:
         lines += [f"  {pool:<26} {first[f'loss/{pool}']:>12.4f} {last[f'loss/{pool}']:>12.4f}"
                   for pool in POOLS if f"loss/{pool}" in last]
         lines.append("")
-    lines += [run.ledger.table(run.plan.mixture.order), "",
-              f"The run:     {run.training.model_dir}",
-              f"Look at it:  tensorboard --logdir {run.training.model_dir}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, run.ledger.table(run.plan.mixture.order), ""])
 
 
 def say(text: str) -> None:

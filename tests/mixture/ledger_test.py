@@ -79,9 +79,9 @@ def test_sources_that_came_or_went_are_refused():
 
 def test_another_vocabulary_is_refused_in_one_line():
     order = order_of()
-    with pytest.raises(ValueError, match="vocabulary ffffffffffff, this run has aaaaaaaaaaaa: set VOCABULARY") as raised:
+    with pytest.raises(ValueError, match="vocabulary ffffffffffff, this run has aaaaaaaaaaaa: set VOCABULARY") as e:
         ledger_at(order, 80).check(order, "a" * 64, 80)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(e.value)
 
 
 def test_table():

@@ -88,12 +88,7 @@ def test_beyond_int64():
 
 def test_beyond_int64_where_a_piece_begins():
     # The offset is 0 there, so only the multiplier itself passes 2**63.
-    schedule = Schedule((0, 1, 2, 3), (Fraction(1, 999_999), Fraction(1, 1_000_000), Fraction(1, 7),
-                                       Fraction(999_999, 1_000_000)))
-    assert schedule.quota(np.array([3])).tolist() == [0]
-    schedule = Schedule((0, 1, 2, 3), (Fraction(1, 999_983), Fraction(1, 999_979), Fraction(1, 999_961), Fraction(0)))
-    assert schedule.quota(np.array([3, 4, 10**12])).tolist() == [0, 0, 0]
-    odd = [Fraction(1, d) for d in (999_983, 999_979, 11)]
+    odd = [Fraction(1, 7), Fraction(1, 999_983), Fraction(1, 999_979)]
     for share in (Fraction(0), Fraction(999_999, 1_000_000), Fraction(1)):
         schedule = Schedule((0, 1, 2, 3), (*odd, share))
         for position in (3, 4, 5):
@@ -114,7 +109,7 @@ def test_phases_of_the_paper():
 
 
 def test_phases_of_a_length_they_do_not_divide():
-    assert phases(["1:0", "0:1", "1:1"], 10).starts == (0, 3, 6)
+    assert phases(["1:0", "0:1", "1:1"], 11).starts == (0, 3, 7)
     assert phases(["1:0", "0:1", "1:1"], 3).starts == (0, 1, 2)
     assert phases(["2.5:0.5"], 1) == constant(Fraction(1, 6))
 
