@@ -127,6 +127,7 @@ def train(training: Training, settings: Callable[[], tuple[str, Mapping[str, str
         try:
             loop(run, checkpoints, records, status, values, stop)
         except FloatingPointError as error:
+            checkpoints.wait()
             good = checkpoints.newest_step()
             raise FloatingPointError(
                 f"{error} " + ("No checkpoint was saved before. " if good is None else

@@ -33,6 +33,7 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", MIXED, "--gin.BATCH_SIZE=12"], "BATCH_SIZE = 12 cannot be divided by the mesh"),
     (["train", MIXED, "--gin.BATCH_SIZE=0"], "BATCH_SIZE must be a whole number from 1, found 0"),
     (["train", MIXED, "--gin.mesh.data=3"], "does not fit 8 devices"),
+    (["train", MIXED, "--gin.mesh.model=8", "--gin.model.heads=4"], "cannot divide the parameter"),
     (["train", MIXED, "--gin.WARMUP_STEPS=900"], "warmup_cosine.warmup_steps = 900"),
     (["train", MIXED, "--gin.VOCABULARY=nowhere.model"], "There is no vocabulary file nowhere.model"),
     (["train", MIXED, "--gin.VOCABULARY=python_9k"], "No vocabulary 'python_9k' is shipped"),

@@ -1,7 +1,6 @@
 """The train step and the loop: meshes, microbatches, what a run leaves behind."""
 
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+import tasks
 from codellm_jax.mixture.batches import global_batch
 from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
 from codellm_jax.plan import Training, describe, make_plan
@@ -178,15 +178,18 @@ def test_a_run_directory_of_another_configuration_is_refused(make_training):
     require_same_settings({"EVAL_PERIOD": "4"}, {"EVAL_PERIOD": "5"}, "run")
 
 
-def test_a_ledger_of_other_data_is_refused(make_training):
-    training = make_training(train_steps=8, eval_period=8)
-    train(training)
-    checkpoint = Path(training.model_dir) / "checkpoints" / "8" / "record" / "metadata"
-    record = json.loads(checkpoint.read_text())
-    record["ledger"]["rows"]["text.tiny"] += 1
-    checkpoint.write_text(json.dumps(record))
+def test_a_ledger_of_other_data_is_refused(make_training, tmp_path):
+    """The same names and settings over other documents, as after an edit of a corpus."""
+    from conftest import write_json_lines
+
+    def training(words: str):
+        corpora = {"text.mine": {"json_lines": write_json_lines(tmp_path / "mine.jsonl", [words] * 40), "holdout": 0}}
+        return make_training(name=["text.mine"], definitions=tasks.Definitions(corpora=corpora), code_rate=0.0,
+                             train_steps=4, cache_dir=str(tmp_path / "cache"), model_dir=str(tmp_path / "run"))
+
+    train(training("a row of tokens is read by its number and never lost"))
     with pytest.raises(ValueError, match="trained on other data"):
-        train(training)
+        train(training("a row of tokens was read by its number and never found"))
 
 
 def test_dropout_differs_by_step_and_repeats_by_seed(make_training):

@@ -70,6 +70,8 @@ def to_share(value: float | Fraction, name: str) -> Fraction:
         share = Fraction(value).limit_denominator(LARGEST_DENOMINATOR)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be a number between 0 and 1, found {value!r}.") from None
+    if share in (0, 1) and Fraction(value) != share:
+        raise ValueError(f"{name} = {value} is within {1 / LARGEST_DENOMINATOR} of {share}: set it to {share}.0.")
     if not 0 <= share <= 1:
         raise ValueError(f"{name} must lie between 0 (text only) and 1 (code only), found {value}.")
     return share

@@ -10,6 +10,8 @@ and the one before it used.
 
 import contextlib
 import datetime
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -57,6 +59,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Begins to save; returns when the state is copied, so that its buffers may be donated."""
         record = dict(record) | {"checksums": checksums(state)}
+        record["digest"] = _digest(record)
         self._saving = True
         with self._one_line():
             saves = self._manager.save(
@@ -91,8 +94,9 @@ class Checkpoints:
                 "Mend it and give the same command again: it goes on from the last whole checkpoint.") from error
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON saved at a step, without the state."""
-        return dict(self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record)
+        """The JSON saved at a step, without the state. Raises ValueError where it is not what was saved."""
+        return _require_digest(
+            self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record)
 
     def restore_newest(
         self, abstract: Any, check: Callable[[dict[str, Any]], None], report: Callable[[str], None] = print
@@ -109,16 +113,15 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 record = self.record(step)
-                saved = record["checksums"]
             except Exception as error:
                 damaged.append((step, error))
                 continue
             check(record)
-            _require_same_arrays(saved, abstract, step)
+            _require_same_arrays(record["checksums"], abstract, step)
             try:
                 state = self._manager.restore(
                     step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
-                _verify(saved, state)
+                _verify(record["checksums"], state)
             except Exception as error:
                 damaged.append((step, error))
                 continue
@@ -147,11 +150,11 @@ class Checkpoints:
 def restore_parameters(
     model_dir: str, abstract_params: Any, report: Callable[[str], None] = print
 ) -> tuple[Any, dict[str, Any]]:
-    """The parameters alone of the newest checkpoint of a run directory, and its record (warm start, evaluation).
+    """The parameters alone of the newest undamaged checkpoint of a run directory, and its record.
 
     Raises:
       FileNotFoundError: the directory holds no checkpoint.
-      ValueError: its parameters have other names or shapes, or do not match their checksums.
+      ValueError: its parameters have other names or shapes, or all checkpoints are damaged.
     """
     directory = epath.Path(model_dir).expanduser().resolve()
     steps = sorted(int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()) \
@@ -159,17 +162,28 @@ def restore_parameters(
     if not steps:
         raise FileNotFoundError(f"No checkpoint in {directory / 'checkpoints'}: INITIAL_CHECKPOINT_PATH must be the "
                                 "MODEL_DIR of a run that saved one.")
-    path = directory / "checkpoints" / str(steps[-1])
-    record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record")
     wanted = {"params": abstract_params}
-    _require_same_arrays(
-        {name: sum_ for name, sum_ in record["checksums"].items() if name.startswith("params/")}, wanted, steps[-1])
-    restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
-        path / "state", args=ocp.args.PyTreeRestore(
-            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
-    _verify(record["checksums"], restored)
-    report(f"Parameters from step {steps[-1]} of {directory}")
-    return restored["params"], record
+    for step in reversed(steps):
+        path = directory / "checkpoints" / str(step)
+        try:
+            record = _require_digest(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record"))
+            saved = {name: facts for name, facts in record["checksums"].items() if name.startswith("params/")}
+        except Exception as error:
+            report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
+            continue
+        _require_same_arrays(saved, wanted, step)
+        try:
+            restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+                path / "state", args=ocp.args.PyTreeRestore(
+                    item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=True))
+            _verify(saved, restored)
+        except Exception as error:
+            report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
+            continue
+        report(f"Parameters from step {step} of {directory}")
+        return restored["params"], record
+    raise ValueError(f"All checkpoints in {directory / 'checkpoints'} are damaged: restore one from a copy.")
 
 
 def checksums(tree: Any) -> dict[str, list[Any]]:
@@ -190,6 +204,17 @@ def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
         return jnp.sum(bits, dtype=jnp.uint32)
 
     return [bit_sum(leaf) for leaf in leaves]
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in record.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _require_digest(record: Mapping[str, Any]) -> dict[str, Any]:
+    if record.get("digest") != _digest(record):
+        raise ValueError("its record differs from what was saved")
+    return dict(record)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -35,13 +35,26 @@ def _initial_boxed(model: Decoder, optimizer: optax.GradientTransformation, seed
 def abstract_state(
     model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, shape: MeshShape
 ) -> TrainState:
-    """The state as jax.ShapeDtypeStructs with shardings: nothing is allocated. Call outside jax.set_mesh."""
+    """The state as jax.ShapeDtypeStructs with shardings: nothing is allocated. Call outside jax.set_mesh.
+
+    Raises:
+      ValueError: the mesh does not divide a parameter.
+    """
     boxed = jax.eval_shape(lambda: _initial_boxed(model, optimizer, jnp.uint32(0)))
     shardings = shardings_of(boxed, mesh, shape)
     replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(
+    state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or replicated),
         nn.unbox(boxed), shardings)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        try:
+            leaf.sharding.shard_shape(leaf.shape)
+        except ValueError:
+            name = "/".join(str(getattr(key, "key", key)) for key in path)
+            raise ValueError(
+                f"The mesh {dict(mesh.shape)} cannot divide the parameter {name} of shape {leaf.shape}, laid out as "
+                f"{leaf.sharding.spec}: choose mesh.fsdp and mesh.model that divide the model's sizes.") from None
+    return state
 
 
 def initial_state(

@@ -406,9 +406,16 @@ def test_parameters_of_another_model(tmp_path):
 
 
 def test_parameters_that_are_damaged(tmp_path):
+    save(tmp_path, 3)
+    _, record = restore_parameters(str(tmp_path), abstract()["params"], report=lambda line: None)
     save(tmp_path, 4)
     save(tmp_path / "other", 9)
     shutil.rmtree(tmp_path / "checkpoints" / "4" / "state")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "9" / "state", tmp_path / "checkpoints" / "4" / "state")
-    with pytest.raises(ValueError, match="differ from what was saved"):
-        restore_parameters(str(tmp_path), abstract()["params"])
+    said: list[str] = []
+    _, used = restore_parameters(str(tmp_path), abstract()["params"], said.append)
+    assert used == record  # of step 3
+    assert "4 is damaged" in said[0] and "differ from what was saved" in said[0] and "from step 3" in said[1]
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    with pytest.raises(ValueError, match="All checkpoints in .* are damaged"):
+        restore_parameters(str(tmp_path), abstract()["params"], said.append)
