@@ -6,6 +6,7 @@ The loop keeps one step in flight: the metrics of step k are read while step k +
 wait for the host, yet every loss is looked at before a checkpoint could keep what came of it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -28,8 +29,8 @@ from codellm_jax.plan import Plan, Training, describe, make_plan
 from codellm_jax.runtime.checkpoints import Checkpoints, restore_parameters
 from codellm_jax.runtime.meter import Meter, Metrics, loss_by_source
 from codellm_jax.runtime.partitioning import batch_sharding
+from codellm_jax.runtime.process import alone_in, stop_on_signal
 from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records
-from codellm_jax.runtime.signals import stop_on_signal
 from codellm_jax.runtime.state import TrainState, initial_state
 
 
@@ -112,14 +113,15 @@ def train(training: Training, settings: Callable[[], tuple[str, Mapping[str, str
     say(describe(training, plan) + "\n")
     model_dir = epath.Path(training.model_dir).expanduser()
     text, values = settings()
+    first_process = jax.process_index() == 0
     with (
+        alone_in(str(model_dir)) if first_process else contextlib.nullcontext(),
         stop_on_signal() as stop,
         Checkpoints(str(model_dir / "checkpoints"), training.keep_last, training.keep_every) as checkpoints,
         jax.set_mesh(plan.mesh),
         nn.logical_axis_rules(training.mesh.all_rules()),
     ):
         run = begin_or_resume(training, plan, checkpoints, values)
-        first_process = jax.process_index() == 0
         if first_process and text:
             (model_dir / "config.gin").write_text(text)
         records = Records(str(model_dir), run.step, active=first_process)
@@ -257,9 +259,11 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-# Settings that a resume may change: they do not change what is computed, beyond rounding.
+# Settings that a resume may change: they do not change what is computed, beyond rounding. Data and vocabulary may lie
+# elsewhere; that they are the same is seen by their hashes.
 FREE_ON_RESUME = frozenset("""
     MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH
+    MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA mixture.name tasks.modules tasks.corpora
     train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
     train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir vocabulary.path
     mesh.data mesh.fsdp mesh.model mesh.slices mesh.rules model.remat model.scan_unroll model.attention

@@ -89,6 +89,23 @@ def test_sigterm_saves_and_exits_cleanly(command, uninterrupted, tmp_path):
     assert records(model_dir) == records(uninterrupted[0])
 
 
+def test_a_second_run_in_the_same_directory_is_kept_out(command, tmp_path):
+    model_dir = tmp_path / "run"
+    long = command(model_dir, "--gin.TRAIN_STEPS=100000")
+    first = subprocess.Popen(long, env=environment(), stdout=subprocess.DEVNULL)
+    try:
+        while not steps_recorded(model_dir) and first.poll() is None:
+            time.sleep(0.05)
+        second = subprocess.run(long, env=environment(), capture_output=True, text=True)
+        assert first.poll() is None, "the first run was over too soon to tell"
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 1
+    assert second.stderr.strip() == (
+        f"t5x train: error: Another process is training in {model_dir}: wait for it, or use another MODEL_DIR.")
+
+
 def test_a_run_that_is_done_trains_no_further(command, uninterrupted):
     model_dir, _ = uninterrupted
     before = (model_dir / "metrics.jsonl").read_text()

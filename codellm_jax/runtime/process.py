@@ -1,0 +1,49 @@
+"""A process and its run directory: stopping in good order, and keeping other processes out."""
+
+import contextlib
+import fcntl
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM (a preemption) or a first SIGINT sets; a second SIGINT interrupts at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        if number == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def alone_in(model_dir: str) -> Iterator[None]:
+    """Holds a run directory against other runs; a killed process lets go of it by itself. Remote ones are not held.
+
+    Raises:
+      ValueError: another process is training there.
+    """
+    if "://" in model_dir:
+        yield
+        return
+    Path(model_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(model_dir) / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another process is training in {model_dir}: wait for it, or use another MODEL_DIR.") from None
+        yield
