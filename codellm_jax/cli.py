@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 GIN_FLAGS = """gin flags:
@@ -152,10 +153,19 @@ def _vocabulary(flags: argparse.Namespace) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Orbax logs the traceback of a failed save, which is raised and told in one line all the same."""
+    """A failed save is raised and told in one line; Orbax logs its traceback besides, and the rest of its writes print
+    one each when they find their event loop closed.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.FATAL)
+    told = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if str(error) != "Event loop is closed":
+            told(kind, error, trace)
+
+    sys.excepthook = tell
 
 
 def _use_compilation_cache() -> None:

@@ -60,7 +60,7 @@ def abstract_state(
 def initial_state(
     model: Decoder, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
 ) -> TrainState:
-    """The first state, made on the devices it belongs to; the same numbers on any mesh."""
+    """The first state, made on the devices it belongs to; the same numbers on any mesh, to float32 rounding."""
     make = jax.jit(
         lambda seed: nn.unbox(_initial_boxed(model, optimizer, seed)),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
