@@ -7,6 +7,7 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 
 import argparse
 import difflib
+import logging
 import os
 import shlex
 import shutil
@@ -14,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 GIN_FLAGS = """gin flags:
@@ -153,19 +153,15 @@ def _vocabulary(flags: argparse.Namespace) -> int:
 
 
 def _quiet_libraries() -> None:
-    """A failed save is raised and told in one line; Orbax logs its traceback besides, and the rest of its writes print
-    one each when they find their event loop closed.
+    """A failed save is raised and told in one line. Orbax logs its traceback besides, and each of its other writes
+    that finds the event loop closed prints one of its own, where no `except` can reach it.
     """
-    from absl import logging
-
-    logging.set_verbosity(logging.FATAL)
-    told = sys.excepthook
-
-    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if str(error) != "Event loop is closed":
-            told(kind, error, trace)
-
-    sys.excepthook = tell
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    told, told_unraisable = sys.excepthook, sys.unraisablehook
+    late = "Event loop is closed"
+    sys.excepthook = lambda kind, error, trace: None if str(error) == late else told(kind, error, trace)
+    sys.unraisablehook = lambda found: None if str(found.exc_value) == late else told_unraisable(found)
 
 
 def _use_compilation_cache() -> None:

@@ -96,7 +96,8 @@ def test_unknown_files_get_the_nearest():
         read_configuration(["gin/mixed_pretain.gin"], [])
 
 
-@pytest.mark.parametrize("line, where", [("CODE_RATE = = 1\n", "line 2"), ("CODE_RATE = [1,\n", "line [23]: .*bracket")])
+@pytest.mark.parametrize("line, where", [
+    ("CODE_RATE = = 1\n", "line 2"), ("CODE_RATE = [1,\n", "line [23]: .*bracket")])
 def test_syntax_errors_name_file_and_line(tmp_path, line, where):
     (tmp_path / "broken.gin").write_text("SEED = 1\n" + line)
     with pytest.raises(ValueError, match=rf"broken\.gin, {where}"):

@@ -1,5 +1,6 @@
 """Meshes, rules, and that parameters and activations really lie where the rules say."""
 
+import dataclasses
 import functools
 import math
 
@@ -181,7 +182,8 @@ def seen_activations(monkeypatch, rules) -> tuple[dict[tuple, tuple], jax.shardi
         seen[axes[1:]] = sharding.shard_shape(shape)
 
     mesh = make_mesh(MIXED)
-    model = Decoder(CONFIG)
+    # The query layer alone: an inspection is an effect, which Flax's scan takes no constants with.
+    model = Decoder(dataclasses.replace(CONFIG, layers=1))
     params = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), *[jnp.zeros((1, 8), jnp.int32)] * 3)))
     monkeypatch.setattr(decoder_module, "_constrain", watched)
     replicated = NamedSharding(mesh, PartitionSpec())
