@@ -75,10 +75,17 @@ class Rows:
         return self.tokens - self.count * (self.length + 1)
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of these numbers (int64 [N], in any order, repeats allowed) as int32 [N, length + 1]."""
+        """The rows of these numbers (int64 [N], in any order, repeats allowed) as int32 [N, length + 1].
+
+        Raises:
+          ValueError: what lies there is not what was written.
+        """
         # Through unique sorted numbers, so that a chunk is fetched once.
         unique, inverse = np.unique(numbers, return_inverse=True)
-        return _open_store(self.path)[unique].read().result()[inverse].astype(np.int32)
+        try:
+            return _open_store(self.path)[unique].read().result()[inverse].astype(np.int32)
+        except Exception as error:
+            raise _damaged(self.path, error) from error
 
 
 def cached_rows(
@@ -106,9 +113,12 @@ def cached_rows(
     directory = epath.Path(cache_dir).expanduser() / "rows" / task / digest
     if not (directory / "cache.json").exists():
         _write_cache(task, definitions, vocabulary, length, directory, key, report)
-    recorded = json.loads((directory / "cache.json").read_text())["splits"]
-    return {split: Rows(name=task, split=split, path=str(directory / split), length=length, **facts)
-            for split, facts in recorded.items()}
+    try:
+        recorded = json.loads((directory / "cache.json").read_text())["splits"]
+        return {split: Rows(name=task, split=split, path=str(directory / split), length=length, **facts)
+                for split, facts in recorded.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(str(directory / "cache.json"), error) from error
 
 
 def _write_cache(
@@ -228,7 +238,7 @@ def _write_split(
         waiting_tokens += len(document)
         tokens += len(document)
         number += 1
-        if waiting_tokens >= ROWS_A_SHARD * (length + 1):
+        while waiting_tokens >= ROWS_A_SHARD * (length + 1):
             flush(ROWS_A_SHARD)
         if time.monotonic() - last_report > 5:
             last_report = time.monotonic()
@@ -238,6 +248,12 @@ def _write_split(
     if tokens:
         report(f"tokenized {task} {split}: {number:,} documents, {tokens:,} tokens, {count:,} rows of {length}")
     return {"count": count, "tokens": tokens, "documents": number, "content_hash": content.hexdigest()}
+
+
+def _damaged(path: str, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return ValueError(f"The cached rows in {path} are damaged ({reason}): delete {path.rsplit('/', 1)[0]} and give the "
+                      "same command again; it writes the same rows anew.")
 
 
 def require_registered(name: str) -> None:
