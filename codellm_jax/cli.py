@@ -6,14 +6,17 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 """
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
+import re
 import shlex
 import shutil
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         flags.overrides = _overrides(rest)
-        return commands[flags.command](flags)
+        with _interruptible():
+            return commands[flags.command](flags)
     except KeyboardInterrupt:
         return _fail(f"t5x {flags.command}", "interrupted.", 130)
     except Exception as error:
@@ -122,10 +126,19 @@ def _train(flags: argparse.Namespace) -> int:
     print(f"The run:     {training.model_dir}")
     print(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")
     if run.step == run.plan.last_step:
-        # The other arm of the study, to compare with.
-        other = "mixed" if "gin/text_pretrain.gin" in flags.gin_file else "text"
-        print(f"Next:        {_tool('t5x')} train --gin_file=gin/{other}_pretrain.gin")
+        print(f"Next:        {_tool('t5x')} train {_other_arm(flags)}")
     return 0
+
+
+def _other_arm(flags: argparse.Namespace) -> str:
+    """The flags of the same run at the other end of the study's question: without code, or with it."""
+    arms = {"gin/mixed_pretrain.gin": "gin/text_pretrain.gin", "gin/text_pretrain.gin": "gin/mixed_pretrain.gin"}
+    files = [arms.get(file, file) for file in flags.gin_file]
+    if files == flags.gin_file:
+        files = ["gin/text_pretrain.gin"]
+    kept = [(name, value) for name, value in flags.overrides if name not in ("MODEL_DIR", "CODE_RATE", "MIX_PHASES")]
+    return " ".join([*(f"--gin_file={shlex.quote(file)}" for file in files),
+                     *(f"--gin.{name}={shlex.quote(value)}" for name, value in kept)])
 
 
 def _tool(name: str) -> str:
@@ -142,6 +155,10 @@ def _explain(flags: argparse.Namespace) -> int:
 
 def _vocabulary(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
+    if not Path(flags.output).expanduser().parent.is_dir() and "://" not in flags.output:
+        raise FileNotFoundError(f"there is no directory to write {flags.output} in.")
+    if not flags.output.endswith(".model") or flags.size < 1:
+        raise ValueError(f"--output must end in .model and --size be positive, found {flags.output}, {flags.size}.")
     from codellm_jax.configuration import build
     from codellm_jax.mixture.mixture import vocabulary_documents
     from codellm_jax.vocabulary import train_vocabulary
@@ -172,8 +189,21 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/codellm_jax/compiled"))
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Until steps are taken there is nothing to save: Ctrl-C ends the process at once, even inside a library that would
+    swallow Python's KeyboardInterrupt.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r" In call to configurable '.*$", "", text)  # gin's postscript, with addresses of functions
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

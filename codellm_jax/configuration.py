@@ -5,12 +5,15 @@ set a value and what that overrode, and a mistake is found before anything is bu
 setting of each name.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib
 import inspect
 import re
 import tokenize
+import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +36,10 @@ CONFIGURABLES = {
     "warmup_cosine": "codellm_jax.runtime.optimization:warmup_cosine",
 }
 
-# Where the shipped gin/ folder lies: beside the package in a checkout, inside it in an installation.
-SHIPPED = (Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent)
+# What holds the shipped gin/ folder: the checkout, or in an installation the package. (The folder beside an installed
+# package is the library of that name.)
+SHIPPED = next(folder for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent)
+               if (folder / "gin" / "pretrain.gin").is_file())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +136,7 @@ def _read_file(
 
 def _find(file: str, search_paths: Sequence[str]) -> epath.Path:
     candidates = [epath.Path(file).expanduser(), *(epath.Path(folder).expanduser() / file for folder in search_paths),
-                  *(epath.Path(folder) / file for folder in SHIPPED)]
+                  epath.Path(SHIPPED) / file]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -141,9 +146,8 @@ def _find(file: str, search_paths: Sequence[str]) -> epath.Path:
 
 def shipped_gin_files() -> Iterator[str]:
     """Names of the gin files that come with the package, such as gin/models/tiny.gin."""
-    folder = next(folder for folder in SHIPPED if (folder / "gin").is_dir())
-    for path in sorted((folder / "gin").rglob("*.gin")):
-        yield path.relative_to(folder).as_posix()
+    for path in sorted((SHIPPED / "gin").rglob("*.gin")):
+        yield path.relative_to(SHIPPED).as_posix()
 
 
 def as_gin_value(text: str) -> str:
@@ -164,6 +168,7 @@ def build(configuration: Configuration, name: str) -> Any:
     Raises:
       ValueError: in one line, where a parameter is missing.
     """
+    _require_types(configuration)
     gin.clear_config()
     _register(configuration)
     lines = [*configuration.imports, *(f"{s.name} = {s.value}" for s in configuration.effective.values())]
@@ -190,17 +195,23 @@ def _optax_names(configuration: Configuration) -> set[str]:
 
 
 def operative(configuration: Configuration) -> tuple[str, dict[str, str]]:
-    """What holds after `build`: every macro and every parameter that was used, defaults included.
+    """What holds after `build`: every parameter that was used, defaults included, and the macros they name.
 
     Returns:
       A gin file with the source of each value in a comment, and the same as name -> value.
     """
     effective = configuration.effective
     values = {name: setting.value for name, setting in effective.items() if _is_macro(name)}
+    from_optax = _optax_names(configuration)
     for statement in config_parser.ConfigParser(gin.operative_config_str(max_line_length=10**6), _AsWritten()):
         if isinstance(statement, config_parser.BindingStatement) and statement.arg_name:
             scope = f"{statement.scope}/" if statement.scope else ""
-            values[f"{scope}{statement.selector}.{statement.arg_name}"] = repr(statement.value)
+            module = "optax." if statement.selector in from_optax else ""  # gin leaves it out
+            value = re.sub(r"@(\w+)", lambda found: f"@{'optax.' if found[1] in from_optax else ''}{found[1]}",
+                           repr(statement.value))
+            values[f"{scope}{module}{statement.selector}.{statement.arg_name}"] = value
+    used = {macro for value in values.values() for macro in re.findall(r"%([\w/.]+)", value)}
+    values = {name: value for name, value in values.items() if not _is_macro(name) or name in used}
     lines = [*configuration.imports, *(
         f"{name} = {value}  # {effective[name].where if name in effective else 'default'}"
         for name, value in values.items())]
@@ -233,6 +244,8 @@ def explain(configuration: Configuration, name: str) -> str:
 def _require_known_names(configuration: Configuration) -> None:
     effective = configuration.effective
     used = {macro for setting in effective.values() for macro in re.findall(r"%([\w/.]+)", setting.value)}
+    # What a file used and a later one overrode is no slip.
+    ever_used = {macro for setting in configuration.settings for macro in re.findall(r"%([\w/.]+)", setting.value)}
     for macro in sorted(used - set(effective)):
         user = next(setting for setting in effective.values() if f"%{macro}" in setting.value)
         raise ValueError(f"{user.where}: {user.name} needs {macro}, which no file and no flag sets; "
@@ -240,19 +253,68 @@ def _require_known_names(configuration: Configuration) -> None:
     for name, setting in effective.items():
         selector, _, parameter = name.split("/")[-1].rpartition(".")
         if _is_macro(name):
-            if name not in used:
+            if name not in ever_used:
                 raise ValueError(f"{setting.where}: nothing uses the setting {name}" + _nearest(name, used))
         elif selector in CONFIGURABLES:
             if parameter not in _parameters(selector):
                 raise ValueError(f"{setting.where}: {selector} has no parameter {parameter!r}"
                                  + _nearest(parameter, _parameters(selector)))
-        elif not selector.startswith("optax.") and not configuration.imports:
-            raise ValueError(f"{setting.where}: nothing is named {selector!r}" + _nearest(selector, CONFIGURABLES))
+        else:
+            _require_known_selector(selector, setting, configuration)
     for setting in effective.values():
         for reference in re.findall(r"@([\w/.]+)", setting.value):
-            selector = reference.split("/")[-1]
-            if selector not in CONFIGURABLES and not selector.startswith("optax.") and not configuration.imports:
-                raise ValueError(f"{setting.where}: nothing is named {selector!r}" + _nearest(selector, CONFIGURABLES))
+            _require_known_selector(reference.split("/")[-1], setting, configuration)
+
+
+def _require_known_selector(selector: str, setting: Setting, configuration: Configuration) -> None:
+    if selector.startswith("optax."):
+        import optax
+
+        name = selector.removeprefix("optax.")
+        if name in CONFIGURABLES:
+            raise ValueError(f"{setting.where}: optax's own {name} takes other arguments than an optimizer here is "
+                             f"given; use @{name}, or @chain with chain.transformations (see README).")
+        if not hasattr(optax, name):
+            raise ValueError(f"{setting.where}: optax has no {name!r}" + _nearest(name, dir(optax)))
+    elif selector not in CONFIGURABLES and not configuration.imports:
+        raise ValueError(f"{setting.where}: nothing is named {selector!r}" + _nearest(selector, CONFIGURABLES))
+
+
+def _require_types(configuration: Configuration) -> None:
+    """Raises ValueError where a literal is bound to a parameter of another type."""
+    effective = configuration.effective
+    for name, setting in effective.items():
+        selector, _, parameter = name.split("/")[-1].rpartition(".")
+        if selector not in CONFIGURABLES:
+            continue
+        source = setting
+        while re.fullmatch(r"%\w+", source.value):
+            source = effective[source.value[1:]]
+        try:
+            value = ast.literal_eval(source.value)
+        except (ValueError, SyntaxError):
+            continue  # a reference, or a container of some
+        wanted = typing.get_type_hints(_target(selector)).get(parameter, Any)
+        if not _fits(value, wanted):
+            readable = str(wanted).replace("typing.", "").replace("collections.abc.", "").removeprefix("<class '")
+            raise ValueError(f"{source.where}: {source.name} must be of type {readable.removesuffix(chr(39) + '>')}, "
+                             f"found {value!r}.")
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    origin = typing.get_origin(wanted) or wanted
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(wanted))
+    if wanted is Any or isinstance(wanted, typing.TypeVar):
+        return True
+    if origin in (int, float):
+        return not isinstance(value, bool) and isinstance(value, (int, float) if origin is float else int)
+    if origin is Sequence:
+        return isinstance(value, (list, tuple)) and (not value or _fits(value[0], (*typing.get_args(wanted), Any)[0]))
+    if origin is Mapping:
+        kinds = (*typing.get_args(wanted), Any, Any)
+        return isinstance(value, dict) and all(_fits(k, kinds[0]) and _fits(v, kinds[1]) for k, v in value.items())
+    return isinstance(value, origin) if isinstance(origin, type) else True
 
 
 def _is_macro(name: str) -> bool:
@@ -260,11 +322,14 @@ def _is_macro(name: str) -> bool:
 
 
 def _parameters(configurable: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_target(configurable)).parameters
+
+
+def _target(configurable: str) -> Callable[..., Any]:
     module, attribute = CONFIGURABLES[configurable].split(":")
-    target: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    return inspect.signature(target).parameters
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
     return f"; nearest: {', '.join(near)}." if near else "."

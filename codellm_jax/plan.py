@@ -64,8 +64,14 @@ class Training:
         for name in ("batch_size", "train_steps", "eval_period", "checkpoint_period", "log_period", "eval_rows",
                      "keep_last", "microbatches"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
                 raise ValueError(f"{name.upper()} must be a whole number from 1, found {value!r}.")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"train.keep_every must be at least 1, or None for none, found {self.keep_every}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed!r}.")
+        if not self.model_dir.strip():
+            raise ValueError("MODEL_DIR is empty: name the run's directory, such as runs/first.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,22 +144,24 @@ def train(training: Training, settings: Callable[[], tuple[str, Mapping[str, str
 def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, settings: Mapping[str, str]) -> Run:
     """The newest checkpoint of MODEL_DIR, else parameters of another run, else new ones."""
     order, vocabulary = plan.mixture.order, training.vocabulary
-    restored = checkpoints.restore_newest(
-        plan.state, check=lambda record: require_same_settings(record["settings"], settings, training.model_dir),
-        report=say)
+
+    def check(record: Mapping[str, Any]) -> None:
+        require_same_vocabulary(record, vocabulary.content_hash, training.model_dir)
+        require_same_settings(record["settings"], settings, training.model_dir)
+
+    restored = checkpoints.restore_newest(plan.state, check, report=say)
     if restored is not None:
         state, record = restored
         ledger, step = Ledger.from_json(record["ledger"]), int(state.step)
-        ledger.check(order, vocabulary.content_hash, step * training.batch_size)
+        ledger.check(order, step * training.batch_size)
         say(f"Resuming {training.model_dir} after step {step}.")
         return Run(training, plan, state, ledger, step)
     state = initial_state(plan.model, plan.optimizer, plan.state, training.seed)
     if training.initial_checkpoint_path:
-        params, record = restore_parameters(training.initial_checkpoint_path, plan.state.params, say)
-        if record["ledger"]["vocabulary_hash"] != vocabulary.content_hash:
-            raise ValueError(f"{training.initial_checkpoint_path} was trained with another vocabulary "
-                             f"({record['ledger']['vocabulary_hash'][:12]}, here {vocabulary.content_hash[:12]}): "
-                             "set VOCABULARY to the file it was trained with.")
+        params, _ = restore_parameters(
+            training.initial_checkpoint_path, plan.state.params,
+            check=lambda record: require_same_vocabulary(
+                record, vocabulary.content_hash, str(training.initial_checkpoint_path)), report=say)
         state = state.replace(params=params)
     ledger = Ledger.begin("pretraining", order, vocabulary.content_hash, training.mixture.length)
     return Run(training, plan, state, ledger, 0)
@@ -186,6 +188,15 @@ def loop(
         end_of_document_id=training.vocabulary.end_of_document_id, sharding=batch_sharding(plan.mesh)),
         run.step, plan.last_step)
     meter.restart()
+    saved = run.step
+
+    def save() -> None:
+        nonlocal saved
+        meter.settle()
+        checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json()})
+        saved = run.step
+        meter.restart()
+
     try:
         while run.step < plan.last_step and not stop.is_set():
             batch, drawn = meter.next_batch(batches)
@@ -194,21 +205,20 @@ def loop(
             run.ledger.add(order, drawn.source)
             meter.add(run.step, metrics)
             checkpoints.raise_if_failed()
-            ends = run.step == plan.last_step or stop.is_set()
-            evaluates = run.step % training.eval_period == 0 or run.step == plan.last_step
-            saves = run.step % training.checkpoint_period == 0 or ends
-            if evaluates or saves:
+            if run.step % training.eval_period == 0 or run.step == plan.last_step:
                 meter.settle()
-                if evaluates:
-                    evaluate(run, eval_fn, records, status)
-                if saves:
-                    checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json()})
+                evaluate(run, eval_fn, records, status)
                 meter.restart()
+            if run.step % training.checkpoint_period == 0:
+                save()
+        if run.step > saved:
+            save()
     finally:
         batches.close()
     checkpoints.wait()
     if run.step < plan.last_step:
-        status.say(f"Stopped by a signal; saved after step {run.step}. The same command goes on from there.")
+        status.say(f"Stopped by a signal; saved after step {run.step}. The same command goes on from there." if run.step
+                   else "Stopped by a signal before the first step; nothing is saved.")
 
 
 def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: StatusLine) -> None:
@@ -268,6 +278,14 @@ FREE_ON_RESUME = frozenset("""
     train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir vocabulary.path
     mesh.data mesh.fsdp mesh.model mesh.slices mesh.rules model.remat model.scan_unroll model.attention
     """.split())
+
+
+def require_same_vocabulary(record: Mapping[str, Any], content_hash: str, model_dir: str) -> None:
+    """Raises ValueError where a run directory's checkpoint has another vocabulary."""
+    saved = record["ledger"]["vocabulary_hash"]
+    if saved != content_hash:
+        raise ValueError(f"{model_dir} was trained with another vocabulary ({saved[:12]}, here {content_hash[:12]}): "
+                         "set VOCABULARY to the file it was trained with.")
 
 
 def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:

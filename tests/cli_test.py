@@ -29,12 +29,27 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", "--gin_file=gin/mixed.gin"], "No gin file gin/mixed.gin; nearest shipped: gin/mixed_pretrain.gin"),
     (["train", MIXED, "--gin.BATCHSIZE=8"], "nothing uses the setting BATCHSIZE; nearest: BATCH_SIZE"),
     (["train", MIXED, "--gin.CODE_RATE=1.5"], "CODE_RATE must lie between 0 (text only) and 1 (code only), found 1.5"),
-    (["train", MIXED, "--gin.CODE_RATE=lots"], "CODE_RATE must be a number between 0 and 1, found 'lots'"),
+    (["train", MIXED, "--gin.CODE_RATE=lots"], "--gin.CODE_RATE: CODE_RATE must be of type float, found 'lots'"),
     (["train", MIXED, "--gin.BATCH_SIZE=12"], "BATCH_SIZE = 12 cannot be divided by the mesh"),
     (["train", MIXED, "--gin.BATCH_SIZE=0"], "BATCH_SIZE must be a whole number from 1, found 0"),
     (["train", MIXED, "--gin.mesh.data=3"], "does not fit 8 devices"),
     (["train", MIXED, "--gin.mesh.model=8", "--gin.model.heads=4"], "cannot divide the parameter"),
-    (["train", MIXED, "--gin.WARMUP_STEPS=900"], "warmup_cosine.warmup_steps = 900"),
+    (["train", MIXED, "--gin.WARMUP_STEPS=900"], "WARMUP_STEPS = 900 must be at least 0 and below the 400 steps"),
+    (["train", MIXED, "--gin.TRAIN_STEPS=0"], "TRAIN_STEPS must be a whole number from 1, found 0"),
+    (["train", MIXED, "--gin.SEED=-1"], "SEED must be a whole number from 0"),
+    (["train", MIXED, "--gin.SEED=abc"], "SEED must be of type int, found 'abc'"),
+    (["train", MIXED, "--gin.BATCH_SIZE=True"], "BATCH_SIZE must be of type int, found True"),
+    (["train", MIXED, "--gin.MODEL_DIR="], "MODEL_DIR is empty"),
+    (["train", MIXED, "--gin.MODEL_DIR=3"], "MODEL_DIR must be of type str, found 3"),
+    (["train", MIXED, "--gin.TASK_FEATURE_LENGTHS=256"], "TASK_FEATURE_LENGTHS must be of type Mapping[str, int]"),
+    (["train", MIXED, "--gin.MAX_EPOCHS=1.5"], "MAX_EPOCHS must be of type int | None, found 1.5"),
+    (["train", MIXED, "--gin.MIX_PHASES=5:3"], "MIX_PHASES must"),
+    (["train", MIXED, "--gin.train.keep_every=0"], "train.keep_every must be at least 1"),
+    (["train", MIXED, "--gin.LEARNING_RATE=-1"], "LEARNING_RATE = -1"),
+    (["train", MIXED, "--gin.mesh.rules=[('embed', 'foo')]"], "mesh.rules lays embed onto 'foo'"),
+    (["train", MIXED, "--gin.train.optimizer=@optax.adamw"], "use @adamw, or @chain"),
+    (["train", MIXED, "--gin.train.optimizer=@optax.lio"], "optax has no 'lio'; nearest: lion"),
+    (["vocabulary", MIXED, "--output=/nowhere/my.model"], "there is no directory to write /nowhere/my.model in"),
     (["train", MIXED, "--gin.VOCABULARY=nowhere.model"], "There is no vocabulary file nowhere.model"),
     (["train", MIXED, "--gin.VOCABULARY=python_9k"], "No vocabulary 'python_9k' is shipped"),
     (["train", MIXED, "--gin.model.heads=5"], "heads must divide hidden"),
@@ -50,6 +65,10 @@ def test_slips_get_one_line(capsys, arguments, message):
     assert message in refusal(capsys, *arguments)
 
 
+def test_errors_end_without_what_gin_adds(capsys):
+    assert refusal(capsys, "train", MIXED, "--gin.WARMUP_STEPS=900").endswith("lower it or raise TRAIN_STEPS.")
+
+
 def test_an_unknown_mixture_gets_the_nearest_names(capsys, tiny_cache):
     line = refusal(capsys, "train", MIXED, f"--gin.CACHE_DIR={tiny_cache}",
                    "--gin.MIXTURE_OR_TASK_NAME=python_text_cod")
@@ -62,6 +81,19 @@ def test_a_corpus_smaller_than_a_row_is_refused(capsys, tmp_path):
                    f"--gin.CORPORA={{'text.a': {{'text_files': '{tmp_path}/a.txt', 'holdout': 0}}}}",
                    "--gin.MIXTURE_OR_TASK_NAME=['text.a']")
     assert "text.a: its training split has" in line and "lower TASK_FEATURE_LENGTHS" in line
+
+
+def test_passed_over_records_are_told_while_rows_are_cached(tmp_path):
+    """By the command itself: TensorFlow's own log is kept off the terminal, ours must not be."""
+    lines = ['{"text": "a document of some words"}'] * 60 + ['{"text": '] * 7
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    done = subprocess.run(
+        [sys.executable, "-m", "codellm_jax.cli", "train", MIXED, "--dry_run", f"--gin.CACHE_DIR={tmp_path}",
+         "--gin.CODE_RATE=0.0", "--gin.MIXTURE_OR_TASK_NAME=['text.a']", "--gin.TASK_FEATURE_LENGTHS={'targets': 16}",
+         f"--gin.CORPORA={{'text.a': {{'json_lines': '{tmp_path}/a.jsonl', 'holdout': 0}}}}"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "text.a, read for train: 60 records are documents, passed over: 7 broken JSON" in done.stderr
 
 
 def test_a_pool_that_is_asked_for_but_not_there_is_refused(capsys, tiny_flags):

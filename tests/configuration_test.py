@@ -133,7 +133,7 @@ def test_the_written_configuration_loads_again(tmp_path):
     assert rebuilt.mixture.code_rate == 0.25 and rebuilt.model_dir == "runs/a b"
 
 
-def test_any_optax_chain():
+def test_any_optax_chain(tmp_path):
     configuration = read_configuration([MIXED], [
         ("train.optimizer", "@chain"),
         ("chain.transformations", "[@optax.clip_by_global_norm(), @optax.scale_by_lion()]"),
@@ -141,6 +141,10 @@ def test_any_optax_chain():
     training = build(configuration, "train")
     transformation = training.optimizer(training.learning_rate)
     params = {"w": jax.numpy.ones(3)}
+    configuration_text, values = operative(configuration)
+    assert values["optax.clip_by_global_norm.max_norm"] == "1.0"
+    (tmp_path / "config.gin").write_text(configuration_text)
+    assert build(read_configuration([str(tmp_path / "config.gin")], []), "train").train_steps == training.train_steps
     updates, _ = transformation.update({"w": jax.numpy.array([1.0, -2.0, 3.0])}, transformation.init(params), params)
     assert updates["w"].shape == (3,)
 

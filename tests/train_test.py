@@ -1,6 +1,8 @@
 """The train step and the loop: meshes, microbatches, what a run leaves behind."""
 
 import functools
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+import codellm_jax.train as train_module
 import tasks
 from codellm_jax.mixture.batches import global_batch
 from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
@@ -148,6 +151,23 @@ def test_max_epochs_stops_the_run_before_a_source_repeats(make_training):
     for source in plan.mixture.order.sources:
         assert run.ledger.rows[source.name] <= source.rows
     assert run.step == plan.last_step
+
+
+def test_a_stop_during_an_evaluation_saves(make_training, monkeypatch):
+    training = make_training(eval_period=3, checkpoint_period=100)
+    real = train_module.evaluate
+
+    def stop_at_the_second(run, *rest):
+        real(run, *rest)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_module, "evaluate", stop_at_the_second)
+    run = train(training)
+    assert run.step == 3
+    assert [path.name for path in (Path(training.model_dir) / "checkpoints").iterdir()] == ["3"]
+    monkeypatch.undo()
+    assert train(training).step == 12
 
 
 def test_a_non_finite_loss_names_the_last_good_checkpoint(make_training):

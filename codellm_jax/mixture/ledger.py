@@ -52,18 +52,19 @@ class Ledger:
         for index, source in enumerate(order.sources):
             self.rows[source.name] += int(np.count_nonzero(sources == index))
 
-    def check(self, order: Order, vocabulary_hash: str, position: int) -> None:
-        """Raises ValueError where this ledger is not of this order, vocabulary and position."""
-        if self.vocabulary_hash != vocabulary_hash:
-            raise ValueError(
-                f"The checkpoint was trained with vocabulary {self.vocabulary_hash[:12]}, this run has "
-                f"{vocabulary_hash[:12]}: set VOCABULARY to the same file, or another MODEL_DIR.")
+    def check(self, order: Order, position: int) -> None:
+        """Raises ValueError where this ledger is not of this order and position."""
         expected = dict(zip((source.name for source in order.sources), order.counts(position).tolist(), strict=True))
-        if self.order_fingerprint != order.fingerprint() or self.rows != expected:
+        if self.rows != expected:
             raise ValueError(
-                f"The checkpoint was trained on other data: its ledger has {self.rows}, this configuration would have "
-                f"drawn {expected} (order {self.order_fingerprint[:12]} there, {order.fingerprint()[:12]} here). "
-                "The data, the rates, the seed or the length changed: restore them, or use another MODEL_DIR.")
+                f"The checkpoint was trained on other data: its ledger has {self.rows} rows, this configuration would "
+                f"have drawn {expected}. The sources, their rates or the seed changed: restore them, or use another "
+                "MODEL_DIR.")
+        if self.order_fingerprint != order.fingerprint():
+            raise ValueError(
+                f"The checkpoint was trained on other data: the order was {self.order_fingerprint[:12]} and is "
+                f"{order.fingerprint()[:12]}. The content of {', '.join(expected)}, their rates, the seed or the steps "
+                "to come changed: restore them, or use another MODEL_DIR.")
 
     def table(self, order: Order) -> str:
         """Lines of text: for each source its rows, tokens, epochs, and its share asked and realised."""

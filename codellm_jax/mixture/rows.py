@@ -16,7 +16,9 @@ import difflib
 import functools
 import hashlib
 import json
+import logging
 import os
+import platform
 import re
 import shutil
 import sys
@@ -127,9 +129,14 @@ def _write_cache(
 ) -> None:
     """Writes all splits beside `directory` and moves them there when whole; on gs:// straight into it."""
     remote = "://" in str(directory)
-    building = directory if remote else directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
-    building.mkdir(parents=True, exist_ok=True)
+    mine = f".{directory.name}.{platform.node()}."
+    building = directory if remote else directory.parent / f"{mine}{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    if not remote:
+        for left in directory.parent.glob(f"{mine}*"):  # by a process of this machine that was killed
+            if not _is_alive(int(left.name.removeprefix(mine).split(".")[0])):
+                shutil.rmtree(left, ignore_errors=True)
     try:
+        building.mkdir(parents=True, exist_ok=True)
         splits = {}
         for split, documents in _tokenized_splits(task, definitions, vocabulary).items():
             splits[split] = _write_split(task, split, documents, vocabulary, length, str(building / split), report)
@@ -145,9 +152,25 @@ def _write_cache(
             except OSError:
                 if not (directory / "cache.json").exists():  # else another process wrote the same cache first
                     raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno or "No space left on device" in str(error):
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
+            raise OSError(
+                f"Rows cannot be cached in {directory.parent}: {reason}. Mend it or set CACHE_DIR.") from error
+        raise
     finally:
         if not remote:
             shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _tokenized_splits(
@@ -184,7 +207,7 @@ def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[np.ndarray]:
             yield example["targets"]
     except tf.errors.OpError as error:
         # TensorFlow wraps what a reader raised into a page of its own; the reader's line is what helps.
-        own = re.findall(r"^(?:\w+Error): (.+)$", error.message, flags=re.MULTILINE)
+        own = re.findall(r"^.*?\b(?:\w+Error): (.+)$", error.message, flags=re.MULTILINE)
         raise ValueError(own[-1] if own else f"{task.name}: {error.message.splitlines()[0]}") from error
 
 
@@ -192,8 +215,12 @@ def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[np.ndarray]:
 def quiet_tensorflow() -> Iterator[None]:
     """Keeps TensorFlow off accelerators, and its C++ log off the terminal; what Python writes to stderr still shows."""
     if getattr(sys.stderr, "name", None) == "<stderr>" and sys.stderr.fileno() == 2:
-        # Python's own way to the terminal, kept for good: logging handlers made inside hold on to it.
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        # Python's own way to the terminal, kept for good: logging handlers made inside hold on to it, and those made
+        # before are given it.
+        before, sys.stderr = sys.stderr, os.fdopen(os.dup(2), "w", buffering=1)
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                handler.setStream(sys.stderr)
     saved = os.dup(2)
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)

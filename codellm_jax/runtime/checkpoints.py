@@ -148,9 +148,12 @@ class Checkpoints:
 
 
 def restore_parameters(
-    model_dir: str, abstract_params: Any, report: Callable[[str], None] = print
+    model_dir: str, abstract_params: Any, check: Callable[[dict[str, Any]], None] = lambda record: None,
+    report: Callable[[str], None] = print,
 ) -> tuple[Any, dict[str, Any]]:
     """The parameters alone of the newest undamaged checkpoint of a run directory, and its record.
+
+    `check` is called with the record before parameters are read, and raises where they will not do.
 
     Raises:
       FileNotFoundError: the directory holds no checkpoint.
@@ -171,6 +174,7 @@ def restore_parameters(
         except Exception as error:
             report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
             continue
+        check(record)
         _require_same_arrays(saved, wanted, step)
         try:
             restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
@@ -238,8 +242,8 @@ def _require_same_arrays(saved: Mapping[str, list[Any]], abstract: Any, step: in
         if wanted.get(name) != found.get(name):
             raise ValueError(
                 f"The checkpoint of step {step} has another model or optimizer: {name} is {found.get(name, 'absent')} "
-                f"there and {wanted.get(name, 'absent')} here. Use its configuration, or another MODEL_DIR.")
+                f"there and {wanted.get(name, 'absent')} here. Use the configuration it was trained with.")
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(" (<")[0].split(": (slice")[0][:160]

@@ -15,10 +15,14 @@ Schedule = Callable[[Any], Any]  # step -> learning rate
 
 def warmup_cosine(peak: float, final: float, warmup_steps: int, decay_steps: int) -> Schedule:
     """Linear from 0 to `peak` over `warmup_steps`, then half a cosine to `final` at `decay_steps` (Table 9)."""
+    if decay_steps < 1:
+        raise ValueError(f"TRAIN_STEPS must be a whole number from 1, found {decay_steps}.")
     if not 0 <= warmup_steps < decay_steps:
         raise ValueError(
-            f"warmup_cosine.warmup_steps = {warmup_steps} must be at least 0 and below the {decay_steps} steps of the "
-            "whole run: lower it or raise TRAIN_STEPS.")
+            f"WARMUP_STEPS = {warmup_steps} must be at least 0 and below the {decay_steps} steps of the whole run: "
+            "lower it or raise TRAIN_STEPS.")
+    if not 0 <= final <= peak:
+        raise ValueError(f"LEARNING_RATE = {peak} must be at least FINAL_LEARNING_RATE = {final}, and that at least 0.")
     return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, decay_steps, final)
 
 
@@ -30,11 +34,11 @@ def decayed(params: Any) -> Any:
 
 def adamw(
     learning_rate: Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1,
-    clip_norm: float = 1.0,
+    clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """The study's optimizer: Adam with decoupled weight decay after clipping to a global norm."""
+    """The study's optimizer: Adam with decoupled weight decay after clipping to a global norm (None: no clipping)."""
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
+        optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
         optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
     )
 

@@ -60,6 +60,10 @@ class MeshShape:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"mesh.rules names the unknown axis {name!r}; nearest: {near}.")
+        for name, axes in self.rules:
+            for axis in [axes] if isinstance(axes, str) else axes or []:
+                if axis not in MESH_AXES:
+                    raise ValueError(f"mesh.rules lays {name} onto {axis!r}, which is none of {', '.join(MESH_AXES)}.")
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
         """The axes' sizes on that many devices. Raises ValueError where they do not multiply to it."""

@@ -68,14 +68,16 @@ class Records:
 
 
 def read_records(model_dir: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without a last one that a kill cut short."""
+    """The lines of metrics.jsonl, without any that a kill cut short or that are no records."""
     path = epath.Path(model_dir).expanduser() / "metrics.jsonl"
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(record, dict) and {"step", "split"} <= record.keys():
+            lines.append(record)
     return lines
 
 

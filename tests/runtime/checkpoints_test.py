@@ -385,7 +385,7 @@ def test_checksums_do_not_depend_on_the_mesh():
 def test_parameters_alone(tmp_path):
     save(tmp_path, 3, 4, where=MIXED)
     reports: list[str] = []
-    params, record = restore_parameters(str(tmp_path), abstract(EIGHT)["params"], reports.append)
+    params, record = restore_parameters(str(tmp_path), abstract(EIGHT)["params"], report=reports.append)
     assert_same_bits(params, values(4)["params"])
     assert params["kernel"].sharding.is_equivalent_to(shardings(EIGHT)["params"]["kernel"], 2)
     assert record["ledger"] == RECORD["ledger"] and reports == [f"Parameters from step 4 of {tmp_path}"]
@@ -413,9 +413,9 @@ def test_parameters_that_are_damaged(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "4" / "state")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "9" / "state", tmp_path / "checkpoints" / "4" / "state")
     said: list[str] = []
-    _, used = restore_parameters(str(tmp_path), abstract()["params"], said.append)
+    _, used = restore_parameters(str(tmp_path), abstract()["params"], report=said.append)
     assert used == record  # of step 3
     assert "4 is damaged" in said[0] and "differ from what was saved" in said[0] and "from step 3" in said[1]
     shutil.rmtree(tmp_path / "checkpoints" / "3")
     with pytest.raises(ValueError, match="All checkpoints in .* are damaged"):
-        restore_parameters(str(tmp_path), abstract()["params"], said.append)
+        restore_parameters(str(tmp_path), abstract()["params"], report=said.append)

@@ -96,9 +96,17 @@ def test_warmup_cosine_is_its_formula(peak, final, warmup, steps):
     assert float(schedule(warmup)) == pytest.approx(peak) and float(schedule(steps)) == pytest.approx(final)
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (0, 0)])
+def test_no_steps_and_falling_rates_are_refused():
+    with pytest.raises(ValueError, match="TRAIN_STEPS must be a whole number from 1, found 0"):
+        warmup_cosine(1e-3, 1e-5, 0, 0)
+    for peak, final in ((-1e-3, 1e-5), (1e-5, 1e-3), (1e-3, -1e-5)):
+        with pytest.raises(ValueError, match="LEARNING_RATE = .* must be at least FINAL_LEARNING_RATE"):
+            warmup_cosine(peak, final, 1, 10)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10)])
 def test_a_warmup_longer_than_the_run_is_refused_in_one_line(warmup, steps):
-    with pytest.raises(ValueError, match=f"warmup_steps = {warmup} must be at least 0 and below the {steps}") as raised:
+    with pytest.raises(ValueError, match=f"WARMUP_STEPS = {warmup} must be at least 0 and below the {steps}") as raised:
         warmup_cosine(1e-3, 1e-5, warmup, steps)
     assert "\n" not in str(raised.value)
 
