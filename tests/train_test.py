@@ -1,6 +1,7 @@
 """The train step and the loop: meshes, microbatches, what a run leaves behind."""
 
 import functools
+import json
 import os
 import signal
 from pathlib import Path
@@ -200,10 +201,9 @@ def test_a_run_directory_of_another_configuration_is_refused(make_training):
 
 def test_a_ledger_of_other_data_is_refused(make_training, tmp_path):
     """The same names and settings over other documents, as after an edit of a corpus."""
-    from conftest import write_json_lines
-
     def training(words: str):
-        corpora = {"text.mine": {"json_lines": write_json_lines(tmp_path / "mine.jsonl", [words] * 40), "holdout": 0}}
+        (tmp_path / "mine.jsonl").write_text((json.dumps({"text": words}) + "\n") * 40)
+        corpora = {"text.mine": {"json_lines": str(tmp_path / "mine.jsonl"), "holdout": 0}}
         return make_training(name=["text.mine"], definitions=tasks.Definitions(corpora=corpora), code_rate=0.0,
                              train_steps=4, cache_dir=str(tmp_path / "cache"), model_dir=str(tmp_path / "run"))
 
