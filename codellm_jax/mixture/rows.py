@@ -71,11 +71,6 @@ class Rows:
     documents: int
     content_hash: str  # of the rows, in order
 
-    @property
-    def tokens_left_over(self) -> int:
-        """Tokens after the last full row, never trained on."""
-        return self.tokens - self.count * (self.length + 1)
-
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of these numbers (int64 [N], in any order, repeats allowed) as int32 [N, length + 1].
 
@@ -273,7 +268,8 @@ def _write_split(
     while waiting_tokens >= length + 1:
         flush(min(ROWS_A_SHARD, waiting_tokens // (length + 1)))
     if tokens:
-        report(f"tokenized {task} {split}: {number:,} documents, {tokens:,} tokens, {count:,} rows of {length}")
+        report(f"tokenized {task} {split}: {number:,} documents, {tokens:,} tokens, {count:,} rows of {length}; "
+               f"{tokens - count * (length + 1):,} tokens after the last full row are left out")
     return {"count": count, "tokens": tokens, "documents": number, "content_hash": content.hexdigest()}
 
 

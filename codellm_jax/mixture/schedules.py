@@ -51,10 +51,6 @@ class Schedule(NamedTuple):
                 before += (self.starts[k + 1] - start) * share
         return quotas
 
-    def share_at(self, position: int) -> Fraction:
-        """The share of code asked for at one position."""
-        return self.shares[int(np.searchsorted(self.starts, position, side="right")) - 1]
-
     def asked(self, position: int) -> Fraction:
         """The exact number of code rows asked for in the first `position` rows: the integral, not rounded."""
         total = Fraction(0)

@@ -77,7 +77,7 @@ def test_rows_are_the_documents_joined_and_cut(
         assert found.count == len(expected) > 3
         assert found.tokens == len(tokens)
         assert found.documents == len(tiny_documents[name, split])
-        assert found.tokens_left_over == len(tokens) - len(expected) * (LENGTH + 1) > 0
+        assert found.tokens - found.count * (LENGTH + 1) == len(tokens) - len(expected) * (LENGTH + 1) > 0
         read = found.read(np.arange(found.count))
         assert read.dtype == np.int32
         assert read.tolist() == expected
@@ -163,7 +163,7 @@ def test_a_corpus_smaller_than_a_row(tmp_path, vocabulary):
     assert "\n" not in str(e.value)
     assert files_below(tmp_path / "cache") == []
     fits = cached_rows("text.other", small, vocabulary, tokens - 1, str(tmp_path / "cache"), silent)["train"]
-    assert (fits.count, fits.tokens_left_over) == (1, 0)
+    assert (fits.count, fits.tokens) == (1, fits.length + 1)
 
 
 def test_an_unknown_task_names_the_nearest(tmp_path, vocabulary, definitions):
@@ -291,7 +291,8 @@ def test_reports_tell_what_was_tokenized(tmp_path, vocabulary, tiny_documents):
                 lines.append)
     tokens = joined(vocabulary, documents)
     assert lines == [f"tokenized code.other train: {len(documents)} documents, {len(tokens):,} tokens, "
-                     f"{len(cut(tokens, LENGTH))} rows of {LENGTH}"]
+                     f"{len(cut(tokens, LENGTH))} rows of {LENGTH}; {len(tokens) % (LENGTH + 1)} tokens after the last "
+                     "full row are left out"]
 
 
 def test_rows_say_where_they_are(tiny_cache, vocabulary, definitions):

@@ -95,12 +95,6 @@ def test_beyond_int64_where_a_piece_begins():
             assert schedule.quota(np.array([position])).tolist() == [rounded_half_up(integral(schedule, position))]
 
 
-def test_share_at():
-    schedule = Schedule((0, 10, 25), (Fraction(1, 2), Fraction(1, 4), Fraction(0)))
-    assert [schedule.share_at(position) for position in (0, 9, 10, 24, 25, 10**12)] == [
-        Fraction(1, 2), Fraction(1, 2), Fraction(1, 4), Fraction(1, 4), 0, 0]
-
-
 def test_phases_of_the_paper():
     schedule = phases(["5:5", "6:4", "7:3", "7:3"], 1000)
     assert schedule == Schedule(
