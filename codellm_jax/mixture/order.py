@@ -5,30 +5,33 @@ needs the position alone, any number of hosts sees the same global batches, and 
 anywhere without reading a row.
 
   pool    the schedule's quota decides whether position i is text or code, and how many of its pool came before;
-  source  within a pool the sources stand at the leaves of a binary tree; at every node the same rounded quota, of a
-          constant share, sends a row left or right;
+  source  within a pool the sources stand at the leaves of a binary tree; at every node the same rounded quota sends a
+          row left or right, of a share that is constant but where tables of the schedule change it;
   row     the k-th row drawn from a source of n rows is row permutation(k mod n) of epoch k // n, under a permutation
           keyed by seed, source and epoch.
 
 Counts of the two pools stay within half a row of what was asked at every position, so a batch is within one row.
-Of three and more sources, each node adds half a row at most to its share of its parent's deviation.
+Of three and more sources, each node adds half a row at most to its share of its parent's deviation: a source with d
+nodes above it stays within d / 2 rows at every position. By as many rows it may begin or end early or late where a
+table gives it weight or takes it away; without weight in any phase it is never drawn.
 """
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from codellm_jax.mixture.schedules import Schedule
+from codellm_jax.mixture.schedules import HALF, POOLS, Schedule
 
 # Raise it whenever draw() gives other rows for the same arguments: checkpoints of another version are refused.
 ORDER_VERSION = 1
-POOLS = ("text", "code")
 FEISTEL_ROUNDS = 12  # with 6, pairs of the smallest sources were some per cent off uniform
 
 
@@ -54,6 +57,14 @@ class Draw(NamedTuple):
     row: np.ndarray  # within the source
 
 
+class _Segment(NamedTuple):
+    """From row `start` of the run on, sources stand in the same relation to the others of their pools."""
+
+    start: int
+    weights: tuple[Fraction, ...]  # of each source
+    asked: tuple[Fraction, ...]  # rows of each source up to `start`
+
+
 class _Node(NamedTuple):
     """A split of the rows that reach it: by `schedule`, row number m goes right (1) or left (0)."""
 
@@ -67,7 +78,8 @@ class Order:
     """The order in which the rows of `sources` are trained on.
 
     Raises:
-      ValueError: a pool is asked for but has no source, a source has no row, or a weight is not positive.
+      ValueError: a pool is asked for but has no source, a source has no row, a weight is not positive, or a table of
+        the schedule names an unknown source.
     """
 
     seed: int
@@ -82,29 +94,101 @@ class Order:
                 raise ValueError(f"Source {source.name} has no row to train on.")
             if source.weight <= 0:
                 raise ValueError(f"Source {source.name} has weight {source.weight}; weights must be positive.")
+        names = [source.name for source in self.sources]
+        for name in (name for table in self.schedule.tables if table for name, _ in table):
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=2, cutoff=0.4) or names
+                raise ValueError(f"MIX_PHASES names {name}, which is no source of the mixture; nearest: "
+                                 f"{', '.join(near)}.")
         pools = {source.pool for source in self.sources}
-        if "code" not in pools and any(share > 0 for share in self.schedule.shares):
-            raise ValueError("The mixture has no code source: set CODE_RATE = 0.0 or add one named code.NAME.")
-        if "text" not in pools and any(share < 1 for share in self.schedule.shares):
-            raise ValueError("The mixture has no text source: set CODE_RATE = 1.0 or add one named text.NAME.")
+        shares = self.schedule.shares + self.schedule.ends
+        if "code" not in pools and any(share > 0 for share in shares):
+            raise ValueError("The mixture has no code source: set CODE_RATE = 0.0 (where MIX_PHASES is set, '1:0' "
+                             "there) or add one named code.NAME.")
+        if "text" not in pools and any(share < 1 for share in shares):
+            raise ValueError("The mixture has no text source: set CODE_RATE = 1.0 (where MIX_PHASES is set, '0:1' "
+                             "there) or add one named text.NAME.")
 
     @functools.cached_property
     def _root(self) -> "_Node | int":
         trees = []
         for pool in POOLS:
             members = [k for k, source in enumerate(self.sources) if source.pool == pool]
-            trees.append(_balanced_tree(members, self.sources) if members else None)
+            trees.append(self._balanced_tree(members) if members else None)
         text, code = trees
         if text is None or code is None:
             return code if text is None else text  # type: ignore[return-value]
         return _Node(self.schedule, text, code)
 
+    def _balanced_tree(self, members: Sequence[int]) -> "_Node | int":
+        """A binary tree whose nodes halve the weight as evenly as taking the heaviest first allows.
+
+        Its shape follows the sources' own weights, whatever tables say.
+        """
+        if len(members) == 1:
+            return members[0]
+        halves: tuple[list[int], list[int]] = ([], [])
+        weights = [Fraction(0), Fraction(0)]
+        for member in sorted(members, key=lambda k: (-self.sources[k].weight, self.sources[k].name)):
+            lighter = 0 if weights[0] <= weights[1] else 1
+            halves[lighter].append(member)
+            weights[lighter] += self.sources[member].weight
+        return _Node(self._split(*halves), self._balanced_tree(halves[0]), self._balanced_tree(halves[1]))
+
+    def _split(self, left: Sequence[int], right: Sequence[int]) -> Schedule:
+        """The share of `right` as a function of the number of rows drawn from both.
+
+        It changes where exactly as many rows were asked of both as up to the segment's start. The rows drawn until
+        then are other than that by the node's deviation, which therefore does not grow from segment to segment.
+        """
+        starts: list[Fraction] = []
+        shares: list[Fraction] = []
+        for segment in self._segments:
+            weight = sum((segment.weights[k] for k in right), Fraction(0))
+            both = weight + sum(segment.weights[k] for k in left)
+            if not both or (shares and shares[-1] == weight / both):
+                continue  # nothing asked of either, or nothing new
+            start = sum((segment.asked[k] for k in (*left, *right)), Fraction(0))
+            if starts and starts[-1] == start:  # no row asked of either in all of the segment before
+                del starts[-1], shares[-1]
+            starts.append(start)
+            # Exact, where constant() would round to a denominator and so drift, or lose a small source altogether.
+            shares.append(weight / both)
+        if not starts:  # never asked of, and so never reached
+            return Schedule((0,), (Fraction(0),))
+        return Schedule(tuple(starts), tuple(shares))  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def _segments(self) -> list[_Segment]:
+        """Runs of pieces of the schedule with the same weights: those without tables have the sources' own."""
+        segments = [_Segment(0, self._weights(0), (Fraction(0),) * len(self.sources))]
+        for k, start in enumerate(self.schedule.starts):
+            weights = self._weights(k)
+            if weights != segments[-1].weights:
+                segments.append(_Segment(start, weights, tuple(self._asked(segments[-1], start))))
+        return segments
+
+    def _weights(self, piece: int) -> tuple[Fraction, ...]:
+        """The sources' weights in a piece of the schedule."""
+        table = self.schedule.tables[piece]
+        if table is None:
+            return tuple(source.weight for source in self.sources)
+        return tuple(dict(table).get(source.name, Fraction(0)) for source in self.sources)
+
+    def _asked(self, segment: _Segment, position: int) -> list[Fraction]:
+        """Rows asked of each source in the first `position` rows, which end within `segment`."""
+        code = self.schedule.asked(position) - self.schedule.asked(segment.start)
+        rows = {"code": code, "text": position - segment.start - code}
+        totals = dict.fromkeys(POOLS, Fraction(0))
+        for source, weight in zip(self.sources, segment.weights, strict=True):
+            totals[source.pool] += weight
+        # A pool without any weight in a segment is asked for no row there.
+        return [before + rows[source.pool] * weight / (totals[source.pool] or 1)
+                for source, weight, before in zip(self.sources, segment.weights, segment.asked, strict=True)]
+
     def draw(self, positions: np.ndarray) -> Draw:
         """The source, epoch and row at each of `positions` (int64 [N])."""
-        positions = np.asarray(positions, dtype=np.int64)
-        source = np.zeros(positions.shape, dtype=np.int64)
-        ordinal = np.zeros(positions.shape, dtype=np.int64)  # rows drawn from that source before
-        self._descend(self._root, np.arange(len(positions)), positions, source, ordinal)
+        source, ordinal = self.locate(positions)
         sizes = np.array([s.rows for s in self.sources], dtype=np.int64)[source]
         epoch, within = ordinal // sizes, ordinal % sizes
         row = np.empty_like(within)
@@ -114,6 +198,14 @@ class Order:
             keys = [permutation_key(self.seed, self.sources[index].name, int(e)) for e in epochs]
             row[here] = permutation(within[here], self.sources[index].rows, np.array(keys, dtype=np.uint64)[inverse])
         return Draw(source, epoch, row)
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source at each of `positions` (int64 [N]), and how many rows were drawn from that source before."""
+        positions = np.asarray(positions, dtype=np.int64)
+        source = np.zeros(positions.shape, dtype=np.int64)
+        ordinal = np.zeros(positions.shape, dtype=np.int64)
+        self._descend(self._root, np.arange(len(positions)), positions, source, ordinal)
+        return source, ordinal
 
     def _descend(self, node: "_Node | int", where: np.ndarray, ordinals: np.ndarray, source: np.ndarray,
                  ordinal: np.ndarray) -> None:
@@ -133,7 +225,7 @@ class Order:
             if not isinstance(node, _Node):
                 counts[node] = rows
                 return
-            quota = int(node.schedule.quota(np.array([rows]))[0])
+            quota = math.floor(node.schedule.asked(rows) + HALF)
             descend(node.left, rows - quota)
             descend(node.right, quota)
 
@@ -142,19 +234,16 @@ class Order:
 
     def asked(self, position: int) -> list[Fraction]:
         """The exact numbers of rows asked of each source in the first `position` rows, not rounded."""
-        code = self.schedule.asked(position)
-        pools = {source.pool for source in self.sources}
-        in_pool = {"code": code if "text" in pools else Fraction(position), "text": position - code}
-        weights = {pool: sum(s.weight for s in self.sources if s.pool == pool) for pool in pools}
-        return [in_pool[s.pool] * s.weight / weights[s.pool] for s in self.sources]
+        return self._asked([segment for segment in self._segments if segment.start <= position][-1], position)
 
     def exhausted_at(self, max_epochs: int, rows: int) -> tuple[int, Source] | None:
         """The first position below `rows` that would begin epoch `max_epochs` (from 0) of a source, and that source."""
         first: tuple[int, Source] | None = None
+        in_all = self.counts(rows)
         for index, source in enumerate(self.sources):
             limit = max_epochs * source.rows
             low, high = 0, rows  # counts(low) <= limit; bisect for the first position after which more were drawn
-            if self.counts(rows)[index] <= limit:
+            if in_all[index] <= limit:
                 continue
             while high - low > 1:
                 middle = (low + high) // 2
@@ -169,30 +258,21 @@ class Order:
         Two orders of equal fingerprint draw the same rows with the same content. The sample guards against a change
         of the code that forgot to raise ORDER_VERSION.
         """
-        definition = {
+        definition: dict[str, Any] = {
             "version": ORDER_VERSION, "seed": self.seed, "starts": self.schedule.starts,
             "shares": [str(share) for share in self.schedule.shares],
             "sources": [[s.name, s.rows, str(s.weight), s.content_hash] for s in self.sources],
         }
+        # Only where there are any, so that orders without them are still those of checkpoints written before.
+        if self.schedule.ends != self.schedule.shares:
+            definition["ends"] = [str(share) for share in self.schedule.ends]
+        if any(self.schedule.tables):
+            definition["tables"] = [table and [[name, str(share)] for name, share in table if share]
+                                    for table in self.schedule.tables]
         positions = np.concatenate([np.arange(512), np.logspace(3, 9, 512).astype(np.int64)])
         digest = hashlib.sha256(json.dumps(definition).encode())
         digest.update(np.stack(self.draw(positions)).astype("<i8").tobytes())
         return digest.hexdigest()
-
-
-def _balanced_tree(members: Sequence[int], sources: Sequence[Source]) -> "_Node | int":
-    """A binary tree whose nodes halve the weight as evenly as taking the heaviest first allows."""
-    if len(members) == 1:
-        return members[0]
-    halves: tuple[list[int], list[int]] = ([], [])
-    weights = [Fraction(0), Fraction(0)]
-    for member in sorted(members, key=lambda k: (-sources[k].weight, sources[k].name)):
-        lighter = 0 if weights[0] <= weights[1] else 1
-        halves[lighter].append(member)
-        weights[lighter] += sources[member].weight
-    share = weights[1] / (weights[0] + weights[1])
-    # Exact, where constant() would round to a denominator and so drift, or lose a small source altogether.
-    return _Node(Schedule((0,), (share,)), _balanced_tree(halves[0], sources), _balanced_tree(halves[1], sources))
 
 
 def permutation_key(seed: int, source: str, epoch: int) -> int:

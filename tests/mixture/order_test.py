@@ -20,7 +20,7 @@ def two_pools(rate, text: int = 70, code: int = 30, seed: int = 0) -> Order:
 
 
 @st.composite
-def orders(draw) -> Order:
+def orders(draw, most_rows: int = 3000) -> Order:
     count = draw(st.integers(1, 35))
     sources = []
     for index in range(count):
@@ -28,12 +28,13 @@ def orders(draw) -> Order:
         weight = draw(st.one_of(st.fractions(Fraction(1, 1000), 1000, max_denominator=1000), st.integers(1, 10**9)))
         sources.append(Source(f"{pool}.n{index}", draw(st.integers(1, 40)), Fraction(weight)))
     pools = {source.pool for source in sources}
-    if len(pools) == 1:
-        share = 1 if pools == {"code"} else 0
-        return Order(draw(st.integers(0, 2**31)), constant(share), tuple(sources))
-    ratios = draw(st.lists(st.sampled_from(["5:5", "6:4", "7:3", "1:0", "0:1", "1:999", "999:1", "2:1"]), min_size=1,
-                           max_size=4))
-    return Order(draw(st.integers(0, 2**31)), phases(ratios, draw(st.integers(4, 3000))), tuple(sources))
+    ratios = {"text": ["1:0"], "code": ["0:1"]}[pools.pop()] if len(pools) == 1 else [
+        "5:5", "6:4", "7:3", "1:0", "0:1", "1:999", "999:1", "2:1", "5:5 to 7:3", "1:0 to 0:1", "7:3 to 5:5 cosine"]
+    names = [source.name for source in sources]
+    tables = st.dictionaries(st.sampled_from(names), st.one_of(st.integers(0, 5), st.integers(0, 10**6)), min_size=1)
+    listed = draw(st.lists(st.one_of(st.sampled_from(ratios), tables.filter(lambda table: any(table.values()))),
+                           min_size=1, max_size=5))
+    return Order(draw(st.integers(0, 2**31)), phases(listed, draw(st.integers(5, most_rows))), tuple(sources))
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,11 +85,14 @@ def test_realised_shares(rate):
 
 
 @settings(max_examples=60, deadline=None)
-@given(ratios=st.lists(st.sampled_from(["5:5", "7:3", "1:999", "999:1", "0:1", "3:1"]), min_size=1, max_size=5),
-       rows=st.integers(5, 10**9), data=st.data())
+@given(ratios=st.lists(st.sampled_from([
+    "5:5", "7:3", "1:999", "999:1", "0:1", "3:1", "5:5 to 7:3", "0:1 to 1:0 cosine", {"code.a": 2, "text.b": 5},
+    {"text.b": 1}]), min_size=1, max_size=5), rows=st.one_of(st.integers(5, 100), st.integers(5, 10**12)),
+       data=st.data())
 def test_two_pools_stay_within_half_a_row(ratios, rows, data):
     order = Order(0, phases(ratios, rows), (Source("code.a", 3), Source("text.b", 5)))
-    for position in data.draw(st.lists(st.integers(0, 2 * rows), min_size=1, max_size=20)):
+    edges = [start + by for start in order.schedule.starts[-5:] for by in (-1, 0, 1) if start + by >= 0]
+    for position in edges + data.draw(st.lists(st.integers(0, 2 * rows), min_size=1, max_size=20)):
         asked = order.asked(position)
         assert sum(asked) == position
         for count, wanted in zip(order.counts(position).tolist(), asked, strict=True):
@@ -103,6 +107,103 @@ def test_asked_of_parts_of_pools():
     assert Order(0, constant(0), (Source("text.b", 9),)).asked(7) == [7]
 
 
+def row_by_row(order: Order, position: int) -> list[Fraction]:
+    """What is asked of each source, summed over rows, from the schedule's count of code and the weights of each row."""
+    schedule, total = order.schedule, [Fraction(0)] * len(order.sources)
+    for row in range(position):
+        table = schedule.tables[max(k for k, start in enumerate(schedule.starts) if start <= row)]
+        weights = [source.weight if table is None else dict(table).get(source.name, 0) for source in order.sources]
+        code = schedule.asked(row + 1) - schedule.asked(row)
+        for k, source in enumerate(order.sources):
+            share = code if source.pool == "code" else 1 - code
+            pool = sum(weights[other] for other, of in enumerate(order.sources) if of.pool == source.pool)
+            total[k] += share * weights[k] / pool if pool else 0
+    return total
+
+
+def deviations(order: Order, position: int) -> list[Fraction]:
+    return [abs(count - asked) for count, asked in
+            zip(order.counts(position).tolist(), order.asked(position), strict=True)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=orders(most_rows=90), position=st.integers(0, 99))
+def test_asked_is_a_sum_over_rows(order: Order, position: int):
+    edges = [start + by for start in order.schedule.starts[:4] for by in (-1, 0, 1) if start + by >= 0]
+    for at in {position, *edges[-2:]}:
+        assert order.asked(at) == row_by_row(order, at)
+
+
+def levels(node, above: int = 0) -> dict[int, int]:
+    """Nodes above each source in the tree of an order."""
+    if isinstance(node, int):
+        return {node: above}
+    return levels(node.left, above + 1) | levels(node.right, above + 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(order=orders(), position=st.integers(0, 10**12))
+def test_each_level_adds_half_a_row_at_most(order: Order, position: int):
+    bounds = levels(order._root)
+    edges = [start + by for start in order.schedule.starts for by in (0, 1, 5)]
+    for at in [position, *edges[-9:], *range(1, 3000, 331)]:
+        assert all(deviation <= Fraction(bounds[k], 2) for k, deviation in enumerate(deviations(order, at)))
+
+
+def test_many_tables_do_not_add_up():
+    dice = np.random.default_rng(5)
+    names = [f"{'text' if k % 2 else 'code'}.n{k}" for k in range(35)]
+    sources = tuple(Source(name, 100, Fraction(int(dice.integers(1, 1000)))) for name in names)
+    tables = [{name: int(dice.integers(0, 9)) * int(dice.integers(0, 2)) for name in names} for _ in range(200)]
+    order = Order(0, phases([*tables, "5:5 to 0:1"], 12_345), sources)
+    worst = [max(deviations(order, position)) for position in range(0, 12_500, 7)]
+    # As much in the last quarter as in the first: 200 changes leave nothing behind.
+    assert max(worst) < Fraction(5, 2)  # found 1.84
+    assert max(worst[-400:]) < Fraction(5, 2)
+
+
+def test_a_source_without_weight_is_never_drawn():
+    sources = tuple(Source(f"{pool}.{name}", 10) for pool in ("text", "code") for name in "abcde")
+    tables = [{"text.a": 1, "code.c": 2}, {"text.c": 5, "text.a": 1, "code.e": 1}, {"code.c": 1}, {"text.c": 1}]
+    order = Order(0, phases(tables * 5, 999), sources)
+    drawn = {sources[k].name for k in order.draw(np.arange(3000)).source.tolist()}
+    assert drawn == {"text.a", "text.c", "code.c", "code.e"}
+    assert order.counts(10**12)[[1, 3, 4, 5, 6, 8]].tolist() == [0] * 6
+
+
+def test_a_table_of_one_pool():
+    sources = (Source("text.a", 10), Source("text.b", 10))
+    order = Order(0, phases(["1:0", {"text.a": 3, "text.b": 1}, {"text.b": 1}], 300), sources)
+    assert [order.counts(position).tolist() for position in (100, 200, 300, 400)] == [
+        [50, 50], [125, 75], [125, 175], [125, 275]]
+
+
+def test_a_table_says_what_ratios_and_weights_do():
+    sources = (Source("text.a", 10, Fraction(2)), Source("text.b", 10, Fraction(5)), Source("code.c", 10))
+    table = {"text.a": 2, "text.b": 5, "code.c": 3}
+    one, other = (Order(0, phases([form, "5:5"], 1001), sources) for form in ("7:3", table))
+    for field, expected in zip(one.draw(np.arange(2000)), other.draw(np.arange(2000)), strict=True):
+        np.testing.assert_array_equal(field, expected)
+
+
+# The arms of the paper's Table 5 at 40 steps of 7 rows, and an anneal: rows of code in each quarter.
+@pytest.mark.parametrize(("value", "quarters"), [
+    (["5:5", "6:4", "7:3", "7:3"], [35, 28, 21, 21]), (["7:3", "7:3", "6:4", "5:5"], [21, 21, 28, 35]),
+    (["7:3"], [21, 21, 21, 21]), (["5:3"], [26, 27, 26, 26]), ({0: "5:5", 20: "7:3"}, [35, 35, 21, 21]),
+    ({0: "7:3", 0.5: "7:3 to 3:7"}, [21, 21, 28, 42]), (["5:5 to 7:3 cosine"], [34, 31, 25, 22])])
+def test_rows_of_code_in_each_phase(value, quarters):
+    order = Order(0, phases(value, 280, batch_size=7), (Source("text.a", 99), Source("code.b", 99)))
+    drawn = order.draw(np.arange(280)).source.reshape(4, 70)
+    assert drawn.sum(1).tolist() == quarters
+    asked = [order.asked(70 * k)[1] for k in range(5)]
+    assert all(abs(sum(quarters[:k]) - asked[k]) <= Fraction(1, 2) for k in range(5))
+
+
+def test_a_ramp_with_fewer_rows_than_shares():
+    order = Order(0, phases(["1:0 to 0:1"] * 3, 3), (Source("text.a", 99), Source("code.b", 99)))
+    assert order.draw(np.arange(8)).source.tolist() == [1, 0, 1, 1, 1, 1, 1, 1]
+
+
 def test_thirty_five_sources_stay_close():
     dice = np.random.default_rng(3)
     worst = Fraction(0)
@@ -111,9 +212,7 @@ def test_thirty_five_sources_stay_close():
         sources = tuple(Source(f"{'text' if k % 2 else 'code'}.n{k}", 100, Fraction(w)) for k, w in enumerate(weights))
         order = Order(trial, constant([0.001, 1 / 3, 0.5, 0.9, 0.999, 0.1][trial]), sources)
         for position in [*range(0, 200), *np.logspace(3, 12, 60).astype(np.int64).tolist()]:
-            deviations = [abs(int(count) - wanted) for count, wanted in
-                          zip(order.counts(position), order.asked(position), strict=True)]
-            worst = max(worst, *deviations)
+            worst = max(worst, *deviations(order, position))
     assert worst < Fraction(3, 2)  # found 1.15; a tree of weights allows a little more than half a row
 
 
@@ -168,8 +267,9 @@ def test_how_positions_are_split_does_not_matter(order: Order, dice: int):
     shuffled = np.random.default_rng(dice).permutation(600)
     for field, expected in zip(order.draw(1000 + shuffled), whole, strict=True):
         np.testing.assert_array_equal(field, expected[shuffled])
-    one = order.draw(np.array([1234]))
-    assert [int(field[0]) for field in one] == [int(field[234]) for field in whole]
+    for at in range(1230, 1240):
+        one = order.draw(np.array([at]))
+        assert [int(field[0]) for field in one] == [int(field[at - 1000]) for field in whole]
     assert [len(field) for field in order.draw(np.array([], dtype=np.int64))] == [0, 0, 0]
 
 
@@ -243,6 +343,8 @@ def test_fingerprint_tells_every_change():
         changed_source(name="text.z"), changed_source(rows=71), changed_source(weight=Fraction(3)),
         changed_source(content_hash="ab"), {"sources": BASE["sources"][::-1]},
         {"sources": BASE["sources"][:1] + BASE["sources"][2:]},
+        {"schedule": phases(["2:1 to 1:1"], 10)}, {"schedule": phases(["2:1 to 1:1 cosine"], 10)},
+        {"schedule": phases([{"text.a": 1, "code.c": 1}], 10)}, {"schedule": phases([{"text.b": 1, "code.c": 1}], 10)},
     ]
     found = [Order(**(BASE | change)).fingerprint() for change in changes]
     assert len(set(found)) == len(changes)
@@ -260,6 +362,16 @@ def test_fingerprint_and_draws_are_those_of_this_order_version():
     assert draw.epoch.tolist() == [0, 0, 0, 0, 0, 0, 1, 4, 4444, 6349206, 6349206349]
     assert draw.row.tolist() == [44, 16, 10, 14, 2, 59, 15, 48, 17, 49, 60]
     assert permutation_key(1, "text.a", 0) == 15833119112772600655
+    table = {"text.b": 3, "code.c": 1, "text.a": 0}
+    changing = [
+        (["2:1", "1:1"], "c4e3fd10c768f68bfafd58005c7562abed64508a636f16cb85c29ce61e70e33c"),
+        (["2:1", "1:1 to 1:3"], "fb5e6cff8d27d9d3b462e1e99b037c5adb3b36f37d47eb633447e1223a48bb05"),
+        (["2:1 to 1:1 cosine"], "e5af78c0db4739ff825f44aa2c8935453a14afcf3975b626867d2116ed8f9b66"),
+        (["2:1", table, "0:1"], "e462fc37c790f67f1bc69d8831a2ca7a01f6a3d4d7b72a787b74e9aa950b5d59"),
+    ]
+    for value, expected in changing:
+        order = Order(**(BASE | {"schedule": phases(value, 10**6)}))
+        assert order.fingerprint() == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -289,6 +401,11 @@ def test_a_schedule_may_leave_a_pool_out():
     (constant(0), (Source("text.a", 0),), "text.a has no row"),
     (constant(0), (Source("text.a", 5, Fraction(0)),), "text.a has weight 0"),
     (constant(0), (Source("text.a", 5, Fraction(-1)),), "weights must be positive"),
+    (phases(["1:0 to 1:1"], 10), (Source("text.a", 5),), "no code source"),
+    (phases(["1:1 to 0:1"], 10), (Source("code.a", 5),), "no text source"),
+    (phases([{"text.a": 1}], 10), (Source("code.a", 5),), "MIX_PHASES names text.a, which is no source"),
+    (phases(["1:0", {"text.alpca": 0, "text.pclue": 1}], 10), (Source("text.alpaca", 5), Source("text.pclue", 5)),
+     "^MIX_PHASES names text.alpca, which is no source of the mixture; nearest: text.alpaca"),
 ])
 def test_errors_are_one_line(schedule: Schedule, sources, message):
     with pytest.raises(ValueError, match=message) as raised:
