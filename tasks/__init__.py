@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks import sources
+from tasks import instructions, official, sources, specs
 
 _CORPUS_NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 
@@ -24,8 +24,10 @@ class Definitions:
 
     Attributes:
       modules: importable modules that register SeqIO tasks and mixtures when imported.
-      corpora: specs as `tasks.sources` describes them, by name: `text.NAME` or `code.NAME`, the
-        pool before the dot.
+      corpora: specs as `tasks.sources` and `tasks.instructions` describe them, by name: `text.NAME`
+        or `code.NAME`, the pool before the dot. Once made it also holds the official corpora.
+      data_dir: a folder, local or gs://, below which the official corpora of `tasks.official` are
+        looked for when they are used. A spec in `corpora` comes before the official one.
 
     Raises:
       ValueError: a name or a spec is malformed.
@@ -33,6 +35,7 @@ class Definitions:
 
     modules: Sequence[str] = ("tasks.pretraining",)
     corpora: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    data_dir: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.modules, str) or not all(isinstance(m, str) for m in self.modules):
@@ -48,30 +51,41 @@ class Definitions:
                     f"A corpus is named text.NAME or code.NAME, NAME of letters, digits and "
                     f"underscores; found {name!r}."
                 )
-            sources.validate(spec, name)
+            specs.validate(spec, name)
+        if self.data_dir is not None:
+            if not isinstance(self.data_dir, str) or not self.data_dir.strip():
+                raise ValueError(f"data_dir (DATA_DIR) must be a folder, or None; found {self.data_dir!r}.")
+            merged = {**official.official_corpora(self.data_dir), **self.corpora}
+            object.__setattr__(self, "corpora", merged)
         for name in self.corpora:
             self._targets(name)
 
     def describe(self, name: str) -> dict[str, Any]:
         """What identifies the content of a corpus, task or mixture without reading or importing it.
 
-        For a corpus it is what `tasks.sources.describe` says; an alias of another task adds what is
-        said of that one. For any other name it is the hash of each module's source file, for the
-        name may be defined in any of them, and the version of Python, whose library may be read.
-        Code that those modules import is not followed.
+        For a corpus it is what `tasks.sources.describe` or `tasks.instructions.describe` says; an
+        alias of another task adds what is said of that one. For any other name it is the hash of
+        each module's source file, for the name may be defined in any of them, and the version of
+        Python, whose library may be read. Code that those modules import is not followed.
 
         Raises:
-          ValueError: a module does not exist.
-          FileNotFoundError: a pattern of the corpus matches no file.
+          ValueError: a module does not exist, or the name is an official one without a `data_dir`.
+          FileNotFoundError: a pattern of the corpus matches no file, or an official file is not there.
         """
         if name not in self.corpora:
-            return {
+            self._require_folder(name)
+            description = {
                 "modules": {module: _module_hash(module) for module in self.modules},
                 "python": sys.version,
                 "prefix": sys.base_prefix,
                 "reader": sources.READER_VERSION,
             }
+            if "tasks.tuning" in self.modules or name == official.MIXTURE:
+                description["instructions"] = instructions.INSTRUCTIONS_VERSION
+            return description
         spec = self.corpora[name]
+        if specs.kind_of(spec) in specs.INSTRUCTION_KINDS:
+            return instructions.describe(spec, name)
         description = sources.describe(spec, name)
         if "task" in spec:
             description["aliased"] = self.describe(spec["task"])
@@ -93,7 +107,29 @@ class Definitions:
 
         # What an alias names must be there before it.
         for name in sorted(self.corpora, key=lambda name: len(self._targets(name))):
-            pretraining.add_corpus(name, self.corpora[name])
+            if specs.kind_of(self.corpora[name]) in specs.INSTRUCTION_KINDS:
+                from tasks import tuning
+
+                tuning.add_corpus(name, self.corpora[name])
+            else:
+                pretraining.add_corpus(name, self.corpora[name])
+        if self.data_dir is not None:
+            tuning.add_official_mixture()
+
+    def _require_folder(self, name: str) -> None:
+        """Refuses an official name where no folder says where its files are; a module may define the name."""
+        of_modules = any(not module.startswith("tasks.") for module in self.modules)
+        if self.data_dir is not None or of_modules:
+            return
+        if name in specs.OFFICIAL:
+            raise ValueError(
+                f"{name} is read from its official file, {official.file_names(name)}: set DATA_DIR to a folder that "
+                "holds it, or give the corpus a CORPORA line of its own."
+            )
+        if name == official.MIXTURE:
+            raise ValueError(
+                f"{name} is a mixture of {', '.join(specs.OFFICIAL)}: set DATA_DIR to a folder that holds their files."
+            )
 
     def _targets(self, name: str) -> list[str]:
         """The names that an alias leads to, one through the other; none for other corpora."""

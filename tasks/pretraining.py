@@ -14,14 +14,15 @@ Tokens are made by the vocabulary in the task's `output_features`, so that
 
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
 from codellm_jax import vocabulary
-from tasks import sources
+from tasks import sources, specs
+from tasks.scheduling import add_scheduled_mixture
 
 DEFAULT_VOCABULARY = vocabulary.load_vocabulary("python_8k")
 
@@ -34,7 +35,9 @@ def output_features(path: str = DEFAULT_VOCABULARY.path) -> dict[str, seqio.Feat
     return {"targets": seqio.Feature(seqio.SentencePieceVocabulary(path), add_eos=True)}
 
 
-def add_corpus(name: str, spec: Mapping[str, Any]) -> None:
+def add_corpus(
+    name: str, spec: Mapping[str, Any], make_task: Callable[[str, Mapping[str, Any]], seqio.Task] | None = None
+) -> None:
     """Registers a corpus as the SeqIO task `name`.
 
     The same spec again changes nothing (an alias follows its task); another one replaces the task.
@@ -43,19 +46,20 @@ def add_corpus(name: str, spec: Mapping[str, Any]) -> None:
       name: the task's name, such as "text.books".
       spec: as `tasks.sources` describes it. The kind "task" gives an existing task, with its own
         preprocessors and features, a second name.
+      make_task: makes the task of any other kind; by default one of documents.
 
     Raises:
       ValueError: the spec is malformed, the name is a task or mixture of another origin, or an
         alias names no task with a feature "targets".
     """
-    sources.validate(spec, name)
+    specs.validate(spec, name)
     taken = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
     if name in _added:
         if _added[name] == spec and "task" not in spec:
             return
     elif name in taken:
         raise ValueError(f"{name} is already a task of its own; give the corpus another name.")
-    task = _alias(name, spec["task"]) if "task" in spec else _task(name, spec)
+    task = _alias(name, spec["task"]) if "task" in spec else (make_task or _task)(name, spec)
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add_provider(name, task)
     _added[name] = dict(spec)
@@ -80,7 +84,7 @@ def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
     return seqio.Task(
         name=name,
         source=seqio.FunctionDataSource(
-            functools.partial(_dataset, spec=dict(spec), name=name), splits=sources.splits(spec)
+            functools.partial(_dataset, spec=dict(spec), name=name), splits=specs.splits(spec)
         ),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
         output_features=output_features(),
@@ -89,10 +93,10 @@ def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
 
 
 def _dataset(
-    split: str, shuffle_files: bool, spec: Mapping[str, Any], name: str
+    split: str, shuffle_files: bool, seed: int | None = None, *, spec: Mapping[str, Any], name: str
 ) -> tf.data.Dataset:
     """Documents as {"targets": text}; in the readers' order, which SeqIO shuffles afterwards."""
-    del shuffle_files
+    del shuffle_files, seed
     # Calls the reader once outside of TensorFlow, where its errors keep their type and one line.
     sources.documents(spec, split, name)
 
@@ -105,7 +109,25 @@ def _dataset(
     )
 
 
+def full_rows(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
+    """Joins the targets of a tokenized dataset and cuts them into examples of `length` tokens; drops the rest."""
+    return dataset.map(lambda example: {"targets": example["targets"]}).unbatch().batch(length, drop_remainder=True)
+
+
 for _kind in ("text", "code"):
     seqio.TaskRegistry.add_provider(f"{_kind}.python", _task(f"{_kind}.python", {"python": _kind}))
 
 seqio.MixtureRegistry.add("python_text_code", [("text.python", 2), ("code.python", 1)])
+
+# For plain SeqIO and upstream T5X, whose rates count examples: the same corpora as full rows, so that rates count
+# tokens, and the mixes of gin/mixed_pretrain_increase.gin and gin/mixed_pretrain_decrease.gin of them.
+ROW_LENGTH, ROWS_OF_RUN = 256, 400 * 8
+for _kind in ("text", "code"):
+    _rows = _task(f"{_kind}.python_rows", {"python": _kind})
+    seqio.TaskRegistry.add_provider(_rows.name, _rows.replace(
+        preprocessors=[*_rows.preprocessors, functools.partial(full_rows, length=ROW_LENGTH)]))
+
+_INCREASE = ("11:4", "11:4", "29:16", "5:4")
+for _change, _phases in (("increase", _INCREASE), ("decrease", _INCREASE[::-1])):
+    add_scheduled_mixture(f"python_rows_{_change}", ["text.python_rows", "code.python_rows"],
+                          mix_phases=_phases, examples=ROWS_OF_RUN)

@@ -53,10 +53,21 @@ class Document(NamedTuple):
     text: str
 
 
-class _SourceFile(NamedTuple):
+class SourceFile(NamedTuple):
+    """A file of the standard library, apart and as it stands."""
+
     name: str  # Path relative to the standard library, with forward slashes.
-    code: str
+    code: str  # Without docstrings.
     docstrings: list[str]
+    source: str
+
+
+class Member(NamedTuple):
+    """A compiled module, or a function, class, method or attribute in it, and its docstring."""
+
+    kind: str
+    name: str  # Within the module, such as "deque.append"; empty for the module itself.
+    docstring: str
 
 
 class _Docstring(NamedTuple):
@@ -87,7 +98,7 @@ def python_corpus(kind: str) -> tuple[Document, ...]:
     """
     pieces: Iterator[tuple[str, list[str]]]
     if kind == "code":
-        pieces = ((file.name, [file.code]) for file in _source_files())
+        pieces = ((file.name, [file.code]) for file in source_files())
     elif kind == "text":
         pieces = _prose()
     else:
@@ -125,20 +136,20 @@ def _is_document(text: str) -> bool:
 
 def _prose() -> Iterator[tuple[str, list[str]]]:
     """Names, and texts that belong together."""
-    for file in _source_files():
+    for file in source_files():
         yield file.name, file.docstrings
     for path, name in _installed_files(".txt"):
         if not _NOT_PROSE.fullmatch(name):
             yield name, [path.read_text(encoding="utf-8", errors="ignore")]
-    for topic, text in _topics().items():
+    for topic, text in topics().items():
         yield f"topics/{topic}", [text]
-    for module, docstrings in _compiled_docstrings().items():
-        yield f"modules/{module}", docstrings
+    for module, members in compiled_members().items():
+        yield f"modules/{module}", [member.docstring for member in members]
 
 
 @functools.cache
-def _source_files() -> tuple[_SourceFile, ...]:
-    """The standard library's source files that this Python can parse."""
+def source_files() -> tuple[SourceFile, ...]:
+    """The standard library's source files that this Python can parse, sorted by name."""
     found, unreadable = [], []
     for path, name in _installed_files(".py"):
         try:
@@ -146,7 +157,7 @@ def _source_files() -> tuple[_SourceFile, ...]:
                 source = stream.read()
             if name in _NOT_CODE or (name.startswith("encodings/") and _GENERATED.search(source)):
                 continue
-            found.append(_SourceFile(name, *split_docstrings(source)))
+            found.append(SourceFile(name, *split_docstrings(source), source))
         except (SyntaxError, UnicodeDecodeError):
             unreadable.append(name)
     if not found:
@@ -187,7 +198,7 @@ def _installed_files(suffix: str) -> Iterator[tuple[pathlib.Path, str]]:
         yield named[name], name
 
 
-def _topics() -> dict[str, str]:
+def topics() -> dict[str, str]:
     """The language reference of `help()`, by topic; empty where the installation has none.
 
     Some topics are parts of others: each paragraph stays in the longest one, and a topic that loses
@@ -211,8 +222,9 @@ def _topics() -> dict[str, str]:
     return kept
 
 
-def _compiled_docstrings() -> dict[str, list[str]]:
-    """Docstrings of the compiled modules, by module, as an isolated Python reads them."""
+@functools.cache
+def compiled_members() -> dict[str, list[Member]]:
+    """What is documented in the compiled modules, by module, as an isolated Python reads it."""
     command = [sys.executable, "-I", "-S", "-W", "ignore", os.path.abspath(__file__)]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
@@ -222,7 +234,7 @@ def _compiled_docstrings() -> dict[str, list[str]]:
         raise RuntimeError(
             f"{sys.executable} cannot list the compiled modules' docstrings: {last}."
         )
-    return json.loads(done.stdout)
+    return {module: [Member(*fields) for fields in members] for module, members in json.loads(done.stdout).items()}
 
 
 def _compiled_modules() -> Iterator[types.ModuleType]:
@@ -241,27 +253,32 @@ def _compiled_modules() -> Iterator[types.ModuleType]:
             continue  # This platform or installation lacks it.
 
 
-def _docstrings_of_module(module: types.ModuleType) -> list[str]:
-    """Docstrings of a compiled module, its functions and classes, and of their members."""
-    compiled = (
+def _members_of(module: types.ModuleType) -> list[Member]:
+    """A compiled module, its functions and classes, and their members, as far as they are documented."""
+    functions = (
         types.BuiltinFunctionType,
         types.MethodDescriptorType,
         types.ClassMethodDescriptorType,
-        types.GetSetDescriptorType,
-        types.MemberDescriptorType,
         types.WrapperDescriptorType,
     )
-    documented: list[object] = [module]
-    for _, value in sorted(vars(module).items()):
-        if isinstance(value, compiled):
-            documented.append(value)
+    attributes = (types.GetSetDescriptorType, types.MemberDescriptorType)
+    found: list[tuple[str, str, object]] = [("module", "", module)]
+    for name, value in sorted(vars(module).items()):
+        if isinstance(value, functions + attributes):
+            found.append(("function" if isinstance(value, functions) else "attribute", name, value))
         elif isinstance(value, type):
-            documented.append(value)
-            documented += [
-                member for _, member in sorted(vars(value).items()) if isinstance(member, compiled)
+            found.append(("class", name, value))
+            found += [
+                ("method" if isinstance(member, functions) else "attribute", f"{name}.{own}", member)
+                for own, member in sorted(vars(value).items())
+                if isinstance(member, functions + attributes)
             ]
-    docstrings = [getattr(value, "__doc__", None) for value in documented]
-    return [inspect.cleandoc(text) for text in docstrings if isinstance(text, str) and text.strip()]
+    documented = [(kind, name, getattr(value, "__doc__", None)) for kind, name, value in found]
+    return [
+        Member(kind, name, inspect.cleandoc(text))
+        for kind, name, text in documented
+        if isinstance(text, str) and text.strip()
+    ]
 
 
 def split_docstrings(source: str) -> tuple[str, list[str]]:
@@ -282,18 +299,19 @@ def split_docstrings(source: str) -> tuple[str, list[str]]:
       SyntaxError: this Python cannot read the source, or no longer could without its docstrings.
     """
     source = re.sub("\r\n?", "\n", source)  # As Python's own reader does, which counts the lines.
-    found = sorted(_docstrings(_parse(source)), key=lambda docstring: docstring.begin)
+    found = sorted(_docstrings(parse(source)), key=lambda docstring: docstring.begin)
     lines = [line.encode() for line in source.split("\n")]  # Columns count bytes of UTF-8.
     for docstring in reversed(found):
         _cut(lines, docstring)
     code = b"\n".join(lines).decode().lstrip("\n")
     if found:
-        _parse(code)
+        parse(code)
     texts = [inspect.cleandoc(docstring.text) for docstring in found]
     return code, [text for text in texts if text.strip()]
 
 
-def _parse(source: str) -> ast.Module:
+def parse(source: str) -> ast.Module:
+    """Parses a Python file; whatever keeps Python from it is a SyntaxError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Invalid escapes in other people's strings.
         try:
@@ -330,9 +348,9 @@ def _cut(lines: list[bytes], docstring: _Docstring) -> None:
     lines[first - 1 : last] = [line] if line.strip() else []
 
 
-if __name__ == "__main__":  # What `_compiled_docstrings` runs.
+if __name__ == "__main__":  # What `compiled_members` runs.
     print(
         json.dumps(
-            {module.__name__: _docstrings_of_module(module) for module in _compiled_modules()}
+            {module.__name__: _members_of(module) for module in _compiled_modules()}
         )
     )

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import strategies as st
 
 import tasks
-from tasks import sources, standard_library
+from tasks import files, sources, specs, standard_library
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 REAL_BOOKS = ROOT.parent / "shared" / "data" / "corpora" / "en" / "classics_60MB.jsonl.gz"
@@ -120,7 +120,7 @@ def test_python_corpora_have_all_splits() -> None:
     for kind in ("text", "code"):
         sizes = {
             split: sum(map(len, standard_library.python_documents(kind, split)))
-            for split in sources.SPLITS
+            for split in specs.SPLITS
         }
         assert sizes["train"] > 1_000_000
         assert 0.01 < sizes["validation"] / sizes["train"] < 0.15
@@ -327,10 +327,10 @@ def test_remote_patterns(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.txt").write_text("one")
     (tmp_path / "a" / "2.txt").write_text("two")
-    found = sources._remote_matches(f"{tmp_path}/*/?.txt")
+    found = files._remote_matches(f"{tmp_path}/*/?.txt")
     assert sorted(found) == [str(tmp_path / "a" / "1.txt"), str(tmp_path / "a" / "2.txt")]
-    assert sources._remote_matches(f"{tmp_path}/a/1.txt") == [str(tmp_path / "a" / "1.txt")]
-    assert sources._remote_matches(f"{tmp_path}/a/3.txt") == []
+    assert files._remote_matches(f"{tmp_path}/a/1.txt") == [str(tmp_path / "a" / "1.txt")]
+    assert files._remote_matches(f"{tmp_path}/a/3.txt") == []
 
 
 def test_holdout_divides_by_text(tmp_path: pathlib.Path) -> None:
@@ -340,7 +340,7 @@ def test_holdout_divides_by_text(tmp_path: pathlib.Path) -> None:
     found = {}
     for name in ("a", "b"):
         spec = {"json_lines": str(tmp_path / f"{name}.jsonl"), "holdout": 0.1}
-        found[name] = {split: set(sources.documents(spec, split)) for split in sources.SPLITS}
+        found[name] = {split: set(sources.documents(spec, split)) for split in specs.SPLITS}
     assert found["a"] == found["b"]
     assert set.union(*found["a"].values()) == set(texts)
     assert sum(map(len, found["a"].values())) == len(texts)
@@ -351,7 +351,7 @@ def test_validation_of_its_own(tmp_path: pathlib.Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(name)
     spec = {"text_files": str(tmp_path / "[ab].txt"), "validation": str(tmp_path / "c.txt")}
-    assert sources.splits(spec) == ("train", "validation")
+    assert specs.splits(spec) == ("train", "validation")
     assert list(sources.documents(spec, "train")) == ["a", "b"]
     assert list(sources.documents(spec, "validation")) == ["c"]
     with pytest.raises(ValueError, match="there is no split 'test', only train, validation"):
@@ -460,15 +460,15 @@ def test_a_real_file() -> None:
 )
 def test_malformed_specs(spec: object, message: str) -> None:
     with pytest.raises(ValueError, match=f"^text.mine: .*{message}") as error:
-        sources.validate(spec, "text.mine")
+        specs.validate(spec, "text.mine")
     assert "\n" not in str(error.value)
 
 
 def test_splits() -> None:
-    assert sources.splits({"python": "text"}) == sources.SPLITS
-    assert sources.splits({"text_files": "*"}) == sources.SPLITS
-    assert sources.splits({"text_files": "*", "holdout": 0}) == ("train",)
-    assert sources.splits({"task": "x"}) == ()
+    assert specs.splits({"python": "text"}) == specs.SPLITS
+    assert specs.splits({"text_files": "*"}) == specs.SPLITS
+    assert specs.splits({"text_files": "*", "holdout": 0}) == ("train",)
+    assert specs.splits({"task": "x"}) == ()
 
 
 def test_description_follows_the_files(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,104 @@
+"""SeqIO tasks of tuning: a prompt as `inputs`, its answer as `targets`, ended by the end token.
+
+`text.python_instructions` and `code.python_instructions` are made from what every Python holds; the mixture
+`python_instructions` joins them 5:3, as the study's uniform mix does. `add_corpus` makes the same kind of task of a
+user's or an official corpus, and `add_official_mixture` joins the official ones.
+
+Nothing is cut here: read with `sequence_length=None` examples are whole. Tokens are made by the vocabulary in the
+task's `output_features`, so that `task.replace(output_features=...)` tokenizes with another one.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from tasks import instructions, pretraining, specs
+from tasks.official import MIXTURE, MIXTURE_RATES
+from tasks.scheduling import add_scheduled_mixture
+
+
+def output_features(path: str = pretraining.DEFAULT_VOCABULARY.path) -> dict[str, seqio.Feature]:
+    """The features of an instruction task, tokenized by a SentencePiece model file."""
+    vocabulary = seqio.SentencePieceVocabulary(path)
+    return {
+        "inputs": seqio.Feature(vocabulary, add_eos=False),
+        "targets": seqio.Feature(vocabulary, add_eos=True),
+    }
+
+
+def add_corpus(name: str, spec: Mapping[str, Any]) -> None:
+    """Registers a corpus of instructions as the SeqIO task `name`.
+
+    The same spec again changes nothing; another one replaces the task.
+
+    Args:
+      name: the task's name, such as "text.alpaca".
+      spec: of one of the kinds that `tasks.instructions` describes.
+
+    Raises:
+      ValueError: the spec is malformed, or the name is a task or mixture of another origin.
+    """
+    pretraining.add_corpus(name, spec, make_task=_task)
+
+
+def add_official_mixture() -> None:
+    """Registers the mixture of the official corpora, all of which are registered by now; again is harmless.
+
+    Raises:
+      ValueError: the mixture's name is a task or mixture of another origin.
+    """
+    if MIXTURE in seqio.TaskRegistry.names():
+        raise ValueError(f"{MIXTURE} is already a task of its own; give that another name.")
+    # Anew each time: a mixture holds on to its tasks, of which one may have been replaced.
+    if MIXTURE in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.remove(MIXTURE)
+    seqio.MixtureRegistry.add(MIXTURE, list(MIXTURE_RATES.items()))
+
+
+def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
+    return seqio.Task(
+        name=name,
+        source=seqio.FunctionDataSource(
+            functools.partial(_dataset, spec=dict(spec), name=name), splits=specs.splits(spec)
+        ),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features=output_features(),
+        metric_fns=[],
+    )
+
+
+def _dataset(
+    split: str, shuffle_files: bool, seed: int | None = None, *, spec: Mapping[str, Any], name: str
+) -> tf.data.Dataset:
+    """Pairs as {"inputs": text, "targets": text}; in the readers' order, which SeqIO shuffles afterwards."""
+    del shuffle_files, seed
+    # Calls the reader once outside of TensorFlow, where its errors keep their type and one line.
+    instructions.pairs(spec, split, name)
+
+    def examples() -> Iterator[dict[str, str]]:
+        for pair in instructions.pairs(spec, split, name):
+            yield pair._asdict()
+
+    return tf.data.Dataset.from_generator(
+        examples, output_signature={key: tf.TensorSpec((), tf.string) for key in ("inputs", "targets")}
+    )
+
+
+for _kind in ("text", "code"):
+    seqio.TaskRegistry.add_provider(
+        f"{_kind}.python_instructions",
+        _task(f"{_kind}.python_instructions", {"python_instructions": _kind}),
+    )
+
+seqio.MixtureRegistry.add("python_instructions", [("text.python_instructions", 5), ("code.python_instructions", 3)])
+
+# For plain SeqIO and upstream T5X: the mixes of gin/tune_increase.gin and gin/tune_decrease.gin.
+EXAMPLES_OF_RUN = 200 * 16
+_INCREASE = ("7:3", "7:3", "6:4", "5:5")
+for _change, _phases in (("increase", _INCREASE), ("decrease", _INCREASE[::-1])):
+    add_scheduled_mixture(
+        f"python_instructions_{_change}", ["text.python_instructions", "code.python_instructions"],
+        mix_phases=_phases, examples=EXAMPLES_OF_RUN)

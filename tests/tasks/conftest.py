@@ -1,0 +1,21 @@
+"""Files for the readers of instructions."""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.fixture
+def write(tmp_path: pathlib.Path) -> Callable[..., str]:
+    """Writes records as a JSON list, or text or bytes as they are, to a file below a folder; returns its path."""
+
+    def write(name: str, content: object) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
