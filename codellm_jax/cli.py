@@ -26,6 +26,11 @@ GIN_FLAGS = """gin flags:
   --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
 
 
+_PAIRS_OF_ARMS = (("mixed_pretrain", "text_pretrain"), ("mixed_pretrain_increase", "mixed_pretrain_decrease"),
+                  ("tune_mixed", "tune_text"), ("tune_increase", "tune_decrease"))
+OTHER_ARMS = {f"gin/{one}.gin": f"gin/{other}.gin" for pair in _PAIRS_OF_ARMS for one, other in (pair, pair[::-1])}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
     parser = _parser()
@@ -126,16 +131,18 @@ def _train(flags: argparse.Namespace) -> int:
     print(f"The run:     {training.model_dir}")
     print(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")
     if run.step == run.plan.last_step:
-        print(f"Next:        {_tool('t5x')} train {_other_arm(flags)}")
+        if training.mixture.stage == "pretraining":
+            print(f"Next:        {_tool('t5x')} train --gin_file=gin/tune_mixed.gin "
+                  f"--gin.INITIAL_CHECKPOINT_PATH={shlex.quote(training.model_dir)}")
+        print(f"Compare:     {_tool('t5x')} train {_other_arm(flags, training.mixture.stage)}")
     return 0
 
 
-def _other_arm(flags: argparse.Namespace) -> str:
-    """The flags of the same run at the other end of the study's question: without code, or with it."""
-    arms = {"gin/mixed_pretrain.gin": "gin/text_pretrain.gin", "gin/text_pretrain.gin": "gin/mixed_pretrain.gin"}
-    files = [arms.get(file, file) for file in flags.gin_file]
+def _other_arm(flags: argparse.Namespace, stage: str) -> str:
+    """The flags of the same run at the other end of the study's question: without code, or with it; late, or early."""
+    files = [OTHER_ARMS.get(file, file) for file in flags.gin_file]
     if files == flags.gin_file:
-        files = ["gin/text_pretrain.gin"]
+        files = ["gin/tune_text.gin" if stage == "tuning" else "gin/text_pretrain.gin"]
     kept = [(name, value) for name, value in flags.overrides if name not in ("MODEL_DIR", "CODE_RATE", "MIX_PHASES")]
     return " ".join([*(f"--gin_file={shlex.quote(file)}" for file in files),
                      *(f"--gin.{name}={shlex.quote(value)}" for name, value in kept)])

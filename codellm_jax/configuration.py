@@ -103,7 +103,7 @@ def read_configuration(
         _read_file(file, search_paths, settings, imports, included_by=None)
     for name, value in overrides:
         settings.append(Setting(name, as_gin_value(value), f"--gin.{name}"))
-    configuration = Configuration(tuple(settings), tuple(dict.fromkeys(imports)))
+    configuration = Configuration((*_inherited(settings), *settings), tuple(dict.fromkeys(imports)))
     _require_known_names(configuration)
     return configuration
 
@@ -132,6 +132,44 @@ def _read_file(
     except SyntaxError as error:
         message, text = error.msg.splitlines()[0], (error.text or "").strip()
         raise ValueError(f"{file}, line {error.lineno}: {message}: {text}") from None
+
+
+def _inherited(settings: Sequence[Setting]) -> list[Setting]:
+    """What a run takes over from the one that INITIAL_CHECKPOINT_PATH names: the model's size, the vocabulary, the
+    length of rows and the mesh, all of them below any file or flag.
+
+    Once the run has a checkpoint of its own, that tells the same, should the other run be gone.
+    """
+    literals = {setting.name: ast.literal_eval(setting.value) for setting in settings
+                if setting.name in ("INITIAL_CHECKPOINT_PATH", "MODEL_DIR") and setting.value[:1] in "'\"N"}
+    parent = literals.get("INITIAL_CHECKPOINT_PATH")
+    if not parent:
+        return []
+    from codellm_jax.runtime.checkpoints import newest_record
+
+    try:
+        path, (step, record) = parent, newest_record(parent)
+    except FileNotFoundError:
+        try:
+            path, (step, record) = literals["MODEL_DIR"], newest_record(literals["MODEL_DIR"])
+        except (FileNotFoundError, KeyError):
+            path = ""
+        if not path:
+            raise
+    saved = record["settings"]
+
+    def resolved(value: str) -> str | None:
+        """The value with macros replaced; None where it refers to what is not a value."""
+        while value.startswith("%"):
+            value = saved.get(value[1:], "@")
+        return None if "@" in value or "%" in value else value
+
+    values = {name: resolved(value) for name, value in saved.items() if name.startswith(("model.", "mesh."))}
+    values |= {macro: resolved(saved.get(name, "@")) for macro, name in
+               (("VOCABULARY", "vocabulary.path"), ("TASK_FEATURE_LENGTHS", "mixture.lengths"))}
+    used = {macro for setting in settings for macro in re.findall(r"%(\w+)", setting.value)}
+    return [Setting(name, value, f"{path}, step {step}") for name, value in values.items()
+            if value is not None and (not _is_macro(name) or name in used)]
 
 
 def _find(file: str, search_paths: Sequence[str]) -> epath.Path:

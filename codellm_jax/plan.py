@@ -8,7 +8,9 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from codellm_jax.mixture.batches import rows_of_packed_steps
 from codellm_jax.mixture.mixture import Mixture, OpenMixture, open_mixture
+from codellm_jax.mixture.order import Order
 from codellm_jax.model.decoder import Decoder, DecoderConfig, flops_per_token, parameter_count
 from codellm_jax.runtime.optimization import Schedule
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh, require_divisible
@@ -16,6 +18,7 @@ from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_devi
 from codellm_jax.vocabulary import Vocabulary
 
 GIB = 2**30
+BAR = 40  # characters of a share of 1
 MANY_EPOCHS = 4  # more repeats than this of the same tokens are worth a warning (Muennighoff et al., 2023)
 
 
@@ -31,7 +34,7 @@ class Training:
       optimizer: makes the gradient transformation when called with the learning-rate schedule.
       learning_rate: step -> learning rate.
       mesh: devices along each axis.
-      batch_size: rows a step, over all devices.
+      batch_size: rows a step, over all devices; in tuning examples a step, packed or not.
       train_steps: steps of the whole run.
       eval_period, checkpoint_period, log_period: in steps; the last step always is.
       eval_rows: held-out rows of each source that are evaluated.
@@ -84,6 +87,8 @@ class Plan:
     state: TrainState
     mixture: OpenMixture
     last_step: int  # train_steps, or fewer where MAX_EPOCHS ends the run first
+    rows: int  # of a step's arrays: batch_size, or fewer where examples are packed
+    filled: float  # the part of them that packed examples fill, on average
 
 
 def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan:
@@ -93,37 +98,60 @@ def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan
       ValueError: in one line, for any setting that does not fit the others.
     """
     mesh = make_mesh(training.mesh)
-    require_divisible(training.batch_size, training.microbatches, mesh)
+    packing = training.mixture.stage == "tuning" and training.mixture.packing
+    if not packing:
+        require_divisible(training.batch_size, training.microbatches, mesh)
     model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
     optimizer = training.optimizer(training.learning_rate)
     state = abstract_state(model, optimizer, mesh, training.mesh)
-    rows = training.train_steps * training.batch_size
-    mixture = open_mixture(training.mixture, training.vocabulary, training.seed, rows, report)
+    total = training.train_steps * training.batch_size
+    mixture = open_mixture(
+        training.mixture, training.vocabulary, training.seed, total, training.batch_size, report)
     last_step = training.train_steps
     if training.mixture.max_epochs is not None:
-        exhausted = mixture.order.exhausted_at(training.mixture.max_epochs, rows)
+        exhausted = mixture.order.exhausted_at(training.mixture.max_epochs, total)
         if exhausted is not None:
             last_step = exhausted[0] // training.batch_size
             if last_step == 0:
                 raise ValueError(
                     f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run before its first step: "
-                    f"{exhausted[1].name} has {exhausted[1].rows} rows. Raise it, give more data, or lower BATCH_SIZE.")
-    return Plan(mesh, model, optimizer, state, mixture, last_step)
+                    f"{exhausted[1].name} has {exhausted[1].rows} {unit(mixture)}. Raise it, give more data, or lower "
+                    "BATCH_SIZE.")
+    rows, filled = training.batch_size, 1.0
+    if packing:
+        most, positions = rows_of_packed_steps(mixture.order, mixture.training, training.batch_size, last_step)
+        shards = mesh.shape["data"] * mesh.shape["fsdp"] * training.microbatches
+        rows = -(-most // shards) * shards
+        filled = positions / (last_step * rows * training.mixture.length)
+    return Plan(mesh, model, optimizer, state, mixture, last_step, rows, filled)
+
+
+def unit(mixture: OpenMixture) -> str:
+    """What a position of the order is."""
+    return "examples" if mixture.stage == "tuning" else "rows"
 
 
 def describe(training: Training, plan: Plan) -> str:
     """The plan as a page of text: mixture, schedule, epochs to come, parameters, mesh, memory."""
-    order, config = plan.mixture.order, plan.model.config
-    rows = plan.last_step * training.batch_size
-    lines = [f"{'source':<20} {'tokens':>15} {'share':>7} {'of':>15} {'epochs to come':>15}"]
-    for source, drawn, cached in zip(order.sources, order.counts(rows), plan.mixture.training, strict=True):
-        lines.append(f"{source.name:<20} {drawn * cached.length:>15,} {drawn / rows:>7.4f} "
-                     f"{cached.count * cached.length:>15,} {drawn / cached.count:>15.2f}")
-    shares = order.schedule.shares
-    starts = [*(start // training.batch_size for start in order.schedule.starts), plan.last_step]
-    lines += ["", "share of code: " + ", ".join(
-        f"{float(share):.4f} from step {start}" for start, share in zip(starts, shares, strict=False))]
-    for source, drawn in zip(order.sources, order.counts(rows), strict=True):
+    mixture, order, config = plan.mixture, plan.mixture.order, plan.model.config
+    tuning = mixture.stage == "tuning"
+    drawn_rows = plan.last_step * training.batch_size
+    counted = "examples" if tuning else "tokens"
+    lines = [f"{'source':<26} {counted:>15} {'share':>7} {'of':>15} {'epochs to come':>15}"]
+    for source, drawn, cached in zip(order.sources, order.counts(drawn_rows), mixture.training, strict=True):
+        size = 1 if tuning else cached.length
+        lines.append(f"{source.name:<26} {drawn * size:>15,} {drawn / drawn_rows:>7.4f} "
+                     f"{cached.count * size:>15,} {drawn / cached.count:>15.2f}")
+    lines += ["", *schedule_lines(order, training.batch_size, plan.last_step)]
+    if training.mixture.mix_phases is not None and training.mixture.code_rate is not None:
+        lines.append(f"MIX_PHASES is set, so that CODE_RATE = {training.mixture.code_rate} is not used.")
+    for cached in mixture.training:
+        lines += cached.notes
+        if cached.cut or cached.left_out:
+            lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
+                         f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "
+                         "would be left.")
+    for source, drawn in zip(order.sources, order.counts(drawn_rows), strict=True):
         if drawn > MANY_EPOCHS * source.rows:
             lines.append(f"WARNING: {source.name} will be repeated {drawn / source.rows:.1f} times; "
                          "MAX_EPOCHS would stop the run instead.")
@@ -131,29 +159,66 @@ def describe(training: Training, plan: Plan) -> str:
         lines.append(f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run at step {plan.last_step} of "
                      f"{training.train_steps}.")
     full, causal = (flops_per_token(config, causal=causal) for causal in (False, True))
-    tokens = rows * training.mixture.length
+    tokens = plan.last_step * plan.rows * training.mixture.length
+    step = f"{plan.rows} rows of {training.mixture.length}"
+    if tuning:
+        step = f"{training.batch_size} examples in {step}" + (
+            f", {plan.filled:.0%} filled" if training.mixture.packing else ", not packed")
     lines += [
         "",
         f"model        {parameter_count(config):,} parameters: {config.layers} layers of {config.hidden}, "
         f"{config.heads} heads, {'query layer' if config.query_layer else 'no query layer'}, "
         f"vocabulary {config.vocabulary_size:,}, {config.dtype}",
-        f"training     {plan.last_step:,} steps of {training.batch_size} rows of {training.mixture.length}: "
-        f"{tokens:,} tokens, {full * tokens:.3g} FLOPs ({causal * tokens:.3g} with causal attention counted by half)",
+        f"training     {plan.last_step:,} steps of {step}: {tokens:,} tokens"
+        f"{' with padding' if tuning else ''}, {full * tokens:.3g} FLOPs ({causal * tokens:.3g} with causal attention "
+        "counted by half)",
         f"mesh         {' x '.join(f'{axis} {size}' for axis, size in plan.mesh.shape.items())} on "
         f"{plan.mesh.size} {jax.devices()[0].device_kind} in {jax.process_count()} process(es)",
         "memory       " + memory_estimate(training, plan),
         f"vocabulary   {training.vocabulary.path} ({training.vocabulary.content_hash[:12]})",
         f"order        {order.fingerprint()[:12]}",
+        *([f"starts from  {training.initial_checkpoint_path}"] if training.initial_checkpoint_path else []),
         f"run          {training.model_dir}",
     ]
     return "\n".join(lines)
+
+
+def schedule_lines(order: Order, batch_size: int, last_step: int) -> list[str]:
+    """The share of code over the run as lines of text, with a bar where it changes."""
+    schedule, run = order.schedule, last_step * batch_size
+    # One line for each phase, eight for a ramp; the pieces that a cosine is made of count as one ramp.
+    spans: list[tuple[int, bool]] = []  # the first row, and whether the share changes inside
+    for k, start in enumerate(schedule.starts):
+        is_ramp = schedule.shares[k] != schedule.ends[k]
+        if not (spans and spans[-1][1] and is_ramp and schedule.shares[k] == schedule.ends[k - 1]):
+            spans.append((int(start), is_ramp))
+    edges = {last_step}
+    for (start, is_ramp), (following, _) in zip(spans, [*spans[1:], (run, False)], strict=True):
+        edges |= {round((start + (following - start) * k / 8) / batch_size) for k in range(8 if is_ramp else 1)}
+    steps = sorted(step for step in edges if step <= last_step)
+    if len(steps) < 3 and not any(schedule.tables):
+        return [f"share of code: {float(schedule.asked(run)) / run:.4f} from step 0"]
+    code = [source.pool == "code" for source in order.sources]
+    lines = [f"{'share of code':<20} {'asked':>7} {'drawn':>7}"]
+    for begin, end in zip(steps, steps[1:], strict=False):
+        rows = (end - begin) * batch_size
+        asked = [float(after - before) / rows for before, after in zip(
+            order.asked(begin * batch_size), order.asked(end * batch_size), strict=True)]
+        drawn = (order.counts(end * batch_size) - order.counts(begin * batch_size)) / rows
+        share = sum(part for part, is_code in zip(asked, code, strict=True) if is_code)
+        bar = "#" * round(share * BAR)
+        parts_of_sources = "  ".join(f"{source.name} {part:.3f}" for source, part in zip(
+            order.sources, asked, strict=True)) if any(schedule.tables) else ""
+        lines.append(f"  step {begin:>6,}-{end:<6,} {share:>7.4f} {drawn[code].sum():>7.4f} |{bar:<{BAR}}| "
+                     f"{parts_of_sources}".rstrip())
+    return lines
 
 
 def memory_estimate(training: Training, plan: Plan) -> str:
     """GiB a device: the state exactly, gradients as large as the parameters, activations by what remat keeps."""
     config = plan.model.config
     shards = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
-    tokens = training.batch_size // shards // training.microbatches * training.mixture.length
+    tokens = plan.rows // shards // training.microbatches * training.mixture.length
     itemsize = jax.numpy.dtype(config.dtype).itemsize
     # Values that a block keeps for a token: its input; outputs of its matmuls, split along `model` where heads or the
     # MLP are; and without remat those of norms and activations too, and attention's probabilities over half the keys.

@@ -20,13 +20,13 @@ import optax
 from etils import epath
 from flax import linen as nn
 
-from codellm_jax.mixture.batches import Array, Batch, global_batch, held_out_batches, read_ahead
-from codellm_jax.mixture.ledger import Ledger
-from codellm_jax.mixture.order import POOLS
+from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
+from codellm_jax.mixture.ledger import Ledger, arm
+from codellm_jax.mixture.order import POOLS, Draw
 from codellm_jax.model.decoder import Decoder, flops_per_token, token_embedding
 from codellm_jax.model.losses import cross_entropy
-from codellm_jax.plan import Plan, Training, describe, make_plan
-from codellm_jax.runtime.checkpoints import Checkpoints, restore_parameters
+from codellm_jax.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
+from codellm_jax.runtime.checkpoints import Checkpoints, newest_record, restore_parameters
 from codellm_jax.runtime.meter import Meter, Metrics, loss_by_source
 from codellm_jax.runtime.partitioning import batch_sharding
 from codellm_jax.runtime.process import alone_in, stop_on_signal
@@ -146,6 +146,7 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
     order, vocabulary = plan.mixture.order, training.vocabulary
 
     def check(record: Mapping[str, Any]) -> None:
+        require_same_stage(record["ledger"], plan.mixture.stage, training)
         require_same_vocabulary(record, vocabulary.content_hash, training.model_dir)
         require_same_settings(record["settings"], settings, training.model_dir)
 
@@ -156,14 +157,16 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
         ledger.check(order, step * training.batch_size)
         say(f"Resuming {training.model_dir} after step {step}.")
         return Run(training, plan, state, ledger, step)
+    path, parent = training.initial_checkpoint_path, None
+    if path:  # before anything is allocated for a model that may be far too large
+        require_same_model(newest_record(path)[1], training, plan)
     state = initial_state(plan.model, plan.optimizer, plan.state, training.seed)
-    if training.initial_checkpoint_path:
-        params, _ = restore_parameters(
-            training.initial_checkpoint_path, plan.state.params,
-            check=lambda record: require_same_vocabulary(
-                record, vocabulary.content_hash, str(training.initial_checkpoint_path)), report=say)
+    if path:
+        params, record = restore_parameters(
+            path, plan.state.params, check=lambda record: require_same_model(record, training, plan), report=say)
         state = state.replace(params=params)
-    ledger = Ledger.begin("pretraining", order, vocabulary.content_hash, training.mixture.length)
+        parent = record["ledger"] | {"model_dir": resolved(path), "step": record["step"]}
+    ledger = Ledger.begin(plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length, parent)
     return Run(training, plan, state, ledger, 0)
 
 
@@ -179,14 +182,11 @@ def loop(
                           microbatches=training.microbatches),
         donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, plan.state), None))
     eval_fn = jax.jit(functools.partial(eval_step, model=plan.model, sources=sources))
-    meter = Meter(order, training.batch_size, training.mixture.length, run.step, plan.last_step, training.log_period,
+    meter = Meter(order, training.batch_size, plan.mixture.stage, run.step, plan.last_step, training.log_period,
                   training.learning_rate, functools.partial(utilization, plan), records, status)
     if run.step == 0:
         evaluate(run, eval_fn, records, status)
-    batches = read_ahead(functools.partial(
-        global_batch, batch_size=training.batch_size, order=order, rows=plan.mixture.training,
-        end_of_document_id=training.vocabulary.end_of_document_id, sharding=batch_sharding(plan.mesh)),
-        run.step, plan.last_step)
+    batches = read_ahead(functools.partial(batch_of_step, training, plan), run.step, plan.last_step)
     meter.restart()
     saved = run.step
 
@@ -202,8 +202,9 @@ def loop(
             batch, drawn = meter.next_batch(batches)
             run.state, metrics = step_fn(run.state, batch)
             run.step += 1
-            run.ledger.add(order, drawn.source)
-            meter.add(run.step, metrics)
+            sizes = plan.mixture.sizes(drawn)
+            run.ledger.add(order, drawn.source, sizes.counted)
+            meter.add(run.step, metrics, int(sizes.positions.sum()), sum(run.ledger.tokens.values()))
             checkpoints.raise_if_failed()
             if run.step % training.eval_period == 0 or run.step == plan.last_step:
                 meter.settle()
@@ -221,6 +222,16 @@ def loop(
                    else "Stopped by a signal before the first step; nothing is saved.")
 
 
+def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Draw]:
+    """What step `step`, from 0, trains on, and where it was drawn from."""
+    mixture, sharding = plan.mixture, batch_sharding(plan.mesh)
+    if mixture.stage == "tuning":
+        return example_batch(step, training.batch_size, mixture.order, mixture.training, plan.rows,
+                             training.mixture.packing, sharding)
+    return global_batch(step, training.batch_size, mixture.order, mixture.training,
+                        training.vocabulary.end_of_document_id, sharding)
+
+
 def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: StatusLine) -> None:
     """Held-out loss of each source and each pool on the first rows of its validation split, recorded and shown."""
     training, plan, order = run.training, run.plan, run.plan.mixture.order
@@ -228,8 +239,9 @@ def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: St
     for index, rows in enumerate(plan.mixture.validation):
         if rows is None:
             continue
-        for batch in held_out_batches(rows, training.eval_rows, training.batch_size, index,
-                                      training.vocabulary.end_of_document_id, batch_sharding(plan.mesh)):
+        for batch in held_out_batches(rows, training.eval_rows, plan.rows, index,
+                                      training.vocabulary.end_of_document_id, batch_sharding(plan.mesh),
+                                      plan.mixture.stage):
             loss, count = jax.device_get(eval_fn(run.state.params, batch))
             losses, tokens = losses + loss, tokens + count
     if not tokens.sum():
@@ -260,7 +272,13 @@ def summary(run: Run) -> str:
         lines += [f"  {pool:<26} {first[f'loss/{pool}']:>12.4f} {last[f'loss/{pool}']:>12.4f}"
                   for pool in POOLS if f"loss/{pool}" in last]
         lines.append("")
-    return "\n".join([*lines, run.ledger.table(run.plan.mixture.order), ""])
+    order = run.plan.mixture.order
+    repeated = [f"WARNING: {source.name} was gone through {run.ledger.rows[source.name] / source.rows:.1f} times."
+                for source in order.sources if run.ledger.rows[source.name] > MANY_EPOCHS * source.rows]
+    before = [f"before: {saved['stage']}, {saved['step']} steps in {saved['model_dir']}"
+              for saved in run.ledger.before]
+    return "\n".join([*lines, run.ledger.table(order), *repeated, "", *before,
+                      f"arm of the study: {arm(run.ledger.to_json())}", ""])
 
 
 def say(text: str) -> None:
@@ -280,6 +298,40 @@ FREE_ON_RESUME = frozenset("""
     """.split())
 
 
+def require_same_stage(ledger: Mapping[str, Any], stage: str, training: Training) -> None:
+    """Raises ValueError where a run directory is of the other stage, or of a run that started from elsewhere."""
+    model_dir, path = training.model_dir, training.initial_checkpoint_path
+    if ledger["stage"] != stage:
+        hint = f" To tune what it holds, give --gin.INITIAL_CHECKPOINT_PATH={model_dir} besides." \
+            if stage == "tuning" else ""
+        raise ValueError(f"{model_dir} holds a run of the stage {ledger['stage']}, and this one is of the stage "
+                         f"{stage}: use another MODEL_DIR.{hint}")
+    if path and "before" in ledger:
+        started_from = ledger["before"][-1]["model_dir"] if ledger["before"] else "new parameters"
+        if started_from != resolved(path):
+            raise ValueError(f"{model_dir} holds a run that started from {started_from}, not from {resolved(path)}: "
+                             "use another MODEL_DIR, or set INITIAL_CHECKPOINT_PATH back.")
+
+
+def require_same_model(record: Mapping[str, Any], training: Training, plan: Plan) -> None:
+    """Raises ValueError where a checkpoint to start from has another vocabulary, length, or model than this run."""
+    path = str(training.initial_checkpoint_path)
+    require_same_vocabulary(record, training.vocabulary.content_hash, path)
+    if record["ledger"]["length"] != training.mixture.length:
+        raise ValueError(f"{path} was trained on rows of {record['ledger']['length']} tokens, here they have "
+                         f"{training.mixture.length}: leave TASK_FEATURE_LENGTHS out to take its length over.")
+    for name in ("layers", "hidden", "heads", "feedforward", "query_layer", "activation"):
+        saved, here = record["settings"].get(f"model.{name}"), repr(getattr(plan.model.config, name))
+        if saved is not None and saved != here and not saved.startswith("%"):
+            raise ValueError(f"{path} was trained with model.{name} = {saved}, here it is {here}: leave the model's "
+                             "sizes out to take its own over.")
+
+
+def resolved(path: str) -> str:
+    """A directory's absolute name."""
+    return str(epath.Path(path).expanduser().resolve())
+
+
 def require_same_vocabulary(record: Mapping[str, Any], content_hash: str, model_dir: str) -> None:
     """Raises ValueError where a run directory's checkpoint has another vocabulary."""
     saved = record["ledger"]["vocabulary_hash"]
@@ -290,10 +342,10 @@ def require_same_vocabulary(record: Mapping[str, Any], content_hash: str, model_
 
 def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:
     """Raises ValueError, naming what differs, where a run directory belongs to another configuration."""
-    names = sorted((set(saved) | set(now)) - FREE_ON_RESUME)
-    differing = [name for name in names if saved.get(name) != now.get(name)]
+    # Every parameter is saved, defaults included: one that only one of them has came or went with a version.
+    names = sorted((set(saved) & set(now)) - FREE_ON_RESUME)
+    differing = [name for name in names if saved[name] != now[name]]
     if differing:
-        listed = "; ".join(f"{name} was {saved.get(name, 'not set')}, is {now.get(name, 'not set')}"
-                           for name in differing[:6])
+        listed = "; ".join(f"{name} was {saved[name]}, is {now[name]}" for name in differing[:6])
         raise ValueError(f"{model_dir} holds a run of another configuration: {listed}"
                          f"{' and more' if len(differing) > 6 else ''}. Set them back, or use another MODEL_DIR.")

@@ -26,10 +26,11 @@ def refusal(capsys, *arguments: str) -> str:
     (["train"], "no --gin_file is given"),
     (["train", MIXED, "--dryrun"], "unknown argument --dryrun; nearest: --dry_run"),
     (["train", MIXED, "--gin.SEED"], "--gin.SEED needs a value"),
-    (["train", "--gin_file=gin/mixed.gin"], "No gin file gin/mixed.gin; nearest shipped: gin/mixed_pretrain.gin"),
+    (["train", "--gin_file=gin/mixed_pretrian.gin"],
+     "No gin file gin/mixed_pretrian.gin; nearest shipped: gin/mixed_pretrain.gin"),
     (["train", MIXED, "--gin.BATCHSIZE=8"], "nothing uses the setting BATCHSIZE; nearest: BATCH_SIZE"),
     (["train", MIXED, "--gin.CODE_RATE=1.5"], "CODE_RATE must lie between 0 (text only) and 1 (code only), found 1.5"),
-    (["train", MIXED, "--gin.CODE_RATE=lots"], "--gin.CODE_RATE: CODE_RATE must be of type float, found 'lots'"),
+    (["train", MIXED, "--gin.CODE_RATE=lots"], "--gin.CODE_RATE: CODE_RATE must be of type float | None, found 'lots'"),
     (["train", MIXED, "--gin.BATCH_SIZE=12"], "BATCH_SIZE = 12 cannot be divided by the mesh"),
     (["train", MIXED, "--gin.BATCH_SIZE=0"], "BATCH_SIZE must be a whole number from 1, found 0"),
     (["train", MIXED, "--gin.mesh.data=3"], "does not fit 8 devices"),
@@ -44,6 +45,13 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", MIXED, "--gin.TASK_FEATURE_LENGTHS=256"], "TASK_FEATURE_LENGTHS must be of type Mapping[str, int]"),
     (["train", MIXED, "--gin.MAX_EPOCHS=1.5"], "MAX_EPOCHS must be of type int | None, found 1.5"),
     (["train", MIXED, "--gin.MIX_PHASES=5:3"], "MIX_PHASES must"),
+    (["train", MIXED, "--gin.MIX_PHASES=['5:3', 'lots']"], "MIX_PHASES must list text:code ratios"),
+    (["train", MIXED, "--gin.MIX_PHASES={0.5: '5:3'}"], "MIX_PHASES must start at 0"),
+    (["train", MIXED, "--gin.MIX_PHASES={0: '5:3', 500: '1:1'}"], "a phase that starts at step 500, but training ends"),
+    (["train", MIXED, "--gin.CODE_RATE=None"], "Neither CODE_RATE nor MIX_PHASES is set"),
+    (["train", "--gin_file=gin/tune_text.gin"], "needs INITIAL_CHECKPOINT_PATH, which no file and no flag sets"),
+    (["train", "--gin_file=gin/tune_text.gin", "--gin.INITIAL_CHECKPOINT_PATH=nowhere"],
+     "INITIAL_CHECKPOINT_PATH must be the MODEL_DIR of a run that saved one"),
     (["train", MIXED, "--gin.train.keep_every=0"], "train.keep_every must be at least 1"),
     (["train", MIXED, "--gin.LEARNING_RATE=-1"], "LEARNING_RATE = -1"),
     (["train", MIXED, "--gin.mesh.rules=[('embed', 'foo')]"], "mesh.rules lays embed onto 'foo'"),
@@ -146,7 +154,9 @@ def test_dry_run_prints_the_plan_and_trains_nothing(capsys, tiny_flags, tmp_path
     assert cli.main(["train", *flags, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     for words in ("CODE_RATE = 0.333333333333  # gin/mixed_pretrain.gin:", "MIX_PHASES = ['5:5', '6:4', '7:3', '7:3']",
-                  "epochs to come", "share of code: 0.5000 from step 0, 0.4000 from step 50, 0.3000 from step 100",
+                  "epochs to come", "MIX_PHASES is set, so that CODE_RATE = 0.333333333333 is not used",
+                  f"  step      0-50      0.5000  0.5000 |{'#' * 20}{' ' * 20}|\n",
+                  f"  step     50-100     0.4000  0.4000 |{'#' * 16}{' ' * 24}|\n",
                   "WARNING: text.tiny will be repeated", "parameters", "mesh", "GiB a device", "order"):
         assert words in printed, printed
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,7 @@
 """gin files and flags: what wins, where it came from, and what a slip is answered with."""
 
+import ast
+from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -13,6 +15,7 @@ from codellm_jax.configuration import (
     read_configuration,
     shipped_gin_files,
 )
+from codellm_jax.mixture.schedules import phases
 from codellm_jax.model.decoder import Decoder, parameter_count
 from codellm_jax.plan import Training
 from codellm_jax.runtime.partitioning import make_mesh
@@ -38,17 +41,25 @@ def test_half_a_list_is_refused():
 
 def arms_and_sizes() -> list[list[str]]:
     names = list(shipped_gin_files())
-    arms = [name for name in names if "/models/" not in name and name != "gin/pretrain.gin"]
+    arms = [name for name in names if "/models/" not in name and name not in ("gin/pretrain.gin", "gin/tune.gin")]
     sizes = [name for name in names if "/models/" in name]
-    assert len(arms) >= 2 and len(sizes) >= 6
+    assert len(arms) >= 8 and len(sizes) >= 6
     return [[arm] for arm in arms] + [[MIXED, size] for size in sizes]
+
+
+# An arm of tuning takes these over from the run it starts from; here from nothing, at the tiny size.
+FROM_NEW_PARAMETERS = [("INITIAL_CHECKPOINT_PATH", "None"), ("VOCABULARY", "python_8k"),
+                       ("TASK_FEATURE_LENGTHS", "{'targets': 256}"), ("model.layers", "4"), ("model.hidden", "256"),
+                       ("model.heads", "4"), ("model.feedforward", "1024")]
 
 
 @pytest.mark.parametrize("files", arms_and_sizes(), ids=lambda files: files[-1])
 def test_every_shipped_file_loads_and_builds(files):
-    configuration = read_configuration(files, [])
+    tuning = "tune" in files[0]
+    configuration = read_configuration(files, FROM_NEW_PARAMETERS if tuning else [])
     training = build(configuration, "train")
     assert isinstance(training, Training)
+    assert training.mixture.stage == ("tuning" if tuning else "pretraining")
     config = training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length)
     mesh = make_mesh(training.mesh)
     state = abstract_state(Decoder(config), training.optimizer(training.learning_rate), mesh, training.mesh)
@@ -63,6 +74,25 @@ def test_the_two_arms_differ_in_the_rate_alone():
     mixed, text = (read_configuration([f"gin/{arm}_pretrain.gin"], []).effective for arm in ("mixed", "text"))
     differing = {name for name in mixed.keys() | text.keys() if mixed[name].value != text[name].value}
     assert differing == {"CODE_RATE", "MODEL_DIR"}
+
+
+def test_the_arms_of_tuning_differ_in_the_mix_alone():
+    arms = {arm: read_configuration([f"gin/tune_{arm}.gin"], FROM_NEW_PARAMETERS).effective
+            for arm in ("text", "mixed", "increase", "decrease")}
+    for arm, settings in arms.items():
+        differing = {name for name in settings.keys() | arms["text"].keys()
+                     if settings[name].value != arms["text"][name].value}
+        assert differing <= {"CODE_RATE", "MIX_PHASES", "MODEL_DIR"}, arm
+    assert arms["text"]["CODE_RATE"].value == "0.0" and arms["mixed"]["CODE_RATE"].value == "0.375"  # 5:3
+    assert arms["increase"]["MIX_PHASES"].value == "['7:3', '7:3', '6:4', '5:5']"  # Table 5
+    assert arms["decrease"]["MIX_PHASES"].value == "['5:5', '6:4', '7:3', '7:3']"
+    assert arms["text"]["LEARNING_RATE"].value == "2e-05"  # Table 9
+
+
+@pytest.mark.parametrize("arm", ["mixed_pretrain_increase", "mixed_pretrain_decrease"])
+def test_dynamic_pre_training_sees_as_much_code_as_constant(arm):
+    mix_phases = ast.literal_eval(read_configuration([f"gin/{arm}.gin"], []).effective["MIX_PHASES"].value)
+    assert phases(mix_phases, 3200).asked(3200) == Fraction(3200, 3)
 
 
 def test_later_files_and_flags_win_and_explain_tells():

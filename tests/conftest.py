@@ -69,6 +69,21 @@ def tiny_corpora(tmp_path_factory: pytest.TempPathFactory, tiny_documents: Any) 
 
 
 @pytest.fixture(scope="session")
+def tiny_instructions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """CORPORA of two files of {input, target} records, text.asked and code.asked, a fifth of them held out."""
+    dice, folder = random.Random(11), tmp_path_factory.mktemp("instructions")
+    makers = {"text.asked": lambda: (_prose(dice, dice.randint(1, 3)), _prose(dice, dice.randint(1, 9))),
+              "code.asked": lambda: (f"Add {dice.randrange(1000)}.",
+                                     dice.choice([f"x + {dice.randrange(1000)}", _program(dice, 0)]))}
+    corpora = {}
+    for name, make in makers.items():
+        records = [dict(zip(("input", "target"), make(), strict=True)) for _ in range(60)]
+        (folder / f"{name}.json").write_text(json.dumps(records))
+        corpora[name] = {"instructions": str(folder / f"{name}.json"), "holdout": 0.2}
+    return corpora
+
+
+@pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_corpora: dict[str, dict[str, Any]]) -> str:
     """A CACHE_DIR that holds the rows of the tiny corpora, 32 tokens each in the shipped vocabulary."""
     import tasks
@@ -84,9 +99,13 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_corpora: dict[str,
 
 @pytest.fixture(scope="session")
 def make_training(
-    tmp_path_factory: pytest.TempPathFactory, tiny_corpora: dict[str, dict[str, Any]], tiny_cache: str
+    tmp_path_factory: pytest.TempPathFactory, tiny_corpora: dict[str, dict[str, Any]],
+    tiny_instructions: dict[str, dict[str, Any]], tiny_cache: str,
 ) -> Callable[..., Any]:
-    """Makes a `Training` of a micro model on the tiny corpora; overrides name fields of Training or of Mixture."""
+    """Makes a `Training` of a micro model on the tiny corpora, or with stage="tuning" on the tiny instructions.
+
+    Overrides name fields of Training or of Mixture.
+    """
     import tasks
     from codellm_jax.mixture.mixture import Mixture
     from codellm_jax.model.decoder import DecoderConfig
@@ -101,9 +120,10 @@ def make_training(
     def make(**overrides: Any) -> Training:
         unknown = set(overrides) - of_training - of_mixture
         assert not unknown, f"neither Training nor Mixture has {unknown}"
+        corpora = tiny_instructions if overrides.get("stage") == "tuning" else tiny_corpora
         mixture = Mixture(**{
-            "name": list(tiny_corpora), "lengths": {"targets": LENGTH}, "code_rate": 1 / 3, "cache_dir": tiny_cache,
-            "definitions": tasks.Definitions(modules=("tasks.pretraining",), corpora=tiny_corpora),
+            "name": list(corpora), "lengths": {"targets": LENGTH}, "code_rate": 1 / 3, "cache_dir": tiny_cache,
+            "definitions": tasks.Definitions(modules=("tasks.pretraining",), corpora=corpora),
         } | {name: value for name, value in overrides.items() if name in of_mixture})
         steps = overrides.get("train_steps", 12)
         return Training(**{
@@ -126,3 +146,25 @@ def tiny_flags(tiny_corpora: dict[str, dict[str, Any]], tiny_cache: str) -> list
         f"--gin.MIXTURE_OR_TASK_NAME={list(tiny_corpora)}", f"--gin.TASK_FEATURE_LENGTHS={{'targets': {LENGTH}}}",
         "--gin.model.layers=3", "--gin.model.hidden=32", "--gin.model.heads=2", "--gin.model.feedforward=64",
         "--gin.WARMUP_STEPS=2", "--gin.train.eval_rows=8"]
+
+
+@pytest.fixture(scope="session")
+def tiny_tuning_flags(tiny_instructions: dict[str, dict[str, Any]], tiny_cache: str) -> list[str]:
+    """Flags of `t5x train` for tuning on the tiny instructions; the arm, where it starts from and MODEL_DIR are the
+    test's.
+    """
+    return [f"--gin.CORPORA={tiny_instructions}", f"--gin.CACHE_DIR={tiny_cache}", "--gin.WARMUP_STEPS=2",
+            f"--gin.MIXTURE_OR_TASK_NAME={list(tiny_instructions)}", "--gin.BATCH_SIZE=10", "--gin.train.eval_rows=8",
+            "--gin.LEARNING_RATE=1e-3"]
+
+
+@pytest.fixture(scope="session")
+def pretrained(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two run directories of four steps: NL, without code, and CODE."""
+    from codellm_jax import cli
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    for name, rate in (("NL", 0.0), ("CODE", 0.5)):
+        assert cli.main(["train", *tiny_flags, f"--gin.MODEL_DIR={folder / name}", f"--gin.CODE_RATE={rate}",
+                         "--gin.TRAIN_STEPS=4", "--gin.model.activation=fast_gelu"]) == 0
+    return folder

@@ -1,5 +1,6 @@
 """README's commands work as they stand there, and its installed form needs no checkout."""
 
+import ast
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from codellm_jax import cli
+from codellm_jax.mixture.schedules import phases
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,12 +32,13 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("command", commands())
-def test_readme_commands_are_accepted(command, capsys, tmp_path, tiny_flags):
+def test_readme_commands_are_accepted(command, capsys, tmp_path, tiny_flags, tiny_tuning_flags, pretrained):
     """Run on the tiny corpora and without training: what the flags of README mean is resolved to the last one."""
-    arguments = shlex.split(command)[1:]
+    arguments = [flag.replace("runs/mixed_pretrain", str(pretrained / "CODE")) for flag in shlex.split(command)[1:]]
     if arguments[0] == "train":
         kept = ("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE")
-        corpora = [flag for flag in tiny_flags if flag.startswith(kept)]
+        flags = tiny_tuning_flags if "gin/tune_" in command else tiny_flags
+        corpora = [flag for flag in flags if flag.startswith(kept)]
         arguments = [*arguments, *corpora, f"--gin.MODEL_DIR={tmp_path}/run"]
         if "--dry_run" not in arguments:
             arguments.append("--dry_run")
@@ -52,6 +55,14 @@ def test_the_optimizer_of_readme(capsys, tmp_path, tiny_flags):
     arguments = [argument for flag in flags for argument in shlex.split(flag)]
     assert cli.main(["train", *tiny_flags, *arguments, f"--gin.MODEL_DIR={tmp_path}/run", "--dry_run"]) == 0, \
         capsys.readouterr().err
+
+
+def test_the_mixes_of_readme():
+    values = [re.split(r"\s{2,}", value)[0] for value in re.findall(r"^MIX_PHASES = (.*)$", README, flags=re.MULTILINE)]
+    values += re.findall(r"whole numbers are steps: (\{.*\})", README)
+    assert len(values) == 5
+    for value in values:
+        assert phases(ast.literal_eval(value), 100_000, 8).asked(100_000) > 0
 
 
 def test_files_of_readme_exist():

@@ -149,3 +149,28 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(comm
     assert f"after step {before}." in done.stdout
     assert (model_dir / "damaged_checkpoints" / str(newest)).is_dir()
     assert records(model_dir) == records(uninterrupted[0])
+
+
+@pytest.mark.parametrize("stage", ["pretraining", "tuning"])
+def test_killed_at_and_inside_a_change_of_the_mix(stage, tiny_flags, tiny_tuning_flags, uninterrupted, tmp_path):
+    arm = tiny_flags if stage == "pretraining" else [
+        "--gin_file=gin/tune_text.gin", f"--gin.INITIAL_CHECKPOINT_PATH={uninterrupted[0]}", *tiny_tuning_flags]
+
+    def command(model_dir: Path) -> list[str]:
+        return [sys.executable, "-m", "codellm_jax.cli", "train", *arm, f"--gin.MODEL_DIR={model_dir}",
+                "--gin.MIX_PHASES=['5:5', '6:4 to 7:3', '7:3', '1:9']", "--gin.TRAIN_STEPS=40", "--gin.EVAL_PERIOD=20",
+                "--gin.CHECKPOINT_PERIOD=10", "--gin.LOG_PERIOD=1"]
+
+    def finish(model_dir: Path) -> None:
+        done = subprocess.run(command(model_dir), env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    finish(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    # A change comes every ten steps, with a checkpoint. The first stop falls on the first change or just after it, the
+    # kill sends the run back to the second.
+    assert run_until(command(killed), killed, 10, signal.SIGTERM) == 0
+    assert run_until(command(killed), killed, 14, signal.SIGKILL) == -signal.SIGKILL
+    finish(killed)
+    assert records(killed) == records(tmp_path / "whole")
+    assert len(records(killed)) == 43

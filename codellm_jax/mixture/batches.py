@@ -8,8 +8,12 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import numpy as np
 
+from codellm_jax.mixture.examples import WIDTH_BESIDE_TOKENS, arrays_of_examples, pack, sizes_drawn, unpacked
 from codellm_jax.mixture.order import Draw, Order
 from codellm_jax.mixture.rows import Rows
+
+# Examples of which the packing is worked out at once: a few megabytes.
+EXAMPLES_AT_ONCE = 1 << 17
 
 Item = TypeVar("Item")
 Array: TypeAlias = Any  # np.ndarray on the host before it is placed, jax.Array on devices after
@@ -62,13 +66,73 @@ def global_batch(
     length = rows[0].length
 
     def read(local: slice) -> Batch:
-        tokens = np.empty((len(draw.row[local]), length + 1), np.int32)
-        for source in np.unique(draw.source[local]):
-            here = draw.source[local] == source
-            tokens[here] = rows[source].read(draw.row[local][here])
+        tokens = _read(rows, draw.source[local], draw.row[local], length + 1)
         return batch_of_rows(tokens, draw.source[local], end_of_document_id)
 
     return place(read, (batch_size, length), sharding), draw
+
+
+def example_batch(
+    step: int, batch_size: int, order: Order, examples: Sequence[Rows], rows: int, packing: bool,
+    sharding: jax.sharding.NamedSharding,
+) -> tuple[Batch, Draw]:
+    """The batch of one step of tuning: examples `step` * `batch_size` and on, of which this process reads its own.
+
+    Args:
+      step: counted from 0.
+      batch_size: examples a step.
+      rows: of the batch; without packing `batch_size`, with it what `rows_of_packed_steps` found, or more.
+      sharding: of a [rows, length] array; splits the batch axis alone.
+
+    Returns:
+      The batch, and what was drawn for it, all [batch_size].
+    """
+    draw = order.draw(np.arange(step * batch_size, (step + 1) * batch_size))
+    length = examples[0].length
+    positions = sizes_drawn(examples, draw.source, draw.row).positions[None]
+    places = pack(positions, length) if packing else unpacked(positions)
+    row, column = places.row[0], places.column[0]
+
+    def read(local: slice) -> Batch:
+        first, last, _ = local.indices(rows)
+        here = (first <= row) & (row < last)
+        return _batch_of_examples(examples, draw.source[here], draw.row[here], row[here] - first, column[here],
+                                  (last - first, length))
+
+    return place(read, (rows, length), sharding), draw
+
+
+def rows_of_packed_steps(
+    order: Order, examples: Sequence[Rows], batch_size: int, steps: int
+) -> tuple[int, int]:
+    """The most rows that any step of a run needs when its examples are packed, and the columns that all steps fill."""
+    most = filled = 0
+    at_once = max(1, EXAMPLES_AT_ONCE // batch_size)
+    for first in range(0, steps, at_once):
+        last = min(first + at_once, steps)
+        draw = order.draw(np.arange(first * batch_size, last * batch_size))
+        positions = sizes_drawn(examples, draw.source, draw.row).positions.reshape(-1, batch_size)
+        most = max(most, int(pack(positions, examples[0].length).rows.max()))
+        filled += int(positions.sum())
+    return most, filled
+
+
+def _batch_of_examples(
+    examples: Sequence[Rows], source: np.ndarray, number: np.ndarray, row: np.ndarray, column: np.ndarray,
+    shape: tuple[int, int],
+) -> Batch:
+    """Reads the examples `number` of the sources `source` and lays them out, all int64 [N]."""
+    cached = _read(examples, source, number, shape[1] + 1 + WIDTH_BESIDE_TOKENS)
+    return Batch(**arrays_of_examples(cached, source, row, column, shape))
+
+
+def _read(rows: Sequence[Rows], source: np.ndarray, number: np.ndarray, width: int) -> np.ndarray:
+    """The rows `number` of the sources `source` (int64 [N]) as int32 [N, width]."""
+    read = np.empty((len(source), width), np.int32)
+    for index in np.unique(source):
+        here = source == index
+        read[here] = rows[index].read(number[here])
+    return read
 
 
 def place(read: Callable[[slice], Batch], shape: tuple[int, int], sharding: jax.sharding.NamedSharding) -> Batch:
@@ -89,14 +153,20 @@ def place(read: Callable[[slice], Batch], shape: tuple[int, int], sharding: jax.
 
 def held_out_batches(
     rows: Rows, limit: int, batch_size: int, source: int, end_of_document_id: int,
-    sharding: jax.sharding.NamedSharding,
+    sharding: jax.sharding.NamedSharding, stage: str = "pretraining",
 ) -> Iterator[Batch]:
-    """The first `limit` rows of a split in order; the last batch is filled up with rows of weight 0."""
+    """The first `limit` rows (in tuning examples, a row each) of a split in order; rows of weight 0 fill the last."""
     count = min(limit, rows.count)
     for start in range(0, count, batch_size):
 
         def read(local: slice, start: int = start) -> Batch:
             numbers = start + np.arange(*local.indices(batch_size))
+            if stage == "tuning":
+                numbers = numbers[numbers < count]
+                batch = _batch_of_examples(
+                    [rows], np.zeros_like(numbers), numbers, np.arange(len(numbers)), np.zeros_like(numbers),
+                    (len(range(*local.indices(batch_size))), rows.length))
+                return batch._replace(sources=np.full_like(batch.sources, source))
             tokens = rows.read(np.minimum(numbers, count - 1))
             batch = batch_of_rows(tokens, np.full(len(numbers), source), end_of_document_id)
             return batch._replace(weights=batch.weights * (numbers < count)[:, None].astype(np.float32))

@@ -1,4 +1,4 @@
-"""What was really trained on: rows, tokens and epochs of each source, saved with every checkpoint.
+"""What was really trained on: rows or examples, tokens and epochs of each source, saved with every checkpoint.
 
 The ledger is counted from the batches as they are trained on. At a resume it is compared with what the order says
 must have been drawn; a difference means other data, another seed or another schedule, and is refused.
@@ -15,14 +15,16 @@ from codellm_jax.mixture.order import Order
 
 @dataclasses.dataclass
 class Ledger:
-    """Counts of one stage.
+    """Counts of one stage, and the ledgers of the stages before it.
 
     Attributes:
       stage: "pretraining" or "tuning".
       order_fingerprint: of the order that was followed.
       vocabulary_hash: of the vocabulary's file.
-      length: tokens trained on in a row.
-      rows: rows trained on so far, of each source by name.
+      length: tokens of a row.
+      rows: rows (in tuning: examples) trained on so far, of each source by name.
+      tokens: tokens that the loss counted, likewise.
+      before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
     """
 
     stage: str
@@ -30,27 +32,38 @@ class Ledger:
     vocabulary_hash: str
     length: int
     rows: dict[str, int]
+    tokens: dict[str, int]
+    before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def begin(cls, stage: str, order: Order, vocabulary_hash: str, length: int) -> "Ledger":
-        return cls(stage, order.fingerprint(), vocabulary_hash, length, {source.name: 0 for source in order.sources})
+    def begin(
+        cls, stage: str, order: Order, vocabulary_hash: str, length: int, parent: Mapping[str, Any] | None = None
+    ) -> "Ledger":
+        """A ledger that has counted nothing yet; `parent` is the ledger, as JSON, of the run it starts from."""
+        before = [*parent.get("before", []), {name: value for name, value in parent.items() if name != "before"}] \
+            if parent else []
+        return cls(stage, order.fingerprint(), vocabulary_hash, length, {source.name: 0 for source in order.sources},
+                   {source.name: 0 for source in order.sources}, before)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Ledger":
-        return cls(**{field.name: saved[field.name] for field in dataclasses.fields(cls)})
+        return cls(**{field.name: saved[field.name] for field in dataclasses.fields(cls) if field.name in saved})
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"tokens": {name: rows * self.length for name, rows in self.rows.items()}}
+        return dataclasses.asdict(self)
 
     @property
     def position(self) -> int:
         """Rows trained on so far: the position in the order."""
         return sum(self.rows.values())
 
-    def add(self, order: Order, sources: np.ndarray) -> None:
-        """Counts one batch, given the source of each of its rows (int [batch])."""
+    def add(self, order: Order, sources: np.ndarray, tokens: np.ndarray) -> None:
+        """Counts one batch, given the source of each of its rows or examples and the tokens of it that the loss counts,
+        both int [batch].
+        """
         for index, source in enumerate(order.sources):
             self.rows[source.name] += int(np.count_nonzero(sources == index))
+            self.tokens[source.name] += int(tokens[sources == index].sum())
 
     def check(self, order: Order, position: int) -> None:
         """Raises ValueError where this ledger is not of this order and position."""
@@ -67,11 +80,32 @@ class Ledger:
                 "to come changed: restore them, or use another MODEL_DIR.")
 
     def table(self, order: Order) -> str:
-        """Lines of text: for each source its rows, tokens, epochs, and its share asked and realised."""
+        """Lines of text: for each source its tokens, epochs, and its share of rows or examples, asked and realised."""
         total = max(1, self.position)
-        lines = [f"{'source':<20} {'tokens':>14} {'epochs':>8} {'share asked':>12} {'realised':>9}"]
+        examples = self.stage == "tuning"
+        lines = [f"{'source':<26}" + (f" {'examples':>10}" if examples else "")
+                 + f" {'tokens':>14} {'epochs':>8} {'share asked':>12} {'realised':>9}"]
         for source, asked in zip(order.sources, order.asked(self.position), strict=True):
             rows = self.rows[source.name]
-            lines.append(f"{source.name:<20} {rows * self.length:>14,} {rows / source.rows:>8.2f} "
+            lines.append(f"{source.name:<26}" + (f" {rows:>10,}" if examples else "")
+                         + f" {self.tokens[source.name]:>14,} {rows / source.rows:>8.2f} "
                          f"{float(asked) / total:>12.4f} {rows / total:>9.4f}")
         return "\n".join(lines)
+
+
+def arm(ledger: Mapping[str, Any]) -> str:
+    """The study's name of the arm that a ledger (as JSON) belongs to: NL, CODE, NN, NC, CN or CC.
+
+    N and C say whether a stage was trained on any code: the first letter of pre-training, the second of tuning.
+    """
+    stages = [*ledger.get("before", []), ledger]
+
+    def letter(stage: str) -> str:
+        rows = [saved["rows"] for saved in stages if saved["stage"] == stage]
+        code = any(count for counts in rows for name, count in counts.items() if name.startswith("code."))
+        return "" if not rows else "C" if code else "N"
+
+    first, second = letter("pretraining"), letter("tuning")
+    if not first:
+        return "none, for it was tuned from new parameters"
+    return f"{first}{second}" if second else {"N": "NL", "C": "CODE"}[first]

@@ -6,11 +6,22 @@ import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 from etils import epath
 
-from codellm_jax.mixture.order import Order, Source
-from codellm_jax.mixture.rows import Definitions, Rows, cached_rows, quiet_tensorflow, require_registered, task_tokens
+from codellm_jax.mixture.examples import Sizes, sizes_drawn
+from codellm_jax.mixture.order import Draw, Order, Source
+from codellm_jax.mixture.rows import (
+    STAGES,
+    Definitions,
+    Rows,
+    cached_rows,
+    quiet_tensorflow,
+    require_registered,
+    task_tokens,
+)
 from codellm_jax.mixture.schedules import constant, phases
 from codellm_jax.vocabulary import Vocabulary
 
@@ -23,26 +34,36 @@ class Mixture:
       name: a SeqIO mixture or task, or a list of them. Its tasks are named text.NAME or code.NAME.
       definitions: where those names come from.
       lengths: SeqIO's sequence lengths; {"targets": inputs of a row}.
-      code_rate: share of code among the tokens, 0 to 1.
-      mix_phases: "text:code" for each equal part of training; replaces code_rate.
+      code_rate: share of code among the tokens (in tuning: among the examples), 0 to 1.
+      mix_phases: replaces code_rate where the share changes while training; see `schedules.phases`.
       max_epochs: the run stops before any source begins an epoch more than this; None repeats without limit.
       cache_dir: where rows are cached; local or gs://.
+      stage: "pretraining", on documents joined and cut into rows, or "tuning", on instruction examples.
+      packing: in tuning, whether the examples of a step share rows; the same examples either way.
     """
 
     name: str | Sequence[str]
     definitions: Definitions
     lengths: Mapping[str, int]
-    code_rate: float
-    mix_phases: Sequence[str] | None = None
+    code_rate: float | None = None
+    mix_phases: Sequence[Any] | Mapping[Any, Any] | None = None
     max_epochs: int | None = None
     cache_dir: str = "~/.cache/codellm_jax"
+    stage: str = "pretraining"
+    packing: bool = True
 
     def __post_init__(self) -> None:
         if "targets" not in self.lengths or self.lengths["targets"] < 1:
             raise ValueError(f"TASK_FEATURE_LENGTHS must give a length for 'targets', found {dict(self.lengths)}.")
         if self.max_epochs is not None and self.max_epochs < 1:
             raise ValueError(f"MAX_EPOCHS must be at least 1 (or None for no limit), found {self.max_epochs}.")
-        constant(self.code_rate)
+        if self.stage not in STAGES:
+            raise ValueError(f"mixture.stage must be one of {', '.join(STAGES)}, found {self.stage!r}.")
+        if self.code_rate is not None:
+            constant(self.code_rate)
+        elif self.mix_phases is None:
+            raise ValueError(
+                "Neither CODE_RATE nor MIX_PHASES is set: give the share of code, such as CODE_RATE = 0.5.")
 
     @property
     def length(self) -> int:
@@ -57,12 +78,22 @@ class OpenMixture:
     order: Order
     training: list[Rows]
     validation: list[Rows | None]
+    stage: str
+
+    def sizes(self, draw: Draw) -> Sizes:
+        """How many columns each of the rows or examples drawn takes, and how many tokens of it the loss counts."""
+        if self.stage == "tuning":
+            return sizes_drawn(self.training, draw.source, draw.row)
+        full = np.full(draw.source.shape, self.training[0].length, np.int64)
+        return Sizes(full, full)
 
 
 def open_mixture(
-    mixture: Mixture, vocabulary: Vocabulary, seed: int, total_rows: int, report: Callable[[str], None] = print
+    mixture: Mixture, vocabulary: Vocabulary, seed: int, total_rows: int, batch_size: int = 1,
+    report: Callable[[str], None] = print,
 ) -> OpenMixture:
-    """Resolves names, caches rows that are not cached yet, and lays out the order.
+    """Resolves names, caches rows that are not cached yet, and lays out the order of `total_rows` rows or examples, of
+    which each step takes `batch_size`.
 
     Within a pool a source's share of the tokens is its rate in the SeqIO mixture or the `rate` of its corpus; where
     no source of the pool has one, it is its size, so that all of them finish their epochs together.
@@ -70,14 +101,17 @@ def open_mixture(
     Raises:
       ValueError: unknown names, a pool without a source, a corpus smaller than one row, rates for some only.
     """
+    # First, as it is soon done and may be wrong.
+    schedule = constant(mixture.code_rate or 0.0) if mixture.mix_phases is None else phases(
+        mixture.mix_phases, total_rows, batch_size)
     names = [mixture.name] if isinstance(mixture.name, str) else list(mixture.name)
     rates: dict[str, float | None] = {}
     for name in names:
         rates.update(_tasks_of(name, mixture.definitions, mixture.cache_dir))
     # By pool and name, so that the order of a list of names makes no other order of rows.
     rates = {name: rates[name] for name in sorted(rates, key=lambda name: (name.startswith("code."), name))}
-    splits = [cached_rows(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, report)
-              for task in rates]
+    splits = [cached_rows(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, report,
+                          mixture.stage) for task in rates]
     sources = []
     for (name, rate), rows in zip(rates.items(), splits, strict=True):
         rated = [other for other in rates if other.split(".")[0] == name.split(".")[0]]
@@ -87,12 +121,12 @@ def open_mixture(
                              f"{', '.join(without)}.")
         weight = Fraction(rows["train"].count if rate is None else rate).limit_denominator(1_000_000)
         sources.append(Source(name, rows["train"].count, weight, rows["train"].content_hash))
-    schedule = phases(mixture.mix_phases, total_rows) if mixture.mix_phases else constant(mixture.code_rate)
     validation = [rows.get("validation") for rows in splits]
     return OpenMixture(
         order=Order(seed, schedule, tuple(sources)),
         training=[rows["train"] for rows in splits],
         validation=[rows if rows and rows.count else None for rows in validation],
+        stage=mixture.stage,
     )
 
 
@@ -137,8 +171,9 @@ def vocabulary_documents(mixture: Mixture) -> Iterator[str]:
 
             mixture.definitions.register()
             as_bytes = seqio.ByteVocabulary()
-            tokens = task_tokens(seqio.TaskRegistry.get(task), "train", as_bytes)
-            pools.setdefault(task.split(".")[0], []).extend(as_bytes.decode(ids.tolist()) for ids in tokens)
+            for features in task_tokens(seqio.TaskRegistry.get(task), "train", as_bytes):
+                pools.setdefault(task.split(".")[0], []).append(
+                    "".join(as_bytes.decode(ids.tolist()) for ids in features.values()))
     room = min(sum(map(len, documents)) for documents in pools.values())
     for pool in sorted(pools, reverse=True):
         used = 0

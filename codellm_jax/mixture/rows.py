@@ -1,10 +1,11 @@
 """The cache of tokenized rows: written once from a SeqIO task, read by number ever after.
 
-A row is `length` + 1 consecutive tokens of one source: `length` inputs and, shifted by one, as many targets. Documents
-end with the end-of-document token and are joined in the task's own order; what is left after the last full row is
-not trained on, and is recorded. One cache holds one split of one task under one vocabulary and length:
+In pre-training a row is `length` + 1 consecutive tokens of one source: `length` inputs and, shifted by one, as many
+targets. Documents end with the end-of-document token and are joined in the task's own order; what is left after the
+last full row is not trained on, and is recorded. In tuning a row is one example (`examples.py`). One cache holds one
+split of one task under one vocabulary and length:
 
-  CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of uint16 or uint32 [rows, length + 1], with checksums
+  CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of uint16 or uint32 [rows, width], with checksums
   CACHE_DIR/rows/<task>/<key>/cache.json what it holds; written last, so a cache with this file is whole
 
 SeqIO and TensorFlow are imported only to write: reading a cache needs neither.
@@ -13,7 +14,6 @@ SeqIO and TensorFlow are imported only to write: reading a cache needs neither.
 import contextlib
 import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import logging
@@ -31,8 +31,10 @@ import numpy as np
 import tensorstore
 from etils import epath
 
+from codellm_jax.mixture.examples import EXAMPLES_VERSION, WIDTH_BESIDE_TOKENS, Found, example_rows
 from codellm_jax.vocabulary import Vocabulary
 
+STAGES = ("pretraining", "tuning")
 ROWS_VERSION = 1
 SPLITS = ("train", "validation", "test")
 # A shard is one file; a chunk is what one random read fetches: 16 rows measured as fast as single rows, in fewer
@@ -67,12 +69,17 @@ class Rows:
     path: str
     count: int
     length: int  # inputs of a row; a row has one token more
-    tokens: int  # of all documents, their end tokens included
-    documents: int
+    tokens: int  # of all documents or examples, their end tokens included
+    documents: int  # or examples, whether kept or left out
     content_hash: str  # of the rows, in order
+    cut: int = 0  # examples longer than a row
+    left_out: int = 0  # examples of which no target token would be left
+    notes: tuple[str, ...] = ()  # what the task's reader warned of, such as records passed over
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of these numbers (int64 [N], in any order, repeats allowed) as int32 [N, length + 1].
+        """The rows of these numbers (int64 [N], in any order, repeats allowed) as int32 [N, width].
+
+        The width is length + 1, and in tuning what `examples.py` adds.
 
         Raises:
           ValueError: what lies there is not what was written.
@@ -87,32 +94,34 @@ class Rows:
 
 def cached_rows(
     task: str, definitions: Definitions, vocabulary: Vocabulary, length: int, cache_dir: str,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = print, stage: str = "pretraining",
 ) -> dict[str, Rows]:
     """The rows of each split of a SeqIO task, from the cache or written to it now.
 
     Args:
-      task: name of a registered SeqIO task with a feature `targets`.
+      task: name of a registered SeqIO task with a feature `targets`, and for tuning `inputs`.
       definitions: describes the task and, only where rows are to be written, registers it.
       vocabulary: replaces the task's own.
       length: inputs of a row.
       cache_dir: local directory or gs:// address.
       report: called with a line of progress now and then.
+      stage: "pretraining" joins documents and cuts them into rows; "tuning" makes each example a row.
 
     Raises:
-      ValueError: no such task, or its training split does not fill one row.
+      ValueError: no such task, or it is one of the other stage, or its training split does not fill one row.
     """
     key = {
         "version": ROWS_VERSION, "task": task, "definition": definitions.describe(task), "length": length,
         "vocabulary": vocabulary.content_hash, "end_of_document_id": vocabulary.end_of_document_id,
-    }
+    } | ({"examples": EXAMPLES_VERSION} if stage == "tuning" else {})
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     directory = epath.Path(cache_dir).expanduser() / "rows" / task / digest
     if not (directory / "cache.json").exists():
-        _write_cache(task, definitions, vocabulary, length, directory, key, report)
+        _write_cache(task, definitions, vocabulary, length, directory, key, report, stage)
     try:
         recorded = json.loads((directory / "cache.json").read_text())["splits"]
-        return {split: Rows(name=task, split=split, path=str(directory / split), length=length, **facts)
+        return {split: Rows(name=task, split=split, path=str(directory / split), length=length,
+                            **facts | {"notes": tuple(facts.get("notes", ()))})
                 for split, facts in recorded.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(str(directory / "cache.json"), error) from error
@@ -120,7 +129,7 @@ def cached_rows(
 
 def _write_cache(
     task: str, definitions: Definitions, vocabulary: Vocabulary, length: int, directory: epath.Path,
-    key: Mapping[str, Any], report: Callable[[str], None],
+    key: Mapping[str, Any], report: Callable[[str], None], stage: str,
 ) -> None:
     """Writes all splits beside `directory` and moves them there when whole; on gs:// straight into it."""
     remote = "://" in str(directory)
@@ -133,14 +142,21 @@ def _write_cache(
     try:
         building.mkdir(parents=True, exist_ok=True)
         splits = {}
-        for split, documents in _tokenized_splits(task, definitions, vocabulary).items():
-            splits[split] = _write_split(task, split, documents, vocabulary, length, str(building / split), report)
-        if not splits.get("train", {}).get("count"):
-            tokens = splits.get("train", {}).get("tokens", 0)
-            raise ValueError(
-                f"{task}: its training split has {tokens} tokens, fewer than the {length + 1} of one row; "
-                "give it more data or lower TASK_FEATURE_LENGTHS.")
-        (building / "cache.json").write_text(json.dumps({"key": dict(key), "splits": splits}, indent=2) + "\n")
+        for split, examples in _tokenized_splits(task, definitions, vocabulary, stage).items():
+            with _warnings_of(task) as notes:
+                splits[split] = _write_split(
+                    task, split, examples, vocabulary, length, str(building / split), report, stage)
+            splits[split].notes = notes
+        train = splits.get("train")
+        if train is None or not train.count:
+            train = train or Found()
+            raise ValueError(f"{task}: " + (
+                f"no example of its training split is left to train on: of {train.documents:,} none has a token of its "
+                f"target within {length + 1} tokens; mend them or raise TASK_FEATURE_LENGTHS." if stage == "tuning" else
+                f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it more "
+                "data or lower TASK_FEATURE_LENGTHS."))
+        facts = {split: dataclasses.asdict(found) for split, found in splits.items()}
+        (building / "cache.json").write_text(json.dumps({"key": dict(key), "splits": facts}, indent=2) + "\n")
         if not remote:
             try:
                 os.rename(building, directory)
@@ -158,6 +174,25 @@ def _write_cache(
             shutil.rmtree(building, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _warnings_of(task: str) -> Iterator[list[str]]:
+    """Collects what is warned of a task, in messages that begin with its name."""
+    notes: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message.startswith((f"{task},", f"{task}:")) and message not in notes:
+                notes.append(message)
+
+    collect = Collect(logging.WARNING)
+    logging.getLogger().addHandler(collect)
+    try:
+        yield notes
+    finally:
+        logging.getLogger().removeHandler(collect)
+
+
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -169,37 +204,45 @@ def _is_alive(process: int) -> bool:
 
 
 def _tokenized_splits(
-    task: str, definitions: Definitions, vocabulary: Vocabulary
-) -> dict[str, Callable[[], Iterator[np.ndarray]]]:
-    """For each split of the task, its documents as int arrays, each with one end-of-document token."""
+    task: str, definitions: Definitions, vocabulary: Vocabulary, stage: str
+) -> dict[str, Iterator[dict[str, np.ndarray]]]:
+    """For each split of the task, its examples as int arrays by feature; targets end with the end token."""
     with quiet_tensorflow():
         import seqio
 
         definitions.register()
     require_registered(task)
     original = seqio.TaskRegistry.get(task)
+    if ("inputs" in original.output_features) != (stage == "tuning"):
+        raise ValueError(
+            f"{task} is a task of documents, without inputs to answer: train on it with gin/mixed_pretrain.gin, or "
+            "name instruction tasks in MIXTURE_OR_TASK_NAME." if stage == "tuning" else
+            f"{task} is a task of instructions: train on it with gin/tune_mixed.gin, or name tasks of documents in "
+            "MIXTURE_OR_TASK_NAME.")
     own_vocabulary = seqio.SentencePieceVocabulary(vocabulary.path, extra_ids=0)
 
-    def documents(split: str) -> Iterator[np.ndarray]:
+    def examples(split: str) -> Iterator[dict[str, np.ndarray]]:
         with quiet_tensorflow():
-            for tokens in task_tokens(original, split, own_vocabulary):
-                if len(tokens) and tokens[-1] == own_vocabulary.eos_id:
-                    tokens = tokens[:-1]
-                if len(tokens):
-                    yield np.append(tokens, vocabulary.end_of_document_id)
+            for example in task_tokens(original, split, own_vocabulary):
+                targets = example["targets"]
+                if len(targets) and targets[-1] == own_vocabulary.eos_id:
+                    targets = targets[:-1]
+                if len(targets):
+                    targets = np.append(targets, vocabulary.end_of_document_id)
+                yield example | {"targets": targets}
 
-    return {split: functools.partial(documents, split) for split in SPLITS if split in original.splits}
+    return {split: examples(split) for split in SPLITS if split in original.splits}
 
 
-def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[np.ndarray]:
-    """The `targets` of a SeqIO task, tokenized with a SeqIO vocabulary in the place of the task's own."""
-    feature = dataclasses.replace(task.output_features["targets"], vocabulary=vocabulary)
-    swapped = task.replace(output_features={**task.output_features, "targets": feature})
+def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[dict[str, np.ndarray]]:
+    """The features of a SeqIO task's examples, tokenized with a SeqIO vocabulary in the place of the task's own."""
+    swapped = task.replace(output_features={
+        name: dataclasses.replace(feature, vocabulary=vocabulary) for name, feature in task.output_features.items()})
     import tensorflow as tf
 
     try:
         for example in swapped.get_dataset(sequence_length=None, split=split, shuffle=False).as_numpy_iterator():
-            yield example["targets"]
+            yield {name: example[name] for name in ("inputs", "targets") if name in task.output_features}
     except tf.errors.OpError as error:
         # TensorFlow wraps what a reader raised into a page of its own; the reader's line is what helps.
         own = re.findall(r"^.*?\b(?:\w+Error): (.+)$", error.message, flags=re.MULTILINE)
@@ -230,47 +273,63 @@ def quiet_tensorflow() -> Iterator[None]:
 
 
 def _write_split(
-    task: str, split: str, documents: Callable[[], Iterator[np.ndarray]], vocabulary: Vocabulary, length: int,
-    path: str, report: Callable[[str], None],
-) -> dict[str, Any]:
-    """Cuts documents into rows and writes them shard by shard; returns the facts of `Rows`."""
-    dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
-    store = _create_store(path, length + 1, np.dtype(dtype).name)
+    task: str, split: str, examples: Iterator[dict[str, np.ndarray]], vocabulary: Vocabulary, length: int, path: str,
+    report: Callable[[str], None], stage: str,
+) -> Found:
+    """Writes the rows of a split shard by shard."""
+    tuning = stage == "tuning"
+    width = length + 1 + (WIDTH_BESIDE_TOKENS if tuning else 0)
+    dtype = np.uint16 if max(vocabulary.size, width) <= 2**16 else np.uint32
+    # A row of tuning is mostly padding, which compresses to nothing; tokens would hardly compress at all.
+    store = _create_store(path, width, np.dtype(dtype).name, compressed=tuning)
     content = hashlib.sha256()
-    waiting: list[np.ndarray] = []  # documents not yet written, the rest of the last block first
-    waiting_tokens = 0
-    count = tokens = number = 0
+    found = Found()
     start = last_report = time.monotonic()
-
-    def flush(rows: int) -> None:
-        nonlocal store, waiting, waiting_tokens, count
-        joined = np.concatenate(waiting) if waiting else np.zeros(0, dtype)
-        block = joined[: rows * (length + 1)].reshape(rows, length + 1)
-        if rows:
-            store = store.resize(exclusive_max=[count + rows, length + 1]).result()
-            store[count : count + rows].write(block).result()
-            content.update(block.astype("<u4").tobytes())
-        waiting, waiting_tokens = [joined[rows * (length + 1) :]], len(joined) - rows * (length + 1)
-        count += rows
-
-    for document in documents():
-        if not number:  # the first comes once libraries are imported, which is not the tokenizer's time
+    rows = example_rows(examples, length, found) if tuning else document_rows(examples, length, found)
+    for block in rows:
+        if not found.count:  # the first comes once libraries are imported, which is not the tokenizer's time
             start = last_report = time.monotonic()
-        waiting.append(document.astype(dtype))
-        waiting_tokens += len(document)
-        tokens += len(document)
-        number += 1
-        while waiting_tokens >= ROWS_A_SHARD * (length + 1):
-            flush(ROWS_A_SHARD)
+        store = store.resize(exclusive_max=[found.count + len(block), width]).result()
+        store[found.count : found.count + len(block)].write(block.astype(dtype)).result()
+        content.update(block.astype("<u4").tobytes())
+        found.count += len(block)
         if time.monotonic() - last_report > 5:
             last_report = time.monotonic()
-            report(f"tokenizing {task} {split}: {tokens / 1e6:.1f}M tokens, {tokens / (last_report - start):,.0f}/s")
-    while waiting_tokens >= length + 1:
-        flush(min(ROWS_A_SHARD, waiting_tokens // (length + 1)))
-    if tokens:
-        report(f"tokenized {task} {split}: {number:,} documents, {tokens:,} tokens, {count:,} rows of {length}; "
-               f"{tokens - count * (length + 1):,} tokens after the last full row are left out")
-    return {"count": count, "tokens": tokens, "documents": number, "content_hash": content.hexdigest()}
+            report(f"tokenizing {task} {split}: {found.tokens / 1e6:.1f}M tokens, "
+                   f"{found.tokens / (last_report - start):,.0f}/s")
+    if found.documents and tuning:
+        report(f"tokenized {task} {split}: {found.documents:,} examples, {found.tokens:,} tokens; {found.cut:,} are "
+               f"cut to {length + 1} tokens, {found.left_out:,} left out, as no token of their target is left")
+    elif found.tokens:
+        rest = found.tokens - found.count * (length + 1)
+        report(f"tokenized {task} {split}: {found.documents:,} documents, {found.tokens:,} tokens, {found.count:,} "
+               f"rows of {length}; {rest:,} tokens after the last full row are left out")
+    found.content_hash = content.hexdigest()
+    return found
+
+
+def document_rows(examples: Iterator[dict[str, np.ndarray]], length: int, found: Found) -> Iterator[np.ndarray]:
+    """Joins the targets of `examples` and cuts them into blocks of rows, int32 [rows, length + 1]."""
+    width = length + 1
+    waiting: list[np.ndarray] = []  # documents not yet cut, the rest of the last block first
+    tokens = 0  # in them
+
+    def cut(rows: int) -> np.ndarray:
+        nonlocal waiting, tokens
+        joined = np.concatenate(waiting)
+        waiting, tokens = [joined[rows * width :]], len(joined) - rows * width
+        return joined[: rows * width].reshape(rows, width)
+
+    for example in examples:
+        document = example["targets"]
+        found.documents += bool(len(document))
+        found.tokens += len(document)
+        tokens += len(document)
+        waiting.append(document)
+        while tokens >= ROWS_A_SHARD * width:
+            yield cut(ROWS_A_SHARD)
+    while tokens >= width:
+        yield cut(min(ROWS_A_SHARD, tokens // width))
 
 
 def _damaged(path: str, error: Exception) -> ValueError:
@@ -295,11 +354,12 @@ def _kvstore(path: str) -> str | dict[str, str]:
     return path if "://" in path else {"driver": "file", "path": path}
 
 
-def _create_store(path: str, width: int, data_type: str) -> tensorstore.TensorStore:
+def _create_store(path: str, width: int, data_type: str, compressed: bool = False) -> tensorstore.TensorStore:
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    compression = [{"name": "zstd", "configuration": {"level": 1}}] if compressed else []
     sharding = {
         "chunk_shape": [ROWS_A_CHUNK, width],
-        "codecs": [little_endian, {"name": "crc32c"}],
+        "codecs": [little_endian, *compression, {"name": "crc32c"}],
         "index_codecs": [little_endian, {"name": "crc32c"}],
     }
     return tensorstore.open({

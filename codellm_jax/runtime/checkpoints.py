@@ -151,7 +151,7 @@ def restore_parameters(
     model_dir: str, abstract_params: Any, check: Callable[[dict[str, Any]], None] = lambda record: None,
     report: Callable[[str], None] = print,
 ) -> tuple[Any, dict[str, Any]]:
-    """The parameters alone of the newest undamaged checkpoint of a run directory, and its record.
+    """The parameters alone of the newest undamaged checkpoint of a run directory, and its record with its `step`.
 
     `check` is called with the record before parameters are read, and raises where they will not do.
 
@@ -159,23 +159,11 @@ def restore_parameters(
       FileNotFoundError: the directory holds no checkpoint.
       ValueError: its parameters have other names or shapes, or all checkpoints are damaged.
     """
-    directory = epath.Path(model_dir).expanduser().resolve()
-    steps = sorted(int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()) \
-        if (directory / "checkpoints").exists() else []
-    if not steps:
-        raise FileNotFoundError(f"No checkpoint in {directory / 'checkpoints'}: INITIAL_CHECKPOINT_PATH must be the "
-                                "MODEL_DIR of a run that saved one.")
     wanted = {"params": abstract_params}
-    for step in reversed(steps):
-        path = directory / "checkpoints" / str(step)
-        try:
-            record = _require_digest(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record"))
-            saved = {name: facts for name, facts in record["checksums"].items() if name.startswith("params/")}
-        except Exception as error:
-            report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
-            continue
+    for path, record in _undamaged_records(model_dir, report):
+        saved = {name: facts for name, facts in record["checksums"].items() if name.startswith("params/")}
         check(record)
-        _require_same_arrays(saved, wanted, step)
+        _require_same_arrays(saved, wanted, int(path.name))
         try:
             restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
                 path / "state", args=ocp.args.PyTreeRestore(
@@ -185,9 +173,39 @@ def restore_parameters(
         except Exception as error:
             report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
             continue
-        report(f"Parameters from step {step} of {directory}")
-        return restored["params"], record
-    raise ValueError(f"All checkpoints in {directory / 'checkpoints'} are damaged: restore one from a copy.")
+        report(f"Parameters from step {path.name} of {model_dir}.")
+        return restored["params"], record | {"step": int(path.name)}
+    raise ValueError(f"All checkpoints in {model_dir} are damaged: restore one from a copy.")
+
+
+def newest_record(model_dir: str) -> tuple[int, dict[str, Any]]:
+    """The step and the JSON of the newest checkpoint of a run directory whose record is whole.
+
+    Raises:
+      FileNotFoundError: the directory holds no checkpoint.
+      ValueError: the records of all its checkpoints are damaged.
+    """
+    for path, record in _undamaged_records(model_dir, lambda line: None):
+        return int(path.name), record
+    raise ValueError(f"All checkpoints in {model_dir} are damaged: restore one from a copy.")
+
+
+def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
+    """The checkpoints of a run directory with their records, newest first; damaged records are told and passed over."""
+    checkpoints = epath.Path(model_dir).expanduser().resolve() / "checkpoints"
+    steps = sorted((int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()), reverse=True) \
+        if checkpoints.exists() else []
+    if not steps:
+        raise FileNotFoundError(
+            f"No checkpoint in {checkpoints}: INITIAL_CHECKPOINT_PATH must be the MODEL_DIR of a run that saved one.")
+    for step in steps:
+        path = checkpoints / str(step)
+        try:
+            record = _require_digest(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record"))
+        except Exception as error:
+            report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
+            continue
+        yield path, record
 
 
 def checksums(tree: Any) -> dict[str, list[Any]]:

@@ -27,7 +27,8 @@ class Meter:
     """Keeps one step in flight: the metrics of step k are read once step k + 1 is dispatched.
 
     Args:
-      order: of the rows trained on; batch_size, length: of a batch.
+      order: of the rows or examples trained on; batch_size: how many of them a step has.
+      stage: in "tuning" the share of each source among the examples is recorded too.
       first, last: steps done before, and at the end.
       log_period: steps between two records.
       learning_rate: step -> learning rate.
@@ -35,21 +36,21 @@ class Meter:
     """
 
     def __init__(
-        self, order: Order, batch_size: int, length: int, first: int, last: int, log_period: int,
+        self, order: Order, batch_size: int, stage: str, first: int, last: int, log_period: int,
         learning_rate: Callable[[int], Any], utilization: Callable[[float], tuple[float | None, float | None]],
         records: Records, status: StatusLine,
     ) -> None:
-        self._order, self._batch_size, self._length = order, batch_size, length
+        self._order, self._batch_size, self._stage = order, batch_size, stage
         self._first, self._last, self._log_period = first, last, log_period
         self._learning_rate, self._utilization = learning_rate, utilization
         self._records, self._status = records, status
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics, int, int] | None = None
         self._began = time.monotonic()
         self.restart()
 
     def restart(self) -> None:
         """Begins a new interval of measured time: what came before (evaluation, saving) is not the step's."""
-        self._steps, self._waited, self._since = 0, 0.0, time.monotonic()
+        self._positions, self._waited, self._since = 0, 0.0, time.monotonic()
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """The next batch; the time it took is counted as waiting for data."""
@@ -58,14 +59,17 @@ class Meter:
         self._waited += time.monotonic() - began
         return batch
 
-    def add(self, step: int, metrics: Metrics) -> None:
+    def add(self, step: int, metrics: Metrics, positions: int, tokens: int) -> None:
         """Takes the metrics of a step that has been dispatched, and settles those of the step before it.
+
+        `positions` is how many tokens the step took in, prompts included and padding not, which is what its speed is
+        measured in; `tokens` how many the loss has counted since the run began.
 
         A step that is recorded is settled at once: every measured interval ends with the devices idle, so that its
         rate is exact, at the price of one gap in `log_period` steps.
         """
         self.settle()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, positions, tokens)
         if step % self._log_period == 0:
             self.settle()
 
@@ -77,34 +81,38 @@ class Meter:
         """
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, positions, tokens), self._pending = self._pending, None
         values = Metrics(*map(np.asarray, jax.device_get(metrics)))
-        self._steps += 1
+        self._positions += positions
         if not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
             raise FloatingPointError(f"The loss became {float(values.loss)} and its gradient's norm "
                                      f"{float(values.grad_norm)} at step {step}.")
         if step % self._log_period == 0 or step == self._last:
-            self._record(step, values)
+            self._record(step, values, tokens)
             self.restart()
 
-    def _record(self, step: int, values: Metrics) -> None:
+    def _record(self, step: int, values: Metrics, trained_tokens: int) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
-        rate = self._steps * self._batch_size * self._length / seconds
+        rate = self._positions / seconds
         full, causal = self._utilization(rate)
         names = [source.name for source in self._order.sources]
         losses = loss_by_source(values.source_losses, values.source_tokens, names)
         tokens = sum_by_source(values.source_tokens, names)
         total = float(values.source_tokens.sum())
         fractions = {f"token_fraction/{group}": count / total for group, count in tokens.items()}
+        rows = step * self._batch_size
+        drawn = self._order.counts(rows)
+        if self._stage == "tuning":
+            now = drawn - self._order.counts(rows - self._batch_size)
+            fractions |= {f"example_fraction/{group}": count / self._batch_size
+                          for group, count in sum_by_source(now, names).items()}
         self._records.write(step, "train", {
-            "loss": float(values.loss), "tokens": step * self._batch_size * self._length,
+            "loss": float(values.loss), "tokens": trained_tokens,
             "tokens_per_second": rate, "learning_rate": float(self._learning_rate(step - 1)),
             "grad_norm": float(values.grad_norm), "data_wait_fraction": self._waited / seconds,
             "model_flops_utilization": full, "model_flops_utilization_causal": causal,
         } | losses | fractions)
-        rows = step * self._batch_size
-        code = sum(int(count) for count, source in zip(self._order.counts(rows), self._order.sources, strict=True)
-                   if source.pool == "code")
+        code = sum_by_source(drawn, names)["code"]
         left = (time.monotonic() - self._began) / (step - self._first) * (self._last - step)
         pools = ", ".join(f"{pool} {losses[f'loss/{pool}']:.3f}" for pool in POOLS if f"loss/{pool}" in losses)
         self._status.show(step, " | ".join(filter(None, [

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from codellm_jax.mixture.ledger import Ledger
+from codellm_jax.mixture.ledger import Ledger, arm
 from codellm_jax.mixture.order import Order, Source
 from codellm_jax.mixture.schedules import constant
 
@@ -19,7 +19,7 @@ def order_of(seed: int = 0, rate=1 / 3, content: str = "x", text_rows: int = 50)
 def ledger_at(order: Order, position: int, batch: int = 8) -> Ledger:
     ledger = Ledger.begin("pretraining", order, "f" * 64, 256)
     for start in range(0, position, batch):
-        ledger.add(order, order.draw(np.arange(start, start + batch)).source)
+        ledger.add(order, order.draw(np.arange(start, start + batch)).source, np.full(batch, 256))
     return ledger
 
 
@@ -27,10 +27,10 @@ def test_counts_by_hand():
     order = order_of()
     ledger = Ledger.begin("pretraining", order, "hash", 10)
     assert ledger.position == 0 and ledger.rows == {"text.a": 0, "text.b": 0, "code.c": 0}
-    ledger.add(order, np.array([0, 2, 0, 1]))
-    ledger.add(order, np.array([2, 2, 2, 2]))
+    ledger.add(order, np.array([0, 2, 0, 1]), np.array([7, 8, 9, 10]))
+    ledger.add(order, np.array([2, 2, 2, 2]), np.array([1, 2, 3, 4]))
     assert ledger.rows == {"text.a": 2, "text.b": 1, "code.c": 5} and ledger.position == 8
-    assert ledger.to_json()["tokens"] == {"text.a": 20, "text.b": 10, "code.c": 50}
+    assert ledger.to_json()["tokens"] == {"text.a": 16, "text.b": 10, "code.c": 18}
 
 
 def test_through_json_and_on():
@@ -39,9 +39,9 @@ def test_through_json_and_on():
     restored = Ledger.from_json(json.loads(json.dumps(ledger.to_json())))
     assert restored == ledger
     batch = order.draw(np.arange(48, 56)).source
-    ledger.add(order, batch)
-    restored.add(order, batch)
-    assert restored == ledger == ledger_at(order, 56)
+    ledger.add(order, batch, np.arange(8))
+    restored.add(order, batch, np.arange(8))
+    assert restored == ledger and ledger.rows == ledger_at(order, 56).rows
 
 
 def test_what_was_drawn_passes():
@@ -79,7 +79,8 @@ def test_sources_that_came_or_went_are_refused():
 
 def test_table():
     order = order_of()
-    ledger = Ledger("pretraining", "", "", 256, {"text.a": 100, "text.b": 33, "code.c": 67})
+    ledger = Ledger("pretraining", "", "", 256, {"text.a": 100, "text.b": 33, "code.c": 67},
+                    {"text.a": 25600, "text.b": 8448, "code.c": 17152})
     lines = [line.split() for line in ledger.table(order).splitlines()]
     assert lines[0] == ["source", "tokens", "epochs", "share", "asked", "realised"]
     assert lines[1:] == [
@@ -87,3 +88,37 @@ def test_table():
         ["text.b", "8,448", "1.65", "0.1667", "0.1650"],
         ["code.c", "17,152", "9.57", "0.3333", "0.3350"]]
     assert "text.a" in Ledger.begin("pretraining", order, "", 256).table(order)  # nothing trained: no division by it
+
+
+def test_examples_are_told_in_tuning():
+    ledger = Ledger("tuning", "", "", 256, {"text.a": 100, "text.b": 33, "code.c": 67},
+                    {"text.a": 900, "text.b": 20, "code.c": 5000})
+    lines = [line.split() for line in ledger.table(order_of()).splitlines()]
+    assert lines[0][:3] == ["source", "examples", "tokens"]
+    assert lines[3] == ["code.c", "67", "5,000", "9.57", "0.3333", "0.3350"]
+
+
+def test_stages_are_chained_and_name_the_arm():
+    order, text_only = order_of(), order_of(rate=0)
+
+    def trained(stage: str, order: Order, parent=None) -> dict:
+        ledger = Ledger.begin(stage, order, "", 8, parent)
+        ledger.add(order, order.draw(np.arange(32)).source, np.full(32, 8))
+        return json.loads(json.dumps(ledger.to_json()))
+
+    natural, code = trained("pretraining", text_only), trained("pretraining", order)
+    assert (arm(natural), arm(code)) == ("NL", "CODE")
+    arms = {(first, second): arm(trained("tuning", tuned, parent | {"model_dir": "run", "step": 4}))
+            for first, parent in (("N", natural), ("C", code)) for second, tuned in (("N", text_only), ("C", order))}
+    assert arms == {("N", "N"): "NN", ("N", "C"): "NC", ("C", "N"): "CN", ("C", "C"): "CC"}
+    assert arm(trained("tuning", order)) == "none, for it was tuned from new parameters"
+    twice = Ledger.from_json(trained("tuning", text_only, trained("tuning", order, code)))
+    assert arm(twice.to_json()) == "CC"
+    assert [stage["stage"] for stage in twice.before] == ["pretraining", "tuning"]
+    assert all("before" not in stage for stage in twice.before)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read():
+    saved = ledger_at(order_of(), 48).to_json()
+    del saved["before"]
+    assert Ledger.from_json(saved) == ledger_at(order_of(), 48)

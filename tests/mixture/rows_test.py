@@ -179,12 +179,12 @@ def test_a_crash_while_writing_leaves_no_half_cache(tmp_path, vocabulary, tiny_d
 
     def dies(task, split, documents, *rest):
         def some():
-            for number, document in enumerate(documents()):
+            for number, document in enumerate(documents):
                 if number == 15:
                     raise OSError("No space left on device")
                 yield document
 
-        return real(task, split, some, *rest)
+        return real(task, split, some(), *rest)
 
     monkeypatch.setattr(rows_module, "_write_split", dies)
     with pytest.raises(OSError, match="No space left on device"):

@@ -388,7 +388,7 @@ def test_parameters_alone(tmp_path):
     params, record = restore_parameters(str(tmp_path), abstract(EIGHT)["params"], report=reports.append)
     assert_same_bits(params, values(4)["params"])
     assert params["kernel"].sharding.is_equivalent_to(shardings(EIGHT)["params"]["kernel"], 2)
-    assert record["ledger"] == RECORD["ledger"] and reports == [f"Parameters from step 4 of {tmp_path}"]
+    assert record["ledger"] == RECORD["ledger"] and reports == [f"Parameters from step 4 of {tmp_path}."]
 
 
 def test_parameters_of_no_run(tmp_path):

@@ -31,22 +31,28 @@ def metrics(loss=2.0, grad_norm=1.0, losses=(8.0, 12.0, 4.0), tokens=(4.0, 3.0, 
     return Metrics(loss, np.float32(grad_norm), np.array(losses, np.float32), np.array(tokens, np.float32))
 
 
-def meter_of(model_dir, first: int = 0, last: int = 100, log_period: int = 10, rate: float = 0.5) -> Meter:
+def meter_of(model_dir, first: int = 0, last: int = 100, log_period: int = 10, rate: float = 0.5,
+             stage: str = "pretraining") -> Meter:
     records = Records(str(model_dir), first, active=True)
-    return Meter(ORDER, 8, 16, first, last, log_period, lambda step: rate * step,
+    return Meter(ORDER, 8, stage, first, last, log_period, lambda step: rate * step,
                  lambda tokens_per_second: (tokens_per_second / 1e6, tokens_per_second / 2e6),
                  records, StatusLine(first, last, active=True))
+
+
+def add(meter: Meter, step: int, values: Metrics) -> None:
+    """A step on 8 full rows of 16 tokens."""
+    meter.add(step, values, 8 * 16, step * 8 * 16)
 
 
 def test_metrics_are_read_one_step_late(tmp_path):
     looked_at: list = []
     meter = meter_of(tmp_path)
     for step in range(1, 10):
-        meter.add(step, metrics(loss=Lazy(step, looked_at)))
+        add(meter, step, metrics(loss=Lazy(step, looked_at)))
         assert looked_at == list(range(1, step))
-    meter.add(10, metrics(loss=Lazy(10, looked_at)))  # recorded, so settled at once
+    add(meter, 10, metrics(loss=Lazy(10, looked_at)))  # recorded, so settled at once
     assert looked_at == list(range(1, 11))
-    meter.add(11, metrics(loss=Lazy(11, looked_at)))
+    add(meter, 11, metrics(loss=Lazy(11, looked_at)))
     meter.settle()
     meter.settle()
     assert looked_at == list(range(1, 12))
@@ -56,21 +62,21 @@ def test_metrics_are_read_one_step_late(tmp_path):
                                  {"grad_norm": -math.inf}])
 def test_what_is_not_finite_stops_the_run(tmp_path, bad):
     meter = meter_of(tmp_path)
-    meter.add(1, metrics())
-    meter.add(2, metrics(**{name: np.float32(value) for name, value in bad.items()}))
+    add(meter, 1, metrics())
+    add(meter, 2, metrics(**{name: np.float32(value) for name, value in bad.items()}))
     with pytest.raises(FloatingPointError, match=r"^The loss became .* at step 2\.$") as raised:
-        meter.add(3, metrics())
+        add(meter, 3, metrics())
     assert "\n" not in str(raised.value)
 
 
 def test_what_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path):
     meter = meter_of(tmp_path)
-    meter.add(3, metrics(loss=np.float32(math.nan)))
+    add(meter, 3, metrics(loss=np.float32(math.nan)))
     with pytest.raises(FloatingPointError, match="at step 3"):
         meter.settle()  # what the loop calls before it saves
     meter = meter_of(tmp_path)
     with pytest.raises(FloatingPointError, match="at step 10"):
-        meter.add(10, metrics(loss=np.float32(math.nan)))
+        add(meter, 10, metrics(loss=np.float32(math.nan)))
 
 
 def test_a_record_by_hand(tmp_path, monkeypatch):
@@ -88,7 +94,7 @@ def test_a_record_by_hand(tmp_path, monkeypatch):
     for step in (9, 10):
         assert meter.next_batch(source) == "batch"
         now[0] += 0.75
-        meter.add(step, metrics())
+        add(meter, step, metrics())
     line, = read_records(str(tmp_path))
     assert line.pop("model_flops_utilization") == pytest.approx(128e-6)
     assert line.pop("model_flops_utilization_causal") == pytest.approx(64e-6)
@@ -101,13 +107,28 @@ def test_a_record_by_hand(tmp_path, monkeypatch):
         "token_fraction/text.c": 0.125, "token_fraction/code.b": 0.375})
 
 
+def test_tuning_records_shares_of_examples_and_counts_its_own_tokens(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(meter_module.time, "monotonic", lambda: now[0])
+    meter = meter_of(tmp_path, log_period=2, stage="tuning")
+    for step, positions, tokens in ((1, 50, 20), (2, 70, 45)):
+        now[0] += 3.0
+        meter.add(step, metrics(), positions, tokens)
+    line, = read_records(str(tmp_path))
+    assert line["tokens"] == 45 and line["tokens_per_second"] == pytest.approx(120 / 6)
+    # Of 8 examples in the second step two are code, and three of each of text's sources.
+    assert {name: value for name, value in line.items() if name.startswith("example_fraction")} == {
+        "example_fraction/text": 0.75, "example_fraction/code": 0.25, "example_fraction/text.a": 0.375,
+        "example_fraction/text.c": 0.375, "example_fraction/code.b": 0.25}
+
+
 def test_a_restart_leaves_evaluation_out_of_the_rate(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(meter_module.time, "monotonic", lambda: now[0])
     meter = meter_of(tmp_path, log_period=2)
     for step in (1, 2, 3, 4):
         now[0] += 1.0
-        meter.add(step, metrics())
+        add(meter, step, metrics())
         if step == 2:
             now[0] += 500.0  # an evaluation
             meter.restart()
@@ -117,7 +138,7 @@ def test_a_restart_leaves_evaluation_out_of_the_rate(tmp_path, monkeypatch):
 def test_the_last_step_is_recorded(tmp_path):
     meter = meter_of(tmp_path, last=7, log_period=5)
     for step in range(1, 8):
-        meter.add(step, metrics())
+        add(meter, step, metrics())
     meter.settle()
     assert [line["step"] for line in read_records(str(tmp_path))] == [5, 7]
 
@@ -128,7 +149,7 @@ def test_the_status_line_tells_shares_and_time_left(tmp_path, capsys, monkeypatc
     meter = meter_of(tmp_path, log_period=5)
     for step in range(1, 6):
         now[0] += 2.0
-        meter.add(step, metrics())
+        add(meter, step, metrics())
     # 5 of 100 steps in 10 s; 10 of 40 rows are code.
     assert capsys.readouterr().out == (
         "step 5/100 loss 2.0000 (text 2.400, code 4.000) | code 0.250 of 0.250 | 64 tokens/s | MFU 0.0% | 3:10 left\n")

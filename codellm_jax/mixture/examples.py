@@ -1,0 +1,183 @@
+"""Instruction examples as rows, and rows of examples as batches: what the second stage trains on.
+
+An example is a prompt (`inputs`) followed by its answer (`targets`) and the end token; the loss counts the answer and
+the end token alone. One longer than a row of `length` + 1 tokens is cut there, as the study's released system cuts it;
+one whose prompt alone fills the row has nothing to learn from and is left out. Both are counted.
+
+In the cache a row holds the tokens, zeros up to length + 1, then two numbers: tokens of the prompt, and of the whole.
+
+A step trains on BATCH_SIZE examples. Unpacked, each has a row of its own; packed, the same examples share fewer rows,
+each with positions and attention of its own. So packing changes the cost of a step and nothing else: which examples a
+step has, and the loss and gradient they give, are the same to float32 rounding.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+# Raise it whenever the same tokens would give other rows.
+EXAMPLES_VERSION = 1
+WIDTH_BESIDE_TOKENS = 2
+EXAMPLES_A_BLOCK = 4096
+
+
+@dataclasses.dataclass
+class Found:
+    """What is counted while a split is written; the fields of `rows.Rows` that bear the same names."""
+
+    count: int = 0
+    tokens: int = 0
+    documents: int = 0
+    content_hash: str = ""
+    cut: int = 0
+    left_out: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+class Readable(Protocol):
+    """What is asked of `rows.Rows` here."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def read(self, numbers: np.ndarray) -> np.ndarray: ...
+
+
+def example_rows(examples: Iterable[dict[str, np.ndarray]], length: int, found: Found) -> Iterator[np.ndarray]:
+    """Examples ({"inputs", "targets"}, the end token included) as blocks of rows, int32 [rows, length + 3]."""
+    width = length + 1
+    block: list[np.ndarray] = []
+    for example in examples:
+        inputs, targets = example["inputs"], example["targets"]
+        found.documents += 1
+        found.tokens += len(inputs) + len(targets)
+        if not len(targets) or max(1, len(inputs)) >= width:
+            found.left_out += 1
+            continue
+        tokens = np.concatenate([inputs, targets])[:width]
+        found.cut += len(inputs) + len(targets) > width
+        row = np.zeros(width + WIDTH_BESIDE_TOKENS, np.int32)
+        row[: len(tokens)] = tokens
+        row[width:] = len(inputs), len(tokens)
+        block.append(row)
+        if len(block) == EXAMPLES_A_BLOCK:
+            yield np.stack(block)
+            block = []
+    if block:
+        yield np.stack(block)
+
+
+class Sizes(NamedTuple):
+    """Of each of some examples, two int64 arrays of one shape."""
+
+    positions: np.ndarray  # columns of a row that it takes: its tokens but the last, which is only predicted
+    counted: np.ndarray  # tokens that the loss counts
+
+
+@functools.lru_cache(maxsize=256)
+def example_sizes(examples: Readable) -> Sizes:
+    """The sizes of all examples of a split, [count]; read once a process, as packing needs those of whole batches."""
+    parts = []
+    for start in range(0, examples.count, 1 << 16):
+        numbers = np.arange(start, min(start + (1 << 16), examples.count))
+        parts.append(examples.read(numbers)[:, -WIDTH_BESIDE_TOKENS:])
+    prompts, tokens = np.concatenate(parts).astype(np.int64).T if parts else np.zeros((2, 0), np.int64)
+    # Nothing comes before the first token, so that it is never predicted.
+    return Sizes(tokens - 1, tokens - np.maximum(prompts, 1))
+
+
+def sizes_drawn(examples: Sequence[Readable], source: np.ndarray, row: np.ndarray) -> Sizes:
+    """The sizes of the examples `row` of the sources `source` (int64 arrays of one shape)."""
+    positions, counted = np.zeros_like(source), np.zeros_like(source)
+    for index in np.unique(source):
+        here = source == index
+        sizes = example_sizes(examples[index])
+        positions[here], counted[here] = sizes.positions[row[here]], sizes.counted[row[here]]
+    return Sizes(positions, counted)
+
+
+class Places(NamedTuple):
+    """Where examples stand: two int64 arrays [steps, examples], and the rows that each step needs, int64 [steps]."""
+
+    row: np.ndarray
+    column: np.ndarray
+    rows: np.ndarray
+
+
+def pack(positions: np.ndarray, length: int) -> Places:
+    """Puts the examples of each step into as few rows of `length` as first-fit decreasing finds.
+
+    The longest goes first, each into the first row with room for it: never more than 11/9 of the fewest rows possible,
+    and one more (Johnson, 1973).
+
+    Args:
+      positions: int64 [steps, examples], each in 1..length.
+    """
+    steps, examples = positions.shape
+    order = np.argsort(-positions, axis=1, kind="stable")
+    row, column = np.zeros_like(positions), np.zeros_like(positions)
+    free = np.full((steps, examples), length, np.int64)
+    every = np.arange(steps)
+    used = 0  # rows that any step has opened; those beyond are all empty
+    for k in range(examples):
+        example = order[:, k]
+        size = positions[every, example]
+        chosen = np.argmax(free[:, : used + 1] >= size[:, None], axis=1)
+        row[every, example], column[every, example] = chosen, length - free[every, chosen]
+        free[every, chosen] -= size
+        used = min(examples - 1, max(used, int(chosen.max()) + 1))
+    return Places(row, column, row.max(axis=1) + 1)
+
+
+def unpacked(positions: np.ndarray) -> Places:
+    """Each example in a row of its own; `positions` as for `pack`."""
+    steps, examples = positions.shape
+    row = np.broadcast_to(np.arange(examples), positions.shape)
+    return Places(row, np.zeros_like(positions), np.full(steps, examples))
+
+
+def arrays_of_examples(
+    examples: np.ndarray, source: np.ndarray, row: np.ndarray, column: np.ndarray, shape: tuple[int, int]
+) -> dict[str, Any]:
+    """The arrays of a batch, [rows, length] each, from examples and where they stand in it.
+
+    Args:
+      examples: int32 [N, length + 3], as they are cached.
+      source: int [N], their sources.
+      row, column: int [N], where each begins.
+      shape: of the batch.
+
+    Returns:
+      The fields of `batches.Batch` by name. Unused columns have segment 0 and weight 0.
+    """
+    prompts, tokens = examples[:, -2].astype(np.int64), examples[:, -1].astype(np.int64)
+    positions = tokens - 1
+    ends = np.cumsum(positions)
+    of = np.repeat(np.arange(len(examples)), positions)  # the example of each column that is used
+    within = np.arange(len(of)) - np.repeat(ends - positions, positions)
+    where = row[of], column[of] + within
+    # The documents of a row are numbered from left to right.
+    order = np.lexsort((column, row))
+    first = np.concatenate([[0], np.flatnonzero(np.diff(row[order])) + 1]) if len(order) else np.zeros(0, np.int64)
+    segment = np.empty(len(order), np.int64)
+    segment[order] = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)])) + 1
+
+    def filled(values: np.ndarray, dtype: str = "int32") -> np.ndarray:
+        array = np.zeros(shape, np.dtype(dtype))
+        array[where] = values
+        return array
+
+    return {
+        "inputs": filled(examples[of, within]),
+        "targets": filled(examples[of, within + 1]),
+        "positions": filled(within),
+        "segment_ids": filled(segment[of]),
+        "weights": filled(within + 1 >= prompts[of], "float32"),
+        "sources": filled(source[of]),
+    }
