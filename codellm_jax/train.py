@@ -290,10 +290,11 @@ def say(text: str) -> None:
 # Settings that a resume may change: they do not change what is computed, beyond rounding. Data and vocabulary may lie
 # elsewhere; that they are the same is seen by their hashes.
 FREE_ON_RESUME = frozenset("""
-    MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH
-    MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA mixture.name tasks.modules tasks.corpora
+    MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH PACKING
+    MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA DATA_DIR mixture.name tasks.modules tasks.corpora tasks.data_dir
     train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
-    train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir vocabulary.path
+    train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir mixture.packing
+    vocabulary.path
     mesh.data mesh.fsdp mesh.model mesh.slices mesh.rules model.remat model.scan_unroll model.attention
     """.split())
 
