@@ -1,6 +1,7 @@
 """What a run will be, worked out before anything is trained: the objects a gin file asks for, and a page about them."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -186,21 +187,17 @@ def describe(training: Training, plan: Plan) -> str:
 def schedule_lines(order: Order, batch_size: int, last_step: int) -> list[str]:
     """The share of code over the run as lines of text, with a bar where it changes."""
     schedule, run = order.schedule, last_step * batch_size
-    # One line for each phase, eight for a ramp; the pieces that a cosine is made of count as one ramp.
-    spans: list[tuple[int, bool]] = []  # the first row, and whether the share changes inside
-    for k, start in enumerate(schedule.starts):
-        is_ramp = schedule.shares[k] != schedule.ends[k]
-        if not (spans and spans[-1][1] and is_ramp and schedule.shares[k] == schedule.ends[k - 1]):
-            spans.append((int(start), is_ramp))
+    # One line for each phase, eight for a ramp.
     edges = {last_step}
-    for (start, is_ramp), (following, _) in zip(spans, [*spans[1:], (run, False)], strict=True):
-        edges |= {round((start + (following - start) * k / 8) / batch_size) for k in range(8 if is_ramp else 1)}
+    for start, following in itertools.pairwise([*schedule.phase_starts, run]):
+        parts = 1 if schedule.share_at(start) == schedule.share_at(start + 1) else 8
+        edges |= {round((start + (following - start) * part / parts) / batch_size) for part in range(parts)}
     steps = sorted(step for step in edges if step <= last_step)
     if len(steps) < 3 and not any(schedule.tables):
         return [f"share of code: {float(schedule.asked(run)) / run:.4f} from step 0"]
     code = [source.pool == "code" for source in order.sources]
     lines = [f"{'share of code':<20} {'asked':>7} {'drawn':>7}"]
-    for begin, end in zip(steps, steps[1:], strict=False):
+    for begin, end in itertools.pairwise(steps):
         rows = (end - begin) * batch_size
         asked = [float(after - before) / rows for before, after in zip(
             order.asked(begin * batch_size), order.asked(end * batch_size), strict=True)]

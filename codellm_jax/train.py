@@ -277,7 +277,8 @@ def summary(run: Run) -> str:
                 for source in order.sources if run.ledger.rows[source.name] > MANY_EPOCHS * source.rows]
     before = [f"before: {saved['stage']}, {saved['step']} steps in {saved['model_dir']}"
               for saved in run.ledger.before]
-    return "\n".join([*lines, run.ledger.table(order), *repeated, "", *before,
+    phases = [run.ledger.table_of_phases(order), ""] if len(run.ledger.phases) > 1 else []
+    return "\n".join([*lines, run.ledger.table(order), *repeated, "", *phases, *before,
                       f"arm of the study: {arm(run.ledger.to_json())}", ""])
 
 

@@ -24,6 +24,7 @@ class Ledger:
       length: tokens of a row.
       rows: rows (in tuning: examples) trained on so far, of each source by name.
       tokens: tokens that the loss counted, likewise.
+      phases: for each phase of the schedule its first row or example, "start", and what of "rows" fell into it.
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
     """
 
@@ -33,6 +34,7 @@ class Ledger:
     length: int
     rows: dict[str, int]
     tokens: dict[str, int]
+    phases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -42,8 +44,9 @@ class Ledger:
         """A ledger that has counted nothing yet; `parent` is the ledger, as JSON, of the run it starts from."""
         before = [*parent.get("before", []), {name: value for name, value in parent.items() if name != "before"}] \
             if parent else []
-        return cls(stage, order.fingerprint(), vocabulary_hash, length, {source.name: 0 for source in order.sources},
-                   {source.name: 0 for source in order.sources}, before)
+        none = {source.name: 0 for source in order.sources}
+        phases = [{"start": start, "rows": dict(none)} for start in order.schedule.phase_starts]
+        return cls(stage, order.fingerprint(), vocabulary_hash, length, dict(none), dict(none), phases, before)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Ledger":
@@ -61,6 +64,12 @@ class Ledger:
         """Counts one batch, given the source of each of its rows or examples and the tokens of it that the loss counts,
         both int [batch].
         """
+        starts = [phase["start"] for phase in self.phases]
+        phase_of = np.searchsorted(starts, self.position + np.arange(len(sources)), side="right") - 1
+        for index, source in enumerate(order.sources):
+            for number in np.unique(phase_of[sources == index]) if starts else ():
+                here = np.count_nonzero((sources == index) & (phase_of == number))
+                self.phases[number]["rows"][source.name] += int(here)
         for index, source in enumerate(order.sources):
             self.rows[source.name] += int(np.count_nonzero(sources == index))
             self.tokens[source.name] += int(tokens[sources == index].sum())
@@ -90,6 +99,21 @@ class Ledger:
             lines.append(f"{source.name:<26}" + (f" {rows:>10,}" if examples else "")
                          + f" {self.tokens[source.name]:>14,} {rows / source.rows:>8.2f} "
                          f"{float(asked) / total:>12.4f} {rows / total:>9.4f}")
+        return "\n".join(lines)
+
+
+    def table_of_phases(self, order: Order) -> str:
+        """Lines of text: for each phase that has begun, the share of code asked and realised."""
+        unit = "example" if self.stage == "tuning" else "row"
+        lines = [f"{f'phase, from {unit}':<26} {unit + 's':>14} {'code asked':>12} {'realised':>9}"]
+        ends = [*(phase["start"] for phase in self.phases[1:]), self.position]
+        for phase, end in zip(self.phases, ends, strict=True):
+            total = sum(phase["rows"].values())
+            if total:
+                end = min(end, self.position)
+                code = sum(rows for name, rows in phase["rows"].items() if name.startswith("code."))
+                asked = order.schedule.asked(end) - order.schedule.asked(phase["start"])
+                lines.append(f"{phase['start']:<26,} {total:>14,} {float(asked) / total:>12.4f} {code / total:>9.4f}")
         return "\n".join(lines)
 
 

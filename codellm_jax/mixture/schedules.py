@@ -99,6 +99,15 @@ class Schedule:
         k = bisect.bisect_right(self.starts, position) - 1
         return self.shares[k] + (position - self.starts[k]) * self._slope(k)
 
+    @functools.cached_property
+    def phase_starts(self) -> list[int]:
+        """The row at which each phase begins; the pieces of a cosine, and all others through which the share goes on
+        rising or falling without a jump, are one phase.
+        """
+        change = [end - share for share, end in zip(self.shares, self.ends, strict=True)]
+        return [int(start) for k, start in enumerate(self.starts)
+                if k == 0 or self.shares[k] != self.ends[k - 1] or change[k] * change[k - 1] <= 0]
+
     def _slope(self, k: int) -> Fraction:
         """The change of the share from row to row of piece k."""
         if self.ends[k] == self.shares[k]:

@@ -1,5 +1,6 @@
 """What the ledger counts, keeps through JSON, shows and refuses."""
 
+import dataclasses
 import json
 from fractions import Fraction
 
@@ -8,7 +9,7 @@ import pytest
 
 from codellm_jax.mixture.ledger import Ledger, arm
 from codellm_jax.mixture.order import Order, Source
-from codellm_jax.mixture.schedules import constant
+from codellm_jax.mixture.schedules import constant, phases
 
 
 def order_of(seed: int = 0, rate=1 / 3, content: str = "x", text_rows: int = 50) -> Order:
@@ -98,6 +99,25 @@ def test_examples_are_told_in_tuning():
     assert lines[3] == ["code.c", "67", "5,000", "9.57", "0.3333", "0.3350"]
 
 
+@pytest.mark.parametrize("batch", [8, 7, 50])
+def test_phases_are_counted_by_themselves(batch):
+    """By the position of each row, also where a change falls inside a batch."""
+    mix_phases = {0: "5:5", 0.3: "7:3 to 1:9", 0.6: "1:9 to 7:3 cosine", 0.9: "1:0"}
+    order = dataclasses.replace(order_of(), schedule=phases(mix_phases, 200))
+    ledger = Ledger.begin("tuning", order, "", 8)
+    drawn = order.draw(np.arange(200)).source
+    for start in range(0, 200, batch):
+        part = drawn[start : start + batch]
+        ledger.add(order, part, np.full(len(part), 3))
+    assert [phase["start"] for phase in ledger.phases] == [0, 60, 120, 180]
+    for phase, end in zip(ledger.phases, [60, 120, 180, 200], strict=True):
+        counts = np.bincount(drawn[phase["start"] : end], minlength=3).tolist()
+        assert list(phase["rows"].values()) == counts
+    lines = [line.split() for line in ledger.table_of_phases(order).splitlines()]
+    assert lines[1] == ["0", "60", "0.5000", "0.5000"] and lines[4] == ["180", "20", "0.0000", "0.0000"]
+    assert len(lines) == 5 and Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+
+
 def test_stages_are_chained_and_name_the_arm():
     order, text_only = order_of(), order_of(rate=0)
 
@@ -120,5 +140,7 @@ def test_stages_are_chained_and_name_the_arm():
 
 def test_a_checkpoint_of_an_earlier_version_is_read():
     saved = ledger_at(order_of(), 48).to_json()
-    del saved["before"]
-    assert Ledger.from_json(saved) == ledger_at(order_of(), 48)
+    del saved["before"], saved["phases"]
+    restored = Ledger.from_json(saved)
+    restored.add(order_of(), order_of().draw(np.arange(48, 56)).source, np.full(8, 256))
+    assert restored.rows == ledger_at(order_of(), 56).rows and restored.phases == []
