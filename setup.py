@@ -26,7 +26,8 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["codellm_jax*", "tasks*"]),
-    package_data={"codellm_jax": ["vocabularies/*.model", "py.typed"]},
+    package_data={"codellm_jax": ["vocabularies/*.model", "py.typed"],
+                  "tasks.benchmarks": ["samples/*", "samples/*/*"]},
     cmdclass={"build_py": BuildWithGinFiles},
     python_requires=">=3.11",
     install_requires=[
@@ -50,7 +51,9 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        "test": ["hypothesis>=6.140", "mypy>=1.18", "pytest>=8.4", "ruff>=0.14", "setuptools>=77"],
+        "eval": ["sacrebleu>=2.5"],
+        "test": ["hypothesis>=6.140", "mypy>=1.18", "pytest>=8.4", "ruff>=0.14", "sacrebleu>=2.5", "scipy>=1.15",
+                 "setuptools>=77", "statsmodels>=0.14"],
         "tpu": ["jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
     },

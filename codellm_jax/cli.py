@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train, "explain": _explain, "vocabulary": _vocabulary}
+        "train": _train, "eval": _eval, "explain": _explain, "vocabulary": _vocabulary}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", "train a decoder on a text/code mixture",
                 "Trains to TRAIN_STEPS, or goes on from MODEL_DIR's newest checkpoint. SIGTERM saves and exits.")
     train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
+    add("eval", "evaluate a checkpoint on benchmarks",
+        "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted.")
     explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
     explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
     vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
@@ -135,6 +137,19 @@ def _train(flags: argparse.Namespace) -> int:
             print(f"Next:        {_tool('t5x')} train --gin_file=gin/tune_mixed.gin "
                   f"--gin.INITIAL_CHECKPOINT_PATH={shlex.quote(training.model_dir)}")
         print(f"Compare:     {_tool('t5x')} train {_other_arm(flags, training.mixture.stage)}")
+    return 0
+
+
+def _eval(flags: argparse.Namespace) -> int:
+    configuration = _configuration(flags)
+    from codellm_jax.configuration import build
+    from codellm_jax.evaluate import evaluate
+
+    _use_compilation_cache()
+    if not flags.debug:
+        _quiet_libraries()
+    evaluation = build(configuration, "evaluate")
+    evaluate(evaluation)
     return 0
 
 

@@ -26,8 +26,10 @@ from gin import config_parser
 # What gin files may bind, and where it is defined. Imported only when a configuration is built.
 CONFIGURABLES = {
     "train": "codellm_jax.plan:Training",
+    "evaluate": "codellm_jax.evaluate:Evaluation",
     "mixture": "codellm_jax.mixture.mixture:Mixture",
     "tasks": "tasks:Definitions",
+    "benchmarks": "tasks.judging:Benchmarks",
     "vocabulary": "codellm_jax.vocabulary:load_vocabulary",
     "model": "codellm_jax.model.decoder:DecoderConfig",
     "mesh": "codellm_jax.runtime.partitioning:MeshShape",
@@ -135,14 +137,15 @@ def _read_file(
 
 
 def _inherited(settings: Sequence[Setting]) -> list[Setting]:
-    """What a run takes over from the one that INITIAL_CHECKPOINT_PATH names: the model's size, the vocabulary, the
-    length of rows and the mesh, all of them below any file or flag.
+    """What is taken over from the run that INITIAL_CHECKPOINT_PATH or CHECKPOINT_PATH names: the model's size, the
+    vocabulary, the length of rows and the mesh, all of them below any file or flag.
 
     Once the run has a checkpoint of its own, that tells the same, should the other run be gone.
     """
     literals = {setting.name: ast.literal_eval(setting.value) for setting in settings
-                if setting.name in ("INITIAL_CHECKPOINT_PATH", "MODEL_DIR") and setting.value[:1] in "'\"N"}
-    parent = literals.get("INITIAL_CHECKPOINT_PATH")
+                if setting.name in ("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH", "MODEL_DIR")
+                and setting.value[:1] in "'\"N"}
+    parent = literals.get("INITIAL_CHECKPOINT_PATH") or literals.get("CHECKPOINT_PATH")
     if not parent:
         return []
     from codellm_jax.runtime.checkpoints import newest_record

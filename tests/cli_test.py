@@ -51,7 +51,7 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", MIXED, "--gin.CODE_RATE=None"], "Neither CODE_RATE nor MIX_PHASES is set"),
     (["train", "--gin_file=gin/tune_text.gin"], "needs INITIAL_CHECKPOINT_PATH, which no file and no flag sets"),
     (["train", "--gin_file=gin/tune_text.gin", "--gin.INITIAL_CHECKPOINT_PATH=nowhere"],
-     "INITIAL_CHECKPOINT_PATH must be the MODEL_DIR of a run that saved one"),
+     "name the MODEL_DIR of a run that saved one"),
     (["train", MIXED, "--gin.train.keep_every=0"], "train.keep_every must be at least 1"),
     (["train", MIXED, "--gin.LEARNING_RATE=-1"], "LEARNING_RATE = -1"),
     (["train", MIXED, "--gin.mesh.rules=[('embed', 'foo')]"], "mesh.rules lays embed onto 'foo'"),

@@ -42,6 +42,8 @@ def test_readme_commands_are_accepted(command, capsys, tmp_path, tiny_flags, tin
         arguments = [*arguments, *corpora, f"--gin.MODEL_DIR={tmp_path}/run"]
         if "--dry_run" not in arguments:
             arguments.append("--dry_run")
+    if arguments[0] == "eval":
+        arguments += [f"--gin.evaluate.results_dir={tmp_path}/results", "--gin.TASKS=['logic']"]
     if arguments[0] == "vocabulary":
         # As much text as a test has does not fill 16,000 pieces.
         arguments = [flag.replace("my.model", f"{tmp_path}/my.model").replace("16000", "500") for flag in arguments]

@@ -141,7 +141,7 @@ def test_sizes_are_taken_from_the_run_and_a_mismatch_is_refused(tune, pretrained
         "--gin.model.activation=gelu")
     assert "rows of 32 tokens, here they have 16: leave TASK_FEATURE_LENGTHS out" in refused(
         "--gin.TASK_FEATURE_LENGTHS={'targets': 16}")
-    assert "INITIAL_CHECKPOINT_PATH must be the MODEL_DIR of a run that saved one" in refused(start="nowhere")
+    assert "name the MODEL_DIR of a run that saved one" in refused(start="nowhere")
     assert cli.main(["train", "--gin_file=gin/tune_text.gin"]) == 1
 
 

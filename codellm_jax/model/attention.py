@@ -21,18 +21,22 @@ class AttentionMask(NamedTuple):
     """Who may attend to whom, as a rule rather than an array, so that blockwise kernels can skip what is masked.
 
     The query at index i of the row sees the key at index j where j <= i and both belong to the same segment
-    (document). Indices count along the row; they are not the position ids, which restart at each document.
+    (document), or j belongs to the shared segment. Indices count along the row; they are not the position ids, which
+    restart at each document.
 
     Attributes:
       query_segments_BL: int32, the document each query belongs to.
       key_segments_BM: int32, the document each key belongs to.
       query_offset: None if queries and keys are the same tokens; else an int32 scalar, the row index of the first
         query (queries are then the newest tokens of a cache of M slots; slots not yet written lie in the future).
+      shared_segment: None, or the id of a segment that all later tokens of the row see, as the branches of a tree
+        see its stem.
     """
 
     query_segments_BL: jax.Array
     key_segments_BM: jax.Array
     query_offset: jax.Array | None = None
+    shared_segment: int | None = None
 
     def dense(self) -> jax.Array:
         """Returns the mask as an array, bool [B, 1, L, M], True where the query may see the key."""
@@ -42,6 +46,8 @@ class AttentionMask(NamedTuple):
             query_index_L = query_index_L + self.query_offset
         causal_LM = query_index_L[:, None] >= jnp.arange(key_length)[None, :]
         same_BLM = self.query_segments_BL[:, :, None] == self.key_segments_BM[:, None, :]
+        if self.shared_segment is not None:
+            same_BLM |= (self.key_segments_BM == self.shared_segment)[:, None, :]
         return (causal_LM & same_BLM)[:, None]
 
 
@@ -79,11 +85,12 @@ def blocked_attention(
 ) -> jax.Array:
     """Blocks of queries, each against the keys up to its own end only: nearly half of the square is never computed.
 
-    With a cache, where the queries' place in the row is known only at run time, it is the reference.
+    With a cache, where the queries' place in the row is known only at run time, it is the reference; but queries as
+    many as the cache has slots can only be the whole row.
     """
-    if mask.query_offset is not None:
-        return reference_attention(query_BLHK, key_BMHK, value_BMHK, mask)
     length = query_BLHK.shape[1]
+    if mask.query_offset is not None and length != key_BMHK.shape[1]:
+        return reference_attention(query_BLHK, key_BMHK, value_BMHK, mask)
     size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
     query_BHLK, key_BHMK, value_BHMK = _heads_first(query_BLHK, key_BMHK, value_BMHK)
     mask_B1LM = mask.dense()

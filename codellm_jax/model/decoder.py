@@ -299,6 +299,7 @@ class Decoder(nn.Module):
         *,
         deterministic: bool = True,
         decode: bool = False,
+        shared_segment: int | None = None,
     ) -> jax.Array:
         """Computes the final hidden states, the ones that `logits` or the loss takes.
 
@@ -311,6 +312,8 @@ class Decoder(nn.Module):
           decode: True appends the tokens to the mutable collection "cache" and attends to all that it holds. The
             first call may bring a prompt of any length, later ones one token or several; the caller must not bring
             more tokens in all than the cache has slots (`init_cache`).
+          shared_segment: a segment that every later token of its row sees too: the stem of several continuations,
+            each a segment of its own with positions that go on from the stem's.
 
         Returns:
           hidden_BLD in the compute dtype.
@@ -328,6 +331,7 @@ class Decoder(nn.Module):
         mask = AttentionMask(segment_ids_BL, segment_ids_BL)
         if decode:
             mask = self.cached_mask(segment_ids_BL)
+        mask = mask._replace(shared_segment=shared_segment)
         x_BLD = _look_up(self.token_embedding, tokens_BL, "activation_vocab")
         x_BLD = (x_BLD + _look_up(self.position_embedding, positions_BL, "position")).astype(dtype)
         x_BLD = self.dropout(x_BLD, deterministic=deterministic)

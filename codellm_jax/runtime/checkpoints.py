@@ -197,7 +197,7 @@ def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterato
         if checkpoints.exists() else []
     if not steps:
         raise FileNotFoundError(
-            f"No checkpoint in {checkpoints}: INITIAL_CHECKPOINT_PATH must be the MODEL_DIR of a run that saved one.")
+            f"No checkpoint in {checkpoints}: name the MODEL_DIR of a run that saved one.")
     for step in steps:
         path = checkpoints / str(step)
         try:

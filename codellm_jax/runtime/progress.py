@@ -86,8 +86,8 @@ class StatusLine:
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, first: int, total: int, active: bool) -> None:
-        self._total, self._active = total, active
+    def __init__(self, first: int, total: int, active: bool, unit: str = "step") -> None:
+        self._total, self._active, self._unit = total, active, unit
         self._bar = None
         self._printed = self._step = first
         self._next_line = 0.0
@@ -104,7 +104,7 @@ class StatusLine:
             self._bar.update(step - self._step)
         elif time.monotonic() >= self._next_line or step == self._total:
             self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
-            print(f"step {step}/{self._total} {text}", flush=True)
+            print(f"{self._unit} {step}/{self._total} {text}", flush=True)
         self._step = step
 
     def say(self, text: str) -> None:

@@ -394,7 +394,7 @@ def test_parameters_alone(tmp_path):
 def test_parameters_of_no_run(tmp_path):
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(FileNotFoundError, match="No checkpoint in .*INITIAL_CHECKPOINT_PATH must be"):
+        with pytest.raises(FileNotFoundError, match="No checkpoint in .*name the MODEL_DIR of a run"):
             restore_parameters(str(folder), abstract()["params"])
 
 

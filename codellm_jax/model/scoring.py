@@ -1,0 +1,342 @@
+"""Log-likelihoods of continuations, given prompts.
+
+    for number, values in scored(params, config, requests): ...     # as batches finish
+    values = score(params, config, requests)                        # all, in the order of the requests
+
+Rows are trees. The candidates of one question often begin alike; what all of them share, the stem, stands once in a
+row and each candidate's rest follows as a branch: a segment of its own, whose positions go on from the stem's and
+which sees the stem and itself (`shared_segment` of the decoder). One pass over stem + rest + rest + ... tokens thus
+replaces as many passes over stem + rest, with no cache and no second program. `_plan_group` says when it pays.
+
+A row is cut from few lengths (`buckets.length_bucket`, of which one call uses at most MOST_LENGTHS) and rows of a
+length come in batches of one size, so that few programs are compiled. Only the tokens of continuations are ever
+multiplied with the vocabulary, a chunk at a time. Shape suffixes are explained at the top of `decoder.py`.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import NamedSharding
+
+from codellm_jax.model.buckets import length_bucket, place, power_of_two, replicate, round_up, shards_of, unknown_id
+from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
+from codellm_jax.model.losses import cross_entropy
+
+DEFAULT_BATCH_TOKENS = 8192
+MOST_LENGTHS = 6  # row lengths in one call
+# Positions, on one device, whose logits live at a time: 512 x 130,344 x 4 bytes are 0.25 GiB.
+LOGIT_POSITIONS = 512
+# What attention's FLOPs cost beside those of large matmuls, of which softmax and masking are no part. Measured on 2 CPU
+# cores it is 3 to 6.
+ATTENTION_SLOWNESS = 4.0
+
+STEM = 0  # segment id of a row's stem; branches are 1, 2, ...; padding is -1
+
+
+class Request(NamedTuple):
+    """One continuation to score.
+
+    Attributes:
+      group: requests of the same group may share a stem: a question's candidates. It changes no result.
+      prompt: token ids, at least one; of one too long the end is kept (`prompt_tokens_cut`).
+      continuation: token ids, at least one, each of which gets a log-likelihood.
+    """
+
+    group: int
+    prompt: Sequence[int]
+    continuation: Sequence[int]
+
+
+class _Branch(NamedTuple):
+    """What a request needs beyond its row's stem."""
+
+    request: int  # index
+    tokens: tuple[int, ...]  # the last one is only predicted
+    scored: int  # predicted tokens at the end that count
+
+
+class _Row(NamedTuple):
+    stem: tuple[int, ...]
+    branches: list[_Branch]
+
+    @property
+    def length(self) -> int:
+        return len(self.stem) + sum(len(branch.tokens) - 1 for branch in self.branches)
+
+
+class _Batch(NamedTuple):
+    """Rows on devices."""
+
+    tokens: jax.Array  # int32 [B, L]
+    positions: jax.Array  # int32 [B, L]
+    segments: jax.Array  # int32 [B, L]
+    scored: jax.Array  # int32 [B, L] padded to whole chunks: indices of hidden states that are scored, those first
+    targets: jax.Array  # int32, like `scored`: what they predict
+    most: np.ndarray  # int32 scalar: scored tokens in the row that has most
+
+
+def fault(request: Request, length: int, vocabulary_size: int) -> str | None:
+    """Why a request cannot be scored by a model of `length` positions, as the end of a sentence; None if it can."""
+    if not request.continuation:
+        return "its continuation is empty: there is no token to score"
+    if not request.prompt:
+        return "its prompt is empty, and the first token of a row cannot be predicted: give at least one prompt token"
+    if len(request.continuation) > length:
+        return (f"its continuation has {len(request.continuation)} tokens, "
+                f"and the model can predict at most {length} after one prompt token")
+    wrong = unknown_id((*request.prompt, *request.continuation), vocabulary_size)
+    if wrong is not None:
+        return f"it holds the token id {wrong}, and the model knows 0 to {vocabulary_size - 1}"
+    return None
+
+
+def prompt_tokens_cut(request: Request, length: int) -> int:
+    """Tokens that are cut from the beginning of a request's prompt, by a model of `length` positions.
+
+    The last token of a continuation is only predicted, so prompt and continuation have room for length + 1 tokens.
+    """
+    return max(0, len(request.prompt) + len(request.continuation) - (length + 1))
+
+
+def score(
+    params: Any,
+    config: DecoderConfig,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    sharding: NamedSharding | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """Computes the log-likelihood of every continuation token.
+
+    Results depend neither on the other requests, their order and groups, nor on `batch_tokens` or the mesh, beyond
+    the rounding of `config.dtype`.
+
+    Args:
+      params: the decoder's parameters.
+      config: the decoder's configuration.
+      requests: what to score.
+      batch_tokens: tokens in a batch, padding counted in; at least one row for each shard is taken anyhow.
+      sharding: of a [batch, length] array; call under its mesh and the rules of the logical axes, as in training.
+        None: one device.
+      progress: called with requests done and requests in all after each batch.
+
+    Returns:
+      For each request the float32 log-likelihoods in nats, [tokens of the continuation].
+
+    Raises:
+      ValueError: in one line that names the request by its index: its prompt or its continuation is empty, or the
+        continuation alone is longer than the model, or an id is unknown. Nothing is computed then; `fault` tells
+        beforehand.
+    """
+    results: list[Any] = [None] * len(requests)
+    done = 0
+    for finished in _finished_batches(params, config, requests, batch_tokens, sharding):
+        for index, values in finished:
+            results[index] = values
+        done += len(finished)
+        if progress is not None:
+            progress(done, len(requests))
+    return results
+
+
+def scored(
+    params: Any,
+    config: DecoderConfig,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    sharding: NamedSharding | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Like `score`, but yields (index of the request, log-likelihoods) as batches finish, longest rows first."""
+    for finished in _finished_batches(params, config, requests, batch_tokens, sharding):
+        yield from finished
+
+
+def _finished_batches(
+    params: Any, config: DecoderConfig, requests: Sequence[Request], batch_tokens: int, sharding: NamedSharding | None
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """The results of one batch after the other; the next is under way while one is handed out."""
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}.")
+    for index, request in enumerate(requests):
+        reason = fault(request, config.length, config.vocabulary_size)
+        if reason is not None:
+            raise ValueError(f"Request {index} of group {request.group} cannot be scored: {reason}.")
+    shards = shards_of(sharding)
+    waiting: tuple[list[_Row], jax.Array] | None = None
+    for rows, batch_size, length in _plan_batches(_plan_rows(config, requests), config.length, batch_tokens, shards):
+        chunk = max(1, min(64, power_of_two(LOGIT_POSITIONS * shards // batch_size + 1) // 2))
+        batch = _assemble(rows, batch_size, length, chunk, sharding)
+        losses_BL = _losses(params, batch, config=config, chunk=chunk, sharding=sharding)
+        if waiting is not None:
+            yield _results(*waiting)
+        waiting = rows, losses_BL
+    if waiting is not None:
+        yield _results(*waiting)
+
+
+def _results(rows: list[_Row], losses_BL: jax.Array) -> list[tuple[int, np.ndarray]]:
+    """Cuts a batch's losses into (request, its log-likelihoods); waits for the device."""
+    values_BL = -np.asarray(losses_BL)
+    found = []
+    for row, values_L in zip(rows, values_BL, strict=False):  # rows of padding follow
+        start = 0
+        for branch in row.branches:
+            found.append((branch.request, values_L[start : start + branch.scored].copy()))
+            start += branch.scored
+    return found
+
+
+# What stands in which row.
+
+
+def _plan_rows(config: DecoderConfig, requests: Sequence[Request]) -> list[_Row]:
+    """The rows of all requests, longest first."""
+    groups: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(request.group, []).append(index)
+    rows = []
+    for members in groups.values():
+        sequences = []
+        for index in members:
+            request = requests[index]
+            cut = prompt_tokens_cut(request, config.length)
+            tokens = (*tuple(request.prompt)[cut:], *request.continuation)
+            sequences.append(_Branch(index, tokens, len(request.continuation)))
+        rows += _plan_group(config, sequences)
+    return sorted(rows, key=lambda row: (-row.length, row.branches[0].request))
+
+
+def _plan_group(config: DecoderConfig, sequences: list[_Branch]) -> list[_Row]:
+    """The rows of one group: its sequences share a stem if that is counted to be the cheaper way.
+
+    The rule: the stem is the longest common beginning that leaves each branch the last token of its prompt, which
+    predicts the first that counts. Branches fill a row behind it up to the model's length, then the stem begins
+    another one. This is taken if it costs less than a row for each sequence, both counted by `_cost` on padded rows.
+    """
+    alone = [_Row((), [sequence]) for sequence in sequences]
+    if len(sequences) == 1:
+        return alone
+    first, last = min(s.tokens for s in sequences), max(s.tokens for s in sequences)
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    stem = first[: min(common, *(len(s.tokens) - s.scored - 1 for s in sequences))]
+    together: list[_Row] = []
+    for sequence in sorted(sequences, key=lambda s: -len(s.tokens)):
+        branch = sequence._replace(tokens=sequence.tokens[len(stem) :])
+        if not together or together[-1].length + len(branch.tokens) - 1 > config.length:
+            together.append(_Row(stem, []))
+        together[-1].branches.append(branch)
+
+    def cost(rows: list[_Row]) -> float:
+        return sum(_cost(config, length_bucket(row.length, config.length)) for row in rows)
+
+    return together if cost(together) < cost(alone) else alone
+
+
+def _cost(config: DecoderConfig, length: int) -> float:
+    """Multiply-adds of a row's forward pass, for a token and layer 4 D^2 + 2 D F and, weighted, L D of attention."""
+    matmul = 4 * config.hidden**2 + 2 * config.hidden * config.feedforward
+    return length * (matmul + ATTENTION_SLOWNESS * length * config.hidden)
+
+
+def _plan_batches(
+    rows: list[_Row], longest: int, batch_tokens: int, shards: int
+) -> Iterator[tuple[list[_Row], int, int]]:
+    """Cuts rows, longest first, into batches; yields (rows, batch size with padding, length).
+
+    The batch size follows from the length. A batch also takes in shorter rows, so only the last one may have rows of
+    padding; it is as small as full size / 4^k can be.
+    """
+    lengths = _few_lengths(Counter(length_bucket(row.length, longest) for row in rows), batch_tokens)
+    start = 0
+    while start < len(rows):
+        length = next(length for length in lengths if length >= rows[start].length)
+        size = max(shards, batch_tokens // length // shards * shards)
+        taken = rows[start : start + size]
+        while size > shards and round_up(-(-size // 4), shards) >= len(taken):
+            smaller = round_up(-(-size // 4), shards)
+            if smaller == size:
+                break
+            size = smaller
+        yield taken, size, length
+        start += len(taken)
+
+
+def _few_lengths(rows_of: Counter[int], batch_tokens: int) -> list[int]:
+    """Row lengths to use, ascending: lengths are given up for the next longer one where that costs least padding.
+
+    It ends when at most MOST_LENGTHS remain and giving up another would cost more than a batch of padding, about what
+    compiling costs.
+    """
+    counts = dict(sorted(rows_of.items()))
+    while len(counts) > 1:
+        lengths = list(counts)
+        padding = [(longer - length) * counts[length] for length, longer in zip(lengths, lengths[1:], strict=False)]
+        least = int(np.argmin(padding))
+        if len(lengths) <= MOST_LENGTHS and padding[least] > batch_tokens:
+            break
+        counts[lengths[least + 1]] += counts.pop(lengths[least])
+    return list(counts)
+
+
+def _assemble(
+    rows: list[_Row], batch_size: int, length: int, chunk: int, sharding: NamedSharding | None
+) -> _Batch:
+    """Lays rows out in arrays."""
+    tokens_BL, positions_BL = np.zeros((2, batch_size, length), np.int32)
+    segments_BL = np.full((batch_size, length), STEM - 1, np.int32)
+    scored_BL, targets_BL = np.zeros((2, batch_size, round_up(length, chunk)), np.int32)
+    most = 0
+    for b, row in enumerate(rows):
+        stem = len(row.stem)
+        tokens_BL[b, :stem], positions_BL[b, :stem], segments_BL[b, :stem] = row.stem, np.arange(stem), STEM
+        start, written = stem, 0
+        for segment, branch in enumerate(row.branches, STEM + 1):
+            stop = start + len(branch.tokens) - 1
+            tokens_BL[b, start:stop] = branch.tokens[:-1]
+            positions_BL[b, start:stop] = np.arange(stem, stem + stop - start)
+            segments_BL[b, start:stop] = segment
+            scored_BL[b, written : written + branch.scored] = np.arange(stop - branch.scored, stop)
+            targets_BL[b, written : written + branch.scored] = branch.tokens[-branch.scored :]
+            start, written = stop, written + branch.scored
+        most = max(most, written)
+    arrays = tokens_BL, positions_BL, segments_BL, scored_BL, targets_BL
+    return _Batch(*(place(array, sharding) for array in arrays), np.asarray(most, np.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk", "sharding"))
+def _losses(
+    params: Any, batch: _Batch, *, config: DecoderConfig, chunk: int, sharding: NamedSharding | None
+) -> jax.Array:
+    """Negative log-likelihoods of `batch.targets`, float32, like them; what lies behind a row's last one is anything.
+
+    As many chunks are computed as the row that has most needs, so that the stems' logits cost nothing.
+    """
+    hidden_BLD: Any = Decoder(config).apply(
+        {"params": params}, batch.tokens, batch.positions, batch.segments, shared_segment=STEM
+    )
+    # Cast, and gathered where it is sharded, once instead of in every turn of the loop.
+    embedding_VD = nn.with_logical_constraint(
+        token_embedding(params).astype(hidden_BLD.dtype), ("activation_vocab", "activation_embed")
+    )
+
+    def one_chunk(index: jax.Array, losses_BL: jax.Array) -> jax.Array:
+        start = index * chunk
+        at_BC, targets_BC = (
+            jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (batch.scored, batch.targets)
+        )
+        hidden_BCD = jnp.take_along_axis(hidden_BLD, at_BC[:, :, None], axis=1)
+        weights_BC = jnp.ones(at_BC.shape, jnp.float32)
+        _, losses_BC = cross_entropy(hidden_BCD, embedding_VD, targets_BC, weights_BC, chunk=chunk)
+        return jax.lax.dynamic_update_slice_in_dim(losses_BL, losses_BC, start, axis=1)
+
+    chunks = -(-batch.most // chunk)
+    losses_BL = jax.lax.fori_loop(0, chunks, one_chunk, jnp.zeros(batch.targets.shape, jnp.float32))
+    return replicate(losses_BL, sharding)

@@ -1,0 +1,1 @@
+"""What came out of an evaluation, and how sure one may be of it. Needs numpy alone."""

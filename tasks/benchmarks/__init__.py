@@ -1,0 +1,1 @@
+"""The study's ten benchmarks as questions, independent of any model: `loading.load` reads them."""

@@ -1,0 +1,94 @@
+"""C3, questions on Chinese dialogues: a JSON list of [[lines], [{question, choice: [...], answer: text}, ...], id]."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tasks.benchmarks.locating import Form
+from tasks.benchmarks.questions import EMPTY, NO_ANSWER, NO_SUCH_CHOICE, Item, choice_item, own_id
+from tasks.files import BROKEN_FILE, Lost, lines
+from tasks.records import BROKEN_JSON
+
+# The publisher's names, and those of CLUE, which republished it.
+FORMS = (Form(("c3-d-dev.json",)), Form(("*c3*/d-dev.json",)))
+SHOT_FORMS = (Form(("c3-d-train.json",)), Form(("*c3*/d-train.json",)))
+
+_NOT_A_DIALOGUE = "that are no dialogue with questions"
+_BETWEEN = re.compile(r"[\s,]*")
+# A dialogue begins with a list of lines.
+_DIALOGUE = re.compile(r'\[\s*\[\s*"')
+
+
+def read(files: Sequence[str]) -> Iterator[Item | Lost]:
+    """The questions of C3's files, in order; a dialogue that cannot be read is one record."""
+    for file in files:
+        for number, dialogue in enumerate(_dialogues(file)):
+            yield from [dialogue] if isinstance(dialogue, Lost) else _items(dialogue, number)
+
+
+def _items(dialogue: Any, number: int) -> Iterator[Item | Lost]:
+    match dialogue:
+        case [list(said), list(questions), *rest] if questions:
+            own = own_id(rest[0]) if rest else ""
+        case _:
+            yield Lost(_NOT_A_DIALOGUE)
+            return
+    context = "".join(said) if all(isinstance(line, str) for line in said) else None
+    for place, question in enumerate(questions):
+        yield _item(question, context, f"{own or number}/{place}")
+
+
+def _item(question: Any, context: str | None, own: str) -> Item | Lost:
+    if not isinstance(question, dict) or context is None:
+        return Lost(_NOT_A_DIALOGUE)
+    if not context.strip():
+        return Lost(EMPTY)
+    choices, answer = question.get("choice"), question.get("answer")
+    if not answer:
+        return Lost(NO_ANSWER)
+    place = choices.index(answer) if isinstance(choices, list) and answer in choices else Lost(NO_SUCH_CHOICE)
+    return choice_item(own, {"question": question.get("question"), "context": context}, choices, place)
+
+
+def _dialogues(file: str) -> Iterator[Any]:
+    """The entries of the list, and a `Lost` where one is broken; the next that can be read goes on."""
+    content: list[bytes] = []
+    broken = False
+    try:
+        content.extend(lines(file))
+    except BROKEN_FILE:
+        broken = True
+    text = b"".join(content).decode("utf-8-sig", errors="surrogateescape")
+    try:
+        whole = json.loads(text)
+        yield from whole if isinstance(whole, list) else [Lost(_NOT_A_DIALOGUE)]
+    except (ValueError, RecursionError):
+        if text.strip():
+            yield from _salvaged(text)
+    if broken:
+        yield Lost(f"broken rest of {os.path.basename(file)}")
+
+
+def _salvaged(text: str) -> Iterator[Any]:
+    decoder, position = json.JSONDecoder(strict=False), _start(text, 0)
+    if position == len(text):
+        yield Lost(BROKEN_JSON)
+    while position < len(text):
+        try:
+            dialogue, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            yield Lost(BROKEN_JSON)
+            position = _start(text, position + 1)
+            continue
+        yield dialogue
+        between = _BETWEEN.match(text, end)
+        position = between.end() if between else end
+        if text[position : position + 1] == "]":
+            return
+
+
+def _start(text: str, position: int) -> int:
+    found = _DIALOGUE.search(text, position)
+    return found.start() if found else len(text)

@@ -1,0 +1,98 @@
+"""JEC-QA, questions of the Chinese bar examination with four choices, of which one or several are right.
+
+Three forms: the official {statement, option_list: {A: ...}, answer: [letters], id}; the study's own extract of it,
+whose answer is a position and whose option_list may be a list; and AGIEval's {question, options: ["(A)..."], label:
+[letters]}.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tasks.benchmarks.locating import Form
+from tasks.benchmarks.questions import (
+    LETTERS,
+    NO_ANSWER,
+    NO_SUCH_CHOICE,
+    SEVERAL_ANSWERS,
+    Item,
+    choice_item,
+    json_items,
+)
+from tasks.files import Lost
+
+# JEC-QA has no development set of its own, and hides the answers of its test set. 0 are knowledge questions, 1 cases.
+FORMS = (
+    Form(("jec*qa*/dev.json",)),
+    Form(("jec*qa.json",)),
+    Form(("jec-qa-kd.json", "jec-qa-ca.json")),
+    Form(("jec*qa*/0_train.json", "jec*qa*/1_train.json")),
+)
+SHOT_FORMS = (Form(("jec*qa*/0_train.json", "jec*qa*/1_train.json")), Form(("jec*qa*/train.json",)))
+
+_LETTERED = re.compile(r"\s*\(([A-Z])\)")
+_JOIN = "；"
+
+
+def read(files: Sequence[str], exact_set: bool = False) -> Iterator[Item | Lost]:
+    """The records of JEC-QA's files, in order.
+
+    Args:
+      files: of any form; read one after the other.
+      exact_set: every set of choices is a candidate, 15 of four choices: those of one in order, then those of two, and
+        so on. The texts of a set are joined by "；". So questions with several right answers have a candidate that is
+        exactly right, and all questions are kept. Otherwise the choices are the candidates, and those questions are
+        left out.
+    """
+    return json_items(files, functools.partial(_item, exact_set=exact_set))
+
+
+def _item(record: Mapping[str, Any], exact_set: bool) -> Item | Lost:
+    official = "statement" in record
+    question = record.get("statement" if official else "question")
+    letters, choices = _choices(record.get("option_list" if official else "options"))
+    right = _answers(record.get("answer" if official else "label"), letters)
+    if isinstance(right, Lost):
+        return right
+    if len(right) > 1 and not exact_set:
+        return Lost(SEVERAL_ANSWERS)
+    item = choice_item(record.get("id"), {"question": question}, choices, right[0])
+    return _sets(item, choices, right) if exact_set and isinstance(item, Item) else item
+
+
+def _choices(options: Any) -> tuple[list[str], list[Any]]:
+    """Letters and texts of the choices, in the order of the letters."""
+    if isinstance(options, dict):
+        letters = sorted(options, key=str)
+        return letters, [options[letter] for letter in letters]
+    if not isinstance(options, list):
+        return [], []
+    found = [_LETTERED.match(option) if isinstance(option, str) else None for option in options]
+    return (
+        [match[1] if match else LETTERS[place % len(LETTERS)] for place, match in enumerate(found)],
+        [option[match.end():] if match else option for option, match in zip(options, found, strict=True)],
+    )
+
+
+def _answers(answer: Any, letters: Sequence[str]) -> tuple[int, ...] | Lost:
+    """Positions of the right choices, in order."""
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return (answer,) if 0 <= answer < len(letters) else Lost(NO_SUCH_CHOICE)
+    if not isinstance(answer, list | str) or not answer:
+        return Lost(NO_ANSWER)
+    if any(letter not in letters for letter in answer):
+        return Lost(NO_SUCH_CHOICE)
+    return tuple(sorted({letters.index(letter) for letter in answer}))
+
+
+def _sets(item: Item, choices: Sequence[str], right: tuple[int, ...]) -> Item:
+    sets = [chosen for size in range(1, len(choices) + 1)
+            for chosen in itertools.combinations(range(len(choices)), size)]
+    candidates = tuple(
+        {**item.candidates[0], "letter": "".join(LETTERS[place] for place in chosen),
+         "choice": _JOIN.join(choices[place] for place in chosen)}
+        for chosen in sets
+    )
+    return item._replace(candidates=candidates, answer=(sets.index(right),))

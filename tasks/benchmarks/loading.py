@@ -1,0 +1,220 @@
+"""Reading a benchmark: `load("logic", data_dir)` gives its questions, and what was read, skipped and why.
+
+Tasks:
+
+  logic                 C-Eval's logic questions, validation split
+  jecqa                 JEC-QA, the questions with one right answer
+  jecqa_exact_set       JEC-QA, all questions; every set of choices is a candidate
+  scienceqa             ScienceQA, test questions that have a lecture and a solution, as the released system
+  scienceqa_text_only   ... that have no image, without lectures
+  scienceqa_all         ... all, with the lecture where there is one
+  scienceqa_cot         as scienceqa, with the solution given
+  ekar, ekar_cot        E-KAR, Chinese test split; with explanations given
+  cosqa                 CosQA, development split
+  mbpp                  MBPP, sanitized set, zero-shot
+  mbpp_three_shot       MBPP, problems 11 to 510 with their tests, after three solved ones
+  c3, ocnli, cmnli      development splits
+  dureader              DuReader-robust, development split
+
+Importing this module imports neither TensorFlow nor SeqIO.
+"""
+
+import collections
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tasks.benchmarks import c3, cosqa, dureader, ekar, jecqa, logic, mbpp, nli, scienceqa, templates
+from tasks.benchmarks.locating import SAMPLES, Form, content_hash, is_sample, locate
+from tasks.benchmarks.questions import BAD_TEXT, Item, Lacking, Loaded, Prompt, Question, is_valid_text
+from tasks.benchmarks.templates import RELEASED, Template
+from tasks.files import Lost, counts
+
+Reader = Callable[[Sequence[str]], Iterator[Item | Lost]]
+
+
+class Benchmark(NamedTuple):
+    """Where a task's questions and worked examples come from.
+
+    Attributes:
+      forms: the names of its files, by preference.
+      read: makes items of them.
+      shot_forms: the names of the files of its worked examples; none if it has none.
+      read_shots: makes items of those.
+      own_shots: so many worked examples belong to the task itself, always the same.
+    """
+
+    forms: tuple[Form, ...]
+    read: Reader
+    shot_forms: tuple[Form, ...] = ()
+    read_shots: Reader | None = None
+    own_shots: int = 0
+
+
+def _benchmark(forms: tuple[Form, ...], shot_forms: tuple[Form, ...], read: Reader) -> Benchmark:
+    """One whose worked examples lie in files of the same form."""
+    return Benchmark(forms, read, shot_forms, read)
+
+
+def _scienceqa(selection: str) -> Benchmark:
+    read = functools.partial(scienceqa.read, selection=selection)
+    return Benchmark(scienceqa.FORMS, read, scienceqa.FORMS, functools.partial(read, split="train"))
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "logic": _benchmark(logic.FORMS, logic.SHOT_FORMS, logic.read),
+    "jecqa": _benchmark(jecqa.FORMS, jecqa.SHOT_FORMS, jecqa.read),
+    "jecqa_exact_set": _benchmark(jecqa.FORMS, jecqa.SHOT_FORMS, functools.partial(jecqa.read, exact_set=True)),
+    "scienceqa": _scienceqa(scienceqa.EXPLAINED),
+    "scienceqa_text_only": _scienceqa(scienceqa.TEXT_ONLY),
+    "scienceqa_all": _scienceqa(scienceqa.ALL),
+    "scienceqa_cot": _scienceqa(scienceqa.EXPLAINED),
+    "ekar": _benchmark(ekar.FORMS, ekar.SHOT_FORMS, ekar.read),
+    "ekar_cot": _benchmark(ekar.FORMS, ekar.SHOT_FORMS, functools.partial(ekar.read, explained=True)),
+    "cosqa": _benchmark(cosqa.FORMS, cosqa.SHOT_FORMS, cosqa.read),
+    "mbpp": Benchmark(mbpp.SANITIZED_FORMS, mbpp.read, mbpp.FULL_FORMS, mbpp.read_train),
+    "mbpp_three_shot": Benchmark(
+        mbpp.FULL_FORMS, mbpp.read_test, mbpp.FULL_FORMS, mbpp.read_shown, own_shots=len(mbpp.SHOWN)),
+    "c3": _benchmark(c3.FORMS, c3.SHOT_FORMS, c3.read),
+    "ocnli": _benchmark(nli.OCNLI_FORMS, nli.OCNLI_SHOT_FORMS, nli.read),
+    "cmnli": _benchmark(nli.CMNLI_FORMS, nli.CMNLI_SHOT_FORMS, nli.read),
+    "dureader": _benchmark(dureader.FORMS, dureader.SHOT_FORMS, dureader.read),
+}
+
+
+# Those that are answered by writing; their questions are `Prompt`s.
+GENERATED = frozenset({"mbpp", "mbpp_three_shot", "dureader"})
+
+
+def load(
+    task: str,
+    data_dir: str | None,
+    template: str | Mapping[str, str] = RELEASED,
+    few_shot: int = 0,
+    seed: int = 0,
+) -> Loaded:
+    """Reads a benchmark.
+
+    Args:
+      task: one of `BENCHMARKS`.
+      data_dir: a folder, local or gs://, below which its files are looked for by their names; None for the handful of
+        sample items of our own.
+      template: a name, see `tasks.benchmarks.templates`, or {"prompt": "...{field}...", "continuation": "..."}.
+      few_shot: how many worked examples precede each prompt. They come from the training split (C-Eval's development
+        split), are drawn by a stable hash of the seed and the question's id, and are never the question itself.
+      seed: of that draw.
+
+    Raises:
+      ValueError: one line; there is no such task or template, a template names an unknown field, a file lacks what the
+        task needs or is there twice, no question is left of the files, or there are too few worked examples.
+      FileNotFoundError: one line; the folder or the files are not there.
+    """
+    if task not in BENCHMARKS:
+        hint = templates.nearest(task, BENCHMARKS) if isinstance(task, str) else ""
+        raise ValueError(f"There is no benchmark {task!r}, only {', '.join(BENCHMARKS)}.{hint}")
+    benchmark, form = BENCHMARKS[task], templates.resolve(task, template)
+    _check_few_shot(task, benchmark, few_shot)
+    folder = SAMPLES if data_dir is None else data_dir
+    files = locate(task, benchmark.forms, folder)
+    items, skipped = _read(task, benchmark.read, files, "questions")
+    shot_files: list[str] = []
+    shots: list[Item] = []
+    shots_skipped: collections.Counter[str] = collections.Counter()
+    if wanted := few_shot or benchmark.own_shots:
+        assert benchmark.read_shots is not None
+        shot_files = locate(task, benchmark.shot_forms, folder, "for worked examples; set few_shot to 0")
+        if shot_files == files and benchmark.read_shots == benchmark.read:
+            raise ValueError(f"{task}: {', '.join(files)} holds the questions, and there is no other file for worked "
+                             "examples; set few_shot to 0.")
+        shots, shots_skipped = _read(task, benchmark.read_shots, shot_files, "worked examples")
+    if benchmark.own_shots and len(shots) != benchmark.own_shots:
+        raise ValueError(f"{task}: {', '.join(shot_files)} holds {len(shots)} of the {benchmark.own_shots} problems "
+                         f"that its prompt shows ({counts(shots_skipped)}).")
+    contexts = _contexts(task, form, items, shots, wanted, seed, fixed=bool(benchmark.own_shots))
+    # Either kind alone, as a reader makes items of one kind.
+    made: tuple[Any, ...] = tuple(
+        _question(task, form, item, context) for item, context in zip(items, contexts, strict=True))
+    all_files = list(dict.fromkeys([*files, *shot_files]))
+    return Loaded(
+        name=task, questions=made, sha256=content_hash(all_files), read=len(items) + skipped.total(),
+        skipped=dict(skipped), is_sample=data_dir is None or is_sample(all_files), files=tuple(all_files),
+        worked_examples=len(shots), worked_examples_skipped=dict(shots_skipped),
+    )
+
+
+def _check_few_shot(task: str, benchmark: Benchmark, few_shot: int) -> None:
+    if not isinstance(few_shot, int) or isinstance(few_shot, bool) or few_shot < 0:
+        raise ValueError(f"{task}: few_shot must be a whole number, 0 or more; found {few_shot!r}.")
+    if few_shot and benchmark.own_shots:
+        raise ValueError(f"{task}: its prompt shows {benchmark.own_shots} solved problems of its own; set few_shot to "
+                         "0, or evaluate mbpp.")
+
+
+def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[list[Item], collections.Counter[str]]:
+    """The items of files, with ids of their own, and how many records are none for which reason."""
+    items: dict[str, Item] = {}
+    skipped: collections.Counter[str] = collections.Counter()
+    try:
+        for item in read(files):
+            if isinstance(item, Lost):
+                skipped[item.reason] += 1
+            elif not is_valid_text(item):
+                skipped[BAD_TEXT] += 1
+            else:
+                # Where a file gives an id twice, the question is kept, for it counts; its id is made another.
+                own = next(own for own in _names(item.id) if own not in items)
+                items[own] = item._replace(id=own)
+    except Lacking as error:
+        raise ValueError(f"{task}: {error}") from None
+    if not items:
+        raise ValueError(f"{task}: no {what} are left of {', '.join(files)} ({counts(skipped)}).")
+    return list(items.values()), skipped
+
+
+def _names(own: str) -> Iterator[str]:
+    yield own
+    yield from (f"{own} ({number})" for number in itertools.count(2))
+
+
+def _contexts(
+    task: str, template: Template, items: Sequence[Item], shots: Sequence[Item], wanted: int, seed: int, fixed: bool
+) -> Iterable[str]:
+    """What precedes the prompt of each item."""
+    if not wanted:
+        return [""] * len(items)
+    shown = functools.cache(lambda place: templates.worked_example(task, template, shots[place]))
+    if fixed:
+        return ["".join(map(shown, range(len(shots))))] * len(items)
+    return ["".join(map(shown, _drawn(task, item, shots, wanted, seed))) for item in items]
+
+
+def _drawn(task: str, item: Item, shots: Sequence[Item], wanted: int, seed: int) -> list[int]:
+    """Places of worked examples, all different and none the item, whatever its id says."""
+    key = f"{seed}\0{item.id}".encode()
+    drawn: list[int] = []
+    moved: dict[int, int] = {}  # What stands at a place after those drawn before, where it is not the place itself.
+    for number in range(len(shots)):
+        if len(drawn) == wanted:
+            break
+        last = len(shots) - 1 - number
+        at = int.from_bytes(hashlib.sha256(key + f"\0{number}".encode()).digest()[:8], "big") % (last + 1)
+        place = moved.get(at, at)
+        moved[at] = moved.get(last, last)
+        if shots[place].candidates != item.candidates:
+            drawn.append(place)
+    if len(drawn) < wanted:
+        raise ValueError(f"{task}: few_shot asks for {wanted} worked examples of question {item.id}, and there are "
+                         f"{len(drawn)}.")
+    return drawn
+
+
+def _question(task: str, template: Template, item: Item, context: str) -> Question | Prompt:
+    rendered = [templates.render(task, template, fields) for fields in item.candidates]
+    if item.references:
+        return Prompt(item.id, context + rendered[0].prompt, item.references, item.extra)
+    if not all(candidate.continuation for candidate in rendered):
+        raise ValueError(f"{task}: of question {item.id} the template leaves nothing to be scored.")
+    candidates = tuple(candidate._replace(prompt=context + candidate.prompt) for candidate in rendered)
+    return Question(item.id, candidates, item.answer)

@@ -1,0 +1,128 @@
+"""Finding a benchmark's files below a folder, by the names that its publishers and repackagers gave them."""
+
+import fnmatch
+import functools
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tasks.files import BROKEN_FILE, below, lines
+from tasks.records import json_records
+
+SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "samples")
+
+
+class Form(NamedTuple):
+    """Names under which a benchmark's files are known; .json stands for .jsonl too, and all may be .gz or .zst.
+
+    Attributes:
+      parts: files that are read one after the other; a name may be a glob, and "*ocnli*/dev.json" must lie in such a
+        folder, or there in one named data, because many benchmarks have a dev.json. Case does not matter.
+      companions: more files, which are read if they are there.
+      halves: the parts are the halves of a repackaged file; where the first is the official file, it is the whole.
+    """
+
+    parts: tuple[str, ...]
+    companions: tuple[str, ...] = ()
+    halves: bool = False
+
+
+def locate(task: str, forms: Sequence[Form], data_dir: str, purpose: str = "") -> list[str]:
+    """The files of the first of several forms that is there.
+
+    Args:
+      task: what to call the benchmark in messages.
+      forms: in the order of preference.
+      data_dir: a folder, local or gs://.
+      purpose: what the files are wanted for, as words that go on after the names; nothing for the questions.
+
+    Raises:
+      FileNotFoundError: the folder, or every form's files, are not there.
+      ValueError: a file is there more than once.
+    """
+    names = _names(forms)
+    if not isinstance(data_dir, str) or not data_dir.strip():
+        raise ValueError(f"{task}: data_dir must be a folder, or None for our own sample items; found {data_dir!r}.")
+    try:
+        files = below(data_dir)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{task}: {error}; set DATA_DIR to the one that holds {names}.") from None
+    top = data_dir.rstrip("/") if "://" in data_dir else os.path.abspath(os.path.expanduser(data_dir))
+    if os.path.realpath(top) != os.path.realpath(SAMPLES):
+        files = [file for file in files if not file.startswith(SAMPLES + os.sep)]
+    for form in forms:
+        found = {part: _named(part, files, top, task) for part in form.parts}
+        parts = [file for file in found.values() if file]
+        if not parts:
+            continue
+        if form.halves and found[form.parts[0]] and is_official(parts[0]):
+            return parts[:1]
+        if len(parts) < len(form.parts):
+            missing = ", ".join(part for part, file in found.items() if not file)
+            logging.warning("%s: %s is not there; only %s is read.", task, missing, ", ".join(parts))
+        companions = [_named(companion, files, top, task) for companion in form.companions]
+        return parts + [file for file in companions if file]
+    raise FileNotFoundError(
+        f"{task}: DATA_DIR {data_dir!r} holds no file {names} (nor one with .gz or .zst){purpose and ' ' + purpose}."
+    )
+
+
+def is_official(file: str) -> bool:
+    """Whether a file's first record is not of the schema text_a, text_b, label, into which others repackaged it."""
+    first = next((record for record in json_records(file) if isinstance(record, dict)), {})
+    return "text_a" not in first
+
+
+def file_stem(file: str) -> str:
+    """A file's name without folders, compression and type: "jec-qa-kd"."""
+    return re.sub(r"\.(jsonl?|csv)$", "", re.sub(r"\.(gz|zst)$", "", os.path.basename(file)), flags=re.IGNORECASE)
+
+
+def content_hash(files: Sequence[str]) -> str:
+    """SHA-256 of the files' content, uncompressed and joined, in hexadecimal; of a broken file as far as it goes."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            for line in lines(file):
+                digest.update(line)
+        except BROKEN_FILE:
+            digest.update(b"\0broken")
+    return digest.hexdigest()
+
+
+def is_sample(files: Sequence[str]) -> bool:
+    """Whether any of the files is one of our samples, or a copy of one."""
+    return any(content_hash([file]) in _sample_hashes() for file in files)
+
+
+@functools.cache
+def _sample_hashes() -> frozenset[str]:
+    return frozenset(content_hash([file]) for file in below(SAMPLES))
+
+
+def _names(forms: Sequence[Form]) -> str:
+    return ", or ".join(" with ".join(form.parts) for form in forms)
+
+
+def _named(pattern: str, files: Sequence[str], top: str, task: str) -> str | None:
+    """The one file of a name; of an official and a repackaged one the official; None if there is none."""
+    folder, _, base = pattern.lower().rpartition("/")
+    found = []
+    for file in files:
+        parts = [os.path.basename(top), *file[len(top):].strip("/").split("/")]
+        name = re.sub(r"\.(gz|zst)$", "", parts[-1].lower())
+        above = [part.lower() for part in parts[-3:-1]]
+        own_folder = above[0] if above[-1] == "data" else above[-1]
+        if fnmatch.fnmatchcase(re.sub(r"\.jsonl$", ".json", name), base) and fnmatch.fnmatchcase(
+            own_folder, folder or "*"
+        ):
+            found.append(file)
+    if len(found) > 1:
+        official = [file for file in found if is_official(file)] if base.endswith(".json") else []
+        if len(official) != 1:
+            raise ValueError(f"{task}: DATA_DIR holds {pattern} more than once, {' and '.join(found)}; remove one.")
+        found = official
+    return found[0] if found else None

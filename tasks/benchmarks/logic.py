@@ -1,0 +1,51 @@
+"""Logic, a subject of C-Eval: Chinese questions with four choices, CSV with id, question, A, B, C, D and answer."""
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+
+from tasks.benchmarks.locating import Form
+from tasks.benchmarks.questions import Item, choice_item, position_of_letter
+from tasks.files import BROKEN_FILE, Lost, lines
+
+FORMS = (Form(("logic_val.csv",)),)
+# C-Eval's own worked examples.
+SHOT_FORMS = (Form(("logic_dev.csv",)),)
+
+_LETTERS = ("A", "B", "C", "D")
+
+
+def read(files: Sequence[str]) -> Iterator[Item | Lost]:
+    """The records of C-Eval's CSV files, in order."""
+    for file in files:
+        for row in _rows(file):
+            yield row if isinstance(row, Lost) else _item(row)
+
+
+def _item(row: dict[str, str]) -> Item | Lost:
+    answer = position_of_letter((row.get("answer") or "").strip(), _LETTERS)
+    return choice_item(row.get("id"), {"question": row.get("question")}, [row.get(key) for key in _LETTERS], answer)
+
+
+def _rows(file: str) -> Iterator[dict[str, str] | Lost]:
+    broken: list[Lost] = []
+
+    def text() -> Iterator[str]:
+        try:
+            for number, line in enumerate(lines(file)):
+                yield line.decode("utf-8-sig" if number == 0 else "utf-8", errors="surrogateescape")
+        except BROKEN_FILE:
+            broken.append(Lost(f"broken rest of {os.path.basename(file)}"))
+
+    # Strict, so that a quotation that never ends is an error and no text of a thousand lines.
+    rows = csv.DictReader(text(), strict=True)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error:
+            yield Lost("broken CSV")
+            continue
+        yield Lost("with too many columns") if None in row else row
+    yield from broken

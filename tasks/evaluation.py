@@ -1,0 +1,114 @@
+"""SeqIO tasks of the benchmarks: what is read as `inputs`, and what is scored or to be written as `targets`.
+
+`register(data_dir)` adds a task for each name of `tasks.benchmarks.loading`, with a split "test". A question with
+candidates becomes an example for each of them, all with the question's number and the position of the right candidate,
+so that a metric can put them together again; a question whose answer is written becomes one, with the first reference
+as its targets and all of them as `references`. Neither feature gets an end token, because a candidate's score is that
+of its own text.
+
+Importing this module registers our own sample items as `sample.NAME`, which cannot be taken for the benchmarks.
+
+Tokens are made by the vocabulary in the task's `output_features`, so that `task.replace(output_features=...)` tokenizes
+with another one; the texts stay beside them as `inputs_pretokenized` and `targets_pretokenized`. Each feature is
+tokenized by itself: scoring in this project decides for itself how prompt and continuation are joined.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from tasks import pretraining
+from tasks.benchmarks.loading import BENCHMARKS, GENERATED, load
+from tasks.benchmarks.questions import Loaded, Prompt, Question
+from tasks.benchmarks.templates import RELEASED
+
+SPLIT = "test"
+SAMPLE_PREFIX = "sample."
+
+# What `register` added, to tell it from what others did.
+_added: set[str] = set()
+
+
+def output_features(path: str = pretraining.DEFAULT_VOCABULARY.path) -> dict[str, seqio.Feature]:
+    """The features of an evaluation task, tokenized by a SentencePiece model file."""
+    vocabulary = seqio.SentencePieceVocabulary(path)
+    return {"inputs": seqio.Feature(vocabulary, add_eos=False), "targets": seqio.Feature(vocabulary, add_eos=False)}
+
+
+def register(
+    data_dir: str | None,
+    template: str | Mapping[str, str] = RELEASED,
+    few_shot: int = 0,
+    seed: int = 0,
+    prefix: str = "",
+) -> list[str]:
+    """Registers every benchmark as a SeqIO task; nothing is read yet, and errors come when it is.
+
+    Again replaces what was registered before, so that the last arguments hold.
+
+    Args:
+      data_dir, template, few_shot, seed: as `tasks.benchmarks.loading.load` takes them. Tasks that lack the template,
+        or whose prompt shows examples of its own, say so when they are read.
+      prefix: before each name.
+
+    Returns:
+      The names registered.
+
+    Raises:
+      ValueError: a name is a task or mixture of another origin.
+    """
+    names = [prefix + benchmark for benchmark in BENCHMARKS]
+    for name in names:
+        taken = name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names()
+        if taken and name not in _added:
+            raise ValueError(f"{name} is already a task of its own; give the benchmarks a prefix.")
+    for name, benchmark in zip(names, BENCHMARKS, strict=True):
+        read = functools.partial(load, benchmark, data_dir, template, few_shot, seed)
+        seqio.TaskRegistry.remove(name)
+        seqio.TaskRegistry.add_provider(name, _task(name, read, generated=benchmark in GENERATED))
+        _added.add(name)
+    return names
+
+
+def examples(loaded: Loaded) -> Iterator[dict[str, Any]]:
+    """A benchmark's questions as SeqIO examples, before tokenization."""
+    questions: Sequence[Question | Prompt] = loaded.questions
+    for number, question in enumerate(questions):
+        if isinstance(question, Prompt):
+            yield {"inputs": question.prompt, "targets": question.references[0], "question": number, "candidate": 0,
+                   "answer": 0, "id": question.id, "references": list(question.references)}
+            continue
+        for place, candidate in enumerate(question.candidates):
+            yield {"inputs": candidate.prompt, "targets": candidate.continuation, "question": number,
+                   "candidate": place, "answer": question.answer[0], "id": question.id}
+
+
+def _task(name: str, read: functools.partial[Loaded], generated: bool) -> seqio.Task:
+    return seqio.Task(
+        name=name,
+        source=seqio.FunctionDataSource(
+            functools.partial(_dataset, read=read, generated=generated), splits=(SPLIT,)),
+        preprocessors=[seqio.preprocessors.tokenize],
+        output_features=output_features(),
+        metric_fns=[],
+    )
+
+
+def _dataset(
+    split: str, shuffle_files: bool, seed: int | None = None, *, read: functools.partial[Loaded], generated: bool
+) -> tf.data.Dataset:
+    del split, shuffle_files, seed
+    loaded = read()  # Outside of TensorFlow, where errors keep their type and one line.
+    signature = {
+        **{key: tf.TensorSpec((), tf.string) for key in ("inputs", "targets", "id")},
+        **{key: tf.TensorSpec((), tf.int32) for key in ("question", "candidate", "answer")},
+    }
+    if generated:
+        signature["references"] = tf.TensorSpec((None,), tf.string)
+    return tf.data.Dataset.from_generator(functools.partial(examples, loaded), output_signature=signature)
+
+
+register(None, prefix=SAMPLE_PREFIX)

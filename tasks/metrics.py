@@ -1,0 +1,246 @@
+"""Scores of the benchmarks: accuracy by lowest perplexity, BLEU-4, pass@k, and DuReader's EM and F1.
+
+Each takes plain lists, one entry a question, and returns plain numbers with what every question added to them, so that
+a score can be computed again, and bootstrapped over questions, from what was written down. BLEU is in 0 ... 100, as it
+is always quoted; all other scores are fractions of 1. Intervals, chance and majority levels are those of
+`codellm_jax/results`.
+"""
+
+import collections
+import difflib
+import importlib
+import math
+import re
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+ORDERS = 4  # of n-grams in BLEU
+# What DuReader-robust's official script removes, character by character: neither "?", "!" nor "." of ASCII.
+_REMOVED = str.maketrans("", "", ":_`，。：？！()“”；’《》·、,「」（）－～『』|")
+# Each Chinese character is a token of its own, "=" is too, and what stands between them is one, spaces included.
+_CHINESE = ("\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+            "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f")
+_TOKEN = re.compile(f"[={_CHINESE}]|[^={_CHINESE}]+")
+
+
+class Accuracy(NamedTuple):
+    accuracy: float
+    n: int
+    ties: int  # questions whose lowest perplexity several candidates share
+    predictions: list[int]  # positions of the candidates chosen
+    correct: list[bool]
+
+
+class Bleu(NamedTuple):
+    score: float  # 0 ... 100
+    precisions: list[float]  # 0 ... 1, of 1-grams to 4-grams
+    brevity_penalty: float
+    prediction_length: int
+    reference_length: int
+    # One row a question for `bleu_of_counts`: both lengths, matching n-grams and all predicted n-grams of each order.
+    counts: list[list[int]]
+
+
+class SacreBleu(NamedTuple):
+    score: float  # 0 ... 100
+    signature: str  # settings and version, as sacreBLEU asks to have them quoted
+    counts: list[list[int]]  # as in Bleu, of sacreBLEU's own tokens; `bleu_of_counts(..., smoothing="exponential")`
+
+
+class DuReader(NamedTuple):
+    exact_match: float
+    f1: float
+    n: int
+    exact_matches: list[bool]
+    f1s: list[float]
+
+
+def accuracy(losses: Sequence[Sequence[float]], answers: Sequence[int]) -> Accuracy:
+    """The share of questions whose right candidate has the lowest perplexity.
+
+    Perplexity is exp of the loss, so the order is that of the losses, which cannot overflow. Of candidates with exactly
+    the same loss the first is chosen, right or not, and the question is counted as a tie.
+
+    Args:
+      losses: each question's candidates' negative log-likelihoods, as sums or per token or byte; inf is allowed.
+      answers: each question's position of the right candidate.
+
+    Raises:
+      ValueError: no questions, not equally many answers, a question without candidates or with NaN, or an answer
+        that is no candidate's position.
+    """
+    _check_paired(losses, answers)
+    predictions, ties = [], 0
+    for question, (row, answer) in enumerate(zip(losses, answers, strict=True)):
+        if not len(row) or any(math.isnan(loss) for loss in row):
+            raise ValueError(f"Question {question} has no candidates, or a loss that is no number: {list(row)}")
+        if not 0 <= answer < len(row):
+            raise ValueError(f"Question {question}: the answer is candidate {answer} of {len(row)}, counted from 0")
+        lowest = min(row)
+        chosen = [position for position, loss in enumerate(row) if loss == lowest]
+        predictions.append(chosen[0])
+        ties += len(chosen) > 1
+    correct = [prediction == answer for prediction, answer in zip(predictions, answers, strict=True)]
+    return Accuracy(sum(correct) / len(correct), len(correct), ties, predictions, correct)
+
+
+def bleu(predictions: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]],
+         released: bool = False) -> Bleu:
+    """Corpus BLEU-4 with one reference and without smoothing (Papineni et al., 2002), times 100.
+
+    BP exp(sum of log p_n / 4 over n = 1 ... 4), where p_n is the share of predicted n-grams that are in the reference,
+    each counted at most as often as there, over all questions; BP = min(1, exp(1 - references' / predictions' length)).
+    It is 0 if any p_n is, and for empty predictions.
+
+    Args:
+      predictions, references: each question's tokens, in the study those of the model's vocabulary.
+      released: score one segment, all predictions joined, against all references joined, as the study's notebook did;
+        then there is one row of counts, and nothing to bootstrap.
+
+    Raises:
+      ValueError: no questions, or not equally many references.
+      TypeError: a text in the place of its tokens.
+    """
+    _check_paired(predictions, references)
+    if any(isinstance(tokens, str) for tokens in (*predictions, *references)):
+        raise TypeError("BLEU needs lists of tokens, and would take each character of a text for one")
+    if released:
+        predictions = [[token for tokens in predictions for token in tokens]]
+        references = [[token for tokens in references for token in tokens]]
+    counts = [_ngram_counts(*pair) for pair in zip(predictions, references, strict=True)]
+    total = np.sum(counts, axis=0)
+    lengths, matches, possible = total[:2], total[2:2 + ORDERS], total[2 + ORDERS:]
+    return Bleu(
+        score=float(bleu_of_counts(total)), precisions=(matches / np.maximum(possible, 1)).tolist(),
+        brevity_penalty=float(_brevity_penalty(*lengths)),
+        prediction_length=int(lengths[0]), reference_length=int(lengths[1]), counts=counts)
+
+
+def bleu_of_counts(counts: np.ndarray, smoothing: str = "none") -> np.ndarray:
+    """BLEU, times 100, from counts summed over questions: [..., 10] -> [...]; the function that a bootstrap needs.
+
+    Args:
+      counts: lengths of predictions and of references, four counts of matching n-grams, four of predicted ones.
+      smoothing: "none", or "exponential" for sacreBLEU's default: the k-th order without a match has precision
+        1 / (2^k predicted n-grams), unless no order has one (Chen and Cherry, 2014, method 3).
+
+    Raises:
+      ValueError: another smoothing.
+    """
+    if smoothing not in ("none", "exponential"):
+        raise ValueError(f'Smoothing is "none" or "exponential", not "{smoothing}"')
+    counts = np.asarray(counts, np.float64)
+    matches, possible = counts[..., 2:2 + ORDERS], counts[..., 2 + ORDERS:]
+    matched = matches.any(axis=-1)
+    if smoothing == "exponential":
+        missed = (matches == 0) & (possible > 0)
+        matches = np.where(missed, 0.5 ** np.cumsum(missed, axis=-1), matches)
+    with np.errstate(divide="ignore"):  # log 0 = -inf: a precision of 0 makes the score 0
+        logarithms = np.log(matches / np.maximum(possible, 1)).mean(axis=-1)
+    return np.where(matched, 100 * _brevity_penalty(counts[..., 0], counts[..., 1]) * np.exp(logarithms), 0.0)
+
+
+def sacrebleu_score(predictions: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> SacreBleu:
+    """BLEU as sacreBLEU computes it from the texts (Post, 2018): its own tokens and its smoothing, one reference.
+
+    Args:
+      predictions, references: each question's text.
+      tokenize: sacreBLEU's name of a tokenizer; "none" splits at spaces.
+
+    Raises:
+      ValueError: no questions, or not equally many references.
+      ModuleNotFoundError: sacreBLEU is not installed.
+    """
+    _check_paired(predictions, references)
+    try:
+        package = importlib.import_module("sacrebleu")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("sacreBLEU is not installed: pip install 'codellm_jax[eval]'") from error
+    metric = package.BLEU(tokenize=tokenize, force=True)  # force: no warning that texts look tokenized already
+    scored = metric.corpus_score(list(predictions), [list(references)])
+    rows = [metric.corpus_score([prediction], [[reference]])
+            for prediction, reference in zip(predictions, references, strict=True)]
+    counts = [[row.sys_len, row.ref_len, *row.counts, *row.totals] for row in rows]
+    return SacreBleu(float(scored.score), str(metric.get_signature()), counts)
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that one of k programs passes, without bias from n samples (Chen et al., 2021).
+
+    1 - C(n - c, k) / C(n, k), where c of the n samples passed: exact, in whole numbers.
+
+    Raises:
+      ValueError: not 1 <= k <= n, or not 0 <= c <= n.
+    """
+    if not (1 <= k <= samples and 0 <= passed <= samples):
+        raise ValueError(f"pass@{k} of {samples} samples, of which {passed} passed: k and passed are at most samples")
+    every = math.comb(samples, k)
+    return (every - math.comb(samples - passed, k)) / every
+
+
+def dureader(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> DuReader:
+    """Exact match and F1 of DuReader-robust (Tang et al., 2021), averaged over questions.
+
+    Texts are lower-cased and lose punctuation. A prediction matches exactly if it then equals a reference. For F1 each
+    Chinese character is a token, and so is any run of other characters; with L the length of the longest run of tokens
+    common to both texts, precision is L / tokens predicted, recall L / tokens of the reference, F1 = 2 P R / (P + R).
+    The best reference counts. Texts of which nothing is left have F1 = 0, even where they match exactly.
+
+    Args:
+      predictions: each question's text.
+      references: each question's right answers, at least one.
+
+    Raises:
+      ValueError: no questions, not equally many references, or a question without any.
+      TypeError: a question's references are one text, not a list.
+    """
+    _check_paired(predictions, references)
+    exact_matches, f1s = [], []
+    for question, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
+        if isinstance(answers, str):
+            raise TypeError(f"Question {question}: the references are a list of texts")
+        if not answers:
+            raise ValueError(f"Question {question} has no reference")
+        normalized, wanted = _normalized(prediction), [_normalized(answer) for answer in answers]
+        exact_matches.append(normalized in wanted)
+        f1s.append(max(_overlap_f1(normalized, answer) for answer in wanted))
+    n = len(f1s)
+    return DuReader(sum(exact_matches) / n, math.fsum(f1s) / n, n, exact_matches, f1s)
+
+
+def _ngram_counts(prediction: Sequence[Hashable], reference: Sequence[Hashable]) -> list[int]:
+    """A row of counts as in `bleu_of_counts`."""
+    matches = []
+    for order in range(1, ORDERS + 1):
+        clipped = _ngrams(prediction, order) & _ngrams(reference, order)  # the smaller count of each
+        matches.append(clipped.total())
+    possible = [max(0, len(prediction) - order + 1) for order in range(1, ORDERS + 1)]
+    return [len(prediction), len(reference), *matches, *possible]
+
+
+def _ngrams(tokens: Sequence[Hashable], order: int) -> collections.Counter[tuple[Hashable, ...]]:
+    return collections.Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
+
+
+def _brevity_penalty(prediction_length: np.ndarray, reference_length: np.ndarray) -> np.ndarray:
+    ratio = reference_length / np.maximum(prediction_length, 1)
+    return np.where(prediction_length > 0, np.exp(np.minimum(0, 1 - ratio)), 0.0)
+
+
+def _normalized(text: str) -> str:
+    return text.lower().translate(_REMOVED)
+
+
+def _overlap_f1(prediction: str, reference: str) -> float:
+    ours, theirs = _TOKEN.findall(prediction), _TOKEN.findall(reference)
+    common = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match().size
+    return 2 * common / (len(ours) + len(theirs)) if common else 0.0  # what 2 P R / (P + R) comes to
+
+
+def _check_paired(first: Sequence[object], second: Sequence[object]) -> None:
+    if not len(first):
+        raise ValueError("There are no questions, so there is no score")
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} questions were answered, but {len(second)} have a reference or an answer")

@@ -1,0 +1,135 @@
+"""`t5x eval`: against the plain computation of every candidate, through interruptions, and after slips."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from codellm_jax import cli, evaluate
+from codellm_jax.configuration import build, read_configuration
+from codellm_jax.model.decoder import Decoder
+from codellm_jax.runtime.checkpoints import restore_parameters
+from codellm_jax.runtime.partitioning import make_mesh
+from codellm_jax.runtime.state import abstract_state
+from tasks.benchmarks.loading import load
+
+LENGTH = 32
+TASKS = ["logic", "cosqa", "ekar_cot"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(pretrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated") / "CODE"
+    shutil.copytree(pretrained / "CODE", folder)
+    return folder
+
+
+def flags(run_dir: Path, *more: str) -> list[str]:
+    return ["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run_dir}", f"--gin.TASKS={TASKS}", *more]
+
+
+@pytest.fixture(scope="module")
+def evaluated(run_dir):
+    assert cli.main(flags(run_dir)) == 0
+    return run_dir / "results"
+
+
+def read(folder: Path, task: str) -> tuple[dict, list[dict]]:
+    lines = [json.loads(line) for line in (folder / f"{task}_sample.jsonl").read_text().splitlines()]
+    return json.loads((folder / f"{task}_sample.json").read_text()), lines
+
+
+@pytest.fixture(scope="module")
+def plainly(run_dir):
+    """Log-likelihoods of a continuation's tokens, one sequence at a time, all logits at once."""
+    evaluation = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "evaluate")
+    model = Decoder(evaluation.model(vocabulary_size=evaluation.vocabulary.size, length=LENGTH))
+    abstract = abstract_state(model, optax.identity(), make_mesh(evaluation.mesh), evaluation.mesh)
+    params, _ = restore_parameters(str(run_dir), abstract.params)
+    variables = {"params": jax.tree.map(jnp.asarray, jax.device_get(params))}
+    positions, segments = jnp.arange(LENGTH)[None], jnp.ones((1, LENGTH), jnp.int32)
+    apply = jax.jit(lambda tokens: model.apply(
+        variables, model.apply(variables, tokens, positions, segments), method="logits"))
+
+    def log_likelihoods(prompt: list[int], continuation: list[int]) -> np.ndarray:
+        tokens = [*prompt, *continuation][-(LENGTH + 1):]
+        inputs = np.zeros((1, LENGTH), np.int32)
+        inputs[0, : len(tokens) - 1] = tokens[:-1]  # what follows cannot be seen
+        logits = np.asarray(apply(inputs), np.float64)[0]
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        return logits[np.arange(len(tokens) - 1), tokens[1:]][-len(continuation):]
+
+    return evaluation.vocabulary, log_likelihoods
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_candidate_is_scored_as_the_plain_computation_does(evaluated, plainly, task):
+    vocabulary, log_likelihoods = plainly
+    result, (header, *lines) = read(evaluated, task)
+    questions = load(task, None).questions
+    assert [line["id"] for line in lines] == [question.id for question in questions]
+    for question, line in zip(questions, lines, strict=True):
+        for candidate, found in zip(question.candidates, line["candidates"], strict=True):
+            whole = vocabulary.encode(candidate.continuation)
+            continuation = whole[:LENGTH]
+            values = log_likelihoods(vocabulary.encode(candidate.prompt), continuation)
+            assert found["tokens"] == len(continuation)
+            assert found["continuation_tokens_cut"] == len(whole) - len(continuation)
+            assert found["log_likelihood"] == pytest.approx(values.sum(), rel=1e-4)
+        losses = [-candidate["log_likelihood"] / candidate["tokens"] for candidate in line["candidates"]]
+        assert line["prediction"] == int(np.argmin(losses)) and line["answer"] == question.answer[0]
+        assert line["correct"] == (line["prediction"] == line["answer"])
+    assert result["value"] == np.mean([line["correct"] for line in lines]) == result["accuracy_by_scoring"]["per_token"]
+
+
+def test_a_result_says_what_it_is(evaluated):
+    result, (header, *lines) = read(evaluated, "logic")
+    assert result["sample"] is True and result["n"] == len(lines) and result["metric"] == "accuracy"
+    assert result["checkpoint"]["step"] == 4 and result["checkpoint"]["arm"] == "CODE"
+    assert result["interval"][0] <= result["value"] <= result["interval"][1]
+    assert result["chance"] == 0.25 and 0 < result["majority"] <= 1
+    assert set(result["accuracy_by_scoring"]) == set(evaluate.SCORINGS)
+    assert {name: result[name] for name in header} == header
+    assert result["settings"]["data"] == load("logic", None).sha256
+
+
+def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeypatch):
+    shutil.copytree(run_dir, tmp_path / "run")
+    # Results name the run they are of, so that a copy's are its own.
+    assert cli.main(flags(tmp_path / "run")) == 0
+    whole = (tmp_path / "run" / "results" / "cosqa_sample.jsonl").read_text()
+    lines = whole.splitlines()
+    started = [{key: value for key, value in json.loads(line).items() if key not in ("prediction", "correct")}
+               for line in lines[:4]]
+    (tmp_path / "run" / "results" / "cosqa_sample.jsonl").write_text(
+        "\n".join([*map(json.dumps, started), lines[4][:20]]))
+    (tmp_path / "run" / "results" / "cosqa_sample.json").unlink()
+    scored: list = []
+    real = evaluate._scored
+    monkeypatch.setattr(evaluate, "_scored", lambda questions, *rest: scored.extend(questions) or real(
+        questions, *rest))
+    assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']")) == 0
+    assert len(scored) == len(lines) - 4  # a header and three questions were whole
+    again = (tmp_path / "run" / "results" / "cosqa_sample.jsonl").read_text().splitlines()
+    for found, wanted in zip(map(json.loads, again), map(json.loads, lines), strict=True):
+        assert found.get("prediction") == wanted.get("prediction") and found.keys() == wanted.keys()
+    # Under other settings all questions are scored again.
+    scored.clear()
+    assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']", "--gin.SCORING=sum")) == 0
+    assert len(scored) == len(lines) - 1
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--gin.TASKS=['logik']"], "logic"), (["--gin.SCORING=best"], "SCORING must be one of per_token, sum"),
+    (["--gin.TASKS=logic"], "TASKS must be"), (["--gin.DATA_DIR=/nowhere"], "/nowhere"),
+    (["--gin.TEMPLATE=released_"], "released"), (["--gin.CHECKPOINT_PATH=nowhere"], "name the MODEL_DIR of a run"),
+    (["--gin.TASKS=['mbpp']"], "mbpp is answered by writing")])
+def test_slips_get_one_line(capsys, run_dir, more, message):
+    assert cli.main(flags(run_dir, *more)) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], lines

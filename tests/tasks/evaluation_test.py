@@ -1,0 +1,67 @@
+"""SeqIO reads the benchmarks: an example for each candidate, tokenized, its text beside it."""
+
+import pathlib
+
+import pytest
+
+from codellm_jax import vocabulary
+from tasks.benchmarks.loading import BENCHMARKS, GENERATED, load
+from tasks.benchmarks.questions import Prompt, Question
+
+seqio = pytest.importorskip("seqio")
+
+from tasks import evaluation  # noqa: E402
+
+WORDS = vocabulary.load_vocabulary("python_8k")
+
+
+def _examples(name: str) -> list[dict]:
+    dataset = seqio.get_mixture_or_task(name).get_dataset(None, split="test", shuffle=False)
+    return list(dataset.as_numpy_iterator())
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_samples_through_seqio(benchmark: str) -> None:
+    loaded = load(benchmark, None)
+    found = _examples(f"sample.{benchmark}")
+    texts = [(one["inputs_pretokenized"].decode(), one["targets_pretokenized"].decode()) for one in found]
+    assert [(WORDS.decode(one["inputs"].tolist()), WORDS.decode(one["targets"].tolist())) for one in found] == texts
+    assert not any(WORDS.end_of_document_id in one["targets"] for one in found)
+    if benchmark in GENERATED:
+        prompts = [question for question in loaded.questions if isinstance(question, Prompt)]
+        assert texts == [(prompt.prompt, prompt.references[0]) for prompt in prompts]
+        assert [[reference.decode() for reference in one["references"]] for one in found] == [
+            list(prompt.references) for prompt in prompts]
+        return
+    questions = [question for question in loaded.questions if isinstance(question, Question)]
+    assert texts == [tuple(candidate) for question in questions for candidate in question.candidates]
+    assert [(one["question"], one["candidate"], one["answer"], one["id"].decode()) for one in found] == [
+        (number, place, question.answer[0], question.id)
+        for number, question in enumerate(questions) for place in range(len(question.candidates))]
+
+
+def test_registered_again_for_other_data() -> None:
+    names = evaluation.register(None, prefix="again.")
+    assert names == [f"again.{benchmark}" for benchmark in BENCHMARKS]
+    plain = _examples("again.cosqa")
+    evaluation.register(None, template="multiple_choice", few_shot=1, seed=3, prefix="again.")
+    assert len(_examples("again.cosqa")) == len(plain) and _examples("again.cosqa")[0]["targets"].tolist() != plain[0][
+        "targets"].tolist()
+    evaluation.register("/nowhere", prefix="again.")
+    with pytest.raises(FileNotFoundError, match="^cosqa: there is no folder '/nowhere'"):
+        _examples("again.cosqa")
+
+
+def test_another_vocabulary() -> None:
+    task = seqio.get_mixture_or_task("sample.logic")
+    features = {name: seqio.Feature(seqio.ByteVocabulary(), add_eos=False) for name in ("inputs", "targets")}
+    [first, *_] = task.replace(name="sample.logic_bytes", output_features=features).get_dataset(
+        None, split="test", shuffle=False).as_numpy_iterator()
+    assert len(first["targets"]) == len(first["targets_pretokenized"])
+
+
+def test_a_name_of_another_origin(tmp_path: pathlib.Path) -> None:
+    seqio.TaskRegistry.add_provider("mine.cosqa", seqio.get_mixture_or_task("sample.cosqa").replace(name="mine.cosqa"))
+    with pytest.raises(ValueError, match="^mine.cosqa is already a task of its own; give the benchmarks a prefix.$"):
+        evaluation.register(None, prefix="mine.")
+    assert "mine.logic" not in seqio.TaskRegistry.names()
