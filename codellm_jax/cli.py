@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train, "eval": _eval, "explain": _explain, "vocabulary": _vocabulary}
+        "train": _train, "eval": _eval, "compare": _compare, "explain": _explain, "vocabulary": _vocabulary}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -76,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
     add("eval", "evaluate a checkpoint on benchmarks",
         "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted.")
+    compare = subparsers.add_parser("compare", help="compare two runs' results", allow_abbrev=False,
+                                    description="Paired tests of two evaluated runs on the same questions.")
+    compare.add_argument("first", metavar="RUN_A")
+    compare.add_argument("second", metavar="RUN_B")
+    compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
     explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
     explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
     vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
@@ -150,6 +155,13 @@ def _eval(flags: argparse.Namespace) -> int:
         _quiet_libraries()
     evaluation = build(configuration, "evaluate")
     evaluate(evaluation)
+    return 0
+
+
+def _compare(flags: argparse.Namespace) -> int:
+    from codellm_jax.compare import compare, table
+
+    print(table(compare(flags.first, flags.second), flags.first, flags.second))
     return 0
 
 

@@ -1,6 +1,7 @@
 """`t5x eval`: against the plain computation of every candidate, through interruptions, and after slips."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -122,6 +123,31 @@ def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeyp
     scored.clear()
     assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']", "--gin.SCORING=sum")) == 0
     assert len(scored) == len(lines) - 1
+
+
+def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, capsys):
+    shutil.copytree(pretrained / "NL", tmp_path / "NL")
+    assert cli.main(flags(tmp_path / "NL", "--gin.TASKS=['logic', 'cosqa']")) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(run_dir), str(tmp_path / "NL")]) == 0
+    printed = capsys.readouterr().out
+    for task in ("logic", "cosqa"):
+        right = [[line["correct"] for line in read(folder, task)[1][1:]]
+                 for folder in (evaluated, tmp_path / "NL" / "results")]
+        only = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in (right, right[::-1])]
+        n = sum(only)
+        p_value = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only) + 1)) / 2**n)
+        row = next(line.split() for line in printed.splitlines() if line.startswith(f"{task}_sample"))
+        assert [int(row[1]), float(row[2]), float(row[3])] == [
+            len(right[0]), *(round(100 * np.mean(each), 2) for each in right)]
+        assert [int(row[8]), int(row[9]), float(row[10])] == [*only, round(p_value, 4)]
+    assert "ekar" not in printed
+    assert cli.main(flags(tmp_path / "NL", "--gin.TASKS=['logic', 'cosqa']", "--gin.TEMPLATE=paper")) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(run_dir), str(tmp_path / "NL")]) == 1
+    assert "cosqa_sample: the questions of" in capsys.readouterr().err
+    assert cli.main(["compare", str(run_dir), str(tmp_path)]) == 1
+    assert "No results in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more, message", [

@@ -42,6 +42,12 @@ def test_readme_commands_are_accepted(command, capsys, tmp_path, tiny_flags, tin
         arguments = [*arguments, *corpora, f"--gin.MODEL_DIR={tmp_path}/run"]
         if "--dry_run" not in arguments:
             arguments.append("--dry_run")
+    if arguments[0] == "compare":
+        for run in (pretrained / "NL", pretrained / "CODE"):
+            assert cli.main(["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run}",
+                             f"--gin.evaluate.results_dir={tmp_path / run.name / 'results'}",
+                             "--gin.TASKS=['logic']"]) == 0
+        arguments = ["compare", str(tmp_path / "NL"), str(tmp_path / "CODE")]
     if arguments[0] == "eval":
         arguments += [f"--gin.evaluate.results_dir={tmp_path}/results", "--gin.TASKS=['logic']"]
     if arguments[0] == "vocabulary":
