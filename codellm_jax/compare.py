@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from codellm_jax.results.levels import detectable_paired
+from codellm_jax.results.levels import detectable_by_error, detectable_paired
 from codellm_jax.results.statistics import Interval, holm, mcnemar, paired_bootstrap
 
 
@@ -24,9 +24,9 @@ class Comparison(NamedTuple):
     first: float
     second: float
     interval: Interval  # of the difference, 95%, by paired bootstrap
-    only_first: int  # questions that the first run alone has right
-    only_second: int
-    p_value: float  # McNemar's exact test
+    only_first: int | None  # questions that the first run alone has right; None where answers are more or less right
+    only_second: int | None
+    p_value: float  # McNemar's exact test, or else of the paired bootstrap
     corrected: float  # by Holm's method, over the tasks
     detectable: float | None  # the smallest difference that these questions show
 
@@ -45,29 +45,34 @@ def compare(first: str, second: str) -> list[Comparison]:
                                 f"{', '.join(results[1])}: evaluate both on the same tasks.")
     found = []
     for task in tasks:
-        (one, right), (other, right_too) = (pair[task] for pair in results)
-        for name in ("questions", "scoring"):
-            if one["settings"][name] != other["settings"][name]:
+        (one, values), (other, other_values) = (pair[task] for pair in results)
+        for name in ("questions", "scoring", "sampling", "samples"):
+            if one["settings"].get(name) != other["settings"].get(name):
                 raise ValueError(f"{task}: the {name} of {first} and {second} differ, so that they cannot be paired: "
                                  "evaluate both with the same files and settings.")
-        values = [[float(answer) for answer in answers] for answers in (right, right_too)]
-        test = mcnemar(right, right_too)
-        difference = paired_bootstrap(values[1], values[0])
-        found.append(Comparison(
-            task, len(right), one["value"], other["value"], difference.interval, test.only_first, test.only_second,
-            test.p_value, 1.0, detectable_paired(len(right), (test.only_first + test.only_second) / len(right))))
+        n, difference = len(values), paired_bootstrap(other_values, values)
+        if set(values) | set(other_values) <= {0.0, 1.0}:
+            test = mcnemar([value == 1 for value in values], [value == 1 for value in other_values])
+            found.append(Comparison(
+                task, n, one["value"], other["value"], difference.interval, test.only_first, test.only_second,
+                test.p_value, 1.0, detectable_paired(n, (test.only_first + test.only_second) / n)))
+        else:
+            found.append(Comparison(
+                task, n, one["value"], other["value"], difference.interval, None, None, difference.p_value, 1.0,
+                detectable_by_error(difference.standard_error)))
     return [comparison._replace(corrected=corrected) for comparison, corrected in zip(
         found, holm([comparison.p_value for comparison in found]), strict=True)]
 
 
-def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[bool]]]:
-    """For each task of a run its result, and which questions it has right."""
+def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[float]]]:
+    """For each task of a run its result, and what each question added to its score."""
     folder = epath.Path(run).expanduser() / "results"
     found = {}
     for path in sorted(folder.glob("*.json")) if folder.exists() else []:
         result = json.loads(path.read_text())
         lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
-        found[path.stem] = result, [line["correct"] for line in lines[1:]]
+        metric = "correct" if result["metric"] == "accuracy" else result["metric"]
+        found[path.stem] = result, [float(line[metric]) for line in lines[1:]]
     if not found:
         raise FileNotFoundError(f"No results in {folder}: run t5x eval --gin_file=gin/eval.gin "
                                 f"--gin.CHECKPOINT_PATH={run} first.")
@@ -82,9 +87,11 @@ def table(comparisons: list[Comparison], first: str, second: str) -> str:
     for one in comparisons:
         low, high = (100 * bound for bound in one.interval)
         detectable = "-" if one.detectable is None else f"{100 * one.detectable:.1f}"
+        only = ["-" if count is None else f"{count:,}" for count in (one.only_first, one.only_second)]
         lines.append(
             f"{one.task:<24} {one.n:>6,} {100 * one.first:>7.2f} {100 * one.second:>7.2f} "
-            f"{100 * (one.second - one.first):>+7.2f} {f'{low:+.1f} - {high:+.1f}':>15} {one.only_first:>7,} "
-            f"{one.only_second:>7,} {one.p_value:>8.4f} {one.corrected:>8.4f} {detectable:>11}")
-    return "\n".join([*lines, "", "p: McNemar's exact test on the questions that one run alone has right; Holm: "
-                      f"corrected for {len(comparisons)} tasks."])
+            f"{100 * (one.second - one.first):>+7.2f} {f'{low:+.1f} - {high:+.1f}':>15} {only[0]:>7} "
+            f"{only[1]:>7} {one.p_value:>8.4f} {one.corrected:>8.4f} {detectable:>11}")
+    return "\n".join([
+        *lines, "", "p: McNemar's exact test on the questions that one run alone has right; where answers are more or "
+        f"less right, of a paired bootstrap. Holm: corrected for {len(comparisons)} tasks."])

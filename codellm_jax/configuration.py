@@ -27,6 +27,7 @@ from gin import config_parser
 CONFIGURABLES = {
     "train": "codellm_jax.plan:Training",
     "evaluate": "codellm_jax.evaluate:Evaluation",
+    "sampling": "codellm_jax.model.sampling:Sampling",
     "mixture": "codellm_jax.mixture.mixture:Mixture",
     "tasks": "tasks:Definitions",
     "benchmarks": "tasks.judging:Benchmarks",

@@ -30,8 +30,11 @@ from flax import linen as nn
 
 from codellm_jax.mixture.ledger import arm
 from codellm_jax.model.decoder import Decoder, DecoderConfig
+from codellm_jax.model.decoding import Generation, generate
+from codellm_jax.model.sampling import PAPER_SAMPLING, Sampling
 from codellm_jax.model.scoring import Request, fault, prompt_tokens_cut, score
-from codellm_jax.results.levels import AccuracySummary, accuracy_summary
+from codellm_jax.results.levels import AccuracySummary, accuracy_summary, detectable_by_error
+from codellm_jax.results.statistics import Bootstrap, Interval, bootstrap, wilson_interval
 from codellm_jax.runtime.checkpoints import newest_record, restore_parameters
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.runtime.progress import StatusLine, duration
@@ -40,14 +43,20 @@ from codellm_jax.train import require_same_vocabulary
 from codellm_jax.vocabulary import Vocabulary
 
 SCORINGS = ("per_token", "sum", "per_byte", "released")
+RESULTS_VERSION = 1  # raise it whenever lines hold other things: those of an earlier one are not gone on from
 QUESTIONS_AT_ONCE = 64  # scored between two writes of results
+TEXTS_AT_ONCE = 32  # likewise written
 
 
 class Benchmarks(Protocol):
     """Where questions come from. `tasks.judging.Benchmarks` is one."""
 
     def load(self, task: str) -> Any:
-        """A `tasks.benchmarks.questions.Loaded`, whose questions have candidates."""
+        """A `tasks.benchmarks.questions.Loaded`."""
+        ...
+
+    def judge(self, loaded: Any, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]) -> Any:
+        """A `tasks.judging.Judged` of what was written for each question."""
         ...
 
     def accuracy(self, losses: Sequence[Sequence[float]], answers: Sequence[int]) -> Any:
@@ -69,6 +78,9 @@ class Evaluation:
       benchmarks: reads them.
       vocabulary, model, lengths, mesh: as in training, of the run by default.
       scoring: which of SCORINGS decides.
+      sampling: how answers are written.
+      samples: answers to each question that is answered by writing; pass@k needs k or more.
+      seed: of what is sampled.
       batch_tokens: tokens scored at once, over all devices.
       results_dir: by default RUN/results.
     """
@@ -81,6 +93,9 @@ class Evaluation:
     lengths: Mapping[str, int]
     mesh: MeshShape
     scoring: str = "per_token"
+    sampling: Sampling = PAPER_SAMPLING
+    samples: int = 1
+    seed: int = 0
     batch_tokens: int = 8192
     results_dir: str | None = None
 
@@ -100,9 +115,6 @@ def evaluate(evaluation: Evaluation, report: Callable[[str], None] = print) -> l
       ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit.
     """
     loaded = {task: evaluation.benchmarks.load(task) for task in dict.fromkeys(evaluation.tasks)}  # all mistakes first
-    for task, questions in loaded.items():
-        if not hasattr(questions.questions[0], "candidates"):
-            raise ValueError(f"{task} is answered by writing, which is not evaluated yet: leave it out of TASKS.")
     path, vocabulary = evaluation.checkpoint_path, evaluation.vocabulary
     step, record = newest_record(path)
     require_same_vocabulary(record, vocabulary.content_hash, path)
@@ -120,9 +132,18 @@ def evaluate(evaluation: Evaluation, report: Callable[[str], None] = print) -> l
             return score(params, model.config, requests, batch_tokens=evaluation.batch_tokens,
                          sharding=batch_sharding(mesh))
 
+        def write(prompts: Sequence[Sequence[int]], numbers: Sequence[int], stop: Sequence[str]) -> list[Generation]:
+            return generate(
+                params, model.config, prompts, evaluation.sampling, evaluation.seed, numbers=numbers,
+                stop_ids={vocabulary.end_of_document_id}, drawable=vocabulary.pieces, sharding=batch_sharding(mesh),
+                stopped=lambda row, ids: any(word in vocabulary.decode(ids) for word in stop))
+
         report(HEADINGS)
         for questions in loaded.values():
-            results.append(evaluate_choices(evaluation, questions, checkpoint, folder, score_requests, report))
+            if hasattr(questions.questions[0], "candidates"):
+                results.append(evaluate_choices(evaluation, questions, checkpoint, folder, score_requests, report))
+            else:
+                results.append(evaluate_texts(evaluation, questions, checkpoint, folder, write, report))
     return results
 
 
@@ -131,28 +152,10 @@ def evaluate_choices(
     score_requests: Callable[[Sequence[Request]], list[Any]], report: Callable[[str], None],
 ) -> dict[str, Any]:
     """One task of questions with candidates, from the first question that has no line yet; writes its two files."""
-    name = f"{loaded.name}_sample" if loaded.is_sample else loaded.name
-    settings = {
-        "scoring": evaluation.scoring, "vocabulary": evaluation.vocabulary.content_hash,
-        **evaluation.benchmarks.settings(), "data": loaded.sha256, "questions": _fingerprint(loaded.questions),
-    }
-    header = {"settings": settings, "checkpoint": dict(checkpoint)}
-    lines = _lines_written(folder / f"{name}.jsonl", header)
-    began, before = time.monotonic(), len(lines)
-    status = StatusLine(before, len(loaded.questions), active=jax.process_index() == 0, unit="question")
-    with (folder / f"{name}.jsonl").open("w") as file:
-        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [header, *lines]))
-        for start in range(before, len(loaded.questions), QUESTIONS_AT_ONCE):
-            questions = loaded.questions[start : start + QUESTIONS_AT_ONCE]
-            for line in _scored(questions, evaluation, score_requests):
-                lines.append(line)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            rate = (len(lines) - before) / (time.monotonic() - began)
-            status.show(len(lines), f"{name} | {rate:,.1f} questions/s | "
-                                    f"{duration((len(loaded.questions) - len(lines)) / rate)} left")
-    status.close()
-    seconds = time.monotonic() - began
+    settings = _settings(evaluation, loaded) | {"scoring": evaluation.scoring}
+    name, header, lines, seconds, new = _answered(
+        evaluation, loaded, settings, checkpoint, folder, QUESTIONS_AT_ONCE,
+        lambda questions, start: _scored(questions, evaluation, score_requests))
     losses = {scoring: [[_loss(candidate, scoring) for candidate in line["candidates"]] for line in lines]
               for scoring in SCORINGS}
     answers = [line["answer"] for line in lines]
@@ -169,12 +172,111 @@ def evaluate_choices(
         "prompts_cut": sum(candidate["prompt_tokens_cut"] > 0 for candidate in candidates),
         "continuations_cut": sum(candidate["continuation_tokens_cut"] > 0 for candidate in candidates),
         "read": loaded.read, "skipped": dict(loaded.skipped), "files": list(loaded.files),
-        "questions_per_second": (len(lines) - before) / seconds if len(lines) > before else None,
+        "questions_per_second": new / seconds if new else None,
     }
-    _write(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [header, *lines]))
-    _write(folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    _write_results(folder, name, header, lines, result)
     report(_row(result))
     return result
+
+
+def evaluate_texts(
+    evaluation: Evaluation, loaded: Any, checkpoint: Mapping[str, Any], folder: epath.Path,
+    write: Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[str]], list[Generation]],
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """One task of questions that are answered by writing, likewise."""
+    vocabulary, samples = evaluation.vocabulary, evaluation.samples
+
+    def written(questions: Sequence[Any], start: int) -> Iterator[dict[str, Any]]:
+        stop = tuple(questions[0].extra.get("stop", ()))
+        prompts = [vocabulary.encode(question.prompt) for question in questions for _ in range(samples)]
+        answers = iter(write(prompts, range(start * samples, start * samples + len(prompts)), stop))
+        for question in questions:
+            each = [next(answers) for _ in range(samples)]
+            texts = [vocabulary.decode(answer.ids) for answer in each]
+            for word in stop:
+                texts = [text.split(word)[0] for text in texts]
+            yield {"id": question.id, "texts": texts, "reasons": [answer.reason for answer in each],
+                   "prompt_tokens_cut": each[0].prompt_tokens_cut}
+
+    settings = _settings(evaluation, loaded) | {
+        "sampling": dataclasses.asdict(evaluation.sampling), "samples": samples, "sampling_seed": evaluation.seed}
+    name, header, lines, seconds, new = _answered(
+        evaluation, loaded, settings, checkpoint, folder, max(1, TEXTS_AT_ONCE // samples), written)
+    judged = evaluation.benchmarks.judge(loaded, [line["texts"] for line in lines], vocabulary.encode)
+    scores = {metric: _score_of_means(values) for metric, values in judged.values.items()}
+    scores |= {metric: _score(bootstrap(counts, from_sums)) for metric, (counts, from_sums) in judged.corpus.items()}
+    main = next(iter(judged.values))
+    for number, line in enumerate(lines):
+        line |= {metric: values[number] for metric, values in judged.values.items()} | {"notes": judged.notes[number]}
+    result = header | {
+        "task": loaded.name, "sample": loaded.is_sample, "metric": main, "n": len(lines), **scores[main],
+        "scores": scores | {metric: {"value": value} for metric, value in judged.fixed.items()},
+        "prompts_cut": sum(line["prompt_tokens_cut"] > 0 for line in lines),
+        "read": loaded.read, "skipped": dict(loaded.skipped), "files": list(loaded.files),
+        "questions_per_second": new / seconds if new else None,
+    }
+    _write_results(folder, name, header, lines, result)
+    report(_rows_of_texts(result))
+    if not result["value"]:
+        for line in lines[:3]:
+            report(f"  {line['id']}: {line['texts'][0][:100]!r} {line['notes'][0]}".rstrip())
+    return result
+
+
+def _score(found: Bootstrap, interval: Interval | None = None) -> dict[str, Any]:
+    # Where every question adds the same a bootstrap would be certain, which is no interval.
+    interval = interval or (found.interval if found.standard_error else None)
+    return {"value": found.estimate, "interval": interval and list(interval), "smallest_detectable_difference": {
+        "between_runs": detectable_by_error(2**0.5 * found.standard_error) if found.standard_error else None}}
+
+
+def _score_of_means(values: Sequence[float]) -> dict[str, Any]:
+    shares = set(values) <= {0.0, 1.0}
+    return _score(bootstrap(values), wilson_interval(int(sum(values)), len(values)) if shares else None)
+
+
+def _settings(evaluation: Evaluation, loaded: Any) -> dict[str, Any]:
+    return {"version": RESULTS_VERSION, "vocabulary": evaluation.vocabulary.content_hash,
+            **evaluation.benchmarks.settings(), "data": loaded.sha256, "questions": _fingerprint(loaded.questions)}
+
+
+def _answered(
+    evaluation: Evaluation, loaded: Any, settings: Mapping[str, Any], checkpoint: Mapping[str, Any],
+    folder: epath.Path, at_once: int, answer: Callable[[Sequence[Any], int], Iterator[dict[str, Any]]],
+) -> tuple[str, dict[str, Any], list[dict[str, Any]], float, int]:
+    """Answers the questions that have no line yet, and writes a line for each as it comes.
+
+    Returns:
+      The name of the files, their header, the lines of all questions, the seconds it took, and how many were new.
+    """
+    name = f"{loaded.name}_sample" if loaded.is_sample else loaded.name
+    header = {"settings": json.loads(json.dumps(settings)), "checkpoint": dict(checkpoint)}
+    lines = _lines_written(folder / f"{name}.jsonl", header)
+    total, before, began = len(loaded.questions), len(lines), time.monotonic()
+    status = StatusLine(before, total, active=jax.process_index() == 0, unit="question")
+    with (folder / f"{name}.jsonl").open("w") as file:
+        file.write(_as_lines([header, *lines]))
+        for start in range(before, total, at_once):
+            for line in answer(loaded.questions[start : start + at_once], start):
+                lines.append(line)
+                file.write(_as_lines([line]))
+            file.flush()
+            rate = (len(lines) - before) / (time.monotonic() - began)
+            status.show(len(lines), f"{name} | {rate:,.1f} questions/s | {duration((total - len(lines)) / rate)} left")
+    status.close()
+    return name, header, lines, time.monotonic() - began, total - before
+
+
+def _as_lines(values: Sequence[Any]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def _write_results(
+    folder: epath.Path, name: str, header: Mapping[str, Any], lines: Sequence[Any], result: Mapping[str, Any]
+) -> None:
+    _write(folder / f"{name}.jsonl", _as_lines([header, *lines]))
+    _write(folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def _scored(
@@ -251,7 +353,18 @@ def _write(path: epath.Path, text: str) -> None:
     building.replace(path)
 
 
-HEADINGS = f"{'task':<24} {'n':>6} {'accuracy':>9} {'95% interval':>15} {'chance':>7} {'majority':>9}"
+def _rows_of_texts(result: Mapping[str, Any]) -> str:
+    """Lines of the table: one for each metric, in per cent; BLEU is one already."""
+    rows = []
+    for metric, score_ in result["scores"].items():
+        scale = 1 if metric.startswith("bleu") else 100
+        name = f"{result['task']}{' (sample)' if result['sample'] else ''} {metric}"
+        between = " - ".join(f"{scale * bound:.1f}" for bound in score_.get("interval") or ()) or "-"
+        rows.append(f"{name:<28} {result['n']:>6,} {scale * score_['value']:>9.2f} {between:>15} {'-':>7} {'-':>9}")
+    return "\n".join(rows)
+
+
+HEADINGS = f"{'task':<28} {'n':>6} {'score':>9} {'95% interval':>15} {'chance':>7} {'majority':>9}"
 
 
 def _row(result: Mapping[str, Any]) -> str:
@@ -259,5 +372,5 @@ def _row(result: Mapping[str, Any]) -> str:
     low, high = result["interval"]
     name = result["task"] + (" (sample)" if result["sample"] else "")
     note = "" if result["chance_p_value"] < 0.05 else "  not told from chance"
-    return (f"{name:<24} {result['n']:>6,} {100 * result['value']:>9.2f} {f'{100 * low:.1f} - {100 * high:.1f}':>15} "
+    return (f"{name:<28} {result['n']:>6,} {100 * result['value']:>9.2f} {f'{100 * low:.1f} - {100 * high:.1f}':>15} "
             f"{100 * result['chance']:>7.1f} {100 * result['majority']:>9.1f}{note}")

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from codellm_jax import cli, evaluate
+from codellm_jax.compare import compare
 from codellm_jax.configuration import build, read_configuration
 from codellm_jax.model.decoder import Decoder
 from codellm_jax.runtime.checkpoints import restore_parameters
@@ -125,6 +126,51 @@ def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeyp
     assert len(scored) == len(lines) - 1
 
 
+def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
+    """The model's own are nonsense; two answers are put in their place, one of them right."""
+    written = evaluate.generate
+    prompts = load("mbpp", None).questions
+    right = {prompt.prompt: prompt.references[0] for prompt in prompts[:2]}
+
+    def knowing(params, config, prompts, *rest, **options):
+        generations = written(params, config, prompts, *rest, **options)
+        encode = vocabulary.encode
+        for number, prompt in enumerate(prompts):
+            text = right.get(vocabulary.decode(prompt))
+            if text and number % 2 == 0:
+                generations[number] = generations[number]._replace(ids=encode(text))
+        return generations
+
+    vocabulary = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "evaluate").vocabulary
+    monkeypatch.setattr(evaluate, "generate", knowing)
+    more = ["--gin.TASKS=['mbpp', 'dureader']", "--gin.SAMPLES=2", "--gin.sampling.max_new_tokens=8",
+            f"--gin.evaluate.results_dir={tmp_path}"]
+    assert cli.main(flags(run_dir, *more)) == 0, capsys.readouterr().err
+    result, (header, *lines) = read(tmp_path, "mbpp")
+    assert header["settings"]["samples"] == 2 and header["settings"]["sampling"]["top_k"] == 3
+    assert [line["pass@1"] for line in lines] == [0.5, 0.5] + [0.0] * (len(lines) - 2)  # one of two samples
+    assert [line["notes"][0] for line in lines[:2]] == ["passed"] * 2 and lines[2]["notes"][0] != "passed"
+    assert result["metric"] == "pass@1" and result["value"] == pytest.approx(1 / len(lines))
+    assert result["interval"][0] <= result["value"] <= result["interval"][1]
+    assert {"pass@1", "bleu", "bleu_released"} == set(result["scores"]) and result["scores"]["bleu"]["value"] > 0
+    result, lines = read(tmp_path, "dureader")
+    assert {"f1", "exact_match"} == set(result["scores"]) and result["value"] == pytest.approx(
+        np.mean([line["f1"] for line in lines[1:]]))
+    printed = capsys.readouterr().out
+    assert "mbpp (sample) pass@1" in printed and "dureader (sample) f1" in printed
+    # A run is no better than itself, whether answers are right or wrong or in between.
+    runs = [tmp_path / "A", tmp_path / "B"]
+    for run in runs:
+        shutil.copytree(tmp_path, run / "results", ignore=shutil.ignore_patterns("A", "B"))
+    assert [(one.task, one.second - one.first, one.p_value) for one in compare(*map(str, runs))] == [
+        ("dureader_sample", 0, 1), ("mbpp_sample", 0, 1)]
+    # Written again, it is the same: nothing is left to do, and the seed decides.
+    first = (tmp_path / "dureader_sample.jsonl").read_text()
+    (tmp_path / "dureader_sample.jsonl").unlink()
+    assert cli.main(flags(run_dir, *more)) == 0
+    assert (tmp_path / "dureader_sample.jsonl").read_text() == first
+
+
 def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, capsys):
     shutil.copytree(pretrained / "NL", tmp_path / "NL")
     assert cli.main(flags(tmp_path / "NL", "--gin.TASKS=['logic', 'cosqa']")) == 0
@@ -154,7 +200,7 @@ def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, ca
     (["--gin.TASKS=['logik']"], "logic"), (["--gin.SCORING=best"], "SCORING must be one of per_token, sum"),
     (["--gin.TASKS=logic"], "TASKS must be"), (["--gin.DATA_DIR=/nowhere"], "/nowhere"),
     (["--gin.TEMPLATE=released_"], "released"), (["--gin.CHECKPOINT_PATH=nowhere"], "name the MODEL_DIR of a run"),
-    (["--gin.TASKS=['mbpp']"], "mbpp is answered by writing")])
+    (["--gin.sampling.top_p=2.0"], "top_p must be above 0 and at most 1")])
 def test_slips_get_one_line(capsys, run_dir, more, message):
     assert cli.main(flags(run_dir, *more)) == 1
     lines = capsys.readouterr().err.strip().splitlines()

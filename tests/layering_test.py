@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PURE = {"codellm_jax.mixture.schedules", "codellm_jax.mixture.order", "codellm_jax.mixture.ledger",
-        "codellm_jax.mixture.examples", "codellm_jax.results.statistics", "codellm_jax.results.levels", "tasks.metrics"}
+        "codellm_jax.mixture.examples", "codellm_jax.results.statistics", "codellm_jax.results.levels", "tasks.metrics",
+        "tasks.sandbox", "tasks.trial", "tasks.confinement", "tasks.assertions", "tasks.values", "tasks.programs"}
 HEAVY = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"}
 
 

@@ -177,13 +177,20 @@ class Attention(nn.Module):
         return _linear(attended_BLD, kernel_HKD.reshape(config.hidden, config.hidden), bias_D)
 
     def _cached(self, name: str, new_BLHK: jax.Array, mask: AttentionMask) -> jax.Array:
-        """Writes the new tokens into the cache at the mask's offset and returns the whole cache, [B, M, H, K]."""
+        """Writes the new tokens into the cache at the mask's offset and returns the whole cache, [B, M, H, K].
+
+        It is kept as [B, H, M, K], which attention computes with: kept otherwise, it would be copied at each step.
+        """
         slots = mask.key_segments_BM.shape[1]
-        shape = (new_BLHK.shape[0], slots, *new_BLHK.shape[2:])
-        cache = self.variable("cache", name, jnp.zeros, shape, new_BLHK.dtype)
+        batch, _, heads, head_size = new_BLHK.shape
+        cache = self.variable("cache", name, jnp.zeros, (batch, heads, slots, head_size), new_BLHK.dtype)
         assert mask.query_offset is not None
-        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new_BLHK, mask.query_offset, axis=1)
-        return _constrain(cache.value, "activation_batch", "activation_length", "activation_heads", "activation_kv")
+        new_BHLK = new_BLHK.swapaxes(1, 2)
+        cache_BHMK = jax.lax.dynamic_update_slice_in_dim(cache.value, new_BHLK, mask.query_offset, axis=2)
+        cache.value = _constrain(
+            cache_BHMK, "activation_batch", "activation_heads", "activation_length", "activation_kv"
+        )
+        return cache.value.swapaxes(1, 2)
 
 
 class FeedForward(nn.Module):

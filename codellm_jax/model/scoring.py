@@ -307,8 +307,9 @@ def _assemble(
             targets_BL[b, written : written + branch.scored] = branch.tokens[-branch.scored :]
             start, written = stop, written + branch.scored
         most = max(most, written)
-    arrays = tokens_BL, positions_BL, segments_BL, scored_BL, targets_BL
-    return _Batch(*(place(array, sharding) for array in arrays), np.asarray(most, np.int32))
+    tokens, positions, segments, scored, targets = (
+        place(array, sharding) for array in (tokens_BL, positions_BL, segments_BL, scored_BL, targets_BL))
+    return _Batch(tokens, positions, segments, scored, targets, np.asarray(most, np.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk", "sharding"))

@@ -1,0 +1,95 @@
+"""Tests taken apart: what the program under test computes, and what is judged without it."""
+
+import ast
+import builtins
+import warnings
+from collections.abc import Collection, Sequence
+
+ASK = "__ask__"  # the judge's function: ASK(i, *values) has the program compute the i-th call
+
+# ("import", source): for the judge and for the program; ("run", source): for the program;
+# ("judge", source of the assert, its condition with ASK in it, the program's parts of it as sources of functions)
+Step = tuple[str, str] | tuple[str, str, str, list[str]]
+
+_SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+
+
+def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
+    """Statements of tests as steps that a judge can go through while it trusts nothing of the program.
+
+    In `assert set(f(3)) == {1, 2}` the program computes `f(3)`; the rest is the judge's. A part is the program's if
+    it starts from a name that is neither a builtin nor imported by the tests, or that is in `defined`.
+
+    Args:
+      tests: Python statements: asserts, imports, and others that prepare for the asserts that follow.
+      defined: names of builtins that the program is to define itself, such as `sum`.
+
+    Raises:
+      ValueError: a test is not Python, no assert is there, or one stands within another statement or is not judged.
+    """
+    trusted = set(dir(builtins)) - set(defined)
+    found: list[Step] = []
+    for test in tests:
+        try:
+            tree = parse(test)
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"a test is not Python ({error}): {test!r}") from None
+        for statement in tree.body:
+            source = ast.unparse(statement)
+            if isinstance(statement, ast.Assert):
+                split = _Split(trusted, statement.test)
+                found.append(("judge", source, split.judged, split.calls))
+            elif isinstance(statement, ast.Import | ast.ImportFrom):
+                names = {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
+                if "*" in names:
+                    raise ValueError(f"a test imports names that it does not tell: {source!r}")
+                trusted |= names
+                found.append(("import", source))
+            elif any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
+                raise ValueError(f"an assert is judged only where no other statement is around it: {source!r}")
+            else:
+                found.append(("run", source))
+    if not any(step[0] == "judge" for step in found):
+        raise ValueError("tests without an assert would pass anything")
+    return found
+
+
+def parse(source: str) -> ast.Module:
+    """Like ast.parse, but says nothing of backslashes that mean nothing, which are many in others' programs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
+
+
+class _Split(ast.NodeTransformer):
+    """Replaces the largest parts of a condition that start from an untrusted name by calls of ASK."""
+
+    def __init__(self, trusted: Collection[str], condition: ast.expr) -> None:
+        self._trusted = trusted
+        self._local = [node.target.id for node in ast.walk(condition) if isinstance(node, ast.NamedExpr)]
+        self.calls: list[str] = []
+        self.judged = ast.unparse(ast.fix_missing_locations(self.visit(condition)))
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        start: ast.AST = node
+        while isinstance(start, ast.Call | ast.Attribute | ast.Subscript):
+            start = start.func if isinstance(start, ast.Call) else start.value
+        if isinstance(start, ast.Name) and isinstance(start.ctx, ast.Load):
+            if start.id not in self._trusted and start.id not in self._local:
+                return self._asked(node)
+        if not isinstance(node, _SCOPES):
+            return self.generic_visit(node)
+        before = len(self._local)
+        self._local += [inner.id for inner in ast.walk(node)
+                        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)]
+        self._local += [inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)]
+        changed = self.generic_visit(node)
+        del self._local[before:]
+        return changed
+
+    def _asked(self, node: ast.AST) -> ast.AST:
+        used = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load)}
+        values = sorted(used & set(self._local))
+        self.calls.append(f"lambda {', '.join(values)}: {ast.unparse(node)}")
+        return ast.Call(ast.Name(ASK, ast.Load()), [ast.Constant(len(self.calls) - 1),
+                                                    *(ast.Name(name, ast.Load()) for name in values)], [])
