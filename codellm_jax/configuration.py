@@ -290,8 +290,9 @@ def _require_known_names(configuration: Configuration) -> None:
     ever_used = {macro for setting in configuration.settings for macro in re.findall(r"%([\w/.]+)", setting.value)}
     for macro in sorted(used - set(effective)):
         user = next(setting for setting in effective.values() if f"%{macro}" in setting.value)
+        start = next((name for name in ("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH") if name in effective), None)
         raise ValueError(f"{user.where}: {user.name} needs {macro}, which no file and no flag sets; "
-                         f"give --gin.{macro}=VALUE.")
+                         f"give --gin.{macro}=VALUE" + (f", or name a run in {start}." if start else "."))
     for name, setting in effective.items():
         selector, _, parameter = name.split("/")[-1].rpartition(".")
         if _is_macro(name):

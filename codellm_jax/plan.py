@@ -153,12 +153,17 @@ def describe(training: Training, plan: Plan) -> str:
                          f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "
                          "would be left.")
     for source, drawn in zip(order.sources, order.counts(drawn_rows), strict=True):
+        if not drawn and order.asked(drawn_rows)[order.sources.index(source)]:
+            lines.append(f"WARNING: {source.name} is asked for too little to be drawn at all in this run.")
         if drawn > MANY_EPOCHS * source.rows:
             lines.append(f"WARNING: {source.name} will be repeated {drawn / source.rows:.1f} times; "
                          "MAX_EPOCHS would stop the run instead.")
     if plan.last_step < training.train_steps:
+        missed = [start for start in order.schedule.phase_starts
+                  if drawn_rows <= start < training.train_steps * training.batch_size]
         lines.append(f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run at step {plan.last_step} of "
-                     f"{training.train_steps}.")
+                     f"{training.train_steps}." + (
+                         f" The mix from step {missed[0] // training.batch_size} on is not reached." if missed else ""))
     full, causal = (flops_per_token(config, causal=causal) for causal in (False, True))
     tokens = plan.last_step * plan.rows * training.mixture.length
     step = f"{plan.rows} rows of {training.mixture.length}"

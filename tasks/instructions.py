@@ -111,7 +111,8 @@ def _usable(spec: Mapping[str, Any], split: str, name: str, files: Sequence[str]
                 "%s, read for %s: %d records are instructions, passed over: %s.", name, split, kept, counts(lost)
             )
     if not kept and not elsewhere:
-        raise ValueError(f"{name}: no instruction is left of {spec[kind]!r} ({counts(lost)}).")
+        raise ValueError(f"{name}: no instruction is left of {', '.join(map(repr, files[:3]))}"
+                         f"{f' and {len(files) - 3} more' if len(files) > 3 else ''} ({counts(lost)}).")
 
 
 def _split_of(pair: Pair, spec: Mapping[str, Any]) -> str | None:

@@ -48,6 +48,10 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", MIXED, "--gin.MIX_PHASES=['5:3', 'lots']"], "MIX_PHASES must list text:code ratios"),
     (["train", MIXED, "--gin.MIX_PHASES={0.5: '5:3'}"], "MIX_PHASES must start at 0"),
     (["train", MIXED, "--gin.MIX_PHASES={0: '5:3', 500: '1:1'}"], "a phase that starts at step 500, but training ends"),
+    (["train", MIXED, "--gin.MIX_PHASES=[]"], "MIX_PHASES is empty"),
+    (["train", MIXED, "--gin.MIX_PHASES={0: '5:3', '0.5': '1:1'}"], "starts that are numbers without quotes"),
+    (["train", MIXED, "--gin.MIXTURE_OR_TASK_NAME=[]"], "MIXTURE_OR_TASK_NAME is empty"),
+    (["train", MIXED, "--gin.MIXTURE_OR_TASK_NAME=python_rows_increase"], "changes its mix by itself"),
     (["train", MIXED, "--gin.CODE_RATE=None"], "Neither CODE_RATE nor MIX_PHASES is set"),
     (["train", "--gin_file=gin/tune_text.gin"], "needs INITIAL_CHECKPOINT_PATH, which no file and no flag sets"),
     (["train", "--gin_file=gin/tune_text.gin", "--gin.INITIAL_CHECKPOINT_PATH=nowhere"],
@@ -92,7 +96,7 @@ def test_a_corpus_smaller_than_a_row_is_refused(capsys, tmp_path):
 
 
 def test_passed_over_records_are_told_while_rows_are_cached(tmp_path):
-    """By the command itself: TensorFlow's own log is kept off the terminal, ours must not be."""
+    """By the command itself, once, in its plan; TensorFlow's own log is kept off the terminal."""
     lines = ['{"text": "a document of some words"}'] * 60 + ['{"text": '] * 7
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     done = subprocess.run(
@@ -101,7 +105,8 @@ def test_passed_over_records_are_told_while_rows_are_cached(tmp_path):
          f"--gin.CORPORA={{'text.a': {{'json_lines': '{tmp_path}/a.jsonl', 'holdout': 0}}}}"],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert "text.a, read for train: 60 records are documents, passed over: 7 broken JSON" in done.stderr
+    assert "text.a, read for train: 60 records are documents, passed over: 7 broken JSON" in done.stdout
+    assert done.stderr == ""
 
 
 def test_a_pool_that_is_asked_for_but_not_there_is_refused(capsys, tiny_flags):

@@ -46,7 +46,7 @@ class Mixture:
     definitions: Definitions
     lengths: Mapping[str, int]
     code_rate: float | None = None
-    mix_phases: Sequence[Any] | Mapping[Any, Any] | None = None
+    mix_phases: Any = None  # whatever is given, `phases` answers
     max_epochs: int | None = None
     cache_dir: str = "~/.cache/codellm_jax"
     stage: str = "pretraining"
@@ -55,6 +55,11 @@ class Mixture:
     def __post_init__(self) -> None:
         if "targets" not in self.lengths or self.lengths["targets"] < 1:
             raise ValueError(f"TASK_FEATURE_LENGTHS must give a length for 'targets', found {dict(self.lengths)}.")
+        if self.stage == "tuning" and set(self.lengths) != {"targets"}:
+            raise ValueError("TASK_FEATURE_LENGTHS has one length in tuning, of prompt and answer together: "
+                             f"{{'targets': {self.lengths['targets']}}}; found {dict(self.lengths)}.")
+        if not self.name:
+            raise ValueError("MIXTURE_OR_TASK_NAME is empty: name a SeqIO mixture or tasks.")
         if self.max_epochs is not None and self.max_epochs < 1:
             raise ValueError(f"MAX_EPOCHS must be at least 1 (or None for no limit), found {self.max_epochs}.")
         if self.stage not in STAGES:
@@ -107,9 +112,12 @@ def open_mixture(
     names = [mixture.name] if isinstance(mixture.name, str) else list(mixture.name)
     rates: dict[str, float | None] = {}
     for name in names:
-        rates.update(_tasks_of(name, mixture.definitions, mixture.cache_dir))
+        for task, rate in _tasks_of(name, mixture.definitions, mixture.cache_dir).items():
+            rates[task] = rates.get(task) if rate is None else rate
     # By pool and name, so that the order of a list of names makes no other order of rows.
     rates = {name: rates[name] for name in sorted(rates, key=lambda name: (name.startswith("code."), name))}
+    for task in rates:  # a file that is not there is told before others are read for minutes
+        mixture.definitions.describe(task)
     splits = [cached_rows(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, report,
                           mixture.stage) for task in rates]
     sources = []
@@ -150,8 +158,14 @@ def _tasks_of(name: str, definitions: Definitions, cache_dir: str) -> dict[str, 
         tasks: dict[str, float | None] = {name: None}
     else:
         found = seqio.MixtureRegistry.get(name)
+        if getattr(found._sample_fn, "__module__", "") == "tasks.scheduling":
+            raise ValueError(f"{name} changes its mix by itself, which only SeqIO's own readers follow: name its tasks "
+                             f"({', '.join(task.name for task in found.tasks)}) and set MIX_PHASES.")
         tasks = {task.name: float(found.get_rate(task)) for task in found.tasks}
-    remembered.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"CACHE_DIR {cache_dir} cannot be made: {error.strerror}. Set another.") from error
     building = remembered.with_name(f".{remembered.name}.{uuid.uuid4().hex}")
     building.write_text(json.dumps(tasks))
     building.replace(remembered)  # whole or not there, whoever is killed or reads meanwhile

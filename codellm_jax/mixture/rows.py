@@ -176,21 +176,21 @@ def _write_cache(
 
 @contextlib.contextmanager
 def _warnings_of(task: str) -> Iterator[list[str]]:
-    """Collects what is warned of a task, in messages that begin with its name."""
+    """Collects what is warned of a task, in messages that begin with its name, in the place of the log."""
     notes: list[str] = []
 
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if message.startswith((f"{task},", f"{task}:")) and message not in notes:
-                notes.append(message)
+    def is_of_another(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        of_task = message.startswith((f"{task},", f"{task}:"))
+        if of_task and message not in notes:
+            notes.append(message)
+        return not of_task
 
-    collect = Collect(logging.WARNING)
-    logging.getLogger().addHandler(collect)
+    logging.getLogger().addFilter(is_of_another)
     try:
         yield notes
     finally:
-        logging.getLogger().removeHandler(collect)
+        logging.getLogger().removeFilter(is_of_another)
 
 
 def _is_alive(process: int) -> bool:

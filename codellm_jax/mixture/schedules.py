@@ -213,6 +213,9 @@ def _split(ratios: Any, rows: int, batch_size: int) -> tuple[list[int], list[Pha
     """The first row of each phase, and the phases."""
     if isinstance(ratios, Mapping):
         if any(isinstance(key, str) for key in ratios):
+            if not all(isinstance(key, str) and key.startswith(POOLS) for key in ratios):
+                raise ValueError("MIX_PHASES must have starts that are numbers without quotes, such as 0.5, found "
+                                 f"{', '.join(repr(key) for key in ratios)}.")
             raise ValueError("MIX_PHASES maps starts to phases; put a table that holds for the whole of training into "
                              f"a list: [{dict(ratios)}].")
         starts = [_start(key, rows, batch_size) for key in ratios]
@@ -229,7 +232,9 @@ def _split(ratios: Any, rows: int, batch_size: int) -> tuple[list[int], list[Pha
     else:
         raise ValueError("MIX_PHASES must be a list of phases such as ['5:5', '7:3'], or phases by their starts such "
                          f"as {{0: '7:3', 0.9: '7:3 to 0:1'}}, found {ratios!r}.")
-    if not listed or rows < len(listed):
+    if not listed:
+        raise ValueError("MIX_PHASES is empty: list a phase such as '5:3', or set it to None to use CODE_RATE.")
+    if rows < len(listed):
         raise ValueError(f"MIX_PHASES needs a row or more for each phase, found {len(listed)} phases, {rows} rows.")
     return starts, listed
 

@@ -32,9 +32,9 @@ DEFAULT_BATCH_TOKENS = 8192
 MOST_LENGTHS = 6  # row lengths in one call
 # Positions, on one device, whose logits live at a time: 512 x 130,344 x 4 bytes are 0.25 GiB.
 LOGIT_POSITIONS = 512
-# What attention's FLOPs cost beside those of large matmuls, of which softmax and masking are no part. Measured on 2 CPU
-# cores it is 3 to 6.
-ATTENTION_SLOWNESS = 4.0
+# What a FLOP of attention costs beside one of a large matmul, softmax and masking counted in. Measured on 2 CPU cores,
+# 4 layers of width 256 and 512 with rows of 256 to 1,024 tokens: 1.7 to 3.8.
+ATTENTION_SLOWNESS = 2.5
 
 STEM = 0  # segment id of a row's stem; branches are 1, 2, ...; padding is -1
 

@@ -74,7 +74,8 @@ class MeshShape:
         if int(np.prod(sizes)) != devices:
             raise ValueError(
                 f"The mesh data={self.data}, fsdp={self.fsdp}, model={self.model} does not fit {devices} devices: "
-                "the axes must multiply to that number (-1 stands for the rest).")
+                "the axes must multiply to that number (-1 stands for the rest). A run that starts from another takes "
+                "over its mesh where mesh.data, mesh.fsdp and mesh.model are not set.")
         if sizes[0] % self.slices:
             raise ValueError(f"mesh.slices={self.slices} must divide the data axis, which has {sizes[0]}.")
         return sizes[0], sizes[1], sizes[2]

@@ -39,7 +39,10 @@ def alone_in(model_dir: str) -> Iterator[None]:
     if "://" in model_dir:
         yield
         return
-    Path(model_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(model_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"MODEL_DIR {model_dir} cannot be made: {error.strerror}. Set another.") from error
     with open(Path(model_dir) / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -154,9 +154,9 @@ def four_way(stem: int, rest: int, questions: int = 3) -> list[Request]:
 def test_stems_are_computed_once_where_it_pays() -> None:
     long_stems = scoring._plan_rows(TINY, four_way(60, 5))
     assert [(len(row.stem), len(row.branches), row.length) for row in long_stems] == [(59, 4, 79)] * 3
-    # All stems but one token differ: nothing to share, and packing four rows of 48 into one of 96 would cost more.
-    short_stems = scoring._plan_rows(TINY, four_way(2, 47))
-    assert [(len(row.stem), len(row.branches), row.length) for row in short_stems] == [(0, 1, 48)] * 12
+    # A stem of one token: rows of 96 and 32 tokens would be as many as four of 32, and attention would cost more.
+    short_stems = scoring._plan_rows(TINY, four_way(2, 30))
+    assert [(len(row.stem), len(row.branches), row.length) for row in short_stems] == [(0, 1, 31)] * 12
     # What does not fit behind a stem goes behind the same stem once more.
     split = scoring._plan_rows(TINY, four_way(60, 15))
     assert sorted(len(row.branches) for row in split) == [2] * 6 and max(row.length for row in split) <= TINY.length
