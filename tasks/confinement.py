@@ -82,7 +82,7 @@ def new_file_system(folder: str, visible: Sequence[str], work_bytes: int) -> Non
             continue
         if path not in _DEVICES:
             _mount(path, world + path, None, _BIND | _REC)
-    os.makedirs(world + _WORK)
+    os.makedirs(world + _WORK, exist_ok=True)
     _make_read_only(folder)
     for path in _DEVICES:  # after, since what is read-only shows no devices either
         if os.path.exists(path):

@@ -223,8 +223,11 @@ def _probe() -> tuple[dict[str, bool], str | None]:
 
 def _visible() -> list[str]:
     """What a program sees of the host: Python's library, and libraries that its compiled modules need."""
+    # Of the Python itself, not of a virtual environment, which may lie in the folder that is replaced by an empty one.
+    of_base = {"platbase": sys.base_exec_prefix}
     wanted = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache",
-              f"{sys.base_prefix}/lib", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+              f"{sys.base_prefix}/lib", sysconfig.get_path("stdlib"),
+              sysconfig.get_path("platstdlib", vars=of_base)]
     return [path for path in dict.fromkeys(wanted)
             if not any(path.startswith(f"{other}/") for other in wanted)]
 

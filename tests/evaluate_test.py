@@ -19,6 +19,7 @@ from codellm_jax.runtime.checkpoints import restore_parameters
 from codellm_jax.runtime.partitioning import make_mesh
 from codellm_jax.runtime.state import abstract_state
 from tasks.benchmarks.loading import load
+from tasks.sandbox import guarantees
 
 LENGTH = 32
 TASKS = ["logic", "cosqa", "ekar_cot"]
@@ -144,7 +145,9 @@ def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
     vocabulary = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "evaluate").vocabulary
     monkeypatch.setattr(evaluate, "generate", knowing)
     more = ["--gin.TASKS=['mbpp', 'dureader']", "--gin.SAMPLES=2", "--gin.sampling.max_new_tokens=8",
-            f"--gin.evaluate.results_dir={tmp_path}"]
+            f"--gin.evaluate.results_dir={tmp_path}",
+            # What runs here is our own, so that a host that cannot confine it will do.
+            f"--gin.benchmarks.unconfined={not all(guarantees().values())}"]
     assert cli.main(flags(run_dir, *more)) == 0, capsys.readouterr().err
     result, (header, *lines) = read(tmp_path, "mbpp")
     assert header["settings"]["samples"] == 2 and header["settings"]["sampling"]["top_k"] == 3
