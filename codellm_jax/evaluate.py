@@ -39,7 +39,7 @@ from codellm_jax.runtime.checkpoints import newest_record, restore_parameters
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.runtime.progress import StatusLine, duration
 from codellm_jax.runtime.state import abstract_state
-from codellm_jax.train import require_same_vocabulary
+from codellm_jax.train import require_same_vocabulary, resolved
 from codellm_jax.vocabulary import Vocabulary
 
 SCORINGS = ("per_token", "sum", "per_byte", "released")
@@ -104,8 +104,11 @@ class Evaluation:
             raise ValueError(f"SCORING must be one of {', '.join(SCORINGS)}, found {self.scoring!r}.")
         if isinstance(self.tasks, str) or not self.tasks:
             raise ValueError(f"TASKS must be a list of benchmarks such as ['logic', 'cosqa'], found {self.tasks!r}.")
-        if self.batch_tokens < 1:
-            raise ValueError(f"evaluate.batch_tokens must be at least 1, found {self.batch_tokens}.")
+        for name, value in (("SAMPLES", self.samples), ("evaluate.batch_tokens", self.batch_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed}.")
 
 
 def evaluate(evaluation: Evaluation, report: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -116,17 +119,16 @@ def evaluate(evaluation: Evaluation, report: Callable[[str], None] = print) -> l
     """
     loaded = {task: evaluation.benchmarks.load(task) for task in dict.fromkeys(evaluation.tasks)}  # all mistakes first
     path, vocabulary = evaluation.checkpoint_path, evaluation.vocabulary
-    step, record = newest_record(path)
-    require_same_vocabulary(record, vocabulary.content_hash, path)
+    require_same_vocabulary(newest_record(path)[1], vocabulary.content_hash, path)
     mesh = make_mesh(evaluation.mesh)
     model = Decoder(evaluation.model(vocabulary_size=vocabulary.size, length=evaluation.lengths["targets"]))
     abstract = abstract_state(model, optax.identity(), mesh, evaluation.mesh)
-    checkpoint = {"run": str(epath.Path(path).expanduser().resolve()), "step": step, "arm": arm(record["ledger"])}
     folder = epath.Path(evaluation.results_dir or f"{path}/results").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(evaluation.mesh.all_rules()):
-        params, _ = restore_parameters(path, abstract.params, report=report)
+        params, record = restore_parameters(path, abstract.params, report=report)
+        checkpoint = {"run": resolved(path), "step": record["step"], "arm": arm(record["ledger"])}
 
         def score_requests(requests: Sequence[Request]) -> list[Any]:
             return score(params, model.config, requests, batch_tokens=evaluation.batch_tokens,
@@ -255,8 +257,8 @@ def _answered(
     lines = _lines_written(folder / f"{name}.jsonl", header)
     total, before, began = len(loaded.questions), len(lines), time.monotonic()
     status = StatusLine(before, total, active=jax.process_index() == 0, unit="question")
-    with (folder / f"{name}.jsonl").open("w") as file:
-        file.write(_as_lines([header, *lines]))
+    _write(folder / f"{name}.jsonl", _as_lines([header, *lines]))  # whole, before anything is added to it
+    with (folder / f"{name}.jsonl").open("a") as file:
         for start in range(before, total, at_once):
             for line in answer(loaded.questions[start : start + at_once], start):
                 lines.append(line)

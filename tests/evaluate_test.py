@@ -121,6 +121,14 @@ def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeyp
     again = (tmp_path / "run" / "results" / "cosqa_sample.jsonl").read_text().splitlines()
     for found, wanted in zip(map(json.loads, again), map(json.loads, lines), strict=True):
         assert found.get("prediction") == wanted.get("prediction") and found.keys() == wanted.keys()
+    # While the first new line is made, the old ones lie on the disk: a kill then loses none.
+    path = tmp_path / "run" / "results" / "cosqa_sample.jsonl"
+    path.write_text("\n".join(map(json.dumps, started)))
+    on_disk = []
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_scored", lambda *rest: on_disk.append(path.read_text()) or real(*rest))
+        assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']")) == 0
+    assert [json.loads(line) for line in on_disk[0].splitlines()] == started
     # Under other settings all questions are scored again.
     scored.clear()
     assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']", "--gin.SCORING=sum")) == 0
@@ -155,7 +163,8 @@ def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
     assert [line["notes"][0] for line in lines[:2]] == ["passed"] * 2 and lines[2]["notes"][0] != "passed"
     assert result["metric"] == "pass@1" and result["value"] == pytest.approx(1 / len(lines))
     assert result["interval"][0] <= result["value"] <= result["interval"][1]
-    assert {"pass@1", "bleu", "bleu_released"} == set(result["scores"]) and result["scores"]["bleu"]["value"] > 0
+    assert {"pass@1", "bleu", "bleu_sacrebleu", "bleu_released"} == set(result["scores"])
+    assert all(result["scores"][name]["value"] > 0 for name in ("bleu", "bleu_sacrebleu"))
     result, lines = read(tmp_path, "dureader")
     assert {"f1", "exact_match"} == set(result["scores"]) and result["value"] == pytest.approx(
         np.mean([line["f1"] for line in lines[1:]]))
@@ -203,6 +212,7 @@ def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, ca
     (["--gin.TASKS=['logik']"], "logic"), (["--gin.SCORING=best"], "SCORING must be one of per_token, sum"),
     (["--gin.TASKS=logic"], "TASKS must be"), (["--gin.DATA_DIR=/nowhere"], "/nowhere"),
     (["--gin.TEMPLATE=released_"], "released"), (["--gin.CHECKPOINT_PATH=nowhere"], "name the MODEL_DIR of a run"),
+    (["--gin.SAMPLES=0"], "SAMPLES must be at least 1"), (["--gin.SEED=-1"], "SEED must be a whole number from 0"),
     (["--gin.sampling.top_p=2.0"], "top_p must be above 0 and at most 1")])
 def test_slips_get_one_line(capsys, run_dir, more, message):
     assert cli.main(flags(run_dir, *more)) == 1
