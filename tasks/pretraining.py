@@ -36,7 +36,7 @@ def output_features(path: str = DEFAULT_VOCABULARY.path) -> dict[str, seqio.Feat
 
 
 def add_corpus(
-    name: str, spec: Mapping[str, Any], make_task: Callable[[str, Mapping[str, Any]], seqio.Task] | None = None
+    name: str, spec: Mapping[str, Any], task_of: Callable[[str, Mapping[str, Any]], seqio.Task] | None = None
 ) -> None:
     """Registers a corpus as the SeqIO task `name`.
 
@@ -46,7 +46,7 @@ def add_corpus(
       name: the task's name, such as "text.books".
       spec: as `tasks.sources` describes it. The kind "task" gives an existing task, with its own
         preprocessors and features, a second name.
-      make_task: makes the task of any other kind; by default one of documents.
+      task_of: makes the task of any other kind; by default one of documents.
 
     Raises:
       ValueError: the spec is malformed, the name is a task or mixture of another origin, or an
@@ -59,7 +59,7 @@ def add_corpus(
             return
     elif name in taken:
         raise ValueError(f"{name} is already a task of its own; give the corpus another name.")
-    task = _alias(name, spec["task"]) if "task" in spec else (make_task or _task)(name, spec)
+    task = _alias(name, spec["task"]) if "task" in spec else (task_of or _task)(name, spec)
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add_provider(name, task)
     _added[name] = dict(spec)
@@ -80,16 +80,28 @@ def _alias(name: str, target: str) -> seqio.Task:
     return task.replace(name=name)
 
 
-def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
+def make_task(
+    name: str, spec: Mapping[str, Any], dataset: Callable[..., tf.data.Dataset], features: dict[str, seqio.Feature]
+) -> seqio.Task:
+    """A task of texts, tokenized and, where a feature asks for it, ended by the end token.
+
+    Args:
+      dataset: called as SeqIO calls a function that is a source, with `spec` and `name` besides.
+      features: by name, as in the dataset.
+    """
     return seqio.Task(
         name=name,
         source=seqio.FunctionDataSource(
-            functools.partial(_dataset, spec=dict(spec), name=name), splits=specs.splits(spec)
+            functools.partial(dataset, spec=dict(spec), name=name), splits=specs.splits(spec)
         ),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-        output_features=output_features(),
+        output_features=features,
         metric_fns=[],
     )
+
+
+def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
+    return make_task(name, spec, _dataset, output_features())
 
 
 def _dataset(

@@ -8,14 +8,13 @@ Nothing is cut here: read with `sequence_length=None` examples are whole. Tokens
 task's `output_features`, so that `task.replace(output_features=...)` tokenizes with another one.
 """
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
-from tasks import instructions, pretraining, specs
+from tasks import instructions, pretraining
 from tasks.official import MIXTURE, MIXTURE_RATES
 from tasks.scheduling import add_scheduled_mixture
 
@@ -41,7 +40,7 @@ def add_corpus(name: str, spec: Mapping[str, Any]) -> None:
     Raises:
       ValueError: the spec is malformed, or the name is a task or mixture of another origin.
     """
-    pretraining.add_corpus(name, spec, make_task=_task)
+    pretraining.add_corpus(name, spec, task_of=_task)
 
 
 def add_official_mixture() -> None:
@@ -59,15 +58,7 @@ def add_official_mixture() -> None:
 
 
 def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
-    return seqio.Task(
-        name=name,
-        source=seqio.FunctionDataSource(
-            functools.partial(_dataset, spec=dict(spec), name=name), splits=specs.splits(spec)
-        ),
-        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-        output_features=output_features(),
-        metric_fns=[],
-    )
+    return pretraining.make_task(name, spec, _dataset, output_features())
 
 
 def _dataset(
