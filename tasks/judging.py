@@ -1,6 +1,7 @@
 """Benchmarks as an evaluation asks for them: read with one choice of files and templates, and judged."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +90,11 @@ class Benchmarks:
         predictions = [tokenize(answers[0]) for answers in texts]
         references = [tokenize(question.references[0]) for question in questions]
         scored = metrics.bleu(predictions, references)
+        theirs = metrics.sacrebleu_score(
+            [answers[0] for answers in texts], [question.references[0] for question in questions])
         return Judged(
-            values, {"bleu": (scored.counts, metrics.bleu_of_counts)},
+            values, {"bleu": (scored.counts, metrics.bleu_of_counts),
+                     "bleu_sacrebleu": (theirs.counts, functools.partial(
+                         metrics.bleu_of_counts, smoothing="exponential"))},
             {"bleu_released": metrics.bleu(predictions, references, released=True).score},
             [[f"{one.verdict}: {one.detail}".removesuffix(": ") for one in each] for each in judged])

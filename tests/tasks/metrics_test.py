@@ -2,10 +2,10 @@
 
 import itertools
 import math
-import sys
 
 import numpy as np
 import pytest
+import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,7 +87,6 @@ def test_the_released_slip_finds_matches_across_questions():
 @given(corpora)
 @settings(deadline=None, max_examples=60)
 def test_bleu_as_in_sacrebleu_where_tokens_are_the_same(corpus):
-    sacrebleu = pytest.importorskip("sacrebleu")
     predictions, references = ([" ".join(words) for words in side] for side in zip(*corpus, strict=True))
     for name, smoothing in (("none", "none"), ("exp", "exponential")):
         metric = sacrebleu.BLEU(tokenize="none", smooth_method=name, force=True)
@@ -100,18 +99,11 @@ def test_bleu_as_in_sacrebleu_where_tokens_are_the_same(corpus):
 
 
 def test_sacrebleu_of_programs():
-    pytest.importorskip("sacrebleu")
     programs = ["def add(a, b):\n    return a + b\n", "", "print('hello, world')"]
     references = ["def add(x, y):\n    return x + y\n", "pass", "print('hello, world')"]
     result = sacrebleu_score(programs, references)
     assert 0 < result.score < 100 and "tok:13a" in result.signature and "version:" in result.signature
     assert bleu_of_counts(np.sum(result.counts, axis=0), "exponential") == pytest.approx(result.score)
-
-
-def test_without_sacrebleu_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'codellm_jax\[eval\]'"):
-        sacrebleu_score(["a"], ["a"])
 
 
 @given(corpora, st.randoms(use_true_random=False))
