@@ -158,6 +158,21 @@ def tiny_tuning_flags(tiny_instructions: dict[str, dict[str, Any]], tiny_cache: 
             "--gin.LEARNING_RATE=1e-3"]
 
 
+@pytest.fixture
+def of_one_host() -> Callable[..., Any]:
+    """Makes of a sharding what the process sees that holds only some of its devices: (sharding, devices) -> view."""
+
+    class View:
+        def __init__(self, sharding: Any, devices: set[Any]) -> None:
+            self._sharding, self._devices = sharding, devices
+
+        def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict[Any, Any]:
+            whole = self._sharding.addressable_devices_indices_map(shape)
+            return {device: index for device, index in whole.items() if device in self._devices}
+
+    return View
+
+
 @pytest.fixture(scope="session")
 def pretrained(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two run directories of four steps: NL, without code, and CODE."""

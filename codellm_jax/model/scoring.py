@@ -1,7 +1,6 @@
 """Log-likelihoods of continuations, given prompts.
 
-    for number, values in scored(params, config, requests): ...     # as batches finish
-    values = score(params, config, requests)                        # all, in the order of the requests
+    values = score(params, config, requests)  # in the order of the requests
 
 Rows are trees. The candidates of one question often begin alike; what all of them share, the stem, stands once in a
 row and each candidate's rest follows as a branch: a segment of its own, whose positions go on from the stem's and
@@ -144,19 +143,6 @@ def score(
         if progress is not None:
             progress(done, len(requests))
     return results
-
-
-def scored(
-    params: Any,
-    config: DecoderConfig,
-    requests: Sequence[Request],
-    *,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    sharding: NamedSharding | None = None,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Like `score`, but yields (index of the request, log-likelihoods) as batches finish, longest rows first."""
-    for finished in _finished_batches(params, config, requests, batch_tokens, sharding):
-        yield from finished
 
 
 def _finished_batches(

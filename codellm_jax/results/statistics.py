@@ -88,19 +88,6 @@ def bootstrap(values: Values, from_sums: FromSums | None = None, *, level: float
     return Bootstrap(estimate, *_spread(estimate, drawn, level))
 
 
-def bootstrap_indices(n: int, statistic: Callable[[np.ndarray], float], *, level: float = 0.95,
-                      resamples: int = 10_000, seed: int = 0) -> Bootstrap:
-    """As `bootstrap`, for a score that sums do not determine: `statistic` gets the indices [n] of the questions drawn.
-
-    It is called once for each resample, so it should be quick; on all questions, in order, it gives the estimate.
-    """
-    check_questions(n)
-    estimate = float(statistic(np.arange(n)))
-    rows = (row for counts in _draws(n, resamples, seed) for row in counts.astype(np.int64))
-    drawn = np.array([statistic(np.repeat(np.arange(n), row)) for row in rows], np.float64)
-    return Bootstrap(estimate, *_spread(estimate, drawn, level))
-
-
 def paired_bootstrap(first: Values, second: Values, from_sums: FromSums | None = None, *, level: float = 0.95,
                      resamples: int = 10_000, seed: int = 0) -> Difference:
     """The difference of two systems' scores, first minus second, over the same questions drawn for both.

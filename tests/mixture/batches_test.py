@@ -105,19 +105,8 @@ def test_the_same_global_batch_on_every_mesh(devices, shape):
         assert {shard.data.shape for shard in found.addressable_shards} == {(8 // shards, 4)}
 
 
-class OfOneHost:
-    """A sharding as the process that holds only some of the devices sees it."""
-
-    def __init__(self, sharding: jax.sharding.NamedSharding, devices: set[jax.Device]) -> None:
-        self._sharding, self._devices = sharding, devices
-
-    def addressable_devices_indices_map(self, shape):
-        whole = self._sharding.addressable_devices_indices_map(shape)
-        return {device: index for device, index in whole.items() if device in self._devices}
-
-
 @pytest.mark.parametrize("hosts", [2, 4, 8])
-def test_hosts_read_their_own_rows_alone(hosts, monkeypatch):
+def test_hosts_read_their_own_rows_alone(hosts, monkeypatch, of_one_host):
     whole, _ = global_batch(2, 16, *in_memory(), END, sharding_over(8))
     sharding, devices = sharding_over(8), jax.devices()
     collected = np.zeros((16, 4), np.int32)
@@ -126,7 +115,7 @@ def test_hosts_read_their_own_rows_alone(hosts, monkeypatch):
         monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, shard: [
             (index, shard(index)) for index in sharding.addressable_devices_indices_map(shape).values()])
         order, rows = in_memory()
-        part, draw = global_batch(2, 16, order, rows, END, OfOneHost(sharding, own))
+        part, draw = global_batch(2, 16, order, rows, END, of_one_host(sharding, own))
         monkeypatch.undo()
         read = [(source, row) for source, each in enumerate(rows) for row in each.__dict__.get("asked_for", [])]
         first = host * 16 // hosts

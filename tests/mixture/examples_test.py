@@ -183,20 +183,9 @@ def test_the_same_batch_on_every_mesh(packing):
         assert {shard.data.shape for shard in found.addressable_shards} == {(2, LENGTH)}
 
 
-class OfOneHost:
-    """A sharding as the process that holds only some of the devices sees it."""
-
-    def __init__(self, sharding: jax.sharding.NamedSharding, devices: set[jax.Device]) -> None:
-        self._sharding, self._devices = sharding, devices
-
-    def addressable_devices_indices_map(self, shape):
-        whole = self._sharding.addressable_devices_indices_map(shape)
-        return {device: index for device, index in whole.items() if device in self._devices}
-
-
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_read_their_own_examples_alone(packing, hosts, monkeypatch):
+def test_hosts_read_their_own_examples_alone(packing, hosts, monkeypatch, of_one_host):
     whole, _ = example_batch(2, 16, *in_memory(), 16, packing, sharding_over(8))
     sharding, devices = sharding_over(8), jax.devices()
     collected, read = np.full((16, LENGTH), -1, np.int32), []
@@ -208,7 +197,7 @@ def test_hosts_read_their_own_examples_alone(packing, hosts, monkeypatch):
         monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, shard: [
             (index, shard(index)) for index in sharding.addressable_devices_indices_map(shape).values()])
         own = set(devices[host * 8 // hosts : (host + 1) * 8 // hosts])
-        part, draw = example_batch(2, 16, order, rows, 16, packing, OfOneHost(sharding, own))
+        part, draw = example_batch(2, 16, order, rows, 16, packing, of_one_host(sharding, own))
         monkeypatch.undo()
         read += [(source, row) for source, each in enumerate(rows) for row in each.__dict__["asked_for"]]
         assert len(draw.source) == 16  # every host counts the whole batch in its ledger

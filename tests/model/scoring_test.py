@@ -13,7 +13,7 @@ from flax import linen as nn
 from codellm_jax.model import scoring
 from codellm_jax.model.buckets import length_bucket, power_of_two
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.model.scoring import Request, fault, prompt_tokens_cut, score, scored
+from codellm_jax.model.scoring import Request, fault, prompt_tokens_cut, score
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh, shardings_of
 
 TINY = DecoderConfig(layers=3, hidden=16, heads=2, feedforward=24, vocabulary_size=23, length=96)
@@ -105,9 +105,12 @@ def test_groups_change_nothing() -> None:
         expect(TINY, regrouped, score(make_params(TINY), TINY, regrouped, batch_tokens=512))
 
 
-def test_scored_yields_every_request_once() -> None:
+def test_every_request_is_scored_once() -> None:
     requests = make_requests(TINY)
-    found = dict(scored(make_params(TINY), TINY, requests, batch_tokens=300))
+    batches = scoring._finished_batches(make_params(TINY), TINY, requests, 300, None)
+    pairs = [pair for batch in batches for pair in batch]
+    found = dict(pairs)
+    assert len(pairs) == len(found)
     expect(TINY, requests, [found[i] for i in range(len(requests))])
     assert score(make_params(TINY), TINY, []) == []
 
