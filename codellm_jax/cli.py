@@ -8,6 +8,7 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 import argparse
 import contextlib
 import difflib
+import json
 import logging
 import os
 import re
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train, "eval": _eval, "compare": _compare, "explain": _explain, "vocabulary": _vocabulary}
+        "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "explain": _explain,
+        "vocabulary": _vocabulary}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -76,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
     add("eval", "evaluate a checkpoint on benchmarks",
         "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted.")
+    infer = add("infer", "write text with a checkpoint",
+                "Goes on from prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts they are typed.")
+    infer.add_argument("--prompts", metavar="FILE", help="prompts, a line each, or JSON lines where it ends in .jsonl")
+    infer.add_argument("--output", metavar="FILE", help="write the answers there, as JSON lines")
+    infer.add_argument("--instruction", action="store_true", help="put each prompt into the template of instructions")
     compare = subparsers.add_parser("compare", help="compare two runs' results", allow_abbrev=False,
                                     description="Paired tests of two evaluated runs on the same questions.")
     compare.add_argument("first", metavar="RUN_A")
@@ -156,6 +163,56 @@ def _eval(flags: argparse.Namespace) -> int:
     evaluation = build(configuration, "evaluate")
     evaluate(evaluation)
     return 0
+
+
+def _infer(flags: argparse.Namespace) -> int:
+    if flags.instruction:
+        flags.overrides.append(("infer.template", "@instruction_prompt"))
+    configuration = _configuration(flags)
+    from codellm_jax.configuration import build
+    from codellm_jax.infer import in_template, infer, read_prompts
+    from codellm_jax.runtime.progress import StatusLine
+
+    _use_compilation_cache()
+    if not flags.debug:
+        _quiet_libraries()
+    inference = build(configuration, "infer")
+    prompts: Any = read_prompts(flags.prompts, inference.template) if flags.prompts else (
+        in_template(line, inference.template) for line in _typed())
+    output = open(flags.output, "w", encoding="utf-8") if flags.output else None
+
+    def write(text: str) -> None:
+        if not output:
+            print(text, end="", flush=True)
+
+    def begin(number: int, prompt: str) -> None:
+        if flags.prompts and not output:
+            print(f"--- {number + 1}/{len(prompts)}: {prompt}", flush=True)
+
+    with contextlib.nullcontext() if output is None else output:
+        status = StatusLine(0, len(prompts) if flags.prompts else 0, active=bool(flags.prompts and output),
+                            unit="prompt")
+        answers = infer(inference, prompts, write, begin, report=lambda line: print(line, file=sys.stderr, flush=True))
+        for number, written in enumerate(answers, 1):
+            if output:
+                output.write(json.dumps(written._asdict(), ensure_ascii=False) + "\n")
+                output.flush()
+                status.show(number, "answered")
+            else:
+                print(flush=True)
+        status.close()
+    return 0
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the terminal, or from a pipe, that are not blank."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
 
 
 def _compare(flags: argparse.Namespace) -> int:

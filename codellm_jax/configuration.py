@@ -26,7 +26,11 @@ from gin import config_parser
 # What gin files may bind, and where it is defined. Imported only when a configuration is built.
 CONFIGURABLES = {
     "train": "codellm_jax.plan:Training",
-    "evaluate": "codellm_jax.evaluate:Evaluation",
+    "evaluate": "codellm_jax.evaluate:CheckpointEvaluation",
+    "evaluation": "codellm_jax.evaluate:Evaluation",
+    "checkpoint": "codellm_jax.runtime.trained:Checkpoint",
+    "infer": "codellm_jax.infer:Inference",
+    "instruction_prompt": "tasks.prompts:alpaca_prompt",
     "sampling": "codellm_jax.model.sampling:Sampling",
     "mixture": "codellm_jax.mixture.mixture:Mixture",
     "tasks": "tasks:Definitions",

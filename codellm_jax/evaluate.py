@@ -16,36 +16,34 @@ All four are written down for every candidate; one of them decides. Results lie 
 An evaluation that was interrupted goes on after the questions it has written.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import optax
 from etils import epath
-from flax import linen as nn
 
 from codellm_jax.mixture.ledger import arm
-from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.model.decoding import Generation, generate
 from codellm_jax.model.sampling import PAPER_SAMPLING, Sampling
-from codellm_jax.model.scoring import Request, fault, prompt_tokens_cut, score
+from codellm_jax.model.scoring import Request, fault, prompt_tokens_cut
+from codellm_jax.results.files import as_lines, lines_written, write_result, write_whole
 from codellm_jax.results.levels import AccuracySummary, accuracy_summary, detectable_by_error
 from codellm_jax.results.statistics import Bootstrap, Interval, bootstrap, wilson_interval
-from codellm_jax.runtime.checkpoints import newest_record, restore_parameters
-from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
-from codellm_jax.runtime.progress import StatusLine, duration
-from codellm_jax.runtime.state import abstract_state
-from codellm_jax.train import require_same_vocabulary, resolved
-from codellm_jax.vocabulary import Vocabulary
+from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_rows, told_from_chance
+from codellm_jax.runtime.checkpoints import resolved
+from codellm_jax.runtime.process import agreed
+from codellm_jax.runtime.progress import StatusLine, duration, say
+from codellm_jax.runtime.trained import Checkpoint, TrainedModel, trained_model
 
 SCORINGS = ("per_token", "sum", "per_byte", "released")
-RESULTS_VERSION = 1  # raise it whenever lines hold other things: those of an earlier one are not gone on from
+RESULTS_VERSION = 2  # raise it whenever lines hold other things: those of an earlier one are not gone on from
 QUESTIONS_AT_ONCE = 64  # scored between two writes of results
 TEXTS_AT_ONCE = 32  # likewise written
+RAW_OUTPUTS = 3  # shown where a score is 0 or no better than chance: a slip in a template looks like that
 
 
 class Benchmarks(Protocol):
@@ -63,101 +61,127 @@ class Benchmarks(Protocol):
         """A `tasks.metrics.Accuracy`."""
         ...
 
-    def settings(self) -> Mapping[str, Any]:
-        """What of the questions is a choice, as JSON."""
+    def settings(self, task: str) -> Mapping[str, Any]:
+        """What of a task's questions is a choice, as JSON."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a gin file says of an evaluation.
+    """What is asked, and how the answers are taken.
 
     Attributes:
-      checkpoint_path: a run directory; its newest checkpoint is evaluated.
       tasks: names of benchmarks.
       benchmarks: reads them.
-      vocabulary, model, lengths, mesh: as in training, of the run by default.
+      questions: at most so many of each task, drawn by a hash of the seed and their ids; None for all.
       scoring: which of SCORINGS decides.
       sampling: how answers are written.
       samples: answers to each question that is answered by writing; pass@k needs k or more.
-      seed: of what is sampled.
+      seed: of what is drawn.
       batch_tokens: tokens scored at once, over all devices.
-      results_dir: by default RUN/results.
     """
 
-    checkpoint_path: str
     tasks: Sequence[str]
     benchmarks: Benchmarks
-    vocabulary: Vocabulary
-    model: Callable[..., DecoderConfig]
-    lengths: Mapping[str, int]
-    mesh: MeshShape
+    questions: int | None = None
     scoring: str = "per_token"
     sampling: Sampling = PAPER_SAMPLING
     samples: int = 1
     seed: int = 0
     batch_tokens: int = 8192
-    results_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.scoring not in SCORINGS:
             raise ValueError(f"SCORING must be one of {', '.join(SCORINGS)}, found {self.scoring!r}.")
-        if isinstance(self.tasks, str) or not self.tasks:
+        if isinstance(self.tasks, str):
             raise ValueError(f"TASKS must be a list of benchmarks such as ['logic', 'cosqa'], found {self.tasks!r}.")
-        for name, value in (("SAMPLES", self.samples), ("evaluate.batch_tokens", self.batch_tokens)):
-            if value < 1:
+        for name, value in (("SAMPLES", self.samples), ("QUESTIONS", self.questions),
+                            ("evaluation.batch_tokens", self.batch_tokens)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed}.")
 
+    def load(self) -> list[Any]:
+        """The questions of each task, a `tasks.benchmarks.questions.Loaded` each; all mistakes come out here."""
+        return [self._drawn(self.benchmarks.load(task)) for task in dict.fromkeys(self.tasks)]
 
-def evaluate(evaluation: Evaluation, report: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    def _drawn(self, loaded: Any) -> Any:
+        if self.questions is None or len(loaded.questions) <= self.questions:
+            return loaded
+        by_hash = sorted(loaded.questions, key=lambda question: hashlib.sha256(
+            f"{self.seed}\0{question.id}".encode()).digest())
+        drawn = {question.id for question in by_hash[: self.questions]}
+        return dataclasses.replace(
+            loaded, questions=tuple(question for question in loaded.questions if question.id in drawn))
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointEvaluation:
+    """What a gin file says of the evaluation of a checkpoint; results go to `results_dir`, by default RUN/results."""
+
+    checkpoint: Checkpoint
+    evaluation: Evaluation
+    results_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.evaluation.tasks:
+            raise ValueError("TASKS is empty: list benchmarks such as ['logic', 'cosqa'].")
+
+
+def evaluate(run: CheckpointEvaluation, report: Callable[[str], None] = say) -> list[dict[str, Any]]:
     """Evaluates a checkpoint on every task; returns what RUN/results/TASK.json holds, in the order of the tasks.
 
     Raises:
       ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit.
     """
-    loaded = {task: evaluation.benchmarks.load(task) for task in dict.fromkeys(evaluation.tasks)}  # all mistakes first
-    path, vocabulary = evaluation.checkpoint_path, evaluation.vocabulary
-    require_same_vocabulary(newest_record(path)[1], vocabulary.content_hash, path)
-    mesh = make_mesh(evaluation.mesh)
-    model = Decoder(evaluation.model(vocabulary_size=vocabulary.size, length=evaluation.lengths["targets"]))
-    abstract = abstract_state(model, optax.identity(), mesh, evaluation.mesh)
-    folder = epath.Path(evaluation.results_dir or f"{path}/results").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    with jax.set_mesh(mesh), nn.logical_axis_rules(evaluation.mesh.all_rules()):
-        params, record = restore_parameters(path, abstract.params, report=report)
-        checkpoint = {"run": resolved(path), "step": record["step"], "arm": arm(record["ledger"])}
-
-        def score_requests(requests: Sequence[Request]) -> list[Any]:
-            return score(params, model.config, requests, batch_tokens=evaluation.batch_tokens,
-                         sharding=batch_sharding(mesh))
-
-        def write(prompts: Sequence[Sequence[int]], numbers: Sequence[int], stop: Sequence[str]) -> list[Generation]:
-            return generate(
-                params, model.config, prompts, evaluation.sampling, evaluation.seed, numbers=numbers,
-                stop_ids={vocabulary.end_of_document_id}, drawable=vocabulary.pieces, sharding=batch_sharding(mesh),
-                stopped=lambda row, ids: any(word in vocabulary.decode(ids) for word in stop))
-
+    loaded, path = run.evaluation.load(), run.checkpoint.path
+    with trained_model(run.checkpoint, report) as (model, record):
+        checkpoint = {"run": resolved(path), "step": record["step"], "arm": arm(record["ledger"]),
+                      "digest": record["digest"]}
         report(HEADINGS)
-        for questions in loaded.values():
-            if hasattr(questions.questions[0], "candidates"):
-                results.append(evaluate_choices(evaluation, questions, checkpoint, folder, score_requests, report))
-            else:
-                results.append(evaluate_texts(evaluation, questions, checkpoint, folder, write, report))
+        return ask(run.evaluation, loaded, model, checkpoint, run.results_dir or f"{path}/results", report)
+
+
+def ask(
+    evaluation: Evaluation, loaded: Sequence[Any], model: TrainedModel, checkpoint: Mapping[str, Any], folder: str,
+    report: Callable[[str], None], progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Asks a model the questions of each task and writes its results; call under its mesh and axis rules.
+
+    Every process computes; the first one alone writes, judges and returns results, the others return none.
+
+    Args:
+      evaluation: what is asked.
+      loaded: what `evaluation.load` gave.
+      model: who is asked.
+      checkpoint: what it is, as JSON; lines of an earlier evaluation of the very same are gone on from.
+      folder: where results are written.
+      report: is told a few lines for each task.
+      progress: whether to show how far a task has come.
+    """
+    directory = epath.Path(folder).expanduser()
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    results = []
+    for questions in loaded:
+        one = ask_choices if hasattr(questions.questions[0], "candidates") else ask_texts
+        if result := one(evaluation, questions, model, checkpoint, directory, report, progress):
+            results.append(result)
     return results
 
 
-def evaluate_choices(
-    evaluation: Evaluation, loaded: Any, checkpoint: Mapping[str, Any], folder: epath.Path,
-    score_requests: Callable[[Sequence[Request]], list[Any]], report: Callable[[str], None],
-) -> dict[str, Any]:
+def ask_choices(
+    evaluation: Evaluation, loaded: Any, model: TrainedModel, checkpoint: Mapping[str, Any], folder: epath.Path,
+    report: Callable[[str], None], progress: bool,
+) -> dict[str, Any] | None:
     """One task of questions with candidates, from the first question that has no line yet; writes its two files."""
-    settings = _settings(evaluation, loaded) | {"scoring": evaluation.scoring}
-    name, header, lines, seconds, new = _answered(
-        evaluation, loaded, settings, checkpoint, folder, QUESTIONS_AT_ONCE,
-        lambda questions, start: _scored(questions, evaluation, score_requests))
+    settings = _settings(evaluation, loaded, model) | {"scoring": evaluation.scoring}
+    answered = _answered(loaded, settings, checkpoint, folder, QUESTIONS_AT_ONCE,
+                         lambda questions, start: _scored(questions, evaluation, model), progress)
+    if answered is None:
+        return None
+    lines = answered.lines
     losses = {scoring: [[_loss(candidate, scoring) for candidate in line["candidates"]] for line in lines]
               for scoring in SCORINGS}
     answers = [line["answer"] for line in lines]
@@ -167,32 +191,35 @@ def evaluate_choices(
         line |= {"prediction": prediction, "correct": bool(correct)}
     candidates = [candidate for line in lines for candidate in line["candidates"]]
     summary = accuracy_summary(chosen.correct, [len(line["candidates"]) for line in lines], answers)
-    result = header | {
+    result = answered.header | {
         "task": loaded.name, "sample": loaded.is_sample, "metric": "accuracy", "value": summary.accuracy,
         **_levels(summary), "ties": chosen.ties,
         "accuracy_by_scoring": {scoring: outcome.accuracy for scoring, outcome in outcomes.items()},
         "prompts_cut": sum(candidate["prompt_tokens_cut"] > 0 for candidate in candidates),
         "continuations_cut": sum(candidate["continuation_tokens_cut"] > 0 for candidate in candidates),
-        "read": loaded.read, "skipped": dict(loaded.skipped), "files": list(loaded.files),
-        "questions_per_second": new / seconds if new else None,
+        **_data(loaded), "questions_per_second": answered.rate,
     }
-    _write_results(folder, name, header, lines, result)
-    report(_row(result))
+    if not summary.accuracy or not told_from_chance(result):
+        result["raw_outputs"] = [raw_choice(question, line, evaluation.scoring) for question, line in zip(
+            loaded.questions[:RAW_OUTPUTS], lines, strict=False)]
+    write_result(folder, answered.name, answered.header, answered.lines, result)
+    report(table_rows(result))
     return result
 
 
-def evaluate_texts(
-    evaluation: Evaluation, loaded: Any, checkpoint: Mapping[str, Any], folder: epath.Path,
-    write: Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[str]], list[Generation]],
-    report: Callable[[str], None],
-) -> dict[str, Any]:
+def ask_texts(
+    evaluation: Evaluation, loaded: Any, model: TrainedModel, checkpoint: Mapping[str, Any], folder: epath.Path,
+    report: Callable[[str], None], progress: bool,
+) -> dict[str, Any] | None:
     """One task of questions that are answered by writing, likewise."""
-    vocabulary, samples = evaluation.vocabulary, evaluation.samples
+    vocabulary, samples = model.vocabulary, evaluation.samples
 
     def written(questions: Sequence[Any], start: int) -> Iterator[dict[str, Any]]:
         stop = tuple(questions[0].extra.get("stop", ()))
         prompts = [vocabulary.encode(question.prompt) for question in questions for _ in range(samples)]
-        answers = iter(write(prompts, range(start * samples, start * samples + len(prompts)), stop))
+        numbers = range(start * samples, start * samples + len(prompts))
+        answers = iter(model.write(
+            prompts, [stop] * len(prompts), evaluation.sampling, evaluation.seed, numbers=numbers))
         for question in questions:
             each = [next(answers) for _ in range(samples)]
             texts = [vocabulary.decode(answer.ids) for answer in each]
@@ -201,28 +228,28 @@ def evaluate_texts(
             yield {"id": question.id, "texts": texts, "reasons": [answer.reason for answer in each],
                    "prompt_tokens_cut": each[0].prompt_tokens_cut}
 
-    settings = _settings(evaluation, loaded) | {
+    settings = _settings(evaluation, loaded, model) | {
         "sampling": dataclasses.asdict(evaluation.sampling), "samples": samples, "sampling_seed": evaluation.seed}
-    name, header, lines, seconds, new = _answered(
-        evaluation, loaded, settings, checkpoint, folder, max(1, TEXTS_AT_ONCE // samples), written)
+    answered = _answered(loaded, settings, checkpoint, folder, max(1, TEXTS_AT_ONCE // samples), written, progress)
+    if answered is None:
+        return None
+    lines = answered.lines
     judged = evaluation.benchmarks.judge(loaded, [line["texts"] for line in lines], vocabulary.encode)
     scores = {metric: _score_of_means(values) for metric, values in judged.values.items()}
     scores |= {metric: _score(bootstrap(counts, from_sums)) for metric, (counts, from_sums) in judged.corpus.items()}
     main = next(iter(judged.values))
     for number, line in enumerate(lines):
         line |= {metric: values[number] for metric, values in judged.values.items()} | {"notes": judged.notes[number]}
-    result = header | {
+    result = answered.header | {
         "task": loaded.name, "sample": loaded.is_sample, "metric": main, "n": len(lines), **scores[main],
         "scores": scores | {metric: {"value": value} for metric, value in judged.fixed.items()},
         "prompts_cut": sum(line["prompt_tokens_cut"] > 0 for line in lines),
-        "read": loaded.read, "skipped": dict(loaded.skipped), "files": list(loaded.files),
-        "questions_per_second": new / seconds if new else None,
+        **_data(loaded), "questions_per_second": answered.rate,
     }
-    _write_results(folder, name, header, lines, result)
-    report(_rows_of_texts(result))
     if not result["value"]:
-        for line in lines[:3]:
-            report(f"  {line['id']}: {line['texts'][0][:100]!r} {line['notes'][0]}".rstrip())
+        result["raw_outputs"] = [raw_text(line) for line in lines[:RAW_OUTPUTS]]
+    write_result(folder, answered.name, answered.header, answered.lines, result)
+    report(table_rows(result))
     return result
 
 
@@ -238,54 +265,59 @@ def _score_of_means(values: Sequence[float]) -> dict[str, Any]:
     return _score(bootstrap(values), wilson_interval(int(sum(values)), len(values)) if shares else None)
 
 
-def _settings(evaluation: Evaluation, loaded: Any) -> dict[str, Any]:
-    return {"version": RESULTS_VERSION, "vocabulary": evaluation.vocabulary.content_hash,
-            **evaluation.benchmarks.settings(), "data": loaded.sha256, "questions": _fingerprint(loaded.questions)}
+def _settings(evaluation: Evaluation, loaded: Any, model: TrainedModel) -> dict[str, Any]:
+    return {"version": RESULTS_VERSION, "vocabulary": model.vocabulary.content_hash,
+            **evaluation.benchmarks.settings(loaded.name), "data": loaded.sha256,
+            "questions": _fingerprint(loaded.questions)}
+
+
+def _data(loaded: Any) -> dict[str, Any]:
+    return {"read": loaded.read, "skipped": dict(loaded.skipped), "files": list(loaded.files)}
+
+
+class _Answered(NamedTuple):
+    """All lines of a task, and how they came."""
+
+    name: str  # of the files
+    header: dict[str, Any]
+    lines: list[dict[str, Any]]
+    rate: float | None  # questions a second, of those that were new; None if none was
 
 
 def _answered(
-    evaluation: Evaluation, loaded: Any, settings: Mapping[str, Any], checkpoint: Mapping[str, Any],
-    folder: epath.Path, at_once: int, answer: Callable[[Sequence[Any], int], Iterator[dict[str, Any]]],
-) -> tuple[str, dict[str, Any], list[dict[str, Any]], float, int]:
-    """Answers the questions that have no line yet, and writes a line for each as it comes.
-
-    Returns:
-      The name of the files, their header, the lines of all questions, the seconds it took, and how many were new.
+    loaded: Any, settings: Mapping[str, Any], checkpoint: Mapping[str, Any], folder: epath.Path, at_once: int,
+    answer: Callable[[Sequence[Any], int], Iterator[dict[str, Any]]], progress: bool,
+) -> _Answered | None:
+    """Answers the questions that have no line yet, and writes a line for each as it comes; None but on the first
+    process, which alone reads and writes.
     """
     name = f"{loaded.name}_sample" if loaded.is_sample else loaded.name
     header = {"settings": json.loads(json.dumps(settings)), "checkpoint": dict(checkpoint)}
-    lines = _lines_written(folder / f"{name}.jsonl", header)
-    total, before, began = len(loaded.questions), len(lines), time.monotonic()
-    status = StatusLine(before, total, active=jax.process_index() == 0, unit="question")
-    _write(folder / f"{name}.jsonl", _as_lines([header, *lines]))  # whole, before anything is added to it
-    with (folder / f"{name}.jsonl").open("a") as file:
+    path, first, total = folder / f"{name}.jsonl", jax.process_index() == 0, len(loaded.questions)
+    lines = lines_written(path, header) if first else []
+    before, began = agreed(len(lines)), time.monotonic()
+    status = StatusLine(before, total, active=first and progress, unit="question")
+    if first:
+        write_whole(path, as_lines([header, *lines]))  # whole, before anything is added to it
+    with path.open("a") if first else contextlib.nullcontext() as file:
         for start in range(before, total, at_once):
             for line in answer(loaded.questions[start : start + at_once], start):
                 lines.append(line)
-                file.write(_as_lines([line]))
-            file.flush()
-            rate = (len(lines) - before) / (time.monotonic() - began)
-            status.show(len(lines), f"{name} | {rate:,.1f} questions/s | {duration((total - len(lines)) / rate)} left")
+                if file is not None:
+                    file.write(as_lines([line]))
+            if file is not None:
+                file.flush()
+            done = min(start + at_once, total)
+            rate = (done - before) / (time.monotonic() - began)
+            status.show(done, f"{name} | {rate:,.1f} questions/s | {duration((total - done) / rate)} left")
     status.close()
-    return name, header, lines, time.monotonic() - began, total - before
+    new = total - before
+    return _Answered(name, header, lines, new / (time.monotonic() - began) if new else None) if first else None
 
 
-def _as_lines(values: Sequence[Any]) -> str:
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-
-
-def _write_results(
-    folder: epath.Path, name: str, header: Mapping[str, Any], lines: Sequence[Any], result: Mapping[str, Any]
-) -> None:
-    _write(folder / f"{name}.jsonl", _as_lines([header, *lines]))
-    _write(folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-
-
-def _scored(
-    questions: Sequence[Any], evaluation: Evaluation, score_requests: Callable[[Sequence[Request]], list[Any]]
-) -> Iterator[dict[str, Any]]:
+def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedModel) -> Iterator[dict[str, Any]]:
     """The line of each question, without prediction."""
-    vocabulary, length = evaluation.vocabulary, evaluation.lengths["targets"]
+    vocabulary, length = model.vocabulary, model.config.length
     requests, beyond = [], []
     for group, question in enumerate(questions):
         for number, candidate in enumerate(question.candidates):
@@ -299,7 +331,7 @@ def _scored(
             if len(request.prompt) + len(request.continuation) <= length:
                 request = request._replace(continuation=[*request.continuation, vocabulary.pad_id])
             requests.append(request)
-    values = iter(zip(requests, score_requests(requests), beyond, strict=True))
+    values = iter(zip(requests, model.score(requests, evaluation.batch_tokens), beyond, strict=True))
     for question in questions:
         candidates = []
         for _ in question.candidates:
@@ -332,47 +364,6 @@ def _levels(summary: AccuracySummary) -> dict[str, Any]:
     }
 
 
-def _lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of an evaluation of the same settings and checkpoint, as far as it came."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # a kill cut it short
-    return lines[1:] if lines and lines[0] == header else []
-
-
 def _fingerprint(questions: Sequence[Any]) -> str:
     """Of the texts that are scored, and so of data, template and examples together."""
     return hashlib.sha256(json.dumps(questions, ensure_ascii=False).encode()).hexdigest()
-
-
-def _write(path: epath.Path, text: str) -> None:
-    """Whole or not at all."""
-    building = path.with_name(f".{path.name}.building")
-    building.write_text(text)
-    building.replace(path)
-
-
-def _rows_of_texts(result: Mapping[str, Any]) -> str:
-    """Lines of the table: one for each metric, in per cent; BLEU is one already."""
-    rows = []
-    for metric, score_ in result["scores"].items():
-        scale = 1 if metric.startswith("bleu") else 100
-        name = f"{result['task']}{' (sample)' if result['sample'] else ''} {metric}"
-        between = " - ".join(f"{scale * bound:.1f}" for bound in score_.get("interval") or ()) or "-"
-        rows.append(f"{name:<28} {result['n']:>6,} {scale * score_['value']:>9.2f} {between:>15} {'-':>7} {'-':>9}")
-    return "\n".join(rows)
-
-
-HEADINGS = f"{'task':<28} {'n':>6} {'score':>9} {'95% interval':>15} {'chance':>7} {'majority':>9}"
-
-
-def _row(result: Mapping[str, Any]) -> str:
-    """A line of the table on the terminal, in per cent."""
-    low, high = result["interval"]
-    name = result["task"] + (" (sample)" if result["sample"] else "")
-    note = "" if result["chance_p_value"] < 0.05 else "  not told from chance"
-    return (f"{name:<28} {result['n']:>6,} {100 * result['value']:>9.2f} {f'{100 * low:.1f} - {100 * high:.1f}':>15} "
-            f"{100 * result['chance']:>7.1f} {100 * result['majority']:>9.1f}{note}")

@@ -4,11 +4,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 
+from codellm_jax.evaluate import Evaluation
 from codellm_jax.mixture.batches import rows_of_packed_steps
 from codellm_jax.mixture.mixture import Mixture, OpenMixture, open_mixture
 from codellm_jax.mixture.order import Order
@@ -42,6 +44,7 @@ class Training:
       keep_last: newest checkpoints kept; keep_every: besides, those at its multiples.
       microbatches: parts a batch is trained on in turn before one update, to save memory.
       initial_checkpoint_path: a run directory whose parameters are started from.
+      evaluation: benchmarks that are asked at each evaluation; None for none.
       seed: of the parameters, the order and dropout.
     """
 
@@ -62,6 +65,7 @@ class Training:
     keep_every: int | None = None
     microbatches: int = 1
     initial_checkpoint_path: str | None = None
+    evaluation: Evaluation | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +94,7 @@ class Plan:
     last_step: int  # train_steps, or fewer where MAX_EPOCHS ends the run first
     rows: int  # of a step's arrays: batch_size, or fewer where examples are packed
     filled: float  # the part of them that packed examples fill, on average
+    questions: tuple[Any, ...]  # of each benchmark that is asked while training, as `Evaluation.load` gives them
 
 
 def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan:
@@ -98,6 +103,7 @@ def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan
     Raises:
       ValueError: in one line, for any setting that does not fit the others.
     """
+    questions = tuple(training.evaluation.load()) if training.evaluation else ()
     mesh = make_mesh(training.mesh)
     packing = training.mixture.stage == "tuning" and training.mixture.packing
     if not packing:
@@ -124,7 +130,7 @@ def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan
         shards = mesh.shape["data"] * mesh.shape["fsdp"] * training.microbatches
         rows = -(-most // shards) * shards
         filled = positions / (last_step * rows * training.mixture.length)
-    return Plan(mesh, model, optimizer, state, mixture, last_step, rows, filled)
+    return Plan(mesh, model, optimizer, state, mixture, last_step, rows, filled, questions)
 
 
 def unit(mixture: OpenMixture) -> str:
@@ -183,6 +189,9 @@ def describe(training: Training, plan: Plan) -> str:
         "memory       " + memory_estimate(training, plan),
         f"vocabulary   {training.vocabulary.path} ({training.vocabulary.content_hash[:12]})",
         f"order        {order.fingerprint()[:12]}",
+        *(["benchmarks   " + ", ".join(
+            f"{loaded.name}{' (sample)' * loaded.is_sample} {len(loaded.questions):,}" for loaded in plan.questions)
+           + f" questions, every {training.eval_period:,} steps"] if plan.questions else []),
         *([f"starts from  {training.initial_checkpoint_path}"] if training.initial_checkpoint_path else []),
         f"run          {training.model_dir}",
     ]

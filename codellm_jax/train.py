@@ -20,18 +20,27 @@ import optax
 from etils import epath
 from flax import linen as nn
 
+from codellm_jax.evaluate import ask
 from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
 from codellm_jax.mixture.ledger import Ledger, arm
 from codellm_jax.mixture.order import POOLS, Draw
 from codellm_jax.model.decoder import Decoder, flops_per_token, token_embedding
 from codellm_jax.model.losses import cross_entropy
 from codellm_jax.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
-from codellm_jax.runtime.checkpoints import Checkpoints, newest_record, restore_parameters
+from codellm_jax.results.tables import short_score
+from codellm_jax.runtime.checkpoints import (
+    Checkpoints,
+    newest_record,
+    require_same_vocabulary,
+    resolved,
+    restore_parameters,
+)
 from codellm_jax.runtime.meter import Meter, Metrics, loss_by_source
 from codellm_jax.runtime.partitioning import batch_sharding
 from codellm_jax.runtime.process import alone_in, stop_on_signal
-from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records
+from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
 from codellm_jax.runtime.state import TrainState, initial_state
+from codellm_jax.runtime.trained import TrainedModel
 
 
 def train_step(
@@ -235,7 +244,20 @@ def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Dra
 
 
 def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: StatusLine) -> None:
-    """Held-out loss of each source and each pool on the first rows of its validation split, recorded and shown."""
+    """Held-out losses and benchmarks, recorded and shown."""
+    losses, scores = held_out(run, eval_fn), ask_benchmarks(run)
+    if losses or scores:
+        records.write(run.step, "eval", losses | {name: result["value"] for name, result in scores.items()})
+    if losses:
+        pools = ", ".join(f"{pool} {losses[f'loss/{pool}']:.4f}" for pool in POOLS if f"loss/{pool}" in losses)
+        status.say(f"held-out loss after step {run.step}: {pools}")
+    if scores:
+        shown = [f"{name.removeprefix('score/')} {short_score(result)}" for name, result in scores.items()]
+        status.say(f"benchmarks after step {run.step}, in per cent: {', '.join(shown)}")
+
+
+def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
+    """Loss of each source and each pool on the first rows of its validation split; empty where there are none."""
     training, plan, order = run.training, run.plan, run.plan.mixture.order
     losses, tokens = np.zeros(len(order.sources)), np.zeros(len(order.sources))
     for index, rows in enumerate(plan.mixture.validation):
@@ -247,11 +269,24 @@ def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: St
             loss, count = jax.device_get(eval_fn(run.state.params, batch))
             losses, tokens = losses + loss, tokens + count
     if not tokens.sum():
-        return
-    values = loss_by_source(losses, tokens, [source.name for source in order.sources])
-    records.write(run.step, "eval", {"loss": losses.sum() / tokens.sum(), "tokens": tokens.sum()} | values)
-    pools = ", ".join(f"{pool} {values[f'loss/{pool}']:.4f}" for pool in POOLS if f"loss/{pool}" in values)
-    status.say(f"held-out loss after step {run.step}: {pools}")
+        return {}
+    return {"loss": losses.sum() / tokens.sum(), "tokens": tokens.sum()} | loss_by_source(
+        losses, tokens, [source.name for source in order.sources])
+
+
+def ask_benchmarks(run: Run) -> dict[str, dict[str, Any]]:
+    """Results of the benchmarks, {"score/logic": ...}; their files lie in MODEL_DIR/results/in_training/STEP."""
+    training, plan = run.training, run.plan
+    if training.evaluation is None or not plan.questions:
+        return {}
+    folder = epath.Path(training.model_dir).expanduser() / "results" / "in_training" / str(run.step)
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()  # of a run that was killed after its last checkpoint, or of one before
+    results = ask(training.evaluation, plan.questions,
+                  TrainedModel(run.state.params, plan.model.config, training.vocabulary, plan.mesh),
+                  {"run": resolved(training.model_dir), "step": run.step, "arm": arm(run.ledger.to_json())},
+                  str(folder), report=lambda lines: None, progress=False)
+    return {f"score/{result['task']}{'_sample' * result['sample']}": result for result in results}
 
 
 def utilization(plan: Plan, tokens_per_second: float) -> tuple[float | None, float | None]:
@@ -273,6 +308,8 @@ def summary(run: Run) -> str:
                      f"{'step ' + str(last['step']):>12}")
         lines += [f"  {pool:<26} {first[f'loss/{pool}']:>12.4f} {last[f'loss/{pool}']:>12.4f}"
                   for pool in POOLS if f"loss/{pool}" in last]
+        lines += [f"  {name.removeprefix('score/') + ', %':<26} {100 * first[name]:>12.2f} {100 * last[name]:>12.2f}"
+                  for name in last if name.startswith("score/") and name in first]
         lines.append("")
     order = run.plan.mixture.order
     repeated = [f"WARNING: {source.name} was gone through {run.ledger.rows[source.name] / source.rows:.1f} times."
@@ -284,16 +321,11 @@ def summary(run: Run) -> str:
                       f"arm of the study: {arm(run.ledger.to_json())}", ""])
 
 
-def say(text: str) -> None:
-    """Prints on the first process alone."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
 # Settings that a resume may change: they do not change what is computed, beyond rounding. Data and vocabulary may lie
 # elsewhere; that they are the same is seen by their hashes.
 FREE_ON_RESUME = frozenset("""
     MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH PACKING
+    EVAL_TASKS EVAL_QUESTIONS train.evaluation
     MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA DATA_DIR mixture.name tasks.modules tasks.corpora tasks.data_dir
     train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
     train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir mixture.packing
@@ -331,23 +363,11 @@ def require_same_model(record: Mapping[str, Any], training: Training, plan: Plan
                              "sizes out to take its own over.")
 
 
-def resolved(path: str) -> str:
-    """A directory's absolute name."""
-    return str(epath.Path(path).expanduser().resolve())
-
-
-def require_same_vocabulary(record: Mapping[str, Any], content_hash: str, model_dir: str) -> None:
-    """Raises ValueError where a run directory's checkpoint has another vocabulary."""
-    saved = record["ledger"]["vocabulary_hash"]
-    if saved != content_hash:
-        raise ValueError(f"{model_dir} was trained with another vocabulary ({saved[:12]}, here {content_hash[:12]}): "
-                         "set VOCABULARY to the file it was trained with.")
-
-
 def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:
     """Raises ValueError, naming what differs, where a run directory belongs to another configuration."""
     # Every parameter is saved, defaults included: one that only one of them has came or went with a version.
-    names = sorted((set(saved) & set(now)) - FREE_ON_RESUME)
+    names = sorted(name for name in (set(saved) & set(now)) - FREE_ON_RESUME
+                   if not name.startswith(("evaluation.", "benchmarks.", "sampling.")))
     differing = [name for name in names if saved[name] != now[name]]
     if differing:
         listed = "; ".join(f"{name} was {saved[name]}, is {now[name]}" for name in differing[:6])

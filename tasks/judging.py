@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tasks import metrics, programs, sandbox
-from tasks.benchmarks.loading import load
+from tasks.benchmarks import templates
+from tasks.benchmarks.loading import PROGRAMS, load
 from tasks.benchmarks.questions import Loaded
 
 
@@ -33,29 +34,39 @@ class Benchmarks:
     Attributes:
       data_dir: a folder below which their files are found by name, local or gs://; None for the items of our own.
       template: "released", "paper", "multiple_choice", or {"prompt": ..., "continuation": ...} with fields in braces.
+        Or one of these for each task, {"mbpp": "paper", "default": "multiple_choice"}, where "default" stands for all
+        that are not named, and is "released" where it is left out.
       few_shot: worked examples before each prompt.
       seed: of the choice of worked examples.
       unconfined: run programs of MBPP even where the sandbox cannot give its guarantees (see `tasks.sandbox`).
     """
 
     data_dir: str | None = None
-    template: str | Mapping[str, str] = "released"
+    template: str | Mapping[str, Any] = "released"
     few_shot: int = 0
     seed: int = 0
     unconfined: bool = False
 
     def load(self, task: str) -> Loaded:
-        """The questions of a task; see `tasks.benchmarks.loading.load`."""
-        return load(task, self.data_dir, self.template, self.few_shot, self.seed)
+        """The questions of a task; see `tasks.benchmarks.loading.load`.
+
+        Raises:
+          tasks.sandbox.SandboxError: its answers are programs that cannot be confined here, and `unconfined` is False.
+        """
+        loaded = load(task, self.data_dir, templates.of_task(task, self.template), self.few_shot, self.seed)
+        if task in PROGRAMS and not self.unconfined:
+            sandbox.require_guarantees()
+        return loaded
 
     def accuracy(self, losses: Sequence[Sequence[float]], answers: Sequence[int]) -> metrics.Accuracy:
         """See `tasks.metrics.accuracy`."""
         return metrics.accuracy(losses, answers)
 
-    def settings(self) -> dict[str, Any]:
-        """The choices that make other questions of the same files, as JSON."""
-        template = self.template if isinstance(self.template, str) else dict(self.template)
-        return {"template": template, "few_shot": self.few_shot, "seed": self.seed}
+    def settings(self, task: str) -> dict[str, Any]:
+        """The choices that make other questions of a task's files, as JSON."""
+        template = templates.of_task(task, self.template)
+        return {"template": template if isinstance(template, str) else dict(template), "few_shot": self.few_shot,
+                "seed": self.seed}
 
     def judge(self, loaded: Loaded, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]) -> Judged:
         """Judges what was written: MBPP by running it, and by BLEU; DuReader by exact match and F1.

@@ -142,11 +142,17 @@ def run_programs(programs: Sequence[Program], *, workers: int | None = None, lim
         raise ValueError(f"workers must be at least 1, not {workers}")
     jobs = [json.dumps({"source": program.source, "steps": assertions.steps(program.tests, program.defined)}).encode()
             for program in programs]
-    if jobs and not insist and not all(guarantees().values()):
+    if jobs and not insist:
+        require_guarantees()
+    return [outcome for outcome, _ in _run(jobs, workers, limits or Limits(), insist, progress)]
+
+
+def require_guarantees() -> None:
+    """Raises SandboxError, in one line that says what is missing, where this host lacks any of `guarantees()`."""
+    if not all(guarantees().values()):
         raise SandboxError(f"untrusted programs are not run here, for this host lacks the guarantees "
                            f"{', '.join(name for name, holds in guarantees().items() if not holds)} "
                            f"({_probe()[1] or 'a limit does not hold'}); see tasks/sandbox.py")
-    return [outcome for outcome, _ in _run(jobs, workers, limits or Limits(), insist, progress)]
 
 
 def guarantees() -> dict[str, bool]:

@@ -15,8 +15,11 @@ from codellm_jax import cli, evaluate
 from codellm_jax.compare import compare
 from codellm_jax.configuration import build, read_configuration
 from codellm_jax.model.decoder import Decoder
+from codellm_jax.results import tables
+from codellm_jax.runtime import trained
 from codellm_jax.runtime.checkpoints import restore_parameters
 from codellm_jax.runtime.partitioning import make_mesh
+from codellm_jax.runtime.progress import read_records
 from codellm_jax.runtime.state import abstract_state
 from tasks.benchmarks.loading import load
 from tasks.sandbox import guarantees
@@ -50,9 +53,9 @@ def read(folder: Path, task: str) -> tuple[dict, list[dict]]:
 @pytest.fixture(scope="module")
 def plainly(run_dir):
     """Log-likelihoods of a continuation's tokens, one sequence at a time, all logits at once."""
-    evaluation = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "evaluate")
-    model = Decoder(evaluation.model(vocabulary_size=evaluation.vocabulary.size, length=LENGTH))
-    abstract = abstract_state(model, optax.identity(), make_mesh(evaluation.mesh), evaluation.mesh)
+    checkpoint = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "checkpoint")
+    model = Decoder(checkpoint.model(vocabulary_size=checkpoint.vocabulary.size, length=LENGTH))
+    abstract = abstract_state(model, optax.identity(), make_mesh(checkpoint.mesh), checkpoint.mesh)
     params, _ = restore_parameters(str(run_dir), abstract.params)
     variables = {"params": jax.tree.map(jnp.asarray, jax.device_get(params))}
     positions, segments = jnp.arange(LENGTH)[None], jnp.ones((1, LENGTH), jnp.int32)
@@ -67,7 +70,7 @@ def plainly(run_dir):
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         return logits[np.arange(len(tokens) - 1), tokens[1:]][-len(continuation):]
 
-    return evaluation.vocabulary, log_likelihoods
+    return checkpoint.vocabulary, log_likelihoods
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -99,6 +102,79 @@ def test_a_result_says_what_it_is(evaluated):
     assert set(result["accuracy_by_scoring"]) == set(evaluate.SCORINGS)
     assert {name: result[name] for name in header} == header
     assert result["settings"]["data"] == load("logic", None).sha256
+
+
+def test_a_score_at_chance_shows_what_was_scored(evaluated, capsys):
+    result, (_, *lines) = read(evaluated, "logic")
+    assert result["chance_p_value"] >= 0.05  # four steps of training
+    question = load("logic", None).questions[0]
+    assert len(result["raw_outputs"]) == 3
+    chosen = question.candidates[lines[0]["prediction"]]
+    for text in (question.id, repr(chosen.prompt[-60:]), repr(chosen.continuation[:60]),
+                 f"{lines[0]['candidates'][lines[0]['prediction']]['log_likelihood']:.3f} nats"):
+        assert text in result["raw_outputs"][0]
+    right = dict(result, value=1.0, chance_p_value=0.001)
+    right.pop("raw_outputs")
+    assert len(tables.table_rows(right).splitlines()) == 1 and "not told" not in tables.table_rows(right)
+    assert len(tables.table_rows(result).splitlines()) == 4
+
+
+def test_a_subset_is_the_same_whoever_asks(evaluated, run_dir, tmp_path):
+    assert cli.main(flags(run_dir, "--gin.QUESTIONS=3", f"--gin.evaluate.results_dir={tmp_path}")) == 0
+    (_, all_lines), (part, lines) = read(evaluated, "cosqa"), read(tmp_path, "cosqa")
+    assert part["n"] == 3 and len(lines) == 4
+    ids = [line["id"] for line in all_lines[1:]]
+    assert sorted([line["id"] for line in lines[1:]], key=ids.index) == [line["id"] for line in lines[1:]]
+    by_id = {line["id"]: line for line in all_lines[1:]}
+    for line in lines[1:]:
+        for found, wanted in zip(line["candidates"], by_id[line["id"]]["candidates"], strict=True):
+            assert found["log_likelihood"] == pytest.approx(wanted["log_likelihood"], rel=1e-5)
+    assert read(evaluated, "cosqa")[0]["settings"]["questions"] != part["settings"]["questions"]
+
+
+def test_benchmarks_are_asked_while_training(tiny_flags, tmp_path, capsys):
+    """With the scores that the same checkpoint gets afterwards, through a resume, and under other questions."""
+    arguments = ["train", *tiny_flags, f"--gin.MODEL_DIR={tmp_path}/run", "--gin.TRAIN_STEPS=4", "--gin.EVAL_PERIOD=2",
+                 "--gin.CHECKPOINT_PERIOD=2", "--gin.EVAL_TASKS=['logic', 'cosqa']", "--gin.EVAL_QUESTIONS=3"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "benchmarks   logic (sample) 3, cosqa (sample) 3 questions, every 2 steps" in printed
+    assert "benchmarks after step 4, in per cent: logic_sample " in printed
+    evaluations = [line for line in read_records(str(tmp_path / "run")) if line["split"] == "eval"]
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    assert cli.main(["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={tmp_path}/run",
+                     "--gin.TASKS=['logic', 'cosqa']", "--gin.QUESTIONS=3"]) == 0
+    for task in ("logic", "cosqa"):
+        (afterwards, lines), (then, lines_then) = (
+            read(tmp_path / "run" / "results" / folder, task) for folder in ("", "in_training/4"))
+        assert evaluations[-1][f"score/{task}_sample"] == afterwards["value"] == then["value"]
+        assert [line["id"] for line in lines[1:]] == [line["id"] for line in lines_then[1:]]
+        for line, line_then in zip(lines[1:], lines_then[1:], strict=True):
+            assert [c["log_likelihood"] for c in line["candidates"]] == pytest.approx(
+                [c["log_likelihood"] for c in line_then["candidates"]], rel=1e-5)
+    # What is asked may change at a resume: it changes nothing of what is trained.
+    (tmp_path / "run" / "checkpoints" / "4").rename(tmp_path / "gone")
+    arguments[-2:] = ["--gin.EVAL_TASKS=['ekar']", "--gin.benchmarks.template=multiple_choice"]
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    again = [line for line in read_records(str(tmp_path / "run")) if line["split"] == "eval"]
+    assert [line["step"] for line in again] == [0, 2, 4] and again[-1]["loss"] == evaluations[-1]["loss"]
+    assert "score/ekar_sample" in again[-1] and "score/logic_sample" not in again[-1]
+    assert [path.name for path in (tmp_path / "run" / "results" / "in_training" / "4").glob("*.json")] == [
+        "ekar_sample.json"]
+    assert cli.main([*arguments, f"--gin.MODEL_DIR={tmp_path}/other", "--gin.EVAL_TASKS=['logik']"]) == 1
+    assert "There is no benchmark 'logik'" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_results_of_another_checkpoint_at_the_same_step_are_not_gone_on_from(evaluated, run_dir, pretrained, tmp_path):
+    """As where a run was begun anew in the same directory, and evaluated again."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']")) == 0
+    first = read(tmp_path / "run" / "results", "cosqa")[1]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(pretrained / "NL" / "checkpoints", tmp_path / "run" / "checkpoints")
+    assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']")) == 0
+    again = read(tmp_path / "run" / "results", "cosqa")[1]
+    assert first[0] != again[0] and first[1]["candidates"][0] != again[1]["candidates"][0]
 
 
 def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeypatch):
@@ -137,7 +213,7 @@ def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeyp
 
 def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
     """The model's own are nonsense; two answers are put in their place, one of them right."""
-    written = evaluate.generate
+    written = trained.generate
     prompts = load("mbpp", None).questions
     right = {prompt.prompt: prompt.references[0] for prompt in prompts[:2]}
 
@@ -150,8 +226,8 @@ def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
                 generations[number] = generations[number]._replace(ids=encode(text))
         return generations
 
-    vocabulary = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "evaluate").vocabulary
-    monkeypatch.setattr(evaluate, "generate", knowing)
+    vocabulary = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "vocabulary")
+    monkeypatch.setattr(trained, "generate", knowing)
     more = ["--gin.TASKS=['mbpp', 'dureader']", "--gin.SAMPLES=2", "--gin.sampling.max_new_tokens=8",
             f"--gin.evaluate.results_dir={tmp_path}",
             # What runs here is our own, so that a host that cannot confine it will do.
@@ -210,7 +286,9 @@ def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, ca
 
 @pytest.mark.parametrize("more, message", [
     (["--gin.TASKS=['logik']"], "logic"), (["--gin.SCORING=best"], "SCORING must be one of per_token, sum"),
-    (["--gin.TASKS=logic"], "TASKS must be"), (["--gin.DATA_DIR=/nowhere"], "/nowhere"),
+    (["--gin.TASKS=logic"], "TASKS must be"), (["--gin.TASKS=[]"], "TASKS is empty"),
+    (["--gin.QUESTIONS=0"], "QUESTIONS must be at least 1"),
+    (["--gin.TEMPLATE={'logik': 'paper'}"], "TEMPLATE names 'logik'"), (["--gin.DATA_DIR=/nowhere"], "/nowhere"),
     (["--gin.TEMPLATE=released_"], "released"), (["--gin.CHECKPOINT_PATH=nowhere"], "name the MODEL_DIR of a run"),
     (["--gin.SAMPLES=0"], "SAMPLES must be at least 1"), (["--gin.SEED=-1"], "SEED must be a whole number from 0"),
     (["--gin.sampling.top_p=2.0"], "top_p must be above 0 and at most 1")])

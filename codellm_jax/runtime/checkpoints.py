@@ -208,6 +208,19 @@ def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterato
         yield path, record
 
 
+def resolved(path: str) -> str:
+    """A directory's absolute name."""
+    return str(epath.Path(path).expanduser().resolve())
+
+
+def require_same_vocabulary(record: Mapping[str, Any], content_hash: str, model_dir: str) -> None:
+    """Raises ValueError where a run directory's checkpoint has another vocabulary."""
+    saved = record["ledger"]["vocabulary_hash"]
+    if saved != content_hash:
+        raise ValueError(f"{model_dir} was trained with another vocabulary ({saved[:12]}, here {content_hash[:12]}): "
+                         "set VOCABULARY to the file it was trained with.")
+
+
 def checksums(tree: Any) -> dict[str, list[Any]]:
     """For each array its shape, dtype, and the sum of its bits as uint32, wrapping: the same on any mesh."""
     leaves = _named_leaves(tree)

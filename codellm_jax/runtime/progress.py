@@ -121,6 +121,12 @@ class StatusLine:
             self._bar.close()
 
 
+def say(text: str) -> None:
+    """Prints on the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds as one reads them: 45 s, 3:05, 2:10:00."""
     whole = max(0, round(seconds))

@@ -84,8 +84,9 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-# Those that are answered by writing; their questions are `Prompt`s.
-GENERATED = frozenset({"mbpp", "mbpp_three_shot", "dureader"})
+# Those that are answered by writing a program, and by writing; their questions are `Prompt`s.
+PROGRAMS = frozenset({"mbpp", "mbpp_three_shot"})
+GENERATED = PROGRAMS | {"dureader"}
 
 
 def load(

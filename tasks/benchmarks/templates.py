@@ -1,7 +1,8 @@
 """Templates: what of a question stands in the prompt, and what is scored.
 
-"released" is what the study's released system does, "paper" what the paper prints, and "multiple_choice" shows the
-question with all choices and scores the choice. In the first two the choice stands in the prompt, and the same text,
+"released" is what the study's released system does, "paper" what the paper prints (of chains of thought it prints no
+template: that is the released one, in English), and "multiple_choice" shows the question with all choices and scores
+the choice. In the first two the choice stands in the prompt, and the same text,
 mostly the question, is scored under each. Fields are those of the benchmark's reader, named in braces.
 
 In English the space before what is scored belongs to it, since a token does.
@@ -10,12 +11,13 @@ In English the space before what is scored belongs to it, since a token does.
 import difflib
 import string
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tasks.benchmarks.mbpp import BEGIN, DONE
 from tasks.benchmarks.questions import Candidate, Item
 
 RELEASED, PAPER, MULTIPLE_CHOICE = "released", "paper", "multiple_choice"
+DEFAULT = "default"  # in a mapping of templates by tasks, all that are not named
 
 
 class Template(NamedTuple):
@@ -73,6 +75,8 @@ TEMPLATES: dict[str, dict[str, Template]] = {
     "scienceqa_cot": {
         RELEASED: Template("Lecture:{lecture}\n question：{question}\n anwser：{choice}\n "
                            "This answer comes from the following reasoning：", "{solution}"),
+        PAPER: Template("{lecture}\n question: {question}\n anwser: {choice}\n "
+                        "This answer comes from the following reasoning:", " {solution}"),
         MULTIPLE_CHOICE: Template("Lecture: {lecture}\nQuestion: {question}\n{options}\nReasoning: {solution}\nAnswer:",
                                   " {choice}"),
     },
@@ -84,6 +88,8 @@ TEMPLATES: dict[str, dict[str, Template]] = {
     "ekar_cot": {
         RELEASED: Template("根据推理关系:{question}\n可以得到类比推理关系为：{choice}\n",
                            "因为{query_explanation},所以{explanation}"),
+        PAPER: Template("The reasoning relationship: {question}, the analogy reasoning relationship: {choice}\n",
+                        "Because {query_explanation}, so {explanation}"),
         # With the explanation of the question alone: a choice's own says whether it is right.
         MULTIPLE_CHOICE: Template(
             "问题：哪一项的词语关系与“{question}”最相似？\n{options}\n推理：{query_explanation}\n答案：", "{choice}"),
@@ -115,6 +121,21 @@ TEMPLATES: dict[str, dict[str, Template]] = {
         PAPER: Template("Read document: {context}\n Question:{question} \n Answer:", " {answer}"),
     },
 }
+
+
+def of_task(task: str, template: str | Mapping[str, Any]) -> str | Mapping[str, str]:
+    """What holds for one task: a template for all, or that of a mapping by tasks, in which "default" names the rest.
+
+    Raises:
+      ValueError: one line; the mapping names what is no task.
+    """
+    if not isinstance(template, Mapping) or not template or template.keys() & set(Template._fields):
+        return template
+    for name in template:
+        if name not in TEMPLATES and name != DEFAULT:
+            raise ValueError(f"TEMPLATE names {name!r}, which is neither a benchmark, nor {DEFAULT!r}, nor one of a "
+                             f"template's parts, {', '.join(Template._fields)}.{nearest(str(name), TEMPLATES)}")
+    return template.get(task, template.get(DEFAULT, RELEASED))
 
 
 def resolve(task: str, template: str | Mapping[str, str]) -> Template:

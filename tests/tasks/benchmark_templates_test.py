@@ -9,6 +9,7 @@ import pytest
 from tasks.benchmarks.loading import BENCHMARKS, GENERATED, load
 from tasks.benchmarks.questions import Prompt, Question
 from tasks.benchmarks.templates import MULTIPLE_CHOICE, PAPER, RELEASED, TEMPLATES
+from tasks.judging import Benchmarks
 
 MBPP = [{"task_id": number, "text": f" Task {number}. ", "code": f"def f{number}():\r\n    pass",
          "test_list": [f"assert f{number}()", f"assert not f{number}()"]} for number in (2, 3, 4, 11)]
@@ -43,12 +44,17 @@ GOLDEN = {
     ("scienceqa_cot", RELEASED): (
         "Lecture:Oil floats.\n question：What floats?\n anwser：oil\n "
         "This answer comes from the following reasoning：", "So oil."),
+    ("scienceqa_cot", PAPER): (
+        "Oil floats.\n question: What floats?\n anwser: oil\n This answer comes from the following reasoning:",
+        " So oil."),
     ("scienceqa_cot", MULTIPLE_CHOICE): (
         "Lecture: Oil floats.\nQuestion: What floats?\nA. oil\nB. lead\nReasoning: So oil.\nAnswer:", " oil"),
     ("ekar", RELEASED): ("根据推理关系:一:二\n可以得到类比推理关系为：", "三:四"),
     ("ekar", PAPER): ("The reasoning relationship: 一:二, the analogy reasoning relationship:", " 三:四"),
     ("ekar", MULTIPLE_CHOICE): ("问题：哪一项的词语关系与“一:二”最相似？\nA. 三:四\nB. 五:六\n答案：", "三:四"),
     ("ekar_cot", RELEASED): ("根据推理关系:一:二\n可以得到类比推理关系为：三:四\n", "因为源。,所以首。"),
+    ("ekar_cot", PAPER): ("The reasoning relationship: 一:二, the analogy reasoning relationship: 三:四\n",
+                          "Because 源。, so 首。"),
     ("ekar_cot", MULTIPLE_CHOICE): (
         "问题：哪一项的词语关系与“一:二”最相似？\nA. 三:四\nB. 五:六\n推理：源。\n答案：", "三:四"),
     ("cosqa", RELEASED): ("python sort? Answered code is correct:", "def f():\n    pass"),
@@ -172,6 +178,20 @@ def test_a_malformed_template(template: object, message: str, data_dir: str) -> 
     with pytest.raises(ValueError, match=message) as error:
         load("logic", data_dir, template)  # type: ignore[arg-type]
     assert "\n" not in str(error.value) and str(error.value).startswith("logic: ")
+
+
+def test_a_template_for_each_task(data_dir: str) -> None:
+    named = {"mbpp": PAPER, "default": MULTIPLE_CHOICE, "dureader": RELEASED}
+    benchmarks = Benchmarks(data_dir, named, unconfined=True)
+    assert [benchmarks.settings(task)["template"] for task in ("mbpp", "ekar", "dureader")] == [
+        PAPER, MULTIPLE_CHOICE, RELEASED]
+    for task in ("mbpp", "ekar", "dureader"):
+        assert benchmarks.load(task).questions == load(task, data_dir, benchmarks.settings(task)["template"]).questions
+    own = {"prompt": "{question}", "continuation": "{choice}"}
+    assert Benchmarks(data_dir, {"ekar": own}).load("ekar").questions == load("ekar", data_dir, own).questions
+    assert Benchmarks(data_dir, {"mbpp": PAPER}).settings("ekar")["template"] == RELEASED
+    with pytest.raises(ValueError, match="^TEMPLATE names 'eka', which is neither a benchmark.* Did you mean 'ekar'"):
+        Benchmarks(data_dir, {"eka": PAPER}).load("ekar")
 
 
 def test_a_template_that_a_task_has_not(data_dir: str) -> None:

@@ -1,0 +1,38 @@
+"""The two files of a result: TASK.json, and TASK.jsonl with a header and a line for each question."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+
+def as_lines(values: Sequence[Any]) -> str:
+    """JSON, a line each."""
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of an evaluation under this very header, as far as it came; a kill may have cut the last one short."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines[1:] if lines and lines[0] == header else []
+
+
+def write_result(
+    folder: epath.Path, name: str, header: Mapping[str, Any], lines: Sequence[Any], result: Mapping[str, Any]
+) -> None:
+    """Both files of a task, the lines first."""
+    write_whole(folder / f"{name}.jsonl", as_lines([header, *lines]))
+    write_whole(folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Whole or not at all."""
+    building = path.with_name(f".{path.name}.building")
+    building.write_text(text)
+    building.replace(path)
