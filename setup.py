@@ -52,10 +52,12 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        "test": ["hypothesis>=6.140", "mypy>=1.18", "pytest>=8.4", "ruff>=0.14", "scipy>=1.15", "setuptools>=77",
-                 "statsmodels>=0.14"],
+        "test": ["hypothesis>=6.140", "lm-eval>=0.4.10", "mypy>=1.18", "pytest>=8.4", "ruff>=0.14", "scipy>=1.15",
+                 "setuptools>=77", "statsmodels>=0.14"],
+        "harness": ["lm-eval>=0.4.10"],
         "tpu": ["jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
     },
-    entry_points={"console_scripts": ["t5x=codellm_jax.cli:main"]},
+    entry_points={"console_scripts": ["t5x=codellm_jax.cli:main"],
+                  "lm_eval.models": ["codellm_jax = codellm_jax.harness:CodellmJax"]},
 )

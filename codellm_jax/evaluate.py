@@ -335,7 +335,8 @@ def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedMode
     for question in questions:
         candidates = []
         for _ in question.candidates:
-            request, log_likelihoods, left = next(values)
+            request, scores, left = next(values)
+            log_likelihoods = scores.log_likelihoods
             tokens = len(request.continuation) - (request.continuation[-1] == vocabulary.pad_id)
             scored = vocabulary.decode(request.continuation[:tokens])
             candidates.append({

@@ -2,9 +2,11 @@
 
 `register(data_dir)` adds a task for each name of `tasks.benchmarks.loading`, with a split "test". A question with
 candidates becomes an example for each of them, all with the question's number and the position of the right candidate,
-so that a metric can put them together again; a question whose answer is written becomes one, with the first reference
-as its targets and all of them as `references`. Neither feature gets an end token, because a candidate's score is that
-of its own text.
+so that the metric can put them together again: accuracy, by the mean log-likelihood of a candidate's tokens, whose sum
+is the score that `seqio.Evaluator` is given. A question whose answer is written becomes one, with the first reference
+as its targets and all of them as `references`; its metrics are those of `tasks.judging`, and MBPP's programs are run
+where the sandbox can confine them. Neither feature gets an end token, because a candidate's score is that of its own
+text.
 
 Importing this module registers our own sample items as `sample.NAME`, which cannot be taken for the benchmarks.
 
@@ -17,13 +19,15 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import pretraining
+from tasks import metrics, pretraining
 from tasks.benchmarks.loading import BENCHMARKS, GENERATED, load
 from tasks.benchmarks.questions import Loaded, Prompt, Question
 from tasks.benchmarks.templates import RELEASED
+from tasks.judging import Benchmarks
 
 SPLIT = "test"
 SAMPLE_PREFIX = "sample."
@@ -93,8 +97,62 @@ def _task(name: str, read: functools.partial[Loaded], generated: bool) -> seqio.
             functools.partial(_dataset, read=read, generated=generated), splits=(SPLIT,)),
         preprocessors=[seqio.preprocessors.tokenize],
         output_features=output_features(),
-        metric_fns=[],
+        postprocess_fn=_texts if generated else _candidate,
+        metric_fns=[_judged(read) if generated else accuracy],
     )
+
+
+def _candidate(_: str, example: Mapping[str, Any], is_target: bool) -> dict[str, int]:
+    """What the metric must know of an example beside its score."""
+    del is_target  # nothing is predicted
+    return {"tokens": len(example["targets"])} | {key: int(example[key]) for key in ("question", "candidate", "answer")}
+
+
+def accuracy(targets: Sequence[Mapping[str, int]], scores: Any) -> dict[str, float]:
+    """The share of questions whose right candidate has the lowest perplexity, and their number.
+
+    Args:
+      targets: of each example, its question, its candidate, the right candidate and its number of tokens.
+      scores: of each example, the sum of the log-likelihoods of its tokens, in nats.
+    """
+    losses: dict[int, dict[int, float]] = {}
+    answers = {}
+    values = scores[0] if isinstance(scores, tuple) else scores  # with what else a scorer says
+    for target, score in zip(targets, values, strict=True):
+        losses.setdefault(target["question"], {})[target["candidate"]] = -float(score) / target["tokens"]
+        answers[target["question"]] = target["answer"]
+    found = metrics.accuracy([[of[place] for place in sorted(of)] for of in losses.values()], list(answers.values()))
+    return {"accuracy": found.accuracy, "questions": found.n, "ties": found.ties}
+
+
+def _texts(text: str, example: Mapping[str, Any], is_target: bool) -> Any:
+    return int(example["question"]) if is_target else text
+
+
+def _judged(read: functools.partial[Loaded]) -> Any:
+    """The metric of answers that are written; it reads the benchmark again, for its tests and references.
+
+    BLEU counts the tokens of the default vocabulary, whatever the task's features are.
+    """
+
+    def judged(targets: Sequence[int], predictions: Sequence[str]) -> dict[str, float]:
+        loaded = read()
+        if list(targets) != list(range(len(loaded.questions))):
+            raise ValueError(f"{loaded.name} has {len(loaded.questions)} questions, and the answers are those of "
+                             f"{len(targets)}: all of them must be answered.")
+        tokenize = seqio.SentencePieceVocabulary(pretraining.DEFAULT_VOCABULARY.path).encode
+        found = Benchmarks().judge(loaded, [[_until(text, question)] for text, question in zip(
+            predictions, loaded.questions, strict=True)], tokenize)
+        return {metric: sum(values) / len(values) for metric, values in found.values.items()} | {
+            metric: of_sums(np.sum(counts, axis=0)) for metric, (counts, of_sums) in found.corpus.items()} | found.fixed
+
+    return judged
+
+
+def _until(text: str, question: Any) -> str:
+    for word in question.extra.get("stop", ()):
+        text = text.split(word)[0]
+    return text
 
 
 def _dataset(

@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations, given prompts.
 
-    values = score(params, config, requests)  # in the order of the requests
+    values = score(params, config, requests)  # in the order of the requests; `score_greedily` tells more
 
 Rows are trees. The candidates of one question often begin alike; what all of them share, the stem, stands once in a
 row and each candidate's rest follows as a branch: a segment of its own, whose positions go on from the stem's and
@@ -25,7 +25,6 @@ from jax.sharding import NamedSharding
 
 from codellm_jax.model.buckets import length_bucket, place, power_of_two, replicate, round_up, shards_of, unknown_id
 from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
-from codellm_jax.model.losses import cross_entropy
 
 DEFAULT_BATCH_TOKENS = 8192
 MOST_LENGTHS = 6  # row lengths in one call
@@ -103,7 +102,19 @@ def prompt_tokens_cut(request: Request, length: int) -> int:
     return max(0, len(request.prompt) + len(request.continuation) - (length + 1))
 
 
-def score(
+class Scores(NamedTuple):
+    """Of one continuation's tokens."""
+
+    log_likelihoods: np.ndarray  # float32, nats
+    greedy: np.ndarray  # bool: of all tokens none is likelier
+
+
+def score(params: Any, config: DecoderConfig, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
+    """The log-likelihoods, float32 [tokens of the continuation] in nats, that `score_greedily` finds."""
+    return [found.log_likelihoods for found in score_greedily(params, config, requests, **options)]
+
+
+def score_greedily(
     params: Any,
     config: DecoderConfig,
     requests: Sequence[Request],
@@ -111,8 +122,8 @@ def score(
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     sharding: NamedSharding | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[np.ndarray]:
-    """Computes the log-likelihood of every continuation token.
+) -> list[Scores]:
+    """Computes the log-likelihood of every continuation token, and whether greedy decoding would choose it.
 
     Results depend neither on the other requests, their order and groups, nor on `batch_tokens` or the mesh, beyond
     the rounding of `config.dtype`.
@@ -127,7 +138,7 @@ def score(
       progress: called with requests done and requests in all after each batch.
 
     Returns:
-      For each request the float32 log-likelihoods in nats, [tokens of the continuation].
+      A `Scores` for each request.
 
     Raises:
       ValueError: in one line that names the request by its index: its prompt or its continuation is empty, or the
@@ -137,8 +148,8 @@ def score(
     results: list[Any] = [None] * len(requests)
     done = 0
     for finished in _finished_batches(params, config, requests, batch_tokens, sharding):
-        for index, values in finished:
-            results[index] = values
+        for index, scores in finished:
+            results[index] = scores
         done += len(finished)
         if progress is not None:
             progress(done, len(requests))
@@ -147,7 +158,7 @@ def score(
 
 def _finished_batches(
     params: Any, config: DecoderConfig, requests: Sequence[Request], batch_tokens: int, sharding: NamedSharding | None
-) -> Iterator[list[tuple[int, np.ndarray]]]:
+) -> Iterator[list[tuple[int, Scores]]]:
     """The results of one batch after the other; the next is under way while one is handed out."""
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}.")
@@ -156,26 +167,27 @@ def _finished_batches(
         if reason is not None:
             raise ValueError(f"Request {index} of group {request.group} cannot be scored: {reason}.")
     shards = shards_of(sharding)
-    waiting: tuple[list[_Row], jax.Array] | None = None
+    waiting: tuple[list[_Row], Any] | None = None
     for rows, batch_size, length in _plan_batches(_plan_rows(config, requests), config.length, batch_tokens, shards):
         chunk = max(1, min(64, power_of_two(LOGIT_POSITIONS * shards // batch_size + 1) // 2))
         batch = _assemble(rows, batch_size, length, chunk, sharding)
-        losses_BL = _losses(params, batch, config=config, chunk=chunk, sharding=sharding)
+        scored = _score_batch(params, batch, config=config, chunk=chunk, sharding=sharding)
         if waiting is not None:
             yield _results(*waiting)
-        waiting = rows, losses_BL
+        waiting = rows, scored
     if waiting is not None:
         yield _results(*waiting)
 
 
-def _results(rows: list[_Row], losses_BL: jax.Array) -> list[tuple[int, np.ndarray]]:
-    """Cuts a batch's losses into (request, its log-likelihoods); waits for the device."""
-    values_BL = -np.asarray(losses_BL)
+def _results(rows: list[_Row], scored: tuple[jax.Array, jax.Array]) -> list[tuple[int, Scores]]:
+    """Cuts a batch's scores into (request, those of its tokens); waits for the device."""
+    values_BL, greedy_BL = map(np.asarray, scored)
     found = []
-    for row, values_L in zip(rows, values_BL, strict=False):  # rows of padding follow
+    for b, row in enumerate(rows):  # rows of padding follow
         start = 0
         for branch in row.branches:
-            found.append((branch.request, values_L[start : start + branch.scored].copy()))
+            part = slice(start, start + branch.scored)
+            found.append((branch.request, Scores(values_BL[b, part].copy(), greedy_BL[b, part].copy())))
             start += branch.scored
     return found
 
@@ -299,10 +311,11 @@ def _assemble(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk", "sharding"))
-def _losses(
+def _score_batch(
     params: Any, batch: _Batch, *, config: DecoderConfig, chunk: int, sharding: NamedSharding | None
-) -> jax.Array:
-    """Negative log-likelihoods of `batch.targets`, float32, like them; what lies behind a row's last one is anything.
+) -> tuple[jax.Array, jax.Array]:
+    """Log-likelihoods of `batch.targets`, float32, and whether none is likelier, bool, both like them; what lies behind
+    a row's last one is anything.
 
     As many chunks are computed as the row that has most needs, so that the stems' logits cost nothing.
     """
@@ -314,16 +327,28 @@ def _losses(
         token_embedding(params).astype(hidden_BLD.dtype), ("activation_vocab", "activation_embed")
     )
 
-    def one_chunk(index: jax.Array, losses_BL: jax.Array) -> jax.Array:
+    def one_chunk(index: jax.Array, scores: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start = index * chunk
         at_BC, targets_BC = (
             jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (batch.scored, batch.targets)
         )
         hidden_BCD = jnp.take_along_axis(hidden_BLD, at_BC[:, :, None], axis=1)
-        weights_BC = jnp.ones(at_BC.shape, jnp.float32)
-        _, losses_BC = cross_entropy(hidden_BCD, embedding_VD, targets_BC, weights_BC, chunk=chunk)
-        return jax.lax.dynamic_update_slice_in_dim(losses_BL, losses_BC, start, axis=1)
+        hidden_ND = hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
+        logits_NV = jnp.einsum("ND,VD->NV", hidden_ND, embedding_VD, preferred_element_type=jnp.float32)
+        logits_NV = nn.with_logical_constraint(logits_NV, ("activation_batch", "activation_vocab"))
+        # The very number that the highest is compared with; a sum, for looking it up would gather a sharded vocabulary.
+        is_target_NV = targets_BC.reshape(-1, 1) == jnp.arange(embedding_VD.shape[0])
+        target_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=-1)
+        highest_N = jnp.max(logits_NV, axis=-1)
+        partition_N = jnp.sum(jnp.exp(logits_NV - highest_N[:, None]), axis=-1)
+        found = target_N - highest_N - jnp.log(partition_N), target_N == highest_N
+        values_BL, greedy_BL = (
+            jax.lax.dynamic_update_slice_in_dim(old, new.reshape(at_BC.shape), start, axis=1)
+            for old, new in zip(scores, found, strict=True)
+        )
+        return values_BL, greedy_BL
 
     chunks = -(-batch.most // chunk)
-    losses_BL = jax.lax.fori_loop(0, chunks, one_chunk, jnp.zeros(batch.targets.shape, jnp.float32))
-    return replicate(losses_BL, sharding)
+    nothing = jnp.zeros(batch.targets.shape, jnp.float32), jnp.zeros(batch.targets.shape, bool)
+    values_BL, greedy_BL = jax.lax.fori_loop(0, chunks, one_chunk, nothing)
+    return replicate(values_BL, sharding), replicate(greedy_BL, sharding)

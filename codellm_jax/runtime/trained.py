@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 from codellm_jax.model.decoder import Decoder, DecoderConfig
 from codellm_jax.model.decoding import Generation, Piece, generate, stream
 from codellm_jax.model.sampling import Sampling
-from codellm_jax.model.scoring import Request, score
+from codellm_jax.model.scoring import Request, Scores, score_greedily
 from codellm_jax.runtime.checkpoints import newest_record, require_same_vocabulary, restore_parameters
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.runtime.progress import say
@@ -49,9 +48,10 @@ class TrainedModel(NamedTuple):
     vocabulary: Vocabulary
     mesh: Mesh
 
-    def score(self, requests: Sequence[Request], batch_tokens: int) -> list[np.ndarray]:
-        """Log-likelihoods of continuations; see `model.scoring.score`."""
-        return score(self.params, self.config, requests, batch_tokens=batch_tokens, sharding=batch_sharding(self.mesh))
+    def score(self, requests: Sequence[Request], batch_tokens: int) -> list[Scores]:
+        """Log-likelihoods of continuations; see `model.scoring.score_greedily`."""
+        return score_greedily(
+            self.params, self.config, requests, batch_tokens=batch_tokens, sharding=batch_sharding(self.mesh))
 
     def write(
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,

@@ -44,6 +44,14 @@ def all_log_probabilities(config: DecoderConfig) -> Any:
 
 
 @functools.cache
+def plainly_greedy(config: DecoderConfig, prompt: tuple[int, ...], continuation: tuple[int, ...]) -> np.ndarray:
+    """Whether each token is the likeliest of all in the plain computation."""
+    tokens = (prompt + continuation)[-(config.length + 1) :]
+    values_LV = np.asarray(all_log_probabilities(config)(make_params(config), jnp.asarray(tokens[:-1], jnp.int32)))
+    return (values_LV.argmax(axis=1) == np.asarray(tokens[1:]))[-len(continuation) :]
+
+
+@functools.cache
 def plain_score(config: DecoderConfig, prompt: tuple[int, ...], continuation: tuple[int, ...]) -> np.ndarray:
     """The definition: the exact sequence, unpadded and alone, cut from the left if it is too long."""
     tokens = (prompt + continuation)[-(config.length + 1) :]
@@ -111,7 +119,7 @@ def test_every_request_is_scored_once() -> None:
     pairs = [pair for batch in batches for pair in batch]
     found = dict(pairs)
     assert len(pairs) == len(found)
-    expect(TINY, requests, [found[i] for i in range(len(requests))])
+    expect(TINY, requests, [found[i].log_likelihoods for i in range(len(requests))])
     assert score(make_params(TINY), TINY, []) == []
 
 
@@ -170,12 +178,12 @@ def test_few_programs_are_compiled() -> None:
     config = dataclasses.replace(TINY, layers=1, hidden=8, heads=1, length=512)
     rng = np.random.default_rng(5)
     requests = [Request(i, (1,) * rng.integers(1, 500), (2,) * rng.integers(1, 13)) for i in range(300)]
-    scoring._losses.clear_cache()
+    scoring._score_batch.clear_cache()
     first = score(make_params(config), config, requests, batch_tokens=2048)
-    count = scoring._losses._cache_size()
+    count = scoring._score_batch._cache_size()
     assert 1 < count <= scoring.MOST_LENGTHS + 1
     again = score(make_params(config), config, requests[::-1], batch_tokens=2048)
-    assert scoring._losses._cache_size() == count
+    assert scoring._score_batch._cache_size() == count
     for one, other in zip(first, again[::-1], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -206,3 +214,23 @@ def test_bfloat16_is_near() -> None:
     requests = make_requests(TINY)
     found = score(make_params(TINY), config, requests, batch_tokens=500)
     expect(TINY, requests, found, atol=0.5, rtol=0.1)
+
+
+def test_tokens_that_greedy_decoding_would_choose_are_told():
+    """Requests that go on greedily from a prompt, then differently; beside them the random ones of the other tests."""
+    config, params = TINY, make_params(TINY)
+    requests = make_requests(config)
+    for group, request in enumerate(requests[:6], 1000):
+        tokens = list(request.prompt)
+        for _ in range(5):
+            values_LV = np.asarray(all_log_probabilities(config)(params, jnp.asarray(tokens, jnp.int32)))
+            tokens.append(int(values_LV[-1].argmax()))
+        likeliest = tokens[len(request.prompt) :]
+        requests.append(Request(group, request.prompt, likeliest))
+        requests.append(Request(group, request.prompt, [*likeliest[:3], (likeliest[3] + 1) % 23, likeliest[4]]))
+    found = scoring.score_greedily(params, config, requests, batch_tokens=200)
+    for request, scores in zip(requests, found, strict=True):
+        assert scores.greedy.dtype == bool
+        expected = plainly_greedy(config, tuple(request.prompt), tuple(request.continuation))
+        np.testing.assert_array_equal(scores.greedy, expected)
+    assert all(scores.greedy.all() for scores in found[-12::2]) and not any(s.greedy[3] for s in found[-11::2])

@@ -1,12 +1,14 @@
 """SeqIO reads the benchmarks: an example for each candidate, tokenized, its text beside it."""
 
 import pathlib
+from typing import Any
 
 import pytest
 
 from codellm_jax import vocabulary
 from tasks.benchmarks.loading import BENCHMARKS, GENERATED, load
 from tasks.benchmarks.questions import Prompt, Question
+from tasks.sandbox import guarantees
 
 seqio = pytest.importorskip("seqio")
 
@@ -38,6 +40,58 @@ def test_samples_through_seqio(benchmark: str) -> None:
     assert [(one["question"], one["candidate"], one["answer"], one["id"].decode()) for one in found] == [
         (number, place, question.answer[0], question.id)
         for number, question in enumerate(questions) for place in range(len(question.candidates))]
+
+
+class Asked(seqio.Evaluator):
+    """SeqIO's own evaluator on one of our sample tasks."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"sample.{name}", seqio.EncDecFeatureConverter(pack=False), eval_split="test",
+                         sequence_length={"inputs": 1024, "targets": 1024})
+
+    def scores(self, **functions: Any) -> dict[str, float]:
+        metrics, _ = self.evaluate(compute_metrics=True, step=0, **functions)
+        [found] = metrics.result().values()
+        return found
+
+
+@pytest.mark.parametrize("benchmark", ["logic", "scienceqa", "ekar"])
+def test_seqio_evaluates_choices(benchmark: str) -> None:
+    """By the mean over tokens: a score of -1 a token for the wanted candidate, and of -1.01 for each other one."""
+    questions = [question for question in load(benchmark, None).questions if isinstance(question, Question)]
+
+    def score_fn(wrong_first: bool) -> Any:
+        def score(dataset: Any) -> list[tuple[int, float]]:
+            found = []
+            examples = _examples(f"sample.{benchmark}")
+            for number, _ in dataset.as_numpy_iterator():
+                example = examples[number]
+                wanted = int(example["answer"])
+                if wrong_first and int(example["question"]) == 0:
+                    wanted = (wanted + 1) % len(questions[0].candidates)
+                found.append((number, -len(example["targets"]) * (1.0 if example["candidate"] == wanted else 1.01)))
+            return found
+        return score
+
+    for wrong in (False, True):
+        found = Asked(benchmark).scores(score_fn=score_fn(wrong), predict_fn=None)
+        assert found == {"accuracy": pytest.approx(1 - wrong / len(questions)), "questions": len(questions), "ties": 0}
+
+
+def test_seqio_evaluates_what_is_written() -> None:
+    def predict_fn(wrong: int) -> Any:
+        ended = [*WORDS.encode("x"), *[WORDS.end_of_document_id] * 1023]
+        return lambda dataset: [(number, example["decoder_target_tokens"].tolist() if number >= wrong else ended)
+                                for number, example in dataset.as_numpy_iterator()]
+
+    n = len(load("dureader", None).questions)
+    found = Asked("dureader").scores(predict_fn=predict_fn(1), score_fn=None)
+    assert found == {"f1": pytest.approx(1 - 1 / n), "exact_match": pytest.approx(1 - 1 / n)}
+    if all(guarantees().values()):
+        n = len(load("mbpp", None).questions)
+        found = Asked("mbpp").scores(predict_fn=predict_fn(2), score_fn=None)
+        assert found["pass@1"] == pytest.approx(1 - 2 / n) and 0 < found["bleu"] < 100
+        assert Asked("mbpp").scores(predict_fn=predict_fn(0), score_fn=None)["bleu"] == pytest.approx(100)
 
 
 def test_registered_again_for_other_data() -> None:
