@@ -48,14 +48,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         flags.overrides = _overrides(rest)
+        if getattr(flags, "local_processes", None) is not None:
+            from codellm_jax.runtime.supervision import run_local_processes
+
+            return run_local_processes(_without(given, "--local_processes"), flags.local_processes)
+        if flags.command in ("train", "eval"):
+            status = _with_others(flags)
+            if status is not None:
+                return status
         with _interruptible():
-            return commands[flags.command](flags)
+            return _leave(commands[flags.command](flags))
     except KeyboardInterrupt:
-        return _fail(f"t5x {flags.command}", "interrupted.", 130)
+        return _leave(_fail(f"t5x {flags.command}", "interrupted.", 130))
     except Exception as error:
         if flags.debug:
             traceback.print_exc()
-        return _fail(f"t5x {flags.command}", _one_line(error), 1)
+        return _leave(_fail(f"t5x {flags.command}", _one_line(error), 1))
+
+
+def _with_others(flags: argparse.Namespace) -> int | None:
+    """Joins the other processes of a run, if it has some, in a child; the exit status in the process that watches."""
+    from codellm_jax.runtime.supervision import has_others, watched
+
+    given = [flags.coordinator_address, flags.process_count, flags.process_index]
+    if not has_others() and given == [None, None, None]:
+        return None
+    status = watched(flags.command)
+    if status is None:
+        from codellm_jax.runtime.distributed import join
+
+        join(*given)
+    return status
+
+
+def _leave(status: int) -> int:
+    """The exit status, once the other processes are told, where there are any."""
+    if distributed := sys.modules.get("codellm_jax.runtime.distributed"):
+        distributed.leave(status)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,11 +103,20 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return command
 
+    def add_processes(command: argparse.ArgumentParser) -> None:
+        group = command.add_argument_group("several processes", "found by JAX on Cloud TPU, Slurm and Open MPI; else:")
+        group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of the first process")
+        group.add_argument("--process_count", type=int, metavar="N", help="of all")
+        group.add_argument("--process_index", type=int, metavar="I", help="of this one, from 0")
+        group.add_argument("--local_processes", type=int, metavar="N",
+                           help="start so many on this machine's processor, to try")
+
     train = add("train", "train a decoder on a text/code mixture",
                 "Trains to TRAIN_STEPS, or goes on from MODEL_DIR's newest checkpoint. SIGTERM saves and exits.")
     train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
-    add("eval", "evaluate a checkpoint on benchmarks",
-        "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted.")
+    add_processes(train)
+    add_processes(add("eval", "evaluate a checkpoint on benchmarks",
+                      "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted."))
     infer = add("infer", "write text with a checkpoint",
                 "Goes on from prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts they are typed.")
     infer.add_argument("--prompts", metavar="FILE", help="prompts, a line each, or JSON lines where it ends in .jsonl")
@@ -95,6 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
     vocabulary.add_argument("--size", type=int, default=8192, help="pieces (default: %(default)s)")
     return parser
+
+
+def _without(arguments: Sequence[str], flag: str) -> list[str]:
+    """The arguments but for a flag and its value."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and not argument.startswith(f"{flag}=") and argument != flag:
+            kept.append(argument)
+        skip = argument == flag
+    return kept
 
 
 def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:

@@ -35,7 +35,7 @@ from codellm_jax.results.levels import AccuracySummary, accuracy_summary, detect
 from codellm_jax.results.statistics import Bootstrap, Interval, bootstrap, wilson_interval
 from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_rows, told_from_chance
 from codellm_jax.runtime.checkpoints import resolved
-from codellm_jax.runtime.process import agreed
+from codellm_jax.runtime.distributed import agreed
 from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.trained import Checkpoint, TrainedModel, trained_model
 

@@ -35,6 +35,7 @@ from codellm_jax.runtime.checkpoints import (
     resolved,
     restore_parameters,
 )
+from codellm_jax.runtime.distributed import first_process_first, gathered, require_agreement
 from codellm_jax.runtime.meter import Meter, Metrics, loss_by_source
 from codellm_jax.runtime.partitioning import batch_sharding
 from codellm_jax.runtime.process import alone_in, stop_on_signal
@@ -120,10 +121,13 @@ def train(training: Training, settings: Callable[[], tuple[str, Mapping[str, str
       ValueError: a mistake in the configuration, or a MODEL_DIR of another one.
       FloatingPointError: the loss is not finite.
     """
-    plan = make_plan(training, say)
+    with first_process_first():
+        plan = make_plan(training, say)
     say(describe(training, plan) + "\n")
     model_dir = epath.Path(training.model_dir).expanduser()
     text, values = settings()
+    require_agreement("order of its data", plan.mixture.order.fingerprint())
+    require_agreement("configuration", repr(sorted(values.items())))
     first_process = jax.process_index() == 0
     with (
         alone_in(str(model_dir)) if first_process else contextlib.nullcontext(),
@@ -209,7 +213,7 @@ def loop(
         meter.restart()
 
     try:
-        while run.step < plan.last_step and not stop.is_set():
+        while run.step < plan.last_step and not stops(stop, run.step, training.log_period):
             batch, drawn = meter.next_batch(batches)
             run.state, metrics = step_fn(run.state, batch)
             run.step += 1
@@ -231,6 +235,15 @@ def loop(
     if run.step < plan.last_step:
         status.say(f"Stopped by a signal; saved after step {run.step}. The same command goes on from there." if run.step
                    else "Stopped by a signal before the first step; nothing is saved.")
+
+
+def stops(stop: threading.Event, step: int, log_period: int) -> bool:
+    """Whether to stop after `step` steps. A signal may reach one process alone, and all must stop after the same step:
+    several agree at each record, where they wait for each other anyhow.
+    """
+    if jax.process_count() == 1:
+        return stop.is_set()
+    return step % log_period == 0 and bool(gathered(np.array([stop.is_set()])).any())
 
 
 def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Draw]:

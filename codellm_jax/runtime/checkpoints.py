@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from codellm_jax.runtime.distributed import wait_for_all
+
 SAVE_TIMEOUT = datetime.timedelta(minutes=20)
 
 
@@ -144,6 +146,7 @@ class Checkpoints:
                     shutil.rmtree(aside)
                 (self._directory / str(step)).rename(aside)
         if damaged:
+            wait_for_all("set aside")
             self._manager.reload()
 
 

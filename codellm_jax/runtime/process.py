@@ -1,4 +1,4 @@
-"""A process and its like: stopping in good order, keeping others out of a run directory, agreeing with them."""
+"""A process and its run directory: stopping in good order, and keeping other processes out."""
 
 import contextlib
 import fcntl
@@ -7,10 +7,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
@@ -54,10 +50,3 @@ def alone_in(model_dir: str) -> Iterator[None]:
             raise ValueError(
                 f"Another process is training in {model_dir}: wait for it, or use another MODEL_DIR.") from None
         yield
-
-
-def agreed(value: int) -> int:
-    """The first process's value, on every process; all must call it."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

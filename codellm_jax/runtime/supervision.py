@@ -1,0 +1,117 @@
+"""Processes that watch over others: each of a run of several has one, and so has a run of several on one machine.
+
+When one process of a run is gone JAX ends the others, within a minute, by an abort from C++ and a page of its stack.
+The watching process then says in a line what happened. Nothing here needs JAX.
+"""
+
+import ctypes
+import glob
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import IO
+
+GRACE_SECONDS = 5.0  # for the others to tell what they have to, once one has failed
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def has_others() -> bool:
+    """Whether the surroundings may hold other processes of this run: TPUs, Slurm or Open MPI."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    on_tpu = (not platforms or "tpu" in platforms) and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+    started = max(int(os.environ.get(name, "1")) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    return on_tpu or (started > 1 and ("SLURM_PROCID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ))
+
+
+def watched(command: str) -> int | None:
+    """Goes on in a child process: None there; here, once it has ended, its exit status. Call before threads begin.
+
+    SIGTERM is passed on; a terminal gives Ctrl-C to both. Neither outlives the other.
+    """
+    child = os.fork()
+    if not child:
+        ctypes.CDLL(None, use_errno=True).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+        return None
+    before = {number: signal.signal(number, lambda number, _: os.kill(child, number) if number == signal.SIGTERM
+                                    else None) for number in (signal.SIGTERM, signal.SIGINT)}
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if status < 0:
+        why = "as JAX does when another process of the run is gone" if status == -signal.SIGABRT else "from outside"
+        print(f"t5x {command}: error: this process was ended by {signal.Signals(-status).name} ({why}). Start the same "
+              "command again on all: it goes on from the newest checkpoint.", file=sys.stderr, flush=True)
+        return 1
+    return status
+
+
+def run_local_processes(arguments: Sequence[str], count: int) -> int:
+    """Runs `t5x ARGUMENTS` in `count` processes on this machine's processor; returns the exit status.
+
+    The first one has the terminal. When one fails the others are ended, and a line says which and why. SIGTERM is
+    passed on, as a terminal passes on Ctrl-C by itself.
+
+    Raises:
+      ValueError: the count is no number of processes.
+    """
+    if count < 2:
+        raise ValueError(f"--local_processes must be at least 2, found {count}.")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "codellm_jax.cli", *arguments, f"--coordinator_address=127.0.0.1:{port}",
+               f"--process_count={count}"]
+    logs: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(1, count)]
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None and number != signal.SIGINT:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for index in range(count):
+            log = None if index == 0 else logs[index - 1]
+            processes.append(subprocess.Popen(
+                [*command, f"--process_index={index}"], env={"JAX_PLATFORMS": "cpu"} | os.environ, stdout=log,
+                stderr=log, stdin=subprocess.DEVNULL))
+        return _wait(processes, logs, arguments[0])
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for log in logs:
+            log.close()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]], command: str) -> int:
+    while not any(process.poll() for process in processes):
+        if all(process.poll() == 0 for process in processes):
+            return 0
+        time.sleep(0.1)
+    index, first = next((index, process) for index, process in enumerate(processes) if process.poll())
+    end = time.monotonic() + GRACE_SECONDS
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        time.sleep(0.1)
+    status = first.returncode
+    if status < 0:
+        said = (f"t5x {command}: error: ended by {signal.Signals(-status).name}, and so are the others. The same "
+                "command goes on from the newest checkpoint.")
+    elif index:
+        logs[index - 1].seek(0)
+        said = next((line for line in reversed(logs[index - 1].read().decode(errors="replace").splitlines())
+                     if line.strip()), f"status {status}")
+    else:
+        return status  # it has told the terminal itself
+    print(f"process {index} of {len(processes)}: {said}", file=sys.stderr, flush=True)
+    return 1 if status < 0 else status
