@@ -61,8 +61,8 @@ class Job:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
-            raise ValueError("--name must be at most 40 lower-case letters, digits and hyphens and begin with a letter, "
-                             f"found {self.name!r}.")
+            raise ValueError("--name must be at most 40 lower-case letters, digits and hyphens, a letter first, found "
+                             f"{self.name!r}.")
         if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z0-9]+", self.zone):
             raise ValueError(f"--zone must be a zone such as us-central2-b, found {self.zone!r}.")
 
