@@ -327,21 +327,6 @@ def test_wrong_accelerators(name, message):
     assert message in str(error.value)
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A checkout of something with this package's shape, whose commit a remote has."""
-    folder = tmp_path / "checkout"
-    (folder / "codellm_jax").mkdir(parents=True)
-    (folder / "codellm_jax" / "launch.py").write_text("")
-    (folder / "mine.gin").write_text("include 'gin/mixed_pretrain.gin'\n")
-    git(folder, "init", "--quiet", "--initial-branch=main")
-    git(folder, "add", ".")
-    git(folder, "commit", "--quiet", "-m", "first")
-    git(folder, "remote", "add", "origin", "https://host/me/code.git")
-    git(folder, "update-ref", "refs/remotes/origin/main", "HEAD")  # as a push leaves it
-    return folder
-
-
 def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(folder), *arguments], check=True)
 
