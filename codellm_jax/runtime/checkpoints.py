@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,7 +33,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str, keep_last: int = 2, keep_every: int | None = None) -> None:
-        self._directory = epath.Path(directory).resolve()  # Orbax refuses relative paths, and only when it saves
+        self._directory = _absolute(directory)  # Orbax refuses relative paths, and only when it saves
         self._saving = False
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -141,7 +140,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 if aside.exists():
-                    shutil.rmtree(aside)
+                    aside.rmtree()
                 (self._directory / str(step)).rename(aside)
         if damaged:
             self._manager.reload()
@@ -192,7 +191,7 @@ def newest_record(model_dir: str) -> tuple[int, dict[str, Any]]:
 
 def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
     """The checkpoints of a run directory with their records, newest first; damaged records are told and passed over."""
-    checkpoints = epath.Path(model_dir).expanduser().resolve() / "checkpoints"
+    checkpoints = _absolute(model_dir) / "checkpoints"
     steps = sorted((int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()), reverse=True) \
         if checkpoints.exists() else []
     if not steps:
@@ -206,6 +205,11 @@ def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterato
             report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
             continue
         yield path, record
+
+
+def _absolute(path: str) -> epath.Path:
+    """A local path from the root; a remote one as it is, which `resolve` would make a local one."""
+    return epath.Path(path) if "://" in path else epath.Path(path).expanduser().resolve()
 
 
 def checksums(tree: Any) -> dict[str, list[Any]]:
