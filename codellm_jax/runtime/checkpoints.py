@@ -30,9 +30,19 @@ class Checkpoints:
       directory: MODEL_DIR/checkpoints, local or gs://.
       keep_last: how many of the newest are kept.
       keep_every: those at multiples of this step are kept besides; None for none.
+
+    Raises:
+      ValueError: the directory is in gs://, and what Orbax needs there is not installed.
     """
 
     def __init__(self, directory: str, keep_last: int = 2, keep_every: int | None = None) -> None:
+        if directory.startswith("gs://"):
+            # Orbax would not miss it before it deletes or restores something: at the first resume.
+            try:
+                from google.cloud import storage as _  # noqa: F401
+            except ImportError:
+                raise ValueError(f"{directory} needs google-cloud-storage: pip install google-cloud-storage "
+                                 "google-cloud-storage-control, or this package with [gcs] or [tpu].") from None
         self._directory = _absolute(directory)  # Orbax refuses relative paths, and only when it saves
         self._saving = False
         self._manager = ocp.CheckpointManager(
