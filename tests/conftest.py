@@ -18,6 +18,7 @@ import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 import random  # noqa: E402
+import subprocess  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -182,4 +183,23 @@ def pretrained(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) 
     for name, rate in (("NL", 0.0), ("CODE", 0.5)):
         assert cli.main(["train", *tiny_flags, f"--gin.MODEL_DIR={folder / name}", f"--gin.CODE_RATE={rate}",
                          "--gin.TRAIN_STEPS=4", "--gin.model.activation=fast_gelu"]) == 0
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(folder), *arguments], check=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout of something with this package's shape, whose commit a remote has."""
+    folder = tmp_path / "checkout"
+    (folder / "codellm_jax").mkdir(parents=True)
+    (folder / "codellm_jax" / "launch.py").write_text("")
+    (folder / "mine.gin").write_text("include 'gin/mixed_pretrain.gin'\n")
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "-m", "first")
+    git(folder, "remote", "add", "origin", "https://host/me/code.git")
+    git(folder, "update-ref", "refs/remotes/origin/main", "HEAD")  # as a push leaves it
     return folder

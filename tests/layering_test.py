@@ -39,7 +39,8 @@ def test_arrows_point_down():
         found = imports(path)
         room = name.split(".")[1] if name.count(".") > 1 else ""
         above = {f"codellm_jax.{verb}" for verb in (
-            "cli", "configuration", "train", "plan", "evaluate", "infer", "compare", "harness")}
+            "cli", "configuration", "train", "plan", "evaluate", "infer", "compare", "harness",
+            "launch", "job")}
         if room:
             assert not found & above, name
         if room in ("mixture", "model"):
@@ -64,6 +65,10 @@ def test_arrows_point_down():
             assert name == "codellm_jax.configuration"
         if "orbax" in tops(found):
             assert name == "codellm_jax.runtime.checkpoints"
+        if name in ("codellm_jax.launch", "codellm_jax.job"):
+            others = {other for other in found if other.startswith("codellm_jax")}
+            assert others <= {"codellm_jax.job", "codellm_jax.job.Job"} and tops(found) <= sys.stdlib_module_names | {
+                "codellm_jax"}, name
         if name in PURE:
             assert not tops(found) & ({"jax", "gin"} | HEAVY), name
         defines_tasks = name in ("tasks.pretraining", "tasks.tuning", "tasks.scheduling", "tasks.evaluation")

@@ -32,7 +32,8 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("command", commands())
-def test_readme_commands_are_accepted(command, capsys, tmp_path, tiny_flags, tiny_tuning_flags, pretrained):
+def test_readme_commands_are_accepted(
+        command, capsys, tmp_path, tiny_flags, tiny_tuning_flags, pretrained, checkout, monkeypatch):
     """Run on the tiny corpora and without training: what the flags of README mean is resolved to the last one."""
     arguments = [flag.replace("runs/mixed_pretrain", str(pretrained / "CODE")) for flag in shlex.split(command)[1:]]
     if arguments[0] == "train":
@@ -48,6 +49,9 @@ def test_readme_commands_are_accepted(command, capsys, tmp_path, tiny_flags, tin
                              f"--gin.evaluate.results_dir={tmp_path / run.name / 'results'}",
                              "--gin.TASKS=['logic']"]) == 0
         arguments = ["compare", str(tmp_path / "NL"), str(tmp_path / "CODE")]
+    if arguments[0] == "launch":
+        monkeypatch.chdir(checkout)
+        arguments.insert(1, "--print_only")
     if arguments[0] == "eval":
         arguments += [f"--gin.evaluate.results_dir={tmp_path}/results", "--gin.TASKS=['logic']"]
     if arguments[0] == "vocabulary":

@@ -119,10 +119,10 @@ def cached_rows(
     if not (directory / "cache.json").exists():
         _write_cache(task, definitions, vocabulary, length, directory, key, report, stage)
     try:
-        recorded = json.loads((directory / "cache.json").read_text())["splits"]
-        return {split: Rows(name=task, split=split, path=str(directory / split), length=length,
-                            **facts | {"notes": tuple(facts.get("notes", ()))})
-                for split, facts in recorded.items()}
+        recorded = json.loads((directory / "cache.json").read_text())
+        return {split: Rows(name=task, split=split, path=str(directory / f"{split}{recorded.get('suffix', '')}"),
+                            length=length, **facts | {"notes": tuple(facts.get("notes", ()))})
+                for split, facts in recorded["splits"].items()}
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(str(directory / "cache.json"), error) from error
 
@@ -131,10 +131,15 @@ def _write_cache(
     task: str, definitions: Definitions, vocabulary: Vocabulary, length: int, directory: epath.Path,
     key: Mapping[str, Any], report: Callable[[str], None], stage: str,
 ) -> None:
-    """Writes all splits beside `directory` and moves them there when whole; on gs:// straight into it."""
+    """Writes all splits beside `directory` and moves them there when whole. On gs:// nothing can be moved: they are
+    written straight into it, under names that cache.json completes, so that of many hosts that do so at once none
+    takes away what another reads.
+    """
     remote = "://" in str(directory)
     mine = f".{directory.name}.{platform.node()}."
-    building = directory if remote else directory.parent / f"{mine}{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    own = uuid.uuid4().hex[:8]
+    suffix = f".{own}" if remote else ""
+    building = directory if remote else directory.parent / f"{mine}{os.getpid()}.{own}"
     if not remote:
         for left in directory.parent.glob(f"{mine}*"):  # by a process of this machine that was killed
             if not _is_alive(int(left.name.removeprefix(mine).split(".")[0])):
@@ -145,7 +150,7 @@ def _write_cache(
         for split, examples in _tokenized_splits(task, definitions, vocabulary, stage).items():
             with _warnings_of(task) as notes:
                 splits[split] = _write_split(
-                    task, split, examples, vocabulary, length, str(building / split), report, stage)
+                    task, split, examples, vocabulary, length, str(building / f"{split}{suffix}"), report, stage)
             splits[split].notes = notes
         train = splits.get("train")
         if train is None or not train.count:
@@ -156,7 +161,8 @@ def _write_cache(
                 f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it more "
                 "data or lower TASK_FEATURE_LENGTHS."))
         facts = {split: dataclasses.asdict(found) for split, found in splits.items()}
-        (building / "cache.json").write_text(json.dumps({"key": dict(key), "splits": facts}, indent=2) + "\n")
+        cache = {"key": dict(key), "splits": facts, "suffix": suffix}
+        (building / "cache.json").write_text(json.dumps(cache, indent=2) + "\n")
         if not remote:
             try:
                 os.rename(building, directory)

@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,10 +32,20 @@ class Checkpoints:
       directory: MODEL_DIR/checkpoints, local or gs://.
       keep_last: how many of the newest are kept.
       keep_every: those at multiples of this step are kept besides; None for none.
+
+    Raises:
+      ValueError: the directory is in gs://, and what Orbax needs there is not installed.
     """
 
     def __init__(self, directory: str, keep_last: int = 2, keep_every: int | None = None) -> None:
-        self._directory = epath.Path(directory).resolve()  # Orbax refuses relative paths, and only when it saves
+        if directory.startswith("gs://"):
+            # Orbax would not miss it before it deletes or restores something: at the first resume.
+            try:
+                from google.cloud import storage as _  # noqa: F401
+            except ImportError:
+                raise ValueError(f"{directory} needs google-cloud-storage: pip install google-cloud-storage "
+                                 "google-cloud-storage-control, or this package with [gcs] or [tpu].") from None
+        self._directory = _absolute(directory)  # Orbax refuses relative paths, and only when it saves
         self._saving = False
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -143,7 +152,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 if aside.exists():
-                    shutil.rmtree(aside)
+                    aside.rmtree()
                 (self._directory / str(step)).rename(aside)
         if damaged:
             wait_for_all("set aside")
@@ -195,7 +204,7 @@ def newest_record(model_dir: str) -> tuple[int, dict[str, Any]]:
 
 def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
     """The checkpoints of a run directory with their records, newest first; damaged records are told and passed over."""
-    checkpoints = epath.Path(model_dir).expanduser().resolve() / "checkpoints"
+    checkpoints = _absolute(model_dir) / "checkpoints"
     steps = sorted((int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()), reverse=True) \
         if checkpoints.exists() else []
     if not steps:
@@ -211,9 +220,14 @@ def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterato
         yield path, record
 
 
+def _absolute(path: str) -> epath.Path:
+    """A local path from the root; a remote one as it is, which `resolve` would make a local one."""
+    return epath.Path(path) if "://" in path else epath.Path(path).expanduser().resolve()
+
+
 def resolved(path: str) -> str:
     """A directory's absolute name."""
-    return str(epath.Path(path).expanduser().resolve())
+    return str(_absolute(path))
 
 
 def require_same_vocabulary(record: Mapping[str, Any], content_hash: str, model_dir: str) -> None:

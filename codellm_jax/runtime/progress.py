@@ -1,5 +1,6 @@
 """What a run tells while it trains: a status line, JSON lines, TensorBoard events, and its use of the hardware."""
 
+import contextlib
 import json
 import math
 import sys
@@ -34,18 +35,22 @@ class Records:
 
     def __init__(self, model_dir: str, step: int, active: bool) -> None:
         self._path = epath.Path(model_dir) / "metrics.jsonl"
+        self._open = contextlib.ExitStack()
         self._lines: Any = None
         self._events: Any = None
         if not active:
             return
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter, record_writer
 
+        # Its own way to gs:// wants another client of the storage service than the one that all else here uses.
+        record_writer.register_writer_factory("gs", _RemoteEvents)
         # A run without a checkpoint begins anew, its evaluation before the first step included.
         kept = [line for line in read_records(model_dir) if line["step"] <= step] if step else []
         building = self._path.with_name(f".{self._path.name}")
         building.write_text("".join(json.dumps(line) + "\n" for line in kept))
         building.replace(self._path)  # a kill in between loses no line
-        self._lines = self._path.open("a")
+        # etils gives a context and no file where the path is remote.
+        self._lines = self._open.enter_context(self._path.open("a"))
         self._events = SummaryWriter(logdir=str(epath.Path(model_dir) / "tensorboard"), purge_step=step + bool(step))
 
     def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
@@ -63,8 +68,32 @@ class Records:
 
     def close(self) -> None:
         if self._lines is not None:
-            self._lines.close()
+            self._open.close()
             self._events.close()
+
+
+class _RemoteEvents:
+    """A file of events in gs://, where nothing can be appended to: each flush writes all of it again."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._written = epath.Path(path), bytearray()
+
+    @classmethod
+    def open(cls, path: str) -> "_RemoteEvents":
+        return cls(path)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """There are no directories to make."""
+
+    def write(self, data: bytes) -> None:
+        self._written += data
+
+    def flush(self) -> None:
+        self._path.write_bytes(bytes(self._written))
+
+    def close(self) -> None:
+        self.flush()
 
 
 def read_records(model_dir: str) -> list[dict[str, Any]]:

