@@ -195,6 +195,7 @@ def _train(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
     from codellm_jax.configuration import build, operative
     from codellm_jax.plan import describe, make_plan
+    from codellm_jax.runtime.progress import say
     from codellm_jax.train import summary, train
 
     _use_compilation_cache()
@@ -203,18 +204,18 @@ def _train(flags: argparse.Namespace) -> int:
     training = build(configuration, "train")
     if flags.dry_run:
         plan = make_plan(training)
-        print(operative(configuration)[0])
-        print(describe(training, plan))
+        say(operative(configuration)[0])
+        say(describe(training, plan))
         return 0
     run = train(training, settings=lambda: operative(configuration))
-    print(summary(run))
-    print(f"The run:     {training.model_dir}")
-    print(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")
+    say(summary(run))
+    say(f"The run:     {training.model_dir}")
+    say(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")
     if run.step == run.plan.last_step:
         if training.mixture.stage == "pretraining":
-            print(f"Next:        {_tool('t5x')} train --gin_file=gin/tune_mixed.gin "
+            say(f"Next:        {_tool('t5x')} train --gin_file=gin/tune_mixed.gin "
                   f"--gin.INITIAL_CHECKPOINT_PATH={shlex.quote(training.model_dir)}")
-        print(f"Compare:     {_tool('t5x')} train {_other_arm(flags, training.mixture.stage)}")
+        say(f"Compare:     {_tool('t5x')} train {_other_arm(flags, training.mixture.stage)}")
     return 0
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from codellm_jax.mixture.order import POOLS, Order
+from codellm_jax.runtime.distributed import gathered
 from codellm_jax.runtime.progress import Records, StatusLine, duration
 
 Array: TypeAlias = Any  # jax.Array as the step gives it, np.ndarray once it is fetched
@@ -50,7 +51,7 @@ class Meter:
 
     def restart(self) -> None:
         """Begins a new interval of measured time: what came before (evaluation, saving) is not the step's."""
-        self._positions, self._waited, self._since = 0, 0.0, time.monotonic()
+        self._positions, self._waited, self._blocked, self._since = 0, 0.0, 0.0, time.monotonic()
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """The next batch; the time it took is counted as waiting for data."""
@@ -82,7 +83,9 @@ class Meter:
         if self._pending is None:
             return
         (step, metrics, positions, tokens), self._pending = self._pending, None
+        began = time.monotonic()
         values = Metrics(*map(np.asarray, jax.device_get(metrics)))
+        self._blocked += time.monotonic() - began
         self._positions += positions
         if not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
             raise FloatingPointError(f"The loss became {float(values.loss)} and its gradient's norm "
@@ -106,7 +109,7 @@ class Meter:
             now = drawn - self._order.counts(rows - self._batch_size)
             fractions |= {f"example_fraction/{group}": count / self._batch_size
                           for group, count in sum_by_source(now, names).items()}
-        self._records.write(step, "train", {
+        self._records.write(step, "train", self._straggler(seconds) | {
             "loss": float(values.loss), "tokens": trained_tokens,
             "tokens_per_second": rate, "learning_rate": float(self._learning_rate(step - 1)),
             "grad_norm": float(values.grad_norm), "data_wait_fraction": self._waited / seconds,
@@ -119,6 +122,18 @@ class Meter:
             f"loss {float(values.loss):.4f} ({pools})",
             f"code {code / rows:.3f} of {float(self._order.schedule.asked(rows)) / rows:.3f}",
             f"{rate:,.0f} tokens/s", f"MFU {full:.1%}" if full else "", f"{duration(left)} left"])))
+
+
+    def _straggler(self, seconds: float) -> dict[str, float | None]:
+        """The process that kept the others waiting most, by its input or its own work, and for what part of the time.
+
+        A slow chip is not told from the others: all wait for it within the step.
+        """
+        if jax.process_count() == 1:
+            return {}
+        busy = gathered(np.array([1 - self._blocked / seconds]))[:, 0]
+        return {"busiest_process": float(busy.argmax()), "busiest_process_fraction": float(busy.max()),
+                "busy_fraction_median": float(np.median(busy))}
 
 
 def sum_by_source(values: Array, names: Sequence[str]) -> dict[str, float]:
