@@ -1,6 +1,7 @@
 """README's commands work as they stand there, and its installed form needs no checkout."""
 
 import ast
+import io
 import os
 import re
 import shlex
@@ -54,6 +55,9 @@ def test_readme_commands_are_accepted(
         arguments.insert(1, "--print_only")
     if arguments[0] == "eval":
         arguments += [f"--gin.evaluate.results_dir={tmp_path}/results", "--gin.TASKS=['logic']"]
+    if arguments[0] == "infer":
+        monkeypatch.setattr("sys.stdin", io.StringIO("the row\n"))
+        arguments.append("--gin.sampling.max_new_tokens=4")
     if arguments[0] == "vocabulary":
         # As much text as a test has does not fill 16,000 pieces.
         arguments = [flag.replace("my.model", f"{tmp_path}/my.model").replace("16000", "500") for flag in arguments]
