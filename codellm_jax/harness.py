@@ -34,13 +34,15 @@ class CodellmJax(TemplateLM):
       checkpoint: a run directory; its newest checkpoint is asked.
       vocabulary: the vocabulary's file, where it is no longer where the run had it.
       batch_tokens: tokens scored at once.
-      batch_size: answers written at once; "auto" is taken for the default.
-      max_batch_size, device: for the harness's sake; JAX chooses its devices by itself (JAX_PLATFORMS).
+      answers_at_once: texts written at once.
+      batch_size, max_batch_size, device: what the harness gives every model, and not used: batches change speed alone,
+        and JAX chooses its devices by itself (JAX_PLATFORMS).
     """
 
     def __init__(
         self, checkpoint: str, vocabulary: str | None = None, batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        batch_size: int | str = 16, max_batch_size: int | None = None, device: str | None = None,
+        answers_at_once: int = 16, batch_size: int | str | None = None, max_batch_size: int | None = None,
+        device: str | None = None,
     ) -> None:
         super().__init__()
         overrides = [("CHECKPOINT_PATH", str(checkpoint)), *([("VOCABULARY", vocabulary)] if vocabulary else [])]
@@ -49,7 +51,7 @@ class CodellmJax(TemplateLM):
         self._model, record = self._open.enter_context(trained_model(chosen))
         self._name = f"{checkpoint}, step {record['step']}"
         self._batch_tokens = int(batch_tokens)
-        self._batch_size = int(batch_size) if str(batch_size).isdigit() else 16
+        self._answers_at_once = int(answers_at_once)
 
     @property
     def eot_token_id(self) -> int:
@@ -114,7 +116,7 @@ class CodellmJax(TemplateLM):
             # Room for the answer is taken from the beginning of a prompt too long.
             room = min(sampling.max_new_tokens, self.max_length - 1)
             written = self._model.write(prompts, [stops[number] for number in numbers], sampling, 0, numbers=numbers,
-                                        batch_size=self._batch_size, room=room)
+                                        batch_size=self._answers_at_once, room=room)
             for number, answer in zip(numbers, written, strict=True):
                 text = vocabulary.decode(answer.ids)
                 ends = [text.find(stop) for stop in stops[number] if stop in text]
