@@ -29,7 +29,8 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def harness(pretrained) -> CodellmJax:
-    model = get_model("codellm_jax").create_from_arg_string(f"checkpoint={pretrained / 'CODE'},answers_at_once=2", {"batch_size": 1})
+    model = get_model("codellm_jax").create_from_arg_string(
+        f"checkpoint={pretrained / 'CODE'},answers_at_once=2", {"batch_size": 1})
     yield model
     model._open.close()
 
