@@ -5,6 +5,7 @@ from the rules of the logical axes. On a CPU the kernel is interpreted, for test
 top of `decoder.py`.
 """
 
+import functools
 import math
 
 import jax
@@ -57,7 +58,8 @@ def attend(
     if jax.sharding.get_abstract_mesh().empty:
         return _on_one_device(query_BLHK, key_BLHK, value_BLHK, segments_BL, interpret)
     return jax.shard_map(
-        lambda *arrays: _on_one_device(*arrays, interpret), in_specs=(spec, spec, spec, PartitionSpec(spec[0], None)),
+        functools.partial(_on_one_device, interpret=interpret),
+        in_specs=(spec, spec, spec, PartitionSpec(spec[0], None)),
         out_specs=spec, check_vma=False)(query_BLHK, key_BLHK, value_BLHK, segments_BL)
 
 
