@@ -205,7 +205,7 @@ def _largest_sentence(fitting: int | None, refused: int | None) -> str:
 
 def _changes_section(step: Outcome, report: Callable[[str], None]) -> list[str]:
     found = cheapest_changes(step, report)
-    lines = ["", "These make it fit, tried, the cheapest first:" if found else "Nothing that was tried makes it fit.", ""]
+    lines = ["", "These make it fit, the cheapest first, tried:" if found else "Nothing tried makes it fit.", ""]
     for flags, tried in found:
         assert tried.memory is not None
         lines.append(f"- `{flags}`: {tried.memory.total / GIB:.2f} of {tried.topology.chip.memory_gib:.2f} GiB")

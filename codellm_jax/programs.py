@@ -52,7 +52,7 @@ class Outcome(NamedTuple):
       program: "train step", "scoring" or "decoding".
       memory: None where it does not fit.
       refusal: why it does not.
-      traffic, unknown_loops: see `collectives.read_traffic`.
+      traffic, unknown_loops: see `collectives.read_traffic`; what crosses slices is along "slices".
       seconds: that compiling took.
     """
 
@@ -145,7 +145,10 @@ def _compile(
         found: Any = compiled.memory_analysis()
         memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes,
                         found.output_size_in_bytes - found.alias_size_in_bytes)
-        traffic, unknown = read_traffic(compiled.as_text() or "", dict(mesh.shape))
+        axes = dict(mesh.shape)
+        if training.mesh.slices > 1:  # joined along `data`, slice after slice
+            axes = {"slices": training.mesh.slices} | axes | {"data": axes["data"] // training.mesh.slices}
+        traffic, unknown = read_traffic(compiled.as_text() or "", axes)
     return Outcome(program, training, topology, mesh, config, rows, memory, refusal, traffic, unknown,
                    time.monotonic() - start)
 

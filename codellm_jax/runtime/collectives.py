@@ -23,11 +23,20 @@ SENT = {
     "collective-permute": lambda n: 1,
     "collective-broadcast": lambda n: 1,
 }
+# The same for a byte that goes in, where XLA hands what crosses slices over to the host.
+SENT_BY_HOST = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "one-to-one": lambda n: 1,
+}
 ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "token": 0}  # others end with their bits: f32, s8, f8e4m3fn
 
 _NAME = r"%?([\w.\-]+)"
 _COMPUTATION = re.compile(rf"^(ENTRY )?{_NAME} \(.*\{{$")
 _COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?{_NAME} = (.*?) ({'|'.join(SENT)})(-start)?\(")
+_HOST = re.compile(rf"^\s+(?:ROOT )?{_NAME} = \((\S+?), .* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
 _WHILE = re.compile(rf" while\({_NAME}\), condition={_NAME}, body={_NAME}")
 _CALLED = re.compile(rf"(?:calls|to_apply|true_computation|false_computation)={_NAME}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -55,7 +64,8 @@ def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic]
 
     Args:
       hlo: the text of the program after partitioning, `compiled.as_text()`.
-      mesh_shape: the axes of the mesh and their sizes, in their order.
+      mesh_shape: the axes of the mesh and their sizes, in their order; where slices are joined they are the first of
+        them, "slices".
 
     Returns:
       The traffic, most bytes first; and how many loops turn as often as only running tells: what they send is counted
@@ -75,6 +85,12 @@ def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic]
                 key = channel.group() if channel else found.group(1)
                 if len(group) > 1 and times > channels.get(key, (0,))[0]:
                     channels[key] = times, size * SENT[kind](len(group)), kind, _axes(group, mesh_shape)
+                continue
+            if found := _HOST.match(line):
+                _, shape, kind = found.groups()
+                kind = kind.lower().replace("_", "-")
+                sent = _bytes(shape) * SENT_BY_HOST.get(kind, SENT_BY_HOST["one-to-one"])(mesh_shape["slices"])
+                channels[f"host {found.group(1)}"] = times, sent, kind, ("slices",)
                 continue
             if found := _WHILE.search(line):
                 turns = _turns(computations, name, *found.group(1, 2))
@@ -128,7 +144,8 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 def _reaching_collectives(computations: Mapping[str, Sequence[str]]) -> set[str]:
     """Names of computations in which, or in what they call, collectives stand."""
-    reaching = {name for name, lines in computations.items() if any(map(_COLLECTIVE.match, lines))}
+    reaching = {name for name, lines in computations.items()
+                if any(_COLLECTIVE.match(line) or _HOST.match(line) for line in lines)}
     called = re.compile(rf"(?:calls|to_apply|body|computation)={_NAME}")
     calls = {name: {other for line in lines for other in called.findall(line)} for name, lines in computations.items()}
     while more := {name for name, others in calls.items() if others & reaching} - reaching:

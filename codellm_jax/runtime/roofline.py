@@ -44,13 +44,13 @@ def roofline(
       device_kind: gives the peak, as JAX names it.
       devices: that share the work evenly.
       arguments, temporaries: bytes of a device.
-      traffic: bytes that a device sends.
+      traffic: bytes that a device sends; over the network those along "slices".
     """
     peak = PEAK_FLOPS[device_kind]
     model_flops = flops_per_token(config, causal=True) * tokens / devices
     computing = (model_flops + recomputed_flops_per_token(config) * tokens / devices) / peak
     memory = 2 * (arguments + temporaries) / topology.chip.memory_bandwidth
-    between = sum(one.sent for one in traffic if topology.slices > 1 and "data" in one.axes)
+    between = sum(one.sent for one in traffic if "slices" in one.axes)
     links = (sum(one.sent for one in traffic) - between) / topology.chip.link_bandwidth
     network = between / topology.chip.network_bandwidth
     parts = computing, memory, links, network

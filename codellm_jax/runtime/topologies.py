@@ -142,7 +142,10 @@ def compile_only_devices(topology: Topology, report: Callable[[str], None] = pri
     if not has_libtpu():
         raise ValueError("TPU programs are compiled by libtpu, which is not installed: pip install '.[tpu]'.")
     _wait_for_compiler(report)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks for a TPU machine's metadata, for minutes
+    # Without these libtpu asks for the metadata of a TPU machine, for minutes, and complains that there is none.
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v4-8"),
+                        ("TPU_WORKER_HOSTNAMES", "localhost")):
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     options: dict[str, Any] = {}
