@@ -45,17 +45,18 @@ def measure(training: Training, topology: Topology) -> dict[str, Any]:
                  "refusal": outcome.refusal}
         if outcome.memory is not None:
             return found | {"arguments": outcome.memory.arguments / GIB,
-                            "temporaries": outcome.memory.temporaries / GIB, "total": outcome.memory.total / GIB}
+                            "temporaries": outcome.memory.temporaries / GIB, "total": outcome.memory.total / GIB,
+                            "peak": outcome.memory.peak / GIB}
     return found
 
 
 def cell(found: dict[str, Any], shipped_batch: int) -> str:
     """One entry of the table."""
-    if "total" not in found:
+    if "peak" not in found:
         return "does not fit"
     notes = [f"{found['microbatches']} microbatches"] if found["microbatches"] > 1 else []
     notes += [f"batch {found['batch']}"] if found["batch"] != shipped_batch else []
-    return (f"{found['total']:.2f} ({found['arguments']:.2f} + {found['temporaries']:.2f})"
+    return (f"{found['peak']:.2f} ({found['arguments']:.2f} + {found['temporaries']:.2f})"
             + (f", {', '.join(notes)}" if notes else ""))
 
 
@@ -73,7 +74,7 @@ def table(records: dict[tuple[str, int, str], dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", default="memory.jsonl", help="what is measured, a line each (default: %(default)s)")
+    parser.add_argument("--records", default="memory.jsonl", help="a line for each program (default: %(default)s)")
     path = Path(parser.parse_args().records)
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     records = {(line["size"], line["vocabulary"], line["topology"]): line for line in lines}

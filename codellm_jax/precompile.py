@@ -90,8 +90,8 @@ def largest_batch(outcome: Outcome, report: Callable[[str], None]) -> tuple[int 
     unit = outcome.mesh.shape["data"] * outcome.mesh.shape["fsdp"] * training.microbatches
     fitting, refused, compiled = outcome.rows // unit, None, 0
     room = outcome.topology.chip.memory_gib * GIB - memory.arguments
-    # A first guess: all temporaries grow with the batch. It is too low; what follows doubles, then halves the gap.
-    trial = max(fitting + 1, math.floor(fitting * room / max(1, memory.temporaries)))
+    # A first guess: all but the arguments grows with the batch. It is too low; then doubled, then the gap is halved.
+    trial = max(fitting + 1, math.floor(fitting * room / max(1, memory.peak - memory.arguments)))
     while compiled < MOST_COMPILED and (refused is None or refused - fitting > max(1, fitting // FINENESS)):
         found = compile_train_step(dataclasses.replace(training, batch_size=trial * unit), outcome.topology)
         report(f"batch of {trial * unit}: {_fits(found)}")
@@ -106,7 +106,7 @@ def largest_batch(outcome: Outcome, report: Callable[[str], None]) -> tuple[int 
 def _fits(outcome: Outcome) -> str:
     if outcome.memory is None:
         return "does not fit"
-    return f"{outcome.memory.total / GIB:.2f} GiB, {outcome.seconds:.0f} s to compile"
+    return f"{outcome.memory.peak / GIB:.2f} GiB, {outcome.seconds:.0f} s to compile"
 
 
 def changes(outcome: Outcome) -> Iterator[tuple[str, Training, Topology]]:
@@ -189,10 +189,11 @@ def _what(step: Outcome) -> list[str]:
 
 
 def _memory_table(outcomes: list[Outcome]) -> list[str]:
-    lines = ["| GiB a device | arguments | temporaries | total | of | compiled in |", "|---|---|---|---|---|---|"]
+    lines = ["| GiB a device | arguments | temporaries | total | peak | of | compiled in |",
+             "|---|---|---|---|---|---|---|"]
     for one in outcomes:
-        memory = ["", "", "does not fit"] if one.memory is None else [
-            f"{size / GIB:.2f}" for size in (one.memory.arguments, one.memory.temporaries, one.memory.total)]
+        memory = ["", "", "", "does not fit"] if one.memory is None else [f"{size / GIB:.2f}" for size in (
+            one.memory.arguments, one.memory.temporaries, one.memory.total, one.memory.peak)]
         lines.append(f"| {one.program} | {' | '.join(memory)} | {one.topology.chip.memory_gib:.2f} | "
                      f"{one.seconds:.0f} s |")
     return lines
@@ -208,7 +209,7 @@ def _changes_section(step: Outcome, report: Callable[[str], None]) -> list[str]:
     lines = ["", "These make it fit, the cheapest first, tried:" if found else "Nothing tried makes it fit.", ""]
     for flags, tried in found:
         assert tried.memory is not None
-        lines.append(f"- `{flags}`: {tried.memory.total / GIB:.2f} of {tried.topology.chip.memory_gib:.2f} GiB")
+        lines.append(f"- `{flags}`: {tried.memory.peak / GIB:.2f} of {tried.topology.chip.memory_gib:.2f} GiB")
     return [*lines, ""]
 
 

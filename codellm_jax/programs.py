@@ -34,15 +34,20 @@ SOURCES = 2  # of the mixture; only two small results of a step depend on it
 
 
 class Memory(NamedTuple):
-    """Bytes of a device while a program runs."""
+    """Bytes of a device while a program runs, as the compiler accounts for them.
+
+    Whether a program fits is decided by its peak: what lives at any one time. The temporaries count more than ever
+    lives at once, so that the total can exceed the memory of a chip on which the program runs.
+    """
 
     arguments: int  # state and batch
     temporaries: int
     results: int  # beside those that take the place of arguments
+    peak: int
 
     @property
     def total(self) -> int:
-        return sum(self)
+        return self.arguments + self.temporaries + self.results
 
 
 class Outcome(NamedTuple):
@@ -144,7 +149,7 @@ def _compile(
     if compiled is not None:
         found: Any = compiled.memory_analysis()
         memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes,
-                        found.output_size_in_bytes - found.alias_size_in_bytes)
+                        found.output_size_in_bytes - found.alias_size_in_bytes, found.peak_memory_in_bytes)
         axes = dict(mesh.shape)
         if training.mesh.slices > 1:  # joined along `data`, slice after slice
             axes = {"slices": training.mesh.slices} | axes | {"data": axes["data"] // training.mesh.slices}

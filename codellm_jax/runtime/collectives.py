@@ -93,7 +93,8 @@ def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic]
                 channels[f"host {found.group(1)}"] = times, sent, kind, ("slices",)
                 continue
             if found := _WHILE.search(line):
-                turns = _turns(computations, name, *found.group(1, 2))
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+                turns = int(known.group(1)) if known else _turns(computations, name, *found.group(1, 2))
                 unknown += turns is None
                 visit(found.group(3), times * (1 if turns is None else turns))
                 continue
