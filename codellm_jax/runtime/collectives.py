@@ -9,7 +9,7 @@ around it turn, and its group of devices is laid back onto the axes of the mesh.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,8 +72,8 @@ def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic]
       for one turn.
     """
     computations, entry = _computations(hlo)
-    # By channel: what XLA cuts into pieces, to compute beside it, stands in several places under one channel.
-    channels: dict[str, tuple[int, float, str, tuple[str, ...]]] = {}
+    # What XLA cuts into pieces, to compute beside it, stands in several places under one channel and name.
+    channels: dict[tuple[Any, ...], tuple[int, float, str, tuple[str, ...]]] = {}
     unknown = 0
 
     def visit(name: str, times: int) -> None:
@@ -82,7 +82,9 @@ def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic]
             if found := _COLLECTIVE.match(line):
                 kind, group, size = _read(found, line, name, mesh_shape)
                 channel = re.search(r"channel_id=\d+", line)
-                key = channel.group() if channel else found.group(1)
+                key: tuple[Any, ...] = (found.group(1),)
+                if channel:
+                    key = channel.group(), *re.findall(r'op_name="[^"]*"', line), kind, size, *group
                 if len(group) > 1 and times > channels.get(key, (0,))[0]:
                     channels[key] = times, size * SENT[kind](len(group)), kind, _axes(group, mesh_shape)
                 continue
@@ -90,7 +92,7 @@ def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic]
                 _, shape, kind = found.groups()
                 kind = kind.lower().replace("_", "-")
                 sent = _bytes(shape) * SENT_BY_HOST.get(kind, SENT_BY_HOST["one-to-one"])(mesh_shape["slices"])
-                channels[f"host {found.group(1)}"] = times, sent, kind, ("slices",)
+                channels[("host", found.group(1))] = times, sent, kind, ("slices",)
                 continue
             if found := _WHILE.search(line):
                 known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)

@@ -64,17 +64,17 @@ TPU = """HloModule jit_train_step
   ROOT %add.1 = f32[]{:T(128)} add(%a, %b)
 }
 
-%all-reduce-scatter.clone.1 (input.7: f32[40064,2560]) -> f32[40064,640] {
-  %all-reduce.99 = f32[400,64]{1,0:T(8,128)} all-reduce(%input.7), channel_id=20, replica_groups={{0,1,2,3}}, to_apply=%add
-  ROOT %dynamic-slice.384 = f32[400,16]{1,0:T(8,128)} dynamic-slice(%all-reduce.99, %c, %m), dynamic_slice_sizes={400,16}
+%all-reduce-scatter.1 (input.7: f32[40064,2560]) -> f32[40064,640] {
+  %all-reduce.99 = f32[400,64]{1,0} all-reduce(%input.7), channel_id=20, replica_groups={{0,1,2,3}}
+  ROOT %dynamic-slice.384 = f32[400,16]{1,0} dynamic-slice(%all-reduce.99, %c, %m), dynamic_slice_sizes={400,16}
 }
 
 %piece.1 (p: f32[4]) -> f32[4] {
-  ROOT %all-gather.180 = f32[4,10]{1,0} all-gather(%p), channel_id=46, replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}
+  ROOT %all-gather.180 = f32[4,10]{1,0} all-gather(%p), channel_id=46, replica_groups=mesh['a'=1,'b'=4] {'b'}
 }
 
 %piece.2 (p: f32[4]) -> f32[4] {
-  ROOT %all-gather.182 = f32[4,10]{1,0} all-gather(%p), channel_id=46, replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}
+  ROOT %all-gather.182 = f32[4,10]{1,0} all-gather(%p), channel_id=46, replica_groups=mesh['a'=1,'b'=4] {'b'}
 }
 
 %condition (p: (s32[], f32[4])) -> pred[] {
@@ -85,7 +85,7 @@ TPU = """HloModule jit_train_step
 }
 
 %body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
-  %fusion.532 = f32[400,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.clone.1
+  %fusion.532 = f32[400,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %t = (s32[]{:T(128)}, f32[4]{0}) tuple(%n, %y)
 }
 
@@ -97,8 +97,8 @@ ENTRY %main.118_spmd (param.61: s32[]) -> f32[4] {
   %start = f32[4] fusion(%z), kind=kLoop, calls=%piece.1
   %done = f32[4] fusion(%start), kind=kLoop, calls=%piece.2
   %all-gather-start.2 = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(%z), channel_id=3, replica_groups=[1,4]<=[4]
-  %all-reduce.161 = (f32[100]{0:T(1024)S(3)}, bf16[100]{0}) all-reduce(%a, %b), channel_id=68, replica_groups={{0,2},{1,3}}
-  %alone = f32[99]{0} all-reduce(%a), channel_id=69, replica_groups={{0},{1},{2},{3}}, to_apply=%add
+  %all-reduce.161 = (f32[100]{0}, bf16[100]{0}) all-reduce(%a, %b), channel_id=68, replica_groups={{0,2},{1,3}}
+  %alone = f32[99]{0} all-reduce(%a), channel_id=69, replica_groups={{0},{1},{2},{3}}
   ROOT %r = f32[4]{0} get-tuple-element(%while.75), index=1
 }
 """
