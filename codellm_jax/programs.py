@@ -139,13 +139,17 @@ def _compile(
     start = time.monotonic()
     compiled, refusal, memory, unknown = None, "", None, 0
     traffic: list[Traffic] = []
-    with jax.set_mesh(mesh), nn.logical_axis_rules(training.mesh.all_rules()):
-        try:
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # what is for absent devices cannot be read back
+    try:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(training.mesh.all_rules()):
             compiled = lower().compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            refusal = _refusal(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = _refusal(str(error))
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
     if compiled is not None:
         found: Any = compiled.memory_analysis()
         memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes,
