@@ -14,6 +14,7 @@ import pytest
 
 from codellm_jax import cli
 from codellm_jax.mixture.schedules import phases
+from codellm_jax.runtime.topologies import has_libtpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,6 +51,10 @@ def test_readme_commands_are_accepted(command, capsys, tmp_path, tiny_flags, tin
         arguments = ["compare", str(tmp_path / "NL"), str(tmp_path / "CODE")]
     if arguments[0] == "eval":
         arguments += [f"--gin.evaluate.results_dir={tmp_path}/results", "--gin.TASKS=['logic']"]
+    if arguments[0] == "precompile":
+        if not has_libtpu():
+            pytest.skip("libtpu is not installed: pip install '.[tpu]'")
+        arguments += ["--no_search", "--gin.model.layers=1", "--gin.model.hidden=256", "--gin.model.feedforward=256"]
     if arguments[0] == "vocabulary":
         # As much text as a test has does not fill 16,000 pieces.
         arguments = [flag.replace("my.model", f"{tmp_path}/my.model").replace("16000", "500") for flag in arguments]

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from codellm_jax.model import attention, splash
 from codellm_jax.model.attention import IMPLEMENTATIONS, AttentionMask, dot_product_attention, reference_attention
 from codellm_jax.runtime.partitioning import AXIS_RULES
+from codellm_jax.runtime.topologies import compile_only_devices, has_libtpu, parse_topology
 
 OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
 
@@ -154,6 +155,27 @@ def test_splash_leaves_what_the_mesh_does_not_divide_to_another() -> None:
         mask = AttentionMask(segments_BL, segments_BL)
         np.testing.assert_allclose(jax.jit(dot_product_attention, static_argnames="implementation")(
             *inputs, mask, implementation="splash"), reference_attention(*inputs, mask), atol=1e-6)
+
+
+@pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_splash_compiles_for_tpus_split_over_their_mesh(head_size: int) -> None:
+    devices = np.array(compile_only_devices(parse_topology("v5e-8"))).reshape(2, 2, 2)
+    mesh = Mesh(devices, ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
+    rows = ("data", "fsdp")
+    array = jax.ShapeDtypeStruct((8, 1024, 4, head_size), jnp.bfloat16, sharding=NamedSharding(
+        mesh, PartitionSpec(rows, None, "model", None)))
+    segments_BL = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(rows)))
+
+    def gradients(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+        *inputs, segments_BL = inputs
+        mask = AttentionMask(segments_BL, segments_BL)
+        return jax.grad(lambda *a: jnp.sum(dot_product_attention(*a, mask)).astype(jnp.float32), (0, 1, 2))(*inputs)
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(AXIS_RULES):
+        text = jax.jit(gradients).lower(array, array, array, segments_BL).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, and the gradients of queries and of keys
+    assert "all-gather" not in text and "all-reduce" not in text
 
 
 def test_auto_is_chosen_by_the_devices_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
