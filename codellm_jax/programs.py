@@ -139,8 +139,10 @@ def _compile(
     start = time.monotonic()
     compiled, refusal, memory, unknown = None, "", None, 0
     traffic: list[Traffic] = []
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # what is for absent devices cannot be read back
+    # Not kept in JAX's cache of programs: what is for absent devices cannot be read back.
+    config_of_jax: Any = jax.config
+    kept_from = config_of_jax.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
         with jax.set_mesh(mesh), nn.logical_axis_rules(training.mesh.all_rules()):
             compiled = lower().compile()
@@ -149,7 +151,7 @@ def _compile(
             raise
         refusal = _refusal(str(error))
     finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", kept_from)
     if compiled is not None:
         found: Any = compiled.memory_analysis()
         memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes,
