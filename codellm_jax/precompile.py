@@ -70,13 +70,15 @@ def precompile(
 
 def chips_of(topology: Topology) -> str:
     """A topology in words: 64 chips, 4 x 4 x 4."""
-    grid = " x ".join(map(str, topology.shape))
-    return (f"{topology.chips} chips, {f'{topology.slices} slices of ' if topology.slices > 1 else ''}{grid}"
-            + (f", {topology.chip.devices} devices each" if topology.chip.devices > 1 else ""))
+    words = [f"{topology.chips} chip{'s' if topology.chips > 1 else ''}",
+             (f"{topology.slices} slices of " if topology.slices > 1 else "") + " x ".join(map(str, topology.shape))]
+    if topology.chip.devices > 1:
+        words.append(f"{topology.chip.devices} devices each")
+    return ", ".join(words)
 
 
-def largest_batch(outcome: Outcome, report: Callable[[str], None]) -> tuple[int | None, int | None]:
-    """The largest BATCH_SIZE that fits, and the least that was refused; None for either where there is none.
+def largest_batch(outcome: Outcome, report: Callable[[str], None]) -> tuple[int, int | None]:
+    """The largest BATCH_SIZE that fits, and the least that was refused; None where none was.
 
     Searched among the multiples of what the mesh and the microbatches divide, until the two are within an eighth or
     MOST_COMPILED programs have been compiled.
@@ -199,7 +201,7 @@ def _memory_table(outcomes: list[Outcome]) -> list[str]:
     return lines
 
 
-def _largest_sentence(fitting: int | None, refused: int | None) -> str:
+def _largest_sentence(fitting: int, refused: int | None) -> str:
     return f"Largest batch that fits: {fitting}" + (
         f"; {refused} does not." if refused else "; a larger one was not tried.")
 

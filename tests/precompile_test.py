@@ -193,6 +193,11 @@ def test_changes_are_tried_cheapest_first(monkeypatch, make_training):
     assert all(outcome.memory is not None for _, outcome in found)
 
 
+def test_topologies_in_words():
+    assert [precompile.chips_of(parse_topology(name)) for name in ("v4-128", "2xv5e-256", "v5e-1", "v3-8")] == [
+        "64 chips, 4 x 4 x 4", "512 chips, 2 slices of 16 x 16", "1 chip, 1 x 1", "4 chips, 2 x 2, 2 devices each"]
+
+
 def test_every_change_is_what_its_flags_say(make_training):
     """Flags are read back as a user would give them, and must make the same run."""
     heads = functools.partial(make_training().model, heads=8)
