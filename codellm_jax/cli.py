@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "explain": _explain,
-        "vocabulary": _vocabulary, "launch": _launch}
+        "vocabulary": _vocabulary, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -150,6 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--keep", action="store_true", help="do not delete the resource at the end")
     launch.add_argument("--print_only", action="store_true", help="print the commands, and run none")
     launch.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    precompile = add("precompile", "compile a run for TPUs that are not there",
+                     "Compiles the train step of a run for a TPU topology, without TPUs and without data, and tells "
+                     "memory, traffic and a bound on speed. Status 1 where it does not fit.")
+    precompile.add_argument("--topology", required=True, help="such as v4-128, v5e-256 or 2xv5e-256 (two slices)")
+    precompile.add_argument("--vocabulary_size", type=int, help="stands in for the run's vocabulary file")
+    precompile.add_argument("--scoring", action="store_true", help="compile the scoring of an evaluation too")
+    precompile.add_argument("--decode", action="store_true", help="compile decoding too")
+    precompile.add_argument("--no_search", action="store_true",
+                            help="search neither for the largest batch nor for what would make the run fit")
+    precompile.add_argument("--report", help="also write what is told into this file, as Markdown")
     return parser
 
 
@@ -169,7 +179,8 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
     while position < len(rest):
         flag = rest[position]
         if not flag.startswith("--gin."):
-            known = ["--gin_file", "--gin_search_paths", "--gin.NAME", "--dry_run", "--debug", "--help"]
+            known = ["--gin_file", "--gin_search_paths", "--gin.NAME", "--dry_run", "--debug", "--help",
+                     "--topology", "--vocabulary_size", "--scoring", "--decode", "--no_search", "--report"]
             near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
             raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
         name, equals, value = flag.removeprefix("--gin.").partition("=")
@@ -349,6 +360,37 @@ def _launch(flags: argparse.Namespace) -> int:
         print(commands(job))
         return 0
     return launch(job, flags.keep)
+
+
+def _precompile(flags: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: it would look for TPUs
+    from codellm_jax.runtime.topologies import parse_topology
+
+    topology = parse_topology(flags.topology)
+    if flags.vocabulary_size is not None and flags.vocabulary_size < 1:
+        raise ValueError(f"--vocabulary_size must be positive, found {flags.vocabulary_size}.")
+    if flags.report and not Path(flags.report).expanduser().absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no directory to write {flags.report} in.")
+    title = " ".join([*flags.gin_file, *(f"{name}={value}" for name, value in flags.overrides)])
+    # Nothing is read that only a run needs: neither the run to start from nor, where its size is given, a vocabulary.
+    flags.overrides.append(("train.initial_checkpoint_path", "None"))
+    if flags.vocabulary_size is not None:
+        flags.overrides.append(("vocabulary.path", "python_8k"))
+    configuration = _configuration(flags)
+    from codellm_jax.configuration import build
+    from codellm_jax.precompile import precompile
+    from codellm_jax.programs import with_vocabulary_size
+
+    training = build(configuration, "train")
+    if flags.vocabulary_size is not None:
+        training = with_vocabulary_size(training, flags.vocabulary_size)
+    fits, page = precompile(
+        training, topology, title=title, scoring=flags.scoring, decoding=flags.decode, search=not flags.no_search,
+        report=lambda line: print(line, flush=True))
+    print("\n" + page, end="")
+    if flags.report:
+        Path(flags.report).expanduser().write_text(page)
+    return 0 if fits else _fail("t5x precompile", f"the run does not fit {topology.name}.", 1)
 
 
 def _quiet_libraries() -> None:

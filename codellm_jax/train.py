@@ -85,6 +85,15 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
+def jit_train_step(
+    model: Decoder, optimizer: optax.GradientTransformation, state: TrainState, sources: int, microbatches: int
+) -> Any:
+    """`train_step` as the loop runs it: jitted, the state donated and laid out as `state` (which may be abstract)."""
+    return jax.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer, sources=sources, microbatches=microbatches),
+        donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
+
+
 def eval_step(params: Any, batch: Batch, *, model: Decoder, sources: int) -> tuple[jax.Array, jax.Array]:
     """Sums of losses in nats and of tokens for each source: two float32 [sources]."""
     hidden_BLD: Any = model.apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
@@ -192,10 +201,7 @@ def loop(
     """Trains `run` on to the plan's last step, in place."""
     training, plan, order = run.training, run.plan, run.plan.mixture.order
     sources = len(order.sources)
-    step_fn = jax.jit(
-        functools.partial(train_step, model=plan.model, optimizer=plan.optimizer, sources=sources,
-                          microbatches=training.microbatches),
-        donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, plan.state), None))
+    step_fn = jit_train_step(plan.model, plan.optimizer, plan.state, sources, training.microbatches)
     eval_fn = jax.jit(functools.partial(eval_step, model=plan.model, sources=sources))
     meter = Meter(order, training.batch_size, plan.mixture.stage, run.step, plan.last_step, training.log_period,
                   training.learning_rate, functools.partial(utilization, plan), records, status)

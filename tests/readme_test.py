@@ -15,6 +15,7 @@ import pytest
 
 from codellm_jax import cli
 from codellm_jax.mixture.schedules import phases
+from codellm_jax.runtime.topologies import has_libtpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,6 +59,10 @@ def test_readme_commands_are_accepted(
     if arguments[0] == "infer":
         monkeypatch.setattr("sys.stdin", io.StringIO("the row\n"))
         arguments.append("--gin.sampling.max_new_tokens=4")
+    if arguments[0] == "precompile":
+        if not has_libtpu():
+            pytest.skip("libtpu is not installed: pip install '.[tpu]'")
+        arguments += ["--no_search", "--gin.model.layers=1", "--gin.model.hidden=256", "--gin.model.feedforward=256"]
     if arguments[0] == "vocabulary":
         # As much text as a test has does not fill 16,000 pieces.
         arguments = [flag.replace("my.model", f"{tmp_path}/my.model").replace("16000", "500") for flag in arguments]

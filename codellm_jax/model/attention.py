@@ -1,7 +1,8 @@
 """Dot-product attention: one function, several implementations chosen by name.
 
 All implementations compute the same thing, softmax(Q K^T / sqrt(K)) V under one mask, and are tested against
-"reference" in values and gradients. Shape suffixes are explained at the top of `decoder.py`.
+"reference" in values and gradients. "auto" takes the one of the devices that a program is compiled for: "splash" on
+TPU, "fused" on GPU, "blocked" elsewhere. Shape suffixes are explained at the top of `decoder.py`.
 """
 
 import difflib
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # "blocked" cuts the queries into at most so many blocks, none smaller than so many queries. Measured on 2 CPU cores,
 # forward and backward: 256 tokens 11 ms against 22 unblocked, 1,024 tokens 240 against 382.
@@ -108,7 +110,51 @@ def blocked_attention(
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference_attention, "blocked": blocked_attention}
+def fused_attention(
+    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU where it can, else XLA's operations.
+
+    cuDNN takes float16 and bfloat16, sizes of a head that 8 divides up to 128, and even lengths. Segments, stems and
+    caches go to it as a dense mask, [B, 1, L, M] in the compute dtype, beside which it skips what causality masks.
+    Only XLA's operations have been run and tested, on a CPU; cuDNN's have not, for want of a GPU.
+    """
+    can = query_BLHK.dtype in (jnp.float16, jnp.bfloat16) and query_BLHK.shape[-1] % 8 == 0 \
+        and query_BLHK.shape[-1] <= 128 and query_BLHK.shape[1] % 2 == key_BMHK.shape[1] % 2 == 0
+    return jax.nn.dot_product_attention(
+        query_BLHK, key_BMHK, value_BMHK, mask=mask.dense(), is_causal=mask.query_offset is None,
+        implementation="cudnn" if can and platform() == "gpu" else "xla")
+
+
+def splash_attention(
+    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask
+) -> jax.Array:
+    """The Pallas kernel of `splash.py`; of what it cannot do the rest falls to "blocked".
+
+    That is a shared segment (scoring's stems), queries that are the newest tokens of a cache, and rows or heads that
+    the mesh does not divide or that are sharded along the length.
+    """
+    from codellm_jax.model import splash  # Pallas is imported by those who use it
+
+    spec = splash.layout(query_BLHK.shape[0], query_BLHK.shape[2])
+    whole_rows = mask.query_offset is None or query_BLHK.shape[1] == key_BMHK.shape[1]
+    if spec is None or not whole_rows or mask.shared_segment is not None:
+        return checkpoint_name(blocked_attention(query_BLHK, key_BMHK, value_BMHK, mask), "attended")
+    return splash.attend(query_BLHK * (query_BLHK.shape[-1] ** -0.5), key_BMHK, value_BMHK, mask.query_segments_BL,
+                         spec, interpret=platform() != "tpu")
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference_attention, "blocked": blocked_attention, "fused": fused_attention,
+    "splash": splash_attention}
+BY_PLATFORM = {"tpu": "splash", "gpu": "fused", "cpu": "blocked"}
+NAMES = ("auto", *IMPLEMENTATIONS)
+
+
+def platform() -> str:
+    """Where the program under way will run: the mesh's devices tell, which may be none of this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def check_name(what: str, found: str, known: Iterable[str]) -> None:
@@ -125,7 +171,7 @@ def dot_product_attention(
     value_BMHK: jax.Array,
     mask: AttentionMask,
     *,
-    implementation: str = "blocked",
+    implementation: str = "auto",
 ) -> jax.Array:
     """Attends causally within each segment.
 
@@ -134,13 +180,18 @@ def dot_product_attention(
       key_BMHK: keys, same dtype.
       value_BMHK: values, same dtype.
       mask: who may see whom.
-      implementation: a key of `IMPLEMENTATIONS`.
+      implementation: one of `NAMES`.
 
     Returns:
-      [B, L, H, K] in the dtype of the values; scores and softmax are float32 inside.
+      [B, L, H, K] in the dtype of the values; scores and softmax are float32 inside. Named "attended" for
+      `jax.checkpoint`.
 
     Raises:
       ValueError: if the implementation is unknown.
     """
-    check_name("attention implementation", implementation, IMPLEMENTATIONS)
-    return IMPLEMENTATIONS[implementation](query_BLHK, key_BMHK, value_BMHK, mask)
+    check_name("attention implementation", implementation, NAMES)
+    if implementation == "auto":
+        implementation = BY_PLATFORM.get(platform(), "blocked")
+    attended_BLHK = IMPLEMENTATIONS[implementation](query_BLHK, key_BMHK, value_BMHK, mask)
+    # The kernel of "splash" names what it keeps itself; a second name would keep it twice.
+    return attended_BLHK if implementation == "splash" else checkpoint_name(attended_BLHK, "attended")

@@ -20,9 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
-from codellm_jax.model.attention import IMPLEMENTATIONS, AttentionMask, check_name, dot_product_attention
+from codellm_jax.model.attention import NAMES, AttentionMask, check_name, dot_product_attention
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -67,7 +66,7 @@ class DecoderConfig:
     dtype: str = "float32"  # of the computation; parameters are always float32
     remat: str = "dots"  # what the backward pass keeps of a block, a key of REMAT_POLICIES
     scan_unroll: int = 1  # blocks compiled out in a row; parameters look the same whatever it is
-    attention: str = "blocked"  # a key of attention.IMPLEMENTATIONS
+    attention: str = "auto"  # one of attention.NAMES
     initializer_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -83,7 +82,7 @@ class DecoderConfig:
         check_name("activation", self.activation, ACTIVATIONS)
         check_name("remat policy", self.remat, REMAT_POLICIES)
         check_name("dtype", self.dtype, DTYPES)
-        check_name("attention implementation", self.attention, IMPLEMENTATIONS)
+        check_name("attention implementation", self.attention, NAMES)
 
     @property
     def head_size(self) -> int:
@@ -172,7 +171,6 @@ class Attention(nn.Module):
         attended_BLHK = dot_product_attention(query_BLHK, key_BMHK, value_BMHK, mask, implementation=config.attention)
         kernel_HKD = _parameter(self, "output_kernel", (heads, head_size, config.hidden), ("heads", "kv", "embed"))
         bias_D = _parameter(self, "output_bias", (config.hidden,), ("embed",))
-        attended_BLHK = checkpoint_name(attended_BLHK, "attended")
         attended_BLD = attended_BLHK.reshape(query_BLD.shape)
         return _linear(attended_BLD, kernel_HKD.reshape(config.hidden, config.hidden), bias_D)
 

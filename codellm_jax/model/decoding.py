@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.model.buckets import SHORTEST, place, power_of_two, replicate, round_up, shards_of, unknown_id
 from codellm_jax.model.decoder import Decoder, DecoderConfig, init_cache
@@ -202,6 +202,40 @@ def _batches(
                 if reason is not None:
                     del live[b]
                 yield Piece(row, added, reason)
+
+
+def lower_largest(
+    params: Any, config: DecoderConfig, sampling: Sampling, *, batch_size: int = 16, turn: int = TURN,
+    sharding: NamedSharding,
+) -> jax.stages.Lowered:
+    """The program of a turn behind prompts as long as the model, to be compiled ahead of time.
+
+    Arguments as for `stream`; `params` may be abstract, and the mesh of devices that are not there. The cache lies on
+    the mesh by rows and heads, as `Attention` lays it.
+    """
+    rows = round_up(power_of_two(batch_size), shards_of(sharding))
+    slots = power_of_two(config.length + turn)
+
+    def laid_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names: tuple[str | None, ...] = {
+            0: (), 1: ("activation_batch",), 2: ("activation_batch", None),
+            4: ("activation_batch", "activation_heads", None, None),
+            5: (None, "activation_batch", "activation_heads", None, None)}[leaf.ndim]
+        axes = nn.logical_to_mesh_axes(names) or PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, axes))
+
+    config = _unrolled(config)
+    cache = jax.eval_shape(lambda: init_cache(config, rows, slots))
+    logits_BV = jax.ShapeDtypeStruct((rows, config.vocabulary_size), jnp.float32)
+    counts_BV = logits_BV if sampling.penalized else None
+    leaves: Any = cache, logits_BV, counts_BV, jax.ShapeDtypeStruct((), jnp.int32)
+    state: Any = jax.tree.map(laid_out, _State(*leaves))
+    base_B, number_B = (laid_out(jax.ShapeDtypeStruct((rows,), dtype)) for dtype in (jnp.int32, jnp.uint32))
+    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    return _advance.lower(
+        params, state, base_B, number_B, key, config=config,
+        sampling=dataclasses.replace(sampling, max_new_tokens=1), drawable=config.vocabulary_size, turn=turn,
+        sharding=sharding)
 
 
 def _unrolled(config: DecoderConfig) -> DecoderConfig:

@@ -169,7 +169,7 @@ def _finished_batches(
     shards = shards_of(sharding)
     waiting: tuple[list[_Row], Any] | None = None
     for rows, batch_size, length in _plan_batches(_plan_rows(config, requests), config.length, batch_tokens, shards):
-        chunk = max(1, min(64, power_of_two(LOGIT_POSITIONS * shards // batch_size + 1) // 2))
+        chunk = _chunk(batch_size, shards)
         batch = _assemble(rows, batch_size, length, chunk, sharding)
         scored = _score_batch(params, batch, config=config, chunk=chunk, sharding=sharding)
         if waiting is not None:
@@ -177,6 +177,32 @@ def _finished_batches(
         waiting = rows, scored
     if waiting is not None:
         yield _results(*waiting)
+
+
+def lower_largest(
+    params: Any, config: DecoderConfig, *, batch_tokens: int = DEFAULT_BATCH_TOKENS, sharding: NamedSharding
+) -> jax.stages.Lowered:
+    """The program of a full batch of the longest rows, to be compiled ahead of time; arguments as for `score`.
+
+    `params` may be abstract, and the mesh of devices that are not there.
+    """
+    shards, length = shards_of(sharding), config.length
+    rows = _full_batch(batch_tokens, length, shards)
+    chunk = _chunk(rows, shards)
+    tokens_BL, scored_BL = (jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=sharding)
+                            for width in (length, round_up(length, chunk)))
+    arrays: Any = tokens_BL, tokens_BL, tokens_BL, scored_BL, scored_BL, np.asarray(1, np.int32)
+    return _score_batch.lower(params, _Batch(*arrays), config=config, chunk=chunk, sharding=sharding)
+
+
+def _full_batch(batch_tokens: int, length: int, shards: int) -> int:
+    """Rows of a full batch: as many as `batch_tokens` holds, at least one for each shard."""
+    return max(shards, batch_tokens // length // shards * shards)
+
+
+def _chunk(rows: int, shards: int) -> int:
+    """Positions of a row whose logits are made at a time."""
+    return max(1, min(64, power_of_two(LOGIT_POSITIONS * shards // rows + 1) // 2))
 
 
 def _results(rows: list[_Row], scored: tuple[jax.Array, jax.Array]) -> list[tuple[int, Scores]]:
@@ -256,7 +282,7 @@ def _plan_batches(
     start = 0
     while start < len(rows):
         length = next(length for length in lengths if length >= rows[start].length)
-        size = max(shards, batch_tokens // length // shards * shards)
+        size = _full_batch(batch_tokens, length, shards)
         taken = rows[start : start + size]
         while size > shards and round_up(-(-size // 4), shards) >= len(taken):
             smaller = round_up(-(-size // 4), shards)

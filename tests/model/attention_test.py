@@ -1,19 +1,28 @@
 """Attention: every implementation equals the reference, and the mask means what it says."""
 
+import contextlib
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from codellm_jax.model import attention
-from codellm_jax.model.attention import IMPLEMENTATIONS, AttentionMask, dot_product_attention
+from codellm_jax.model import attention, splash
+from codellm_jax.model.attention import IMPLEMENTATIONS, AttentionMask, dot_product_attention, reference_attention
+from codellm_jax.runtime.partitioning import AXIS_RULES
+from codellm_jax.runtime.topologies import compile_only_devices, has_libtpu, parse_topology
 
 OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
-def make_inputs(length: int, key_length: int | None = None, dtype: str = "float32") -> list[jax.Array]:
+def make_inputs(
+    length: int, key_length: int | None = None, dtype: str = "float32", head_size: int = 8, batch: int = 2
+) -> list[jax.Array]:
     rng = np.random.default_rng(0)
-    shapes = [(2, length, 2, 8)] + [(2, key_length or length, 2, 8)] * 2
+    shapes = [(batch, length, 2, head_size)] + [(batch, key_length or length, 2, head_size)] * 2
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
@@ -77,6 +86,112 @@ def test_implementations_equal_the_reference(
     np.testing.assert_allclose(value, expected_value, atol=1e-6)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+
+def value_and_gradients(
+    implementation: str, inputs: list[jax.Array], mask: AttentionMask
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def run(*inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        value, backward = jax.vjp(lambda *a: dot_product_attention(*a, mask, implementation=implementation), *inputs)
+        return value, backward(inputs[0][:, ::-1])
+
+    return jax.jit(run)(*inputs)
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_implementations_equal_the_reference_at_the_shipped_sizes_of_heads(implementation: str, head_size: int) -> None:
+    """Rows of two blocks of 128 and a ragged end, cut into three documents."""
+    inputs, segments_BL = make_inputs(300, head_size=head_size), documents(300)
+    mask = AttentionMask(segments_BL, segments_BL)
+    value, gradients = value_and_gradients(implementation, inputs, mask)
+    expected_value, expected_gradients = value_and_gradients("reference", inputs, mask)
+    np.testing.assert_allclose(value, expected_value, atol=5e-6)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+def test_branches_see_their_stem_and_no_other_branch(implementation: str) -> None:
+    segments_BL = jnp.asarray([[0] * 4 + [1] * 3 + [2] * 3, [0] * 2 + [1] * 4 + [-1] * 4], jnp.int32)
+    mask = AttentionMask(segments_BL, segments_BL, shared_segment=0)
+    inputs = make_inputs(10)
+    np.testing.assert_allclose(dot_product_attention(*inputs, mask, implementation=implementation),
+                               dot_product_attention(*inputs, mask, implementation="reference"), atol=1e-6)
+
+
+def on_mesh(shape: tuple[int, int, int]) -> contextlib.ExitStack:
+    """Eight devices under the rules of training."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.set_mesh(Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape),
+                                          ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)))
+    stack.enter_context(nn.logical_axis_rules(AXIS_RULES))
+    return stack
+
+
+@pytest.mark.parametrize("implementation", ["splash", "fused"])
+def test_rows_and_heads_are_split_over_a_mesh(implementation: str) -> None:
+    inputs, segments_BL = make_inputs(20, batch=4), jnp.concatenate([documents(20)] * 2)
+    expected_value, expected_gradients = value_and_gradients(
+        "reference", inputs, AttentionMask(segments_BL, segments_BL))
+    with on_mesh((2, 2, 2)):
+        spec = PartitionSpec(("data", "fsdp"), None, "model", None)
+        assert splash.layout(4, 2) == spec
+        inputs = [jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), spec)) for array in inputs]
+        value, gradients = value_and_gradients(implementation, inputs, AttentionMask(segments_BL, segments_BL))
+        assert value.sharding.shard_shape(value.shape) == (1, 20, 1, 8)
+    np.testing.assert_allclose(value, expected_value, atol=1e-6)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+
+def test_splash_leaves_what_the_mesh_does_not_divide_to_another() -> None:
+    assert splash.layout(3, 5) == PartitionSpec(None, None, None, None)  # outside a mesh
+    with on_mesh((2, 2, 2)):
+        assert splash.layout(3, 2) is None and splash.layout(4, 3) is None
+        with nn.logical_axis_rules([("activation_length", "model")]):
+            assert splash.layout(4, 2) is None
+        inputs, segments_BL = make_inputs(6, batch=1), documents(6)[:1]
+        mask = AttentionMask(segments_BL, segments_BL)
+        np.testing.assert_allclose(jax.jit(dot_product_attention, static_argnames="implementation")(
+            *inputs, mask, implementation="splash"), reference_attention(*inputs, mask), atol=1e-6)
+
+
+@pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_splash_compiles_for_tpus_split_over_their_mesh(head_size: int) -> None:
+    devices = np.array(compile_only_devices(parse_topology("v5e-8"))).reshape(2, 2, 2)
+    mesh = Mesh(devices, ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
+    rows = ("data", "fsdp")
+    array = jax.ShapeDtypeStruct((8, 1024, 4, head_size), jnp.bfloat16, sharding=NamedSharding(
+        mesh, PartitionSpec(rows, None, "model", None)))
+    segments_BL = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(rows)))
+
+    def gradients(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+        *inputs, segments_BL = inputs
+        mask = AttentionMask(segments_BL, segments_BL)
+        return jax.grad(lambda *a: jnp.sum(dot_product_attention(*a, mask)).astype(jnp.float32), (0, 1, 2))(*inputs)
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(AXIS_RULES):
+        text = jax.jit(gradients).lower(array, array, array, segments_BL).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, and the gradients of queries and of keys
+    assert "all-gather" not in text and "all-reduce" not in text
+
+
+def test_auto_is_chosen_by_the_devices_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention.platform() == "cpu"
+    seen: list[str] = []
+    for name in IMPLEMENTATIONS:
+        monkeypatch.setitem(IMPLEMENTATIONS, name, lambda query, *_, name=name: seen.append(name) or query)
+    segments_BL = documents(4)
+    inputs, mask = make_inputs(4), AttentionMask(segments_BL, segments_BL)
+    for kind in ("cpu", "gpu", "tpu", "quantum"):
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=kind)
+        mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert attention.platform() == kind
+            dot_product_attention(*inputs, mask)
+    assert seen == ["blocked", "fused", "splash", "blocked"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -276,6 +276,28 @@ def test_a_mesh_changes_nothing() -> None:
     assert ids_of(found) == [slow_generate(TINY, prompt, r, rule, 5) for r, prompt in enumerate(PROMPTS)]
 
 
+def test_the_largest_program_is_the_one_that_the_longest_prompts_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In shapes and, of the cache, in how it lies on the mesh."""
+    rule, shape = dataclasses.replace(SAMPLINGS["paper"], max_new_tokens=16), MeshShape(data=2, fsdp=2, model=2)
+    mesh, params, seen = make_mesh(shape), make_params(TINY), []
+    real = decoding._advance
+
+    def spy(*arrays: Any, **options: Any) -> Any:
+        seen.append([(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(arrays)])
+        return real(*arrays, **options)
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(shape.all_rules()):
+        lowered = decoding.lower_largest(params, TINY, rule, batch_size=8, sharding=batch_sharding(mesh))
+        shardings = jax.tree.leaves(lowered.compile().input_shardings)
+        monkeypatch.setattr(decoding, "_advance", spy)
+        next(stream(params, TINY, [[1] * TINY.length] * 8, rule, batch_size=8, sharding=batch_sharding(mesh)))
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(lowered.args_info)] == [
+        (shape, dtype) for shape, dtype, _ in seen[0]]
+    cached = [(found, sharding, shape) for (shape, _, found), sharding in zip(seen[0], shardings, strict=True)
+              if len(shape) >= 4 and 64 in shape]
+    assert cached and all(found.is_equivalent_to(sharding, len(shape)) for found, sharding, shape in cached)
+
+
 def test_bfloat16_runs() -> None:
     config = dataclasses.replace(TINY, dtype="bfloat16")
     found = generate(make_params(TINY), config, PROMPTS, SAMPLINGS["paper"])

@@ -209,6 +209,26 @@ def test_a_mesh_changes_nothing(shape: MeshShape) -> None:
     expect(config, requests, found)
 
 
+def test_the_largest_program_is_the_one_that_full_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = MeshShape(data=2, fsdp=4)
+    mesh, params, shapes = make_mesh(shape), make_params(TINY), []
+    real = scoring._score_batch
+
+    def spy(*arrays: Any, **options: Any) -> jax.Array:
+        shapes.append(([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)], options))
+        return real(*arrays, **options)
+
+    requests = [Request(0, [i] * 5, [1] * (TINY.length - 4)) for i in range(16)]
+    with jax.set_mesh(mesh), nn.logical_axis_rules(shape.all_rules()):
+        options: dict[str, Any] = {"batch_tokens": 16 * TINY.length, "sharding": batch_sharding(mesh)}
+        lowered = scoring.lower_largest(params, TINY, **options)
+        assert "module" in lowered.as_text()
+        monkeypatch.setattr(scoring, "_score_batch", spy)
+        score(params, TINY, requests, **options)
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(lowered.args_info)] == shapes[0][0]
+    assert len(shapes) == 1 and shapes[0][1]["chunk"] == scoring._chunk(16, 8)
+
+
 def test_bfloat16_is_near() -> None:
     config = dataclasses.replace(TINY, dtype="bfloat16")
     requests = make_requests(TINY)

@@ -1,0 +1,96 @@
+"""The memory table of docs/precompile.md: each shipped size compiled for each pod, GiB a device.
+
+    python -m benchmarks.memory --records=memory.jsonl
+
+Needs libtpu (pip install '.[tpu]') and no TPU. One program after the other, a minute or two each; a run that was ended
+goes on behind the last record. A step that does not fit is cut into more microbatches until it does; a batch that the
+mesh does not divide is raised to what it does.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from codellm_jax.configuration import build, read_configuration  # noqa: E402
+from codellm_jax.plan import GIB, Training  # noqa: E402
+from codellm_jax.programs import compile_train_step, with_slices, with_vocabulary_size  # noqa: E402
+from codellm_jax.runtime.topologies import Topology, parse_topology  # noqa: E402
+
+SIZES = ("2_6b", "13b", "1_3b", "350m")
+TOPOLOGIES = ("v4-8", "v4-128", "v5e-256", "v5p-128", "2xv5e-256")
+VOCABULARIES = (40_000, 130_344)
+
+
+def training_of(size: str, vocabulary: int) -> Training:
+    """The shipped run of a size; the learning rate and the mixture play no part."""
+    configuration = read_configuration(["gin/mixed_pretrain.gin", f"gin/models/{size}.gin"], [])
+    return with_vocabulary_size(build(configuration, "train"), vocabulary)
+
+
+def measure(training: Training, topology: Topology) -> dict[str, Any]:
+    """Compiles the train step with as few microbatches as it fits with."""
+    training = with_slices(training, topology)
+    devices = topology.chips * topology.chip.devices
+    batch = math.lcm(training.batch_size, devices)
+    for parts in (2**power for power in range((batch // devices).bit_length())):
+        tried = dataclasses.replace(training, batch_size=batch, microbatches=parts)
+        outcome = compile_train_step(tried, topology)
+        found = {"batch": batch, "microbatches": parts, "seconds": round(outcome.seconds, 1),
+                 "refusal": outcome.refusal}
+        if outcome.memory is not None:
+            return found | {"arguments": outcome.memory.arguments / GIB,
+                            "temporaries": outcome.memory.temporaries / GIB, "total": outcome.memory.total / GIB,
+                            "peak": outcome.memory.peak / GIB}
+    return found
+
+
+def cell(found: dict[str, Any], shipped_batch: int) -> str:
+    """One entry of the table."""
+    if "peak" not in found:
+        return "does not fit"
+    notes = [f"{found['microbatches']} microbatches"] if found["microbatches"] > 1 else []
+    notes += [f"batch {found['batch']}"] if found["batch"] != shipped_batch else []
+    return (f"{found['peak']:.2f} ({found['arguments']:.2f} + {found['temporaries']:.2f})"
+            + (f", {', '.join(notes)}" if notes else ""))
+
+
+def table(records: dict[tuple[str, int, str], dict[str, Any]]) -> str:
+    """All that is measured as Markdown."""
+    lines = [f"| size, vocabulary | batch | {' | '.join(TOPOLOGIES)} |", "|---|---|" + "---|" * len(TOPOLOGIES)]
+    for size in sorted(SIZES, key=("350m", "1_3b", "2_6b", "13b").index):
+        for vocabulary in VOCABULARIES:
+            batch = training_of(size, vocabulary).batch_size
+            cells = [cell(records[key], batch) if (key := (size, vocabulary, name)) in records else "not measured"
+                     for name in TOPOLOGIES]
+            lines.append(f"| {size}, {vocabulary:,} | {batch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", default="memory.jsonl", help="a line for each program (default: %(default)s)")
+    path = Path(parser.parse_args().records)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = {(line["size"], line["vocabulary"], line["topology"]): line for line in lines}
+    for vocabulary in VOCABULARIES:
+        for size in SIZES:
+            for name in TOPOLOGIES:
+                if (size, vocabulary, name) in records:
+                    continue
+                found = measure(training_of(size, vocabulary), parse_topology(name))
+                line = {"size": size, "vocabulary": vocabulary, "topology": name} | found
+                records[size, vocabulary, name] = line
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(json.dumps(line), flush=True)
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Splash attention: JAX's Pallas kernel for TPU, which holds no scores and skips the blocks that causality masks.
+
+The kernel knows one device and one row; here rows are mapped over, and devices by `shard_map`, which takes the layout
+from the rules of the logical axes. On a CPU the kernel is interpreted, for tests. Shape suffixes are explained at the
+top of `decoder.py`.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.experimental.pallas.ops.tpu import splash_attention as kernel
+from jax.sharding import PartitionSpec
+
+LANES = 128  # rows are padded to a multiple of it, and blocks are multiples of it
+# Queries and keys in a block, the largest of these that divides the padded length. 512 x 512 float32 scores are 1 MiB
+# of a core's 16 MiB of fast memory.
+BLOCKS = (512, 256, 128)
+
+
+def layout(batch: int, heads: int) -> PartitionSpec | None:
+    """How [B, L, H, K] lies on the mesh; None where no kernel of single rows and heads could work on it.
+
+    That is where the length or the size of a head is sharded, or the mesh does not divide the batch or the heads.
+    Outside a mesh, or without rules of the logical axes, everything is on one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
+    spec = PartitionSpec() if mesh.empty else nn.logical_to_mesh_axes(names) or PartitionSpec()
+    axes = [*spec, *[None] * (4 - len(spec))]
+
+    def parts(axis: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+
+    fits = parts(axes[1]) == parts(axes[3]) == 1 and batch % parts(axes[0]) == 0 and heads % parts(axes[2]) == 0
+    return PartitionSpec(axes[0], None, axes[2], None) if fits else None
+
+
+def attend(
+    query_BLHK: jax.Array, key_BLHK: jax.Array, value_BLHK: jax.Array, segments_BL: jax.Array, spec: PartitionSpec,
+    interpret: bool,
+) -> jax.Array:
+    """Causal attention within segments, of whole rows.
+
+    Args:
+      query_BLHK: queries, scaled.
+      key_BLHK, value_BLHK: of the same tokens.
+      segments_BL: int32, the document each token belongs to.
+      spec: how the first three lie on the mesh (`layout`).
+      interpret: runs the kernel in JAX, anywhere, slowly.
+
+    Returns:
+      [B, L, H, K] in the dtype of the values. What a backward pass needs of it is named "attended" for
+      `jax.checkpoint`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return _on_one_device(query_BLHK, key_BLHK, value_BLHK, segments_BL, interpret)
+    return jax.shard_map(
+        functools.partial(_on_one_device, interpret=interpret),
+        in_specs=(spec, spec, spec, PartitionSpec(spec[0], None)),
+        out_specs=spec, check_vma=False)(query_BLHK, key_BLHK, value_BLHK, segments_BL)
+
+
+def _on_one_device(
+    query_BLHK: jax.Array, key_BLHK: jax.Array, value_BLHK: jax.Array, segments_BL: jax.Array, interpret: bool
+) -> jax.Array:
+    """The kernel, over the rows and heads that this device has."""
+    length, heads = query_BLHK.shape[1:3]
+    padding = -length % LANES  # behind the row, where causality hides it
+    query_BHLK, key_BHLK, value_BHLK = (
+        jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
+        for array in (query_BLHK, key_BLHK, value_BLHK))
+    segments_BL = jnp.pad(segments_BL, ((0, 0), (0, padding)))
+    padded = length + padding
+    block = next(size for size in BLOCKS if padded % size == 0)
+    attention = kernel.make_splash_mha_single_device(
+        kernel.MultiHeadMask([kernel.CausalMask((padded, padded))] * heads),
+        block_sizes=kernel.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block),
+        residual_checkpoint_name="attended", interpret=interpret)
+    attended_BHLK = jax.vmap(attention)(
+        query_BHLK, key_BHLK, value_BHLK, kernel.SegmentIds(segments_BL, segments_BL))
+    return attended_BHLK[:, :, :length].swapaxes(1, 2)

@@ -1,0 +1,214 @@
+"""What a compiled program sends between devices, read from its text (HLO).
+
+    for traffic in read_traffic(compiled.as_text(), {"data": 1, "fsdp": 64, "model": 1}): ...
+
+XLA writes a loop's body once and says nowhere how much it sends: here each collective counts as often as the loops
+around it turn, and its group of devices is laid back onto the axes of the mesh.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Bytes that a device sends, by rings, for a result of one byte in a group of n devices; of a reduce-scatter the result
+# is 1/n of what went in.
+SENT = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+    "collective-broadcast": lambda n: 1,
+}
+# The same for a byte that goes in, where XLA hands what crosses slices over to the host.
+SENT_BY_HOST = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "one-to-one": lambda n: 1,
+}
+ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "token": 0}  # others end with their bits: f32, s8, f8e4m3fn
+
+_NAME = r"%?([\w.\-]+)"
+_COMPUTATION = re.compile(rf"^(ENTRY )?{_NAME} \(.*\{{$")
+_COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?{_NAME} = (.*?) ({'|'.join(SENT)})(-start)?\(")
+_HOST = re.compile(rf"^\s+(?:ROOT )?{_NAME} = \((\S+?), .* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
+_WHILE = re.compile(rf" while\({_NAME}\), condition={_NAME}, body={_NAME}")
+_CALLED = re.compile(rf"(?:calls|to_apply|true_computation|false_computation)={_NAME}")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind over the same axes of the mesh.
+
+    Attributes:
+      kind: a key of SENT.
+      axes: of the mesh, those along which a group's devices differ.
+      operations: in one run of the program.
+      sent: bytes that each device sends in one run of the program, if rings are used.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    operations: int
+    sent: float
+
+
+def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic], int]:
+    """Sums up the collectives of a compiled program.
+
+    Args:
+      hlo: the text of the program after partitioning, `compiled.as_text()`.
+      mesh_shape: the axes of the mesh and their sizes, in their order; where slices are joined they are the first of
+        them, "slices".
+
+    Returns:
+      The traffic, most bytes first; and how many loops turn as often as only running tells: what they send is counted
+      for one turn.
+    """
+    computations, entry = _computations(hlo)
+    # What XLA cuts into pieces, to compute beside it, stands in several places under one channel and name.
+    channels: dict[tuple[Any, ...], tuple[int, float, str, tuple[str, ...]]] = {}
+    unknown = 0
+
+    def visit(name: str, times: int) -> None:
+        nonlocal unknown
+        for line in computations[name]:
+            if found := _COLLECTIVE.match(line):
+                kind, group, size = _read(found, line, name, mesh_shape)
+                channel = re.search(r"channel_id=\d+", line)
+                key: tuple[Any, ...] = (found.group(1),)
+                if channel:
+                    key = channel.group(), *re.findall(r'op_name="[^"]*"', line), kind, size, *group
+                if len(group) > 1 and times > channels.get(key, (0,))[0]:
+                    channels[key] = times, size * SENT[kind](len(group)), kind, _axes(group, mesh_shape)
+                continue
+            if found := _HOST.match(line):
+                _, shape, kind = found.groups()
+                kind = kind.lower().replace("_", "-")
+                sent = _bytes(shape) * SENT_BY_HOST.get(kind, SENT_BY_HOST["one-to-one"])(mesh_shape["slices"])
+                channels[("host", found.group(1))] = times, sent, kind, ("slices",)
+                continue
+            if found := _WHILE.search(line):
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+                turns = int(known.group(1)) if known else _turns(computations, name, *found.group(1, 2))
+                unknown += turns is None
+                visit(found.group(3), times * (1 if turns is None else turns))
+                continue
+            called = _CALLED.findall(line)
+            for branches in _BRANCHES.findall(line):
+                called += re.findall(_NAME, branches)
+            for other in called:
+                if other in has_collectives:
+                    visit(other, times)
+
+    has_collectives = _reaching_collectives(computations)
+    visit(entry, 1)
+    sums: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
+    for times, sent, kind, axes in channels.values():
+        operations, total = sums.get((kind, axes), (0, 0.0))
+        sums[kind, axes] = operations + times, total + times * sent
+    traffic = [Traffic(*key, *total) for key, total in sums.items()]
+    return sorted(traffic, key=lambda one: -one.sent), unknown
+
+
+def _read(
+    found: re.Match[str], line: str, inside: str, mesh_shape: Mapping[str, int]
+) -> tuple[str, list[int], float]:
+    """Kind, group and bytes of the result of one collective."""
+    _, shape, kind, start = found.groups()
+    group, size = _group(line, mesh_shape), _bytes(shape)
+    if start and kind != "all-reduce":  # its result holds the operand too
+        size *= {"all-gather": len(group) / (len(group) + 1), "reduce-scatter": 1 / (len(group) + 1)}.get(kind, 0.5)
+    if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):
+        return "reduce-scatter", group, size / len(group)  # XLA's fusion of it with the slice that is kept
+    return kind, group, size
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation by its name, and the name of the one that is run."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            lines = computations[found.group(2)] = []
+            entry = found.group(2) if found.group(1) else entry
+        elif line.startswith(" "):
+            lines.append(line)
+    if not entry:
+        raise ValueError("this is no text of a compiled program: it has no ENTRY computation.")
+    return computations, entry
+
+
+def _reaching_collectives(computations: Mapping[str, Sequence[str]]) -> set[str]:
+    """Names of computations in which, or in what they call, collectives stand."""
+    reaching = {name for name, lines in computations.items()
+                if any(_COLLECTIVE.match(line) or _HOST.match(line) for line in lines)}
+    called = re.compile(rf"(?:calls|to_apply|body|computation)={_NAME}")
+    calls = {name: {other for line in lines for other in called.findall(line)} for name, lines in computations.items()}
+    while more := {name for name, others in calls.items() if others & reaching} - reaching:
+        reaching |= more
+    return reaching
+
+
+def _turns(computations: Mapping[str, Sequence[str]], inside: str, operand: str, condition: str) -> int | None:
+    """How often a loop turns whose condition is `counter < constant`, the counter growing by one; None for others."""
+    text = "\n".join(computations[condition])
+    bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", text)
+    counter = re.findall(r" s32\[\]\S* get-tuple-element\(.*?\), index=(\d+)", text)
+    if len(bounds) != 1 or len(counter) != 1:
+        return None
+    definitions = {found.group(1): line for line in computations[inside]
+                   if (found := re.match(rf"\s+(?:ROOT )?{_NAME} = ", line))}
+    elements = re.search(r" tuple\((.*?)\)(?:,|$)", definitions.get(operand, ""))
+    start = 0
+    if elements:
+        name = re.findall(_NAME, re.sub(r"/\*.*?\*/", "", elements.group(1)))[int(counter[0])]
+        while copied := re.search(rf" copy\({_NAME}\)", definitions.get(name, "")):
+            name = copied.group(1)
+        if constant := re.search(r" constant\((-?\d+)\)", definitions.get(name, "")):
+            start = int(constant.group(1))
+    return max(0, int(bounds[0]) - start)
+
+
+def _bytes(shape: str) -> float:
+    """Bytes of an array's or a tuple's type as HLO writes it."""
+    total = 0.0
+    for kind, sizes in _ARRAY.findall(shape):
+        bits = ITEM_BITS.get(kind)
+        if bits is None:
+            digits = re.search(r"\d+", kind)
+            bits = int(digits.group()) if digits else 0
+        total += bits / 8 * math.prod(int(size) for size in sizes.split(",") if size)
+    return total
+
+
+def _group(line: str, mesh_shape: Mapping[str, int]) -> list[int]:
+    """The first group of devices, as indices into the flattened mesh."""
+    devices = math.prod(mesh_shape.values())
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
+        return [int(found.group(1)), int(found.group(2))]
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return [int(device) for device in found.group(1).split(",")]
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        order = np.arange(devices).reshape([int(size) for size in found.group(3).split(",")])
+        if found.group(4):
+            order = order.transpose([int(axis) for axis in found.group(4).split(",")])
+        return order.reshape(int(found.group(1)), int(found.group(2)))[0].tolist()
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", line):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+        grid = np.arange(devices).reshape([int(size) for size in axes.values()])
+        index = tuple(slice(None) if f"'{axis}'" in found.group(2) else 0 for axis in axes)
+        return np.ravel(grid[index]).tolist()
+    return list(range(devices))
+
+
+def _axes(group: Sequence[int], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes along which the devices of a group differ."""
+    places = np.stack(np.unravel_index(group, tuple(mesh_shape.values())))
+    return tuple(axis for axis, along in zip(mesh_shape, places, strict=True) if len(set(along.tolist())) > 1)
