@@ -5,7 +5,6 @@ All of it is checked here, before anything is bought.
 
 import ast
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
@@ -14,17 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# By generation: Cloud TPU's word for it, the software of its machines, and the sizes that it sells. v4 and v5p count
-# TensorCores, two a chip, and above a cube of 64 chips come in whole cubes; v5e and v6e count chips.
-_CUBES = (8, 16, 32, 64)
-_FLAT = (1, 4, 8, 16, 32, 64, 128, 256)
-GENERATIONS: dict[str, tuple[str, str, tuple[int, ...]]] = {
-    "v4": ("v4", "tpu-ubuntu2204-base", (*_CUBES, *range(128, 4096 + 1, 128))),
-    "v5e": ("v5litepod", "v2-alpha-tpuv5-lite", _FLAT),
-    "v5p": ("v5p", "v2-alpha-tpuv5", (*_CUBES, *range(128, 12288 + 1, 128))),
-    "v6e": ("v6e", "v2-alpha-tpuv6e", _FLAT),
-}
-MAX_SLICES = 64
+from codellm_jax.runtime.topologies import parse_topology
+
+# The software of a generation's machines, for those that Cloud TPU makes by a queued resource.
+RUNTIME_VERSIONS = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5",
+                    "v6e": "v2-alpha-tpuv6e"}
 VERBS = {"train": "MODEL_DIR", "eval": "CHECKPOINT_PATH"}  # and the setting that says where the run is kept
 
 
@@ -78,28 +71,13 @@ def accelerator(name: str) -> Accelerator:
     """Reads v4-128, v5e-256 or v5litepod-256, v5p-128, v6e-64, or 2xv5e-256 for two slices.
 
     Raises:
-      ValueError: Cloud TPU has no such; with the nearest names.
+      ValueError: Cloud TPU has no such, with the nearest names; or makes none by a queued resource.
     """
-    found = re.fullmatch(r"(?:(\d+)x)?(v\d+\w*)-(\d+)", name)
-    slices = int(found[1] or 1) if found else 1
-    if slices < 1 or slices > MAX_SLICES:
-        raise ValueError(f"--tpu={name} asks for {slices} slices; 1 to {MAX_SLICES} are possible.")
-    known = {f"{word}-{size}": (f"{theirs}-{size}", software) for generation, (theirs, software, sizes)
-             in GENERATIONS.items() for word in dict.fromkeys((generation, theirs)) for size in sizes}
-    wanted = name.split("x", 1)[1] if found and found[1] else name
-    if wanted not in known:
-        raise ValueError(f"Cloud TPU has no {wanted!r}; nearest: {', '.join(_nearest(wanted, list(known)))}.")
-    type_, software = known[wanted]
-    return Accelerator(name, type_, software, slices)
-
-
-def _nearest(wanted: str, known: Sequence[str]) -> list[str]:
-    """Of the generation that was meant the sizes around the one that was; else names that look alike."""
-    generation, _, size = wanted.rpartition("-")
-    sizes = [name for name in known if name.rpartition("-")[0] == generation]
-    if sizes and size.isdigit():
-        return sorted(sizes, key=lambda name: abs(int(name.rpartition("-")[2]) - int(size)))[:3]
-    return difflib.get_close_matches(wanted, known, n=3, cutoff=0.0)
+    topology = parse_topology(name)
+    if topology.generation not in RUNTIME_VERSIONS:
+        raise ValueError(f"--tpu={name}: jobs are started on {', '.join(RUNTIME_VERSIONS)}.")
+    type_ = re.sub(r"^\d+x", "", topology.name).replace("v5e-", "v5litepod-")  # Cloud TPU's word for it
+    return Accelerator(name, type_, RUNTIME_VERSIONS[topology.generation], topology.slices)
 
 
 def source(folder: Path | None = None) -> Source:

@@ -318,9 +318,10 @@ def test_accelerators(name, type_, software, slices):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("v4-100", "Cloud TPU has no 'v4-100'; nearest: v4-128, v4-64, v4-32"), ("v5-256", ", v5e-256, "),
-    ("v5e-512", "nearest: v5e-256"), ("2xv5e-255", "nearest: v5e-256"), ("tpu", "Cloud TPU has no 'tpu'"),
-    ("0xv4-8", "asks for 0 slices"), ("v4", "Cloud TPU has no 'v4'; nearest: v4-")])
+    ("v4-100", "There is no TPU topology 'v4-100' (the number counts TensorCores); nearest: v4-128, v4-64, v4-"),
+    ("v5-256", "v5e-256"), ("v5e-512", "nearest: v5e-256"), ("2xv5e-255", "nearest: v5e-256"),
+    ("tpu", "There is no TPU topology 'tpu'"), ("0xv4-8", "slices are joined from v4 on, 1 to 256"),
+    ("v4", "'v4'"), ("v3-8", "jobs are started on v4, v5e, v5p, v6e")])
 def test_wrong_accelerators(name, message):
     with pytest.raises(ValueError) as error:
         accelerator(name)

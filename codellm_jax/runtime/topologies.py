@@ -15,9 +15,10 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
+if TYPE_CHECKING:
+    import jax
 
 GIGA = 1e9
 
@@ -133,7 +134,7 @@ def parse_topology(name: str) -> Topology:
     return dataclasses.replace(topology, name=(f"{slices}x" if topology.slices > 1 else "") + one)
 
 
-def compile_only_devices(topology: Topology, report: Callable[[str], None] = print) -> list[jax.Device]:
+def compile_only_devices(topology: Topology, report: Callable[[str], None] = print) -> "list[jax.Device]":
     """Devices that programs can be compiled for and not run on; waits for other processes that have some.
 
     Raises:
