@@ -8,7 +8,6 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 import argparse
 import contextlib
 import difflib
-import json
 import logging
 import os
 import re
@@ -179,8 +178,10 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
     while position < len(rest):
         flag = rest[position]
         if not flag.startswith("--gin."):
-            known = ["--gin_file", "--gin_search_paths", "--gin.NAME", "--dry_run", "--debug", "--help",
-                     "--topology", "--vocabulary_size", "--scoring", "--decode", "--no_search", "--report"]
+            known = ["--gin_file", "--gin_search_paths", "--gin.NAME", "--dry_run", "--debug", "--help", "--prompts",
+                     "--output", "--instruction", "--local_processes", "--coordinator_address", "--process_count",
+                     "--process_index", "--topology", "--vocabulary_size", "--scoring", "--decode", "--no_search",
+                     "--report"]
             near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
             raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
         name, equals, value = flag.removeprefix("--gin.").partition("=")
@@ -248,49 +249,13 @@ def _infer(flags: argparse.Namespace) -> int:
         flags.overrides.append(("infer.template", "@instruction_prompt"))
     configuration = _configuration(flags)
     from codellm_jax.configuration import build
-    from codellm_jax.infer import in_template, infer, read_prompts
-    from codellm_jax.runtime.progress import StatusLine
+    from codellm_jax.infer import answer
 
     _use_compilation_cache()
     if not flags.debug:
         _quiet_libraries()
-    inference = build(configuration, "infer")
-    prompts: Any = read_prompts(flags.prompts, inference.template) if flags.prompts else (
-        in_template(line, inference.template) for line in _typed())
-    output = open(flags.output, "w", encoding="utf-8") if flags.output else None
-
-    def write(text: str) -> None:
-        if not output:
-            print(text, end="", flush=True)
-
-    def begin(number: int, prompt: str) -> None:
-        if flags.prompts and not output:
-            print(f"--- {number + 1}/{len(prompts)}: {prompt}", flush=True)
-
-    with contextlib.nullcontext() if output is None else output:
-        status = StatusLine(0, len(prompts) if flags.prompts else 0, active=bool(flags.prompts and output),
-                            unit="prompt")
-        answers = infer(inference, prompts, write, begin, report=lambda line: print(line, file=sys.stderr, flush=True))
-        for number, written in enumerate(answers, 1):
-            if output:
-                output.write(json.dumps(written._asdict(), ensure_ascii=False) + "\n")
-                output.flush()
-                status.show(number, "answered")
-            else:
-                print(flush=True)
-        status.close()
+    answer(build(configuration, "infer"), flags.prompts, flags.output)
     return 0
-
-
-def _typed() -> Iterator[str]:
-    """Lines from the terminal, or from a pipe, that are not blank."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if line.strip():
-            yield line
 
 
 def _compare(flags: argparse.Namespace) -> int:

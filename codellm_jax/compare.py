@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from codellm_jax.results.files import finished_lines
 from codellm_jax.results.levels import detectable_by_error, detectable_paired
 from codellm_jax.results.statistics import Interval, holm, mcnemar, paired_bootstrap
 
@@ -70,9 +71,11 @@ def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[float]]]:
     found = {}
     for path in sorted(folder.glob("*.json")) if folder.exists() else []:
         result = json.loads(path.read_text())
-        lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+        lines = finished_lines(path.with_suffix(".jsonl"), result)
+        if lines is None:
+            raise ValueError(f"{path.stem} of {run}: its lines are not those of its result; evaluate it to the end.")
         metric = "correct" if result["metric"] == "accuracy" else result["metric"]
-        found[path.stem] = result, [float(line[metric]) for line in lines[1:]]
+        found[path.stem] = result, [float(line[metric]) for line in lines]
     if not found:
         raise FileNotFoundError(f"No results in {folder}: run t5x eval --gin_file=gin/eval.gin "
                                 f"--gin.CHECKPOINT_PATH={run} first.")

@@ -357,7 +357,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     if origin in (int, float):
         return not isinstance(value, bool) and isinstance(value, (int, float) if origin is float else int)
     if origin is Sequence:
-        return isinstance(value, (list, tuple)) and (not value or _fits(value[0], (*typing.get_args(wanted), Any)[0]))
+        return isinstance(value, (list, tuple)) and all(_fits(v, (*typing.get_args(wanted), Any)[0]) for v in value)
     if origin is Mapping:
         kinds = (*typing.get_args(wanted), Any, Any)
         return isinstance(value, dict) and all(_fits(k, kinds[0]) and _fits(v, kinds[1]) for k, v in value.items())

@@ -35,7 +35,7 @@ from codellm_jax.results.levels import AccuracySummary, accuracy_summary, detect
 from codellm_jax.results.statistics import Bootstrap, Interval, bootstrap, wilson_interval
 from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_rows, told_from_chance
 from codellm_jax.runtime.checkpoints import resolved
-from codellm_jax.runtime.distributed import agreed
+from codellm_jax.runtime.distributed import agreed, require_agreement, wait_for_all
 from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.trained import Checkpoint, TrainedModel, trained_model
 
@@ -95,7 +95,7 @@ class Evaluation:
             raise ValueError(f"SCORING must be one of {', '.join(SCORINGS)}, found {self.scoring!r}.")
         if isinstance(self.tasks, str):
             raise ValueError(f"TASKS must be a list of benchmarks such as ['logic', 'cosqa'], found {self.tasks!r}.")
-        for name, value in (("SAMPLES", self.samples), ("QUESTIONS", self.questions),
+        for name, value in (("SAMPLES", self.samples), ("QUESTIONS, or EVAL_QUESTIONS,", self.questions),
                             ("evaluation.batch_tokens", self.batch_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}.")
@@ -168,6 +168,7 @@ def ask(
         one = ask_choices if hasattr(questions.questions[0], "candidates") else ask_texts
         if result := one(evaluation, questions, model, checkpoint, directory, report, progress):
             results.append(result)
+        wait_for_all("results")  # programs are judged for minutes, longer than a collective waits, or JAX at the end
     return results
 
 
@@ -266,7 +267,10 @@ def _score_of_means(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _settings(evaluation: Evaluation, loaded: Any, model: TrainedModel) -> dict[str, Any]:
-    return {"version": RESULTS_VERSION, "vocabulary": model.vocabulary.content_hash,
+    vocabulary, config = model.vocabulary, model.config
+    return {"version": RESULTS_VERSION, "vocabulary": vocabulary.content_hash,
+            "end_of_document_id": vocabulary.end_of_document_id, "pad_id": vocabulary.pad_id,
+            "dtype": config.dtype, "activation": config.activation, "length": config.length,
             **evaluation.benchmarks.settings(loaded.name), "data": loaded.sha256,
             "questions": _fingerprint(loaded.questions)}
 
@@ -293,11 +297,14 @@ def _answered(
     """
     name = f"{loaded.name}_sample" if loaded.is_sample else loaded.name
     header = {"settings": json.loads(json.dumps(settings)), "checkpoint": dict(checkpoint)}
+    require_agreement(f"{name} to ask, in questions, settings or checkpoint,", json.dumps(header))
     path, first, total = folder / f"{name}.jsonl", jax.process_index() == 0, len(loaded.questions)
     lines = lines_written(path, header) if first else []
     before, began = agreed(len(lines)), time.monotonic()
     status = StatusLine(before, total, active=first and progress, unit="question")
     if first:
+        if not before:
+            (folder / f"{name}.json").unlink(missing_ok=True)  # of other settings, whose lines go now
         write_whole(path, as_lines([header, *lines]))  # whole, before anything is added to it
     with path.open("a") if first else contextlib.nullcontext() as file:
         for start in range(before, total, at_once):
@@ -334,11 +341,11 @@ def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedMode
     values = iter(zip(requests, model.score(requests, evaluation.batch_tokens), beyond, strict=True))
     for question in questions:
         candidates = []
-        for _ in question.candidates:
+        for candidate in question.candidates:
             request, scores, left = next(values)
             log_likelihoods = scores.log_likelihoods
             tokens = len(request.continuation) - (request.continuation[-1] == vocabulary.pad_id)
-            scored = vocabulary.decode(request.continuation[:tokens])
+            scored = vocabulary.decode(request.continuation[:tokens]) if left else candidate.continuation
             candidates.append({
                 "log_likelihood": float(log_likelihoods[:tokens].sum()), "tokens": tokens,
                 "bytes": len(scored.encode()), "released": float(log_likelihoods[1:].sum()),

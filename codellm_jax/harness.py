@@ -9,7 +9,9 @@ Texts become tokens as the harness has it, prompt and continuation together and 
 `t5x eval`.
 """
 
+import atexit
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,6 +51,7 @@ class CodellmJax(TemplateLM):
         chosen = build(read_configuration(["gin/eval.gin"], overrides), "checkpoint")
         self._open = contextlib.ExitStack()  # the mesh holds as long as the process
         self._model, record = self._open.enter_context(trained_model(chosen))
+        atexit.register(self._open.close)
         self._name = f"{checkpoint}, step {record['step']}"
         self._batch_tokens = int(batch_tokens)
         self._answers_at_once = int(answers_at_once)
@@ -81,10 +84,7 @@ class CodellmJax(TemplateLM):
         scored = self._model.score(
             [Request(groups.setdefault(texts[0], len(groups)), prompt, continuation)
              for texts, prompt, continuation in requests], self._batch_tokens)
-        answers = [(float(scores.log_likelihoods.sum()), bool(scores.greedy.all())) for scores in scored]
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return answers
+        return [(float(scores.log_likelihoods.sum()), bool(scores.greedy.all())) for scores in scored]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows that overlap by one token."""
@@ -113,10 +113,12 @@ class CodellmJax(TemplateLM):
         vocabulary = self._model.vocabulary
         for sampling, numbers in alike.items():
             prompts = [self.tok_encode(requests[number].args[0]) or [self.eot_token_id] for number in numbers]
-            # Room for the answer is taken from the beginning of a prompt too long.
-            room = min(sampling.max_new_tokens, self.max_length - 1)
             written = self._model.write(prompts, [stops[number] for number in numbers], sampling, 0, numbers=numbers,
-                                        batch_size=self._answers_at_once, room=room)
+                                        batch_size=self._answers_at_once)
+            if cut := sum(answer.prompt_tokens_cut > 0 for answer in written):
+                logging.warning(
+                    "%d of %d prompts lose their beginning: they are too long for a model of %d positions, of which %d "
+                    "are for the answer.", cut, len(prompts), self.max_length, self._model.room(sampling))
             for number, answer in zip(numbers, written, strict=True):
                 text = vocabulary.decode(answer.ids)
                 ends = [text.find(stop) for stop in stops[number] if stop in text]
@@ -131,12 +133,12 @@ def _stops(options: dict[str, Any]) -> list[str]:
 
 def _sampling(options: dict[str, Any]) -> Sampling:
     """A task's generation_kwargs; greedy unless they ask for sampling."""
-    known = {"until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks", "max_new_tokens", "max_tokens"}
-    if unknown := options.keys() - known:
+    lengths = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    known = {"until", "do_sample", "temperature", "top_k", "top_p", *lengths}
+    if unknown := {name for name in options.keys() - known if (name, options[name]) != ("num_beams", 1)}:
         raise ValueError(f"codellm_jax does not know the generation_kwargs {', '.join(sorted(unknown))}, only "
                          f"{', '.join(sorted(known))}.")
-    most = next((int(options[name]) for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in options),
-                NEW_TOKENS)
+    most = next((int(options[name]) for name in lengths if name in options), NEW_TOKENS)
     temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
     if not options.get("do_sample", temperature > 0) or temperature == 0:
         return Sampling(temperature=0.0, max_new_tokens=most)

@@ -6,15 +6,19 @@ Prompts are typed, and what is written to each appears as it comes; or they come
 and appear in the file's order. The randomness of an answer depends on the seed and the number of its prompt alone.
 """
 
+import contextlib
 import dataclasses
 import json
+import pathlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from codellm_jax.model.decoding import prompt_tokens_cut
 from codellm_jax.model.sampling import Sampling
-from codellm_jax.runtime.progress import say
+from codellm_jax.runtime.progress import StatusLine, say
 from codellm_jax.runtime.trained import Checkpoint, TrainedModel, trained_model
 
 _INCOMPLETE = "\ufffd"  # what bytes decode to that are no whole character yet
@@ -51,6 +55,7 @@ class Written(NamedTuple):
     prompt: str
     text: str
     reason: str
+    prompt_tokens_cut: int
 
 
 def infer(
@@ -61,7 +66,8 @@ def infer(
 
     Args:
       inference: who writes, and how.
-      prompts: a sequence is answered in batches; of any other iterable one after the other, as they come.
+      prompts: a sequence is answered in batches, each of which is out before the next begins; any other iterable one
+        after the other, as they come.
       write: is given each part of an answer's text as soon as it is known and all before it are out.
       begin: is given the number and the text of a prompt before its answer's first part.
       report: is told what was read.
@@ -73,10 +79,13 @@ def infer(
       ValueError, FileNotFoundError: in one line, for checkpoints and settings that do not fit.
     """
     with trained_model(inference.checkpoint, report) as (model, _):
-        batches: Iterable[Sequence[str]] = [prompts] if isinstance(prompts, Sequence) else (
-            [prompt] for prompt in prompts)
-        for start, batch in enumerate(batches):
+        start, size = 0, inference.batch_size
+        batches: Iterable[Sequence[str]] = (
+            (prompts[first : first + size] for first in range(0, len(prompts), size))
+            if isinstance(prompts, Sequence) else ([prompt] for prompt in prompts))
+        for batch in batches:
             yield from _answers(inference, model, batch, start, write, begin)
+            start += len(batch)
 
 
 def _answers(
@@ -89,10 +98,9 @@ def _answers(
     shown, current = "", 0
     # An empty prompt begins a document.
     encoded = [vocabulary.encode(prompt) or [vocabulary.end_of_document_id] for prompt in prompts]
-    if prompts:
-        begin(start, prompts[0])
+    begin(start, prompts[0])
     for piece in model.stream(encoded, [()] * len(prompts), inference.sampling, inference.seed,
-                              numbers=range(start, start + len(prompts)), batch_size=inference.batch_size):
+                              numbers=range(start, start + len(prompts)), batch_size=len(prompts)):
         ids[piece.row] += piece.ids
         reasons[piece.row] = piece.reason
         while current < len(prompts):
@@ -102,10 +110,64 @@ def _answers(
             shown = known
             if not reason:
                 break
-            yield Written(prompts[current], text, reason)
+            cut = prompt_tokens_cut(encoded[current], model.config.length, model.room(inference.sampling))
+            yield Written(prompts[current], text, reason, cut)
             shown, current = "", current + 1
             if current < len(prompts):
                 begin(start + current, prompts[current])
+
+
+def answer(inference: Inference, prompts_file: str | None, output: str | None) -> None:
+    """What the command does: prompts of a file, or typed; answers on the terminal, or in a file as JSON lines.
+
+    Raises:
+      ValueError, FileNotFoundError: in one line, for files, checkpoints and settings that do not fit.
+    """
+    if output and "://" not in output:
+        path = pathlib.Path(output).expanduser().absolute()
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no directory to write {output} in.")
+        if prompts_file and path == pathlib.Path(prompts_file).expanduser().absolute():
+            raise ValueError(f"--output and --prompts are both {output}.")
+    prompts: Any = read_prompts(prompts_file, inference.template) if prompts_file else (
+        in_template(line, inference.template) for line in typed())
+
+    def write(text: str) -> None:
+        if not output:
+            print(text, end="", flush=True)
+
+    def begin(number: int, prompt: str) -> None:
+        if prompts_file and not output:
+            print(f"--- {number + 1}/{len(prompts)}: {prompt}", flush=True)
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    status = StatusLine(0, len(prompts) if prompts_file else 0, active=bool(prompts_file and output), unit="prompt")
+    with contextlib.ExitStack() as opened:
+        file: Any = None
+        for number, written in enumerate(infer(inference, prompts, write, begin, report), 1):
+            if output:  # opened when there is something to write: a slip costs no earlier answers
+                file = file or opened.enter_context(epath.Path(output).expanduser().open("w"))
+                file.write(json.dumps(written._asdict(), ensure_ascii=False) + "\n")
+                file.flush()
+                status.show(number, "answered")
+            else:
+                print(flush=True)
+            if written.prompt_tokens_cut:
+                report(f"prompt {number} is too long: its first {written.prompt_tokens_cut:,} tokens are not read.")
+    status.close()
+
+
+def typed() -> Iterator[str]:
+    """Lines from the terminal, or from a pipe, that are not blank."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
 
 
 def read_prompts(path: str, template: Callable[..., str] | None) -> list[str]:
@@ -121,7 +183,7 @@ def read_prompts(path: str, template: Callable[..., str] | None) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {path} of prompts.")
     try:
-        lines = [(number, line) for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
+        lines = [(number, line) for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1)
                  if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
@@ -145,6 +207,10 @@ def _json(line: str) -> Any:
 
 
 def _of_record(record: Any, where: str, template: Callable[..., str] | None) -> str:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half a surrogate pair, which is no text.") from None
     match record:
         case {"prompt": str(prompt)}:
             return in_template(prompt, template)

@@ -146,6 +146,7 @@ def train(training: Training, settings: Callable[[], tuple[str, Mapping[str, str
         nn.logical_axis_rules(training.mesh.all_rules()),
     ):
         run = begin_or_resume(training, plan, checkpoints, values)
+        require_agreement("step to go on from", str(run.step))
         if first_process and text:
             (model_dir / "config.gin").write_text(text)
         records = Records(str(model_dir), run.step, active=first_process)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from codellm_jax import cli, evaluate
 from codellm_jax.compare import compare
 from codellm_jax.configuration import build, read_configuration
 from codellm_jax.model.decoder import Decoder
 from codellm_jax.results import tables
+from codellm_jax.results.files import as_lines, lines_written
 from codellm_jax.runtime import trained
 from codellm_jax.runtime.checkpoints import restore_parameters
 from codellm_jax.runtime.partitioning import make_mesh
@@ -113,6 +115,7 @@ def test_a_score_at_chance_shows_what_was_scored(evaluated, capsys):
     for text in (question.id, repr(chosen.prompt[-60:]), repr(chosen.continuation[:60]),
                  f"{lines[0]['candidates'][lines[0]['prediction']]['log_likelihood']:.3f} nats"):
         assert text in result["raw_outputs"][0]
+    result = dict(result, prompts_cut=0)
     right = dict(result, value=1.0, chance_p_value=0.001)
     right.pop("raw_outputs")
     assert len(tables.table_rows(right).splitlines()) == 1 and "not told" not in tables.table_rows(right)
@@ -211,6 +214,45 @@ def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeyp
     assert len(scored) == len(lines) - 1
 
 
+@pytest.mark.parametrize("cut", ["inside a character", "at a line separator of Unicode"])
+def test_lines_that_a_kill_cut_anywhere_are_gone_on_from(tmp_path, cut):
+    header, lines = {"settings": {}, "checkpoint": {}}, [{"id": "a\u2028b\x85"}, {"id": "世"}, {"id": "界"}]
+    whole = as_lines([header, *lines]).encode()
+    path = epath.Path(tmp_path / "task.jsonl")
+    path.write_bytes(whole[: whole.index("界".encode()) + 1] if cut == "inside a character" else whole)
+    assert lines_written(path, header) == (lines[:2] if cut == "inside a character" else lines)
+    assert lines_written(path, header | {"settings": {"other": 1}}) == []
+
+
+def test_another_model_of_the_same_arrays_is_asked_again(run_dir, tmp_path):
+    arguments = flags(run_dir, "--gin.TASKS=['logic']", f"--gin.evaluate.results_dir={tmp_path}")
+    assert cli.main(arguments) == 0
+    exact = read(tmp_path, "logic")[1]
+    assert cli.main([*arguments, "--gin.model.dtype=bfloat16"]) == 0
+    rounded = read(tmp_path, "logic")[1]
+    assert [line["candidates"] for line in exact[1:]] != [line["candidates"] for line in rounded[1:]]
+    # Cut short under other settings, a task has no result that its lines do not bear out.
+    (tmp_path / "logic_sample.jsonl").write_text("".join(
+        json.dumps(line) + "\n" for line in [rounded[0], *rounded[1:2]]))
+    for run in ("A", "B"):
+        shutil.copytree(tmp_path, tmp_path / run / "results", ignore=shutil.ignore_patterns("A", "B"))
+    with pytest.raises(ValueError, match="logic_sample of .*A: its lines are not those of its result"):
+        compare(str(tmp_path / "A"), str(tmp_path / "B"))
+
+
+def test_a_prompt_too_long_leaves_room_for_its_answer(run_dir, tmp_path, capsys):
+    assert cli.main(flags(run_dir, "--gin.TASKS=['dureader']", f"--gin.evaluate.results_dir={tmp_path}")) == 0
+    result, (_, *lines) = read(tmp_path, "dureader")
+    vocabulary = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "vocabulary")
+    for question, line in zip(load("dureader", None).questions, lines, strict=True):
+        tokens = len(vocabulary.encode(question.prompt))
+        assert tokens > LENGTH and line["prompt_tokens_cut"] == tokens - (LENGTH + 1 - LENGTH // 2)
+        if line["reasons"] == ["length"]:
+            # Bytes that are no text may become fewer tokens when they are read again, hardly one.
+            assert len(vocabulary.encode(line["texts"][0])) > 1
+    assert f"{result['n']} prompts were too long and lost their beginning" in capsys.readouterr().out
+
+
 def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
     """The model's own are nonsense; two answers are put in their place, one of them right."""
     written = trained.generate
@@ -287,7 +329,8 @@ def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, ca
 @pytest.mark.parametrize("more, message", [
     (["--gin.TASKS=['logik']"], "logic"), (["--gin.SCORING=best"], "SCORING must be one of per_token, sum"),
     (["--gin.TASKS=logic"], "TASKS must be"), (["--gin.TASKS=[]"], "TASKS is empty"),
-    (["--gin.QUESTIONS=0"], "QUESTIONS must be at least 1"),
+    (["--gin.QUESTIONS=0"], "QUESTIONS, or EVAL_QUESTIONS, must be at least 1"),
+    (["--gin.TASKS=['logic', ['x']]"], "TASKS must be of type"),
     (["--gin.TEMPLATE={'logik': 'paper'}"], "TEMPLATE names 'logik'"), (["--gin.DATA_DIR=/nowhere"], "/nowhere"),
     (["--gin.TEMPLATE=released_"], "released"), (["--gin.CHECKPOINT_PATH=nowhere"], "name the MODEL_DIR of a run"),
     (["--gin.SAMPLES=0"], "SAMPLES must be at least 1"), (["--gin.SEED=-1"], "SEED must be a whole number from 0"),

@@ -110,10 +110,20 @@ def test_generation_is_greedy_and_stops(harness, log_probabilities):
         harness.generate_until(ask("generate_until", ("x", {"num_beams": 3})))
 
 
+def test_a_prompt_too_long_keeps_half_the_model_for_itself(harness, caplog):
+    prompt = "the row of tokens " * 20
+    [answer] = harness.generate_until(ask("generate_until", (prompt, {"until": [], "max_gen_toks": 1000})))
+    kept = harness.tok_encode(prompt)[-(LENGTH + 1 - LENGTH // 2) :]
+    [written] = harness._model.write([kept], [()], Sampling(temperature=0.0, max_new_tokens=1000), 0)
+    assert answer == harness._model.vocabulary.decode(written.ids)
+    assert "1 of 1 prompts lose their beginning" in caplog.text
+
+
 @pytest.mark.parametrize("options, sampling", [
     ({}, Sampling(temperature=0.0, max_new_tokens=256)), ({"max_new_tokens": 3}, Sampling(0.0, max_new_tokens=3)),
     ({"do_sample": False, "temperature": 0.5}, Sampling(0.0, max_new_tokens=256)),
     ({"temperature": 0.5}, Sampling(0.5, max_new_tokens=256)),
+    ({"num_beams": 1, "max_completion_tokens": 7}, Sampling(0.0, max_new_tokens=7)),
     ({"do_sample": True, "top_k": 9, "top_p": 0.5}, Sampling(1.0, 9, 0.5, max_new_tokens=256))])
 def test_options_of_tasks(options, sampling):
     from codellm_jax import harness

@@ -1,5 +1,6 @@
 """`t5x infer`: typed and from files, as it comes and whole, in the template of instructions, and after slips."""
 
+import dataclasses
 import io
 import json
 
@@ -67,6 +68,37 @@ def test_a_part_holds_whole_characters_only(inference, monkeypatch):
     assert answer.text == "a鑫b" and [part for part in parts if part] == ["a", "鑫", "b"]
 
 
+def test_answers_are_out_before_later_prompts_are_read(inference):
+    """Four batches of one: each answer is whole before the next begins."""
+    seen: list[str] = []
+    one_by_one = dataclasses.replace(inference, batch_size=1)
+    answers = infer(one_by_one, PROMPTS, lambda text: None, lambda number, prompt: seen.append(prompt))
+    for number, answer in enumerate(answers, 1):
+        assert seen == PROMPTS[:number] and answer.prompt == PROMPTS[number - 1]
+
+
+def test_a_prompt_too_long_is_told(flags, inference, tmp_path, capsys):
+    prompt = "the row " * 100
+    path = write_records(tmp_path / "prompts.jsonl", [{"prompt": "the row"}, {"prompt": prompt}])
+    assert cli.main([*flags, f"--prompts={path}", f"--output={tmp_path}/out.jsonl"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    cut = len(inference.checkpoint.vocabulary.encode(prompt)) - (32 + 1 - 12)  # 32 positions, 12 new tokens
+    assert [line["prompt_tokens_cut"] for line in lines] == [0, cut]
+    assert f"prompt 2 is too long: its first {cut} tokens are not read" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_before_there_is_something_to_write(flags, tmp_path, capsys):
+    path = write_records(tmp_path / "prompts.jsonl", [{"prompt": "the row"}])
+    assert cli.main([*flags, f"--prompts={path}", f"--output={path}"]) == 1
+    assert "--output and --prompts are both" in capsys.readouterr().err
+    assert json.loads((tmp_path / "prompts.jsonl").read_text()) == {"prompt": "the row"}
+    (tmp_path / "out.jsonl").write_text("kept")
+    assert cli.main([*flags, f"--prompts={path}", f"--output={tmp_path}/out.jsonl", "--gin.CHECKPOINT_PATH=none"]) == 1
+    assert (tmp_path / "out.jsonl").read_text() == "kept"
+    assert cli.main([*flags, f"--output={tmp_path}/none/out.jsonl"]) == 1
+    assert "there is no directory to write" in capsys.readouterr().err
+
+
 def test_typed_prompts(flags, inference, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("the row\n\n \nthe row\n"))
     assert cli.main(flags) == 0
@@ -106,6 +138,7 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
     ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', "a.jsonl, line 2 must be a JSON object"),
     ("a.jsonl", b'{"prompt": "x"', "a.jsonl, line 1 must be a JSON object"),
     ("a.jsonl", b'{"instruction": "x"}', "a.jsonl, line 1 is an instruction: give --instruction"),
+    ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}', "a.jsonl, line 2 holds half a surrogate pair"),
     ("a.txt", b" \n\n", "a.txt holds no prompt"), ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
     (None, b"", "There is no file nowhere.txt of prompts")])
 def test_slips_get_one_line(flags, tmp_path, capsys, name, content, message):

@@ -164,6 +164,18 @@ def test_processes_that_are_told_different_things_are_refused(tiny_flags, tmp_pa
         assert "Process 1 has another order of its data than process 0" in one.stderr.strip().splitlines()[-1]
 
 
+def test_evaluations_that_are_told_different_things_are_refused(alone, tmp_path):
+    """Else the results of one would hold the other's numbers."""
+    arguments = ["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={alone}", "--gin.TASKS=['logic']",
+                 f"--gin.evaluate.results_dir={tmp_path}"]
+    done = by_hand(["-m", "codellm_jax.cli"],
+                   [[*arguments, f"--gin.TEMPLATE={name}"] for name in ("paper", "released")])
+    assert [one.returncode for one in done] == [1, 1]
+    for one in done:
+        assert "Process 1 has another logic_sample to ask" in one.stderr.strip().splitlines()[-1], one.stderr
+    assert not list(tmp_path.glob("*.json*"))
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--local_processes=1"], "--local_processes must be at least 2, found 1"),
     (["--process_index=1"], "--coordinator_address=HOST:PORT, --process_count=N and --process_index=0 ... N - 1 go"),

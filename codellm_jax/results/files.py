@@ -15,12 +15,22 @@ def as_lines(values: Sequence[Any]) -> str:
 def lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines of an evaluation under this very header, as far as it came; a kill may have cut the last one short."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    # A kill may cut a character too; and U+2028 and its like stand in texts as they are, where `splitlines` splits.
+    for text in path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []:
+        if not text:
+            continue
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
             break
     return lines[1:] if lines and lines[0] == header else []
+
+
+def finished_lines(path: epath.Path, result: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The lines of TASK.jsonl, without its header, where they are those of TASK.json; else None."""
+    header = {key: result.get(key) for key in ("settings", "checkpoint")}
+    lines = lines_written(path, header)
+    return lines if len(lines) == result["n"] else None
 
 
 def write_result(

@@ -16,7 +16,9 @@ def told_from_chance(result: Mapping[str, Any]) -> bool:
 def table_rows(result: Mapping[str, Any]) -> str:
     """A result's lines of the table, in per cent, one for each metric, and raw outputs where it holds some."""
     rows = [_row_of_accuracy(result)] if result["metric"] == "accuracy" else _rows_of_texts(result)
-    return "\n".join([*rows, *(f"  {line}" for line in result.get("raw_outputs", ()))])
+    cut = result.get("prompts_cut")
+    return "\n".join([*rows, *([f"  {cut:,} prompts were too long and lost their beginning"] if cut else []),
+                      *(f"  {line}" for line in result.get("raw_outputs", ()))])
 
 
 def short_score(result: Mapping[str, Any]) -> str:

@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from codellm_jax.runtime.distributed import wait_for_all
+from codellm_jax.runtime.distributed import gathered, wait_for_all
 
 SAVE_TIMEOUT = datetime.timedelta(minutes=20)
 
@@ -122,18 +123,14 @@ class Checkpoints:
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                record = self.record(step)
-            except Exception as error:
-                damaged.append((step, error))
-                continue
-            check(record)
-            _require_same_arrays(record["checksums"], abstract, step)
-            try:
-                state = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
-                _verify(record["checksums"], state)
-            except Exception as error:
+            record, error = _tried(self.record, step)
+            if error is None:
+                check(record)
+                _require_same_arrays(record["checksums"], abstract, step)
+                state, error = _tried(self._state, step, abstract)
+            if error is None:
+                _, error = _tried(_verify, record["checksums"], state)
+            if error is not None:
                 damaged.append((step, error))
                 continue
             self._set_aside(damaged, report)
@@ -143,6 +140,9 @@ class Checkpoints:
                 f"All checkpoints in {self._directory} are damaged ({_first_line(damaged[0][1])}): "
                 "restore one from a copy, or start again in another MODEL_DIR.")
         return None
+
+    def _state(self, step: int, abstract: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
 
     def _set_aside(self, damaged: list[tuple[int, Exception]], report: Callable[[str], None]) -> None:
         for step, error in damaged:
@@ -176,13 +176,12 @@ def restore_parameters(
         saved = {name: facts for name, facts in record["checksums"].items() if name.startswith("params/")}
         check(record)
         _require_same_arrays(saved, wanted, int(path.name))
-        try:
-            restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
-                path / "state", args=ocp.args.PyTreeRestore(
-                    item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True))
-            _verify(saved, restored)
-        except Exception as error:
+        restored, error = _tried(
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore, path / "state", ocp.args.PyTreeRestore(
+                item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
+        if error is None:
+            _, error = _tried(_verify, saved, restored)
+        if error is not None:
             report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
             continue
         report(f"Parameters from step {path.name} of {model_dir}.")
@@ -212,12 +211,29 @@ def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterato
             f"No checkpoint in {checkpoints}: name the MODEL_DIR of a run that saved one.")
     for step in steps:
         path = checkpoints / str(step)
-        try:
-            record = _require_digest(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record"))
-        except Exception as error:
+        record, error = _tried(_whole_record, path)
+        if error is not None:
             report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
             continue
         yield path, record
+
+
+def _whole_record(path: epath.Path) -> dict[str, Any]:
+    return _require_digest(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record"))
+
+
+def _tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
+    """What a reading gave, and None; or None and the error, on every process where it failed on one: processes that
+    took different checkpoints for the newest would wait for each other for ever.
+    """
+    found, error = None, None
+    try:
+        found = read(*arguments)
+    except Exception as failure:
+        error = failure
+    if gathered(np.array([error is not None])).any():
+        return None, error or OSError("another process could not read it")
+    return found, None
 
 
 def _absolute(path: str) -> epath.Path:

@@ -123,7 +123,6 @@ class Meter:
             f"code {code / rows:.3f} of {float(self._order.schedule.asked(rows)) / rows:.3f}",
             f"{rate:,.0f} tokens/s", f"MFU {full:.1%}" if full else "", f"{duration(left)} left"])))
 
-
     def _straggler(self, seconds: float) -> dict[str, float | None]:
         """The process that kept the others waiting most, by its input or its own work, and for what part of the time.
 

@@ -58,22 +58,27 @@ class TrainedModel(NamedTuple):
         **options: Any,
     ) -> list[Generation]:
         """Answers, one a prompt, each until one of its texts in `stops` stands in it; see `model.decoding.stream`."""
-        return generate(self.params, self.config, prompts, sampling, seed, **self._options(stops), **options)
+        return generate(self.params, self.config, prompts, sampling, seed, **self._options(stops, sampling), **options)
 
     def stream(
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
         **options: Any,
     ) -> Iterator[Piece]:
         """As `write`, in pieces as they come."""
-        return stream(self.params, self.config, prompts, sampling, seed, **self._options(stops), **options)
+        return stream(self.params, self.config, prompts, sampling, seed, **self._options(stops, sampling), **options)
 
-    def _options(self, stops: Sequence[Sequence[str]]) -> dict[str, Any]:
+    def room(self, sampling: Sampling) -> int:
+        """Positions kept for an answer, for which a prompt too long loses its beginning: at most half of them."""
+        return max(1, min(sampling.max_new_tokens, self.config.length // 2))
+
+    def _options(self, stops: Sequence[Sequence[str]], sampling: Sampling) -> dict[str, Any]:
         def stopped(row: int, ids: list[int]) -> bool:
             text = self.vocabulary.decode(ids)
             return any(word in text for word in stops[row])
 
         return {"stop_ids": {self.vocabulary.end_of_document_id}, "drawable": self.vocabulary.pieces,
-                "sharding": batch_sharding(self.mesh), "stopped": stopped if any(stops) else None}
+                "sharding": batch_sharding(self.mesh), "stopped": stopped if any(stops) else None,
+                "room": self.room(sampling)}
 
 
 @contextlib.contextmanager

@@ -84,6 +84,8 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+# How the next worked example begins, behind the separator: a model that goes on with one has ended its answer.
+NEXT_EXAMPLE = {"mbpp": "Write ", "dureader": ""}
 # Those that are answered by writing a program, and by writing; their questions are `Prompt`s.
 PROGRAMS = frozenset({"mbpp", "mbpp_three_shot"})
 GENERATED = PROGRAMS | {"dureader"}
@@ -135,6 +137,8 @@ def load(
                          f"that its prompt shows ({counts(shots_skipped)}).")
     contexts = _contexts(task, form, items, shots, wanted, seed, fixed=bool(benchmark.own_shots))
     # Either kind alone, as a reader makes items of one kind.
+    if few_shot and task in NEXT_EXAMPLE and (stop := form.separator + NEXT_EXAMPLE[task]):
+        items = [item._replace(extra={**item.extra, "stop": (stop,)}) for item in items]
     made: tuple[Any, ...] = tuple(
         _question(task, form, item, context) for item, context in zip(items, contexts, strict=True))
     all_files = list(dict.fromkeys([*files, *shot_files]))

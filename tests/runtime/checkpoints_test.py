@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import codellm_jax.runtime.checkpoints as checkpoints_module
 from codellm_jax.runtime.checkpoints import Checkpoints, checksums, restore_parameters
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh
 
@@ -209,6 +210,23 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, damag
     assert_same_bits(again, values(44))
     assert record["number"] == 44 and reports == []
     assert kept(tmp_path) == [3, 4]
+
+
+@pytest.mark.parametrize("reading", [0, 1, 2], ids=["record", "state", "checksums"])
+def test_what_another_process_cannot_read_this_one_does_not_take(tmp_path, monkeypatch, reading):
+    """Else they would go on from different steps, and wait for each other for ever."""
+    save(tmp_path, 3, 4)
+    readings: list[np.ndarray] = []
+
+    def gathered(failed: np.ndarray) -> np.ndarray:
+        readings.append(failed)
+        return np.array([failed, [len(readings) == reading + 1]])
+
+    monkeypatch.setattr(checkpoints_module, "gathered", gathered)
+    restored, record, reports = restore(tmp_path)
+    assert record["number"] == 3 and not np.any(readings)  # here nothing failed
+    assert_same_bits(restored, values(3))
+    assert "the checkpoint of step 4 is damaged (another process could not read it)" in reports[0]
 
 
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):

@@ -203,6 +203,12 @@ def test_worked_examples_in_the_same_template(data_dir: str, write: Callable[...
     write("dureader/train.json", [{"text_a": "书", "text_b": "谁", "label": "他"}])
     [prompt] = load("dureader", data_dir, few_shot=1).questions
     assert isinstance(prompt, Prompt) and prompt.prompt == "阅读文章:书\n问：谁\n答：他\n阅读文章:文章\n问：问题\n答："
+    # A model that goes on with another example has ended its answer.
+    assert prompt.extra["stop"] == ("\n",) and "stop" not in load("dureader", data_dir).questions[0].extra
+    write("mbpp.jsonl", "".join(json.dumps({**MBPP[0], "task_id": number}) + "\n" for number in (601, 602)))
+    [prompt] = load("mbpp", data_dir, few_shot=1).questions
+    assert isinstance(prompt, Prompt) and prompt.extra["stop"] == ("\n\nWrite ",)
+    assert "stop" not in load("mbpp", data_dir).questions[0].extra
     write("ocnli/train.json", [{"sentence1": "丙", "sentence2": "丁", "label": "contradiction"}])
     [question] = load("ocnli", data_dir, few_shot=1).questions
     assert isinstance(question, Question) and question.candidates[1] == ("丙？错，丁\n甲？或，", "乙")
