@@ -26,16 +26,8 @@ from typing import Any  # noqa: E402
 import pytest  # noqa: E402
 
 LENGTH = 32
-# libtpu serves one process at a time, and until that ends.
-COMPILE_FOR_TPU = {"precompile_test.py", "attention_test.py", "readme_test.py", "topologies_test.py"}
 WORDS = ("the a row of tokens is read by its number and never lost while one model learns from text and code in turn "
          "héllo 世界 order position share ledger epoch source schedule quota").split()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, those of a file stay together, with the fixtures of its module."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("TPU" if item.path.name in COMPILE_FOR_TPU else str(item.path)))
 
 
 def _prose(dice: random.Random, words: int) -> str:
