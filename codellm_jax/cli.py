@@ -395,6 +395,9 @@ def _one_line(error: Exception) -> str:
     text = re.sub(r" In call to configurable '.*$", "", text)  # gin's postscript, with addresses of functions
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return text
+    if "Gloo" in text or "another task" in text:  # a collective that found the other end closed
+        return ("another process of this run failed or is gone. Start the same command again on all: it goes on from "
+                f"the newest checkpoint. ({text[:200]})")
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 

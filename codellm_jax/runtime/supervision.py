@@ -103,15 +103,18 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]
     end = time.monotonic() + GRACE_SECONDS
     while any(process.poll() is None for process in processes) and time.monotonic() < end:
         time.sleep(0.1)
-    status = first.returncode
-    if status < 0:
-        said = (f"t5x {command}: error: ended by {signal.Signals(-status).name}, and so are the others. The same "
-                "command goes on from the newest checkpoint.")
-    elif index:
-        logs[index - 1].seek(0)
-        said = next((line for line in reversed(logs[index - 1].read().decode(errors="replace").splitlines())
-                     if line.strip()), f"status {status}")
-    else:
-        return status  # it has told the terminal itself
-    print(f"process {index} of {len(processes)}: {said}", file=sys.stderr, flush=True)
-    return 1 if status < 0 else status
+    status = 1 if first.returncode < 0 else first.returncode
+    said = {}
+    for number, (process, log) in enumerate(zip(processes[1:], logs, strict=True), 1):
+        if process.poll() is not None and process.returncode:
+            log.seek(0)
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            said[number] = lines[-1] if lines else f"status {process.returncode}"
+            if process.returncode < 0:
+                said[number] = (f"t5x {command}: error: ended by {signal.Signals(-process.returncode).name}. The same "
+                                "command goes on from the newest checkpoint.")
+    # What was ended from outside is the cause, whoever noticed first; what the first process says it has said itself.
+    causes = [number for number, line in said.items() if "ended by" in line and signal.SIGABRT.name not in line]
+    for number in causes[:1] or [number for number in said if number == index]:
+        print(f"process {number} of {len(processes)}: {said[number]}", file=sys.stderr, flush=True)
+    return status
