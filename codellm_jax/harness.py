@@ -12,18 +12,25 @@ Texts become tokens as the harness has it, prompt and continuation together and 
 import atexit
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from codellm_jax.configuration import build, read_configuration
 from codellm_jax.model.sampling import Sampling
 from codellm_jax.model.scoring import DEFAULT_BATCH_TOKENS, Request
 from codellm_jax.runtime.trained import trained_model
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    package = str(error.name).split(".")[0]
+    sys.exit(f"codellm_jax.harness: error: {package} is not installed: pip install '.[harness]'.")
 
 NEW_TOKENS = 256  # written to a request that does not say how many, as by the harness's other models
 

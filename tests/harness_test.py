@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,14 @@ def test_generation_is_greedy_and_stops(harness, log_probabilities):
     assert found[0] == text and found[1] == text.split(stop)[0] and isinstance(found[2], str)
     with pytest.raises(ValueError, match="does not know the generation_kwargs num_beams"):
         harness.generate_until(ask("generate_until", ("x", {"num_beams": 3})))
+
+
+def test_without_the_harness_it_is_said_how_to_get_it():
+    hidden = ("import runpy, sys; sys.modules['lm_eval'] = None; "
+              "runpy.run_module('codellm_jax.harness', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "codellm_jax.harness: error: lm_eval is not installed: pip install '.[harness]'."
 
 
 def test_a_prompt_too_long_keeps_half_the_model_for_itself(harness, caplog):
