@@ -26,8 +26,24 @@ from typing import Any  # noqa: E402
 import pytest  # noqa: E402
 
 LENGTH = 32
+FOR_TPUS = ("precompile_test", "readme_test", "attention_test", "topologies_test")
 WORDS = ("the a row of tokens is read by its number and never lost while one model learns from text and code in turn "
          "héllo 世界 order position share ledger epoch source schedule quota").split()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several workers share the tests, a file is one worker's, for its fixtures; and so are all that compile for
+    TPUs, for libtpu serves one process at a time, until that ends.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tpu" if Path(file).stem in FOR_TPUS else file
+
+    return ByFile(config, log)
 
 
 def _prose(dice: random.Random, words: int) -> str:
