@@ -15,6 +15,7 @@ hidden state. Parameters are float32; `DecoderConfig.dtype` is what is computed 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -119,13 +120,16 @@ def _constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(array, axes)
 
 
-def _look_up(table: jax.Array, ids_BL: jax.Array, rows: str) -> jax.Array:
-    """Rows of a table [rows, D], float32 [B, L, D].
+def _embed(tables: Sequence[jax.Array], ids: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """The sum of rows of float32 tables [rows, D], by int32 ids [B, L] for each; [B, L, D] of a dtype.
 
-    Sharded over its width, the table is gathered first: what is looked up is sharded over the batch, and changing
-    the one into the other afterwards makes XLA replicate the activations of the whole global batch.
+    Sharded over its width, each device looks up its columns for all rows of the batch, and then hands on what others'
+    rows need: activations cross the network instead of tables, and the gradient of a table is summed where it lies.
     """
-    x_BLD = _constrain(table, rows, "activation_embed")[ids_BL]
+    x_BLD = jnp.zeros((), jnp.float32)
+    for table, ids_BL in zip(tables, ids, strict=True):
+        x_BLD = x_BLD + table[_constrain(ids_BL, "lookup_batch", "activation_length")]
+    x_BLD = _constrain(x_BLD.astype(dtype), "lookup_batch", "activation_length", "embed")
     return _constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 
 
@@ -337,14 +341,13 @@ class Decoder(nn.Module):
         if decode:
             mask = self.cached_mask(segment_ids_BL)
         mask = mask._replace(shared_segment=shared_segment)
-        x_BLD = _look_up(self.token_embedding, tokens_BL, "activation_vocab")
-        x_BLD = (x_BLD + _look_up(self.position_embedding, positions_BL, "position")).astype(dtype)
+        x_BLD = _embed((self.token_embedding, self.position_embedding), (tokens_BL, positions_BL), dtype)
         x_BLD = self.dropout(x_BLD, deterministic=deterministic)
         if config.scanned_layers:
             x_BLD, _ = self.blocks(x_BLD, None, mask, deterministic)
         x_BLD = self.final_norm(x_BLD)
         if config.query_layer:
-            query_BLD = _look_up(self.query_embedding, positions_BL, "position").astype(dtype)
+            query_BLD = _embed((self.query_embedding,), (positions_BL,), dtype)
             x_BLD, _ = self.query_block(x_BLD, query_BLD, mask, deterministic)
         return x_BLD
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 # Positions in a chunk: B x C x V x 4 bytes of logits live at a time. Measured on 2 CPU cores at 8 x 256 tokens,
-# width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; all logits at once 145. Under data
-# parallelism each chunk costs one reduction of the embedding's gradient, so very small chunks do not pay.
+# width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; all logits at once 145.
 DEFAULT_CHUNK = 64
+SHARDED_LOGITS = 2**28  # bytes of a chunk's logits on each of several devices, which reduce a gradient with each chunk
 
 
 class _Gradients(NamedTuple):
@@ -24,6 +24,17 @@ class _Gradients(NamedTuple):
 
     hidden_BLD: jax.Array
     embedding_VD: jax.Array
+
+
+def chunk_of(rows: int, vocabulary_size: int, devices: int) -> int:
+    """Positions in a chunk for so many rows and devices that share them.
+
+    Over several devices each chunk costs a reduction of the embedding's gradient, V x D x 4 bytes: there a chunk is as
+    large as SHARDED_LOGITS allows, which for a few rows on each device is all positions.
+    """
+    if devices == 1:
+        return DEFAULT_CHUNK
+    return max(DEFAULT_CHUNK, SHARDED_LOGITS * devices // (4 * rows * vocabulary_size))
 
 
 def cross_entropy(

@@ -34,12 +34,18 @@ def decayed(params: Any) -> Any:
 
 def adamw(
     learning_rate: Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1,
-    clip_norm: float | None = 1.0,
+    clip_norm: float | None = 1.0, mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """The study's optimizer: Adam with decoupled weight decay after clipping to a global norm (None: no clipping)."""
+    """The study's optimizer: Adam with decoupled weight decay after clipping to a global norm (None: no clipping).
+
+    The first moment may be kept in bfloat16 (`mu_dtype`), which saves a sixth of the state's 12 bytes a parameter.
+    """
+    if mu_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"adamw.mu_dtype must be float32 or bfloat16, found {mu_dtype!r}.")
     return optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
-        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
+        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed,
+                    mu_dtype=mu_dtype),
     )
 
 

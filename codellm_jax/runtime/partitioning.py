@@ -26,6 +26,7 @@ AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("activation_kv", None),
     ("activation_mlp", "model"),
     ("activation_vocab", "model"),
+    ("lookup_batch", "data"),  # while an embedding is looked up, its columns are spread over fsdp
     ("vocab", "model"),
     ("embed", "fsdp"),
     ("heads", "model"),

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from codellm_jax.model.losses import cross_entropy
+from codellm_jax.model.losses import DEFAULT_CHUNK, chunk_of, cross_entropy
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 10, 8, 37
 
@@ -100,6 +100,13 @@ def test_never_holds_all_logits(differentiated: bool) -> None:
     temporaries = jax.jit(function).lower(*abstract).compile().memory_analysis().temp_size_in_bytes
     all_logits, chunk_logits = (4 * vocabulary * batch * positions for positions in (length, chunk))
     assert temporaries < 4 * chunk_logits + 4 * (4 * vocabulary * width) < all_logits / 10
+
+
+def test_the_chunk_of_several_devices() -> None:
+    assert chunk_of(rows=512, vocabulary_size=40_064, devices=1) == DEFAULT_CHUNK
+    # 4 rows of 418 positions on each of 64 devices: 4 x 418 x 40,064 x 4 bytes are just under 256 MiB.
+    assert chunk_of(rows=256, vocabulary_size=40_064, devices=64) == 418
+    assert chunk_of(rows=4096, vocabulary_size=130_432, devices=8) == DEFAULT_CHUNK
 
 
 def test_evaluation_computes_no_gradients() -> None:

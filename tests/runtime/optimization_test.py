@@ -74,6 +74,25 @@ def test_adamw_is_the_one_of_the_paper(settings):
             np.testing.assert_allclose(found, plain.params[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+def test_a_first_moment_in_bfloat16():
+    """Is half as large, and a rounding of bfloat16 away from the whole one's step."""
+    dice = np.random.default_rng(0)
+    params, gradients = as_float32(tree(dice)), as_float32(tree(dice))
+    steps, moments = {}, {}
+    for mu_dtype in ("float32", "bfloat16"):
+        optimizer = adamw(lambda step: 1e-2, mu_dtype=mu_dtype)
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(gradients, state, params)
+        steps[mu_dtype] = flat(updates)
+        moments[mu_dtype] = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert moments["bfloat16"] == moments["float32"] * 3 // 4
+    for name, wanted in steps["float32"].items():
+        np.testing.assert_allclose(steps["bfloat16"][name], wanted, rtol=0.02, atol=1e-5, err_msg=name)
+    with pytest.raises(ValueError, match="mu_dtype must be float32 or bfloat16, found 'int8'"):
+        adamw(lambda step: 1e-2, mu_dtype="int8")
+
+
 def test_decay_leaves_out_biases_and_scales():
     assert decayed(tree(np.random.default_rng(0))) == {
         "embedding": True, "norm": {"scale": False, "bias": False},

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.model import decoder as decoder_module
 from codellm_jax.model.decoder import Decoder, DecoderConfig
+from codellm_jax.runtime.collectives import read_traffic
 from codellm_jax.runtime.optimization import adamw
 from codellm_jax.runtime.partitioning import (
     AXIS_RULES,
@@ -213,6 +214,32 @@ def test_without_rules_the_same_program_shards_nothing(monkeypatch):
     seen, (hidden, _) = seen_activations(monkeypatch, [(name, None) for name, _ in AXIS_RULES])
     assert seen[("activation_length", "activation_mlp")] == (8, 16, 64)
     assert hidden.shard_shape((8, 16, 32)) == (8, 16, 32)
+
+
+def test_an_embedding_stays_where_it_is():
+    """No device gathers the table or its gradient: what crosses the network are the rows that were looked up."""
+    mesh = make_mesh(MeshShape(data=1, fsdp=8))
+    rows, width, batch, length = 4096, 64, 16, 8
+    table = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=batch_sharding(mesh))
+
+    def loss(table, ids):
+        return jnp.sum(jnp.square(decoder_module._embed((table,), (ids,), jnp.float32)))
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(MeshShape().all_rules()):
+        compiled = jax.jit(jax.grad(loss), out_shardings=table.sharding).lower(table, ids).compile()
+    traffic, _ = read_traffic(compiled.as_text(), dict(mesh.shape))
+    assert {one.kind for one in traffic} <= {"all-to-all", "all-gather", "all-reduce"}
+    looked_up = batch * length * width * 4 / 8
+    assert sum(one.sent for one in traffic if one.kind == "all-to-all") > looked_up
+    assert sum(one.sent for one in traffic if one.kind != "all-to-all") <= batch * length * 4  # the ids
+    dice = np.random.default_rng(0)
+    values = dice.normal(size=(rows, width)).astype(np.float32)
+    numbers = dice.integers(0, 5, size=(batch, length)).astype(np.int32)
+    expected = np.zeros_like(values)
+    np.add.at(expected, numbers, 2 * values[numbers])
+    np.testing.assert_allclose(
+        compiled(jax.device_put(values, table.sharding), jax.device_put(numbers, ids.sharding)), expected, rtol=1e-5)
 
 
 def test_overridden_rules_reach_activations(monkeypatch):
