@@ -87,8 +87,8 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
-# By platform. On TPU, XLA would else cast the parameters of all layers to bfloat16 ahead of the loop over them, and keep
-# both: 1.2 GiB a chip in 2.6B on 4 chips.
+# By platform. On TPU, XLA would else cast the parameters of all layers to bfloat16 ahead of the loop over them, and
+# keep both: 1.2 GiB a chip in 2.6B on 4 chips.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_bf16_propagation": False}}
 
 
