@@ -96,7 +96,7 @@ def jit_train_step(
     model: Decoder, optimizer: optax.GradientTransformation, state: TrainState, sources: int, microbatches: int
 ) -> Any:
     """`train_step` as the loop runs it: jitted, the state donated and laid out as `state` (which may be abstract)."""
-    mesh = state.step.sharding.mesh
+    mesh: Any = state.step.sharding.mesh  # type: ignore[attr-defined]
     return jax.jit(
         functools.partial(train_step, model=model, optimizer=optimizer, sources=sources, microbatches=microbatches,
                           devices=mesh.size),
