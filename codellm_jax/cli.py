@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "explain": _explain,
+        "contamination": _contamination,
         "vocabulary": _vocabulary, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
@@ -130,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("first", metavar="RUN_A")
     compare.add_argument("second", metavar="RUN_B")
     compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    contamination = add("contamination", "search a mixture's training text for benchmarks' questions",
+                        "Counts the questions of TASKS of which an n-gram of words stands in the training rows of an "
+                        "arm's sources. gin/contamination.gin has what it adds to the arm's files.")
+    contamination.add_argument("--output", metavar="FILE", help="write what is found there, as JSON, ids and all")
     explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
     explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
     vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
@@ -262,6 +267,24 @@ def _compare(flags: argparse.Namespace) -> int:
     from codellm_jax.compare import compare, table
 
     print(table(compare(flags.first, flags.second), flags.first, flags.second))
+    return 0
+
+
+def _contamination(flags: argparse.Namespace) -> int:
+    if flags.gin_file:  # first, so that the arm's files and the flags win
+        flags.gin_file.insert(0, "gin/contamination.gin")
+    configuration = _configuration(flags)
+    if flags.output and "://" not in flags.output and not Path(flags.output).expanduser().absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no directory to write {flags.output} in.")
+    if not {"mixture.name", "vocabulary.path"} <= configuration.effective.keys():
+        raise ValueError("no --gin_file names a mixture: give an arm's, such as gin/mixed_pretrain.gin.")
+    from codellm_jax.configuration import build
+    from codellm_jax.contamination import measure, measure_into, table
+
+    contamination = build(configuration, "contamination")
+    mixtures = [(build(configuration, "mixture"), build(configuration, "vocabulary"))]
+    print(table(measure_into(flags.output, contamination, mixtures) if flags.output else
+                measure(contamination, mixtures)))
     return 0
 
 
