@@ -274,8 +274,7 @@ def _contamination(flags: argparse.Namespace) -> int:
     if flags.gin_file:  # first, so that the arm's files and the flags win
         flags.gin_file.insert(0, "gin/contamination.gin")
     configuration = _configuration(flags)
-    if flags.output and "://" not in flags.output and not Path(flags.output).expanduser().absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no directory to write {flags.output} in.")
+    _require_directory(flags.output)
     if not {"mixture.name", "vocabulary.path"} <= configuration.effective.keys():
         raise ValueError("no --gin_file names a mixture: give an arm's, such as gin/mixed_pretrain.gin.")
     from codellm_jax.configuration import build
@@ -312,8 +311,7 @@ def _explain(flags: argparse.Namespace) -> int:
 
 def _vocabulary(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
-    if not Path(flags.output).expanduser().parent.is_dir() and "://" not in flags.output:
-        raise FileNotFoundError(f"there is no directory to write {flags.output} in.")
+    _require_directory(flags.output)
     if not flags.output.endswith(".model") or flags.size < 1:
         raise ValueError(f"--output must end in .model and --size be positive, found {flags.output}, {flags.size}.")
     from codellm_jax.configuration import build
@@ -324,6 +322,11 @@ def _vocabulary(flags: argparse.Namespace) -> int:
     print(f"{vocabulary.path}: {vocabulary.pieces} pieces, {vocabulary.content_hash[:12]}. "
           f"Use it with --gin.VOCABULARY={vocabulary.path}")
     return 0
+
+
+def _require_directory(file: str | None) -> None:
+    if file and "://" not in file and not Path(file).expanduser().parent.is_dir():
+        raise FileNotFoundError(f"there is no directory to write {file} in.")
 
 
 def _launch(flags: argparse.Namespace) -> int:
@@ -357,8 +360,7 @@ def _precompile(flags: argparse.Namespace) -> int:
     topology = parse_topology(flags.topology)
     if flags.vocabulary_size is not None and flags.vocabulary_size < 1:
         raise ValueError(f"--vocabulary_size must be positive, found {flags.vocabulary_size}.")
-    if flags.report and not Path(flags.report).expanduser().absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no directory to write {flags.report} in.")
+    _require_directory(flags.report)
     title = " ".join([*flags.gin_file, *(f"{name}={value}" for name, value in flags.overrides)])
     # Nothing is read that only a run needs: neither the run to start from nor, where its size is given, a vocabulary.
     flags.overrides.append(("train.initial_checkpoint_path", "None"))

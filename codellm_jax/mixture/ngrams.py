@@ -1,9 +1,9 @@
 """Texts as words, and questions as n-grams of words that other texts are searched for.
 
 Words are what Brown et al. (2020, appendix C) compare: without case and punctuation. In scripts that set no space
-between words each character is one. An n-gram is `n` consecutive words of one part of a question. Where none of its
-parts has so many, those of at least `minimum` words (theirs is 8 too) are one n-gram each, as a whole; where none has
-so many either, the parts are joined. A question that has no n-gram even then cannot be measured.
+between words each character is one. An n-gram is `n` consecutive words of one part of a question; a part that is
+shorter is one n-gram as a whole if it has `minimum` words (theirs is 8 too), and where no part has so many the parts
+are joined. A question that has no n-gram even then cannot be measured.
 
 An n-gram that more than `most` questions of a task have is that task's own manner of asking ("which of the following
 sentences about ..."), and is not looked for.
@@ -115,6 +115,7 @@ def index(questions: Sequence[Question], n: int, minimum: int, most: int) -> NGr
     known: dict[str, int] = {}
     numbers: list[int] = []
     spans: list[tuple[int, int, int]] = []  # question, start, words
+    least = min(n, minimum)
     for number, asked in enumerate(questions):
         begin, parts = len(numbers), []
         for part in asked.parts:
@@ -122,8 +123,7 @@ def index(questions: Sequence[Question], n: int, minimum: int, most: int) -> NGr
             numbers += [known.setdefault(word, len(known) + 1) for word in words(part)]
             parts.append((number, before, len(numbers) - before))
         whole = (number, begin, len(numbers) - begin)
-        choices = ((parts, n), (parts, minimum), ([whole], min(n, minimum)))
-        spans += next(filter(None, ([span for span in of if span[2] >= least] for of, least in choices)), [])
+        spans += [span for span in parts if span[2] >= least] or [whole] * (whole[2] >= least)
     all_numbers = np.array(numbers, np.int64)
     owner, start, size = np.array(spans, np.int64).reshape(-1, 3).T
     count = np.maximum(size - n, 0) + 1  # of n-grams in each

@@ -7,6 +7,7 @@ found does not depend on their number. No more than a few rows are held as text,
 """
 
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 import signal
@@ -129,8 +130,7 @@ def texts(source: Trained, first: int, last: int) -> Iterator[str]:
     Each document ends with what `ngrams.words` takes for its end.
     """
     rows, vocabulary = source.rows, source.vocabulary
-    bytes_of_ids = vocabulary.bytes_of_ids()
-    bytes_of_ids[vocabulary.end_of_document_id] = END
+    bytes_of_ids = _bytes_of_ids(vocabulary)
     blocks = _examples(rows, first, last, vocabulary.end_of_document_id) if source.stage == "tuning" else _documents(
         rows, first, last, vocabulary.end_of_document_id)
     waiting: list[bytes] = []  # a word that may go on in the next block
@@ -143,6 +143,13 @@ def texts(source: Trained, first: int, last: int) -> Iterator[str]:
             waiting = []
         waiting.append(text[cut:])
     yield _decoded(waiting)
+
+
+@functools.lru_cache(maxsize=8)
+def _bytes_of_ids(vocabulary: Vocabulary) -> list[bytes]:
+    found = vocabulary.bytes_of_ids()
+    found[vocabulary.end_of_document_id] = END
+    return found
 
 
 def _decoded(parts: Sequence[bytes]) -> str:
