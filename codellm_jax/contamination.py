@@ -4,8 +4,9 @@
 
 A question overlaps with a source if any of its n-grams, 13 words by default, stands in the source's training text
 (`mixture/ngrams.py` says what a word and an n-gram are, `tasks/benchmarks/texts.py` what belongs to a question). What
-is searched are the cached rows, whole sources, whatever part of them a run draws. So a passage that a question is asked
-about counts like the question itself: an overlap is a reason to look, and to see the score without these questions.
+is searched are the cached training rows, whole sources, whatever share of a run falls to them: the arms of a study are
+compared on the same questions. A passage that a question is asked about counts like the question itself. So an overlap
+is a reason to look, and to see the score without these questions.
 """
 
 import dataclasses
@@ -80,10 +81,10 @@ def measure(
       known: what was found before; given back, and nothing searched, if it is of the very same questions and rows.
 
     Returns:
-      As JSON: {"n": ..., "sources": {SOURCE: ...}, "tasks": {TASK: {"questions": N, "not_tested": M, "sources":
-      {SOURCE: {"overlapping": K, "ids": [...], "ngrams": {id: words}}}}}}. TASK and ids are those of an evaluation's
-      result files. A source that several mixtures have under other vocabularies or lengths is searched in each form,
-      and a question counts if any form holds it.
+      As JSON: {"n": ..., "sources": {SOURCE: ...}, "tasks": {TASK: {"questions": N, "not_measurable": M, "data": the
+      hash of its files, "sources": {SOURCE: {"overlapping": K, "ids": [...], "ngrams": {id: words}}}}}}. TASK and ids
+      are those of an evaluation's result files. A source that several mixtures have under other vocabularies or lengths
+      is searched in each form, and a question counts if any form holds it.
 
     Raises:
       ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit.
@@ -93,9 +94,10 @@ def measure(
     sources = list({rows.path: Trained(rows, vocabulary, mixture.stage) for mixture, vocabulary in mixtures
                     for rows in training_rows(mixture, vocabulary, report)}.values())
     asked = {"version": CONTAMINATION_VERSION, "n": contamination.ngram, "minimum": contamination.minimum,
-             "most": contamination.most, "sources": _described(sources),
-             "data": {name: task.sha256 for name, task in loaded.items()}}
-    if known and asked.items() <= known.items():
+             "most": contamination.most, "sources": _described(sources)}
+    data = {name: task.sha256 for name, task in loaded.items()}
+    if known and asked.items() <= known.items() and data == {
+            name: task.get("data") for name, task in known["tasks"].items()}:
         return dict(known)
     questions = [Question(name, own, parts) for name, task in loaded.items() for own, parts in task.parts.items()]
     ngrams = index(questions, contamination.ngram, contamination.minimum, contamination.most)
@@ -109,8 +111,8 @@ def measure(
             by_source[source.rows.name] |= zip(
                 [questions[own[number]].id for number in here], ngrams.texts(places[here]), strict=True)
         tasks[name] = {
-            "questions": len(own), "not_tested": int((~ngrams.measurable[own]).sum()),
-            "common_ngrams": ngrams.boilerplate[name], "sources": {source: {
+            "questions": len(own), "not_measurable": int((~ngrams.measurable[own]).sum()),
+            "common_ngrams": ngrams.boilerplate[name], "data": data[name], "sources": {source: {
                 "overlapping": len(matched), "ids": [one for one in loaded[name].parts if one in matched],
                 "ngrams": matched} for source, matched in by_source.items()}}
     return asked | {"tasks": tasks}
@@ -126,7 +128,7 @@ def measure_into(
         known = json.loads(file.read_text()) if file.exists() else None
     except ValueError:
         known = None
-    if known is not None and not (isinstance(known, dict) and "tasks" in known and "data" in known):
+    if known is not None and not (isinstance(known, dict) and {"version", "n", "tasks"} <= known.keys()):
         raise ValueError(f"{path} is there and holds no contamination: give another name.")
     measured = measure(contamination, mixtures, report, known)
     write_whole(file, json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
@@ -179,7 +181,7 @@ def table(measured: Mapping[str, Any]) -> str:
         found = {source: one for source, one in task["sources"].items() if one["overlapping"]}
         overlapping = len({own for one in found.values() for own in one["ids"]})
         listed = ", ".join(f"{source} {one['overlapping']:,}" for source, one in found.items())
-        lines.append(f"{name:<28} {task['questions']:>10,} {task['not_tested']:>10,} {overlapping:>9,}   "
+        lines.append(f"{name:<28} {task['questions']:>10,} {task['not_measurable']:>10,} {overlapping:>9,}   "
                      f"{listed}".rstrip())
         for source, one in found.items():
             own = one["ids"][0]

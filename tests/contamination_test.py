@@ -85,12 +85,12 @@ def test_questions_of_the_samples_planted_in_pretraining(flags, questions, tmp_p
     found = json.loads(file.read_text())
     assert (found["n"], found["minimum"]) == (13, 8) and found["sources"].keys() == {"text.planted", "code.planted"}
     one = found["tasks"]["logic_sample"]
-    assert one["questions"] == len(load("logic", None).questions)
+    assert (one["questions"], one["data"]) == (len(load("logic", None).questions), load("logic", None).sha256)
     assert one["sources"]["text.planted"]["overlapping"] == 1
     assert len(one["sources"]["text.planted"]["ngrams"][logic].split()) == 13
     assert one["sources"]["code.planted"] == {"overlapping": 0, "ids": [], "ngrams": {}}
     [row] = [line.split() for line in printed.splitlines() if line.startswith("logic_sample  ")]
-    assert row == ["logic_sample", str(one["questions"]), str(one["not_tested"]), "1", "text.planted", "1"]
+    assert row == ["logic_sample", str(one["questions"]), str(one["not_measurable"]), "1", "text.planted", "1"]
     assert f"mbpp_sample {mbpp} in code.planted: " in printed and "searched" in printed
     # The same again is read, not searched for; with another n it is.
     before = file.read_bytes()
@@ -101,9 +101,9 @@ def test_questions_of_the_samples_planted_in_pretraining(flags, questions, tmp_p
     assert "searched" in capsys.readouterr().out and json.loads(file.read_text())["n"] == 10
 
 
-def test_a_pool_that_is_not_trained_on_is_not_searched(flags, tmp_path):
+def test_a_source_is_searched_whatever_share_falls_to_it(flags, tmp_path):
     assert cli.main(pretraining(flags, f"--output={tmp_path}/found.json", "--gin.CODE_RATE=0.0")) == 0
-    assert json.loads((tmp_path / "found.json").read_text())["sources"].keys() == {"text.planted"}
+    assert json.loads((tmp_path / "found.json").read_text())["sources"].keys() == {"text.planted", "code.planted"}
 
 
 def test_questions_of_the_samples_planted_in_tuning(flags, pretrained, questions, tmp_path, capsys):

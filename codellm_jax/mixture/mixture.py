@@ -132,11 +132,9 @@ def open_mixture(
 def training_rows(mixture: Mixture, vocabulary: Vocabulary, report: Callable[[str], None] = print) -> list[Rows]:
     """The training rows of each source of a mixture, in the order of `open_mixture`, cached where they are not yet.
 
-    A pool that a constant CODE_RATE leaves out is left out. Errors are those of `open_mixture`.
+    Those are there too that no share of the run falls to. Errors are those of `open_mixture`.
     """
-    unused = {0.0: "code.", 1.0: "text."}.get(mixture.code_rate or 0.0) if mixture.mix_phases is None else None
-    tasks = [task for task in _rates(mixture) if not (unused and task.startswith(unused))]
-    return [splits["train"] for splits in _cached(mixture, tasks, vocabulary, report)]
+    return [splits["train"] for splits in _cached(mixture, _rates(mixture), vocabulary, report)]
 
 
 def _rates(mixture: Mixture) -> dict[str, float | None]:
