@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -237,30 +236,50 @@ def test_mbpp_on_the_problems_it_is_evaluated_on(tmp_path):
     assert len(trained_on & {*map(int, found["code.kept"]["ids"])}) > 110
 
 
-def test_interrupted_it_ends_with_its_processes(tmp_path):
-    """Ctrl-C at a terminal reaches the whole group; a kill of the first process alone is noticed by the others."""
+@pytest.fixture
+def searching(tmp_path):
+    """Starts a search by two processes that goes on for hours, or whose processes die; returns it once they read."""
     script = tmp_path / "script.py"
-    script.write_text(
-        "import numpy as np, sys, time\n"
-        "from codellm_jax.mixture import overlap\n"
-        "from codellm_jax.mixture.ngrams import Question, index\n"
-        "class Slow:\n"
-        "    count, length, path = 1 << 20, 1024, 'slow'\n"
-        "    def read(self, numbers):\n"
-        "        print('reading', flush=True); time.sleep(0.2)\n"
-        "        return np.ones((len(numbers), 1025), np.int32)\n"
-        "if __name__ == '__main__':\n"
-        "    from codellm_jax.vocabulary import load_vocabulary\n"
-        "    source = overlap.Trained(Slow(), load_vocabulary(), 'pretraining')\n"
-        "    print('began', flush=True)\n"
-        "    overlap.search([source], index([Question('t', 'a', ('a b c d e f g h i',))], 13, 8, 10), 2)\n")
-    for number, whole_group in ((signal.SIGINT, True), (signal.SIGKILL, False)):
-        process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True, cwd=ROOT, start_new_session=True, env={"PYTHONPATH": str(ROOT)})
-        while "reading" not in process.stdout.readline():
-            assert process.poll() is None
-        subprocess.run(["kill", f"-{number.value}", "--", f"{'-' * whole_group}{process.pid}"], check=True)
-        began = time.monotonic()
-        process.stdout.read()  # until the last process that holds it has ended
-        process.wait(timeout=20)
-        assert time.monotonic() - began < 20
+    script.write_text("""\
+import os, sys, time
+import numpy as np
+from codellm_jax.mixture import overlap
+from codellm_jax.mixture.ngrams import Question, index
+from codellm_jax.vocabulary import load_vocabulary
+
+class Rows:
+    count, length = 1 << 20, 1024
+    def read(self, numbers):
+        print("reading", flush=True)
+        if sys.argv[1] == "die":
+            os._exit(9)
+        time.sleep(0.2)
+        return np.ones((len(numbers), 1025), np.int32)
+
+if __name__ == "__main__":
+    overlap.TOKENS_A_RANGE = 1 << 20
+    question = Question("t", "a", ("a b c d e f g h i",))
+    overlap.search([overlap.Trained(Rows(), load_vocabulary(), "pretraining")], index([question], 13, 8, 10), 2)
+""")
+
+    def start(how: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, str(script), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert process.stdout.readline() == "reading\n"
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, True), (signal.SIGKILL, False)])
+def test_stopped_it_ends_with_its_processes(searching, number, whole_group):
+    """Ctrl-C at a terminal reaches the whole group; that the first process alone is killed is noticed by the others."""
+    process = searching("go on")
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    process.communicate(timeout=60)  # until the last process that could write has ended
+
+
+def test_a_process_that_dies_is_told(searching):
+    process = searching("die")
+    assert "ChildProcessError: A process that searched was killed" in process.communicate(timeout=60)[1]

@@ -6,14 +6,13 @@ with the documents that begin in it, so that one pass over all of them can be ma
 found does not depend on their number. No more than a few rows are held as text, however long a document is.
 """
 
-import concurrent.futures
+import contextlib
 import functools
 import multiprocessing
-import os
+import multiprocessing.connection
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,12 +61,13 @@ def search(
     ranges = [_Range(number, first, min(first + step, source.rows.count)) for number, source in enumerate(sources)
               for step in [max(1, TOKENS_A_RANGE // source.rows.length)]
               for first in range(0, source.rows.count, step)]
-    total = sum(source.rows.count for source in sources)
+    total, done = sum(source.rows.count for source in sources), 0
     found = np.full((len(sources), len(ngrams.measurable)), -1, np.int64)
-    done = 0
-    for one, first in zip(ranges, _searched(ranges, sources, ngrams, processes), strict=True):
-        known = found[one.source]
-        found[one.source] = np.where(known < 0, first, known)
+    where = np.full(found.shape, len(ranges))  # the range of what is found, of which the first counts
+    for number, first in _searched(ranges, sources, ngrams, processes):
+        one = ranges[number]
+        better = (first >= 0) & (number < where[one.source])
+        found[one.source, better], where[one.source, better] = first[better], number
         done += one.last - one.first
         progress(done, total)
     return found
@@ -75,41 +75,54 @@ def search(
 
 def _searched(
     ranges: Sequence[_Range], sources: Sequence[Trained], ngrams: NGrams, processes: int
-) -> Iterator[np.ndarray]:
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The number of each range and what `_search_range` finds there, as it comes."""
     processes = min(processes, len(ranges))
     if processes < 2:
-        for one in ranges:
-            yield _search_range(sources[one.source], one, ngrams)
+        for number, one in enumerate(ranges):
+            yield number, _search_range(sources[one.source], one, ngrams)
         return
-    # Not forked: threads of libraries would be lost in the child.
-    with concurrent.futures.ProcessPoolExecutor(
-            processes, multiprocessing.get_context("spawn"), _begin, (sources, ngrams)) as pool:
-        try:
-            yield from pool.map(_search_given, ranges)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    context = multiprocessing.get_context("spawn")  # not forked: threads of libraries would be lost in the child
+    waiting = list(reversed(range(len(ranges))))
+    idle: list[Any] = []  # connections
+    busy: dict[Any, int] = {}
+    with contextlib.ExitStack() as workers:
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(theirs, sources, ngrams), daemon=True)
+            worker.start()
+            theirs.close()  # so that the end of one is the end of what can be read
+            workers.callback(worker.join)
+            workers.callback(worker.terminate)  # before that
+            idle.append(ours)
+        while waiting or busy:
+            while waiting and idle:
+                connection = idle.pop()
+                busy[connection] = waiting.pop()
+                connection.send(ranges[busy[connection]])
+            finished: list[Any] = multiprocessing.connection.wait(list(busy))
+            for ready in finished:
+                try:
+                    answer = ready.recv()
+                except EOFError:
+                    raise ChildProcessError("A process that searched was killed, perhaps for want of memory; "
+                                            "contamination.processes sets how many there are.") from None
+                if isinstance(answer, Exception):
+                    raise answer
+                yield busy.pop(ready), answer
+                idle.append(ready)
 
 
-_given: list[tuple[Sequence[Trained], NGrams]] = []  # to a process of the pool
-
-
-def _begin(sources: Sequence[Trained], ngrams: NGrams) -> None:
-    """In a process of the pool, which ends with the one that started it, and at Ctrl-C says nothing of its own."""
+def _serve(asked: Any, sources: Sequence[Trained], ngrams: NGrams) -> None:
+    """Searches ranges as they are asked for, until the process that asks is gone; says nothing of its own at Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _given.append((sources, ngrams))
-
-
-def _search_given(one: _Range) -> np.ndarray:
-    [(sources, ngrams)] = _given
-    return _search_range(sources[one.source], one, ngrams)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            one = asked.recv()
+            try:
+                asked.send(_search_range(sources[one.source], one, ngrams))
+            except ValueError as error:
+                asked.send(error)
 
 
 def _search_range(source: Trained, one: _Range, ngrams: NGrams) -> np.ndarray:
