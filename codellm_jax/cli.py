@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "explain": _explain,
+        "contamination": _contamination,
         "vocabulary": _vocabulary, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
@@ -130,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("first", metavar="RUN_A")
     compare.add_argument("second", metavar="RUN_B")
     compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    contamination = add("contamination", "search a mixture's training text for benchmarks' questions",
+                        "Counts the questions of TASKS of which an n-gram of words stands in the training rows of an "
+                        "arm's sources. gin/contamination.gin has what it adds to the arm's files.")
+    contamination.add_argument("--output", metavar="FILE", help="write what is found there, as JSON, ids and all")
     explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
     explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
     vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
@@ -265,6 +270,23 @@ def _compare(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _contamination(flags: argparse.Namespace) -> int:
+    if flags.gin_file:  # first, so that the arm's files and the flags win
+        flags.gin_file.insert(0, "gin/contamination.gin")
+    configuration = _configuration(flags)
+    _require_directory(flags.output)
+    if not {"mixture.name", "vocabulary.path"} <= configuration.effective.keys():
+        raise ValueError("no --gin_file names a mixture: give an arm's, such as gin/mixed_pretrain.gin.")
+    from codellm_jax.configuration import build
+    from codellm_jax.contamination import measure, measure_into, table
+
+    contamination = build(configuration, "contamination")
+    mixtures = [(build(configuration, "mixture"), build(configuration, "vocabulary"))]
+    print(table(measure_into(flags.output, contamination, mixtures) if flags.output else
+                measure(contamination, mixtures)))
+    return 0
+
+
 def _other_arm(flags: argparse.Namespace, stage: str) -> str:
     """The flags of the same run at the other end of the study's question: without code, or with it; late, or early."""
     files = [OTHER_ARMS.get(file, file) for file in flags.gin_file]
@@ -289,8 +311,7 @@ def _explain(flags: argparse.Namespace) -> int:
 
 def _vocabulary(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
-    if not Path(flags.output).expanduser().parent.is_dir() and "://" not in flags.output:
-        raise FileNotFoundError(f"there is no directory to write {flags.output} in.")
+    _require_directory(flags.output)
     if not flags.output.endswith(".model") or flags.size < 1:
         raise ValueError(f"--output must end in .model and --size be positive, found {flags.output}, {flags.size}.")
     from codellm_jax.configuration import build
@@ -301,6 +322,11 @@ def _vocabulary(flags: argparse.Namespace) -> int:
     print(f"{vocabulary.path}: {vocabulary.pieces} pieces, {vocabulary.content_hash[:12]}. "
           f"Use it with --gin.VOCABULARY={vocabulary.path}")
     return 0
+
+
+def _require_directory(file: str | None) -> None:
+    if file and "://" not in file and not Path(file).expanduser().parent.is_dir():
+        raise FileNotFoundError(f"there is no directory to write {file} in.")
 
 
 def _launch(flags: argparse.Namespace) -> int:
@@ -334,8 +360,7 @@ def _precompile(flags: argparse.Namespace) -> int:
     topology = parse_topology(flags.topology)
     if flags.vocabulary_size is not None and flags.vocabulary_size < 1:
         raise ValueError(f"--vocabulary_size must be positive, found {flags.vocabulary_size}.")
-    if flags.report and not Path(flags.report).expanduser().absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no directory to write {flags.report} in.")
+    _require_directory(flags.report)
     title = " ".join([*flags.gin_file, *(f"{name}={value}" for name, value in flags.overrides)])
     # Nothing is read that only a run needs: neither the run to start from nor, where its size is given, a vocabulary.
     flags.overrides.append(("train.initial_checkpoint_path", "None"))

@@ -30,6 +30,7 @@ CONFIGURABLES = {
     "evaluation": "codellm_jax.evaluate:Evaluation",
     "checkpoint": "codellm_jax.runtime.trained:Checkpoint",
     "infer": "codellm_jax.infer:Inference",
+    "contamination": "codellm_jax.contamination:Contamination",
     "instruction_prompt": "tasks.prompts:alpaca_prompt",
     "sampling": "codellm_jax.model.sampling:Sampling",
     "mixture": "codellm_jax.mixture.mixture:Mixture",

@@ -91,6 +91,26 @@ class Vocabulary:
             [token if token < self.pieces else processor.unk_id() for token in ids]
         )
 
+    def bytes_of_ids(self) -> list[bytes]:
+        """For each id in [0, pieces) the bytes of UTF-8 that it stands for; joined, they are the text.
+
+        So a text can be cut between any two ids, and within a character. Padding and end of
+        document are empty. A vocabulary that is not ours may put a space before the text.
+        """
+        processor = _processor(self.path, self.content_hash)
+
+        def of(token: int) -> bytes:
+            if processor.IsControl(token):
+                return b""
+            if processor.IsUnknown(token):
+                return processor.DecodeIds([token]).encode()
+            piece = processor.IdToPiece(token)
+            if processor.IsByte(token):  # <0x0A>
+                return bytes([int(piece[3:5], 16)])
+            return piece.replace(_SPACE_SYMBOL, " ").encode()
+
+        return [of(token) for token in range(self.pieces)]
+
 
 def shipped_vocabularies() -> list[str]:
     """Names of the vocabularies that come with the library, sorted."""

@@ -9,6 +9,7 @@ from tasks import metrics, programs, sandbox
 from tasks.benchmarks import templates
 from tasks.benchmarks.loading import PROGRAMS, load
 from tasks.benchmarks.questions import Loaded
+from tasks.benchmarks.texts import Texts, read_texts
 
 
 class Judged(NamedTuple):
@@ -57,6 +58,10 @@ class Benchmarks:
         if task in PROGRAMS and not self.unconfined:
             sandbox.require_guarantees()
         return loaded
+
+    def texts(self, task: str) -> Texts:
+        """The texts of a task's questions as the record has them; see `tasks.benchmarks.texts.read_texts`."""
+        return read_texts(task, self.data_dir)
 
     def accuracy(self, losses: Sequence[Sequence[float]], answers: Sequence[int]) -> metrics.Accuracy:
         """See `tasks.metrics.accuracy`."""

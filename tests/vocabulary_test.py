@@ -123,6 +123,30 @@ def test_ids_without_a_piece(trained: vocabulary.Vocabulary) -> None:
             padded.decode([token])
 
 
+@hypothesis.given(TEXTS)
+def test_bytes_of_ids_joined_are_the_text(shipped: vocabulary.Vocabulary, text: str) -> None:
+    table = shipped.bytes_of_ids()
+    assert len(table) == shipped.pieces
+    assert b"".join(table[token] for token in shipped.encode(text)).decode() == text
+    assert table[shipped.pad_id] == table[shipped.end_of_document_id] == b""
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_bytes_of_ids_of_other_files(tmp_path: pathlib.Path, byte_fallback: bool) -> None:
+    import sentencepiece
+
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENTS), model_writer=buffer, vocab_size=330, pad_id=3, minloglevel=2,
+        byte_fallback=byte_fallback, hard_vocab_limit=False)
+    (tmp_path / "other.model").write_bytes(buffer.getvalue())
+    other = vocabulary.load_vocabulary(str(tmp_path / "other.model"))
+    table = other.bytes_of_ids()
+    for text in ("every piece of a sentence", "unknown: \u4e16\u754c def \u00e9", ""):
+        ids = other.encode(text)
+        assert b"".join(table[token] for token in ids).decode().lstrip() == other.decode(ids)
+
+
 def test_bytes_that_are_no_text(shipped: vocabulary.Vocabulary) -> None:
     first, *_ = shipped.encode("\u2581")
     assert shipped.decode([first]) == "\ufffd"

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -109,17 +109,8 @@ def open_mixture(
     # First, as it is soon done and may be wrong.
     schedule = constant(mixture.code_rate or 0.0) if mixture.mix_phases is None else phases(
         mixture.mix_phases, total_rows, batch_size)
-    names = [mixture.name] if isinstance(mixture.name, str) else list(mixture.name)
-    rates: dict[str, float | None] = {}
-    for name in names:
-        for task, rate in _tasks_of(name, mixture.definitions, mixture.cache_dir).items():
-            rates[task] = rates.get(task) if rate is None else rate
-    # By pool and name, so that the order of a list of names makes no other order of rows.
-    rates = {name: rates[name] for name in sorted(rates, key=lambda name: (name.startswith("code."), name))}
-    for task in rates:  # a file that is not there is told before others are read for minutes
-        mixture.definitions.describe(task)
-    splits = [cached_rows(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, report,
-                          mixture.stage) for task in rates]
+    rates = _rates(mixture)
+    splits = _cached(mixture, rates, vocabulary, report)
     sources = []
     for (name, rate), rows in zip(rates.items(), splits, strict=True):
         rated = [other for other in rates if other.split(".")[0] == name.split(".")[0]]
@@ -136,6 +127,34 @@ def open_mixture(
         validation=[rows if rows and rows.count else None for rows in validation],
         stage=mixture.stage,
     )
+
+
+def training_rows(mixture: Mixture, vocabulary: Vocabulary, report: Callable[[str], None] = print) -> list[Rows]:
+    """The training rows of each source of a mixture, in the order of `open_mixture`, cached where they are not yet.
+
+    Those are there too that no share of the run falls to. Errors are those of `open_mixture`.
+    """
+    return [splits["train"] for splits in _cached(mixture, _rates(mixture), vocabulary, report)]
+
+
+def _rates(mixture: Mixture) -> dict[str, float | None]:
+    """The tasks of a mixture with their rates, where they have some."""
+    names = [mixture.name] if isinstance(mixture.name, str) else list(mixture.name)
+    rates: dict[str, float | None] = {}
+    for name in names:
+        for task, rate in _tasks_of(name, mixture.definitions, mixture.cache_dir).items():
+            rates[task] = rates.get(task) if rate is None else rate
+    # By pool and name, so that the order of a list of names makes no other order of rows.
+    return {name: rates[name] for name in sorted(rates, key=lambda name: (name.startswith("code."), name))}
+
+
+def _cached(
+    mixture: Mixture, tasks: Iterable[str], vocabulary: Vocabulary, report: Callable[[str], None]
+) -> list[dict[str, Rows]]:
+    for task in tasks:  # a file that is not there is told before others are read for minutes
+        mixture.definitions.describe(task)
+    return [cached_rows(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, report,
+                        mixture.stage) for task in tasks]
 
 
 def _tasks_of(name: str, definitions: Definitions, cache_dir: str) -> dict[str, float | None]:

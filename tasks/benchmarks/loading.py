@@ -114,14 +114,11 @@ def load(
         task needs or is there twice, no question is left of the files, or there are too few worked examples.
       FileNotFoundError: one line; the folder or the files are not there.
     """
-    if task not in BENCHMARKS:
-        hint = templates.nearest(task, BENCHMARKS) if isinstance(task, str) else ""
-        raise ValueError(f"There is no benchmark {task!r}, only {', '.join(BENCHMARKS)}.{hint}")
-    benchmark, form = BENCHMARKS[task], templates.resolve(task, template)
+    benchmark = _known(task)
+    form = templates.resolve(task, template)
     _check_few_shot(task, benchmark, few_shot)
     folder = SAMPLES if data_dir is None else data_dir
-    files = locate(task, benchmark.forms, folder)
-    items, skipped = _read(task, benchmark.read, files, "questions")
+    items, skipped, files = read_items(task, data_dir)
     shot_files: list[str] = []
     shots: list[Item] = []
     shots_skipped: collections.Counter[str] = collections.Counter()
@@ -147,6 +144,22 @@ def load(
         skipped=dict(skipped), is_sample=data_dir is None or is_sample(all_files), files=tuple(all_files),
         worked_examples=len(shots), worked_examples_skipped=dict(shots_skipped),
     )
+
+
+def read_items(task: str, data_dir: str | None) -> tuple[list[Item], collections.Counter[str], list[str]]:
+    """What `load` makes questions of, in their order and with their ids; how many records are none for which reason;
+    and the files. Arguments and errors are those of `load`.
+    """
+    benchmark = _known(task)
+    files = locate(task, benchmark.forms, SAMPLES if data_dir is None else data_dir)
+    return *_read(task, benchmark.read, files, "questions"), files
+
+
+def _known(task: str) -> Benchmark:
+    if task not in BENCHMARKS:
+        hint = templates.nearest(task, BENCHMARKS) if isinstance(task, str) else ""
+        raise ValueError(f"There is no benchmark {task!r}, only {', '.join(BENCHMARKS)}.{hint}")
+    return BENCHMARKS[task]
 
 
 def _check_few_shot(task: str, benchmark: Benchmark, few_shot: int) -> None:

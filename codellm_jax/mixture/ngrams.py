@@ -1,0 +1,186 @@
+"""Texts as words, and questions as n-grams of words that other texts are searched for.
+
+Words are what Brown et al. (2020, appendix C) compare: without case and punctuation. In scripts that set no space
+between words each character is one. An n-gram is `n` consecutive words of one part of a question; a part that is
+shorter is one n-gram as a whole if it has `minimum` words (theirs is 8 too), and where no part has so many the parts
+are joined. A question that has no n-gram even then cannot be measured.
+
+An n-gram that more than `most` questions of a task have is that task's own manner of asking ("which of the following
+sentences about ..."), and is not looked for.
+"""
+
+import dataclasses
+import itertools
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# A byte that no UTF-8 text holds, and what it is decoded to: it ends a document, and no n-gram goes across it.
+END = b"\xff"
+_END_WORD = "\udcff"
+# Han, kana, Thai, Lao, Burmese and Khmer, without their punctuation and digits.
+_UNSPACED = ("\u3005\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+             "\U00020000-\U0003ffff\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1780-\u17d3")
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|{_END_WORD}")
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd; which one does not matter, as what is found is compared
+_FILTER_BITS = (16, 26)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in Unicode's compatibility form and lower case; an underscore separates."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+class Question(NamedTuple):
+    """A question to be looked for; n-grams do not go from one part into the next."""
+
+    task: str
+    id: str
+    parts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class NGrams:
+    """The n-grams of questions; `index` makes it.
+
+    Attributes:
+      known: the words that questions have, and their numbers from 1; all others are 0.
+      numbers: int64 [W], the words of all questions one after the other.
+      start, length, question: int64 [N], where each n-gram stands in `numbers`, and whose it is, by `hashes`.
+      prefix: words that each n-gram has at least; those are looked up.
+      hashes: uint64 [N], ascending, of the first `prefix` words of each.
+      values: uint64 [1 + words], what is hashed for each.
+      maybe: bool [2**b], whether any hash begins with these b bits: far fewer words reach `hashes`.
+      measurable: bool [questions], those with an n-gram.
+      boilerplate: for each task how many different n-grams are not looked for, as too many questions have them.
+    """
+
+    known: dict[str, int]
+    numbers: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    question: np.ndarray
+    prefix: int
+    hashes: np.ndarray
+    values: np.ndarray
+    maybe: np.ndarray
+    measurable: np.ndarray
+    boilerplate: dict[str, int]
+
+    @property
+    def longest(self) -> int:
+        """Words of the longest n-gram; 0 if there is none."""
+        return int(self.length.max(initial=0))
+
+    def texts(self, ngrams: Sequence[int]) -> list[str]:
+        """The words of some n-grams."""
+        names = ["", *self.known]
+        spans = [slice(self.start[ngram], self.start[ngram] + self.length[ngram]) for ngram in ngrams]
+        return [" ".join(names[number] for number in self.numbers[span]) for span in spans]
+
+    def number(self, found: Sequence[str]) -> np.ndarray:
+        """The numbers of words, int64."""
+        return np.fromiter(map(self.known.get, found, itertools.repeat(0)), np.int64, len(found))
+
+    def matches(self, text: np.ndarray, but: np.ndarray) -> np.ndarray:
+        """The n-grams in a text, by where they stand there: int64, places in `start`.
+
+        Args:
+          text: int64, numbers of its words.
+          but: bool [questions], those whose n-grams are not wanted.
+        """
+        if not len(self.start) or len(text) < self.prefix:
+            return np.zeros(0, np.int64)
+        hashes = _window_hashes(self.values[text], self.prefix)
+        position = np.flatnonzero(self.maybe[hashes >> _shift(self.maybe)])
+        first = np.searchsorted(self.hashes, hashes[position], "left")
+        count = np.searchsorted(self.hashes, hashes[position], "right") - first
+        position = np.repeat(position, count)
+        ngram = np.repeat(first + count - np.cumsum(count), count) + np.arange(len(position))
+        good = ~but[self.question[ngram]] & (position + self.length[ngram] <= len(text))
+        position, ngram = position[good], ngram[good]
+        for offset in range(self.longest):  # equal hashes are no proof
+            length, start = self.length[ngram], self.start[ngram]
+            within = np.minimum(offset, length - 1)
+            good = text[position + within] == self.numbers[start + within]
+            position, ngram = position[good], ngram[good]
+        return ngram
+
+
+def index(questions: Sequence[Question], n: int, minimum: int, most: int) -> NGrams:
+    """The n-grams of questions, but for those that more than `most` questions of one task have."""
+    known: dict[str, int] = {}
+    numbers: list[int] = []
+    spans: list[tuple[int, int, int]] = []  # question, start, words
+    least = min(n, minimum)
+    for number, asked in enumerate(questions):
+        begin, parts = len(numbers), []
+        for part in asked.parts:
+            before = len(numbers)
+            numbers += [known.setdefault(word, len(known) + 1) for word in words(part)]
+            parts.append((number, before, len(numbers) - before))
+        whole = (number, begin, len(numbers) - begin)
+        spans += [span for span in parts if span[2] >= least] or [whole] * (whole[2] >= least)
+    all_numbers = np.array(numbers, np.int64)
+    owner, start, size = np.array(spans, np.int64).reshape(-1, 3).T
+    count = np.maximum(size - n, 0) + 1  # of n-grams in each
+    question = np.repeat(owner, count)
+    start = np.repeat(start + count - np.cumsum(count), count) + np.arange(int(count.sum()))
+    length = np.repeat(np.minimum(size, n), count)
+    values = np.random.default_rng(0).integers(0, 2**64, len(known) + 1, np.uint64)
+    hashed = values[all_numbers]
+    kept, boilerplate = _rare(questions, hashed, start, length, question, most)
+    start, length, question = start[kept], length[kept], question[kept]
+    prefix = int(length.min(initial=n))
+    hashes = _window_hashes(hashed, prefix)[start]
+    order = np.argsort(hashes, kind="stable")
+    bits = int(np.clip(np.ceil(np.log2(32 * max(1, len(start)))), *_FILTER_BITS))
+    maybe = np.zeros(1 << bits, bool)
+    maybe[hashes >> _shift(maybe)] = True
+    measurable = np.zeros(len(questions), bool)
+    measurable[question] = True
+    return NGrams(known, all_numbers, start[order], length[order], question[order], prefix, hashes[order], values,
+                  maybe, measurable, boilerplate)
+
+
+def _rare(
+    questions: Sequence[Question], hashed: np.ndarray, start: np.ndarray, length: np.ndarray, question: np.ndarray,
+    most: int,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which n-grams no more than `most` questions of their task have, bool [N]; and the number of the others by task.
+
+    They are told apart by a hash of 64 bits, which any two of a hundred million share with a chance of 1 in 3,700.
+    """
+    tasks = {name: number for number, name in enumerate(dict.fromkeys(one.task for one in questions))}
+    task = np.array([tasks[one.task] for one in questions], np.int64)[question]
+    whole = np.zeros(len(start), np.uint64)
+    for words_of in np.unique(length):
+        here = length == words_of
+        whole[here] = _window_hashes(hashed, int(words_of))[start[here]]
+    order = np.lexsort((question, whole, length, task))
+    same = np.stack([task, length, whole.view(np.int64)])[:, order]
+    new = np.append(True, (np.diff(same, axis=1) != 0).any(axis=0))[: len(order)]
+    group = np.cumsum(new) - 1
+    another = new | np.append(True, np.diff(question[order]) != 0)[: len(order)]
+    often = np.bincount(group, another, minlength=1) > most
+    kept = np.ones(len(start), bool)
+    kept[order] = ~often[group]
+    dropped = np.unique(np.stack([task[order], group])[:, often[group]], axis=1)[0]
+    return kept, {name: int((dropped == number).sum()) for name, number in tasks.items()}
+
+
+def _window_hashes(values: np.ndarray, length: int) -> np.ndarray:
+    """A hash of each `length` consecutive values: uint64 [N - length + 1], or none."""
+    count = max(0, len(values) - length + 1)
+    hashes = values[:count].copy()
+    for offset in range(1, length):
+        hashes *= _MULTIPLIER
+        hashes += values[offset : offset + count]
+    return hashes
+
+
+def _shift(maybe: np.ndarray) -> np.uint64:
+    return np.uint64(64 - (len(maybe).bit_length() - 1))

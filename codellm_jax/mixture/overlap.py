@@ -1,0 +1,205 @@
+"""What was trained on, as text again, searched for the n-grams of questions.
+
+A source is read from its cached rows: what follows the last full row, or stands beyond the end of a row of tuning, was
+not trained on and is not read. Documents are whole again across rows. A source is shared out in ranges of rows, each
+with the documents that begin in it, so that one pass over all of them can be made by several processes, and what is
+found does not depend on their number. No more than a few rows are held as text, however long a document is.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.connection
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from codellm_jax.mixture.examples import WIDTH_BESIDE_TOKENS
+from codellm_jax.mixture.ngrams import END, NGrams, words
+from codellm_jax.mixture.rows import Rows
+from codellm_jax.vocabulary import Vocabulary
+
+TOKENS_A_RANGE = 1 << 23
+TOKENS_A_BLOCK = 1 << 18  # read at once
+
+
+class Trained(NamedTuple):
+    """A source to search: its training rows, what they are tokenized with, and whether they are examples of tuning."""
+
+    rows: Rows
+    vocabulary: Vocabulary
+    stage: str
+
+
+class _Range(NamedTuple):
+    """The documents that begin in rows first ... last - 1 of a source."""
+
+    source: int
+    first: int
+    last: int
+
+
+def search(
+    sources: Sequence[Trained], ngrams: NGrams, processes: int, progress: Callable[[int, int], None] = lambda *_: None,
+) -> np.ndarray:
+    """For each source and question the first of the question's n-grams in the source's training text.
+
+    Args:
+      sources: searched whole, whatever part of them a run draws.
+      ngrams: what for.
+      processes: at most so many at a time.
+      progress: told of rows searched so far and in all.
+
+    Returns:
+      int64 [sources, questions], places in `ngrams.start`; -1 where there is none.
+
+    Raises:
+      ValueError: rows are damaged.
+    """
+    ranges = [_Range(number, first, min(first + step, source.rows.count)) for number, source in enumerate(sources)
+              for step in [max(1, TOKENS_A_RANGE // source.rows.length)]
+              for first in range(0, source.rows.count, step)]
+    total, done = sum(source.rows.count for source in sources), 0
+    found = np.full((len(sources), len(ngrams.measurable)), -1, np.int64)
+    where = np.full(found.shape, len(ranges))  # the range of what is found, of which the first counts
+    for number, first in _searched(ranges, sources, ngrams, processes):
+        one = ranges[number]
+        better = (first >= 0) & (number < where[one.source])
+        found[one.source, better], where[one.source, better] = first[better], number
+        done += one.last - one.first
+        progress(done, total)
+    return found
+
+
+def _searched(
+    ranges: Sequence[_Range], sources: Sequence[Trained], ngrams: NGrams, processes: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The number of each range and what `_search_range` finds there, as it comes."""
+    processes = min(processes, len(ranges))
+    if processes < 2:
+        for number, one in enumerate(ranges):
+            yield number, _search_range(sources[one.source], one, ngrams)
+        return
+    context = multiprocessing.get_context("spawn")  # not forked: threads of libraries would be lost in the child
+    waiting = list(reversed(range(len(ranges))))
+    idle: list[Any] = []  # connections
+    busy: dict[Any, int] = {}
+    with contextlib.ExitStack() as workers:
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(theirs, sources, ngrams), daemon=True)
+            worker.start()
+            theirs.close()  # so that the end of one is the end of what can be read
+            workers.callback(worker.join)
+            workers.callback(worker.terminate)  # before that
+            idle.append(ours)
+        while waiting or busy:
+            while waiting and idle:
+                connection = idle.pop()
+                busy[connection] = waiting.pop()
+                connection.send(ranges[busy[connection]])
+            finished: list[Any] = multiprocessing.connection.wait(list(busy))
+            for ready in finished:
+                try:
+                    answer = ready.recv()
+                except EOFError:
+                    raise ChildProcessError("A process that searched was killed, perhaps for want of memory; "
+                                            "contamination.processes sets how many there are.") from None
+                if isinstance(answer, Exception):
+                    raise answer
+                yield busy.pop(ready), answer
+                idle.append(ready)
+
+
+def _serve(asked: Any, sources: Sequence[Trained], ngrams: NGrams) -> None:
+    """Searches ranges as they are asked for, until the process that asks is gone; says nothing of its own at Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            one = asked.recv()
+            try:
+                asked.send(_search_range(sources[one.source], one, ngrams))
+            except ValueError as error:
+                asked.send(error)
+
+
+def _search_range(source: Trained, one: _Range, ngrams: NGrams) -> np.ndarray:
+    found = np.full(len(ngrams.measurable), -1, np.int64)
+    before = np.zeros(0, np.int64)  # words that an n-gram may begin with and go on from
+    for text in texts(source, one.first, one.last):
+        numbers = np.concatenate([before, ngrams.number(words(text))])
+        matched = ngrams.matches(numbers, but=found >= 0)
+        question, place = np.unique(ngrams.question[matched], return_index=True)
+        found[question] = matched[place]
+        before = numbers[max(0, len(numbers) - ngrams.longest + 1) :]
+    return found
+
+
+def texts(source: Trained, first: int, last: int) -> Iterator[str]:
+    """The text of the documents or examples that begin in rows first ... last - 1, in pieces that end between words.
+
+    Each document ends with what `ngrams.words` takes for its end.
+    """
+    rows, vocabulary = source.rows, source.vocabulary
+    bytes_of_ids = _bytes_of_ids(vocabulary)
+    blocks = _examples(rows, first, last, vocabulary.end_of_document_id) if source.stage == "tuning" else _documents(
+        rows, first, last, vocabulary.end_of_document_id)
+    waiting: list[bytes] = []  # a word that may go on in the next block
+    for tokens in blocks:
+        text = b"".join(map(bytes_of_ids.__getitem__, tokens.tolist()))
+        cut = max(text.rfind(blank) for blank in (b" ", b"\n", b"\t", END)) + 1
+        waiting.append(text[:cut])
+        if cut:
+            yield _decoded(waiting)
+            waiting = []
+        waiting.append(text[cut:])
+    yield _decoded(waiting)
+
+
+@functools.lru_cache(maxsize=8)
+def _bytes_of_ids(vocabulary: Vocabulary) -> list[bytes]:
+    found = vocabulary.bytes_of_ids()
+    found[vocabulary.end_of_document_id] = END
+    return found
+
+
+def _decoded(parts: Sequence[bytes]) -> str:
+    return b"".join(parts).decode("utf-8", "surrogateescape")
+
+
+def _examples(rows: Rows, first: int, last: int, end: int) -> Iterator[np.ndarray]:
+    """The tokens of examples, each of which ends with the end token, cut or not."""
+    width = rows.length + 1
+    step = max(1, TOKENS_A_BLOCK // width)
+    for start in range(first, last, step):
+        cached = rows.read(np.arange(start, min(start + step, last)))
+        ended = np.full((len(cached), width + 1), end, np.int32)
+        ended[:, :width] = cached[:, :width]
+        length = cached[:, width + WIDTH_BESIDE_TOKENS - 1][:, None]
+        ended = np.where(np.arange(width + 1) < length, ended, end)
+        yield ended[np.arange(width + 1) <= length]
+
+
+def _documents(rows: Rows, first: int, last: int, end: int) -> Iterator[np.ndarray]:
+    """The tokens of the documents that begin in rows first ... last - 1, which may go on behind them."""
+    width = rows.length + 1
+    step = max(1, TOKENS_A_BLOCK // width)
+    # What the row before leaves unfinished belongs to the range before.
+    inside = first == 0 or rows.read(np.array([first - 1]))[0, -1] == end
+    start, unfinished = first, False
+    while start < last or (unfinished and start < rows.count):
+        stop = min(start + step, last if start < last else rows.count)
+        tokens = rows.read(np.arange(start, stop)).reshape(-1)
+        ends = np.flatnonzero(tokens == end)
+        if start >= last and len(ends):
+            yield tokens[: ends[0] + 1]
+            return
+        start = stop
+        if not inside:
+            if not len(ends):
+                continue
+            tokens, inside = tokens[ends[0] + 1 :], True
+        yield tokens
+        unfinished = len(tokens) > 0 and tokens[-1] != end

@@ -1,0 +1,59 @@
+"""The texts of a benchmark's questions as their records have them, without the words of any template.
+
+They are what training data is searched for (`codellm_jax.contamination`): what is asked, what it is asked about, the
+right answer, and in the chain-of-thought forms the reasoning that is scored. Left out are wrong choices, which tell
+nothing; answers that are the same few words in all questions, such as "correct"; and ScienceQA's lectures, which
+belong to no question.
+"""
+
+from typing import NamedTuple
+
+from tasks.benchmarks.loading import read_items
+from tasks.benchmarks.locating import content_hash, is_sample
+
+_CHOICES = ("question", "choice")
+_SENTENCES = ("sentence1", "sentence2")
+PARTS: dict[str, tuple[str, ...]] = {
+    "logic": _CHOICES,
+    "jecqa": _CHOICES,
+    "jecqa_exact_set": _CHOICES,
+    "scienceqa": _CHOICES,
+    "scienceqa_text_only": _CHOICES,
+    "scienceqa_all": _CHOICES,
+    "scienceqa_cot": (*_CHOICES, "solution"),
+    "ekar": _CHOICES,
+    "ekar_cot": (*_CHOICES, "query_explanation", "explanation"),
+    "cosqa": ("doc", "code"),
+    "mbpp": ("text", "code"),
+    "mbpp_three_shot": ("text", "code"),
+    "c3": ("context", *_CHOICES),
+    "ocnli": _SENTENCES,
+    "cmnli": _SENTENCES,
+    "dureader": ("context", "question", "answer"),
+}
+
+
+class Texts(NamedTuple):
+    """The questions of a task.
+
+    Attributes:
+      name: the task's name.
+      is_sample: whether they are items of our own.
+      sha256: of their files.
+      parts: by the question's id its texts, with those of the right answer last.
+    """
+
+    name: str
+    is_sample: bool
+    sha256: str
+    parts: dict[str, tuple[str, ...]]
+
+
+def read_texts(task: str, data_dir: str | None) -> Texts:
+    """Reads the texts of a task's questions, whose ids are those of `load`; arguments and errors are its too."""
+    items, _, files = read_items(task, data_dir)
+    parts = {}
+    for item in items:
+        right = item.candidates[item.answer[0]]
+        parts[item.id] = tuple(right[field] for field in PARTS[task])
+    return Texts(task, data_dir is None or is_sample(files), content_hash(files), parts)
