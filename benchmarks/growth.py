@@ -2,15 +2,15 @@
 
     python -m benchmarks.growth --records=growth.jsonl --figure=docs/growth.svg       pip install '.[plots]'
 
-Measured at the width of gin/models/tiny.gin on this machine's processor. Compiling and start-up are told in seconds of
-processor time, which other work on the machine lengthens little; steps in seconds that pass. What is in the records
-already is not measured again; `--parts=depth,corpus` measures some. Prints the tables of docs/growth.md.
+Measured at the width of gin/models/tiny.gin on this machine's processor, in seconds of processor time of all threads,
+which other work on the machine lengthens little; steps also in seconds that pass. What is in the records already is not
+measured again; `--parts=depth,corpus` measures some. Prints the tables of docs/growth.md.
 
   depth       trace and compile the train step of 2 to 64 layers; unrolled too, up to 16
   corpus      what a launch and a resume work out of the order, for 10^6 to 10^12 tokens in rows of 1,024: their rows
               are not there, and nothing but their number is asked; with 2 sources and with 100
   vocabulary  the compiler's account of the train step's memory from 8,192 to 262,144 pieces
-  hosts       1, 2 and 4 processes of `t5x train`: a step's 8 rows shared by all, and 8 rows for each
+  hosts       1, 2 and 4 local processes of `t5x train`: a step's 8 rows shared by all, and 8 rows for each
 """
 
 import argparse
@@ -34,7 +34,7 @@ DEPTHS, UNROLLED = (2, 4, 8, 16, 32, 64), (2, 4, 8, 16)
 CORPORA = tuple(10**power for power in range(6, 13))
 SOURCES, BATCH, LENGTH = (2, 100), 256, 1024
 VOCABULARIES, SHAPES = (8192, 32_768, 131_072, 262_144), ((8, 256), (32, 256), (8, 1024))
-PROCESSES, STEPS, ROUNDS = (1, 2, 4), 12, 3
+PROCESSES, STEPS, ROUNDS = (1, 2, 4), 8, 3
 MIB = 2**20
 
 
@@ -162,24 +162,54 @@ def vocabulary(done: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def hosts(done: set[str]) -> Iterator[dict[str, Any]]:
-    command = [sys.executable, "-m", "codellm_jax.cli", "train", "--gin_file=gin/mixed_pretrain.gin",
-               f"--gin.TRAIN_STEPS={STEPS}", "--gin.WARMUP_STEPS=2", "--gin.LOG_PERIOD=4", "--gin.train.eval_rows=8"]
     for turn in range(ROUNDS):
         for processes in PROCESSES:
             for batch in sorted({8, 8 * processes}):
-                key = f"{turn} {processes} {batch}"
-                if key in done:
-                    continue
-                with tempfile.TemporaryDirectory() as run:
-                    subprocess.run(
-                        [*command, f"--gin.BATCH_SIZE={batch}", f"--gin.MODEL_DIR={run}",
-                         *([f"--local_processes={processes}"] if processes > 1 else [])],
-                        check=True, stdout=subprocess.DEVNULL)
-                    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-                # The first four steps compile.
-                rates = [line["tokens_per_second"] for line in lines if line["split"] == "train" and line["step"] > 4]
-                yield {"key": key, "turn": turn, "processes": processes, "batch": batch,
-                       "step_seconds": batch * 256 / statistics.median(rates)}
+                if f"{turn} {processes} {batch}" not in done:
+                    passed, processor = seconds_a_step(processes, batch)
+                    yield {"key": f"{turn} {processes} {batch}", "turn": turn, "processes": processes, "batch": batch,
+                           "step_seconds": passed, "processor_seconds": processor}
+
+
+def seconds_a_step(processes: int, batch: int) -> tuple[float, float]:
+    """What passes in a step of the default run, and what all its processes together take of the processor; from the
+    record of the second step, when all is compiled, to that of the last but one.
+    """
+    first, last = 2, STEPS - STEPS % 2
+    with tempfile.TemporaryDirectory() as run:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "codellm_jax.cli", "train", "--gin_file=gin/mixed_pretrain.gin",
+             f"--gin.TRAIN_STEPS={last + 1}", "--gin.WARMUP_STEPS=2", "--gin.LOG_PERIOD=2", "--gin.train.eval_rows=8",
+             f"--gin.BATCH_SIZE={batch}", f"--gin.MODEL_DIR={run}",
+             *([f"--local_processes={processes}"] if processes > 1 else [])], stdout=subprocess.DEVNULL)
+        try:
+            seen = [_at_record(started, Path(run) / "metrics.jsonl", step) for step in (first, last)]
+            if started.wait():
+                sys.exit("A run failed; its error is above.")
+        finally:
+            started.terminate()
+            started.wait()
+    return tuple((after - before) / (last - first) for before, after in zip(*seen, strict=True))  # type: ignore[return-value]
+
+
+def _at_record(started: subprocess.Popen[bytes], records: Path, step: int) -> tuple[float, float]:
+    """The time, and the processor time of a process and its descendants, as soon as a step is recorded."""
+    while not (records.exists() and f'"step": {step}, "split": "train"' in records.read_text()):
+        if started.poll() is not None:
+            sys.exit("A run ended before its steps; its error is above.")
+        time.sleep(0.01)
+    taken: dict[int, tuple[int, float]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has ended
+            continue
+        taken[int(stat.parent.name)] = int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def belongs(process: int) -> bool:
+        return process == started.pid or (process in taken and belongs(taken[process][0]))
+
+    return time.monotonic(), sum(seconds for process, (_, seconds) in taken.items() if belongs(process))
 
 
 PARTS: dict[str, Callable[[set[str]], Iterator[dict[str, Any]]]] = {

@@ -10,17 +10,19 @@ MIB = 2**20
 BLACK, ORANGE, GREEN, BLUE, VERMILLION = "#000000", "#E69F00", "#009E73", "#0072B2", "#D55E00"
 
 
-def host_ratios(lines: Sequence[dict[str, Any]]) -> dict[tuple[bool, int], tuple[float, float, float]]:
-    """A step's seconds over those of one process in the same turn, median, least and most, for (whether each process
-    has 8 rows of its own, processes).
+def host_ratios(lines: Sequence[dict[str, Any]], of: str) -> dict[tuple[bool, int], tuple[float, float, float]]:
+    """A step's `of` (the name of a field) over that of one process in the same turn, median, least and most, for
+    (whether each process has 8 rows of its own, processes).
     """
-    seconds = {(line["turn"], line["processes"], line["batch"]): line["step_seconds"] for line in lines}
+    values = {(line["turn"], line["processes"], line["batch"]): line[of] for line in lines}
+    counts = sorted({line["processes"] for line in lines})
+    whole = [turn for turn in sorted({line["turn"] for line in lines})
+             if all((turn, count, batch) in values for count in counts for batch in (8, 8 * count))]
     found = {}
     for own in (False, True):
-        for processes in sorted({count for _, count, _ in seconds}):
-            ratios = [seconds[turn, processes, 8 * processes if own else 8] / seconds[turn, 1, 8]
-                      for turn in sorted({turn for turn, _, _ in seconds})]
-            found[own, processes] = statistics.median(ratios), min(ratios), max(ratios)
+        for count in counts:
+            ratios = [values[turn, count, 8 * count if own else 8] / values[turn, 1, 8] for turn in whole]
+            found[own, count] = statistics.median(ratios), min(ratios), max(ratios)
     return found
 
 
@@ -42,15 +44,16 @@ def tables(records: Records) -> str:
                       *(f"{size / MIB:,.0f}" for size in (
                           line["parameters"], line["temporaries"], line["temporaries"] - line["parameters"],
                           line["logits"]))] for line in records["vocabulary"]]
-    ratios = host_ratios(records["hosts"])
-    of_hosts = [[str(processes), *("{:.2f} ({:.2f}-{:.2f})".format(*ratios[own, processes]) for own in (False, True))]
-                for processes in sorted({processes for _, processes in ratios})]
+    processor, passed = (host_ratios(records["hosts"], of) for of in ("processor_seconds", "step_seconds"))
+    of_hosts = [[str(count), *("{:.2f} ({:.2f}-{:.2f})".format(*ratios[own, count]) for ratios in (processor, passed)
+                               for own in (False, True))] for count in sorted({count for _, count in passed})]
     return "\n\n".join([
         table(["layers", "trace, s", "compile, s", "unrolled: trace", "compile"], of_depth),
         table(["tokens, sources", *(f"{name}, ms" for name in names)], of_corpus),
         table(["rows x length", "vocabulary", "parameters, MiB", "temporaries", "less a gradient", "all logits"],
               of_vocabulary),
-        table(["processes", "8 rows shared by all", "8 rows each"], of_hosts)])
+        table(["processes", "processor time: 8 rows shared", "8 rows each", "time passed: 8 shared", "8 each"],
+              of_hosts)])
 
 
 def draw(records: Records, path: str) -> None:
@@ -119,16 +122,15 @@ def _vocabulary(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _hosts(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
-    ratios = host_ratios(lines)
-    counts = sorted({processes for _, processes in ratios})
+    ratios = host_ratios(lines, "processor_seconds")
+    counts = sorted({count for _, count in ratios})
     for own, label, colour, marker in ((True, "8 rows each", VERMILLION, "s"), (False, "8 rows shared", BLUE, "o")):
         _line(axes, [(count, ratios[own, count][0]) for count in counts], label, colour, marker)
-        for count in counts:
+        for count in counts:  # the spread over turns
             axes.plot([count, count], ratios[own, count][1:], color=colour, linewidth=1)
-    axes.plot([min(counts), max(counts)], [min(counts), max(counts)], ":", color=BLACK, linewidth=1)
-    axes.annotate("as the work grows", (max(counts), max(counts)), xytext=(8, 0), textcoords="offset points",
-                  va="center", annotation_clip=False)
-    axes.set(title="A step against processes, all on two cores", xlabel="processes",
-             ylabel="a step's time, of one process's", xscale="log", ylim=(0, None))
+    for work, label, above in ((max(counts), "the work: 4 x 8 rows", -8), (1, "the work: 8 rows", -8)):
+        _line(axes, [(1, 1), (max(counts), work)], label, BLACK, "", ":", above)
+    axes.set(title="A step against processes", xlabel="processes, all on two cores",
+             ylabel="processor time of a step, of one process's", xscale="log", ylim=(0, None))
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
