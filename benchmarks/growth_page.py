@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Records = dict[str, list[dict[str, Any]]]
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 # Okabe and Ito's colours, which the colour-blind tell apart; markers and labels say the same in black and white.
 BLACK, ORANGE, GREEN, BLUE, VERMILLION = "#000000", "#E69F00", "#009E73", "#0072B2", "#D55E00"
 
@@ -64,7 +64,7 @@ def draw(records: Records, path: str) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({
-        "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
+        "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
         "svg.hashsalt": "growth", "lines.linewidth": 1.8, "lines.markersize": 6, "axes.titlesize": 11,
         "axes.titlelocation": "left", "axes.titleweight": "bold"})
     figure, ((depth, corpus), (vocabulary, hosts)) = pyplot.subplots(2, 2, figsize=(11, 8.6), layout="constrained")
@@ -97,28 +97,29 @@ def _depth(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _corpus(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
-    styles = {("the plan's page", 100): ("o", "-"), ("the check of a resume", 100): ("s", "--"),
-              ("first batch", 100): ("^", ":"), ("the plan's page", 2): ("D", "-"),
-              ("the check of a resume", 2): ("v", "--"), ("first batch", 2): ("P", ":")}
-    for (name, sources), (marker, style) in styles.items():
-        _line(axes, [(line["tokens"], 1000 * line["seconds"][name]) for line in lines if line["sources"] == sources],
-              f"{name}, {sources} sources", VERMILLION if sources == 100 else BLUE, marker, style)
-    axes.set(title="Start-up against corpus size", xlabel="tokens of the corpus", ylabel="processor milliseconds",
-             xscale="log", yscale="log", ylim=(1, 1000))
+    shown = {"the plan's page": ("plan's page", "o", "-", 2), "first batch": ("first batch", "^", ":", 0),
+             "the check of a resume": ("resume's check", "s", "--", -2)}
+    for sources, colour in ((100, VERMILLION), (2, BLUE)):
+        for name, (label, marker, style, above) in shown.items():
+            _line(axes, [(line["tokens"], 1000 * line["seconds"][name]) for line in lines
+                         if line["sources"] == sources], f"{label}, {sources}", colour, marker, style, above)
+    axes.set(title="Start-up against corpus size, 2 and 100 sources", xlabel="tokens of the corpus",
+             ylabel="processor milliseconds", xscale="log", yscale="log", ylim=(0.5, 500))
 
 
 def _vocabulary(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
     shapes = list(dict.fromkeys((line["batch"], line["length"]) for line in lines))
-    for (batch, length), colour, marker in zip(shapes, (BLUE, VERMILLION, GREEN), ("o", "s", "^"), strict=False):
-        here = [line for line in lines if (line["batch"], line["length"]) == (batch, length)]
-        _line(axes, [(line["vocabulary"], (line["temporaries"] - line["parameters"]) / MIB) for line in here],
-              f"{batch} rows of {length}", colour, marker)
-        _line(axes, [(line["vocabulary"], line["logits"] / MIB) for line in here], f"all logits of {batch} x {length}",
-              colour, marker, ":")
-    axes.set(title="Memory against vocabulary", xlabel="pieces of the vocabulary",
-             ylabel="temporaries less a gradient, MiB", xscale="log", yscale="log")
-    axes.set_xticks(sizes := sorted({line["vocabulary"] for line in lines}), [f"{size // 1024}k" for size in sizes])
-    axes.minorticks_off()
+    for (batch, length), colour, marker in zip(shapes, (BLUE, VERMILLION, GREEN), ("o", "s", "^"), strict=True):
+        _line(axes, [(line["vocabulary"], (line["temporaries"] - line["parameters"]) / GIB) for line in lines
+                     if (line["batch"], line["length"]) == (batch, length)],
+              f"{batch} rows of {length:,}", colour, marker)
+    sizes = sorted({line["vocabulary"] for line in lines})
+    for tokens in sorted({batch * length for batch, length in shapes}):
+        _line(axes, [(size, 4 * tokens * size / GIB) for size in sizes], f"all logits of {tokens:,} tokens", BLACK,
+              "", ":", 8 if tokens < 4096 else 0)
+    axes.set(title="Memory against vocabulary", xlabel="pieces of the vocabulary, thousands",
+             ylabel="temporaries less a gradient, GiB", ylim=(0, None))
+    axes.set_xticks(sizes, [f"{size / 1000:.0f}" for size in sizes])
 
 
 def _hosts(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
@@ -128,8 +129,8 @@ def _hosts(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
         _line(axes, [(count, ratios[own, count][0]) for count in counts], label, colour, marker)
         for count in counts:  # the spread over turns
             axes.plot([count, count], ratios[own, count][1:], color=colour, linewidth=1)
-    for work, label, above in ((max(counts), "the work: 4 x 8 rows", -8), (1, "the work: 8 rows", -8)):
-        _line(axes, [(1, 1), (max(counts), work)], label, BLACK, "", ":", above)
+    _line(axes, [(count, count) for count in counts], "the work, 8 rows each", BLACK, "", ":")
+    _line(axes, [(count, 1) for count in counts], "the work, 8 rows", BLACK, "", ":")
     axes.set(title="A step against processes", xlabel="processes, all on two cores",
              ylabel="processor time of a step, of one process's", xscale="log", ylim=(0, None))
     axes.set_xticks(counts, [str(count) for count in counts])
