@@ -60,6 +60,7 @@ setup(
                  "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'", "lm-eval>=0.4.10",
                  "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14", "scipy>=1.15",
                  "setuptools>=77", "statsmodels>=0.14"],
+        "plots": ["matplotlib>=3.10"],
         "harness": ["lm-eval>=0.4.10"],
         "gcs": STORAGE,
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],

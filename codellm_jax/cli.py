@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", "train a decoder on a text/code mixture",
                 "Trains to TRAIN_STEPS, or goes on from MODEL_DIR's newest checkpoint. SIGTERM saves and exits.")
     train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
+    train.add_argument("--profile_steps", metavar="FIRST:LAST",
+                       help="write a trace of these steps for TensorBoard and Perfetto, such as 10:15")
     add_processes(train)
     add_processes(add("eval", "evaluate a checkpoint on benchmarks",
                       "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted."))
@@ -186,7 +188,7 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
             known = ["--gin_file", "--gin_search_paths", "--gin.NAME", "--dry_run", "--debug", "--help", "--prompts",
                      "--output", "--instruction", "--local_processes", "--coordinator_address", "--process_count",
                      "--process_index", "--topology", "--vocabulary_size", "--scoring", "--decode", "--no_search",
-                     "--report"]
+                     "--report", "--profile_steps"]
             near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
             raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
         name, equals, value = flag.removeprefix("--gin.").partition("=")
@@ -209,6 +211,9 @@ def _configuration(flags: argparse.Namespace) -> Any:
 
 
 def _train(flags: argparse.Namespace) -> int:
+    from codellm_jax.runtime.profiles import parse_profile_steps
+
+    profile_steps = None if flags.profile_steps is None else parse_profile_steps(flags.profile_steps)
     configuration = _configuration(flags)
     from codellm_jax.configuration import build, operative
     from codellm_jax.plan import describe, make_plan
@@ -221,10 +226,12 @@ def _train(flags: argparse.Namespace) -> int:
     training = build(configuration, "train")
     if flags.dry_run:
         plan = make_plan(training)
+        if profile_steps is not None:
+            profile_steps.require_within(plan.last_step)
         say(operative(configuration)[0])
         say(describe(training, plan))
         return 0
-    run = train(training, settings=lambda: operative(configuration))
+    run = train(training, settings=lambda: operative(configuration), profile_steps=profile_steps)
     say(summary(run))
     say(f"The run:     {training.model_dir}")
     say(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")
@@ -401,6 +408,9 @@ def _use_compilation_cache() -> None:
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/codellm_jax/compiled"))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        # JAX's own second would leave a small model's evaluation out.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @contextlib.contextmanager

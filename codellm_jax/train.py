@@ -39,6 +39,7 @@ from codellm_jax.runtime.distributed import first_process_first, gathered, requi
 from codellm_jax.runtime.meter import Meter, Metrics, loss_by_source
 from codellm_jax.runtime.partitioning import batch_sharding
 from codellm_jax.runtime.process import alone_in, stop_on_signal
+from codellm_jax.runtime.profiles import Profile, ProfileSteps
 from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
 from codellm_jax.runtime.state import TrainState, initial_state
 from codellm_jax.runtime.trained import TrainedModel
@@ -128,20 +129,26 @@ class Run:
     step: int
 
 
-def train(training: Training, settings: Callable[[], tuple[str, Mapping[str, str]]] = lambda: ("", {})) -> Run:
+def train(
+    training: Training, settings: Callable[[], tuple[str, Mapping[str, str]]] = lambda: ("", {}),
+    profile_steps: ProfileSteps | None = None,
+) -> Run:
     """Trains to the end, or to a SIGTERM or SIGINT, which saves and returns.
 
     Args:
       training: what the gin file says.
       settings: called when everything is built; the operative configuration as text and as name -> value. The text
         goes to MODEL_DIR/config.gin, the values into every checkpoint, and a resume with others is refused.
+      profile_steps: steps to write a trace of, if any.
 
     Raises:
-      ValueError: a mistake in the configuration, or a MODEL_DIR of another one.
+      ValueError: a mistake in the configuration, a MODEL_DIR of another one, or steps to profile that the run has not.
       FloatingPointError: the loss is not finite.
     """
     with first_process_first():
         plan = make_plan(training, say)
+    if profile_steps is not None:
+        profile_steps.require_within(plan.last_step)
     say(describe(training, plan) + "\n")
     model_dir = epath.Path(training.model_dir).expanduser()
     text, values = settings()
@@ -161,8 +168,9 @@ def train(training: Training, settings: Callable[[], tuple[str, Mapping[str, str
             (model_dir / "config.gin").write_text(text)
         records = Records(str(model_dir), run.step, active=first_process)
         status = StatusLine(run.step, plan.last_step, active=first_process)
+        profile = Profile(profile_steps, run.step, str(model_dir), status.say)
         try:
-            loop(run, checkpoints, records, status, values, stop)
+            loop(run, checkpoints, records, status, values, stop, profile)
         except FloatingPointError as error:
             checkpoints.wait()
             good = checkpoints.newest_step()
@@ -207,7 +215,7 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
 
 def loop(
     run: Run, checkpoints: Checkpoints, records: Records, status: StatusLine, settings: Mapping[str, str],
-    stop: threading.Event,
+    stop: threading.Event, profile: Profile,
 ) -> None:
     """Trains `run` on to the plan's last step, in place."""
     training, plan, order = run.training, run.plan, run.plan.mixture.order
@@ -215,7 +223,7 @@ def loop(
     step_fn = jit_train_step(plan.model, plan.optimizer, plan.state, sources, training.microbatches)
     eval_fn = jax.jit(functools.partial(eval_step, model=plan.model, sources=sources))
     meter = Meter(order, training.batch_size, plan.mixture.stage, run.step, plan.last_step, training.log_period,
-                  training.learning_rate, functools.partial(utilization, plan), records, status)
+                  jax.jit(training.learning_rate), functools.partial(utilization, plan), records, status)
     if run.step == 0:
         evaluate(run, eval_fn, records, status)
     batches = read_ahead(functools.partial(batch_of_step, training, plan), run.step, plan.last_step)
@@ -231,13 +239,16 @@ def loop(
 
     try:
         while run.step < plan.last_step and not stops(stop, run.step, training.log_period):
-            batch, drawn = meter.next_batch(batches)
-            run.state, metrics = step_fn(run.state, batch)
-            run.step += 1
-            sizes = plan.mixture.sizes(drawn)
-            run.ledger.add(order, drawn.source, sizes.counted)
-            meter.add(run.step, metrics, int(sizes.positions.sum()), sum(run.ledger.tokens.values()))
+            profile.begin_before(run.step + 1, meter)
+            with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
+                batch, drawn = meter.next_batch(batches)
+                run.state, metrics = step_fn(run.state, batch)
+                run.step += 1
+                sizes = plan.mixture.sizes(drawn)
+                run.ledger.add(order, drawn.source, sizes.counted)
+                meter.add(run.step, metrics, int(sizes.positions.sum()), sum(run.ledger.tokens.values()))
             checkpoints.raise_if_failed()
+            profile.end_after(run.step, meter)
             if run.step % training.eval_period == 0 or run.step == plan.last_step:
                 meter.settle()
                 evaluate(run, eval_fn, records, status)
@@ -248,6 +259,7 @@ def loop(
             save()
     finally:
         batches.close()
+        profile.close(run.step)
     checkpoints.wait()
     if run.step < plan.last_step:
         status.say(f"Stopped by a signal; saved after step {run.step}. The same command goes on from there." if run.step
@@ -263,6 +275,7 @@ def stops(stop: threading.Event, step: int, log_period: int) -> bool:
     return step % log_period == 0 and bool(gathered(np.array([stop.is_set()])).any())
 
 
+@jax.profiler.annotate_function
 def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Draw]:
     """What step `step`, from 0, trains on, and where it was drawn from."""
     mixture, sharding = plan.mixture, batch_sharding(plan.mesh)
@@ -273,6 +286,7 @@ def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Dra
                         training.vocabulary.end_of_document_id, sharding)
 
 
+@jax.profiler.annotate_function
 def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: StatusLine) -> None:
     """Held-out losses and benchmarks, recorded and shown."""
     losses, scores = held_out(run, eval_fn), ask_benchmarks(run)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 import codellm_jax.train as train_module
@@ -101,7 +102,7 @@ def together(tiny_flags, tmp_path_factory, alone) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "stops", lambda stop, step, period: step == 6)
         assert cli.main(command(tiny_flags, run)) == 0
-    ended = by_hand(["-c", SLOW_READER], [command(tiny_flags, run)] * 2)
+    ended = by_hand(["-c", SLOW_READER], [command(tiny_flags, run, "--profile_steps=8:9")] * 2)
     assert [one.returncode for one in ended] == [0, 0], ended[0].stderr + ended[1].stderr
     assert "Resuming" in ended[0].stdout and not without_gloo(ended[1].stdout)
     return run
@@ -122,6 +123,18 @@ def test_losses_and_scores_are_those_of_one_process(alone, together):
         for a, b in zip(one, other, strict=True):
             assert [c["log_likelihood"] for c in a["candidates"]] == pytest.approx(
                 [c["log_likelihood"] for c in b["candidates"]], rel=1e-5)
+
+
+def test_each_process_writes_its_own_profile(together):
+    folder = together / "tensorboard" / "plugins" / "profile" / "steps_8-9"
+    for index in range(2):
+        trace = jax.profiler.ProfileData.from_file(str(folder / f"process_{index}.xplane.pb"))
+        steps = [dict(event.stats)["step_num"] for plane in trace.planes for line in plane.lines
+                 for event in line.events if event.name == "train"]
+        assert list(map(int, steps)) == [8, 9]
+        assert (folder / f"process_{index}.perfetto.json.gz").exists()
+    files = [(folder / f"process_{index}.xplane.pb").read_bytes() for index in range(2)]
+    assert len(list(folder.iterdir())) == 4 and files[0] != files[1]
 
 
 def test_a_process_that_keeps_the_others_waiting_is_seen(together):

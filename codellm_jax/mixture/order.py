@@ -191,12 +191,11 @@ class Order:
         source, ordinal = self.locate(positions)
         sizes = np.array([s.rows for s in self.sources], dtype=np.int64)[source]
         epoch, within = ordinal // sizes, ordinal % sizes
-        row = np.empty_like(within)
-        for index in np.unique(source):
-            here = source == index
-            epochs, inverse = np.unique(epoch[here], return_inverse=True)
-            keys = [permutation_key(self.seed, self.sources[index].name, int(e)) for e in epochs]
-            row[here] = permutation(within[here], self.sources[index].rows, np.array(keys, dtype=np.uint64)[inverse])
+        # All sources at once: of hundreds, a batch holds few rows each.
+        epochs, inverse = np.unique(epoch * len(self.sources) + source, return_inverse=True)
+        keys = [permutation_key(self.seed, self.sources[pair % len(self.sources)].name, pair // len(self.sources))
+                for pair in epochs.tolist()]
+        row = permutation(within, sizes, np.array(keys, dtype=np.uint64)[inverse])
         return Draw(source, epoch, row)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -238,19 +237,19 @@ class Order:
 
     def exhausted_at(self, max_epochs: int, rows: int) -> tuple[int, Source] | None:
         """The first position below `rows` that would begin epoch `max_epochs` (from 0) of a source, and that source."""
-        first: tuple[int, Source] | None = None
-        in_all = self.counts(rows)
-        for index, source in enumerate(self.sources):
-            limit = max_epochs * source.rows
-            low, high = 0, rows  # counts(low) <= limit; bisect for the first position after which more were drawn
-            if in_all[index] <= limit:
-                continue
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if self.counts(middle)[index] <= limit else (low, middle)
-            if first is None or low < first[0]:
-                first = (low, source)
-        return first
+
+        def beyond(position: int) -> list[Source]:
+            """The sources of which more than so many epochs are drawn in the first `position` rows."""
+            return [source for source, drawn in zip(self.sources, self.counts(position).tolist(), strict=True)
+                    if drawn > max_epochs * source.rows]
+
+        if not beyond(rows):
+            return None
+        low, high = 0, rows
+        while high - low > 1:  # none is beyond at low, some are at high
+            middle = (low + high) // 2
+            low, high = (low, middle) if beyond(middle) else (middle, high)
+        return low, beyond(high)[0]
 
     def fingerprint(self) -> str:
         """A hash of everything the order depends on, and of a sample of what it draws.
@@ -280,23 +279,26 @@ def permutation_key(seed: int, source: str, epoch: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{source}/{epoch}".encode(), digest_size=8).digest(), "little")
 
 
-def permutation(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """A keyed permutation of 0..size-1, evaluated at `index` (int64 [N]) under `keys` (uint64 [N]) without a table.
+def permutation(index: np.ndarray, size: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """A keyed permutation of 0..size-1, evaluated at `index` (int64 [N]) under `keys` (uint64 [N]) without a table;
+    `size` is one for all or int64 [N].
 
     A Feistel network over the smallest even number of bits that holds `size`, walking along its cycle until the
     value falls below `size` (Black and Rogaway, 2002, "cycle walking"): four passes at most on average.
     """
-    half = np.uint64(-(-max(2, (size - 1).bit_length()) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
+    sizes, inverse = np.unique(np.broadcast_to(size, np.shape(index)), return_inverse=True)
+    half = np.array([-(-max(2, (one - 1).bit_length()) // 2) for one in sizes.tolist()], dtype=np.uint64)[inverse]
+    limit = sizes.astype(np.uint64)[inverse]
     values = np.asarray(index).astype(np.uint64)
     outside = np.arange(len(values))
     while len(outside):
-        left, right = values[outside] >> half, values[outside] & mask
+        shift, key = half[outside], keys[outside]
+        mask = (np.uint64(1) << shift) - np.uint64(1)
+        left, right = values[outside] >> shift, values[outside] & mask
         for k in range(FEISTEL_ROUNDS):
-            round_key = keys[outside] + np.uint64(k)
-            left, right = right, left ^ (_mix(right ^ _mix(round_key)) & mask)
-        values[outside] = (left << half) | right
-        outside = outside[values[outside] >= size]
+            left, right = right, left ^ (_mix(right ^ _mix(key + np.uint64(k))) & mask)
+        values[outside] = (left << shift) | right
+        outside = outside[values[outside] >= limit[outside]]
     return values.astype(np.int64)
 
 

@@ -68,6 +68,7 @@ class Checkpoints:
             if error_type is None:  # else what is already being raised matters more
                 raise
 
+    @jax.profiler.annotate_function
     def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Begins to save; returns when the state is copied, so that its buffers may be donated."""
         record = dict(record) | {"checksums": checksums(state)}

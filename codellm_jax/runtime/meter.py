@@ -53,6 +53,7 @@ class Meter:
         """Begins a new interval of measured time: what came before (evaluation, saving) is not the step's."""
         self._positions, self._waited, self._blocked, self._since = 0, 0.0, 0.0, time.monotonic()
 
+    @jax.profiler.annotate_function
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """The next batch; the time it took is counted as waiting for data."""
         began = time.monotonic()
@@ -74,6 +75,7 @@ class Meter:
         if step % self._log_period == 0:
             self.settle()
 
+    @jax.profiler.annotate_function
     def settle(self) -> None:
         """Waits for the pending step's metrics, and records them where they are due.
 
@@ -94,6 +96,7 @@ class Meter:
             self._record(step, values, tokens)
             self.restart()
 
+    @jax.profiler.annotate_function
     def _record(self, step: int, values: Metrics, trained_tokens: int) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
         rate = self._positions / seconds
