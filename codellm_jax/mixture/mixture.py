@@ -13,16 +13,9 @@ from etils import epath
 
 from codellm_jax.mixture.examples import Sizes, sizes_drawn
 from codellm_jax.mixture.order import Draw, Order, Source
-from codellm_jax.mixture.rows import (
-    STAGES,
-    Definitions,
-    Rows,
-    cached_rows,
-    quiet_tensorflow,
-    require_registered,
-    task_tokens,
-)
+from codellm_jax.mixture.rows import STAGES, Rows, cached_rows
 from codellm_jax.mixture.schedules import constant, phases
+from codellm_jax.mixture.tokens import Definitions, quiet_tensorflow, require_registered, task_tokens
 from codellm_jax.vocabulary import Vocabulary
 
 

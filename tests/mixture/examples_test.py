@@ -22,6 +22,7 @@ from codellm_jax.mixture.examples import (
 from codellm_jax.mixture.order import Order, Source
 from codellm_jax.mixture.rows import Rows
 from codellm_jax.mixture.schedules import constant
+from codellm_jax.mixture.tokens import Example
 from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
 from codellm_jax.model.losses import cross_entropy
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
@@ -39,7 +40,7 @@ class InMemory(Rows):
         examples = []
         for _ in range(self.count):
             prompt, target = (dice.integers(2, 90, dice.integers(1, most)) for most in (7, 7))
-            examples.append({"inputs": prompt, "targets": np.append(target, END)})
+            examples.append(Example(prompt, np.append(target, END), 0))
         [rows] = example_rows(examples, self.length, Found())
         return rows
 
@@ -58,8 +59,8 @@ def sharding_over(devices: int, shape: MeshShape | None = None) -> jax.sharding.
     return batch_sharding(make_mesh(shape or MeshShape(), jax.devices()[:devices]))
 
 
-def of_lengths(*pairs: tuple[int, int]) -> list[dict[str, np.ndarray]]:
-    return [{"inputs": np.arange(10, 10 + a), "targets": np.arange(50, 50 + b)} for a, b in pairs]
+def of_lengths(*pairs: tuple[int, int]) -> list[Example]:
+    return [Example(np.arange(10, 10 + a), np.arange(50, 50 + b), 0) for a, b in pairs]
 
 
 def test_rows_by_hand():

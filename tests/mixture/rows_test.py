@@ -263,7 +263,7 @@ def test_a_shard_that_is_gone_is_noticed(tmp_path, vocabulary, tiny_documents):
 
 
 def test_rows_of_zeros_are_rows(tmp_path):
-    store = rows_module._create_store(str(tmp_path / "rows"), LENGTH + 1, "uint16").resize(
+    store = rows_module.create_store(str(tmp_path / "rows"), LENGTH + 1, np.dtype(np.uint16)).resize(
         exclusive_max=[40, LENGTH + 1]).result()
     store[0:40].write(np.zeros((40, LENGTH + 1), np.uint16)).result()
     found = Rows("text.other", "train", str(tmp_path / "rows"), 40, LENGTH, 40 * (LENGTH + 1), 1, "")
