@@ -38,6 +38,8 @@ ROWS_VERSION = 1
 ROWS_A_SHARD = 4096
 ROWS_A_CHUNK = 16
 ROWS_A_DIGEST = 4096
+_LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
+REQUESTS_AT_ONCE = 256
 LARGE = 2**30  # bytes of files, from which on many processes are worth while
 
 
@@ -65,12 +67,24 @@ class Rows:
         Raises:
           ValueError: what lies there is not what was written.
         """
+        return self.begin(numbers)()
+
+    def begin(self, numbers: np.ndarray) -> Callable[[], np.ndarray]:
+        """Begins to read, and gives what waits for the rows: several sources are read at the same time."""
         # Through unique sorted numbers, so that a chunk is fetched once.
         unique, inverse = np.unique(numbers, return_inverse=True)
         try:
-            return _open_store(self.path)[unique].read().result()[inverse].astype(np.int32)
+            reading = _opened(self.path)[unique].read()
         except Exception as error:
             raise _damaged(self.path, error) from error
+
+        def rows() -> np.ndarray:
+            try:
+                return reading.result()[inverse].astype(np.int32)
+            except Exception as error:
+                raise _damaged(self.path, error) from error
+
+        return rows
 
 
 def cached_rows(
@@ -186,7 +200,7 @@ def finish_cache(
             f"no example of its training split is left to train on: of {train.documents:,} none has a token of its "
             f"target within {length + 1} tokens; mend them or raise TASK_FEATURE_LENGTHS." if stage == "tuning" else
             f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it more "
-            "data or lower TASK_FEATURE_LENGTHS."))
+            "data or lower TASK_FEATURE_LENGTHS.") + f" ({'; '.join(train.notes)})" * bool(train.notes))
     facts = {split: dataclasses.asdict(found) for split, found in splits.items()}
     cache = {"key": place.key, "splits": facts, "suffix": suffix}
     (building / "cache.json").write_text(json.dumps(cache, indent=2) + "\n")
@@ -331,33 +345,61 @@ def _kvstore(path: str) -> str | dict[str, str]:
     return path if "://" in path else {"driver": "file", "path": path}
 
 
-def create_store(path: str, width: int, data_type: np.dtype, compressed: bool = False) -> tensorstore.TensorStore:
-    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+def create_store(
+    path: str, width: int, data_type: np.dtype, compressed: bool = False, rows: int | None = None
+) -> tensorstore.TensorStore:
+    """An array of rows, [rows, width]. With `rows` one that is there is opened; without, it is replaced by none."""
     compression = [{"name": "zstd", "configuration": {"level": 1}}] if compressed else []
     sharding = {
         "chunk_shape": [ROWS_A_CHUNK, width],
-        "codecs": [little_endian, *compression, {"name": "crc32c"}],
-        "index_codecs": [little_endian, {"name": "crc32c"}],
+        "codecs": [_LITTLE_ENDIAN, *compression, {"name": "crc32c"}],
+        "index_codecs": [_LITTLE_ENDIAN, {"name": "crc32c"}],
     }
     return tensorstore.open({
-        "driver": "zarr3", "kvstore": _kvstore(path), "create": True, "delete_existing": True,
+        "driver": "zarr3", "kvstore": _kvstore(path), "create": True,
+        **({"delete_existing": True} if rows is None else {"open": True}),
         "store_data_equal_to_fill_value": True,
         "metadata": {
-            "shape": [0, width], "data_type": data_type.name,
+            "shape": [rows or 0, width], "data_type": data_type.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [ROWS_A_SHARD, width]}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }).result()
 
 
+def create_numbers(path: str, data_type: np.dtype) -> tensorstore.TensorStore:
+    """An empty array of numbers, [0], to be made longer by 2**20 at a time."""
+    return tensorstore.open({
+        "driver": "zarr3", "kvstore": _kvstore(path), "create": True, "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": [0], "data_type": data_type.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1 << 20]}},
+            "codecs": [_LITTLE_ENDIAN, {"name": "zstd", "configuration": {"level": 1}}, {"name": "crc32c"}],
+        },
+    }).result()
+
+
+def open_store(path: str, write: bool = False) -> tensorstore.TensorStore:
+    """An array that is there, to be read or written."""
+    return tensorstore.open(
+        # A shard that is gone is an error, not rows of zeros; one that is to be written is not there yet.
+        {"driver": "zarr3", "kvstore": _kvstore(path), "fill_missing_data_reads": write,
+         "store_data_equal_to_fill_value": True,
+         # What is read never changes: to ask whether it did would double the time of a remote read.
+         "recheck_cached_metadata": "open", "recheck_cached_data": write},
+        read=not write, write=write, context=tensorstore.Context({
+            "cache_pool": {"total_bytes_limit": 64 << 20},
+            # A batch is as many requests as it has rows.
+            "gcs_request_concurrency": {"limit": REQUESTS_AT_ONCE},
+            "http_request_concurrency": {"limit": REQUESTS_AT_ONCE},
+        })).result()
+
+
 _stores: dict[str, tensorstore.TensorStore] = {}
 
 
-def _open_store(path: str) -> tensorstore.TensorStore:
+def _opened(path: str) -> tensorstore.TensorStore:
     """Opened once a process: opening costs far more than reading a batch."""
     if path not in _stores:
-        _stores[path] = tensorstore.open(
-            # A shard that is gone is an error, not rows of zeros.
-            {"driver": "zarr3", "kvstore": _kvstore(path), "fill_missing_data_reads": False}, read=True,
-            context=tensorstore.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})).result()
+        _stores[path] = open_store(path)
     return _stores[path]

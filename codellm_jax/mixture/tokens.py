@@ -200,6 +200,8 @@ def added(notes: Iterable[Note]) -> list[Note]:
 def warnings_of(task: str) -> Iterator[list[Note]]:
     """Collects what is warned of a task, in messages that begin with its name, in the place of the log."""
     notes: list[Note] = []
+    root = logging.getLogger()
+    level = root.level  # of a worker of Beam it may be above warnings
 
     def is_of_another(record: logging.LogRecord) -> bool:
         of_task = record.getMessage().startswith((f"{task},", f"{task}:"))
@@ -210,13 +212,15 @@ def warnings_of(task: str) -> Iterator[list[Note]]:
                 for value in values))
             if note not in notes:
                 notes.append(note)
-        return not of_task
+        return not of_task and record.levelno >= level
 
-    logging.getLogger().addFilter(is_of_another)
+    root.setLevel(min(level, logging.WARNING))
+    root.addFilter(is_of_another)
     try:
         yield notes
     finally:
-        logging.getLogger().removeFilter(is_of_another)
+        root.removeFilter(is_of_another)
+        root.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Examples as rows and rows as batches: by hand, against plain Python, and packed against unpacked."""
 
 import functools
+from collections.abc import Callable
 from fractions import Fraction
 
 import jax
@@ -44,9 +45,9 @@ class InMemory(Rows):
         [rows] = example_rows(examples, self.length, Found())
         return rows
 
-    def read(self, numbers: np.ndarray) -> np.ndarray:
+    def begin(self, numbers: np.ndarray) -> Callable[[], np.ndarray]:
         self.__dict__.setdefault("asked_for", []).extend(np.asarray(numbers).tolist())
-        return self._all[numbers]
+        return lambda: self._all[numbers]
 
 
 def in_memory() -> tuple[Order, list[InMemory]]:

@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import seqio
@@ -13,8 +14,9 @@ import tasks
 from codellm_jax.mixture.tokens import Note, added, examples, is_divisible, open_task, task_tokens, warnings_of
 from codellm_jax.vocabulary import load_vocabulary, train_vocabulary
 
-ODD = ["\x00null", "tab\tand\r\nbreaks\n\n", "  spaces   and\u00a0others\u2003\u3000 ", "\u2581escaped\u2581", "世界 héllo 🙂🏽",
-       "e\u0301 \ufb01 ① ½ Å", "</s><pad><|endofdocument|>", "\ufffd\ufeff", "a" * 3000, "x = {\n" + " " * 130 + "1}\n"]
+ODD = ["\x00null", "tab\tand\r\nbreaks\n\n", "  spaces   and\u00a0others\u2003\u3000 ", "\u2581escaped\u2581",
+       "世界 héllo 🙂🏽", "e\u0301 \ufb01 ① ½ Å", "</s><pad><|endofdocument|>", "\ufffd\ufeff",
+       "a" * 3000, "x = {\n" + " " * 130 + "1}\n"]
 
 
 def written(folder, records) -> str:
@@ -27,7 +29,8 @@ def test_texts_are_encoded_as_seqio_encodes_them(tmp_path, tiny_documents, own_v
     texts = [*ODD, *(text for documents in tiny_documents.values() for text in documents)]
     vocabulary = load_vocabulary()
     if own_vocabulary:
-        vocabulary = train_vocabulary(texts * 20, 500, str(tmp_path / "own.model"))
+        files = sorted((Path(__file__).resolve().parents[2] / "codellm_jax").glob("*.py"))
+        vocabulary = train_vocabulary([file.read_text() for file in files], 700, str(tmp_path / "own.model"))
     defined = tasks.Definitions(corpora={
         "text.odd": {"json_lines": written(tmp_path, [{"text": text} for text in texts]), "holdout": 0}})
     task = open_task("text.odd", defined, "pretraining")
@@ -65,7 +68,8 @@ def test_any_other_task_goes_through_its_own_preprocessors(tmp_path):
     ({"json_lines": "*"}, "pretraining", True), ({"text_files": "*"}, "pretraining", True),
     ({"tfrecords": "*"}, "pretraining", True), ({"python": "text"}, "pretraining", False),
     ({"tfds": "some:1.0.0"}, "pretraining", False), ({"instructions": "*"}, "tuning", True),
-    ({"instructions": "*", "sample": 3}, "tuning", False), ({"official": "code.cosqa", "data_dir": "/d"}, "tuning", True),
+    ({"instructions": "*", "sample": 3}, "tuning", False),
+    ({"official": "code.cosqa", "data_dir": "/d"}, "tuning", True),
     ({"official": "text.pclue", "data_dir": "/d"}, "tuning", False), ({"mbpp": "*"}, "tuning", True)])
 def test_what_can_be_divided(spec, stage, divisible):
     task = open_task("text.any", tasks.Definitions(corpora={"text.any": spec}), stage)
@@ -89,7 +93,8 @@ def test_notes_of_parts_are_those_of_the_whole(tmp_path):
     parts = [json.loads(json.dumps(note)) for file in sorted(tmp_path.glob("*.jsonl")) for note in notes([str(file)])]
     assert len(parts) == 3
     assert list(map(str, notes())) == list(map(str, added(Note(said, tuple(values)) for said, values in parts))) == [
-        "text.noted, read for train: 3 records are documents, passed over: 3 broken JSON, 1 without text in field 'text'."]
+        "text.noted, read for train: 3 records are documents, passed over: 3 broken JSON, 1 without text in field "
+        "'text'."]
     assert added([Note(said, tuple(values)) for said, values in parts[2:]]) == []
 
 
