@@ -5,7 +5,8 @@
   draw     order.draw alone: which rows a batch is made of
   read     the rows of a batch from the cache, in their drawn order
   batch    all of it: draw, read, positions and segments, placed on the device; one thread, no read-ahead
-  ahead    the same as the loop has it, read ahead; `slow` out of a store that answers each request after 50 ms
+  ahead    the same as the loop has it, read ahead; `slow` out of a store that answers each request after 50 ms, nothing
+           of it being kept
   consumed what the step of benchmarks.step takes in the same minutes; by a host of 8 v5e chips, computed: 197 TFLOP/s
            each, at half of which trains
 
@@ -21,11 +22,12 @@ import functools
 import http.server
 import importlib.util
 import json
+import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ import numpy as np
 
 from benchmarks.step import BATCH, LENGTH, ours
 from codellm_jax.configuration import build, read_configuration
+from codellm_jax.mixture import rows as rows_module
 from codellm_jax.mixture import shards
 from codellm_jax.mixture.batches import global_batch, read_ahead
 from codellm_jax.mixture.mixture import Mixture, OpenMixture, open_mixture
@@ -91,20 +94,30 @@ class SlowFiles(http.server.BaseHTTPRequestHandler):
         """Nothing: there are thousands."""
 
 
-@contextlib.contextmanager
-def served_slowly(opened: OpenMixture, cache: str) -> Iterator[OpenMixture]:
-    """The same mixture, its rows read through a server that takes its time."""
-
+def serve(folder: str, port: Connection) -> None:
     class Server(http.server.ThreadingHTTPServer):
         request_queue_size, daemon_threads = 1024, True
 
-    handler = type("Handler", (SlowFiles,), {"folder": Path(cache)})
-    with Server(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with Server(("127.0.0.1", 0), type("Handler", (SlowFiles,), {"folder": Path(folder)})) as server:
+        port.send(server.server_port)
+        server.serve_forever()
+
+
+@contextlib.contextmanager
+def served_slowly(opened: OpenMixture, cache: str) -> Iterator[OpenMixture]:
+    """The same mixture, its rows read through a server that takes its time, and nothing of them kept in memory."""
+    spawn, (here, there) = multiprocessing.get_context("spawn"), multiprocessing.Pipe()
+    server = spawn.Process(target=serve, args=(cache, there), daemon=True)
+    server.start()
+    kept, rows_module.BYTES_KEPT = rows_module.BYTES_KEPT, 0
+    try:
+        address = f"http://127.0.0.1:{here.recv()}"
         slow = [dataclasses.replace(rows, path=rows.path.replace(cache, address)) for rows in opened.training]
         yield OpenMixture(opened.order, slow, opened.validation, opened.stage)
-        server.shutdown()
+    finally:
+        rows_module.BYTES_KEPT = kept
+        server.terminate()
+        server.join()
 
 
 def reading(cache: str, vocabulary: Vocabulary, rounds: int) -> dict[str, list[float]]:

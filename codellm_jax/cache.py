@@ -75,14 +75,15 @@ def _write(builds: list[Build], runner: str, options: Sequence[str], report: Cal
     if runner == LOCAL and todo:  # few files leave cores over
         threads = max(1, len(os.sched_getaffinity(0)) // len(todo))
         builds = [dataclasses.replace(build, threads=threads) for build in builds]
-    with _watched(builds, planned, report):
-        _run(builds, todo, runner, options)
+    sent = [shards.for_workers(build, of_task) for build, of_task in zip(builds, planned, strict=True)]
+    with _watched(builds, planned):
+        _run(sent, todo, runner, options)
     cuts = [shards.pieces(build, of_task) for build, of_task in zip(builds, planned, strict=True)]
     todo = [shards.as_text(index, piece) for index, (build, of_task) in enumerate(zip(builds, cuts, strict=True))
             for piece in of_task if not shards.is_cut(build, piece)]
     if todo:
         report(f"cutting rows, {len(todo):,} pieces")
-    _run(builds, todo, runner, options)
+    _run(sent, todo, runner, options)
     for build, of_task, cut in zip(builds, planned, cuts, strict=True):
         for line in shards.finish(build, of_task, cut):
             report(line)
@@ -163,9 +164,7 @@ def _reason(error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def _watched(
-    builds: Sequence[Build], planned: Sequence[Sequence[Shard]], report: Callable[[str], None]
-) -> Iterator[None]:
+def _watched(builds: Sequence[Build], planned: Sequence[Sequence[Shard]]) -> Iterator[None]:
     """Tells, while shards are tokenized, how far they are, by what lies in CACHE_DIR."""
     total, count = sum(shard.work for of_task in planned for shard in of_task), sum(map(len, planned))
     pause = SECONDS_BETWEEN_LOOKS * (10 if any(build.place.is_remote for build in builds) else 1)

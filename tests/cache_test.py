@@ -127,6 +127,18 @@ def test_rows_are_those_of_a_run_whatever_the_runner_and_workers(corpora, unaske
 
 
 @with_beam
+def test_the_hash_of_many_rows(corpora, tmp_path, monkeypatch):
+    """Taken by pieces where a run takes it as it goes."""
+    monkeypatch.setattr(rows, "ROWS_HASHED_WHOLE", 5000)
+    for name in ("unasked", "asked"):
+        mixture = mixture_of({"text.many": corpora["text.many"]}, "pretraining", tmp_path / name)
+        if name == "asked":
+            cache(mixture, load_vocabulary(), options=ONE, report=silent)
+        open_mixture(mixture, load_vocabulary(), 0, 100, report=silent)
+    assert content(tmp_path / "asked") == content(tmp_path / "unasked")
+
+
+@with_beam
 def test_rows_of_one_shard_each(corpora, unasked, tmp_path):
     for stage in ("pretraining", "tuning"):
         cache(mixture_of(corpora, stage, tmp_path), load_vocabulary(), options=ONE, report=silent)

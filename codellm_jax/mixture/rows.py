@@ -38,8 +38,10 @@ ROWS_VERSION = 1
 ROWS_A_SHARD = 4096
 ROWS_A_CHUNK = 16
 ROWS_A_DIGEST = 4096
+ROWS_HASHED_WHOLE = 1 << 20
 _LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
 REQUESTS_AT_ONCE = 256
+BYTES_KEPT = 64 << 20  # of each source, where its files' indices above all
 LARGE = 2**30  # bytes of files, from which on many processes are worth while
 
 
@@ -279,31 +281,42 @@ def row_format(vocabulary: Vocabulary, length: int, stage: str) -> tuple[int, np
 class RowsHash:
     """A hash of rows, whatever the blocks in which they come.
 
-    It is the SHA-256 of the SHA-256 of each 4,096 rows, so that many processes can take it together.
+    Up to 2**20 rows it is their SHA-256. Of more it is that of the SHA-256 of each 4,096, so that many processes can
+    take it together.
     """
 
     def __init__(self) -> None:
-        self.digests: list[bytes] = []
-        self._open, self._rows = hashlib.sha256(), 0
+        self._whole, self._open, self._rows = hashlib.sha256(), hashlib.sha256(), 0
+        self._digests: list[bytes] = []
 
     def update(self, rows: np.ndarray) -> None:
         """Adds rows, [rows, width] of any type of integer."""
         while len(rows):
-            part, rows = np.split(rows, [ROWS_A_DIGEST - self._rows])
-            self._open.update(part.astype("<u4").tobytes())
+            part, rows = np.split(rows, [ROWS_A_DIGEST - self._rows % ROWS_A_DIGEST])
+            content = part.astype("<u4").tobytes()
+            self._open.update(content)
             self._rows += len(part)
-            if self._rows == ROWS_A_DIGEST:
-                self._close()
-
-    def _close(self) -> None:
-        self.digests.append(self._open.digest())
-        self._open, self._rows = hashlib.sha256(), 0
+            if self._rows <= ROWS_HASHED_WHOLE:
+                self._whole.update(content)
+            if self._rows % ROWS_A_DIGEST == 0:
+                self._digests.append(self._open.digest())
+                self._open = hashlib.sha256()
 
     def of_all(self) -> str:
-        """The hash of all rows, in hexadecimal; none can be added after."""
-        if self._rows:
-            self._close()
-        return hashlib.sha256(b"".join(self.digests)).hexdigest()
+        """The hash of all rows so far, in hexadecimal."""
+        if self._rows <= ROWS_HASHED_WHOLE:
+            return self._whole.hexdigest()
+        return hash_of_digests([*self._digests, *([self._open.digest()] if self._rows % ROWS_A_DIGEST else [])])
+
+
+def digest(rows: np.ndarray) -> bytes:
+    """What `hash_of_digests` wants of each 4,096 rows in turn, and of those that are left."""
+    return hashlib.sha256(rows.astype("<u4").tobytes()).digest()
+
+
+def hash_of_digests(digests: Iterable[bytes]) -> str:
+    """The hash of more rows than are hashed as a whole."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def row_blocks(examples: Iterable[Example], length: int, stage: str, found: Found) -> Iterator[np.ndarray]:
@@ -388,7 +401,7 @@ def open_store(path: str, write: bool = False) -> tensorstore.TensorStore:
          # What is read never changes: to ask whether it did would double the time of a remote read.
          "recheck_cached_metadata": "open", "recheck_cached_data": write},
         read=not write, write=write, context=tensorstore.Context({
-            "cache_pool": {"total_bytes_limit": 64 << 20},
+            "cache_pool": {"total_bytes_limit": BYTES_KEPT},
             # A batch is as many requests as it has rows.
             "gcs_request_concurrency": {"limit": REQUESTS_AT_ONCE},
             "http_request_concurrency": {"limit": REQUESTS_AT_ONCE},

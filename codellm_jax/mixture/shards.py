@@ -21,7 +21,6 @@ No process holds more than a few megabytes of a corpus, or its largest document.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import threading
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from codellm_jax.mixture import rows
 from codellm_jax.mixture.examples import Found
 from codellm_jax.mixture.rows import (
     ROWS_A_DIGEST,
@@ -40,7 +40,9 @@ from codellm_jax.mixture.rows import (
     RowsHash,
     create_numbers,
     create_store,
+    digest,
     finish_cache,
+    hash_of_digests,
     open_store,
     row_blocks,
     row_format,
@@ -257,10 +259,10 @@ def pieces(build: Build, shards: Sequence[Shard]) -> list[Piece]:
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
         ends = np.cumsum([fact["numbers"] for fact in facts])
-        rows = int(ends[-1]) // width
-        create_store(_array_of_rows(build, split), width, dtype, build.stage == "tuning", rows=rows)
-        for number, first in enumerate(range(0, rows, ROWS_A_PIECE)):
-            count = min(ROWS_A_PIECE, rows - first)
+        total = int(ends[-1]) // width
+        create_store(_array_of_rows(build, split), width, dtype, build.stage == "tuning", rows=total)
+        for number, first in enumerate(range(0, total, ROWS_A_PIECE)):
+            count = min(ROWS_A_PIECE, total - first)
             begin, end = first * width, (first + count) * width
             spans = []
             for k in range(int(np.searchsorted(ends, begin, side="right")), len(facts)):
@@ -289,17 +291,16 @@ def cut(build: Build, piece: Piece) -> None:
     facts.parent.mkdir(parents=True, exist_ok=True)
     width, _ = row_format(build.vocabulary, build.length, build.stage)
     store = open_store(_array_of_rows(build, piece.split), write=True)
-    content = RowsHash()
+    digests: list[str] = []
     row = piece.first
-    for block in _joined(build, piece, ROWS_A_DIGEST * width):
-        rows = block.reshape(-1, width)
-        store[row : row + len(rows)].write(rows).result()
-        content.update(rows)
-        row += len(rows)
+    for numbers in _joined(build, piece, ROWS_A_DIGEST * width):
+        block = numbers.reshape(-1, width)
+        store[row : row + len(block)].write(block).result()
+        digests.append(digest(block).hex())
+        row += len(block)
     if row != piece.first + piece.rows:
         raise ValueError(f"{build.working} holds fewer tokens than it says: delete it and give the command again.")
-    content.of_all()
-    _write(facts, [digest.hex() for digest in content.digests])
+    _write(facts, digests)
 
 
 def _joined(build: Build, piece: Piece, size: int) -> Iterator[np.ndarray]:
@@ -340,32 +341,49 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
         facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
         total = {name: sum(fact["found"][name] for fact in facts)
                  for name in ("tokens", "documents", "cut", "left_out")}
-        digests = [bytes.fromhex(digest) for piece in cut_pieces if piece.split == split
-                   for digest in json.loads(_facts_of_piece(build, piece).read_text())]
+        of_pieces = [_facts_of_piece(build, piece) for piece in cut_pieces if piece.split == split]
+        count = sum(fact["numbers"] for fact in facts) // width
         notes = added(Note(template, tuple(values)) for fact in facts for template, values in fact["notes"])
         splits[split] = Found(
-            count=sum(fact["numbers"] for fact in facts) // width, notes=list(map(str, notes)),
-            content_hash=hashlib.sha256(b"".join(digests)).hexdigest(), **total)
+            count=count, notes=list(map(str, notes)), **total,
+            content_hash=_hash_of_rows(_array_of_rows(build, split), count, of_pieces))
         told.append(summary(build.task, split, splits[split], build.length, build.stage))
         told += splits[split].notes
     recorded = json.loads((build.working / "plan.json").read_text())
     finish_cache(build.task, build.place, splits, _cache(build), recorded["suffix"], build.length, build.stage)
     build.working.rmtree(missing_ok=True)
+    _known_facts.clear()
     return [line for line in told if line]
 
 
+def _hash_of_rows(array: str, count: int, of_pieces: Sequence[epath.Path]) -> str:
+    if count > rows.ROWS_HASHED_WHOLE:
+        return hash_of_digests(bytes.fromhex(each) for file in of_pieces for each in json.loads(file.read_text()))
+    store, content = open_store(array), RowsHash()
+    for first in range(0, count, ROWS_A_DIGEST):
+        content.update(store[first : min(count, first + ROWS_A_DIGEST)].read().result())
+    return content.of_all()
+
+
+def for_workers(build: Build, planned: Sequence[Shard]) -> Build:
+    """The build without the names of all files, which may be more than a runner takes in."""
+    needed = {"definition": build.place.key["definition"]} if any(shard.files is None for shard in planned) else {}
+    return dataclasses.replace(build, place=build.place._replace(key=needed))
+
+
 def as_text(build: int, what: Shard | Piece) -> str:
-    """A shard or piece of the build of this number, for `do`."""
-    return json.dumps([build, type(what).__name__, what])
+    """A shard or piece of the build of this number, for `do`; of a shard's files the plan tells."""
+    return json.dumps([build, what[:2] if isinstance(what, Shard) else what])
 
 
 def do(builds: Sequence[Build], text: str) -> None:
     """Tokenizes or cuts what `as_text` wrote."""
-    build, name, fields = json.loads(text)
-    if name == "Shard":
-        tokenize(builds[build], Shard(*fields))
+    number, what = json.loads(text)
+    build = builds[number]
+    if len(what) > 2:
+        cut(build, Piece(*what))
     else:
-        cut(builds[build], Piece(*fields))
+        tokenize(build, next(shard for shard in plan(build) if [*shard[:2]] == what))
 
 
 def _write(file: epath.Path, value: Any) -> None:
