@@ -243,11 +243,11 @@ def test_a_missing_client_is_told_at_the_start(bucket, runs):
 
 
 def test_rows_made_before_the_run(bucket, runs, tiny_flags):
-    """By two processes, whose files and records of what is done lie in the bucket alone."""
+    """With nothing of it on disk: tokens, rows and the records of what is done lie in the bucket."""
     pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[beam]'")
     _, flags = runs
     made = [flag for flag in flags if not flag.startswith("--gin.CACHE_DIR")] + ["--gin.CACHE_DIR=gs://bucket/made"]
-    bucket(*t5x("cache", *made, "--", "--direct_num_workers=2", "--direct_running_mode=multi_processing"))
+    bucket(*t5x("cache", *made, "--", "--direct_num_workers=1", "--direct_running_mode=in_memory"))
     orders = []
     for given in (made, tiny_flags):
         told = bucket(*t5x("train", *given, "--dry_run"))
