@@ -145,7 +145,7 @@ def load(
     )
 
 
-def read_items(task: str, data_dir: str | None) -> tuple[list[Item], collections.Counter[str], list[str]]:
+def read_items(task: str, data_dir: str | None) -> tuple[list[Item], Counts, list[str]]:
     """What `load` makes questions of, in their order and with their ids; how many records are none for which reason;
     and the files. Arguments and errors are those of `load`.
     """
