@@ -21,6 +21,9 @@ class BuildWithGinFiles(build_py):
 
 # Orbax's own need where checkpoints lie in gs://.
 STORAGE = ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"]
+# Beam wants protobuf below 7, under which SeqIO cannot import the newest SentencePiece; the one before ends the process
+# where a vocabulary has too few documents to be trained on. So the tests of Beam alone want it: '.[test,beam]'.
+BEAM = ["apache-beam>=2.70", "sentencepiece>=0.2.1,<0.2.3"]
 
 setup(
     name="codellm_jax",
@@ -62,6 +65,7 @@ setup(
                  "setuptools>=77", "statsmodels>=0.14"],
         "plots": ["matplotlib>=3.10"],
         "harness": ["lm-eval>=0.4.10"],
+        "beam": BEAM,
         "gcs": STORAGE,
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],

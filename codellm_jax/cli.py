@@ -36,11 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     job: list[str] = []
-    if given[:1] == ["launch"] and "--" in given:
+    if given[:1] in (["launch"], ["cache"]) and "--" in given:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "explain": _explain,
-        "contamination": _contamination,
+        "contamination": _contamination, "cache": _cache,
         "vocabulary": _vocabulary, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
@@ -143,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
                      "Trains a byte-fallback BPE vocabulary on the mixture's training documents.")
     vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
     vocabulary.add_argument("--size", type=int, default=8192, help="pieces (default: %(default)s)")
+    cache = add("cache", "tokenize a run's data by many processes, before the run",
+                "Writes the rows that a run of these settings would cache by itself, with Apache Beam, and goes on "
+                "where it was stopped. What follows -- goes to Beam: t5x cache ... -- --direct_num_workers=8")
+    cache.add_argument("--runner", default="DirectRunner", help="Beam's: %(default)s on this machine, DataflowRunner, "
+                       "SparkRunner, FlinkRunner or another (default: %(default)s)")
     launch = subparsers.add_parser(
         "launch", help="run a command on Cloud TPU", allow_abbrev=False,
         usage="t5x launch --tpu=NAME --zone=ZONE [flags] -- COMMAND ...",
@@ -187,8 +192,8 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
         if not flag.startswith("--gin."):
             known = ["--gin_file", "--gin_search_paths", "--gin.NAME", "--dry_run", "--debug", "--help", "--prompts",
                      "--output", "--instruction", "--local_processes", "--coordinator_address", "--process_count",
-                     "--process_index", "--topology", "--vocabulary_size", "--scoring", "--decode", "--no_search",
-                     "--report", "--profile_steps"]
+                     "--process_index", "--runner", "--topology", "--vocabulary_size", "--scoring", "--decode",
+                     "--no_search", "--report", "--profile_steps"]
             near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
             raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
         name, equals, value = flag.removeprefix("--gin.").partition("=")
@@ -334,6 +339,16 @@ def _vocabulary(flags: argparse.Namespace) -> int:
 def _require_directory(file: str | None) -> None:
     if file and "://" not in file and not Path(file).expanduser().parent.is_dir():
         raise FileNotFoundError(f"there is no directory to write {file} in.")
+
+
+def _cache(flags: argparse.Namespace) -> int:
+    configuration = _configuration(flags)
+    from codellm_jax.cache import cache
+    from codellm_jax.configuration import build
+
+    training = build(configuration, "train")
+    cache(training.mixture, training.vocabulary, flags.runner, flags.job, lambda line: print(line, flush=True))
+    return 0
 
 
 def _launch(flags: argparse.Namespace) -> int:

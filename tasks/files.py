@@ -19,10 +19,11 @@ class Lost(NamedTuple):
     reason: str
 
 
-def counts(lost: collections.Counter[str]) -> str:
-    """How many records were lost for which reason, as a line of text."""
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(lost.items()))
-    return told or "there are no records"
+class Counts(collections.Counter[str]):
+    """How many records were lost for which reason; told as a line of text."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.items())) or "there are no records"
 
 
 def matches(patterns: str | Sequence[str], name: str) -> list[str]:

@@ -22,7 +22,6 @@ Nothing is lost silently: what cannot be read is counted, and reported in one wa
 Importing this module imports neither TensorFlow nor SeqIO.
 """
 
-import collections
 import hashlib
 import heapq
 import json
@@ -33,12 +32,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tasks import official, sources
-from tasks.files import Lost, counts, size
+from tasks.files import Counts, Lost, size
 from tasks.mbpp import official_split, sanitized_ids
 from tasks.prompts import alpaca_prompt
 from tasks.python_instructions import python_instructions
 from tasks.records import json_records
-from tasks.specs import DEFAULT_HOLDOUT, INSTRUCTION_KINDS, kind_of, split_of, splits, validate
+from tasks.specs import DEFAULT_HOLDOUT, INSTRUCTION_KINDS, form_of, kind_of, split_of, splits, validate
 
 # Part of every cache key; raise it whenever the same files, or the same Python, would give other pairs.
 INSTRUCTIONS_VERSION = 1
@@ -57,13 +56,16 @@ class Pair(NamedTuple):
 # ---- Reading -----------------------------------------------------------------------------------
 
 
-def pairs(spec: Mapping[str, Any], split: str, name: str = "corpus") -> Iterator[Pair]:
+def pairs(
+    spec: Mapping[str, Any], split: str, name: str = "corpus", only_files: Sequence[str] | None = None
+) -> Iterator[Pair]:
     """Reads a corpus of instructions, in the order of its sorted files.
 
     Args:
       spec: of one of the kinds that the module describes.
       split: one of `tasks.specs.splits(spec)`.
       name: what to call the corpus in messages.
+      only_files: as in `tasks.sources.documents`; not with `sample`, which chooses from all.
 
     Raises:
       ValueError: the spec is malformed or of another kind, has no such split, or its files hold no pair at all.
@@ -81,16 +83,20 @@ def pairs(spec: Mapping[str, Any], split: str, name: str = "corpus") -> Iterator
             for made in python_instructions(spec[kind])
             if made.split == split
         )
+    if only_files is not None:
+        return _usable(form_of(spec), split, name, only_files, whole=False)
     if kind == "official":
         spec = official.resolve(spec, name)
     found = _usable(spec, split, name, sources.files(spec, split, name))
     return _sampled(found, spec["sample"], name) if "sample" in spec and split == "train" else found
 
 
-def _usable(spec: Mapping[str, Any], split: str, name: str, files: Sequence[str]) -> Iterator[Pair]:
+def _usable(
+    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str], whole: bool = True
+) -> Iterator[Pair]:
     """The pairs of the split; reports the records that are none when reading ends."""
     kind = kind_of(spec)
-    lost: collections.Counter[str] = collections.Counter()
+    lost = Counts()
     kept = elsewhere = 0
     try:
         for record in (record for file in files for record in json_records(file)):
@@ -106,13 +112,13 @@ def _usable(spec: Mapping[str, Any], split: str, name: str, files: Sequence[str]
                 if _split_of(pair, spec) in (split, None):
                     yield pair
     finally:
-        if lost:
+        if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
             logging.warning(
-                "%s, read for %s: %d records are instructions, passed over: %s.", name, split, kept, counts(lost)
+                "%s, read for %s: %d records are instructions, passed over: %s.", name, split, kept, lost
             )
-    if not kept and not elsewhere:
+    if whole and not kept and not elsewhere:
         raise ValueError(f"{name}: no instruction is left of {', '.join(map(repr, files[:3]))}"
-                         f"{f' and {len(files) - 3} more' if len(files) > 3 else ''} ({counts(lost)}).")
+                         f"{f' and {len(files) - 3} more' if len(files) > 3 else ''} ({lost}).")
 
 
 def _split_of(pair: Pair, spec: Mapping[str, Any]) -> str | None:

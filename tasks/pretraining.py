@@ -14,7 +14,7 @@ Tokens are made by the vocabulary in the task's `output_features`, so that
 
 import difflib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import seqio
@@ -80,20 +80,51 @@ def _alias(name: str, target: str) -> seqio.Task:
     return task.replace(name=name)
 
 
+class CorpusSource(seqio.FunctionDataSource):
+    """The texts of a corpus as a SeqIO source, in the readers' order, which SeqIO shuffles afterwards.
+
+    Args:
+      texts: called with spec, split, name and the files to read, None for all; gives texts by feature.
+      features: the names of those features.
+    """
+
+    def __init__(
+        self, texts: Callable[..., Iterator[dict[str, str]]], features: Iterable[str], spec: Mapping[str, Any],
+        name: str,
+    ) -> None:
+        self._texts, self._features, self._spec, self._name = texts, tuple(features), dict(spec), name
+        super().__init__(self._dataset, splits=specs.splits(spec))
+
+    def texts(self, split: str, files: Sequence[str] | None = None) -> Iterator[dict[str, str]]:
+        """The texts of a split, or of some of its files where it is divisible, without TensorFlow."""
+        return self._texts(self._spec, split, self._name, files)
+
+    def is_divisible(self, split: str) -> bool:
+        """Whether the texts of each file of a split, file by file, are those of the split."""
+        return specs.is_divisible(self._spec, split)
+
+    def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed
+        # Calls the reader once outside of TensorFlow, where its errors keep their type and one line.
+        self.texts(split)
+        return tf.data.Dataset.from_generator(
+            lambda: self.texts(split),
+            output_signature={feature: tf.TensorSpec((), tf.string) for feature in self._features})
+
+
 def make_task(
-    name: str, spec: Mapping[str, Any], dataset: Callable[..., tf.data.Dataset], features: dict[str, seqio.Feature]
+    name: str, spec: Mapping[str, Any], texts: Callable[..., Iterator[dict[str, str]]],
+    features: dict[str, seqio.Feature],
 ) -> seqio.Task:
     """A task of texts, tokenized and, where a feature asks for it, ended by the end token.
 
     Args:
-      dataset: called as SeqIO calls a function that is a source, with `spec` and `name` besides.
-      features: by name, as in the dataset.
+      texts: as `CorpusSource` calls it.
+      features: by name, as in the texts.
     """
     return seqio.Task(
         name=name,
-        source=seqio.FunctionDataSource(
-            functools.partial(dataset, spec=dict(spec), name=name), splits=specs.splits(spec)
-        ),
+        source=CorpusSource(texts, features, spec, name),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
         output_features=features,
         metric_fns=[],
@@ -101,24 +132,14 @@ def make_task(
 
 
 def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
-    return make_task(name, spec, _dataset, output_features())
+    return make_task(name, spec, _texts, output_features())
 
 
-def _dataset(
-    split: str, shuffle_files: bool, seed: int | None = None, *, spec: Mapping[str, Any], name: str
-) -> tf.data.Dataset:
-    """Documents as {"targets": text}; in the readers' order, which SeqIO shuffles afterwards."""
-    del shuffle_files, seed
-    # Calls the reader once outside of TensorFlow, where its errors keep their type and one line.
-    sources.documents(spec, split, name)
-
-    def examples() -> Iterator[dict[str, str]]:
-        for text in sources.documents(spec, split, name):
-            yield {"targets": text}
-
-    return tf.data.Dataset.from_generator(
-        examples, output_signature={"targets": tf.TensorSpec((), tf.string)}
-    )
+def _texts(
+    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str] | None
+) -> Iterator[dict[str, str]]:
+    documents = sources.documents(spec, split, name, files)
+    return ({"targets": text} for text in documents)
 
 
 def full_rows(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:

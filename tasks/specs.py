@@ -32,6 +32,7 @@ _INSTRUCTION_OPTIONS = {
 _OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTIONS, "task": ("rate",)}
 DOCUMENT_KINDS = tuple(_DOCUMENT_OPTIONS)
 INSTRUCTION_KINDS = tuple(_INSTRUCTION_OPTIONS)
+_KINDS_OF_FILES = ("json_lines", "text_files", "tfrecords", "instructions", "cosqa", "mbpp")
 
 # The corpora that `tasks.official` finds by their publishers' file names: their specs but for the files.
 OFFICIAL: dict[str, dict[str, Any]] = {
@@ -50,17 +51,30 @@ def kind_of(spec: Mapping[str, Any]) -> str:
     return next(key for key in spec if key in _OPTIONS)
 
 
+def is_divisible(spec: Mapping[str, Any], split: str) -> bool:
+    """Whether each file of a split of a valid spec can be read by itself, all of them in turn giving what one reading
+    gives; else the split is read as a whole.
+    """
+    spec = form_of(spec)
+    return kind_of(spec) in _KINDS_OF_FILES and not ("sample" in spec and split == "train")
+
+
 def splits(spec: Mapping[str, Any]) -> tuple[str, ...]:
     """The splits that a valid spec has; for the kind "task" they are the other task's, here ()."""
     kind = kind_of(spec)
     if kind == "task":
         return ()
     if kind == "official":
-        return splits(OFFICIAL[spec["official"]])
+        return splits(form_of(spec))
     if kind == "mbpp" or "validation" in spec:
         return ("train", "validation")
     whole = kind in ("python", "python_instructions")
     return SPLITS if whole or spec.get("holdout", DEFAULT_HOLDOUT) else ("train",)
+
+
+def form_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A valid spec; of the kind "official" the one that says how its files are read, wherever they are."""
+    return OFFICIAL[spec["official"]] if kind_of(spec) == "official" else spec
 
 
 def split_of(content: bytes, holdout: float) -> str:

@@ -8,11 +8,10 @@ Nothing is cut here: read with `sequence_length=None` examples are whole. Tokens
 task's `output_features`, so that `task.replace(output_features=...)` tokenizes with another one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import seqio
-import tensorflow as tf
 
 from tasks import instructions, pretraining
 from tasks.official import MIXTURE, MIXTURE_RATES
@@ -58,24 +57,14 @@ def add_official_mixture() -> None:
 
 
 def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
-    return pretraining.make_task(name, spec, _dataset, output_features())
+    return pretraining.make_task(name, spec, _texts, output_features())
 
 
-def _dataset(
-    split: str, shuffle_files: bool, seed: int | None = None, *, spec: Mapping[str, Any], name: str
-) -> tf.data.Dataset:
-    """Pairs as {"inputs": text, "targets": text}; in the readers' order, which SeqIO shuffles afterwards."""
-    del shuffle_files, seed
-    # Calls the reader once outside of TensorFlow, where its errors keep their type and one line.
-    instructions.pairs(spec, split, name)
-
-    def examples() -> Iterator[dict[str, str]]:
-        for pair in instructions.pairs(spec, split, name):
-            yield pair._asdict()
-
-    return tf.data.Dataset.from_generator(
-        examples, output_signature={key: tf.TensorSpec((), tf.string) for key in ("inputs", "targets")}
-    )
+def _texts(
+    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str] | None
+) -> Iterator[dict[str, str]]:
+    pairs = instructions.pairs(spec, split, name, files)
+    return (pair._asdict() for pair in pairs)
 
 
 for _kind in ("text", "code"):

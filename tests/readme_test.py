@@ -66,6 +66,10 @@ def test_readme_commands_are_accepted(
         if not has_libtpu():
             pytest.skip("libtpu is not installed: pip install '.[tpu]'")
         arguments += ["--no_search", "--gin.model.layers=1", "--gin.model.hidden=256", "--gin.model.feedforward=256"]
+    if arguments[0] == "cache":
+        pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[beam]'")
+        kept = [flag for flag in tiny_flags if flag.startswith(("--gin.CORPORA", "--gin.MIXTURE"))]
+        arguments[1:1] = [*kept, f"--gin.CACHE_DIR={tmp_path}/rows"]
     if arguments[0] == "vocabulary":
         # As much text as a test has does not fill 16,000 pieces.
         arguments = [flag.replace("my.model", f"{tmp_path}/my.model").replace("16000", "500") for flag in arguments]

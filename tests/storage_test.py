@@ -240,3 +240,20 @@ def test_a_missing_client_is_told_at_the_start(bucket, runs):
             "sys.exit(cli.main(sys.argv[1:]))")
     told = bucket("-c", hide, "train", *flags, status=1)
     assert told.splitlines()[-1].startswith("t5x train: error: gs://bucket/run/checkpoints needs google-cloud-storage")
+
+
+def test_rows_made_before_the_run(bucket, runs, tiny_flags):
+    """With nothing of it on disk: tokens, rows and the records of what is done lie in the bucket."""
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[beam]'")
+    _, flags = runs
+    made = [flag for flag in flags if not flag.startswith("--gin.CACHE_DIR")] + ["--gin.CACHE_DIR=gs://bucket/made"]
+    bucket(*t5x("cache", *made, "--", "--direct_num_workers=1", "--direct_running_mode=in_memory"))
+    orders = []
+    for given in (made, tiny_flags):
+        told = bucket(*t5x("train", *given, "--dry_run"))
+        assert "tokenized" not in told
+        orders += re.findall(r"^order +(\w+)$", told, flags=re.MULTILINE)
+    assert len(orders) == 2 and orders[0] == orders[1]
+    left = bucket("-c", "from etils import epath; print('LEFT', [path.name for path in "
+                  "epath.Path('gs://bucket/made/rows/text.tiny').iterdir() if 'building' in path.name])")
+    assert "LEFT []" in left

@@ -1,7 +1,8 @@
 """Rows to global batches: what one step trains on, spread over the devices of a mesh, read ahead of the step."""
 
-import queue
-import threading
+import collections
+import concurrent.futures
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -129,9 +130,9 @@ def _batch_of_examples(
 def _read(rows: Sequence[Rows], source: np.ndarray, number: np.ndarray, width: int) -> np.ndarray:
     """The rows `number` of the sources `source` (int64 [N]) as int32 [N, width]."""
     read = np.empty((len(source), width), np.int32)
-    for index in np.unique(source):
-        here = source == index
-        read[here] = rows[index].read(number[here])
+    begun = [(source == index, rows[index].begin(number[source == index])) for index in np.unique(source)]
+    for here, rows_of_source in begun:
+        read[here] = rows_of_source()
     return read
 
 
@@ -174,39 +175,26 @@ def held_out_batches(
         yield place(read, (batch_size, rows.length), sharding)
 
 
-def read_ahead(make: Callable[[int], Item], first: int, last: int, depth: int = 2) -> Generator[Item, None, None]:
-    """Yields make(first) ... make(last - 1), made by a thread that stays up to `depth` items ahead.
+def read_ahead(
+    make: Callable[[int], Item], first: int, last: int, depth: int = 4, threads: int = 4
+) -> Generator[Item, None, None]:
+    """Yields make(first) ... make(last - 1), made by threads that stay up to `depth` items ahead.
 
-    An exception of `make` is raised where its item would have been. Closing the iterator ends the thread.
+    Several threads, for a batch out of a remote cache is mostly waiting: four make up for a store that takes four times
+    as long to answer as a step takes.
+
+    An exception of `make` is raised where its item would have been. Closing the iterator ends the threads.
     """
-    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def offer(item: Item | None, error: BaseException | None) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put((item, error), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for number in range(first, last):
-                if not offer(make(number), None):
-                    return
-        except BaseException as error:  # handed to the consumer, who raises it
-            offer(None, error)
-
-    thread = threading.Thread(target=work, name="read_ahead", daemon=True)
-    thread.start()
+    numbers = iter(range(first, last))
+    ahead: collections.deque[concurrent.futures.Future[Item]] = collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(min(threads, depth), thread_name_prefix="read_ahead")
     try:
-        for _ in range(first, last):
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
+        for number in itertools.islice(numbers, depth):
+            ahead.append(pool.submit(make, number))
+        while ahead:
+            item = ahead.popleft().result()
+            for number in itertools.islice(numbers, 1):
+                ahead.append(pool.submit(make, number))
+            yield item
     finally:
-        closed.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -37,6 +37,16 @@ class Found:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
+class Tokens(Protocol):
+    """What is asked of `tokens.Example` here; the end token is the last of the targets."""
+
+    @property
+    def inputs(self) -> np.ndarray: ...
+
+    @property
+    def targets(self) -> np.ndarray: ...
+
+
 class Readable(Protocol):
     """What is asked of `rows.Rows` here."""
 
@@ -49,12 +59,12 @@ class Readable(Protocol):
     def read(self, numbers: np.ndarray) -> np.ndarray: ...
 
 
-def example_rows(examples: Iterable[dict[str, np.ndarray]], length: int, found: Found) -> Iterator[np.ndarray]:
-    """Examples ({"inputs", "targets"}, the end token included) as blocks of rows, int32 [rows, length + 3]."""
+def example_rows(examples: Iterable[Tokens], length: int, found: Found) -> Iterator[np.ndarray]:
+    """Examples as blocks of rows, int32 [rows, length + 3]."""
     width = length + 1
     block: list[np.ndarray] = []
     for example in examples:
-        inputs, targets = example["inputs"], example["targets"]
+        inputs, targets = example.inputs, example.targets
         found.documents += 1
         found.tokens += len(inputs) + len(targets)
         if not len(targets) or max(1, len(inputs)) >= width:

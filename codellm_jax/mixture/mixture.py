@@ -13,16 +13,9 @@ from etils import epath
 
 from codellm_jax.mixture.examples import Sizes, sizes_drawn
 from codellm_jax.mixture.order import Draw, Order, Source
-from codellm_jax.mixture.rows import (
-    STAGES,
-    Definitions,
-    Rows,
-    cached_rows,
-    quiet_tensorflow,
-    require_registered,
-    task_tokens,
-)
+from codellm_jax.mixture.rows import STAGES, Rows, cached_rows
 from codellm_jax.mixture.schedules import constant, phases
+from codellm_jax.mixture.tokens import Definitions, quiet_tensorflow, require_registered, task_tokens
 from codellm_jax.vocabulary import Vocabulary
 
 
@@ -109,7 +102,7 @@ def open_mixture(
     # First, as it is soon done and may be wrong.
     schedule = constant(mixture.code_rate or 0.0) if mixture.mix_phases is None else phases(
         mixture.mix_phases, total_rows, batch_size)
-    rates = _rates(mixture)
+    rates = rates_of(mixture)
     splits = _cached(mixture, rates, vocabulary, report)
     sources = []
     for (name, rate), rows in zip(rates.items(), splits, strict=True):
@@ -134,11 +127,11 @@ def training_rows(mixture: Mixture, vocabulary: Vocabulary, report: Callable[[st
 
     Those are there too that no share of the run falls to. Errors are those of `open_mixture`.
     """
-    return [splits["train"] for splits in _cached(mixture, _rates(mixture), vocabulary, report)]
+    return [splits["train"] for splits in _cached(mixture, rates_of(mixture), vocabulary, report)]
 
 
-def _rates(mixture: Mixture) -> dict[str, float | None]:
-    """The tasks of a mixture with their rates, where they have some."""
+def rates_of(mixture: Mixture) -> dict[str, float | None]:
+    """The tasks of a mixture with their rates, where they have some; ValueError where a name is unknown."""
     names = [mixture.name] if isinstance(mixture.name, str) else list(mixture.name)
     rates: dict[str, float | None] = {}
     for name in names:

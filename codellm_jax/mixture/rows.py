@@ -8,56 +8,41 @@ split of one task under one vocabulary and length:
   CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of uint16 or uint32 [rows, width], with checksums
   CACHE_DIR/rows/<task>/<key>/cache.json what it holds; written last, so a cache with this file is whole
 
-SeqIO and TensorFlow are imported only to write: reading a cache needs neither.
+A cache that is not there is written here by one process, which is well for corpora up to a few gigabytes; `shards.py`
+writes the same by many. SeqIO and TensorFlow are imported only to write: reading a cache needs neither.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
-import logging
 import os
 import platform
-import re
 import shutil
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore
 from etils import epath
 
 from codellm_jax.mixture.examples import EXAMPLES_VERSION, WIDTH_BESIDE_TOKENS, Found, example_rows
+from codellm_jax.mixture.tokens import SPLITS, Definitions, Example, examples, open_task, warnings_of
 from codellm_jax.vocabulary import Vocabulary
 
 STAGES = ("pretraining", "tuning")
 ROWS_VERSION = 1
-SPLITS = ("train", "validation", "test")
 # A shard is one file; a chunk is what one random read fetches: 16 rows measured as fast as single rows, in fewer
 # index entries.
 ROWS_A_SHARD = 4096
 ROWS_A_CHUNK = 16
-
-
-class Definitions(Protocol):
-    """Where task names come from. `tasks.Definitions` is one."""
-
-    @property
-    def corpora(self) -> Mapping[str, Mapping[str, Any]]:
-        """Specs of corpora by task name; `rate` in one is its weight within its pool."""
-        ...
-
-    def describe(self, name: str) -> Mapping[str, Any]:
-        """What identifies the content of a task, as JSON, found without reading it."""
-        ...
-
-    def register(self) -> None:
-        """Makes the tasks known to SeqIO."""
-        ...
+ROWS_A_DIGEST = 4096
+ROWS_HASHED_WHOLE = 1 << 20
+_LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
+REQUESTS_AT_ONCE = 256
+BYTES_KEPT = 64 << 20  # of each source, where its files' indices above all
+LARGE = 2**30  # bytes of files, from which on many processes are worth while
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +56,7 @@ class Rows:
     length: int  # inputs of a row; a row has one token more
     tokens: int  # of all documents or examples, their end tokens included
     documents: int  # or examples, whether kept or left out
-    content_hash: str  # of the rows, in order
+    content_hash: str  # of the rows, in order, as `RowsHash` takes it
     cut: int = 0  # examples longer than a row
     left_out: int = 0  # examples of which no target token would be left
     notes: tuple[str, ...] = ()  # what the task's reader warned of, such as records passed over
@@ -84,12 +69,24 @@ class Rows:
         Raises:
           ValueError: what lies there is not what was written.
         """
+        return self.begin(numbers)()
+
+    def begin(self, numbers: np.ndarray) -> Callable[[], np.ndarray]:
+        """Begins to read, and gives what waits for the rows: several sources are read at the same time."""
         # Through unique sorted numbers, so that a chunk is fetched once.
         unique, inverse = np.unique(numbers, return_inverse=True)
         try:
-            return _open_store(self.path)[unique].read().result()[inverse].astype(np.int32)
+            reading = _opened(self.path)[unique].read()
         except Exception as error:
             raise _damaged(self.path, error) from error
+
+        def rows() -> np.ndarray:
+            try:
+                return reading.result()[inverse].astype(np.int32)
+            except Exception as error:
+                raise _damaged(self.path, error) from error
+
+        return rows
 
 
 def cached_rows(
@@ -110,93 +107,119 @@ def cached_rows(
     Raises:
       ValueError: no such task, or it is one of the other stage, or its training split does not fill one row.
     """
+    place = cache_place(task, definitions, vocabulary, length, cache_dir, stage)
+    if not place.is_whole():
+        _write_cache(task, definitions, vocabulary, length, place, report, stage)
+    try:
+        recorded = json.loads((place.directory / "cache.json").read_text())
+        return {split: Rows(name=task, split=split, path=str(place.directory / f"{split}{recorded.get('suffix', '')}"),
+                            length=length, **facts | {"notes": tuple(facts.get("notes", ()))})
+                for split, facts in recorded["splits"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(str(place.directory / "cache.json"), error) from error
+
+
+class Place(NamedTuple):
+    """Where the rows of a task lie or will lie, and what says that they are these rows."""
+
+    directory: epath.Path
+    key: dict[str, Any]
+
+    def is_whole(self) -> bool:
+        return (self.directory / "cache.json").exists()
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in str(self.directory)
+
+
+def cache_place(
+    task: str, definitions: Definitions, vocabulary: Vocabulary, length: int, cache_dir: str, stage: str
+) -> Place:
+    """Where `cached_rows` looks; arguments as there."""
     key = {
         "version": ROWS_VERSION, "task": task, "definition": definitions.describe(task), "length": length,
         "vocabulary": vocabulary.content_hash, "end_of_document_id": vocabulary.end_of_document_id,
     } | ({"examples": EXAMPLES_VERSION} if stage == "tuning" else {})
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    directory = epath.Path(cache_dir).expanduser() / "rows" / task / digest
-    if not (directory / "cache.json").exists():
-        _write_cache(task, definitions, vocabulary, length, directory, key, report, stage)
-    try:
-        recorded = json.loads((directory / "cache.json").read_text())
-        return {split: Rows(name=task, split=split, path=str(directory / f"{split}{recorded.get('suffix', '')}"),
-                            length=length, **facts | {"notes": tuple(facts.get("notes", ()))})
-                for split, facts in recorded["splits"].items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(str(directory / "cache.json"), error) from error
+    return Place(epath.Path(cache_dir).expanduser() / "rows" / task / digest, key)
 
 
 def _write_cache(
-    task: str, definitions: Definitions, vocabulary: Vocabulary, length: int, directory: epath.Path,
-    key: Mapping[str, Any], report: Callable[[str], None], stage: str,
+    task: str, definitions: Definitions, vocabulary: Vocabulary, length: int, place: Place,
+    report: Callable[[str], None], stage: str,
 ) -> None:
-    """Writes all splits beside `directory` and moves them there when whole. On gs:// nothing can be moved: they are
+    """Writes all splits beside their place and moves them there when whole. On gs:// nothing can be moved: they are
     written straight into it, under names that cache.json completes, so that of many hosts that do so at once none
     takes away what another reads.
     """
-    remote = "://" in str(directory)
+    directory = place.directory
     mine = f".{directory.name}.{platform.node()}."
     own = uuid.uuid4().hex[:8]
-    suffix = f".{own}" if remote else ""
-    building = directory if remote else directory.parent / f"{mine}{os.getpid()}.{own}"
-    if not remote:
+    suffix = f".{own}" if place.is_remote else ""
+    building = directory if place.is_remote else directory.parent / f"{mine}{os.getpid()}.{own}"
+    if not place.is_remote:
         for left in directory.parent.glob(f"{mine}*"):  # by a process of this machine that was killed
             if not _is_alive(int(left.name.removeprefix(mine).split(".")[0])):
                 shutil.rmtree(left, ignore_errors=True)
+    size = sum(size for _, size in place.key["definition"].get("train_files", ()))
+    if size > LARGE:
+        report(f"{task} has files of {size / 2**30:.1f} GiB. `t5x cache` with the same gin files and flags writes the "
+               "same rows by many processes or machines, and goes on where it was stopped.")
     try:
         building.mkdir(parents=True, exist_ok=True)
         splits = {}
-        for split, examples in _tokenized_splits(task, definitions, vocabulary, stage).items():
-            with _warnings_of(task) as notes:
+        opened = open_task(task, definitions, stage)
+        threads = len(os.sched_getaffinity(0))
+        for split in (split for split in SPLITS if split in opened.splits):
+            with warnings_of(task) as notes:
                 splits[split] = _write_split(
-                    task, split, examples, vocabulary, length, str(building / f"{split}{suffix}"), report, stage)
-            splits[split].notes = notes
-        train = splits.get("train")
-        if train is None or not train.count:
-            train = train or Found()
-            raise ValueError(f"{task}: " + (
-                f"no example of its training split is left to train on: of {train.documents:,} none has a token of its "
-                f"target within {length + 1} tokens; mend them or raise TASK_FEATURE_LENGTHS." if stage == "tuning" else
-                f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it more "
-                "data or lower TASK_FEATURE_LENGTHS."))
-        facts = {split: dataclasses.asdict(found) for split, found in splits.items()}
-        cache = {"key": dict(key), "splits": facts, "suffix": suffix}
-        (building / "cache.json").write_text(json.dumps(cache, indent=2) + "\n")
-        if not remote:
-            try:
-                os.rename(building, directory)
-            except OSError:
-                if not (directory / "cache.json").exists():  # else another process wrote the same cache first
-                    raise
+                    task, split, examples(opened, split, vocabulary, threads=threads), vocabulary, length,
+                    str(building / f"{split}{suffix}"), report, stage)
+            splits[split].notes = list(map(str, notes))
+        finish_cache(task, place, splits, building, suffix, length, stage)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno or "No space left on device" in str(error):
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
-            raise OSError(
-                f"Rows cannot be cached in {directory.parent}: {reason}. Mend it or set CACHE_DIR.") from error
+        if told := storage_error(error, directory):
+            raise told from error
         raise
     finally:
-        if not remote:
+        if not place.is_remote:
             shutil.rmtree(building, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _warnings_of(task: str) -> Iterator[list[str]]:
-    """Collects what is warned of a task, in messages that begin with its name, in the place of the log."""
-    notes: list[str] = []
+def finish_cache(
+    task: str, place: Place, splits: Mapping[str, Found], building: epath.Path, suffix: str, length: int, stage: str
+) -> None:
+    """Writes cache.json beside the splits that lie in `building`, and on disk moves it all to its place.
 
-    def is_of_another(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        of_task = message.startswith((f"{task},", f"{task}:"))
-        if of_task and message not in notes:
-            notes.append(message)
-        return not of_task
+    Raises:
+      ValueError: there is nothing to train on.
+    """
+    train = splits.get("train")
+    if train is None or not train.count:
+        train = train or Found()
+        raise ValueError(f"{task}: " + (
+            f"no example of its training split is left to train on: of {train.documents:,} none has a token of its "
+            f"target within {length + 1} tokens; mend them or raise TASK_FEATURE_LENGTHS." if stage == "tuning" else
+            f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it more "
+            "data or lower TASK_FEATURE_LENGTHS.") + f" ({'; '.join(train.notes)})" * bool(train.notes))
+    facts = {split: dataclasses.asdict(found) for split, found in splits.items()}
+    cache = {"key": place.key, "splits": facts, "suffix": suffix}
+    (building / "cache.json").write_text(json.dumps(cache, indent=2) + "\n")
+    if not place.is_remote:
+        try:
+            os.rename(building, place.directory)
+        except OSError:
+            if not place.is_whole():  # else another process wrote the same cache first
+                raise
 
-    logging.getLogger().addFilter(is_of_another)
-    try:
-        yield notes
-    finally:
-        logging.getLogger().removeFilter(is_of_another)
+
+def storage_error(error: Exception, directory: epath.Path) -> OSError | None:
+    """Of an error that a full or closed disk made, one that says which disk and what to do."""
+    if isinstance(error, OSError) and error.errno or "No space left on device" in str(error):
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
+        return OSError(f"Rows cannot be cached in {directory.parent}: {reason}. Mend it or set CACHE_DIR.")
+    return None
 
 
 def _is_alive(process: int) -> bool:
@@ -209,112 +232,99 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _tokenized_splits(
-    task: str, definitions: Definitions, vocabulary: Vocabulary, stage: str
-) -> dict[str, Iterator[dict[str, np.ndarray]]]:
-    """For each split of the task, its examples as int arrays by feature; targets end with the end token."""
-    with quiet_tensorflow():
-        import seqio
-
-        definitions.register()
-    require_registered(task)
-    original = seqio.TaskRegistry.get(task)
-    if ("inputs" in original.output_features) != (stage == "tuning"):
-        raise ValueError(
-            f"{task} is a task of documents, without inputs to answer: train on it with gin/mixed_pretrain.gin, or "
-            "name instruction tasks in MIXTURE_OR_TASK_NAME." if stage == "tuning" else
-            f"{task} is a task of instructions: train on it with gin/tune_mixed.gin, or name tasks of documents in "
-            "MIXTURE_OR_TASK_NAME.")
-    own_vocabulary = seqio.SentencePieceVocabulary(vocabulary.path, extra_ids=0)
-
-    def examples(split: str) -> Iterator[dict[str, np.ndarray]]:
-        with quiet_tensorflow():
-            for example in task_tokens(original, split, own_vocabulary):
-                targets = example["targets"]
-                if len(targets) and targets[-1] == own_vocabulary.eos_id:
-                    targets = targets[:-1]
-                if len(targets):
-                    targets = np.append(targets, vocabulary.end_of_document_id)
-                yield example | {"targets": targets}
-
-    return {split: examples(split) for split in SPLITS if split in original.splits}
-
-
-def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[dict[str, np.ndarray]]:
-    """The features of a SeqIO task's examples, tokenized with a SeqIO vocabulary in the place of the task's own."""
-    swapped = task.replace(output_features={
-        name: dataclasses.replace(feature, vocabulary=vocabulary) for name, feature in task.output_features.items()})
-    import tensorflow as tf
-
-    try:
-        for example in swapped.get_dataset(sequence_length=None, split=split, shuffle=False).as_numpy_iterator():
-            yield {name: example[name] for name in ("inputs", "targets") if name in task.output_features}
-    except tf.errors.OpError as error:
-        # TensorFlow wraps what a reader raised into a page of its own; the reader's line is what helps.
-        own = re.findall(r"^.*?\b(?:\w+Error): (.+)$", error.message, flags=re.MULTILINE)
-        raise ValueError(own[-1] if own else f"{task.name}: {error.message.splitlines()[0]}") from error
-
-
-@contextlib.contextmanager
-def quiet_tensorflow() -> Iterator[None]:
-    """Keeps TensorFlow off accelerators, and its C++ log off the terminal; what Python writes to stderr still shows."""
-    if getattr(sys.stderr, "name", None) == "<stderr>" and sys.stderr.fileno() == 2:
-        # Python's own way to the terminal, kept for good: logging handlers made inside hold on to it, and those made
-        # before are given it.
-        before, sys.stderr = sys.stderr, os.fdopen(os.dup(2), "w", buffering=1)
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-                handler.setStream(sys.stderr)
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
-    try:
-        import tensorflow as tf
-
-        tf.config.set_visible_devices([], "GPU")
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
 def _write_split(
-    task: str, split: str, examples: Iterator[dict[str, np.ndarray]], vocabulary: Vocabulary, length: int, path: str,
+    task: str, split: str, examples: Iterator[Example], vocabulary: Vocabulary, length: int, path: str,
     report: Callable[[str], None], stage: str,
 ) -> Found:
     """Writes the rows of a split shard by shard."""
-    tuning = stage == "tuning"
-    width = length + 1 + (WIDTH_BESIDE_TOKENS if tuning else 0)
-    dtype = np.uint16 if max(vocabulary.size, width) <= 2**16 else np.uint32
+    width, dtype = row_format(vocabulary, length, stage)
     # A row of tuning is mostly padding, which compresses to nothing; tokens would hardly compress at all.
-    store = _create_store(path, width, np.dtype(dtype).name, compressed=tuning)
-    content = hashlib.sha256()
+    store = create_store(path, width, dtype, compressed=stage == "tuning")
+    content = RowsHash()
     found = Found()
     start = last_report = time.monotonic()
-    rows = example_rows(examples, length, found) if tuning else document_rows(examples, length, found)
-    for block in rows:
+    for block in row_blocks(examples, length, stage, found):
         if not found.count:  # the first comes once libraries are imported, which is not the tokenizer's time
             start = last_report = time.monotonic()
         store = store.resize(exclusive_max=[found.count + len(block), width]).result()
         store[found.count : found.count + len(block)].write(block.astype(dtype)).result()
-        content.update(block.astype("<u4").tobytes())
+        content.update(block)
         found.count += len(block)
         if time.monotonic() - last_report > 5:
             last_report = time.monotonic()
             report(f"tokenizing {task} {split}: {found.tokens / 1e6:.1f}M tokens, "
                    f"{found.tokens / (last_report - start):,.0f}/s")
-    if found.documents and tuning:
-        report(f"tokenized {task} {split}: {found.documents:,} examples, {found.tokens:,} tokens; {found.cut:,} are "
-               f"cut to {length + 1} tokens, {found.left_out:,} left out, as no token of their target is left")
-    elif found.tokens:
-        rest = found.tokens - found.count * (length + 1)
-        report(f"tokenized {task} {split}: {found.documents:,} documents, {found.tokens:,} tokens, {found.count:,} "
-               f"rows of {length}; {rest:,} tokens after the last full row are left out")
-    found.content_hash = content.hexdigest()
+    if told := summary(task, split, found, length, stage):
+        report(told)
+    found.content_hash = content.of_all()
     return found
 
 
-def document_rows(examples: Iterator[dict[str, np.ndarray]], length: int, found: Found) -> Iterator[np.ndarray]:
+def summary(task: str, split: str, found: Found, length: int, stage: str) -> str:
+    """A line of what a split came to; empty where it has nothing."""
+    if found.documents and stage == "tuning":
+        return (f"tokenized {task} {split}: {found.documents:,} examples, {found.tokens:,} tokens; {found.cut:,} are "
+                f"cut to {length + 1} tokens, {found.left_out:,} left out, as no token of their target is left")
+    if not found.tokens:
+        return ""
+    rest = found.tokens - found.count * (length + 1)
+    return (f"tokenized {task} {split}: {found.documents:,} documents, {found.tokens:,} tokens, {found.count:,} "
+            f"rows of {length}; {rest:,} tokens after the last full row are left out")
+
+
+def row_format(vocabulary: Vocabulary, length: int, stage: str) -> tuple[int, np.dtype]:
+    """Numbers of a row, and the type in which they are kept."""
+    width = length + 1 + (WIDTH_BESIDE_TOKENS if stage == "tuning" else 0)
+    return width, np.dtype(np.uint16 if max(vocabulary.size, width) <= 2**16 else np.uint32)
+
+
+class RowsHash:
+    """A hash of rows, whatever the blocks in which they come.
+
+    Up to 2**20 rows it is their SHA-256. Of more it is that of the SHA-256 of each 4,096, so that many processes can
+    take it together.
+    """
+
+    def __init__(self) -> None:
+        self._whole, self._open, self._rows = hashlib.sha256(), hashlib.sha256(), 0
+        self._digests: list[bytes] = []
+
+    def update(self, rows: np.ndarray) -> None:
+        """Adds rows, [rows, width] of any type of integer."""
+        while len(rows):
+            part, rows = np.split(rows, [ROWS_A_DIGEST - self._rows % ROWS_A_DIGEST])
+            content = part.astype("<u4").tobytes()
+            self._open.update(content)
+            self._rows += len(part)
+            if self._rows <= ROWS_HASHED_WHOLE:
+                self._whole.update(content)
+            if self._rows % ROWS_A_DIGEST == 0:
+                self._digests.append(self._open.digest())
+                self._open = hashlib.sha256()
+
+    def of_all(self) -> str:
+        """The hash of all rows so far, in hexadecimal."""
+        if self._rows <= ROWS_HASHED_WHOLE:
+            return self._whole.hexdigest()
+        return hash_of_digests([*self._digests, *([self._open.digest()] if self._rows % ROWS_A_DIGEST else [])])
+
+
+def digest(rows: np.ndarray) -> bytes:
+    """What `hash_of_digests` wants of each 4,096 rows in turn, and of those that are left."""
+    return hashlib.sha256(rows.astype("<u4").tobytes()).digest()
+
+
+def hash_of_digests(digests: Iterable[bytes]) -> str:
+    """The hash of more rows than are hashed as a whole."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def row_blocks(examples: Iterable[Example], length: int, stage: str, found: Found) -> Iterator[np.ndarray]:
+    """The rows of examples by blocks, int32 [rows, width]; counts what it meets in `found`, but for the rows."""
+    return (example_rows if stage == "tuning" else document_rows)(examples, length, found)
+
+
+def document_rows(examples: Iterable[Example], length: int, found: Found) -> Iterator[np.ndarray]:
     """Joins the targets of `examples` and cuts them into blocks of rows, int32 [rows, length + 1]."""
     width = length + 1
     waiting: list[np.ndarray] = []  # documents not yet cut, the rest of the last block first
@@ -327,7 +337,7 @@ def document_rows(examples: Iterator[dict[str, np.ndarray]], length: int, found:
         return joined[: rows * width].reshape(rows, width)
 
     for example in examples:
-        document = example["targets"]
+        document = example.targets
         found.documents += bool(len(document))
         found.tokens += len(document)
         tokens += len(document)
@@ -344,49 +354,65 @@ def _damaged(path: str, error: Exception) -> ValueError:
                       "same command again; it writes the same rows anew.")
 
 
-def require_registered(name: str) -> None:
-    """Raises ValueError with the nearest names where SeqIO knows neither a task nor a mixture of this name."""
-    import seqio
-
-    known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)[:8]
-        raise ValueError(
-            f"No SeqIO task or mixture is named {name!r}; nearest: {', '.join(near)}. "
-            "Modules that register others are listed in TASK_MODULES.")
-
-
 def _kvstore(path: str) -> str | dict[str, str]:
     return path if "://" in path else {"driver": "file", "path": path}
 
 
-def _create_store(path: str, width: int, data_type: str, compressed: bool = False) -> tensorstore.TensorStore:
-    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+def create_store(
+    path: str, width: int, data_type: np.dtype, compressed: bool = False, rows: int | None = None
+) -> tensorstore.TensorStore:
+    """An array of rows, [rows, width]. With `rows` one that is there is opened; without, it is replaced by none."""
     compression = [{"name": "zstd", "configuration": {"level": 1}}] if compressed else []
     sharding = {
         "chunk_shape": [ROWS_A_CHUNK, width],
-        "codecs": [little_endian, *compression, {"name": "crc32c"}],
-        "index_codecs": [little_endian, {"name": "crc32c"}],
+        "codecs": [_LITTLE_ENDIAN, *compression, {"name": "crc32c"}],
+        "index_codecs": [_LITTLE_ENDIAN, {"name": "crc32c"}],
     }
     return tensorstore.open({
-        "driver": "zarr3", "kvstore": _kvstore(path), "create": True, "delete_existing": True,
+        "driver": "zarr3", "kvstore": _kvstore(path), "create": True,
+        **({"delete_existing": True} if rows is None else {"open": True}),
         "store_data_equal_to_fill_value": True,
         "metadata": {
-            "shape": [0, width], "data_type": data_type,
+            "shape": [rows or 0, width], "data_type": data_type.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [ROWS_A_SHARD, width]}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }).result()
 
 
+def create_numbers(path: str, data_type: np.dtype) -> tensorstore.TensorStore:
+    """An empty array of numbers, [0], to be made longer by 2**20 at a time."""
+    return tensorstore.open({
+        "driver": "zarr3", "kvstore": _kvstore(path), "create": True, "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": [0], "data_type": data_type.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1 << 20]}},
+            "codecs": [_LITTLE_ENDIAN, {"name": "zstd", "configuration": {"level": 1}}, {"name": "crc32c"}],
+        },
+    }).result()
+
+
+def open_store(path: str, write: bool = False) -> tensorstore.TensorStore:
+    """An array that is there, to be read or written."""
+    return tensorstore.open(
+        # A shard that is gone is an error, not rows of zeros; one that is to be written is not there yet.
+        {"driver": "zarr3", "kvstore": _kvstore(path), "fill_missing_data_reads": write,
+         "store_data_equal_to_fill_value": True,
+         # What is read never changes: to ask whether it did would double the time of a remote read.
+         "recheck_cached_metadata": "open", "recheck_cached_data": write},
+        read=not write, write=write, context=tensorstore.Context({
+            "cache_pool": {"total_bytes_limit": BYTES_KEPT},
+            # A batch is as many requests as it has rows.
+            "gcs_request_concurrency": {"limit": REQUESTS_AT_ONCE},
+            "http_request_concurrency": {"limit": REQUESTS_AT_ONCE},
+        })).result()
+
+
 _stores: dict[str, tensorstore.TensorStore] = {}
 
 
-def _open_store(path: str) -> tensorstore.TensorStore:
+def _opened(path: str) -> tensorstore.TensorStore:
     """Opened once a process: opening costs far more than reading a batch."""
     if path not in _stores:
-        _stores[path] = tensorstore.open(
-            # A shard that is gone is an error, not rows of zeros.
-            {"driver": "zarr3", "kvstore": _kvstore(path), "fill_missing_data_reads": False}, read=True,
-            context=tensorstore.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})).result()
+        _stores[path] = open_store(path)
     return _stores[path]

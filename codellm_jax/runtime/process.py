@@ -30,23 +30,27 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def alone_in(model_dir: str) -> Iterator[None]:
-    """Holds a run directory against other runs; a killed process lets go of it by itself. Remote ones are not held.
+def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training") -> Iterator[None]:
+    """Holds a directory against other processes; a killed one lets go of it by itself. Remote ones are not held.
+
+    Args:
+      setting: that names the directory.
+      doing: what another process would be doing there.
 
     Raises:
-      ValueError: another process is training there.
+      ValueError: another process holds it.
     """
-    if "://" in model_dir:
+    if "://" in directory:
         yield
         return
     try:
-        Path(model_dir).mkdir(parents=True, exist_ok=True)
+        Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"MODEL_DIR {model_dir} cannot be made: {error.strerror}. Set another.") from error
-    with open(Path(model_dir) / ".lock", "w") as lock:
+        raise OSError(f"{setting} {directory} cannot be made: {error.strerror}. Set another.") from error
+    with open(Path(directory) / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"Another process is training in {model_dir}: wait for it, or use another MODEL_DIR.") from None
+                f"Another process is {doing} in {directory}: wait for it, or use another {setting}.") from None
         yield

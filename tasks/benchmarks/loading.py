@@ -19,7 +19,6 @@ Tasks:
 Importing this module imports neither TensorFlow nor SeqIO.
 """
 
-import collections
 import functools
 import hashlib
 import itertools
@@ -30,7 +29,7 @@ from tasks.benchmarks import c3, cosqa, dureader, ekar, jecqa, logic, mbpp, nli,
 from tasks.benchmarks.locating import SAMPLES, Form, content_hash, is_sample, locate
 from tasks.benchmarks.questions import BAD_TEXT, Item, Lacking, Loaded, Prompt, Question, is_valid_text
 from tasks.benchmarks.templates import RELEASED, Template
-from tasks.files import Lost, counts
+from tasks.files import Counts, Lost
 
 Reader = Callable[[Sequence[str]], Iterator[Item | Lost]]
 
@@ -121,7 +120,7 @@ def load(
     items, skipped, files = read_items(task, data_dir)
     shot_files: list[str] = []
     shots: list[Item] = []
-    shots_skipped: collections.Counter[str] = collections.Counter()
+    shots_skipped = Counts()
     if wanted := few_shot or benchmark.own_shots:
         assert benchmark.read_shots is not None
         shot_files = locate(task, benchmark.shot_forms, folder, "for worked examples; set few_shot to 0")
@@ -131,7 +130,7 @@ def load(
         shots, shots_skipped = _read(task, benchmark.read_shots, shot_files, "worked examples")
     if benchmark.own_shots and len(shots) != benchmark.own_shots:
         raise ValueError(f"{task}: {', '.join(shot_files)} holds {len(shots)} of the {benchmark.own_shots} problems "
-                         f"that its prompt shows ({counts(shots_skipped)}).")
+                         f"that its prompt shows ({shots_skipped}).")
     contexts = _contexts(task, form, items, shots, wanted, seed, fixed=bool(benchmark.own_shots))
     # Either kind alone, as a reader makes items of one kind.
     if few_shot and task in NEXT_EXAMPLE and (stop := form.separator + NEXT_EXAMPLE[task]):
@@ -146,7 +145,7 @@ def load(
     )
 
 
-def read_items(task: str, data_dir: str | None) -> tuple[list[Item], collections.Counter[str], list[str]]:
+def read_items(task: str, data_dir: str | None) -> tuple[list[Item], Counts, list[str]]:
     """What `load` makes questions of, in their order and with their ids; how many records are none for which reason;
     and the files. Arguments and errors are those of `load`.
     """
@@ -170,10 +169,10 @@ def _check_few_shot(task: str, benchmark: Benchmark, few_shot: int) -> None:
                          "0, or evaluate mbpp.")
 
 
-def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[list[Item], collections.Counter[str]]:
+def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[list[Item], Counts]:
     """The items of files, with ids of their own, and how many records are none for which reason."""
     items: dict[str, Item] = {}
-    skipped: collections.Counter[str] = collections.Counter()
+    skipped = Counts()
     try:
         for item in read(files):
             if isinstance(item, Lost):
@@ -187,7 +186,7 @@ def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[lis
     except Lacking as error:
         raise ValueError(f"{task}: {error}") from None
     if not items:
-        raise ValueError(f"{task}: no {what} are left of {', '.join(files)} ({counts(skipped)}).")
+        raise ValueError(f"{task}: no {what} are left of {', '.join(files)} ({skipped}).")
     return list(items.values()), skipped
 
 

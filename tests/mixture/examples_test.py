@@ -1,6 +1,7 @@
 """Examples as rows and rows as batches: by hand, against plain Python, and packed against unpacked."""
 
 import functools
+from collections.abc import Callable
 from fractions import Fraction
 
 import jax
@@ -22,6 +23,7 @@ from codellm_jax.mixture.examples import (
 from codellm_jax.mixture.order import Order, Source
 from codellm_jax.mixture.rows import Rows
 from codellm_jax.mixture.schedules import constant
+from codellm_jax.mixture.tokens import Example
 from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
 from codellm_jax.model.losses import cross_entropy
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
@@ -39,13 +41,13 @@ class InMemory(Rows):
         examples = []
         for _ in range(self.count):
             prompt, target = (dice.integers(2, 90, dice.integers(1, most)) for most in (7, 7))
-            examples.append({"inputs": prompt, "targets": np.append(target, END)})
+            examples.append(Example(prompt, np.append(target, END), 0))
         [rows] = example_rows(examples, self.length, Found())
         return rows
 
-    def read(self, numbers: np.ndarray) -> np.ndarray:
+    def begin(self, numbers: np.ndarray) -> Callable[[], np.ndarray]:
         self.__dict__.setdefault("asked_for", []).extend(np.asarray(numbers).tolist())
-        return self._all[numbers]
+        return lambda: self._all[numbers]
 
 
 def in_memory() -> tuple[Order, list[InMemory]]:
@@ -58,8 +60,8 @@ def sharding_over(devices: int, shape: MeshShape | None = None) -> jax.sharding.
     return batch_sharding(make_mesh(shape or MeshShape(), jax.devices()[:devices]))
 
 
-def of_lengths(*pairs: tuple[int, int]) -> list[dict[str, np.ndarray]]:
-    return [{"inputs": np.arange(10, 10 + a), "targets": np.arange(50, 50 + b)} for a, b in pairs]
+def of_lengths(*pairs: tuple[int, int]) -> list[Example]:
+    return [Example(np.arange(10, 10 + a), np.arange(50, 50 + b), 0) for a, b in pairs]
 
 
 def test_rows_by_hand():

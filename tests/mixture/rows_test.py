@@ -107,6 +107,24 @@ def test_many_shards(tmp_path, vocabulary, tiny_documents, monkeypatch):
     assert again["train"].content_hash == found.content_hash  # of the rows, not of how they were written
 
 
+def test_the_hash_is_of_the_rows_whatever_their_blocks(monkeypatch):
+    import hashlib
+
+    dice = np.random.default_rng(3)
+    rows = dice.integers(0, 9000, (10_000, 5))
+    edges = [0, *sorted(dice.integers(0, 10_000, 30).tolist()), 4096, 8192, 10_000]
+    content = rows.astype("<u4")
+    parts = [content[:4096], content[4096:8192], content[8192:]]
+    in_parts = hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
+    for most, expected in ((10_000, hashlib.sha256(content.tobytes()).hexdigest()), (9999, in_parts), (5, in_parts)):
+        monkeypatch.setattr(rows_module, "ROWS_HASHED_WHOLE", most)
+        found = rows_module.RowsHash()
+        for first, last in zip(sorted(edges), sorted(edges)[1:], strict=False):
+            found.update(rows[first:last].astype(np.uint16))
+        assert found.of_all() == expected
+    assert rows_module.hash_of_digests(map(rows_module.digest, parts)) == in_parts
+
+
 def test_the_second_opening_imports_neither_seqio_nor_tensorflow(tiny_corpora, tiny_cache):
     program = f"""
 import sys
@@ -263,7 +281,7 @@ def test_a_shard_that_is_gone_is_noticed(tmp_path, vocabulary, tiny_documents):
 
 
 def test_rows_of_zeros_are_rows(tmp_path):
-    store = rows_module._create_store(str(tmp_path / "rows"), LENGTH + 1, "uint16").resize(
+    store = rows_module.create_store(str(tmp_path / "rows"), LENGTH + 1, np.dtype(np.uint16)).resize(
         exclusive_max=[40, LENGTH + 1]).result()
     store[0:40].write(np.zeros((40, LENGTH + 1), np.uint16)).result()
     found = Rows("text.other", "train", str(tmp_path / "rows"), 40, LENGTH, 40 * (LENGTH + 1), 1, "")

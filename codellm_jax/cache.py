@@ -1,0 +1,207 @@
+"""`t5x cache`: the rows of a run, tokenized by many processes with Apache Beam before the run needs them.
+
+Beam carries little texts that name a shard or a piece (`mixture/shards.py`); what is tokenized goes straight into
+CACHE_DIR, and what is done is seen there. So a runner, its workers and its bundles change nothing of the rows; a worker
+that dies or does its work twice does no harm; and the same command goes on where it was stopped, under any runner.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from codellm_jax.mixture import shards
+from codellm_jax.mixture.mixture import Mixture, rates_of
+from codellm_jax.mixture.rows import cache_place, storage_error
+from codellm_jax.mixture.shards import Build, Shard
+from codellm_jax.mixture.tokens import quiet_tensorflow
+from codellm_jax.runtime.process import alone_in
+from codellm_jax.runtime.progress import StatusLine, duration
+from codellm_jax.vocabulary import Vocabulary
+
+LOCAL = "DirectRunner"
+SECONDS_BETWEEN_LOOKS = 2.0  # at a CACHE_DIR on disk; at one in gs:// ten times as long
+
+
+def cache(
+    mixture: Mixture, vocabulary: Vocabulary, runner: str = LOCAL, options: Sequence[str] = (),
+    report: Callable[[str], None] = print,
+) -> None:
+    """Writes the rows of each source of a mixture that are not cached yet.
+
+    Args:
+      mixture, vocabulary: of the run that is to find them.
+      runner: by Beam's name: DirectRunner, DataflowRunner, SparkRunner, FlinkRunner, PortableRunner.
+      options: Beam's own, as on its command lines: ["--direct_num_workers=8"].
+      report: called with a line at a time.
+
+    Raises:
+      ValueError: Beam is not installed, a setting is wrong, or a source has nothing to train on.
+      OSError: a file cannot be read or written.
+    """
+    _require_beam()
+    tasks = list(rates_of(mixture))
+    places = {task: cache_place(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, mixture.stage)
+              for task in tasks}
+    for task, place in places.items():
+        _require_reach(runner, task, place.key["definition"], mixture.cache_dir)
+    builds = []
+    for task, place in places.items():
+        if place.is_whole():
+            report(f"{task} is cached already in {place.directory}")
+        else:
+            builds.append(Build(task, mixture.definitions, vocabulary, mixture.length, mixture.stage, place))
+    if not builds:
+        return
+    with contextlib.ExitStack() as held:
+        for build in builds:
+            held.enter_context(alone_in(str(build.working), "CACHE_DIR", "caching rows"))
+        _write(builds, runner, options, report)
+
+
+def _write(builds: list[Build], runner: str, options: Sequence[str], report: Callable[[str], None]) -> None:
+    planned = [shards.plan(build) for build in builds]
+    todo = [shards.as_text(index, shard) for index, (build, of_task) in enumerate(zip(builds, planned, strict=True))
+            for shard in shards.missing(build, of_task)]
+    count = sum(map(len, planned))
+    if len(todo) < count:
+        report(f"{count - len(todo):,} of {count:,} shards are tokenized already; going on.")
+    if runner == LOCAL and todo:  # few files leave cores over
+        threads = max(1, len(os.sched_getaffinity(0)) // len(todo))
+        builds = [dataclasses.replace(build, threads=threads) for build in builds]
+    sent = [shards.for_workers(build, of_task) for build, of_task in zip(builds, planned, strict=True)]
+    with _watched(builds, planned):
+        _run(sent, todo, runner, options)
+    cuts = [shards.pieces(build, of_task) for build, of_task in zip(builds, planned, strict=True)]
+    todo = [shards.as_text(index, piece) for index, (build, of_task) in enumerate(zip(builds, cuts, strict=True))
+            for piece in of_task if not shards.is_cut(build, piece)]
+    if todo:
+        report(f"cutting rows, {len(todo):,} pieces")
+    _run(sent, todo, runner, options)
+    for build, of_task, cut in zip(builds, planned, cuts, strict=True):
+        for line in shards.finish(build, of_task, cut):
+            report(line)
+
+
+def _require_beam() -> None:
+    logging.disable(logging.WARNING)  # of clients that it could have and that nobody needs here
+    try:
+        import apache_beam  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "apache_beam":
+            raise
+        raise ValueError("t5x cache needs Apache Beam, which is not installed: pip install '.[beam]'. Without it "
+                         "t5x train writes the same rows, by one process.") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _require_reach(runner: str, task: str, definition: dict[str, Any], cache_dir: str) -> None:
+    """Raises ValueError where workers of Dataflow would look for files of this machine."""
+    if not runner.lower().startswith("dataflow"):
+        return
+    files = [file for split in ("train_files", "validation_files") for file, _ in definition.get(split, ())]
+    local = [name for name in files if "://" not in name]
+    if "://" not in cache_dir:
+        raise ValueError(f"Dataflow's workers do not see this machine's disk: set CACHE_DIR to gs://, not {cache_dir}.")
+    if local:
+        raise ValueError(f"{task} has files on this machine's disk, {local[0]} first, which Dataflow's workers do not "
+                         "see: copy them to gs://.")
+
+
+def _run(builds: Sequence[Build], todo: Sequence[str], runner: str, options: Sequence[str]) -> None:
+    """Has a runner do what each text says, in any order, in bundles of any size."""
+    if not todo:
+        return
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+    if runner not in (known := StandardOptions.KNOWN_RUNNER_NAMES) and "." not in runner:
+        raise ValueError(f"--runner={runner} is no runner of Beam's; it has {', '.join(known)}.")
+    workers = min(len(os.sched_getaffinity(0)), len(todo))
+    if runner == LOCAL and workers > 1:
+        options = [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing", *options]
+    # Of workers on this machine warnings would be seen several times.
+    parsed = PipelineOptions(["--default_sdk_harness_log_level=ERROR", *options])
+    try:
+        with (quiet_tensorflow() if runner == LOCAL else contextlib.nullcontext(),
+              beam.Pipeline(runner=_local_runner(parsed) if runner == LOCAL else runner, options=parsed) as pipeline):
+            # Reshuffling lets other workers than the one that lists them do the work.
+            _ = (pipeline | "parts" >> beam.Create(list(todo)) | "spread" >> beam.Reshuffle()
+                 | "rows" >> beam.Map(functools.partial(shards.do, builds)))
+    except Exception as error:
+        told = _reason(error)
+        raise storage_error(told, builds[0].place.directory) or told from error
+
+
+def _local_runner(options: Any) -> Any:
+    """What Beam's DirectRunner comes to, without the program (Prism) that it would first download to try."""
+    from apache_beam.portability.api import beam_provision_api_pb2
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
+    from apache_beam.runners.portability.portable_runner import JobServiceHandle
+
+    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
+    return FnApiRunner(provision_info=ExtendedProvisionInfo(
+        beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)))
+
+
+def _reason(error: Exception) -> Exception:
+    """What went wrong in a worker, out of the page that Beam makes of it."""
+    own = re.findall(r"^(?:RuntimeError: )?(?:\w+\.)*(\w*Error): (?!Traceback)(.+?)(?: \[while running .*)?$",
+                     str(error), flags=re.MULTILINE)
+    if not own:
+        return error
+    name, line = own[-1]
+    kind = {"ValueError": ValueError, "OSError": OSError, "FileNotFoundError": OSError, "PermissionError": OSError}
+    return kind.get(name, RuntimeError)(line.strip())
+
+
+@contextlib.contextmanager
+def _watched(builds: Sequence[Build], planned: Sequence[Sequence[Shard]]) -> Iterator[None]:
+    """Tells, while shards are tokenized, how far they are, by what lies in CACHE_DIR."""
+    total, count = sum(shard.work for of_task in planned for shard in of_task), sum(map(len, planned))
+    pause = SECONDS_BETWEEN_LOOKS * (10 if any(build.place.is_remote for build in builds) else 1)
+    status = StatusLine(0, count, active=bool(count), unit="shard")
+    ended, began, first, done = threading.Event(), time.monotonic(), None, 0
+
+    def look() -> None:
+        nonlocal first, done
+        found = [shards.progress(build, of_task) for build, of_task in zip(builds, planned, strict=True)]
+        done, work, text_bytes, seconds = map(sum, zip(*found, strict=True))
+        first = work if first is None else first
+        parts = [f"{text_bytes / 1e6:,.1f} MB of text"]
+        if text_bytes and seconds:
+            parts.append(f"{text_bytes / 1e6 / seconds:.1f} MB/s a core")
+        if first < work < total:
+            parts.append(f"{duration((time.monotonic() - began) / (work - first) * (total - work))} left")
+        status.show(done, ", ".join(parts))
+
+    def keep_looking() -> None:
+        while not ended.wait(pause):
+            try:
+                look()
+            except Exception as error:  # while the work goes on
+                status.say(f"How far it is cannot be told any more: {error}")
+                return
+            if done == count:
+                return
+
+    look()
+    thread = threading.Thread(target=keep_looking, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+        ended.set()
+        thread.join()
+        look()
+    finally:
+        ended.set()
+        thread.join()
+        status.close()

@@ -1,0 +1,394 @@
+"""The rows of a task written by many processes: what each of them does, and what it leaves for the next.
+
+  plan      files of each split, in their order, as shards: consecutive files of some 64 MiB. Where a split cannot be
+            divided (a SeqIO task of others' making, TFDS, what Python holds, a sample of all) it is one shard.
+  tokenize  a shard to the numbers of its rows, one after the other: tokens, or in tuning whole rows
+  pieces    sums of the shards' numbers tell where each begins among all; all of them are cut into rows at fixed
+            places, and a piece is some whole files of the cache
+  cut       a piece, from the one or more shards that it lies in
+  finish    puts the cache in its place
+
+So the rows, and every file of the cache, are those that `rows.cached_rows` writes, in whatever order and by however
+many processes shards and pieces are done. What is done leaves a file of facts, written last; it is not done again, and
+where two do the same both are right. All of it lies beside the cache until that is whole:
+
+  CACHE_DIR/rows/<task>/<key>.building/plan.json, vocabulary.model
+                                       tokens/<split>/<shard>.json and <shard>.<random>/     zarr3 of numbers
+                                       pieces/<split>/<piece>.json
+                                       cache/                                     on gs:// in <key>/ at once
+
+No process holds more than a few megabytes of a corpus, or its largest document.
+"""
+
+import dataclasses
+import itertools
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from codellm_jax.mixture import rows
+from codellm_jax.mixture.examples import Found
+from codellm_jax.mixture.rows import (
+    ROWS_A_DIGEST,
+    Place,
+    RowsHash,
+    create_numbers,
+    create_store,
+    digest,
+    finish_cache,
+    hash_of_digests,
+    open_store,
+    row_blocks,
+    row_format,
+    summary,
+)
+from codellm_jax.mixture.tokens import SPLITS, Definitions, Note, added, examples, is_divisible, open_task, warnings_of
+from codellm_jax.vocabulary import Vocabulary
+
+SHARD_BYTES = 64 << 20
+ROWS_A_PIECE = 16 * ROWS_A_DIGEST
+NUMBERS_AT_ONCE = 1 << 20
+SECONDS_BETWEEN_PARTS = 5.0
+# Of files that a hash divides into splits, about this part goes into one that is not the training split.
+HELD_OUT = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """The cache of a task that is to be written; `place` is where, the others are as for `rows.cached_rows`."""
+
+    task: str
+    definitions: Definitions
+    vocabulary: Vocabulary
+    length: int
+    stage: str
+    place: Place
+    threads: int = 1  # that tokenize a shard
+
+    @property
+    def working(self) -> epath.Path:
+        return self.place.directory.with_name(f"{self.place.directory.name}.building")
+
+
+class Shard(NamedTuple):
+    """What one process tokenizes at a time: these files of a split, or all of it."""
+
+    split: str
+    number: int
+    files: list[str] | None
+    work: int  # bytes of text to be expected; 0 where it is not known
+
+
+class Piece(NamedTuple):
+    """What one process cuts at a time: rows `first` and on of a split, from parts of arrays of numbers in turn."""
+
+    split: str
+    number: int
+    first: int
+    rows: int
+    spans: list[tuple[str, int, int]]  # array, and of it the numbers from one to before the other
+
+
+class Progress(NamedTuple):
+    """Sums over shards."""
+
+    shards: int  # that are done
+    work: int
+    text_bytes: int
+    seconds: float  # of processors
+
+
+def plan(build: Build) -> list[Shard]:
+    """The shards of all splits; the same at every call, once made.
+
+    Raises:
+      ValueError, OSError: the task is none, is of another stage, or its files cannot be found.
+    """
+    file = build.working / "plan.json"
+    if not file.exists():
+        task = open_task(build.task, build.definitions, build.stage)
+        found = [shard for split in SPLITS if split in task.splits
+                 for shard in _shards(split, is_divisible(task, split), build.place.key["definition"])]
+        build.working.mkdir(parents=True, exist_ok=True)
+        # Where processes run elsewhere they have no other file of this machine.
+        (build.working / "vocabulary.model").write_bytes(epath.Path(build.vocabulary.path).read_bytes())
+        suffix = f".{uuid.uuid4().hex[:8]}" if build.place.is_remote else ""
+        _write(file, {"suffix": suffix, "splits": [s for s in SPLITS if s in task.splits], "shards": found})
+    return [Shard(*shard) for shard in json.loads(file.read_text())["shards"]]
+
+
+def _shards(split: str, divisible: bool, definition: Mapping[str, Any]) -> Iterator[Shard]:
+    files = definition.get(f"{split}_files", definition.get("train_files", []))
+    part = 1.0 if f"{split}_files" in definition else HELD_OUT
+    if not divisible or not files:
+        yield Shard(split, 0, None, round(part * sum(size for _, size in files)))
+        return
+    some: list[str] = []
+    number = bytes_ = 0
+    for file, size in files:
+        some.append(file)
+        bytes_ += size
+        if bytes_ >= SHARD_BYTES or file == files[-1][0]:
+            yield Shard(split, number, some, round(part * bytes_))
+            some, bytes_, number = [], 0, number + 1
+
+
+def missing(build: Build, planned: Sequence[Shard]) -> list[Shard]:
+    """Those that are not tokenized yet."""
+    done = {(split, file.name) for split in SPLITS for file in (build.working / "tokens" / split).glob("*.json")}
+    return [shard for shard in planned if (shard.split, f"{shard.number:06}.json") not in done]
+
+
+# Reading a task's warnings and keeping TensorFlow quiet concern a whole process, whose threads may be many.
+_one_at_a_time = threading.Lock()
+
+
+def tokenize(build: Build, shard: Shard) -> None:
+    """Writes the numbers of a shard, and its facts; nothing where they are there."""
+    with _one_at_a_time:
+        facts = build.working / "tokens" / shard.split / f"{shard.number:06}.json"
+        if facts.exists():
+            return
+        facts.parent.mkdir(parents=True, exist_ok=True)
+        vocabulary = dataclasses.replace(build.vocabulary, path=str(build.working / "vocabulary.model"))
+        task = open_task(build.task, build.definitions, build.stage)
+        if shard.files is None and build.definitions.describe(build.task) != build.place.key["definition"]:
+            raise ValueError(f"{build.task} is not the same for the process that reads it: its Python or its modules "
+                             "are others than here. Give it those of this machine.")
+        found, own = Found(), f"{shard.number:06}.{uuid.uuid4().hex[:8]}"
+        part, told = facts.with_name(f"{own}.part"), time.monotonic()
+        began, text_bytes = time.process_time(), 0
+
+        def counted() -> Iterator[Any]:
+            nonlocal text_bytes, told
+            for example in examples(task, shard.split, vocabulary, shard.files, build.threads):
+                text_bytes += example.text_bytes
+                yield example
+                if time.monotonic() - told > SECONDS_BETWEEN_PARTS:
+                    told = time.monotonic()
+                    part.write_text(json.dumps({"bytes": text_bytes, "seconds": time.process_time() - began}))
+
+        with warnings_of(build.task) as notes:
+            numbers = _write_numbers(build, str(facts.with_name(own)), counted(), found)
+        _write(facts, {
+            "array": own, "numbers": numbers, "found": dataclasses.asdict(found), "notes": notes,
+            "bytes": text_bytes, "seconds": time.process_time() - began})
+        part.unlink(missing_ok=True)
+
+
+def _write_numbers(build: Build, path: str, tokenized: Iterator[Any], found: Found) -> int:
+    """Writes the numbers of examples into an array; returns how many they are."""
+    _, dtype = row_format(build.vocabulary, build.length, build.stage)
+    store, written = create_numbers(path, dtype), 0
+    parts: Iterator[np.ndarray]
+    if build.stage == "tuning":
+        parts = (block.ravel() for block in row_blocks(tokenized, build.length, build.stage, found))
+    else:
+        parts = _documents(tokenized, found)
+    waiting: list[np.ndarray] = []
+    size = 0
+    for part in itertools.chain(parts, [None]):
+        if part is not None:
+            waiting.append(part)
+            size += len(part)
+        if size >= NUMBERS_AT_ONCE or part is None:
+            joined = np.concatenate([*waiting, np.zeros(0, np.int32)])
+            whole = size if part is None else size // NUMBERS_AT_ONCE * NUMBERS_AT_ONCE
+            if whole:
+                store = store.resize(exclusive_max=[written + whole]).result()
+                store[written : written + whole].write(joined[:whole].astype(dtype)).result()
+            written += whole
+            waiting, size = [joined[whole:]], size - whole
+    return written
+
+
+def _documents(tokenized: Iterator[Any], found: Found) -> Iterator[np.ndarray]:
+    for example in tokenized:
+        found.documents += bool(len(example.targets))
+        found.tokens += len(example.targets)
+        yield example.targets
+
+
+def progress(build: Build, shards: Sequence[Shard]) -> Progress:
+    """How far the shards are, those that are being tokenized included."""
+    done, work, text_bytes, seconds = 0, 0.0, 0, 0.0
+    for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
+        folder = build.working / "tokens" / split
+        parts: dict[str, list[epath.Path]] = {}
+        for file in folder.glob("*") if folder.exists() else ():
+            if file.suffix in (".json", ".part") and not file.name.startswith("."):
+                parts.setdefault(file.name[:6], []).append(file)
+        for shard in of_split:
+            files = parts.get(f"{shard.number:06}", [])
+            whole = [file for file in files if file.suffix == ".json"]
+            done += bool(whole)
+            newest = sorted(files, key=lambda file: file.stat().mtime)[-1:] if len(files) > 1 else files
+            for file in whole or newest:
+                try:
+                    facts = _facts_of(file)
+                except (ValueError, OSError):  # of a part, which may be gone by now or half written
+                    continue
+                text_bytes, seconds = text_bytes + facts["bytes"], seconds + facts["seconds"]
+                work += shard.work if whole else min(shard.work, facts["bytes"])
+    return Progress(done, round(work), text_bytes, seconds)
+
+
+# What is done stays as it is.
+_known_facts: dict[str, dict[str, Any]] = {}
+
+
+def _facts_of(file: epath.Path) -> dict[str, Any]:
+    if str(file) in _known_facts:
+        return _known_facts[str(file)]
+    facts = json.loads(file.read_text())
+    if file.suffix == ".json":
+        _known_facts[str(file)] = facts
+    return facts
+
+
+def pieces(build: Build, shards: Sequence[Shard]) -> list[Piece]:
+    """Of tokenized shards, what is to be cut; makes the arrays that it goes into."""
+    width, dtype = row_format(build.vocabulary, build.length, build.stage)
+    found = []
+    for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
+        facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
+        ends = np.cumsum([fact["numbers"] for fact in facts])
+        total = int(ends[-1]) // width
+        create_store(_array_of_rows(build, split), width, dtype, build.stage == "tuning", rows=total)
+        for number, first in enumerate(range(0, total, ROWS_A_PIECE)):
+            count = min(ROWS_A_PIECE, total - first)
+            begin, end = first * width, (first + count) * width
+            spans = []
+            for k in range(int(np.searchsorted(ends, begin, side="right")), len(facts)):
+                start = int(ends[k]) - facts[k]["numbers"]
+                if start >= end:
+                    break
+                if facts[k]["numbers"]:
+                    spans.append((facts[k]["array"], max(0, begin - start), min(facts[k]["numbers"], end - start)))
+            found.append(Piece(split, number, first, count, spans))
+    return found
+
+
+def is_cut(build: Build, piece: Piece) -> bool:
+    return _facts_of_piece(build, piece).exists()
+
+
+def _facts_of_piece(build: Build, piece: Piece) -> epath.Path:
+    return build.working / "pieces" / piece.split / f"{piece.number:06}.json"
+
+
+def cut(build: Build, piece: Piece) -> None:
+    """Writes the rows of a piece, and its facts; nothing where they are there."""
+    facts = _facts_of_piece(build, piece)
+    if facts.exists():
+        return
+    facts.parent.mkdir(parents=True, exist_ok=True)
+    width, _ = row_format(build.vocabulary, build.length, build.stage)
+    store = open_store(_array_of_rows(build, piece.split), write=True)
+    digests: list[str] = []
+    row = piece.first
+    for numbers in _joined(build, piece, ROWS_A_DIGEST * width):
+        block = numbers.reshape(-1, width)
+        store[row : row + len(block)].write(block).result()
+        digests.append(digest(block).hex())
+        row += len(block)
+    if row != piece.first + piece.rows:
+        raise ValueError(f"{build.working} holds fewer tokens than it says: delete it and give the command again.")
+    _write(facts, digests)
+
+
+def _joined(build: Build, piece: Piece, size: int) -> Iterator[np.ndarray]:
+    """The numbers of a piece in arrays of `size`, the last one with what is left."""
+    waiting: list[np.ndarray] = []
+    missing = size
+    for name, start, stop in piece.spans:
+        array = open_store(str(build.working / "tokens" / piece.split / name))
+        while start < stop:
+            end = min(stop, start + missing)
+            waiting.append(array[start:end].read().result())
+            missing, start = missing - (end - start), end
+            if not missing:
+                yield np.concatenate(waiting)
+                waiting, missing = [], size
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _array_of_rows(build: Build, split: str) -> str:
+    recorded = json.loads((build.working / "plan.json").read_text())
+    return str(_cache(build) / f"{split}{recorded['suffix']}")
+
+
+def _cache(build: Build) -> epath.Path:
+    return build.place.directory if build.place.is_remote else build.working / "cache"
+
+
+def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -> list[str]:
+    """Puts the cache in its place once all is cut, and removes what it was made from; returns what to tell of it.
+
+    Raises:
+      ValueError: there is nothing to train on.
+    """
+    splits, told = {}, []
+    width, _ = row_format(build.vocabulary, build.length, build.stage)
+    for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
+        facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
+        total = {name: sum(fact["found"][name] for fact in facts)
+                 for name in ("tokens", "documents", "cut", "left_out")}
+        of_pieces = [_facts_of_piece(build, piece) for piece in cut_pieces if piece.split == split]
+        count = sum(fact["numbers"] for fact in facts) // width
+        notes = added(Note(template, tuple(values)) for fact in facts for template, values in fact["notes"])
+        splits[split] = Found(
+            count=count, notes=list(map(str, notes)), **total,
+            content_hash=_hash_of_rows(_array_of_rows(build, split), count, of_pieces))
+        told.append(summary(build.task, split, splits[split], build.length, build.stage))
+        told += splits[split].notes
+    recorded = json.loads((build.working / "plan.json").read_text())
+    finish_cache(build.task, build.place, splits, _cache(build), recorded["suffix"], build.length, build.stage)
+    build.working.rmtree(missing_ok=True)
+    _known_facts.clear()
+    return [line for line in told if line]
+
+
+def _hash_of_rows(array: str, count: int, of_pieces: Sequence[epath.Path]) -> str:
+    if count > rows.ROWS_HASHED_WHOLE:
+        return hash_of_digests(bytes.fromhex(each) for file in of_pieces for each in json.loads(file.read_text()))
+    store, content = open_store(array), RowsHash()
+    for first in range(0, count, ROWS_A_DIGEST):
+        content.update(store[first : min(count, first + ROWS_A_DIGEST)].read().result())
+    return content.of_all()
+
+
+def for_workers(build: Build, planned: Sequence[Shard]) -> Build:
+    """The build without the names of all files, which may be more than a runner takes in."""
+    needed = {"definition": build.place.key["definition"]} if any(shard.files is None for shard in planned) else {}
+    return dataclasses.replace(build, place=build.place._replace(key=needed))
+
+
+def as_text(build: int, what: Shard | Piece) -> str:
+    """A shard or piece of the build of this number, for `do`; of a shard's files the plan tells."""
+    return json.dumps([build, what[:2] if isinstance(what, Shard) else what])
+
+
+def do(builds: Sequence[Build], text: str) -> None:
+    """Tokenizes or cuts what `as_text` wrote."""
+    number, what = json.loads(text)
+    build = builds[number]
+    if len(what) > 2:
+        cut(build, Piece(*what))
+    else:
+        tokenize(build, next(shard for shard in plan(build) if [*shard[:2]] == what))
+
+
+def _write(file: epath.Path, value: Any) -> None:
+    """A file of JSON that is whole or not there."""
+    building = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    building.write_text(json.dumps(value))
+    building.replace(file)
+

@@ -1,0 +1,258 @@
+"""A SeqIO task as tokens: its examples with the vocabulary of a run in the place of the task's own.
+
+The texts of corpora (`tasks.pretraining.CorpusSource`) are read and encoded without TensorFlow, which gives the tokens
+that SeqIO gives, in a fraction of the time; any other task goes through SeqIO and all of its preprocessors.
+
+SeqIO and TensorFlow are imported here alone, and only when a task is opened.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from codellm_jax.vocabulary import Vocabulary
+
+SPLITS = ("train", "validation", "test")
+CHARACTERS_AT_ONCE = 1 << 20
+
+
+class Definitions(Protocol):
+    """Where task names come from. `tasks.Definitions` is one."""
+
+    @property
+    def corpora(self) -> Mapping[str, Mapping[str, Any]]:
+        """Specs of corpora by task name; `rate` in one is its weight within its pool."""
+        ...
+
+    def describe(self, name: str) -> Mapping[str, Any]:
+        """What identifies the content of a task, as JSON, found without reading it.
+
+        Of a corpus of files it has "train_files" and, where they are others, "validation_files": [[path, bytes], ...]
+        in the order in which they are read.
+        """
+        ...
+
+    def register(self) -> None:
+        """Makes the tasks known to SeqIO."""
+        ...
+
+
+class Example(NamedTuple):
+    """The tokens of a document (`targets` alone) or of an instruction example; int arrays.
+
+    The targets end with the end-of-document token unless they are empty.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    text_bytes: int  # of what was tokenized, in UTF-8; 0 where the task does not tell
+
+
+NOTHING = np.zeros(0, np.int32)
+
+
+def open_task(task: str, definitions: Definitions, stage: str) -> Any:
+    """The SeqIO task of this name.
+
+    Raises:
+      ValueError: there is none, or it is one of the other stage.
+    """
+    with quiet_tensorflow():
+        import seqio
+
+        definitions.register()
+    require_registered(task)
+    opened = seqio.TaskRegistry.get(task)
+    if ("inputs" in opened.output_features) != (stage == "tuning"):
+        raise ValueError(
+            f"{task} is a task of documents, without inputs to answer: train on it with gin/mixed_pretrain.gin, or "
+            "name instruction tasks in MIXTURE_OR_TASK_NAME." if stage == "tuning" else
+            f"{task} is a task of instructions: train on it with gin/tune_mixed.gin, or name tasks of documents in "
+            "MIXTURE_OR_TASK_NAME.")
+    return opened
+
+
+def is_divisible(task: Any, split: str) -> bool:
+    """Whether the tokens of each file of a split, one after the other, are those of the split."""
+    return _is_plain(task) and task.source.is_divisible(split)
+
+
+def examples(
+    task: Any, split: str, vocabulary: Vocabulary, files: Sequence[str] | None = None, threads: int = 1
+) -> Iterator[Example]:
+    """The examples of a split in the order of the task's source.
+
+    Args:
+      task: a SeqIO task.
+      files: of a divisible split those to read, else None.
+      threads: that tokenize.
+
+    Raises:
+      ValueError: the source cannot be read; in the line of its reader.
+    """
+    with quiet_tensorflow():
+        if _is_plain(task):
+            yield from _encoded(task.source.texts(split, files), vocabulary, threads)
+            return
+        import seqio
+
+        own = seqio.SentencePieceVocabulary(vocabulary.path, extra_ids=0)
+        for features in task_tokens(task, split, own):
+            targets = features["targets"]
+            if len(targets) and targets[-1] == own.eos_id:
+                targets = targets[:-1]
+            if len(targets):
+                targets = np.append(targets, vocabulary.end_of_document_id)
+            yield Example(features.get("inputs", NOTHING), targets, text_bytes=0)
+
+
+def _is_plain(task: Any) -> bool:
+    """Whether a task does nothing but tokenize texts that its source gives without TensorFlow."""
+    import seqio
+
+    ends = {name: feature.add_eos for name, feature in task.output_features.items()}
+    return (hasattr(task.source, "texts") and ends in ({"targets": True}, {"inputs": False, "targets": True})
+            and list(task.preprocessors) == [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos])
+
+
+def _encoded(
+    texts: Iterable[Mapping[str, str]], vocabulary: Vocabulary, threads: int
+) -> Iterator[Example]:
+    for some in _batches(texts):
+        inputs = vocabulary.encode_all([text["inputs"] for text in some if "inputs" in text], threads)
+        targets = vocabulary.encode_all([text["targets"] for text in some], threads)
+        for index, (text, tokens) in enumerate(zip(some, targets, strict=True)):
+            if tokens:
+                tokens.append(vocabulary.end_of_document_id)
+            yield Example(np.array(inputs[index], np.int32) if inputs else NOTHING, np.array(tokens, np.int32),
+                          sum(len(value.encode()) for value in text.values()))
+
+
+def _batches(texts: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[str, str]]]:
+    """Texts by the megabyte, in their order."""
+    some: list[Mapping[str, str]] = []
+    characters = 0
+    for text in texts:
+        some.append(text)
+        characters += sum(map(len, text.values()))
+        if characters >= CHARACTERS_AT_ONCE:
+            yield some
+            some, characters = [], 0
+    if some:
+        yield some
+
+
+def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[dict[str, np.ndarray]]:
+    """The features of a SeqIO task's examples, tokenized with a SeqIO vocabulary in the place of the task's own."""
+    swapped = task.replace(output_features={
+        name: dataclasses.replace(feature, vocabulary=vocabulary) for name, feature in task.output_features.items()})
+    import tensorflow as tf
+
+    try:
+        for example in swapped.get_dataset(sequence_length=None, split=split, shuffle=False).as_numpy_iterator():
+            yield {name: example[name] for name in ("inputs", "targets") if name in task.output_features}
+    except tf.errors.OpError as error:
+        # TensorFlow wraps what a reader raised into a page of its own; the reader's line is what helps.
+        own = re.findall(r"^.*?\b(?:\w+Error): (.+)$", error.message, flags=re.MULTILINE)
+        raise ValueError(own[-1] if own else f"{task.name}: {error.message.splitlines()[0]}") from error
+
+
+class Note(NamedTuple):
+    """What a reader warned of: `template` % `values`, which are texts, numbers, and numbers by text."""
+
+    template: str
+    values: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        told = tuple(", ".join(f"{count} {reason}" for reason, count in sorted(value.items()))
+                     if isinstance(value, dict) else value for value in self.values)
+        return self.template % told if told else self.template
+
+
+def added(notes: Iterable[Note]) -> list[Note]:
+    """The notes of parts of a split as those of the whole: numbers of the same warning are added, and a warning that
+    counts nothing is none.
+    """
+    def sum_of(values: tuple[Any, ...]) -> Any:
+        if isinstance(values[0], dict):
+            return dict(sum(map(collections.Counter, values), collections.Counter()))
+        return values[0] if isinstance(values[0], str) else sum(values)
+
+    alike: dict[tuple[Any, ...], list[Note]] = {}
+    for note in notes:
+        texts = (value if isinstance(value, str) else None for value in note.values)
+        alike.setdefault((note.template, *texts), []).append(note)
+    whole = [Note(parts[0].template, tuple(map(sum_of, zip(*(note.values for note in parts), strict=True))))
+             for parts in alike.values()]
+    return [note for note in whole if {} not in note.values]
+
+
+@contextlib.contextmanager
+def warnings_of(task: str) -> Iterator[list[Note]]:
+    """Collects what is warned of a task, in messages that begin with its name, in the place of the log."""
+    notes: list[Note] = []
+    root = logging.getLogger()
+    level = root.level  # of a worker of Beam it may be above warnings
+
+    def is_of_another(record: logging.LogRecord) -> bool:
+        of_task = record.getMessage().startswith((f"{task},", f"{task}:"))
+        if of_task:
+            values = record.args if isinstance(record.args, tuple) else ()
+            note = Note(str(record.msg), tuple(
+                dict(value) if isinstance(value, dict) else value if isinstance(value, int) else str(value)
+                for value in values))
+            if note not in notes:
+                notes.append(note)
+        return not of_task and record.levelno >= level
+
+    root.setLevel(min(level, logging.WARNING))
+    root.addFilter(is_of_another)
+    try:
+        yield notes
+    finally:
+        root.removeFilter(is_of_another)
+        root.setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet_tensorflow() -> Iterator[None]:
+    """Keeps TensorFlow off accelerators, and its C++ log off the terminal; what Python writes to stderr still shows."""
+    if getattr(sys.stderr, "name", None) == "<stderr>" and sys.stderr.fileno() == 2:
+        # Python's own way to the terminal, kept for good: logging handlers made inside hold on to it, and those made
+        # before are given it.
+        before, sys.stderr = sys.stderr, os.fdopen(os.dup(2), "w", buffering=1)
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                handler.setStream(sys.stderr)
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def require_registered(name: str) -> None:
+    """Raises ValueError with the nearest names where SeqIO knows neither a task nor a mixture of this name."""
+    import seqio
+
+    known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)[:8]
+        raise ValueError(
+            f"No SeqIO task or mixture is named {name!r}; nearest: {', '.join(near)}. "
+            "Modules that register others are listed in TASK_MODULES.")

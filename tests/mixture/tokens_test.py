@@ -1,0 +1,112 @@
+"""Tokens of tasks against those that SeqIO's own readers and preprocessors give."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import seqio
+
+import tasks
+from codellm_jax.mixture.tokens import Note, added, examples, is_divisible, open_task, task_tokens, warnings_of
+from codellm_jax.vocabulary import load_vocabulary, train_vocabulary
+
+ODD = ["\x00null", "tab\tand\r\nbreaks\n\n", "  spaces   and\u00a0others\u2003\u3000 ", "\u2581escaped\u2581",
+       "世界 héllo 🙂🏽", "e\u0301 \ufb01 ① ½ Å", "</s><pad><|endofdocument|>", "\ufffd\ufeff",
+       "a" * 3000, "x = {\n" + " " * 130 + "1}\n"]
+
+
+def written(folder, records) -> str:
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(folder / "corpus.jsonl")
+
+
+@pytest.mark.parametrize("own_vocabulary", [False, True])
+def test_texts_are_encoded_as_seqio_encodes_them(tmp_path, tiny_documents, own_vocabulary):
+    texts = [*ODD, *(text for documents in tiny_documents.values() for text in documents)]
+    vocabulary = load_vocabulary()
+    if own_vocabulary:
+        files = sorted((Path(__file__).resolve().parents[2] / "codellm_jax").glob("*.py"))
+        vocabulary = train_vocabulary([file.read_text() for file in files], 700, str(tmp_path / "own.model"))
+    defined = tasks.Definitions(corpora={
+        "text.odd": {"json_lines": written(tmp_path, [{"text": text} for text in texts]), "holdout": 0}})
+    task = open_task("text.odd", defined, "pretraining")
+    by_seqio = list(task_tokens(task, "train", seqio.SentencePieceVocabulary(vocabulary.path, extra_ids=0)))
+    found = list(examples(task, "train", dataclasses.replace(vocabulary, end_of_document_id=499), threads=2))
+    assert len(found) == len(by_seqio) == len(texts)
+    for example, expected, text in zip(found, by_seqio, texts, strict=True):
+        assert example.targets.tolist() == [*expected["targets"][:-1].tolist(), 499]
+        assert example.text_bytes == len(text.encode()) and not len(example.inputs)
+
+
+def test_instructions_are_encoded_as_seqio_encodes_them(tmp_path):
+    pairs = list(zip(ODD, ODD[::-1], strict=True))
+    defined = tasks.Definitions(corpora={"text.odd_pairs": {
+        "instructions": written(tmp_path, [{"input": first, "target": second} for first, second in pairs]),
+        "holdout": 0}})
+    task = open_task("text.odd_pairs", defined, "tuning")
+    vocabulary = load_vocabulary()
+    by_seqio = list(task_tokens(task, "train", seqio.SentencePieceVocabulary(vocabulary.path, extra_ids=0)))
+    found = list(examples(task, "train", vocabulary))
+    assert [(example.inputs.tolist(), example.targets.tolist()) for example in found] == [
+        (expected["inputs"].tolist(), expected["targets"].tolist()) for expected in by_seqio]
+    assert [example.text_bytes for example in found] == [len((a + b).encode()) for a, b in pairs]
+
+
+def test_any_other_task_goes_through_its_own_preprocessors(tmp_path):
+    """text.python_rows joins documents and cuts them, which no single document shows."""
+    task = open_task("text.python_rows", tasks.Definitions(), "pretraining")
+    found = [example.targets for example, _ in zip(examples(task, "train", load_vocabulary()), range(5), strict=False)]
+    assert {len(tokens) for tokens in found} <= {256, 257}
+    assert not is_divisible(task, "train")
+
+
+@pytest.mark.parametrize("spec, stage, divisible", [
+    ({"json_lines": "*"}, "pretraining", True), ({"text_files": "*"}, "pretraining", True),
+    ({"tfrecords": "*"}, "pretraining", True), ({"python": "text"}, "pretraining", False),
+    ({"tfds": "some:1.0.0"}, "pretraining", False), ({"instructions": "*"}, "tuning", True),
+    ({"instructions": "*", "sample": 3}, "tuning", False),
+    ({"official": "code.cosqa", "data_dir": "/d"}, "tuning", True),
+    ({"official": "text.pclue", "data_dir": "/d"}, "tuning", False), ({"mbpp": "*"}, "tuning", True)])
+def test_what_can_be_divided(spec, stage, divisible):
+    task = open_task("text.any", tasks.Definitions(corpora={"text.any": spec}), stage)
+    assert is_divisible(task, "train") is divisible
+    assert is_divisible(task, "validation") is (divisible or "sample" in spec or spec.get("official") == "text.pclue")
+
+
+def test_notes_of_parts_are_those_of_the_whole(tmp_path):
+    """Each file read by itself, and all at once."""
+    for name, lines in (("a", ['{"text": "one"}', "{", '{"text": 3}', "{"]), ("b", ['{"text": "two"}', "[", ""]),
+                        ("c", ['{"text": "three"}'])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    defined = tasks.Definitions(corpora={"text.noted": {"json_lines": str(tmp_path / "*.jsonl"), "holdout": 0}})
+    task = open_task("text.noted", defined, "pretraining")
+
+    def notes(files=None) -> list[Note]:
+        with warnings_of("text.noted") as found:
+            list(examples(task, "train", load_vocabulary(), files))
+        return found
+
+    parts = [json.loads(json.dumps(note)) for file in sorted(tmp_path.glob("*.jsonl")) for note in notes([str(file)])]
+    assert len(parts) == 3
+    assert list(map(str, notes())) == list(map(str, added(Note(said, tuple(values)) for said, values in parts))) == [
+        "text.noted, read for train: 3 records are documents, passed over: 3 broken JSON, 1 without text in field "
+        "'text'."]
+    assert added([Note(said, tuple(values)) for said, values in parts[2:]]) == []
+
+
+def test_a_warning_without_values_is_told_as_it_is():
+    with warnings_of("text.a") as found:
+        logging.warning("text.a: 100% of it")
+        logging.warning("text.ab: of another")
+    assert list(map(str, found)) == ["text.a: 100% of it"]
+    assert list(map(str, added(found * 2))) == ["text.a: 100% of it"]
+
+
+def test_reading_a_cache_needs_neither_seqio_nor_tensorflow():
+    done = subprocess.run([sys.executable, "-c", "import sys, codellm_jax.mixture.tokens; "
+                           "print({'seqio', 'tensorflow'} & set(sys.modules))"], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
