@@ -1,0 +1,99 @@
+"""How sure one may be of a score where an arm was trained with several seeds: seeds and questions are both samples.
+
+Another seed would answer otherwise, and so would other questions. The variance of a mean over S seeds and n questions
+is taken as
+
+    between seeds: v(the seeds' means) / S   +   between questions: v(the questions' means over seeds) / n
+
+each v with its unbiased denominator. In the crossed design seeds x questions both terms hold the variance of a single
+answer, which is thus counted twice: the test errs towards finding nothing. It is min F' of Clark (1973), on one degree
+of freedom in the numerator; Student's t has Satterthwaite's degrees. Over several tasks, whose questions are others
+but whose seeds are the same, the seeds' means are taken over the tasks first.
+
+A score that is no mean over questions, as corpus BLEU, goes in by its pseudo-values (Tukey's jackknife). Where all
+questions say the same, one more is imagined that says nothing, for no sample is certain.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from codellm_jax.results.statistics import Interval
+
+FromSums = Callable[[np.ndarray], np.ndarray]
+
+
+class Contrast(NamedTuple):
+    """A mean, or a difference of means, with t = estimate / standard error on `degrees` of freedom."""
+
+    estimate: float
+    interval: Interval
+    standard_error: float
+    degrees: float
+    p_value: float  # two-sided, of being 0
+
+
+def pseudo_values(values: np.ndarray, from_sums: FromSums | None = None) -> np.ndarray:
+    """[n] values whose mean stands for the score: the values themselves, or n T - (n - 1) T without question i.
+
+    Args:
+      values: [n], or [n, k] with `from_sums`, the score as a function of the sums [..., k] -> [...].
+    """
+    if from_sums is None:
+        return np.asarray(values, np.float64)
+    table = np.asarray(values, np.float64)
+    n, sums = len(table), table.sum(axis=0)
+    whole = float(from_sums(sums))
+    if n < 2:
+        return np.array([whole])
+    return n * whole - (n - 1) * np.asarray(from_sums(sums - table), np.float64)
+
+
+def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None = None, *, paired: bool = False,
+             estimate: float | None = None, level: float = 0.95) -> Contrast:
+    """The mean of `first`, or its difference from `second`, over tasks that count equally.
+
+    Args:
+      first: for each task [S, n]: what each seed adds on each question.
+      second: likewise of another arm, [T, n] with the same questions; None for none.
+      paired: row s of both belongs to the same seed, which they have in common.
+      estimate: stands in the place of the mean, where the values are pseudo-values of another score.
+      level: of confidence.
+
+    Raises:
+      ValueError: no tasks, an arm with fewer than two seeds or a task with fewer than two questions, or shapes that
+        do not fit.
+    """
+    arms = [[np.asarray(task, np.float64) for task in arm] for arm in ([first] if second is None else [first, second])]
+    if not arms[0] or any(task.ndim != 2 or min(task.shape) < 2 for arm in arms for task in arm):
+        raise ValueError("Two seeds or more of each arm are needed, and two questions or more of each task, found "
+                         f"{[task.shape for arm in arms for task in arm]}")
+    if paired:
+        if [task.shape for task in arms[0]] != [task.shape for task in arms[-1]]:
+            raise ValueError("Seeds can be paired only where both arms have the same")
+        arms = [[one - other for one, other in zip(*arms, strict=True)]]
+    differences = [one.mean(axis=0) - (arms[1][place].mean(axis=0) if len(arms) > 1 else 0)
+                   for place, one in enumerate(arms[0])]  # of each task [n]
+    parts = [(seed_means.var(ddof=1) / len(seed_means), len(seed_means) - 1) for seed_means in (
+        np.mean([task.mean(axis=1) for task in arm], axis=0) for arm in arms)]
+    sampled = [task if task.std() > 1e-12 else np.append(task, 0.0) for task in differences]
+    parts += [(task.var(ddof=1) / len(task) / len(differences) ** 2, len(task) - 1) for task in sampled]
+    centre = float(np.mean([task.mean() for task in differences])) if estimate is None else estimate
+    return by_parts(centre, parts, level)
+
+
+def by_parts(estimate: float, parts: Sequence[tuple[float, float]], level: float = 0.95) -> Contrast:
+    """An estimate whose variance is a sum of independent parts, each (variance, degrees of freedom); Satterthwaite
+    (1946). Where all answers are 0 there is no variance: the interval is that point and p is 1.
+    """
+    from scipy import stats
+
+    variance = sum(part for part, _ in parts)
+    if variance <= 1e-24:
+        return Contrast(estimate, Interval(estimate, estimate), 0.0, float("inf"), 1.0)
+    degrees = variance**2 / sum(part**2 / freedom for part, freedom in parts)
+    error = variance**0.5
+    half = float(stats.t.ppf((1 + level) / 2, degrees)) * error
+    p_value = 2 * float(stats.t.sf(abs(estimate) / error, degrees))
+    return Contrast(estimate, Interval(estimate - half, estimate + half), error, float(degrees), p_value)
