@@ -51,13 +51,15 @@ def pseudo_values(values: np.ndarray, from_sums: FromSums | None = None) -> np.n
 
 
 def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None = None, *, paired: bool = False,
-             estimate: float | None = None, level: float = 0.95) -> Contrast:
+             seeds: bool = True, estimate: float | None = None, level: float = 0.95) -> Contrast:
     """The mean of `first`, or its difference from `second`, over tasks that count equally.
 
     Args:
       first: for each task [S, n]: what each seed adds on each question.
       second: likewise of another arm, [T, n] with the same questions; None for none.
       paired: row s of both belongs to the same seed, which they have in common.
+      seeds: False leaves the variance between seeds out, where an arm has one alone: what is said holds of these very
+        parameters, and not of others that were trained likewise.
       estimate: stands in the place of the mean, where the values are pseudo-values of another score.
       level: of confidence.
 
@@ -66,9 +68,9 @@ def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None = 
         do not fit.
     """
     arms = [[np.asarray(task, np.float64) for task in arm] for arm in ([first] if second is None else [first, second])]
-    if not arms[0] or any(task.ndim != 2 or min(task.shape) < 2 for arm in arms for task in arm):
-        raise ValueError("Two seeds or more of each arm are needed, and two questions or more of each task, found "
-                         f"{[task.shape for arm in arms for task in arm]}")
+    if not arms[0] or any(task.ndim != 2 or len(task) < 1 + seeds or task.shape[1] < 2 for arm in arms for task in arm):
+        raise ValueError(f"{'Two seeds' if seeds else 'One seed'} or more of each arm are needed, and two questions or "
+                         f"more of each task, found {[task.shape for arm in arms for task in arm]}")
     if paired:
         if [task.shape for task in arms[0]] != [task.shape for task in arms[-1]]:
             raise ValueError("Seeds can be paired only where both arms have the same")
@@ -76,7 +78,7 @@ def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None = 
     differences = [one.mean(axis=0) - (arms[1][place].mean(axis=0) if len(arms) > 1 else 0)
                    for place, one in enumerate(arms[0])]  # of each task [n]
     parts = [(seed_means.var(ddof=1) / len(seed_means), len(seed_means) - 1) for seed_means in (
-        np.mean([task.mean(axis=1) for task in arm], axis=0) for arm in arms)]
+        np.mean([task.mean(axis=1) for task in arm], axis=0) for arm in arms)] if seeds else []
     sampled = [task if task.std() > 1e-12 else np.append(task, 0.0) for task in differences]
     parts += [(task.var(ddof=1) / len(task) / len(differences) ** 2, len(task) - 1) for task in sampled]
     centre = float(np.mean([task.mean() for task in differences])) if estimate is None else estimate

@@ -3,7 +3,7 @@
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from codellm_jax.results.paper import QUESTIONS, TABLES, TABLE_3, TABLE_6, paper_interval
+from codellm_jax.results.paper import QUESTIONS, TABLE_3, TABLE_6, TABLES, paper_interval
 
 FIGURES = [(table.number, row, figure) for table in TABLES for row in table.rows for figure in row.figures]
 

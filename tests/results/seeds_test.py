@@ -39,7 +39,7 @@ def test_it_is_min_f_of_the_analysis_of_variance():
     found = contrast([first], [second], paired=True)
     assert (found.estimate / found.standard_error) ** 2 == pytest.approx(1 / (1 / by_seeds + 1 / by_questions))
     assert found.degrees == pytest.approx(
-        (by_seeds + by_questions) ** 2 / (by_seeds**2 / 29 + by_questions**2 / 3))  # Clark's, each F over the other's df
+        (by_seeds + by_questions) ** 2 / (by_seeds**2 / 29 + by_questions**2 / 3))  # Clark's
 
 
 def test_several_tasks_count_equally_and_share_their_seeds():
