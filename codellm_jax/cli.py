@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
                         "arm's sources. gin/contamination.gin has what it adds to the arm's files.")
     contamination.add_argument("--output", metavar="FILE", help="write what is found there, as JSON, ids and all")
     report = subparsers.add_parser("report", help="tables, plots and conclusions of a study", allow_abbrev=False,
-                                   description="Reads a study's directory, or one of evaluated runs; writes DIR/report.")
+                                   description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
     report.add_argument("directory", metavar="DIR")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
     explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")

@@ -149,7 +149,7 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], say: Told) -> Run:
     if entry.get("arm") and label == path.name:  # a study whose names of runs do not tell the arm
         label = str(entry["arm"])
     return Run(path.name, label, letters, _mix(stage, letters, entry.get("mix"), settings), seed, stage,
-               entry.get("from"), settings, ledger, _parameters(record), step, results, provenance,
+               entry.get("from") or _parent(ledger), settings, ledger, _parameters(record), step, results, provenance,
                read_records(str(path)) if results else [])
 
 
@@ -201,8 +201,8 @@ def mix_figure(study: Study) -> Figure | None:
     if not found:
         return None
     return plots.shares("mix", "The share of code over training, of the first seed of each arm: of tokens in "
-                        "pre-training, of examples in tuning. Dots are single steps, which hold whole rows or examples; "
-                        "the bars are all that was drawn in a phase.", found)
+                        "pre-training, of examples in tuning. Dots are single steps, which hold whole rows or "
+                        "examples; the bars are all that was drawn in a phase.", found)
 
 
 def _shares(run: Run) -> plots.Shares | None:
@@ -225,6 +225,12 @@ def _shares(run: Run) -> plots.Shares | None:
     asked = [float(schedule.share_at(int(step * batch_size))) for step in steps]
     return plots.Shares(run.label, f"{unit}s", (steps, asked), ([step for step, _ in recorded],
                                                            [share for _, share in recorded]), realised)
+
+
+def _parent(ledger: Mapping[str, Any]) -> str | None:
+    """The name of the run that this one started from."""
+    before = ledger.get("before") or [{}]
+    return epath.Path(before[-1]["model_dir"]).name if "model_dir" in before[-1] else None
 
 
 def _parameters(record: Mapping[str, Any]) -> int | None:

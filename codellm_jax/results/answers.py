@@ -49,7 +49,7 @@ TESTS = {
                  "what another seed would change is left out",
     "seeds": "several seeds each: the variance of the difference is that between the seeds' means, over their number, "
              "plus that between the questions' means, over theirs (Clark's min F', t with Satterthwaite's degrees); "
-             "where both arms have the same seeds these are paired",
+             "seeds of either arm that started from the same run are paired",
 }
 
 

@@ -1,6 +1,5 @@
 """What scores come from: losses and mixes of the runs, questions and how they were asked, contamination, provenance."""
 
-import ast
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +9,8 @@ import numpy as np
 from codellm_jax.results import plots
 from codellm_jax.results.answers import METRICS
 from codellm_jax.results.pages import Block, Figure, Heading, Items, Table, Text
-from codellm_jax.results.runs import Run
 from codellm_jax.results.sections import Rows, Section
-from codellm_jax.results.study import Study, pretraining_tokens
+from codellm_jax.results.study import Study, code_rate, pretraining_tokens
 
 STAGES = {"pretraining": "pre-training", "tuning": "tuning"}
 POOLS = ("text", "code")
@@ -32,9 +30,9 @@ def score_plots(study: Study) -> Section:
                 *(100 * bound for bound in one.interval))) for label, one in found if one]
             panels.append(plots.Panel(_title(study, task, metric), points, *_levels(study, task)))
     blocks: list[Block] = [Heading(2, "Scores by arm")]
-    blocks.append(plots.scores(
+    blocks += plots.scores(
         "scores", "Scores by arm, in per cent, with 95% intervals. The dotted line is chance, the other always the "
-        "commonest answer: an interval that reaches either tells nothing from it.", panels))
+        "commonest answer: a score whose interval reaches one is not told from it.", panels)
     for stage, points_of in _sweeps(study).items():
         swept = []
         for task in study.tasks:
@@ -50,16 +48,6 @@ def score_plots(study: Study) -> Section:
                        plots.sweep(f"sweep_{stage}", f"Scores in per cent against the share of code in "
                                    f"{STAGES[stage]}, with 95% intervals: {arms}.", swept)]
     return Section(blocks, [])
-
-
-def code_rate(run: Run) -> float | None:
-    """The constant share of code that a run's settings ask for; None where it changes, or is not known."""
-    try:
-        rate = ast.literal_eval(run.settings.get("mixture.code_rate", "None"))
-        phases = ast.literal_eval(run.settings.get("mixture.mix_phases", "None"))
-    except (ValueError, SyntaxError):
-        return None
-    return float(rate) if phases is None and isinstance(rate, int | float) else None
 
 
 def _sweeps(study: Study) -> dict[str, list[tuple[float, str]]]:
@@ -99,7 +87,8 @@ def losses(study: Study) -> Section:
     for stage, panels in curves.items():
         blocks.append(plots.losses(
             f"loss_{stage}", f"Loss on held-out text and code in {STAGES[stage]}, in nats a token, against the tokens "
-            "that the loss has counted; each curve is a run, and the seeds of an arm after its first are paler.", panels))
+            "that the loss has counted: the mean over an arm's seeds, and pale the seeds. What lies above a frame is "
+            "of the first tenth of training.", panels, list(study.arms)))
     rows = []
     for label, runs in study.arms.items():
         ends = {pool: [of_run[-1].values[-1] for run in runs if (of_run := [
@@ -127,9 +116,10 @@ def contamination(study: Study) -> Section:
     if study.contamination is None:
         return Section([*blocks, Text("Contamination was not measured: there is no `contamination.json`. Whether "
                                       "questions stand in what was trained on is not known.")], [])
-    blocks.append(Text(f"A question overlaps with a training source where {study.contamination.n} words of it in a row, "
-                       "or a shorter part of it as a whole, stand in the source. Every score is also given without these "
-                       "questions."))
+    blocks.append(Text(f"A question overlaps with a training source where {study.contamination.n} words of it in a "
+                       "row, or a shorter part of it as a whole, stand in the source. Every score is also given "
+                       "without these questions. Not tested are those that are too short, or whose words many "
+                       "questions have."))
     rows, marked = [], []
     for task in study.tasks:
         result = study.result(task)
@@ -147,7 +137,7 @@ def contamination(study: Study) -> Section:
             rest = len(gone) - len(shown)
             marked.append(f"{task}: {', '.join(f'`{id_}`' for id_ in shown)}"
                           + (f" and {rest:,} more, in `questions.csv`" if rest else ""))
-    blocks.append(Table("", ("Task", "Questions", "Overlapping", "Too short to tell", "Of them in"), rows, words=(4,)))
+    blocks.append(Table("", ("Task", "Questions", "Overlapping", "Not tested", "Of them in"), rows, words=(4,)))
     if marked:
         blocks += [Text("The questions that overlap:"), Items(marked)]
     return Section(blocks, [])

@@ -118,7 +118,7 @@ def _judged(study: Study, planned: Planned) -> Judged:
     if any(len(task[0]) < 2 for task in arms[0]):
         return Judged(planned, OPEN, "a task has fewer than two questions that do not overlap", None, None, None, None)
     several = min(map(len, seeds)) > 1
-    found = _contrast(arms, paired=several and seeds[0] == seeds[1], several=several)
+    found = _contrast(arms, paired=several and study.paired(first, second, *seeds), several=several)
     verdict, why = _verdict(found, planned.no_loss)
     reasons = []
     if not several:

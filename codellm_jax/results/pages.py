@@ -11,7 +11,7 @@ from typing import NamedTuple
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1a1a1a;
-  background: #fff; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 68rem; }
+  background: #fff; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0; }
 h2 { font-size: 1.3rem; margin: 2.75rem 0 .75rem; padding-top: .5rem; border-top: 1px solid #bbb; }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
@@ -22,19 +22,21 @@ code { font: .87em ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans
 .wide { overflow-x: auto; margin: .75rem 0 1.25rem; }
 table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 caption { caption-side: top; text-align: left; padding-bottom: .4rem; color: #444; }
-th, td { padding: .3rem .65rem; text-align: right; vertical-align: top; white-space: nowrap; }
+th, td { padding: .3rem .5rem; text-align: right; vertical-align: top; white-space: nowrap; }
 th { border-bottom: 2px solid #333; vertical-align: bottom; font-weight: 600; }
 tbody tr { border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, .text { text-align: left; }
-td.text { white-space: normal; min-width: 8rem; max-width: 26rem; }
-td .second { color: #595959; }
+td.text { white-space: normal; min-width: 4.5rem; max-width: 26rem; } td:first-child { min-width: 8.5rem; }
+td .second { color: #595959; } th .second { font-weight: 400; }
 figure { margin: 1rem 0 1.75rem; }
 figure img { max-width: 100%; height: auto; }
 figcaption { color: #444; font-size: .9rem; max-width: 46rem; }
 nav { font-size: .9rem; } nav a { margin-right: 1rem; white-space: nowrap; }
 a { color: #0058a3; }
+@page { size: A4 landscape; margin: 12mm; }
 @media print { body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .15rem .35rem; } figure, tr { break-inside: avoid; }
+  figure img { max-height: 165mm; width: auto; }
   h2, h3 { break-after: avoid; } nav { display: none; } }
 """
 

@@ -15,7 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)))
 GREY = "#595959"
-WIDTH = 7.2  # inches: of a page's text
+WIDTH, HEIGHT = 7.2, 6.5  # inches: of a page's text, on its side
 SETTINGS: Any = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -68,22 +68,31 @@ class SweepPanel(NamedTuple):
     majority: float | None
 
 
-def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]]) -> Figure:
-    """Held-out loss against tokens, a panel for each kind of held-out text, a curve for each seed."""
+def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]], arms: Sequence[str]) -> Figure:
+    """Held-out loss against tokens, a panel for each kind of held-out text. `arms` are all that any plot has, so that
+    each looks the same in all.
+    """
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.5), squeeze=False)
-    arms = list(dict.fromkeys(curve.arm for curves in panels.values() for curve in curves))
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
-        scale, unit = _tokens_unit(max((max(curve.tokens, default=0) for curve in curves), default=0))
+        scale, unit = _tokens_unit(max(curve.tokens[-1] for curve in curves))
         ends: dict[str, tuple[float, float]] = {}
-        for curve in curves:
-            style = _style(arms.index(curve.arm))
-            first = curve.arm not in ends
-            axis.plot([tokens / scale for tokens in curve.tokens], curve.values, color=style["color"],
-                      linestyle=style["linestyle"], marker=style["marker"], markerfacecolor="white",
-                      markevery=0.1 if len(curve.values) > 12 else 1, alpha=1 if first else 0.55,
-                      linewidth=1.6 if first else 1)
-            ends.setdefault(curve.arm, (curve.tokens[-1] / scale, curve.values[-1]))
+        most = max(curve.tokens[-1] for curve in curves)
+        late = [value for curve in curves for tokens, value in zip(curve.tokens, curve.values, strict=True)
+                if tokens >= most / 10 or tokens == curve.tokens[-1]]
+        for place, arm in enumerate(arms):
+            seeds = [curve for curve in curves if curve.arm == arm]
+            for curve in seeds[:len(seeds) if len(seeds) > 1 else 0]:
+                axis.plot([tokens / scale for tokens in curve.tokens], curve.values, color=_style(place)["color"],
+                          linewidth=0.8, alpha=0.35)
+            if seeds:
+                tokens, values = _mean_curve(seeds)
+                every = max(1, len(values) // 6)
+                axis.plot([count / scale for count in tokens], values, **_style(place), markerfacecolor="white",
+                          markevery=(place % every, every))
+                ends[arm] = tokens[-1] / scale, values[-1]
+        margin = 0.05 * (max(late) - min(late) or 1)
+        axis.set_ylim(min(late) - margin, max(late) + margin)
         _label_ends(axis, ends, arms)
         axis.set(title=f"Held-out {title}", xlabel=f"Tokens trained on{unit}", ylabel="Loss, nats a token")
         axis.set_xlim(left=0)
@@ -93,7 +102,7 @@ def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]]) -> Fi
 def shares(name: str, caption: str, runs: Sequence[Shares]) -> Figure:
     """The share of code asked and realised, a panel for each run."""
     plt = _pyplot()
-    columns = min(3, len(runs))
+    columns = min(3 if len(runs) < 7 else 4, len(runs))
     lines = math.ceil(len(runs) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 0.7 + 1.75 * lines), squeeze=False, sharey=True)
     for axis, run in zip(axes.flat, runs, strict=False):
@@ -103,7 +112,7 @@ def shares(name: str, caption: str, runs: Sequence[Shares]) -> Figure:
             axis.plot([first, last], [share, share], color=COLOURS[1], linewidth=3.2, solid_capstyle="butt",
                       label="realised in a phase, by the ledger" if not place else None)
         axis.plot(*run.asked, color=COLOURS[6], linestyle=LINES[1], linewidth=1.3, label="asked")
-        axis.set_title(f"{run.arm}, share of {run.unit}", loc="left")
+        axis.set_title(f"{run.arm} ({run.unit})", loc="left")
         axis.set_ylim(-0.04, 1.04)
         axis.set_xlabel("Step")
     for axis in axes.flat[len(runs):]:
@@ -115,13 +124,22 @@ def shares(name: str, caption: str, runs: Sequence[Shares]) -> Figure:
     return _saved(plt, figure, name, caption)
 
 
-def scores(name: str, caption: str, panels: Sequence[Panel]) -> Figure:
-    """A panel for each task: arms with their intervals, and the levels they are read against."""
-    plt = _pyplot()
+def scores(name: str, caption: str, panels: Sequence[Panel]) -> list[Figure]:
+    """A panel for each task: arms with their intervals, and the levels they are read against; pages as they fit."""
     arms = list(dict.fromkeys(point.arm for panel in panels for point in panel.points))
-    columns = min(3, len(panels))
+    columns, height = min(3, len(panels)), 0.75 + 0.2 * len(arms)
+    fit = columns * max(1, int((HEIGHT - 0.7) / height))
+    pages = [panels[start : start + fit] for start in range(0, len(panels), fit)]
+    return [_scores(f"{name}_{number}" if len(pages) > 1 else name, caption, page, arms, columns, height)
+            for number, page in enumerate(pages, 1)]
+
+
+def _scores(
+    name: str, caption: str, panels: Sequence[Panel], arms: Sequence[str], columns: int, panel_height: float
+) -> Figure:
+    plt = _pyplot()
     lines = math.ceil(len(panels) / columns)
-    height = 0.7 + lines * (0.75 + 0.2 * len(arms))
+    height = 0.7 + lines * panel_height
     figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, height), squeeze=False, sharey=True)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for point in panel.points:
@@ -149,7 +167,7 @@ def sweep(name: str, caption: str, panels: Sequence[SweepPanel]) -> Figure:
     plt = _pyplot()
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 0.7 + 1.9 * lines), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 0.7 + 1.9 * lines), squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         rates, values = [point[0] for point in panel.points], [point[1] for point in panel.points]
         for rate, value, interval in panel.points:
@@ -163,7 +181,6 @@ def sweep(name: str, caption: str, panels: Sequence[SweepPanel]) -> Figure:
         axis.set_visible(place < len(panels))
         if place + columns >= len(panels):
             axis.set_xlabel("Rate of code")
-            axis.tick_params(labelbottom=True)
         if place % columns == 0:
             axis.set_ylabel("Per cent")
     _legend_of_levels(figure, panels)
@@ -190,20 +207,30 @@ def _label_ends(axis: Any, ends: Mapping[str, tuple[float, float]], arms: Sequen
     """Names curves at their ends, moved apart where they would cover each other."""
     low, high = axis.get_ylim()
     step = (high - low) * 0.055
+    # From below, each at its curve's end or just above the one before; all lower where they would leave the frame.
+    room = high - step * len(ends)
     placed: list[float] = []
     for arm, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        at = max(y, placed[-1] + step) if placed else y
+        at = max(min(y, room + step * len(placed)), placed[-1] + step if placed else low)
         placed.append(at)
         style = _style(arms.index(arm))
         axis.annotate(arm, (x, y), xytext=(1.02, at), textcoords=axis.get_yaxis_transform(), color="#1a1a1a",
                       fontsize=8.5, va="center", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": style["color"], "linewidth": 0.6, "alpha": 0.6})
+                      arrowprops={"arrowstyle": "-", "color": style["color"], "linewidth": 0.8, "relpos": (0, 0.5),
+                                  "shrinkA": 1, "shrinkB": 3})
 
 
 def _style(place: int) -> dict[str, Any]:
     """Of the arm at this place: colour, marker and line together are all different up to 70 arms."""
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)],
             "linestyle": LINES[place % len(LINES)]}
+
+
+def _mean_curve(seeds: Sequence[Curve]) -> tuple[Sequence[float], Sequence[float]]:
+    """Tokens and the mean of the seeds; of seeds that are not equally far, up to where the shortest is."""
+    shortest = min(len(curve.values) for curve in seeds)
+    return seeds[0].tokens[:shortest], [
+        sum(curve.values[place] for curve in seeds) / len(seeds) for place in range(shortest)]
 
 
 def _tokens_unit(most: float) -> tuple[float, str]:

@@ -53,26 +53,22 @@ def opening(study: Study) -> list[Block]:
 
 def conclusions(study: Study) -> Section:
     """The paper's conclusions and what the data say of them."""
-    rows: list[list[str]] = []
+    blocks: list[Block] = [Heading(2, "The paper's conclusions"), Text(
+        f"By the rules below, which were fixed before any data. In points of 100, with intervals of {100 * LEVEL:g}%, "
+        "which is 95% corrected for all contrasts; p is of a difference of 0, as it is and by Holm's method.")]
     table: Rows = []
     for conclusion, verdict, contrasts in judge(study):
-        for place, one in enumerate(contrasts):
-            rows.append([f"{conclusion.number}. {conclusion.claim}" if not place else "",
-                         verdict.upper() if not place else "", one.planned.name,
-                         ", ".join(task for task, _ in one.planned.measures), _signed(one.estimate),
-                         _bounds(one.interval, "+"), _p(one.p_value), _p(one.corrected), one.verdict, one.why])
-            table.append([conclusion.number, conclusion.claim, verdict, one.planned.name,
-                          " ".join(task for task, _ in one.planned.measures), _percent(one.estimate),
-                          *_percents(one.interval), one.p_value, one.corrected, one.verdict, one.why])
-    return Section([
-        Heading(2, "The paper's conclusions"),
-        Table(f"In points of 100, with intervals of {100 * LEVEL:g}%; p of a difference of 0, as it is and by Holm's "
-              "method",
-              ("Conclusion", "Verdict", "Contrast", "Tasks", "Difference", "Interval", "p", "p, Holm", "This contrast",
-               "Why"), rows, words=(1, 2, 3, 8, 9)),
-        Heading(3, "The rules"), Items(RULES)],
-        [("conclusions", ("number", "claim", "verdict", "contrast", "tasks", "difference", "low", "high", "p", "p_holm",
-                          "contrast_verdict", "why"), table)])
+        blocks += [Heading(3, f"{conclusion.number}. {conclusion.claim} {verdict.capitalize()}."), Table(
+            "", ("Contrast", "Difference", "Interval", "p", "p, Holm", "Verdict", "Why", "Tasks"),
+            [[one.planned.name, _signed(one.estimate), _bounds(one.interval, "+"), _p(one.p_value), _p(one.corrected),
+              one.verdict, one.why, ", ".join(task for task, _ in one.planned.measures)] for one in contrasts],
+            words=(5, 6, 7))]
+        table += [[conclusion.number, conclusion.claim, verdict, one.planned.name,
+                   " ".join(task for task, _ in one.planned.measures), _percent(one.estimate), *_percents(one.interval),
+                   one.p_value, one.corrected, one.verdict, one.why] for one in contrasts]
+    return Section([*blocks, Heading(3, "The rules"), Items(RULES)], [("conclusions", (
+        "number", "claim", "verdict", "contrast", "tasks", "difference", "low", "high", "p", "p_holm",
+        "contrast_verdict", "why"), table)])
 
 
 def paper_tables(study: Study) -> Section:
@@ -107,7 +103,7 @@ def _paper_table(study: Study, table: PaperTable) -> tuple[Table, Rows]:
             rows += [_row_of_paper(study, ours, labels, without) for without in clean]
             numbers += [_numbers_of_paper(study, ours, column, label, None)
                         for column, label in zip(columns, labels, strict=True) if label]
-    names = [column.name + (f"\nours: {label}, {_seeds(study, label)}" if label else "\nours: none" * column.of_ours)
+    names = [column.name + (f"\nours: {label}\n{_seeds(study, label)}" if label else "\nours: none" * column.of_ours)
              for column, label in zip(columns, labels, strict=True)]
     return Table("", ("Task", "n", "Chance", "Majority", *names), rows), numbers
 
@@ -125,7 +121,7 @@ def _row_of_paper(study: Study, row: Row, labels: Sequence[str | None], clean: b
     paper_n = f"\npaper {QUESTIONS[row.task]:,}" if row.task in QUESTIONS and row.figures and not clean else ""
     sample = "\nsample questions" if asked and study.is_sample(row.task) and not clean else ""
     name = f"… without {len(study.overlapping(row.task))} overlapping" if clean else row.name + sample
-    return [name, f"{'-' if n is None else f'{n:,}'}{paper_n}", *_levels(levels), *cells]
+    return [name, f"{'-' if n is None else f'{n:,}'}{paper_n}", *_levels(levels if n else None), *cells]
 
 
 def _interval_of_paper(row: Row, figure: float) -> str:
@@ -266,7 +262,7 @@ def _plain(value: Any) -> Any:
 def _seeds(study: Study, label: str) -> str:
     seeds = [run.seed for run in study.arms[label]]
     known = ", ".join("unknown" if seed is None else str(seed) for seed in seeds)
-    return f"seed{'s' * (len(seeds) > 1)} {known}"
+    return f"seed{'s' * (len(seeds) > 1)} {known}" if len(seeds) < 6 else f"{len(seeds)} seeds"
 
 
 def _score(found: Estimate | None) -> str:

@@ -1,8 +1,9 @@
 """A study as its report sees it: arms with their seeds, tasks with their questions, and what the models are."""
 
+import ast
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from codellm_jax.results.runs import Contamination, Result, Run, by_label
 # 42e9 tokens, and no model far below a hundredth of either is told from chance on its benchmarks.
 FEWEST_PARAMETERS = 100_000_000
 FEWEST_TOKENS = 1_000_000_000
+TASKS = ("logic", "jecqa", "scienceqa", "ekar", "cosqa", "mbpp", "scienceqa_cot", "ekar_cot", "c3", "ocnli", "cmnli",
+         "dureader")  # in the paper's order; others follow
+PAPER_RATE = 1 / 3  # of code in the paper's pre-training: 50 GB beside 100 GB of text
 MIXES = ("decrease", "uniform", "increase")  # the paper's tables without a mix have the first of them
 
 
@@ -38,18 +42,21 @@ class Study:
         return by_label(self.runs)
 
     @functools.cached_property
-    def tasks(self) -> Mapping[str, str]:
-        """Every task that any run was asked, with a run that was."""
-        return {task: run.name for run in self.runs[::-1] for task in run.results}
+    def tasks(self) -> Sequence[str]:
+        """Every task that any run was asked, in the paper's order."""
+        ranks = {task: rank for rank, task in enumerate(TASKS)}
+        return sorted({task for run in self.runs for task in run.results},
+                      key=lambda task: (ranks.get(task, len(ranks)), task))
 
     def find(self, arm: str, mix: str | None = None) -> str | None:
-        """The label of one of the paper's arms: the label that is its name, else of its mixes the first of MIXES, else
-        the first run of the arm; None where there is none. With a mix, of that mix alone.
+        """The label of one of the paper's arms: the label that is its name, else of its mixes the first of MIXES, of
+        its rates the nearest to the paper's, else the first; None where there is none. With a mix, of that mix alone.
         """
         labels = [label for label, runs in self.arms.items() if runs[0].arm == arm and mix in (None, runs[0].mix)]
         ranks = {mix: rank for rank, mix in enumerate(MIXES)}
         return min(labels, key=lambda label: (
-            label != arm, ranks.get(self.arms[label][0].mix or "", len(MIXES))), default=None)
+            label != arm, ranks.get(self.arms[label][0].mix or "", len(MIXES)),
+            abs((code_rate(self.arms[label][0]) or 0.0) - PAPER_RATE)), default=None)
 
     def is_sample(self, task: str) -> bool:
         return bool(self.result(task).result["sample"])
@@ -94,7 +101,15 @@ class Study:
         ours, theirs = self.values(first, task, metric, clean), self.values(second, task, metric, clean)
         if not ours or not theirs or not len(next(iter(ours.values()))):
             return None
-        return compared(list(ours.values()), list(theirs.values()), paired=list(ours) == list(theirs))
+        return compared(list(ours.values()), list(theirs.values()), self.paired(first, second, ours, theirs))
+
+    def paired(self, first: str, second: str, ours: Collection[int | None], theirs: Collection[int | None]) -> bool:
+        """Whether these seeds of two arms belong together: each of one arm has one of the other that started from the
+        same run. Seeds of equal number have nothing else in common that would tell.
+        """
+        parents = [{run.seed: run.parent for run in self.arms[label] if run.seed in seeds}
+                   for label, seeds in ((first, ours), (second, theirs))]
+        return parents[0] == parents[1] and None not in parents[0].values()
 
     def blockers(self, labels: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> list[str]:
         """Why nothing that is measured of these arms on these tasks, or of all on all, says anything about reasoning;
@@ -127,6 +142,16 @@ class Study:
     def _kept(self, task: str, clean: bool) -> np.ndarray:
         ids, gone = self.result(task).ids, self.overlapping(task) if clean else frozenset()
         return np.array([id_ not in gone for id_ in ids])
+
+
+def code_rate(run: Run) -> float | None:
+    """The constant share of code that a run's settings ask for; None where it changes, or is not known."""
+    try:
+        rate = ast.literal_eval(run.settings.get("mixture.code_rate", "None"))
+        phases = ast.literal_eval(run.settings.get("mixture.mix_phases", "None"))
+    except (ValueError, SyntaxError):
+        return None
+    return float(rate) if phases is None and isinstance(rate, int | float) else None
 
 
 def pretraining_tokens(run: Run) -> int | None:
