@@ -189,9 +189,9 @@ def sweep(name: str, caption: str, panels: Sequence[SweepPanel]) -> Figure:
 
 def _levels(draw: Any, chance: float | None, majority: float | None) -> None:
     if chance is not None:
-        draw(chance, color=GREY, linestyle=LINES[2], linewidth=1.3, label="chance")
+        draw(chance, color=GREY, linestyle=LINES[2], linewidth=1.3, zorder=1)
     if majority is not None:
-        draw(majority, color=COLOURS[6], linestyle=LINES[3], linewidth=1.1, label="majority")
+        draw(majority, color=COLOURS[6], linestyle=LINES[3], linewidth=1.1, zorder=1)
 
 
 def _legend_of_levels(figure: Any, panels: Sequence[Panel | SweepPanel]) -> None:
@@ -214,10 +214,13 @@ def _label_ends(axis: Any, ends: Mapping[str, tuple[float, float]], arms: Sequen
         at = max(min(y, room + step * len(placed)), placed[-1] + step if placed else low)
         placed.append(at)
         style = _style(arms.index(arm))
-        axis.annotate(arm, (x, y), xytext=(1.02, at), textcoords=axis.get_yaxis_transform(), color="#1a1a1a",
-                      fontsize=8.5, va="center", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": style["color"], "linewidth": 0.8, "relpos": (0, 0.5),
-                                  "shrinkA": 1, "shrinkB": 3})
+        across = axis.get_yaxis_transform()
+        axis.plot(1.045, at, color=style["color"], marker=style["marker"], markerfacecolor="white", transform=across,
+                  clip_on=False)
+        axis.annotate(arm, (x, y), xytext=(1.08, at), textcoords=across, color="#1a1a1a", fontsize=8.5, va="center",
+                      annotation_clip=False, arrowprops={
+                          "arrowstyle": "-", "color": style["color"], "linewidth": 0.8, "relpos": (0, 0.5),
+                          "shrinkA": 14, "shrinkB": 3})
 
 
 def _style(place: int) -> dict[str, Any]:
