@@ -37,6 +37,7 @@ from codellm_jax.results.runs import (
     read_results,
     require_same_arm,
     require_same_measurement,
+    require_same_sources,
     resolve,
 )
 from codellm_jax.results.study import Study
@@ -56,6 +57,7 @@ def report(directory: str, say: Told = print) -> str:
     folder = epath.Path(directory).expanduser()
     study = read_study(folder, say)
     require_same_arm(study.runs)
+    require_same_sources(study.runs)
     require_same_measurement(study.runs)
     results = sum(len(run.results) for run in study.runs)
     say(f"{len(study.runs)} runs of {len(study.arms)} arms, {results} results; computing intervals, tests and plots.")
@@ -149,7 +151,8 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], say: Told) -> Run:
     if entry.get("arm") and label == path.name:  # a study whose names of runs do not tell the arm
         label = str(entry["arm"])
     return Run(path.name, label, letters, _mix(stage, letters, entry.get("mix"), settings), seed, stage,
-               entry.get("from") or _parent(ledger), settings, ledger, _parameters(record), step, results, provenance,
+               entry.get("from") or _parent(ledger), settings, ledger,
+               _parameters(record) or (provenance or {}).get("parameters"), step, results, provenance,
                read_records(str(path)) if results else [])
 
 

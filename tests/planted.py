@@ -76,7 +76,8 @@ def write_task(run: Path, task: str, n: int, skill: float, letters: str, sample:
                            "questions": f"{task} {n}".ljust(64, "0"), "scoring": "per_token", **(settings or {})},
               "checkpoint": {"run": str(run), "step": STEPS, "arm": letters, "digest": f"digest of {run.name}"}}
     shared = {"task": task, "sample": sample, "read": n + 1, "skipped": {"empty": 1}, "files": [f"{task}.json"],
-              "prompts_cut": 0, "questions_per_second": 10.0}
+              "prompts_cut": 0, "questions_per_second": 10.0, "provenance": {
+                  "config_hash": "e7a1" * 16, "code": {"version": "0.1.0", "commit": "412abbb" * 5, "dirty": False}}}
     if task in CANDIDATES:
         k = CANDIDATES[task]
         answers = seed_of("answers", task).integers(k, size=n)

@@ -1,4 +1,4 @@
-"""`t5x report`: planted effects, every number computed again from the questions' lines, what must not be mixed."""
+"""`t5x report`: every number computed again from the questions' lines; what must not be mixed; the page itself."""
 
 import collections
 import csv
@@ -21,7 +21,6 @@ from statsmodels.stats.proportion import proportion_confint
 
 from codellm_jax import cli
 from codellm_jax.report import read_study, report
-from codellm_jax.results.conclusions import CONTRASTS, LEVEL, judge
 from tasks.metrics import bleu_of_counts
 
 _spec = importlib.util.spec_from_file_location("planted", Path(__file__).with_name("planted.py"))
@@ -30,7 +29,6 @@ planted = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(planted)
 write_study, write_task, TINY = planted.write_study, planted.write_task, planted.TINY
 
-REASONING = ("logic", "jecqa", "scienceqa", "ekar")
 N = {"logic": 22, "jecqa": 120, "scienceqa": 150, "scienceqa_cot": 60, "ekar": 150, "ekar_cot": 60, "cosqa": 300,
      "mbpp": 150, "c3": 150, "ocnli": 150, "cmnli": 150, "dureader": 40}
 OVERLAPPING = {"mbpp": {"mbpp-1", "mbpp-7"}, "cosqa": {"cosqa-0"}}
@@ -299,66 +297,6 @@ def test_the_page_needs_nothing_else(one_seed):
         assert (one_seed / "report" / name).with_suffix(".svg").exists()
 
 
-ALL_ARMS = ("NL", "CODE", "NN", "NC-decrease", "CC-uniform", "CC-increase", "CC-decrease")
-
-
-def conclusions_of(folder: Path, skill, arms=ALL_ARMS, seeds: int = 4, spread: float = 0.02, n: int = 400, **options):
-    tasks = [*REASONING, *(("c3", "ocnli", "cmnli", "cosqa", "mbpp") if arms == ALL_ARMS else ())]
-    base = {("", task): 1.5 if task == "cosqa" else 0.3 for task in tasks}
-    write_study(folder, arms, seeds, dict.fromkeys(tasks, n), base | skill, spread, **options)
-    return judge(read_study(epath.Path(folder)))
-
-
-def test_planted_effects_are_found_and_null_ones_left_open(tmp_path):
-    skill = {("CODE", task): 1.3 for task in REASONING} | {("CODE", task): 0.9 for task in ("c3", "ocnli", "cmnli")}
-    skill |= {("CC-decrease", task): -1.5 for task in ("cosqa", "mbpp")}
-    judged = conclusions_of(tmp_path, skill)
-    verdicts = [(verdict, [one.verdict for one in contrasts]) for _, verdict, contrasts in judged]
-    assert verdicts == [("supported", ["supported", "supported"]), ("open", ["open"]),
-                        ("contradicted", ["contradicted", "contradicted"])]
-    assert judged[1][2][0].why == "the interval holds 0"
-    # The first contrast again, by hand: the mean over tasks, questions that differ, seeds that are shared.
-    first = judged[0][2][0]
-    arms = [[answers(tmp_path, arm, task, "accuracy") for task in REASONING] for arm in ("CODE", "NL")]
-    parts = [(np.mean([task.mean(1) for task in arm], axis=0).var(ddof=1) / 4, 3) for arm in arms]
-    parts += [((one.mean(0) - other.mean(0)).var(ddof=1) / 400 / 16, 399) for one, other in zip(*arms, strict=True)]
-    variance = sum(part for part, _ in parts)
-    degrees = variance**2 / sum(part**2 / freedom for part, freedom in parts)
-    difference = np.mean(arms[0]) - np.mean(arms[1])
-    half = stats.t.ppf(1 - 0.05 / CONTRASTS / 2, degrees) * math.sqrt(variance)
-    assert LEVEL == 0.99 and first.estimate == pytest.approx(difference)
-    assert first.interval == pytest.approx((difference - half, difference + half))
-    p_values = [one.p_value for _, _, contrasts in judged for one in contrasts]
-    assert [one.corrected for _, _, contrasts in judged for one in contrasts] == pytest.approx(
-        multipletests(p_values, method="holm")[1].tolist())
-
-
-@pytest.mark.parametrize("options, why", [
-    ({"seeds": 1}, "a single seed of CODE and of NL"), ({"sample": True}, "sample items"),
-    ({"arrays": TINY}, "the models are tiny"), ({"tokens": 10_000_000}, "pre-trained on little"),
-    ({"base": -2.5}, "neither arm is above"), ({"n": 400, "drop": "ekar"}, "not evaluated on ekar"),
-    ({"without": True}, "is not known, for lack of a checkpoint")])
-def test_never_supported_where_nothing_can_be_said(tmp_path, options, why):
-    """The same planted effect, but from a single seed, on samples, of tiny models, at chance, with a task missing."""
-    base = options.pop("base", None)
-    drop, without = options.pop("drop", None), options.pop("without", False)
-    skill = {(arm, task): (base if base is not None else 0.3) + (1.0 if base is None else 0.4) * (arm == "CODE")
-             for arm in ("NL", "CODE") for task in REASONING}
-    conclusions_of(tmp_path, skill, arms=("NL", "CODE"), **options)
-    if drop:
-        for path in tmp_path.glob(f"runs/*/results/{drop}.json*"):
-            path.unlink()
-    if without:
-        for path in tmp_path.glob("runs/*/checkpoints"):
-            shutil.rmtree(path)
-    judged = judge(read_study(epath.Path(tmp_path), say=lambda line: None))
-    contrast = judged[0][2][0]
-    assert contrast.verdict == "open" and why in contrast.why
-    assert judged[0][1] != "supported"
-    if not drop:
-        assert contrast.interval.low > 0  # it would have been
-
-
 def test_what_says_nothing_is_said_first(tmp_path, capsys):
     write_study(tmp_path, ["NL", "CODE"], 1, {"logic": 5, "mbpp": 4}, {}, sample=True, arrays=TINY, tokens=4096)
     assert cli.main(["report", str(tmp_path)]) == 0
@@ -405,6 +343,29 @@ def test_seeds_that_were_trained_otherwise_are_no_seeds(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "NL.seed0 and NL.seed1 are to be seeds of one arm, NL, and their mixture.code_rate differ (0.0 and 0.5)" \
         in capsys.readouterr().err
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path, capsys):
+    folder = write_study(tmp_path, ["NL", "CODE"], 1, {"cosqa": 10}, {})
+    path = folder / "runs" / "CODE.seed0" / "provenance.json"
+    path.write_text(path.read_text().replace("ab" * 32, "ba" * 32))
+    assert cli.main(["report", str(tmp_path)]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "NL.seed0 and CODE.seed0 were trained on other data of the same name: text.books was abababababab" in line
+    assert not (tmp_path / "report").exists()
+
+
+def test_each_result_says_where_it_comes_from(one_seed):
+    rows = table(one_seed, "results")
+    assert len(rows) == 6 * len(N)
+    row = next(row for row in rows if (row["run"], row["task"]) == ("NN.seed0", "cosqa"))
+    assert (row["config_hash"], row["checkpoint_digest"], row["code_commit"], row["scoring"], row["template"]) == (
+        "e7a1" * 16, "digest of NN.seed0", "412abbb" * 5, "per_token", "released")
+    run = next(row for row in table(one_seed, "provenance") if row["run"] == "NN.seed0")
+    assert (run["seed"], run["from"], run["arm_by_ledger"]) == ("0", "NL.seed0", "NN")
+    assert json.loads(run["data"]).keys() == {"text.books", "code.github"} and json.loads(run["versions"])["jax"]
+    assert json.loads(run["tokens"]) == {"text.books": 420_000_000, "code.github": 0}
+    assert run["pretraining_tokens"] == "42000000000"
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -9,6 +9,7 @@ import numpy as np
 from codellm_jax.results import plots
 from codellm_jax.results.answers import METRICS
 from codellm_jax.results.pages import Block, Figure, Heading, Items, Table, Text
+from codellm_jax.results.runs import Run
 from codellm_jax.results.sections import Rows, Section
 from codellm_jax.results.study import Study, code_rate, pretraining_tokens
 
@@ -17,6 +18,9 @@ POOLS = ("text", "code")
 FEWEST_RATES = 3  # of a sweep
 IDS_SHOWN = 20
 SHORT = 12  # characters of a hash
+RESULT_COLUMNS = ("run", "task", "sample", "n", "data", "questions", "template", "few_shot", "scoring", "samples",
+                  "sampling", "step", "checkpoint_digest", "config_hash", "training_config_hash", "code_version",
+                  "code_commit", "code_dirty", "versions")
 HASH = 40
 
 
@@ -204,10 +208,27 @@ def provenance(study: Study) -> Section:
     if data:
         blocks += [Text("Fingerprints of the data:"), Items(data)]
     blocks += [Text(f"Package versions: {'; or '.join(versions)}.")] if versions else []
+    blocks.append(Text("Each result's own configuration, checkpoint, questions, code and package versions are in "
+                       "`results.csv`, the runs' in `provenance.csv`."))
     return Section([*blocks, *([Items(notes)] if notes else [])], [("provenance", (
         "run", "arm", "arm_by_ledger", "seed", "stage", "from", "step", "parameters", "pretraining_tokens", "tokens",
         "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary", "checkpoint_digest", "data",
-        "versions"), numbers)])
+        "versions"), numbers), ("results", RESULT_COLUMNS, [_of_result(run, task) for run in study.runs
+                                                           for task in run.results])])
+
+
+def _of_result(run: Run, task: str) -> list[Any]:
+    """A result in a line: what was asked, of which checkpoint, and by which configuration and code."""
+    result = run.results[task].result
+    settings, known = result["settings"], result.get("provenance") or {}
+    code = known.get("code") or {}
+    template = settings.get("template")
+    return [run.name, task, result["sample"], result["n"], settings.get("data"), settings.get("questions"),
+            template if isinstance(template, str) else json.dumps(template), settings.get("few_shot"),
+            settings.get("scoring"), settings.get("samples"), json.dumps(settings.get("sampling")),
+            result["checkpoint"].get("step"), result["checkpoint"].get("digest"), known.get("config_hash"),
+            known.get("training_config_hash"), code.get("version"), code.get("commit"), code.get("dirty"),
+            json.dumps(known.get("versions") or {})]
 
 
 def _notes(study: Study) -> Sequence[str]:
@@ -230,9 +251,15 @@ def _notes(study: Study) -> Sequence[str]:
         if len(values) > 1:
             notes.append(f"Models differ in their {what}: " + "; ".join(
                 f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in values.items()) + ".")
-    codes = {str(((run.provenance or {}).get("code") or {}).get("commit")) for run in study.runs if run.provenance}
-    if len(codes) > 1:
-        notes.append(f"Runs are of {len(codes)} versions of the code.")
+    of_training = [run.provenance for run in study.runs]
+    of_results = [result.result.get("provenance") for run in study.runs for result in run.results.values()]
+    for what, known in (("trained", of_training), ("evaluated", of_results)):
+        codes = [one.get("code") or {} for one in known if one]
+        commits = sorted({str(code["commit"])[:SHORT] for code in codes if code.get("commit")})
+        if len(commits) > 1:
+            notes.append(f"Not all were {what} by the same version of the code: {', '.join(commits)}.")
+        if any(code.get("dirty") for code in codes):
+            notes.append(f"Some were {what} by code with changes that were not committed.")
     for label, runs in study.arms.items():
         for task in study.tasks:
             asked = [run.name for run in runs if task in run.results]

@@ -205,6 +205,18 @@ def require_same_arm(runs: Iterable[Run]) -> None:
                              "leave one of them out.")
 
 
+def require_same_sources(runs: Iterable[Run]) -> None:
+    """Raises ValueError, in one line, where a training source of one name is not the same data in two runs."""
+    first: dict[str, tuple[str, Any]] = {}
+    for run in runs:
+        for source, fingerprint in ((run.provenance or {}).get("data") or {}).items():
+            name, before = first.setdefault(source, (run.name, fingerprint))
+            if before != fingerprint:
+                raise ValueError(f"{name} and {run.name} were trained on other data of the same name: {source} was "
+                                 f"{str(before)[:12]} and {str(fingerprint)[:12]}, so that they must not stand in one "
+                                 "table: train both on the same, or name the sources apart.")
+
+
 def of_an_arm(settings: Mapping[str, str]) -> dict[str, str]:
     """Those of a run's settings that its arm's other seeds have in common."""
     return {name: value for name, value in settings.items()

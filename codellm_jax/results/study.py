@@ -117,7 +117,7 @@ class Study:
         """
         reasons = []
         runs = [run for run in self.runs if labels is None or run.label in labels]
-        unknown = [run.name for run in runs if run.parameters is None]
+        unknown = [run.name for run in runs if run.parameters is None or pretraining_tokens(run) is None]
         sizes = [run.parameters for run in runs if run.parameters is not None]
         if sizes and min(sizes) < FEWEST_PARAMETERS:
             reasons.append(f"the models are tiny ({_range(sizes)} parameters, fewer than {FEWEST_PARAMETERS:,})")
@@ -126,7 +126,7 @@ class Study:
         if tokens and min(tokens) < FEWEST_TOKENS:
             reasons.append(f"they were pre-trained on little ({_range(tokens)} tokens, fewer than {FEWEST_TOKENS:,})")
         if unknown:
-            reasons.append(f"the size of {len(unknown)} of {len(runs)} models is not known, for lack of a "
+            reasons.append(f"the size or training of {len(unknown)} of {len(runs)} models is not known, for lack of a "
                            f"checkpoint ({unknown[0]})")
         asked = list(self.tasks if tasks is None else tasks)
         samples = [task for task in asked if self.is_sample(task)]
