@@ -42,7 +42,7 @@ from codellm_jax.results.runs import (
 )
 from codellm_jax.results.study import Study
 from codellm_jax.runtime.checkpoints import newest_record
-from codellm_jax.runtime.progress import read_records
+from codellm_jax.runtime.progress import StatusLine, read_records
 
 Told = Callable[[str], None]
 
@@ -60,11 +60,19 @@ def report(directory: str, say: Told = print) -> str:
     require_same_sources(study.runs)
     require_same_measurement(study.runs)
     results = sum(len(run.results) for run in study.runs)
-    say(f"{len(study.runs)} runs of {len(study.arms)} arms, {results} results; computing intervals, tests and plots.")
-    made = [sections.conclusions(study), sections.paper_tables(study), background.score_plots(study),
-            sections.differences(study), sections.scores(study), background.losses(study),
-            background.mixes(mix_figure(study)), background.contamination(study), background.asked(study),
-            background.provenance(study)]
+    say(f"{len(study.runs)} runs of {len(study.arms)} arms, {results} results.")
+    parts: dict[str, Callable[[Study], sections.Section]] = {
+        "conclusions": sections.conclusions, "the paper's tables": sections.paper_tables,
+        "plots of scores": background.score_plots, "differences between arms": sections.differences,
+        "all scores": sections.scores, "held-out loss": background.losses,
+        "mix of text and code": lambda study: background.mixes(mix_figure(study)),
+        "contamination": background.contamination, "what was asked": background.asked,
+        "provenance": background.provenance}
+    status, made = StatusLine(0, len(parts), active=True, unit="section"), []
+    for number, (name, make) in enumerate(parts.items()):
+        status.show(number, name)
+        made.append(make(study))
+    status.close()
     blocks = [*sections.opening(study), *(block for section in made for block in section.blocks)]
     title = f"Report of {study.name}"
     tables = [*(table for section in made for table in section.tables), sections.questions(study)]

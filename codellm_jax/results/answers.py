@@ -4,6 +4,7 @@ Scores are fractions of 1, BLEU too.
 """
 
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from codellm_jax.results.statistics import Interval, bootstrap, mcnemar, paired_
 
 Lines = Sequence[Mapping[str, Any]]
 NGRAMS = 4
+POWER_QUANTILE = NormalDist().inv_cdf(0.8)
 METRICS = {"accuracy": "accuracy", "pass@1": "pass@1", "bleu": "BLEU", "exact_match": "exact match", "f1": "F1"}
 
 
@@ -48,8 +50,9 @@ TESTS = {
     "questions": "an arm of one seed alone against several: the difference of the means over seeds, between questions; "
                  "what another seed would change is left out",
     "seeds": "several seeds each: the variance of the difference is that between the seeds' means, over their number, "
-             "plus that between the questions' means, over theirs (Clark's min F', t with Satterthwaite's degrees); "
-             "seeds of either arm that started from the same run are paired",
+             "plus that between the questions' means, over theirs; the interval is Banerjee's, which weighs each by "
+             "its own quantile of Student's distribution and errs towards finding nothing; seeds of either arm that "
+             "started from the same run are paired",
 }
 
 
@@ -133,8 +136,10 @@ def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], paired: 
         return Compared(difference, None, 1.0, "seeds", None)
     seeds = min(len(first), len(second)) > 1
     found = contrast([linear(first)], [linear(second)], paired=paired and seeds, seeds=seeds, estimate=difference)
+    half = found.interval.high - found.estimate
     return Compared(difference, found.interval if found.standard_error else None, found.p_value,
-                    "seeds" if seeds else "questions", _detectable(found.standard_error))
+                    "seeds" if seeds else "questions",
+                    half + POWER_QUANTILE * found.standard_error if found.standard_error else None)
 
 
 def linear(seeds: Sequence[np.ndarray]) -> np.ndarray:

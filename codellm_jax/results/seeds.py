@@ -6,9 +6,14 @@ is taken as
     between seeds: v(the seeds' means) / S   +   between questions: v(the questions' means over seeds) / n
 
 each v with its unbiased denominator. In the crossed design seeds x questions both terms hold the variance of a single
-answer, which is thus counted twice: the test errs towards finding nothing. It is min F' of Clark (1973), on one degree
-of freedom in the numerator; Student's t has Satterthwaite's degrees. Over several tasks, whose questions are others
-but whose seeds are the same, the seeds' means are taken over the tasks first.
+answer, which is thus counted twice, as in min F' (Clark, 1973). Over several tasks, whose questions are others but
+whose seeds are the same, the seeds' means are taken over the tasks first, and each task has a term of its own. Seeds of
+two arms that have nothing in common are taken to vary equally.
+
+The terms v have few degrees of freedom where there are few seeds, and may be small by luck. So the interval is
+Banerjee's (1960), estimate +- sqrt(sum of t^2 v) with each term's own quantile t of Student's distribution, which
+covers at least as often as it says, however large each term is. The p-value is that of the interval that just
+reaches 0.
 
 A score that is no mean over questions, as corpus BLEU, goes in by its pseudo-values (Tukey's jackknife). Where all
 questions say the same, one more is imagined that says nothing, for no sample is certain.
@@ -22,15 +27,15 @@ import numpy as np
 from codellm_jax.results.statistics import Interval
 
 FromSums = Callable[[np.ndarray], np.ndarray]
+LEAST_P_VALUE = 1e-12  # smaller ones are not told apart
 
 
 class Contrast(NamedTuple):
-    """A mean, or a difference of means, with t = estimate / standard error on `degrees` of freedom."""
+    """A mean, or a difference of means."""
 
     estimate: float
     interval: Interval
     standard_error: float
-    degrees: float
     p_value: float  # two-sided, of being 0
 
 
@@ -77,8 +82,7 @@ def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None = 
         arms = [[one - other for one, other in zip(*arms, strict=True)]]
     differences = [one.mean(axis=0) - (arms[1][place].mean(axis=0) if len(arms) > 1 else 0)
                    for place, one in enumerate(arms[0])]  # of each task [n]
-    parts = [(seed_means.var(ddof=1) / len(seed_means), len(seed_means) - 1) for seed_means in (
-        np.mean([task.mean(axis=1) for task in arm], axis=0) for arm in arms)] if seeds else []
+    parts = [_between_seeds([np.mean([task.mean(axis=1) for task in arm], axis=0) for arm in arms])] if seeds else []
     sampled = [task if task.std() > 1e-12 else np.append(task, 0.0) for task in differences]
     parts += [(task.var(ddof=1) / len(task) / len(differences) ** 2, len(task) - 1) for task in sampled]
     centre = float(np.mean([task.mean() for task in differences])) if estimate is None else estimate
@@ -86,16 +90,32 @@ def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None = 
 
 
 def by_parts(estimate: float, parts: Sequence[tuple[float, float]], level: float = 0.95) -> Contrast:
-    """An estimate whose variance is a sum of independent parts, each (variance, degrees of freedom); Satterthwaite
-    (1946). Where all answers are 0 there is no variance: the interval is that point and p is 1.
+    """An estimate whose variance is a sum of independent parts, each (variance, degrees of freedom). Where all answers
+    are 0 there is no variance: the interval is that point and p is 1.
     """
-    from scipy import stats
+    from scipy import optimize, stats
 
-    variance = sum(part for part, _ in parts)
-    if variance <= 1e-24:
-        return Contrast(estimate, Interval(estimate, estimate), 0.0, float("inf"), 1.0)
-    degrees = variance**2 / sum(part**2 / freedom for part, freedom in parts)
-    error = variance**0.5
-    half = float(stats.t.ppf((1 + level) / 2, degrees)) * error
-    p_value = 2 * float(stats.t.sf(abs(estimate) / error, degrees))
-    return Contrast(estimate, Interval(estimate - half, estimate + half), error, float(degrees), p_value)
+    variances, degrees = np.array(parts, np.float64).T
+    if variances.sum() <= 1e-24:
+        return Contrast(estimate, Interval(estimate, estimate), 0.0, 1.0)
+
+    def half_squared(p_value: float) -> float:
+        return float((variances * stats.t.isf(p_value / 2, degrees) ** 2).sum())
+
+    def beyond(logarithm: float) -> float:
+        return half_squared(np.exp(logarithm)) - estimate**2
+
+    half = half_squared(1 - level) ** 0.5
+    least = np.log(LEAST_P_VALUE)
+    p_value = 1.0 if estimate == 0 else LEAST_P_VALUE if beyond(least) < 0 else float(
+        np.exp(optimize.brentq(beyond, least, 0.0)))
+    return Contrast(estimate, Interval(estimate - half, estimate + half), float(variances.sum() ** 0.5), p_value)
+
+
+def _between_seeds(means: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The variance between seeds of the mean of one arm, [S], or of the difference of two, [S] and [T], and its degrees
+    of freedom; that of two is pooled.
+    """
+    degrees = sum(len(of_arm) - 1 for of_arm in means)
+    pooled = sum(float(((of_arm - of_arm.mean()) ** 2).sum()) for of_arm in means) / degrees
+    return pooled * sum(1 / len(of_arm) for of_arm in means), degrees

@@ -9,6 +9,11 @@ from scipy import stats
 from codellm_jax.results.seeds import by_parts, contrast, pseudo_values
 
 
+def half_interval(parts, level: float = 0.95) -> float:
+    """Banerjee's, by hand."""
+    return math.sqrt(sum(variance * stats.t(degrees).ppf((1 + level) / 2) ** 2 for variance, degrees in parts))
+
+
 def test_by_hand():
     """Two seeds, three questions: the seeds' means are 1/3 and 1, the questions' 1/2, 1/2 and 1."""
     found = contrast([np.array([[0, 0, 1], [1, 1, 1]])])
@@ -16,14 +21,28 @@ def test_by_hand():
     questions = (2 * (1 / 2 - 2 / 3) ** 2 + (1 - 2 / 3) ** 2) / 2 / 3
     assert found.estimate == pytest.approx(2 / 3)
     assert found.standard_error == pytest.approx(math.sqrt(seeds + questions))
-    assert found.degrees == pytest.approx((seeds + questions) ** 2 / (seeds**2 / 1 + questions**2 / 2))
-    t = stats.t(found.degrees)
-    assert found.p_value == pytest.approx(2 * t.sf(2 / 3 / found.standard_error))
-    assert found.interval == pytest.approx(
-        (2 / 3 + t.ppf(0.025) * found.standard_error, 2 / 3 + t.ppf(0.975) * found.standard_error))
+    half = half_interval([(seeds, 1), (questions, 2)])
+    assert found.interval == pytest.approx((2 / 3 - half, 2 / 3 + half))
+    # The interval at the level of the p-value just reaches 0.
+    assert half_interval([(seeds, 1), (questions, 2)], 1 - found.p_value) == pytest.approx(2 / 3)
 
 
-def test_it_is_min_f_of_the_analysis_of_variance():
+def test_one_term_alone_is_students_test():
+    """Where questions do not differ it is the two-sample t-test of the seeds' means, from another library."""
+    first, second = np.array([0.3, 0.5, 0.6]), np.array([0.2, 0.1, 0.3, 0.2])
+    found = contrast([np.repeat(first[:, None], 9, axis=1)], [np.repeat(second[:, None], 9, axis=1)])
+    questions = (found.estimate**2 * 9 / 100 * 10 / 9 / 10, 9)  # of the one that is imagined
+    expected = stats.ttest_ind(first, second)
+    seeds = ((first.mean() - second.mean()) / expected.statistic) ** 2
+    assert found.standard_error == pytest.approx(math.sqrt(seeds + questions[0]))
+    assert by_parts(found.estimate, [(seeds, 5)]).p_value == pytest.approx(expected.pvalue)
+    paired = contrast([np.repeat(first[:, None], 9, axis=1)], [np.repeat(second[:3, None], 9, axis=1)], paired=True)
+    related = stats.ttest_rel(first, second[:3])
+    assert by_parts(paired.estimate, [((paired.estimate / related.statistic) ** 2, 2)]).p_value == pytest.approx(
+        related.pvalue)
+
+
+def test_the_variance_is_min_f_of_the_analysis_of_variance():
     """1 / F' = 1 / F_seeds + 1 / F_questions for the mean of paired differences, each F from statsmodels' table."""
     pandas = pytest.importorskip("pandas")
     formula = pytest.importorskip("statsmodels.formula.api")
@@ -38,8 +57,6 @@ def test_it_is_min_f_of_the_analysis_of_variance():
     by_seeds, by_questions = (of_mean / table.loc[name, "mean_sq"] for name in ("C(seed)", "C(question)"))
     found = contrast([first], [second], paired=True)
     assert (found.estimate / found.standard_error) ** 2 == pytest.approx(1 / (1 / by_seeds + 1 / by_questions))
-    assert found.degrees == pytest.approx(
-        (by_seeds + by_questions) ** 2 / (by_seeds**2 / 29 + by_questions**2 / 3))  # Clark's
 
 
 def test_several_tasks_count_equally_and_share_their_seeds():
@@ -57,16 +74,21 @@ def test_several_tasks_count_equally_and_share_their_seeds():
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("spread", [0.0, 0.5])
-def test_no_effect_is_found_no_more_often_than_promised(seeds, spread):
-    """Two arms of equal distribution, whose seeds differ in skill by `spread`: 5% would be found, or fewer."""
+@pytest.mark.parametrize("paired", [False, True])
+def test_no_effect_is_found_no_more_often_than_promised(seeds, spread, paired):
+    """Two arms of equal distribution, whose seeds differ in skill by `spread`: 5% would be found, or fewer, and of the
+    1% that conclusions are drawn at likewise.
+    """
     generator = np.random.default_rng(seeds)
-    trials, found = 400, 0
+    trials, found, surely = 400, 0, 0
     for _ in range(trials):
         difficulty = generator.normal(size=120)
         arms = [(difficulty + generator.normal(0, spread, (seeds, 1)) + generator.normal(size=(seeds, 120)) > 0)
                 for _ in range(2)]
-        found += contrast([arms[0]], [arms[1]]).p_value < 0.05
+        p_value = contrast([arms[0]], [arms[1]], paired=paired).p_value
+        found, surely = found + (p_value < 0.05), surely + (p_value < 0.01)
     assert found / trials < 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+    assert surely / trials < 0.01 + 3 * math.sqrt(0.01 * 0.99 / trials)
 
 
 def test_an_effect_is_found_and_seeds_that_differ_hide_it():
