@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from codellm_jax.results import plots
-from codellm_jax.results.answers import METRICS
+from codellm_jax.results.answers import METRICS, metrics_of
 from codellm_jax.results.pages import Block, Figure, Heading, Items, Table, Text
 from codellm_jax.results.runs import Run
 from codellm_jax.results.sections import Rows, Section
@@ -91,8 +91,8 @@ def losses(study: Study) -> Section:
     for stage, panels in curves.items():
         blocks.append(plots.losses(
             f"loss_{stage}", f"Loss on held-out text and code in {STAGES[stage]}, in nats a token, against the tokens "
-            "that the loss has counted: the mean over an arm's seeds, and pale the seeds. What lies above a frame is "
-            "of the first tenth of training.", panels, list(study.arms)))
+            "that the loss has counted: the mean over an arm's seeds, and pale the seeds. Where a frame cuts curves "
+            "off, it is in the first tenth of training.", panels, list(study.arms)))
     rows = []
     for label, runs in study.arms.items():
         ends = {pool: [of_run[-1].values[-1] for run in runs if (of_run := [
@@ -243,6 +243,11 @@ def _notes(study: Study) -> Sequence[str]:
         if run.step is not None and steps != {run.step}:
             notes.append(f"`{run.name}` was evaluated after step {', '.join(map(str, sorted(steps)))}, and its newest "
                          f"checkpoint is of step {run.step}.")
+    unborne = [f"`{run.name}`" for run in study.runs for result in run.results.values()
+               if "bleu" in result.result.get("scores", {}) and "bleu" not in metrics_of(result.lines)]
+    if unborne:
+        notes.append(f"The lines of {', '.join(unborne)} do not hold what BLEU is summed from, so that it is left out: "
+                     "they are of an earlier version, and the same evaluation once more writes it.")
     for what in ("vocabulary", "length", "dtype"):
         values: dict[str, list[str]] = {}
         for run in study.runs:

@@ -15,6 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)))
 GREY = "#595959"
+FEWEST_TO_CUT = 6  # evaluations of a run, from which on the first tenth of training may be cut off
 WIDTH, HEIGHT = 7.2, 6.5  # inches: of a page's text, on its side
 SETTINGS: Any = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8.5,
@@ -78,8 +79,10 @@ def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]], arms:
         scale, unit = _tokens_unit(max(curve.tokens[-1] for curve in curves))
         ends: dict[str, tuple[float, float]] = {}
         most = max(curve.tokens[-1] for curve in curves)
+        # The fall from new parameters would leave no room for the rest, where there is a rest to see.
+        from_on = most / 10 if min(len(curve.values) for curve in curves) >= FEWEST_TO_CUT else 0
         late = [value for curve in curves for tokens, value in zip(curve.tokens, curve.values, strict=True)
-                if tokens >= most / 10 or tokens == curve.tokens[-1]]
+                if tokens >= from_on or tokens == curve.tokens[-1]]
         for place, arm in enumerate(arms):
             seeds = [curve for curve in curves if curve.arm == arm]
             for curve in seeds[:len(seeds) if len(seeds) > 1 else 0]:
