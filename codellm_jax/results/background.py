@@ -159,10 +159,12 @@ def asked(study: Study) -> Section:
                      f"`{str(settings.get('data', '-'))[:SHORT]}`", f"`{str(settings.get('questions', '-'))[:SHORT]}`",
                      template if isinstance(template, str) else json.dumps(template, ensure_ascii=False),
                      f"{settings.get('few_shot', '-')}", how, ", ".join(METRICS[name] for name in study.metrics(task))])
-        for run in study.runs:
-            if task in run.results and run.results[task].result.get("prompts_cut"):
-                cut.append(f"{task}: {run.results[task].result['prompts_cut']:,} prompts of `{run.name}` were too long "
-                           "and lost their beginning.")
+        counts = {run.name: run.results[task].result.get("prompts_cut") or 0
+                  for run in study.runs if task in run.results}
+        if any(counts.values()):
+            told = f"{max(counts.values()):,} of each run" if len(set(counts.values())) == 1 else ", ".join(
+                f"{count:,} of `{name}`" for name, count in counts.items() if count)
+            cut.append(f"{task}: prompts that were too long and lost their beginning: {told}.")
     blocks: list[Block] = [Heading(2, "What was asked"), Table(
         "Of every run alike; hashes are of the files' content, and of the texts that were scored",
         ("Task", "n", "Skipped", "Data", "Questions", "Template", "Few-shot", "Scoring", "Metrics"), rows,

@@ -27,6 +27,7 @@ th { border-bottom: 2px solid #333; vertical-align: bottom; font-weight: 600; }
 tbody tr { border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, .text { text-align: left; }
 td.text { white-space: normal; min-width: 4.5rem; max-width: 26rem; } td:first-child { min-width: 8.5rem; }
+td code { white-space: nowrap; overflow-wrap: normal; }
 td .second { color: #595959; } th .second { font-weight: 400; }
 figure { margin: 1rem 0 1.75rem; }
 figure img { max-width: 100%; height: auto; }
