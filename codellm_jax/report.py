@@ -82,9 +82,8 @@ def report(directory: str, say: Told = print) -> str:
             files |= {f"{block.name}.png": block.png, f"{block.name}.svg": block.svg}
     files |= {"report.md": markdown(title, blocks), "report.html": page(title, blocks)}
     write(folder / "report", files)
-    reasons = study.blockers()
     return "\n".join([
-        *([f"Such models say nothing about reasoning: {'; '.join(reasons)}."] if reasons else []),
+        *filter(None, [study.warning()]),
         *(f"{conclusion.number}. {conclusion.claim} {verdict.upper()}" for conclusion, verdict, _ in judge(study)),
         f"The report: {folder / 'report' / 'report.html'}"])
 

@@ -33,9 +33,8 @@ DIFFERENCE_COLUMNS = ("first", "second", "task", "metric", "first_seeds", "secon
 def opening(study: Study) -> list[Block]:
     """What must be known first, and what there is."""
     blocks: list[Block] = []
-    if reasons := study.blockers():
-        blocks.append(Notice(f"Such models say nothing about reasoning: {'; '.join(reasons)}. What follows shows that "
-                             "the machinery works, and nothing else."))
+    if warning := study.warning():
+        blocks.append(Notice(f"{warning} What follows shows that the machinery works, and nothing else."))
     counts = [f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})" for label, runs in study.arms.items()]
     blocks.append(Text(f"Arms: {', '.join(counts)}. N is natural language alone and C is with code; the first letter "
                        "stands for pre-training, the second for tuning, and NL and CODE are pre-trained only."))

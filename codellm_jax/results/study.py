@@ -14,6 +14,7 @@ from codellm_jax.results.runs import Contamination, Result, Run, by_label
 # 42e9 tokens, and no model far below a hundredth of either is told from chance on its benchmarks.
 FEWEST_PARAMETERS = 100_000_000
 FEWEST_TOKENS = 1_000_000_000
+UNKNOWN = "the size or training"
 TASKS = ("logic", "jecqa", "scienceqa", "ekar", "cosqa", "mbpp", "scienceqa_cot", "ekar_cot", "c3", "ocnli", "cmnli",
          "dureader")  # in the paper's order; others follow
 PAPER_RATE = 1 / 3  # of code in the paper's pre-training: 50 GB beside 100 GB of text
@@ -126,7 +127,7 @@ class Study:
         if tokens and min(tokens) < FEWEST_TOKENS:
             reasons.append(f"they were pre-trained on little ({_range(tokens)} tokens, fewer than {FEWEST_TOKENS:,})")
         if unknown:
-            reasons.append(f"the size or training of {len(unknown)} of {len(runs)} models is not known, for lack of a "
+            reasons.append(f"{UNKNOWN} of {len(unknown)} of {len(runs)} models is not known, for lack of a "
                            f"checkpoint ({unknown[0]})")
         asked = list(self.tasks if tasks is None else tasks)
         samples = [task for task in asked if self.is_sample(task)]
@@ -134,6 +135,16 @@ class Study:
             which = "all" if len(samples) == len(asked) else ", ".join(sorted(samples))
             reasons.append(f"the questions are a few sample items of this package's own ({which})")
         return reasons
+
+    def warning(self) -> str:
+        """What a report says first; empty where nothing stands against its results."""
+        reasons = self.blockers()
+        if not reasons:
+            return ""
+        unknown = len(reasons) == 1 and reasons[0].startswith(UNKNOWN)
+        first = "Whether such models say anything about reasoning is not known" if unknown else \
+            "Such models say nothing about reasoning"
+        return f"{first}: {'; '.join(reasons)}."
 
     def result(self, task: str) -> Result:
         """A task as the first run was asked it; its questions and settings are those of all."""
