@@ -223,6 +223,12 @@ def test_the_papers_tables_stand_beside(one_seed):
     bleu = cell["mbpp", "bleu", "CC (2.6B)"]
     assert bleu["paper_value"] == "24.88" and bleu["paper_low"] == "" and bleu["arm"] == "CC-decrease"
     assert cell["mbpp", "pass@1", "CC (2.6B)"]["paper_value"] == ""
+    thought = {(row["row"], row["column"]): row for row in table(one_seed, "table_4")}
+    found = thought["CODE (2.6B), E-KAR", "with"]
+    lines = lines_of(one_seed, "CODE", "ekar_cot")[0]
+    assert (found["arm"], found["task"], found["paper_value"]) == ("CODE", "ekar_cot", "72.84")
+    assert float(found["value"]) == pytest.approx(score(lines, "accuracy")) and int(found["n"]) == len(lines) == 60
+    assert ", n 60<br>paper 72.84" in (one_seed / "report" / "report.md").read_text()  # 150 without chain of thought
     for number_ in (2, 3, 4, 6, 7, 8):
         assert f"### Table {number_}:" in (one_seed / "report" / "report.md").read_text()
 

@@ -1,5 +1,6 @@
 """The tables of a report: the paper's, with ours beside; differences of arms; conclusions. In per cent."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -84,43 +85,59 @@ def paper_tables(study: Study) -> Section:
     return Section(blocks, tables)
 
 
+class _Cell(NamedTuple):
+    """Our arm by its label, None for none; its task; the paper's figure, None for none."""
+
+    label: str | None
+    task: str
+    figure: float | None
+
+
 def _paper_table(study: Study, table: PaperTable) -> tuple[Table, Rows]:
     columns = list(table.columns)
     if table is TABLE_3 and study.find("CN"):
         columns.append(Column("CN, not in the paper", "CN"))
-    labels = [study.find(column.arm, column.mix) if column.of_ours else None for column in columns]
     rows: list[list[str]] = []
     numbers: Rows = []
-    for row in table.rows:
-        clean = (False, True) if row.task in study.tasks and study.overlapping(row.task) else (False,)
-        for without in clean:
-            rows.append(_row_of_paper(study, row, labels, without))
-        numbers += [_numbers_of_paper(study, row, column, label, figure) for column, label, figure in zip(
-            columns, labels, [*row.figures, None], strict=False)]
-        if row.metric == "bleu" and row.task in study.tasks and "pass@1" in study.metrics(row.task):
-            ours = row._replace(name="MBPP (pass@1)", metric="pass@1", figures=())
-            rows += [_row_of_paper(study, ours, labels, without) for without in clean]
-            numbers += [_numbers_of_paper(study, ours, column, label, None)
-                        for column, label in zip(columns, labels, strict=True) if label]
-    names = [column.name + (f"\nours: {label}\n{_seeds(study, label)}" if label else "\nours: none" * column.of_ours)
+    for paper_row in table.rows:
+        metrics = [paper_row]
+        if paper_row.metric == "bleu" and paper_row.task in study.tasks and "pass@1" in study.metrics(paper_row.task):
+            metrics.append(paper_row._replace(name="MBPP (pass@1)", metric="pass@1", figures=()))
+        for row in metrics:
+            cells = [_Cell(study.find(row.arm or column.arm or "", column.mix) if column.of_ours else None,
+                           row.task + column.suffix, figure)
+                     for column, figure in itertools.zip_longest(columns, row.figures)]
+            overlap = any(cell.task in study.tasks and study.overlapping(cell.task) for cell in cells)
+            rows += [_row_of_paper(study, row, cells, clean) for clean in ((False, True) if overlap else (False,))]
+            numbers += [_numbers_of_paper(study, row, column.name, cell)
+                        for column, cell in zip(columns, cells, strict=True) if cell.label or cell.figure is not None]
+    labels = [study.find(column.arm, column.mix) if column.arm and column.of_ours else None for column in columns]
+    names = [column.name + (f"\nours: {label}\n{_seeds(study, label)}" if label else
+                            "\nours: none" * bool(column.of_ours and column.arm))
              for column, label in zip(columns, labels, strict=True)]
     return Table("", ("Task", "n", "Chance", "Majority", *names), rows), numbers
 
 
-def _row_of_paper(study: Study, row: Row, labels: Sequence[str | None], clean: bool) -> list[str]:
-    asked = row.task in study.tasks
-    levels = study.levels(row.task, clean) if asked else None
-    cells, n = [], None
-    for place, label in enumerate(labels):
-        found = study.estimate(label, row.task, row.metric, clean) if label and asked else None
-        ours, n = _score(found), found.n if found else n
-        figure = row.figures[place] if place < len(row.figures) and not clean else None
-        interval = "" if figure is None else _interval_of_paper(row, figure)
-        cells.append(ours if figure is None else f"{ours}\npaper {figure:.2f}{interval}")
+def _row_of_paper(study: Study, row: Row, cells: Sequence[_Cell], clean: bool) -> list[str]:
+    """A row; n, chance and majority are of its first cell of ours, and n is told again where another's differs."""
+    texts: list[str] = []
+    n, levels, sample = None, None, False
+    for label, task, figure in cells:
+        found = study.estimate(label, task, row.metric, clean) if label and task in study.tasks else None
+        if found and n is None:
+            n, levels, sample = found.n, study.levels(task, clean), study.is_sample(task)
+        text = _score(found) + (f", n {found.n:,}" if found and found.n != n else "")
+        if figure is not None and not clean:
+            text += f"\npaper {figure:.2f}{_interval_of_paper(row, figure)}"
+        texts.append(text)
     paper_n = f"\npaper {QUESTIONS[row.task]:,}" if row.task in QUESTIONS and row.figures and not clean else ""
-    sample = "\nsample questions" if asked and study.is_sample(row.task) and not clean else ""
-    name = f"… without {len(study.overlapping(row.task))} overlapping" if clean else row.name + sample
-    return [name, f"{'-' if n is None else f'{n:,}'}{paper_n}", *_levels(levels if n else None), *cells]
+    name = row.name + "\nsample questions" * sample
+    if row.arm and (label := cells[0].label):
+        name += f"\nours: {label}, {_seeds(study, label)}"
+    if clean:
+        gone = sorted({len(study.overlapping(cell.task)) for cell in cells if cell.task in study.tasks})
+        name = f"… without {' or '.join(map(str, gone))} overlapping"
+    return [name, f"{'-' if n is None else f'{n:,}'}{paper_n}", *_levels(levels), *texts]
 
 
 def _interval_of_paper(row: Row, figure: float) -> str:
@@ -128,11 +145,11 @@ def _interval_of_paper(row: Row, figure: float) -> str:
     return f" [{found.low:.1f}, {found.high:.1f}]" if found else ""
 
 
-def _numbers_of_paper(study: Study, row: Row, column: Column, label: str | None, figure: float | None) -> list[Any]:
-    ours = _numbers(study, label, row.task, row.metric) if label else [None] * 13
-    interval = None if figure is None else paper_interval(row.task, row.metric, figure)
-    return [row.name, row.task, row.metric, column.name, label, *ours,
-            QUESTIONS.get(row.task) if figure is not None else None, figure, *(interval or (None, None))]
+def _numbers_of_paper(study: Study, row: Row, column: str, cell: _Cell) -> list[Any]:
+    ours = _numbers(study, cell.label, cell.task, row.metric) if cell.label else [None] * 13
+    interval = None if cell.figure is None else paper_interval(cell.task, row.metric, cell.figure)
+    return [row.name, cell.task, row.metric, column, cell.label, *ours,
+            QUESTIONS.get(cell.task) if cell.figure is not None else None, cell.figure, *(interval or (None, None))]
 
 
 def _numbers(study: Study, label: str, task: str, metric: str) -> list[Any]:
