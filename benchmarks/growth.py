@@ -1,6 +1,6 @@
 """How cost grows: compiling with depth, start-up with the corpus, memory with the vocabulary, steps with hosts.
 
-    python -m benchmarks.growth --records=growth.jsonl --figure=docs/growth.svg       pip install '.[plots]'
+    python -m benchmarks.growth --records=growth.jsonl --figure=docs/growth.svg
 
 Measured at the width of gin/models/tiny.gin on this machine's processor, in seconds of processor time of all threads,
 which other work on the machine lengthens little; steps also in seconds that pass. What is in the records already is not

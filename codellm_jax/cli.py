@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] in (["launch"], ["cache"]) and "--" in given:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "explain": _explain,
+        "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "report": _report, "explain": _explain,
         "contamination": _contamination, "cache": _cache,
         "vocabulary": _vocabulary, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
@@ -137,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
                         "Counts the questions of TASKS of which an n-gram of words stands in the training rows of an "
                         "arm's sources. gin/contamination.gin has what it adds to the arm's files.")
     contamination.add_argument("--output", metavar="FILE", help="write what is found there, as JSON, ids and all")
+    report = subparsers.add_parser("report", help="tables, plots and conclusions of a study", allow_abbrev=False,
+                                   description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
+    report.add_argument("directory", metavar="DIR")
+    report.add_argument("--debug", action="store_true", help="show the traceback of an error")
     explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
     explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
     vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
@@ -296,6 +300,15 @@ def _contamination(flags: argparse.Namespace) -> int:
     mixtures = [(build(configuration, "mixture"), build(configuration, "vocabulary"))]
     print(table(measure_into(flags.output, contamination, mixtures) if flags.output else
                 measure(contamination, mixtures)))
+    return 0
+
+
+def _report(flags: argparse.Namespace) -> int:
+    from codellm_jax.report import report
+
+    if not flags.debug:
+        _quiet_libraries()
+    print(report(flags.directory))
     return 0
 
 

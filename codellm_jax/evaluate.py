@@ -241,6 +241,8 @@ def ask_texts(
     main = next(iter(judged.values))
     for number, line in enumerate(lines):
         line |= {metric: values[number] for metric, values in judged.values.items()} | {"notes": judged.notes[number]}
+        # What a score that is no mean is summed from, so that it can be computed again of any of the questions.
+        line |= {f"{metric}_counts": list(counts[number]) for metric, (counts, _) in judged.corpus.items()}
     result = answered.header | {
         "task": loaded.name, "sample": loaded.is_sample, "metric": main, "n": len(lines), **scores[main],
         "scores": scores | {metric: {"value": value} for metric, value in judged.fixed.items()},

@@ -17,6 +17,7 @@ from codellm_jax.compare import compare
 from codellm_jax.configuration import build, read_configuration
 from codellm_jax.model.decoder import Decoder
 from codellm_jax.results import tables
+from codellm_jax.results.answers import corpus_bleu
 from codellm_jax.results.files import as_lines, lines_written
 from codellm_jax.runtime import trained
 from codellm_jax.runtime.checkpoints import restore_parameters
@@ -24,6 +25,7 @@ from codellm_jax.runtime.partitioning import make_mesh
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.runtime.state import abstract_state
 from tasks.benchmarks.loading import load
+from tasks.metrics import bleu_of_counts
 from tasks.sandbox import guarantees
 
 LENGTH = 32
@@ -283,6 +285,9 @@ def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
     assert result["interval"][0] <= result["value"] <= result["interval"][1]
     assert {"pass@1", "bleu", "bleu_sacrebleu", "bleu_released"} == set(result["scores"])
     assert all(result["scores"][name]["value"] > 0 for name in ("bleu", "bleu_sacrebleu"))
+    # The lines bear BLEU out, as a report needs it.
+    counts = np.sum([line["bleu_counts"] for line in lines], axis=0)
+    assert 100 * corpus_bleu(counts) == pytest.approx(result["scores"]["bleu"]["value"]) == bleu_of_counts(counts)
     result, lines = read(tmp_path, "dureader")
     assert {"f1", "exact_match"} == set(result["scores"]) and result["value"] == pytest.approx(
         np.mean([line["f1"] for line in lines[1:]]))

@@ -7,9 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PURE = {"codellm_jax.mixture.schedules", "codellm_jax.mixture.order", "codellm_jax.mixture.ledger",
-        "codellm_jax.mixture.examples", "codellm_jax.mixture.ngrams", "codellm_jax.results.statistics",
-        "codellm_jax.results.levels", "tasks.metrics", "tasks.sandbox", "tasks.trial", "tasks.confinement",
-        "tasks.assertions", "tasks.values", "tasks.programs"}
+        "codellm_jax.mixture.examples", "codellm_jax.mixture.ngrams", "tasks.metrics", "tasks.sandbox", "tasks.trial",
+        "tasks.confinement", "tasks.assertions", "tasks.values", "tasks.programs"}
 HEAVY = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"}
 
 
@@ -41,7 +40,7 @@ def test_arrows_point_down():
         room = name.split(".")[1] if name.count(".") > 1 else ""
         above = {f"codellm_jax.{verb}" for verb in (
             "cli", "configuration", "train", "plan", "evaluate", "infer", "compare", "contamination", "harness",
-            "precompile", "programs", "launch", "job", "cache")}
+            "precompile", "programs", "launch", "job", "cache", "report")}
         if room:
             assert not found & above, name
         if room in ("mixture", "model"):
@@ -49,6 +48,7 @@ def test_arrows_point_down():
         if room == "mixture":
             assert not any(other.startswith("codellm_jax.model") for other in found), name
         if room == "results":
+            assert not tops(found) & ({"jax", "gin"} | HEAVY), name
             assert all(other.startswith("codellm_jax.results") for other in found
                        if other.startswith("codellm_jax")), name
         if room == "model":
@@ -64,6 +64,8 @@ def test_arrows_point_down():
             assert "tasks" not in tops(found), name
         if "gin" in tops(found):
             assert name == "codellm_jax.configuration"
+        if "matplotlib" in tops(found):
+            assert name == "codellm_jax.results.plots" and "matplotlib" not in tops(imports(path, everywhere=False))
         if "orbax" in tops(found):
             assert name == "codellm_jax.runtime.checkpoints"
         if "apache_beam" in tops(found):

@@ -48,12 +48,13 @@ def test_readme_commands_are_accepted(
     if arguments[0] == "contamination":
         kept = ("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE")
         arguments += [flag for flag in tiny_flags if flag.startswith(kept)]
-    if arguments[0] == "compare":
+    if arguments[0] in ("compare", "report"):
         for run in (pretrained / "NL", pretrained / "CODE"):
             assert cli.main(["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run}",
                              f"--gin.evaluate.results_dir={tmp_path / run.name / 'results'}",
                              "--gin.TASKS=['logic']"]) == 0
-        arguments = ["compare", str(tmp_path / "NL"), str(tmp_path / "CODE")]
+        runs = [str(tmp_path / "NL"), str(tmp_path / "CODE")]
+        arguments = ["compare", *runs] if arguments[0] == "compare" else ["report", str(tmp_path)]
     if arguments[0] == "launch":
         monkeypatch.chdir(checkout)
         arguments.insert(1, "--print_only")

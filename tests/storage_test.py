@@ -203,6 +203,28 @@ def test_evaluation_in_the_bucket(bucket, runs):
     assert len(set(rows.values())) == 1, rows
 
 
+PRINT = """
+import hashlib, sys
+from etils import epath
+for path in sorted((epath.Path(sys.argv[1]) / "report").iterdir()):
+    print("FILE", path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+def test_a_report_in_the_bucket_is_the_report_on_disk(bucket, runs):
+    folder, _ = runs
+    study = folder / "reported" / "study"
+    shutil.copytree(folder / "run", study / "run")
+    bucket(*t5x("eval", "--gin_file=gin/eval.gin", "--gin.TASKS=['logic']", f"--gin.CHECKPOINT_PATH={study}/run"))
+    bucket("-c", COPY, str(study), "gs://bucket/reported/study")
+    found = {}
+    for place in (str(study), "gs://bucket/reported/study"):
+        assert f"{place}/report/report.html" in bucket(*t5x("report", place))
+        found[place] = [line for line in bucket("-c", PRINT, place).splitlines() if line.startswith("FILE")]
+    first, second = found.values()
+    assert first == second and len(first) > 12, (first, second)
+
+
 RACE = """
 import sys
 import numpy as np

@@ -1,0 +1,155 @@
+"""What each question adds to a score, of each seed of an arm; scores and differences of scores from that alone.
+
+Scores are fractions of 1, BLEU too.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from codellm_jax.results.levels import chance_level, detectable_by_error, detectable_paired, majority_level
+from codellm_jax.results.seeds import FromSums, contrast, pseudo_values
+from codellm_jax.results.statistics import Interval, bootstrap, mcnemar, paired_bootstrap, wilson_interval
+
+Lines = Sequence[Mapping[str, Any]]
+NGRAMS = 4
+POWER_QUANTILE = NormalDist().inv_cdf(0.8)
+METRICS = {"accuracy": "accuracy", "pass@1": "pass@1", "bleu": "BLEU", "exact_match": "exact match", "f1": "F1"}
+
+
+class Estimate(NamedTuple):
+    value: float
+    interval: Interval | None  # 95%; None where nothing can be said of it
+    n: int
+    seeds: int
+
+
+class Compared(NamedTuple):
+    """One arm's score minus another's, over the same questions."""
+
+    difference: float
+    interval: Interval | None
+    p_value: float
+    test: str  # one of TESTS
+    detectable: float | None  # the smallest difference that these questions, and seeds, show
+
+
+class Levels(NamedTuple):
+    """What an accuracy is read against."""
+
+    chance: float
+    majority: float
+
+
+TESTS = {
+    "McNemar": "one seed each, right or wrong: McNemar's exact test on the questions that one of them alone has right; "
+               "the interval is a bootstrap over questions",
+    "bootstrap": "one seed each, more or less right: a bootstrap over the questions that both answered",
+    "questions": "an arm of one seed alone against several: the difference of the means over seeds, between questions; "
+                 "what another seed would change is left out",
+    "seeds": "several seeds each: the variance of the difference is that between the seeds' means, over their number, "
+             "plus that between the questions' means, over theirs; the interval is Banerjee's, which weighs each by "
+             "its own quantile of Student's distribution and errs towards finding nothing; seeds of either arm that "
+             "started from the same run are paired",
+}
+
+
+def metrics_of(lines: Lines) -> list[str]:
+    """The metrics that a task's lines bear out, in the order they are told."""
+    if "correct" in lines[0]:
+        return ["accuracy"]
+    return [name for name in METRICS if name in lines[0] or f"{name}_counts" in lines[0]]
+
+
+def values_of(lines: Lines, metric: str) -> np.ndarray:
+    """What each question adds: [n], or for BLEU [n, 10], the counts that `corpus_bleu` is a function of."""
+    name = {"accuracy": "correct", "bleu": "bleu_counts"}.get(metric, metric)
+    return np.array([line[name] for line in lines], np.float64)
+
+
+def levels_of(lines: Lines) -> Levels | None:
+    """Chance and majority of questions with candidates; None of those that are answered by writing."""
+    if "correct" not in lines[0]:
+        return None
+    return Levels(chance_level([len(line["candidates"]) for line in lines]),
+                  majority_level([line["answer"] for line in lines]).level)
+
+
+def corpus_bleu(counts: np.ndarray) -> np.ndarray:
+    """BLEU-4 (Papineni et al., 2002) in 0 ... 1, of counts summed over questions, [..., 10] -> [...].
+
+    Counts are the lengths of the prediction and of the reference, then of each order of n-grams those that match, then
+    those predicted. Nothing is smoothed: without a match of some order it is 0.
+    """
+    counts = np.asarray(counts, np.float64)
+    matches, possible = counts[..., 2:2 + NGRAMS], counts[..., 2 + NGRAMS:]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precisions = np.where(matches > 0, matches / np.maximum(possible, 1), 0.0)
+        brevity = np.minimum(1.0, np.exp(1 - counts[..., 1] / counts[..., 0]))
+        geometric = np.exp(np.log(precisions).mean(axis=-1))
+    return np.where((matches > 0).all(axis=-1), brevity * geometric, 0.0)
+
+
+def score_of(values: np.ndarray) -> float:
+    """The score of one seed's values."""
+    return float(values.mean()) if values.ndim == 1 else float(corpus_bleu(values.sum(axis=0)))
+
+
+def estimate(seeds: Sequence[np.ndarray]) -> Estimate:
+    """The mean score of an arm's seeds; `values_of` each, of the same questions.
+
+    Of one seed, shares of questions get Wilson's interval and others a bootstrap's, over questions; of several seeds
+    the interval is that of `contrast`, over seeds and questions.
+    """
+    n, value = len(seeds[0]), float(np.mean([score_of(values) for values in seeds]))
+    shares = seeds[0].ndim == 1 and all(set(values.tolist()) <= {0.0, 1.0} for values in seeds)
+    interval = None
+    if len(seeds) > 1 and n > 1:
+        found = contrast([linear(seeds)], estimate=value)
+        interval = found.interval if found.standard_error else None
+    elif len(seeds) == 1 and not shares:
+        drawn = bootstrap(seeds[0], _from_sums(seeds[0]))
+        interval = drawn.interval if drawn.standard_error else None
+    if interval is None and shares:  # Wilson's is never a point
+        interval = wilson_interval(round(n * value), n)
+    return Estimate(value, interval and Interval(max(0.0, interval.low), min(1.0, interval.high)), n, len(seeds))
+
+
+def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], paired: bool) -> Compared:
+    """The first arm's score minus the second's; `values_of` each seed of either, of the same questions.
+
+    `paired`: both arms have the same seeds, in the same order.
+    """
+    ours, theirs, n = first[0], second[0], len(first[0])
+    difference = float(np.mean([score_of(values) for values in first]) - np.mean([score_of(v) for v in second]))
+    if len(first) == len(second) == 1:
+        drawn = paired_bootstrap(ours, theirs, _from_sums(ours))
+        interval = drawn.interval if drawn.standard_error else None
+        if ours.ndim == 1 and set(ours.tolist()) | set(theirs.tolist()) <= {0.0, 1.0}:
+            test = mcnemar(ours, theirs)
+            return Compared(difference, interval, test.p_value, "McNemar",
+                            detectable_paired(n, (test.only_first + test.only_second) / n))
+        return Compared(difference, interval, drawn.p_value, "bootstrap", _detectable(drawn.standard_error))
+    if n < 2:
+        return Compared(difference, None, 1.0, "seeds", None)
+    seeds = min(len(first), len(second)) > 1
+    found = contrast([linear(first)], [linear(second)], paired=paired and seeds, seeds=seeds, estimate=difference)
+    half = found.interval.high - found.estimate
+    return Compared(difference, found.interval if found.standard_error else None, found.p_value,
+                    "seeds" if seeds else "questions",
+                    half + POWER_QUANTILE * found.standard_error if found.standard_error else None)
+
+
+def linear(seeds: Sequence[np.ndarray]) -> np.ndarray:
+    """[S, n]: values whose means stand for the scores; see `pseudo_values`."""
+    return np.stack([pseudo_values(values, _from_sums(values)) for values in seeds])
+
+
+def _from_sums(values: np.ndarray) -> FromSums | None:
+    return None if values.ndim == 1 else corpus_bleu
+
+
+def _detectable(standard_error: float) -> float | None:
+    return detectable_by_error(standard_error) if standard_error else None

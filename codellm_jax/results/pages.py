@@ -1,0 +1,168 @@
+"""A report as blocks, and the same blocks as Markdown and as one self-contained HTML page."""
+
+import base64
+import csv
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1a1a1a;
+  background: #fff; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0; }
+h2 { font-size: 1.3rem; margin: 2.75rem 0 .75rem; padding-top: .5rem; border-top: 1px solid #bbb; }
+h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
+p, li { max-width: 46rem; }
+code { font: .87em ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  overflow-wrap: anywhere; }
+.notice { border-left: 5px solid #D55E00; background: #fdf3ec; padding: .75rem 1rem; max-width: none; }
+.wide { overflow-x: auto; margin: .75rem 0 1.25rem; }
+table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+caption { caption-side: top; text-align: left; padding-bottom: .4rem; color: #444; }
+th, td { padding: .3rem .5rem; text-align: right; vertical-align: top; white-space: nowrap; }
+th { border-bottom: 2px solid #333; vertical-align: bottom; font-weight: 600; }
+tbody tr { border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child, .text { text-align: left; }
+td.text { white-space: normal; min-width: 4.5rem; max-width: 26rem; } td:first-child { min-width: 8.5rem; }
+td code { white-space: nowrap; overflow-wrap: normal; }
+td .second { color: #595959; } th .second { font-weight: 400; }
+figure { margin: 1rem 0 1.75rem; }
+figure img { max-width: 100%; height: auto; }
+figcaption { color: #444; font-size: .9rem; max-width: 46rem; }
+nav { font-size: .9rem; } nav a { margin-right: 1rem; white-space: nowrap; }
+a { color: #0058a3; }
+@page { size: A4 landscape; margin: 12mm; }
+@media print { body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; }
+  table { font-size: 7.5pt; } th, td { padding: .15rem .35rem; } figure, tr { break-inside: avoid; }
+  figure img { max-height: 165mm; width: auto; }
+  h2, h3 { break-after: avoid; } nav { display: none; } }
+"""
+
+
+class Heading(NamedTuple):
+    level: int  # 2 or 3
+    text: str
+
+
+class Text(NamedTuple):
+    """A paragraph; `code` in backticks."""
+
+    text: str
+
+
+class Notice(NamedTuple):
+    """A paragraph that must not be missed."""
+
+    text: str
+
+
+class Items(NamedTuple):
+    texts: Sequence[str]
+
+
+class Table(NamedTuple):
+    """Cells are text; lines of a cell after its first are told apart. Columns of words are aligned to the left."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Sequence[int] = ()  # columns of words, by number; the first always is
+
+
+class Figure(NamedTuple):
+    """A plot, as NAME.svg and NAME.png."""
+
+    name: str
+    caption: str
+    png: bytes
+    svg: bytes
+
+
+Block = Heading | Text | Notice | Items | Table | Figure
+
+
+def markdown(title: str, blocks: Sequence[Block]) -> str:
+    """The page as Markdown, with its plots in files beside it. A notice that comes first stands above the title."""
+    parts = [_markdown(block) for block in blocks]
+    at = 1 if blocks and isinstance(blocks[0], Notice) else 0
+    return "\n\n".join([*parts[:at], f"# {title}", *parts[at:]]) + "\n"
+
+
+def page(title: str, blocks: Sequence[Block]) -> str:
+    """The page as HTML: styles and plots are part of it, and nothing is fetched."""
+    parts = [_html(block) for block in blocks]
+    at = 1 if blocks and isinstance(blocks[0], Notice) else 0
+    links = "".join(f'<a href="#{_anchor(block.text)}">{_inline(block.text)}</a> '
+                    for block in blocks if isinstance(block, Heading) and block.level == 2)
+    body = "\n".join([*parts[:at], f"<h1>{_inline(title)}</h1>", f"<nav>{links}</nav>", *parts[at:]])
+    return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n")
+
+
+def comma_separated(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table as CSV; numbers in full, None as nothing."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([columns, *(["" if value is None else value for value in row] for row in rows)])
+    return text.getvalue()
+
+
+def _markdown(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"{'#' * block.level} {block.text}"
+    if isinstance(block, Text):
+        return block.text
+    if isinstance(block, Notice):
+        return f"**{block.text}**"
+    if isinstance(block, Items):
+        return "\n".join(f"- {text}" for text in block.texts)
+    if isinstance(block, Figure):
+        return f"![{block.name}]({block.name}.png)\n\n{block.caption}"
+    align = [" --- " if _is_words(block, column) else " ---: " for column in range(len(block.columns))]
+    lines = [block.columns, *block.rows]
+    cells = [" | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in line) for line in lines]
+    caption = [block.caption, ""] if block.caption else []
+    return "\n".join([*caption, f"| {cells[0]} |", f"|{'|'.join(align)}|", *(f"| {line} |" for line in cells[1:])])
+
+
+def _html(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f'<h{block.level} id="{_anchor(block.text)}">{_inline(block.text)}</h{block.level}>'
+    if isinstance(block, Text):
+        return f"<p>{_inline(block.text)}</p>"
+    if isinstance(block, Notice):
+        return f'<p class="notice" role="note"><strong>{_inline(block.text)}</strong></p>'
+    if isinstance(block, Items):
+        return "<ul>" + "".join(f"<li>{_inline(text)}</li>" for text in block.texts) + "</ul>"
+    if isinstance(block, Figure):
+        image = base64.b64encode(block.svg).decode()
+        return (f'<figure><img alt="{html.escape(block.caption)}" src="data:image/svg+xml;base64,{image}">'
+                f"<figcaption>{_inline(block.caption)}</figcaption></figure>")
+    classes = [' class="text"' if _is_words(block, column) else "" for column in range(len(block.columns))]
+    head = "".join(f'<th scope="col"{kind}>{_cell(name)}</th>'
+                   for name, kind in zip(block.columns, classes, strict=True))
+    rows = "".join("<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, classes, strict=True))
+                   + "</tr>\n" for row in block.rows)
+    caption = f"<caption>{_inline(block.caption)}</caption>" if block.caption else ""
+    return (f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>')
+
+
+def _is_words(table: Table, column: int) -> bool:
+    return column == 0 or column in table.words
+
+
+def _cell(text: str) -> str:
+    first, *others = text.split("\n")
+    return "<br>".join([_inline(first), *(f'<span class="second">{_inline(other)}</span>' for other in others)])
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def _anchor(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,238 @@
+"""The runs of a study as its report reads them: results with a line for each question, and where they come from.
+
+A study's directory holds `study.json` and `runs/NAME`; any folder of run directories will do without.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from codellm_jax.results.files import finished_lines
+
+# What makes questions and scores what they are; where one differs, two results must not stand in one table. Named from
+# what is seen first: a template makes other questions of the same data.
+OF_A_MEASUREMENT = ("data", "template", "few_shot", "scoring", "sampling", "samples", "questions")
+# What makes an arm what it is, the data aside; seeds of one arm have it in common.
+OF_AN_ARM = ("model.", "adamw.", "warmup_cosine.", "mixture.code_rate", "mixture.mix_phases", "mixture.stage",
+             "train.batch_size", "train.train_steps")
+SAME_COMPUTATION = ("model.remat", "model.scan_unroll", "model.attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One task of one run: TASK.json, and the lines of TASK.jsonl without their header."""
+
+    run: str
+    task: str  # without "_sample"
+    result: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+
+    @property
+    def ids(self) -> list[str]:
+        return [str(line["id"]) for line in self.lines]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+      name: of the directory.
+      label: of the arm, as the study names it; seeds of one arm share it.
+      arm: NL, CODE, NN, NC, CN or CC.
+      mix: of a tuning with code: "uniform", "increase", "decrease" or the study's own word; None for none.
+      seed: of training; None where nothing tells it.
+      stage: "pretraining" or "tuning".
+      parent: the name of the run it starts from; None for none.
+      settings: those that held, macros resolved, as text; empty where the run has no checkpoint.
+      ledger: of its newest checkpoint; empty likewise.
+      parameters: of the model; None likewise.
+      step: of its newest checkpoint; None likewise.
+      results: by task.
+      provenance: what provenance.json holds; None where it is not there.
+      records: the lines of metrics.jsonl.
+    """
+
+    name: str
+    label: str
+    arm: str
+    mix: str | None
+    seed: int | None
+    stage: str
+    parent: str | None
+    settings: Mapping[str, str]
+    ledger: Mapping[str, Any]
+    parameters: int | None
+    step: int | None
+    results: Mapping[str, Result]
+    provenance: Mapping[str, Any] | None
+    records: Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlaps:
+    """Which questions of a task a training source holds.
+
+    Attributes:
+      sources: ids of questions by source.
+      not_measurable: questions of which nothing could be looked for; None where nothing says so.
+      data: the hash of the task's files; None likewise.
+    """
+
+    sources: Mapping[str, frozenset[str]]
+    not_measurable: int | None
+    data: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contamination:
+    """Which questions share n words or more in a row with what was trained on; tasks by the names of their results."""
+
+    n: int
+    tasks: Mapping[str, Overlaps]
+
+    def of(self, result: Mapping[str, Any]) -> Overlaps | None:
+        """The overlaps of the task of a result; None where it was not looked at, or other files of it were."""
+        found = self.tasks.get(result["task"] + "_sample" * result["sample"])
+        return None if found is None or found.data not in (None, result["settings"].get("data")) else found
+
+
+def read_json(path: epath.Path) -> Any:
+    """The content of a JSON file; None where it is not there. Raises ValueError where it is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no whole JSON ({error}): make it again.") from None
+
+
+def read_results(directory: epath.Path, run: str) -> dict[str, Result]:
+    """The results of a run directory by task; where official files and samples were both asked, the official ones.
+
+    Raises:
+      ValueError: a result whose lines are not those it was computed of.
+    """
+    found: dict[str, Result] = {}
+    folder = directory / "results"
+    for path in sorted(folder.glob("*.json")) if folder.exists() else []:
+        result = read_json(path)
+        if not isinstance(result, dict) or not {"task", "n", "settings", "checkpoint", "metric"} <= result.keys():
+            raise ValueError(f"{path} is no result of an evaluation: move it away, or evaluate the task again.")
+        lines = finished_lines(path.with_suffix(".jsonl"), result)
+        if not lines:
+            raise ValueError(f"{path.stem} of {run}: its lines are not those of its result; evaluate it to the end.")
+        if "correct" in lines[0] and abs(sum(line["correct"] for line in lines) / len(lines) - result["value"]) > 1e-9:
+            raise ValueError(f"{path.stem} of {run}: its lines do not come to its accuracy; evaluate it again.")
+        task = result["task"]
+        if task not in found or found[task].result["sample"]:
+            found[task] = Result(run, task, result, lines)
+    return found
+
+
+def read_contamination(directory: epath.Path) -> Contamination | None:
+    """What contamination.json holds; None where there is none.
+
+    Raises:
+      ValueError: it is not what it should be.
+    """
+    path = directory / "contamination.json"
+    saved = read_json(path)
+    if saved is None:
+        return None
+    try:
+        return Contamination(int(saved["n"]), {
+            task: Overlaps({source: frozenset(map(str, of_source["ids"]))
+                            for source, of_source in of_task["sources"].items()},
+                           of_task.get("not_measurable"), of_task.get("data"))
+            for task, of_task in saved["tasks"].items()})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} does not tell which questions overlap ({type(error).__name__}: {error}): measure the "
+                         "contamination again.") from None
+
+
+def resolve(settings: Mapping[str, str]) -> dict[str, str]:
+    """Settings as they were saved, with the value of each macro, "%NAME", in its place."""
+    def value(text: str, depth: int = 0) -> str:
+        name = text.removeprefix("%")
+        return value(settings[name], depth + 1) if text.startswith("%") and name in settings and depth < 9 else text
+
+    return {name: value(text) for name, text in settings.items()}
+
+
+def require_same_measurement(runs: Iterable[Run]) -> None:
+    """Raises ValueError, in one line, where two runs were not asked the same questions, or not scored alike."""
+    first: dict[str, Result] = {}
+    for run in runs:
+        for task, here in run.results.items():
+            other = first.setdefault(task, here)
+            if other.result["sample"] != here.result["sample"]:
+                which = [f"{one.run} was asked {'our sample items' if one.result['sample'] else 'the official files'}"
+                         for one in (other, here)]
+                raise ValueError(f"{task}: {which[0]} and {which[1]}, which must not stand in one table: evaluate both "
+                                 "on the same files.")
+            for name in OF_A_MEASUREMENT:
+                values = [one.result["settings"].get(name) for one in (other, here)]
+                if values[0] != values[1]:
+                    told = [f"{value[:12]}" if name in ("data", "questions") and isinstance(value, str) else f"{value}"
+                            for value in values]
+                    raise ValueError(f"{task}: the {name} of {other.run} and {here.run} differ ({told[0]} and "
+                                     f"{told[1]}), so that they must not stand in one table: evaluate both with the "
+                                     "same files and settings.")
+            if other.ids != here.ids:
+                raise ValueError(f"{task}: {other.run} and {here.run} answered other questions, or in another order: "
+                                 "evaluate both again.")
+
+
+def require_same_arm(runs: Iterable[Run]) -> None:
+    """Raises ValueError, in one line, where two seeds of an arm were trained differently, or are the same seed."""
+    first: dict[str, Run] = {}
+    seen: dict[tuple[str, int | None], Run] = {}
+    for run in runs:
+        other = first.setdefault(run.label, run)
+        for name, value in of_an_arm(run.settings).items():
+            before = of_an_arm(other.settings).get(name, value)
+            if before != value:
+                raise ValueError(f"{other.name} and {run.name} are to be seeds of one arm, {run.label}, and their "
+                                 f"{name} differ ({before} and {value}): give them names of their own.")
+        twin = seen.setdefault((run.label, run.seed), run)
+        if twin is not run:
+            raise ValueError(f"{twin.name} and {run.name} are the same seed, {run.seed}, of the same arm, {run.label}: "
+                             "leave one of them out.")
+
+
+def require_same_sources(runs: Iterable[Run]) -> None:
+    """Raises ValueError, in one line, where a training source of one name is not the same data in two runs."""
+    first: dict[str, tuple[str, Any]] = {}
+    for run in runs:
+        for source, fingerprint in ((run.provenance or {}).get("data") or {}).items():
+            name, before = first.setdefault(source, (run.name, fingerprint))
+            if before != fingerprint:
+                raise ValueError(f"{name} and {run.name} were trained on other data of the same name: {source} was "
+                                 f"{str(before)[:12]} and {str(fingerprint)[:12]}, so that they must not stand in one "
+                                 "table: train both on the same, or name the sources apart.")
+
+
+def of_an_arm(settings: Mapping[str, str]) -> dict[str, str]:
+    """Those of a run's settings that its arm's other seeds have in common."""
+    return {name: value for name, value in settings.items()
+            if name.startswith(OF_AN_ARM) and name not in SAME_COMPUTATION}
+
+
+def name_and_seed(directory_name: str) -> tuple[str, int | None]:
+    """("CODE", 1) of "CODE.seed1"; a name without a seed is all label."""
+    match = re.fullmatch(r"(.+)\.seed(\d+)", directory_name)
+    return (match[1], int(match[2])) if match else (directory_name, None)
+
+
+def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each arm, by seed; arms in the order in which they come."""
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(run.label, []).append(run)
+    return {label: sorted(of_arm, key=lambda run: (run.seed is None, run.seed or 0, run.name))
+            for label, of_arm in arms.items()}
