@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["launch"] and "--" in given:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "explain": _explain,
+        "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "explain": _explain,
         "contamination": _contamination,
         "vocabulary": _vocabulary, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
@@ -121,6 +121,17 @@ def _parser() -> argparse.ArgumentParser:
     add_processes(train)
     add_processes(add("eval", "evaluate a checkpoint on benchmarks",
                       "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted."))
+    study = add("study", "train and evaluate every arm of a study",
+                "Trains every arm of ARMS with every one of SEEDS, in the order in which they stand on each other, and "
+                "evaluates each. The same command goes on where it was interrupted.")
+    study.add_argument("--dry_run", action="store_true", help="print the plan, its cost and its time; train nothing")
+    study.add_argument("--print_commands", action="store_true",
+                       help="print the plan as commands, for several machines; run none")
+    study.add_argument("--arm", action="append", default=[], metavar="ARM",
+                       help="only this arm and what it stands on; NC is all of NC-...; repeatable")
+    study.add_argument("--seed", action="append", default=[], type=int, help="only this seed; repeatable")
+    study.add_argument("--redo", action="store_true",
+                       help="train again what was trained under another configuration, and keep the old aside")
     infer = add("infer", "write text with a checkpoint",
                 "Goes on from prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts they are typed.")
     infer.add_argument("--prompts", metavar="FILE", help="prompts, a line each, or JSON lines where it ends in .jsonl")
@@ -186,7 +197,7 @@ def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
             known = ["--gin_file", "--gin_search_paths", "--gin.NAME", "--dry_run", "--debug", "--help", "--prompts",
                      "--output", "--instruction", "--local_processes", "--coordinator_address", "--process_count",
                      "--process_index", "--topology", "--vocabulary_size", "--scoring", "--decode", "--no_search",
-                     "--report"]
+                     "--report", "--arm", "--seed", "--redo", "--print_commands"]
             near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
             raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
         name, equals, value = flag.removeprefix("--gin.").partition("=")
@@ -212,10 +223,11 @@ def _train(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
     from codellm_jax.configuration import build, operative
     from codellm_jax.plan import describe, make_plan
+    from codellm_jax.runtime.process import use_compilation_cache
     from codellm_jax.runtime.progress import say
     from codellm_jax.train import summary, train
 
-    _use_compilation_cache()
+    use_compilation_cache()
     if not flags.debug:
         _quiet_libraries()
     training = build(configuration, "train")
@@ -224,7 +236,7 @@ def _train(flags: argparse.Namespace) -> int:
         say(operative(configuration)[0])
         say(describe(training, plan))
         return 0
-    run = train(training, settings=lambda: operative(configuration))
+    run = train(training, settings=lambda: operative(configuration), asked=configuration.asked)
     say(summary(run))
     say(f"The run:     {training.model_dir}")
     say(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")
@@ -238,15 +250,29 @@ def _train(flags: argparse.Namespace) -> int:
 
 def _eval(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
-    from codellm_jax.configuration import build
+    from codellm_jax.configuration import build, operative
     from codellm_jax.evaluate import evaluate
+    from codellm_jax.runtime.process import use_compilation_cache
 
-    _use_compilation_cache()
+    use_compilation_cache()
     if not flags.debug:
         _quiet_libraries()
     evaluation = build(configuration, "evaluate")
-    evaluate(evaluation)
+    evaluate(evaluation, settings=lambda: operative(configuration)[1], asked=configuration.asked)
     return 0
+
+
+def _study(flags: argparse.Namespace) -> int:
+    configuration = _configuration(flags)
+    from codellm_jax.study import Options, study
+
+    again = [f"--{name}={value}" for name in ("gin_file", "arm", "seed") for value in getattr(flags, name)]
+    if flags.gin_search_paths:
+        again.append(f"--gin_search_paths={flags.gin_search_paths}")
+    again += [f"--gin.{name}={value}" for name, value in flags.overrides]
+    return study(configuration, Options(
+        tuple(flags.arm), tuple(flags.seed), tuple(p for p in flags.gin_search_paths.split(",") if p), flags.redo,
+        flags.dry_run, flags.print_commands, shlex.join(["t5x", "study", *again])))
 
 
 def _infer(flags: argparse.Namespace) -> int:
@@ -255,8 +281,9 @@ def _infer(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
     from codellm_jax.configuration import build
     from codellm_jax.infer import answer
+    from codellm_jax.runtime.process import use_compilation_cache
 
-    _use_compilation_cache()
+    use_compilation_cache()
     if not flags.debug:
         _quiet_libraries()
     answer(build(configuration, "infer"), flags.prompts, flags.output)
@@ -393,14 +420,6 @@ def _quiet_libraries() -> None:
     late = "Event loop is closed"
     sys.excepthook = lambda kind, error, trace: None if str(error) == late else told(kind, error, trace)
     sys.unraisablehook = lambda found: None if str(found.exc_value) == late else told_unraisable(found)
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user chose a place already."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/codellm_jax/compiled"))
 
 
 @contextlib.contextmanager

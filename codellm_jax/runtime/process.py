@@ -1,7 +1,8 @@
-"""A process and its run directory: stopping in good order, and keeping other processes out."""
+"""A process and what it holds: stopping in good order, keeping others out of a run directory, compiled programs."""
 
 import contextlib
 import fcntl
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -50,3 +51,11 @@ def alone_in(model_dir: str) -> Iterator[None]:
             raise ValueError(
                 f"Another process is training in {model_dir}: wait for it, or use another MODEL_DIR.") from None
         yield
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user chose a place already."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/codellm_jax/compiled"))
