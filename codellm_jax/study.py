@@ -152,7 +152,7 @@ def _ask(processes: Commands, request: Mapping[str, Any], answer: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "request.json"
         file.write_text(json.dumps(request))
-        ended = processes.run(["codellm_jax.survey", str(file), answer], "plan")
+        ended = processes.run(["codellm_jax.survey", str(file), answer])
         if ended.status and not processes.stopped:
             raise ValueError(f"the plan could not be made, for its process {ended.how}")
 
@@ -163,7 +163,7 @@ def _report(processes: Commands, chosen: Sequence[Planned], asked: Study) -> lis
         return []
     if not any(standing(one, {}, None).evaluated for one in chosen):
         return []  # each of the failures that are told says why
-    ended = processes.run(["codellm_jax.cli", "report", asked.directory], "report")
+    ended = processes.run(["codellm_jax.cli", "report", asked.directory])
     return [f"report {ended.how}"] if ended.status else []
 
 

@@ -240,3 +240,16 @@ def test_a_missing_client_is_told_at_the_start(bucket, runs):
             "sys.exit(cli.main(sys.argv[1:]))")
     told = bucket("-c", hide, "train", *flags, status=1)
     assert told.splitlines()[-1].startswith("t5x train: error: gs://bucket/run/checkpoints needs google-cloud-storage")
+
+
+def test_a_study_in_the_bucket_is_found_done_and_redone(bucket, tiny_flags, tiny_cache):
+    flags = [flag.replace("--gin.", "--gin.pretraining/", 1) for flag in tiny_flags if flag.startswith("--gin.")]
+    command = t5x("study", "--gin_file=gin/study.gin", "--gin.PRETRAINING_FILES=['gin/pretrain.gin']", *flags,
+                  "--gin.STUDY_DIR=gs://bucket/study", "--gin.ARMS={'NL': {'CODE_RATE': 0.0}}", "--gin.SEEDS=[0]",
+                  "--gin.pretraining/TRAIN_STEPS=4", "--gin.evaluation/TASKS=['logic']")
+    assert "All 1 runs are trained and evaluated: gs://bucket/study" in bucket(*command)
+    changed = [*command, "--gin.pretraining/LEARNING_RATE=0.5"]
+    said = bucket(*changed, "--redo")
+    assert "LEARNING_RATE was 0.001, is 0.5" in said and "NL.seed0: done, train" in said
+    assert "what was there is in gs://bucket/study/replaced/NL.seed0-1" in said
+    assert "[1/1] NL.seed0: done before" in bucket(*changed)

@@ -16,8 +16,8 @@ from etils import epath
 from codellm_jax.runtime.progress import StatusLine
 from codellm_jax.runtime.supervision import die_with_parent
 
-PROGRESS = re.compile(r"(step|question|rows|\w+: [\d,]+ )")  # told every now and then
-ALWAYS_TOLD = re.compile(r"WARNING|held-out loss after|^Resuming|Stopped by|t5x \w+: error:")
+PROGRESS = re.compile(r"(step|question) \d+/\d+ ")  # told every now and then
+ALWAYS_TOLD = re.compile(r"WARNING|held-out loss after|Resuming|Stopped by|t5x \w+: error:")
 
 
 class Ended(NamedTuple):
@@ -54,13 +54,14 @@ class Commands:
             self._process.send_signal(number)
 
     def run(
-        self, arguments: Sequence[str], heading: str, log: str = "", more: Callable[[], str] = str,
+        self, arguments: Sequence[str], heading: str = "", log: str = "", more: Callable[[], str] = str,
     ) -> Ended:
         """Runs `python -m ARGUMENTS`.
 
         Args:
           arguments: a module and its arguments.
-          heading: stands before what is relayed of its progress, its warnings and its error.
+          heading: stands before what is relayed of its progress, its warnings and its error; without one all that it
+            says is relayed as it is.
           log: a file, local or in gs://, that everything it says is added to.
           more: what is added to a line of progress.
         """
@@ -83,7 +84,9 @@ class Commands:
                 is_progress = PROGRESS.match(line) and time.monotonic() >= next_line
                 if is_progress:
                     next_line = time.monotonic() + StatusLine.SECONDS_BETWEEN_LINES
-                if is_progress or ALWAYS_TOLD.search(line):
+                if not heading:
+                    self._report(lines[-1])
+                elif is_progress or ALWAYS_TOLD.match(line):
                     self._report(f"{heading}: {lines[-1]}{more() if is_progress else ''}")
         status = self._process.wait()
         if remote:
