@@ -121,15 +121,16 @@ def _put_aside_or_refuse(
         raise ValueError(f"{len(changed)} run(s) in {asked.directory} are of another configuration (above). Set it "
                          "back; or use another STUDY_DIR; or give --redo, which makes them again and moves what is "
                          f"there to {asked.directory.rstrip('/')}/replaced.")
-    moved: set[str | None] = set()
+    again: list[Planned] = []
     for one in planned:
-        of_run = stand[one.run.name]
         # What was trained from a run that is made again is of another one too.
-        if of_run.changed or (one.run.parent in moved and epath.Path(one.folder).expanduser().exists()):
-            moved.add(one.run.name)
-            report(f"{one.run.name} is made again; what was there is in {move_aside(one, asked.directory, False)}")
-        elif of_run.results_changed:
+        if stand[one.run.name].changed or one.run.parent in [other.run.name for other in again]:
+            again.append(one)
+        elif stand[one.run.name].results_changed:
             report(f"{one.run.name} is evaluated again; its results are in {move_aside(one, asked.directory, True)}")
+    for one in reversed(again):  # so that a kill in between leaves none that stands on nothing
+        if epath.Path(one.folder).expanduser().exists():
+            report(f"{one.run.name} is made again; what was there is in {move_aside(one, asked.directory, False)}")
 
 
 def tell_stopped(number: int, report: Callable[[str], None]) -> int:
@@ -199,6 +200,8 @@ def _run_all(
         return "" if seconds is None else f" | about {duration(seconds)} left for the study"
 
     for number, one in enumerate(chosen, 1):
+        if processes.stopped:
+            break
         name, heading = one.run.name, f"[{number}/{len(chosen)}] {one.run.name}"
         if one.run.parent in failures:
             failures[name] = f"{name} is skipped, for it starts from {one.run.parent}."
@@ -208,8 +211,6 @@ def _run_all(
             report(f"{heading}: done before")
         else:
             why = _make(one, heading, facts[name]["flops"], processes, options, pace, left, report)
-            if processes.stopped:
-                break
             if why:
                 failures[name] = f"{name}: {why}"
         stand[name] = standing(one, {}, None)
