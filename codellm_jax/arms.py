@@ -32,6 +32,10 @@ STAGES = ("pretraining", "tuning")
 WORDS = ("from", "sweep", "gin_file")  # what in an arm is no setting
 OWN = ("SEED", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH")  # settings that the plan makes
 
+_PAIRS_OF_FILES = (("mixed_pretrain", "text_pretrain"), ("mixed_pretrain_increase", "mixed_pretrain_decrease"),
+                   ("tune_mixed", "tune_text"), ("tune_increase", "tune_decrease"))
+OTHER_FILES = {f"gin/{one}.gin": f"gin/{other}.gin" for pair in _PAIRS_OF_FILES for one, other in (pair, pair[::-1])}
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:
@@ -306,3 +310,12 @@ def waves(runs: Sequence[Run]) -> list[list[Run]]:
     for run in runs:
         depth[run.name] = depth[run.parent] + 1 if run.parent in depth else 0
     return [[run for run in runs if depth[run.name] == level] for level in sorted(set(depth.values()))]
+
+
+def other_arm(gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], stage: str) -> list[str]:
+    """The flags of the same run at the other end of the study's question: without code, or with it; late, or early."""
+    files = [OTHER_FILES.get(file, file) for file in gin_files]
+    if files == list(gin_files):
+        files = ["gin/tune_text.gin" if stage == "tuning" else "gin/text_pretrain.gin"]
+    kept = [(name, value) for name, value in overrides if name not in ("MODEL_DIR", "CODE_RATE", "MIX_PHASES")]
+    return [*(f"--gin_file={file}" for file in files), *(f"--gin.{name}={value}" for name, value in kept)]

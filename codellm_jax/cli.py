@@ -26,11 +26,6 @@ GIN_FLAGS = """gin flags:
   --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
 
 
-_PAIRS_OF_ARMS = (("mixed_pretrain", "text_pretrain"), ("mixed_pretrain_increase", "mixed_pretrain_decrease"),
-                  ("tune_mixed", "tune_text"), ("tune_increase", "tune_decrease"))
-OTHER_ARMS = {f"gin/{one}.gin": f"gin/{other}.gin" for pair in _PAIRS_OF_ARMS for one, other in (pair, pair[::-1])}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
     parser = _parser()
@@ -221,6 +216,7 @@ def _configuration(flags: argparse.Namespace) -> Any:
 
 def _train(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
+    from codellm_jax.arms import other_arm
     from codellm_jax.configuration import build, operative
     from codellm_jax.plan import describe, make_plan
     from codellm_jax.runtime.process import use_compilation_cache
@@ -244,7 +240,8 @@ def _train(flags: argparse.Namespace) -> int:
         if training.mixture.stage == "pretraining":
             say(f"Next:        {_tool('t5x')} train --gin_file=gin/tune_mixed.gin "
                   f"--gin.INITIAL_CHECKPOINT_PATH={shlex.quote(training.model_dir)}")
-        say(f"Compare:     {_tool('t5x')} train {_other_arm(flags, training.mixture.stage)}")
+        other = other_arm(flags.gin_file, flags.overrides, training.mixture.stage)
+        say(f"Compare:     {_tool('t5x')} train {shlex.join(other)}")
     return 0
 
 
@@ -312,16 +309,6 @@ def _contamination(flags: argparse.Namespace) -> int:
     print(table(measure_into(flags.output, contamination, mixtures) if flags.output else
                 measure(contamination, mixtures)))
     return 0
-
-
-def _other_arm(flags: argparse.Namespace, stage: str) -> str:
-    """The flags of the same run at the other end of the study's question: without code, or with it; late, or early."""
-    files = [OTHER_ARMS.get(file, file) for file in flags.gin_file]
-    if files == flags.gin_file:
-        files = ["gin/tune_text.gin" if stage == "tuning" else "gin/text_pretrain.gin"]
-    kept = [(name, value) for name, value in flags.overrides if name not in ("MODEL_DIR", "CODE_RATE", "MIX_PHASES")]
-    return " ".join([*(f"--gin_file={shlex.quote(file)}" for file in files),
-                     *(f"--gin.{name}={shlex.quote(value)}" for name, value in kept)])
 
 
 def _tool(name: str) -> str:

@@ -76,7 +76,9 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
             return 0
         _put_aside_or_refuse(planned, asked, stand, options, report)
         write_plan(asked.directory, plan_as_json(asked, configuration, planned))
-        _contamination(processes, planned, asked, options)
+        sound = [one for one in planned if "error" not in facts[one.run.name]]
+        if sound and not all(stand[one.run.name].evaluated for one in sound):
+            _contamination(processes, sound, asked, options)
         failures = _run_all(chosen, facts, processes, options, report)
         if processes.stopped:
             return tell_stopped(processes.stopped, report)
@@ -170,8 +172,6 @@ def _report(processes: Commands, chosen: Sequence[Planned], asked: Study) -> lis
 
 def _contamination(processes: Commands, planned: Sequence[Planned], asked: Study, options: Options) -> None:
     """STUDY_DIR/contamination.json, of everything the runs train on; where it is there already nothing is searched."""
-    if not importlib.util.find_spec("codellm_jax.contamination"):
-        return
     evaluation = planned[0].evaluation
     settings = {macro: evaluation.resolved(name) for macro, name in (
         ("TASKS", "evaluation.tasks"), ("DATA_DIR", "benchmarks.data_dir"))}

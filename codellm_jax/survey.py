@@ -6,7 +6,6 @@ free again when it ends.
 What of the benchmarks stands in what they are trained on is found in the same way (`contamination.py`).
 """
 
-import importlib
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ import jax
 from flax import linen as nn
 
 from codellm_jax.configuration import build, read_configuration
+from codellm_jax.contamination import measure_into
 from codellm_jax.model.decoder import flops_per_token, parameter_count
 from codellm_jax.plan import Plan, Training, make_plan, unit
 from codellm_jax.runtime.process import use_compilation_cache
@@ -75,7 +75,6 @@ def measure_contamination(
       asked: settings of gin/contamination.gin.
       path: of the file, local or gs://.
     """
-    contamination = importlib.import_module("codellm_jax.contamination")
     mixtures: dict[str, Any] = {}
     for request in requests:
         configuration = read_configuration(
@@ -85,7 +84,7 @@ def measure_contamination(
             "mixture.name", "mixture.lengths", "mixture.stage", "tasks.corpora", "vocabulary.path")]
         mixtures.setdefault(str(key), (build(configuration, "mixture"), build(configuration, "vocabulary")))
     settings = read_configuration(["gin/contamination.gin"], asked)
-    contamination.measure_into(path, build(settings, "contamination"), list(mixtures.values()))
+    measure_into(path, build(settings, "contamination"), list(mixtures.values()))
 
 
 def facts(training: Training, plan: Plan) -> dict[str, Any]:

@@ -126,6 +126,11 @@ def test_provenance_names_what_a_run_and_its_results_came_of(finished):
         assert nl["code"]["commit"] == head.strip() and isinstance(nl["code"]["dirty"], bool)
 
 
+def test_contamination_was_measured_of_all_that_the_runs_train_on(finished):
+    found = read(finished[0] / "contamination.json")
+    assert set(found["tasks"]["logic_sample"]["sources"]) == {"text.tiny", "code.tiny", "text.asked", "code.asked"}
+
+
 def test_the_plan_is_written_down(finished):
     directory, _, _ = finished
     plan = read(directory / "study.json")
