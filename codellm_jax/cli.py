@@ -20,42 +20,34 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-GIN_FLAGS = """gin flags:
-  --gin_file=FILE          settings; repeatable, later ones win. Shipped files are found from any directory
-  --gin.NAME=VALUE         one setting; a bare word is a string. --gin.CODE_RATE=0.5, --gin.MODEL_DIR=runs/first
-  --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
-
-
-_PAIRS_OF_ARMS = (("mixed_pretrain", "text_pretrain"), ("mixed_pretrain_increase", "mixed_pretrain_decrease"),
-                  ("tune_mixed", "tune_text"), ("tune_increase", "tune_decrease"))
-OTHER_ARMS = {f"gin/{one}.gin": f"gin/{other}.gin" for pair in _PAIRS_OF_ARMS for one, other in (pair, pair[::-1])}
+from codellm_jax.flags import overrides_of, parser, without
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
-    parser = _parser()
+    whole = parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     job: list[str] = []
     if given[:1] in (["launch"], ["cache"]) and "--" in given:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train, "eval": _eval, "infer": _infer, "compare": _compare, "report": _report, "explain": _explain,
-        "contamination": _contamination, "cache": _cache,
+        "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
+        "explain": _explain, "contamination": _contamination, "cache": _cache,
         "vocabulary": _vocabulary, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
-    flags, rest = parser.parse_known_args(given)
+    flags, rest = whole.parse_known_args(given)
     if flags.command is None:
-        parser.print_help()
+        whole.print_help()
         return 2
     try:
-        flags.overrides = _overrides(rest)
+        flags.overrides = overrides_of(rest)
         flags.job = job
         if getattr(flags, "local_processes", None) is not None:
             from codellm_jax.runtime.supervision import run_local_processes
 
-            return run_local_processes(_without(given, "--local_processes"), flags.local_processes)
+            return run_local_processes(without(given, "--local_processes"), flags.local_processes)
         if flags.command in ("train", "eval"):
             status = _with_others(flags)
             if status is not None:
@@ -92,125 +84,6 @@ def _leave(status: int) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="t5x", description="Which training stage is helped by code data? Train and compare, from gin files.",
-        epilog=GIN_FLAGS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def add(name: str, text: str, description: str) -> argparse.ArgumentParser:
-        command = subparsers.add_parser(
-            name, help=text, description=description, epilog=GIN_FLAGS, allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.add_argument("--gin_file", action="append", default=[], help="see below")
-        command.add_argument("--gin_search_paths", default="", help="see below")
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return command
-
-    def add_processes(command: argparse.ArgumentParser) -> None:
-        group = command.add_argument_group("several processes", "found by JAX on Cloud TPU, Slurm and Open MPI; else:")
-        group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of the first process")
-        group.add_argument("--process_count", type=int, metavar="N", help="of all")
-        group.add_argument("--process_index", type=int, metavar="I", help="of this one, from 0")
-        group.add_argument("--local_processes", type=int, metavar="N",
-                           help="start so many on this machine's processor, to try")
-
-    train = add("train", "train a decoder on a text/code mixture",
-                "Trains to TRAIN_STEPS, or goes on from MODEL_DIR's newest checkpoint. SIGTERM saves and exits.")
-    train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
-    train.add_argument("--profile_steps", metavar="FIRST:LAST",
-                       help="write a trace of these steps for TensorBoard and Perfetto, such as 10:15")
-    add_processes(train)
-    add_processes(add("eval", "evaluate a checkpoint on benchmarks",
-                      "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted."))
-    infer = add("infer", "write text with a checkpoint",
-                "Goes on from prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts they are typed.")
-    infer.add_argument("--prompts", metavar="FILE", help="prompts, a line each, or JSON lines where it ends in .jsonl")
-    infer.add_argument("--output", metavar="FILE", help="write the answers there, as JSON lines")
-    infer.add_argument("--instruction", action="store_true", help="put each prompt into the template of instructions")
-    compare = subparsers.add_parser("compare", help="compare two runs' results", allow_abbrev=False,
-                                    description="Paired tests of two evaluated runs on the same questions.")
-    compare.add_argument("first", metavar="RUN_A")
-    compare.add_argument("second", metavar="RUN_B")
-    compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    contamination = add("contamination", "search a mixture's training text for benchmarks' questions",
-                        "Counts the questions of TASKS of which an n-gram of words stands in the training rows of an "
-                        "arm's sources. gin/contamination.gin has what it adds to the arm's files.")
-    contamination.add_argument("--output", metavar="FILE", help="write what is found there, as JSON, ids and all")
-    report = subparsers.add_parser("report", help="tables, plots and conclusions of a study", allow_abbrev=False,
-                                   description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
-    report.add_argument("directory", metavar="DIR")
-    report.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
-    explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
-    vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
-                     "Trains a byte-fallback BPE vocabulary on the mixture's training documents.")
-    vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
-    vocabulary.add_argument("--size", type=int, default=8192, help="pieces (default: %(default)s)")
-    cache = add("cache", "tokenize a run's data by many processes, before the run",
-                "Writes the rows that a run of these settings would cache by itself, with Apache Beam, and goes on "
-                "where it was stopped. What follows -- goes to Beam: t5x cache ... -- --direct_num_workers=8")
-    cache.add_argument("--runner", default="DirectRunner", help="Beam's: %(default)s on this machine, DataflowRunner, "
-                       "SparkRunner, FlinkRunner or another (default: %(default)s)")
-    launch = subparsers.add_parser(
-        "launch", help="run a command on Cloud TPU", allow_abbrev=False,
-        usage="t5x launch --tpu=NAME --zone=ZONE [flags] -- COMMAND ...",
-        description="Makes a queued resource, installs this commit on it, runs `t5x COMMAND`, tells its log, goes on "
-                    "after a preemption, and deletes the resource at the end, Ctrl-C too.")
-    launch.add_argument("--tpu", required=True, help="such as v4-128, v5e-256, v5p-128, v6e-64, 2xv5e-256")
-    launch.add_argument("--zone", required=True, help="such as us-central2-b")
-    launch.add_argument("--project", help="else gcloud's own setting")
-    launch.add_argument("--name", help="of the queued resource; else from the run directory")
-    launch.add_argument("--spot", action="store_true", help="cheaper, and may be preempted")
-    launch.add_argument("--keep", action="store_true", help="do not delete the resource at the end")
-    launch.add_argument("--print_only", action="store_true", help="print the commands, and run none")
-    launch.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    precompile = add("precompile", "compile a run for TPUs that are not there",
-                     "Compiles the train step of a run for a TPU topology, without TPUs and without data, and tells "
-                     "memory, traffic and a bound on speed. Status 1 where it does not fit.")
-    precompile.add_argument("--topology", required=True, help="such as v4-128, v5e-256 or 2xv5e-256 (two slices)")
-    precompile.add_argument("--vocabulary_size", type=int, help="stands in for the run's vocabulary file")
-    precompile.add_argument("--scoring", action="store_true", help="compile the scoring of an evaluation too")
-    precompile.add_argument("--decode", action="store_true", help="compile decoding too")
-    precompile.add_argument("--no_search", action="store_true",
-                            help="search neither for the largest batch nor for what would make the run fit")
-    precompile.add_argument("--report", help="also write what is told into this file, as Markdown")
-    return parser
-
-
-def _without(arguments: Sequence[str], flag: str) -> list[str]:
-    """The arguments but for a flag and its value."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and not argument.startswith(f"{flag}=") and argument != flag:
-            kept.append(argument)
-        skip = argument == flag
-    return kept
-
-
-def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, value) of each --gin.NAME=VALUE (or --gin.NAME VALUE). Raises ValueError for any other flag."""
-    overrides, position = [], 0
-    while position < len(rest):
-        flag = rest[position]
-        if not flag.startswith("--gin."):
-            known = ["--gin_file", "--gin_search_paths", "--gin.NAME", "--dry_run", "--debug", "--help", "--prompts",
-                     "--output", "--instruction", "--local_processes", "--coordinator_address", "--process_count",
-                     "--process_index", "--runner", "--topology", "--vocabulary_size", "--scoring", "--decode",
-                     "--no_search", "--report", "--profile_steps"]
-            near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
-            raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
-        name, equals, value = flag.removeprefix("--gin.").partition("=")
-        if not equals:
-            position += 1
-            if position == len(rest):
-                raise ValueError(f"{flag} needs a value: --gin.{name}=VALUE.")
-            value = rest[position]
-        overrides.append((name, value))
-        position += 1
-    return overrides
-
-
 def _configuration(flags: argparse.Namespace) -> Any:
     from codellm_jax.configuration import read_configuration
 
@@ -224,12 +97,14 @@ def _train(flags: argparse.Namespace) -> int:
 
     profile_steps = None if flags.profile_steps is None else parse_profile_steps(flags.profile_steps)
     configuration = _configuration(flags)
+    from codellm_jax.arms import other_arm
     from codellm_jax.configuration import build, operative
     from codellm_jax.plan import describe, make_plan
+    from codellm_jax.runtime.process import use_compilation_cache
     from codellm_jax.runtime.progress import say
     from codellm_jax.train import summary, train
 
-    _use_compilation_cache()
+    use_compilation_cache()
     if not flags.debug:
         _quiet_libraries()
     training = build(configuration, "train")
@@ -240,7 +115,8 @@ def _train(flags: argparse.Namespace) -> int:
         say(operative(configuration)[0])
         say(describe(training, plan))
         return 0
-    run = train(training, settings=lambda: operative(configuration), profile_steps=profile_steps)
+    run = train(training, settings=lambda: operative(configuration), asked=configuration.asked,
+                profile_steps=profile_steps)
     say(summary(run))
     say(f"The run:     {training.model_dir}")
     say(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")
@@ -248,21 +124,36 @@ def _train(flags: argparse.Namespace) -> int:
         if training.mixture.stage == "pretraining":
             say(f"Next:        {_tool('t5x')} train --gin_file=gin/tune_mixed.gin "
                   f"--gin.INITIAL_CHECKPOINT_PATH={shlex.quote(training.model_dir)}")
-        say(f"Compare:     {_tool('t5x')} train {_other_arm(flags, training.mixture.stage)}")
+        other = other_arm(flags.gin_file, flags.overrides, training.mixture.stage)
+        say(f"Compare:     {_tool('t5x')} train {shlex.join(other)}")
     return 0
 
 
 def _eval(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
-    from codellm_jax.configuration import build
+    from codellm_jax.configuration import build, operative
     from codellm_jax.evaluate import evaluate
+    from codellm_jax.runtime.process import use_compilation_cache
 
-    _use_compilation_cache()
+    use_compilation_cache()
     if not flags.debug:
         _quiet_libraries()
     evaluation = build(configuration, "evaluate")
-    evaluate(evaluation)
+    evaluate(evaluation, settings=lambda: operative(configuration)[1], asked=configuration.asked)
     return 0
+
+
+def _study(flags: argparse.Namespace) -> int:
+    configuration = _configuration(flags)
+    from codellm_jax.study import Options, study
+
+    again = [f"--{name}={value}" for name in ("gin_file", "arm", "seed") for value in getattr(flags, name)]
+    if flags.gin_search_paths:
+        again.append(f"--gin_search_paths={flags.gin_search_paths}")
+    again += [f"--gin.{name}={value}" for name, value in flags.overrides]
+    return study(configuration, Options(
+        tuple(flags.arm), tuple(flags.seed), tuple(p for p in flags.gin_search_paths.split(",") if p), flags.redo,
+        flags.dry_run, flags.print_commands, shlex.join(["t5x", "study", *again])))
 
 
 def _infer(flags: argparse.Namespace) -> int:
@@ -271,8 +162,9 @@ def _infer(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
     from codellm_jax.configuration import build
     from codellm_jax.infer import answer
+    from codellm_jax.runtime.process import use_compilation_cache
 
-    _use_compilation_cache()
+    use_compilation_cache()
     if not flags.debug:
         _quiet_libraries()
     answer(build(configuration, "infer"), flags.prompts, flags.output)
@@ -310,16 +202,6 @@ def _report(flags: argparse.Namespace) -> int:
         _quiet_libraries()
     print(report(flags.directory))
     return 0
-
-
-def _other_arm(flags: argparse.Namespace, stage: str) -> str:
-    """The flags of the same run at the other end of the study's question: without code, or with it; late, or early."""
-    files = [OTHER_ARMS.get(file, file) for file in flags.gin_file]
-    if files == flags.gin_file:
-        files = ["gin/tune_text.gin" if stage == "tuning" else "gin/text_pretrain.gin"]
-    kept = [(name, value) for name, value in flags.overrides if name not in ("MODEL_DIR", "CODE_RATE", "MIX_PHASES")]
-    return " ".join([*(f"--gin_file={shlex.quote(file)}" for file in files),
-                     *(f"--gin.{name}={shlex.quote(value)}" for name, value in kept)])
 
 
 def _tool(name: str) -> str:
@@ -372,8 +254,8 @@ def _launch(flags: argparse.Namespace) -> int:
     if not flags.job or flags.job[0] not in VERBS:
         raise ValueError(f"what TPUs are to run follows --, and is one of {', '.join(VERBS)}: "
                          "t5x launch ... -- train --gin_file=FILE --gin.MODEL_DIR=gs://BUCKET/RUN")
-    command, rest = _parser().parse_known_args(flags.job)
-    command.overrides = _overrides(rest)
+    command, rest = parser().parse_known_args(flags.job)
+    command.overrides = overrides_of(rest)
     configuration = _configuration(command)
     from codellm_jax.configuration import require_types, shipped_gin_files
 
@@ -428,17 +310,6 @@ def _quiet_libraries() -> None:
     late = "Event loop is closed"
     sys.excepthook = lambda kind, error, trace: None if str(error) == late else told(kind, error, trace)
     sys.unraisablehook = lambda found: None if str(found.exc_value) == late else told_unraisable(found)
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user chose a place already."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/codellm_jax/compiled"))
-    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        # JAX's own second would leave a small model's evaluation out.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @contextlib.contextmanager

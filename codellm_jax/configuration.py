@@ -26,6 +26,7 @@ from gin import config_parser
 # What gin files may bind, and where it is defined. Imported only when a configuration is built.
 CONFIGURABLES = {
     "train": "codellm_jax.plan:Training",
+    "study": "codellm_jax.arms:Study",
     "evaluate": "codellm_jax.evaluate:CheckpointEvaluation",
     "evaluation": "codellm_jax.evaluate:Evaluation",
     "checkpoint": "codellm_jax.runtime.trained:Checkpoint",
@@ -43,6 +44,9 @@ CONFIGURABLES = {
     "chain": "codellm_jax.runtime.optimization:chain",
     "warmup_cosine": "codellm_jax.runtime.optimization:warmup_cosine",
 }
+
+# A study's file has settings of the runs that it makes too: pretraining/BATCH_SIZE = 8.
+STAGES = ("pretraining", "tuning", "evaluation")
 
 # What holds the shipped gin/ folder: the checkout, or in an installation the package. (The folder beside an installed
 # package is the library of that name.)
@@ -65,11 +69,30 @@ class Configuration:
 
     settings: tuple[Setting, ...]
     imports: tuple[str, ...] = ()
+    taken_over: int = 0  # so many of the settings, the first ones, are those of a run that is gone on from
 
     @property
     def effective(self) -> dict[str, Setting]:
         """The last setting of each name."""
         return {setting.name: setting for setting in self.settings}
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """Name -> value of what files and flags say; nothing of it is taken over from another run."""
+        return {setting.name: setting.value for setting in self.settings[self.taken_over:]}
+
+    def of_stage(self, stage: str) -> list[tuple[str, str]]:
+        """(name, value) of what a study's file says of one of STAGES, as on the command line of its runs."""
+        return [(name.removeprefix(f"{stage}/"), str(self.resolved(name))) for name in self.effective
+                if name.startswith(f"{stage}/")]
+
+    def resolved(self, name: str) -> str | None:
+        """The value of a setting, and where it is that of a macro the macro's; None where nothing sets it."""
+        effective = self.effective
+        value = effective[name].value if name in effective else None
+        while value and re.fullmatch(r"%\w+", value):
+            value = effective[value[1:]].value
+        return value
 
 
 class _Reference:
@@ -93,13 +116,16 @@ class _AsWritten(config_parser.ParserDelegate):
 
 
 def read_configuration(
-    gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], search_paths: Sequence[str] = ()
+    gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], search_paths: Sequence[str] = (),
+    parent: Mapping[str, str] | None = None,
 ) -> Configuration:
     """Reads gin files in order, then overrides; later settings win.
 
     Args:
       gin_files: paths, looked for as given, then in `search_paths`, then among the shipped ones.
       overrides: (name, value) as on the command line; a value that is no gin literal is a string.
+      parent: settings, name -> value, of the run to start from, where that is not trained yet; else they are read from
+        its newest checkpoint.
 
     Raises:
       FileNotFoundError: no such file.
@@ -111,7 +137,8 @@ def read_configuration(
         _read_file(file, search_paths, settings, imports, included_by=None)
     for name, value in overrides:
         settings.append(Setting(name, as_gin_value(value), f"--gin.{name}"))
-    configuration = Configuration((*_inherited(settings), *settings), tuple(dict.fromkeys(imports)))
+    inherited = _inherited(settings) if parent is None else _taken_over(parent, settings, "the run to start from")
+    configuration = Configuration((*inherited, *settings), tuple(dict.fromkeys(imports)), len(inherited))
     _require_known_names(configuration)
     return configuration
 
@@ -165,8 +192,11 @@ def _inherited(settings: Sequence[Setting]) -> list[Setting]:
             path = ""
         if not path:
             raise
-    saved = record["settings"]
+    return _taken_over(record["settings"], settings, f"{path}, step {step}")
 
+
+def _taken_over(saved: Mapping[str, str], settings: Sequence[Setting], where: str) -> list[Setting]:
+    """What of a run's settings `saved` holds below `settings` for a run that starts from it."""
     def resolved(value: str) -> str | None:
         """The value with macros replaced; None where it refers to what is not a value."""
         while value.startswith("%"):
@@ -177,7 +207,7 @@ def _inherited(settings: Sequence[Setting]) -> list[Setting]:
     values |= {macro: resolved(saved.get(name, "@")) for macro, name in
                (("VOCABULARY", "vocabulary.path"), ("TASK_FEATURE_LENGTHS", "mixture.lengths"))}
     used = {macro for setting in settings for macro in re.findall(r"%(\w+)", setting.value)}
-    return [Setting(name, value, f"{path}, step {step}") for name, value in values.items()
+    return [Setting(name, value, where) for name, value in values.items()
             if value is not None and (not _is_macro(name) or name in used)]
 
 
@@ -218,7 +248,8 @@ def build(configuration: Configuration, name: str) -> Any:
     require_types(configuration)
     gin.clear_config()
     _register(configuration)
-    lines = [*configuration.imports, *(f"{s.name} = {s.value}" for s in configuration.effective.values())]
+    lines = [*configuration.imports, *(f"{s.name} = {s.value}" for s in configuration.effective.values()
+                                       if not s.name.startswith(_SCOPES))]
     gin.parse_config("\n".join(lines))
     return gin.get_configurable(name)()
 
@@ -301,7 +332,7 @@ def _require_known_names(configuration: Configuration) -> None:
     for name, setting in effective.items():
         selector, _, parameter = name.split("/")[-1].rpartition(".")
         if _is_macro(name):
-            if name not in ever_used:
+            if name not in ever_used and not name.startswith(_SCOPES):  # of a stage: found out when its runs are read
                 raise ValueError(f"{setting.where}: nothing uses the setting {name}" + _nearest(name, used))
         elif selector in CONFIGURABLES:
             if parameter not in _parameters(selector):
@@ -363,6 +394,9 @@ def _fits(value: Any, wanted: Any) -> bool:
         kinds = (*typing.get_args(wanted), Any, Any)
         return isinstance(value, dict) and all(_fits(k, kinds[0]) and _fits(v, kinds[1]) for k, v in value.items())
     return isinstance(value, origin) if isinstance(origin, type) else True
+
+
+_SCOPES = tuple(f"{stage}/" for stage in STAGES)
 
 
 def _is_macro(name: str) -> bool:

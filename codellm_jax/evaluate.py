@@ -37,6 +37,7 @@ from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_row
 from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.distributed import agreed, require_agreement, wait_for_all
 from codellm_jax.runtime.progress import StatusLine, duration, say
+from codellm_jax.runtime.provenance import evaluation_hash, software, training_hash
 from codellm_jax.runtime.trained import Checkpoint, TrainedModel, trained_model
 
 SCORINGS = ("per_token", "sum", "per_byte", "released")
@@ -129,8 +130,17 @@ class CheckpointEvaluation:
             raise ValueError("TASKS is empty: list benchmarks such as ['logic', 'cosqa'].")
 
 
-def evaluate(run: CheckpointEvaluation, report: Callable[[str], None] = say) -> list[dict[str, Any]]:
+def evaluate(
+    run: CheckpointEvaluation, report: Callable[[str], None] = say,
+    settings: Callable[[], Mapping[str, str]] = dict, asked: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
     """Evaluates a checkpoint on every task; returns what RUN/results/TASK.json holds, in the order of the tasks.
+
+    Args:
+      run: what the gin file says.
+      report: is told a few lines for each task.
+      settings: called when everything is built; the operative settings, name -> value.
+      asked: what gin files and flags say, likewise, for the results' provenance.
 
     Raises:
       ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit.
@@ -140,12 +150,16 @@ def evaluate(run: CheckpointEvaluation, report: Callable[[str], None] = say) -> 
         checkpoint = {"run": resolved(path), "step": record["step"], "arm": arm(record["ledger"]),
                       "digest": record["digest"]}
         report(HEADINGS)
-        return ask(run.evaluation, loaded, model, checkpoint, run.results_dir or f"{path}/results", report)
+        provenance = {
+            "config_hash": evaluation_hash(settings()), "training_config_hash": training_hash(record["settings"]),
+            "asked": dict(asked or {}), "seed": run.evaluation.seed} | software()
+        return ask(run.evaluation, loaded, model, checkpoint, run.results_dir or f"{path}/results", report,
+                   provenance=provenance)
 
 
 def ask(
     evaluation: Evaluation, loaded: Sequence[Any], model: TrainedModel, checkpoint: Mapping[str, Any], folder: str,
-    report: Callable[[str], None], progress: bool = True,
+    report: Callable[[str], None], progress: bool = True, provenance: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Asks a model the questions of each task and writes its results; call under its mesh and axis rules.
 
@@ -159,6 +173,7 @@ def ask(
       folder: where results are written.
       report: is told a few lines for each task.
       progress: whether to show how far a task has come.
+      provenance: what TASK.json says of configuration, code and packages.
     """
     directory = epath.Path(folder).expanduser()
     if jax.process_index() == 0:
@@ -166,7 +181,7 @@ def ask(
     results = []
     for questions in loaded:
         one = ask_choices if hasattr(questions.questions[0], "candidates") else ask_texts
-        if result := one(evaluation, questions, model, checkpoint, directory, report, progress):
+        if result := one(evaluation, questions, model, checkpoint, directory, report, progress, provenance or {}):
             results.append(result)
         wait_for_all("results")  # programs are judged for minutes, longer than a collective waits, or JAX at the end
     return results
@@ -174,7 +189,7 @@ def ask(
 
 def ask_choices(
     evaluation: Evaluation, loaded: Any, model: TrainedModel, checkpoint: Mapping[str, Any], folder: epath.Path,
-    report: Callable[[str], None], progress: bool,
+    report: Callable[[str], None], progress: bool, provenance: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """One task of questions with candidates, from the first question that has no line yet; writes its two files."""
     settings = _settings(evaluation, loaded, model) | {"scoring": evaluation.scoring}
@@ -198,7 +213,7 @@ def ask_choices(
         "accuracy_by_scoring": {scoring: outcome.accuracy for scoring, outcome in outcomes.items()},
         "prompts_cut": sum(candidate["prompt_tokens_cut"] > 0 for candidate in candidates),
         "continuations_cut": sum(candidate["continuation_tokens_cut"] > 0 for candidate in candidates),
-        **_data(loaded), "questions_per_second": answered.rate,
+        **_data(loaded), "questions_per_second": answered.rate, "provenance": dict(provenance),
     }
     if not summary.accuracy or not told_from_chance(result):
         result["raw_outputs"] = [raw_choice(question, line, evaluation.scoring) for question, line in zip(
@@ -210,7 +225,7 @@ def ask_choices(
 
 def ask_texts(
     evaluation: Evaluation, loaded: Any, model: TrainedModel, checkpoint: Mapping[str, Any], folder: epath.Path,
-    report: Callable[[str], None], progress: bool,
+    report: Callable[[str], None], progress: bool, provenance: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """One task of questions that are answered by writing, likewise."""
     vocabulary, samples = model.vocabulary, evaluation.samples
@@ -247,7 +262,7 @@ def ask_texts(
         "task": loaded.name, "sample": loaded.is_sample, "metric": main, "n": len(lines), **scores[main],
         "scores": scores | {metric: {"value": value} for metric, value in judged.fixed.items()},
         "prompts_cut": sum(line["prompt_tokens_cut"] > 0 for line in lines),
-        **_data(loaded), "questions_per_second": answered.rate,
+        **_data(loaded), "questions_per_second": answered.rate, "provenance": dict(provenance),
     }
     if not result["value"]:
         result["raw_outputs"] = [raw_text(line) for line in lines[:RAW_OUTPUTS]]

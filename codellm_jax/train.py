@@ -9,7 +9,9 @@ wait for the host, yet every loss is looked at before a checkpoint could keep wh
 import contextlib
 import dataclasses
 import functools
+import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,9 +26,10 @@ from codellm_jax.evaluate import ask
 from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
 from codellm_jax.mixture.ledger import Ledger, arm
 from codellm_jax.mixture.order import POOLS, Draw
-from codellm_jax.model.decoder import Decoder, flops_per_token, token_embedding
+from codellm_jax.model.decoder import Decoder, flops_per_token, parameter_count, token_embedding
 from codellm_jax.model.losses import chunk_of, cross_entropy
 from codellm_jax.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
+from codellm_jax.results.files import write_whole
 from codellm_jax.results.tables import short_score
 from codellm_jax.runtime.checkpoints import (
     Checkpoints,
@@ -41,6 +44,7 @@ from codellm_jax.runtime.partitioning import batch_sharding
 from codellm_jax.runtime.process import alone_in, stop_on_signal
 from codellm_jax.runtime.profiles import Profile, ProfileSteps
 from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
+from codellm_jax.runtime.provenance import is_free_on_resume, software, training_hash
 from codellm_jax.runtime.state import TrainState, initial_state
 from codellm_jax.runtime.trained import TrainedModel
 
@@ -131,6 +135,7 @@ class Run:
 
 def train(
     training: Training, settings: Callable[[], tuple[str, Mapping[str, str]]] = lambda: ("", {}),
+    asked: Mapping[str, str] | None = None,
     profile_steps: ProfileSteps | None = None,
 ) -> Run:
     """Trains to the end, or to a SIGTERM or SIGINT, which saves and returns.
@@ -139,6 +144,7 @@ def train(
       training: what the gin file says.
       settings: called when everything is built; the operative configuration as text and as name -> value. The text
         goes to MODEL_DIR/config.gin, the values into every checkpoint, and a resume with others is refused.
+      asked: what gin files and flags say, name -> value, for MODEL_DIR/provenance.json.
       profile_steps: steps to write a trace of, if any.
 
     Raises:
@@ -166,11 +172,14 @@ def train(
         require_agreement("step to go on from", str(run.step))
         if first_process and text:
             (model_dir / "config.gin").write_text(text)
+        provenance = Provenance(run, values, asked or {}, active=first_process)
         records = Records(str(model_dir), run.step, active=first_process)
         status = StatusLine(run.step, plan.last_step, active=first_process)
         profile = Profile(profile_steps, run.step, str(model_dir), status.say)
         try:
             loop(run, checkpoints, records, status, values, stop, profile)
+            newest = checkpoints.newest_step()
+            provenance.write(run, None if newest is None else checkpoints.record(newest)["digest"])
         except FloatingPointError as error:
             checkpoints.wait()
             good = checkpoints.newest_step()
@@ -208,9 +217,42 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
         params, record = restore_parameters(
             path, plan.state.params, check=lambda record: require_same_model(record, training, plan), report=say)
         state = state.replace(params=params)
-        parent = record["ledger"] | {"model_dir": resolved(path), "step": record["step"]}
+        parent = record["ledger"] | {"model_dir": resolved(path), "step": record["step"], "digest": record["digest"]}
     ledger = Ledger.begin(plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length, parent)
     return Run(training, plan, state, ledger, 0)
+
+
+class Provenance:
+    """MODEL_DIR/provenance.json, written by one process at the start of a session and at its end; see
+    `runtime.provenance`. What the sessions before wrote is kept, and one that has nothing left to train writes nothing.
+    """
+
+    def __init__(self, run: Run, settings: Mapping[str, str], asked: Mapping[str, str], active: bool) -> None:
+        path = epath.Path(run.training.model_dir).expanduser() / "provenance.json"
+        before = json.loads(path.read_text()) if run.step and path.exists() else {}
+        self._path = path if active and not before.get("finished") else None
+        self._began = time.monotonic()
+        self._software = software()
+        self._session = {"from_step": run.step, "to_step": None, "seconds": None} | self._software
+        self._sessions = [*before.get("sessions", []), self._session]
+        self._same = {"config_hash": training_hash(settings), "asked": dict(asked)}
+        self.write(run, before.get("checkpoint"), ended=False)
+
+    def write(self, run: Run, checkpoint: str | None, ended: bool = True) -> None:
+        """Writes what holds now; `checkpoint` is the digest of the newest one."""
+        if self._path is None:
+            return
+        if ended:
+            self._session |= {"to_step": run.step, "seconds": round(time.monotonic() - self._began, 3)}
+        order, config, ledger = run.plan.mixture.order, run.plan.model.config, run.ledger.to_json()
+        facts = self._same | self._software | {
+            "arm": arm(ledger), "seed": run.training.seed, "parameters": parameter_count(config),
+            "flops_per_token": flops_per_token(config, causal=False), "order": order.fingerprint(),
+            "vocabulary": run.training.vocabulary.content_hash,
+            "data": {source.name: source.content_hash for source in order.sources}, "ledger": ledger,
+            "sessions": self._sessions, "step": run.step, "last_step": run.plan.last_step,
+            "finished": run.step == run.plan.last_step, "checkpoint": checkpoint}
+        write_whole(self._path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def loop(
@@ -365,19 +407,6 @@ def summary(run: Run) -> str:
                       f"arm of the study: {arm(run.ledger.to_json())}", ""])
 
 
-# Settings that a resume may change: they do not change what is computed, beyond rounding. Data and vocabulary may lie
-# elsewhere; that they are the same is seen by their hashes.
-FREE_ON_RESUME = frozenset("""
-    MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH PACKING
-    EVAL_TASKS EVAL_QUESTIONS train.evaluation
-    MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA DATA_DIR mixture.name tasks.modules tasks.corpora tasks.data_dir
-    train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
-    train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir mixture.packing
-    vocabulary.path
-    mesh.data mesh.fsdp mesh.model mesh.slices mesh.rules model.remat model.scan_unroll model.attention
-    """.split())
-
-
 def require_same_stage(ledger: Mapping[str, Any], stage: str, training: Training) -> None:
     """Raises ValueError where a run directory is of the other stage, or of a run that started from elsewhere."""
     model_dir, path = training.model_dir, training.initial_checkpoint_path
@@ -410,8 +439,7 @@ def require_same_model(record: Mapping[str, Any], training: Training, plan: Plan
 def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:
     """Raises ValueError, naming what differs, where a run directory belongs to another configuration."""
     # Every parameter is saved, defaults included: one that only one of them has came or went with a version.
-    names = sorted(name for name in (set(saved) & set(now)) - FREE_ON_RESUME
-                   if not name.startswith(("evaluation.", "benchmarks.", "sampling.")))
+    names = sorted(name for name in set(saved) & set(now) if not is_free_on_resume(name))
     differing = [name for name in names if saved[name] != now[name]]
     if differing:
         listed = "; ".join(f"{name} was {saved[name]}, is {now[name]}" for name in differing[:6])

@@ -41,7 +41,8 @@ def test_half_a_list_is_refused():
 
 def arms_and_sizes() -> list[list[str]]:
     names = list(shipped_gin_files())
-    others = ("gin/pretrain.gin", "gin/tune.gin", "gin/eval.gin", "gin/infer.gin", "gin/contamination.gin")
+    others = ("gin/pretrain.gin", "gin/tune.gin", "gin/eval.gin", "gin/infer.gin", "gin/contamination.gin",
+              "gin/study.gin")
     arms = [name for name in names if "/models/" not in name and name not in others]
     sizes = [name for name in names if "/models/" in name]
     assert len(arms) >= 8 and len(sizes) >= 6
@@ -69,6 +70,38 @@ def test_every_shipped_file_loads_and_builds(files):
         text = (Path(__file__).resolve().parent.parent / name).read_text()
         # Each opens with what it is, and its command.
         assert text.startswith("# ") and f"--gin_file={name}" in text, name
+
+
+def test_the_shipped_study_has_the_arms_of_their_own_files():
+    """gin/study.gin and the files that train one arm by hand say the same of the mix."""
+    configuration = read_configuration(["gin/study.gin"], [])
+    study = build(configuration, "study")
+    files = {"NL": "text_pretrain", "CODE": "mixed_pretrain", "NN": "tune_text", "NC-uniform": "tune_mixed",
+             "NC-increase": "tune_increase", "NC-decrease": "tune_decrease", "CN": "tune_text",
+             "CC-uniform": "tune_mixed", "CC-increase": "tune_increase", "CC-decrease": "tune_decrease"}
+    assert list(study.arms) == list(files)
+    for arm, file in files.items():
+        tuning = "tune" in file
+        alone = read_configuration([f"gin/{file}.gin"], FROM_NEW_PARAMETERS if tuning else []).effective
+        facts = study.arms[arm]
+        assert facts.get("from") == (("NL" if arm[0] == "N" else "CODE") if tuning else None), arm
+        for name in ("CODE_RATE", "MIX_PHASES"):
+            assert str(facts.get(name)) == str(ast.literal_eval(alone[name].value)), (arm, name)
+    assert (Path(__file__).resolve().parent.parent / "gin/study.gin").read_text().startswith("# ")
+
+
+def test_settings_of_a_stage_are_kept_apart_and_explained():
+    configuration = read_configuration(["gin/study.gin"], [
+        ("tuning/BATCH_SIZE", "3"), ("pretraining/model.layers", "2"), ("DATA_DIR", "/data")])
+    assert dict(configuration.of_stage("tuning"))["BATCH_SIZE"] == "3"
+    assert dict(configuration.of_stage("tuning"))["DATA_DIR"] == "'/data'"  # where the file says %DATA_DIR
+    assert "BATCH_SIZE" not in dict(configuration.of_stage("pretraining"))
+    lines = explain(configuration, "tuning/BATCH_SIZE").splitlines()
+    assert lines[:3] == ["tuning/BATCH_SIZE = 3", "  set by --gin.tuning/BATCH_SIZE", lines[2]]
+    assert lines[2].startswith("  overriding 8 of gin/study.gin:")
+    assert "used by tuning/DATA_DIR" in explain(configuration, "DATA_DIR")
+    with pytest.raises(ValueError, match="model has no parameter 'layer'; nearest: layers"):
+        read_configuration(["gin/study.gin"], [("pretraining/model.layer", "2")])
 
 
 def test_the_two_arms_differ_in_the_rate_alone():

@@ -48,6 +48,11 @@ def test_readme_commands_are_accepted(
     if arguments[0] == "contamination":
         kept = ("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE")
         arguments += [flag for flag in tiny_flags if flag.startswith(kept)]
+    if arguments[0] == "study":
+        kept = ("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE", "--gin.model", "--gin.TASK_FEATURE")
+        arguments += [flag.replace("--gin.", f"--gin.{stage}/", 1) for stage, flags in (
+            ("pretraining", tiny_flags), ("tuning", tiny_tuning_flags)) for flag in flags if flag.startswith(kept)]
+        arguments += [f"--gin.STUDY_DIR={tmp_path}/study", "--print_commands"]
     if arguments[0] in ("compare", "report"):
         for run in (pretrained / "NL", pretrained / "CODE"):
             assert cli.main(["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run}",

@@ -1,7 +1,8 @@
-"""A process and its run directory: stopping in good order, and keeping other processes out."""
+"""A process and what it holds: stopping in good order, keeping others out of a run directory, compiled programs."""
 
 import contextlib
 import fcntl
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -54,3 +55,14 @@ def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training"
             raise ValueError(
                 f"Another process is {doing} in {directory}: wait for it, or use another {setting}.") from None
         yield
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user chose a place already."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/codellm_jax/compiled"))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        # JAX's own second would leave a small model's evaluation out.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

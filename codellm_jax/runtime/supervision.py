@@ -36,7 +36,7 @@ def watched(command: str) -> int | None:
     """
     child = os.fork()
     if not child:
-        ctypes.CDLL(None, use_errno=True).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+        die_with_parent()
         return None
     before = {number: signal.signal(number, lambda number, _: os.kill(child, number) if number == signal.SIGTERM
                                     else None) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -49,6 +49,11 @@ def watched(command: str) -> int | None:
               "command again on all: it goes on from the newest checkpoint.", file=sys.stderr, flush=True)
         return 1
     return status
+
+
+def die_with_parent() -> None:
+    """Lets the kernel end this process, by SIGKILL, when the one that started it is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
 
 
 def run_local_processes(arguments: Sequence[str], count: int) -> int:

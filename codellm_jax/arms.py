@@ -1,0 +1,321 @@
+"""The plan of a study: from arms, as a gin file lists them, to runs in the order in which they can be trained.
+
+    ARMS = {
+        'NL': {'CODE_RATE': 0.0},                                a run of pre-training
+        'NC-uniform': {'from': 'NL', 'CODE_RATE': 0.375},        a run of tuning that starts from NL of its own seed
+        'RATE': {'sweep': {'CODE_RATE': [0.1, 0.25, 0.5]}},      RATE-0.1, RATE-0.25 and RATE-0.5
+        'WIDE': {'gin_file': 'gin/models/125m.gin', 'CODE_RATE': 0.0},
+    }
+
+What an arm has besides 'from', 'sweep' and 'gin_file' are settings, as on the command line. An arm that starts from a
+swept one is swept with it.
+
+Two comparisons are offered, for either stage:
+
+  compute-matched   every arm takes the same number of steps: code takes the place of text
+  data-matched      every arm is trained on the text of TRAIN_STEPS steps without code: code comes on top, and the run
+                    is longer
+
+Plain functions on plain values: neither JAX nor gin, and no files.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from codellm_jax.mixture.schedules import Schedule, constant, phases
+
+COMPARISONS = ("compute-matched", "data-matched")
+STAGES = ("pretraining", "tuning")
+WORDS = ("from", "sweep", "gin_file")  # what in an arm is no setting
+OWN = ("SEED", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH")  # settings that the plan makes
+
+_PAIRS_OF_FILES = (("mixed_pretrain", "text_pretrain"), ("mixed_pretrain_increase", "mixed_pretrain_decrease"),
+                   ("tune_mixed", "tune_text"), ("tune_increase", "tune_decrease"))
+OTHER_FILES = {f"gin/{one}.gin": f"gin/{other}.gin" for pair in _PAIRS_OF_FILES for one, other in (pair, pair[::-1])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a gin file says of a study.
+
+    Attributes:
+      directory: where everything of it is kept; local or gs://.
+      arms: by name; see above.
+      more_arms: likewise; they come after, or in the place of one of the same name.
+      seeds: each arm is trained once with each.
+      comparison: one of COMPARISONS.
+      pretraining_files, tuning_files, evaluation_files: the gin files that a stage's runs begin with.
+    """
+
+    directory: str
+    arms: Mapping[str, Mapping[str, Any]]
+    pretraining_files: Sequence[str]
+    tuning_files: Sequence[str]
+    evaluation_files: Sequence[str]
+    more_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    seeds: Sequence[int] = (0,)
+    comparison: str = "compute-matched"
+
+    def __post_init__(self) -> None:
+        if not self.directory.strip():
+            raise ValueError("STUDY_DIR is empty: name the study's directory, such as runs/study.")
+        if self.comparison not in COMPARISONS:
+            raise ValueError(f"COMPARISON must be one of {', '.join(COMPARISONS)}, found {self.comparison!r}.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(
+                isinstance(seed, int) and 0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"SEEDS must list different whole numbers from 0, found {list(self.seeds)}.")
+
+    def files(self, stage: str) -> list[str]:
+        """The gin files that runs of a stage begin with."""
+        return list(self.pretraining_files if stage == "pretraining" else self.tuning_files)
+
+
+class Arm(NamedTuple):
+    """One arm, nothing left to expand."""
+
+    name: str
+    parent: str | None  # the arm whose runs it starts from
+    gin_file: str | None  # settings of its own, above those of its stage
+    settings: Mapping[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return "tuning" if self.parent else "pretraining"
+
+
+class Run(NamedTuple):
+    """One arm under one seed: a run directory."""
+
+    arm: Arm
+    seed: int
+    steps: int
+    mix: str  # "constant", "uniform", "increase", "decrease", or what MIX_PHASES says
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}.seed{self.seed}"
+
+    @property
+    def parent(self) -> str | None:
+        """The run it starts from."""
+        return f"{self.arm.parent}.seed{self.seed}" if self.arm.parent else None
+
+
+class Asked(NamedTuple):
+    """What the settings of an arm say of the length of its runs and of their mix."""
+
+    steps: int
+    batch_size: int
+    code_rate: float | None
+    mix_phases: Any
+
+    @property
+    def rows(self) -> int:
+        """Of the whole run; in tuning examples."""
+        return self.steps * self.batch_size
+
+    @property
+    def schedule(self) -> Schedule:
+        """The share of code over the run."""
+        if self.mix_phases is not None:
+            return phases(self.mix_phases, self.rows, self.batch_size)
+        return constant(self.code_rate or 0.0)
+
+
+def expand(study: Study) -> tuple[list[Arm], list[str]]:
+    """The arms of a study, each after the one it starts from.
+
+    An arm that would be trained exactly as one before it, such as the point 0.0 of a sweep beside NL, is that one.
+
+    Returns:
+      The arms, and a line for each that is another one.
+
+    Raises:
+      ValueError: in one line, for an arm that is none.
+    """
+    given = dict(study.arms) | dict(study.more_arms)
+    if not given:
+        raise ValueError("ARMS is empty: list an arm, such as {'NL': {'CODE_RATE': 0.0}}.")
+    for name, facts in given.items():
+        _require_arm(name, facts, given)
+    arms: dict[str, Arm] = {}
+    families: dict[str, list[tuple[str, str]]] = {}  # of a name, the suffixes of its arms and the arms
+    told: list[str] = []
+    waiting = dict(given)
+    while waiting:
+        ready = [name for name, facts in waiting.items() if facts.get("from") is None or facts["from"] in families]
+        if not ready:
+            raise ValueError(f"ARMS goes round in a circle: {', '.join(waiting)} start from each other.")
+        for name in ready:
+            facts = waiting.pop(name)
+            families[name] = []
+            for suffix, arm in _members(name, facts, families[facts["from"]] if facts.get("from") else [("", "")]):
+                same = next((other.name for other in arms.values() if other[1:] == arm[1:]), None)
+                if same:
+                    told.append(f"{arm.name} is {same}, which is trained once.")
+                elif arm.name in arms:
+                    raise ValueError(f"ARMS has two arms that are named {arm.name}: rename one.")
+                else:
+                    arms[arm.name] = arm
+                families[name].append((suffix, same or arm.name))
+    # As they are listed, but for each after what it starts from.
+    listed = [member for name in given for _, member in families[name]]
+    ordered: dict[str, Arm] = {}
+    for name in listed:
+        for ancestor in reversed(_line_of(name, arms)):
+            ordered.setdefault(ancestor, arms[ancestor])
+    return list(ordered.values()), told
+
+
+def _line_of(name: str, arms: Mapping[str, Arm]) -> list[str]:
+    """An arm, what it starts from, what that starts from, and so on."""
+    line = [name]
+    while parent := arms[line[-1]].parent:
+        line.append(parent)
+    return line
+
+
+def _require_arm(name: str, facts: Any, given: Mapping[str, Any]) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name) or ".seed" in name:
+        raise ValueError(f"ARMS has an arm {name!r}; its name must be letters, digits, dots and hyphens, for it names "
+                         "run directories.")
+    if not isinstance(facts, Mapping) or not all(isinstance(key, str) for key in facts):
+        raise ValueError(f"ARMS must give {name} settings such as {{'CODE_RATE': 0.5}}, found {facts!r}.")
+    if own := [key for key in facts if key in OWN]:
+        raise ValueError(f"ARMS gives {name} {own[0]}, which the study sets: SEEDS lists seeds, 'from' names the arm "
+                         "to start from.")
+    if facts.get("from") is not None and facts["from"] not in given:
+        raise ValueError(f"ARMS lets {name} start from {facts['from']!r}, which is no arm: "
+                         f"{', '.join(given)} are there.")
+    if "sweep" in facts:
+        sweep = facts["sweep"]
+        values = next(iter(sweep.values())) if isinstance(sweep, Mapping) and len(sweep) == 1 else None
+        if not isinstance(values, list | tuple) or not values:
+            raise ValueError(f"ARMS must give {name} a sweep of one setting and its values, such as "
+                             f"{{'CODE_RATE': [0.0, 0.25, 0.5]}}, found {sweep!r}.")
+    if not isinstance(facts.get("gin_file", ""), str):
+        raise ValueError(f"ARMS must give {name} a gin_file that is one file's name, found {facts['gin_file']!r}.")
+
+
+def _members(name: str, facts: Mapping[str, Any], parents: Sequence[tuple[str, str]]) -> list[tuple[str, Arm]]:
+    """(suffix, arm) for each point of the arm's own sweep and each of what it starts from."""
+    settings = {key: value for key, value in facts.items() if key not in WORDS}
+    points: list[tuple[str, dict[str, Any]]] = [("", {})]
+    if "sweep" in facts:
+        [(swept, values)] = facts["sweep"].items()
+        plain = all(re.fullmatch(r"[\w.-]+", str(value)) for value in values)
+        points = [(f"-{value if plain else number}", {swept: value}) for number, value in enumerate(values)]
+    members = []
+    for parent_suffix, parent in parents:
+        for suffix, point in points:
+            both = settings | point
+            if "MIX_PHASES" in both:
+                both = {"CODE_RATE": None} | both
+            members.append((parent_suffix + suffix, Arm(
+                f"{name}{parent_suffix}{suffix}", parent or None, facts.get("gin_file"), both)))
+    return members
+
+
+def plan_runs(study: Study, arms: Sequence[Arm], asked: Mapping[str, Asked]) -> list[Run]:
+    """The runs of a study in an order in which they can be trained: all arms under the first seed, then the next.
+
+    Args:
+      study: what the gin file says.
+      arms: as `expand` gives them.
+      asked: of each arm by name, what its settings ask for.
+
+    Raises:
+      ValueError: in one line, for a mix that is none, or that no length makes data-matched.
+    """
+    planned = []
+    for arm in arms:
+        of_arm = asked[arm.name]
+        try:
+            if study.comparison == "data-matched":
+                of_arm = of_arm._replace(steps=data_matched_steps(of_arm))
+            planned.append((arm, of_arm.steps, mix_of(of_arm, arm.stage)))
+        except ValueError as error:
+            raise ValueError(f"{arm.name}: {error}") from None
+    return [Run(arm, seed, steps, mix) for seed in study.seeds for arm, steps, mix in planned]
+
+
+def data_matched_steps(asked: Asked) -> int:
+    """The fewest steps in which a run of this mix is trained on the text of `asked.steps` steps without code.
+
+    For a constant share c of code these are steps / (1 - c), rounded up.
+
+    Raises:
+      ValueError: the mix has too little text for that.
+    """
+    longer = asked
+    while (missing := asked.rows - (longer.rows - longer.schedule.asked(longer.rows))) > 0:
+        # A step adds a step of text at most, so that the fewest steps are never passed over.
+        longer = longer._replace(steps=longer.steps + math.ceil(missing / asked.batch_size))
+        if longer.steps > 1000 * asked.steps:
+            raise ValueError("COMPARISON = 'data-matched' needs text in each arm, and this mix has less than one part "
+                             "in a thousand; give it some, or compare 'compute-matched'.")
+    return longer.steps
+
+
+def mix_of(asked: Asked, stage: str) -> str:
+    """What the mix is called: "constant" (in tuning with code "uniform"), "increase", "decrease", or its phases."""
+    schedule = asked.schedule
+    shares = [share for pair in zip(schedule.shares, schedule.ends, strict=True) for share in pair]
+    if not any(schedule.tables):
+        if len(set(shares)) == 1:
+            return "uniform" if stage == "tuning" and shares[0] else "constant"
+        if shares in (sorted(shares), sorted(shares, reverse=True)):
+            return "increase" if shares[0] < shares[-1] else "decrease"
+    given = asked.mix_phases
+    return ", ".join(str(phase) for phase in given) if isinstance(given, list | tuple) else str(given)
+
+
+def select(runs: Sequence[Run], arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
+    """The runs of these arms and seeds (of all where none is given), and those they stand on.
+
+    An arm is named as it is, or by what comes before the hyphen: NC is NC-uniform, NC-increase and NC-decrease.
+
+    Raises:
+      ValueError: there is no such arm or seed.
+    """
+    names = list(dict.fromkeys(run.arm.name for run in runs))
+    for arm in arms:
+        if not any(_is_named(name, arm) for name in names):
+            raise ValueError(f"--arm={arm}: the study has no such arm; it has {', '.join(names)}.")
+    known = {run.seed: str(run.seed) for run in runs}
+    for seed in seeds:
+        if seed not in known:
+            raise ValueError(f"--seed={seed}: the study has no such seed; SEEDS lists {', '.join(known.values())}.")
+    by_name = {run.name: run for run in runs}
+    wanted: set[str] = set()
+    for run in runs:
+        if (not arms or any(_is_named(run.arm.name, arm) for arm in arms)) and (not seeds or run.seed in seeds):
+            name: str | None = run.name
+            while name:
+                wanted.add(name)
+                name = by_name[name].parent
+    return [run for run in runs if run.name in wanted]
+
+
+def _is_named(name: str, asked: str) -> bool:
+    return name == asked or name.startswith(f"{asked}-")
+
+
+def waves(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups: those of one may be trained at the same time, once the groups before are done."""
+    depth: dict[str, int] = {}
+    for run in runs:
+        depth[run.name] = depth[run.parent] + 1 if run.parent in depth else 0
+    return [[run for run in runs if depth[run.name] == level] for level in sorted(set(depth.values()))]
+
+
+def other_arm(gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], stage: str) -> list[str]:
+    """The flags of the same run at the other end of the study's question: without code, or with it; late, or early."""
+    files = [OTHER_FILES.get(file, file) for file in gin_files]
+    if files == list(gin_files):
+        files = ["gin/tune_text.gin" if stage == "tuning" else "gin/text_pretrain.gin"]
+    kept = [(name, value) for name, value in overrides if name not in ("MODEL_DIR", "CODE_RATE", "MIX_PHASES")]
+    return [*(f"--gin_file={file}" for file in files), *(f"--gin.{name}={value}" for name, value in kept)]

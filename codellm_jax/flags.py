@@ -1,0 +1,149 @@
+"""The flags of the `t5x` command and of its sub-commands."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+
+GIN_FLAGS = """gin flags:
+  --gin_file=FILE          settings; repeatable, later ones win. Shipped files are found from any directory
+  --gin.NAME=VALUE         one setting; a bare word is a string. --gin.CODE_RATE=0.5, --gin.MODEL_DIR=runs/first
+  --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `t5x` and its sub-commands take, --gin.NAME=VALUE left out."""
+    whole = argparse.ArgumentParser(
+        prog="t5x", description="Which training stage is helped by code data? Train and compare, from gin files.",
+        epilog=GIN_FLAGS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    subparsers = whole.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, text: str, description: str) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(
+            name, help=text, description=description, epilog=GIN_FLAGS, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_argument("--gin_file", action="append", default=[], help="see below")
+        command.add_argument("--gin_search_paths", default="", help="see below")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    def add_processes(command: argparse.ArgumentParser) -> None:
+        group = command.add_argument_group("several processes", "found by JAX on Cloud TPU, Slurm and Open MPI; else:")
+        group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of the first process")
+        group.add_argument("--process_count", type=int, metavar="N", help="of all")
+        group.add_argument("--process_index", type=int, metavar="I", help="of this one, from 0")
+        group.add_argument("--local_processes", type=int, metavar="N",
+                           help="start so many on this machine's processor, to try")
+
+    train = add("train", "train a decoder on a text/code mixture",
+                "Trains to TRAIN_STEPS, or goes on from MODEL_DIR's newest checkpoint. SIGTERM saves and exits.")
+    train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
+    train.add_argument("--profile_steps", metavar="FIRST:LAST",
+                       help="write a trace of these steps for TensorBoard and Perfetto, such as 10:15")
+    add_processes(train)
+    add_processes(add("eval", "evaluate a checkpoint on benchmarks",
+                      "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted."))
+    study = add("study", "train and evaluate every arm of a study",
+                "Trains every arm of ARMS with every one of SEEDS, in the order in which they stand on each other, and "
+                "evaluates each. The same command goes on where it was interrupted.")
+    study.add_argument("--dry_run", action="store_true", help="print the plan, its cost and its time; train nothing")
+    study.add_argument("--print_commands", action="store_true",
+                       help="print the plan as commands, for several machines; run none")
+    study.add_argument("--arm", action="append", default=[], metavar="ARM",
+                       help="only this arm and what it stands on; NC is all of NC-...; repeatable")
+    study.add_argument("--seed", action="append", default=[], type=int, help="only this seed; repeatable")
+    study.add_argument("--redo", action="store_true",
+                       help="train again what was trained under another configuration, and keep the old aside")
+    infer = add("infer", "write text with a checkpoint",
+                "Goes on from prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts they are typed.")
+    infer.add_argument("--prompts", metavar="FILE", help="prompts, a line each, or JSON lines where it ends in .jsonl")
+    infer.add_argument("--output", metavar="FILE", help="write the answers there, as JSON lines")
+    infer.add_argument("--instruction", action="store_true", help="put each prompt into the template of instructions")
+    compare = subparsers.add_parser("compare", help="compare two runs' results", allow_abbrev=False,
+                                    description="Paired tests of two evaluated runs on the same questions.")
+    compare.add_argument("first", metavar="RUN_A")
+    compare.add_argument("second", metavar="RUN_B")
+    compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    contamination = add("contamination", "search a mixture's training text for benchmarks' questions",
+                        "Counts the questions of TASKS of which an n-gram of words stands in the training rows of an "
+                        "arm's sources. gin/contamination.gin has what it adds to the arm's files.")
+    contamination.add_argument("--output", metavar="FILE", help="write what is found there, as JSON, ids and all")
+    report = subparsers.add_parser("report", help="tables, plots and conclusions of a study", allow_abbrev=False,
+                                   description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
+    report.add_argument("directory", metavar="DIR")
+    report.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
+    explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
+    vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
+                     "Trains a byte-fallback BPE vocabulary on the mixture's training documents.")
+    vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
+    vocabulary.add_argument("--size", type=int, default=8192, help="pieces (default: %(default)s)")
+    cache = add("cache", "tokenize a run's data by many processes, before the run",
+                "Writes the rows that a run of these settings would cache by itself, with Apache Beam, and goes on "
+                "where it was stopped. What follows -- goes to Beam: t5x cache ... -- --direct_num_workers=8")
+    cache.add_argument("--runner", default="DirectRunner", help="Beam's: %(default)s on this machine, DataflowRunner, "
+                       "SparkRunner, FlinkRunner or another (default: %(default)s)")
+    launch = subparsers.add_parser(
+        "launch", help="run a command on Cloud TPU", allow_abbrev=False,
+        usage="t5x launch --tpu=NAME --zone=ZONE [flags] -- COMMAND ...",
+        description="Makes a queued resource, installs this commit on it, runs `t5x COMMAND`, tells its log, goes on "
+                    "after a preemption, and deletes the resource at the end, Ctrl-C too.")
+    launch.add_argument("--tpu", required=True, help="such as v4-128, v5e-256, v5p-128, v6e-64, 2xv5e-256")
+    launch.add_argument("--zone", required=True, help="such as us-central2-b")
+    launch.add_argument("--project", help="else gcloud's own setting")
+    launch.add_argument("--name", help="of the queued resource; else from the run directory")
+    launch.add_argument("--spot", action="store_true", help="cheaper, and may be preempted")
+    launch.add_argument("--keep", action="store_true", help="do not delete the resource at the end")
+    launch.add_argument("--print_only", action="store_true", help="print the commands, and run none")
+    launch.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    precompile = add("precompile", "compile a run for TPUs that are not there",
+                     "Compiles the train step of a run for a TPU topology, without TPUs and without data, and tells "
+                     "memory, traffic and a bound on speed. Status 1 where it does not fit.")
+    precompile.add_argument("--topology", required=True, help="such as v4-128, v5e-256 or 2xv5e-256 (two slices)")
+    precompile.add_argument("--vocabulary_size", type=int, help="stands in for the run's vocabulary file")
+    precompile.add_argument("--scoring", action="store_true", help="compile the scoring of an evaluation too")
+    precompile.add_argument("--decode", action="store_true", help="compile decoding too")
+    precompile.add_argument("--no_search", action="store_true",
+                            help="search neither for the largest batch nor for what would make the run fit")
+    precompile.add_argument("--report", help="also write what is told into this file, as Markdown")
+    return whole
+
+
+def without(arguments: Sequence[str], flag: str) -> list[str]:
+    """The arguments but for a flag and its value."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and not argument.startswith(f"{flag}=") and argument != flag:
+            kept.append(argument)
+        skip = argument == flag
+    return kept
+
+
+def overrides_of(rest: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, value) of each --gin.NAME=VALUE (or --gin.NAME VALUE). Raises ValueError for any other flag."""
+    overrides, position = [], 0
+    while position < len(rest):
+        flag = rest[position]
+        if not flag.startswith("--gin."):
+            known = ["--gin.NAME", *_flags_of(parser())]
+            near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
+            raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
+        name, equals, value = flag.removeprefix("--gin.").partition("=")
+        if not equals:
+            position += 1
+            if position == len(rest):
+                raise ValueError(f"{flag} needs a value: --gin.{name}=VALUE.")
+            value = rest[position]
+        overrides.append((name, value))
+        position += 1
+    return overrides
+
+
+def _flags_of(command: argparse.ArgumentParser) -> list[str]:
+    """Every flag of a command and of its sub-commands."""
+    found: dict[str, None] = {}
+    for action in command._actions:
+        found |= dict.fromkeys(option for option in action.option_strings if option.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                found |= dict.fromkeys(_flags_of(sub))
+    return list(found)

@@ -1,0 +1,110 @@
+"""What a run and its results came of: the configuration, the code, the packages.
+
+MODEL_DIR/provenance.json of a run of training:
+
+  config_hash   of every setting that changes what is computed
+  asked         what gin files and flags said, name -> value
+  arm, seed, parameters, flops_per_token
+  order, vocabulary, data   fingerprints: of the order, of the vocabulary's file, of the cached rows of each source
+  ledger        what was trained on, and in it the stages before
+  code, versions, devices   what the last session computed with: this package, other packages, devices
+  sessions      likewise of each start, with the steps it went from and to and its seconds; of one that was killed, the
+                last two are null
+  step, last_step, finished
+  checkpoint    the digest of the newest checkpoint's record, which results name too
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from codellm_jax import __version__
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "tensorflow-text",
+            "sentencepiece", "gin-config", "numpy")
+
+# Settings that a resume may change: they do not change what is computed, beyond rounding. Data and vocabulary may lie
+# elsewhere; that they are the same is seen by their hashes.
+FREE_ON_RESUME = frozenset("""
+    MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH PACKING
+    EVAL_TASKS EVAL_QUESTIONS train.evaluation
+    MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA DATA_DIR mixture.name tasks.modules tasks.corpora tasks.data_dir
+    train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
+    train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir mixture.packing
+    vocabulary.path
+    mesh.data mesh.fsdp mesh.model mesh.slices mesh.rules model.remat model.scan_unroll model.attention
+    """.split())
+# Likewise of an evaluation: a task's data and questions are known by their hashes.
+FREE_IN_EVALUATION = FREE_ON_RESUME | frozenset("""
+    CHECKPOINT_PATH checkpoint.path TASKS evaluation.tasks benchmarks.data_dir evaluate.results_dir
+    evaluation.batch_tokens
+    """.split())
+
+
+def is_free_on_resume(name: str) -> bool:
+    """Whether a setting of training may differ where a run is gone on with."""
+    return name in FREE_ON_RESUME or name.startswith(("evaluation.", "benchmarks.", "sampling."))
+
+
+def training_hash(settings: Mapping[str, str]) -> str:
+    """A hash of the operative settings of training that change what is computed."""
+    return _hash({name: value for name, value in settings.items() if not is_free_on_resume(name)})
+
+
+def evaluation_hash(settings: Mapping[str, str]) -> str:
+    """Likewise of an evaluation, the same for every run that is asked the same in the same way."""
+    return _hash({name: value for name, value in settings.items() if name not in FREE_IN_EVALUATION})
+
+
+def _hash(settings: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str], free: Any = is_free_on_resume) -> list[str]:
+    """What differs between two sets of settings, a phrase each; names that `free` holds for are passed over."""
+    names = [name for name in dict.fromkeys([*before, *now]) if not free(name) and before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name, 'not set')}, is {now.get(name, 'not set')}" for name in names]
+
+
+def package_versions() -> dict[str, str]:
+    """Python's and those of the packages that results may depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_version() -> dict[str, Any]:
+    """This package's version; in a git checkout of it the commit, and whether files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:  # installed, perhaps below somebody else's checkout
+        return {"version": __version__}
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"version": __version__, "commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(changed)}
+
+
+def software() -> dict[str, Any]:
+    """What this process computes with, as JSON."""
+    return {"code": code_version(), "versions": package_versions(),
+            "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(),
+                        "processes": jax.process_count()}}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None where it fails or is not there."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
