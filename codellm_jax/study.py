@@ -82,12 +82,12 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
         failures = _run_all(chosen, facts, processes, options, report)
         if processes.stopped:
             return tell_stopped(processes.stopped, report)
-        failures += _report(processes, chosen, asked)
-    for line in failures:
+        unreported = _report(processes, chosen, asked)
+    for line in [*failures, *unreported]:
         print(f"t5x study: error: {line}", file=sys.stderr)
     report(f"{len(chosen) - len(failures)} of {len(chosen)} runs are done: {asked.directory}" if failures else
            f"All {len(chosen)} runs are trained and evaluated: {asked.directory}")
-    return 1 if failures else 0
+    return 1 if failures or unreported else 0
 
 
 def _require_of_study(configuration: Configuration) -> None:
