@@ -8,7 +8,6 @@ between runs, and a run made by hand or on another machine is a run of the study
 seconds. All that is known of a study lies in its directory; so the same command goes on after any interruption.
 """
 
-import importlib.util
 import json
 import shlex
 import sys
@@ -162,8 +161,6 @@ def _ask(processes: Commands, request: Mapping[str, Any], answer: str) -> None:
 
 def _report(processes: Commands, chosen: Sequence[Planned], asked: Study) -> list[str]:
     """STUDY_DIR/report, of what there is; a line where that failed."""
-    if not importlib.util.find_spec("codellm_jax.report"):
-        return []
     if not any(standing(one, {}, None).evaluated for one in chosen):
         return []  # each of the failures that are told says why
     ended = processes.run(["codellm_jax.cli", "report", asked.directory])

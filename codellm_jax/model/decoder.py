@@ -15,7 +15,6 @@ hidden state. Parameters are float32; `DecoderConfig.dtype` is what is computed 
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -120,16 +119,23 @@ def _constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(array, axes)
 
 
-def _embed(tables: Sequence[jax.Array], ids: Sequence[jax.Array], dtype: Any) -> jax.Array:
-    """The sum of rows of float32 tables [rows, D], by int32 ids [B, L] for each; [B, L, D] of a dtype.
+def _look_up(table: jax.Array, ids_BL: jax.Array) -> jax.Array:
+    """Rows of a table of positions [P, D], float32 [B, L, D].
+
+    Sharded over its width, the table is gathered first: it is small, and what is looked up is sharded over the batch.
+    """
+    x_BLD = _constrain(table, "position", "activation_embed")[ids_BL]
+    return _constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
+
+
+def _look_up_tokens(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """Rows of the token embedding, float32 [B, L, D].
 
     Sharded over its width, each device looks up its columns for all rows of the batch, and then hands on what others'
-    rows need: activations cross the network instead of tables, and the gradient of a table is summed where it lies.
+    rows need: activations cross the network instead of the table, whose gradient is summed where it lies.
     """
-    x_BLD = jnp.zeros((), jnp.float32)
-    for table, ids_BL in zip(tables, ids, strict=True):
-        x_BLD = x_BLD + table[_constrain(ids_BL, "lookup_batch", "activation_length")]
-    x_BLD = _constrain(x_BLD.astype(dtype), "lookup_batch", "activation_length", "embed")
+    x_BLD = table_VD[_constrain(tokens_BL, "lookup_batch", "activation_length")]
+    x_BLD = _constrain(x_BLD, "lookup_batch", "activation_length", "embed")
     return _constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 
 
@@ -341,13 +347,14 @@ class Decoder(nn.Module):
         if decode:
             mask = self.cached_mask(segment_ids_BL)
         mask = mask._replace(shared_segment=shared_segment)
-        x_BLD = _embed((self.token_embedding, self.position_embedding), (tokens_BL, positions_BL), dtype)
+        x_BLD = _look_up_tokens(self.token_embedding, tokens_BL)
+        x_BLD = (x_BLD + _look_up(self.position_embedding, positions_BL)).astype(dtype)
         x_BLD = self.dropout(x_BLD, deterministic=deterministic)
         if config.scanned_layers:
             x_BLD, _ = self.blocks(x_BLD, None, mask, deterministic)
         x_BLD = self.final_norm(x_BLD)
         if config.query_layer:
-            query_BLD = _embed((self.query_embedding,), (positions_BL,), dtype)
+            query_BLD = _look_up(self.query_embedding, positions_BL).astype(dtype)
             x_BLD, _ = self.query_block(x_BLD, query_BLD, mask, deterministic)
         return x_BLD
 

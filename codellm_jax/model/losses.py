@@ -126,9 +126,9 @@ def _scan(
     batch, length, width = hidden_BLD.shape
     dtype = hidden_BLD.dtype
     # Named so that an embedding sharded over its width is gathered once, before the loop, and its gradient is summed
-    # into shards; outside a mesh the names do nothing.
+    # into shards; outside a mesh the names do nothing. The barrier keeps XLA from gathering it in float32.
     compute_embedding_VD = nn.with_logical_constraint(
-        embedding_VD.astype(dtype), ("activation_vocab", "activation_embed")
+        jax.lax.optimization_barrier(embedding_VD.astype(dtype)), ("activation_vocab", "activation_embed")
     )
 
     def one_chunk(embedding_gradient_VD: Any, start: jax.Array) -> tuple[Any, tuple[jax.Array, Any]]:
