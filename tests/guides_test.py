@@ -1,0 +1,127 @@
+"""Every command of docs/guides.md runs as it stands there, on small data and without TPUs."""
+
+import json
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from codellm_jax import cli
+from tasks.benchmarks import loading, templates, texts
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDES = (ROOT / "docs" / "guides.md").read_text()
+
+
+def section(title: str) -> str:
+    return re.split(r"^## ", GUIDES, flags=re.MULTILINE)[1:][titles().index(title)]
+
+
+def titles() -> list[str]:
+    return re.findall(r"^## (.*)$", GUIDES, flags=re.MULTILINE)
+
+
+def blocks(title: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", section(title), flags=re.DOTALL)
+
+
+def commands(title: str) -> list[list[str]]:
+    lines = "".join(blocks(title, "bash")).splitlines()
+    assert lines and all(line.startswith("t5x ") for line in lines)
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    status = cli.main(arguments)
+    told = capsys.readouterr()
+    assert status == 0, (arguments, told.err)
+    return told.out
+
+
+def small(arguments: list[str], flags: list[str], kept: tuple[str, ...]) -> list[str]:
+    """The command with a micro model and corpora, four steps of training, and one benchmark."""
+    if arguments[0] in ("train", "contamination", "vocabulary", "explain"):
+        arguments = [*arguments, *(flag for flag in flags if flag.startswith(kept))]
+    if arguments[0] == "train" and "--dry_run" not in arguments:
+        arguments = [*arguments, "--gin.TRAIN_STEPS=4", "--gin.EVAL_PERIOD=4"]
+    if arguments[0] == "eval" and not any("TASKS" in argument for argument in arguments):
+        arguments = [*arguments, "--gin.TASKS=['logic']"]
+    return arguments
+
+
+MODEL = ("--gin.CACHE_DIR", "--gin.TASK_FEATURE", "--gin.model", "--gin.WARMUP", "--gin.train.eval_rows")
+
+
+def test_there_are_guides():
+    assert titles() == ["Your own corpora", "An ablation by overrides", "Adding an arm to a study", "A TPU pod",
+                        "Adding a benchmark"]
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", GUIDES):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_your_own_corpora(tiny_corpora, tiny_flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [settings] = blocks("Your own corpora", "gin")
+    for pattern, name in (("/data/books/*.jsonl.gz", "text.tiny"), ("/data/github/*.jsonl.gz", "code.tiny")):
+        assert pattern in settings
+        settings = settings.replace(pattern, tiny_corpora[name]["json_lines"])
+    Path("mine.gin").write_text(settings)
+    for arguments in commands("Your own corpora"):
+        arguments = ["--size=500" if flag == "--size=16000" else flag for flag in arguments]
+        told = run(small(arguments, tiny_flags, MODEL if arguments[0] == "train" else MODEL[:2]), capsys)
+        assert "text.books" in told or arguments[0] in ("eval", "vocabulary")
+    assert Path("my.model").stat().st_size and Path("runs/mine/results/logic_sample.json").exists()
+
+
+def test_an_ablation(tiny_flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    told = {arguments[0]: run(small(arguments, tiny_flags, (*MODEL, "--gin.CORPORA", "--gin.MIXTURE")), capsys)
+            for arguments in commands("An ablation by overrides")}
+    assert "CODE_RATE" in told["explain"] and "0.1" in told["explain"] and "logic" in told["compare"]
+    assert Path("runs/report/report.html").exists()
+
+
+def test_an_arm(tiny_flags, tiny_tuning_flags, tmp_path, capsys):
+    of_stages = [flag.replace("--gin.", f"--gin.{stage}/", 1)
+                 for stage, flags in (("pretraining", tiny_flags), ("tuning", tiny_tuning_flags)) for flag in flags
+                 if flag.startswith(("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE", "--gin.model", "--gin.TASK"))]
+    told = []
+    for arguments in commands("Adding an arm to a study"):
+        arguments = [argument for argument in arguments if argument != "--dry_run"]
+        told.append(run([*arguments, *of_stages, f"--gin.STUDY_DIR={tmp_path}/study", "--gin.SEEDS=[0]",
+                         "--print_commands"], capsys))
+    assert "NC-tenth.seed0" in told[0] and "CC-decrease.seed0" in told[0]
+    assert re.findall(r"runs/([\w.-]+)'? ", told[1])[0] == "NL.seed0" and "CC-decrease" not in told[1]
+    assert all(f"RATE-{rate}.seed0" in told[2] for rate in ("0.1", "0.25", "0.5"))
+
+
+def test_a_pod(checkout, tiny_flags, tmp_path, monkeypatch, capsys):
+    """The two that need neither libtpu nor several processes; precompile's and local ones have tests of their own."""
+    precompile, local, launch = commands("A TPU pod")
+    assert precompile[0] == "precompile" and "--topology=v5e-256" in precompile
+    assert local[-1] == "--local_processes=2"
+    monkeypatch.chdir(tmp_path)
+    run(small(local[:-1], tiny_flags, (*MODEL, "--gin.CORPORA", "--gin.MIXTURE")), capsys)
+    monkeypatch.chdir(checkout)
+    assert "queued-resources create" in run(launch, capsys)
+
+
+def test_a_benchmark(pretrained, tmp_path, monkeypatch, capsys):
+    [module], [entries], [items] = (blocks("Adding a benchmark", language) for language in ("python", "text", "json"))
+    riddles = types.ModuleType("tasks.benchmarks.riddles")
+    exec(compile(module, "riddles.py", "exec"), riddles.__dict__)
+    monkeypatch.setitem(sys.modules, riddles.__name__, riddles)
+    added: dict[str, dict] = {"BENCHMARKS": {}, "TEMPLATES": {}, "PARTS": {}}
+    exec(entries, {**vars(templates), "_benchmark": loading._benchmark, "riddles": riddles, **added})
+    for name, place in (("BENCHMARKS", loading.BENCHMARKS), ("TEMPLATES", templates.TEMPLATES), ("PARTS", texts.PARTS)):
+        monkeypatch.setitem(place, "riddles", added[name]["riddles"])
+    (tmp_path / "riddles-test.json").write_text(items)
+    [arguments] = commands("Adding a benchmark")
+    arguments = [argument.replace("runs/mixed_pretrain", str(pretrained / "CODE")) for argument in arguments]
+    run([*arguments, f"--gin.DATA_DIR={tmp_path}", f"--gin.evaluate.results_dir={tmp_path}/results"], capsys)
+    result = json.loads((tmp_path / "results" / "riddles.json").read_text())
+    assert result["n"] == 2 and result["chance"] == 0.5 and not result["sample"]
+    assert texts.read_texts("riddles", str(tmp_path)).parts["2"][1] == "a towel"
