@@ -27,8 +27,14 @@ import pytest  # noqa: E402
 
 LENGTH = 32
 FOR_TPUS = ("precompile_test", "readme_test", "attention_test", "topologies_test")
+LONGEST = ("storage_test", "study_test", "processes_test", "report_test")
 WORDS = ("the a row of tokens is read by its number and never lost while one model learns from text and code in turn "
          "héllo 世界 order position share ledger epoch source schedule quota").split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in (*FOR_TPUS, *LONGEST))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -37,6 +43,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     TPUs, for libtpu serves one process at a time, until that ends.
     """
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False  # else by the number of tests
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:

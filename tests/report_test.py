@@ -424,7 +424,7 @@ def test_a_sweep_is_plotted_against_its_rates(tmp_path):
 
 
 def test_a_folder_of_ordinary_runs_will_do(pretrained, tmp_path, capsys):
-    """Trained and evaluated by the commands; arms are told from the ledgers, and provenance says what is not known."""
+    """Trained and evaluated by the commands; arms are told from the ledgers."""
     for run in ("NL", "CODE"):
         shutil.copytree(pretrained / run, tmp_path / f"run_{run.lower()}")
         assert cli.main(["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={tmp_path}/run_{run.lower()}",
@@ -441,8 +441,7 @@ def test_a_folder_of_ordinary_runs_will_do(pretrained, tmp_path, capsys):
         assert float(row["value"]) == pytest.approx(100 * sum(right) / len(right))
     run = next(row for row in table(tmp_path, "provenance") if row["run"] == "run_code")
     assert run["arm_by_ledger"] == "CODE" and run["step"] == "4" and int(run["parameters"]) > 8192 * 32
-    assert len(run["checkpoint_digest"]) == len(run["order"]) == 64 and run["config_hash"] == ""
+    assert len(run["checkpoint_digest"]) == len(run["order"]) == len(run["config_hash"]) == 64
     losses = [row for row in table(tmp_path, "losses") if row["run"] == "run_code" and row["pool"] == "code"]
     assert [row["step"] for row in losses] == ["0", "4"] and float(losses[1]["tokens"]) == 4 * 8 * 32
-    markdown = (tmp_path / "report" / "report.md").read_text()
-    assert "There is no provenance.json of `run_code`, `run_nl`" in markdown and (tmp_path / "report/mix.png").exists()
+    assert (tmp_path / "report/mix.png").exists()

@@ -134,7 +134,7 @@ def _look_up_tokens(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     Sharded over its width, each device looks up its columns for all rows of the batch, and then hands on what others'
     rows need: activations cross the network instead of the table, whose gradient is summed where it lies.
     """
-    x_BLD = table_VD[_constrain(tokens_BL, "lookup_batch", "activation_length")]
+    x_BLD = jnp.asarray(table_VD)[_constrain(tokens_BL, "lookup_batch", "activation_length")]
     x_BLD = _constrain(x_BLD, "lookup_batch", "activation_length", "embed")
     return _constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 
