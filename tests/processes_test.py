@@ -21,7 +21,7 @@ from codellm_jax.runtime.progress import read_records
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("=8", "=4")}
 STEPS = 12
-# Process 1 is slow to read its part of the last batch, as from a store that is far away: reading ahead does not hide it.
+# Process 1 is slow to read its part of the last batch, as from a far store: reading ahead does not hide it.
 SLOW_READER = """
 import sys, time
 import codellm_jax.train as train
