@@ -69,8 +69,8 @@ def finished(
     """A study of NL and NN that was interrupted three times; its directory, its arms, what its last command said."""
     directory, arms = tmp_path_factory.mktemp("study") / "s", {"NN": NN, "NL": NL}
     line = [sys.executable, "-W", "ignore", "-m", "codellm_jax.cli", *command(
-        directory, study_flags, arms, "--gin.pretraining/CHECKPOINT_PERIOD=40", "--gin.pretraining/TRAIN_STEPS=200",
-        "--gin.tuning/TRAIN_STEPS=200", "--gin.tuning/EVAL_PERIOD=200", "--gin.pretraining/EVAL_PERIOD=200",
+        directory, study_flags, arms, "--gin.pretraining/CHECKPOINT_PERIOD=40", "--gin.pretraining/TRAIN_STEPS=600",
+        "--gin.tuning/TRAIN_STEPS=600", "--gin.tuning/EVAL_PERIOD=600", "--gin.pretraining/EVAL_PERIOD=600",
         "--gin.tuning/CHECKPOINT_PERIOD=40")]
     log, environment = directory.parent / "log.txt", os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS}
 
@@ -98,24 +98,24 @@ def test_a_study_killed_three_times_is_finished_and_its_shared_run_trained_once(
     steps = sessions(directory, "NL.seed0")
     assert len(steps) == 3 and steps[0][0] == 0 and 20 <= steps[0][1] == steps[1][0] and steps[1][1] is None
     assert steps[2][0] % 40 == 0 or steps[2][0] == steps[0][1]
-    assert steps[2][1] == 200
-    assert [end for _, end in sessions(directory, "NN.seed0")] == [None, 200]
+    assert steps[2][1] == 600
+    assert [end for _, end in sessions(directory, "NN.seed0")] == [None, 600]
     assert "[1/2] NL.seed0: done before" in said and "[2/2] NN.seed0: done, train " in said
     assert f"All 2 runs are trained and evaluated: {directory}" in said
     for run in ("NL.seed0", "NN.seed0"):
         result = read(directory / "runs" / run / "results" / "logic_sample.json")
         provenance = read(directory / "runs" / run / "provenance.json")
-        assert result["checkpoint"]["digest"] == provenance["checkpoint"] and result["checkpoint"]["step"] == 200
+        assert result["checkpoint"]["digest"] == provenance["checkpoint"] and result["checkpoint"]["step"] == 600
 
 
 def test_provenance_names_what_a_run_and_its_results_came_of(finished):
     directory, _, _ = finished
     nl, nn = (read(directory / "runs" / f"{arm}.seed0" / "provenance.json") for arm in ("NL", "NN"))
-    assert nl["arm"] == "NL" and nn["arm"] == "NN" and nl["finished"] and nl["step"] == nl["last_step"] == 200
+    assert nl["arm"] == "NL" and nn["arm"] == "NN" and nl["finished"] and nl["step"] == nl["last_step"] == 600
     assert nl["versions"] == package_versions() and nl["versions"]["jax"] and nl["versions"]["tensorflow"]
     assert nl["config_hash"] != nn["config_hash"] and len(nl["config_hash"]) == 64 and nl["seed"] == 0
     assert set(nl["data"]) == {"text.tiny", "code.tiny"} and nl["order"] == nl["ledger"]["order_fingerprint"]
-    assert nl["ledger"]["rows"] == {"text.tiny": 1600, "code.tiny": 0}
+    assert nl["ledger"]["rows"] == {"text.tiny": 4800, "code.tiny": 0}
     # What it was tuned from is known by the digest of that checkpoint.
     assert nn["ledger"]["before"][0]["digest"] == nl["checkpoint"]
     of_result = read(directory / "runs" / "NN.seed0" / "results" / "logic_sample.json")["provenance"]
@@ -134,7 +134,7 @@ def test_contamination_was_measured_of_all_that_the_runs_train_on(finished):
 def test_the_plan_is_written_down(finished):
     directory, _, _ = finished
     plan = read(directory / "study.json")
-    assert plan["comparison"] == "compute-matched" and plan["common"]["tuning"]["settings"]["TRAIN_STEPS"] == "200"
+    assert plan["comparison"] == "compute-matched" and plan["common"]["tuning"]["settings"]["TRAIN_STEPS"] == "600"
     assert [(run["run"], run["arm"], run["stage"], run["seed"], run["from"], run["mix"], run["settings"])
             for run in plan["runs"]] == [
         ("NL.seed0", "NL", "pretraining", 0, None, "constant", {"CODE_RATE": 0.0}),
@@ -159,7 +159,7 @@ def test_a_changed_configuration_is_refused_and_redone_only_when_asked(finished,
         capsys.readouterr()
     assert "NN.seed0 is made again; what was there is in" in capsys.readouterr().out
     replaced = directory / "replaced" / "NN.seed0-1"
-    assert read(replaced / "provenance.json")["last_step"] == 200 and (replaced / "results").is_dir()
+    assert read(replaced / "provenance.json")["last_step"] == 600 and (replaced / "results").is_dir()
     assert read(directory / "runs" / "NN.seed0" / "provenance.json")["last_step"] == 4
     assert {path: time for path, time in fingerprint(directory / "runs").items() if "NL.seed0" in path} == {
         path: time for path, time in before.items() if "NL.seed0" in path}
