@@ -88,6 +88,8 @@ def _configuration(flags: argparse.Namespace) -> Any:
     from codellm_jax.configuration import read_configuration
 
     if not flags.gin_file:
+        if flags.command in ("study", "eval", "infer"):
+            raise ValueError(f"no --gin_file is given; gin/{flags.command}.gin is the one to begin with.")
         raise ValueError("no --gin_file is given; gin/mixed_pretrain.gin trains on data that is always there.")
     return read_configuration(flags.gin_file, flags.overrides, [p for p in flags.gin_search_paths.split(",") if p])
 

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     cache = add("cache", "tokenize a run's data by many processes, before the run",
                 "Writes the rows that a run of these settings would cache by itself, with Apache Beam, and goes on "
                 "where it was stopped. What follows -- goes to Beam: t5x cache ... -- --direct_num_workers=8")
-    cache.add_argument("--runner", default="DirectRunner", help="Beam's: %(default)s on this machine, DataflowRunner, "
+    cache.add_argument("--runner", default="DirectRunner", help="Beam's: DirectRunner on this machine, DataflowRunner, "
                        "SparkRunner, FlinkRunner or another (default: %(default)s)")
     launch = subparsers.add_parser(
         "launch", help="run a command on Cloud TPU", allow_abbrev=False,

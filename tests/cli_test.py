@@ -24,6 +24,7 @@ def refusal(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize("arguments, message", [
     (["trian"], "there is no sub-command 'trian'; nearest: train"),
     (["train"], "no --gin_file is given"),
+    (["study"], "no --gin_file is given; gin/study.gin is the one to begin with."),
     (["train", MIXED, "--dryrun"], "unknown argument --dryrun; nearest: --dry_run"),
     (["train", MIXED, "--gin.SEED"], "--gin.SEED needs a value"),
     (["train", "--gin_file=gin/mixed_pretrian.gin"],
