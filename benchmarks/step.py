@@ -195,6 +195,10 @@ CONTENDERS = {"ours": ours, "plain flax": plain_flax, "plain torch": plain_torch
 
 
 def serve(name: str, directory: str, connection: Connection) -> None:
+    if name == "ours":
+        from codellm_jax.runtime.process import keep_freed_memory
+
+        keep_freed_memory()  # as `t5x train` does
     step = CONTENDERS[name](directory)
     for _ in range(3):
         step()

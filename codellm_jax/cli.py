@@ -95,14 +95,15 @@ def _configuration(flags: argparse.Namespace) -> Any:
 
 
 def _train(flags: argparse.Namespace) -> int:
+    from codellm_jax.runtime.process import keep_freed_memory, use_compilation_cache
     from codellm_jax.runtime.profiles import parse_profile_steps
 
+    keep_freed_memory()
     profile_steps = None if flags.profile_steps is None else parse_profile_steps(flags.profile_steps)
     configuration = _configuration(flags)
     from codellm_jax.arms import other_arm
     from codellm_jax.configuration import build, operative
     from codellm_jax.plan import describe, make_plan
-    from codellm_jax.runtime.process import use_compilation_cache
     from codellm_jax.runtime.progress import say
     from codellm_jax.train import summary, train
 

@@ -18,6 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 MOST_BLOCKS = 8
 SMALLEST_BLOCK = 64
 
+# A token always sees itself: no row is masked whole, and the lowest finite number is as good as -inf.
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
 
 class AttentionMask(NamedTuple):
     """Who may attend to whom, as a rule rather than an array, so that blockwise kernels can skip what is masked.
@@ -68,8 +71,7 @@ def _heads_first(
 def _attend(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, mask_B1LM: jax.Array) -> jax.Array:
     """softmax(Q K^T) V of scaled queries under a dense mask, all scores held and in float32."""
     scores_BHLM = jnp.einsum("BHLK,BHMK->BHLM", query_BHLK, key_BHMK, preferred_element_type=jnp.float32)
-    # A token always sees itself: no row is masked whole, and the lowest finite number is as good as -inf.
-    scores_BHLM = jnp.where(mask_B1LM, scores_BHLM, jnp.finfo(jnp.float32).min)
+    scores_BHLM = jnp.where(mask_B1LM, scores_BHLM, LOWEST)
     weights_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(value_BHMK.dtype)
     return jnp.einsum("BHLM,BHMK->BHLK", weights_BHLM, value_BHMK)
 
@@ -87,27 +89,91 @@ def blocked_attention(
 ) -> jax.Array:
     """Blocks of queries, each against the keys up to its own end only: nearly half of the square is never computed.
 
+    The backward pass keeps what attention returned and the logarithm of each row's sum of exponentials, both named
+    "attended", and makes the weights again from them (arXiv:2205.14135, section 3.1).
+
     With a cache, where the queries' place in the row is known only at run time, it is the reference; but queries as
     many as the cache has slots can only be the whole row.
     """
-    length = query_BLHK.shape[1]
-    if mask.query_offset is not None and length != key_BMHK.shape[1]:
+    if mask.query_offset is not None and query_BLHK.shape[1] != key_BMHK.shape[1]:
         return reference_attention(query_BLHK, key_BMHK, value_BMHK, mask)
+    return _blocked(query_BLHK, key_BMHK, value_BMHK, mask.dense().swapaxes(2, 3))
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """The first query of each block, and the one behind its last."""
     size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
-    query_BHLK, key_BHMK, value_BHMK = _heads_first(query_BLHK, key_BMHK, value_BMHK)
-    mask_B1LM = mask.dense()
-    blocks = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        blocks.append(
-            _attend(
-                query_BHLK[:, :, start:stop],
-                key_BHMK[:, :, :stop],
-                value_BHMK[:, :, :stop],
-                mask_B1LM[:, :, start:stop, :stop],
-            )
-        )
-    return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scores(query_BHLK: jax.Array, key_BHMK: jax.Array, mask_B1ML: jax.Array) -> jax.Array:
+    """Masked scores, float32 [B, H, M, L]: of the two orders the one whose sums over the keys XLA on CPU vectorizes."""
+    scores_BHML = jnp.einsum("BHMK,BHLK->BHML", key_BHMK, query_BHLK, preferred_element_type=jnp.float32)
+    return jnp.where(mask_B1ML, scores_BHML, LOWEST)
+
+
+@jax.custom_vjp
+def _blocked(query_BLHK: jax.Array, key_BLHK: jax.Array, value_BLHK: jax.Array, mask_B1ML: jax.Array) -> jax.Array:
+    return _blocked_forward(query_BLHK, key_BLHK, value_BLHK, mask_B1ML)[0]
+
+
+def _blocked_forward(
+    query_BLHK: jax.Array, key_BLHK: jax.Array, value_BLHK: jax.Array, mask_B1ML: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Attends block by block; returns [B, L, H, K], and what the backward pass takes."""
+    query_BHLK, key_BHLK, value_BHLK = _heads_first(query_BLHK, key_BLHK, value_BLHK)
+    attended, logarithms = [], []
+    for start, stop in _blocks(query_BHLK.shape[2]):
+        key_BHMK, value_BHMK = key_BHLK[:, :, :stop], value_BHLK[:, :, :stop]
+        scores_BHML = _scores(query_BHLK[:, :, start:stop], key_BHMK, mask_B1ML[:, :, :stop, start:stop])
+        highest_BHL = jnp.max(scores_BHML, axis=2)
+        exponential_BHML = jnp.exp(scores_BHML - highest_BHL[:, :, None])
+        total_BHL = jnp.sum(exponential_BHML, axis=2)
+        sum_BHLK = jnp.einsum("BHML,BHMK->BHLK", exponential_BHML.astype(value_BHMK.dtype), value_BHMK,
+                              preferred_element_type=jnp.float32)
+        attended.append((sum_BHLK / total_BHL[..., None]).astype(value_BHMK.dtype))
+        logarithms.append(highest_BHL + jnp.log(total_BHL))
+    attended_BLHK = checkpoint_name(jnp.concatenate(attended, axis=2).swapaxes(1, 2), "attended")
+    logarithm_BHL = checkpoint_name(jnp.concatenate(logarithms, axis=2), "attended")
+    return attended_BLHK, (query_BLHK, key_BLHK, value_BLHK, mask_B1ML, attended_BLHK, logarithm_BHL)
+
+
+def _blocked_backward(
+    kept: tuple[jax.Array, ...], gradient_BLHK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """Gradients of queries, keys and values; d loss / d score = weight (d loss / d weight - sum over the keys of
+    weight x that), and the sum is the product of what attention returned with its gradient."""
+    query_BLHK, key_BLHK, value_BLHK, mask_B1ML, attended_BLHK, logarithm_BHL = kept
+    dtype, length = query_BLHK.dtype, query_BLHK.shape[1]
+    query_BHLK, key_BHLK, value_BHLK = _heads_first(query_BLHK, key_BLHK, value_BLHK)
+    gradient_BHLK = gradient_BLHK.swapaxes(1, 2)
+    shared_BHL = jnp.einsum("BLHK,BLHK->BHL", gradient_BLHK, attended_BLHK, preferred_element_type=jnp.float32)
+    query_gradients: list[jax.Array] = []
+    key_gradient_BHLK = value_gradient_BHLK = jnp.zeros(key_BHLK.shape, jnp.float32)
+    for start, stop in _blocks(length):
+        block = slice(start, stop)
+        key_BHMK = key_BHLK[:, :, :stop]
+        scores_BHML = _scores(query_BHLK[:, :, block], key_BHMK, mask_B1ML[:, :, :stop, block])
+        weights_BHML = jnp.exp(scores_BHML - logarithm_BHL[:, :, None, block])
+        weights_gradient_BHML = jnp.einsum("BHMK,BHLK->BHML", value_BHLK[:, :, :stop], gradient_BHLK[:, :, block],
+                                           preferred_element_type=jnp.float32)
+        scores_gradient_BHML = (weights_BHML * (weights_gradient_BHML - shared_BHL[:, :, None, block])).astype(dtype)
+        query_gradients.append(jnp.einsum("BHML,BHMK->BHLK", scores_gradient_BHML, key_BHMK))
+        behind = ((0, 0), (0, 0), (0, length - stop), (0, 0))
+        key_gradient_BHLK += jnp.pad(jnp.einsum(
+            "BHML,BHLK->BHMK", scores_gradient_BHML, query_BHLK[:, :, block],
+            preferred_element_type=jnp.float32), behind)
+        value_gradient_BHLK += jnp.pad(jnp.einsum(
+            "BHML,BHLK->BHMK", weights_BHML.astype(dtype), gradient_BHLK[:, :, block],
+            preferred_element_type=jnp.float32), behind)
+    query_gradient_BHLK = jnp.concatenate(query_gradients, axis=2) * query_BHLK.shape[-1] ** -0.5
+    query_gradient_BLHK, key_gradient_BLHK, value_gradient_BLHK = (
+        gradient.astype(dtype).swapaxes(1, 2)
+        for gradient in (query_gradient_BHLK, key_gradient_BHLK, value_gradient_BHLK))
+    return query_gradient_BLHK, key_gradient_BLHK, value_gradient_BLHK, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def fused_attention(
@@ -139,7 +205,7 @@ def splash_attention(
     spec = splash.layout(query_BLHK.shape[0], query_BLHK.shape[2])
     whole_rows = mask.query_offset is None or query_BLHK.shape[1] == key_BMHK.shape[1]
     if spec is None or not whole_rows or mask.shared_segment is not None:
-        return checkpoint_name(blocked_attention(query_BLHK, key_BMHK, value_BMHK, mask), "attended")
+        return blocked_attention(query_BLHK, key_BMHK, value_BMHK, mask)
     return splash.attend(query_BLHK * (query_BLHK.shape[-1] ** -0.5), key_BMHK, value_BMHK, mask.query_segments_BL,
                          spec, interpret=platform() != "tpu")
 
@@ -193,5 +259,5 @@ def dot_product_attention(
     if implementation == "auto":
         implementation = BY_PLATFORM.get(platform(), "blocked")
     attended_BLHK = IMPLEMENTATIONS[implementation](query_BLHK, key_BMHK, value_BMHK, mask)
-    # The kernel of "splash" names what it keeps itself; a second name would keep it twice.
-    return attended_BLHK if implementation == "splash" else checkpoint_name(attended_BLHK, "attended")
+    # These two name what they keep themselves; a second name would keep it twice.
+    return attended_BLHK if implementation in ("splash", "blocked") else checkpoint_name(attended_BLHK, "attended")

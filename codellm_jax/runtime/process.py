@@ -1,9 +1,12 @@
 """A process and what it holds: stopping in good order, keeping others out of a run directory, compiled programs."""
 
 import contextlib
+import ctypes
 import fcntl
+import glob
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +58,23 @@ def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training"
             raise ValueError(
                 f"Another process is {doing} in {directory}: wait for it, or use another {setting}.") from None
         yield
+
+
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what is freed, up to 2 GiB, where steps run on the processor; to be called before threads.
+
+    XLA there takes the temporaries of a step anew at each step. Out of fresh pages, each of which the kernel clears at
+    its first touch (40,000 in a step of the default run), a step takes 6% longer. Other C libraries stay as they are.
+    """
+    on_processor = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(glob.glob(name) for name in ACCELERATORS)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if on_processor and mallopt is not None:
+        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(option, value)
 
 
 def use_compilation_cache() -> None:

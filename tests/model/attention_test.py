@@ -111,6 +111,16 @@ def test_implementations_equal_the_reference_at_the_shipped_sizes_of_heads(imple
         np.testing.assert_allclose(gradient, expected, atol=5e-5)
 
 
+def test_a_backward_pass_that_keeps_what_is_named_attended_makes_the_weights_only_once_more() -> None:
+    inputs, segments_BL = make_inputs(150), documents(150)  # three blocks
+    mask = AttentionMask(segments_BL, segments_BL)
+    attend = jax.checkpoint(
+        lambda *a: dot_product_attention(*a, mask, implementation="blocked"),
+        policy=jax.checkpoint_policies.save_only_these_names("attended"))
+    lowered = jax.jit(jax.grad(lambda *a: jnp.sum(attend(*a) ** 2), argnums=(0, 1, 2))).lower(*inputs)
+    assert lowered.as_text().count("stablehlo.exponential") == 2 * 3
+
+
 @pytest.mark.parametrize("implementation", OTHERS)
 def test_branches_see_their_stem_and_no_other_branch(implementation: str) -> None:
     segments_BL = jnp.asarray([[0] * 4 + [1] * 3 + [2] * 3, [0] * 2 + [1] * 4 + [-1] * 4], jnp.int32)
