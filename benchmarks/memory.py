@@ -1,6 +1,7 @@
-"""The memory table of docs/precompile.md: each shipped size compiled for each pod, GiB a device.
+"""The memory tables of docs/precompile.md: each shipped size compiled for each pod, GiB a device.
 
     python -m benchmarks.memory --records=memory.jsonl
+    python -m benchmarks.memory --policies --records=policies.jsonl     each remat policy, for one pod
 
 Needs libtpu (pip install '.[tpu]') and no TPU. One program after the other, a minute or two each; a run that was ended
 goes on behind the last record. A step that does not fit is cut into more microbatches until it does; a batch that the
@@ -9,6 +10,7 @@ mesh does not divide is raised to what it does.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,19 +20,30 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from codellm_jax.configuration import build, read_configuration  # noqa: E402
+from codellm_jax.model.decoder import REMAT_POLICIES, DecoderConfig, flops_per_token  # noqa: E402
 from codellm_jax.plan import GIB, Training  # noqa: E402
 from codellm_jax.programs import compile_train_step, with_slices, with_vocabulary_size  # noqa: E402
+from codellm_jax.runtime.roofline import recomputed_flops_per_token  # noqa: E402
 from codellm_jax.runtime.topologies import Topology, parse_topology  # noqa: E402
 
-SIZES = ("2_6b", "13b", "1_3b", "350m")
+SIZES = ("2_6b", "13b", "1_3b", "350m")  # those that tell most first
+BY_SIZE = ("350m", "1_3b", "2_6b", "13b")
 TOPOLOGIES = ("v4-8", "v4-128", "v5e-256", "v5p-128", "2xv5e-256")
 VOCABULARIES = (40_000, 130_344)
+POLICIES_ON = "v4-128"
 
 
-def training_of(size: str, vocabulary: int) -> Training:
+def training_of(size: str, vocabulary: int, remat: str | None = None) -> Training:
     """The shipped run of a size; the learning rate and the mixture play no part."""
     configuration = read_configuration(["gin/mixed_pretrain.gin", f"gin/models/{size}.gin"], [])
-    return with_vocabulary_size(build(configuration, "train"), vocabulary)
+    training = with_vocabulary_size(build(configuration, "train"), vocabulary)
+    if remat is None:
+        return training
+    return dataclasses.replace(training, model=functools.partial(training.model, remat=remat))
+
+
+def config_of(training: Training) -> DecoderConfig:
+    return training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length)
 
 
 def measure(training: Training, topology: Topology) -> dict[str, Any]:
@@ -60,36 +73,54 @@ def cell(found: dict[str, Any], shipped_batch: int) -> str:
             + (f", {', '.join(notes)}" if notes else ""))
 
 
-def table(records: dict[tuple[str, int, str], dict[str, Any]]) -> str:
+def table(records: dict[tuple[Any, ...], dict[str, Any]]) -> str:
     """All that is measured as Markdown."""
     lines = [f"| size, vocabulary | batch | {' | '.join(TOPOLOGIES)} |", "|---|---|" + "---|" * len(TOPOLOGIES)]
-    for size in sorted(SIZES, key=("350m", "1_3b", "2_6b", "13b").index):
+    for size in BY_SIZE:
         for vocabulary in VOCABULARIES:
             batch = training_of(size, vocabulary).batch_size
-            cells = [cell(records[key], batch) if (key := (size, vocabulary, name)) in records else "not measured"
-                     for name in TOPOLOGIES]
+            cells = [cell(records[key], batch) if (key := (size, vocabulary, name, None)) in records
+                     else "not measured" for name in TOPOLOGIES]
             lines.append(f"| {size}, {vocabulary:,} | {batch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_of_policies(records: dict[tuple[Any, ...], dict[str, Any]]) -> str:
+    """Peaks, and how much is computed again for them, as parts of the model FLOPs with causal attention by half."""
+    lines = ["| size | batch | " + " | ".join(REMAT_POLICIES) + " |", "|---|---|" + "---|" * len(REMAT_POLICIES)]
+    for size in BY_SIZE:
+        cells = []
+        for remat in REMAT_POLICIES:
+            training = training_of(size, VOCABULARIES[0], remat)
+            config = config_of(training)
+            again = recomputed_flops_per_token(config) / flops_per_token(config, causal=True)
+            found = records.get((size, VOCABULARIES[0], POLICIES_ON, remat))
+            cells.append("not measured" if found is None else f"{cell(found, training.batch_size)}; {again:.1%}")
+        lines.append(f"| {size} | {training.batch_size} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", default="memory.jsonl", help="a line for each program (default: %(default)s)")
-    path = Path(parser.parse_args().records)
+    parser.add_argument("--policies", action="store_true", help="the table of remat policies instead")
+    flags = parser.parse_args()
+    path = Path(flags.records)
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    records = {(line["size"], line["vocabulary"], line["topology"]): line for line in lines}
-    for vocabulary in VOCABULARIES:
-        for size in SIZES:
-            for name in TOPOLOGIES:
-                if (size, vocabulary, name) in records:
-                    continue
-                found = measure(training_of(size, vocabulary), parse_topology(name))
-                line = {"size": size, "vocabulary": vocabulary, "topology": name} | found
-                records[size, vocabulary, name] = line
-                with path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(json.dumps(line), flush=True)
-    print(table(records))
+    records = {(line["size"], line["vocabulary"], line["topology"], line["remat"]): line for line in lines}
+    programs = [(size, vocabulary, name, None) for vocabulary in VOCABULARIES for size in SIZES for name in TOPOLOGIES]
+    if flags.policies:
+        programs = [(size, VOCABULARIES[0], POLICIES_ON, remat) for size in SIZES for remat in REMAT_POLICIES]
+    for program in programs:
+        if program in records:
+            continue
+        size, vocabulary, name, remat = program
+        found = measure(training_of(size, vocabulary, remat), parse_topology(name))
+        records[program] = {"size": size, "vocabulary": vocabulary, "topology": name, "remat": remat} | found
+        with path.open("a") as file:
+            file.write(json.dumps(records[program]) + "\n")
+        print(json.dumps(records[program]), flush=True)
+    print(table_of_policies(records) if flags.policies else table(records))
 
 
 if __name__ == "__main__":

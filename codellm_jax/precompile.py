@@ -23,6 +23,7 @@ from codellm_jax.runtime.topologies import Topology, topology_names
 FINENESS = 8  # the largest batch is searched to a part of so many
 # Compiled programs that a search for the largest batch may cost; a refused one costs seconds and is not counted.
 MOST_COMPILED = 4
+KEEP_LESS = ("dots", "attention", "full")  # values of model.remat, each keeping less than the one before
 
 
 def precompile(
@@ -124,7 +125,7 @@ def changes(outcome: Outcome) -> Iterator[tuple[str, Training, Topology]]:
         sizes = {"data": training.mesh.slices, "fsdp": -1, "model": model}
         yield (f"--gin.mesh.data={training.mesh.slices} --gin.mesh.fsdp=-1",
                dataclasses.replace(training, mesh=dataclasses.replace(training.mesh, **sizes)), topology)
-    for remat in {"none": ("dots", "full"), "dots": ("full",)}.get(config.remat, ()):
+    for remat in {"none": KEEP_LESS, "dots": KEEP_LESS[1:], "attention": KEEP_LESS[2:]}.get(config.remat, ()):
         yield (f"--gin.model.remat={remat}",
                dataclasses.replace(training, model=functools.partial(training.model, remat=remat)), topology)
     parts = training.microbatches

@@ -58,13 +58,19 @@ def roofline(
 
 
 def recomputed_flops_per_token(config: DecoderConfig) -> float:
-    """FLOPs that a backward pass computes again, per token of a full row: all of the blocks' matmuls and attention
-    under "full", attention's first product under "dots".
+    """FLOPs that a backward pass computes again, per token of a full row, a layer's being
+
+      under "full"        2 (4 D^2 + D F)  +  2 L D    projections, the MLP's first matmul, attention's two products
+      under "attention"   2 (D^2 + D F)                the output projection, the MLP's first matmul
+      under "dots", "none"  0                          but what is elementwise
+
+    and L D more whatever is kept, for attention keeps no scores: its backward pass makes them again. Products of
+    attention are counted by half, as causality allows. The MLP's second matmul is never made again: no gradient
+    takes what it returns.
     """
-    attention = 2 * config.layers * config.length * config.hidden  # both products, by half
-    if config.remat == "none":
-        return 0.0
-    if config.remat == "dots":
-        return attention / 2
-    matmul = config.layers * (4 * config.hidden**2 + 2 * config.hidden * config.feedforward)
-    return 2.0 * matmul + attention
+    hidden, attention = config.hidden, config.length * config.hidden
+    again = {
+        "full": 2 * (4 * hidden**2 + hidden * config.feedforward) + 2 * attention,
+        "attention": 2 * (hidden**2 + hidden * config.feedforward),
+    }.get(config.remat, 0)
+    return float(config.layers * (again + attention))
