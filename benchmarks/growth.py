@@ -1,4 +1,5 @@
-"""How cost grows: compiling with depth, start-up with the corpus, memory with the vocabulary, steps with hosts.
+"""How cost grows: compiling with depth, start-up with the corpus, memory with the vocabulary, steps with hosts, scoring
+with devices.
 
     python -m benchmarks.growth --records=growth.jsonl --figure=docs/growth.svg
 
@@ -11,10 +12,12 @@ measured again; `--parts=depth,corpus` measures some. Prints the tables of docs/
               are not there, and nothing but their number is asked; with 2 sources and with 100
   vocabulary  the compiler's account of the train step's memory from 8,192 to 262,144 pieces
   hosts       1, 2 and 4 local processes of `t5x train`: a step's 8 rows shared by all, and 8 rows for each
+  devices     the same 256 choices scored on 1, 2, 4 and 8 devices, which are all this machine's processor
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -35,6 +38,7 @@ CORPORA = tuple(10**power for power in range(6, 13))
 SOURCES, BATCH, LENGTH = (2, 100), 256, 1024
 VOCABULARIES, SHAPES = (8192, 32_768, 131_072, 262_144), ((8, 256), (32, 256), (8, 1024))
 PROCESSES, STEPS, ROUNDS = (1, 2, 4), 8, 3
+DEVICES, QUESTIONS, CHOICES, STEM = (1, 2, 4, 8), 64, 4, 230
 MIB = 2**20
 
 
@@ -212,8 +216,50 @@ def _at_record(started: subprocess.Popen[bytes], records: Path, step: int) -> tu
     return time.monotonic(), sum(seconds for process, (_, seconds) in taken.items() if belongs(process))
 
 
+def devices(done: set[str]) -> Iterator[dict[str, Any]]:
+    for turn in range(ROUNDS):
+        for count in DEVICES:
+            if f"{turn} {count}" not in done:
+                with multiprocessing.get_context("spawn").Pool(1) as child:
+                    found = child.apply(seconds_to_score, (count,))
+                yield {"key": f"{turn} {count}", "turn": turn, "devices": count, "processor_seconds": found}
+
+
+def seconds_to_score(count: int) -> float:
+    """In a new process: processor seconds for all choices, by programs compiled before."""
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+    import jax
+    import numpy as np
+    from flax import linen as nn
+
+    from codellm_jax.model.decoder import Decoder
+    from codellm_jax.model.scoring import Request, score
+    from codellm_jax.runtime.partitioning import batch_sharding, make_mesh
+    from codellm_jax.runtime.state import abstract_state, initial_state
+
+    training = shipped()
+    mesh, dice = make_mesh(training.mesh), np.random.default_rng(0)
+    model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
+    optimizer = training.optimizer(training.learning_rate)
+    abstract = abstract_state(model, optimizer, mesh, training.mesh)
+    requests = []
+    for group in range(QUESTIONS):
+        stem = dice.integers(1, model.config.vocabulary_size, STEM).tolist()
+        requests += [Request(group, stem, dice.integers(1, model.config.vocabulary_size, 6).tolist())
+                     for _ in range(CHOICES)]
+    taken = []
+    with jax.set_mesh(mesh), nn.logical_axis_rules(training.mesh.all_rules()):
+        params = initial_state(model, optimizer, abstract, seed=0).params
+        for _ in range(4):
+            began = time.process_time()
+            score(params, model.config, requests, sharding=batch_sharding(mesh))
+            taken.append(time.process_time() - began)
+    return statistics.median(taken[1:])
+
+
 PARTS: dict[str, Callable[[set[str]], Iterator[dict[str, Any]]]] = {
-    "depth": depth, "corpus": corpus, "vocabulary": vocabulary, "hosts": hosts}
+    "depth": depth, "corpus": corpus, "vocabulary": vocabulary, "hosts": hosts,
+    "devices": devices}
 
 
 def main() -> None:

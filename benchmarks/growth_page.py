@@ -47,13 +47,20 @@ def tables(records: Records) -> str:
     processor, passed = (host_ratios(records["hosts"], of) for of in ("processor_seconds", "step_seconds"))
     of_hosts = [[str(count), *("{:.2f} ({:.2f}-{:.2f})".format(*ratios[own, count]) for ratios in (processor, passed)
                                for own in (False, True))] for count in sorted({count for _, count in passed})]
+    by_devices = {(line["turn"], line["devices"]): line["processor_seconds"] for line in records["devices"]}
+    of_devices = []
+    for count in sorted({count for _, count in by_devices}):
+        ratios = [seconds / by_devices[turn, 1] for (turn, other), seconds in by_devices.items()
+                  if other == count and (turn, 1) in by_devices]
+        of_devices.append([str(count), f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"])
     return "\n\n".join([
         table(["layers", "trace, s", "compile, s", "unrolled: trace", "compile"], of_depth),
         table(["tokens, sources", *(f"{name}, ms" for name in names)], of_corpus),
         table(["rows x length", "vocabulary", "parameters, MiB", "temporaries", "less a gradient", "all logits"],
               of_vocabulary),
         table(["processes", "processor time: 8 rows shared", "8 rows each", "time passed: 8 shared", "8 each"],
-              of_hosts)])
+              of_hosts),
+        table(["devices", "processor time of scoring"], of_devices)])
 
 
 def draw(records: Records, path: str) -> None:
