@@ -51,9 +51,9 @@ from codellm_jax.runtime.trained import TrainedModel
 
 def train_step(
     state: TrainState, batch: Batch, *, model: Decoder, optimizer: optax.GradientTransformation, sources: int,
-    microbatches: int = 1, devices: int = 1,
+    microbatches: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update from one global batch, which `devices` share.
+    """One update from one global batch.
 
     The gradient is that of the mean loss over the tokens that count in the whole batch, whatever `microbatches`.
     """
@@ -68,7 +68,7 @@ def train_step(
             deterministic=model.config.dropout_rate == 0.0, rngs={"dropout": rng})
         embedding_VD = token_embedding(params)
         loss_sum, losses_BL = cross_entropy(hidden_BLD, embedding_VD, part.targets, part.weights,
-                                            chunk=chunk_of(len(part.inputs), len(embedding_VD), devices))
+                                            chunk=chunk_of(len(part.inputs), len(embedding_VD), gradients=True))
         return loss_sum / tokens, by_source(losses_BL * part.weights, part.sources, sources)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -103,8 +103,7 @@ def jit_train_step(
     """`train_step` as the loop runs it: jitted, the state donated and laid out as `state` (which may be abstract)."""
     mesh: Any = state.step.sharding.mesh  # type: ignore[attr-defined]
     return jax.jit(
-        functools.partial(train_step, model=model, optimizer=optimizer, sources=sources, microbatches=microbatches,
-                          devices=mesh.size),
+        functools.partial(train_step, model=model, optimizer=optimizer, sources=sources, microbatches=microbatches),
         donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
         compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform))
 
@@ -112,7 +111,9 @@ def jit_train_step(
 def eval_step(params: Any, batch: Batch, *, model: Decoder, sources: int) -> tuple[jax.Array, jax.Array]:
     """Sums of losses in nats and of tokens for each source: two float32 [sources]."""
     hidden_BLD: Any = model.apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
-    _, losses_BL = cross_entropy(hidden_BLD, token_embedding(params), batch.targets, batch.weights)
+    embedding_VD = token_embedding(params)
+    _, losses_BL = cross_entropy(hidden_BLD, embedding_VD, batch.targets, batch.weights,
+                                 chunk=chunk_of(len(batch.inputs), len(embedding_VD), gradients=False))
     return (by_source(losses_BL * batch.weights, batch.sources, sources),
             by_source(batch.weights, batch.sources, sources))
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 # Positions in a chunk: B x C x V x 4 bytes of logits live at a time. Measured on 2 CPU cores at 8 x 256 tokens,
 # width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; all logits at once 145.
 DEFAULT_CHUNK = 64
-SHARDED_LOGITS = 2**28  # bytes of a chunk's logits on each of several devices, which reduce a gradient with each chunk
+LOGITS = 2**28  # bytes of a chunk's logits on a device
 
 
 class _Gradients(NamedTuple):
@@ -26,15 +26,16 @@ class _Gradients(NamedTuple):
     embedding_VD: jax.Array
 
 
-def chunk_of(rows: int, vocabulary_size: int, devices: int) -> int:
-    """Positions in a chunk for so many rows and devices that share them.
+def chunk_of(rows: int, vocabulary_size: int, *, gradients: bool) -> int:
+    """Positions in a chunk for so many rows, which all devices of the mesh share (outside a mesh, one).
 
-    Over several devices each chunk costs a reduction of the embedding's gradient, V x D x 4 bytes: there a chunk is as
-    large as SHARDED_LOGITS allows, which for a few rows on each device is all positions.
+    DEFAULT_CHUNK, or fewer where their logits would take more than LOGITS on a device. But for gradients over several
+    devices each chunk costs a reduction of the embedding's, V x D x 4 bytes: there a chunk is as large as LOGITS
+    allows, which for a few rows on each device is all positions, and never below DEFAULT_CHUNK.
     """
-    if devices == 1:
-        return DEFAULT_CHUNK
-    return max(DEFAULT_CHUNK, SHARDED_LOGITS * devices // (4 * rows * vocabulary_size))
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    most = max(1, LOGITS * devices // (4 * rows * vocabulary_size))
+    return max(DEFAULT_CHUNK, most) if gradients and devices > 1 else min(DEFAULT_CHUNK, most)
 
 
 def cross_entropy(

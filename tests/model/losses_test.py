@@ -102,11 +102,22 @@ def test_never_holds_all_logits(differentiated: bool) -> None:
     assert temporaries < 4 * chunk_logits + 4 * (4 * vocabulary * width) < all_logits / 10
 
 
-def test_the_chunk_of_several_devices() -> None:
-    assert chunk_of(rows=512, vocabulary_size=40_064, devices=1) == DEFAULT_CHUNK
-    # 4 rows of 418 positions on each of 64 devices: 4 x 418 x 40,064 x 4 bytes are just under 256 MiB.
-    assert chunk_of(rows=256, vocabulary_size=40_064, devices=64) == 418
-    assert chunk_of(rows=4096, vocabulary_size=130_432, devices=8) == DEFAULT_CHUNK
+@pytest.mark.parametrize("devices, rows, vocabulary_size, training, evaluating", [
+    (1, 8, 8192, DEFAULT_CHUNK, DEFAULT_CHUNK),
+    (1, 32, 40_064, 52, 52),  # 32 x 52 x 40,064 x 4 bytes are just under 256 MiB
+    (1, 2048, 130_432, 1, 1),  # one position at least, though it takes a GiB
+    # Several devices reduce a gradient with each chunk: 4 rows of 418 positions on each of 64 are just under 256 MiB.
+    (64, 256, 40_064, 418, DEFAULT_CHUNK),
+    (8, 4096, 130_432, DEFAULT_CHUNK, 1),
+])
+def test_the_chunk_is_what_a_device_can_hold(
+    devices: int, rows: int, vocabulary_size: int, training: int, evaluating: int
+) -> None:
+    mesh = jax.sharding.AbstractMesh((devices,), ("data",))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert chunk_of(rows, vocabulary_size, gradients=True) == training
+        assert chunk_of(rows, vocabulary_size, gradients=False) == evaluating
+    assert chunk_of(8, 8192, gradients=True) == DEFAULT_CHUNK  # outside a mesh
 
 
 def test_evaluation_computes_no_gradients() -> None:
