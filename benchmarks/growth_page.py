@@ -116,10 +116,11 @@ def _corpus(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
 
 def _vocabulary(axes: Any, lines: Sequence[dict[str, Any]]) -> None:
     shapes = list(dict.fromkeys((line["batch"], line["length"]) for line in lines))
-    for (batch, length), colour, marker in zip(shapes, (BLUE, VERMILLION, GREEN), ("o", "s", "^"), strict=True):
+    for (batch, length), colour, marker, above in zip(
+            shapes, (BLUE, VERMILLION, GREEN), ("o", "s", "^"), (-8, 0, 8), strict=True):
         _line(axes, [(line["vocabulary"], (line["temporaries"] - line["parameters"]) / GIB) for line in lines
                      if (line["batch"], line["length"]) == (batch, length)],
-              f"{batch} rows of {length:,}", colour, marker)
+              f"{batch} rows of {length:,}", colour, marker, above=above)
     sizes = sorted({line["vocabulary"] for line in lines})
     for tokens in sorted({batch * length for batch, length in shapes}):
         _line(axes, [(size, 4 * tokens * size / GIB) for size in sizes], f"all logits of {tokens:,} tokens", BLACK,
