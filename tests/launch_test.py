@@ -146,7 +146,7 @@ def test_a_failure_ends_with_its_status_and_what_the_worker_said(cloud, capsys):
 
 
 def test_a_preemption_starts_the_same_command_on_new_tpus(cloud, capsys):
-    cloud.t5x('if [ ! -e $FAKE/once ]; then echo first; if [ $WORKER = 1 ]; then sleep 0.2; touch $FAKE/once; '
+    cloud.t5x('if [ ! -e $FAKE/once ]; then echo first; if [ $WORKER = 1 ]; then sleep 2; touch $FAKE/once; '
               'echo \'["SUSPENDING", "SUSPENDED"]\' >$FAKE/state; fi; sleep 9; fi; echo second')
     assert launch(job(), poll_seconds=0) == 0
     assert cloud.story() == ["create", "install", "start", "delete", "create", "install", "start", "finish", "delete"]

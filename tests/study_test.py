@@ -78,7 +78,9 @@ def finished(
         with log.open("a") as output:
             process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=output, stderr=output)
             metrics, end = directory / "runs" / run / "metrics.jsonl", time.monotonic() + 120
-            while not metrics.exists() or f'"step": {steps},' not in metrics.read_text():
+            saved = directory / "runs" / run / "checkpoints"
+            while (not metrics.exists() or f'"step": {steps},' not in metrics.read_text()
+                   or not any(path.name.isdigit() for path in saved.glob("*")) and number == signal.SIGKILL):
                 assert process.poll() is None and time.monotonic() < end, log.read_text()
                 time.sleep(0.02)
             process.send_signal(number)
