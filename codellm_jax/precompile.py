@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 
-from codellm_jax.model.decoder import flops_per_token, parameter_count
+from codellm_jax.model.decoder import REMAT_POLICIES, flops_per_token, parameter_count
 from codellm_jax.plan import GIB, Training
 from codellm_jax.programs import (
     Outcome,
@@ -23,7 +23,6 @@ from codellm_jax.runtime.topologies import Topology, topology_names
 FINENESS = 8  # the largest batch is searched to a part of so many
 # Compiled programs that a search for the largest batch may cost; a refused one costs seconds and is not counted.
 MOST_COMPILED = 4
-KEEP_LESS = ("dots", "attention", "full")  # values of model.remat, each keeping less than the one before
 
 
 def precompile(
@@ -125,7 +124,8 @@ def changes(outcome: Outcome) -> Iterator[tuple[str, Training, Topology]]:
         sizes = {"data": training.mesh.slices, "fsdp": -1, "model": model}
         yield (f"--gin.mesh.data={training.mesh.slices} --gin.mesh.fsdp=-1",
                dataclasses.replace(training, mesh=dataclasses.replace(training.mesh, **sizes)), topology)
-    for remat in {"none": KEEP_LESS, "dots": KEEP_LESS[1:], "attention": KEEP_LESS[2:]}.get(config.remat, ()):
+    policies = list(REMAT_POLICIES)
+    for remat in policies[policies.index(config.remat) + 1:]:
         yield (f"--gin.model.remat={remat}",
                dataclasses.replace(training, model=functools.partial(training.model, remat=remat)), topology)
     parts = training.microbatches
