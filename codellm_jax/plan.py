@@ -15,6 +15,7 @@ from codellm_jax.mixture.batches import rows_of_packed_steps
 from codellm_jax.mixture.mixture import Mixture, OpenMixture, open_mixture
 from codellm_jax.mixture.order import Order
 from codellm_jax.model.decoder import Decoder, DecoderConfig, flops_per_token, parameter_count
+from codellm_jax.runtime.compiler import is_deterministic
 from codellm_jax.runtime.optimization import Schedule
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh, require_divisible
 from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_device
@@ -170,6 +171,9 @@ def describe(training: Training, plan: Plan) -> str:
         lines.append(f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run at step {plan.last_step} of "
                      f"{training.train_steps}." + (
                          f" The mix from step {missed[0] // training.batch_size} on is not reached." if missed else ""))
+    if not is_deterministic(plan.mesh, config):
+        lines.append(f"WARNING: with model.scan_unroll = {config.scan_unroll} a GPU adds in any order: another run of "
+                     "this configuration will have slightly other losses.")
     full, causal = (flops_per_token(config, causal=causal) for causal in (False, True))
     tokens = plan.last_step * plan.rows * training.mixture.length
     step = f"{plan.rows} rows of {training.mixture.length}"

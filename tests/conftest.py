@@ -4,8 +4,9 @@ import getpass
 import os
 import tempfile
 
-# Before jax is imported, which reads them once.
-os.environ["JAX_PLATFORMS"] = "cpu"
+# Before jax is imported, which reads them once. JAX_PLATFORMS=cuda runs what wants a GPU, and only a file that says so
+# passes there.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # LLVM's expensive passes make compiling three times as long, which is most of the time of these tests.
 os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
                            "--xla_llvm_disable_expensive_passes=true").strip()

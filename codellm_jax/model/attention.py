@@ -6,8 +6,9 @@ TPU, "fused" on GPU, "blocked" elsewhere. Shape suffixes are explained at the to
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 # both passes, before the backward one was its own: 256 tokens 11 ms against 22 unblocked, 1,024 tokens 240 against 382.
 MOST_BLOCKS = 8
 SMALLEST_BLOCK = 64
+
+ATTENDED = jax.checkpoint_policies.save_only_these_names("attended")
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 # A token always sees itself: no row is masked whole, and the lowest finite number is as good as -inf.
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -177,19 +181,34 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def fused_attention(
-    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask
+    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask, prescaled: bool = False
 ) -> jax.Array:
     """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU where it can, else XLA's operations.
 
     cuDNN takes float16 and bfloat16, sizes of a head that 8 divides up to 128, and even lengths. Segments, stems and
     caches go to it as a dense mask, [B, 1, L, M] in the compute dtype, beside which it skips what causality masks.
-    Only XLA's operations have been run and tested, on a CPU; cuDNN's have not, for want of a GPU.
+
+    `prescaled` has the queries scaled before, to the same effect. XLA mixes up the equal ones among its calls of
+    cuDNN's deterministic backward pass (openxla/xla#46500), so those of a program have to differ.
     """
     can = query_BLHK.dtype in (jnp.float16, jnp.bfloat16) and query_BLHK.shape[-1] % 8 == 0 \
         and query_BLHK.shape[-1] <= 128 and query_BLHK.shape[1] % 2 == key_BMHK.shape[1] % 2 == 0
-    return jax.nn.dot_product_attention(
-        query_BLHK, key_BMHK, value_BMHK, mask=mask.dense(), is_causal=mask.query_offset is None,
-        implementation="cudnn" if can and platform() == "gpu" else "xla")
+    scale = query_BLHK.shape[-1] ** -0.5
+    if prescaled:
+        query_BLHK, scale = query_BLHK * scale, 1.0
+    attend = functools.partial(
+        jax.nn.dot_product_attention, mask=mask.dense(), is_causal=mask.query_offset is None, scale=scale)
+    if can and platform() == "gpu":
+        return attend(query_BLHK, key_BMHK, value_BMHK, implementation="cudnn")
+    return checkpoint_name(attend(query_BLHK, key_BMHK, value_BMHK, implementation="xla"), "attended")
+
+
+def attended_saveable(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
+    """A policy for `jax.checkpoint` that keeps what attention returns, and the sums that its backward pass takes.
+
+    Implementations name both "attended", but for JAX's cuDNN kernel, which names nothing and is known by its primitive.
+    """
+    return primitive.name == CUDNN_FORWARD or ATTENDED(primitive, *inputs, **parameters)
 
 
 def splash_attention(
@@ -238,6 +257,7 @@ def dot_product_attention(
     mask: AttentionMask,
     *,
     implementation: str = "auto",
+    is_query_layer: bool = False,
 ) -> jax.Array:
     """Attends causally within each segment.
 
@@ -247,10 +267,11 @@ def dot_product_attention(
       value_BMHK: values, same dtype.
       mask: who may see whom.
       implementation: one of `NAMES`.
+      is_query_layer: tells the call of the query layer from that in the loop over the other layers.
 
     Returns:
-      [B, L, H, K] in the dtype of the values; scores and softmax are float32 inside. Named "attended" for
-      `jax.checkpoint`.
+      [B, L, H, K] in the dtype of the values; scores and softmax are float32 inside. What a backward pass needs of it
+      is kept under `attended_saveable`.
 
     Raises:
       ValueError: if the implementation is unknown.
@@ -258,6 +279,7 @@ def dot_product_attention(
     check_name("attention implementation", implementation, NAMES)
     if implementation == "auto":
         implementation = BY_PLATFORM.get(platform(), "blocked")
-    attended_BLHK = IMPLEMENTATIONS[implementation](query_BLHK, key_BMHK, value_BMHK, mask)
-    # These two name what they keep themselves; a second name would keep it twice.
-    return attended_BLHK if implementation in ("splash", "blocked") else checkpoint_name(attended_BLHK, "attended")
+    attend = IMPLEMENTATIONS[implementation]
+    if implementation == "fused":
+        attend = functools.partial(attend, prescaled=is_query_layer)
+    return attend(query_BLHK, key_BMHK, value_BMHK, mask)

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from codellm_jax.model.attention import NAMES, AttentionMask, check_name, dot_product_attention
+from codellm_jax.model.attention import (
+    NAMES,
+    AttentionMask,
+    attended_saveable,
+    check_name,
+    dot_product_attention,
+)
+from codellm_jax.model.lookup import look_up_few, look_up_many
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -34,15 +41,14 @@ ACTIVATIONS = {
 # What the backward pass may keep of a block's forward pass, each less than the one before; None keeps all it wants.
 REMAT_POLICIES = {
     "none": None,
-    # Kept: projections, the MLP's matmuls, what attention returns. Computed again: attention scores and all that is
-    # elementwise. The fastest on CPU too: 0.40 s a step where keeping all takes 0.49, for a scan stacks what it keeps.
+    # Kept: what matmuls and attention return. Computed again: attention scores and all that is elementwise. The fastest
+    # on CPU too: 0.40 s a step where keeping all takes 0.49, for a scan stacks what it keeps.
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attended"),
-    ),
+        jax.checkpoint_policies.save_only_these_names("projected", "mixed", "expanded"), attended_saveable),
     # Kept: what attention takes and returns. Computed again: its output projection and the MLP's first matmul, whose
     # output is as large as all that is kept here.
-    "attention": jax.checkpoint_policies.save_only_these_names("projected", "attended"),
+    "attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("projected"), attended_saveable),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -123,12 +129,12 @@ def _constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(array, axes)
 
 
-def _look_up(table: jax.Array, ids_BL: jax.Array) -> jax.Array:
-    """Rows of a table of positions [P, D], float32 [B, L, D].
+def _look_up(table: jax.Array, ids_BL: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a table of positions [P, D], float32 [B, L, D]; `dtype` is what they are rounded to later.
 
     Sharded over its width, the table is gathered first: it is small, and what is looked up is sharded over the batch.
     """
-    x_BLD = _constrain(table, "position", "activation_embed")[ids_BL]
+    x_BLD = look_up_few(_constrain(table, "position", "activation_embed"), ids_BL, dtype)
     return _constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 
 
@@ -138,20 +144,22 @@ def _look_up_tokens(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     Sharded over its width, each device looks up its columns for all rows of the batch, and then hands on what others'
     rows need: activations cross the network instead of the table, whose gradient is summed where it lies.
     """
-    x_BLD = jnp.asarray(table_VD)[_constrain(tokens_BL, "lookup_batch", "activation_length")]
+    x_BLD = look_up_many(jnp.asarray(table_VD), _constrain(tokens_BL, "lookup_batch", "activation_length"))
     x_BLD = _constrain(x_BLD, "lookup_batch", "activation_length", "embed")
     return _constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 
 
-def _linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def _linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, name: str) -> jax.Array:
     """Contracts the last axis of x [B, L, I] with the first of the kernel [I, ...], and adds the bias [...].
 
     Tokens are flattened to one axis for the product: its gradient would else contract two axes, for which XLA on CPU
     transposes both operands by a copy (33 ms against 40 for an MLP). The batch axis may be sharded; under a sharded
-    length the flattening would gather.
+    length the flattening would gather. The bias is added before anything else is done, as XLA on GPU then has the
+    matmul add it; `name` is that of the sum for `jax.checkpoint`.
     """
     y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype).reshape(kernel.shape[0], -1)
-    return y.reshape(*x.shape[:-1], *kernel.shape[1:]) + bias.astype(x.dtype)
+    y = checkpoint_name(y + bias.astype(x.dtype).reshape(-1), name)
+    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 class Attention(nn.Module):
@@ -168,7 +176,7 @@ class Attention(nn.Module):
         def project(name: str, x_BLD: jax.Array) -> jax.Array:
             kernel_DHK = _parameter(self, f"{name}_kernel", (config.hidden, heads, head_size), ("embed", "heads", "kv"))
             bias_HK = _parameter(self, f"{name}_bias", (heads, head_size), ("heads", "kv"))
-            projected_BLHK = checkpoint_name(_linear(x_BLD, kernel_DHK, bias_HK), "projected")
+            projected_BLHK = _linear(x_BLD, kernel_DHK, bias_HK, "projected")
             return _constrain(
                 projected_BLHK, "activation_batch", "activation_length", "activation_heads", "activation_kv")
 
@@ -178,11 +186,13 @@ class Attention(nn.Module):
         if mask.query_offset is not None:
             key_BMHK = self._cached("cached_key", key_BMHK, mask)
             value_BMHK = self._cached("cached_value", value_BMHK, mask)
-        attended_BLHK = dot_product_attention(query_BLHK, key_BMHK, value_BMHK, mask, implementation=config.attention)
+        attended_BLHK = dot_product_attention(
+            query_BLHK, key_BMHK, value_BMHK, mask, implementation=config.attention,
+            is_query_layer=query_BLD is not source_BLD)
         kernel_HKD = _parameter(self, "output_kernel", (heads, head_size, config.hidden), ("heads", "kv", "embed"))
         bias_D = _parameter(self, "output_bias", (config.hidden,), ("embed",))
         attended_BLD = attended_BLHK.reshape(query_BLD.shape)
-        return _linear(attended_BLD, kernel_HKD.reshape(config.hidden, config.hidden), bias_D)
+        return _linear(attended_BLD, kernel_HKD.reshape(config.hidden, config.hidden), bias_D, "mixed")
 
     def _cached(self, name: str, new_BLHK: jax.Array, mask: AttentionMask) -> jax.Array:
         """Writes the new tokens into the cache at the mask's offset and returns the whole cache, [B, M, H, K].
@@ -211,12 +221,12 @@ class FeedForward(nn.Module):
         config = self.config
         up_kernel_DF = _parameter(self, "up_kernel", (config.hidden, config.feedforward), ("embed", "mlp"))
         up_bias_F = _parameter(self, "up_bias", (config.feedforward,), ("mlp",))
-        x_BLF = _linear(x_BLD, up_kernel_DF, up_bias_F)
+        x_BLF = _linear(x_BLD, up_kernel_DF, up_bias_F, "expanded")
         x_BLF = _constrain(x_BLF, "activation_batch", "activation_length", "activation_mlp")
         x_BLF = ACTIVATIONS[config.activation](x_BLF)
         down_kernel_FD = _parameter(self, "down_kernel", (config.feedforward, config.hidden), ("mlp", "embed"))
         down_bias_D = _parameter(self, "down_bias", (config.hidden,), ("embed",))
-        return _linear(x_BLF, down_kernel_FD, down_bias_D)
+        return _linear(x_BLF, down_kernel_FD, down_bias_D, "contracted")
 
 
 class Block(nn.Module):
@@ -348,13 +358,13 @@ class Decoder(nn.Module):
             mask = self.cached_mask(segment_ids_BL)
         mask = mask._replace(shared_segment=shared_segment)
         x_BLD = _look_up_tokens(self.token_embedding, tokens_BL)
-        x_BLD = (x_BLD + _look_up(self.position_embedding, positions_BL)).astype(dtype)
+        x_BLD = (x_BLD + _look_up(self.position_embedding, positions_BL, dtype)).astype(dtype)
         x_BLD = self.dropout(x_BLD, deterministic=deterministic)
         if config.scanned_layers:
             x_BLD, _ = self.blocks(x_BLD, None, mask, deterministic)
         x_BLD = self.final_norm(x_BLD)
         if config.query_layer:
-            query_BLD = _look_up(self.query_embedding, positions_BL).astype(dtype)
+            query_BLD = _look_up(self.query_embedding, positions_BL, dtype).astype(dtype)
             x_BLD, _ = self.query_block(x_BLD, query_BLD, mask, deterministic)
         return x_BLD
 

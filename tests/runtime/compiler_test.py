@@ -1,0 +1,23 @@
+"""What XLA is told besides."""
+
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from codellm_jax.model.decoder import DecoderConfig
+from codellm_jax.runtime.compiler import compiler_options, is_deterministic
+
+
+@pytest.mark.parametrize(("platform", "scan_unroll", "options", "deterministic"), [
+    ("cpu", 1, set(), True), ("cpu", 2, set(), True), ("tpu", 2, {"xla_jf_bf16_propagation"}, True),
+    ("gpu", 1, {"xla_gpu_deterministic_ops", "xla_gpu_enable_triton_gemm"}, True), ("gpu", 2, set(), False)])
+def test_a_gpu_adds_in_one_order_unless_layers_are_out_of_their_loop(
+    platform: str, scan_unroll: int, options: set[str], deterministic: bool
+) -> None:
+    mesh: Any = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)], object))
+    config = DecoderConfig(layers=3, hidden=8, heads=2, feedforward=8, vocabulary_size=16, length=4,
+                           scan_unroll=scan_unroll)
+    assert set(compiler_options(mesh, config)) == options
+    assert is_deterministic(mesh, config) == deterministic
