@@ -52,7 +52,7 @@ def as_gpt2(params: Any) -> GPT2LMHeadModel:
         vocab_size=CONFIG.vocabulary_size, n_positions=CONFIG.length, n_embd=CONFIG.hidden, n_layer=CONFIG.layers,
         n_head=CONFIG.heads, n_inner=CONFIG.feedforward, activation_function="gelu_new", bos_token_id=0,
         eos_token_id=None, pad_token_id=0)).eval()
-    width, blocks = CONFIG.hidden, params["blocks"]
+    blocks = params["blocks"]
     attention, feedforward = blocks["attention"], blocks["feedforward"]
     state = {"transformer.wte.weight": params["token_embedding"], "lm_head.weight": params["token_embedding"],
              "transformer.wpe.weight": params["position_embedding"],
@@ -60,12 +60,12 @@ def as_gpt2(params: Any) -> GPT2LMHeadModel:
              "transformer.ln_f.bias": params["final_norm"]["bias"]}
     for layer in range(CONFIG.layers):
         name = f"transformer.h.{layer}"
-        parts = [(attention[f"{part}_kernel"][layer].reshape(width, width), attention[f"{part}_bias"][layer].ravel())
+        parts = [(attention[f"{part}_kernel"][layer], attention[f"{part}_bias"][layer].ravel())
                  for part in ("query", "key", "value")]
         state |= {
             f"{name}.attn.c_attn.weight": np.concatenate([kernel for kernel, _ in parts], axis=1),
             f"{name}.attn.c_attn.bias": np.concatenate([bias for _, bias in parts]),
-            f"{name}.attn.c_proj.weight": attention["output_kernel"][layer].reshape(width, width),
+            f"{name}.attn.c_proj.weight": attention["output_kernel"][layer],
             f"{name}.attn.c_proj.bias": attention["output_bias"][layer],
             f"{name}.mlp.c_fc.weight": feedforward["up_kernel"][layer],
             f"{name}.mlp.c_fc.bias": feedforward["up_bias"][layer],

@@ -219,16 +219,18 @@ def main() -> None:
     flags = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
-        workers = {}
+        workers, processes = {}, []
         for name in CONTENDERS:
             here, there = context.Pipe()
-            context.Process(target=serve, args=(name, directory, there), daemon=True).start()
+            process = context.Process(target=serve, args=(name, directory, there), daemon=True)
+            process.start()
             there.close()
             try:
                 here.recv()  # one at a time: compiling disturbs the others
             except EOFError:
                 sys.exit(f"The contender {name!r} did not start; its error is above.")
             workers[name] = here
+            processes.append(process)
         medians: dict[str, list[float]] = {name: [] for name in CONTENDERS}
         for turn in range(flags.rounds):
             for name, worker in workers.items():
@@ -238,6 +240,8 @@ def main() -> None:
                   + "  ".join(f"{name} {seconds[-1]:.3f} s" for name, seconds in medians.items()), flush=True)
         for worker in workers.values():
             worker.send(None)
+        for process in processes:
+            process.join()
     print(f"\n{'':<14}{'median step':>12}{'time / ours':>13}{'spread':>16}")
     for name, seconds in medians.items():
         ratios = [theirs / mine for theirs, mine in zip(seconds, medians["ours"], strict=True)]

@@ -37,12 +37,12 @@ def forward(p, batch, config):
             return p[f"{name}/{part}"] if index is None else p[f"{name}/{part}"][index]
 
         h = norm(x, f"{name}/attention_norm", index)
-        q, k, v = (torch.einsum("bld,dhk->bhlk", source, pick(f"attention/{part}_kernel"))
+        q, k, v = ((source @ pick(f"attention/{part}_kernel")).unflatten(-1, (config.heads, -1)).transpose(1, 2)
                    + pick(f"attention/{part}_bias")[None, :, None] for part, source in
                    (("query", h if query is None else query), ("key", h), ("value", h)))
         scores = (q @ k.transpose(-1, -2) / math.sqrt(config.head_size)).masked_fill(~mask, -1e30)
-        attended = torch.einsum("bhlk,hkd->bld", scores.softmax(-1) @ v, pick("attention/output_kernel"))
-        x = x + attended + pick("attention/output_bias")
+        attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + attended @ pick("attention/output_kernel") + pick("attention/output_bias")
         h = norm(x, f"{name}/feedforward_norm", index)
         h = F.gelu(h @ pick("feedforward/up_kernel") + pick("feedforward/up_bias"), approximate="tanh")
         return x + h @ pick("feedforward/down_kernel") + pick("feedforward/down_bias")

@@ -7,7 +7,7 @@ Legend of the shape suffixes, here and in the rest of `model/`:
   M  keys: L, or the slots of a cache     H  attention heads
   C  positions in a chunk of the loss     K  size of a head, D / H
   N  tokens of B x L or B x C, flattened  V  vocabulary, rows of the token embedding
-  P  positions known, `config.length`
+  P  positions known, `config.length`       I, O  inputs and outputs of a linear layer
 
 The network is the one described in arXiv:2104.12369 (PanGu-alpha) and trained in arXiv:2309.16298. Pre-LayerNorm
 blocks with biases everywhere; the last block, the query layer, asks with an embedding of the position instead of the
@@ -149,17 +149,18 @@ def _look_up_tokens(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     return _constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
 
 
-def _linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, name: str) -> jax.Array:
-    """Contracts the last axis of x [B, L, I] with the first of the kernel [I, ...], and adds the bias [...].
+def _linear(x_BLI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array, name: str) -> jax.Array:
+    """The product [B, L, O] with a kernel, and its bias; named `name` for `jax.checkpoint`.
 
     Tokens are flattened to one axis for the product: its gradient would else contract two axes, for which XLA on CPU
     transposes both operands by a copy (33 ms against 40 for an MLP). The batch axis may be sharded; under a sharded
     length the flattening would gather. The bias is added before anything else is done, as XLA on GPU then has the
-    matmul add it; `name` is that of the sum for `jax.checkpoint`.
+    matmul add it.
     """
-    y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype).reshape(kernel.shape[0], -1)
-    y = checkpoint_name(y + bias.astype(x.dtype).reshape(-1), name)
-    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+    dtype = x_BLI.dtype
+    y_NO = x_BLI.reshape(-1, x_BLI.shape[-1]) @ kernel_IO.astype(dtype)
+    y_NO = checkpoint_name(y_NO + bias_O.astype(dtype), name)
+    return y_NO.reshape(*x_BLI.shape[:-1], -1)
 
 
 class Attention(nn.Module):
@@ -174,9 +175,11 @@ class Attention(nn.Module):
         heads, head_size = config.heads, config.head_size
 
         def project(name: str, x_BLD: jax.Array) -> jax.Array:
-            kernel_DHK = _parameter(self, f"{name}_kernel", (config.hidden, heads, head_size), ("embed", "heads", "kv"))
+            # All heads in one axis of the kernel: TPUs would pad heads of 80 to 128 each.
+            kernel_DD = _parameter(self, f"{name}_kernel", (config.hidden, config.hidden), ("embed", "heads"))
             bias_HK = _parameter(self, f"{name}_bias", (heads, head_size), ("heads", "kv"))
-            projected_BLHK = _linear(x_BLD, kernel_DHK, bias_HK, "projected")
+            projected_BLD = _linear(x_BLD, kernel_DD, bias_HK.reshape(-1), "projected")
+            projected_BLHK = projected_BLD.reshape(*x_BLD.shape[:2], heads, head_size)
             return _constrain(
                 projected_BLHK, "activation_batch", "activation_length", "activation_heads", "activation_kv")
 
@@ -189,10 +192,10 @@ class Attention(nn.Module):
         attended_BLHK = dot_product_attention(
             query_BLHK, key_BMHK, value_BMHK, mask, implementation=config.attention,
             is_query_layer=query_BLD is not source_BLD)
-        kernel_HKD = _parameter(self, "output_kernel", (heads, head_size, config.hidden), ("heads", "kv", "embed"))
+        kernel_DD = _parameter(self, "output_kernel", (config.hidden, config.hidden), ("heads", "embed"))
         bias_D = _parameter(self, "output_bias", (config.hidden,), ("embed",))
         attended_BLD = attended_BLHK.reshape(query_BLD.shape)
-        return _linear(attended_BLD, kernel_HKD.reshape(config.hidden, config.hidden), bias_D, "mixed")
+        return _linear(attended_BLD, kernel_DD, bias_D, "mixed")
 
     def _cached(self, name: str, new_BLHK: jax.Array, mask: AttentionMask) -> jax.Array:
         """Writes the new tokens into the cache at the mask's offset and returns the whole cache, [B, M, H, K].

@@ -192,7 +192,7 @@ def test_auto_is_chosen_by_the_devices_of_the_mesh(monkeypatch: pytest.MonkeyPat
     assert attention.platform() == "cpu"
     seen: list[str] = []
     for name in IMPLEMENTATIONS:
-        monkeypatch.setitem(IMPLEMENTATIONS, name, lambda query, *_, name=name: seen.append(name) or query)
+        monkeypatch.setitem(IMPLEMENTATIONS, name, lambda query, *_, name=name, **__: seen.append(name) or query)
     segments_BL = documents(4)
     inputs, mask = make_inputs(4), AttentionMask(segments_BL, segments_BL)
     for kind in ("cpu", "gpu", "tpu", "quantum"):

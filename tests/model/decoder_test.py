@@ -58,7 +58,7 @@ def naive_norm(x_D: np.ndarray, p: Any) -> np.ndarray:
 
 
 def naive_block(config: DecoderConfig, p: Any, x_LD: np.ndarray, query_LD: Any, segments_L: np.ndarray) -> np.ndarray:
-    attention, feedforward = p["attention"], p["feedforward"]
+    attention, feedforward, size = p["attention"], p["feedforward"], config.head_size
     normed_LD = np.stack([naive_norm(x_D, p["attention_norm"]) for x_D in x_LD])
     asked_LD = normed_LD if query_LD is None else query_LD
     result_LD = np.zeros_like(x_LD)
@@ -67,14 +67,14 @@ def naive_block(config: DecoderConfig, p: Any, x_LD: np.ndarray, query_LD: Any, 
         for h in range(config.heads):
 
             def project(name: str, y_D: np.ndarray, h: int = h) -> np.ndarray:
-                return y_D @ attention[f"{name}_kernel"][:, h] + attention[f"{name}_bias"][h]
+                return y_D @ attention[f"{name}_kernel"][:, h * size:(h + 1) * size] + attention[f"{name}_bias"][h]
 
             query_K = project("query", asked_LD[i])
             seen = [j for j in range(i + 1) if segments_L[j] == segments_L[i]]
             scores = [query_K @ project("key", normed_LD[j]) / np.sqrt(config.head_size) for j in seen]
             weights = np.exp(scores) / np.exp(scores).sum()
             attended_K = sum(w * project("value", normed_LD[j]) for w, j in zip(weights, seen, strict=True))
-            x_D = x_D + attended_K @ attention["output_kernel"][h]
+            x_D = x_D + attended_K @ attention["output_kernel"][h * size:(h + 1) * size]
         up_F = naive_norm(x_D, p["feedforward_norm"]) @ feedforward["up_kernel"] + feedforward["up_bias"]
         if config.activation == "gelu":
             up_F = up_F * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up_F + 0.044715 * up_F**3)))
@@ -226,7 +226,7 @@ def test_initial_parameters() -> None:
         else:
             assert abs(leaf.std() / 0.02 - 1) < 0.1, path
     query_kernel = boxed["blocks"]["attention"]["query_kernel"]
-    assert query_kernel.names == ("layers", "embed", "heads", "kv")
+    assert query_kernel.names == ("layers", "embed", "heads")
     assert not np.allclose(query_kernel.value[0], query_kernel.value[1])
     np.testing.assert_array_equal(token_embedding(boxed), token_embedding(nn.unbox(boxed)))
     for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)):

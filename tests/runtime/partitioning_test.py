@@ -130,7 +130,8 @@ def test_parameters_and_moments_are_sharded():
     found = specs(MIXED)
     expected = {
         "['token_embedding']": ("model", "fsdp"), "['position_embedding']": (None, "fsdp"),
-        "['blocks']['attention']['query_kernel']": (None, "fsdp", "model", None),
+        "['blocks']['attention']['query_kernel']": (None, "fsdp", "model"),
+        "['blocks']['attention']['output_kernel']": (None, "model", "fsdp"),
         "['blocks']['attention']['query_bias']": (None, "model", None),
         "['blocks']['feedforward']['down_kernel']": (None, "model", "fsdp"),
         "['blocks']['feedforward_norm']['scale']": (None, "fsdp"),
@@ -142,7 +143,7 @@ def test_parameters_and_moments_are_sharded():
     assert found[".step"] == () and found[".rng"] == (None,)
     overridden = specs(MeshShape(data=2, fsdp=2, model=2, rules=(("embed", None), ("vocab", ("fsdp", "model")))))
     assert overridden[".params['token_embedding']"] == (("fsdp", "model"), None)
-    assert overridden[".params['blocks']['attention']['query_kernel']"] == (None, None, "model", None)
+    assert overridden[".params['blocks']['attention']['query_kernel']"] == (None, None, "model")
 
 
 def test_the_first_state_lies_where_it_should_and_is_the_same_on_any_mesh():
