@@ -241,6 +241,7 @@ def memory_estimate(training: Training, plan: Plan) -> str:
     matmuls = 2 * config.hidden + (4 * config.hidden + config.feedforward) / model
     kept = itemsize * {
         "full": config.hidden,
+        "offload": 0,
         "attention": config.hidden + 4 * config.hidden / model,
         "dots": config.hidden + matmuls,
         "none": 4 * config.hidden + 2 * matmuls + config.heads / model * training.mixture.length,

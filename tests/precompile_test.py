@@ -189,7 +189,7 @@ def test_changes_are_tried_cheapest_first(monkeypatch, make_training):
     told: list[str] = []
     found = precompile.cheapest_changes(refused, told.append)
     assert told == ["--gin.model.remat=attention: does not fit", "--gin.model.remat=full: 12.00 GiB, 0 s to compile",
-                    "--gin.train.microbatches=2: does not fit",
+                    "--gin.model.remat=offload: does not fit", "--gin.train.microbatches=2: does not fit",
                     "--gin.train.microbatches=4: 12.00 GiB, 0 s to compile"]
     assert [flags for flags, _ in found] == ["--gin.model.remat=full", "--gin.train.microbatches=4"]
     assert all(outcome.memory is not None for _, outcome in found)

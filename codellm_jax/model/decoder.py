@@ -38,7 +38,8 @@ ACTIVATIONS = {
     "fast_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
-# What the backward pass may keep of a block's forward pass, each less than the one before; None keeps all it wants.
+# What the backward pass may keep of a block's forward pass on the device, each less than the one before; None keeps
+# all it wants.
 REMAT_POLICIES = {
     "none": None,
     # Kept: what matmuls and attention return. Computed again: attention scores and all that is elementwise. The fastest
@@ -49,7 +50,12 @@ REMAT_POLICIES = {
     # output is as large as all that is kept here.
     "attention": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names("projected"), attended_saveable),
+    # Kept: a block's input.
     "full": jax.checkpoint_policies.nothing_saveable,
+    # The same, in the host's memory: what is sent there and back, a device keeps no longer.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["input"],
+        offload_src="device", offload_dst="pinned_host"),
 }
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -245,6 +251,7 @@ class Block(nn.Module):
         config = self.config
         dropout = nn.Dropout(config.dropout_rate, deterministic=deterministic)
         x_BLD = _constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
+        x_BLD = checkpoint_name(x_BLD, "input")
         normed_BLD = _layer_norm("attention_norm", config.dtype)(x_BLD)
         asked_BLD = normed_BLD if query_BLD is None else query_BLD
         x_BLD = x_BLD + dropout(Attention(config, name="attention")(asked_BLD, normed_BLD, mask))

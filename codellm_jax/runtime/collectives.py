@@ -96,7 +96,7 @@ def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic]
                 continue
             if found := _WHILE.search(line):
                 known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-                turns = int(known.group(1)) if known else _turns(computations, name, *found.group(1, 2))
+                turns = int(known.group(1)) if known else _turns(computations, name, *found.groups())
                 unknown += turns is None
                 visit(found.group(3), times * (1 if turns is None else turns))
                 continue
@@ -156,24 +156,44 @@ def _reaching_collectives(computations: Mapping[str, Sequence[str]]) -> set[str]
     return reaching
 
 
-def _turns(computations: Mapping[str, Sequence[str]], inside: str, operand: str, condition: str) -> int | None:
-    """How often a loop turns whose condition is `counter < constant`, the counter growing by one; None for others."""
+def _turns(
+    computations: Mapping[str, Sequence[str]], inside: str, operand: str, condition: str, body: str
+) -> int | None:
+    """How often a loop turns whose condition is `counter < constant`; None for others.
+
+    The counter begins at zero and grows by one where the text has no constants that say otherwise; the loops into
+    which XLA cuts a matmul of gathered weights may grow theirs by two.
+    """
     text = "\n".join(computations[condition])
-    bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", text)
-    counter = re.findall(r" s32\[\]\S* get-tuple-element\(.*?\), index=(\d+)", text)
+    bounds = re.findall(r" [su]32\[\]\S* constant\((\d+)\)", text)
+    counter = re.findall(r" [su]32\[\]\S* get-tuple-element\(.*?\), index=(\d+)", text)
     if len(bounds) != 1 or len(counter) != 1:
         return None
-    definitions = {found.group(1): line for line in computations[inside]
-                   if (found := re.match(rf"\s+(?:ROOT )?{_NAME} = ", line))}
-    elements = re.search(r" tuple\((.*?)\)(?:,|$)", definitions.get(operand, ""))
-    start = 0
-    if elements:
-        name = re.findall(_NAME, re.sub(r"/\*.*?\*/", "", elements.group(1)))[int(counter[0])]
-        while copied := re.search(rf" copy\({_NAME}\)", definitions.get(name, "")):
-            name = copied.group(1)
-        if constant := re.search(r" constant\((-?\d+)\)", definitions.get(name, "")):
-            start = int(constant.group(1))
-    return max(0, int(bounds[0]) - start)
+    before, within = _definitions(computations[inside]), _definitions(computations[body])
+    start = _constant(before, _element(before.get(operand, ""), int(counter[0]))) or 0
+    root = next(line for line in computations[body] if line.lstrip().startswith("ROOT "))
+    grown = re.search(rf" add\({_NAME}, {_NAME}\)", within.get(_element(root, int(counter[0])), ""))
+    step = next(filter(None, (_constant(within, name) for name in (grown.groups() if grown else ()))), 1)
+    return max(0, math.ceil((int(bounds[0]) - start) / step))
+
+
+def _definitions(lines: Sequence[str]) -> dict[str, str]:
+    """The lines of a computation by the names they define."""
+    return {found.group(1): line for line in lines if (found := re.match(rf"\s+(?:ROOT )?{_NAME} = ", line))}
+
+
+def _element(line: str, index: int) -> str:
+    """The name of an element of the tuple that a line makes; empty for lines that make none."""
+    elements = re.search(r" tuple\((.*?)\)(?:,|$)", line)
+    return re.findall(_NAME, re.sub(r"/\*.*?\*/", "", elements.group(1)))[index] if elements else ""
+
+
+def _constant(definitions: Mapping[str, str], name: str) -> int | None:
+    """The value of a constant, through its copies; None for what is no constant."""
+    while copied := re.search(rf" copy\({_NAME}\)", definitions.get(name, "")):
+        name = copied.group(1)
+    found = re.search(r" constant\((-?\d+)\)", definitions.get(name, ""))
+    return int(found.group(1)) if found else None
 
 
 def _bytes(shape: str) -> float:

@@ -89,15 +89,17 @@ class MeshShape:
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), nearest devices along `model`.
 
+    An axis of a TPU's torus is shared by two of the mesh only where it must be, as 4 x 4 x 4 chips with model=2 ask.
+
     Axis types are Auto: under Explicit, which jax.make_mesh defaults to, Flax's partitioned parameters fail.
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp, model = shape.sizes(len(devices))
     if shape.slices > 1 and getattr(devices[0], "slice_index", None) is not None:
         grid = mesh_utils.create_hybrid_device_mesh(
-            (data // shape.slices, fsdp, model), (shape.slices, 1, 1), devices=devices)
+            (data // shape.slices, fsdp, model), (shape.slices, 1, 1), devices=devices, allow_split_physical_axes=True)
     else:
-        grid = mesh_utils.create_device_mesh((data, fsdp, model), devices=devices)
+        grid = mesh_utils.create_device_mesh((data, fsdp, model), devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

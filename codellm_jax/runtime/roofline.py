@@ -60,17 +60,19 @@ def roofline(
 def recomputed_flops_per_token(config: DecoderConfig) -> float:
     """FLOPs that a backward pass computes again, per token of a full row, a layer's being
 
-      under "full"        2 (4 D^2 + D F)  +  2 L D    projections, the MLP's first matmul, attention's two products
-      under "attention"   2 (D^2 + D F)                the output projection, the MLP's first matmul
-      under "dots", "none"  0                          but what is elementwise
+      under "offload", "full"  2 (4 D^2 + D F)  +  2 L D    projections, the MLP's first matmul, attention's products
+      under "attention"        2 (D^2 + D F)                the output projection, the MLP's first matmul
+      under "dots", "none"     0                            but what is elementwise
 
     and L D more whatever is kept, for attention keeps no scores: its backward pass makes them again. Products of
     attention are counted by half, as causality allows. The MLP's second matmul is never made again: no gradient
     takes what it returns.
     """
     hidden, attention = config.hidden, config.length * config.hidden
+    all_of_block = 2 * (4 * hidden**2 + hidden * config.feedforward) + 2 * attention
     again = {
-        "full": 2 * (4 * hidden**2 + hidden * config.feedforward) + 2 * attention,
+        "offload": all_of_block,
+        "full": all_of_block,
         "attention": 2 * (hidden**2 + hidden * config.feedforward),
     }.get(config.remat, 0)
     return float(config.layers * (again + attention))

@@ -181,7 +181,9 @@ def test_remat_and_unrolling_change_no_gradient() -> None:
     params, inputs = make_params(TINY), make_inputs(TINY)
     expected = loss_gradients(config, params, inputs)
     assert all(leaf.any() for leaf in jax.tree.leaves(expected))
-    for change in ({"remat": "dots"}, {"remat": "attention"}, {"remat": "full", "scan_unroll": 2}):
+    for change in (
+        {"remat": "dots"}, {"remat": "attention"}, {"remat": "full", "scan_unroll": 2}, {"remat": "offload"},
+    ):
         gradients = loss_gradients(dataclasses.replace(config, **change), params, inputs)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradients, expected)
 

@@ -69,7 +69,7 @@ def test_a_backward_pass_that_keeps_what_attention_returned_attends_once() -> No
     assert lowered.as_text().count('custom_call @__cudnn$fmha') == 2  # forward and backward
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full", "offload"])
 def test_loss_and_gradients_of_a_decoder_in_bfloat16_are_near_those_in_float32(remat: str) -> None:
     dice = np.random.default_rng(2)
     config = DecoderConfig(layers=3, hidden=128, heads=2, feedforward=256, vocabulary_size=512, length=LENGTH,

@@ -115,6 +115,38 @@ def test_lines_of_a_program_for_tpus():
     }
 
 
+# A matmul whose weights go around a ring while it runs: two pieces a turn, one each way.
+RING = """HloModule jit_train_step
+%condition.2 (p: (f32[8], u32[])) -> pred[] {
+  %bound = u32[]{:T(128)} constant(16)
+  %p.1 = (f32[8]{0}, u32[]{:T(128)}) parameter(0)
+  %counter = u32[]{:T(128)} get-tuple-element(%p.1), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %bound), direction=LT
+}
+
+%body.2 (p: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %p.2 = (f32[8]{0}, u32[]{:T(128)}) parameter(0)
+  %counter.2 = u32[]{:T(128)} get-tuple-element(%p.2), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %more = u32[]{:T(128)} add(%counter.2, %two), metadata={op_name="x"}
+  %sent.1 = f32[8]{0} collective-permute(%a), channel_id=5, source_target_pairs={{0,1},{1,0}}
+  %sent.2 = f32[8]{0} collective-permute(%sent.1), channel_id=6, source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (f32[8]{0}, u32[]{:T(128)}) tuple(%sent.2, %more), metadata={op_name="x"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %zero = u32[]{:T(128)} constant(0)
+  %begin = (f32[8]{0}, u32[]{:T(128)}) tuple(%a, %zero)
+  %while.1 = (f32[8]{0}, u32[]{:T(128)}) while(%begin), condition=%condition.2, body=%body.2
+  ROOT %r = f32[8]{0} get-tuple-element(%while.1), index=0
+}
+"""
+
+
+def test_a_loop_that_counts_by_two_turns_half_as_often():
+    assert read_traffic(RING, {"fsdp": 2}) == ([Traffic("collective-permute", ("fsdp",), 16, 16 * 32.0)], 0)
+
+
 @pytest.mark.parametrize(("groups", "axes"), [
     ("[2,4]<=[8]", ("fsdp", "model")), ("[4,2]<=[2,4]T(1,0)", ("data",)), ("[2,4]<=[2,2,2]T(1,0,2)", ("data", "model")),
     ("{{0,2},{1,3},{4,6},{5,7}}", ("fsdp",)), ("mesh['a'=2,'b'=4] {'b'}", ("fsdp", "model")),

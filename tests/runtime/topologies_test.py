@@ -8,9 +8,11 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import pytest
 
 from codellm_jax.runtime import topologies
+from codellm_jax.runtime.partitioning import MeshShape, make_mesh
 from codellm_jax.runtime.topologies import CHIPS, compile_only_devices, has_libtpu, parse_topology, topology_names
 
 
@@ -89,3 +91,14 @@ def test_devices_are_those_of_the_name(name, kind):
     assert {device.device_kind for device in devices} == {kind}
     if topology.slices > 1:
         assert {device.slice_index for device in devices} == {0, 1}
+
+
+@pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.parametrize(("name", "model", "slices"), [("v4-128", 2, 1), ("v4-128", 4, 1), ("2xv5e-16", 2, 2)])
+def test_a_mesh_may_split_an_axis_of_the_chips(name, model, slices):
+    """Those that share a `model` axis are neighbours, also where 4 x 4 x 4 chips have no axis of two."""
+    topology = parse_topology(name)
+    mesh = make_mesh(MeshShape(data=slices, fsdp=-1, model=model, slices=slices), compile_only_devices(topology))
+    places = np.array([device.coords for device in mesh.devices.flat]).reshape(-1, model, 3)
+    assert (np.abs(np.diff(places, axis=1)).sum(axis=2) == 1).all()
+    assert len(set(mesh.devices.flat)) == topology.chips
