@@ -114,8 +114,9 @@ def _fits(outcome: Outcome) -> str:
 def changes(outcome: Outcome) -> Iterator[tuple[str, Training, Topology]]:
     """What could make a train step fit, cheapest first: what costs time, then what changes training, then chips.
 
-    Sharding more costs traffic; keeping less, up to a third more computing; microbatches, gathering parameters more
-    often; splitting the model, traffic in every layer. A smaller batch is another run.
+    Sharding more costs traffic; keeping less, up to a third more computing, and in the end traffic with the host;
+    microbatches, gathering parameters more often; splitting the model, traffic in every layer. A smaller batch is
+    another run.
     """
     training, topology, mesh, config = outcome.training, outcome.topology, outcome.mesh, outcome.config
     data, model = mesh.shape["data"], mesh.shape["model"]

@@ -250,6 +250,23 @@ def test_overridden_rules_reach_activations(monkeypatch):
     assert hidden.shard_shape((8, 16, 32)) == (4, 16, 32)
 
 
+def test_offloaded_inputs_of_blocks_lie_with_the_host_and_change_no_gradient():
+    """Between the passes the scan hands on one stack of inputs: by "offload" in the host's memory, by no other."""
+    shape, ids = MIXED, np.random.default_rng(0).integers(0, 128, (8, 16))
+    params = nn.unbox(jax.jit(Decoder(CONFIG).init)(jax.random.key(0), ids, ids % 16, ids * 0)["params"])
+    gradients, stacks_with_host = {}, {}
+    with jax.set_mesh(make_mesh(shape)), nn.logical_axis_rules(shape.all_rules()):
+        for remat in ("full", "offload"):
+            model = Decoder(dataclasses.replace(CONFIG, remat=remat))
+            gradient = jax.grad(lambda params, model=model: jnp.sum(
+                jnp.sin(model.apply({"params": params}, ids, ids % 16, ids * 0))))
+            stacks_with_host[remat] = "f32<host>[2,8,16,32]" in str(jax.make_jaxpr(gradient)(params))
+            gradients[remat] = jax.jit(gradient)(params)
+    assert stacks_with_host == {"full": False, "offload": True}
+    assert all(leaf.any() for leaf in jax.tree.leaves(gradients["full"]))
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), *gradients.values())
+
+
 def test_bytes_per_device_by_hand():
     mesh = make_mesh(MIXED)
     leaves = {"a": jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp"))),
