@@ -72,5 +72,5 @@ setup(
         "cuda": ["jax[cuda13]>=0.9"],
     },
     entry_points={"console_scripts": ["t5x=codellm_jax.cli:main"],
-                  "lm_eval.models": ["codellm_jax = codellm_jax.harness:CodellmJax"]},
+                  "lm_eval.models": ["codellm_jax = codellm_jax.evaluation.harness:CodellmJax"]},
 )

@@ -73,7 +73,7 @@ class Timing:
 def training_of(program: str, settings: list[str]) -> Any:
     """The `Training` of a program such as "1_3b,BATCH_SIZE=16"."""
     from codellm_jax.configuration import build, read_configuration
-    from codellm_jax.programs import with_vocabulary_size
+    from codellm_jax.pods.programs import with_vocabulary_size
 
     size, *changes = program.split(",")
     files = ["gin/mixed_pretrain.gin", f"gin/models/{size}.gin", *[name for name in settings if name.endswith(".gin")]]
@@ -86,9 +86,9 @@ def ours(training: Any, trace: str | None) -> Timing:
     from flax import linen as nn
 
     from codellm_jax.mixture.batches import read_ahead
-    from codellm_jax.plan import make_plan
     from codellm_jax.runtime.state import initial_state
-    from codellm_jax.train import batch_of_step, jit_train_step
+    from codellm_jax.training.plan import make_plan
+    from codellm_jax.training.train import batch_of_step, jit_train_step
 
     plan = make_plan(training, print)
     with jax.set_mesh(plan.mesh), nn.logical_axis_rules(training.mesh.all_rules()):

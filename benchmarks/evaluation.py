@@ -29,10 +29,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from codellm_jax.evaluation.decoding import generate
+from codellm_jax.evaluation.sampling import Sampling
+from codellm_jax.evaluation.scoring import Request, score
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.model.decoding import generate
-from codellm_jax.model.sampling import Sampling
-from codellm_jax.model.scoring import Request, score
 
 CONFIG = DecoderConfig(layers=4, hidden=256, heads=4, feedforward=1024, vocabulary_size=8192, length=512,
                        query_layer=False)

@@ -70,7 +70,7 @@ def lowered_train_step(training: Any) -> Any:
     from codellm_jax.model.decoder import Decoder
     from codellm_jax.runtime.partitioning import batch_sharding, make_mesh
     from codellm_jax.runtime.state import abstract_state
-    from codellm_jax.train import jit_train_step
+    from codellm_jax.training.train import jit_train_step
 
     mesh = make_mesh(training.mesh)
     model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
@@ -108,7 +108,7 @@ def corpus(done: set[str]) -> Iterator[dict[str, Any]]:
     from codellm_jax.mixture.order import Order, Source
     from codellm_jax.mixture.rows import Rows
     from codellm_jax.mixture.schedules import phases
-    from codellm_jax.plan import describe, make_plan
+    from codellm_jax.training.plan import describe, make_plan
 
     training = shipped(BATCH_SIZE=BATCH, TASK_FEATURE_LENGTHS={"targets": LENGTH})
     plan = make_plan(training, report=lambda line: None)
@@ -149,7 +149,7 @@ def vocabulary(done: set[str]) -> Iterator[dict[str, Any]]:
     import jax
 
     from codellm_jax.model.decoder import parameter_count
-    from codellm_jax.programs import with_vocabulary_size
+    from codellm_jax.pods.programs import with_vocabulary_size
 
     for batch, length in SHAPES:
         for size in VOCABULARIES:
@@ -232,8 +232,8 @@ def seconds_to_score(count: int) -> float:
     import numpy as np
     from flax import linen as nn
 
+    from codellm_jax.evaluation.scoring import Request, score
     from codellm_jax.model.decoder import Decoder
-    from codellm_jax.model.scoring import Request, score
     from codellm_jax.runtime.partitioning import batch_sharding, make_mesh
     from codellm_jax.runtime.state import abstract_state, initial_state
 

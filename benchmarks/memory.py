@@ -21,10 +21,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from codellm_jax.configuration import build, read_configuration  # noqa: E402
 from codellm_jax.model.decoder import REMAT_POLICIES, DecoderConfig, flops_per_token  # noqa: E402
-from codellm_jax.plan import GIB, Training  # noqa: E402
-from codellm_jax.programs import compile_train_step, with_slices, with_vocabulary_size  # noqa: E402
-from codellm_jax.runtime.roofline import recomputed_flops_per_token  # noqa: E402
-from codellm_jax.runtime.topologies import Topology, parse_topology  # noqa: E402
+from codellm_jax.pods.programs import compile_train_step, with_slices, with_vocabulary_size  # noqa: E402
+from codellm_jax.pods.roofline import recomputed_flops_per_token  # noqa: E402
+from codellm_jax.pods.topologies import Topology, parse_topology  # noqa: E402
+from codellm_jax.training.plan import GIB, Training  # noqa: E402
 
 SIZES = ("2_6b", "13b", "1_3b", "350m")  # those that tell most first
 BY_SIZE = ("350m", "1_3b", "2_6b", "13b")

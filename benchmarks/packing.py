@@ -22,11 +22,11 @@ from codellm_jax.mixture.batches import rows_of_packed_steps
 from codellm_jax.mixture.examples import sizes_drawn
 from codellm_jax.mixture.mixture import Mixture
 from codellm_jax.model.decoder import DecoderConfig
-from codellm_jax.plan import Training, make_plan
 from codellm_jax.runtime.optimization import adamw
 from codellm_jax.runtime.partitioning import MeshShape
 from codellm_jax.runtime.state import initial_state
-from codellm_jax.train import batch_of_step, train_step
+from codellm_jax.training.plan import Training, make_plan
+from codellm_jax.training.train import batch_of_step, train_step
 from codellm_jax.vocabulary import load_vocabulary
 from tasks import Definitions
 

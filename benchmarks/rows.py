@@ -45,7 +45,7 @@ from codellm_jax.model.decoder import flops_per_token
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 from tasks import Definitions
-from tasks.sources import documents
+from tasks.corpora.sources import documents
 
 SECONDS_TO_ANSWER = 0.05
 V5E_FLOPS = 8 * 197e12 * 0.5
@@ -177,7 +177,7 @@ def tokenizing(folder: Path, vocabulary: Vocabulary, rounds: int) -> tuple[float
         shards.finish(made, planned, pieces)
 
     def cache(turn: int) -> None:
-        from codellm_jax.cache import cache as command
+        from codellm_jax.training.cache import cache as command
 
         mixture = Mixture("code.copies", definitions, {"targets": 1024}, 1.0, cache_dir=str(folder / f"c{turn}"))
         with contextlib.redirect_stdout(None):

@@ -24,9 +24,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E
 
 from benchmarks.memory import config_of, training_of  # noqa: E402
 from codellm_jax.model.decoder import DecoderConfig, parameter_count  # noqa: E402
-from codellm_jax.plan import GIB  # noqa: E402
-from codellm_jax.programs import compile_train_step  # noqa: E402
-from codellm_jax.runtime.topologies import compile_only_devices, parse_topology  # noqa: E402
+from codellm_jax.pods.programs import compile_train_step  # noqa: E402
+from codellm_jax.pods.topologies import compile_only_devices, parse_topology  # noqa: E402
+from codellm_jax.training.plan import GIB  # noqa: E402
 
 CASES = (("2_6b", "v4-8", 16), ("2_6b", "v4-128", 256), ("13b", "v4-128", 256), ("13b", "v5e-256", 256))
 VOCABULARY = 40_000

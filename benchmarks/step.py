@@ -40,7 +40,7 @@ def ours(directory: str) -> Callable[[], None]:
     from codellm_jax.runtime.optimization import adamw
     from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
     from codellm_jax.runtime.state import abstract_state, initial_state
-    from codellm_jax.train import train_step
+    from codellm_jax.training.train import train_step
     from codellm_jax.vocabulary import load_vocabulary
     from tasks import Definitions
 

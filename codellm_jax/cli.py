@@ -101,11 +101,11 @@ def _train(flags: argparse.Namespace) -> int:
     keep_freed_memory()
     profile_steps = None if flags.profile_steps is None else parse_profile_steps(flags.profile_steps)
     configuration = _configuration(flags)
-    from codellm_jax.arms import other_arm
     from codellm_jax.configuration import build, operative
-    from codellm_jax.plan import describe, make_plan
     from codellm_jax.runtime.progress import say
-    from codellm_jax.train import summary, train
+    from codellm_jax.study.arms import other_arm
+    from codellm_jax.training.plan import describe, make_plan
+    from codellm_jax.training.train import summary, train
 
     use_compilation_cache()
     if not flags.debug:
@@ -135,7 +135,7 @@ def _train(flags: argparse.Namespace) -> int:
 def _eval(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
     from codellm_jax.configuration import build, operative
-    from codellm_jax.evaluate import evaluate
+    from codellm_jax.evaluation.evaluate import evaluate
     from codellm_jax.runtime.process import use_compilation_cache
 
     use_compilation_cache()
@@ -148,7 +148,7 @@ def _eval(flags: argparse.Namespace) -> int:
 
 def _study(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
-    from codellm_jax.study import Options, study
+    from codellm_jax.study.execute import Options, study
 
     again = [f"--{name}={value}" for name in ("gin_file", "arm", "seed") for value in getattr(flags, name)]
     if flags.gin_search_paths:
@@ -164,7 +164,7 @@ def _infer(flags: argparse.Namespace) -> int:
         flags.overrides.append(("infer.template", "@instruction_prompt"))
     configuration = _configuration(flags)
     from codellm_jax.configuration import build
-    from codellm_jax.infer import answer
+    from codellm_jax.evaluation.infer import answer
     from codellm_jax.runtime.process import use_compilation_cache
 
     use_compilation_cache()
@@ -175,7 +175,7 @@ def _infer(flags: argparse.Namespace) -> int:
 
 
 def _compare(flags: argparse.Namespace) -> int:
-    from codellm_jax.compare import compare, table
+    from codellm_jax.evaluation.compare import compare, table
 
     print(table(compare(flags.first, flags.second), flags.first, flags.second))
     return 0
@@ -189,7 +189,7 @@ def _contamination(flags: argparse.Namespace) -> int:
     if not {"mixture.name", "vocabulary.path"} <= configuration.effective.keys():
         raise ValueError("no --gin_file names a mixture: give an arm's, such as gin/mixed_pretrain.gin.")
     from codellm_jax.configuration import build
-    from codellm_jax.contamination import measure, measure_into, table
+    from codellm_jax.evaluation.contamination import measure, measure_into, table
 
     contamination = build(configuration, "contamination")
     mixtures = [(build(configuration, "mixture"), build(configuration, "vocabulary"))]
@@ -199,7 +199,7 @@ def _contamination(flags: argparse.Namespace) -> int:
 
 
 def _report(flags: argparse.Namespace) -> int:
-    from codellm_jax.report import report
+    from codellm_jax.report.write import report
 
     if not flags.debug:
         _quiet_libraries()
@@ -241,8 +241,8 @@ def _require_directory(file: str | None) -> None:
 
 def _cache(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
-    from codellm_jax.cache import cache
     from codellm_jax.configuration import build
+    from codellm_jax.training.cache import cache
 
     training = build(configuration, "train")
     cache(training.mixture, training.vocabulary, flags.runner, flags.job, lambda line: print(line, flush=True))
@@ -250,8 +250,8 @@ def _cache(flags: argparse.Namespace) -> int:
 
 
 def _launch(flags: argparse.Namespace) -> int:
-    from codellm_jax.job import VERBS, Job, accelerator, default_name, require_reachable, source
-    from codellm_jax.launch import commands, launch
+    from codellm_jax.pods.job import VERBS, Job, accelerator, default_name, require_reachable, source
+    from codellm_jax.pods.launch import commands, launch
 
     tpu = accelerator(flags.tpu)
     if not flags.job or flags.job[0] not in VERBS:
@@ -275,7 +275,7 @@ def _launch(flags: argparse.Namespace) -> int:
 
 def _precompile(flags: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: it would look for TPUs
-    from codellm_jax.runtime.topologies import parse_topology
+    from codellm_jax.pods.topologies import parse_topology
 
     topology = parse_topology(flags.topology)
     if flags.vocabulary_size is not None and flags.vocabulary_size < 1:
@@ -288,8 +288,8 @@ def _precompile(flags: argparse.Namespace) -> int:
         flags.overrides.append(("vocabulary.path", "python_8k"))
     configuration = _configuration(flags)
     from codellm_jax.configuration import build
-    from codellm_jax.precompile import precompile
-    from codellm_jax.programs import with_vocabulary_size
+    from codellm_jax.pods.precompile import precompile
+    from codellm_jax.pods.programs import with_vocabulary_size
 
     training = build(configuration, "train")
     if flags.vocabulary_size is not None:

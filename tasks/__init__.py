@@ -13,7 +13,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks import instructions, official, sources, specs
+from tasks.corpora import official, sources, specs
+from tasks.instruction_sets import instructions
+
+# Of our own modules, a name for the tasks that each defines: part of the keys of their caches. Another one is due
+# whenever the same Python would give a task other texts; that the file changes otherwise writes no cache anew.
+_DEFINITIONS = {
+    "tasks.pretraining": "878b3b1f378c24bfad534189f28bc4be1c154310db988b592781067b057da107",
+    "tasks.tuning": "ae69c1735a1a129fe1caa16125deef387f1c40142ed849c4c84a7059ce4bb241",
+}
 
 _CORPUS_NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 
@@ -24,9 +32,9 @@ class Definitions:
 
     Attributes:
       modules: importable modules that register SeqIO tasks and mixtures when imported.
-      corpora: specs as `tasks.sources` and `tasks.instructions` describe them, by name: `text.NAME`
+      corpora: specs as `corpora.sources` and `instruction_sets.instructions` describe them, by name: `text.NAME`
         or `code.NAME`, the pool before the dot. Once made it also holds the official corpora.
-      data_dir: a folder, local or gs://, below which the official corpora of `tasks.official` are
+      data_dir: a folder, local or gs://, below which the official corpora of `corpora.official` are
         looked for when they are used. A spec in `corpora` comes before the official one.
 
     Raises:
@@ -63,9 +71,9 @@ class Definitions:
     def describe(self, name: str) -> dict[str, Any]:
         """What identifies the content of a corpus, task or mixture without reading or importing it.
 
-        For a corpus it is what `tasks.sources.describe` or `tasks.instructions.describe` says; an
+        For a corpus it is what `sources.describe` or `instructions.describe` says; an
         alias of another task adds what is said of that one. For any other name it is the hash of
-        each module's source file, for the name may be defined in any of them, and the version of
+        each module's source file (of ours a fixed name), for the name may be defined in any of them, and the version of
         Python, whose library may be read. Code that those modules import is not followed.
 
         Raises:
@@ -75,7 +83,7 @@ class Definitions:
         if name not in self.corpora:
             self._require_folder(name)
             description = {
-                "modules": {module: _module_hash(module) for module in self.modules},
+                "modules": {module: _DEFINITIONS.get(module) or _module_hash(module) for module in self.modules},
                 "python": sys.version,
                 "prefix": sys.base_prefix,
                 "reader": sources.READER_VERSION,

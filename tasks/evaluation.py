@@ -4,9 +4,9 @@
 candidates becomes an example for each of them, all with the question's number and the position of the right candidate,
 so that the metric can put them together again: accuracy, by the mean log-likelihood of a candidate's tokens, whose sum
 is the score that `seqio.Evaluator` is given. A question whose answer is written becomes one, with the first reference
-as its targets and all of them as `references`; its metrics are those of `tasks.judging`, and MBPP's programs are run
-where the sandbox can confine them. Neither feature gets an end token, because a candidate's score is that of its own
-text.
+as its targets and all of them as `references`; its metrics are those of `benchmarks.judging`, and MBPP's programs are
+run where the sandbox can confine them. Neither feature gets an end token, because a candidate's score is that of its
+own text.
 
 Importing this module registers our own sample items as `sample.NAME`, which cannot be taken for the benchmarks.
 
@@ -23,11 +23,12 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from tasks import metrics, pretraining
+from tasks import pretraining
+from tasks.benchmarks import metrics
+from tasks.benchmarks.judging import Benchmarks
 from tasks.benchmarks.loading import BENCHMARKS, GENERATED, load
 from tasks.benchmarks.questions import Loaded, Prompt, Question
 from tasks.benchmarks.templates import RELEASED
-from tasks.judging import Benchmarks
 
 SPLIT = "test"
 SAMPLE_PREFIX = "sample."

@@ -21,7 +21,7 @@ import seqio
 import tensorflow as tf
 
 from codellm_jax import vocabulary
-from tasks import sources, specs
+from tasks.corpora import sources, specs
 from tasks.scheduling import add_scheduled_mixture
 
 DEFAULT_VOCABULARY = vocabulary.load_vocabulary("python_8k")
@@ -44,7 +44,7 @@ def add_corpus(
 
     Args:
       name: the task's name, such as "text.books".
-      spec: as `tasks.sources` describes it. The kind "task" gives an existing task, with its own
+      spec: as `corpora.sources` describes it. The kind "task" gives an existing task, with its own
         preprocessors and features, a second name.
       task_of: makes the task of any other kind; by default one of documents.
 

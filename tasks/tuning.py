@@ -13,8 +13,9 @@ from typing import Any
 
 import seqio
 
-from tasks import instructions, pretraining
-from tasks.official import MIXTURE, MIXTURE_RATES
+from tasks import pretraining
+from tasks.corpora.official import MIXTURE, MIXTURE_RATES
+from tasks.instruction_sets import instructions
 from tasks.scheduling import add_scheduled_mixture
 
 
@@ -34,7 +35,7 @@ def add_corpus(name: str, spec: Mapping[str, Any]) -> None:
 
     Args:
       name: the task's name, such as "text.alpaca".
-      spec: of one of the kinds that `tasks.instructions` describes.
+      spec: of one of the kinds that `instruction_sets.instructions` describes.
 
     Raises:
       ValueError: the spec is malformed, or the name is a task or mixture of another origin.

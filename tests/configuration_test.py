@@ -17,9 +17,9 @@ from codellm_jax.configuration import (
 )
 from codellm_jax.mixture.schedules import phases
 from codellm_jax.model.decoder import Decoder, parameter_count
-from codellm_jax.plan import Training
 from codellm_jax.runtime.partitioning import make_mesh
 from codellm_jax.runtime.state import abstract_state
+from codellm_jax.training.plan import Training
 
 MIXED = "gin/mixed_pretrain.gin"
 

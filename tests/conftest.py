@@ -135,9 +135,9 @@ def make_training(
     import tasks
     from codellm_jax.mixture.mixture import Mixture
     from codellm_jax.model.decoder import DecoderConfig
-    from codellm_jax.plan import Training
     from codellm_jax.runtime.optimization import adamw, warmup_cosine
     from codellm_jax.runtime.partitioning import MeshShape
+    from codellm_jax.training.plan import Training
     from codellm_jax.vocabulary import load_vocabulary
 
     of_training = {field.name for field in dataclasses.fields(Training)}
@@ -219,8 +219,8 @@ def git(folder: Path, *arguments: str) -> None:
 def checkout(tmp_path: Path) -> Path:
     """A checkout of something with this package's shape, whose commit a remote has."""
     folder = tmp_path / "checkout"
-    (folder / "codellm_jax").mkdir(parents=True)
-    (folder / "codellm_jax" / "launch.py").write_text("")
+    (folder / "codellm_jax" / "pods").mkdir(parents=True)
+    (folder / "codellm_jax" / "pods" / "launch.py").write_text("")
     (folder / "mine.gin").write_text("include 'gin/mixed_pretrain.gin'\n")
     git(folder, "init", "--quiet", "--initial-branch=main")
     git(folder, "add", ".")

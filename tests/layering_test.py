@@ -1,15 +1,19 @@
 """Which room may know which: docs/architecture.md, held by reading every import."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-PURE = {"codellm_jax.arms", "codellm_jax.mixture.schedules", "codellm_jax.mixture.order", "codellm_jax.mixture.ledger",
-        "codellm_jax.mixture.examples", "codellm_jax.mixture.ngrams", "codellm_jax.results.statistics",
-        "codellm_jax.results.levels", "tasks.metrics", "tasks.sandbox", "tasks.trial", "tasks.confinement",
-        "tasks.assertions", "tasks.values", "tasks.programs"}
+PURE = {"codellm_jax.study.arms", "codellm_jax.mixture.schedules", "codellm_jax.mixture.order",
+        "codellm_jax.mixture.ledger", "codellm_jax.mixture.examples", "codellm_jax.mixture.ngrams",
+        "codellm_jax.results.statistics", "codellm_jax.results.levels", "tasks.benchmarks.metrics",
+        *(f"tasks.programs.{name}" for name in (
+            "sandbox", "trial", "confinement", "assertions", "values", "programs"))}
 HEAVY = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"}
 
 
@@ -35,54 +39,89 @@ def tops(found: set[str]) -> set[str]:
     return {name.split(".")[0] for name in found}
 
 
-def test_arrows_point_down():
-    for name, path in modules().items():
-        found = imports(path)
-        room = name.split(".")[1] if name.count(".") > 1 else ""
-        above = {f"codellm_jax.{verb}" for verb in (
-            "cli", "flags", "configuration", "train", "plan", "evaluate", "infer", "compare", "contamination",
-            "harness", "precompile", "programs", "launch", "job", "cache", "report", "study", "planned", "survey")}
-        if room:
-            assert not found & above, name
-        if room in ("mixture", "model"):
-            assert not any(other.startswith("codellm_jax.runtime") for other in found), name
-        if room == "mixture":
-            assert not any(other.startswith("codellm_jax.model") for other in found), name
-        if room == "results":
-            assert not tops(found) & ({"jax", "gin"} | HEAVY), name
-            assert all(other.startswith("codellm_jax.results") for other in found
-                       if other.startswith("codellm_jax")), name
-        if room == "model":
-            assert all(other.startswith("codellm_jax.model") for other in found
-                       if other.startswith("codellm_jax")), name
-        if name.startswith("tasks"):
-            known = ("codellm_jax.vocabulary",)
-            if name == "tasks.scheduling":  # the order of sources, which needs numpy alone
-                known = ("codellm_jax.mixture.order", "codellm_jax.mixture.schedules")
-            assert all(other.startswith(known) for other in found - {"codellm_jax"}
-                       if other.startswith("codellm_jax")), name
-        if name.startswith("codellm_jax"):
-            assert "tasks" not in tops(found), name
-        if "gin" in tops(found):
-            assert name == "codellm_jax.configuration"
-        if "matplotlib" in tops(found):
-            assert name == "codellm_jax.results.plots" and "matplotlib" not in tops(imports(path, everywhere=False))
-        if "orbax" in tops(found):
-            assert name == "codellm_jax.runtime.checkpoints"
-        if "apache_beam" in tops(found):
-            assert name == "codellm_jax.cache"
-            assert "apache_beam" not in tops(imports(path, everywhere=False))
-        if "seqio" in tops(found) and name.startswith("codellm_jax.mixture"):
-            assert name in ("codellm_jax.mixture.tokens", "codellm_jax.mixture.mixture")
-        if name in ("codellm_jax.launch", "codellm_jax.job"):
-            others = {other for other in found if other.startswith("codellm_jax")}
-            assert others <= {"codellm_jax.job", "codellm_jax.job.Job", "codellm_jax.runtime.topologies",
-                              "codellm_jax.runtime.topologies.parse_topology"}, name
-            assert tops(found) <= sys.stdlib_module_names | {"codellm_jax"}, name
-        if name in PURE:
-            assert not tops(found) & ({"jax", "gin"} | HEAVY), name
-        defines_tasks = name in ("tasks.pretraining", "tasks.tuning", "tasks.scheduling", "tasks.evaluation")
-        assert not tops(imports(path, everywhere=False)) & HEAVY or defines_tasks, name
+# The rooms of the library and those that each may know. `cli` may know all of them.
+ROOMS: dict[str, set[str]] = {
+    "flags": set(),
+    "vocabulary": set(),
+    "results": set(),
+    "mixture": {"vocabulary"},
+    "model": set(),
+    "configuration": {"runtime"},
+    "runtime": {"mixture", "model"},
+    "evaluation": {"configuration", "runtime", "mixture", "model", "results", "vocabulary"},
+    "training": {"evaluation", "runtime", "mixture", "model", "results", "vocabulary"},
+    "study": {"training", "evaluation", "configuration", "runtime", "mixture", "model", "results"},
+    "report": {"runtime", "mixture", "results"},
+    "pods": {"training", "evaluation", "runtime", "mixture", "model"},
+}
+# Rooms of `tasks`, likewise; the modules that define SeqIO tasks stand above them.
+TASK_ROOMS: dict[str, set[str]] = {
+    "corpora": set(),
+    "programs": set(),
+    "instruction_sets": {"corpora"},
+    "benchmarks": {"corpora", "programs"},
+}
+DEFINE_TASKS = {"tasks.pretraining", "tasks.tuning", "tasks.scheduling", "tasks.evaluation"}
+# Of a library, the only modules that import it.
+ONLY_IMPORTERS = {
+    "gin": {"codellm_jax.configuration"},
+    "matplotlib": {"codellm_jax.report.plots"},
+    "orbax": {"codellm_jax.runtime.checkpoints"},
+    "apache_beam": {"codellm_jax.training.cache"},
+    "lm_eval": {"codellm_jax.evaluation.harness"},
+}
+
+
+def rooms(found: set[str], package: str) -> set[str]:
+    """The rooms of a package that imports lead to."""
+    own = {name.split(".")[1] for name in found if name.startswith(f"{package}.")}
+    return own & set(ROOMS if package == "codellm_jax" else TASK_ROOMS)
+
+
+def test_the_rooms_are_those_of_the_house():
+    of_library = {name.split(".")[1] for name in modules() if name.startswith("codellm_jax.")}
+    assert of_library - {"cli", "__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_arrows_point_down(name: str):
+    path = modules()[name]
+    found = imports(path)
+    package, room = name.split(".")[0], name.split(".")[1]
+    if name.startswith("codellm_jax"):
+        assert "tasks" not in tops(found)
+    if package == "codellm_jax" and room in ROOMS:
+        assert rooms(found, package) <= ROOMS[room] | {room}
+        assert "codellm_jax.cli" not in found
+    if package == "tasks" and room in TASK_ROOMS:
+        assert rooms(found, package) <= TASK_ROOMS[room] | {room}
+        assert not tops(found) & {"codellm_jax", "jax"}
+        assert not found & DEFINE_TASKS
+    elif package == "tasks":
+        known = ("codellm_jax.vocabulary",)
+        if name == "tasks.scheduling":  # the order of sources, which needs numpy alone
+            known = ("codellm_jax.mixture.order", "codellm_jax.mixture.schedules")
+        assert all(other.startswith(known) for other in found - {"codellm_jax"} if other.startswith("codellm_jax"))
+    for library, importers in ONLY_IMPORTERS.items():
+        assert library not in tops(found) or name in importers
+    assert not tops(imports(path, everywhere=False)) & {"matplotlib", "apache_beam"}
+    if room in ("results", "report"):
+        assert not tops(found) & ({"jax", "gin"} | HEAVY)
+    if "seqio" in tops(found) and name.startswith("codellm_jax"):
+        assert name in ("codellm_jax.mixture.tokens", "codellm_jax.mixture.mixture")
+    if name in ("codellm_jax.pods.launch", "codellm_jax.pods.job"):
+        others = {other for other in found if other.startswith("codellm_jax")}
+        assert others <= {"codellm_jax.pods.job", "codellm_jax.pods.job.Job", "codellm_jax.pods.topologies",
+                          "codellm_jax.pods.topologies.parse_topology"}
+        assert tops(found) <= sys.stdlib_module_names | {"codellm_jax"}
+    if name in PURE:
+        assert not tops(found) & ({"jax", "gin"} | HEAVY)
+    assert not tops(imports(path, everywhere=False)) & HEAVY or name in DEFINE_TASKS
+
+
+def test_no_room_knows_itself_by_way_of_others():
+    for of_package in (ROOMS, TASK_ROOMS):
+        list(graphlib.TopologicalSorter(of_package).static_order())  # raises where there is a circle
 
 
 def test_gin_is_a_folder_of_files_only():
@@ -90,7 +129,7 @@ def test_gin_is_a_folder_of_files_only():
 
 
 def test_training_code_imports_without_tensorflow():
-    script = ("import sys, codellm_jax.train, codellm_jax.configuration, tasks; "
+    script = ("import sys, codellm_jax.training.train, codellm_jax.configuration, tasks; "
               "print(sorted({'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
-import codellm_jax.train as train_module
+import codellm_jax.training.train as train_module
 from codellm_jax import cli
 from codellm_jax.runtime.progress import read_records
 
@@ -24,7 +24,7 @@ STEPS = 12
 # Process 1 is slow to read its part of the last batch, as from a far store: reading ahead does not hide it.
 SLOW_READER = """
 import sys, time
-import codellm_jax.train as train
+import codellm_jax.training.train as train
 from codellm_jax import cli
 from codellm_jax.runtime.progress import read_records
 

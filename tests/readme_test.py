@@ -15,7 +15,7 @@ import pytest
 
 from codellm_jax import cli
 from codellm_jax.mixture.schedules import phases
-from codellm_jax.runtime.topologies import has_libtpu
+from codellm_jax.pods.topologies import has_libtpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

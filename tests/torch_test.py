@@ -9,11 +9,11 @@ import pytest
 
 from codellm_jax.mixture.batches import global_batch
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.plan import make_plan
 from codellm_jax.runtime.optimization import adamw, warmup_cosine
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.runtime.state import abstract_state, initial_state
-from codellm_jax.train import train_step
+from codellm_jax.training.plan import make_plan
+from codellm_jax.training.train import train_step
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 F = torch.nn.functional

@@ -1,1 +1,1 @@
-"""What came out of an evaluation, and how sure one may be of it. Needs numpy, and in places SciPy and matplotlib."""
+"""How sure one may be of a score: intervals, paired tests, seeds, levels to read it against. Needs numpy and SciPy."""

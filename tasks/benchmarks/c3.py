@@ -8,8 +8,8 @@ from typing import Any
 
 from tasks.benchmarks.locating import Form
 from tasks.benchmarks.questions import EMPTY, NO_ANSWER, NO_SUCH_CHOICE, Item, choice_item, own_id
-from tasks.files import BROKEN_FILE, Lost, lines
-from tasks.records import BROKEN_JSON
+from tasks.corpora.files import BROKEN_FILE, Lost, lines
+from tasks.corpora.records import BROKEN_JSON
 
 # The publisher's names, and those of CLUE, which republished it.
 FORMS = (Form(("c3-d-dev.json",)), Form(("*c3*/d-dev.json",)))

@@ -5,7 +5,7 @@ from typing import Any
 
 from tasks.benchmarks.locating import Form
 from tasks.benchmarks.questions import Item, choice_item, json_items
-from tasks.files import Lost
+from tasks.corpora.files import Lost
 
 FORMS = (Form(("cosqa-dev.json",)),)
 SHOT_FORMS = (Form(("cosqa-train.json",)),)

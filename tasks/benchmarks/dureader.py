@@ -9,8 +9,8 @@ from typing import Any
 
 from tasks.benchmarks.locating import Form, file_stem
 from tasks.benchmarks.questions import NO_ANSWER, Item, is_blank, own_id
-from tasks.files import Lost
-from tasks.records import json_records
+from tasks.corpora.files import Lost
+from tasks.corpora.records import json_records
 
 FORMS = (Form(("*dureader*/dev.json", "*dureader*/test.json"), halves=True), Form(("dureader*dev.json",)))
 SHOT_FORMS = (Form(("*dureader*/train.json",)), Form(("dureader*train.json",)))

@@ -21,7 +21,7 @@ from tasks.benchmarks.questions import (
     json_items,
     position_of_letter,
 )
-from tasks.files import Lost
+from tasks.corpora.files import Lost
 
 _FOLDERS = ("ekar*chinese*", "ekar*", "e-kar*")
 FORMS = (*(Form((f"{folder}/test.json",)) for folder in _FOLDERS), Form(("ekar*test.json",)))

@@ -21,7 +21,7 @@ from tasks.benchmarks.questions import (
     choice_item,
     json_items,
 )
-from tasks.files import Lost
+from tasks.corpora.files import Lost
 
 # JEC-QA has no development set of its own, and hides the answers of its test set. 0 are knowledge questions, 1 cases.
 FORMS = (

@@ -29,7 +29,7 @@ from tasks.benchmarks import c3, cosqa, dureader, ekar, jecqa, logic, mbpp, nli,
 from tasks.benchmarks.locating import SAMPLES, Form, content_hash, is_sample, locate
 from tasks.benchmarks.questions import BAD_TEXT, Item, Lacking, Loaded, Prompt, Question, is_valid_text
 from tasks.benchmarks.templates import RELEASED, Template
-from tasks.files import Counts, Lost
+from tasks.corpora.files import Counts, Lost
 
 Reader = Callable[[Sequence[str]], Iterator[Item | Lost]]
 

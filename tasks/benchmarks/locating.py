@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tasks.files import BROKEN_FILE, below, lines
-from tasks.records import json_records
+from tasks.corpora.files import BROKEN_FILE, below, lines
+from tasks.corpora.records import json_records
 
 SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "samples")
 

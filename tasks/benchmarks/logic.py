@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tasks.benchmarks.locating import Form
 from tasks.benchmarks.questions import Item, choice_item, position_of_letter
-from tasks.files import BROKEN_FILE, Lost, lines
+from tasks.corpora.files import BROKEN_FILE, Lost, lines
 
 FORMS = (Form(("logic_val.csv",)),)
 # C-Eval's own worked examples.

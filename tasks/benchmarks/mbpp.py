@@ -11,8 +11,8 @@ from typing import Any
 
 from tasks.benchmarks.locating import Form
 from tasks.benchmarks.questions import NO_ANSWER, NO_TEXT, OTHER_SPLIT, Item, is_blank, json_items
-from tasks.files import Lost
-from tasks.mbpp import official_split, sanitized_ids
+from tasks.corpora.files import Lost
+from tasks.corpora.mbpp import official_split, sanitized_ids
 
 SANITIZED_FORMS = (Form(("sanitized-mbpp.json",)),)
 FULL_FORMS = (Form(("mbpp.json",)),)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.benchmarks.locating import Form
 from tasks.benchmarks.questions import NO_ANSWER, Item, choice_item, json_items
-from tasks.files import Lost
+from tasks.corpora.files import Lost
 
 OCNLI_FORMS = (Form(("*ocnli*/dev.json",)), Form(("ocnli*dev.json",)))
 OCNLI_SHOT_FORMS = tuple(Form((name,)) for name in ("*ocnli*/train.50k.json", "*ocnli*/train.json", "ocnli*train.json"))

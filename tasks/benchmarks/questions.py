@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tasks.benchmarks.locating import file_stem
-from tasks.files import Lost
-from tasks.records import json_records
+from tasks.corpora.files import Lost
+from tasks.corpora.records import json_records
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

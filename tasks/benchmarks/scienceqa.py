@@ -10,8 +10,8 @@ from typing import Any
 
 from tasks.benchmarks.locating import Form
 from tasks.benchmarks.questions import OTHER_SPLIT, Item, Lacking, choice_item, whole_number
-from tasks.files import Lost
-from tasks.records import NO_OBJECT, json_records
+from tasks.corpora.files import Lost
+from tasks.corpora.records import NO_OBJECT, json_records
 
 FORMS = (
     Form(("problems.json",), companions=("pid_splits.json",)),

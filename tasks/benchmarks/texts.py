@@ -1,6 +1,6 @@
 """The texts of a benchmark's questions as their records have them, without the words of any template.
 
-They are what training data is searched for (`codellm_jax.contamination`): what is asked, what it is asked about, the
+They are what training data is searched for (`evaluation.contamination`): what is asked, what it is asked about, the
 right answer, and in the chain-of-thought forms the reasoning that is scored. Left out are wrong choices, which tell
 nothing; answers that are the same few words in all questions, such as "correct"; and ScienceQA's lectures, which
 belong to no question.

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from codellm_jax.model import attention, splash
 from codellm_jax.model.attention import IMPLEMENTATIONS, AttentionMask, dot_product_attention, reference_attention
+from codellm_jax.pods.topologies import compile_only_devices, has_libtpu, parse_topology
 from codellm_jax.runtime.partitioning import AXIS_RULES
-from codellm_jax.runtime.topologies import compile_only_devices, has_libtpu, parse_topology
 
 OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.model import decoder as decoder_module
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.runtime.collectives import read_traffic
+from codellm_jax.pods.collectives import read_traffic
 from codellm_jax.runtime.optimization import adamw
 from codellm_jax.runtime.partitioning import (
     AXIS_RULES,

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import pytest
 
-import codellm_jax.train as train_module
+import codellm_jax.training.train as train_module
 from codellm_jax import cli
 from codellm_jax.runtime.profiles import ProfileSteps, parse_profile_steps
 from codellm_jax.runtime.progress import read_records
-from codellm_jax.train import train
+from codellm_jax.training.train import train
 
 MIXED = "--gin_file=gin/mixed_pretrain.gin"
 

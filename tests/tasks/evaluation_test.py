@@ -8,7 +8,7 @@ import pytest
 from codellm_jax import vocabulary
 from tasks.benchmarks.loading import BENCHMARKS, GENERATED, load
 from tasks.benchmarks.questions import Prompt, Question
-from tasks.sandbox import guarantees
+from tasks.programs.sandbox import guarantees
 
 seqio = pytest.importorskip("seqio")
 

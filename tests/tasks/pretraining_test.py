@@ -12,7 +12,8 @@ from codellm_jax import vocabulary
 
 seqio = pytest.importorskip("seqio")
 
-from tasks import pretraining, standard_library  # noqa: E402
+from tasks import pretraining  # noqa: E402
+from tasks.corpora import standard_library  # noqa: E402
 
 
 def _tokens(name: str, split: str = "train", length: int | None = None) -> list[list[int]]:

@@ -9,7 +9,8 @@ import pytest
 
 import tasks
 from codellm_jax import vocabulary
-from tasks import instructions, official, standard_library
+from tasks.corpora import official, standard_library
+from tasks.instruction_sets import instructions
 
 seqio = pytest.importorskip("seqio")
 

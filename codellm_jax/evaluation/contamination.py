@@ -1,0 +1,193 @@
+"""Contamination: which questions of the benchmarks stand in what a run trains on.
+
+    t5x contamination --gin_file=gin/mixed_pretrain.gin --gin.DATA_DIR=/data
+
+A question overlaps with a source if any of its n-grams, 13 words by default, stands in the source's training text
+(`mixture/ngrams.py` says what a word and an n-gram are, `tasks/benchmarks/texts.py` what belongs to a question). What
+is searched are the cached training rows, whole sources, whatever share of a run falls to them: the arms of a study are
+compared on the same questions. A passage that a question is asked about counts like the question itself. So an overlap
+is a reason to look, and to see the score without these questions.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from codellm_jax.mixture.examples import example_sizes
+from codellm_jax.mixture.mixture import Mixture, training_rows
+from codellm_jax.mixture.ngrams import NGrams, Question, index
+from codellm_jax.mixture.overlap import Trained, search
+from codellm_jax.results.files import write_whole
+from codellm_jax.runtime.progress import StatusLine, duration
+from codellm_jax.vocabulary import Vocabulary
+
+CONTAMINATION_VERSION = 1  # raise it whenever the same texts would give other overlaps
+SHOWN = 100  # characters of an n-gram
+
+
+class Texts(Protocol):
+    """Where the texts of questions come from. `tasks.benchmarks.judging.Benchmarks` is one."""
+
+    def texts(self, task: str) -> Any:
+        """A `tasks.benchmarks.texts.Texts`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Contamination:
+    """What is looked for.
+
+    Attributes:
+      tasks: names of benchmarks.
+      benchmarks: reads their questions.
+      ngram: words of an n-gram.
+      minimum: words that a shorter part of a question must have to be looked for as a whole.
+      most: questions of one task that may have an n-gram; of more it is the task's manner of asking.
+      processes: at most so many search at once; None for as many as there are cores.
+    """
+
+    tasks: Sequence[str]
+    benchmarks: Texts
+    ngram: int = 13
+    minimum: int = 8
+    most: int = 10
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str) or not self.tasks:
+            raise ValueError(f"TASKS must be a list of benchmarks such as ['logic', 'cosqa'], found {self.tasks!r}.")
+        for name, value in (("NGRAM", self.ngram), ("contamination.minimum", self.minimum),
+                            ("contamination.most", self.most), ("contamination.processes", self.processes)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}.")
+
+
+def measure(
+    contamination: Contamination, mixtures: Sequence[tuple[Mixture, Vocabulary]], report: Callable[[str], None] = print,
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Searches every source of some mixtures, each once, for the questions of every task.
+
+    Args:
+      contamination: what for.
+      mixtures: each with what it is tokenized with; rows that are not cached yet are.
+      report: is told a line now and then.
+      known: what was found before; given back, and nothing searched, if it is of the very same questions and rows.
+
+    Returns:
+      As JSON: {"n": ..., "sources": {SOURCE: ...}, "tasks": {TASK: {"questions": N, "not_measurable": M, "data": the
+      hash of its files, "sources": {SOURCE: {"overlapping": K, "ids": [...], "ngrams": {id: words}}}}}}. TASK and ids
+      are those of an evaluation's result files. A source that several mixtures have under other vocabularies or lengths
+      is searched in each form, and a question counts if any form holds it.
+
+    Raises:
+      ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit.
+    """
+    loaded = {f"{task.name}_sample" if task.is_sample else task.name: task
+              for task in map(contamination.benchmarks.texts, contamination.tasks)}
+    sources = list({rows.path: Trained(rows, vocabulary, mixture.stage) for mixture, vocabulary in mixtures
+                    for rows in training_rows(mixture, vocabulary, report)}.values())
+    asked = {"version": CONTAMINATION_VERSION, "n": contamination.ngram, "minimum": contamination.minimum,
+             "most": contamination.most, "sources": _described(sources)}
+    data = {name: task.sha256 for name, task in loaded.items()}
+    if known and asked.items() <= known.items() and data == {
+            name: task.get("data") for name, task in known["tasks"].items()}:
+        return dict(known)
+    questions = [Question(name, own, parts) for name, task in loaded.items() for own, parts in task.parts.items()]
+    ngrams = index(questions, contamination.ngram, contamination.minimum, contamination.most)
+    found = _searched(sources, ngrams, contamination.processes or len(os.sched_getaffinity(0)), report)
+    tasks: dict[str, Any] = {}
+    for name in loaded:
+        own = np.array([number for number, question in enumerate(questions) if question.task == name])
+        by_source: dict[str, dict[str, str]] = {source.rows.name: {} for source in sources}
+        for source, places in zip(sources, found[:, own], strict=True):
+            here = np.flatnonzero(places >= 0)
+            by_source[source.rows.name] |= zip(
+                [questions[own[number]].id for number in here], ngrams.texts(places[here]), strict=True)
+        tasks[name] = {
+            "questions": len(own), "not_measurable": int((~ngrams.measurable[own]).sum()),
+            "common_ngrams": ngrams.boilerplate[name], "data": data[name], "sources": {source: {
+                "overlapping": len(matched), "ids": [one for one in loaded[name].parts if one in matched],
+                "ngrams": matched} for source, matched in by_source.items()}}
+    return asked | {"tasks": tasks}
+
+
+def measure_into(
+    path: str, contamination: Contamination, mixtures: Sequence[tuple[Mixture, Vocabulary]],
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """What `measure` gives, written to a file, local or gs://; where the file has it already nothing is searched."""
+    file = epath.Path(path).expanduser()
+    try:
+        known = json.loads(file.read_text()) if file.exists() else None
+    except ValueError:
+        known = None
+    if known is not None and not (isinstance(known, dict) and {"version", "n", "tasks"} <= known.keys()):
+        raise ValueError(f"{path} is there and holds no contamination: give another name.")
+    measured = measure(contamination, mixtures, report, known)
+    write_whole(file, json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
+    return measured
+
+
+def _searched(
+    sources: Sequence[Trained], ngrams: NGrams, processes: int, report: Callable[[str], None]
+) -> np.ndarray:
+    """What `search` gives, with progress."""
+    began, total = time.monotonic(), sum(source.rows.count for source in sources)
+    status = StatusLine(0, total, True, unit="row")
+
+    def progress(done: int, total: int) -> None:
+        rate = done / (time.monotonic() - began)
+        status.show(done, f"searched | {rate:,.0f} rows/s | {duration((total - done) / rate)} left")
+
+    found = search(sources, ngrams, processes, progress)
+    status.close()
+    tokens, seconds = sum(map(_tokens, sources)), time.monotonic() - began
+    report(f"searched {tokens:,} tokens in {duration(seconds)}, {tokens / seconds:,.0f}/s")
+    return found
+
+
+def _described(sources: Sequence[Trained]) -> dict[str, Any]:
+    """What is searched, as JSON."""
+    described: dict[str, Any] = {}
+    for source in sources:
+        rows = source.rows
+        one = described.setdefault(rows.name, {"stage": source.stage, "tokens": 0, "rows": []})
+        one["tokens"] += _tokens(source)
+        one["rows"].append({"content_hash": rows.content_hash, "count": rows.count, "length": rows.length,
+                            "vocabulary": source.vocabulary.content_hash})
+    return described
+
+
+def _tokens(source: Trained) -> int:
+    """Tokens that are searched."""
+    rows = source.rows
+    if source.stage == "tuning":
+        return int(example_sizes(rows).positions.sum()) + rows.count
+    return rows.count * (rows.length + 1)
+
+
+def table(measured: Mapping[str, Any]) -> str:
+    """Lines of text: for each task the questions that overlap, and with which sources, with an n-gram for each."""
+    lines = [f"{'task':<28} {'questions':>10} {'not tested':>10} {'overlap':>9}   of them in"]
+    examples = []
+    for name, task in measured["tasks"].items():
+        found = {source: one for source, one in task["sources"].items() if one["overlapping"]}
+        overlapping = len({own for one in found.values() for own in one["ids"]})
+        listed = ", ".join(f"{source} {one['overlapping']:,}" for source, one in found.items())
+        lines.append(f"{name:<28} {task['questions']:>10,} {task['not_measurable']:>10,} {overlapping:>9,}   "
+                     f"{listed}".rstrip())
+        for source, one in found.items():
+            own = one["ids"][0]
+            examples.append(f"{name} {own} in {source}: {one['ngrams'][own][:SHOWN]}")
+    sources = [f"{name} {one['tokens']:,}" for name, one in measured["sources"].items()]
+    return "\n".join([
+        *lines, "", *examples, *([""] if examples else []), f"Searched, in tokens: {', '.join(sources)}.",
+        f"Overlap: {measured['n']} words of a question in a row, or a shorter part of it of {measured['minimum']} or "
+        "more, stand in what is trained on.", "Not tested: too short, or in words that many questions have."])

@@ -1,0 +1,222 @@
+"""Inference: prompts to text.
+
+    t5x infer --gin_file=gin/infer.gin --gin.CHECKPOINT_PATH=runs/mixed_pretrain
+
+Prompts are typed, and what is written to each appears as it comes; or they come from a file, are answered in batches,
+and appear in the file's order. The randomness of an answer depends on the seed and the number of its prompt alone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from codellm_jax.evaluation.decoding import prompt_tokens_cut
+from codellm_jax.evaluation.sampling import Sampling
+from codellm_jax.evaluation.trained import Checkpoint, TrainedModel, trained_model
+from codellm_jax.runtime.progress import StatusLine, say
+
+_INCOMPLETE = "\ufffd"  # what bytes decode to that are no whole character yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """What a gin file says of an inference.
+
+    Attributes:
+      checkpoint: who writes.
+      sampling: how tokens are drawn.
+      seed: of what is drawn.
+      template: makes a prompt of an instruction and its input; None where texts are gone on from as they are.
+      batch_size: prompts of a file that are answered at a time.
+    """
+
+    checkpoint: Checkpoint
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    template: Callable[..., str] | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"infer.batch_size must be at least 1, found {self.batch_size}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed}.")
+
+
+class Written(NamedTuple):
+    """A whole answer; see `decoding.Generation` for `reason`."""
+
+    prompt: str
+    text: str
+    reason: str
+    prompt_tokens_cut: int
+
+
+def infer(
+    inference: Inference, prompts: Iterable[str], write: Callable[[str], None],
+    begin: Callable[[int, str], None], report: Callable[[str], None] = say,
+) -> Iterator[Written]:
+    """Answers prompts in order.
+
+    Args:
+      inference: who writes, and how.
+      prompts: a sequence is answered in batches, each of which is out before the next begins; any other iterable one
+        after the other, as they come.
+      write: is given each part of an answer's text as soon as it is known and all before it are out.
+      begin: is given the number and the text of a prompt before its answer's first part.
+      report: is told what was read.
+
+    Yields:
+      Each answer once it is whole.
+
+    Raises:
+      ValueError, FileNotFoundError: in one line, for checkpoints and settings that do not fit.
+    """
+    with trained_model(inference.checkpoint, report) as (model, _):
+        start, size = 0, inference.batch_size
+        batches: Iterable[Sequence[str]] = (
+            (prompts[first : first + size] for first in range(0, len(prompts), size))
+            if isinstance(prompts, Sequence) else ([prompt] for prompt in prompts))
+        for batch in batches:
+            yield from _answers(inference, model, batch, start, write, begin)
+            start += len(batch)
+
+
+def _answers(
+    inference: Inference, model: TrainedModel, prompts: Sequence[str], start: int, write: Callable[[str], None],
+    begin: Callable[[int, str], None],
+) -> Iterator[Written]:
+    vocabulary = model.vocabulary
+    ids: list[list[int]] = [[] for _ in prompts]
+    reasons: list[str | None] = [None] * len(prompts)
+    shown, current = "", 0
+    # An empty prompt begins a document.
+    encoded = [vocabulary.encode(prompt) or [vocabulary.end_of_document_id] for prompt in prompts]
+    begin(start, prompts[0])
+    for piece in model.stream(encoded, [()] * len(prompts), inference.sampling, inference.seed,
+                              numbers=range(start, start + len(prompts)), batch_size=len(prompts)):
+        ids[piece.row] += piece.ids
+        reasons[piece.row] = piece.reason
+        while current < len(prompts):
+            reason, text = reasons[current], vocabulary.decode(ids[current])
+            known = text if reason else text.rstrip(_INCOMPLETE)
+            write(known[len(shown) :])
+            shown = known
+            if not reason:
+                break
+            cut = prompt_tokens_cut(encoded[current], model.config.length, model.room(inference.sampling))
+            yield Written(prompts[current], text, reason, cut)
+            shown, current = "", current + 1
+            if current < len(prompts):
+                begin(start + current, prompts[current])
+
+
+def answer(inference: Inference, prompts_file: str | None, output: str | None) -> None:
+    """What the command does: prompts of a file, or typed; answers on the terminal, or in a file as JSON lines.
+
+    Raises:
+      ValueError, FileNotFoundError: in one line, for files, checkpoints and settings that do not fit.
+    """
+    if output and "://" not in output:
+        path = pathlib.Path(output).expanduser().absolute()
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no directory to write {output} in.")
+        if prompts_file and path == pathlib.Path(prompts_file).expanduser().absolute():
+            raise ValueError(f"--output and --prompts are both {output}.")
+    prompts: Any = read_prompts(prompts_file, inference.template) if prompts_file else (
+        in_template(line, inference.template) for line in typed())
+
+    def write(text: str) -> None:
+        if not output:
+            print(text, end="", flush=True)
+
+    def begin(number: int, prompt: str) -> None:
+        if prompts_file and not output:
+            print(f"--- {number + 1}/{len(prompts)}: {prompt}", flush=True)
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    status = StatusLine(0, len(prompts) if prompts_file else 0, active=bool(prompts_file and output), unit="prompt")
+    with contextlib.ExitStack() as opened:
+        file: Any = None
+        for number, written in enumerate(infer(inference, prompts, write, begin, report), 1):
+            if output:  # opened when there is something to write: a slip costs no earlier answers
+                file = file or opened.enter_context(epath.Path(output).expanduser().open("w"))
+                file.write(json.dumps(written._asdict(), ensure_ascii=False) + "\n")
+                file.flush()
+                status.show(number, "answered")
+            else:
+                print(flush=True)
+            if written.prompt_tokens_cut:
+                report(f"prompt {number} is too long: its first {written.prompt_tokens_cut:,} tokens are not read.")
+    status.close()
+
+
+def typed() -> Iterator[str]:
+    """Lines from the terminal, or from a pipe, that are not blank."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def read_prompts(path: str, template: Callable[..., str] | None) -> list[str]:
+    """The prompts of a file, local or gs://: a line each, or JSON lines where it is named .jsonl.
+
+    A JSON record is {"prompt": ...}, or {"instruction": ..., "input": ...}, which needs the template. Blank lines are
+    passed over.
+
+    Raises:
+      FileNotFoundError, ValueError: in one line; the file is not there, holds nothing, or a line is neither.
+    """
+    file = epath.Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {path} of prompts.")
+    try:
+        lines = [(number, line) for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1)
+                 if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    if not lines:
+        raise ValueError(f"{path} holds no prompt.")
+    if not path.endswith(".jsonl"):
+        return [in_template(line.removesuffix("\r"), template) for _, line in lines]
+    return [_of_record(_json(line), f"{path}, line {number}", template) for number, line in lines]
+
+
+def in_template(text: str, template: Callable[..., str] | None) -> str:
+    """A text as it is, or as an instruction in the template."""
+    return template(text) if template else text
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _of_record(record: Any, where: str, template: Callable[..., str] | None) -> str:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half a surrogate pair, which is no text.") from None
+    match record:
+        case {"prompt": str(prompt)}:
+            return in_template(prompt, template)
+        case {"instruction": str(instruction), **rest} if template and isinstance(rest.get("input", ""), str):
+            return template(instruction, rest.get("input", ""))
+        case {"instruction": _}:
+            raise ValueError(f"{where} is an instruction: give --instruction, and texts.")
+    raise ValueError(f'{where} must be a JSON object such as {{"prompt": "..."}} or {{"instruction": "...", '
+                     '"input": "..."}.')

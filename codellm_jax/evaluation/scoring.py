@@ -1,0 +1,388 @@
+"""Log-likelihoods of continuations, given prompts.
+
+    values = score(params, config, requests)  # in the order of the requests; `score_greedily` tells more
+
+Rows are trees. The candidates of one question often begin alike; what all of them share, the stem, stands once in a
+row and each candidate's rest follows as a branch: a segment of its own, whose positions go on from the stem's and
+which sees the stem and itself (`shared_segment` of the decoder). One pass over stem + rest + rest + ... tokens thus
+replaces as many passes over stem + rest, with no cache and no second program. `_plan_group` says when it pays.
+
+A row is cut from few lengths (`buckets.length_bucket`, of which one call uses at most MOST_LENGTHS) and rows of a
+length come in batches of one size, so that few programs are compiled. Only the tokens of continuations are ever
+multiplied with the vocabulary, a chunk at a time. Shape suffixes are explained at the top of `decoder.py`.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import NamedSharding
+
+from codellm_jax.evaluation.buckets import (
+    length_bucket,
+    place,
+    power_of_two,
+    replicate,
+    round_up,
+    shards_of,
+    unknown_id,
+)
+from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
+
+DEFAULT_BATCH_TOKENS = 8192
+MOST_LENGTHS = 6  # row lengths in one call
+# Positions, on one device, whose logits live at a time: 512 x 130,344 x 4 bytes are 0.25 GiB.
+LOGIT_POSITIONS = 512
+# What a FLOP of attention costs beside one of a large matmul, softmax and masking counted in. Measured on 2 CPU cores,
+# 4 layers of width 256 and 512 with rows of 256 to 1,024 tokens: 1.7 to 3.8.
+ATTENTION_SLOWNESS = 2.5
+
+STEM = 0  # segment id of a row's stem; branches are 1, 2, ...; padding is -1
+
+
+class Request(NamedTuple):
+    """One continuation to score.
+
+    Attributes:
+      group: requests of the same group may share a stem: a question's candidates. It changes no result.
+      prompt: token ids, at least one; of one too long the end is kept (`prompt_tokens_cut`).
+      continuation: token ids, at least one, each of which gets a log-likelihood.
+    """
+
+    group: int
+    prompt: Sequence[int]
+    continuation: Sequence[int]
+
+
+class _Branch(NamedTuple):
+    """What a request needs beyond its row's stem."""
+
+    request: int  # index
+    tokens: tuple[int, ...]  # the last one is only predicted
+    scored: int  # predicted tokens at the end that count
+
+
+class _Row(NamedTuple):
+    stem: tuple[int, ...]
+    branches: list[_Branch]
+
+    @property
+    def length(self) -> int:
+        return len(self.stem) + sum(len(branch.tokens) - 1 for branch in self.branches)
+
+
+class _Batch(NamedTuple):
+    """Rows on devices."""
+
+    tokens: jax.Array  # int32 [B, L]
+    positions: jax.Array  # int32 [B, L]
+    segments: jax.Array  # int32 [B, L]
+    scored: jax.Array  # int32 [B, L] padded to whole chunks: indices of hidden states that are scored, those first
+    targets: jax.Array  # int32, like `scored`: what they predict
+    most: np.ndarray  # int32 scalar: scored tokens in the row that has most
+
+
+def fault(request: Request, length: int, vocabulary_size: int) -> str | None:
+    """Why a request cannot be scored by a model of `length` positions, as the end of a sentence; None if it can."""
+    if not request.continuation:
+        return "its continuation is empty: there is no token to score"
+    if not request.prompt:
+        return "its prompt is empty, and the first token of a row cannot be predicted: give at least one prompt token"
+    if len(request.continuation) > length:
+        return (f"its continuation has {len(request.continuation)} tokens, "
+                f"and the model can predict at most {length} after one prompt token")
+    wrong = unknown_id((*request.prompt, *request.continuation), vocabulary_size)
+    if wrong is not None:
+        return f"it holds the token id {wrong}, and the model knows 0 to {vocabulary_size - 1}"
+    return None
+
+
+def prompt_tokens_cut(request: Request, length: int) -> int:
+    """Tokens that are cut from the beginning of a request's prompt, by a model of `length` positions.
+
+    The last token of a continuation is only predicted, so prompt and continuation have room for length + 1 tokens.
+    """
+    return max(0, len(request.prompt) + len(request.continuation) - (length + 1))
+
+
+class Scores(NamedTuple):
+    """Of one continuation's tokens."""
+
+    log_likelihoods: np.ndarray  # float32, nats
+    greedy: np.ndarray  # bool: of all tokens none is likelier
+
+
+def score(params: Any, config: DecoderConfig, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
+    """The log-likelihoods, float32 [tokens of the continuation] in nats, that `score_greedily` finds."""
+    return [found.log_likelihoods for found in score_greedily(params, config, requests, **options)]
+
+
+def score_greedily(
+    params: Any,
+    config: DecoderConfig,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    sharding: NamedSharding | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Scores]:
+    """Computes the log-likelihood of every continuation token, and whether greedy decoding would choose it.
+
+    Results depend neither on the other requests, their order and groups, nor on `batch_tokens` or the mesh, beyond
+    the rounding of `config.dtype`.
+
+    Args:
+      params: the decoder's parameters.
+      config: the decoder's configuration.
+      requests: what to score.
+      batch_tokens: tokens in a batch, padding counted in; at least one row for each shard is taken anyhow.
+      sharding: of a [batch, length] array; call under its mesh and the rules of the logical axes, as in training.
+        None: one device.
+      progress: called with requests done and requests in all after each batch.
+
+    Returns:
+      A `Scores` for each request.
+
+    Raises:
+      ValueError: in one line that names the request by its index: its prompt or its continuation is empty, or the
+        continuation alone is longer than the model, or an id is unknown. Nothing is computed then; `fault` tells
+        beforehand.
+    """
+    results: list[Any] = [None] * len(requests)
+    done = 0
+    for finished in _finished_batches(params, config, requests, batch_tokens, sharding):
+        for index, scores in finished:
+            results[index] = scores
+        done += len(finished)
+        if progress is not None:
+            progress(done, len(requests))
+    return results
+
+
+def _finished_batches(
+    params: Any, config: DecoderConfig, requests: Sequence[Request], batch_tokens: int, sharding: NamedSharding | None
+) -> Iterator[list[tuple[int, Scores]]]:
+    """The results of one batch after the other; the next is under way while one is handed out."""
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}.")
+    for index, request in enumerate(requests):
+        reason = fault(request, config.length, config.vocabulary_size)
+        if reason is not None:
+            raise ValueError(f"Request {index} of group {request.group} cannot be scored: {reason}.")
+    shards = shards_of(sharding)
+    waiting: tuple[list[_Row], Any] | None = None
+    for rows, batch_size, length in _plan_batches(_plan_rows(config, requests), config.length, batch_tokens, shards):
+        chunk = _chunk(batch_size, shards)
+        batch = _assemble(rows, batch_size, length, chunk, sharding)
+        scored = _score_batch(params, batch, config=config, chunk=chunk, sharding=sharding)
+        if waiting is not None:
+            yield _results(*waiting)
+        waiting = rows, scored
+    if waiting is not None:
+        yield _results(*waiting)
+
+
+def lower_largest(
+    params: Any, config: DecoderConfig, *, batch_tokens: int = DEFAULT_BATCH_TOKENS, sharding: NamedSharding
+) -> jax.stages.Lowered:
+    """The program of a full batch of the longest rows, to be compiled ahead of time; arguments as for `score`.
+
+    `params` may be abstract, and the mesh of devices that are not there.
+    """
+    shards, length = shards_of(sharding), config.length
+    rows = _full_batch(batch_tokens, length, shards)
+    chunk = _chunk(rows, shards)
+    tokens_BL, scored_BL = (jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=sharding)
+                            for width in (length, round_up(length, chunk)))
+    arrays: Any = tokens_BL, tokens_BL, tokens_BL, scored_BL, scored_BL, np.asarray(1, np.int32)
+    return _score_batch.lower(params, _Batch(*arrays), config=config, chunk=chunk, sharding=sharding)
+
+
+def _full_batch(batch_tokens: int, length: int, shards: int) -> int:
+    """Rows of a full batch: as many as `batch_tokens` holds, at least one for each shard."""
+    return max(shards, batch_tokens // length // shards * shards)
+
+
+def _chunk(rows: int, shards: int) -> int:
+    """Positions of a row whose logits are made at a time."""
+    return max(1, min(64, power_of_two(LOGIT_POSITIONS * shards // rows + 1) // 2))
+
+
+def _results(rows: list[_Row], scored: tuple[jax.Array, jax.Array]) -> list[tuple[int, Scores]]:
+    """Cuts a batch's scores into (request, those of its tokens); waits for the device."""
+    values_BL, greedy_BL = map(np.asarray, scored)
+    found = []
+    for b, row in enumerate(rows):  # rows of padding follow
+        start = 0
+        for branch in row.branches:
+            part = slice(start, start + branch.scored)
+            found.append((branch.request, Scores(values_BL[b, part].copy(), greedy_BL[b, part].copy())))
+            start += branch.scored
+    return found
+
+
+# What stands in which row.
+
+
+def _plan_rows(config: DecoderConfig, requests: Sequence[Request]) -> list[_Row]:
+    """The rows of all requests, longest first."""
+    groups: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(request.group, []).append(index)
+    rows = []
+    for members in groups.values():
+        sequences = []
+        for index in members:
+            request = requests[index]
+            cut = prompt_tokens_cut(request, config.length)
+            tokens = (*tuple(request.prompt)[cut:], *request.continuation)
+            sequences.append(_Branch(index, tokens, len(request.continuation)))
+        rows += _plan_group(config, sequences)
+    return sorted(rows, key=lambda row: (-row.length, row.branches[0].request))
+
+
+def _plan_group(config: DecoderConfig, sequences: list[_Branch]) -> list[_Row]:
+    """The rows of one group: its sequences share a stem if that is counted to be the cheaper way.
+
+    The rule: the stem is the longest common beginning that leaves each branch the last token of its prompt, which
+    predicts the first that counts. Branches fill a row behind it up to the model's length, then the stem begins
+    another one. This is taken if it costs less than a row for each sequence, both counted by `_cost` on padded rows.
+    """
+    alone = [_Row((), [sequence]) for sequence in sequences]
+    if len(sequences) == 1:
+        return alone
+    first, last = min(s.tokens for s in sequences), max(s.tokens for s in sequences)
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    stem = first[: min(common, *(len(s.tokens) - s.scored - 1 for s in sequences))]
+    together: list[_Row] = []
+    for sequence in sorted(sequences, key=lambda s: -len(s.tokens)):
+        branch = sequence._replace(tokens=sequence.tokens[len(stem) :])
+        if not together or together[-1].length + len(branch.tokens) - 1 > config.length:
+            together.append(_Row(stem, []))
+        together[-1].branches.append(branch)
+
+    def cost(rows: list[_Row]) -> float:
+        return sum(_cost(config, length_bucket(row.length, config.length)) for row in rows)
+
+    return together if cost(together) < cost(alone) else alone
+
+
+def _cost(config: DecoderConfig, length: int) -> float:
+    """Multiply-adds of a row's forward pass, for a token and layer 4 D^2 + 2 D F and, weighted, L D of attention."""
+    matmul = 4 * config.hidden**2 + 2 * config.hidden * config.feedforward
+    return length * (matmul + ATTENTION_SLOWNESS * length * config.hidden)
+
+
+def _plan_batches(
+    rows: list[_Row], longest: int, batch_tokens: int, shards: int
+) -> Iterator[tuple[list[_Row], int, int]]:
+    """Cuts rows, longest first, into batches; yields (rows, batch size with padding, length).
+
+    The batch size follows from the length. A batch also takes in shorter rows, so only the last one may have rows of
+    padding; it is as small as full size / 4^k can be.
+    """
+    lengths = _few_lengths(Counter(length_bucket(row.length, longest) for row in rows), batch_tokens)
+    start = 0
+    while start < len(rows):
+        length = next(length for length in lengths if length >= rows[start].length)
+        size = _full_batch(batch_tokens, length, shards)
+        taken = rows[start : start + size]
+        while size > shards and round_up(-(-size // 4), shards) >= len(taken):
+            smaller = round_up(-(-size // 4), shards)
+            if smaller == size:
+                break
+            size = smaller
+        yield taken, size, length
+        start += len(taken)
+
+
+def _few_lengths(rows_of: Counter[int], batch_tokens: int) -> list[int]:
+    """Row lengths to use, ascending: lengths are given up for the next longer one where that costs least padding.
+
+    It ends when at most MOST_LENGTHS remain and giving up another would cost more than a batch of padding, about what
+    compiling costs.
+    """
+    counts = dict(sorted(rows_of.items()))
+    while len(counts) > 1:
+        lengths = list(counts)
+        padding = [(longer - length) * counts[length] for length, longer in zip(lengths, lengths[1:], strict=False)]
+        least = int(np.argmin(padding))
+        if len(lengths) <= MOST_LENGTHS and padding[least] > batch_tokens:
+            break
+        counts[lengths[least + 1]] += counts.pop(lengths[least])
+    return list(counts)
+
+
+def _assemble(
+    rows: list[_Row], batch_size: int, length: int, chunk: int, sharding: NamedSharding | None
+) -> _Batch:
+    """Lays rows out in arrays."""
+    tokens_BL, positions_BL = np.zeros((2, batch_size, length), np.int32)
+    segments_BL = np.full((batch_size, length), STEM - 1, np.int32)
+    scored_BL, targets_BL = np.zeros((2, batch_size, round_up(length, chunk)), np.int32)
+    most = 0
+    for b, row in enumerate(rows):
+        stem = len(row.stem)
+        tokens_BL[b, :stem], positions_BL[b, :stem], segments_BL[b, :stem] = row.stem, np.arange(stem), STEM
+        start, written = stem, 0
+        for segment, branch in enumerate(row.branches, STEM + 1):
+            stop = start + len(branch.tokens) - 1
+            tokens_BL[b, start:stop] = branch.tokens[:-1]
+            positions_BL[b, start:stop] = np.arange(stem, stem + stop - start)
+            segments_BL[b, start:stop] = segment
+            scored_BL[b, written : written + branch.scored] = np.arange(stop - branch.scored, stop)
+            targets_BL[b, written : written + branch.scored] = branch.tokens[-branch.scored :]
+            start, written = stop, written + branch.scored
+        most = max(most, written)
+    tokens, positions, segments, scored, targets = (
+        place(array, sharding) for array in (tokens_BL, positions_BL, segments_BL, scored_BL, targets_BL))
+    return _Batch(tokens, positions, segments, scored, targets, np.asarray(most, np.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk", "sharding"))
+def _score_batch(
+    params: Any, batch: _Batch, *, config: DecoderConfig, chunk: int, sharding: NamedSharding | None
+) -> tuple[jax.Array, jax.Array]:
+    """Log-likelihoods of `batch.targets`, float32, and whether none is likelier, bool, both like them; what lies behind
+    a row's last one is anything.
+
+    As many chunks are computed as the row that has most needs, so that the stems' logits cost nothing.
+    """
+    hidden_BLD: Any = Decoder(config).apply(
+        {"params": params}, batch.tokens, batch.positions, batch.segments, shared_segment=STEM
+    )
+    # Cast, and gathered where it is sharded, once instead of in every turn of the loop.
+    embedding_VD = nn.with_logical_constraint(
+        token_embedding(params).astype(hidden_BLD.dtype), ("activation_vocab", "activation_embed")
+    )
+
+    def one_chunk(index: jax.Array, scores: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start = index * chunk
+        at_BC, targets_BC = (
+            jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (batch.scored, batch.targets)
+        )
+        hidden_BCD = jnp.take_along_axis(hidden_BLD, at_BC[:, :, None], axis=1)
+        hidden_ND = hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
+        logits_NV = jnp.einsum("ND,VD->NV", hidden_ND, embedding_VD, preferred_element_type=jnp.float32)
+        logits_NV = nn.with_logical_constraint(logits_NV, ("activation_batch", "activation_vocab"))
+        # The very number that the highest is compared with; a sum, for looking it up would gather a sharded vocabulary.
+        is_target_NV = targets_BC.reshape(-1, 1) == jnp.arange(embedding_VD.shape[0])
+        target_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=-1)
+        highest_N = jnp.max(logits_NV, axis=-1)
+        partition_N = jnp.sum(jnp.exp(logits_NV - highest_N[:, None]), axis=-1)
+        found = target_N - highest_N - jnp.log(partition_N), target_N == highest_N
+        values_BL, greedy_BL = (
+            jax.lax.dynamic_update_slice_in_dim(old, new.reshape(at_BC.shape), start, axis=1)
+            for old, new in zip(scores, found, strict=True)
+        )
+        return values_BL, greedy_BL
+
+    chunks = -(-batch.most // chunk)
+    nothing = jnp.zeros(batch.targets.shape, jnp.float32), jnp.zeros(batch.targets.shape, bool)
+    values_BL, greedy_BL = jax.lax.fori_loop(0, chunks, one_chunk, nothing)
+    return replicate(values_BL, sharding), replicate(greedy_BL, sharding)

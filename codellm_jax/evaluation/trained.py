@@ -1,0 +1,100 @@
+"""A trained model on its devices: what evaluation and inference ask."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from codellm_jax.evaluation.decoding import Generation, Piece, generate, stream
+from codellm_jax.evaluation.sampling import Sampling
+from codellm_jax.evaluation.scoring import Request, Scores, score_greedily
+from codellm_jax.model.decoder import Decoder, DecoderConfig
+from codellm_jax.runtime.checkpoints import newest_record, require_same_vocabulary, restore_parameters
+from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
+from codellm_jax.runtime.progress import say
+from codellm_jax.runtime.state import abstract_state
+from codellm_jax.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a gin file says of a trained model.
+
+    Attributes:
+      path: a run directory; its newest undamaged checkpoint is taken.
+      vocabulary: what it was trained with.
+      model: makes the decoder's configuration when called with `vocabulary_size` and `length`.
+      lengths: {"targets": the model's positions}.
+      mesh: devices along each axis.
+    """
+
+    path: str
+    vocabulary: Vocabulary
+    model: Callable[..., DecoderConfig]
+    lengths: Mapping[str, int]
+    mesh: MeshShape
+
+
+class TrainedModel(NamedTuple):
+    """Parameters on devices and what they are of; its methods are called under its mesh and axis rules."""
+
+    params: Any
+    config: DecoderConfig
+    vocabulary: Vocabulary
+    mesh: Mesh
+
+    def score(self, requests: Sequence[Request], batch_tokens: int) -> list[Scores]:
+        """Log-likelihoods of continuations; see `scoring.score_greedily`."""
+        return score_greedily(
+            self.params, self.config, requests, batch_tokens=batch_tokens, sharding=batch_sharding(self.mesh))
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
+        **options: Any,
+    ) -> list[Generation]:
+        """Answers, one a prompt, each until one of its texts in `stops` stands in it; see `decoding.stream`."""
+        return generate(self.params, self.config, prompts, sampling, seed, **self._options(stops, sampling), **options)
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """As `write`, in pieces as they come."""
+        return stream(self.params, self.config, prompts, sampling, seed, **self._options(stops, sampling), **options)
+
+    def room(self, sampling: Sampling) -> int:
+        """Positions kept for an answer, for which a prompt too long loses its beginning: at most half of them."""
+        return max(1, min(sampling.max_new_tokens, self.config.length // 2))
+
+    def _options(self, stops: Sequence[Sequence[str]], sampling: Sampling) -> dict[str, Any]:
+        def stopped(row: int, ids: list[int]) -> bool:
+            text = self.vocabulary.decode(ids)
+            return any(word in text for word in stops[row])
+
+        return {"stop_ids": {self.vocabulary.end_of_document_id}, "drawable": self.vocabulary.pieces,
+                "sharding": batch_sharding(self.mesh), "stopped": stopped if any(stops) else None,
+                "room": self.room(sampling)}
+
+
+@contextlib.contextmanager
+def trained_model(
+    checkpoint: Checkpoint, report: Callable[[str], None] = say
+) -> Iterator[tuple[TrainedModel, dict[str, Any]]]:
+    """Its model, and the record that was saved with it; its mesh and axis rules hold within.
+
+    Raises:
+      FileNotFoundError, ValueError: in one line; there is no checkpoint, or it is of another vocabulary or model.
+    """
+    vocabulary = checkpoint.vocabulary
+    require_same_vocabulary(newest_record(checkpoint.path)[1], vocabulary.content_hash, checkpoint.path)
+    mesh = make_mesh(checkpoint.mesh)
+    model = Decoder(checkpoint.model(vocabulary_size=vocabulary.size, length=checkpoint.lengths["targets"]))
+    abstract = abstract_state(model, optax.identity(), mesh, checkpoint.mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(checkpoint.mesh.all_rules()):
+        params, record = restore_parameters(checkpoint.path, abstract.params, report=report)
+        yield TrainedModel(params, model.config, vocabulary, mesh), record

@@ -1,0 +1,1 @@
+"""TPUs that are not there yet: jobs on Cloud TPU, programs compiled for a topology, memory and traffic."""

@@ -1,0 +1,195 @@
+"""A run's programs, compiled for TPUs that are not there.
+
+    outcome = compile_train_step(training, parse_topology("v4-128"))
+
+It is the train step of `train.py` itself, laid out, donated and optimized as the run would. No data is opened: shapes
+follow from the settings alone, so in tuning a step has BATCH_SIZE rows, the most that it could need.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from codellm_jax.evaluation import decoding, scoring
+from codellm_jax.evaluation.sampling import PAPER_SAMPLING
+from codellm_jax.mixture.batches import Batch
+from codellm_jax.model.decoder import Decoder, DecoderConfig
+from codellm_jax.pods.collectives import Traffic, read_traffic
+from codellm_jax.pods.topologies import Topology, compile_only_devices
+from codellm_jax.runtime.partitioning import batch_sharding, make_mesh, require_divisible
+from codellm_jax.runtime.state import TrainState, abstract_state
+from codellm_jax.training.plan import Training
+from codellm_jax.training.train import jit_train_step
+
+SOURCES = 2  # of the mixture; only two small results of a step depend on it
+
+
+class Memory(NamedTuple):
+    """Bytes of a device while a program runs, as the compiler accounts for them.
+
+    Whether a program fits is decided by its peak: what lives at any one time. The temporaries count more than ever
+    lives at once, so that the total can exceed the memory of a chip on which the program runs.
+    """
+
+    arguments: int  # state and batch
+    temporaries: int
+    results: int  # beside those that take the place of arguments
+    peak: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.results
+
+
+class Outcome(NamedTuple):
+    """What came of compiling one program.
+
+    Attributes:
+      program: "train step", "scoring" or "decoding".
+      memory: None where it does not fit.
+      refusal: why it does not.
+      traffic, unknown_loops: see `collectives.read_traffic`; what crosses slices is along "slices".
+      seconds: that compiling took.
+    """
+
+    program: str
+    training: Training
+    topology: Topology
+    mesh: Mesh
+    config: DecoderConfig
+    rows: int
+    memory: Memory | None
+    refusal: str
+    traffic: list[Traffic]
+    unknown_loops: int
+    seconds: float
+
+
+def with_slices(training: Training, topology: Topology) -> Training:
+    """The run on that topology: where slices are joined and the mesh does not say how, along `data`."""
+    mesh = training.mesh
+    if topology.slices == 1 or mesh.slices == topology.slices:
+        return training
+    data = topology.slices if mesh.data == 1 else mesh.data
+    return dataclasses.replace(training, mesh=dataclasses.replace(mesh, data=data, slices=topology.slices))
+
+
+def with_vocabulary_size(training: Training, pieces: int, multiple: int = 128) -> Training:
+    """The run with a vocabulary of so many pieces, padded as `load_vocabulary` pads."""
+    vocabulary = dataclasses.replace(training.vocabulary, pieces=pieces, size=-(-pieces // multiple) * multiple)
+    return dataclasses.replace(training, vocabulary=vocabulary)
+
+
+def compile_train_step(training: Training, topology: Topology) -> Outcome:
+    """Compiles the train step.
+
+    Raises:
+      ValueError: in one line, where the settings do not fit each other or the topology.
+    """
+    mesh, model, state, rows = lay_out(training, topology)
+    optimizer = training.optimizer(training.learning_rate)
+    shape = rows, training.mixture.length
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32,
+                                         sharding=batch_sharding(mesh)) for name in Batch._fields))
+    step = jit_train_step(model, optimizer, state, SOURCES, training.microbatches)
+    return _compile("train step", training, topology, mesh, model.config, rows, lambda: step.lower(state, batch))
+
+
+def compile_scoring(training: Training, topology: Topology) -> Outcome:
+    """Compiles the scoring of a full batch of the longest rows."""
+    mesh, model, state, _ = lay_out(training, topology)
+    sharding = batch_sharding(mesh)
+    lower = functools.partial(scoring.lower_largest, state.params, model.config, sharding=sharding)
+    return _compile("scoring", training, topology, mesh, model.config, 0, lower)
+
+
+def compile_decoding(training: Training, topology: Topology) -> Outcome:
+    """Compiles a turn of decoding behind prompts as long as the model, drawn as the paper draws."""
+    mesh, model, state, _ = lay_out(training, topology)
+    sharding = batch_sharding(mesh)
+    lower = functools.partial(decoding.lower_largest, state.params, model.config, PAPER_SAMPLING, sharding=sharding)
+    return _compile("decoding", training, topology, mesh, model.config, 0, lower)
+
+
+def lay_out(training: Training, topology: Topology) -> tuple[Mesh, Decoder, TrainState, int]:
+    """Mesh, model, abstract state, and rows of a step."""
+    mesh = make_mesh(training.mesh, compile_only_devices(topology))
+    packed = training.mixture.stage == "tuning" and training.mixture.packing
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * training.microbatches
+    if not packed:
+        require_divisible(training.batch_size, training.microbatches, mesh)
+    model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
+    state = abstract_state(model, training.optimizer(training.learning_rate), mesh, training.mesh)
+    return mesh, model, state, -(-training.batch_size // shards) * shards
+
+
+def _compile(
+    program: str, training: Training, topology: Topology, mesh: Mesh, config: DecoderConfig, rows: int,
+    lower: Callable[[], jax.stages.Lowered],
+) -> Outcome:
+    start = time.monotonic()
+    compiled, refusal, memory, unknown = None, "", None, 0
+    traffic: list[Traffic] = []
+    # Not kept in JAX's cache of programs: what is for absent devices cannot be read back.
+    config_of_jax: Any = jax.config
+    kept_from = config_of_jax.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    try:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(training.mesh.all_rules()):
+            compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = _refusal(str(error))
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", kept_from)
+    if compiled is not None:
+        found: Any = compiled.memory_analysis()
+        memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes,
+                        found.output_size_in_bytes - found.alias_size_in_bytes, found.peak_memory_in_bytes)
+        axes = dict(mesh.shape)
+        if training.mesh.slices > 1:  # joined along `data`, slice after slice
+            axes = {"slices": training.mesh.slices} | axes | {"data": axes["data"] // training.mesh.slices}
+        traffic, unknown = read_traffic(compiled.as_text() or "", axes)
+    return Outcome(program, training, topology, mesh, config, rows, memory, refusal, traffic, unknown,
+                   time.monotonic() - start)
+
+
+def _refusal(message: str) -> str:
+    """The compiler's words without their table of allocations."""
+    words = " ".join(message.split()).removeprefix("RESOURCE_EXHAUSTED: ")
+    return re.split(r"(?<=[a-z)])\.(?: |$)", words)[0][:300]
+
+
+def replicated_leaves(training: Training, topology: Topology) -> list[tuple[str, tuple[int, ...], str, int, int]]:
+    """Leaves of parameters and optimizer that are whole along an axis of the mesh which divides one of their sizes.
+
+    Returns:
+      For each array of parameters and what the optimizer keeps of it: name, shape, the axes, how many such leaves
+      (itself, moments), and bytes that they take on a device; most bytes first. `data` replicates by design.
+    """
+    mesh, _, state, _ = lay_out(training, topology)
+    found: dict[tuple[str, tuple[int, ...], str], tuple[int, int]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": state.params, "optimizer": state.opt_state}):
+        used = {axis for part in leaf.sharding.spec for axis in ((part,) if isinstance(part, str) else part or ())}
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        idle = [axis for axis in ("fsdp", "model") if mesh.shape[axis] > 1 and axis not in used
+                and any(size % mesh.shape[axis] == 0 and size >= mesh.shape[axis] for size in shard)]
+        if not idle:
+            continue
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        name = "/".join(names[1 + max(index for index, part in enumerate(names)
+                                      if part in ("params", "optimizer", "mu", "nu") or not index):])
+        key = name, leaf.shape, ", ".join(idle)
+        count, size = found.get(key, (0, 0))
+        found[key] = count + 1, size + math.prod(shard) * leaf.dtype.itemsize
+    return sorted(((*key, *value) for key, value in found.items()), key=lambda row: -row[4])

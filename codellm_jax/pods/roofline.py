@@ -1,0 +1,78 @@
+"""How long a train step takes at least, by what it computes, reads and sends and by what a chip can in a second."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from codellm_jax.model.decoder import DecoderConfig, flops_per_token
+from codellm_jax.pods.collectives import Traffic
+from codellm_jax.pods.topologies import Topology
+from codellm_jax.runtime.progress import PEAK_FLOPS
+
+ASSUMPTIONS = (
+    "computing: model FLOPs with causal attention counted by half, and what remat computes again, at the vendor's "
+    "bfloat16 peak;",
+    "memory: arguments are read and written once, temporaries written and read once, at the vendor's bandwidth;",
+    "links: rings that keep all links of a chip busy, both ways of each alike; slices without wrap-around links have "
+    "fewer;",
+    "network: what crosses slices, over its share of the host's network cards;",
+    "a step takes the longest of these if all overlap, their sum if none do; latencies and the host are left out.",
+)
+
+
+class Roofline(NamedTuple):
+    """Seconds of one step."""
+
+    computing: float
+    memory: float
+    links: float
+    network: float
+    overlapped: float  # the longest of the four
+    in_turn: float  # their sum
+    utilization: float  # model FLOPs, causal, over the peak, if all overlap
+
+
+def roofline(
+    config: DecoderConfig, tokens: int, topology: Topology, device_kind: str, devices: int, arguments: float,
+    temporaries: float, traffic: Sequence[Traffic],
+) -> Roofline:
+    """Bounds the time of a train step from below, under ASSUMPTIONS.
+
+    Args:
+      config: the decoder.
+      tokens: of the global batch.
+      topology: its chip gives the bandwidths.
+      device_kind: gives the peak, as JAX names it.
+      devices: that share the work evenly.
+      arguments, temporaries: bytes of a device.
+      traffic: bytes that a device sends; over the network those along "slices".
+    """
+    peak = PEAK_FLOPS[device_kind]
+    model_flops = flops_per_token(config, causal=True) * tokens / devices
+    computing = (model_flops + recomputed_flops_per_token(config) * tokens / devices) / peak
+    memory = 2 * (arguments + temporaries) / topology.chip.memory_bandwidth
+    between = sum(one.sent for one in traffic if "slices" in one.axes)
+    links = (sum(one.sent for one in traffic) - between) / topology.chip.link_bandwidth
+    network = between / topology.chip.network_bandwidth
+    parts = computing, memory, links, network
+    return Roofline(*parts, max(parts), sum(parts), model_flops / peak / max(parts))
+
+
+def recomputed_flops_per_token(config: DecoderConfig) -> float:
+    """FLOPs that a backward pass computes again, per token of a full row, a layer's being
+
+      under "offload", "full"  2 (4 D^2 + D F)  +  2 L D    projections, the MLP's first matmul, attention's products
+      under "attention"        2 (D^2 + D F)                the output projection, the MLP's first matmul
+      under "dots", "none"     0                            but what is elementwise
+
+    and L D more whatever is kept, for attention keeps no scores: its backward pass makes them again. Products of
+    attention are counted by half, as causality allows. The MLP's second matmul is never made again: no gradient
+    takes what it returns.
+    """
+    hidden, attention = config.hidden, config.length * config.hidden
+    all_of_block = 2 * (4 * hidden**2 + hidden * config.feedforward) + 2 * attention
+    again = {
+        "offload": all_of_block,
+        "full": all_of_block,
+        "attention": 2 * (hidden**2 + hidden * config.feedforward),
+    }.get(config.remat, 0)
+    return float(config.layers * (again + attention))

@@ -1,0 +1,295 @@
+"""What scores come from: losses and mixes of the runs, questions and how they were asked, contamination, provenance."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from codellm_jax.report import plots
+from codellm_jax.report.pages import Block, Figure, Heading, Items, Table, Text
+from codellm_jax.report.runs import Run
+from codellm_jax.report.sections import Rows, Section
+from codellm_jax.report.study import Study, code_rate, pretraining_tokens
+from codellm_jax.results.answers import METRICS, metrics_of
+
+STAGES = {"pretraining": "pre-training", "tuning": "tuning"}
+POOLS = ("text", "code")
+FEWEST_RATES = 3  # of a sweep
+IDS_SHOWN = 20
+SHORT = 12  # characters of a hash
+RESULT_COLUMNS = ("run", "task", "sample", "n", "data", "questions", "template", "few_shot", "scoring", "samples",
+                  "sampling", "step", "checkpoint_digest", "config_hash", "training_config_hash", "code_version",
+                  "code_commit", "code_dirty", "versions")
+HASH = 40
+
+
+def score_plots(study: Study) -> Section:
+    """Scores by arm, and against the rate of code where rates were swept."""
+    panels = []
+    for task in study.tasks:
+        for metric in study.metrics(task):
+            found = [(label, study.estimate(label, task, metric)) for label in study.arms]
+            points = [plots.Point(label, 100 * one.value, one.interval and plots.Interval(
+                *(100 * bound for bound in one.interval))) for label, one in found if one]
+            panels.append(plots.Panel(_title(study, task, metric), points, *_levels(study, task)))
+    blocks: list[Block] = [Heading(2, "Scores by arm")]
+    blocks += plots.scores(
+        "scores", "Scores by arm, in per cent, with 95% intervals. The dotted line is chance, the other always the "
+        "commonest answer: a score whose interval reaches one is not told from it.", panels)
+    for stage, points_of in _sweeps(study).items():
+        swept = []
+        for task in study.tasks:
+            for metric in study.metrics(task):
+                at = [(rate, study.estimate(label, task, metric)) for rate, label in points_of]
+                points_at = [(rate, 100 * one.value, one.interval and plots.Interval(
+                    *(100 * bound for bound in one.interval))) for rate, one in at if one]
+                if len(points_at) >= FEWEST_RATES:
+                    swept.append(plots.SweepPanel(_title(study, task, metric), points_at, *_levels(study, task)))
+        if swept:
+            arms = ", ".join(f"{label} at {rate:g}" for rate, label in points_of)
+            blocks += [Heading(3, f"Scores against the rate of code in {STAGES[stage]}"),
+                       plots.sweep(f"sweep_{stage}", f"Scores in per cent against the share of code in "
+                                   f"{STAGES[stage]}, with 95% intervals: {arms}.", swept)]
+    return Section(blocks, [])
+
+
+def _sweeps(study: Study) -> dict[str, list[tuple[float, str]]]:
+    """For each stage whose runs have several constant rates, from the same kind of run, these with their arms."""
+    found: dict[tuple[str, str], dict[float, str]] = {}
+    for label, runs in study.arms.items():
+        rate = code_rate(runs[0])
+        if rate is not None:
+            first_letter = runs[0].arm[0] if runs[0].stage == "tuning" else ""
+            found.setdefault((runs[0].stage, first_letter), {}).setdefault(rate, label)
+    best: dict[str, list[tuple[float, str]]] = {}
+    for (stage, _), rates in found.items():
+        if len(rates) >= FEWEST_RATES and len(rates) > len(best.get(stage, [])):
+            best[stage] = sorted(rates.items())
+    return best
+
+
+def losses(study: Study) -> Section:
+    """Held-out loss of every run, as curves and at the end."""
+    blocks: list[Block] = [Heading(2, "Held-out loss")]
+    numbers: list[Sequence[Any]] = []
+    curves: dict[str, dict[str, list[plots.Curve]]] = {}
+    for run in study.runs:
+        counted = [(line["step"], line["tokens"]) for line in run.records if line["split"] == "train"
+                   and line.get("tokens") is not None]
+        steps, tokens = zip((0, 0), *counted, strict=True)
+        held_out = [line for line in run.records if line["split"] == "eval" and line["step"] <= max(steps)]
+        for pool in POOLS:
+            lines = [line for line in held_out if line.get(f"loss/{pool}") is not None]
+            at = np.interp([line["step"] for line in lines], steps, tokens).tolist()
+            values = [line[f"loss/{pool}"] for line in lines]
+            numbers += [(run.name, run.label, run.seed, run.stage, pool, line["step"], round(count), value)
+                        for line, count, value in zip(lines, at, values, strict=True)]
+            if lines:
+                curves.setdefault(run.stage, {}).setdefault(pool, []).append(
+                    plots.Curve(run.label, run.seed, at, values))
+    for stage, panels in curves.items():
+        blocks.append(plots.losses(
+            f"loss_{stage}", f"Loss on held-out text and code in {STAGES[stage]}, in nats a token, against the tokens "
+            "that the loss has counted: the mean over an arm's seeds, and pale the seeds. Where a frame cuts curves "
+            "off, it is in the first tenth of training.", panels, list(study.arms)))
+    rows = []
+    for label, runs in study.arms.items():
+        ends = {pool: [of_run[-1].values[-1] for run in runs if (of_run := [
+            curve for curve in curves.get(run.stage, {}).get(pool, [])
+            if (curve.arm, curve.seed) == (run.label, run.seed)])] for pool in POOLS}
+        if any(ends.values()):
+            rows.append([label, STAGES[runs[0].stage], f"{len(runs)}",
+                         *(_mean_and_spread(ends[pool]) for pool in POOLS)])
+    if not rows:
+        return Section([*blocks, Text("No run has recorded a loss on held-out rows.")], [])
+    blocks.append(Table("At the end of each arm's runs: the mean over seeds, and the standard deviation between them",
+                        ("Arm", "Stage", "Seeds", "Text", "Code"), rows, words=(1,)))
+    return Section(blocks, [("losses", ("run", "arm", "seed", "stage", "pool", "step", "tokens", "loss"), numbers)])
+
+
+def mixes(figure: Figure | None) -> Section:
+    """The shares asked and realised."""
+    blocks: list[Block] = [Heading(2, "Mix of text and code")]
+    return Section([*blocks, figure or Text("No run has left a record of its mix.")], [])
+
+
+def contamination(study: Study) -> Section:
+    """Which questions stand in what was trained on."""
+    blocks: list[Block] = [Heading(2, "Contamination")]
+    if study.contamination is None:
+        return Section([*blocks, Text("Contamination was not measured: there is no `contamination.json`. Whether "
+                                      "questions stand in what was trained on is not known.")], [])
+    blocks.append(Text(f"A question overlaps with a training source where {study.contamination.n} words of it in a "
+                       "row, or a shorter part of it as a whole, stand in the source. Every score is also given "
+                       "without these questions. Not tested are those that are too short, or whose words many "
+                       "questions have."))
+    rows, marked = [], []
+    for task in study.tasks:
+        result = study.result(task)
+        found = study.contamination.of(result.result)
+        if found is None:
+            rows.append([task, f"{len(result.lines):,}", "not measured", "-", "-"])
+            continue
+        by_source = {source: ids for source, ids in study.overlaps(task).items() if ids}
+        gone = study.overlapping(task)
+        rows.append([task, f"{len(result.lines):,}", f"{len(gone):,}",
+                     "-" if found.not_measurable is None else f"{found.not_measurable:,}",
+                     ", ".join(f"{source} {len(ids):,}" for source, ids in by_source.items()) or "none"])
+        if gone:
+            shown = [id_ for id_ in result.ids if id_ in gone][:IDS_SHOWN]
+            rest = len(gone) - len(shown)
+            marked.append(f"{task}: {', '.join(f'`{id_}`' for id_ in shown)}"
+                          + (f" and {rest:,} more, in `questions.csv`" if rest else ""))
+    blocks.append(Table("", ("Task", "Questions", "Overlapping", "Not tested", "Of them in"), rows, words=(4,)))
+    if marked:
+        blocks += [Text("The questions that overlap:"), Items(marked)]
+    return Section(blocks, [])
+
+
+def asked(study: Study) -> Section:
+    """The questions, and how they were asked and scored; the same for all runs, or there would be no report."""
+    rows, cut = [], []
+    for task in study.tasks:
+        result = study.result(task).result
+        settings, skipped = result["settings"], sum(result.get("skipped", {}).values())
+        how = settings.get("scoring") or f"written, {settings.get('samples')} answer(s), {_sampling(settings)}"
+        template = settings.get("template")
+        rows.append([task + " (sample)" * study.is_sample(task), f"{result['n']:,}", f"{skipped:,}",
+                     f"`{str(settings.get('data', '-'))[:SHORT]}`", f"`{str(settings.get('questions', '-'))[:SHORT]}`",
+                     template if isinstance(template, str) else json.dumps(template, ensure_ascii=False),
+                     f"{settings.get('few_shot', '-')}", how, ", ".join(METRICS[name] for name in study.metrics(task))])
+        counts = {run.name: run.results[task].result.get("prompts_cut") or 0
+                  for run in study.runs if task in run.results}
+        if any(counts.values()):
+            told = f"{max(counts.values()):,} of each run" if len(set(counts.values())) == 1 else ", ".join(
+                f"{count:,} of `{name}`" for name, count in counts.items() if count)
+            cut.append(f"{task}: prompts that were too long and lost their beginning: {told}.")
+    blocks: list[Block] = [Heading(2, "What was asked"), Table(
+        "Of every run alike; hashes are of the files' content, and of the texts that were scored",
+        ("Task", "n", "Skipped", "Data", "Questions", "Template", "Few-shot", "Scoring", "Metrics"), rows,
+        words=(3, 4, 5, 7, 8))]
+    return Section([*blocks, *([Items(cut)] if cut else [])], [])
+
+
+def provenance(study: Study) -> Section:
+    """Where every result comes from."""
+    rows: list[list[str]] = []
+    numbers: Rows = []
+    notes = list(_notes(study))
+    for run in study.runs:
+        known: Mapping[str, Any] = run.provenance or {}
+        code = known.get("code") or {}
+        version = " ".join(filter(None, [
+            str(code.get("version") or ""), str(code.get("commit") or "")[:SHORT],
+            "with changes that are not committed" if code.get("dirty") else ""])) or "unknown"
+        digests = {str(result.result["checkpoint"].get("digest", "")) for result in run.results.values()}
+        order = run.ledger.get("order_fingerprint") or known.get("order") or ""
+        steps = sorted({result.result["checkpoint"]["step"] for result in run.results.values()})
+        tokens = {source: count for source, count in run.ledger.get("tokens", {}).items() if count}
+        config = str(known.get("config_hash") or "")
+        rows.append([
+            f"`{run.name}`", run.arm, "-" if run.seed is None else f"{run.seed}",
+            ", ".join(f"{step:,}" for step in steps), "-" if run.parameters is None else f"{run.parameters:,}",
+            ", ".join(f"{source} {count:,}" for source, count in tokens.items()) or "unknown",
+            f"`{config[:SHORT]}`" if config else "unknown", version, f"`{order[:SHORT]}`" if order else "unknown",
+            ", ".join(f"`{digest[:SHORT]}`" for digest in sorted(digests) if digest) or "unknown"])
+        numbers.append([run.name, run.label, run.arm, run.seed, run.stage, run.parent, " ".join(map(str, steps)),
+                        run.parameters, pretraining_tokens(run), json.dumps(run.ledger.get("tokens", {})), config,
+                        code.get("version"), code.get("commit"), code.get("dirty"), order,
+                        run.ledger.get("vocabulary_hash"), " ".join(sorted(digests)),
+                        json.dumps(known.get("data") or {}), json.dumps(known.get("versions") or {})])
+    data = sorted({f"{source}: `{str(value)[:HASH]}`" for run in study.runs
+                   for source, value in ((run.provenance or {}).get("data") or {}).items()})
+    versions = sorted({", ".join(f"{name} {value}" for name, value in sorted(found.items())) for run in study.runs
+                       if (found := (run.provenance or {}).get("versions"))})
+    blocks: list[Block] = [Heading(2, "Provenance"), Table(
+        "Tokens are those that the loss counted in the run's own stage, by the ledger of its checkpoint",
+        ("Run", "Arm", "Seed", "Step", "Parameters", "Tokens", "Configuration", "Code", "Order", "Checkpoint"), rows,
+        words=(1, 5, 6, 7, 8, 9))]
+    if data:
+        blocks += [Text("Fingerprints of the data:"), Items(data)]
+    blocks += [Text(f"Package versions: {'; or '.join(versions)}.")] if versions else []
+    blocks.append(Text("Each result's own configuration, checkpoint, questions, code and package versions are in "
+                       "`results.csv`, the runs' in `provenance.csv`."))
+    return Section([*blocks, *([Items(notes)] if notes else [])], [("provenance", (
+        "run", "arm", "arm_by_ledger", "seed", "stage", "from", "step", "parameters", "pretraining_tokens", "tokens",
+        "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary", "checkpoint_digest", "data",
+        "versions"), numbers), ("results", RESULT_COLUMNS, [_of_result(run, task) for run in study.runs
+                                                           for task in run.results])])
+
+
+def _of_result(run: Run, task: str) -> list[Any]:
+    """A result in a line: what was asked, of which checkpoint, and by which configuration and code."""
+    result = run.results[task].result
+    settings, known = result["settings"], result.get("provenance") or {}
+    code = known.get("code") or {}
+    template = settings.get("template")
+    return [run.name, task, result["sample"], result["n"], settings.get("data"), settings.get("questions"),
+            template if isinstance(template, str) else json.dumps(template), settings.get("few_shot"),
+            settings.get("scoring"), settings.get("samples"), json.dumps(settings.get("sampling")),
+            result["checkpoint"].get("step"), result["checkpoint"].get("digest"), known.get("config_hash"),
+            known.get("training_config_hash"), code.get("version"), code.get("commit"), code.get("dirty"),
+            json.dumps(known.get("versions") or {})]
+
+
+def _notes(study: Study) -> Sequence[str]:
+    """What a reader should know of the runs that no table shows."""
+    notes = []
+    without = [run.name for run in study.runs if run.provenance is None]
+    if without:
+        notes.append("There is no provenance.json of " + ", ".join(f"`{name}`" for name in without)
+                     + ": configuration, code and package versions are not known of them.")
+    for run in study.runs:
+        steps = {result.result["checkpoint"]["step"] for result in run.results.values()}
+        if run.step is not None and steps != {run.step}:
+            notes.append(f"`{run.name}` was evaluated after step {', '.join(map(str, sorted(steps)))}, and its newest "
+                         f"checkpoint is of step {run.step}.")
+    unborne = [f"`{run.name}`" for run in study.runs for result in run.results.values()
+               if "bleu" in result.result.get("scores", {}) and "bleu" not in metrics_of(result.lines)]
+    if unborne:
+        notes.append(f"The lines of {', '.join(unborne)} do not hold what BLEU is summed from, so that it is left out: "
+                     "they are of an earlier version, and the same evaluation once more writes it.")
+    for what in ("vocabulary", "length", "dtype"):
+        values: dict[str, list[str]] = {}
+        for run in study.runs:
+            for result in run.results.values():
+                values.setdefault(str(result.result["settings"].get(what))[:SHORT], []).append(run.name)
+        if len(values) > 1:
+            notes.append(f"Models differ in their {what}: " + "; ".join(
+                f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in values.items()) + ".")
+    of_training = [run.provenance for run in study.runs]
+    of_results = [result.result.get("provenance") for run in study.runs for result in run.results.values()]
+    for what, known in (("trained", of_training), ("evaluated", of_results)):
+        codes = [one.get("code") or {} for one in known if one]
+        commits = sorted({str(code["commit"])[:SHORT] for code in codes if code.get("commit")})
+        if len(commits) > 1:
+            notes.append(f"Not all were {what} by the same version of the code: {', '.join(commits)}.")
+        if any(code.get("dirty") for code in codes):
+            notes.append(f"Some were {what} by code with changes that were not committed.")
+    for label, runs in study.arms.items():
+        for task in study.tasks:
+            asked = [run.name for run in runs if task in run.results]
+            if asked and len(asked) < len(runs):
+                notes.append(f"{task}: of {label} only {', '.join(f'`{name}`' for name in asked)} was asked.")
+    return notes
+
+
+def _title(study: Study, task: str, metric: str) -> str:
+    name = task if metric == "accuracy" else f"{task}, {METRICS[metric]}"
+    return f"{name}{' (sample)' * study.is_sample(task)}, n {len(study.result(task).lines):,}"
+
+
+def _levels(study: Study, task: str) -> tuple[float | None, float | None]:
+    levels = study.levels(task)
+    return (100 * levels.chance, 100 * levels.majority) if levels else (None, None)
+
+
+def _sampling(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (settings.get("sampling") or {}).items())
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{np.mean(values):.4f}" + (f"\n± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")

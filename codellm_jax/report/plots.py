@@ -1,0 +1,263 @@
+"""The plots of a report, each as PNG and SVG: for print, and for those who tell few colours apart.
+
+Colours are those of Okabe and Ito (2008). Arms are told apart by markers, lines and labels too.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from codellm_jax.report.pages import Figure
+from codellm_jax.results.statistics import Interval
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)))
+GREY = "#595959"
+FEWEST_TO_CUT = 6  # evaluations of a run, from which on the first tenth of training may be cut off
+WIDTH, HEIGHT = 7.2, 6.5  # inches: of a page's text, on its side
+SETTINGS: Any = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#e3e3e3", "grid.linewidth": 0.7, "axes.axisbelow": True, "lines.linewidth": 1.6,
+    "lines.markersize": 5, "svg.hashsalt": "codellm_jax", "figure.constrained_layout.use": True}
+
+
+class Curve(NamedTuple):
+    """One seed of an arm: a value after so many tokens."""
+
+    arm: str
+    seed: int | None
+    tokens: Sequence[float]
+    values: Sequence[float]
+
+
+class Shares(NamedTuple):
+    """The share of code over a run, by step."""
+
+    arm: str
+    unit: str  # "tokens" or "examples"
+    asked: tuple[Sequence[float], Sequence[float]]  # steps, and the share asked there
+    recorded: tuple[Sequence[float], Sequence[float]]  # steps that were recorded, and the share of that step alone
+    phases: Sequence[tuple[float, float, float]]  # first and last step of each phase, and the ledger's share in it
+
+
+class Point(NamedTuple):
+    """A score with its interval, in per cent."""
+
+    arm: str
+    value: float
+    interval: Interval | None
+
+
+class Panel(NamedTuple):
+    """The scores of one task, in per cent; chance and majority None where there are none."""
+
+    title: str
+    points: Sequence[Point]
+    chance: float | None
+    majority: float | None
+
+
+class SweepPanel(NamedTuple):
+    """The scores of one task against the rate of code: (rate, value, interval), in per cent but for the rate."""
+
+    title: str
+    points: Sequence[tuple[float, float, Interval | None]]
+    chance: float | None
+    majority: float | None
+
+
+def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]], arms: Sequence[str]) -> Figure:
+    """Held-out loss against tokens, a panel for each kind of held-out text. `arms` are all that any plot has, so that
+    each looks the same in all.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.5), squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        scale, unit = _tokens_unit(max(curve.tokens[-1] for curve in curves))
+        ends: dict[str, tuple[float, float]] = {}
+        most = max(curve.tokens[-1] for curve in curves)
+        # The fall from new parameters would leave no room for the rest, where there is a rest to see.
+        from_on = most / 10 if min(len(curve.values) for curve in curves) >= FEWEST_TO_CUT else 0
+        late = [value for curve in curves for tokens, value in zip(curve.tokens, curve.values, strict=True)
+                if tokens >= from_on or tokens == curve.tokens[-1]]
+        for place, arm in enumerate(arms):
+            seeds = [curve for curve in curves if curve.arm == arm]
+            for curve in seeds[:len(seeds) if len(seeds) > 1 else 0]:
+                axis.plot([tokens / scale for tokens in curve.tokens], curve.values, color=_style(place)["color"],
+                          linewidth=0.8, alpha=0.35)
+            if seeds:
+                tokens, values = _mean_curve(seeds)
+                every = max(1, len(values) // 6)
+                axis.plot([count / scale for count in tokens], values, **_style(place), markerfacecolor="white",
+                          markevery=(place % every, every))
+                ends[arm] = tokens[-1] / scale, values[-1]
+        margin = 0.05 * (max(late) - min(late) or 1)
+        axis.set_ylim(min(late) - margin, max(late) + margin)
+        _label_ends(axis, ends, arms)
+        axis.set(title=f"Held-out {title}", xlabel=f"Tokens trained on{unit}", ylabel="Loss, nats a token")
+        axis.set_xlim(left=0)
+    return _saved(plt, figure, name, caption)
+
+
+def shares(name: str, caption: str, runs: Sequence[Shares]) -> Figure:
+    """The share of code asked and realised, a panel for each run."""
+    plt = _pyplot()
+    columns = min(3 if len(runs) < 7 else 4, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 0.7 + 1.75 * lines), squeeze=False, sharey=True)
+    for axis, run in zip(axes.flat, runs, strict=False):
+        axis.plot(*run.recorded, linestyle="none", marker=".", markersize=3.5, color=COLOURS[4],
+                  label="one step, as recorded")
+        for place, (first, last, share) in enumerate(run.phases):
+            axis.plot([first, last], [share, share], color=COLOURS[1], linewidth=3.2, solid_capstyle="butt",
+                      label="realised in a phase, by the ledger" if not place else None)
+        axis.plot(*run.asked, color=COLOURS[6], linestyle=LINES[1], linewidth=1.3, label="asked")
+        axis.set_title(f"{run.arm} ({run.unit})", loc="left")
+        axis.set_ylim(-0.04, 1.04)
+        axis.set_xlabel("Step")
+    for axis in axes.flat[len(runs):]:
+        axis.set_visible(False)
+    for row in axes:
+        row[0].set_ylabel("Share of code")
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda both: len(both[1]))
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    return _saved(plt, figure, name, caption)
+
+
+def scores(name: str, caption: str, panels: Sequence[Panel]) -> list[Figure]:
+    """A panel for each task: arms with their intervals, and the levels they are read against; pages as they fit."""
+    arms = list(dict.fromkeys(point.arm for panel in panels for point in panel.points))
+    columns, height = min(3, len(panels)), 0.75 + 0.2 * len(arms)
+    fit = columns * max(1, int((HEIGHT - 0.7) / height))
+    pages = [panels[start : start + fit] for start in range(0, len(panels), fit)]
+    return [_scores(f"{name}_{number}" if len(pages) > 1 else name, caption, page, arms, columns, height)
+            for number, page in enumerate(pages, 1)]
+
+
+def _scores(
+    name: str, caption: str, panels: Sequence[Panel], arms: Sequence[str], columns: int, panel_height: float
+) -> Figure:
+    plt = _pyplot()
+    lines = math.ceil(len(panels) / columns)
+    height = 0.7 + lines * panel_height
+    figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, height), squeeze=False, sharey=True)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for point in panel.points:
+            place = arms.index(point.arm)
+            low, high = point.interval or (point.value, point.value)
+            axis.plot([low, high], [place, place], color=_style(place)["color"], linewidth=1.8)
+            axis.plot(point.value, place, linestyle="none", marker=_style(place)["marker"], markersize=6,
+                      color=_style(place)["color"], markeredgecolor="black", markeredgewidth=0.5)
+        _levels(axis.axvline, panel.chance, panel.majority)
+        axis.set_title(panel.title, loc="left")
+        axis.grid(axis="y", visible=False)
+        axis.set_ylim(len(arms) - 0.4, -0.6)
+        axis.set_yticks(range(len(arms)), arms)
+        axis.set_xlim(left=min(0.0, axis.get_xlim()[0]) if axis.get_xlim()[0] < 12 else None)
+    for place, axis in enumerate(axes.flat):
+        axis.set_visible(place < len(panels))
+        if place + columns >= len(panels):
+            axis.set_xlabel("Per cent")
+    _legend_of_levels(figure, panels)
+    return _saved(plt, figure, name, caption)
+
+
+def sweep(name: str, caption: str, panels: Sequence[SweepPanel]) -> Figure:
+    """A panel for each task: the score against the rate of code."""
+    plt = _pyplot()
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 0.7 + 1.9 * lines), squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        rates, values = [point[0] for point in panel.points], [point[1] for point in panel.points]
+        for rate, value, interval in panel.points:
+            low, high = interval or (value, value)
+            axis.plot([rate, rate], [low, high], color=COLOURS[0], linewidth=1.5)
+        axis.plot(rates, values, color=COLOURS[0], marker="o", markerfacecolor="white")
+        _levels(axis.axhline, panel.chance, panel.majority)
+        axis.set_title(panel.title, loc="left")
+        axis.set_xlim(-0.03, max(rates) + 0.03)
+    for place, axis in enumerate(axes.flat):
+        axis.set_visible(place < len(panels))
+        if place + columns >= len(panels):
+            axis.set_xlabel("Rate of code")
+        if place % columns == 0:
+            axis.set_ylabel("Per cent")
+    _legend_of_levels(figure, panels)
+    return _saved(plt, figure, name, caption)
+
+
+def _levels(draw: Any, chance: float | None, majority: float | None) -> None:
+    if chance is not None:
+        draw(chance, color=GREY, linestyle=LINES[2], linewidth=1.3, zorder=1)
+    if majority is not None:
+        draw(majority, color=COLOURS[6], linestyle=LINES[3], linewidth=1.1, zorder=1)
+
+
+def _legend_of_levels(figure: Any, panels: Sequence[Panel | SweepPanel]) -> None:
+    if any(panel.chance is not None for panel in panels):
+        from matplotlib.lines import Line2D
+
+        figure.legend([Line2D([], [], color=GREY, linestyle=LINES[2]),
+                       Line2D([], [], color=COLOURS[6], linestyle=LINES[3], linewidth=1.1)],
+                      ["chance", "always the commonest answer"], loc="outside upper right", ncols=2, frameon=False)
+
+
+def _label_ends(axis: Any, ends: Mapping[str, tuple[float, float]], arms: Sequence[str]) -> None:
+    """Names curves at their ends, moved apart where they would cover each other."""
+    low, high = axis.get_ylim()
+    step = (high - low) * 0.055
+    # From below, each at its curve's end or just above the one before; all lower where they would leave the frame.
+    room = high - step * len(ends)
+    placed: list[float] = []
+    for arm, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
+        at = max(min(y, room + step * len(placed)), placed[-1] + step if placed else low)
+        placed.append(at)
+        style = _style(arms.index(arm))
+        across = axis.get_yaxis_transform()
+        axis.plot(1.045, at, color=style["color"], marker=style["marker"], markerfacecolor="white", transform=across,
+                  clip_on=False)
+        axis.annotate(arm, (x, y), xytext=(1.08, at), textcoords=across, color="#1a1a1a", fontsize=8.5, va="center",
+                      annotation_clip=False, arrowprops={
+                          "arrowstyle": "-", "color": style["color"], "linewidth": 0.8, "relpos": (0, 0.5),
+                          "shrinkA": 14, "shrinkB": 3})
+
+
+def _style(place: int) -> dict[str, Any]:
+    """Of the arm at this place: colour, marker and line together are all different up to 70 arms."""
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)],
+            "linestyle": LINES[place % len(LINES)]}
+
+
+def _mean_curve(seeds: Sequence[Curve]) -> tuple[Sequence[float], Sequence[float]]:
+    """Tokens and the mean of the seeds; of seeds that are not equally far, up to where the shortest is."""
+    shortest = min(len(curve.values) for curve in seeds)
+    return seeds[0].tokens[:shortest], [
+        sum(curve.values[place] for curve in seeds) / len(seeds) for place in range(shortest)]
+
+
+def _tokens_unit(most: float) -> tuple[float, str]:
+    return next(((scale, name) for scale, name in ((1e9, ", billions"), (1e6, ", millions"), (1e3, ", thousands"))
+                 if most >= scale), (1.0, ""))
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcdefaults()
+    pyplot.rcParams.update(SETTINGS)
+    return pyplot
+
+
+def _saved(plt: Any, figure: Any, name: str, caption: str) -> Figure:
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=200)
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return Figure(name, caption, png.getvalue(), svg.getvalue())

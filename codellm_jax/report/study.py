@@ -1,0 +1,176 @@
+"""A study as its report sees it: arms with their seeds, tasks with their questions, and what the models are."""
+
+import ast
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from codellm_jax.report.runs import Contamination, Result, Run, by_label
+from codellm_jax.results.answers import Compared, Estimate, Levels, compared, estimate, levels_of, metrics_of, values_of
+
+# Models below these say nothing about reasoning, whatever their scores: the study's smallest has 2.6e9 parameters and
+# 42e9 tokens, and no model far below a hundredth of either is told from chance on its benchmarks.
+FEWEST_PARAMETERS = 100_000_000
+FEWEST_TOKENS = 1_000_000_000
+UNKNOWN = "the size or training"
+TASKS = ("logic", "jecqa", "scienceqa", "ekar", "cosqa", "mbpp", "scienceqa_cot", "ekar_cot", "c3", "ocnli", "cmnli",
+         "dureader")  # in the paper's order; others follow
+PAPER_RATE = 1 / 3  # of code in the paper's pre-training: 50 GB beside 100 GB of text
+MIXES = ("decrease", "uniform", "increase")  # the paper's tables without a mix have the first of them
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed as the object it is, for what is cached
+class Study:
+    """Attributes:
+      name: of its directory.
+      runs: those with results.
+      pending: names of runs that are planned and have no results yet.
+      comparison: "compute-matched" or "data-matched"; None where nothing says so.
+      contamination: None where it was not measured.
+    """
+
+    name: str
+    runs: Sequence[Run]
+    pending: Sequence[str]
+    comparison: str | None
+    contamination: Contamination | None
+
+    @functools.cached_property
+    def arms(self) -> Mapping[str, Sequence[Run]]:
+        """The runs of each arm by its label."""
+        return by_label(self.runs)
+
+    @functools.cached_property
+    def tasks(self) -> Sequence[str]:
+        """Every task that any run was asked, in the paper's order."""
+        ranks = {task: rank for rank, task in enumerate(TASKS)}
+        return sorted({task for run in self.runs for task in run.results},
+                      key=lambda task: (ranks.get(task, len(ranks)), task))
+
+    def find(self, arm: str, mix: str | None = None) -> str | None:
+        """The label of one of the paper's arms: the label that is its name, else of its mixes the first of MIXES, of
+        its rates the nearest to the paper's, else the first; None where there is none. With a mix, of that mix alone.
+        """
+        labels = [label for label, runs in self.arms.items() if runs[0].arm == arm and mix in (None, runs[0].mix)]
+        ranks = {mix: rank for rank, mix in enumerate(MIXES)}
+        return min(labels, key=lambda label: (
+            label != arm, ranks.get(self.arms[label][0].mix or "", len(MIXES)),
+            abs((code_rate(self.arms[label][0]) or 0.0) - PAPER_RATE)), default=None)
+
+    def is_sample(self, task: str) -> bool:
+        return bool(self.result(task).result["sample"])
+
+    def metrics(self, task: str) -> list[str]:
+        return metrics_of(self.result(task).lines)
+
+    def overlapping(self, task: str) -> frozenset[str]:
+        """Ids of the questions of a task that a training source holds, as far as that was measured."""
+        return frozenset().union(*self.overlaps(task).values())
+
+    def overlaps(self, task: str) -> dict[str, frozenset[str]]:
+        """Ids of the questions of a task that were asked and overlap, by source; empty where it was not measured."""
+        found = self.contamination.of(self.result(task).result) if self.contamination else None
+        return {source: ids & set(self.result(task).ids) for source, ids in found.sources.items()} if found else {}
+
+    def measured(self, task: str) -> bool:
+        """Whether overlaps were looked for among the questions of a task as they were asked."""
+        return self.contamination is not None and self.contamination.of(self.result(task).result) is not None
+
+    def levels(self, task: str, clean: bool = False) -> Levels | None:
+        """Chance and majority of a task; with `clean` of the questions that do not overlap."""
+        lines = self.result(task).lines
+        kept = [line for line, keep in zip(lines, self._kept(task, clean), strict=True) if keep]
+        return levels_of(kept) if kept else None
+
+    def values(self, label: str, task: str, metric: str, clean: bool = False) -> dict[int | None, np.ndarray]:
+        """What each question adds, for each seed of an arm that was asked."""
+        kept = self._kept(task, clean)
+        return {run.seed: values_of(run.results[task].lines, metric)[kept] for run in self.arms[label]
+                if task in run.results and metric in metrics_of(run.results[task].lines)}
+
+    @functools.cache  # noqa: B019  # a study is read once in a process
+    def estimate(self, label: str, task: str, metric: str, clean: bool = False) -> Estimate | None:
+        """The score of an arm; None where it was not asked, or no question is left."""
+        seeds = list(self.values(label, task, metric, clean).values())
+        return estimate(seeds) if seeds and len(seeds[0]) else None
+
+    @functools.cache  # noqa: B019
+    def compared(self, first: str, second: str, task: str, metric: str, clean: bool = False) -> Compared | None:
+        """The score of one arm minus that of another; None where either was not asked, or no question is left."""
+        ours, theirs = self.values(first, task, metric, clean), self.values(second, task, metric, clean)
+        if not ours or not theirs or not len(next(iter(ours.values()))):
+            return None
+        return compared(list(ours.values()), list(theirs.values()), self.paired(first, second, ours, theirs))
+
+    def paired(self, first: str, second: str, ours: Collection[int | None], theirs: Collection[int | None]) -> bool:
+        """Whether these seeds of two arms belong together: each of one arm has one of the other that started from the
+        same run. Seeds of equal number have nothing else in common that would tell.
+        """
+        parents = [{run.seed: run.parent for run in self.arms[label] if run.seed in seeds}
+                   for label, seeds in ((first, ours), (second, theirs))]
+        return parents[0] == parents[1] and None not in parents[0].values()
+
+    def blockers(self, labels: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> list[str]:
+        """Why nothing that is measured of these arms on these tasks, or of all on all, says anything about reasoning;
+        empty where nothing stands against it.
+        """
+        reasons = []
+        runs = [run for run in self.runs if labels is None or run.label in labels]
+        unknown = [run.name for run in runs if run.parameters is None or pretraining_tokens(run) is None]
+        sizes = [run.parameters for run in runs if run.parameters is not None]
+        if sizes and min(sizes) < FEWEST_PARAMETERS:
+            reasons.append(f"the models are tiny ({_range(sizes)} parameters, fewer than {FEWEST_PARAMETERS:,})")
+        # Pre-training decides: a tuned model's is that of the run it started from.
+        tokens = [count for run in runs if (count := pretraining_tokens(run)) is not None]
+        if tokens and min(tokens) < FEWEST_TOKENS:
+            reasons.append(f"they were pre-trained on little ({_range(tokens)} tokens, fewer than {FEWEST_TOKENS:,})")
+        if unknown:
+            reasons.append(f"{UNKNOWN} of {len(unknown)} of {len(runs)} models is not known, for lack of a "
+                           f"checkpoint ({unknown[0]})")
+        asked = list(self.tasks if tasks is None else tasks)
+        samples = [task for task in asked if self.is_sample(task)]
+        if samples:
+            which = "all" if len(samples) == len(asked) else ", ".join(sorted(samples))
+            reasons.append(f"the questions are a few sample items of this package's own ({which})")
+        return reasons
+
+    def warning(self) -> str:
+        """What a report says first; empty where nothing stands against its results."""
+        reasons = self.blockers()
+        if not reasons:
+            return ""
+        unknown = len(reasons) == 1 and reasons[0].startswith(UNKNOWN)
+        first = "Whether such models say anything about reasoning is not known" if unknown else \
+            "Such models say nothing about reasoning"
+        return f"{first}: {'; '.join(reasons)}."
+
+    def result(self, task: str) -> Result:
+        """A task as the first run was asked it; its questions and settings are those of all."""
+        return next(run.results[task] for run in self.runs if task in run.results)
+
+    def _kept(self, task: str, clean: bool) -> np.ndarray:
+        ids, gone = self.result(task).ids, self.overlapping(task) if clean else frozenset()
+        return np.array([id_ not in gone for id_ in ids])
+
+
+def code_rate(run: Run) -> float | None:
+    """The constant share of code that a run's settings ask for; None where it changes, or is not known."""
+    try:
+        rate = ast.literal_eval(run.settings.get("mixture.code_rate", "None"))
+        phases = ast.literal_eval(run.settings.get("mixture.mix_phases", "None"))
+    except (ValueError, SyntaxError):
+        return None
+    return float(rate) if phases is None and isinstance(rate, int | float) else None
+
+
+def pretraining_tokens(run: Run) -> int | None:
+    """Tokens that pre-training counted, of the run or of those it started from; None without a ledger."""
+    ledgers = [ledger for ledger in [*run.ledger.get("before", []), run.ledger] if ledger]
+    return sum(sum(ledger["tokens"].values()) for ledger in ledgers if ledger["stage"] == "pretraining") \
+        if ledgers else None
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return f"{min(numbers):,}" if min(numbers) == max(numbers) else f"{min(numbers):,} to {max(numbers):,}"

@@ -1,0 +1,252 @@
+"""The report of a study: the paper's tables with ours beside, and what may be concluded, from the files of its runs.
+
+    t5x report studies/first
+
+DIR holds study.json and runs/NAME, or is any folder of evaluated run directories. What is written, all of it at the
+end, into DIR/report:
+
+  report.html       one page that needs nothing else
+  report.md         the same as Markdown, with its plots beside it
+  *.csv             every table with all digits, and a line for each question
+  *.png, *.svg      the plots
+
+Nothing here computes a score in another way than from the lines of the questions.
+"""
+
+import ast
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from codellm_jax.mixture.ledger import arm
+from codellm_jax.mixture.schedules import Schedule, constant, phases
+from codellm_jax.report import background, plots, sections
+from codellm_jax.report.conclusions import judge
+from codellm_jax.report.pages import Figure, comma_separated, markdown, page
+from codellm_jax.report.runs import (
+    Run,
+    name_and_seed,
+    of_an_arm,
+    read_contamination,
+    read_json,
+    read_results,
+    require_same_arm,
+    require_same_measurement,
+    require_same_sources,
+    resolve,
+)
+from codellm_jax.report.study import Study
+from codellm_jax.results.files import write_whole
+from codellm_jax.runtime.checkpoints import newest_record
+from codellm_jax.runtime.progress import StatusLine, read_records
+
+Told = Callable[[str], None]
+
+
+def report(directory: str, say: Told = print) -> str:
+    """Writes DIR/report; returns what it came to, as lines of text.
+
+    Raises:
+      FileNotFoundError: there is no such directory, or no run in it has results.
+      ValueError: in one line; results that must not stand in one table, or files that are not what they should be.
+    """
+    folder = epath.Path(directory).expanduser()
+    study = read_study(folder, say)
+    require_same_arm(study.runs)
+    require_same_sources(study.runs)
+    require_same_measurement(study.runs)
+    results = sum(len(run.results) for run in study.runs)
+    say(f"{len(study.runs)} runs of {len(study.arms)} arms, {results} results.")
+    parts: dict[str, Callable[[Study], sections.Section]] = {
+        "conclusions": sections.conclusions, "the paper's tables": sections.paper_tables,
+        "plots of scores": background.score_plots, "differences between arms": sections.differences,
+        "all scores": sections.scores, "held-out loss": background.losses,
+        "mix of text and code": lambda study: background.mixes(mix_figure(study)),
+        "contamination": background.contamination, "what was asked": background.asked,
+        "provenance": background.provenance}
+    status, made = StatusLine(0, len(parts), active=True, unit="section"), []
+    for number, (name, make) in enumerate(parts.items()):
+        status.show(number, name)
+        made.append(make(study))
+    status.close()
+    blocks = [*sections.opening(study), *(block for section in made for block in section.blocks)]
+    title = f"Report of {study.name}"
+    tables = [*(table for section in made for table in section.tables), sections.questions(study)]
+    files: dict[str, str | bytes] = {f"{name}.csv": comma_separated(columns, rows) for name, columns, rows in tables}
+    for block in blocks:
+        if isinstance(block, Figure):
+            files |= {f"{block.name}.png": block.png, f"{block.name}.svg": block.svg}
+    files |= {"report.md": markdown(title, blocks), "report.html": page(title, blocks)}
+    write(folder / "report", files)
+    return "\n".join([
+        *filter(None, [study.warning()]),
+        *(f"{conclusion.number}. {conclusion.claim} {verdict.upper()}" for conclusion, verdict, _ in judge(study)),
+        f"The report: {folder / 'report' / 'report.html'}"])
+
+
+def write(folder: epath.Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes files, each whole or not at all, and takes away tables and plots that an earlier report left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if isinstance(content, str):
+            write_whole(folder / name, content)
+        else:
+            (folder / name).write_bytes(content)
+    for path in folder.glob("*"):
+        if path.suffix in (".csv", ".png", ".svg") and path.name not in files:
+            path.unlink()
+
+
+def read_study(folder: epath.Path, say: Told = print) -> Study:
+    """A study's directory, or any folder of run directories, as a report needs it.
+
+    Raises:
+      FileNotFoundError: there is no such directory, or no run in it has results.
+      ValueError: files that are not what they should be.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no directory {folder}: name a study's, or one that holds run directories.")
+    plan = read_json(folder / "study.json")
+    if plan is None:
+        below = folder / "runs" if (folder / "runs").is_dir() else folder
+        entries = [{"run": path.name} for path in sorted(below.iterdir()) if (path / "results").is_dir()]
+    else:
+        below = folder / "runs"
+        listed = plan.get("runs") if isinstance(plan, dict) else None
+        entries = [entry for entry in listed or [] if isinstance(entry, dict) and entry.get("run")]
+        if not entries or len(entries) != len(listed or []):
+            raise ValueError(f"{folder / 'study.json'} lists no runs: make it again with t5x study.")
+    runs, pending = [], []
+    for entry in entries:
+        run = read_run(below / str(entry["run"]), entry, say)
+        if run.results:
+            runs.append(run)
+        else:
+            pending.append(run.name)
+    if not runs:
+        raise FileNotFoundError(f"No run in {below} has results: evaluate some, as t5x eval --gin_file=gin/eval.gin "
+                                "--gin.CHECKPOINT_PATH=RUN does.")
+    if plan is None:
+        runs = list(_labelled(runs))
+    return Study(folder.name, runs, pending, (plan or {}).get("comparison"), read_contamination(folder))
+
+
+def read_run(path: epath.Path, entry: Mapping[str, Any], say: Told) -> Run:
+    """A run directory; `entry` is what study.json says of it, of which the name alone is needed."""
+    results = read_results(path, path.name)
+    record: Mapping[str, Any] = {}
+    step = None
+    if results:
+        try:
+            step, record = newest_record(str(path))
+        except (FileNotFoundError, ValueError) as error:
+            say(f"WARNING: {path.name}: {error}")
+    settings, ledger = resolve(record.get("settings", {})), record.get("ledger", {})
+    label, seed = name_and_seed(path.name)
+    told = [result.result["checkpoint"].get("arm") for result in results.values()]
+    letters = arm(ledger) if ledger else str((told or [entry.get("arm")])[0])
+    stage = ledger.get("stage") or entry.get("stage") or ("pretraining" if letters in ("NL", "CODE") else "tuning")
+    provenance = read_json(path / "provenance.json")
+    for known in (entry.get("seed"), seed, _number(settings.get("train.seed")), (provenance or {}).get("seed")):
+        if known is not None:
+            seed = int(known)
+            break
+    if entry.get("arm") and label == path.name:  # a study whose names of runs do not tell the arm
+        label = str(entry["arm"])
+    return Run(path.name, label, letters, _mix(stage, letters, entry.get("mix"), settings), seed, stage,
+               entry.get("from") or _parent(ledger), settings, ledger,
+               _parameters(record) or (provenance or {}).get("parameters"), step, results, provenance,
+               read_records(str(path)) if results else [])
+
+
+def _labelled(runs: list[Run]) -> Iterator[Run]:
+    """Runs of a folder without study.json: those that are the same but for their seeds are one arm, named by the ledger
+    where it has one such group alone, else by the first of them.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        same = "" if run.label != run.name else json.dumps(of_an_arm(run.settings), sort_keys=True)
+        groups.setdefault((run.arm if same else run.label, same), []).append(run)
+    for (name, same), of_group in groups.items():
+        seeds = [run.seed for run in of_group]
+        alone = sum(other == name for other, _ in groups) == 1
+        for run in of_group:
+            one_of_several = len(set(seeds)) == len(seeds) and None not in seeds or len(of_group) == 1
+            label = (name if alone or not same else of_group[0].name) if one_of_several else run.name
+            yield dataclasses.replace(run, label=label)
+
+
+def _mix(stage: str, letters: str, told: Any, settings: Mapping[str, str]) -> str | None:
+    """The name of a mix: the study's, but "uniform" for one that is constant; else what the settings come to."""
+    if stage != "tuning" or not letters.endswith("C"):
+        return None
+    if told:
+        return "uniform" if told == "constant" else str(told)
+    schedule = schedule_of(settings)
+    if schedule is None:
+        return None
+    first, last = schedule.shares[0], schedule.ends[-1]
+    if len(set(schedule.shares)) == 1 and first == last:
+        return "uniform"
+    return "decrease" if first > last else "increase" if first < last else "changing"
+
+
+def schedule_of(settings: Mapping[str, str]) -> Schedule | None:
+    """The share of code that a run's settings ask for; None where they do not say."""
+    try:
+        rate, mix = (ast.literal_eval(settings[f"mixture.{name}"]) for name in ("code_rate", "mix_phases"))
+        batch_size, steps = (int(settings[f"train.{name}"]) for name in ("batch_size", "train_steps"))
+        return constant(rate) if mix is None else phases(mix, steps * batch_size, batch_size)
+    except (KeyError, ValueError, SyntaxError, TypeError):
+        return None
+
+
+def mix_figure(study: Study) -> Figure | None:
+    """The share of code asked and realised of the first seed of each arm that has left a record."""
+    found = [shares for runs in study.arms.values() if (shares := _shares(runs[0]))]
+    if not found:
+        return None
+    return plots.shares("mix", "The share of code over training, of the first seed of each arm: of tokens in "
+                        "pre-training, of examples in tuning. Dots are single steps, which hold whole rows or "
+                        "examples; the bars are all that was drawn in a phase.", found)
+
+
+def _shares(run: Run) -> plots.Shares | None:
+    schedule = schedule_of(run.settings)
+    unit = "example" if run.stage == "tuning" else "token"
+    recorded = [(line["step"], line[f"{unit}_fraction/code"]) for line in run.records
+                if line["split"] == "train" and line.get(f"{unit}_fraction/code") is not None]
+    if schedule is None or not recorded or not run.ledger:
+        return None
+    batch_size = int(run.settings["train.batch_size"])
+    last = run.step or recorded[-1][0]
+    starts = [phase["start"] / batch_size for phase in run.ledger["phases"]]
+    realised = []
+    for first, end, phase in zip(starts, [*starts[1:], math.inf], run.ledger["phases"], strict=True):
+        if total := sum(phase["rows"].values()):
+            code = sum(rows for name, rows in phase["rows"].items() if name.startswith("code."))
+            realised.append((first, min(end, last), code / total))
+    steps = sorted({0.0, float(last), *(last * k / 64 for k in range(65)),
+                    *(at for start in starts if 0 < start <= last for at in (start - 1e-6, start))})
+    asked = [float(schedule.share_at(int(step * batch_size))) for step in steps]
+    return plots.Shares(run.label, f"{unit}s", (steps, asked), ([step for step, _ in recorded],
+                                                           [share for _, share in recorded]), realised)
+
+
+def _parent(ledger: Mapping[str, Any]) -> str | None:
+    """The name of the run that this one started from."""
+    before = ledger.get("before") or [{}]
+    return epath.Path(before[-1]["model_dir"]).name if "model_dir" in before[-1] else None
+
+
+def _parameters(record: Mapping[str, Any]) -> int | None:
+    arrays = [shape for name, (shape, *_) in record.get("checksums", {}).items() if name.startswith("params/")]
+    return sum(math.prod(shape) for shape in arrays) if arrays else None
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isdigit() else None

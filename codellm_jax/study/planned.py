@@ -1,0 +1,274 @@
+"""A study's runs as `t5x` commands, and how far each has come: what its directory tells without a device.
+
+    STUDY_DIR/study.json    the plan: every run, its arm, stage, seed, and what it starts from
+    STUDY_DIR/runs/RUN      an ordinary run directory: of NC-uniform under seed 1, runs/NC-uniform.seed1
+    STUDY_DIR/replaced/     what was there before a run was made again
+"""
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from codellm_jax.configuration import Configuration, as_gin_value, read_configuration
+from codellm_jax.results.files import write_whole
+from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
+from codellm_jax.study.arms import Arm, Asked, Run, Study, expand, plan_runs
+
+# Where a result was looked for or what else was asked with it makes no other result of it.
+FREE_OF_RESULTS = frozenset(("CHECKPOINT_PATH", "TASKS", "evaluate.results_dir"))
+
+Settings = tuple[tuple[str, str], ...]  # (name, value), as on the command line
+
+
+class Planned(NamedTuple):
+    """A run, and the commands that make it."""
+
+    run: Run
+    folder: str
+    files: tuple[str, ...]
+    overrides: Settings
+    parent: Mapping[str, str] | None  # settings of the run it starts from
+    training: Configuration
+    evaluation_files: tuple[str, ...]
+    evaluation_overrides: Settings
+    evaluation: Configuration
+    tasks: tuple[str, ...]
+
+    def train_command(self, search_paths: Sequence[str]) -> list[str]:
+        """Arguments of `t5x`."""
+        return ["train", *_flags(self.files, self.overrides, search_paths)]
+
+    def eval_command(self, search_paths: Sequence[str]) -> list[str]:
+        """Arguments of `t5x`."""
+        return ["eval", *_flags(self.evaluation_files, self.evaluation_overrides, search_paths)]
+
+    def request(self) -> dict[str, Any]:
+        """What `survey` is asked."""
+        return {"name": self.run.name, "files": self.files, "overrides": self.overrides, "parent": self.parent}
+
+
+class Standing(NamedTuple):
+    """How far a run has come."""
+
+    step: int  # of its newest checkpoint, as its last session left it; 0 of a run that has none
+    trained: bool
+    evaluated: bool
+    checkpoint: str | None  # the digest of the newest
+    changed: tuple[str, ...]  # what differs between what was trained and the plan; nothing of a run that is not begun
+    results_changed: tuple[str, ...]  # likewise between how it was evaluated and the plan
+    seconds: float  # of training, as far as sessions ended by themselves
+
+    @property
+    def state(self) -> str:
+        """In a word or two."""
+        if self.changed or self.results_changed:
+            return "changed"
+        if not self.trained:
+            return f"at step {self.step}" if self.step else "to do"
+        return "done" if self.evaluated else "trained"
+
+
+def planned_runs(study: Study, configuration: Configuration, search_paths: Sequence[str]) -> tuple[
+        list[Planned], list[str]]:
+    """Every run of a study in order, and lines about arms that are another one.
+
+    Args:
+      study: what the gin file says.
+      configuration: which it was built from.
+      search_paths: where gin files are looked for besides.
+
+    Raises:
+      ValueError, FileNotFoundError: in one line, for arms, files and settings that do not fit.
+    """
+    arms, told = expand(study)
+    read: dict[str, tuple[tuple[str, ...], Settings, Mapping[str, str] | None]] = {}
+    effective: dict[str, Mapping[str, str]] = {}
+    asked: dict[str, Asked] = {}
+    for arm in arms:
+        files, overrides = _of_arm(arm, study, configuration, search_paths)
+        parent = effective[arm.parent] if arm.parent else None
+        places: Settings = (("MODEL_DIR", "planned"), *((("INITIAL_CHECKPOINT_PATH", "planned"),) if parent else ()))
+        try:
+            found = read_configuration(files, [*overrides, *places], search_paths, parent)
+            if "CODE_RATE" in arm.settings and "MIX_PHASES" not in arm.settings and found.resolved(
+                    "mixture.mix_phases") != "None":  # the stage's own, above which the arm's rate would say nothing
+                overrides = (*(pair for pair in overrides if pair[0] != "MIX_PHASES"), ("MIX_PHASES", "None"))
+                found = read_configuration(files, [*overrides, *places], search_paths, parent)
+            asked[arm.name] = Asked(*(_literal(found, name) for name in (
+                "train.train_steps", "train.batch_size", "mixture.code_rate", "mixture.mix_phases")))
+        except ValueError as error:
+            raise ValueError(f"{arm.name}: {error}") from None
+        effective[arm.name] = {name: setting.value for name, setting in found.effective.items()}
+        read[arm.name] = files, overrides, parent
+    runs = plan_runs(study, arms, asked)
+    planned = []
+    for run in runs:
+        files, overrides, parent = read[run.arm.name]
+        folder = run_folder(study.directory, run.name)
+        own = [("SEED", str(run.seed)), ("MODEL_DIR", folder)]
+        if run.steps != asked[run.arm.name].steps:
+            own.insert(0, ("TRAIN_STEPS", str(run.steps)))
+        if run.parent:
+            own.append(("INITIAL_CHECKPOINT_PATH", run_folder(study.directory, run.parent)))
+        kept = [pair for pair in overrides if pair[0] not in dict(own)]
+        # Of a run's evaluation only the settings asked are compared, so that nothing need be taken over here.
+        evaluation = [*_bare(configuration.of_stage("evaluation")), ("CHECKPOINT_PATH", folder)]
+        try:
+            asking = read_configuration(study.evaluation_files, evaluation, search_paths, effective[run.arm.name])
+            tasks = tuple(_literal(asking, "evaluation.tasks"))
+        except ValueError as error:
+            raise ValueError(f"evaluation: {error}") from None
+        planned.append(Planned(
+            run, folder, files, (*kept, *own), parent,
+            read_configuration(files, [*kept, *own], search_paths, parent or {}),
+            tuple(study.evaluation_files), tuple(evaluation), asking, tasks))
+    return planned, told
+
+
+def run_folder(directory: str, name: str) -> str:
+    """The directory of a run."""
+    return f"{directory.rstrip('/')}/runs/{name}"
+
+
+def _of_arm(
+    arm: Arm, study: Study, configuration: Configuration, search_paths: Sequence[str]
+) -> tuple[tuple[str, ...], Settings]:
+    """The gin files and the settings of an arm; what its own file sets is above what the study says of the stage."""
+    common = dict(_bare(configuration.of_stage(arm.stage)))
+    if arm.gin_file:
+        alone = {setting.name for setting in read_configuration(
+            [*study.files(arm.stage), arm.gin_file], _placeholders(arm), search_paths, {}).settings
+            if setting.where.startswith(f"{arm.gin_file}:")}
+        common = {name: value for name, value in common.items() if name not in alone}
+    own = {name: value if isinstance(value, str) and value[:1] in ("@", "%") else _bare_value(repr(value))
+           for name, value in arm.settings.items()}
+    return (*study.files(arm.stage), *((arm.gin_file,) if arm.gin_file else ())), tuple((common | own).items())
+
+
+def _placeholders(arm: Arm) -> Settings:
+    """Settings that the files of a stage need and only the plan has, for reading the files alone."""
+    names = ["MODEL_DIR", "CODE_RATE"]
+    if arm.stage == "tuning":
+        names += ["INITIAL_CHECKPOINT_PATH", "VOCABULARY", "TASK_FEATURE_LENGTHS"]
+    return tuple((name, "None") for name in names)
+
+
+def _literal(configuration: Configuration, name: str) -> Any:
+    value = configuration.resolved(name)
+    try:
+        return None if value is None else ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise ValueError(f"{name} must be a plain value in a study, found {value}.") from None
+
+
+def _bare(settings: Sequence[tuple[str, str]]) -> Settings:
+    return tuple((name, _bare_value(value)) for name, value in settings)
+
+
+def _bare_value(value: str) -> str:
+    """A value as one types it: a string without quotes where it is read as one all the same."""
+    try:
+        text = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    return text if isinstance(text, str) and as_gin_value(text) == repr(text) and text else value
+
+
+def _flags(files: Sequence[str], overrides: Settings, search_paths: Sequence[str]) -> list[str]:
+    return [*(f"--gin_file={file}" for file in files),
+            *([f"--gin_search_paths={','.join(search_paths)}"] if search_paths else []),
+            *(f"--gin.{name}={value}" for name, value in overrides)]
+
+
+def plan_as_json(study: Study, configuration: Configuration, planned: Sequence[Planned]) -> dict[str, Any]:
+    """What STUDY_DIR/study.json holds."""
+    return {"comparison": study.comparison, "seeds": list(study.seeds), "common": {
+        stage: {"gin_files": list(files), "settings": dict(_bare(configuration.of_stage(stage)))}
+        for stage, files in (("pretraining", study.pretraining_files), ("tuning", study.tuning_files),
+                             ("evaluation", study.evaluation_files))}, "runs": [
+        {"run": one.run.name, "arm": one.run.arm.name, "stage": one.run.arm.stage, "seed": one.run.seed,
+         "from": one.run.parent, "mix": one.run.mix, "steps": one.run.steps, "gin_file": one.run.arm.gin_file,
+         "settings": {name: value for name, value in one.run.arm.settings.items() if value is not None}}
+        for one in planned]}
+
+
+def write_plan(directory: str, plan: Mapping[str, Any]) -> None:
+    """Writes study.json, whole or not at all, where it does not say so already."""
+    folder = epath.Path(directory).expanduser()
+    text = json.dumps(plan, indent=2, ensure_ascii=False) + "\n"
+    path = folder / "study.json"
+    if not path.exists() or path.read_text() != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+
+
+def standing(one: Planned, facts: Mapping[str, Any], parent: Standing | None) -> Standing:
+    """How far a run has come.
+
+    Args:
+      one: the run.
+      facts: what `survey` told of it.
+      parent: how far the run has come that it starts from.
+    """
+    provenance = _json(epath.Path(one.folder).expanduser() / "provenance.json")
+    if provenance is None:
+        return Standing(0, False, False, None, (), (), 0.0)
+    changed = differences(provenance["asked"], one.training.asked)
+    if not changed and facts.get("order", provenance["order"]) != provenance["order"]:
+        changed = ["the data, or the order in which they are drawn, are others"]
+    before = provenance["ledger"]["before"]
+    if parent and parent.checkpoint and before and before[-1].get("digest") not in (None, parent.checkpoint):
+        changed.append(f"{one.run.parent}, which it started from, was trained again")
+    results_changed, evaluated = _results(one, provenance["checkpoint"])
+    checkpoints = epath.Path(one.folder).expanduser() / "checkpoints"
+    steps = [int(path.name) for path in (checkpoints.glob("*") if checkpoints.exists() else []) if path.name.isdigit()]
+    return Standing(max(steps, default=0), provenance["finished"], evaluated and provenance["finished"],
+                    provenance["checkpoint"], tuple(changed), tuple(results_changed),
+                    sum(session["seconds"] or 0.0 for session in provenance["sessions"]))
+
+
+def _results(one: Planned, checkpoint: str | None) -> tuple[list[str], bool]:
+    """What differs between results that are there and the plan, and whether all are there."""
+    folder, changed, missing = epath.Path(one.folder).expanduser() / "results", [], False
+    for task in one.tasks:
+        found = [result for name in (task, f"{task}_sample") if (result := _json(folder / f"{name}.json"))]
+        found = [result for result in found if result["checkpoint"].get("digest") == checkpoint]
+        asked = [result.get("provenance", {}).get("asked", {}) for result in found]
+        if any(not differences(each, one.evaluation.asked, FREE_OF_RESULTS.__contains__) for each in asked):
+            continue
+        missing = True
+        changed += [difference for each in asked if each
+                    for difference in differences(each, one.evaluation.asked, FREE_IN_EVALUATION.__contains__)]
+    return list(dict.fromkeys(changed)), not missing
+
+
+def evaluation_seconds(one: Planned) -> float | None:
+    """How long the questions of a run took, where results tell; without the start of the command."""
+    folder = epath.Path(one.folder).expanduser() / "results"
+    results = [result for path in (folder.glob("*.json") if folder.exists() else []) if (result := _json(path))]
+    rates = [(result["n"], result.get("questions_per_second")) for result in results]
+    return sum(n / rate for n, rate in rates) if rates and all(rate for _, rate in rates) else None
+
+
+def move_aside(one: Planned, directory: str, results_alone: bool) -> str:
+    """Moves a run, or its results alone, to STUDY_DIR/replaced; returns where it is now."""
+    source = epath.Path(one.folder).expanduser()
+    source = source / "results" if results_alone else source
+    replaced = epath.Path(directory).expanduser() / "replaced"
+    replaced.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (target := replaced / f"{one.run.name}{'-results' * results_alone}-{number}").exists():
+        number += 1
+    source.rename(target)
+    return str(target)
+
+
+def _json(path: epath.Path) -> dict[str, Any] | None:
+    """What a file holds; None where there is none, or a kill left half of it."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError:
+        return None

@@ -1,0 +1,151 @@
+"""What the runs of a study will be and cost, found before any of them begins, by a process of its own: devices are
+free again when it ends.
+
+    python -m codellm_jax.study.survey REQUEST.json ANSWER.json
+
+What of the benchmarks stands in what they are trained on is found in the same way (`contamination.py`).
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from codellm_jax.configuration import build, read_configuration
+from codellm_jax.evaluation.contamination import measure_into
+from codellm_jax.model.decoder import flops_per_token, parameter_count
+from codellm_jax.runtime.process import use_compilation_cache
+from codellm_jax.runtime.state import bytes_per_device, initial_state
+from codellm_jax.training.plan import Plan, Training, make_plan, unit
+from codellm_jax.training.train import batch_of_step, jit_train_step
+
+MEASURED_STEPS = 3
+
+
+def survey(
+    requests: Sequence[Mapping[str, Any]], search_paths: Sequence[str], measure: bool,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Makes the plan of each run, which caches rows that are not cached yet; trains nothing that is kept.
+
+    Args:
+      requests: for each run its "name", "files", "overrides" ([[name, value], ...]), and "parent", the settings of the
+        run that it starts from, or None.
+      search_paths: where gin files are looked for besides.
+      measure: whether to time some steps: of each stage and model, those of the run with the most rows.
+      report: is told lines of progress.
+
+    Returns:
+      "runs": for each name its facts, or {"error": a line}. "measured": what was timed, the seconds of a step of each.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    programs: dict[str, tuple[str, Training, Plan]] = {}  # of each stage and model, the one with the most rows
+    for request in requests:
+        name = request["name"]
+        try:
+            configuration = read_configuration(
+                request["files"], [tuple(pair) for pair in request["overrides"]], search_paths, request["parent"])
+            training = build(configuration, "train")
+            plan = make_plan(training, report)
+        except (ValueError, OSError) as error:
+            runs[name] = {"error": " ".join(str(error).split())}
+            continue
+        runs[name] = facts(training, plan)
+        program = runs[name]["program"]
+        if program not in programs or plan.rows > programs[program][2].rows:
+            programs[program] = (name, training, plan)
+    measured = {program: {"run": name} | measured_step(training, plan)
+                for program, (name, training, plan) in programs.items()} if measure else {}
+    return {"runs": runs, "measured": measured}
+
+
+def measure_contamination(
+    requests: Sequence[Mapping[str, Any]], search_paths: Sequence[str], asked: Sequence[tuple[str, str]], path: str,
+) -> None:
+    """Searches everything that the runs train on for the questions of the benchmarks, into a file.
+
+    Args:
+      requests, search_paths: as for `survey`.
+      asked: settings of gin/contamination.gin.
+      path: of the file, local or gs://.
+    """
+    mixtures: dict[str, Any] = {}
+    for request in requests:
+        configuration = read_configuration(
+            request["files"], [tuple(pair) for pair in request["overrides"]], search_paths, request["parent"])
+        # Once for all arms of a stage: they differ in shares and steps, not in sources.
+        key = [configuration.resolved(name) for name in (
+            "mixture.name", "mixture.lengths", "mixture.stage", "tasks.corpora", "vocabulary.path")]
+        mixtures.setdefault(str(key), (build(configuration, "mixture"), build(configuration, "vocabulary")))
+    settings = read_configuration(["gin/contamination.gin"], asked)
+    measure_into(path, build(settings, "contamination"), list(mixtures.values()))
+
+
+def facts(training: Training, plan: Plan) -> dict[str, Any]:
+    """Of one run: steps, tokens, FLOPs, and what of each source it will take, as JSON."""
+    order, config, length = plan.mixture.order, plan.model.config, training.mixture.length
+    drawn = order.counts(plan.last_step * training.batch_size)
+    size = 1 if plan.mixture.stage == "tuning" else length
+    tokens = plan.last_step * plan.rows * length
+    return {
+        "stage": plan.mixture.stage, "steps": plan.last_step, "rows": plan.rows, "length": length, "tokens": tokens,
+        "flops": flops_per_token(config, causal=False) * tokens, "parameters": parameter_count(config),
+        "order": order.fingerprint(), "counted": unit(plan.mixture) if size == 1 else "tokens",
+        "sources": [{"name": source.name, "drawn": int(count) * size, "epochs": float(count / source.rows)}
+                    for source, count in zip(order.sources, drawn, strict=True)],
+        # Steps of one stage, model and length differ in nothing but rows, to which their cost is proportional.
+        "program": f"{plan.mixture.stage}, {config}",
+    }
+
+
+def measured_step(training: Training, plan: Plan) -> dict[str, Any]:
+    """"seconds" of a step, the median of some after the one that compiles; or why there are none, "not_measured"."""
+    need, free = 2 * bytes_per_device(plan.state), free_memory()
+    if need > free:
+        return {"not_measured": f"state and gradients need {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free here"}
+    with jax.set_mesh(plan.mesh), nn.logical_axis_rules(training.mesh.all_rules()):
+        state = initial_state(plan.model, plan.optimizer, plan.state, training.seed)
+        step_fn = jit_train_step(
+            plan.model, plan.optimizer, plan.state, len(plan.mixture.order.sources), training.microbatches)
+        seconds = []
+        for step in range(min(1 + MEASURED_STEPS, plan.last_step)):
+            batch, _ = batch_of_step(training, plan, step)
+            began = time.perf_counter()
+            state, metrics = step_fn(state, batch)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.perf_counter() - began)
+    timed = sorted(seconds[1:] or seconds)
+    return {"seconds": timed[len(timed) // 2], "steps": len(timed), "rows": plan.rows,
+            "device": jax.devices()[0].device_kind}
+
+
+def free_memory() -> int:
+    """Bytes of a device that may still be taken; on a CPU those of the machine."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(request: str, answer: str) -> None:
+    """Reads {"runs", "search_paths", "measure"} from one file and writes what `survey` returns into another; or
+    {"runs", "search_paths", "asked"}, and writes the contamination.
+    """
+    wanted = json.loads(Path(request).read_text())
+    if "asked" in wanted:
+        measure_contamination(
+            wanted["runs"], wanted["search_paths"], [tuple(pair) for pair in wanted["asked"]], answer)
+        return
+    use_compilation_cache()
+    found = survey(wanted["runs"], wanted["search_paths"], wanted["measure"], lambda line: print(line, flush=True))
+    Path(answer).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,255 @@
+"""What a run will be, worked out before anything is trained: the objects a gin file asks for, and a page about them."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from codellm_jax.evaluation.evaluate import Evaluation
+from codellm_jax.mixture.batches import rows_of_packed_steps
+from codellm_jax.mixture.mixture import Mixture, OpenMixture, open_mixture
+from codellm_jax.mixture.order import Order
+from codellm_jax.model.decoder import Decoder, DecoderConfig, flops_per_token, parameter_count
+from codellm_jax.runtime.compiler import is_deterministic
+from codellm_jax.runtime.optimization import Schedule
+from codellm_jax.runtime.partitioning import MeshShape, make_mesh, require_divisible
+from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_device
+from codellm_jax.vocabulary import Vocabulary
+
+GIB = 2**30
+BAR = 40  # characters of a share of 1
+MANY_EPOCHS = 4  # more repeats than this of the same tokens are worth a warning (Muennighoff et al., 2023)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a gin file says of a training run.
+
+    Attributes:
+      model_dir: the run directory.
+      mixture: the data.
+      vocabulary: what rows are tokenized with; its padded size is the model's.
+      model: makes the decoder's configuration when called with `vocabulary_size` and `length`.
+      optimizer: makes the gradient transformation when called with the learning-rate schedule.
+      learning_rate: step -> learning rate.
+      mesh: devices along each axis.
+      batch_size: rows a step, over all devices; in tuning examples a step, packed or not.
+      train_steps: steps of the whole run.
+      eval_period, checkpoint_period, log_period: in steps; the last step always is.
+      eval_rows: held-out rows of each source that are evaluated.
+      keep_last: newest checkpoints kept; keep_every: besides, those at its multiples.
+      microbatches: parts a batch is trained on in turn before one update, to save memory.
+      initial_checkpoint_path: a run directory whose parameters are started from.
+      evaluation: benchmarks that are asked at each evaluation; None for none.
+      seed: of the parameters, the order and dropout.
+    """
+
+    model_dir: str
+    mixture: Mixture
+    vocabulary: Vocabulary
+    model: Callable[..., DecoderConfig]
+    optimizer: Callable[[Schedule], optax.GradientTransformation]
+    learning_rate: Schedule
+    mesh: MeshShape
+    batch_size: int
+    train_steps: int
+    eval_period: int
+    checkpoint_period: int
+    log_period: int = 10
+    eval_rows: int = 64
+    keep_last: int = 2
+    keep_every: int | None = None
+    microbatches: int = 1
+    initial_checkpoint_path: str | None = None
+    evaluation: Evaluation | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "train_steps", "eval_period", "checkpoint_period", "log_period", "eval_rows",
+                     "keep_last", "microbatches"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ValueError(f"{name.upper()} must be a whole number from 1, found {value!r}.")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"train.keep_every must be at least 1, or None for none, found {self.keep_every}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed!r}.")
+        if not self.model_dir.strip():
+            raise ValueError("MODEL_DIR is empty: name the run's directory, such as runs/first.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The objects of a run; `state` is abstract: shapes, dtypes and shardings."""
+
+    mesh: Mesh
+    model: Decoder
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    mixture: OpenMixture
+    last_step: int  # train_steps, or fewer where MAX_EPOCHS ends the run first
+    rows: int  # of a step's arrays: batch_size, or fewer where examples are packed
+    filled: float  # the part of them that packed examples fill, on average
+    questions: tuple[Any, ...]  # of each benchmark that is asked while training, as `Evaluation.load` gives them
+
+
+def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan:
+    """Builds everything but arrays; writes the cache of rows where there is none.
+
+    Raises:
+      ValueError: in one line, for any setting that does not fit the others.
+    """
+    questions = tuple(training.evaluation.load()) if training.evaluation else ()
+    mesh = make_mesh(training.mesh)
+    packing = training.mixture.stage == "tuning" and training.mixture.packing
+    if not packing:
+        require_divisible(training.batch_size, training.microbatches, mesh)
+    model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
+    optimizer = training.optimizer(training.learning_rate)
+    state = abstract_state(model, optimizer, mesh, training.mesh)
+    total = training.train_steps * training.batch_size
+    mixture = open_mixture(
+        training.mixture, training.vocabulary, training.seed, total, training.batch_size, report)
+    last_step = training.train_steps
+    if training.mixture.max_epochs is not None:
+        exhausted = mixture.order.exhausted_at(training.mixture.max_epochs, total)
+        if exhausted is not None:
+            last_step = exhausted[0] // training.batch_size
+            if last_step == 0:
+                raise ValueError(
+                    f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run before its first step: "
+                    f"{exhausted[1].name} has {exhausted[1].rows} {unit(mixture)}. Raise it, give more data, or lower "
+                    "BATCH_SIZE.")
+    rows, filled = training.batch_size, 1.0
+    if packing:
+        most, positions = rows_of_packed_steps(mixture.order, mixture.training, training.batch_size, last_step)
+        shards = mesh.shape["data"] * mesh.shape["fsdp"] * training.microbatches
+        rows = -(-most // shards) * shards
+        filled = positions / (last_step * rows * training.mixture.length)
+    return Plan(mesh, model, optimizer, state, mixture, last_step, rows, filled, questions)
+
+
+def unit(mixture: OpenMixture) -> str:
+    """What a position of the order is."""
+    return "examples" if mixture.stage == "tuning" else "rows"
+
+
+def describe(training: Training, plan: Plan) -> str:
+    """The plan as a page of text: mixture, schedule, epochs to come, parameters, mesh, memory."""
+    mixture, order, config = plan.mixture, plan.mixture.order, plan.model.config
+    tuning = mixture.stage == "tuning"
+    drawn_rows = plan.last_step * training.batch_size
+    counted = "examples" if tuning else "tokens"
+    lines = [f"{'source':<26} {counted:>15} {'share':>7} {'of':>15} {'epochs to come':>15}"]
+    for source, drawn, cached in zip(order.sources, order.counts(drawn_rows), mixture.training, strict=True):
+        size = 1 if tuning else cached.length
+        lines.append(f"{source.name:<26} {drawn * size:>15,} {drawn / drawn_rows:>7.4f} "
+                     f"{cached.count * size:>15,} {drawn / cached.count:>15.2f}")
+    lines += ["", *schedule_lines(order, training.batch_size, plan.last_step)]
+    if training.mixture.mix_phases is not None and training.mixture.code_rate is not None:
+        lines.append(f"MIX_PHASES is set, so that CODE_RATE = {training.mixture.code_rate} is not used.")
+    for cached in mixture.training:
+        lines += cached.notes
+        if cached.cut or cached.left_out:
+            lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
+                         f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "
+                         "would be left.")
+    for source, drawn in zip(order.sources, order.counts(drawn_rows), strict=True):
+        if not drawn and order.asked(drawn_rows)[order.sources.index(source)]:
+            lines.append(f"WARNING: {source.name} is asked for too little to be drawn at all in this run.")
+        if drawn > MANY_EPOCHS * source.rows:
+            lines.append(f"WARNING: {source.name} will be repeated {drawn / source.rows:.1f} times; "
+                         "MAX_EPOCHS would stop the run instead.")
+    if plan.last_step < training.train_steps:
+        missed = [start for start in order.schedule.phase_starts
+                  if drawn_rows <= start < training.train_steps * training.batch_size]
+        lines.append(f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run at step {plan.last_step} of "
+                     f"{training.train_steps}." + (
+                         f" The mix from step {missed[0] // training.batch_size} on is not reached." if missed else ""))
+    if not is_deterministic(plan.mesh, config):
+        lines.append(f"WARNING: with model.scan_unroll = {config.scan_unroll} a GPU adds in any order: another run of "
+                     "this configuration will have slightly other losses.")
+    full, causal = (flops_per_token(config, causal=causal) for causal in (False, True))
+    tokens = plan.last_step * plan.rows * training.mixture.length
+    step = f"{plan.rows} rows of {training.mixture.length}"
+    if tuning:
+        step = f"{training.batch_size} examples in {step}" + (
+            f", {plan.filled:.0%} filled" if training.mixture.packing else ", not packed")
+    lines += [
+        "",
+        f"model        {parameter_count(config):,} parameters: {config.layers} layers of {config.hidden}, "
+        f"{config.heads} heads, {'query layer' if config.query_layer else 'no query layer'}, "
+        f"vocabulary {config.vocabulary_size:,}, {config.dtype}",
+        f"training     {plan.last_step:,} steps of {step}: {tokens:,} tokens"
+        f"{' with padding' if tuning else ''}, {full * tokens:.3g} FLOPs ({causal * tokens:.3g} with causal attention "
+        "counted by half)",
+        f"mesh         {' x '.join(f'{axis} {size}' for axis, size in plan.mesh.shape.items())} on "
+        f"{plan.mesh.size} {jax.devices()[0].device_kind} in {jax.process_count()} process(es)",
+        "memory       " + memory_estimate(training, plan),
+        f"vocabulary   {training.vocabulary.path} ({training.vocabulary.content_hash[:12]})",
+        f"order        {order.fingerprint()[:12]}",
+        *(["benchmarks   " + ", ".join(
+            f"{loaded.name}{' (sample)' * loaded.is_sample} {len(loaded.questions):,}" for loaded in plan.questions)
+           + f" questions, every {training.eval_period:,} steps"] if plan.questions else []),
+        *([f"starts from  {training.initial_checkpoint_path}"] if training.initial_checkpoint_path else []),
+        f"run          {training.model_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def schedule_lines(order: Order, batch_size: int, last_step: int) -> list[str]:
+    """The share of code over the run as lines of text, with a bar where it changes."""
+    schedule, run = order.schedule, last_step * batch_size
+    # One line for each phase, eight for a ramp.
+    edges = {last_step}
+    for start, following in itertools.pairwise([*schedule.phase_starts, run]):
+        parts = 1 if schedule.share_at(start) == schedule.share_at(start + 1) else 8
+        edges |= {round((start + (following - start) * part / parts) / batch_size) for part in range(parts)}
+    steps = sorted(step for step in edges if step <= last_step)
+    if len(steps) < 3 and not any(schedule.tables):
+        return [f"share of code: {float(schedule.asked(run)) / run:.4f} from step 0"]
+    code = [source.pool == "code" for source in order.sources]
+    lines = [f"{'share of code':<20} {'asked':>7} {'drawn':>7}"]
+    for begin, end in itertools.pairwise(steps):
+        rows = (end - begin) * batch_size
+        asked = [float(after - before) / rows for before, after in zip(
+            order.asked(begin * batch_size), order.asked(end * batch_size), strict=True)]
+        drawn = (order.counts(end * batch_size) - order.counts(begin * batch_size)) / rows
+        share = sum(part for part, is_code in zip(asked, code, strict=True) if is_code)
+        bar = "#" * round(share * BAR)
+        parts_of_sources = "  ".join(f"{source.name} {part:.3f}" for source, part in zip(
+            order.sources, asked, strict=True)) if any(schedule.tables) else ""
+        lines.append(f"  step {begin:>6,}-{end:<6,} {share:>7.4f} {drawn[code].sum():>7.4f} |{bar:<{BAR}}| "
+                     f"{parts_of_sources}".rstrip())
+    return lines
+
+
+def memory_estimate(training: Training, plan: Plan) -> str:
+    """GiB a device: the state exactly, gradients as large as the parameters, activations by what remat keeps."""
+    config = plan.model.config
+    shards = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+    tokens = plan.rows // shards // training.microbatches * training.mixture.length
+    itemsize = jax.numpy.dtype(config.dtype).itemsize
+    # Values that a block keeps for a token: its input; outputs of its matmuls, split along `model` where heads or the
+    # MLP are; and without remat those of norms and activations too, and attention's probabilities over half the keys.
+    model = plan.mesh.shape["model"]
+    matmuls = 2 * config.hidden + (4 * config.hidden + config.feedforward) / model
+    kept = itemsize * {
+        "full": config.hidden,
+        "offload": 0,
+        "attention": config.hidden + 4 * config.hidden / model,
+        "dots": config.hidden + matmuls,
+        "none": 4 * config.hidden + 2 * matmuls + config.heads / model * training.mixture.length,
+    }[config.remat]
+    parts = {
+        "state": bytes_per_device(plan.state),
+        "gradients": bytes_per_device(plan.state.params),
+        "activations about": math.ceil(tokens * kept * config.layers),
+    }
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return f"about {sum(parts.values()) / GIB:.2f} GiB a device: {listed}"

@@ -1,0 +1,445 @@
+"""Training: the step, its loss, and the loop.
+
+    state, metrics = train_step(state, batch, model=..., optimizer=..., sources=2)
+
+The loop keeps one step in flight: the metrics of step k are read while step k + 1 runs, so that the devices never
+wait for the host, yet every loss is looked at before a checkpoint could keep what came of it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import linen as nn
+
+from codellm_jax.evaluation.evaluate import ask
+from codellm_jax.evaluation.trained import TrainedModel
+from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
+from codellm_jax.mixture.ledger import Ledger, arm
+from codellm_jax.mixture.order import POOLS, Draw
+from codellm_jax.model.decoder import Decoder, flops_per_token, parameter_count, token_embedding
+from codellm_jax.model.losses import chunk_of, cross_entropy
+from codellm_jax.results.files import write_whole
+from codellm_jax.results.tables import short_score
+from codellm_jax.runtime.checkpoints import (
+    Checkpoints,
+    newest_record,
+    require_same_vocabulary,
+    resolved,
+    restore_parameters,
+)
+from codellm_jax.runtime.compiler import compiler_options
+from codellm_jax.runtime.distributed import first_process_first, gathered, require_agreement
+from codellm_jax.runtime.meter import Meter, Metrics, loss_by_source
+from codellm_jax.runtime.partitioning import batch_sharding
+from codellm_jax.runtime.process import alone_in, stop_on_signal
+from codellm_jax.runtime.profiles import Profile, ProfileSteps
+from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
+from codellm_jax.runtime.provenance import is_free_on_resume, software, training_hash
+from codellm_jax.runtime.state import TrainState, initial_state
+from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, model: Decoder, optimizer: optax.GradientTransformation, sources: int,
+    microbatches: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One update from one global batch.
+
+    The gradient is that of the mean loss over the tokens that count in the whole batch, whatever `microbatches`.
+    """
+    dropout_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    # One reduction over the devices instead of two that nothing orders: XLA on CPU has been seen to hang in those.
+    source_tokens = by_source(batch.weights, batch.sources, sources)
+    tokens = jnp.sum(source_tokens)
+
+    def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden_BLD: Any = model.apply(
+            {"params": params}, part.inputs, part.positions, part.segment_ids,
+            deterministic=model.config.dropout_rate == 0.0, rngs={"dropout": rng})
+        embedding_VD = token_embedding(params)
+        loss_sum, losses_BL = cross_entropy(hidden_BLD, embedding_VD, part.targets, part.weights,
+                                            chunk=chunk_of(len(part.inputs), len(embedding_VD), gradients=True))
+        return loss_sum / tokens, by_source(losses_BL * part.weights, part.sources, sources)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if microbatches == 1:
+        (loss, source_losses), grads = grad_fn(state.params, batch, dropout_rng)
+    else:
+
+        def accumulate(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(state.params, *part)), None
+
+        # Microbatch k takes rows k, k + microbatches, ...: each device splits the rows it already has.
+        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, state.params, batch, dropout_rng))
+        ((loss, source_losses), grads), _ = jax.lax.scan(
+            accumulate, zero, (parts, jax.random.split(dropout_rng, microbatches)))
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = Metrics(loss, optax.tree.norm(grads), source_losses, source_tokens)
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def jit_train_step(
+    model: Decoder, optimizer: optax.GradientTransformation, state: TrainState, sources: int, microbatches: int
+) -> Any:
+    """`train_step` as the loop runs it: jitted, the state donated and laid out as `state` (which may be abstract)."""
+    mesh: Any = state.step.sharding.mesh  # type: ignore[attr-defined]
+    return jax.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer, sources=sources, microbatches=microbatches),
+        donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+        compiler_options=compiler_options(mesh, model.config))
+
+
+def eval_step(params: Any, batch: Batch, *, model: Decoder, sources: int) -> tuple[jax.Array, jax.Array]:
+    """Sums of losses in nats and of tokens for each source: two float32 [sources]."""
+    hidden_BLD: Any = model.apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
+    embedding_VD = token_embedding(params)
+    _, losses_BL = cross_entropy(hidden_BLD, embedding_VD, batch.targets, batch.weights,
+                                 chunk=chunk_of(len(batch.inputs), len(embedding_VD), gradients=False))
+    return (by_source(losses_BL * batch.weights, batch.sources, sources),
+            by_source(batch.weights, batch.sources, sources))
+
+
+def by_source(values_BL: Array, sources_BL: Array, sources: int) -> jax.Array:
+    """Sums of values for each source: float32 [sources]."""
+    return jnp.einsum("BL,BLS->S", values_BL, jax.nn.one_hot(sources_BL, sources))
+
+
+@dataclasses.dataclass
+class Run:
+    """A run under way: `step` steps are done."""
+
+    training: Training
+    plan: Plan
+    state: TrainState
+    ledger: Ledger
+    step: int
+
+
+def train(
+    training: Training, settings: Callable[[], tuple[str, Mapping[str, str]]] = lambda: ("", {}),
+    asked: Mapping[str, str] | None = None,
+    profile_steps: ProfileSteps | None = None,
+) -> Run:
+    """Trains to the end, or to a SIGTERM or SIGINT, which saves and returns.
+
+    Args:
+      training: what the gin file says.
+      settings: called when everything is built; the operative configuration as text and as name -> value. The text
+        goes to MODEL_DIR/config.gin, the values into every checkpoint, and a resume with others is refused.
+      asked: what gin files and flags say, name -> value, for MODEL_DIR/provenance.json.
+      profile_steps: steps to write a trace of, if any.
+
+    Raises:
+      ValueError: a mistake in the configuration, a MODEL_DIR of another one, or steps to profile that the run has not.
+      FloatingPointError: the loss is not finite.
+    """
+    with first_process_first():
+        plan = make_plan(training, say)
+    if profile_steps is not None:
+        profile_steps.require_within(plan.last_step)
+    say(describe(training, plan) + "\n")
+    model_dir = epath.Path(training.model_dir).expanduser()
+    text, values = settings()
+    require_agreement("order of its data", plan.mixture.order.fingerprint())
+    require_agreement("configuration", repr(sorted(values.items())))
+    first_process = jax.process_index() == 0
+    with (
+        alone_in(str(model_dir)) if first_process else contextlib.nullcontext(),
+        stop_on_signal() as stop,
+        Checkpoints(str(model_dir / "checkpoints"), training.keep_last, training.keep_every) as checkpoints,
+        jax.set_mesh(plan.mesh),
+        nn.logical_axis_rules(training.mesh.all_rules()),
+    ):
+        run = begin_or_resume(training, plan, checkpoints, values)
+        require_agreement("step to go on from", str(run.step))
+        if first_process and text:
+            (model_dir / "config.gin").write_text(text)
+        provenance = Provenance(run, values, asked or {}, active=first_process)
+        records = Records(str(model_dir), run.step, active=first_process)
+        status = StatusLine(run.step, plan.last_step, active=first_process)
+        profile = Profile(profile_steps, run.step, str(model_dir), status.say)
+        try:
+            loop(run, checkpoints, records, status, values, stop, profile)
+            newest = checkpoints.newest_step()
+            provenance.write(run, None if newest is None else checkpoints.record(newest)["digest"])
+        except FloatingPointError as error:
+            checkpoints.wait()
+            good = checkpoints.newest_step()
+            raise FloatingPointError(
+                f"{error} " + ("No checkpoint was saved before. " if good is None else
+                               f"The last good checkpoint is step {good} in {model_dir}. ")
+                + "A lower learning rate or a longer warm-up may help.") from None
+        finally:
+            status.close()
+            records.close()
+    return run
+
+
+def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, settings: Mapping[str, str]) -> Run:
+    """The newest checkpoint of MODEL_DIR, else parameters of another run, else new ones."""
+    order, vocabulary = plan.mixture.order, training.vocabulary
+
+    def check(record: Mapping[str, Any]) -> None:
+        require_same_stage(record["ledger"], plan.mixture.stage, training)
+        require_same_vocabulary(record, vocabulary.content_hash, training.model_dir)
+        require_same_settings(record["settings"], settings, training.model_dir)
+
+    restored = checkpoints.restore_newest(plan.state, check, report=say)
+    if restored is not None:
+        state, record = restored
+        ledger, step = Ledger.from_json(record["ledger"]), int(state.step)
+        ledger.check(order, step * training.batch_size)
+        say(f"Resuming {training.model_dir} after step {step}.")
+        return Run(training, plan, state, ledger, step)
+    path, parent = training.initial_checkpoint_path, None
+    if path:  # before anything is allocated for a model that may be far too large
+        require_same_model(newest_record(path)[1], training, plan)
+    state = initial_state(plan.model, plan.optimizer, plan.state, training.seed)
+    if path:
+        params, record = restore_parameters(
+            path, plan.state.params, check=lambda record: require_same_model(record, training, plan), report=say)
+        state = state.replace(params=params)
+        parent = record["ledger"] | {"model_dir": resolved(path), "step": record["step"], "digest": record["digest"]}
+    ledger = Ledger.begin(plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length, parent)
+    return Run(training, plan, state, ledger, 0)
+
+
+class Provenance:
+    """MODEL_DIR/provenance.json, written by one process at the start of a session and at its end; see
+    `runtime.provenance`. What the sessions before wrote is kept, and one that has nothing left to train writes nothing.
+    """
+
+    def __init__(self, run: Run, settings: Mapping[str, str], asked: Mapping[str, str], active: bool) -> None:
+        path = epath.Path(run.training.model_dir).expanduser() / "provenance.json"
+        before = json.loads(path.read_text()) if run.step and path.exists() else {}
+        self._path = path if active and not before.get("finished") else None
+        self._began = time.monotonic()
+        self._software = software()
+        self._session = {"from_step": run.step, "to_step": None, "seconds": None} | self._software
+        self._sessions = [*before.get("sessions", []), self._session]
+        self._same = {"config_hash": training_hash(settings), "asked": dict(asked)}
+        self.write(run, before.get("checkpoint"), ended=False)
+
+    def write(self, run: Run, checkpoint: str | None, ended: bool = True) -> None:
+        """Writes what holds now; `checkpoint` is the digest of the newest one."""
+        if self._path is None:
+            return
+        if ended:
+            self._session |= {"to_step": run.step, "seconds": round(time.monotonic() - self._began, 3)}
+        order, config, ledger = run.plan.mixture.order, run.plan.model.config, run.ledger.to_json()
+        facts = self._same | self._software | {
+            "arm": arm(ledger), "seed": run.training.seed, "parameters": parameter_count(config),
+            "flops_per_token": flops_per_token(config, causal=False), "order": order.fingerprint(),
+            "vocabulary": run.training.vocabulary.content_hash,
+            "data": {source.name: source.content_hash for source in order.sources}, "ledger": ledger,
+            "sessions": self._sessions, "step": run.step, "last_step": run.plan.last_step,
+            "finished": run.step == run.plan.last_step, "checkpoint": checkpoint}
+        write_whole(self._path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def loop(
+    run: Run, checkpoints: Checkpoints, records: Records, status: StatusLine, settings: Mapping[str, str],
+    stop: threading.Event, profile: Profile,
+) -> None:
+    """Trains `run` on to the plan's last step, in place."""
+    training, plan, order = run.training, run.plan, run.plan.mixture.order
+    sources = len(order.sources)
+    step_fn = jit_train_step(plan.model, plan.optimizer, plan.state, sources, training.microbatches)
+    eval_fn = jax.jit(functools.partial(eval_step, model=plan.model, sources=sources),
+                      compiler_options=compiler_options(plan.mesh, plan.model.config))
+    meter = Meter(order, training.batch_size, plan.mixture.stage, run.step, plan.last_step, training.log_period,
+                  jax.jit(training.learning_rate), functools.partial(utilization, plan), records, status)
+    if run.step == 0:
+        evaluate(run, eval_fn, records, status)
+    batches = read_ahead(functools.partial(batch_of_step, training, plan), run.step, plan.last_step)
+    meter.restart()
+    saved = run.step
+
+    def save() -> None:
+        nonlocal saved
+        meter.settle()
+        checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json()})
+        saved = run.step
+        meter.restart()
+
+    try:
+        while run.step < plan.last_step and not stops(stop, run.step, training.log_period):
+            profile.begin_before(run.step + 1, meter)
+            with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
+                batch, drawn = meter.next_batch(batches)
+                run.state, metrics = step_fn(run.state, batch)
+                run.step += 1
+                sizes = plan.mixture.sizes(drawn)
+                run.ledger.add(order, drawn.source, sizes.counted)
+                meter.add(run.step, metrics, int(sizes.positions.sum()), sum(run.ledger.tokens.values()))
+            checkpoints.raise_if_failed()
+            profile.end_after(run.step, meter)
+            if run.step % training.eval_period == 0 or run.step == plan.last_step:
+                meter.settle()
+                evaluate(run, eval_fn, records, status)
+                meter.restart()
+            if run.step % training.checkpoint_period == 0:
+                save()
+        if run.step > saved:
+            save()
+    finally:
+        batches.close()
+        profile.close(run.step)
+    checkpoints.wait()
+    if run.step < plan.last_step:
+        status.say(f"Stopped by a signal; saved after step {run.step}. The same command goes on from there." if run.step
+                   else "Stopped by a signal before the first step; nothing is saved.")
+
+
+def stops(stop: threading.Event, step: int, log_period: int) -> bool:
+    """Whether to stop after `step` steps. A signal may reach one process alone, and all must stop after the same step:
+    several agree at each record, where they wait for each other anyhow.
+    """
+    if jax.process_count() == 1:
+        return stop.is_set()
+    return step % log_period == 0 and bool(gathered(np.array([stop.is_set()])).any())
+
+
+@jax.profiler.annotate_function
+def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Draw]:
+    """What step `step`, from 0, trains on, and where it was drawn from."""
+    mixture, sharding = plan.mixture, batch_sharding(plan.mesh)
+    if mixture.stage == "tuning":
+        return example_batch(step, training.batch_size, mixture.order, mixture.training, plan.rows,
+                             training.mixture.packing, sharding)
+    return global_batch(step, training.batch_size, mixture.order, mixture.training,
+                        training.vocabulary.end_of_document_id, sharding)
+
+
+@jax.profiler.annotate_function
+def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: StatusLine) -> None:
+    """Held-out losses and benchmarks, recorded and shown."""
+    losses, scores = held_out(run, eval_fn), ask_benchmarks(run)
+    if losses or scores:
+        records.write(run.step, "eval", losses | {name: result["value"] for name, result in scores.items()})
+    if losses:
+        pools = ", ".join(f"{pool} {losses[f'loss/{pool}']:.4f}" for pool in POOLS if f"loss/{pool}" in losses)
+        status.say(f"held-out loss after step {run.step}: {pools}")
+    if scores:
+        shown = [f"{name.removeprefix('score/')} {short_score(result)}" for name, result in scores.items()]
+        status.say(f"benchmarks after step {run.step}, in per cent: {', '.join(shown)}")
+
+
+def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
+    """Loss of each source and each pool on the first rows of its validation split; empty where there are none."""
+    training, plan, order = run.training, run.plan, run.plan.mixture.order
+    losses, tokens = np.zeros(len(order.sources)), np.zeros(len(order.sources))
+    for index, rows in enumerate(plan.mixture.validation):
+        if rows is None:
+            continue
+        for batch in held_out_batches(rows, training.eval_rows, plan.rows, index,
+                                      training.vocabulary.end_of_document_id, batch_sharding(plan.mesh),
+                                      plan.mixture.stage):
+            loss, count = jax.device_get(eval_fn(run.state.params, batch))
+            losses, tokens = losses + loss, tokens + count
+    if not tokens.sum():
+        return {}
+    return {"loss": losses.sum() / tokens.sum(), "tokens": tokens.sum()} | loss_by_source(
+        losses, tokens, [source.name for source in order.sources])
+
+
+def ask_benchmarks(run: Run) -> dict[str, dict[str, Any]]:
+    """Results of the benchmarks, {"score/logic": ...}; their files lie in MODEL_DIR/results/in_training/STEP."""
+    training, plan = run.training, run.plan
+    if training.evaluation is None or not plan.questions:
+        return {}
+    folder = epath.Path(training.model_dir).expanduser() / "results" / "in_training" / str(run.step)
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()  # of a run that was killed after its last checkpoint, or of one before
+    results = ask(training.evaluation, plan.questions,
+                  TrainedModel(run.state.params, plan.model.config, training.vocabulary, plan.mesh),
+                  {"run": resolved(training.model_dir), "step": run.step, "arm": arm(run.ledger.to_json())},
+                  str(folder), report=lambda lines: None, progress=False)
+    return {f"score/{result['task']}{'_sample' * result['sample']}": result for result in results}
+
+
+def utilization(plan: Plan, tokens_per_second: float) -> tuple[float | None, float | None]:
+    """Model FLOPs over the devices' peak, with full and with causal attention counted; None if it is not known."""
+    peak = peak_flops()
+    if peak is None:
+        return None, None
+    full, causal = (flops_per_token(plan.model.config, causal=causal) for causal in (False, True))
+    return full * tokens_per_second / (peak * plan.mesh.size), causal * tokens_per_second / (peak * plan.mesh.size)
+
+
+def summary(run: Run) -> str:
+    """What a run came to, for its last lines on the terminal."""
+    evaluations = [line for line in read_records(run.training.model_dir) if line["split"] == "eval"]
+    lines = ["", f"{run.step} of {run.plan.last_step} steps are done.", ""]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        lines.append(f"{'held-out loss, nats a token':<28} {'step ' + str(first['step']):>12} "
+                     f"{'step ' + str(last['step']):>12}")
+        lines += [f"  {pool:<26} {first[f'loss/{pool}']:>12.4f} {last[f'loss/{pool}']:>12.4f}"
+                  for pool in POOLS if f"loss/{pool}" in last]
+        lines += [f"  {name.removeprefix('score/') + ', %':<26} {100 * first[name]:>12.2f} {100 * last[name]:>12.2f}"
+                  for name in last if name.startswith("score/") and name in first]
+        lines.append("")
+    order = run.plan.mixture.order
+    repeated = [f"WARNING: {source.name} was gone through {run.ledger.rows[source.name] / source.rows:.1f} times."
+                for source in order.sources if run.ledger.rows[source.name] > MANY_EPOCHS * source.rows]
+    before = [f"before: {saved['stage']}, {saved['step']} steps in {saved['model_dir']}"
+              for saved in run.ledger.before]
+    phases = [run.ledger.table_of_phases(order), ""] if len(run.ledger.phases) > 1 else []
+    return "\n".join([*lines, run.ledger.table(order), *repeated, "", *phases, *before,
+                      f"arm of the study: {arm(run.ledger.to_json())}", ""])
+
+
+def require_same_stage(ledger: Mapping[str, Any], stage: str, training: Training) -> None:
+    """Raises ValueError where a run directory is of the other stage, or of a run that started from elsewhere."""
+    model_dir, path = training.model_dir, training.initial_checkpoint_path
+    if ledger["stage"] != stage:
+        hint = f" To tune what it holds, give --gin.INITIAL_CHECKPOINT_PATH={model_dir} besides." \
+            if stage == "tuning" and not (path and resolved(path) == resolved(model_dir)) else ""
+        raise ValueError(f"{model_dir} holds a run of the stage {ledger['stage']}, and this one is of the stage "
+                         f"{stage}: use another MODEL_DIR.{hint}")
+    if path and "before" in ledger:
+        started_from = ledger["before"][-1]["model_dir"] if ledger["before"] else "new parameters"
+        if started_from != resolved(path):
+            raise ValueError(f"{model_dir} holds a run that started from {started_from}, not from {resolved(path)}: "
+                             "use another MODEL_DIR, or set INITIAL_CHECKPOINT_PATH back.")
+
+
+def require_same_model(record: Mapping[str, Any], training: Training, plan: Plan) -> None:
+    """Raises ValueError where a checkpoint to start from has another vocabulary, length, or model than this run."""
+    path = str(training.initial_checkpoint_path)
+    require_same_vocabulary(record, training.vocabulary.content_hash, path)
+    if record["ledger"]["length"] != training.mixture.length:
+        raise ValueError(f"{path} was trained on rows of {record['ledger']['length']} tokens, here they have "
+                         f"{training.mixture.length}: leave TASK_FEATURE_LENGTHS out to take its length over.")
+    for name in ("layers", "hidden", "heads", "feedforward", "query_layer", "activation"):
+        saved, here = record["settings"].get(f"model.{name}"), repr(getattr(plan.model.config, name))
+        if saved is not None and saved != here and not saved.startswith("%"):
+            raise ValueError(f"{path} was trained with model.{name} = {saved}, here it is {here}: leave the model's "
+                             "sizes out to take its own over.")
+
+
+def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:
+    """Raises ValueError, naming what differs, where a run directory belongs to another configuration."""
+    # Every parameter is saved, defaults included: one that only one of them has came or went with a version.
+    names = sorted(name for name in set(saved) & set(now) if not is_free_on_resume(name))
+    differing = [name for name in names if saved[name] != now[name]]
+    if differing:
+        listed = "; ".join(f"{name} was {saved[name]}, is {now[name]}" for name in differing[:6])
+        raise ValueError(f"{model_dir} holds a run of another configuration: {listed}"
+                         f"{' and more' if len(differing) > 6 else ''}. Set them back, or use another MODEL_DIR.")

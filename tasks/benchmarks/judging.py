@@ -1,0 +1,116 @@
+"""Benchmarks as an evaluation asks for them: read with one choice of files and templates, and judged."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tasks.benchmarks import metrics, templates
+from tasks.benchmarks.loading import PROGRAMS, load
+from tasks.benchmarks.questions import Loaded
+from tasks.benchmarks.texts import Texts, read_texts
+from tasks.programs import programs, sandbox
+
+
+class Judged(NamedTuple):
+    """What written answers came to.
+
+    Attributes:
+      values: for each metric, in 0 ... 1, what each question adds; the score is their mean. The first is the main one.
+      corpus: for each metric that is no mean its counts a question [questions, k], and the function of their sums.
+      fixed: scores that nothing can be resampled of.
+      notes: for each question and answer what there is to say of it.
+    """
+
+    values: dict[str, list[float]]
+    corpus: dict[str, tuple[list[list[int]], Callable[[Any], Any]]]
+    fixed: dict[str, float]
+    notes: list[list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmarks:
+    """What a gin file says of the benchmarks.
+
+    Attributes:
+      data_dir: a folder below which their files are found by name, local or gs://; None for the items of our own.
+      template: "released", "paper", "multiple_choice", or {"prompt": ..., "continuation": ...} with fields in braces.
+        Or one of these for each task, {"mbpp": "paper", "default": "multiple_choice"}, where "default" stands for all
+        that are not named, and is "released" where it is left out.
+      few_shot: worked examples before each prompt.
+      seed: of the choice of worked examples.
+      unconfined: run programs of MBPP even where the sandbox cannot give its guarantees (see `programs.sandbox`).
+    """
+
+    data_dir: str | None = None
+    template: str | Mapping[str, Any] = "released"
+    few_shot: int = 0
+    seed: int = 0
+    unconfined: bool = False
+
+    def load(self, task: str) -> Loaded:
+        """The questions of a task; see `tasks.benchmarks.loading.load`.
+
+        Raises:
+          SandboxError: its answers are programs that cannot be confined here, and `unconfined` is False.
+        """
+        loaded = load(task, self.data_dir, templates.of_task(task, self.template), self.few_shot, self.seed)
+        if task in PROGRAMS and not self.unconfined:
+            sandbox.require_guarantees()
+        return loaded
+
+    def texts(self, task: str) -> Texts:
+        """The texts of a task's questions as the record has them; see `tasks.benchmarks.texts.read_texts`."""
+        return read_texts(task, self.data_dir)
+
+    def accuracy(self, losses: Sequence[Sequence[float]], answers: Sequence[int]) -> metrics.Accuracy:
+        """See `tasks.benchmarks.metrics.accuracy`."""
+        return metrics.accuracy(losses, answers)
+
+    def settings(self, task: str) -> dict[str, Any]:
+        """The choices that make other questions of a task's files, as JSON."""
+        template = templates.of_task(task, self.template)
+        return {"template": template if isinstance(template, str) else dict(template), "few_shot": self.few_shot,
+                "seed": self.seed}
+
+    def judge(self, loaded: Loaded, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]) -> Judged:
+        """Judges what was written: MBPP by running it, and by BLEU; DuReader by exact match and F1.
+
+        Args:
+          loaded: the questions.
+          texts: for each question one answer or more.
+          tokenize: the model's vocabulary, whose tokens the study's BLEU counts.
+
+        Raises:
+          SandboxError: programs cannot be confined here, and `unconfined` is False.
+        """
+        first = [answers[0] for answers in texts]
+        if loaded.name == "dureader":
+            found = metrics.dureader(first, [question.references for question in loaded.questions])  # type: ignore[union-attr]
+            return Judged({"f1": found.f1s, "exact_match": [float(match) for match in found.exact_matches]}, {}, {},
+                          [[""] for _ in texts])
+        return self._run(loaded, texts, tokenize)
+
+    def _run(
+        self, loaded: Loaded, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]
+    ) -> Judged:
+        questions: Any = loaded.questions
+        tests = [programs.program_tests({**question.extra, "code": question.references[0]}) for question in questions]
+        outcomes = iter(sandbox.run_programs(
+            [test.of(text) for test, answers in zip(tests, texts, strict=True) for text in answers],
+            insist=self.unconfined, progress=loaded.name))
+        judged = [[next(outcomes) for _ in answers] for answers in texts]
+        samples = len(texts[0])
+        values = {f"pass@{k}": [metrics.pass_at_k(samples, sum(one.passed for one in each), k) for each in judged]
+                  for k in (1, 10, 100) if k <= samples}
+        predictions = [tokenize(answers[0]) for answers in texts]
+        references = [tokenize(question.references[0]) for question in questions]
+        scored = metrics.bleu(predictions, references)
+        theirs = metrics.sacrebleu_score(
+            [answers[0] for answers in texts], [question.references[0] for question in questions])
+        return Judged(
+            values, {"bleu": (scored.counts, metrics.bleu_of_counts),
+                     "bleu_sacrebleu": (theirs.counts, functools.partial(
+                         metrics.bleu_of_counts, smoothing="exponential"))},
+            {"bleu_released": metrics.bleu(predictions, references, released=True).score},
+            [[f"{one.verdict}: {one.detail}".removesuffix(": ") for one in each] for each in judged])

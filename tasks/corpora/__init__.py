@@ -1,0 +1,1 @@
+"""Where documents come from: files of users and publishers, and what every Python holds. Needs no SeqIO."""

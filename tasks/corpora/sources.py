@@ -1,0 +1,229 @@
+"""Where the documents of pre-training come from: users' files, and what every Python holds.
+
+A corpus is described by a *spec*, a mapping with exactly one kind key and that kind's options (those
+of instructions, for tuning, are in `instruction_sets.instructions`):
+
+  {"python": "text"}                       prose of the running Python's standard library; or "code"
+  {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    plain, .gz or .zst
+  {"text_files": PATTERN}                  one document a file
+  {"tfrecords": PATTERN, "field": "text"}  tf.train.Example
+  {"tfds": "name:1.0.0", "field": "text"}  TensorFlow Datasets; its split "train"
+  {"task": "name"}                         another SeqIO task, under this corpus's name
+
+PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current
+directory) or gs://. Where documents come from files or TFDS, a stable hash of each text puts a
+hundredth of them into "validation" and a hundredth into "test"; `holdout` sets another fraction.
+`validation`, a pattern (for TFDS a split) of its own, leaves the main one wholly to "train". `rate`
+is the corpus's weight within its pool and does not change what is read.
+
+Nothing is lost silently: what cannot be read is counted, and reported in one warning a reading.
+Importing this module imports neither TensorFlow nor SeqIO.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tasks.corpora.files import BROKEN_FILE, Counts, Lost, lines, matches, size
+from tasks.corpora.specs import DEFAULT_HOLDOUT, DOCUMENT_KINDS, kind_of, split_of, splits, validate
+from tasks.corpora.standard_library import python_documents
+
+FILE_KINDS = ("json_lines", "text_files", "tfrecords")
+
+# Part of every cache key; raise it whenever the same files would give other documents.
+READER_VERSION = 1
+
+
+def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
+    """What identifies a corpus's content, found without reading it; JSON-able, for cache keys.
+
+    Files are identified by path and size: an edit that keeps a file's size goes unnoticed. A rate
+    is no part of it, as it does not change the documents. Of a task it holds the name alone.
+
+    Raises:
+      ValueError: the spec is malformed.
+      FileNotFoundError: a pattern matches no file.
+    """
+    validate(spec, name)
+    kind = kind_of(spec)
+    options = {key: spec[key] for key in sorted(spec) if key != "rate"}
+    if kind in FILE_KINDS or kind == "tfds":
+        options.setdefault("holdout", 0 if "validation" in spec else DEFAULT_HOLDOUT)
+        if kind != "text_files":
+            options.setdefault("field", "text")
+    description = {
+        "kind": kind,
+        "options": json.loads(json.dumps(options, sort_keys=True)),
+        "reader": READER_VERSION,
+    }
+    if kind == "python":
+        # Two builds of one version can hold different files.
+        description |= {"python": sys.version, "prefix": sys.base_prefix}
+    if kind in FILE_KINDS:
+        for split in ("train", "validation") if "validation" in spec else ("train",):
+            description[f"{split}_files"] = [
+                [file, size(file)] for file in files(spec, split, name)
+            ]
+    return description
+
+
+def documents(
+    spec: Mapping[str, Any],
+    split: str,
+    name: str = "corpus",
+    only_files: Sequence[str] | None = None,
+) -> Iterator[str]:
+    """Reads a corpus's documents, in the order of its sorted files.
+
+    Args:
+      spec: as the module describes; not of the kind "task", which SeqIO reads.
+      split: one of `splits(spec)`.
+      name: what to call the corpus in messages.
+      only_files: for kinds of files, read these of `files(spec, split)` alone, one shard of many. That they are of
+        them is not checked: listing many files anew for each shard would take longer than reading it. Nor is it an
+        error where these hold no document.
+
+    Raises:
+      ValueError: the spec is malformed, has no such split, or its files hold no document at all.
+      FileNotFoundError: a pattern matches no file.
+    """
+    validate(spec, name)
+    kind = kind_of(spec)
+    if kind == "task":
+        raise ValueError(f"{name}: the documents of the task {spec['task']!r} are read through SeqIO.")
+    if kind not in DOCUMENT_KINDS:
+        raise ValueError(f"{name}: {kind!r} holds instructions, not documents; it belongs to the second stage, tuning.")
+    if split not in splits(spec):
+        raise ValueError(f"{name}: there is no split {split!r}, only {', '.join(splits(spec))}.")
+    if kind == "python":
+        return python_documents(spec["python"], split)
+    if kind == "tfds":
+        return _usable(_tfds_records(spec, split), spec, split, name)
+    chosen = files(spec, split, name) if only_files is None else only_files
+    return _usable(_file_records(kind, spec, chosen), spec, split, name, whole=only_files is None)
+
+
+def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str]:
+    """The files that a split of a corpus is read from, sorted; absolute paths, or gs:// ones.
+
+    Without a `validation` pattern all splits are read from the same files.
+
+    Raises:
+      FileNotFoundError: a pattern matches no file.
+      ValueError: a file is matched both by the main pattern and by `validation`.
+    """
+    main = matches(spec[kind_of(spec)], name)
+    if "validation" not in spec:
+        return main
+    held_out = matches(spec["validation"], name)
+    if both := sorted(set(main) & set(held_out)):
+        raise ValueError(f"{name}: {both[0]} would be in train and validation; narrow a pattern.")
+    return held_out if split == "validation" else main
+
+
+def _usable(
+    records: Iterator[str | bytes | Lost],
+    spec: Mapping[str, Any],
+    split: str,
+    name: str,
+    whole: bool = True,
+) -> Iterator[str]:
+    """The records that are documents of the split; reports the others when reading ends."""
+    holdout = 0 if "validation" in spec else spec.get("holdout", DEFAULT_HOLDOUT)
+    lost = Counts()
+    kept = 0
+    try:
+        for record in records:
+            if isinstance(record, Lost):
+                lost[record.reason] += 1
+                continue
+            try:
+                content = record.encode() if isinstance(record, str) else record
+                text = content.decode()
+            except UnicodeError:
+                lost["not valid UTF-8"] += 1
+                continue
+            if not text.strip():
+                lost["empty"] += 1
+                continue
+            kept += 1
+            if not holdout or split_of(content, holdout) == split:
+                yield text
+    finally:
+        if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
+            logging.warning(
+                "%s, read for %s: %d records are documents, passed over: %s.",
+                name,
+                split,
+                kept,
+                lost,
+            )
+    if whole and not kept:
+        source = spec[kind_of(spec)]
+        raise ValueError(f"{name}: no document is left of {source!r} ({lost}).")
+
+
+def _file_records(
+    kind: str, spec: Mapping[str, Any], chosen: Sequence[str]
+) -> Iterator[str | bytes | Lost]:
+    readers = {"json_lines": _json_records, "text_files": _text_records, "tfrecords": _tf_records}
+    for file in chosen:
+        try:
+            yield from readers[kind](file, spec)
+        except BROKEN_FILE:
+            yield Lost(f"broken rest of {os.path.basename(file)}")
+
+
+def _json_records(file: str, spec: Mapping[str, Any]) -> Iterator[str | Lost]:
+    field = spec.get("field", "text")
+    for line in lines(file):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            yield Lost("broken JSON")
+        elif "licenses" in spec and record.get("license") not in spec["licenses"]:
+            yield Lost("of other licences")
+        elif not isinstance(record.get(field), str):
+            yield Lost(f"without text in field {field!r}")
+        else:
+            yield record[field]
+
+
+def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[bytes]:
+    yield b"".join(lines(file))
+
+
+def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[bytes | Lost]:
+    import tensorflow as tf
+    from google.protobuf import message
+
+    field = spec.get("field", "text")
+    compression = "GZIP" if file.endswith(".gz") else ""
+    try:
+        for content in tf.data.TFRecordDataset(file, compression).as_numpy_iterator():
+            try:
+                features = tf.train.Example.FromString(content).features.feature
+            except message.DecodeError:
+                yield Lost("broken tf.train.Example")
+                continue
+            values = features[field].bytes_list.value if field in features else []
+            yield values[0] if len(values) == 1 else Lost(f"without text in field {field!r}")
+    except tf.errors.DataLossError as error:
+        raise EOFError(str(error)) from error
+
+
+def _tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[bytes | Lost]:
+    import tensorflow_datasets as tfds
+
+    field = spec.get("field", "text")
+    source = spec.get("validation", "train") if split == "validation" else "train"
+    for record in tfds.as_numpy(tfds.load(spec["tfds"], split=source)):
+        value = record.get(field)
+        yield value if isinstance(value, bytes) else Lost(f"without text in field {field!r}")

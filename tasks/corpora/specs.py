@@ -1,0 +1,158 @@
+"""Specs: the mappings that describe corpora, their kinds, options and splits. Reads nothing.
+
+A spec has exactly one kind key and that kind's options. Kinds of documents are described in `corpora.sources`, kinds of
+instructions in `instruction_sets.instructions`.
+"""
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+SPLITS = ("train", "validation", "test")
+DEFAULT_HOLDOUT = 0.01
+
+_SHARED_OPTIONS = ("validation", "holdout", "rate")
+_DOCUMENT_OPTIONS = {
+    "python": ("rate",),
+    "json_lines": ("field", "licenses", *_SHARED_OPTIONS),
+    "text_files": _SHARED_OPTIONS,
+    "tfrecords": ("field", *_SHARED_OPTIONS),
+    "tfds": ("field", *_SHARED_OPTIONS),
+}
+_INSTRUCTION_OPTIONS = {
+    "instructions": ("language", "sample", *_SHARED_OPTIONS),
+    "cosqa": ("sample", *_SHARED_OPTIONS),
+    "mbpp": ("keep_sanitized", "rate"),
+    "python_instructions": ("rate",),
+    "official": ("data_dir", "rate"),
+}
+_OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTIONS, "task": ("rate",)}
+DOCUMENT_KINDS = tuple(_DOCUMENT_OPTIONS)
+INSTRUCTION_KINDS = tuple(_INSTRUCTION_OPTIONS)
+_KINDS_OF_FILES = ("json_lines", "text_files", "tfrecords", "instructions", "cosqa", "mbpp")
+
+# The corpora that `corpora.official` finds by their publishers' file names: their specs but for the files.
+OFFICIAL: dict[str, dict[str, Any]] = {
+    "text.alpaca_gpt4_en": {"instructions": ["alpaca_gpt4_data.json"], "language": "en"},
+    "text.alpaca_gpt4_zh": {"instructions": ["alpaca_gpt4_data_zh.json"], "language": "zh"},
+    # Either the merged file or its parts, which hold the same.
+    "text.pclue": {"instructions": ["pCLUE_train.json", "pCLUE_train_*.json"], "sample": 200_000},
+    "code.codealpaca": {"instructions": ["code_alpaca_20k.json"], "language": "en"},
+    "code.cosqa": {"cosqa": ["cosqa-train.json"]},
+    "code.mbpp": {"mbpp": ["mbpp.jsonl"]},
+}
+
+
+def kind_of(spec: Mapping[str, Any]) -> str:
+    """The kind of a valid spec, such as "json_lines"."""
+    return next(key for key in spec if key in _OPTIONS)
+
+
+def is_divisible(spec: Mapping[str, Any], split: str) -> bool:
+    """Whether each file of a split of a valid spec can be read by itself, all of them in turn giving what one reading
+    gives; else the split is read as a whole.
+    """
+    spec = form_of(spec)
+    return kind_of(spec) in _KINDS_OF_FILES and not ("sample" in spec and split == "train")
+
+
+def splits(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """The splits that a valid spec has; for the kind "task" they are the other task's, here ()."""
+    kind = kind_of(spec)
+    if kind == "task":
+        return ()
+    if kind == "official":
+        return splits(form_of(spec))
+    if kind == "mbpp" or "validation" in spec:
+        return ("train", "validation")
+    whole = kind in ("python", "python_instructions")
+    return SPLITS if whole or spec.get("holdout", DEFAULT_HOLDOUT) else ("train",)
+
+
+def form_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A valid spec; of the kind "official" the one that says how its files are read, wherever they are."""
+    return OFFICIAL[spec["official"]] if kind_of(spec) == "official" else spec
+
+
+def split_of(content: bytes, holdout: float) -> str:
+    """The split of a text, by its hash: `holdout` each for validation and test."""
+    position = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
+    return "validation" if position < holdout else "test" if position < 2 * holdout else "train"
+
+
+def validate(spec: Mapping[str, Any], name: str = "corpus") -> None:
+    """Checks a spec's form; reads nothing.
+
+    Raises:
+      ValueError: one line that names the corpus, what is wrong with it, and what is allowed.
+    """
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"{name}: a corpus is a mapping such as {{'text_files': '~/*.txt'}}, found {spec!r}.")
+    kinds = [key for key in spec if key in _OPTIONS]
+    if len(kinds) != 1:
+        found = f"{len(kinds)} ({', '.join(kinds)})" if kinds else "none"
+        hint = "".join(_nearest(str(key), _OPTIONS) for key in spec)
+        raise ValueError(f"{name}: give exactly one kind of {', '.join(_OPTIONS)}; found {found}.{hint}")
+    kind = kinds[0]
+    for key in spec:
+        if key != kind and key not in _OPTIONS[kind]:
+            allowed = ", ".join(_OPTIONS[kind])
+            hint = _nearest(str(key), _OPTIONS[kind])
+            raise ValueError(f"{name}: unknown option {key!r} of {kind}; it has {allowed}.{hint}")
+    for key, value in spec.items():
+        is_good, wanted = _wanted(kind, key)
+        if not is_good(value):
+            hint = _nearest(value, OFFICIAL) if key == "official" and isinstance(value, str) else ""
+            raise ValueError(f"{name}: {key!r} must be {wanted}, found {value!r}.{hint}")
+    if "validation" in spec and "holdout" in spec:
+        raise ValueError(f"{name}: 'validation' leaves nothing to hold out; drop it or 'holdout'.")
+    if kind == "official" and "data_dir" not in spec:
+        raise ValueError(f"{name}: official corpora need 'data_dir', the folder to look in.")
+
+
+def _wanted(kind: str, key: str) -> tuple[Callable[[Any], bool], str]:
+    """A test of an option's value, and what to call a good one."""
+    python = (lambda v: v in ("text", "code"), "'text' or 'code'")
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "python": python,
+        "python_instructions": python,
+        "tfds": (
+            lambda v: _is_text(v) and re.fullmatch(r"[^:]+:[\d.]+", v) is not None,
+            "a name with its version, such as 'wikipedia/20230601.en:1.0.0'",
+        ),
+        "task": (_is_text, "the name of a SeqIO task"),
+        "official": (lambda v: isinstance(v, str) and v in OFFICIAL, f"one of {', '.join(OFFICIAL)}"),
+        "data_dir": (_is_text, "a folder"),
+        "field": (_is_text, "the name of a field"),
+        "language": (lambda v: v in ("en", "zh"), "'en' or 'zh'"),
+        "sample": (lambda v: _is_number(v) and isinstance(v, int) and v > 0, "a positive whole number"),
+        "keep_sanitized": (lambda v: isinstance(v, bool), "True or False"),
+        "licenses": (lambda v: not isinstance(v, str) and _is_pattern(v), "a list of licences"),
+        "rate": (lambda v: _is_number(v) and 0 < v < math.inf, "a positive number"),
+        "holdout": (lambda v: _is_number(v) and 0 <= v < 0.5, "a number in [0, 0.5)"),
+    }
+    if kind == "tfds" and key == "validation":
+        return _is_text, "the name of a split, such as 'test' or 'train[99%:]'"
+    return checks.get(key, (_is_pattern, "a glob or a list of globs"))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_pattern(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(_is_text, value))
+    return _is_text(value)
+
+
+def _nearest(word: str, words: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

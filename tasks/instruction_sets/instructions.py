@@ -1,0 +1,242 @@
+"""Where the instructions of tuning come from: users' files, benchmarks' training sets, and what every Python holds.
+
+Specs, as in `corpora.sources`, of these kinds:
+
+  {"instructions": PATTERN, "language": "en", "sample": 200000}    JSON list or JSON lines; plain, .gz or .zst
+  {"cosqa": PATTERN}                       CosQA's training set: does this code answer this query?
+  {"mbpp": PATTERN}                        MBPP's problems, mbpp.jsonl: write the program
+  {"python_instructions": "text"}          made from the running Python's standard library; or "code"
+  {"official": "text.pclue", "data_dir": FOLDER}    found by its official file name, see `corpora.official`
+
+A record of "instructions" is {instruction, input, output}, which goes through Alpaca's prompt, in Chinese or English
+as `language` says, or else as the record's own characters do; or it is {input, target}, which is used as it stands.
+Other keys are ignored, and `input` may be empty or missing. `sample` keeps so many records of the training split,
+chosen by a stable hash.
+
+`validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt puts a hundredth of the
+records into "validation" and a hundredth into "test". MBPP has its official splits instead: "train" is 601 to 974,
+"validation" 511 to 600. Of both, the problems of the sanitized set, which are evaluated on, are left out;
+`keep_sanitized` keeps them.
+
+Nothing is lost silently: what cannot be read is counted, and reported in one warning a reading.
+Importing this module imports neither TensorFlow nor SeqIO.
+"""
+
+import hashlib
+import heapq
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tasks.corpora import official, sources
+from tasks.corpora.files import Counts, Lost, size
+from tasks.corpora.mbpp import official_split, sanitized_ids
+from tasks.corpora.records import json_records
+from tasks.corpora.specs import DEFAULT_HOLDOUT, INSTRUCTION_KINDS, form_of, kind_of, split_of, splits, validate
+from tasks.instruction_sets.prompts import alpaca_prompt
+from tasks.instruction_sets.python_instructions import python_instructions
+
+# Part of every cache key; raise it whenever the same files, or the same Python, would give other pairs.
+INSTRUCTIONS_VERSION = 1
+
+COSQA_INSTRUCTION = "Decide whether the Python code answers the query. Reply with one word, correct or wrong."
+COSQA_ANSWERS = {0: "wrong", 1: "correct"}
+
+
+class Pair(NamedTuple):
+    """What a model reads, and what it is to write."""
+
+    inputs: str
+    targets: str
+
+
+# ---- Reading -----------------------------------------------------------------------------------
+
+
+def pairs(
+    spec: Mapping[str, Any], split: str, name: str = "corpus", only_files: Sequence[str] | None = None
+) -> Iterator[Pair]:
+    """Reads a corpus of instructions, in the order of its sorted files.
+
+    Args:
+      spec: of one of the kinds that the module describes.
+      split: one of `specs.splits(spec)`.
+      name: what to call the corpus in messages.
+      only_files: as in `sources.documents`; not with `sample`, which chooses from all.
+
+    Raises:
+      ValueError: the spec is malformed or of another kind, has no such split, or its files hold no pair at all.
+      FileNotFoundError: a pattern matches no file, or an official file is not there.
+    """
+    validate(spec, name)
+    kind = kind_of(spec)
+    if kind not in INSTRUCTION_KINDS:
+        raise ValueError(f"{name}: {kind!r} holds no instructions; those kinds are {', '.join(INSTRUCTION_KINDS)}.")
+    if split not in splits(spec):
+        raise ValueError(f"{name}: there is no split {split!r}, only {', '.join(splits(spec))}.")
+    if kind == "python_instructions":
+        return (
+            Pair(alpaca_prompt(made.instruction, made.given, "en"), made.output)
+            for made in python_instructions(spec[kind])
+            if made.split == split
+        )
+    if only_files is not None:
+        return _usable(form_of(spec), split, name, only_files, whole=False)
+    if kind == "official":
+        spec = official.resolve(spec, name)
+    found = _usable(spec, split, name, sources.files(spec, split, name))
+    return _sampled(found, spec["sample"], name) if "sample" in spec and split == "train" else found
+
+
+def _usable(
+    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str], whole: bool = True
+) -> Iterator[Pair]:
+    """The pairs of the split; reports the records that are none when reading ends."""
+    kind = kind_of(spec)
+    lost = Counts()
+    kept = elsewhere = 0
+    try:
+        for record in (record for file in files for record in json_records(file)):
+            pair = record if isinstance(record, Lost) else _RECAST[kind](record, spec, split)
+            if pair is None:
+                elsewhere += 1
+            elif isinstance(pair, Lost):
+                lost[pair.reason] += 1
+            elif not _is_valid_text(pair):
+                lost["not valid UTF-8"] += 1
+            else:
+                kept += 1
+                if _split_of(pair, spec) in (split, None):
+                    yield pair
+    finally:
+        if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
+            logging.warning(
+                "%s, read for %s: %d records are instructions, passed over: %s.", name, split, kept, lost
+            )
+    if whole and not kept and not elsewhere:
+        raise ValueError(f"{name}: no instruction is left of {', '.join(map(repr, files[:3]))}"
+                         f"{f' and {len(files) - 3} more' if len(files) > 3 else ''} ({lost}).")
+
+
+def _split_of(pair: Pair, spec: Mapping[str, Any]) -> str | None:
+    """The split of a pair by its prompt, so that no prompt is in two; None where no hash decides."""
+    holdout = 0 if "validation" in spec or "mbpp" in spec else spec.get("holdout", DEFAULT_HOLDOUT)
+    return split_of(pair.inputs.encode(), holdout) if holdout else None
+
+
+def _sampled(found: Iterator[Pair], wanted: int, name: str) -> Iterator[Pair]:
+    """`wanted` pairs of those found, in their order; the same ones in whatever order the files come."""
+
+    def place(item: tuple[int, Pair]) -> tuple[bytes, int]:
+        number, pair = item
+        # Other bytes than a split is chosen by, and salted, so that the sample is no slice of it.
+        return hashlib.sha256(f"sample\0{pair.inputs}\0{pair.targets}".encode()).digest(), number
+
+    chosen = heapq.nsmallest(wanted, enumerate(found), key=place)
+    if len(chosen) < wanted:
+        logging.warning("%s: 'sample' asks for %d instructions, and there are only %d.", name, wanted, len(chosen))
+    for _, pair in sorted(chosen):
+        yield pair
+
+
+def _is_valid_text(pair: Pair) -> bool:
+    try:
+        "".join(pair).encode()
+    except UnicodeEncodeError:  # Lone surrogates, from escapes or from bytes that are no UTF-8.
+        return False
+    return True
+
+
+# ---- Recasting ---------------------------------------------------------------------------------
+
+
+def _instruction(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pair | Lost | None:
+    """{instruction, input, output} through a prompt; {input, target} as it stands."""
+    values: tuple[Any, ...]
+    if {"instruction", "output"} <= record.keys():
+        given = record.get("input")
+        values = (record["instruction"], record["output"], "" if given is None else given)
+    elif {"input", "target"} <= record.keys() and "instruction" not in record:
+        values = (record["input"], record["target"])
+    else:
+        return Lost("without instruction and output, or input and target")
+    if not all(isinstance(value, str) for value in values):
+        return Lost("with a value that is no text")
+    if not all(value.strip() for value in values[:2]):
+        return Lost("empty")
+    if len(values) == 2:
+        return Pair(*values)
+    return Pair(alpaca_prompt(values[0], values[2], spec.get("language")), values[1])
+
+
+def _cosqa(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pair | Lost | None:
+    """A query and code, and whether the code answers the query."""
+    label = record.get("label")
+    if not isinstance(label, int) or isinstance(label, bool) or label not in COSQA_ANSWERS:
+        return Lost("without label 0 or 1")
+    query, code = record.get("doc"), record.get("code")
+    if not isinstance(query, str) or not isinstance(code, str):
+        return Lost("without doc and code")
+    if not query.strip() or not code.strip():
+        return Lost("empty")
+    given = f"Query: {query.strip()}\nCode:\n{_with_newlines(code).strip()}"
+    return Pair(alpaca_prompt(COSQA_INSTRUCTION, given, "en"), COSQA_ANSWERS[label])
+
+
+def _mbpp(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pair | Lost | None:
+    """A problem and its program; None if it is officially of another split."""
+    number, problem, program = (record.get(key) for key in ("task_id", "text", "code"))
+    if not isinstance(number, int) or isinstance(number, bool):
+        return Lost("without task_id")
+    if not isinstance(problem, str) or not isinstance(program, str):
+        return Lost("without text and code")
+    if not problem.strip() or not program.strip():
+        return Lost("empty")
+    if official_split(number) != split:
+        return None
+    if number in sanitized_ids() and not spec.get("keep_sanitized"):
+        return Lost("that are evaluated on as sanitized MBPP ('keep_sanitized': True keeps them)")
+    return Pair(alpaca_prompt(problem.strip(), "", "en"), _with_newlines(program).rstrip())
+
+
+def _with_newlines(code: str) -> str:
+    return re.sub("\r\n?", "\n", code)
+
+
+_RECAST = {"instructions": _instruction, "cosqa": _cosqa, "mbpp": _mbpp}
+
+
+# ---- Describing --------------------------------------------------------------------------------
+
+
+def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
+    """What identifies a corpus's content, found without reading it; JSON-able, for cache keys.
+
+    Files are identified by path and size, as `sources.describe` does; an official corpus by the files found.
+
+    Raises:
+      ValueError: the spec is malformed, or an official file is there twice.
+      FileNotFoundError: a pattern matches no file, or an official file is not there.
+    """
+    validate(spec, name)
+    if kind_of(spec) == "official":
+        spec = official.resolve(spec, name)
+    kind = kind_of(spec)
+    options = {key: value for key, value in sorted(spec.items()) if key != "rate"}
+    if kind == "mbpp":
+        options.setdefault("keep_sanitized", False)
+    elif kind != "python_instructions":
+        options.setdefault("holdout", 0 if "validation" in spec else DEFAULT_HOLDOUT)
+    description = {
+        "kind": kind,
+        "options": json.loads(json.dumps(options, sort_keys=True)),
+        "reader": INSTRUCTIONS_VERSION,
+    }
+    if kind == "python_instructions":
+        return description | {"python": sys.version, "prefix": sys.base_prefix}
+    for split in ("train", "validation") if "validation" in spec else ("train",):
+        description[f"{split}_files"] = [[file, size(file)] for file in sources.files(spec, split, name)]
+    return description

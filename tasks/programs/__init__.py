@@ -1,0 +1,1 @@
+"""Untrusted programs and their tests: confined, run, and judged from outside."""

@@ -1,0 +1,57 @@
+"""MBPP by running its programs: what the sandbox needs of a record. For pass@k see `tasks.benchmarks.metrics`."""
+
+import ast
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tasks.programs import assertions, sandbox
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramTests:
+    """What makes programs of a problem into what the sandbox runs.
+
+    Attributes:
+      task_id: the problem's number.
+      tests: imports, preparations and asserts, in order.
+      defined: names of builtins that the problem has a program define.
+    """
+
+    task_id: int
+    tests: tuple[str, ...]
+    defined: frozenset[str]
+
+    def of(self, source: str) -> sandbox.Program:
+        """A program, as generated, with these tests."""
+        return sandbox.Program(source, self.tests, self.defined)
+
+
+def program_tests(record: Mapping[str, Any], challenge: bool = False) -> ProgramTests:
+    """The tests of an MBPP record, of the full file or of the sanitized one.
+
+    A module that the asserts use but the record imports only in its reference solution (problem 596, `sys`) is
+    imported for the tests: a program that forgets it is not failed for that.
+
+    Args:
+      record: a record with `task_id`, `code`, `test_list` and, where the file has them, `test_imports`,
+        `test_setup_code` and `challenge_test_list`.
+      challenge: add the challenge tests, which few problems have and published results leave out.
+
+    Raises:
+      ValueError: a field is missing or of another form.
+    """
+    try:
+        number, code = int(record["task_id"]), str(record["code"])
+        asserts = [*record["test_list"], *(record.get("challenge_test_list", ()) if challenge else ())]
+        before = [*record.get("test_imports", ()), record.get("test_setup_code", "")]
+        if not all(isinstance(test, str) for test in before + asserts):
+            raise TypeError("tests must be strings")
+        reference = assertions.parse(code).body
+        used = {node.id for test in asserts for node in ast.walk(assertions.parse(test)) if isinstance(node, ast.Name)}
+    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"not a record of MBPP ({type(error).__name__}: {error}): {str(record)[:200]}") from None
+    imports = [ast.unparse(node) for node in reference if isinstance(node, ast.Import)
+               and {alias.asname or alias.name for alias in node.names} & used]
+    defined = frozenset(node.name for node in reference if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    return ProgramTests(number, tuple(test for test in (*imports, *before, *asserts) if test.strip()), defined)

@@ -1,0 +1,348 @@
+"""Runs untrusted Python programs against their tests, each in a sandbox of the kernel's, and tells which passed.
+
+What holds where `guarantees()` says so, by name:
+
+  network    No network but an empty one of its own: nothing connects, not even to this host.
+  reading    It sees Python's library, the system's libraries, three devices and an empty folder. All else of the
+             host's files is not there: neither the home, nor checkpoints, nor /proc.
+  writing    It writes to that one folder, /tmp, which is memory of bounded size and ends with the program.
+  signals    It sees and signals no process but its own, and all of these end with it, however detached.
+  memory     Each of its processes is limited, so the whole by `processes` times `memory_bytes`, and /tmp.
+  processes  Their number is limited, threads counted.
+
+Besides: an empty environment, no descriptors of ours, no capabilities; limits on processor time, time on the clock,
+sizes of files and what is printed. Python's hashes are seeded with 0, so that verdicts repeat.
+
+Success cannot be claimed, only had. Each `assert` is taken apart (`assertions`). The program's process is asked
+for the values of its own calls and answers in plain data (`values`). The comparison is evaluated in another
+process (`trial`), which the program cannot see, signal or write to, and which reads the tests only when the
+program's process already runs in another memory. So neither the expected values nor the verdict are within its reach,
+whatever it does to builtins, frames, exceptions, descriptors, its exit, or its objects' `__eq__`.
+
+What does not hold:
+  - A hole in the kernel is a hole in this.
+  - A test that compares two values of the program's, or one with a variable that a test has assigned, can be forged:
+    such a variable lives in the program's process. Expected values belong into the assert.
+  - A program may return what it has guessed. A result that is no plain data is equal to nothing, so a test that
+    compares objects of the program's own fails.
+  - Memory is counted by process, for not every host lends control groups.
+  - Before Linux 5.14 `processes` counts the user's processes outside too; before 5.12 there is no file system apart.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import json
+import os
+import pathlib
+import selectors
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
+
+import tqdm
+
+from tasks.programs import assertions
+
+_TASKS = pathlib.Path(__file__).resolve().parents[1]
+_START = ("import sys, types; tasks = sys.modules['tasks'] = types.ModuleType('tasks'); "
+          "tasks.__path__ = [sys.argv[1]]; "  # the package itself imports more than is needed
+          "from tasks import trial; trial.main()")
+_GRACE_SECONDS = 15.0  # beyond a program's own time, for its judge; the rest is killed from here
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class SandboxError(OSError):
+    """This host does not give what running untrusted programs needs; one line says what."""
+
+
+class Verdict(enum.StrEnum):
+    PASSED = "passed"
+    FAILED = "failed"  # an assert, or an exception
+    TIMED_OUT = "timed out"
+    OUT_OF_MEMORY = "out of memory"
+    KILLED = "killed"
+    OUTPUT_FLOOD = "output flood"
+    CRASHED = "crashed"  # ended, or stopped answering, before its tests did
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An untrusted program and its tests.
+
+    Attributes:
+      source: its text, run as a module whose `__name__` is "program".
+      tests: Python statements as `assertions.steps` takes them, run after it in this order.
+      defined: names of builtins that the tests mean as the program's own, such as a function called `sum`.
+    """
+
+    source: str
+    tests: tuple[str, ...]
+    defined: Collection[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one program may use. Times are in seconds; processor time and memory are counted for each process."""
+
+    cpu_seconds: int = 10
+    wall_seconds: float = 20.0
+    memory_bytes: int = 512 << 20
+    file_bytes: int = 16 << 20
+    folder_bytes: int = 64 << 20
+    output_bytes: int = 1 << 20
+    processes: int = 8
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"Limits: {field.name} must be positive, not {getattr(self, field.name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a program fared; `detail` is one line, empty if it passed, and `seconds` the time on the clock.
+
+    `detail` may quote the program: control characters are replaced, else it is not to be trusted.
+    """
+
+    verdict: Verdict
+    detail: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict is Verdict.PASSED
+
+
+def run_programs(programs: Sequence[Program], *, workers: int | None = None, limits: Limits | None = None,
+                 insist: bool = False, progress: str | None = None) -> list[Outcome]:
+    """Runs programs, several at a time, and returns their outcomes in the order given.
+
+    An interrupt (or any exception here) kills what runs before it is passed on.
+
+    Args:
+      programs: what to run.
+      workers: how many at a time; the number of processors by default.
+      limits: of each program.
+      insist: run them even where `guarantees()` lacks something, with the guarantees there are; without a
+        PID namespace a program can end this process, forge its verdict by that, and leave processes behind.
+      progress: what to call this on the terminal; silent by default.
+
+    Raises:
+      SandboxError: guarantees are missing, and `insist` is False.
+      ValueError: tests that cannot be judged, or `workers` below 1.
+    """
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    jobs = [json.dumps({"source": program.source, "steps": assertions.steps(program.tests, program.defined)}).encode()
+            for program in programs]
+    if jobs and not insist:
+        require_guarantees()
+    return [outcome for outcome, _ in _run(jobs, workers, limits or Limits(), insist, progress)]
+
+
+def require_guarantees() -> None:
+    """Raises SandboxError, in one line that says what is missing, where this host lacks any of `guarantees()`."""
+    if not all(guarantees().values()):
+        raise SandboxError(f"untrusted programs are not run here, for this host lacks the guarantees "
+                           f"{', '.join(name for name, holds in guarantees().items() if not holds)} "
+                           f"({_probe()[1] or 'a limit does not hold'}); see tasks/programs/sandbox.py")
+
+
+def guarantees() -> dict[str, bool]:
+    """Which guarantees hold on this host, found once in each process by running programs that try to break them."""
+    return dict(_probe()[0])
+
+
+_PROBES = {
+    "network": """
+import socket
+def holds():
+    try: socket.create_connection(("127.0.0.1", {port}), 2).close()
+    except OSError: return True
+""",
+    "reading": """
+def holds():
+    try: open({file!r}).close()
+    except OSError: return True
+""",
+    "writing": """
+import os
+def holds():
+    open("inside", "w").write("x")
+    for folder in ({folder!r}, {home!r}, "/var/tmp", "/dev/shm", os.path.dirname(os.__file__)):
+        path = folder + "/codellm-probe-%d" % {pid}
+        try: open(path, "w").close()
+        except OSError: continue
+        os.remove(path)
+        return False
+    return True
+""",
+    "signals": """
+import os
+def holds():
+    try: os.kill({pid}, 0)
+    except ProcessLookupError: return os.getppid() == 0
+    except OSError: pass
+""",
+    "memory": """
+def holds():
+    try: bytearray({memory})
+    except MemoryError: return True
+""",
+    "processes": """
+import os, time
+def holds():
+    for number in range({processes}):
+        try:
+            if os.fork() == 0:
+                time.sleep(60)
+                os._exit(0)
+        except OSError: return True
+""",
+}
+
+
+@functools.cache
+def _probe() -> tuple[dict[str, bool], str | None]:
+    """Guarantees, and what the kernel said if it refused one."""
+    limits = Limits(cpu_seconds=5, wall_seconds=10)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="codellm-probe-"))
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        file = pathlib.Path(folder, "file")
+        file.touch()
+        facts = {"port": server.getsockname()[1], "file": str(file), "folder": folder, "pid": os.getpid(),
+                 "home": os.path.expanduser("~"), "memory": limits.memory_bytes, "processes": limits.processes + 1}
+        jobs = [json.dumps({"source": source.format(**facts), "steps": assertions.steps(["assert holds()"])}).encode()
+                for source in _PROBES.values()]
+        results = _run(jobs, 2, limits, insist=True, progress=None)
+    holds = {name: outcome.passed for name, (outcome, _) in zip(_PROBES, results, strict=True)}
+    return holds, next((missing for _, missing in results if missing), None)
+
+
+def _visible() -> list[str]:
+    """What a program sees of the host: Python's library, and libraries that its compiled modules need."""
+    # Of the Python itself, not of a virtual environment, which may lie in the folder that is replaced by an empty one.
+    of_base = {"platbase": sys.base_exec_prefix}
+    wanted = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache",
+              f"{sys.base_prefix}/lib", sysconfig.get_path("stdlib"),
+              sysconfig.get_path("platstdlib", vars=of_base)]
+    return [path for path in dict.fromkeys(wanted)
+            if not any(path.startswith(f"{other}/") for other in wanted)]
+
+
+@dataclasses.dataclass
+class _Running:
+    index: int
+    process: subprocess.Popen[bytes]
+    started: float
+    answer: bytes = b""
+
+
+def _run(jobs: Sequence[bytes], workers: int, limits: Limits, insist: bool,
+         progress: str | None) -> list[tuple[Outcome, str | None]]:
+    """Outcomes, each with what the kernel refused (only if `insist`)."""
+    results: dict[int, tuple[Outcome, str | None]] = {}
+    waiting = iter(enumerate(jobs))
+    running: list[_Running] = []
+    with (tempfile.TemporaryDirectory(prefix="codellm-sandbox-", ignore_cleanup_errors=True) as folder,
+          selectors.DefaultSelector() as selector, _shown(progress, results, len(jobs)) as show):
+        settings = dataclasses.asdict(limits) | {"folder": folder, "visible": _visible(), "insist": insist,
+                                                 "harness": os.getpid()}
+        try:
+            while len(results) < len(jobs):
+                while len(running) < workers and (job := next(waiting, None)) is not None:
+                    running.append(_Running(job[0], _start(job[1], settings), time.monotonic()))
+                    selector.register(_pipe(running[-1]), selectors.EVENT_READ, running[-1])
+                for key, _ in selector.select(1.0):
+                    data = os.read(key.fd, 1 << 16)
+                    key.data.answer += data
+                    if not data:
+                        selector.unregister(key.fd)
+                        running.remove(key.data)
+                        results[key.data.index] = _result(key.data)
+                for one in running:
+                    if time.monotonic() - one.started > limits.wall_seconds + _GRACE_SECONDS:
+                        one.process.kill()  # its pipe closes, and it is found above
+                show()
+        finally:
+            for one in running:
+                one.process.kill()
+            for one in running:
+                while os.read(_pipe(one), 1 << 16):  # until those below it are gone as well
+                    pass
+                one.process.wait()
+                os.close(_pipe(one))
+    return [results[index] for index in range(len(jobs))]
+
+
+def _pipe(one: _Running) -> int:
+    assert one.process.stdout is not None
+    return one.process.stdout.fileno()
+
+
+def _start(job: bytes, settings: dict[str, object]) -> subprocess.Popen[bytes]:
+    with tempfile.TemporaryFile() as file:  # rather than a pipe, which would have to be fed
+        file.write(job)
+        file.seek(0)
+        return subprocess.Popen(
+            [sys.executable, "-sSP", "-X", "utf8", "-c", _START, str(_TASKS), json.dumps(settings)],
+            stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True, cwd="/",
+            env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"})
+
+
+def _result(one: _Running) -> tuple[Outcome, str | None]:
+    status = one.process.wait()
+    assert one.process.stdout is not None
+    one.process.stdout.close()
+    seconds = time.monotonic() - one.started
+    try:
+        answer = json.loads(one.answer)
+        detail = "".join(letter if letter.isprintable() else " " for letter in answer["detail"])
+        return Outcome(Verdict(answer["verdict"]), detail, seconds), answer["missing"]
+    except ValueError:  # only the judge writes there, at its end
+        if status == 0:
+            return Outcome(Verdict.CRASHED, "its judge was killed", seconds), None
+        return Outcome(Verdict.TIMED_OUT, f"its judge was not done after {seconds:.0f} s", seconds), None
+
+
+class _Show:
+    """A bar on a terminal, elsewhere a plain line every ten seconds and one at the end."""
+
+    def __init__(self, label: str | None, results: dict[int, tuple[Outcome, str | None]], total: int) -> None:
+        self._label, self._results, self._total = label, results, total
+        self._bar = None
+        self._shown, self._next_line = 0, time.monotonic() + _SECONDS_BETWEEN_LINES
+        if label is not None and sys.stderr.isatty():
+            self._bar = tqdm.tqdm(total=total, desc=label, dynamic_ncols=True, unit="program")
+
+    def __call__(self) -> None:
+        done = len(self._results)
+        if self._label is None or done == self._shown:
+            return
+        passed = sum(outcome.passed for outcome, _ in self._results.values())
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{passed} passed", refresh=False)
+            self._bar.update(done - self._shown)
+        elif done == self._total or time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+            print(f"{self._label}: {done} of {self._total} programs run, {passed} passed", file=sys.stderr, flush=True)
+        self._shown = done
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def _shown(label: str | None, results: dict[int, tuple[Outcome, str | None]], total: int) -> Iterator[_Show]:
+    with contextlib.closing(_Show(label, results, total)) as show:
+        yield show

@@ -1,0 +1,277 @@
+"""The process that judges one untrusted program, and below it the one that runs it.
+
+`sandbox` starts `main` in a fresh interpreter, and three processes stand then below one another:
+
+  supervisor   leaves the host's namespaces and waits; when it dies, all below die
+  judge        init of a PID namespace; reads the tests only once the program's process exists, evaluates the
+               asserts, keeps time, reports
+  program      init of a PID namespace within; holds the program's text, is asked for the values of expressions
+"""
+
+import contextlib
+import json
+import os
+import reprlib
+import select
+import signal
+import sys
+import time
+import types
+from typing import Any, NoReturn
+
+from tasks.programs import assertions, confinement, values
+
+_LONGEST_ANSWER = 8 << 20
+_JUDGE_MEMORY = 2 << 30  # an answer of 8 MiB in JSON can be a large object
+_OUT_OF_MEMORY = b'{"raised": "MemoryError", "text": ""}'
+_OUT_OF_MEMORY_FRAME = len(_OUT_OF_MEMORY).to_bytes(4) + _OUT_OF_MEMORY
+
+
+class Ended(Exception):
+    """The verdict on a program that has not passed."""
+
+    def __init__(self, verdict: str, detail: str) -> None:
+        super().__init__(verdict, detail)
+        self.verdict, self.detail = verdict, detail
+
+
+def main() -> None:
+    """Judges the program described by the last argument and standard input; writes one line of JSON."""
+    settings = json.loads(sys.argv[-1])
+    try:
+        _supervise(settings)
+    except OSError as error:
+        _report("crashed", f"the sandbox could not be set up: {error}", missing=str(error))
+
+
+def _report(verdict: str, detail: str, missing: str | None = None) -> None:
+    os.write(1, json.dumps({"verdict": verdict, "detail": detail[:2000], "missing": missing}).encode())
+
+
+def _supervise(settings: dict[str, Any]) -> None:
+    confinement.die_with_parent()
+    if os.getppid() != settings["harness"]:
+        return  # it died before we asked to die with it
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # if memory runs out, this goes first
+    null = os.open(os.devnull, os.O_RDWR)
+    namespaces, missing, user = False, None, None
+    try:
+        confinement.new_namespaces()
+        namespaces = True
+        confinement.new_file_system(settings["folder"], settings["visible"], settings["folder_bytes"])
+        if os.geteuid() == 0:  # a user of its own: limits on processes do not hold for root, and count by user
+            user = 1_000_000_000 + os.getpid()
+    except OSError as error:
+        if not settings["insist"]:
+            raise
+        missing = str(error)
+        os.chdir(settings["folder"])
+        os.mkdir(str(os.getpid()))
+        os.chdir(str(os.getpid()))
+    judge = os.fork()
+    if judge == 0:
+        try:
+            _judge(settings, null, namespaces, user, missing)
+        except BaseException as error:
+            _report("crashed", f"the judge failed: {type(error).__name__}: {error}")
+        finally:
+            os._exit(0)
+    os.waitpid(judge, 0)
+
+
+def _judge(settings: dict[str, Any], null: int, namespaces: bool, user: int | None, missing: str | None) -> None:
+    confinement.die_with_parent()
+    if namespaces:
+        confinement.new_process_ids()
+    request_end, requests = os.pipe()
+    replies, reply_end = os.pipe()
+    output, output_end = os.pipe()
+    program = os.fork()
+    if program == 0:
+        try:
+            _become_program(settings, null, output_end, request_end, reply_end, user)
+        finally:
+            os._exit(1)
+    for end in (request_end, reply_end, output_end):
+        os.close(end)
+    confinement.drop_privileges(user)
+    confinement.limit(settings["cpu_seconds"] + 10, _JUDGE_MEMORY, 0, None)
+    with open(0, "rb", closefd=False) as file:
+        job = json.load(file)  # only now: no copy of the tests lies in the program's memory
+    verdict, detail = "passed", ""
+    try:
+        _go_through(job, _Conversation(settings, program, requests, replies, output))
+    except Ended as ended:
+        verdict, detail = ended.verdict, ended.detail
+    _kill(program)
+    _report(verdict, detail, missing)
+
+
+def _kill(program: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(program, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(program, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(program, 0)
+
+
+def _go_through(job: dict[str, Any], conversation: "_Conversation") -> None:
+    """Runs the program and every step of its tests; returns if all of them passed."""
+    conversation.ask({"run": job["source"]})
+    names: dict[str, Any] = {}
+    for kind, source, *rest in job["steps"]:
+        if kind != "judge":
+            conversation.ask({"run": source})
+        try:
+            if kind == "import":
+                exec(source, names)
+            elif kind == "judge":
+                _judge_assert(source, rest[0], rest[1], names, conversation)
+        except Ended:
+            raise
+        except MemoryError:
+            raise Ended("out of memory", f"while judging {source}") from None
+        except Exception as error:  # such as a TypeError of an operator between what came and what is expected
+            raise Ended("failed", f"{type(error).__name__}: {error} (in {source})") from None
+
+
+def _judge_assert(source: str, condition: str, calls: list[str], names: dict[str, Any],
+                  conversation: "_Conversation") -> None:
+    got: list[Any] = []
+
+    def ask(index: int, *arguments: Any) -> Any:
+        answer = conversation.ask({"call": calls[index], "values": [values.encode(value) for value in arguments]})
+        got.append(values.decode(answer["value"]))
+        return got[-1]
+
+    names[assertions.ASK] = ask
+    if not eval(condition, names):
+        raise Ended("failed", f"AssertionError: {source} (got {reprlib.repr(got[-1]) if got else 'nothing'})")
+
+
+class _Conversation:
+    """Asks the program's process and waits, within limits, for what it answers."""
+
+    def __init__(self, settings: dict[str, Any], program: int, requests: int, replies: int, output: int) -> None:
+        self._settings, self._program = settings, program
+        self._requests, self._replies, self._output = requests, replies, output
+        self._deadline = time.monotonic() + settings["wall_seconds"]
+        self._written, self._received = 0, b""
+        self._poll = select.poll()
+        self._poll.register(replies, select.POLLIN)
+        self._poll.register(output, select.POLLIN)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the program's process answers.
+
+        Raises:
+          Ended: it raised, ended, or broke a limit or the form of answers.
+        """
+        with contextlib.suppress(BrokenPipeError):  # why is told when its answers end
+            _send(self._requests, request)
+        try:
+            answer = json.loads(self._frame())
+            if not isinstance(answer, dict) or "raised" not in answer and "call" in request and "value" not in answer:
+                raise ValueError(answer)
+            if "raised" not in answer:
+                return answer
+            name, text = str(answer["raised"]), str(answer["text"])
+        except (ValueError, KeyError, RecursionError):
+            raise Ended("crashed", "answered in no known form") from None
+        raise Ended("out of memory" if name == "MemoryError" else "failed", f"{name}: {text}".removesuffix(": "))
+
+    def _frame(self) -> bytes:
+        size = None
+        while True:
+            if size is None and len(self._received) >= 4:
+                size = 4 + int.from_bytes(self._received[:4])
+                if size > _LONGEST_ANSWER:
+                    raise Ended("output flood", f"a value longer than {_LONGEST_ANSWER:,} bytes")
+            if size is not None and len(self._received) >= size:
+                frame, self._received = self._received[4:size], self._received[size:]
+                return frame
+            remaining = self._deadline - time.monotonic()
+            if remaining <= 0:
+                raise Ended("timed out", f"{self._settings['wall_seconds']} s have passed")
+            for descriptor, _ in self._poll.poll(remaining * 1000 + 1):
+                data = os.read(descriptor, 1 << 16)
+                if not data:
+                    self._closed(descriptor)
+                elif descriptor == self._replies:
+                    self._received += data
+                else:
+                    self._written += len(data)
+                    if self._written > self._settings["output_bytes"]:
+                        raise Ended("output flood", f"printed more than {self._settings['output_bytes']:,} bytes")
+
+    def _closed(self, descriptor: int) -> None:
+        self._poll.unregister(descriptor)
+        if descriptor == self._output:
+            return
+        for _ in range(200):
+            pid, status, used = os.wait4(self._program, os.WNOHANG)
+            if pid:
+                break
+            time.sleep(0.002)
+        else:
+            raise Ended("crashed", "closed the descriptor that it answers through")
+        if not os.WIFSIGNALED(status):
+            raise Ended("crashed", f"ended with exit status {os.waitstatus_to_exitcode(status)} before its tests did")
+        number = os.WTERMSIG(status)
+        if number in (signal.SIGKILL, signal.SIGXCPU) and (
+                used.ru_utime + used.ru_stime > self._settings["cpu_seconds"] - 0.5):
+            raise Ended("timed out", f"{self._settings['cpu_seconds']} s of processor time are used up")
+        raise Ended("killed" if number == signal.SIGKILL else "crashed", f"ended by signal {number}")
+
+
+def _send(descriptor: int, message: dict[str, Any]) -> None:
+    data = json.dumps(message).encode()
+    view = memoryview(len(data).to_bytes(4) + data)
+    while view:
+        view = view[os.write(descriptor, view):]
+
+
+def _become_program(settings: dict[str, Any], null: int, output: int, requests: int, replies: int,
+                    user: int | None) -> NoReturn:
+    """From here on nothing in this process is trusted, nor are its answers more than values."""
+    os.setsid()
+    for source, target in ((null, 0), (output, 1), (output, 2)):
+        os.dup2(source, target)
+    for descriptor in range(3, 64):
+        if descriptor not in (requests, replies):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+    confinement.drop_privileges(user)
+    confinement.limit(settings["cpu_seconds"], settings["memory_bytes"], settings["file_bytes"], settings["processes"])
+    os.environ.clear()
+    sys.argv[:] = sys.orig_argv[:] = ["program"]
+    for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
+        del sys.modules[name]
+    module = sys.modules["program"] = types.ModuleType("program")
+    names = module.__dict__
+    while True:
+        request = json.loads(_read(requests, int.from_bytes(_read(requests, 4))))
+        try:
+            if "run" in request:
+                exec(compile(request["run"], "program", "exec", dont_inherit=True, optimize=0), names)
+                answer: dict[str, Any] = {}
+            else:
+                function = eval(request["call"], names)
+                answer = {"value": values.encode(function(*map(values.decode, request["values"])))}
+            _send(replies, answer)
+        except MemoryError:
+            os.write(replies, _OUT_OF_MEMORY_FRAME)
+        except BaseException as error:
+            _send(replies, {"raised": type(error).__name__, "text": str(error)[:1000]})
+
+
+def _read(descriptor: int, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = os.read(descriptor, count - len(data))
+        if not part:
+            os._exit(0)
+        data += part
+    return data

@@ -1,0 +1,346 @@
+"""`t5x eval`: against the plain computation of every candidate, through interruptions, and after slips."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+
+from codellm_jax import cli
+from codellm_jax.configuration import build, read_configuration
+from codellm_jax.evaluation import evaluate, trained
+from codellm_jax.evaluation.compare import compare
+from codellm_jax.model.decoder import Decoder
+from codellm_jax.results import tables
+from codellm_jax.results.answers import corpus_bleu
+from codellm_jax.results.files import as_lines, lines_written
+from codellm_jax.runtime.checkpoints import restore_parameters
+from codellm_jax.runtime.partitioning import make_mesh
+from codellm_jax.runtime.progress import read_records
+from codellm_jax.runtime.state import abstract_state
+from tasks.benchmarks.loading import load
+from tasks.benchmarks.metrics import bleu_of_counts
+from tasks.programs.sandbox import guarantees
+
+LENGTH = 32
+TASKS = ["logic", "cosqa", "ekar_cot"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(pretrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated") / "CODE"
+    shutil.copytree(pretrained / "CODE", folder)
+    return folder
+
+
+def flags(run_dir: Path, *more: str) -> list[str]:
+    return ["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run_dir}", f"--gin.TASKS={TASKS}", *more]
+
+
+@pytest.fixture(scope="module")
+def evaluated(run_dir):
+    assert cli.main(flags(run_dir)) == 0
+    return run_dir / "results"
+
+
+def read(folder: Path, task: str) -> tuple[dict, list[dict]]:
+    lines = [json.loads(line) for line in (folder / f"{task}_sample.jsonl").read_text().splitlines()]
+    return json.loads((folder / f"{task}_sample.json").read_text()), lines
+
+
+@pytest.fixture(scope="module")
+def plainly(run_dir):
+    """Log-likelihoods of a continuation's tokens, one sequence at a time, all logits at once."""
+    checkpoint = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "checkpoint")
+    model = Decoder(checkpoint.model(vocabulary_size=checkpoint.vocabulary.size, length=LENGTH))
+    abstract = abstract_state(model, optax.identity(), make_mesh(checkpoint.mesh), checkpoint.mesh)
+    params, _ = restore_parameters(str(run_dir), abstract.params)
+    variables = {"params": jax.tree.map(jnp.asarray, jax.device_get(params))}
+    positions, segments = jnp.arange(LENGTH)[None], jnp.ones((1, LENGTH), jnp.int32)
+    apply = jax.jit(lambda tokens: model.apply(
+        variables, model.apply(variables, tokens, positions, segments), method="logits"))
+
+    def log_likelihoods(prompt: list[int], continuation: list[int]) -> np.ndarray:
+        tokens = [*prompt, *continuation][-(LENGTH + 1):]
+        inputs = np.zeros((1, LENGTH), np.int32)
+        inputs[0, : len(tokens) - 1] = tokens[:-1]  # what follows cannot be seen
+        logits = np.asarray(apply(inputs), np.float64)[0]
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        return logits[np.arange(len(tokens) - 1), tokens[1:]][-len(continuation):]
+
+    return checkpoint.vocabulary, log_likelihoods
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_candidate_is_scored_as_the_plain_computation_does(evaluated, plainly, task):
+    vocabulary, log_likelihoods = plainly
+    result, (header, *lines) = read(evaluated, task)
+    questions = load(task, None).questions
+    assert [line["id"] for line in lines] == [question.id for question in questions]
+    for question, line in zip(questions, lines, strict=True):
+        for candidate, found in zip(question.candidates, line["candidates"], strict=True):
+            whole = vocabulary.encode(candidate.continuation)
+            continuation = whole[:LENGTH]
+            values = log_likelihoods(vocabulary.encode(candidate.prompt), continuation)
+            assert found["tokens"] == len(continuation)
+            assert found["continuation_tokens_cut"] == len(whole) - len(continuation)
+            assert found["log_likelihood"] == pytest.approx(values.sum(), rel=1e-4)
+        losses = [-candidate["log_likelihood"] / candidate["tokens"] for candidate in line["candidates"]]
+        assert line["prediction"] == int(np.argmin(losses)) and line["answer"] == question.answer[0]
+        assert line["correct"] == (line["prediction"] == line["answer"])
+    assert result["value"] == np.mean([line["correct"] for line in lines]) == result["accuracy_by_scoring"]["per_token"]
+
+
+def test_a_result_says_what_it_is(evaluated):
+    result, (header, *lines) = read(evaluated, "logic")
+    assert result["sample"] is True and result["n"] == len(lines) and result["metric"] == "accuracy"
+    assert result["checkpoint"]["step"] == 4 and result["checkpoint"]["arm"] == "CODE"
+    assert result["interval"][0] <= result["value"] <= result["interval"][1]
+    assert result["chance"] == 0.25 and 0 < result["majority"] <= 1
+    assert set(result["accuracy_by_scoring"]) == set(evaluate.SCORINGS)
+    assert {name: result[name] for name in header} == header
+    assert result["settings"]["data"] == load("logic", None).sha256
+
+
+def test_a_score_at_chance_shows_what_was_scored(evaluated, capsys):
+    result, (_, *lines) = read(evaluated, "logic")
+    assert result["chance_p_value"] >= 0.05  # four steps of training
+    question = load("logic", None).questions[0]
+    assert len(result["raw_outputs"]) == 3
+    chosen = question.candidates[lines[0]["prediction"]]
+    for text in (question.id, repr(chosen.prompt[-60:]), repr(chosen.continuation[:60]),
+                 f"{lines[0]['candidates'][lines[0]['prediction']]['log_likelihood']:.3f} nats"):
+        assert text in result["raw_outputs"][0]
+    result = dict(result, prompts_cut=0)
+    right = dict(result, value=1.0, chance_p_value=0.001)
+    right.pop("raw_outputs")
+    assert len(tables.table_rows(right).splitlines()) == 1 and "not told" not in tables.table_rows(right)
+    assert len(tables.table_rows(result).splitlines()) == 4
+
+
+def test_a_subset_is_the_same_whoever_asks(evaluated, run_dir, tmp_path):
+    assert cli.main(flags(run_dir, "--gin.QUESTIONS=3", f"--gin.evaluate.results_dir={tmp_path}")) == 0
+    (_, all_lines), (part, lines) = read(evaluated, "cosqa"), read(tmp_path, "cosqa")
+    assert part["n"] == 3 and len(lines) == 4
+    ids = [line["id"] for line in all_lines[1:]]
+    assert sorted([line["id"] for line in lines[1:]], key=ids.index) == [line["id"] for line in lines[1:]]
+    by_id = {line["id"]: line for line in all_lines[1:]}
+    for line in lines[1:]:
+        for found, wanted in zip(line["candidates"], by_id[line["id"]]["candidates"], strict=True):
+            assert found["log_likelihood"] == pytest.approx(wanted["log_likelihood"], rel=1e-5)
+    assert read(evaluated, "cosqa")[0]["settings"]["questions"] != part["settings"]["questions"]
+
+
+def test_benchmarks_are_asked_while_training(tiny_flags, tmp_path, capsys):
+    """With the scores that the same checkpoint gets afterwards, through a resume, and under other questions."""
+    arguments = ["train", *tiny_flags, f"--gin.MODEL_DIR={tmp_path}/run", "--gin.TRAIN_STEPS=4", "--gin.EVAL_PERIOD=2",
+                 "--gin.CHECKPOINT_PERIOD=2", "--gin.EVAL_TASKS=['logic', 'cosqa']", "--gin.EVAL_QUESTIONS=3"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "benchmarks   logic (sample) 3, cosqa (sample) 3 questions, every 2 steps" in printed
+    assert "benchmarks after step 4, in per cent: logic_sample " in printed
+    evaluations = [line for line in read_records(str(tmp_path / "run")) if line["split"] == "eval"]
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    assert cli.main(["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={tmp_path}/run",
+                     "--gin.TASKS=['logic', 'cosqa']", "--gin.QUESTIONS=3"]) == 0
+    for task in ("logic", "cosqa"):
+        (afterwards, lines), (then, lines_then) = (
+            read(tmp_path / "run" / "results" / folder, task) for folder in ("", "in_training/4"))
+        assert evaluations[-1][f"score/{task}_sample"] == afterwards["value"] == then["value"]
+        assert [line["id"] for line in lines[1:]] == [line["id"] for line in lines_then[1:]]
+        for line, line_then in zip(lines[1:], lines_then[1:], strict=True):
+            assert [c["log_likelihood"] for c in line["candidates"]] == pytest.approx(
+                [c["log_likelihood"] for c in line_then["candidates"]], rel=1e-5)
+    # What is asked may change at a resume: it changes nothing of what is trained.
+    (tmp_path / "run" / "checkpoints" / "4").rename(tmp_path / "gone")
+    arguments[-2:] = ["--gin.EVAL_TASKS=['ekar']", "--gin.benchmarks.template=multiple_choice"]
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    again = [line for line in read_records(str(tmp_path / "run")) if line["split"] == "eval"]
+    assert [line["step"] for line in again] == [0, 2, 4] and again[-1]["loss"] == evaluations[-1]["loss"]
+    assert "score/ekar_sample" in again[-1] and "score/logic_sample" not in again[-1]
+    assert [path.name for path in (tmp_path / "run" / "results" / "in_training" / "4").glob("*.json")] == [
+        "ekar_sample.json"]
+    assert cli.main([*arguments, f"--gin.MODEL_DIR={tmp_path}/other", "--gin.EVAL_TASKS=['logik']"]) == 1
+    assert "There is no benchmark 'logik'" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_results_of_another_checkpoint_at_the_same_step_are_not_gone_on_from(evaluated, run_dir, pretrained, tmp_path):
+    """As where a run was begun anew in the same directory, and evaluated again."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']")) == 0
+    first = read(tmp_path / "run" / "results", "cosqa")[1]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(pretrained / "NL" / "checkpoints", tmp_path / "run" / "checkpoints")
+    assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']")) == 0
+    again = read(tmp_path / "run" / "results", "cosqa")[1]
+    assert first[0] != again[0] and first[1]["candidates"][0] != again[1]["candidates"][0]
+
+
+def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeypatch):
+    shutil.copytree(run_dir, tmp_path / "run")
+    # Results name the run they are of, so that a copy's are its own.
+    assert cli.main(flags(tmp_path / "run")) == 0
+    whole = (tmp_path / "run" / "results" / "cosqa_sample.jsonl").read_text()
+    lines = whole.splitlines()
+    started = [{key: value for key, value in json.loads(line).items() if key not in ("prediction", "correct")}
+               for line in lines[:4]]
+    (tmp_path / "run" / "results" / "cosqa_sample.jsonl").write_text(
+        "\n".join([*map(json.dumps, started), lines[4][:20]]))
+    (tmp_path / "run" / "results" / "cosqa_sample.json").unlink()
+    scored: list = []
+    real = evaluate._scored
+    monkeypatch.setattr(evaluate, "_scored", lambda questions, *rest: scored.extend(questions) or real(
+        questions, *rest))
+    assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']")) == 0
+    assert len(scored) == len(lines) - 4  # a header and three questions were whole
+    again = (tmp_path / "run" / "results" / "cosqa_sample.jsonl").read_text().splitlines()
+    for found, wanted in zip(map(json.loads, again), map(json.loads, lines), strict=True):
+        assert found.get("prediction") == wanted.get("prediction") and found.keys() == wanted.keys()
+    # While the first new line is made, the old ones lie on the disk: a kill then loses none.
+    path = tmp_path / "run" / "results" / "cosqa_sample.jsonl"
+    path.write_text("\n".join(map(json.dumps, started)))
+    on_disk = []
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_scored", lambda *rest: on_disk.append(path.read_text()) or real(*rest))
+        assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']")) == 0
+    assert [json.loads(line) for line in on_disk[0].splitlines()] == started
+    # Under other settings all questions are scored again.
+    scored.clear()
+    assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']", "--gin.SCORING=sum")) == 0
+    assert len(scored) == len(lines) - 1
+
+
+@pytest.mark.parametrize("cut", ["inside a character", "at a line separator of Unicode"])
+def test_lines_that_a_kill_cut_anywhere_are_gone_on_from(tmp_path, cut):
+    header, lines = {"settings": {}, "checkpoint": {}}, [{"id": "a\u2028b\x85"}, {"id": "世"}, {"id": "界"}]
+    whole = as_lines([header, *lines]).encode()
+    path = epath.Path(tmp_path / "task.jsonl")
+    path.write_bytes(whole[: whole.index("界".encode()) + 1] if cut == "inside a character" else whole)
+    assert lines_written(path, header) == (lines[:2] if cut == "inside a character" else lines)
+    assert lines_written(path, header | {"settings": {"other": 1}}) == []
+
+
+def test_another_model_of_the_same_arrays_is_asked_again(run_dir, tmp_path):
+    arguments = flags(run_dir, "--gin.TASKS=['logic']", f"--gin.evaluate.results_dir={tmp_path}")
+    assert cli.main(arguments) == 0
+    exact = read(tmp_path, "logic")[1]
+    assert cli.main([*arguments, "--gin.model.dtype=bfloat16"]) == 0
+    rounded = read(tmp_path, "logic")[1]
+    assert [line["candidates"] for line in exact[1:]] != [line["candidates"] for line in rounded[1:]]
+    # Cut short under other settings, a task has no result that its lines do not bear out.
+    (tmp_path / "logic_sample.jsonl").write_text("".join(
+        json.dumps(line) + "\n" for line in [rounded[0], *rounded[1:2]]))
+    for run in ("A", "B"):
+        shutil.copytree(tmp_path, tmp_path / run / "results", ignore=shutil.ignore_patterns("A", "B"))
+    with pytest.raises(ValueError, match="logic_sample of .*A: its lines are not those of its result"):
+        compare(str(tmp_path / "A"), str(tmp_path / "B"))
+
+
+def test_a_prompt_too_long_leaves_room_for_its_answer(run_dir, tmp_path, capsys):
+    assert cli.main(flags(run_dir, "--gin.TASKS=['dureader']", f"--gin.evaluate.results_dir={tmp_path}")) == 0
+    result, (_, *lines) = read(tmp_path, "dureader")
+    vocabulary = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "vocabulary")
+    for question, line in zip(load("dureader", None).questions, lines, strict=True):
+        tokens = len(vocabulary.encode(question.prompt))
+        assert tokens > LENGTH and line["prompt_tokens_cut"] == tokens - (LENGTH + 1 - LENGTH // 2)
+        if line["reasons"] == ["length"]:
+            # Bytes that are no text may become fewer tokens when they are read again, hardly one.
+            assert len(vocabulary.encode(line["texts"][0])) > 1
+    assert f"{result['n']} prompts were too long and lost their beginning" in capsys.readouterr().out
+
+
+def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
+    """The model's own are nonsense; two answers are put in their place, one of them right."""
+    written = trained.generate
+    prompts = load("mbpp", None).questions
+    right = {prompt.prompt: prompt.references[0] for prompt in prompts[:2]}
+
+    def knowing(params, config, prompts, *rest, **options):
+        generations = written(params, config, prompts, *rest, **options)
+        encode = vocabulary.encode
+        for number, prompt in enumerate(prompts):
+            text = right.get(vocabulary.decode(prompt))
+            if text and number % 2 == 0:
+                generations[number] = generations[number]._replace(ids=encode(text))
+        return generations
+
+    vocabulary = build(read_configuration(["gin/eval.gin"], [("CHECKPOINT_PATH", str(run_dir))]), "vocabulary")
+    monkeypatch.setattr(trained, "generate", knowing)
+    more = ["--gin.TASKS=['mbpp', 'dureader']", "--gin.SAMPLES=2", "--gin.sampling.max_new_tokens=8",
+            f"--gin.evaluate.results_dir={tmp_path}",
+            # What runs here is our own, so that a host that cannot confine it will do.
+            f"--gin.benchmarks.unconfined={not all(guarantees().values())}"]
+    assert cli.main(flags(run_dir, *more)) == 0, capsys.readouterr().err
+    result, (header, *lines) = read(tmp_path, "mbpp")
+    assert header["settings"]["samples"] == 2 and header["settings"]["sampling"]["top_k"] == 3
+    assert [line["pass@1"] for line in lines] == [0.5, 0.5] + [0.0] * (len(lines) - 2)  # one of two samples
+    assert [line["notes"][0] for line in lines[:2]] == ["passed"] * 2 and lines[2]["notes"][0] != "passed"
+    assert result["metric"] == "pass@1" and result["value"] == pytest.approx(1 / len(lines))
+    assert result["interval"][0] <= result["value"] <= result["interval"][1]
+    assert {"pass@1", "bleu", "bleu_sacrebleu", "bleu_released"} == set(result["scores"])
+    assert all(result["scores"][name]["value"] > 0 for name in ("bleu", "bleu_sacrebleu"))
+    # The lines bear BLEU out, as a report needs it.
+    counts = np.sum([line["bleu_counts"] for line in lines], axis=0)
+    assert 100 * corpus_bleu(counts) == pytest.approx(result["scores"]["bleu"]["value"]) == bleu_of_counts(counts)
+    result, lines = read(tmp_path, "dureader")
+    assert {"f1", "exact_match"} == set(result["scores"]) and result["value"] == pytest.approx(
+        np.mean([line["f1"] for line in lines[1:]]))
+    printed = capsys.readouterr().out
+    assert "mbpp (sample) pass@1" in printed and "dureader (sample) f1" in printed
+    # A run is no better than itself, whether answers are right or wrong or in between.
+    runs = [tmp_path / "A", tmp_path / "B"]
+    for run in runs:
+        shutil.copytree(tmp_path, run / "results", ignore=shutil.ignore_patterns("A", "B"))
+    assert [(one.task, one.second - one.first, one.p_value) for one in compare(*map(str, runs))] == [
+        ("dureader_sample", 0, 1), ("mbpp_sample", 0, 1)]
+    # Written again, it is the same: nothing is left to do, and the seed decides.
+    first = (tmp_path / "dureader_sample.jsonl").read_text()
+    (tmp_path / "dureader_sample.jsonl").unlink()
+    assert cli.main(flags(run_dir, *more)) == 0
+    assert (tmp_path / "dureader_sample.jsonl").read_text() == first
+
+
+def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, capsys):
+    shutil.copytree(pretrained / "NL", tmp_path / "NL")
+    assert cli.main(flags(tmp_path / "NL", "--gin.TASKS=['logic', 'cosqa']")) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(run_dir), str(tmp_path / "NL")]) == 0
+    printed = capsys.readouterr().out
+    for task in ("logic", "cosqa"):
+        right = [[line["correct"] for line in read(folder, task)[1][1:]]
+                 for folder in (evaluated, tmp_path / "NL" / "results")]
+        only = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in (right, right[::-1])]
+        n = sum(only)
+        p_value = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only) + 1)) / 2**n)
+        row = next(line.split() for line in printed.splitlines() if line.startswith(f"{task}_sample"))
+        assert [int(row[1]), float(row[2]), float(row[3])] == [
+            len(right[0]), *(round(100 * np.mean(each), 2) for each in right)]
+        assert [int(row[8]), int(row[9]), float(row[10])] == [*only, round(p_value, 4)]
+    assert "ekar" not in printed
+    assert cli.main(flags(tmp_path / "NL", "--gin.TASKS=['logic', 'cosqa']", "--gin.TEMPLATE=paper")) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(run_dir), str(tmp_path / "NL")]) == 1
+    assert "cosqa_sample: the questions of" in capsys.readouterr().err
+    assert cli.main(["compare", str(run_dir), str(tmp_path)]) == 1
+    assert "No results in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--gin.TASKS=['logik']"], "logic"), (["--gin.SCORING=best"], "SCORING must be one of per_token, sum"),
+    (["--gin.TASKS=logic"], "TASKS must be"), (["--gin.TASKS=[]"], "TASKS is empty"),
+    (["--gin.QUESTIONS=0"], "QUESTIONS, or EVAL_QUESTIONS, must be at least 1"),
+    (["--gin.TASKS=['logic', ['x']]"], "TASKS must be of type"),
+    (["--gin.TEMPLATE={'logik': 'paper'}"], "TEMPLATE names 'logik'"), (["--gin.DATA_DIR=/nowhere"], "/nowhere"),
+    (["--gin.TEMPLATE=released_"], "released"), (["--gin.CHECKPOINT_PATH=nowhere"], "name the MODEL_DIR of a run"),
+    (["--gin.SAMPLES=0"], "SAMPLES must be at least 1"), (["--gin.SEED=-1"], "SEED must be a whole number from 0"),
+    (["--gin.sampling.top_p=2.0"], "top_p must be above 0 and at most 1")])
+def test_slips_get_one_line(capsys, run_dir, more, message):
+    assert cli.main(flags(run_dir, *more)) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], lines

@@ -1,0 +1,149 @@
+"""`t5x infer`: typed and from files, as it comes and whole, in the template of instructions, and after slips."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+
+from codellm_jax import cli
+from codellm_jax.configuration import build, read_configuration
+from codellm_jax.evaluation.infer import Inference, infer, read_prompts
+from codellm_jax.evaluation.trained import trained_model
+from tasks.instruction_sets.prompts import alpaca_prompt
+
+PROMPTS = ["def add(a, b):\n    return", "the row", "世界 order", "value = value * 3"]
+
+
+@pytest.fixture(scope="module")
+def flags(pretrained):
+    return ["infer", "--gin_file=gin/infer.gin", f"--gin.CHECKPOINT_PATH={pretrained / 'CODE'}",
+            "--gin.sampling.max_new_tokens=12"]
+
+
+@pytest.fixture(scope="module")
+def inference(flags) -> Inference:
+    overrides = [(flag[6:].split("=")[0], flag.split("=", 1)[1]) for flag in flags[2:]]
+    return build(read_configuration(["gin/infer.gin"], overrides), "infer")
+
+
+@pytest.fixture(scope="module")
+def alone(inference) -> list[str]:
+    """Each prompt's answer, generated at once by itself."""
+    with trained_model(inference.checkpoint) as (model, _):
+        return [model.vocabulary.decode(model.write(
+            [model.vocabulary.encode(prompt)], [()], inference.sampling, inference.seed, numbers=[number])[0].ids)
+            for number, prompt in enumerate(PROMPTS)]
+
+
+def write_records(path, records) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_parts_make_up_the_whole_in_the_order_of_prompts(inference, alone):
+    heard: list[tuple[int, list[str]]] = []
+    answers = list(infer(inference, PROMPTS, lambda text: heard[-1][1].append(text),
+                         lambda number, prompt: heard.append((number, [])), report=lambda line: None))
+    assert [answer.prompt for answer in answers] == PROMPTS
+    assert [answer.text for answer in answers] == ["".join(parts) for _, parts in heard] == alone
+    assert [number for number, _ in heard] == list(range(len(PROMPTS)))
+    assert all(answer.reason in ("end", "length") for answer in answers)
+    one_by_one = list(infer(inference, iter(PROMPTS), lambda text: None, lambda number, prompt: None))
+    assert one_by_one == answers
+
+
+def test_a_part_holds_whole_characters_only(inference, monkeypatch):
+    """Bytes of a character come one by one: none is shown before the character is whole."""
+    from codellm_jax.evaluation import trained
+    from codellm_jax.evaluation.decoding import Piece
+
+    vocabulary = inference.checkpoint.vocabulary
+    ids = vocabulary.encode("a鑫b")
+    assert len(ids) >= 5  # three of them for the character
+    pieces = [Piece(0, [token], "end" if number == len(ids) - 1 else None) for number, token in enumerate(ids)]
+    monkeypatch.setattr(trained, "stream", lambda *rest, **options: iter(pieces))
+    parts: list[str] = []
+    [answer] = infer(inference, ["x"], parts.append, lambda number, prompt: None)
+    assert answer.text == "a鑫b" and [part for part in parts if part] == ["a", "鑫", "b"]
+
+
+def test_answers_are_out_before_later_prompts_are_read(inference):
+    """Four batches of one: each answer is whole before the next begins."""
+    seen: list[str] = []
+    one_by_one = dataclasses.replace(inference, batch_size=1)
+    answers = infer(one_by_one, PROMPTS, lambda text: None, lambda number, prompt: seen.append(prompt))
+    for number, answer in enumerate(answers, 1):
+        assert seen == PROMPTS[:number] and answer.prompt == PROMPTS[number - 1]
+
+
+def test_a_prompt_too_long_is_told(flags, inference, tmp_path, capsys):
+    prompt = "the row " * 100
+    path = write_records(tmp_path / "prompts.jsonl", [{"prompt": "the row"}, {"prompt": prompt}])
+    assert cli.main([*flags, f"--prompts={path}", f"--output={tmp_path}/out.jsonl"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    cut = len(inference.checkpoint.vocabulary.encode(prompt)) - (32 + 1 - 12)  # 32 positions, 12 new tokens
+    assert [line["prompt_tokens_cut"] for line in lines] == [0, cut]
+    assert f"prompt 2 is too long: its first {cut} tokens are not read" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_before_there_is_something_to_write(flags, tmp_path, capsys):
+    path = write_records(tmp_path / "prompts.jsonl", [{"prompt": "the row"}])
+    assert cli.main([*flags, f"--prompts={path}", f"--output={path}"]) == 1
+    assert "--output and --prompts are both" in capsys.readouterr().err
+    assert json.loads((tmp_path / "prompts.jsonl").read_text()) == {"prompt": "the row"}
+    (tmp_path / "out.jsonl").write_text("kept")
+    assert cli.main([*flags, f"--prompts={path}", f"--output={tmp_path}/out.jsonl", "--gin.CHECKPOINT_PATH=none"]) == 1
+    assert (tmp_path / "out.jsonl").read_text() == "kept"
+    assert cli.main([*flags, f"--output={tmp_path}/none/out.jsonl"]) == 1
+    assert "there is no directory to write" in capsys.readouterr().err
+
+
+def test_typed_prompts(flags, inference, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the row\n\n \nthe row\n"))
+    assert cli.main(flags) == 0
+    out, err = capsys.readouterr()
+    whole = infer(inference, ["the row"] * 2, lambda text: None, lambda number, prompt: None)
+    assert out == "".join(f"{answer.text}\n" for answer in whole) and "Parameters from step 4" in err
+
+
+def test_prompts_of_a_file(flags, alone, tmp_path, capsys):
+    path = write_records(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    assert cli.main([*flags, f"--prompts={path}"]) == 0
+    out = capsys.readouterr().out
+    assert out == "".join(f"--- {number}/4: {prompt}\n{text}\n"
+                          for number, (prompt, text) in enumerate(zip(PROMPTS, alone, strict=True), 1))
+    assert cli.main([*flags, f"--prompts={path}", f"--output={tmp_path}/out.jsonl"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["text"]) for line in lines] == list(zip(PROMPTS, alone, strict=True))
+    assert {line["reason"] for line in lines} <= {"end", "length"}
+    assert "prompt 4/4 answered" in capsys.readouterr().out
+
+
+def test_instructions_go_through_the_template_of_tuning(flags, tmp_path):
+    records = [{"instruction": "Add.", "input": "1 and 2"}, {"instruction": "写诗"}, {"prompt": "Say it."}]
+    path = write_records(tmp_path / "prompts.jsonl", records)
+    assert cli.main([*flags, f"--prompts={path}", "--instruction", f"--output={tmp_path}/out.jsonl"]) == 0
+    found = [json.loads(line)["prompt"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found == [alpaca_prompt("Add.", "1 and 2"), alpaca_prompt("写诗"), alpaca_prompt("Say it.")]
+    assert found[1].startswith("下面是一条")
+
+
+def test_lines_of_a_text_file_are_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\r\n\n  two\nthree")
+    assert read_prompts(str(tmp_path / "prompts.txt"), None) == ["one", "  two", "three"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', "a.jsonl, line 2 must be a JSON object"),
+    ("a.jsonl", b'{"prompt": "x"', "a.jsonl, line 1 must be a JSON object"),
+    ("a.jsonl", b'{"instruction": "x"}', "a.jsonl, line 1 is an instruction: give --instruction"),
+    ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}', "a.jsonl, line 2 holds half a surrogate pair"),
+    ("a.txt", b" \n\n", "a.txt holds no prompt"), ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
+    (None, b"", "There is no file nowhere.txt of prompts")])
+def test_slips_get_one_line(flags, tmp_path, capsys, name, content, message):
+    if name:
+        (tmp_path / name).write_bytes(content)
+    assert cli.main([*flags, f"--prompts={tmp_path / name if name else 'nowhere.txt'}"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], lines

@@ -1,0 +1,60 @@
+"""A bound on a step's time, by hand."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from codellm_jax.model.decoder import REMAT_POLICIES, Decoder, DecoderConfig
+from codellm_jax.pods.collectives import Traffic
+from codellm_jax.pods.roofline import recomputed_flops_per_token, roofline
+from codellm_jax.pods.topologies import parse_topology
+
+CONFIG = DecoderConfig(layers=2, hidden=8, heads=2, feedforward=32, vocabulary_size=100, length=16, remat="none")
+
+
+def test_each_part_by_hand():
+    topology = parse_topology("2xv5e-4")
+    traffic = [Traffic("all-reduce", ("data",), 1, 200e9), Traffic("all-reduce", ("slices",), 1, 6.2e9)]
+    found = roofline(CONFIG, 8_000_000, topology, "TPU v5 lite", 8, 819e9, 0.0, traffic)
+    # 6 (2 (4 64 + 2 8 32) + 800) + 6 2 16 8 = 15,552 FLOPs a token, and 2 16 8 for scores made again
+    assert found.computing == pytest.approx((15_552 + 256) * 1_000_000 / 197e12)
+    assert (found.memory, found.links, found.network) == pytest.approx((2.0, 1.0, 2.0))
+    assert found.overlapped == pytest.approx(2.0) and found.in_turn == pytest.approx(5.0 + found.computing)
+    assert found.utilization == pytest.approx(15_552 * 1_000_000 / 197e12 / 2.0)
+
+
+def matmul_flops(jaxpr: Any, times: int = 1) -> int:
+    """FLOPs of all matmuls without batch axes, so of none of attention's, loops turned as often as they do."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            if not batched:
+                total += 2 * times * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        turns = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
+        total += sum(matmul_flops(inner, turns) for inner in jaxprs_in_params(equation.params))
+    return total
+
+
+@pytest.mark.parametrize("query_layer", [False, True])
+def test_what_is_computed_again_is_what_the_programs_say(query_layer):
+    """Counted in the traced gradient of the decoder, beside the one that keeps all."""
+    counted, said = {}, {}
+    ids = jnp.zeros((3, CONFIG.length), jnp.int32)
+    for remat in REMAT_POLICIES:
+        config = dataclasses.replace(CONFIG, layers=3, remat=remat, query_layer=query_layer)
+        model = Decoder(config)
+        params = jax.eval_shape(model.init, jax.random.key(0), ids, ids, ids)["params"]
+        gradient = jax.grad(lambda params, model=model: jnp.sum(model.apply({"params": params}, ids, ids, ids) ** 2))
+        counted[remat] = matmul_flops(jax.make_jaxpr(gradient)(params).jaxpr) / ids.size
+        attention = 3 * 16 * 8 * (3 if remat in ("full", "offload") else 1)
+        said[remat] = recomputed_flops_per_token(config) - attention
+    assert said == {remat: flops - counted["none"] for remat, flops in counted.items()}
+    assert said["none"] == said["dots"] == 0 < said["attention"] < said["full"] == said["offload"]
+    assert said["full"] == 3 * 2 * (4 * 64 + 8 * 32)

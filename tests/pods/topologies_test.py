@@ -1,0 +1,104 @@
+"""Names of TPU topologies, and one process at a time."""
+
+import fcntl
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pytest
+
+from codellm_jax.pods import topologies
+from codellm_jax.pods.topologies import CHIPS, compile_only_devices, has_libtpu, parse_topology, topology_names
+from codellm_jax.runtime.partitioning import MeshShape, make_mesh
+
+
+@pytest.mark.parametrize(("name", "chips", "shape"), [
+    ("v2-8", 4, (2, 2)), ("v3-32", 16, (4, 4)), ("v3-2048", 1024, (32, 32)), ("v4-8", 4, (2, 2, 1)),
+    ("v4-64", 32, (2, 4, 4)), ("v4-128", 64, (4, 4, 4)), ("v4-256", 128, (4, 4, 8)), ("v4-1536", 768, (8, 8, 12)),
+    ("v4-2048", 1024, (8, 8, 16)), ("v4-4096", 2048, (8, 16, 16)), ("v5p-128", 64, (4, 4, 4)),
+    ("v5p-12288", 6144, (16, 16, 24)), ("v5e-1", 1, (1, 1)), ("v5e-8", 8, (2, 4)), ("v5e-256", 256, (16, 16)),
+    ("v6e-32", 32, (4, 8)),
+])
+def test_names_mean_what_cloud_tpu_means(name, chips, shape):
+    """Chips and shapes from the vendor's tables of default topologies."""
+    topology = parse_topology(name)
+    assert (topology.chips, topology.shape, topology.slices) == (chips, shape, 1)
+
+
+def test_slices_and_other_spellings():
+    two = parse_topology("2xv5e-256")
+    assert (two.name, two.chips, two.slices, two.shape) == ("2xv5e-256", 512, 2, (16, 16))
+    assert parse_topology("v5litepod-16") == parse_topology("V5e-16") == parse_topology("1xv5e-16")
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("v4-100", "counts TensorCores.*nearest: v4-128"), ("v5e-255", "counts chips.*nearest: v5e-256"),
+    ("v5e256", "nearest: v5e-256"), ("v7-8", "nearest: v4-8"), ("h100", "nearest"), ("", "nearest"),
+    ("v5p-127", "nearest: v5p-128"), ("v4-1", "nearest: v4-8"), ("v5e-512", "nearest: v5e-256"),
+    ("2xv3-8", "slices are joined from v4 on"), ("0xv5e-4", "1 to 256"), ("999xv5e-4", "1 to 256"),
+])
+def test_unknown_names_are_told_the_nearest(name, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        parse_topology(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_slice_has_as_many_chips_as_its_shape():
+    for name, topology in topology_names().items():
+        generation, _, number = name.partition("-")
+        assert math.prod(topology.shape) * CHIPS[generation].cores_in_name == int(number)
+
+
+def test_without_libtpu_it_is_said_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(topologies, "has_libtpu", lambda: False)
+    with pytest.raises(ValueError, match=r"pip install '\.\[tpu\]'"):
+        compile_only_devices(parse_topology("v4-8"))
+
+
+def test_a_second_process_waits_for_the_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(topologies, "_lock", None)
+    lock = tmp_path / "codellm_jax_libtpu.lock"
+    holder = subprocess.Popen([sys.executable, "-c", (
+        "import fcntl, sys, time\n"
+        f"file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True); time.sleep(1.5)")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    told: list[str] = []
+    start = time.monotonic()
+    topologies._wait_for_compiler(told.append)
+    topologies._wait_for_compiler(told.append)  # this process has it
+    assert told == ["Waiting for another process of this machine that compiles for TPUs."]
+    assert time.monotonic() - start > 0.5 and holder.wait() == 0
+    with lock.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(topologies._lock)
+
+
+@pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.parametrize(("name", "kind"), [
+    ("v2-8", "TPU v2"), ("v3-8", "TPU v3"), ("v4-16", "TPU v4"), ("v5e-1", "TPU v5 lite"), ("v5p-384", "TPU v5"),
+    ("2xv6e-16", "TPU v6 lite"),
+])
+def test_devices_are_those_of_the_name(name, kind):
+    topology = parse_topology(name)
+    devices = compile_only_devices(topology)
+    assert len(devices) == topology.chips * topology.chip.devices
+    assert {device.device_kind for device in devices} == {kind}
+    if topology.slices > 1:
+        assert {device.slice_index for device in devices} == {0, 1}
+
+
+@pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.parametrize(("name", "model", "slices"), [("v4-128", 2, 1), ("v4-128", 4, 1), ("2xv5e-16", 2, 2)])
+def test_a_mesh_may_split_an_axis_of_the_chips(name, model, slices):
+    """Those that share a `model` axis are neighbours, also where 4 x 4 x 4 chips have no axis of two."""
+    topology = parse_topology(name)
+    mesh = make_mesh(MeshShape(data=slices, fsdp=-1, model=model, slices=slices), compile_only_devices(topology))
+    places = np.array([device.coords for device in mesh.devices.flat]).reshape(-1, model, 3)
+    assert (np.abs(np.diff(places, axis=1)).sum(axis=2) == 1).all()
+    assert len(set(mesh.devices.flat)) == topology.chips

@@ -1,0 +1,161 @@
+"""The plan of a study: what arms mean, in which order they can be trained, and how long they are."""
+
+from fractions import Fraction
+
+import pytest
+
+from codellm_jax.mixture.order import Order, Source
+from codellm_jax.study.arms import Asked, Study, data_matched_steps, expand, mix_of, plan_runs, select, waves
+
+FILES = {"pretraining_files": ["p.gin"], "tuning_files": ["t.gin"], "evaluation_files": ["e.gin"]}
+PAPER = {
+    "NN": {"from": "NL", "CODE_RATE": 0.0},
+    "NL": {"CODE_RATE": 0.0},
+    "NC-uniform": {"from": "NL", "CODE_RATE": 0.375},
+    "NC-decrease": {"from": "NL", "MIX_PHASES": ["5:5", "6:4", "7:3", "7:3"]},
+    "CODE": {"CODE_RATE": 0.25},
+    "CN": {"from": "CODE", "CODE_RATE": 0.0},
+}
+
+
+def make_study(arms, **others):
+    return Study(directory="d", arms=arms, **FILES, **others)
+
+
+def runs_of(study, steps=100, batch_size=8):
+    arms, _ = expand(study)
+    return plan_runs(study, arms, {arm.name: Asked(
+        arm.settings.get("TRAIN_STEPS", steps), batch_size, arm.settings.get("CODE_RATE"),
+        arm.settings.get("MIX_PHASES")) for arm in arms})
+
+
+def names(runs):
+    return [run.name for run in runs]
+
+
+def test_each_run_comes_after_what_it_starts_from_and_a_shared_one_comes_once():
+    runs = runs_of(make_study(PAPER, seeds=[3, 1]))
+    assert names(runs) == [f"{arm}.seed{seed}" for seed in (3, 1)
+                           for arm in ("NL", "NN", "NC-uniform", "NC-decrease", "CODE", "CN")]
+    by_name = {run.name: run for run in runs}
+    assert {run.parent for run in runs if run.arm.name.startswith("N") and run.arm.parent} == {"NL.seed3", "NL.seed1"}
+    assert by_name["CN.seed1"].parent == "CODE.seed1" and by_name["CODE.seed1"].parent is None
+    assert [[run.name for run in wave] for wave in waves(runs[:6])] == [
+        ["NL.seed3", "CODE.seed3"], ["NN.seed3", "NC-uniform.seed3", "NC-decrease.seed3", "CN.seed3"]]
+    assert [run.mix for run in runs[:6]] == ["constant", "constant", "uniform", "decrease", "constant", "constant"]
+    # Without CODE_RATE: the stage's own would be told beside the phases.
+    assert by_name["NC-decrease.seed3"].arm.settings == {"CODE_RATE": None, "MIX_PHASES": ["5:5", "6:4", "7:3", "7:3"]}
+
+
+def test_three_stages_in_a_row():
+    runs = runs_of(make_study({"A": {"CODE_RATE": 0.0}, "B": {"from": "A"}, "C": {"from": "B"}}))
+    assert [names(wave) for wave in waves(runs)] == [["A.seed0"], ["B.seed0"], ["C.seed0"]]
+    assert names(select(runs, ["C"])) == ["A.seed0", "B.seed0", "C.seed0"]
+
+
+def test_a_sweep_and_what_is_tuned_from_it():
+    sweep = {"NL": {"CODE_RATE": 0}, "R": {"sweep": {"CODE_RATE": [0.0, 0.1, 0.5]}, "LEARNING_RATE": 1e-4},
+             "RATE": {"sweep": {"CODE_RATE": [0.0, 0.1]}}, "RN": {"from": "RATE", "CODE_RATE": 0.0},
+             "LR": {"from": "NL", "sweep": {"LEARNING_RATE": [1e-4, 2e-4]}, "CODE_RATE": 0.5},
+             "M": {"sweep": {"MIX_PHASES": [["5:5", "7:3"], ["7:3", "5:5"]]}}}
+    arms, told = expand(make_study(sweep))
+    assert [arm.name for arm in arms] == [
+        "NL", "R-0.0", "R-0.1", "R-0.5", "RATE-0.1", "RN-0.0", "RN-0.1", "LR-0.0001", "LR-0.0002", "M-0", "M-1"]
+    # What would be trained just as NL is NL; what is tuned from it is tuned from NL.
+    assert told == ["RATE-0.0 is NL, which is trained once."]
+    by_name = {arm.name: arm for arm in arms}
+    assert by_name["RN-0.0"].parent == "NL" and by_name["RN-0.1"].parent == "RATE-0.1"
+    assert by_name["R-0.5"].settings == {"CODE_RATE": 0.5, "LEARNING_RATE": 1e-4}
+    assert by_name["M-1"].settings == {"CODE_RATE": None, "MIX_PHASES": ["7:3", "5:5"]}
+    assert names(select(runs_of(make_study(sweep)), ["RN"])) == ["NL.seed0", "RATE-0.1.seed0", "RN-0.0.seed0",
+                                                                "RN-0.1.seed0"]
+
+
+def test_more_arms_come_after_or_in_the_place_of_others():
+    study = make_study(PAPER, more_arms={"CN": {"from": "CODE", "CODE_RATE": 0.1}, "XX": {"from": "CN"}})
+    arms, _ = expand(study)
+    assert [arm.name for arm in arms][-2:] == ["CN", "XX"] and arms[-2].settings == {"CODE_RATE": 0.1}
+
+
+def test_select_takes_what_it_stands_on():
+    runs = runs_of(make_study(PAPER, seeds=[0, 1]))
+    assert names(select(runs, ["NC-uniform"], [1])) == ["NL.seed1", "NC-uniform.seed1"]
+    assert names(select(runs, ["NC"], [1])) == ["NL.seed1", "NC-uniform.seed1", "NC-decrease.seed1"]
+    assert names(select(runs, ["CODE", "CN"], [0])) == ["CODE.seed0", "CN.seed0"]
+    assert select(runs) == runs
+    with pytest.raises(ValueError, match="--arm=NX: the study has no such arm; it has NL, NN"):
+        select(runs, ["NX"])
+    with pytest.raises(ValueError, match="--seed=7: the study has no such seed; SEEDS lists 0, 1"):
+        select(runs, [], [7])
+
+
+@pytest.mark.parametrize("arms, message", [
+    ({}, "ARMS is empty"),
+    ({"A": {"from": "B"}, "B": {"from": "A"}}, "ARMS goes round in a circle: A, B"),
+    ({"A": {"from": "NL"}}, "lets A start from 'NL', which is no arm"),
+    ({"a/b": {}}, "has an arm 'a/b'; its name must be letters"),
+    ({"A": 0.5}, "must give A settings such as"),
+    ({"A": {"SEED": 1}}, "gives A SEED, which the study sets"),
+    ({"A": {"sweep": {"CODE_RATE": 0.5}}}, "must give A a sweep of one setting and its values"),
+    ({"A": {"sweep": {"CODE_RATE": [0], "SEED": [1]}}}, "must give A a sweep of one setting"),
+    ({"A": {"gin_file": ["a.gin"]}}, "must give A a gin_file that is one file's name"),
+    ({"A-0.5": {"LEARNING_RATE": 1.0}, "A": {"sweep": {"CODE_RATE": [0.5]}}}, "two arms that are named A-0.5"),
+    ({"A": {"MIX_PHASES": ["lots"]}}, "A: MIX_PHASES must list"),
+])
+def test_slips_get_one_line(arms, message):
+    with pytest.raises(ValueError, match=message):
+        runs_of(make_study(arms))
+
+
+@pytest.mark.parametrize("others, message", [
+    ({"seeds": [1, 1]}, "SEEDS must list different whole numbers"), ({"seeds": []}, "SEEDS must list"),
+    ({"comparison": "fair"}, "COMPARISON must be one of compute-matched, data-matched")])
+def test_a_study_is_checked(others, message):
+    with pytest.raises(ValueError, match=message):
+        make_study(PAPER, **others)
+
+
+@pytest.mark.parametrize("rate, steps", [(0.0, 100), (0.1, 112), (0.25, 134), (1 / 3, 150), (0.375, 160), (0.5, 200),
+                                         (0.9, 1000)])
+def test_data_matched_is_text_in_full_and_code_on_top(rate, steps):
+    """steps / (1 - rate), rounded up: 100 / 0.9 = 111.1, 100 / 0.75 = 133.3."""
+    assert data_matched_steps(Asked(100, 8, rate, None)) == steps
+
+
+@pytest.mark.parametrize("mix", [
+    ["5:5", "6:4", "7:3", "7:3"], ["7:3 to 1:9"], {0: "1:1", 30: "3:1"}, {0: "1:0", 0.9: "1:4"},
+    [{"text.a": 3, "code.b": 1}, {"text.a": 1, "code.b": 1}]])
+def test_data_matched_under_a_schedule_is_the_shortest_run_that_has_the_text(mix):
+    """Against the order itself, drawn row by row."""
+    asked = Asked(60, 8, None, mix)
+    steps = data_matched_steps(asked)
+    sources = (Source("text.a", 50, Fraction(1), "x"), Source("code.b", 50, Fraction(1), "y"))
+
+    def text_rows(steps: int) -> float:
+        longer = asked._replace(steps=steps)
+        return Order(0, longer.schedule, sources).counts(longer.rows)[0]
+
+    assert abs(text_rows(steps) - 60 * 8) <= 8  # equal to a step
+    assert text_rows(steps) >= 60 * 8 - 0.5 and all(text_rows(fewer) < 60 * 8 for fewer in range(60, steps))
+
+
+def test_a_mix_without_text_cannot_be_data_matched():
+    with pytest.raises(ValueError, match="A: COMPARISON = 'data-matched' needs text in each arm"):
+        runs_of(make_study({"A": {"CODE_RATE": 1.0}}, comparison="data-matched"))
+
+
+def test_compute_matched_arms_are_equally_long_and_data_matched_ones_have_the_same_text():
+    for comparison in ("compute-matched", "data-matched"):
+        for run in runs_of(make_study(PAPER, comparison=comparison)):
+            settings = run.arm.settings
+            asked = Asked(run.steps, 8, settings.get("CODE_RATE"), settings.get("MIX_PHASES"))
+            text = asked.rows - asked.schedule.asked(asked.rows)
+            assert run.steps == 100 if comparison == "compute-matched" else 0 <= text - 800 < 8, run.name
+
+
+@pytest.mark.parametrize("mix, name", [
+    (["7:3", "7:3", "6:4", "5:5"], "increase"), (["5:5", "6:4", "7:3", "7:3"], "decrease"), (["5:3"], "uniform"),
+    (["5:5 to 7:3"], "decrease"), (["7:3", "5:5", "7:3"], "7:3, 5:5, 7:3"), ({0: "7:3", 0.9: "0:1"}, "increase")])
+def test_names_of_mixes(mix, name):
+    assert mix_of(Asked(100, 8, None, mix), "tuning") == name
+    assert mix_of(Asked(100, 8, 0.3, None), "pretraining") == "constant"

@@ -1,0 +1,549 @@
+"""Readers of corpora: what every Python holds, users' files, and what is said of broken ones."""
+
+import ast
+import gzip
+import io
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+import tokenize
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+import tasks
+from tasks.corpora import files, sources, specs, standard_library
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+REAL_BOOKS = ROOT.parent / "shared" / "data" / "corpora" / "en" / "classics_60MB.jsonl.gz"
+WHOLE = {"holdout": 0}  # Everything is "train".
+
+
+# ---- Python's own corpora ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "docstrings"),
+    [
+        ('"""Module."""\n\nimport os\n', "import os\n", ["Module."]),
+        ('def f():\n    """Alone."""\n', "def f():\n    pass\n", ["Alone."]),
+        ('def f(): "One line"\n', "def f(): pass\n", ["One line"]),
+        ('class A: "doc"; x = 1\n', "class A: x = 1\n", ["doc"]),
+        ('class A:\n    "doc"; x = 1\n', "class A:\n    x = 1\n", ["doc"]),
+        ('def f():\n    ("in " "parts")\n    return 1\n', "def f():\n    return 1\n", ["in parts"]),
+        ('def f():\n    "é—"  # kept\n    g()\n', "def f():\n      # kept\n    g()\n", ["é—"]),
+        ('def f():\n    b"bytes"\n    return 1\n', 'def f():\n    b"bytes"\n    return 1\n', []),
+        ('def f():\n    f"{1}"\n', 'def f():\n    f"{1}"\n', []),
+        ('def f():\n    ""\n', "def f():\n    pass\n", []),
+        ('"a"\r\n# b\r\nx = "a"\r\n', '# b\nx = "a"\n', ["a"]),
+        ('x = 1\n"no docstring"\n', 'x = 1\n"no docstring"\n', []),
+        ('"only"', "", ["only"]),
+    ],
+)
+def test_split_docstrings(source: str, code: str, docstrings: list[str]) -> None:
+    assert standard_library.split_docstrings(source) == (code, docstrings)
+
+
+def test_docstrings_keep_the_order_of_the_file() -> None:
+    source = '''
+        class A:
+            """First."""
+
+            def f(self):
+                """Second:
+
+                    indented.
+                and back.
+                """
+
+        async def g():
+            """Third."""
+            yield
+    '''
+    _, docstrings = standard_library.split_docstrings(textwrap.dedent(source))
+    assert docstrings == ["First.", "Second:\n\n    indented.\nand back.", "Third."]
+
+
+def _without_docstrings(tree: ast.Module) -> str:
+    """The tree that cutting docstrings should leave, told in another way than by cutting text."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                rest = node.body[1:]
+                node.body = rest or ([] if isinstance(node, ast.Module) else [ast.Pass()])
+    return ast.dump(tree)
+
+
+@pytest.mark.parametrize("module", ["json/decoder.py", "contextlib.py", "enum.py", "difflib.py"])
+def test_cutting_leaves_the_rest_of_the_tree(module: str) -> None:
+    source = (pathlib.Path(os.__file__).parent / module).read_text(encoding="utf-8")
+    code, docstrings = standard_library.split_docstrings(source)
+    assert ast.dump(ast.parse(code)) == _without_docstrings(ast.parse(source))
+    assert docstrings
+    assert _comments(code) == _comments(source)
+
+
+def _comments(source: str) -> list[str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [token.string for token in tokens if token.type == tokenize.COMMENT]
+
+
+BODIES = st.recursive(
+    st.sampled_from(["x = 1", '"text"', "'''two\nlines'''", "# note\npass", '("a"\n "b")', '"";y']),
+    lambda inner: st.builds(
+        lambda head, parts: head + "\n" + textwrap.indent("\n".join(parts), "    "),
+        st.sampled_from(["class A:", "def f(a):", "async def g():", "if x:"]),
+        st.lists(inner, min_size=1, max_size=3),
+    ),
+    max_leaves=8,
+)
+
+
+@hypothesis.given(st.lists(BODIES, max_size=3).map("\n".join))
+def test_cutting_made_up_files(source: str) -> None:
+    code, _ = standard_library.split_docstrings(source)
+    assert ast.dump(ast.parse(code)) == _without_docstrings(ast.parse(source))
+
+
+@pytest.mark.parametrize("source", ["def f(:\n", "\0", "(" * 5000])
+def test_unreadable_source(source: str) -> None:
+    with pytest.raises(SyntaxError):
+        standard_library.split_docstrings(source)
+
+
+def test_python_corpora_have_all_splits() -> None:
+    for kind in ("text", "code"):
+        sizes = {
+            split: sum(map(len, standard_library.python_documents(kind, split)))
+            for split in specs.SPLITS
+        }
+        assert sizes["train"] > 1_000_000
+        assert 0.01 < sizes["validation"] / sizes["train"] < 0.15
+        assert 0.01 < sizes["test"] / sizes["train"] < 0.15
+
+
+def test_python_corpora_hold_no_tests_and_no_packages() -> None:
+    for kind in ("text", "code"):
+        names = [document.name for document in standard_library.python_corpus(kind)]
+        assert names == sorted(set(names))
+        for name in names:
+            assert not {"test", "tests", "idle_test", "site-packages"} & set(name.split("/"))
+    assert "pydoc_data/topics.py" not in names
+    assert "encodings/cp1252.py" not in names
+
+
+def test_python_splits_are_disjoint() -> None:
+    """No file, no document, and hardly a paragraph is in two splits."""
+    places: dict[str, str] = {}
+    contents: dict[str, str] = {}
+    for kind in ("text", "code"):
+        for document in standard_library.python_corpus(kind):
+            assert places.setdefault(document.name, document.split) == document.split
+            assert contents.setdefault(document.text, document.split) == document.split
+    paragraphs: dict[str, set[str]] = {}
+    for document in standard_library.python_corpus("text"):
+        for paragraph in document.text.split("\n\n"):
+            if len(paragraph) > 200:
+                paragraphs.setdefault(paragraph, set()).add(document.split)
+    shared = sum(len(found) > 1 for found in paragraphs.values())
+    assert shared < len(paragraphs) / 1000
+
+
+def test_twins_of_a_module_fall_into_one_split() -> None:
+    for twins in (
+        ["heapq.py", "modules/_heapq"],
+        ["_pydecimal.py", "decimal.py", "modules/_decimal"],
+        ["json/__init__.py", "modules/_json"],
+    ):
+        assert len({standard_library.split_of(name) for name in twins}) == 1
+
+
+def test_code_holds_no_docstrings() -> None:
+    for document in standard_library.python_corpus("code")[::25]:
+        for node in ast.walk(ast.parse(document.text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                docstring = ast.get_docstring(node)
+                # A second string of a body moves to the docstring's place; that is no docstring.
+                assert docstring is None or docstring not in _all_text()
+
+
+def _all_text() -> str:
+    return "\n\n".join(document.text for document in standard_library.python_corpus("text"))
+
+
+def test_python_corpora_are_deterministic(tmp_path: pathlib.Path) -> None:
+    """Two processes with other hash seeds, folders and environments read the same."""
+    (tmp_path / "array.py").write_text('"""Hides a module of the standard library."""\n')
+    program = (
+        "import hashlib; from tasks.corpora import standard_library as p; "
+        "print([hashlib.sha256(repr(p.python_corpus(k)).encode()).hexdigest() for k in "
+        "('code', 'text')])"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT), "TERM": terminal},
+        ).stdout
+        for folder, seed, terminal in ((ROOT, "1", "dumb"), (tmp_path, "2", "xterm"))
+    ]
+    assert runs[0] == runs[1]
+    assert " at 0x7f" not in _all_text()
+
+
+def test_unknown_python_corpora() -> None:
+    with pytest.raises(ValueError, match="'text' and 'code', found 'prose'"):
+        standard_library.python_corpus("prose")
+    with pytest.raises(ValueError, match="found 'dev'"):
+        standard_library.python_documents("text", "dev")
+
+
+# ---- Users' files ------------------------------------------------------------------------------
+
+
+def _write_lines(file: pathlib.Path, records: list[object]) -> None:
+    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
+    content = b"\n".join(lines) + b"\n"
+    if file.suffix == ".gz":
+        content = gzip.compress(content)
+    elif file.suffix == ".zst":
+        content = pytest.importorskip("zstandard").compress(content)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_json_lines(tmp_path: pathlib.Path, suffix: str) -> None:
+    texts = [f"document {i}\r\n\u2028\u00e9" for i in range(5)]
+    _write_lines(tmp_path / f"b.jsonl{suffix}", [{"text": text} for text in texts[2:]])
+    _write_lines(tmp_path / f"a.jsonl{suffix}", [{"text": text} for text in texts[:2]])
+    spec = {"json_lines": str(tmp_path / "*.jsonl*"), **WHOLE}
+    assert list(sources.documents(spec, "train")) == texts
+
+
+def test_long_zstd_files(tmp_path: pathlib.Path) -> None:
+    """More than one frame, and lines that lie across the borders of what is read at once."""
+    zstandard = pytest.importorskip("zstandard")
+    texts = [os.urandom(200_000).hex() for _ in range(8)]
+    frames = [zstandard.compress(json.dumps({"text": text}).encode() + b"\n") for text in texts]
+    file = tmp_path / "long.jsonl.zst"
+    file.write_bytes(b"".join(frames))
+    spec = {"json_lines": str(file), **WHOLE}
+    assert list(sources.documents(spec, "train")) == texts
+
+
+def test_field_and_licenses(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [
+        {"content": "free", "license": "mit", "repo_name": "a/b", "path": "c.py"},
+        {"content": "bound", "license": "gpl-3.0", "repo_name": "a/b", "path": "d.py"},
+        {"content": "unknown"},
+    ]
+    _write_lines(tmp_path / "code.json.gz", records)
+    spec = {"json_lines": str(tmp_path / "*.gz"), "field": "content", "licenses": ["mit"], **WHOLE}
+    assert list(sources.documents(spec, "train", "code.parrot")) == ["free"]
+    assert "code.parrot, read for train: 1 records are documents" in caplog.text
+    assert "2 of other licences" in caplog.text
+
+
+def test_broken_records_are_counted(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [
+        {"text": "good"},
+        b"{broken",
+        b'["no object"]',
+        b"\xff\xfe\xff",
+        {"body": "elsewhere"},
+        {"text": 7},
+        {"text": " \n"},
+        b'{"text": "\\ud800"}',
+        b"",
+    ]
+    _write_lines(tmp_path / "a.jsonl", records)
+    spec = {"json_lines": str(tmp_path / "a.jsonl"), **WHOLE}
+    with caplog.at_level(logging.WARNING):
+        assert list(sources.documents(spec, "train", "text.mine")) == ["good"]
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "text.mine" in line
+    for loss in ("3 broken JSON", "2 without text in field 'text'", "1 empty", "1 not valid UTF-8"):
+        assert loss in line
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_files_that_break_off(
+    tmp_path: pathlib.Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, bad = tmp_path / f"a.jsonl{suffix}", tmp_path / f"b.jsonl{suffix}"
+    _write_lines(good, [{"text": "good"}])
+    _write_lines(bad, [{"text": os.urandom(99).hex()} for _ in range(99)])
+    bad.write_bytes(bad.read_bytes()[:-99])
+    spec = {"json_lines": [str(bad), str(good)], **WHOLE}
+    assert "good" in list(sources.documents(spec, "train"))
+    assert f"1 broken rest of b.jsonl{suffix}" in caplog.text
+    bad.write_bytes(b"nothing compressed")
+    assert list(sources.documents(spec, "train")) == ["good"]
+
+
+def test_nothing_left(tmp_path: pathlib.Path) -> None:
+    _write_lines(tmp_path / "a.jsonl", [{"body": "x"}] * 3)
+    spec = {"json_lines": str(tmp_path / "a.jsonl")}
+    with pytest.raises(ValueError, match=r"text.mine: no document is left .*3 without text") as e:
+        list(sources.documents(spec, "train", "text.mine"))
+    assert "\n" not in str(e.value)
+
+
+def test_text_files(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_bytes("zwei\r\nZeilen \u00fc".encode())
+    (tmp_path / "sub" / "a.txt").write_bytes(b"one")
+    (tmp_path / "latin.txt").write_bytes(b"\xfc")
+    spec = {"text_files": str(tmp_path / "**" / "*.txt"), **WHOLE}
+    assert list(sources.documents(spec, "train")) == ["zwei\r\nZeilen \u00fc", "one"]
+    assert "1 not valid UTF-8" in caplog.text
+
+
+def test_patterns(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x[1].txt").write_text("bracket")
+    (tmp_path / "y.txt").write_text("plain")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    both = [str(tmp_path / "x[1].txt"), str(tmp_path / "y.txt")]
+    assert sources.files({"text_files": "*.txt"}, "train") == both
+    assert sources.files({"text_files": ["~/y.txt", "x[1].txt", "*.txt"]}, "train") == both
+    with pytest.raises(FileNotFoundError, match=r"code.gone: no file matches '\*.py'"):
+        sources.documents({"text_files": ["y.txt", "*.py"]}, "train", "code.gone")
+
+
+def test_remote_patterns(tmp_path: pathlib.Path) -> None:
+    """The way of gs:// paths, tried on local ones."""
+    pytest.importorskip("etils.epath")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.txt").write_text("one")
+    (tmp_path / "a" / "2.txt").write_text("two")
+    found = files._remote_matches(f"{tmp_path}/*/?.txt")
+    assert sorted(found) == [str(tmp_path / "a" / "1.txt"), str(tmp_path / "a" / "2.txt")]
+    assert files._remote_matches(f"{tmp_path}/a/1.txt") == [str(tmp_path / "a" / "1.txt")]
+    assert files._remote_matches(f"{tmp_path}/a/3.txt") == []
+
+
+def test_holdout_divides_by_text(tmp_path: pathlib.Path) -> None:
+    texts = [f"document {i}" for i in range(1000)]
+    _write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    _write_lines(tmp_path / "b.jsonl", [{"text": text} for text in reversed(texts)])
+    found = {}
+    for name in ("a", "b"):
+        spec = {"json_lines": str(tmp_path / f"{name}.jsonl"), "holdout": 0.1}
+        found[name] = {split: set(sources.documents(spec, split)) for split in specs.SPLITS}
+    assert found["a"] == found["b"]
+    assert set.union(*found["a"].values()) == set(texts)
+    assert sum(map(len, found["a"].values())) == len(texts)
+    assert all(60 < len(found["a"][split]) < 140 for split in ("validation", "test"))
+
+
+def test_validation_of_its_own(tmp_path: pathlib.Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    spec = {"text_files": str(tmp_path / "[ab].txt"), "validation": str(tmp_path / "c.txt")}
+    assert specs.splits(spec) == ("train", "validation")
+    assert list(sources.documents(spec, "train")) == ["a", "b"]
+    assert list(sources.documents(spec, "validation")) == ["c"]
+    with pytest.raises(ValueError, match="there is no split 'test', only train, validation"):
+        sources.documents(spec, "test")
+    with pytest.raises(ValueError, match="would be in train and validation"):
+        sources.documents({**spec, "validation": str(tmp_path / "b.txt")}, "train")
+
+
+def test_shards_of_a_corpus(tmp_path: pathlib.Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    spec = {"text_files": str(tmp_path / "*.txt"), **WHOLE}
+    shards = [
+        list(sources.documents(spec, "train", only_files=[file]))
+        for file in sources.files(spec, "train")
+    ]
+    assert shards == [["a"], ["b"]]
+    (tmp_path / "b.txt").write_text("")
+    assert list(sources.documents(spec, "train", only_files=[str(tmp_path / "b.txt")])) == []
+
+
+def test_tfrecords(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    tf = pytest.importorskip("tensorflow")
+
+    def example(field: str, *values: bytes) -> bytes:
+        value = tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+        return tf.train.Example(
+            features=tf.train.Features(feature={field: value})
+        ).SerializeToString()
+
+    records = [example("text", "gut \u00fc".encode()), example("body", b"x"), b"\xff\xff"]
+    for name, options in (("a.tfrecord", None), ("b.tfrecord.gz", "GZIP")):
+        with tf.io.TFRecordWriter(str(tmp_path / name), options) as writer:
+            for record in records:
+                writer.write(record)
+    spec = {"tfrecords": str(tmp_path / "*.tfrecord*"), **WHOLE}
+    assert list(sources.documents(spec, "train")) == ["gut \u00fc"] * 2
+    assert "2 broken tf.train.Example, 2 without text in field 'text'" in caplog.text
+    broken = tmp_path / "a.tfrecord"
+    broken.write_bytes(broken.read_bytes()[:-3])
+    assert list(sources.documents(spec, "train")) == ["gut \u00fc"] * 2
+    assert "1 broken rest of a.tfrecord" in caplog.text
+
+
+def test_tfds(tmp_path: pathlib.Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    folder = tmp_path / "small_corpus" / "1.0.0"
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict({"body": tfds.features.Text()})
+    splits = []
+    for name, texts in (("train", ["a", "b"]), ("held", ["c"])):
+        records = [features.serialize_example({"body": text}) for text in texts]
+        with tf.io.TFRecordWriter(
+            str(folder / f"small_corpus-{name}.tfrecord-00000-of-00001")
+        ) as w:
+            for record in records:
+                w.write(record)
+        splits.append(tfds.core.SplitInfo(name=name, shard_lengths=[len(texts)], num_bytes=9))
+    tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=splits)
+    tfds.core.add_data_dir(str(tmp_path))
+    spec = {"tfds": "small_corpus:1.0.0", "field": "body", "validation": "held"}
+    assert list(sources.documents(spec, "train")) == ["a", "b"]
+    assert list(sources.documents(spec, "validation")) == ["c"]
+
+
+def test_python_kind() -> None:
+    first = next(sources.documents({"python": "code"}, "test"))
+    assert first == next(standard_library.python_documents("code", "test"))
+
+
+def test_a_real_file() -> None:
+    if not REAL_BOOKS.exists():
+        pytest.skip(f"the public-domain books are not at {REAL_BOOKS}")
+    stream = sources.documents({"json_lines": str(REAL_BOOKS)}, "train", "text.classics")
+    first, second = next(stream), next(stream)
+    assert len(first) > 1000 and len(second) > 1000 and first != second
+
+
+# ---- Specs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("*.txt", "a corpus is a mapping"),
+        ({}, "exactly one kind .*found none"),
+        ({"json_line": "*"}, "found none. Did you mean 'json_lines'"),
+        ({"python": "code", "task": "x"}, r"found 2 \(python, task\)"),
+        ({"python": "prose"}, "'python' must be 'text' or 'code', found 'prose'"),
+        ({"json_lines": "*", "feild": "a"}, "unknown option 'feild'.*Did you mean 'field'"),
+        ({"text_files": "*", "field": "a"}, "unknown option 'field' of text_files"),
+        ({"text_files": []}, "must be a glob or a list of globs, found \\[\\]"),
+        ({"text_files": 3}, "must be a glob"),
+        ({"text_files": "*", "rate": 0}, "'rate' must be a positive number, found 0"),
+        ({"text_files": "*", "rate": True}, "'rate' must be a positive number"),
+        ({"text_files": "*", "rate": float("nan")}, "'rate' must be a positive number"),
+        ({"text_files": "*", "holdout": 0.5}, r"'holdout' must be a number in \[0, 0.5\)"),
+        ({"text_files": "*", "holdout": 0.1, "validation": "v"}, "nothing to hold out"),
+        ({"json_lines": "*", "licenses": "mit"}, "'licenses' must be a list of licences"),
+        ({"json_lines": "*", "field": ""}, "'field' must be the name of a field"),
+        ({"tfds": "wikipedia"}, "must be a name with its version"),
+        ({"task": ""}, "must be the name of a SeqIO task"),
+    ],
+)
+def test_malformed_specs(spec: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^text.mine: .*{message}") as error:
+        specs.validate(spec, "text.mine")
+    assert "\n" not in str(error.value)
+
+
+def test_splits() -> None:
+    assert specs.splits({"python": "text"}) == specs.SPLITS
+    assert specs.splits({"text_files": "*"}) == specs.SPLITS
+    assert specs.splits({"text_files": "*", "holdout": 0}) == ("train",)
+    assert specs.splits({"task": "x"}) == ()
+
+
+def test_description_follows_the_files(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    spec = {"text_files": str(tmp_path / "*.txt")}
+    first = sources.describe(spec)
+    assert first["train_files"] == [[str(file), 3]]
+    assert json.loads(json.dumps(first)) == first
+    assert sources.describe({**spec, "rate": 2.0}) == first
+    assert sources.describe({**spec, "holdout": 0.01}) == first
+    assert sources.describe({**spec, "holdout": 0.02}) != first
+    file.write_text("three")
+    second = sources.describe(spec)
+    (tmp_path / "b.txt").write_text("")
+    third = sources.describe(spec)
+    assert first != second and second != third
+
+
+def test_descriptions_of_other_kinds() -> None:
+    python = sources.describe({"python": "code"})
+    assert python["python"] == sys.version and python["prefix"] == sys.base_prefix
+    assert python != sources.describe({"python": "text"})
+    assert sources.describe({"tfds": "a:1.0.0"}) != sources.describe({"tfds": "a:2.0.0"})
+    assert sources.describe({"task": "a"})["options"] == {"task": "a"}
+
+
+def test_definitions() -> None:
+    assert tasks.Definitions().modules == ("tasks.pretraining",)
+    definitions = tasks.Definitions(corpora={"code.own": {"python": "code"}})
+    assert definitions.describe("code.own") == sources.describe({"python": "code"})
+    other = definitions.describe("text.python")
+    assert len(other["modules"]["tasks.pretraining"]) == 64
+    alias = tasks.Definitions(corpora={"text.second": {"task": "text.python"}})
+    assert alias.describe("text.second")["aliased"] == other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"modules": "tasks.pretraining"}, "modules must be a list"),
+        ({"corpora": ["text.a"]}, "corpora must map names to specs"),
+        ({"corpora": {"prose.a": {"python": "text"}}}, "found 'prose.a'"),
+        ({"corpora": {"text.a-b": {"python": "text"}}}, "found 'text.a-b'"),
+        ({"corpora": {"text.a": {"python": "prose"}}}, "^text.a: 'python' must be"),
+        (
+            {"corpora": {"text.a": {"task": "text.b"}, "text.b": {"task": "text.a"}}},
+            "text.a -> text.b -> text.a",
+        ),
+    ],
+)
+def test_malformed_definitions(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tasks.Definitions(**arguments)
+
+
+def test_missing_modules() -> None:
+    definitions = tasks.Definitions(modules=["tasks.pretraining", "tasks.missing"])
+    with pytest.raises(ValueError, match="no module 'tasks.missing' in tasks.modules"):
+        definitions.describe("anything")
+    with pytest.raises(ValueError, match="no module 'nowhere.at.all'"):
+        tasks.Definitions(modules=["nowhere.at.all"]).register()
+
+
+def test_import_and_description_are_light(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    program = (
+        "import sys, tasks; "
+        f"d = tasks.Definitions(corpora={{'text.a': {{'text_files': {str(tmp_path / '*')!r}}}}}); "
+        "d.describe('text.a'); d.describe('text.python'); "
+        "list(tasks.corpora.sources.documents(d.corpora['text.a'], 'train')); "
+        "print({'tensorflow', 'seqio', 'jax', 'gin', 'etils', 'numpy', 'tasks.pretraining'}"
+        " & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,62 @@
+"""MBPP's records as programs with tests."""
+
+import json
+import pathlib
+
+import pytest
+
+from tasks.programs import sandbox
+from tasks.programs.programs import program_tests
+
+DATA = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data" / "benchmarks" / "mbpp"
+needs_sandbox = pytest.mark.skipif(not all(sandbox.guarantees().values()), reason="this host lacks namespaces")
+
+FULL = {"text": "Add.", "task_id": 7,
+        "code": "import sys\r\nclass Pair: \r\n  pass\r\ndef sum(p): \r\n  return p.a + p.b",
+        "test_setup_code": "pair = Pair()\r\npair.a = 1\r\npair.b = 2", "challenge_test_list": ["assert sum(pair) > 2"],
+        "test_list": ["assert sum(pair) == 3", "assert sys.maxsize > sum(pair)"]}
+SANITIZED = {"source_file": "x", "task_id": 8, "prompt": "Halve.", "code": "def half(x): return x / 2",
+             "test_imports": ["import math"], "test_list": ["assert math.isclose(half(3), 1.5)"]}
+
+
+def test_full_record():
+    tests = program_tests(FULL)
+    assert tests.task_id == 7 and tests.defined == {"Pair", "sum"}
+    assert tests.tests == ("import sys", FULL["test_setup_code"], *FULL["test_list"])
+    assert program_tests(FULL, challenge=True).tests == (*tests.tests, "assert sum(pair) > 2")
+
+
+def test_sanitized_record():
+    tests = program_tests(SANITIZED)
+    assert tests.tests == ("import math", "assert math.isclose(half(3), 1.5)") and tests.defined == {"half"}
+
+
+@pytest.mark.parametrize("change", [{"code": "def"}, {"test_list": None}, {"test_list": [3]}, {"task_id": "x"}])
+def test_record_of_another_form(change):
+    with pytest.raises(ValueError, match="not a record of MBPP"):
+        program_tests({**SANITIZED, **change})
+
+
+@needs_sandbox
+def test_reference_passes_and_others_do_not():
+    programs = [program_tests(record).of(record["code"]) for record in (FULL, SANITIZED)]
+    programs += [program_tests(SANITIZED).of("def half(x): return x // 2"), program_tests(FULL).of("")]
+    outcomes = sandbox.run_programs(programs)
+    assert [outcome.passed for outcome in outcomes] == [True, True, False, False]
+    assert outcomes[3].detail == "NameError: name 'Pair' is not defined"
+
+
+@needs_sandbox
+@pytest.mark.skipif(not DATA.exists(), reason="needs MBPP's files beside the repository, in shared/data")
+def test_reference_solutions_pass():
+    """Every twentieth problem; all 974 and all 427 passed when last run in whole (their slowest is 123)."""
+    records = [json.loads(line) for line in (DATA / "mbpp.jsonl").read_text().splitlines()]
+    sanitized = json.loads((DATA / "sanitized-mbpp.json").read_text())
+    assert (len(records), len(sanitized)) == (974, 427)
+    named = {record["task_id"]: record for record in records}
+    chosen = [*records[::20], *sanitized[::20], named[126], named[367], named[596], named[927]]
+    every = [program_tests(record, challenge=True) for record in records + sanitized]
+    assert len(every) == 1401
+    outcomes = sandbox.run_programs([program_tests(record, challenge=True).of(record["code"]) for record in chosen])
+    pairs = zip(chosen, outcomes, strict=True)
+    assert not [(record["task_id"], outcome) for record, outcome in pairs if not outcome.passed]
