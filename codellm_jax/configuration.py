@@ -196,19 +196,15 @@ def _inherited(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def _taken_over(saved: Mapping[str, str], settings: Sequence[Setting], where: str) -> list[Setting]:
-    """What of a run's settings `saved` holds below `settings` for a run that starts from it."""
-    def resolved(value: str) -> str | None:
-        """The value with macros replaced; None where it refers to what is not a value."""
-        while value.startswith("%"):
-            value = saved.get(value[1:], "@")
-        return None if "@" in value or "%" in value else value
+    """What of a run's settings `saved` holds below `settings` for a run that starts from it; literals alone."""
+    from codellm_jax.runtime.compatibility import VOCABULARY_SETTINGS, literal
 
-    values = {name: resolved(value) for name, value in saved.items() if name.startswith(("model.", "mesh."))}
-    values |= {macro: resolved(saved.get(name, "@")) for macro, name in
-               (("VOCABULARY", "vocabulary.path"), ("TASK_FEATURE_LENGTHS", "mixture.lengths"))}
+    names = [name for name in saved if re.fullmatch(r"(model|mesh)\.\w+", name)]
+    names += [f"vocabulary.{name}" for name in VOCABULARY_SETTINGS]
     used = {macro for setting in settings for macro in re.findall(r"%(\w+)", setting.value)}
-    return [Setting(name, value, where) for name, value in values.items()
-            if value is not None and (not _is_macro(name) or name in used)]
+    macros = {"VOCABULARY": "vocabulary.path", "TASK_FEATURE_LENGTHS": "mixture.lengths"}
+    source = {name: name for name in names} | {macro: name for macro, name in macros.items() if macro in used}
+    return [Setting(name, value, where) for name, at in source.items() if (value := literal(saved, at)) is not None]
 
 
 def _find(file: str, search_paths: Sequence[str]) -> epath.Path:

@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "mixture": {"vocabulary"},
     "model": set(),
     "configuration": {"runtime"},
-    "runtime": {"mixture", "model"},
+    "runtime": {"mixture", "model", "vocabulary"},
     "evaluation": {"configuration", "runtime", "mixture", "model", "results", "vocabulary"},
     "training": {"evaluation", "runtime", "mixture", "model", "results", "vocabulary"},
     "study": {"training", "evaluation", "configuration", "runtime", "mixture", "model", "results"},

@@ -14,7 +14,8 @@ from codellm_jax.evaluation.decoding import Generation, Piece, generate, stream
 from codellm_jax.evaluation.sampling import Sampling
 from codellm_jax.evaluation.scoring import Request, Scores, score_greedily
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.runtime.checkpoints import newest_record, require_same_vocabulary, restore_parameters
+from codellm_jax.runtime.checkpoints import newest_record, restore_parameters
+from codellm_jax.runtime.compatibility import require_same_model
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.runtime.progress import say
 from codellm_jax.runtime.state import abstract_state
@@ -91,9 +92,9 @@ def trained_model(
       FileNotFoundError, ValueError: in one line; there is no checkpoint, or it is of another vocabulary or model.
     """
     vocabulary = checkpoint.vocabulary
-    require_same_vocabulary(newest_record(checkpoint.path)[1], vocabulary.content_hash, checkpoint.path)
-    mesh = make_mesh(checkpoint.mesh)
     model = Decoder(checkpoint.model(vocabulary_size=vocabulary.size, length=checkpoint.lengths["targets"]))
+    require_same_model(newest_record(checkpoint.path)[1], vocabulary, model.config, checkpoint.path)
+    mesh = make_mesh(checkpoint.mesh)
     abstract = abstract_state(model, optax.identity(), mesh, checkpoint.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(checkpoint.mesh.all_rules()):
         params, record = restore_parameters(checkpoint.path, abstract.params, report=report)

@@ -247,14 +247,6 @@ def resolved(path: str) -> str:
     return str(_absolute(path))
 
 
-def require_same_vocabulary(record: Mapping[str, Any], content_hash: str, model_dir: str) -> None:
-    """Raises ValueError where a run directory's checkpoint has another vocabulary."""
-    saved = record["ledger"]["vocabulary_hash"]
-    if saved != content_hash:
-        raise ValueError(f"{model_dir} was trained with another vocabulary ({saved[:12]}, here {content_hash[:12]}): "
-                         "set VOCABULARY to the file it was trained with.")
-
-
 def checksums(tree: Any) -> dict[str, list[Any]]:
     """For each array its shape, dtype, and the sum of its bits as uint32, wrapping: the same on any mesh."""
     leaves = _named_leaves(tree)

@@ -31,12 +31,12 @@ from codellm_jax.model.decoder import Decoder, flops_per_token, parameter_count,
 from codellm_jax.model.losses import chunk_of, cross_entropy
 from codellm_jax.results.files import write_whole
 from codellm_jax.results.tables import short_score
-from codellm_jax.runtime.checkpoints import (
-    Checkpoints,
-    newest_record,
+from codellm_jax.runtime.checkpoints import Checkpoints, newest_record, resolved, restore_parameters
+from codellm_jax.runtime.compatibility import (
+    require_same_model,
+    require_same_settings,
+    require_same_stage,
     require_same_vocabulary,
-    resolved,
-    restore_parameters,
 )
 from codellm_jax.runtime.compiler import compiler_options
 from codellm_jax.runtime.distributed import first_process_first, gathered, require_agreement
@@ -45,7 +45,7 @@ from codellm_jax.runtime.partitioning import batch_sharding
 from codellm_jax.runtime.process import alone_in, stop_on_signal
 from codellm_jax.runtime.profiles import Profile, ProfileSteps
 from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
-from codellm_jax.runtime.provenance import is_free_on_resume, software, training_hash
+from codellm_jax.runtime.provenance import software, training_hash
 from codellm_jax.runtime.state import TrainState, initial_state
 from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
 
@@ -195,8 +195,9 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
     order, vocabulary = plan.mixture.order, training.vocabulary
 
     def check(record: Mapping[str, Any]) -> None:
-        require_same_stage(record["ledger"], plan.mixture.stage, training)
-        require_same_vocabulary(record, vocabulary.content_hash, training.model_dir)
+        require_same_stage(
+            record["ledger"], plan.mixture.stage, training.model_dir, training.initial_checkpoint_path)
+        require_same_vocabulary(record, vocabulary, training.model_dir)
         require_same_settings(record["settings"], settings, training.model_dir)
 
     restored = checkpoints.restore_newest(plan.state, check, report=say)
@@ -207,12 +208,14 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
         say(f"Resuming {training.model_dir} after step {step}.")
         return Run(training, plan, state, ledger, step)
     path, parent = training.initial_checkpoint_path, None
+    same_model = functools.partial(
+        require_same_model, vocabulary=vocabulary, config=plan.model.config, model_dir=str(path))
     if path:  # before anything is allocated for a model that may be far too large
-        require_same_model(newest_record(path)[1], training, plan)
+        same_model(newest_record(path)[1])
     state = initial_state(plan.model, plan.optimizer, plan.state, training.seed)
     if path:
         params, record = restore_parameters(
-            path, plan.state.params, check=lambda record: require_same_model(record, training, plan), report=say)
+            path, plan.state.params, check=same_model, report=say)
         state = state.replace(params=params)
         parent = record["ledger"] | {"model_dir": resolved(path), "step": record["step"], "digest": record["digest"]}
     ledger = Ledger.begin(plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length, parent)
@@ -404,42 +407,3 @@ def summary(run: Run) -> str:
     return "\n".join([*lines, run.ledger.table(order), *repeated, "", *phases, *before,
                       f"arm of the study: {arm(run.ledger.to_json())}", ""])
 
-
-def require_same_stage(ledger: Mapping[str, Any], stage: str, training: Training) -> None:
-    """Raises ValueError where a run directory is of the other stage, or of a run that started from elsewhere."""
-    model_dir, path = training.model_dir, training.initial_checkpoint_path
-    if ledger["stage"] != stage:
-        hint = f" To tune what it holds, give --gin.INITIAL_CHECKPOINT_PATH={model_dir} besides." \
-            if stage == "tuning" and not (path and resolved(path) == resolved(model_dir)) else ""
-        raise ValueError(f"{model_dir} holds a run of the stage {ledger['stage']}, and this one is of the stage "
-                         f"{stage}: use another MODEL_DIR.{hint}")
-    if path and "before" in ledger:
-        started_from = ledger["before"][-1]["model_dir"] if ledger["before"] else "new parameters"
-        if started_from != resolved(path):
-            raise ValueError(f"{model_dir} holds a run that started from {started_from}, not from {resolved(path)}: "
-                             "use another MODEL_DIR, or set INITIAL_CHECKPOINT_PATH back.")
-
-
-def require_same_model(record: Mapping[str, Any], training: Training, plan: Plan) -> None:
-    """Raises ValueError where a checkpoint to start from has another vocabulary, length, or model than this run."""
-    path = str(training.initial_checkpoint_path)
-    require_same_vocabulary(record, training.vocabulary.content_hash, path)
-    if record["ledger"]["length"] != training.mixture.length:
-        raise ValueError(f"{path} was trained on rows of {record['ledger']['length']} tokens, here they have "
-                         f"{training.mixture.length}: leave TASK_FEATURE_LENGTHS out to take its length over.")
-    for name in ("layers", "hidden", "heads", "feedforward", "query_layer", "activation"):
-        saved, here = record["settings"].get(f"model.{name}"), repr(getattr(plan.model.config, name))
-        if saved is not None and saved != here and not saved.startswith("%"):
-            raise ValueError(f"{path} was trained with model.{name} = {saved}, here it is {here}: leave the model's "
-                             "sizes out to take its own over.")
-
-
-def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:
-    """Raises ValueError, naming what differs, where a run directory belongs to another configuration."""
-    # Every parameter is saved, defaults included: one that only one of them has came or went with a version.
-    names = sorted(name for name in set(saved) & set(now) if not is_free_on_resume(name))
-    differing = [name for name in names if saved[name] != now[name]]
-    if differing:
-        listed = "; ".join(f"{name} was {saved[name]}, is {now[name]}" for name in differing[:6])
-        raise ValueError(f"{model_dir} holds a run of another configuration: {listed}"
-                         f"{' and more' if len(differing) > 6 else ''}. Set them back, or use another MODEL_DIR.")

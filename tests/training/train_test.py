@@ -16,12 +16,13 @@ import codellm_jax.training.train as train_module
 import tasks
 from codellm_jax.mixture.batches import global_batch
 from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
+from codellm_jax.runtime.compatibility import require_same_settings
 from codellm_jax.runtime.optimization import adamw, decayed
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.runtime.state import abstract_state, initial_state
 from codellm_jax.training.plan import Training, describe, make_plan
-from codellm_jax.training.train import require_same_settings, summary, train, train_step
+from codellm_jax.training.train import summary, train, train_step
 
 CONFIG = DecoderConfig(layers=3, hidden=32, heads=4, feedforward=64, vocabulary_size=8192, length=32)
 

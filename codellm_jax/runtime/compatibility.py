@@ -1,0 +1,100 @@
+"""What must be equal where a checkpoint is used again: all that its parameters, and the tokens it knows, depend on."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from codellm_jax.model.decoder import DecoderConfig
+from codellm_jax.runtime.checkpoints import resolved
+from codellm_jax.runtime.provenance import is_free_on_resume
+from codellm_jax.vocabulary import Vocabulary, load_vocabulary
+
+# Which ids stand for what, beside the vocabulary's file.
+VOCABULARY_SETTINGS = ("pad_id", "end_of_document_id", "multiple")
+# Of the decoder, what does not change the meaning of its parameters; the first two have checks of their own.
+FREE_OF_MODEL = frozenset(("vocabulary_size", "length", "dropout_rate", "dtype", "remat", "scan_unroll", "attention",
+                           "initializer_std"))
+
+
+def literal(settings: Mapping[str, Any], name: str) -> str | None:
+    """The saved value of a setting as a Python literal, macros replaced; None where it is no plain value.
+
+    What a checkpoint holds is data. It goes through here before any of it is given to gin, which could import and call
+    what it names.
+    """
+    text = settings.get(name)
+    seen = {name}
+    while isinstance(text, str) and re.fullmatch(r"%\w+", text) and text[1:] not in seen:
+        seen.add(text[1:])
+        text = settings.get(text[1:])
+    try:
+        return repr(ast.literal_eval(text)) if isinstance(text, str) else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, model_dir: str) -> None:
+    """Raises ValueError where a run directory's checkpoint has another vocabulary, or other ids of it."""
+    saved = record["ledger"]["vocabulary_hash"]
+    if saved != vocabulary.content_hash:
+        raise ValueError(f"{model_dir} was trained with another vocabulary ({saved[:12]}, here "
+                         f"{vocabulary.content_hash[:12]}): set VOCABULARY to the file it was trained with.")
+    chosen = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
+              if (value := literal(record["settings"], f"vocabulary.{name}")) is not None}
+    trained = load_vocabulary(vocabulary.path, **chosen)
+    for name, field in (("pad_id", "pad_id"), ("end_of_document_id", "end_of_document_id"), ("multiple", "size")):
+        there, here = getattr(trained, field), getattr(vocabulary, field)
+        if there != here:
+            what = f"{name} = {there}" if field == name else f"an embedding of {there} rows"
+            raise ValueError(f"{model_dir} was trained with vocabulary.{what}, here it is {here}: leave "
+                             f"vocabulary.{name} out to take its own over.")
+
+
+def require_same_model(
+    record: Mapping[str, Any], vocabulary: Vocabulary, config: DecoderConfig, model_dir: str
+) -> None:
+    """Raises ValueError where a run directory's checkpoint has another vocabulary, length, or decoder than `config`."""
+    require_same_vocabulary(record, vocabulary, model_dir)
+    if record["ledger"]["length"] != config.length:
+        raise ValueError(f"{model_dir} was trained on rows of {record['ledger']['length']} tokens, here they have "
+                         f"{config.length}: leave TASK_FEATURE_LENGTHS out to take its length over.")
+    for field in dataclasses.fields(config):
+        saved, here = literal(record["settings"], f"model.{field.name}"), repr(getattr(config, field.name))
+        if field.name not in FREE_OF_MODEL and saved not in (None, here):
+            raise ValueError(f"{model_dir} was trained with model.{field.name} = {saved}, here it is {here}: leave "
+                             f"model.{field.name} out to take its own over.")
+
+
+def require_same_stage(ledger: Mapping[str, Any], stage: str, model_dir: str, started_from: str | None) -> None:
+    """Raises ValueError where a run directory is of the other stage, or of a run that started from elsewhere.
+
+    Args:
+      ledger: of its checkpoint.
+      stage: of the run that is to go on there.
+      model_dir: the run directory.
+      started_from: INITIAL_CHECKPOINT_PATH of the run that is to go on.
+    """
+    if ledger["stage"] != stage:
+        hint = f" To tune what it holds, give --gin.INITIAL_CHECKPOINT_PATH={model_dir} besides." \
+            if stage == "tuning" and not (started_from and resolved(started_from) == resolved(model_dir)) else ""
+        raise ValueError(f"{model_dir} holds a run of the stage {ledger['stage']}, and this one is of the stage "
+                         f"{stage}: use another MODEL_DIR.{hint}")
+    if started_from and "before" in ledger:
+        before = ledger["before"][-1]["model_dir"] if ledger["before"] else "new parameters"
+        if before != resolved(started_from):
+            raise ValueError(f"{model_dir} holds a run that started from {before}, not from {resolved(started_from)}: "
+                             "use another MODEL_DIR, or set INITIAL_CHECKPOINT_PATH back.")
+
+
+def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:
+    """Raises ValueError, naming what differs, where a run directory belongs to another configuration."""
+    # Every parameter is saved, defaults included: one that only one of them has came or went with a version.
+    names = sorted(name for name in set(saved) & set(now) if not is_free_on_resume(name))
+    differing = [name for name in names if saved[name] != now[name]]
+    if differing:
+        listed = "; ".join(f"{name} was {saved[name]}, is {now[name]}" for name in differing[:6])
+        raise ValueError(f"{model_dir} holds a run of another configuration: {listed}"
+                         f"{' and more' if len(differing) > 6 else ''}. Set them back, or use another MODEL_DIR; with "
+                         f"--gin.INITIAL_CHECKPOINT_PATH={model_dir} a run there starts from these parameters.")

@@ -1,0 +1,120 @@
+"""What a checkpoint's settings may and may not do where it is used again."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from codellm_jax import cli
+from codellm_jax.configuration import read_configuration
+from codellm_jax.runtime import checkpoints
+from codellm_jax.runtime.checkpoints import newest_record
+from codellm_jax.runtime.compatibility import literal
+
+END = 5  # of the shipped vocabulary an ordinary id
+
+
+@pytest.fixture(scope="module")
+def run_with_own_end(tiny_flags, tmp_path_factory) -> Path:
+    """A run of four steps whose documents end with another id than the vocabulary's own."""
+    folder = tmp_path_factory.mktemp("own_end") / "run"
+    assert cli.main(["train", *tiny_flags, f"--gin.MODEL_DIR={folder}", "--gin.TRAIN_STEPS=4",
+                     "--gin.model.activation=fast_gelu", f"--gin.vocabulary.end_of_document_id={END}",
+                     "--gin.vocabulary.pad_id=7", "--gin.vocabulary.multiple=64"]) == 0
+    return folder
+
+
+def forged(run: Path, target: Path, **settings: object) -> Path:
+    """A copy of a run whose newest record says something else, with a digest that fits."""
+    shutil.copytree(run, target)
+    [file] = (target / "checkpoints" / "4" / "record").glob("metadata")
+    record = json.loads(file.read_text())
+    record["settings"] |= settings
+    record["digest"] = checkpoints._digest(record)
+    file.write_text(json.dumps(record))
+    return target
+
+
+@pytest.mark.parametrize("text, value", [
+    ("'python_8k'", "'python_8k'"), ("{'targets': 32}", "{'targets': 32}"), ("None", "None"), ("1e-3", "0.001"),
+    ("%A", "3"), ("%B", "3"), ("%LOOP", None), ("%NOBODY", None), ("@os.system()", None), ("[%A]", None),
+    ("'python_8k'\nimport this", None), ("__import__('os')", None), ("(" * 100_000, None), (3, None), (None, None)])
+def test_only_literals_are_taken(text, value):
+    settings = {"name": text, "A": "3", "B": "%A", "LOOP": "%POOL", "POOL": "%LOOP"}
+    assert literal(settings, "name") == value
+    assert literal(settings, "absent") is None
+
+
+@pytest.mark.parametrize("name, value", [
+    ("vocabulary.path", "'python_8k'\nimport planted_module"),
+    ("model.hidden", "32\nimport planted_module"),
+    ("mesh.data", "@planted_module.call()"),
+    ("model.layers = 3\nimport planted_module\nmodel.heads", "2"),
+    ("mixture.lengths", "{'targets': __import__('planted_module')}"),
+])
+@pytest.mark.parametrize("command", ["eval", "infer", "tune"])
+def test_a_foreign_checkpoint_runs_no_code(
+        pretrained, tiny_tuning_flags, tmp_path, monkeypatch, capsys, name, value, command):
+    run = forged(pretrained / "CODE", tmp_path / "run", **{name: value})
+    assert newest_record(str(run))[1]["settings"][name] == value  # passes for whole
+    (tmp_path / "planted_module.py").write_text("raise SystemExit('this ran')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a\n")
+    arguments = {
+        "eval": ["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run}", "--gin.TASKS=['logic']"],
+        "infer": ["infer", "--gin_file=gin/infer.gin", f"--gin.CHECKPOINT_PATH={run}",
+                  f"--prompts={tmp_path / 'prompts.txt'}", "--gin.sampling.max_new_tokens=1"],
+        "tune": ["train", "--gin_file=gin/tune_text.gin", f"--gin.INITIAL_CHECKPOINT_PATH={run}", "--dry_run",
+                 f"--gin.MODEL_DIR={tmp_path / 'tuned'}", "--gin.TRAIN_STEPS=4", *tiny_tuning_flags]}
+    cli.main(arguments[command])  # whether it works without the setting depends on which one it is
+    assert "planted_module" not in sys.modules
+    assert "this ran" not in "".join(capsys.readouterr())
+
+
+def test_ids_of_the_vocabulary_come_from_the_run(run_with_own_end, tiny_tuning_flags, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the row\n")
+
+    def answers(*more: str) -> str:
+        output = tmp_path / f"{len(more)}.jsonl"
+        assert cli.main(["infer", "--gin_file=gin/infer.gin", f"--gin.CHECKPOINT_PATH={run_with_own_end}",
+                         "--gin.sampling.max_new_tokens=16", f"--prompts={prompts}", f"--output={output}", *more]) == 0
+        return output.read_text()
+
+    assert answers() == answers(f"--gin.vocabulary.end_of_document_id={END}", "--gin.vocabulary.pad_id=7")
+    for files, place in ((["gin/eval.gin"], "CHECKPOINT_PATH"), (["gin/tune_text.gin"], "INITIAL_CHECKPOINT_PATH")):
+        found = read_configuration(files, [(place, str(run_with_own_end))])
+        assert [found.resolved(f"vocabulary.{name}") for name in ("end_of_document_id", "pad_id", "multiple")] == [
+            "5", "7", "64"]
+    status = cli.main(["train", "--gin_file=gin/tune_text.gin", f"--gin.MODEL_DIR={tmp_path / 'tuned'}",
+                       f"--gin.INITIAL_CHECKPOINT_PATH={run_with_own_end}", *tiny_tuning_flags, "--gin.TRAIN_STEPS=3"])
+    assert status == 0, capsys.readouterr().err
+    assert newest_record(str(tmp_path / "tuned"))[1]["settings"]["vocabulary.end_of_document_id"] == str(END)
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("vocabulary.end_of_document_id=6", "vocabulary.end_of_document_id = 5, here it is 6: leave"),
+    ("vocabulary.pad_id=8", "vocabulary.pad_id = 7, here it is 8"),
+    ("vocabulary.multiple=3000", "an embedding of"),
+    ("model.heads=4", "model.heads = 2, here it is 4: leave model.heads out"),
+    ("model.activation=gelu", "model.activation = 'fast_gelu', here it is 'gelu'"),
+    ("TASK_FEATURE_LENGTHS={'targets': 16}", "rows of 32 tokens, here they have 16"),
+])
+def test_what_contradicts_the_run_is_refused(
+        run_with_own_end, tiny_tuning_flags, tmp_path, capsys, setting, message):
+    for arguments in (["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run_with_own_end}",
+                       "--gin.TASKS=['logic']"],
+                      ["train", "--gin_file=gin/tune_text.gin", f"--gin.INITIAL_CHECKPOINT_PATH={run_with_own_end}",
+                       f"--gin.MODEL_DIR={tmp_path / 'tuned'}", "--gin.TRAIN_STEPS=3",
+                       *tiny_tuning_flags]):
+        assert cli.main([*arguments, f"--gin.{setting}"]) == 1
+        error = capsys.readouterr().err
+        assert message in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_what_changes_no_meaning_is_free(run_with_own_end, capsys):
+    assert cli.main(["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run_with_own_end}",
+                     "--gin.TASKS=['logic']", "--gin.QUESTIONS=2", "--gin.model.dtype=bfloat16",
+                     "--gin.model.remat=full", "--gin.mesh.data=4", "--gin.mesh.model=2"]) == 0, capsys.readouterr().err
