@@ -91,7 +91,11 @@ def _configuration(flags: argparse.Namespace) -> Any:
         if flags.command in ("study", "eval", "infer"):
             raise ValueError(f"no --gin_file is given; gin/{flags.command}.gin is the one to begin with.")
         raise ValueError("no --gin_file is given; gin/mixed_pretrain.gin trains on data that is always there.")
-    return read_configuration(flags.gin_file, flags.overrides, [p for p in flags.gin_search_paths.split(",") if p])
+    return read_configuration(flags.gin_file, flags.overrides, _search_paths(flags))
+
+
+def _search_paths(flags: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(path for path in flags.gin_search_paths.split(",") if path)
 
 
 def _train(flags: argparse.Namespace) -> int:
@@ -155,8 +159,8 @@ def _study(flags: argparse.Namespace) -> int:
         again.append(f"--gin_search_paths={flags.gin_search_paths}")
     again += [f"--gin.{name}={value}" for name, value in flags.overrides]
     return study(configuration, Options(
-        tuple(flags.arm), tuple(flags.seed), tuple(p for p in flags.gin_search_paths.split(",") if p), flags.redo,
-        flags.dry_run, flags.print_commands, shlex.join(["t5x", "study", *again])))
+        tuple(flags.arm), tuple(flags.seed), _search_paths(flags), flags.redo, flags.dry_run, flags.print_commands,
+        shlex.join(["t5x", "study", *again])))
 
 
 def _infer(flags: argparse.Namespace) -> int:
@@ -213,9 +217,15 @@ def _tool(name: str) -> str:
 
 
 def _explain(flags: argparse.Namespace) -> int:
-    from codellm_jax.configuration import explain
+    from codellm_jax.configuration import build, explain
 
-    print(explain(_configuration(flags), flags.name))
+    configuration = _configuration(flags)
+    if "study.directory" in configuration.effective:
+        from codellm_jax.study.planned import explain_in_study
+
+        print(explain_in_study(build(configuration, "study"), configuration, flags.name, _search_paths(flags)))
+    else:
+        print(explain(configuration, flags.name))
     return 0
 
 
@@ -264,7 +274,7 @@ def _launch(flags: argparse.Namespace) -> int:
 
     require_types(configuration)
     run = require_reachable(
-        command.command, command.gin_file, [path for path in command.gin_search_paths.split(",") if path],
+        command.command, command.gin_file, list(_search_paths(command)),
         {name: setting.value for name, setting in configuration.effective.items()}, list(shipped_gin_files()))
     job = Job(flags.name or default_name(run), tpu, flags.zone, source(), tuple(flags.job), flags.project, flags.spot)
     if flags.print_only:

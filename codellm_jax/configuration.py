@@ -302,7 +302,7 @@ def explain(configuration: Configuration, name: str) -> str:
             if default is inspect.Parameter.empty:
                 return f"{name} is not set and has no default."
             return f"{name} is not set; its default is {default!r}."
-        raise ValueError(f"Nothing is named {name!r}" + _nearest(name, [
+        raise ValueError(f"Nothing is named {name!r}" + nearest(name, [
             *configuration.effective, *(f"{c}.{p}" for c in CONFIGURABLES for p in _parameters(c))]))
     lines = [f"{name} = {history[-1].value}", f"  set by {history[-1].where}"]
     lines += [f"  overriding {setting.value} of {setting.where}" for setting in reversed(history[:-1])]
@@ -328,12 +328,13 @@ def _require_known_names(configuration: Configuration) -> None:
     for name, setting in effective.items():
         selector, _, parameter = name.split("/")[-1].rpartition(".")
         if _is_macro(name):
-            if name not in ever_used and not name.startswith(_SCOPES):  # of a stage: found out when its runs are read
-                raise ValueError(f"{setting.where}: nothing uses the setting {name}" + _nearest(name, used))
+            # Of a study: found out when its runs are read.
+            if name not in ever_used and not name.startswith(_SCOPES) and "study.directory" not in effective:
+                raise ValueError(f"{setting.where}: nothing uses the setting {name}" + nearest(name, used))
         elif selector in CONFIGURABLES:
             if parameter not in _parameters(selector):
                 raise ValueError(f"{setting.where}: {selector} has no parameter {parameter!r}"
-                                 + _nearest(parameter, _parameters(selector)))
+                                 + nearest(parameter, _parameters(selector)))
         else:
             _require_known_selector(selector, setting, configuration)
     for setting in effective.values():
@@ -350,9 +351,9 @@ def _require_known_selector(selector: str, setting: Setting, configuration: Conf
             raise ValueError(f"{setting.where}: optax's own {name} takes other arguments than an optimizer here is "
                              f"given; use @{name}, or @chain with chain.transformations (see README).")
         if not hasattr(optax, name):
-            raise ValueError(f"{setting.where}: optax has no {name!r}" + _nearest(name, dir(optax)))
+            raise ValueError(f"{setting.where}: optax has no {name!r}" + nearest(name, dir(optax)))
     elif selector not in CONFIGURABLES and not configuration.imports:
-        raise ValueError(f"{setting.where}: nothing is named {selector!r}" + _nearest(selector, CONFIGURABLES))
+        raise ValueError(f"{setting.where}: nothing is named {selector!r}" + nearest(selector, CONFIGURABLES))
 
 
 def require_types(configuration: Configuration) -> None:
@@ -408,6 +409,7 @@ def _target(configurable: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the names that are like it, or a full stop."""
     near = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
     return f"; nearest: {', '.join(near)}." if near else "."

@@ -92,7 +92,8 @@ def test_the_shipped_study_has_the_arms_of_their_own_files():
 
 def test_settings_of_a_stage_are_kept_apart_and_explained():
     configuration = read_configuration(["gin/study.gin"], [
-        ("tuning/BATCH_SIZE", "3"), ("pretraining/model.layers", "2"), ("DATA_DIR", "/data")])
+        ("tuning/BATCH_SIZE", "3"), ("pretraining/model.layers", "2"), ("DATA_DIR", "/data"),
+        ("tuning/DATA_DIR", "%DATA_DIR")])
     assert dict(configuration.of_stage("tuning"))["BATCH_SIZE"] == "3"
     assert dict(configuration.of_stage("tuning"))["DATA_DIR"] == "'/data'"  # where the file says %DATA_DIR
     assert "BATCH_SIZE" not in dict(configuration.of_stage("pretraining"))

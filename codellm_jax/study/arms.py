@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 from codellm_jax.mixture.schedules import Schedule, constant, phases
 
 COMPARISONS = ("compute-matched", "data-matched")
-STAGES = ("pretraining", "tuning")
 WORDS = ("from", "sweep", "gin_file")  # what in an arm is no setting
 OWN = ("SEED", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH")  # settings that the plan makes
 
@@ -70,7 +69,8 @@ class Study:
 
     def files(self, stage: str) -> list[str]:
         """The gin files that runs of a stage begin with."""
-        return list(self.pretraining_files if stage == "pretraining" else self.tuning_files)
+        return list({"pretraining": self.pretraining_files, "tuning": self.tuning_files,
+                     "evaluation": self.evaluation_files}[stage])
 
 
 class Arm(NamedTuple):

@@ -21,7 +21,7 @@ from etils import epath
 
 from codellm_jax.configuration import Configuration, build
 from codellm_jax.runtime.commands import Commands, Pace
-from codellm_jax.runtime.progress import duration
+from codellm_jax.runtime.progress import duration, read_records
 from codellm_jax.study.arms import Study, select, waves
 from codellm_jax.study.planned import (
     Planned,
@@ -74,9 +74,9 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
             report(page(asked, chosen, facts, stand, surveyed["measured"]))
             return 0
         _put_aside_or_refuse(planned, asked, stand, options, report)
-        write_plan(asked.directory, plan_as_json(asked, configuration, planned))
+        write_plan(asked.directory, plan_as_json(asked, configuration, options.search_paths, planned))
         sound = [one for one in planned if "error" not in facts[one.run.name]]
-        if sound and not all(stand[one.run.name].evaluated for one in sound):
+        if any(one.tasks and not stand[one.run.name].evaluated for one in sound):
             _contamination(processes, sound, asked, options)
         failures = _run_all(chosen, facts, processes, options, report)
         if processes.stopped:
@@ -84,18 +84,16 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
         unreported = _report(processes, chosen, asked)
     for line in [*failures, *unreported]:
         print(f"t5x study: error: {line}", file=sys.stderr)
+    evaluated = any(one.tasks for one in chosen)
+    if not evaluated:
+        report(losses(chosen))
     report(f"{len(chosen) - len(failures)} of {len(chosen)} runs are done: {asked.directory}" if failures else
-           f"All {len(chosen)} runs are trained and evaluated: {asked.directory}")
+           f"All {len(chosen)} runs are trained{' and evaluated' * evaluated}: {asked.directory}")
     return 1 if failures or unreported else 0
 
 
 def _require_of_study(configuration: Configuration) -> None:
-    """Raises ValueError for a setting that no part of a study would read."""
-    for name, setting in configuration.effective.items():
-        if "." in name and "/" not in name and not name.startswith("study."):
-            raise ValueError(f"{setting.where}: a study does not read {name}. Say of which stage it is: "
-                             f"pretraining/{name}, tuning/{name} or evaluation/{name}; a model's size is a file in "
-                             "study.pretraining_files, or an arm's 'gin_file'.")
+    """Raises ValueError where gin files plan no study."""
     if "study.directory" not in configuration.effective:
         raise ValueError("the gin files plan no study: give one such as gin/study.gin.")
 
@@ -161,8 +159,8 @@ def _ask(processes: Commands, request: Mapping[str, Any], answer: str) -> None:
 
 def _report(processes: Commands, chosen: Sequence[Planned], asked: Study) -> list[str]:
     """STUDY_DIR/report, of what there is; a line where that failed."""
-    if not any(standing(one, {}, None).evaluated for one in chosen):
-        return []  # each of the failures that are told says why
+    if not any(one.tasks and standing(one, {}, None).evaluated for one in chosen):
+        return []  # each of the failures that are told says why, or no benchmark is asked
     ended = processes.run(["codellm_jax.cli", "report", asked.directory])
     return [f"report {ended.how}"] if ended.status else []
 
@@ -253,9 +251,22 @@ def commands(chosen: Sequence[Planned], asked: Study, options: Options) -> str:
         for run in group:
             one = by_name[run.name]
             lines.append(" && ".join(shlex.join(["t5x", *command]) for command in (
-                one.train_command(options.search_paths), one.eval_command(options.search_paths))))
+                one.train_command(options.search_paths),
+                *([one.eval_command(options.search_paths)] if one.tasks else []))))
     return "\n".join([*lines, "", "# When all are done: finds them done, and writes what tells of all of them",
                       options.command])
+
+
+def losses(chosen: Sequence[Planned]) -> str:
+    """The last held-out losses of each run, as a table of text: what there is to see where no benchmark is asked."""
+    lines = [f"{'held-out loss, nats a token':<28} {'step':>8} {'text':>9} {'code':>9}"]
+    for one in chosen:
+        found = [line for line in read_records(one.folder) if line["split"] == "eval"]
+        if found:
+            values = (found[-1].get(f"loss/{pool}") for pool in ("text", "code"))
+            shown = " ".join(f"{'-' if value is None else format(value, '.4f'):>9}" for value in values)
+            lines.append(f"{one.run.name:<28} {found[-1]['step']:>8,} {shown}")
+    return "\n".join(["", *lines, ""])
 
 
 def page(

@@ -6,19 +6,32 @@
 """
 
 import ast
+import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from codellm_jax.configuration import Configuration, as_gin_value, read_configuration
+from codellm_jax.configuration import (
+    STAGES,
+    Configuration,
+    Setting,
+    as_gin_value,
+    explain,
+    nearest,
+    read_configuration,
+)
 from codellm_jax.results.files import write_whole
 from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
-from codellm_jax.study.arms import Arm, Asked, Run, Study, expand, plan_runs
+from codellm_jax.study.arms import OWN, Arm, Asked, Run, Study, expand, plan_runs
 
 # Where a result was looked for or what else was asked with it makes no other result of it.
 FREE_OF_RESULTS = frozenset(("CHECKPOINT_PATH", "TASKS", "evaluate.results_dir"))
+
+# What a run takes over from the run it starts from.
+TAKEN_OVER = re.compile(r"(model|mesh|vocabulary)\.|mixture\.lengths$|VOCABULARY$|TASK_FEATURE_LENGTHS$")
 
 Settings = tuple[tuple[str, str], ...]  # (name, value), as on the command line
 
@@ -84,11 +97,12 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
       ValueError, FileNotFoundError: in one line, for arms, files and settings that do not fit.
     """
     arms, told = expand(study)
+    common = stage_settings(study, configuration, search_paths)
     read: dict[str, tuple[tuple[str, ...], Settings, Mapping[str, str] | None]] = {}
     effective: dict[str, Mapping[str, str]] = {}
     asked: dict[str, Asked] = {}
     for arm in arms:
-        files, overrides = _of_arm(arm, study, configuration, search_paths)
+        files, overrides = _of_arm(arm, study, common[arm.stage], search_paths)
         parent = effective[arm.parent] if arm.parent else None
         places: Settings = (("MODEL_DIR", "planned"), *((("INITIAL_CHECKPOINT_PATH", "planned"),) if parent else ()))
         try:
@@ -115,7 +129,7 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
             own.append(("INITIAL_CHECKPOINT_PATH", run_folder(study.directory, run.parent)))
         kept = [pair for pair in overrides if pair[0] not in dict(own)]
         # Of a run's evaluation only the settings asked are compared, so that nothing need be taken over here.
-        evaluation = [*_bare(configuration.of_stage("evaluation")), ("CHECKPOINT_PATH", folder)]
+        evaluation = [*common["evaluation"], ("CHECKPOINT_PATH", folder)]
         try:
             asking = read_configuration(study.evaluation_files, evaluation, search_paths, effective[run.arm.name])
             tasks = tuple(_literal(asking, "evaluation.tasks"))
@@ -133,14 +147,94 @@ def run_folder(directory: str, name: str) -> str:
     return f"{directory.rstrip('/')}/runs/{name}"
 
 
+def stage_settings(study: Study, configuration: Configuration, search_paths: Sequence[str]) -> dict[str, Settings]:
+    """What a study's file and flags set for each of its stages.
+
+    A setting with a stage before its name, tuning/BATCH_SIZE, is of that stage. One without holds for every stage that
+    reads it, below the stages' own; but what a run takes over from the run that it starts from, such as the model's
+    size, is set where the first of them begins.
+
+    Raises:
+      ValueError: no stage reads a setting, or the study sets it itself.
+    """
+    effective = configuration.effective
+    of_study = {macro for name, setting in effective.items() if name.startswith("study.")
+                for macro in re.findall(r"%(\w+)", setting.value)}
+    used = {macro for setting in effective.values() for macro in re.findall(r"%(\w+)", setting.value)}
+    shared = [name for name in effective if "/" not in name and not name.startswith("study.") and name not in of_study]
+    names = {stage: _names_of_stage(study, stage, search_paths) for stage in STAGES}
+    for name in shared:
+        if effective[name].where.startswith("gin/models/"):
+            raise ValueError(f"{effective[name].where}: a size holds for pre-training, and what is tuned takes it "
+                             "over: name its file in PRETRAINING_FILES, or as an arm's 'gin_file'.")
+        if name in (*OWN, "CHECKPOINT_PATH"):
+            raise ValueError(f"{effective[name].where}: the study sets {name} itself: SEEDS lists seeds, STUDY_DIR is "
+                             "where runs are kept, and an arm's 'from' names the run to start from.")
+        if name not in used and not any(name.rpartition(".")[0] in known or name in known for known in names.values()):
+            raise ValueError(f"{effective[name].where}: no stage of the study reads the setting {name}"
+                             + nearest(name, set().union(*names.values())))
+    common: dict[str, Settings] = {}
+    for stage, known in names.items():
+        inherits = stage != "pretraining"
+        of_all = [(name, str(configuration.resolved(name))) for name in shared
+                  if (name.rpartition(".")[0] or name) in known and not (inherits and TAKEN_OVER.match(name))]
+        common[stage] = tuple((dict(_bare(of_all)) | dict(_bare(configuration.of_stage(stage)))).items())
+    return common
+
+
+def _names_of_stage(study: Study, stage: str, search_paths: Sequence[str]) -> set[str]:
+    """The macros that a stage's files use, and the configurables that they bind or refer to."""
+    read = read_configuration(study.files(stage), _placeholders(stage), search_paths, {})
+    names = {name.rpartition(".")[0] for setting in read.settings if "." in (name := setting.name)}
+    for setting in read.settings:
+        names |= set(re.findall(r"[%@](\w+)", setting.value))
+    return names
+
+
+def stage_configuration(study: Study, configuration: Configuration, stage: str,
+                        search_paths: Sequence[str]) -> Configuration:
+    """What holds for the runs of a stage before an arm adds its own, each setting with where it stands."""
+    common = stage_settings(study, configuration, search_paths)[stage]
+    read = read_configuration(study.files(stage), [*_placeholders(stage), *common], search_paths, {})
+    effective = configuration.effective
+
+    def placed(setting: Setting) -> Setting:
+        if not setting.where.startswith("--gin."):
+            return setting
+        stated = effective.get(f"{stage}/{setting.name}") or effective.get(setting.name)
+        return dataclasses.replace(setting, where=stated.where if stated else "the study's plan")
+
+    return dataclasses.replace(read, settings=tuple(map(placed, read.settings)))
+
+
+def explain_in_study(study: Study, configuration: Configuration, name: str, search_paths: Sequence[str]) -> str:
+    """What sets a value in a study, in a few lines: of a stage (tuning/BATCH_SIZE), or of each that reads it.
+
+    Raises:
+      ValueError: neither the study nor a stage of it has a setting of that name.
+    """
+    stage, _, plain = name.rpartition("/")
+    if stage in STAGES:
+        return f"{stage}/{explain(stage_configuration(study, configuration, stage, search_paths), plain)}"
+    names = {stage: _names_of_stage(study, stage, search_paths) for stage in STAGES}
+    reading = [stage for stage, known in names.items() if name in known or name.rpartition(".")[0] in known]
+    if not reading and name in configuration.effective:  # of the study itself
+        return explain(configuration, name)
+    if not reading:
+        raise ValueError(f"Nothing is named {name!r}"
+                         + nearest(name, set().union(configuration.effective, *names.values())))
+    return "\n".join(f"{stage}/{explain(stage_configuration(study, configuration, stage, search_paths), name)}"
+                     for stage in reading)
+
+
 def _of_arm(
-    arm: Arm, study: Study, configuration: Configuration, search_paths: Sequence[str]
+    arm: Arm, study: Study, common_settings: Settings, search_paths: Sequence[str]
 ) -> tuple[tuple[str, ...], Settings]:
     """The gin files and the settings of an arm; what its own file sets is above what the study says of the stage."""
-    common = dict(_bare(configuration.of_stage(arm.stage)))
+    common = dict(common_settings)
     if arm.gin_file:
         alone = {setting.name for setting in read_configuration(
-            [*study.files(arm.stage), arm.gin_file], _placeholders(arm), search_paths, {}).settings
+            [*study.files(arm.stage), arm.gin_file], _placeholders(arm.stage), search_paths, {}).settings
             if setting.where.startswith(f"{arm.gin_file}:")}
         common = {name: value for name, value in common.items() if name not in alone}
     own = {name: value if isinstance(value, str) and value[:1] in ("@", "%") else _bare_value(repr(value))
@@ -148,11 +242,12 @@ def _of_arm(
     return (*study.files(arm.stage), *((arm.gin_file,) if arm.gin_file else ())), tuple((common | own).items())
 
 
-def _placeholders(arm: Arm) -> Settings:
+def _placeholders(stage: str) -> Settings:
     """Settings that the files of a stage need and only the plan has, for reading the files alone."""
-    names = ["MODEL_DIR", "CODE_RATE"]
-    if arm.stage == "tuning":
-        names += ["INITIAL_CHECKPOINT_PATH", "VOCABULARY", "TASK_FEATURE_LENGTHS"]
+    names = {
+        "pretraining": ["MODEL_DIR", "CODE_RATE"],
+        "tuning": ["MODEL_DIR", "CODE_RATE", "INITIAL_CHECKPOINT_PATH", "VOCABULARY", "TASK_FEATURE_LENGTHS"],
+        "evaluation": ["CHECKPOINT_PATH", "VOCABULARY", "TASK_FEATURE_LENGTHS"]}[stage]
     return tuple((name, "None") for name in names)
 
 
@@ -183,12 +278,13 @@ def _flags(files: Sequence[str], overrides: Settings, search_paths: Sequence[str
             *(f"--gin.{name}={value}" for name, value in overrides)]
 
 
-def plan_as_json(study: Study, configuration: Configuration, planned: Sequence[Planned]) -> dict[str, Any]:
+def plan_as_json(
+    study: Study, configuration: Configuration, search_paths: Sequence[str], planned: Sequence[Planned]
+) -> dict[str, Any]:
     """What STUDY_DIR/study.json holds."""
+    common = stage_settings(study, configuration, search_paths)
     return {"comparison": study.comparison, "seeds": list(study.seeds), "common": {
-        stage: {"gin_files": list(files), "settings": dict(_bare(configuration.of_stage(stage)))}
-        for stage, files in (("pretraining", study.pretraining_files), ("tuning", study.tuning_files),
-                             ("evaluation", study.evaluation_files))}, "runs": [
+        stage: {"gin_files": study.files(stage), "settings": dict(common[stage])} for stage in STAGES}, "runs": [
         {"run": one.run.name, "arm": one.run.arm.name, "stage": one.run.arm.stage, "seed": one.run.seed,
          "from": one.run.parent, "mix": one.run.mix, "steps": one.run.steps, "gin_file": one.run.arm.gin_file,
          "settings": {name: value for name, value in one.run.arm.settings.items() if value is not None}}

@@ -257,8 +257,10 @@ def test_an_arms_own_file_is_above_the_stage_and_its_rate_above_the_stages_phase
 @pytest.mark.parametrize("arguments, message", [
     (["--gin.pretraining/BATCHSIZE=8"], "NL: --gin.BATCHSIZE: nothing uses the setting BATCHSIZE"),
     (["--gin.evaluation/TASK=1"], "evaluation: --gin.TASK: nothing uses the setting TASK"),
-    (["--gin_file=gin/models/125m.gin"], "nothing uses the setting"),
-    (["--gin.model.layers=3"], "a study does not read model.layers. Say of which stage it is: "),
+    (["--gin_file=gin/models/125m.gin"], "gin/models/125m.gin:6: a size holds for pre-training"),
+    (["--gin.VOCABULARI=my.model"], "no stage of the study reads the setting VOCABULARI; nearest: VOCABULARY"),
+    (["--gin.SEED=3"], "--gin.SEED: the study sets SEED itself: SEEDS lists seeds"),
+    (["--gin.modle.layers=3"], "nothing is named 'modle'; nearest: model"),
     (["--arm=XX"], "--arm=XX: the study has no such arm; it has NL, CODE"),
     (["--gin.COMPARISON=fair"], "COMPARISON must be one of"),
     (["--gin.ARMS={'NL': {}}"], "NL: gin/pretrain.gin"),
@@ -271,4 +273,54 @@ def test_slips_get_one_line(arguments, message, capsys):
 
 def test_a_file_that_is_no_study_is_refused(capsys):
     assert cli.main(["study", "--gin_file=gin/mixed_pretrain.gin"]) == 1
-    assert "a study does not read" in capsys.readouterr().err
+    assert "plan no study: give one such as gin/study.gin" in capsys.readouterr().err
+
+
+def test_settings_without_a_stage_hold_for_every_stage_that_reads_them():
+    corpora = "{'text.a': {'json_lines': 'a.jsonl'}, 'code.b': {'instructions': 'b.json'}}"
+    configuration = read_configuration(["gin/study.gin"], [
+        ("CORPORA", corpora), ("VOCABULARY", "my.model"), ("DATA_DIR", "/data"), ("model.layers", "2"),
+        ("LOG_PERIOD", "5"), ("tuning/LOG_PERIOD", "7"), ("TASKS", "['logic']"), ("adamw.b2", "0.9")])
+    planned, _ = planned_runs(build(configuration, "study"), configuration, [])
+    pretrained, tuned = (next(one for one in planned if one.run.arm.name == name) for name in ("NL", "NN"))
+    for one in (pretrained, tuned):
+        assert one.training.resolved("tasks.corpora") == corpora
+        assert one.training.resolved("model.layers") == "2"
+        assert one.training.resolved("vocabulary.path") == "'my.model'"
+        assert one.training.resolved("adamw.b2") == "0.9"
+        assert one.tasks == ("logic",) and one.evaluation.resolved("benchmarks.data_dir") == "'/data'"
+    assert pretrained.training.resolved("train.log_period") == "5"  # a stage's own is above
+    assert tuned.training.resolved("train.log_period") == "7"
+    # What a tuned run takes over is not asked of it again, so that an arm of another size can be tuned too.
+    assert "model.layers" in pretrained.training.asked and "model.layers" not in tuned.training.asked
+    assert "CORPORA" not in pretrained.evaluation.asked and "EVAL_TASKS" not in pretrained.evaluation.asked
+
+
+@pytest.mark.parametrize("name, lines", [
+    ("evaluation/TASKS", ["evaluation/TASKS = ['logic']", "  set by --gin.evaluation/TASKS", "  overriding", "  used"]),
+    ("tuning/BATCH_SIZE", ["tuning/BATCH_SIZE = 8", "  set by gin/study.gin:", "  overriding 16 of gin/tune.gin:"]),
+    ("model.layers", ["pretraining/model.layers = 2", "  set by --gin.model.layers", "  overriding 4 of gin/models/t"]),
+    ("pretraining/CODE_RATE", ["pretraining/CODE_RATE = None", "  set by the study's plan"]),
+    ("SEEDS", ["SEEDS = [0, 1]", "  set by gin/study.gin:"]),
+])
+def test_explain_answers_of_a_studys_stages(capsys, name, lines):
+    assert cli.main(["explain", name, "--gin_file=gin/study.gin", "--gin.evaluation/TASKS=['logic']",
+                     "--gin.model.layers=2"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for line, start in zip(printed, lines, strict=False):
+        assert line.startswith(start), printed
+
+
+def test_without_benchmarks_a_study_gives_losses(study_flags, tmp_path, capsys):
+    flags = command(tmp_path, study_flags, {"NL": NL}, "--gin.evaluation/TASKS=[]")
+    assert cli.main(flags) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "All 1 runs are trained: " in said and " eval" not in said
+    [row] = [line for line in said.splitlines() if line.startswith("NL.seed0  ")]
+    records = [json.loads(line) for line in (tmp_path / "runs/NL.seed0/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in records if line["split"] == "eval"][-1]
+    assert row.split()[1:] == ["4", f"{last['loss/text']:.4f}", f"{last['loss/code']:.4f}"]
+    assert not (tmp_path / "runs" / "NL.seed0" / "results").exists()
+    assert cli.main([*flags, "--print_commands"]) == 0
+    assert "t5x eval" not in capsys.readouterr().out
+    assert cli.main(flags) == 0 and "[1/1] NL.seed0: done before" in capsys.readouterr().out
