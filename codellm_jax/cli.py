@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from codellm_jax.flags import overrides_of, parser, without
+from codellm_jax.runtime.terminal import escape_what_cannot_be_encoded, outlive_the_terminal, to_nowhere
+
+# What they do is kept in files, and goes on where nobody reads what they print.
+LASTING = ("train", "eval", "study", "cache", "report", "vocabulary", "launch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         whole.print_help()
         return 2
     try:
+        if flags.command in LASTING:
+            outlive_the_terminal()
+        escape_what_cannot_be_encoded()
         flags.overrides = overrides_of(rest)
         flags.job = job
         if getattr(flags, "local_processes", None) is not None:
@@ -54,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return status
         with _interruptible():
             return _leave(commands[flags.command](flags))
+    except BrokenPipeError:  # of a command whose output is all it is for, such as explain ... | head
+        to_nowhere(1)
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return _leave(_fail(f"t5x {flags.command}", "interrupted.", 130))
     except Exception as error:

@@ -229,7 +229,9 @@ def quiet_tensorflow() -> Iterator[None]:
     if getattr(sys.stderr, "name", None) == "<stderr>" and sys.stderr.fileno() == 2:
         # Python's own way to the terminal, kept for good: logging handlers made inside hold on to it, and those made
         # before are given it.
-        before, sys.stderr = sys.stderr, os.fdopen(os.dup(2), "w", buffering=1)
+        before: Any = sys.stderr
+        sys.stderr = type(before)(
+            os.fdopen(os.dup(2), "wb"), encoding=before.encoding, errors=before.errors, line_buffering=True)
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
                 handler.setStream(sys.stderr)

@@ -209,7 +209,8 @@ class _Launched:
     def delete(self) -> None:
         """Deletes the resource, whatever state it is in, and waits until that is done. Ctrl-C does not stop this."""
         self.tell(f"Deleting {self.job.name}.")
-        before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
+        before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (
+            signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
         try:
             for _ in range(DELETE_TRIES):
                 done = _gcloud(delete(self.job), start_new_session=True)
@@ -365,11 +366,13 @@ def _last_line(stderr: bytes) -> str:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM become KeyboardInterrupt, so that nothing is left behind that costs money."""
+    """SIGINT, SIGTERM and SIGHUP become KeyboardInterrupt, so that nothing is left behind that costs money."""
     def interrupt(number: int, _: Any) -> None:
         raise KeyboardInterrupt
 
-    before = [(number, signal.signal(number, interrupt)) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [(number, signal.signal(number, interrupt)) for number in (
+        signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
     try:
         yield
     finally:

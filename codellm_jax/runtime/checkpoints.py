@@ -205,7 +205,7 @@ def newest_record(model_dir: str) -> tuple[int, dict[str, Any]]:
 def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
     """The checkpoints of a run directory with their records, newest first; damaged records are told and passed over."""
     checkpoints = _absolute(model_dir) / "checkpoints"
-    steps = sorted((int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()), reverse=True) \
+    steps = sorted((int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), reverse=True) \
         if checkpoints.exists() else []
     if not steps:
         raise FileNotFoundError(

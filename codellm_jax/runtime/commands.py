@@ -15,6 +15,7 @@ from etils import epath
 
 from codellm_jax.runtime.progress import StatusLine
 from codellm_jax.runtime.supervision import die_with_parent
+from codellm_jax.runtime.terminal import ending_signals, lasting
 
 PROGRESS = re.compile(r"(step|question) \d+/\d+ ")  # told every now and then
 ALWAYS_TOLD = re.compile(r"WARNING|held-out loss after|Resuming|Stopped by|t5x \w+: error:")
@@ -30,8 +31,8 @@ class Ended(NamedTuple):
 class Commands:
     """Runs commands, passes signals on to the one that runs, and relays what it says.
 
-    A context manager: within it SIGTERM and SIGINT are kept in `stopped`, and the command that runs gets them, to save
-    and end. It ends with this process, however that ends.
+    A context manager: within it SIGTERM, SIGHUP and SIGINT are kept in `stopped`, and the command that runs gets them,
+    to save and end. It ends with this process, however that ends.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -41,7 +42,7 @@ class Commands:
         self.stopped: int | None = None  # the signal
 
     def __enter__(self) -> "Commands":
-        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._stop) for number in ending_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,7 +76,7 @@ class Commands:
         next_line, remote = 0.0, "://" in log
         if log and not remote:
             Path(log).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        with open(Path(log).expanduser() if log and not remote else os.devnull, "a") as file:
+        with lasting(open(Path(log).expanduser() if log and not remote else os.devnull, "ab")) as file:
             assert self._process.stdout is not None
             for line in self._process.stdout:
                 lines.append(line.rstrip("\n"))

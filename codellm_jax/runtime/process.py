@@ -5,6 +5,7 @@ import ctypes
 import fcntl
 import glob
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,10 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from codellm_jax.runtime.terminal import ending_signals
+
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM (a preemption) or a first SIGINT sets; a second SIGINT interrupts at once."""
+    """An event that SIGTERM (a preemption), SIGHUP (a terminal that goes away) or a first SIGINT sets; a second SIGINT
+    interrupts at once.
+    """
     stop = threading.Event()
 
     def handle(number: int, _: Any) -> None:
@@ -25,12 +30,21 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, handle) for number in ending_signals()}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def require_plain_name(setting: str, directory: str) -> None:
+    """Raises ValueError for a directory in which Orbax could save and never find again: it takes names for patterns."""
+    absolute = directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
+    if found := sorted(set(absolute) & set("*?[]\\")):
+        raise ValueError(f"{setting} {absolute} holds {' '.join(found)}, which the checkpoints' library reads as a "
+                         "pattern, and what it saves there cannot be read again: use another name, such as "
+                         f"{re.sub(r'[^A-Za-z0-9._/:~-]+', '_', directory)}.")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import IO
 
+from codellm_jax.runtime.terminal import ending_signals
+
 GRACE_SECONDS = 5.0  # for the others to tell what they have to, once one has failed
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -32,14 +34,14 @@ def has_others() -> bool:
 def watched(command: str) -> int | None:
     """Goes on in a child process: None there; here, once it has ended, its exit status. Call before threads begin.
 
-    SIGTERM is passed on; a terminal gives Ctrl-C to both. Neither outlives the other.
+    SIGTERM and SIGHUP are passed on; a terminal gives Ctrl-C to both. Neither outlives the other.
     """
     child = os.fork()
     if not child:
         die_with_parent()
         return None
-    before = {number: signal.signal(number, lambda number, _: os.kill(child, number) if number == signal.SIGTERM
-                                    else None) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, lambda number, _: os.kill(child, number) if number != signal.SIGINT
+                                    else None) for number in ending_signals()}
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -59,8 +61,8 @@ def die_with_parent() -> None:
 def run_local_processes(arguments: Sequence[str], count: int) -> int:
     """Runs `t5x ARGUMENTS` in `count` processes on this machine's processor; returns the exit status.
 
-    The first one has the terminal. When one fails the others are ended, and a line says which and why. SIGTERM is
-    passed on, as a terminal passes on Ctrl-C by itself.
+    The first one has the terminal. When one fails the others are ended, and a line says which and why. SIGTERM and
+    SIGHUP are passed on, as a terminal passes on Ctrl-C by itself.
 
     Raises:
       ValueError: the count is no number of processes.
@@ -80,7 +82,7 @@ def run_local_processes(arguments: Sequence[str], count: int) -> int:
             if process.poll() is None and number != signal.SIGINT:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, pass_on) for number in ending_signals()}
     try:
         for index in range(count):
             log = None if index == 0 else logs[index - 1]

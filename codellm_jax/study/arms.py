@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from codellm_jax.mixture.schedules import Schedule, constant, phases
+from codellm_jax.runtime.process import require_plain_name
 
 COMPARISONS = ("compute-matched", "data-matched")
 WORDS = ("from", "sweep", "gin_file")  # what in an arm is no setting
@@ -61,6 +62,7 @@ class Study:
     def __post_init__(self) -> None:
         if not self.directory.strip():
             raise ValueError("STUDY_DIR is empty: name the study's directory, such as runs/study.")
+        require_plain_name("STUDY_DIR", self.directory)
         if self.comparison not in COMPARISONS:
             raise ValueError(f"COMPARISON must be one of {', '.join(COMPARISONS)}, found {self.comparison!r}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(

@@ -320,7 +320,7 @@ def standing(one: Planned, facts: Mapping[str, Any], parent: Standing | None) ->
         changed.append(f"{one.run.parent}, which it started from, was trained again")
     results_changed, evaluated = _results(one, provenance["checkpoint"])
     checkpoints = epath.Path(one.folder).expanduser() / "checkpoints"
-    steps = [int(path.name) for path in (checkpoints.glob("*") if checkpoints.exists() else []) if path.name.isdigit()]
+    steps = [int(path.name) for path in (checkpoints.iterdir() if checkpoints.exists() else []) if path.name.isdigit()]
     return Standing(max(steps, default=0), provenance["finished"], evaluated and provenance["finished"],
                     provenance["checkpoint"], tuple(changed), tuple(results_changed),
                     sum(session["seconds"] or 0.0 for session in provenance["sessions"]))
@@ -344,7 +344,8 @@ def _results(one: Planned, checkpoint: str | None) -> tuple[list[str], bool]:
 def evaluation_seconds(one: Planned) -> float | None:
     """How long the questions of a run took, where results tell; without the start of the command."""
     folder = epath.Path(one.folder).expanduser() / "results"
-    results = [result for path in (folder.glob("*.json") if folder.exists() else []) if (result := _json(path))]
+    results = [result for path in (folder.iterdir() if folder.exists() else [])
+               if path.suffix == ".json" and (result := _json(path))]
     rates = [(result["n"], result.get("questions_per_second")) for result in results]
     return sum(n / rate for n, rate in rates) if rates and all(rate for _, rate in rates) else None
 

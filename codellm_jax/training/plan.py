@@ -18,6 +18,7 @@ from codellm_jax.model.decoder import Decoder, DecoderConfig, flops_per_token, p
 from codellm_jax.runtime.compiler import is_deterministic
 from codellm_jax.runtime.optimization import Schedule
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh, require_divisible
+from codellm_jax.runtime.process import require_plain_name
 from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_device
 from codellm_jax.vocabulary import Vocabulary
 
@@ -81,6 +82,7 @@ class Training:
             raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed!r}.")
         if not self.model_dir.strip():
             raise ValueError("MODEL_DIR is empty: name the run's directory, such as runs/first.")
+        require_plain_name("MODEL_DIR", self.model_dir)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""Work goes on, or is saved, where nobody reads what it prints any more."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codellm_jax.runtime.commands import Commands
+from codellm_jax.runtime.process import stop_on_signal
+from codellm_jax.runtime.terminal import ending_signals
+
+ROOT = Path(__file__).resolve().parents[2]
+PRINTS = """
+import sys
+from codellm_jax.runtime.terminal import escape_what_cannot_be_encoded, outlive_the_terminal
+outlive_the_terminal()
+escape_what_cannot_be_encoded()
+for number in range(20_000):
+    print("a line that somebody may read", number)
+    print("another", file=sys.stderr)
+print("\\u4e16\\u754c", "\\ud83d")
+open(sys.argv[1], "w").write("done")
+"""
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | options.pop("env", {})
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **options)
+
+
+@pytest.mark.parametrize("gone", ["pipe", "full"])
+def test_a_process_outlives_its_terminal(tmp_path, gone):
+    """A pipe whose reader ends, and a disk that is full: for stdout and stderr alike."""
+    if gone == "pipe":
+        process = start("-c", PRINTS, str(tmp_path / "file"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "a line that somebody may read 0\n"
+        process.stdout.close()
+        process.stderr.close()
+    else:
+        with open("/dev/full", "w") as full:
+            process = start("-c", PRINTS, str(tmp_path / "file"), stdout=full, stderr=full)
+    assert process.wait(60) == 0
+    assert (tmp_path / "file").read_text() == "done"
+
+
+def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
+    process = start("-c", PRINTS, str(tmp_path / "file"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    env={"PYTHONIOENCODING": "ascii:strict"})
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and printed.splitlines()[-1] == rb"\u4e16\u754c \ud83d"
+
+
+def test_a_run_goes_on_without_its_reader_and_saves_at_a_hang_up(tiny_flags, tmp_path):
+    process = start("-m", "codellm_jax.cli", "train", *tiny_flags, f"--gin.MODEL_DIR={tmp_path / 'run'}",
+                    "--gin.TRAIN_STEPS=100000", "--gin.EVAL_PERIOD=100000", "--gin.CHECKPOINT_PERIOD=100000",
+                    "--gin.LOG_PERIOD=10", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("step "):
+            break
+    assert seen[-1].startswith("step "), "".join(seen)
+    process.stdout.close()
+    records = tmp_path / "run" / "metrics.jsonl"
+    lines = len(records.read_text().splitlines())
+    while len(records.read_text().splitlines()) < lines + 5:
+        assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    [step] = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert step >= 10 * lines
+
+
+def test_a_command_whose_output_is_all_ends_quietly(tmp_path):
+    process = start("-m", "codellm_jax.cli", "explain", "BATCH_SIZE", "--gin_file=gin/mixed_pretrain.gin",
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 128 + signal.SIGPIPE
+
+
+def test_a_hang_up_stops_in_good_order_but_for_a_process_that_was_started_to_outlive_it():
+    with stop_on_signal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.wait(5)
+    with Commands(report=print) as commands:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert commands.stopped == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a process
+    try:
+        assert ending_signals() == [signal.SIGTERM, signal.SIGINT]
+        with stop_on_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.wait(0.2)
+    finally:
+        signal.signal(signal.SIGHUP, before)
