@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import inspect
 import re
 import tokenize
@@ -256,9 +257,9 @@ def _register(configuration: Configuration) -> None:
     for name, target in known.items():
         module, attribute = target.split(":")
         if name not in _registered:
-            _registered.add(name)
             scope, _, short = name.rpartition(".")
-            gin.external_configurable(getattr(importlib.import_module(module), attribute), short, module=scope or None)
+            gin.external_configurable(getattr(_imported(module), attribute), short, module=scope or None)
+            _registered.add(name)
 
 
 _registered: set[str] = set()
@@ -406,7 +407,20 @@ def _parameters(configurable: str) -> Mapping[str, inspect.Parameter]:
 
 def _target(configurable: str) -> Callable[..., Any]:
     module, attribute = CONFIGURABLES[configurable].split(":")
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(_imported(module), attribute)
+
+
+def _imported(module: str) -> types.ModuleType:
+    """A module by name. Raises ValueError where another module of the name `tasks` stands in the way of ours."""
+    if module.split(".")[0] == "tasks":
+        own = Path(__file__).resolve().parent.parent / "tasks"
+        found = importlib.util.find_spec("tasks")
+        where = None if found is None else found.origin or next(iter(found.submodule_search_locations or ()), None)
+        if where is None or Path(where).resolve().parent != own:
+            raise ValueError(f"{where or 'nothing'} is found as the module `tasks`, in the place of this package's own "
+                             f"in {own}: run the command from another folder, take that one off PYTHONPATH, or rename "
+                             "it.")
+    return importlib.import_module(module)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

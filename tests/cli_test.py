@@ -123,6 +123,7 @@ def test_a_run_directory_of_another_configuration_says_what_differs(capsys, tiny
     assert "another configuration: CODE_RATE was 0.333333333333, is 0.75; SEED was 0, is 5" in line
     line = refusal(capsys, "train", *flags, "--gin.model.layers=4")
     assert "model.layers was 3, is 4" in line
+    assert f"with --gin.INITIAL_CHECKPOINT_PATH={tmp_path}/run a run there starts from these parameters" in line
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused(capsys, tiny_flags, tmp_path):
@@ -185,3 +186,48 @@ def test_the_command_works_from_another_directory(tmp_path):
         [sys.executable, "-m", "codellm_jax.cli", "explain", "BATCH_SIZE", MIXED], capture_output=True, text=True,
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "BATCH_SIZE = 8" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["lr[1e-3]", "back\\slash", "star*", "what?", "[!a]"])
+@pytest.mark.parametrize("command, setting", [("train", "MODEL_DIR"), ("study", "STUDY_DIR")])
+def test_names_that_would_be_patterns_are_refused_before_anything_is_done(capsys, tmp_path, name, command, setting):
+    file = MIXED if command == "train" else "--gin_file=gin/study.gin"
+    line = refusal(capsys, command, file, f"--gin.{setting}={str(tmp_path / name)!r}")
+    assert f"{setting} {tmp_path / name} holds " in line and "use another name, such as" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["module", "package"])
+def test_a_users_own_module_named_tasks_is_named(tmp_path, what):
+    (tmp_path / "tasks").mkdir()
+    mine = tmp_path / ("tasks.py" if what == "module" else "tasks/__init__.py")
+    mine.write_text("from invoke import task\n")
+    if what == "module":
+        (tmp_path / "tasks").rmdir()
+    done = subprocess.run([sys.executable, "-m", "codellm_jax.cli", "explain", "BATCH_SIZE", MIXED],
+                          capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and done.stdout == ""
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith(f"t5x explain: error: {mine} is found as the module `tasks`") and "rename it" in line
+
+
+def test_a_model_that_the_machine_cannot_hold_is_refused(capsys, tiny_flags, tmp_path):
+    flags = [*tiny_flags, f"--gin.MODEL_DIR={tmp_path / 'run'}", "--gin.TRAIN_STEPS=12", "--gin.model.layers=400",
+             "--gin.model.hidden=65536", "--gin.model.heads=512", "--gin.model.feedforward=262144"]
+    capsys.readouterr()
+    assert cli.main(["train", *flags]) == 1
+    said = capsys.readouterr()
+    [line] = said.err.strip().splitlines()
+    assert "Parameters and optimizer state need" in line and "GiB a device, and a device here has" in line
+    assert "\nWARNING: a device here has" in said.out
+    assert cli.main(["train", *flags, "--dry_run"]) == 0  # to look at it is no harm
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_without_a_share_of_code_tuning_and_pre_training_say_so(capsys, pretrained, tmp_path):
+    for flags in (["--gin_file=gin/tune.gin", f"--gin.INITIAL_CHECKPOINT_PATH={pretrained / 'NL'}"],
+                  ["--gin_file=gin/models/tiny.gin", "--gin_file=gin/pretrain.gin"]):
+        flags = [*flags, f"--gin.MODEL_DIR={tmp_path / 'run'}", "--dry_run"]
+        assert "Neither CODE_RATE nor MIX_PHASES is set" in refusal(capsys, "train", *flags)
+        assert cli.main(["explain", "MIX_PHASES", *flags[:-1], "--gin.MIX_PHASES=['5:5', '7:3']"]) == 0
+        assert capsys.readouterr().out.startswith("MIX_PHASES = ['5:5', '7:3']")  # and that is enough

@@ -18,7 +18,7 @@ from codellm_jax.runtime.checkpoints import newest_record, restore_parameters
 from codellm_jax.runtime.compatibility import require_same_model
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.runtime.progress import say
-from codellm_jax.runtime.state import abstract_state
+from codellm_jax.runtime.state import abstract_state, require_memory
 from codellm_jax.vocabulary import Vocabulary
 
 
@@ -96,6 +96,7 @@ def trained_model(
     require_same_model(newest_record(checkpoint.path)[1], vocabulary, model.config, checkpoint.path)
     mesh = make_mesh(checkpoint.mesh)
     abstract = abstract_state(model, optax.identity(), mesh, checkpoint.mesh)
+    require_memory(abstract.params, "Parameters")
     with jax.set_mesh(mesh), nn.logical_axis_rules(checkpoint.mesh.all_rules()):
         params, record = restore_parameters(checkpoint.path, abstract.params, report=report)
         yield TrainedModel(params, model.config, vocabulary, mesh), record

@@ -23,6 +23,7 @@ from etils import epath
 
 from codellm_jax.runtime.distributed import gathered, wait_for_all
 
+WEIGHTS_OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
 SAVE_TIMEOUT = datetime.timedelta(minutes=20)
 
 
@@ -208,8 +209,7 @@ def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterato
     steps = sorted((int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), reverse=True) \
         if checkpoints.exists() else []
     if not steps:
-        raise FileNotFoundError(
-            f"No checkpoint in {checkpoints}: name the MODEL_DIR of a run that saved one.")
+        raise FileNotFoundError(f"{_why_none(_absolute(model_dir))}: name the MODEL_DIR of a run that saved one.")
     for step in steps:
         path = checkpoints / str(step)
         record, error = _tried(_whole_record, path)
@@ -217,6 +217,21 @@ def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterato
             report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
             continue
         yield path, record
+
+
+def _why_none(directory: epath.Path) -> str:
+    """Why there is no checkpoint in a run directory, by what is there in its place."""
+    if not directory.exists():
+        return f"There is no directory {directory}"
+    if not directory.is_dir():
+        return f"{directory} is a file, and no run directory"
+    foreign = sorted(path.name for path in directory.iterdir() if path.suffix in WEIGHTS_OF_OTHERS)
+    if foreign:
+        return f"{directory} holds {foreign[0]}, weights in a form that is not read, and no checkpoint of t5x train"
+    if directory.name == "checkpoints" or directory.parent.name == "checkpoints":
+        above = directory.parent if directory.name == "checkpoints" else directory.parent.parent
+        return f"{directory} is a part of the run directory {above}"
+    return f"No checkpoint in {directory / 'checkpoints'}"
 
 
 def _whole_record(path: epath.Path) -> dict[str, Any]:

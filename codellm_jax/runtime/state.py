@@ -1,6 +1,8 @@
 """What training carries from step to step, its abstract form, and its first value."""
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -70,7 +72,28 @@ def initial_state(
     return make(jnp.uint32(seed))
 
 
-def bytes_per_device(abstract: TrainState) -> int:
+def memory_per_device() -> int:
+    """Bytes that one of this process's devices has; a CPU device has its part of the machine's, or the container's."""
+    device = jax.local_devices()[0]
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return statistics["bytes_limit"]
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        has = min(has, int(text))
+    return has // jax.local_device_count()
+
+
+def require_memory(abstract: Any, what: str) -> None:
+    """Raises ValueError where a device of this process cannot hold its part of an abstract tree of arrays."""
+    needed, has, gib = bytes_per_device(abstract), memory_per_device(), 2**30
+    if needed > has:
+        raise ValueError(f"{what} need {needed / gib:.2f} GiB a device, and a device here has {has / gib:.2f} GiB: "
+                         "take a smaller model, or shard it over more devices (mesh.fsdp).")
+
+
+def bytes_per_device(abstract: Any) -> int:
     """Bytes of an abstract state, or part of one, that one device holds."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                for leaf in jax.tree.leaves(abstract))

@@ -113,6 +113,9 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
                 found = read_configuration(files, [*overrides, *places], search_paths, parent)
             asked[arm.name] = Asked(*(_literal(found, name) for name in (
                 "train.train_steps", "train.batch_size", "mixture.code_rate", "mixture.mix_phases")))
+            if asked[arm.name].code_rate is None and asked[arm.name].mix_phases is None:
+                raise ValueError("neither CODE_RATE nor MIX_PHASES is set: give the arm a share of code, such as "
+                                 "{'CODE_RATE': 0.5}.")
         except ValueError as error:
             raise ValueError(f"{arm.name}: {error}") from None
         effective[arm.name] = {name: setting.value for name, setting in found.effective.items()}

@@ -19,7 +19,7 @@ from codellm_jax.runtime.compiler import is_deterministic
 from codellm_jax.runtime.optimization import Schedule
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh, require_divisible
 from codellm_jax.runtime.process import require_plain_name
-from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_device
+from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_device, memory_per_device
 from codellm_jax.vocabulary import Vocabulary
 
 GIB = 2**30
@@ -231,8 +231,8 @@ def schedule_lines(order: Order, batch_size: int, last_step: int) -> list[str]:
     return lines
 
 
-def memory_estimate(training: Training, plan: Plan) -> str:
-    """GiB a device: the state exactly, gradients as large as the parameters, activations by what remat keeps."""
+def memory_parts(training: Training, plan: Plan) -> dict[str, int]:
+    """Bytes a device: the state exactly, gradients as large as the parameters, activations by what remat keeps."""
     config = plan.model.config
     shards = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
     tokens = plan.rows // shards // training.microbatches * training.mixture.length
@@ -248,10 +248,20 @@ def memory_estimate(training: Training, plan: Plan) -> str:
         "dots": config.hidden + matmuls,
         "none": 4 * config.hidden + 2 * matmuls + config.heads / model * training.mixture.length,
     }[config.remat]
-    parts = {
+    return {
         "state": bytes_per_device(plan.state),
         "gradients": bytes_per_device(plan.state.params),
         "activations about": math.ceil(tokens * kept * config.layers),
     }
+
+
+def memory_estimate(training: Training, plan: Plan) -> str:
+    """`memory_parts` as a line of text, and a second one that warns where a device has less."""
+    parts, has = memory_parts(training, plan), memory_per_device()
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    return f"about {sum(parts.values()) / GIB:.2f} GiB a device: {listed}"
+    line = f"about {sum(parts.values()) / GIB:.2f} GiB a device: {listed}"
+    if sum(parts.values()) > has:
+        line += (f"\nWARNING: a device here has {has / GIB:.2f} GiB. A smaller BATCH_SIZE or model, "
+                 "train.microbatches, model.remat='full', or more devices along mesh.fsdp need less.")
+    return line
+

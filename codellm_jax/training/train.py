@@ -46,7 +46,7 @@ from codellm_jax.runtime.process import alone_in, stop_on_signal
 from codellm_jax.runtime.profiles import Profile, ProfileSteps
 from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
 from codellm_jax.runtime.provenance import software, training_hash
-from codellm_jax.runtime.state import TrainState, initial_state
+from codellm_jax.runtime.state import TrainState, initial_state, require_memory
 from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
 
 
@@ -153,6 +153,7 @@ def train(
     if profile_steps is not None:
         profile_steps.require_within(plan.last_step)
     say(describe(training, plan) + "\n")
+    require_memory(plan.state, "Parameters and optimizer state")
     model_dir = epath.Path(training.model_dir).expanduser()
     text, values = settings()
     require_agreement("order of its data", plan.mixture.order.fingerprint())

@@ -412,8 +412,8 @@ def test_parameters_alone(tmp_path):
 
 def test_parameters_of_no_run(tmp_path):
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
-    for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(FileNotFoundError, match="No checkpoint in .*name the MODEL_DIR of a run"):
+    for folder, why in ((tmp_path, "No checkpoint in"), (tmp_path / "nothing", "There is no directory")):
+        with pytest.raises(FileNotFoundError, match=f"{why} .*name the MODEL_DIR of a run"):
             restore_parameters(str(folder), abstract()["params"])
 
 
@@ -438,3 +438,17 @@ def test_parameters_that_are_damaged(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "3")
     with pytest.raises(ValueError, match="All checkpoints in .* are damaged"):
         restore_parameters(str(tmp_path), abstract()["params"], report=said.append)
+
+
+def test_what_is_no_run_directory_is_told_apart(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").touch()
+    (tmp_path / "weights" / "config.json").touch()
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    for path, message in (("weights", "weights holds model.safetensors, weights in a form that is not read"),
+                          ("nowhere", "There is no directory .*nowhere"),
+                          ("weights/config.json", "config.json is a file, and no run directory"),
+                          ("run/checkpoints", "run/checkpoints is a part of the run directory .*run:"),
+                          ("run/checkpoints/4", "checkpoints/4 is a part of the run directory .*run:")):
+        with pytest.raises(FileNotFoundError, match=message + ".*: name the MODEL_DIR of a run that saved one"):
+            newest_record(str(tmp_path / path))

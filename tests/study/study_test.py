@@ -263,7 +263,7 @@ def test_an_arms_own_file_is_above_the_stage_and_its_rate_above_the_stages_phase
     (["--gin.modle.layers=3"], "nothing is named 'modle'; nearest: model"),
     (["--arm=XX"], "--arm=XX: the study has no such arm; it has NL, CODE"),
     (["--gin.COMPARISON=fair"], "COMPARISON must be one of"),
-    (["--gin.ARMS={'NL': {}}"], "NL: gin/pretrain.gin"),
+    (["--gin.ARMS={'NL': {}}"], "NL: neither CODE_RATE nor MIX_PHASES is set"),
 ])
 def test_slips_get_one_line(arguments, message, capsys):
     assert cli.main(["study", "--gin_file=gin/study.gin", *arguments]) == 1
