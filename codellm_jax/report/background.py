@@ -19,8 +19,8 @@ FEWEST_RATES = 3  # of a sweep
 IDS_SHOWN = 20
 SHORT = 12  # characters of a hash
 RESULT_COLUMNS = ("run", "task", "sample", "n", "ties", "measured", "data", "questions", "template", "few_shot",
-                  "scoring", "samples", "sampling", "step", "checkpoint_digest", "config_hash", "training_config_hash", "code_version",
-                  "code_commit", "code_dirty", "versions")
+                  "scoring", "samples", "sampling", "step", "checkpoint_digest", "config_hash", "training_config_hash",
+                  "code_version", "code_commit", "code_dirty", "versions")
 HASH = 40
 
 

@@ -260,7 +260,7 @@ def _power_of_mcnemar(n: int, discordant: float, difference: float, alpha: float
     """How likely McNemar's exact test of n questions finds the better of two systems whose accuracies differ so."""
     from scipy import special, stats
 
-    if discordant <= 0:
+    if discordant < ROUNDING:  # where scipy overflows, and nothing is found
         return 0.0
     # The number of discordant questions is binomial; what lies beyond 9 standard deviations adds nothing.
     spread = 9 * math.sqrt(n * discordant * (1 - discordant)) + 9
