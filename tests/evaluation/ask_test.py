@@ -1,4 +1,4 @@
-"""How answers are taken and told, of models that are made up: ties, cuts, numbers of draws, failures, odd characters."""
+"""How answers are taken and told, of models that are made up: ties, cuts, draws, failures, odd characters."""
 
 import json
 import types
@@ -15,6 +15,7 @@ from codellm_jax.evaluation.evaluate import RESULTS_VERSION, Evaluation, ask
 from codellm_jax.evaluation.scoring import Request, Scores
 from codellm_jax.results.statistics import wilson_interval
 from codellm_jax.results.tables import short_score
+from codellm_jax.training import train
 from codellm_jax.vocabulary import load_vocabulary
 from tasks.benchmarks.judging import Benchmarks
 from tasks.benchmarks.questions import Candidate, Loaded, Prompt, Question
@@ -227,3 +228,21 @@ def test_what_no_encoding_holds_is_written_and_read_again(tmp_path):
     assert "世" in (tmp_path / "dureader.jsonl").read_text(encoding="utf-8")
     result = json.loads((tmp_path / "dureader.json").read_bytes())
     assert result["value"] == 0 and "\\udc80" in (tmp_path / "dureader.json").read_text(encoding="utf-8")
+
+
+def test_training_records_no_score_of_ties(monkeypatch):
+    """And goes on where a benchmark fails, with a warning."""
+    results = {"score/logic": {"metric": "accuracy", "value": 0.25, "interval": [0.1, 0.5], "n": 12, "ties": 12,
+                               "measured": False},
+               "score/cosqa": {"metric": "accuracy", "value": 0.5, "interval": [0.2, 0.8], "n": 4, "ties": 2,
+                               "measured": True}}
+    monkeypatch.setattr(train, "held_out", lambda run, eval_fn: {})
+    monkeypatch.setattr(train, "ask_benchmarks", lambda run: (results, ["mbpp: no judge"]))
+    written: list[Any] = []
+    told: list[str] = []
+    run: Any = types.SimpleNamespace(step=4)
+    records: Any = types.SimpleNamespace(write=lambda *values: written.append(values))
+    train.evaluate(run, lambda: None, records, types.SimpleNamespace(say=told.append))  # type: ignore[arg-type]
+    assert written == [(4, "eval", {"score/cosqa": 0.5})]
+    assert told == ["benchmarks after step 4, in per cent: logic not measured (12 ties, n 12), "
+                    "cosqa 50.0 (20.0-80.0, n 4)", "WARNING: a benchmark failed after step 4: mbpp: no judge"]
