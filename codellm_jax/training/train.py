@@ -362,20 +362,17 @@ def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
 
 
 def ask_benchmarks(run: Run) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Results of the benchmarks, {"score/logic": ...}, and what failed; their files lie in
-    MODEL_DIR/results/in_training/STEP.
-    """
+    """Results of the benchmarks, {"score/logic": ...}, whose files lie in results/in_training/STEP, and what failed."""
     training, plan = run.training, run.plan
     if training.evaluation is None or not plan.questions:
         return {}, []
     folder = epath.Path(training.model_dir).expanduser() / "results" / "in_training" / str(run.step)
     if jax.process_index() == 0 and folder.exists():
         folder.rmtree()  # of a run that was killed after its last checkpoint, or of one before
-    results, failures = ask(
-        training.evaluation, plan.questions,
-        TrainedModel(run.state.params, plan.model.config, training.vocabulary, plan.mesh),
-        {"run": resolved(training.model_dir), "step": run.step, "arm": arm(run.ledger.to_json())},
-        str(folder), report=lambda lines: None, progress=False)
+    model = TrainedModel(run.state.params, plan.model.config, training.vocabulary, plan.mesh)
+    checkpoint = {"run": resolved(training.model_dir), "step": run.step, "arm": arm(run.ledger.to_json())}
+    results, failures = ask(training.evaluation, plan.questions, model, checkpoint, str(folder),
+                            report=lambda lines: None, progress=False)
     return {f"score/{result['task']}{'_sample' * result['sample']}": result for result in results}, failures
 
 
