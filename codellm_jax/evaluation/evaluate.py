@@ -162,23 +162,28 @@ def evaluate(
         results, failures = ask(run.evaluation, loaded, model, checkpoint, run.results_dir or f"{path}/results",
                                 report, provenance=provenance)
         if agreed(len(failures)):  # of the first process, where several evaluate
-            raise ValueError(f"{len(failures)} of {len(loaded)} tasks failed: {' '.join(failures)}"
-                             if jax.process_index() == 0 else "a task failed on the first process.")
+            raise ValueError(f"{len(failures)} of {len(loaded)} tasks failed: {'; '.join(map(str, failures))}"
+                             if failures else "a task failed on the first process.") from (
+                                 ExceptionGroup("tasks", failures) if failures else None)
         return results
 
 
+class TaskFailed(Exception):
+    """One task of several that was not evaluated, in a line; its cause says more."""
+
+
 class Unjudged(Exception):
-    """What was written could not be judged, or a result not be made of it: on the first process alone."""
+    """What was written could not be judged, which the first process alone does."""
 
 
 def ask(
     evaluation: Evaluation, loaded: Sequence[Any], model: TrainedModel, checkpoint: Mapping[str, Any], folder: str,
     report: Callable[[str], None], progress: bool = True, provenance: Mapping[str, Any] | None = None,
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[dict[str, Any]], list[TaskFailed]]:
     """Asks a model the questions of each task and writes its results; call under its mesh and axis rules.
 
     Every process computes; the first one alone writes, judges and returns results, the others return none. A task that
-    fails leaves the others as they are: it is reported, and a sentence about it is returned beside the results.
+    fails leaves the others as they are: it is reported, and returned beside the results.
 
     Args:
       evaluation: what is asked.
@@ -193,7 +198,7 @@ def ask(
     directory = epath.Path(folder).expanduser()
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-    results, failures = [], []
+    results, failures = [], list[TaskFailed]()
     for questions in loaded:
         one = ask_choices if hasattr(questions.questions[0], "candidates") else ask_texts
         try:
@@ -203,9 +208,12 @@ def ask(
             # Several processes compute together: one that failed while they do cannot let the others wait for it.
             if jax.process_count() > 1 and not isinstance(error, Unjudged):
                 raise
-            why = str(error).strip() or type(error).__name__
-            failures.append(f"{questions.name}: {why.splitlines()[0]}")
-            report(f"{questions.name:<28} failed: {why.splitlines()[0]}")
+            why = " ".join(str(error).split())
+            if not isinstance(error, ValueError | OSError | Unjudged):
+                why = f"{type(error).__name__}: {why}"
+            failures.append(TaskFailed(f"{questions.name}: {why}"))
+            failures[-1].__cause__ = error
+            report(f"{questions.name:<28} failed: {why}")
         wait_for_all("results")  # programs are judged for minutes, longer than a collective waits, or JAX at the end
     return results, failures
 

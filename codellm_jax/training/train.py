@@ -22,7 +22,7 @@ import optax
 from etils import epath
 from flax import linen as nn
 
-from codellm_jax.evaluation.evaluate import ask
+from codellm_jax.evaluation.evaluate import TaskFailed, ask
 from codellm_jax.evaluation.trained import TrainedModel
 from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
 from codellm_jax.mixture.ledger import Ledger, arm
@@ -361,7 +361,7 @@ def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
         losses, tokens, [source.name for source in order.sources])
 
 
-def ask_benchmarks(run: Run) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def ask_benchmarks(run: Run) -> tuple[dict[str, dict[str, Any]], list[TaskFailed]]:
     """Results of the benchmarks, {"score/logic": ...}, whose files lie in results/in_training/STEP, and what failed."""
     training, plan = run.training, run.plan
     if training.evaluation is None or not plan.questions:

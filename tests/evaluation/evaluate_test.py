@@ -282,7 +282,7 @@ def test_a_prompt_too_long_leaves_room_for_its_answer(run_dir, tmp_path, capsys)
 def test_a_judge_that_fails_leaves_the_other_tasks(run_dir, tmp_path, capsys, monkeypatch):
     """On a terminal that knows no Chinese: the error is one line at the end, and the status tells of it."""
     def fails(*arguments):
-        raise ValueError("第一个 test is no Python")
+        raise ValueError("第一个 test\nis no Python")
 
     monkeypatch.setattr(Benchmarks, "judge", fails)
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
