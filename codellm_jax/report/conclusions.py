@@ -113,8 +113,8 @@ def _judged(study: Study, planned: Planned) -> Judged:
     tied = [task for task in lacking if task in study.tasks
             and (study.unmeasured(first, task) or study.unmeasured(second, task))]
     if lacking or not all(seeds):
-        missing = [task for task in lacking if task not in tied]
-        why = "; ".join([*([f"not evaluated on {', '.join(missing)}"] if missing else []),
+        unasked = [task for task in lacking if task not in tied]
+        why = "; ".join([*([f"not evaluated on {', '.join(unasked)}"] if unasked else []),
                          *([f"most questions of {', '.join(tied)} are ties"] if tied else [])])
         why = why or "no seed was evaluated on all of its tasks"
         return Judged(planned, OPEN, why, None, None, None, None)

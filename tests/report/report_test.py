@@ -20,6 +20,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from codellm_jax import cli
 from codellm_jax.report.write import read_study, report
+from codellm_jax.results.statistics import sign_flips
 from tasks.benchmarks.metrics import bleu_of_counts
 
 _spec = importlib.util.spec_from_file_location("planted", Path(__file__).parent.parent / "planted.py")
@@ -276,7 +277,11 @@ def test_a_task_of_ties_has_no_score_anywhere(tmp_path, capsys):
     report(str(tmp_path), say=lambda line: None)
     scores = {(row["arm"], row["task"]): row for row in table(tmp_path, "scores")}
     assert ("NL", "logic") not in scores and ("CODE", "logic") in scores
-    assert "logic" not in {row["task"] for row in table(tmp_path, "differences")}
+    differences = {row["task"]: row for row in table(tmp_path, "differences")}
+    assert "logic" not in differences and differences["jecqa"]["test"] == "McNemar"
+    credits = [[line["correct"] for line in lines_of(tmp_path, arm, "cosqa")[0]] for arm in ("CODE", "NL")]
+    assert differences["cosqa"]["test"] == "sign flips"
+    assert float(differences["cosqa"]["p"]) == pytest.approx(sign_flips(*credits))
     paper = {(row["task"], row["column"]): row for row in table(tmp_path, "table_2")}
     assert paper["logic", "NL (2.6B)"]["value"] == "" != paper["logic", "CODE (2.6B)"]["value"]
     results = {(row["run"], row["task"]): row for row in table(tmp_path, "results")}
