@@ -125,7 +125,7 @@ def test_every_request_is_scored_once() -> None:
 
 @pytest.mark.parametrize("batch_tokens", [1, 97, 8192])
 def test_the_same_tokens_have_the_same_numbers(batch_tokens: int) -> None:
-    """Also where rows and batches of others round differently."""
+    """For they are scored once, so that no rounding of rows and batches can tell them apart."""
     rng = np.random.default_rng(6)
     prompt, continuation = rng.integers(23, size=(2, 40)).tolist()
     others = [Request(0, prompt[:size], continuation[:size]) for size in (3, 9, 17, 33)]
@@ -136,6 +136,8 @@ def test_the_same_tokens_have_the_same_numbers(batch_tokens: int) -> None:
     np.testing.assert_array_equal(found[0], found[5])
     np.testing.assert_array_equal(found[6], found[7])
     expect(TINY, requests, found)
+    planned = [branch.requests for row in scoring._plan_rows(TINY, requests) for branch in row.branches]
+    assert sorted(planned) == [(0, 5), (1,), (2,), (3,), (4,), (6, 7)]
 
 
 def test_prompts_too_long_keep_their_end() -> None:
