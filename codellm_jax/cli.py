@@ -8,6 +8,7 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 import argparse
 import contextlib
 import difflib
+import io
 import logging
 import os
 import re
@@ -29,6 +30,9 @@ LASTING = ("train", "eval", "study", "cache", "report", "vocabulary", "launch")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
     whole = parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     job: list[str] = []

@@ -3,10 +3,10 @@
 `register(data_dir)` adds a task for each name of `tasks.benchmarks.loading`, with a split "test". A question with
 candidates becomes an example for each of them, all with the question's number and the position of the right candidate,
 so that the metric can put them together again: accuracy, by the mean log-likelihood of a candidate's tokens, whose sum
-is the score that `seqio.Evaluator` is given. A question whose answer is written becomes one, with the first reference
-as its targets and all of them as `references`; its metrics are those of `benchmarks.judging`, and MBPP's programs are
-run where the sandbox can confine them. Neither feature gets an end token, because a candidate's score is that of its
-own text.
+is the score that `seqio.Evaluator` is given; a tie of k candidates counts 1 / k. A question whose answer is written
+becomes one, with the first reference as its targets and all of them as `references`; its metrics are those of
+`benchmarks.judging`, and MBPP's programs are run where the sandbox can confine them. Neither feature gets an end token,
+because a candidate's score is that of its own text.
 
 Importing this module registers our own sample items as `sample.NAME`, which cannot be taken for the benchmarks.
 
@@ -103,24 +103,27 @@ def _task(name: str, read: functools.partial[Loaded], generated: bool) -> seqio.
     )
 
 
-def _candidate(_: str, example: Mapping[str, Any], is_target: bool) -> dict[str, int]:
+def _candidate(_: str, example: Mapping[str, Any], is_target: bool) -> dict[str, Any]:
     """What the metric must know of an example beside its score."""
     del is_target  # nothing is predicted
-    return {"tokens": len(example["targets"])} | {key: int(example[key]) for key in ("question", "candidate", "answer")}
+    tokens = tuple(tuple(int(token) for token in example[feature]) for feature in ("inputs", "targets"))
+    return {"tokens": tokens} | {key: int(example[key]) for key in ("question", "candidate", "answer")}
 
 
-def accuracy(targets: Sequence[Mapping[str, int]], scores: Any) -> dict[str, float]:
-    """The share of questions whose right candidate has the lowest perplexity, and their number.
+def accuracy(targets: Sequence[Mapping[str, Any]], scores: Any) -> dict[str, float]:
+    """The share of questions whose right candidate has the lowest perplexity, their number, and how many are ties.
 
     Args:
-      targets: of each example, its question, its candidate, the right candidate and its number of tokens.
+      targets: of each example, its question, its candidate, the right candidate, and the tokens of both its features.
       scores: of each example, the sum of the log-likelihoods of its tokens, in nats.
     """
     losses: dict[int, dict[int, float]] = {}
     answers = {}
+    same: dict[tuple[Any, ...], float] = {}  # the same tokens tie, however their batches were rounded
     values = scores[0] if isinstance(scores, tuple) else scores  # with what else a scorer says
     for target, score in zip(targets, values, strict=True):
-        losses.setdefault(target["question"], {})[target["candidate"]] = -float(score) / target["tokens"]
+        loss = same.setdefault((target["question"], *target["tokens"]), -float(score) / len(target["tokens"][1]))
+        losses.setdefault(target["question"], {})[target["candidate"]] = loss
         answers[target["question"]] = target["answer"]
     found = metrics.accuracy([[of[place] for place in sorted(of)] for of in losses.values()], list(answers.values()))
     return {"accuracy": found.accuracy, "questions": found.n, "ties": found.ties}

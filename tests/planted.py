@@ -66,12 +66,12 @@ def write_study(
 
 
 def write_task(run: Path, task: str, n: int, skill: float, letters: str, sample: bool = False,
-               settings: Mapping[str, Any] | None = None) -> None:
-    """Both files of a task, as an evaluation writes them."""
+               settings: Mapping[str, Any] | None = None, ties: int = 0) -> None:
+    """Both files of a task, as an evaluation writes them; of the last `ties` questions all candidates tie."""
     difficulty = seed_of("difficulty", task).normal(size=n)
     dice = seed_of(run.name, task, "answers")
     right = dice.random(n) < 1 / (1 + np.exp(difficulty - skill))
-    header = {"settings": {"version": 2, "vocabulary": "d798822c22de", "dtype": "bfloat16", "length": 1024,
+    header = {"settings": {"version": 3, "vocabulary": "d798822c22de", "dtype": "bfloat16", "length": 1024,
                            "template": "released", "few_shot": 0, "seed": 0, "data": f"{task} data".ljust(64, "0"),
                            "questions": f"{task} {n}".ljust(64, "0"), "scoring": "per_token", **(settings or {})},
               "checkpoint": {"run": str(run), "step": STEPS, "arm": letters, "digest": f"digest of {run.name}"}}
@@ -82,14 +82,18 @@ def write_task(run: Path, task: str, n: int, skill: float, letters: str, sample:
         k = CANDIDATES[task]
         answers = seed_of("answers", task).integers(k, size=n)
         predictions = np.where(right, answers, (answers + 1 + dice.integers(k - 1, size=n)) % k)
-        lines = [{"id": f"{task}-{place}", "answer": int(answer), "prediction": int(prediction),
-                  "correct": bool(answer == prediction), "candidates": [
+        lines = [{"id": f"{task}-{place}", "answer": int(answer), "prediction": int(prediction), "tied": [],
+                  "correct": float(answer == prediction), "candidates": [
                       {"log_likelihood": -1.0 - (number != prediction), "tokens": 3, "bytes": 9}
                       for number in range(k)]}
                  for place, (answer, prediction) in enumerate(zip(answers, predictions, strict=True))]
+        for line in lines[len(lines) - ties:]:
+            line |= {"prediction": None, "tied": list(range(k)), "correct": 1 / k, "candidates": [
+                {"log_likelihood": -1.0, "tokens": 3, "bytes": 9}] * k}
         found = accuracy_summary([line["correct"] for line in lines], [k] * n, answers.tolist())
         result = header | shared | {
             "metric": "accuracy", "value": found.accuracy, "n": n, "interval": list(found.interval),
+            "measured": 2 * ties <= n, "ties": ties, "ties_of_all": ties,
             "chance": found.chance, "chance_p_value": found.chance_p_value, "majority": found.majority}
     else:
         metric = "pass@1" if task == "mbpp" else "f1"

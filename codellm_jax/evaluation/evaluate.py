@@ -6,14 +6,18 @@ continuation are tokenized each by itself, as tuning's inputs and targets are, a
   per_token   the mean log-likelihood of the continuation's tokens: lowest perplexity wins (the default)
   sum         their sum
   per_byte    their sum over the bytes of the continuation's UTF-8
-  released    as the study's released code: without the first token, and with one padding token after the last
+  released    as the study's released code: without the first token, where it is not the only one, and with one padding
+              token after the last, where the model has room for it with every candidate
 
-All four are written down for every candidate; one of them decides. Results lie in RUN/results:
+All four are written down for every candidate; one of them decides. Where k candidates tie, the question counts 1 / k if
+the right one is among them, and a task of which most questions are ties is not measured. `cuts` says what is scored of
+a question that is longer than the model. Results lie in RUN/results:
 
-  TASK.json   value, n, interval, chance, majority, settings, checkpoint, fingerprint of the data
+  TASK.json   value, n, interval, chance, majority, ties, settings, checkpoint, fingerprint of the data
   TASK.jsonl  a line for each question: every candidate's log-likelihood, tokens and bytes; prediction and answer
 
-An evaluation that was interrupted goes on after the questions it has written.
+An evaluation that was interrupted goes on after the questions it has written. A task that fails leaves the others as
+they are.
 """
 
 import contextlib
@@ -27,13 +31,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from etils import epath
 
+from codellm_jax.evaluation.cuts import Fitted, fitted
 from codellm_jax.evaluation.sampling import PAPER_SAMPLING, Sampling
-from codellm_jax.evaluation.scoring import Request, fault, prompt_tokens_cut
+from codellm_jax.evaluation.scoring import Request, fault
 from codellm_jax.evaluation.trained import Checkpoint, TrainedModel, trained_model
 from codellm_jax.mixture.ledger import arm
-from codellm_jax.results.files import as_lines, lines_written, write_result, write_whole
-from codellm_jax.results.levels import AccuracySummary, accuracy_summary, detectable_by_error
-from codellm_jax.results.statistics import Bootstrap, Interval, bootstrap, wilson_interval
+from codellm_jax.results.answers import is_measured
+from codellm_jax.results.files import as_lines, encoded, lines_written, write_result, write_whole
+from codellm_jax.results.levels import AccuracySummary, accuracy_summary, score_summary
 from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_rows, told_from_chance
 from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.distributed import agreed, require_agreement, wait_for_all
@@ -41,7 +46,7 @@ from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.provenance import evaluation_hash, software, training_hash
 
 SCORINGS = ("per_token", "sum", "per_byte", "released")
-RESULTS_VERSION = 2  # raise it whenever lines hold other things: those of an earlier one are not gone on from
+RESULTS_VERSION = 3  # raise it whenever lines hold other things: those of an earlier one are not gone on from
 QUESTIONS_AT_ONCE = 64  # scored between two writes of results
 TEXTS_AT_ONCE = 32  # likewise written
 RAW_OUTPUTS = 3  # shown where a score is 0 or no better than chance: a slip in a template looks like that
@@ -143,7 +148,8 @@ def evaluate(
       asked: what gin files and flags say, likewise, for the results' provenance.
 
     Raises:
-      ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit.
+      ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit, before anything is
+        asked; and for tasks that failed, after all others were evaluated.
     """
     loaded, path = run.evaluation.load(), run.checkpoint.path
     with trained_model(run.checkpoint, report) as (model, record):
@@ -153,17 +159,31 @@ def evaluate(
         provenance = {
             "config_hash": evaluation_hash(settings()), "training_config_hash": training_hash(record["settings"]),
             "asked": dict(asked or {}), "seed": run.evaluation.seed} | software()
-        return ask(run.evaluation, loaded, model, checkpoint, run.results_dir or f"{path}/results", report,
-                   provenance=provenance)
+        results, failures = ask(run.evaluation, loaded, model, checkpoint, run.results_dir or f"{path}/results",
+                                report, provenance=provenance)
+        if agreed(len(failures)):  # of the first process, where several evaluate
+            raise ValueError(f"{len(failures)} of {len(loaded)} tasks failed: {'; '.join(map(str, failures))}"
+                             if failures else "a task failed on the first process.") from (
+                                 ExceptionGroup("tasks", failures) if failures else None)
+        return results
+
+
+class TaskFailed(Exception):
+    """One task of several that was not evaluated, in a line; its cause says more."""
+
+
+class Unjudged(Exception):
+    """What was written could not be judged, which the first process alone does."""
 
 
 def ask(
     evaluation: Evaluation, loaded: Sequence[Any], model: TrainedModel, checkpoint: Mapping[str, Any], folder: str,
     report: Callable[[str], None], progress: bool = True, provenance: Mapping[str, Any] | None = None,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[TaskFailed]]:
     """Asks a model the questions of each task and writes its results; call under its mesh and axis rules.
 
-    Every process computes; the first one alone writes, judges and returns results, the others return none.
+    Every process computes; the first one alone writes, judges and returns results, the others return none. A task that
+    fails leaves the others as they are: it is reported, and returned beside the results.
 
     Args:
       evaluation: what is asked.
@@ -178,13 +198,24 @@ def ask(
     directory = epath.Path(folder).expanduser()
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-    results = []
+    results, failures = [], list[TaskFailed]()
     for questions in loaded:
         one = ask_choices if hasattr(questions.questions[0], "candidates") else ask_texts
-        if result := one(evaluation, questions, model, checkpoint, directory, report, progress, provenance or {}):
-            results.append(result)
+        try:
+            if result := one(evaluation, questions, model, checkpoint, directory, report, progress, provenance or {}):
+                results.append(result)
+        except Exception as error:
+            # Several processes compute together: one that failed while they do cannot let the others wait for it.
+            if jax.process_count() > 1 and not isinstance(error, Unjudged):
+                raise
+            why = " ".join(str(error).split())
+            if not isinstance(error, ValueError | OSError | Unjudged):
+                why = f"{type(error).__name__}: {why}"
+            failures.append(TaskFailed(f"{questions.name}: {why}"))
+            failures[-1].__cause__ = error
+            report(f"{questions.name:<28} failed: {why}")
         wait_for_all("results")  # programs are judged for minutes, longer than a collective waits, or JAX at the end
-    return results
+    return results, failures
 
 
 def ask_choices(
@@ -194,7 +225,7 @@ def ask_choices(
     """One task of questions with candidates, from the first question that has no line yet; writes its two files."""
     settings = _settings(evaluation, loaded, model) | {"scoring": evaluation.scoring}
     answered = _answered(loaded, settings, checkpoint, folder, QUESTIONS_AT_ONCE,
-                         lambda questions, start: _scored(questions, evaluation, model), progress)
+                         lambda questions: _scored(questions, evaluation, model), progress)
     if answered is None:
         return None
     lines = answered.lines
@@ -203,21 +234,23 @@ def ask_choices(
     answers = [line["answer"] for line in lines]
     outcomes = {scoring: evaluation.benchmarks.accuracy(losses[scoring], answers) for scoring in SCORINGS}
     chosen = outcomes[evaluation.scoring]
-    for line, prediction, correct in zip(lines, chosen.predictions, chosen.correct, strict=True):
-        line |= {"prediction": prediction, "correct": bool(correct)}
+    for line, positions, credit in zip(lines, chosen.chosen, chosen.credits, strict=True):
+        tied = positions if len(positions) > 1 else []
+        line |= {"prediction": None if tied else positions[0], "tied": tied, "correct": credit}
     candidates = [candidate for line in lines for candidate in line["candidates"]]
-    summary = accuracy_summary(chosen.correct, [len(line["candidates"]) for line in lines], answers)
+    summary = accuracy_summary(chosen.credits, [len(line["candidates"]) for line in lines], answers)
     result = answered.header | {
         "task": loaded.name, "sample": loaded.is_sample, "metric": "accuracy", "value": summary.accuracy,
-        **_levels(summary), "ties": chosen.ties,
+        "measured": is_measured(lines), **_levels(summary), "ties": chosen.ties,
+        "ties_of_all": sum(len(line["tied"]) == len(line["candidates"]) for line in lines),
         "accuracy_by_scoring": {scoring: outcome.accuracy for scoring, outcome in outcomes.items()},
         "prompts_cut": sum(candidate["prompt_tokens_cut"] > 0 for candidate in candidates),
         "continuations_cut": sum(candidate["continuation_tokens_cut"] > 0 for candidate in candidates),
         **_data(loaded), "questions_per_second": answered.rate, "provenance": dict(provenance),
     }
-    if not summary.accuracy or not told_from_chance(result):
-        result["raw_outputs"] = [raw_choice(question, line, evaluation.scoring) for question, line in zip(
-            loaded.questions[:RAW_OUTPUTS], lines, strict=False)]
+    if not summary.accuracy or not result["measured"] or not told_from_chance(result):
+        result["raw_outputs"] = [raw_choice(list(_texts_scored(question, model)), line, evaluation.scoring)
+                                 for question, line in zip(loaded.questions[:RAW_OUTPUTS], lines, strict=False)]
     write_result(folder, answered.name, answered.header, answered.lines, result)
     report(table_rows(result))
     return result
@@ -230,10 +263,10 @@ def ask_texts(
     """One task of questions that are answered by writing, likewise."""
     vocabulary, samples = model.vocabulary, evaluation.samples
 
-    def written(questions: Sequence[Any], start: int) -> Iterator[dict[str, Any]]:
+    def written(questions: Sequence[Any]) -> Iterator[dict[str, Any]]:
         stop = tuple(questions[0].extra.get("stop", ()))
         prompts = [vocabulary.encode(question.prompt) for question in questions for _ in range(samples)]
-        numbers = range(start * samples, start * samples + len(prompts))
+        numbers = [_number(loaded.name, question.id, sample) for question in questions for sample in range(samples)]
         answers = iter(model.write(
             prompts, [stop] * len(prompts), evaluation.sampling, evaluation.seed, numbers=numbers))
         for question in questions:
@@ -250,9 +283,13 @@ def ask_texts(
     if answered is None:
         return None
     lines = answered.lines
-    judged = evaluation.benchmarks.judge(loaded, [line["texts"] for line in lines], vocabulary.encode)
-    scores = {metric: _score_of_means(values) for metric, values in judged.values.items()}
-    scores |= {metric: _score(bootstrap(counts, from_sums)) for metric, (counts, from_sums) in judged.corpus.items()}
+    try:
+        judged = evaluation.benchmarks.judge(loaded, [line["texts"] for line in lines], vocabulary.encode)
+    except Exception as error:
+        raise Unjudged(f"the answers are written to {folder / answered.name}.jsonl and could not be judged "
+                       f"({type(error).__name__}: {error}); the same command judges them again.") from error
+    scores = {metric: score_summary(values) for metric, values in judged.values.items()}
+    scores |= {metric: score_summary(counts, from_sums) for metric, (counts, from_sums) in judged.corpus.items()}
     main = next(iter(judged.values))
     for number, line in enumerate(lines):
         line |= {metric: values[number] for metric, values in judged.values.items()} | {"notes": judged.notes[number]}
@@ -271,16 +308,9 @@ def ask_texts(
     return result
 
 
-def _score(found: Bootstrap, interval: Interval | None = None) -> dict[str, Any]:
-    # Where every question adds the same a bootstrap would be certain, which is no interval.
-    interval = interval or (found.interval if found.standard_error else None)
-    return {"value": found.estimate, "interval": interval and list(interval), "smallest_detectable_difference": {
-        "between_runs": detectable_by_error(2**0.5 * found.standard_error) if found.standard_error else None}}
-
-
-def _score_of_means(values: Sequence[float]) -> dict[str, Any]:
-    shares = set(values) <= {0.0, 1.0}
-    return _score(bootstrap(values), wilson_interval(int(sum(values)), len(values)) if shares else None)
+def _number(task: str, question: str, sample: int) -> int:
+    """What an answer's draws depend on beside the seed, in [0, 2^32): the same wherever the question stands."""
+    return int.from_bytes(hashlib.sha256(f"{task}\0{question}\0{sample}".encode()).digest()[:4], "big")
 
 
 def _settings(evaluation: Evaluation, loaded: Any, model: TrainedModel) -> dict[str, Any]:
@@ -307,7 +337,7 @@ class _Answered(NamedTuple):
 
 def _answered(
     loaded: Any, settings: Mapping[str, Any], checkpoint: Mapping[str, Any], folder: epath.Path, at_once: int,
-    answer: Callable[[Sequence[Any], int], Iterator[dict[str, Any]]], progress: bool,
+    answer: Callable[[Sequence[Any]], Iterator[dict[str, Any]]], progress: bool,
 ) -> _Answered | None:
     """Answers the questions that have no line yet, and writes a line for each as it comes; None but on the first
     process, which alone reads and writes.
@@ -323,12 +353,12 @@ def _answered(
         if not before:
             (folder / f"{name}.json").unlink(missing_ok=True)  # of other settings, whose lines go now
         write_whole(path, as_lines([header, *lines]))  # whole, before anything is added to it
-    with path.open("a") if first else contextlib.nullcontext() as file:
+    with path.open("ab") if first else contextlib.nullcontext() as file:
         for start in range(before, total, at_once):
-            for line in answer(loaded.questions[start : start + at_once], start):
+            for line in answer(loaded.questions[start : start + at_once]):
                 lines.append(line)
                 if file is not None:
-                    file.write(as_lines([line]))
+                    file.write(encoded(as_lines([line])))
             if file is not None:
                 file.flush()
             done = min(start + at_once, total)
@@ -342,39 +372,55 @@ def _answered(
 def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedModel) -> Iterator[dict[str, Any]]:
     """The line of each question, without prediction."""
     vocabulary, length = model.vocabulary, model.config.length
-    requests, beyond = [], []
-    for group, question in enumerate(questions):
-        for number, candidate in enumerate(question.candidates):
-            whole = vocabulary.encode(candidate.continuation)
-            # Of one longer than the model the beginning is scored, which is counted: no question is lost for it.
-            request = Request(group, vocabulary.encode(candidate.prompt), whole[:length])
-            beyond.append(len(whole) - len(request.continuation))
-            if wrong := fault(request, length, vocabulary.size):
+    kept = [_fitted(question, model) for question in questions]
+    requests = []
+    for group, (question, candidates) in enumerate(zip(questions, kept, strict=True)):
+        # For "released" alone, and where it costs no candidate a token.
+        pad = [vocabulary.pad_id] * all(
+            len(candidate.prompt) + len(candidate.continuation) <= length for candidate in candidates)
+        for number, candidate in enumerate(candidates):
+            if wrong := fault(Request(group, candidate.prompt, candidate.continuation), length, vocabulary.size):
                 raise ValueError(f"Question {question.id}, candidate {number}: {wrong}.")
-            # For "released" alone, and where it costs the prompt no token.
-            if len(request.prompt) + len(request.continuation) <= length:
-                request = request._replace(continuation=[*request.continuation, vocabulary.pad_id])
-            requests.append(request)
-    values = iter(zip(requests, model.score(requests, evaluation.batch_tokens), beyond, strict=True))
-    for question in questions:
-        candidates = []
-        for candidate in question.candidates:
-            request, scores, left = next(values)
-            log_likelihoods = scores.log_likelihoods
-            tokens = len(request.continuation) - (request.continuation[-1] == vocabulary.pad_id)
-            scored = vocabulary.decode(request.continuation[:tokens]) if left else candidate.continuation
-            candidates.append({
+            requests.append(Request(group, candidate.prompt, [*candidate.continuation, *pad]))
+    values = iter(model.score(requests, evaluation.batch_tokens))
+    for question, candidates in zip(questions, kept, strict=True):
+        # Candidates that are the same tokens are one, whatever the bytes of a text that the vocabulary takes for them.
+        numbers: dict[tuple[tuple[int, ...], ...], dict[str, Any]] = {}
+        lines = []
+        for candidate, whole in zip(candidates, question.candidates, strict=True):
+            log_likelihoods = next(values).log_likelihoods
+            tokens = len(candidate.continuation)
+            released = log_likelihoods[1:] if len(log_likelihoods) > 1 else log_likelihoods
+            cut = candidate.continuation_tokens_cut
+            text = vocabulary.decode(candidate.continuation) if cut else whole.continuation
+            lines.append(numbers.setdefault((tuple(candidate.prompt), tuple(candidate.continuation)), {
                 "log_likelihood": float(log_likelihoods[:tokens].sum()), "tokens": tokens,
-                "bytes": len(scored.encode()), "released": float(log_likelihoods[1:].sum()),
-                "prompt_tokens_cut": prompt_tokens_cut(request, length), "continuation_tokens_cut": left})
+                "bytes": max(1, len(text.encode())),  # a token may stand for nothing by itself
+                "released": float(released.sum()), "released_tokens": len(released)}) | {
+                "prompt_tokens_cut": candidate.prompt_tokens_cut, "continuation_tokens_cut": cut})
         [answer] = question.answer
-        yield {"id": question.id, "candidates": candidates, "answer": answer}
+        yield {"id": question.id, "candidates": lines, "answer": answer}
+
+
+def _fitted(question: Any, model: TrainedModel) -> list[Fitted]:
+    """A question's candidates as tokens, cut where they are longer than the model."""
+    encode = model.vocabulary.encode
+    return fitted([(encode(prompt), encode(continuation)) for prompt, continuation in question.candidates],
+                  model.config.length)
+
+
+def _texts_scored(question: Any, model: TrainedModel) -> Iterator[tuple[str, str]]:
+    """What was scored of each candidate: the texts of its prompt and its continuation as the model saw them."""
+    for candidate in _fitted(question, model):
+        prompt = model.vocabulary.decode(candidate.prompt)
+        # Together, for what a token stands for may depend on those before it.
+        yield prompt, model.vocabulary.decode([*candidate.prompt, *candidate.continuation])[len(prompt):]
 
 
 def _loss(candidate: Mapping[str, Any], scoring: str) -> float:
     """What is lowest for the candidate that is chosen."""
     if scoring == "released":
-        return -candidate["released"] / candidate["tokens"]
+        return -candidate["released"] / candidate["released_tokens"]
     divisor = {"per_token": candidate["tokens"], "per_byte": candidate["bytes"], "sum": 1}[scoring]
     return -candidate["log_likelihood"] / divisor
 
@@ -391,4 +437,4 @@ def _levels(summary: AccuracySummary) -> dict[str, Any]:
 
 def _fingerprint(questions: Sequence[Any]) -> str:
     """Of the texts that are scored, and so of data, template and examples together."""
-    return hashlib.sha256(json.dumps(questions, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(encoded(json.dumps(questions, ensure_ascii=False))).hexdigest()

@@ -62,7 +62,7 @@ class Request(NamedTuple):
 class _Branch(NamedTuple):
     """What a request needs beyond its row's stem."""
 
-    request: int  # index
+    requests: tuple[int, ...]  # indices; several where their tokens are the same
     tokens: tuple[int, ...]  # the last one is only predicted
     scored: int  # predicted tokens at the end that count
 
@@ -113,12 +113,12 @@ def prompt_tokens_cut(request: Request, length: int) -> int:
 class Scores(NamedTuple):
     """Of one continuation's tokens."""
 
-    log_likelihoods: np.ndarray  # float32, nats
+    log_likelihoods: np.ndarray  # float64, nats: as exact as the model's float32, and so are their sums
     greedy: np.ndarray  # bool: of all tokens none is likelier
 
 
 def score(params: Any, config: DecoderConfig, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
-    """The log-likelihoods, float32 [tokens of the continuation] in nats, that `score_greedily` finds."""
+    """The log-likelihoods, float64 [tokens of the continuation] in nats, that `score_greedily` finds."""
     return [found.log_likelihoods for found in score_greedily(params, config, requests, **options)]
 
 
@@ -134,7 +134,8 @@ def score_greedily(
     """Computes the log-likelihood of every continuation token, and whether greedy decoding would choose it.
 
     Results depend neither on the other requests, their order and groups, nor on `batch_tokens` or the mesh, beyond
-    the rounding of `config.dtype`.
+    the rounding of `config.dtype`. Requests of a group that are the same tokens are scored once, so that they have the
+    very same numbers.
 
     Args:
       params: the decoder's parameters.
@@ -221,7 +222,8 @@ def _results(rows: list[_Row], scored: tuple[jax.Array, jax.Array]) -> list[tupl
         start = 0
         for branch in row.branches:
             part = slice(start, start + branch.scored)
-            found.append((branch.request, Scores(values_BL[b, part].copy(), greedy_BL[b, part].copy())))
+            found += [(request, Scores(values_BL[b, part].astype(np.float64), greedy_BL[b, part].copy()))
+                      for request in branch.requests]
             start += branch.scored
     return found
 
@@ -236,14 +238,15 @@ def _plan_rows(config: DecoderConfig, requests: Sequence[Request]) -> list[_Row]
         groups.setdefault(request.group, []).append(index)
     rows = []
     for members in groups.values():
-        sequences = []
+        sequences: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index in members:
             request = requests[index]
             cut = prompt_tokens_cut(request, config.length)
             tokens = (*tuple(request.prompt)[cut:], *request.continuation)
-            sequences.append(_Branch(index, tokens, len(request.continuation)))
-        rows += _plan_group(config, sequences)
-    return sorted(rows, key=lambda row: (-row.length, row.branches[0].request))
+            sequences.setdefault((tokens, len(request.continuation)), []).append(index)
+        rows += _plan_group(config, [
+            _Branch(tuple(indices), tokens, scored) for (tokens, scored), indices in sequences.items()])
+    return sorted(rows, key=lambda row: (-row.length, row.branches[0].requests))
 
 
 def _plan_group(config: DecoderConfig, sequences: list[_Branch]) -> list[_Row]:

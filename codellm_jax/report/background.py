@@ -11,16 +11,16 @@ from codellm_jax.report.pages import Block, Figure, Heading, Items, Table, Text
 from codellm_jax.report.runs import Run
 from codellm_jax.report.sections import Rows, Section
 from codellm_jax.report.study import Study, code_rate, pretraining_tokens
-from codellm_jax.results.answers import METRICS, metrics_of
+from codellm_jax.results.answers import METRICS, is_measured, metrics_of, ties_of
 
 STAGES = {"pretraining": "pre-training", "tuning": "tuning"}
 POOLS = ("text", "code")
 FEWEST_RATES = 3  # of a sweep
 IDS_SHOWN = 20
 SHORT = 12  # characters of a hash
-RESULT_COLUMNS = ("run", "task", "sample", "n", "data", "questions", "template", "few_shot", "scoring", "samples",
-                  "sampling", "step", "checkpoint_digest", "config_hash", "training_config_hash", "code_version",
-                  "code_commit", "code_dirty", "versions")
+RESULT_COLUMNS = ("run", "task", "sample", "n", "ties", "measured", "data", "questions", "template", "few_shot",
+                  "scoring", "samples", "sampling", "step", "checkpoint_digest", "config_hash", "training_config_hash",
+                  "code_version", "code_commit", "code_dirty", "versions")
 HASH = 40
 
 
@@ -32,8 +32,11 @@ def score_plots(study: Study) -> Section:
             found = [(label, study.estimate(label, task, metric)) for label in study.arms]
             points = [plots.Point(label, 100 * one.value, one.interval and plots.Interval(
                 *(100 * bound for bound in one.interval))) for label, one in found if one]
-            panels.append(plots.Panel(_title(study, task, metric), points, *_levels(study, task)))
+            if points:
+                panels.append(plots.Panel(_title(study, task, metric), points, *_levels(study, task)))
     blocks: list[Block] = [Heading(2, "Scores by arm")]
+    if not panels:
+        return Section([*blocks, Text("Nothing was measured: most questions of all tasks are ties.")], [])
     blocks += plots.scores(
         "scores", "Scores by arm, in per cent, with 95% intervals. The dotted line is chance, the other always the "
         "commonest answer: a score whose interval reaches one is not told from it.", panels)
@@ -149,7 +152,7 @@ def contamination(study: Study) -> Section:
 
 def asked(study: Study) -> Section:
     """The questions, and how they were asked and scored; the same for all runs, or there would be no report."""
-    rows, cut = [], []
+    rows, notes = [], []
     for task in study.tasks:
         result = study.result(task).result
         settings, skipped = result["settings"], sum(result.get("skipped", {}).values())
@@ -159,17 +162,25 @@ def asked(study: Study) -> Section:
                      f"`{str(settings.get('data', '-'))[:SHORT]}`", f"`{str(settings.get('questions', '-'))[:SHORT]}`",
                      template if isinstance(template, str) else json.dumps(template, ensure_ascii=False),
                      f"{settings.get('few_shot', '-')}", how, ", ".join(METRICS[name] for name in study.metrics(task))])
-        counts = {run.name: run.results[task].result.get("prompts_cut") or 0
-                  for run in study.runs if task in run.results}
-        if any(counts.values()):
-            told = f"{max(counts.values()):,} of each run" if len(set(counts.values())) == 1 else ", ".join(
-                f"{count:,} of `{name}`" for name, count in counts.items() if count)
-            cut.append(f"{task}: prompts that were too long and lost their beginning: {told}.")
+        asked_of = {run.name: run.results[task] for run in study.runs if task in run.results}
+        for what, counts in (
+            ("questions of which several candidates tie, k that do counting 1 / k",
+             {name: ties_of(one.lines) for name, one in asked_of.items()}),
+            ("prompts that were too long for the model and are cut",
+             {name: one.result.get("prompts_cut") or 0 for name, one in asked_of.items()}),
+            ("continuations that were too long for the model and are cut",
+             {name: one.result.get("continuations_cut") or 0 for name, one in asked_of.items()})):
+            if any(counts.values()):
+                told = f"{max(counts.values()):,} of each run" if len(set(counts.values())) == 1 else ", ".join(
+                    f"{count:,} of `{name}`" for name, count in counts.items() if count)
+                notes.append(f"{task}: {what}: {told}.")
+        if tied := [f"`{name}`" for name, one in asked_of.items() if not one.measured]:
+            notes.append(f"{task} is not measured of {', '.join(tied)}: most questions are ties.")
     blocks: list[Block] = [Heading(2, "What was asked"), Table(
         "Of every run alike; hashes are of the files' content, and of the texts that were scored",
         ("Task", "n", "Skipped", "Data", "Questions", "Template", "Few-shot", "Scoring", "Metrics"), rows,
         words=(3, 4, 5, 7, 8))]
-    return Section([*blocks, *([Items(cut)] if cut else [])], [])
+    return Section([*blocks, *([Items(notes)] if notes else [])], [])
 
 
 def provenance(study: Study) -> Section:
@@ -225,8 +236,10 @@ def _of_result(run: Run, task: str) -> list[Any]:
     settings, known = result["settings"], result.get("provenance") or {}
     code = known.get("code") or {}
     template = settings.get("template")
-    return [run.name, task, result["sample"], result["n"], settings.get("data"), settings.get("questions"),
-            template if isinstance(template, str) else json.dumps(template), settings.get("few_shot"),
+    lines = run.results[task].lines
+    return [run.name, task, result["sample"], result["n"], ties_of(lines), is_measured(lines), settings.get("data"),
+            settings.get("questions"), template if isinstance(template, str) else json.dumps(template),
+            settings.get("few_shot"),
             settings.get("scoring"), settings.get("samples"), json.dumps(settings.get("sampling")),
             result["checkpoint"].get("step"), result["checkpoint"].get("digest"), known.get("config_hash"),
             known.get("training_config_hash"), code.get("version"), code.get("commit"), code.get("dirty"),

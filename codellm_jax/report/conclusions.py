@@ -72,10 +72,10 @@ RULES = (
     "A contrast is supported where its interval lies above 0, contradicted where it lies below 0, and open else. Where "
     f"the claim is that nothing is lost, it is supported above -{100 * MARGIN:g} points, contradicted below, and open "
     f"where the interval holds -{100 * MARGIN:g}.",
-    "A contrast is always open where: a task or an arm of it is missing; an arm has a single seed, for then the "
-    "difference may be that of two seeds; the better arm's mean score is not above what answering without reading "
-    "would reach (the larger of chance and majority of each task; 0 where answers are written), by a one-sided 97.5% "
-    "bound; the questions are samples; or the models are too small to say anything.",
+    "A contrast is always open where: a task or an arm of it is missing; most questions of a task are ties; an arm has "
+    "a single seed, for then the difference may be that of two seeds; the better arm's mean score is not above what "
+    "answering without reading would reach (the larger of chance and majority of each task; 0 where answers are "
+    "written), by a one-sided 97.5% bound; the questions are samples; or the models are too small to say anything.",
     "A conclusion is contradicted where any of its contrasts is, supported where all are, and open else.",
     "Where contamination was measured, questions that overlap with a training source are left out here.",
 )
@@ -110,8 +110,13 @@ def _judged(study: Study, planned: Planned) -> Judged:
                                 for measure in planned.measures)) for label in (first, second)]
     lacking = [task for task, metric in planned.measures if task not in study.tasks
                or not study.values(first, task, metric) or not study.values(second, task, metric)]
+    tied = [task for task in lacking if task in study.tasks
+            and (study.unmeasured(first, task) or study.unmeasured(second, task))]
     if lacking or not all(seeds):
-        why = f"not evaluated on {', '.join(lacking)}" if lacking else "no seed was evaluated on all of its tasks"
+        unasked = [task for task in lacking if task not in tied]
+        why = "; ".join([*([f"not evaluated on {', '.join(unasked)}"] if unasked else []),
+                         *([f"most questions of {', '.join(tied)} are ties"] if tied else [])])
+        why = why or "no seed was evaluated on all of its tasks"
         return Judged(planned, OPEN, why, None, None, None, None)
     arms = [[[study.values(label, *measure, clean=True)[seed] for seed in sorted(of_arm, key=str)]
              for measure in planned.measures] for label, of_arm in zip((first, second), seeds, strict=True)]

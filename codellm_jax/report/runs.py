@@ -11,11 +11,12 @@ from typing import Any
 
 from etils import epath
 
+from codellm_jax.results.answers import is_measured
 from codellm_jax.results.files import finished_lines
 
 # What makes questions and scores what they are; where one differs, two results must not stand in one table. Named from
 # what is seen first: a template makes other questions of the same data.
-OF_A_MEASUREMENT = ("data", "template", "few_shot", "scoring", "sampling", "samples", "questions")
+OF_A_MEASUREMENT = ("data", "template", "few_shot", "scoring", "sampling", "samples", "questions", "version")
 # What makes an arm what it is, the data aside; seeds of one arm have it in common.
 OF_AN_ARM = ("model.", "adamw.", "warmup_cosine.", "mixture.code_rate", "mixture.mix_phases", "mixture.stage",
              "train.batch_size", "train.train_steps")
@@ -34,6 +35,11 @@ class Result:
     @property
     def ids(self) -> list[str]:
         return [str(line["id"]) for line in self.lines]
+
+    @property
+    def measured(self) -> bool:
+        """Whether its score says anything of the model: not where most questions are ties."""
+        return is_measured(self.lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +112,7 @@ def read_json(path: epath.Path) -> Any:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no whole JSON ({error}): make it again.") from None
 

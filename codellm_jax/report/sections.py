@@ -31,6 +31,9 @@ DIFFERENCE_COLUMNS = ("first", "second", "task", "metric", "first_seeds", "secon
                       "clean_difference", "clean_low", "clean_high", "clean_p")
 
 
+NOT_MEASURED = "not measured: ties"
+
+
 def opening(study: Study) -> list[Block]:
     """What must be known first, and what there is."""
     blocks: list[Block] = []
@@ -127,6 +130,8 @@ def _row_of_paper(study: Study, row: Row, cells: Sequence[_Cell], clean: bool) -
         if found and n is None:
             n, levels, sample = found.n, study.levels(task, clean), study.is_sample(task)
         text = _score(found) + (f", n {found.n:,}" if found and found.n != n else "")
+        if label and task in study.tasks and study.unmeasured(label, task):
+            text = NOT_MEASURED
         if figure is not None and not clean:
             text += f"\npaper {figure:.2f}{_interval_of_paper(row, figure)}"
         texts.append(text)
@@ -177,6 +182,9 @@ def scores(study: Study) -> Section:
         for task in study.tasks:
             for metric in study.metrics(task):
                 found = study.estimate(label, task, metric)
+                if study.unmeasured(label, task):
+                    rows.append([label, task + " (sample)" * study.is_sample(task), METRICS[metric], "-", "-",
+                                 NOT_MEASURED, *_levels(study.levels(task)), "-"])
                 if not found:
                     continue
                 numbers.append([label, task, study.is_sample(task), metric, *_numbers(study, label, task, metric)])

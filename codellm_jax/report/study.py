@@ -85,24 +85,30 @@ class Study:
         return levels_of(kept) if kept else None
 
     def values(self, label: str, task: str, metric: str, clean: bool = False) -> dict[int | None, np.ndarray]:
-        """What each question adds, for each seed of an arm that was asked."""
+        """What each question adds, for each seed of an arm that was asked and measured."""
         kept = self._kept(task, clean)
         return {run.seed: values_of(run.results[task].lines, metric)[kept] for run in self.arms[label]
-                if task in run.results and metric in metrics_of(run.results[task].lines)}
+                if task in run.results and run.results[task].measured
+                and metric in metrics_of(run.results[task].lines)}
+
+    def unmeasured(self, label: str, task: str) -> bool:
+        """Whether an arm was asked a task and nothing was measured, for most of its questions are ties."""
+        results = [run.results[task] for run in self.arms[label] if task in run.results]
+        return bool(results) and not any(result.measured for result in results)
 
     @functools.cache  # noqa: B019  # a study is read once in a process
     def estimate(self, label: str, task: str, metric: str, clean: bool = False) -> Estimate | None:
-        """The score of an arm; None where it was not asked, or no question is left."""
+        """The score of an arm; None where it was not asked, not measured, or no question is left."""
         seeds = list(self.values(label, task, metric, clean).values())
-        return estimate(seeds) if seeds and len(seeds[0]) else None
+        return estimate(seeds, metric) if seeds and len(seeds[0]) else None
 
     @functools.cache  # noqa: B019
     def compared(self, first: str, second: str, task: str, metric: str, clean: bool = False) -> Compared | None:
-        """The score of one arm minus that of another; None where either was not asked, or no question is left."""
+        """The score of one arm minus that of another; None where either has none."""
         ours, theirs = self.values(first, task, metric, clean), self.values(second, task, metric, clean)
         if not ours or not theirs or not len(next(iter(ours.values()))):
             return None
-        return compared(list(ours.values()), list(theirs.values()), self.paired(first, second, ours, theirs))
+        return compared(list(ours.values()), list(theirs.values()), metric, self.paired(first, second, ours, theirs))
 
     def paired(self, first: str, second: str, ours: Collection[int | None], theirs: Collection[int | None]) -> bool:
         """Whether these seeds of two arms belong together: each of one arm has one of the other that started from the

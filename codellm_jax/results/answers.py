@@ -1,6 +1,6 @@
 """What each question adds to a score, of each seed of an arm; scores and differences of scores from that alone.
 
-Scores are fractions of 1, BLEU too.
+Scores are fractions of 1, BLEU too. To an accuracy a question adds its credit: 1, 0, or 1 / k where k candidates tie.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from codellm_jax.results.levels import chance_level, detectable_by_error, detectable_paired, majority_level
 from codellm_jax.results.seeds import FromSums, contrast, pseudo_values
-from codellm_jax.results.statistics import Interval, bootstrap, mcnemar, paired_bootstrap, wilson_interval
+from codellm_jax.results.statistics import Interval, bootstrap, mcnemar, mean_interval, paired_bootstrap, sign_flips
 
 Lines = Sequence[Mapping[str, Any]]
 NGRAMS = 4
@@ -46,6 +46,8 @@ class Levels(NamedTuple):
 TESTS = {
     "McNemar": "one seed each, right or wrong: McNemar's exact test on the questions that one of them alone has right; "
                "the interval is a bootstrap over questions",
+    "sign flips": "one seed each, questions of which some are ties and count 1 / k: the sum of the differences against "
+                  "that with random signs; the interval is a bootstrap over questions",
     "bootstrap": "one seed each, more or less right: a bootstrap over the questions that both answered",
     "questions": "an arm of one seed alone against several: the difference of the means over seeds, between questions; "
                  "what another seed would change is left out",
@@ -61,6 +63,16 @@ def metrics_of(lines: Lines) -> list[str]:
     if "correct" in lines[0]:
         return ["accuracy"]
     return [name for name in METRICS if name in lines[0] or f"{name}_counts" in lines[0]]
+
+
+def ties_of(lines: Lines) -> int:
+    """Questions of which several candidates share the best score."""
+    return sum(bool(line.get("tied")) for line in lines)
+
+
+def is_measured(lines: Lines) -> bool:
+    """False where most questions are ties: such a score tells how many candidates there are, and not of the model."""
+    return 2 * ties_of(lines) <= len(lines)
 
 
 def values_of(lines: Lines, metric: str) -> np.ndarray:
@@ -97,14 +109,14 @@ def score_of(values: np.ndarray) -> float:
     return float(values.mean()) if values.ndim == 1 else float(corpus_bleu(values.sum(axis=0)))
 
 
-def estimate(seeds: Sequence[np.ndarray]) -> Estimate:
-    """The mean score of an arm's seeds; `values_of` each, of the same questions.
+def estimate(seeds: Sequence[np.ndarray], metric: str) -> Estimate:
+    """The mean score of an arm's seeds; `values_of` each, of the same questions and this metric.
 
-    Of one seed, shares of questions get Wilson's interval and others a bootstrap's, over questions; of several seeds
-    the interval is that of `contrast`, over seeds and questions.
+    Of one seed, accuracies and other shares of questions get Wilson's interval and others a bootstrap's, over
+    questions; of several seeds the interval is that of `contrast`, over seeds and questions.
     """
     n, value = len(seeds[0]), float(np.mean([score_of(values) for values in seeds]))
-    shares = seeds[0].ndim == 1 and all(set(values.tolist()) <= {0.0, 1.0} for values in seeds)
+    shares = metric == "accuracy" or all(_all_or_nothing(values) for values in seeds)
     interval = None
     if len(seeds) > 1 and n > 1:
         found = contrast([linear(seeds)], estimate=value)
@@ -113,12 +125,12 @@ def estimate(seeds: Sequence[np.ndarray]) -> Estimate:
         drawn = bootstrap(seeds[0], _from_sums(seeds[0]))
         interval = drawn.interval if drawn.standard_error else None
     if interval is None and shares:  # Wilson's is never a point
-        interval = wilson_interval(round(n * value), n)
+        interval = mean_interval(value, n)
     return Estimate(value, interval and Interval(max(0.0, interval.low), min(1.0, interval.high)), n, len(seeds))
 
 
-def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], paired: bool) -> Compared:
-    """The first arm's score minus the second's; `values_of` each seed of either, of the same questions.
+def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], metric: str, paired: bool) -> Compared:
+    """The first arm's score minus the second's; `values_of` each seed of either, of the same questions and this metric.
 
     `paired`: both arms have the same seeds, in the same order.
     """
@@ -127,11 +139,14 @@ def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], paired: 
     if len(first) == len(second) == 1:
         drawn = paired_bootstrap(ours, theirs, _from_sums(ours))
         interval = drawn.interval if drawn.standard_error else None
-        if ours.ndim == 1 and set(ours.tolist()) | set(theirs.tolist()) <= {0.0, 1.0}:
+        if _all_or_nothing(ours) and _all_or_nothing(theirs):
             test = mcnemar(ours, theirs)
             return Compared(difference, interval, test.p_value, "McNemar",
                             detectable_paired(n, (test.only_first + test.only_second) / n))
-        return Compared(difference, interval, drawn.p_value, "bootstrap", _detectable(drawn.standard_error))
+        detectable = detectable_by_error(drawn.standard_error) if drawn.standard_error else None
+        if metric == "accuracy":
+            return Compared(difference, interval, sign_flips(ours, theirs), "sign flips", detectable)
+        return Compared(difference, interval, drawn.p_value, "bootstrap", detectable)
     if n < 2:
         return Compared(difference, None, 1.0, "seeds", None)
     seeds = min(len(first), len(second)) > 1
@@ -151,5 +166,5 @@ def _from_sums(values: np.ndarray) -> FromSums | None:
     return None if values.ndim == 1 else corpus_bleu
 
 
-def _detectable(standard_error: float) -> float | None:
-    return detectable_by_error(standard_error) if standard_error else None
+def _all_or_nothing(values: np.ndarray) -> bool:
+    return values.ndim == 1 and set(values.tolist()) <= {0.0, 1.0}

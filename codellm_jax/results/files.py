@@ -8,8 +8,15 @@ from etils import epath
 
 
 def as_lines(values: Sequence[Any]) -> str:
-    """JSON, a line each."""
+    """JSON, a line each; it may hold what `encoded` alone can write."""
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8, whatever the locale. A lone surrogate, which UTF-8 cannot hold, becomes its escape, "\\udc80", which JSON
+    reads as that surrogate again.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -27,10 +34,14 @@ def lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str,
 
 
 def finished_lines(path: epath.Path, result: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The lines of TASK.jsonl, without its header, where they are those of TASK.json; else None."""
+    """The lines of TASK.jsonl, without its header, where they are those of TASK.json; else None.
+
+    Nor are they where a result tells of ties and its lines do not: earlier versions took the first of those that tie.
+    """
     header = {key: result.get(key) for key in ("settings", "checkpoint")}
     lines = lines_written(path, header)
-    return lines if len(lines) == result["n"] else None
+    ties = sum(bool(line.get("tied")) for line in lines)
+    return lines if len(lines) == result["n"] and ties == result.get("ties", 0) else None
 
 
 def write_result(
@@ -42,7 +53,7 @@ def write_result(
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, as UTF-8; see `encoded`."""
     building = path.with_name(f".{path.name}.building")
-    building.write_text(text)
+    building.write_bytes(encoded(text))
     building.replace(path)

@@ -1,6 +1,7 @@
 """What a score is read against: chance, the commonest answer, and the smallest difference that n questions show.
 
-Levels and differences are fractions of 1. Only `level_test` and `accuracy_summary` look at what a system answered.
+Levels and differences are fractions of 1. Only `level_test` and the summaries look at what a system answered.
+Detectable differences are those of the very tests that are used, with their power computed and not approximated.
 """
 
 import collections
@@ -11,7 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codellm_jax.results.statistics import Interval, check_count, check_questions, right_or_wrong, wilson_interval
+from codellm_jax.results.statistics import (
+    FromSums,
+    Interval,
+    Values,
+    bootstrap,
+    check_count,
+    check_questions,
+    mean_interval,
+)
+
+ROUNDING = 1e-9  # of differences that are detected
 
 
 class Majority(NamedTuple):
@@ -95,38 +106,44 @@ def count_distribution(probabilities: Sequence[float] | np.ndarray) -> np.ndarra
 
 
 def detectable_from_level(n: int, level: float, power: float = 0.8, alpha: float = 0.05) -> float | None:
-    """The smallest d such that a true accuracy of level + d is told from `level` on n questions; None if none is.
+    """The smallest d such that `level_test` finds a true accuracy of level + d in n questions; None if it finds none.
 
-    Solves d sqrt(n) = z_a sqrt(p q) + z_b sqrt(p' q') with p = level, p' = p + d, z_a the normal quantile of
-    1 - alpha / 2 and z_b that of `power`: the one-sample test of a share (Fleiss, Levin and Paik, 2003).
+    "Finds" is: with a chance of at least `power`, exactly computed, the p-value is at most alpha and the accuracy
+    above `level`.
 
     Raises:
       ValueError: no questions, or level, power or alpha out of their ranges.
     """
     _check_share(level)
-    return _smallest(1 - level, n, power, alpha, lambda d: (level * (1 - level), _variance(level + d)))
+    check_questions(n)
+    return _detectable_from(np.full(n, level), power, alpha)
 
 
-def detectable_unpaired(n: int, accuracy: float, power: float = 0.8, alpha: float = 0.05) -> float | None:
-    """The smallest improvement d over `accuracy` that two systems of n questions each show; None if none is.
+def detectable_independent(n: int, accuracy: float, power: float = 0.8, alpha: float = 0.05) -> float | None:
+    """The smallest improvement d over `accuracy` that McNemar's exact test finds in n questions on which two systems
+    err independently, as `detectable_paired` does; None if it finds none.
 
-    Solves d sqrt(n) = z_a sqrt(2 m (1 - m)) + z_b sqrt(p q + p' q') with p = accuracy, p' = p + d, m = p + d / 2:
-    the test of two independent shares (Fleiss, Levin and Paik, 2003). It also holds, closely, for paired
-    questions on which the systems err independently, so it is the one to state while only one system is known.
+    It is the one to state while only one system is known: systems that err alike show smaller differences.
     """
     _check_share(accuracy)
-    return _smallest(1 - accuracy, n, power, alpha, lambda d: (
-        2 * _variance(accuracy + d / 2), _variance(accuracy) + _variance(accuracy + d)))
+
+    def discordant(d: float) -> float:
+        return accuracy * (1 - accuracy - d) + (1 - accuracy) * (accuracy + d)
+
+    return _smallest(1 - accuracy, power, lambda d: _power_of_mcnemar(n, discordant(d), d, alpha), n, alpha)
 
 
 def detectable_paired(n: int, discordant: float, power: float = 0.8, alpha: float = 0.05) -> float | None:
-    """The smallest difference d of two accuracies that McNemar's test finds in n questions; None if none is.
+    """The smallest difference d of two accuracies that McNemar's exact test finds in n questions; None if none is.
 
-    Solves d sqrt(n) = z_a sqrt(s) + z_b sqrt(s - d^2), where s, `discordant`, is the share of questions that exactly
-    one of the systems has right (Connor, 1987). d cannot exceed s.
+    "Finds" is as in `detectable_from_level`. `discordant` is the share of questions that exactly one of the systems
+    has right; d cannot exceed it.
+
+    Raises:
+      ValueError: no questions, or discordant, power or alpha out of their ranges.
     """
     _check_share(discordant)
-    return _smallest(discordant, n, power, alpha, lambda d: (discordant, discordant - d * d))
+    return _smallest(discordant, power, lambda d: _power_of_mcnemar(n, discordant, d, alpha), n, alpha)
 
 
 def detectable_by_error(standard_error: float, power: float = 0.8, alpha: float = 0.05) -> float:
@@ -138,27 +155,70 @@ def detectable_by_error(standard_error: float, power: float = 0.8, alpha: float 
     return standard_error * sum(_quantiles(power, alpha))
 
 
-def accuracy_summary(correct: Sequence[bool] | np.ndarray, candidate_counts: Sequence[int],
+def accuracy_summary(credits: Sequence[float] | np.ndarray, candidate_counts: Sequence[int],
                      answers: Sequence[int] | Sequence[str], level: float = 0.95) -> AccuracySummary:
     """What must stand beside an accuracy; all arguments have one entry a question.
 
-    The p-values say whether the accuracy differs from that of blind choice and from the majority's level.
+    The p-values say whether the accuracy differs from that of blind choice and from the majority's level. Credits of
+    ties vary less than right and wrong do; where their sum is no whole number, the tests take the next one on the
+    side of the level, so that they find too little and never too much.
+
+    Args:
+      credits: 1 for right, 0 for wrong, 1 / k for a tie of k candidates of which one is right.
+      candidate_counts: how many candidates there are.
+      answers: the right ones.
+      level: of confidence.
 
     Raises:
-      ValueError: no questions, or lengths that differ.
+      ValueError: no questions, a credit that is not in 0 ... 1, or lengths that differ.
     """
-    right = right_or_wrong(correct)
-    n, count = len(right), int(right.sum())
+    values = np.asarray(credits, np.float64)
+    n = len(values)
     if not n == len(candidate_counts) == len(answers):
         raise ValueError(f"{n} results, {len(candidate_counts)} numbers of candidates, {len(answers)} answers")
+    if not ((values >= 0) & (values <= 1)).all():  # which NaN is not
+        raise ValueError("A question's credit lies in 0 ... 1")
     majority = majority_level(answers)
-    chance = chance_level(candidate_counts)
+    guessing = _guessing_probabilities(candidate_counts)
+    chance, total = float(guessing.mean()), math.fsum(values)
+    accuracy = min(1.0, total / n)
     return AccuracySummary(
-        accuracy=count / n, n=n, interval=wilson_interval(count, n, level),
-        chance=chance, chance_p_value=level_test(count, _guessing_probabilities(candidate_counts)),
+        accuracy=accuracy, n=n, interval=mean_interval(accuracy, n, level),
+        chance=chance, chance_p_value=_credit_test(total, guessing),
         majority=majority.level, majority_answer=majority.answer,
-        majority_p_value=level_test(count, np.full(n, majority.level)),
-        detectable_from_chance=detectable_from_level(n, chance), detectable_between=detectable_unpaired(n, count / n))
+        majority_p_value=_credit_test(total, np.full(n, majority.level)),
+        detectable_from_chance=_detectable_from(guessing, 0.8, 0.05),
+        detectable_between=detectable_independent(n, accuracy))
+
+
+def score_summary(values: Values, from_sums: FromSums | None = None) -> dict[str, Any]:
+    """What stands beside a score of written answers, as JSON: value, interval, smallest detectable difference.
+
+    Shares of questions get Wilson's interval and the power of McNemar's test, others a bootstrap; arguments are its.
+    """
+    table = np.asarray(values, np.float64)
+    if table.ndim == 1 and np.isin(table, (0, 1)).all():
+        n, share = len(table), float(table.mean())
+        interval: Interval | None = mean_interval(share, n)
+        between = detectable_independent(n, share)
+    else:
+        found = bootstrap(values, from_sums)
+        share, interval, between = found.estimate, None, None
+        if found.standard_error:  # else every question adds the same: a bootstrap would be certain
+            interval, between = found.interval, detectable_by_error(2**0.5 * found.standard_error)
+    return {"value": share, "interval": interval and list(interval),
+            "smallest_detectable_difference": {"between_runs": between}}
+
+
+def _credit_test(total: float, probabilities: np.ndarray) -> float:
+    """`level_test` of a sum of credits. One that is no whole number counts as the next one towards what is expected."""
+    count = round(total)
+    if abs(total - count) > 1e-9:  # thirds do not add up exactly
+        expected = float(probabilities.sum())
+        count = math.floor(total) if total > expected else math.ceil(total)
+        if (count - expected) * (total - expected) <= 0:  # none lies between
+            return 1.0
+    return level_test(count, probabilities)
 
 
 def _binomial(n: int, probability: float) -> np.ndarray:
@@ -171,28 +231,60 @@ def _binomial(n: int, probability: float) -> np.ndarray:
                   + (n - k) * math.log1p(-probability))
 
 
-def _smallest(largest: float, n: int, power: float, alpha: float,
-              variances: Callable[[float], tuple[float, float]]) -> float | None:
-    """Solves d sqrt(n) = z_a sqrt(v0) + z_b sqrt(v1) for d in 0 ... largest, where variances(d) = (v0, v1)."""
+def _detectable_from(probabilities: np.ndarray, power: float, alpha: float) -> float | None:
+    """`detectable_from_level`, of questions that are each right with its own probability, [n], at that level. A system
+    of a higher accuracy is taken to be equally often right on all questions, which varies most (Hoeffding, 1956).
+    """
+    from scipy import special
+
+    _quantiles(power, alpha)
+    n, level = len(probabilities), float(np.mean(probabilities))
+    p_values = _p_values(count_distribution(probabilities))
+    above = (p_values <= alpha) & (np.arange(n + 1) > n * level)  # p falls from the level on: these are the last ones
+    least = n + 1 - int(above.sum())
+    if least > n:
+        return None
+    # The share p with P(Binomial(n, p) >= least) = power is a quantile of the beta distribution.
+    share = float(special.betaincinv(least, n - least + 1, power)) + ROUNDING
+    return min(share, 1.0) - level
+
+
+def _p_values(likelihoods: np.ndarray) -> np.ndarray:
+    """[n + 1]: that of `level_test` for each count."""
+    ascending = np.sort(likelihoods)
+    as_unlikely = np.searchsorted(ascending, likelihoods * (1 + 1e-7), side="right")
+    return np.minimum(1.0, np.cumsum(ascending)[as_unlikely - 1])
+
+
+def _power_of_mcnemar(n: int, discordant: float, difference: float, alpha: float) -> float:
+    """How likely McNemar's exact test of n questions finds the better of two systems whose accuracies differ so."""
+    from scipy import special, stats
+
+    if discordant < ROUNDING:  # where scipy overflows, and nothing is found
+        return 0.0
+    # The number of discordant questions is binomial; what lies beyond 9 standard deviations adds nothing.
+    spread = 9 * math.sqrt(n * discordant * (1 - discordant)) + 9
+    numbers = np.arange(max(1, math.floor(n * discordant - spread)), min(n, math.ceil(n * discordant + spread)) + 1)
+    wins = stats.binom.isf(alpha / 2, numbers, 0.5) + 1  # the fewest that make p at most alpha
+    enough = wins <= numbers
+    numbers, wins = numbers[enough], wins[enough]
+    share = min(1.0, (discordant + difference) / (2 * discordant))
+    return float(stats.binom.pmf(numbers, n, discordant) @ special.betainc(wins, numbers - wins + 1, share))
+
+
+def _smallest(
+    largest: float, power: float, power_of: Callable[[float], float], n: int, alpha: float
+) -> float | None:
+    """The smallest d in 0 ... largest from which on `power_of`, which rises, is at least `power`; None if none is."""
     check_questions(n)
-    of_test, of_power = _quantiles(power, alpha)
-
-    def excess(d: float) -> float:
-        of_null, of_truth = variances(d)
-        return d * math.sqrt(n) - of_test * math.sqrt(of_null) - of_power * math.sqrt(max(0.0, of_truth))
-
-    # The square roots are concave in d, so the excess is convex, and not positive at 0: it crosses 0 once at most.
-    if largest <= 0 or excess(largest) < 0:
+    _quantiles(power, alpha)
+    if largest <= 0 or power_of(largest) < power:
         return None
     low, high = 0.0, largest
-    for _ in range(60):
+    while high - low > ROUNDING:
         middle = (low + high) / 2
-        low, high = (low, middle) if excess(middle) >= 0 else (middle, high)
+        low, high = (low, middle) if power_of(middle) >= power else (middle, high)
     return high
-
-
-def _variance(share: float) -> float:
-    return max(0.0, share * (1 - share))
 
 
 def _quantiles(power: float, alpha: float) -> tuple[float, float]:

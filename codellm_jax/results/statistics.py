@@ -1,8 +1,9 @@
 """How sure one may be of a score, and of the difference of two: intervals, paired tests, corrections.
 
 An accuracy, or any other share of questions, gets a Wilson interval; every other score is bootstrapped over questions.
-Two systems that answered the same questions are compared in pairs. What sampling questions cannot tell is how much
-another training seed would change.
+Two systems that answered the same questions are compared in pairs: by McNemar's test where each question is right or
+wrong, by sign flips where one may be right in part, as a tie of k candidates is to 1 / k. What sampling questions
+cannot tell is how much another training seed would change.
 """
 
 import math
@@ -53,14 +54,28 @@ def wilson_interval(correct: int, n: int, level: float = 0.95) -> Interval:
       ValueError: there are no questions, correct is not in 0 ... n, or level is not between 0 and 1.
     """
     check_count(correct, n)
+    return mean_interval(correct / n, n, level)
+
+
+def mean_interval(mean: float, n: int, level: float = 0.95) -> Interval:
+    """Wilson's interval for the mean of n values from 0 to 1, such as credits of ties.
+
+    It supposes the variance mean (1 - mean), that of right and wrong, which no values from 0 to 1 exceed. So it is
+    never too narrow on their account.
+
+    Raises:
+      ValueError: there are no questions, or the mean or the level is out of its range.
+    """
+    check_questions(n)
+    if not 0 <= mean <= 1:
+        raise ValueError(f"A mean of values from 0 to 1 lies there too, not at {mean}")
     z = NormalDist().inv_cdf((1 + _checked_level(level)) / 2)
-    share = correct / n
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    centre = mean + z * z / (2 * n)
+    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     # At both ends the formula gives exactly 0 and 1, but for rounding.
-    low = 0.0 if correct == 0 else (centre - half) / scale
-    high = 1.0 if correct == n else (centre + half) / scale
+    low = 0.0 if mean == 0 else (centre - half) / scale
+    high = 1.0 if mean == 1 else (centre + half) / scale
     return Interval(low, high)
 
 
@@ -143,6 +158,34 @@ def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndar
         term = term * (n - k + 1) // k
         tail += term
     return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**n))
+
+
+def sign_flips(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = 10_000,
+               seed: int = 0) -> float:
+    """p-value, two-sided, that two systems score alike on the same questions (Fisher's randomization test, 1935).
+
+    If they do, each question's difference might as well have the other sign. Of R random choices of signs, b give a
+    sum of differences at least as far from 0 as theirs is: p = (b + 1) / (R + 1), which is valid for any values and
+    any n (Phipson and Smyth, 2010). For right and wrong it is McNemar's exact test, but for the draws.
+
+    Args:
+      first, second: [n], what each question adds, entry i of both for the same question.
+      resamples: R.
+      seed: of the draws.
+
+    Raises:
+      ValueError: no questions, or not equally many.
+    """
+    ours, theirs = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    check_questions(len(ours))
+    if ours.shape != theirs.shape:
+        raise ValueError(f"Paired questions are needed: the first system has {ours.shape}, the second {theirs.shape}")
+    # Differences of one size are drawn together: how many of them are positive is binomial.
+    sizes, counts = np.unique(np.round(np.abs(ours - theirs), 12), return_counts=True)
+    positive = np.random.default_rng(seed).binomial(counts, 0.5, (resamples, len(sizes)))
+    drawn = np.abs((2 * positive - counts) @ sizes)
+    as_far = np.count_nonzero(drawn >= abs((ours - theirs).sum()) - 1e-9)  # equal sums differ by rounding
+    return (int(as_far) + 1) / (resamples + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

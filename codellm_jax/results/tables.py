@@ -1,6 +1,6 @@
 """Results as lines of text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 HEADINGS = f"{'task':<28} {'n':>6} {'score':>9} {'95% interval':>15} {'chance':>7} {'majority':>9}"
@@ -16,35 +16,39 @@ def told_from_chance(result: Mapping[str, Any]) -> bool:
 def table_rows(result: Mapping[str, Any]) -> str:
     """A result's lines of the table, in per cent, one for each metric, and raw outputs where it holds some."""
     rows = [_row_of_accuracy(result)] if result["metric"] == "accuracy" else _rows_of_texts(result)
-    cut = result.get("prompts_cut")
-    return "\n".join([*rows, *([f"  {cut:,} prompts were too long and lost their beginning"] if cut else []),
-                      *(f"  {line}" for line in result.get("raw_outputs", ()))])
+    notes = [*_ties(result), *_cut(result), *result.get("raw_outputs", ())]
+    return "\n".join([*rows, *(f"  {note}" for note in notes)])
 
 
 def short_score(result: Mapping[str, Any]) -> str:
-    """A score with its interval, in per cent, as "27.3 (13.2-48.2, n 22)"."""
+    """A score with its interval, in per cent, as "27.3 (13.2-48.2, n 22)"; of one that says nothing, that and why."""
+    if not result.get("measured", True):
+        return f"not measured ({result['ties']:,} ties, n {result['n']:,})"
     low, high = result["interval"] or (float("nan"),) * 2
     return f"{100 * result['value']:.1f} ({100 * low:.1f}-{100 * high:.1f}, n {result['n']:,})"
 
 
-def raw_choice(question: Any, line: Mapping[str, Any], scoring: str) -> str:
-    """What was scored of one question, in a line: the candidate chosen and the right one.
+def raw_choice(texts: Sequence[tuple[str, str]], line: Mapping[str, Any], scoring: str) -> str:
+    """What was scored of one question, in a line: the candidate chosen, or the first of those that tie, and the right
+    one.
 
     Args:
-      question: with its `candidates`, a prompt and a continuation each.
+      texts: of each candidate the prompt and the continuation, as far as they were scored.
       line: its line of results.
       scoring: what decided.
     """
 
     def candidate(number: int) -> str:
-        prompt, continuation = question.candidates[number]
+        prompt, continuation = texts[number]
         numbers = line["candidates"][number]
         return (f"{number}: {prompt[-SHOWN:]!r} + {continuation[:SHOWN]!r} = {numbers['log_likelihood']:.3f} nats in "
                 f"{numbers['tokens']} tokens")
 
-    chosen, right = line["prediction"], line["answer"]
-    also = "" if chosen == right else f"; right is {candidate(right)}"
-    return f"{line['id']}: chose by {scoring} {candidate(chosen)}{also or ', which is right'}"
+    tied, right = line["tied"], line["answer"]
+    shown = tied[0] if tied else line["prediction"]
+    also = ", which is right" if shown == right else f"; right is {candidate(right)}"
+    chose = f"{' and '.join(map(str, tied))} tie by {scoring}," if tied else f"chose by {scoring}"
+    return f"{line['id']}: {chose} {candidate(shown)}{also}"
 
 
 def raw_text(line: Mapping[str, Any]) -> str:
@@ -65,10 +69,33 @@ def _rows_of_texts(result: Mapping[str, Any]) -> list[str]:
 
 def _row_of_accuracy(result: Mapping[str, Any]) -> str:
     low, high = result["interval"]
-    note = "" if told_from_chance(result) else "  not told from chance"
-    return (f"{_name(result):<28} {result['n']:>6,} {100 * result['value']:>9.2f} "
-            f"{f'{100 * low:.1f} - {100 * high:.1f}':>15} {100 * result['chance']:>7.1f} "
+    score, interval, note = f"{100 * result['value']:.2f}", f"{100 * low:.1f} - {100 * high:.1f}", ""
+    if not result.get("measured", True):
+        score, interval, note = "-", "-", "  not measured: most questions are ties"
+    elif not told_from_chance(result):
+        note = "  not told from chance"
+    return (f"{_name(result):<28} {result['n']:>6,} {score:>9} {interval:>15} {100 * result['chance']:>7.1f} "
             f"{100 * result['majority']:>9.1f}{note}")
+
+
+def _ties(result: Mapping[str, Any]) -> list[str]:
+    """A line about ties, where there are some."""
+    if not result.get("ties"):
+        return []
+    nothing = f", and in {result['ties_of_all']:,} all candidates tie, which tells nothing" * bool(
+        result.get("ties_of_all"))
+    return [f"in {result['ties']:,} of {result['n']:,} questions several candidates tie: k that do count 1 / k"
+            f"{nothing}"]
+
+
+def _cut(result: Mapping[str, Any]) -> list[str]:
+    """A line about what was too long for the model, where something was."""
+    prompts, continuations = result.get("prompts_cut"), result.get("continuations_cut")
+    if result["metric"] != "accuracy":
+        return [f"{prompts:,} prompts were too long and lost their beginning"] if prompts else []
+    cut = " and ".join(f"{count:,} {what}" for count, what in (
+        (prompts, "prompts"), (continuations, "continuations")) if count)
+    return [f"{cut} of candidates were too long for the model and are cut"] if cut else []
 
 
 def _name(result: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ import optax
 from etils import epath
 from flax import linen as nn
 
-from codellm_jax.evaluation.evaluate import ask
+from codellm_jax.evaluation.evaluate import TaskFailed, ask
 from codellm_jax.evaluation.trained import TrainedModel
 from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
 from codellm_jax.mixture.ledger import Ledger, arm
@@ -333,15 +333,18 @@ def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Dra
 @jax.profiler.annotate_function
 def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: StatusLine) -> None:
     """Held-out losses and benchmarks, recorded and shown."""
-    losses, scores = held_out(run, eval_fn), ask_benchmarks(run)
+    losses, (scores, failures) = held_out(run, eval_fn), ask_benchmarks(run)
     if losses or scores:
-        records.write(run.step, "eval", losses | {name: result["value"] for name, result in scores.items()})
+        records.write(run.step, "eval", losses | {
+            name: result["value"] for name, result in scores.items() if result.get("measured", True)})
     if losses:
         pools = ", ".join(f"{pool} {losses[f'loss/{pool}']:.4f}" for pool in POOLS if f"loss/{pool}" in losses)
         status.say(f"held-out loss after step {run.step}: {pools}")
     if scores:
         shown = [f"{name.removeprefix('score/')} {short_score(result)}" for name, result in scores.items()]
         status.say(f"benchmarks after step {run.step}, in per cent: {', '.join(shown)}")
+    for failure in failures:
+        status.say(f"WARNING: a benchmark failed after step {run.step}: {failure}")
 
 
 def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
@@ -362,19 +365,19 @@ def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
         losses, tokens, [source.name for source in order.sources])
 
 
-def ask_benchmarks(run: Run) -> dict[str, dict[str, Any]]:
-    """Results of the benchmarks, {"score/logic": ...}; their files lie in MODEL_DIR/results/in_training/STEP."""
+def ask_benchmarks(run: Run) -> tuple[dict[str, dict[str, Any]], list[TaskFailed]]:
+    """Results of the benchmarks, {"score/logic": ...}, whose files lie in results/in_training/STEP, and what failed."""
     training, plan = run.training, run.plan
     if training.evaluation is None or not plan.questions:
-        return {}
+        return {}, []
     folder = epath.Path(training.model_dir).expanduser() / "results" / "in_training" / str(run.step)
     if jax.process_index() == 0 and folder.exists():
         folder.rmtree()  # of a run that was killed after its last checkpoint, or of one before
-    results = ask(training.evaluation, plan.questions,
-                  TrainedModel(run.state.params, plan.model.config, training.vocabulary, plan.mesh),
-                  {"run": resolved(training.model_dir), "step": run.step, "arm": arm(run.ledger.to_json())},
-                  str(folder), report=lambda lines: None, progress=False)
-    return {f"score/{result['task']}{'_sample' * result['sample']}": result for result in results}
+    model = TrainedModel(run.state.params, plan.model.config, training.vocabulary, plan.mesh)
+    checkpoint = {"run": resolved(training.model_dir), "step": run.step, "arm": arm(run.ledger.to_json())}
+    results, failures = ask(training.evaluation, plan.questions, model, checkpoint, str(folder),
+                            report=lambda lines: None, progress=False)
+    return {f"score/{result['task']}{'_sample' * result['sample']}": result for result in results}, failures
 
 
 def utilization(plan: Plan, tokens_per_second: float) -> tuple[float | None, float | None]:

@@ -84,6 +84,9 @@ class Benchmarks:
         Raises:
           SandboxError: programs cannot be confined here, and `unconfined` is False.
         """
+        # A lone surrogate has no UTF-8, which programs, tokenizers and sacreBLEU are given: it becomes U+FFFD.
+        texts = [[text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for text in answers]
+                 for answers in texts]
         first = [answers[0] for answers in texts]
         if loaded.name == "dureader":
             found = metrics.dureader(first, [question.references for question in loaded.questions])  # type: ignore[union-attr]

@@ -25,11 +25,11 @@ _TOKEN = re.compile(f"[={_CHINESE}]|[^={_CHINESE}]+")
 
 
 class Accuracy(NamedTuple):
-    accuracy: float
+    accuracy: float  # the mean credit
     n: int
     ties: int  # questions whose lowest perplexity several candidates share
-    predictions: list[int]  # positions of the candidates chosen
-    correct: list[bool]
+    chosen: list[list[int]]  # positions of the candidates of lowest perplexity, more than one where they tie
+    credits: list[float]  # 1, 0, or 1 / k where the right one is among the k that tie
 
 
 class Bleu(NamedTuple):
@@ -59,8 +59,9 @@ class DuReader(NamedTuple):
 def accuracy(losses: Sequence[Sequence[float]], answers: Sequence[int]) -> Accuracy:
     """The share of questions whose right candidate has the lowest perplexity.
 
-    Perplexity is exp of the loss, so the order is that of the losses, which cannot overflow. Of candidates with exactly
-    the same loss the first is chosen, right or not, and the question is counted as a tie.
+    Perplexity is exp of the loss, so the order is that of the losses, which cannot overflow. Where k candidates share
+    the lowest loss exactly, the question is a tie: one of them is chosen as by lot, which is right once in k times if
+    the right one is among them. So it counts 1 / k, and a question whose candidates all tie what blind choice has.
 
     Args:
       losses: each question's candidates' negative log-likelihoods, as sums or per token or byte; inf is allowed.
@@ -71,18 +72,18 @@ def accuracy(losses: Sequence[Sequence[float]], answers: Sequence[int]) -> Accur
         that is no candidate's position.
     """
     _check_paired(losses, answers)
-    predictions, ties = [], 0
+    chosen, credits = [], []
     for question, (row, answer) in enumerate(zip(losses, answers, strict=True)):
         if not len(row) or any(math.isnan(loss) for loss in row):
             raise ValueError(f"Question {question} has no candidates, or a loss that is no number: {list(row)}")
         if not 0 <= answer < len(row):
             raise ValueError(f"Question {question}: the answer is candidate {answer} of {len(row)}, counted from 0")
         lowest = min(row)
-        chosen = [position for position, loss in enumerate(row) if loss == lowest]
-        predictions.append(chosen[0])
-        ties += len(chosen) > 1
-    correct = [prediction == answer for prediction, answer in zip(predictions, answers, strict=True)]
-    return Accuracy(sum(correct) / len(correct), len(correct), ties, predictions, correct)
+        tied = [position for position, loss in enumerate(row) if loss == lowest]
+        chosen.append(tied)
+        credits.append((answer in tied) / len(tied))
+    n = len(credits)
+    return Accuracy(math.fsum(credits) / n, n, sum(len(tied) > 1 for tied in chosen), chosen, credits)
 
 
 def bleu(predictions: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]],

@@ -1,8 +1,11 @@
 """`t5x eval`: against the plain computation of every candidate, through interruptions, and after slips."""
 
+import importlib.util
+import io
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -15,18 +18,27 @@ from etils import epath
 from codellm_jax import cli
 from codellm_jax.configuration import build, read_configuration
 from codellm_jax.evaluation import evaluate, trained
-from codellm_jax.evaluation.compare import compare
+from codellm_jax.evaluation.compare import NotMeasured, compare, table
+from codellm_jax.evaluation.cuts import fitted
 from codellm_jax.model.decoder import Decoder
 from codellm_jax.results import tables
 from codellm_jax.results.answers import corpus_bleu
 from codellm_jax.results.files import as_lines, lines_written
+from codellm_jax.results.statistics import sign_flips
 from codellm_jax.runtime.checkpoints import restore_parameters
 from codellm_jax.runtime.partitioning import make_mesh
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.runtime.state import abstract_state
+from codellm_jax.vocabulary import load_vocabulary
+from tasks.benchmarks.judging import Benchmarks
 from tasks.benchmarks.loading import load
 from tasks.benchmarks.metrics import bleu_of_counts
 from tasks.programs.sandbox import guarantees
+
+_spec = importlib.util.spec_from_file_location("planted", Path(__file__).parent.parent / "planted.py")
+assert _spec and _spec.loader
+planted = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(planted)
 
 LENGTH = 32
 TASKS = ["logic", "cosqa", "ekar_cot"]
@@ -84,14 +96,15 @@ def test_every_candidate_is_scored_as_the_plain_computation_does(evaluated, plai
     questions = load(task, None).questions
     assert [line["id"] for line in lines] == [question.id for question in questions]
     for question, line in zip(questions, lines, strict=True):
-        for candidate, found in zip(question.candidates, line["candidates"], strict=True):
-            whole = vocabulary.encode(candidate.continuation)
-            continuation = whole[:LENGTH]
-            values = log_likelihoods(vocabulary.encode(candidate.prompt), continuation)
-            assert found["tokens"] == len(continuation)
-            assert found["continuation_tokens_cut"] == len(whole) - len(continuation)
-            assert found["log_likelihood"] == pytest.approx(values.sum(), rel=1e-4)
+        whole = [tuple(map(vocabulary.encode, candidate)) for candidate in question.candidates]
+        for (prompt, continuation), kept, found in zip(whole, fitted(whole, LENGTH), line["candidates"], strict=True):
+            values = log_likelihoods(kept.prompt, kept.continuation)
+            assert found["tokens"] == len(kept.continuation)
+            assert found["prompt_tokens_cut"] == len(prompt) - len(kept.prompt)
+            assert found["continuation_tokens_cut"] == len(continuation) - len(kept.continuation)
+            assert found["log_likelihood"] == pytest.approx(values.sum(), rel=1e-5)
         losses = [-candidate["log_likelihood"] / candidate["tokens"] for candidate in line["candidates"]]
+        assert not line["tied"]  # candidates are told apart, however short the model
         assert line["prediction"] == int(np.argmin(losses)) and line["answer"] == question.answer[0]
         assert line["correct"] == (line["prediction"] == line["answer"])
     assert result["value"] == np.mean([line["correct"] for line in lines]) == result["accuracy_by_scoring"]["per_token"]
@@ -111,13 +124,15 @@ def test_a_result_says_what_it_is(evaluated):
 def test_a_score_at_chance_shows_what_was_scored(evaluated, capsys):
     result, (_, *lines) = read(evaluated, "logic")
     assert result["chance_p_value"] >= 0.05  # four steps of training
-    question = load("logic", None).questions[0]
+    question, vocabulary = load("logic", None).questions[0], load_vocabulary("python_8k")
     assert len(result["raw_outputs"]) == 3
-    chosen = question.candidates[lines[0]["prediction"]]
-    for text in (question.id, repr(chosen.prompt[-60:]), repr(chosen.continuation[:60]),
+    chosen = fitted([tuple(map(vocabulary.encode, candidate)) for candidate in question.candidates], LENGTH)[
+        lines[0]["prediction"]]
+    assert chosen.continuation_tokens_cut and chosen.prompt_tokens_cut
+    for text in (question.id, repr(vocabulary.decode(chosen.prompt)), repr(vocabulary.decode(chosen.continuation)),
                  f"{lines[0]['candidates'][lines[0]['prediction']]['log_likelihood']:.3f} nats"):
         assert text in result["raw_outputs"][0]
-    result = dict(result, prompts_cut=0)
+    result = dict(result, prompts_cut=0, continuations_cut=0)
     right = dict(result, value=1.0, chance_p_value=0.001)
     right.pop("raw_outputs")
     assert len(tables.table_rows(right).splitlines()) == 1 and "not told" not in tables.table_rows(right)
@@ -188,7 +203,7 @@ def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeyp
     assert cli.main(flags(tmp_path / "run")) == 0
     whole = (tmp_path / "run" / "results" / "cosqa_sample.jsonl").read_text()
     lines = whole.splitlines()
-    started = [{key: value for key, value in json.loads(line).items() if key not in ("prediction", "correct")}
+    started = [{key: value for key, value in json.loads(line).items() if key not in ("prediction", "tied", "correct")}
                for line in lines[:4]]
     (tmp_path / "run" / "results" / "cosqa_sample.jsonl").write_text(
         "\n".join([*map(json.dumps, started), lines[4][:20]]))
@@ -253,6 +268,36 @@ def test_a_prompt_too_long_leaves_room_for_its_answer(run_dir, tmp_path, capsys)
             # Bytes that are no text may become fewer tokens when they are read again, hardly one.
             assert len(vocabulary.encode(line["texts"][0])) > 1
     assert f"{result['n']} prompts were too long and lost their beginning" in capsys.readouterr().out
+    # Of fewer questions each is answered as it was: an answer does not depend on where its question stands.
+    assert cli.main(flags(run_dir, "--gin.TASKS=['dureader']", "--gin.QUESTIONS=2", "--gin.SEED=1",
+                          f"--gin.evaluate.results_dir={tmp_path}/some")) == 0
+    assert cli.main(flags(run_dir, "--gin.TASKS=['dureader']", "--gin.SEED=1",
+                          f"--gin.evaluate.results_dir={tmp_path}/all")) == 0
+    some, everything = (read(tmp_path / folder, "dureader")[1][1:] for folder in ("some", "all"))
+    texts = {line["id"]: line["texts"] for line in everything}
+    assert len(some) == 2 and some[0]["id"] != everything[0]["id"]
+    assert [line["texts"] for line in some] == [texts[line["id"]] for line in some]
+
+
+def test_a_judge_that_fails_leaves_the_other_tasks(run_dir, tmp_path, capsys, monkeypatch):
+    """On a terminal that knows no Chinese: the error is one line at the end, and the status tells of it."""
+    def fails(*arguments):
+        raise ValueError("第一个 test\nis no Python")
+
+    monkeypatch.setattr(Benchmarks, "judge", fails)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        status = cli.main(flags(run_dir, "--gin.TASKS=['dureader', 'logic']", "--gin.sampling.max_new_tokens=4",
+                                f"--gin.evaluate.results_dir={tmp_path}"))
+    assert status == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("t5x eval: error: 1 of 2 tasks failed: dureader: the answers are written to")
+    terminal.flush()
+    printed = terminal.buffer.getvalue().decode("latin-1")
+    assert "dureader                     failed: " in printed and "\\u7b2c" in printed and "logic (sample)" in printed
+    assert read(tmp_path, "logic")[0]["n"] == len(load("logic", None).questions)
+    assert not (tmp_path / "dureader_sample.json").exists() and (tmp_path / "dureader_sample.jsonl").exists()
 
 
 def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
@@ -313,7 +358,7 @@ def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, ca
     assert cli.main(["compare", str(run_dir), str(tmp_path / "NL")]) == 0
     printed = capsys.readouterr().out
     for task in ("logic", "cosqa"):
-        right = [[line["correct"] for line in read(folder, task)[1][1:]]
+        right = [[line["correct"] == 1 for line in read(folder, task)[1][1:]]
                  for folder in (evaluated, tmp_path / "NL" / "results")]
         only = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in (right, right[::-1])]
         n = sum(only)
@@ -329,6 +374,41 @@ def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, ca
     assert "cosqa_sample: the questions of" in capsys.readouterr().err
     assert cli.main(["compare", str(run_dir), str(tmp_path)]) == 1
     assert "No results in" in capsys.readouterr().err
+
+
+def test_ties_are_compared_in_part_or_not_at_all(tmp_path):
+    """Where most questions of a run are ties nothing is told; fewer count, and McNemar's test does not fit them."""
+    for run, ties in (("A", {"logic": 0, "cosqa": 0, "ekar": 3}), ("B", {"logic": 12, "cosqa": 11, "ekar": 0})):
+        for task, tied in ties.items():
+            planted.write_task(tmp_path / run, task, 22, 0.0, "NL", ties=tied)
+    found = {one.task: one for one in compare(str(tmp_path / "A"), str(tmp_path / "B"))}
+    assert found["logic"] == NotMeasured("logic", 22, (0, 12))
+    for task, ties in (("cosqa", (0, 11)), ("ekar", (3, 0))):
+        one = found[task]
+        values = [[line["correct"] for line in json.loads("[" + ",".join(
+            (tmp_path / run / "results" / f"{task}.jsonl").read_text().splitlines()[1:]) + "]")] for run in "AB"]
+        assert one.ties == ties and one.only_first is None
+        assert (one.first, one.second) == pytest.approx(tuple(np.mean(values, axis=1)))
+        assert one.p_value == sign_flips(values[1], values[0])
+    # Holm's correction is for the two that were compared.
+    smaller = min(found["cosqa"].p_value, found["ekar"].p_value)
+    assert min(found["cosqa"].corrected, found["ekar"].corrected) == pytest.approx(min(1, 2 * smaller))
+    printed = table(list(found.values()), "A", "B").splitlines()
+    assert next(line for line in printed if line.startswith("logic")).split(maxsplit=2)[2] == (
+        "not measured: most questions are ties, 0 in A and 12 in B")
+    assert "  ties, which count 1 / k: 3 in A and 0 in B" in printed and printed[-1].endswith("for 2 tasks.")
+
+
+def test_results_of_other_versions_are_not_compared(tmp_path):
+    for run, version in (("A", 2), ("B", 3)):
+        planted.write_task(tmp_path / run, "logic", 22, 0.0, "NL", settings={"version": version})
+    with pytest.raises(ValueError, match="logic: the version of .* differ"):
+        compare(str(tmp_path / "A"), str(tmp_path / "B"))
+    # An earlier version took the first of those that tie.
+    path = tmp_path / "A" / "results" / "logic.json"
+    path.write_text(path.read_text().replace('"ties": 0', '"ties": 4'))
+    with pytest.raises(ValueError, match="logic of .*A: its lines are not those of its result"):
+        compare(str(tmp_path / "A"), str(tmp_path / "B"))
 
 
 @pytest.mark.parametrize("more, message", [

@@ -84,7 +84,7 @@ def make_requests(config: DecoderConfig) -> list[Request]:
 def expect(config: DecoderConfig, requests: list[Request], found: list[np.ndarray], **tolerance: Any) -> None:
     assert len(found) == len(requests)
     for request, values in zip(requests, found, strict=True):
-        assert values.dtype == np.float32
+        assert values.dtype == np.float64
         expected = plain_score(config, tuple(request.prompt), tuple(request.continuation))
         np.testing.assert_allclose(values, expected, **({"atol": 1e-5, "rtol": 1e-5} | tolerance))
 
@@ -121,6 +121,23 @@ def test_every_request_is_scored_once() -> None:
     assert len(pairs) == len(found)
     expect(TINY, requests, [found[i].log_likelihoods for i in range(len(requests))])
     assert score(make_params(TINY), TINY, []) == []
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 97, 8192])
+def test_the_same_tokens_have_the_same_numbers(batch_tokens: int) -> None:
+    """For they are scored once, so that no rounding of rows and batches can tell them apart."""
+    rng = np.random.default_rng(6)
+    prompt, continuation = rng.integers(23, size=(2, 40)).tolist()
+    others = [Request(0, prompt[:size], continuation[:size]) for size in (3, 9, 17, 33)]
+    twins = [Request(0, prompt, continuation), Request(0, tuple(prompt), tuple(continuation))]
+    longer = Request(0, [1] * 30 + prompt + [2] * 20, continuation)  # the same once it is cut
+    requests = [twins[0], *others, twins[1], longer, longer._replace(prompt=[7] * 80 + list(longer.prompt))]
+    found = score(make_params(TINY), TINY, requests, batch_tokens=batch_tokens)
+    np.testing.assert_array_equal(found[0], found[5])
+    np.testing.assert_array_equal(found[6], found[7])
+    expect(TINY, requests, found)
+    planned = [branch.requests for row in scoring._plan_rows(TINY, requests) for branch in row.branches]
+    assert sorted(planned) == [(0, 5), (1,), (2,), (3,), (4,), (6, 7)]
 
 
 def test_prompts_too_long_keep_their_end() -> None:

@@ -20,6 +20,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from codellm_jax import cli
 from codellm_jax.report.write import read_study, report
+from codellm_jax.results.statistics import sign_flips
 from tasks.benchmarks.metrics import bleu_of_counts
 
 _spec = importlib.util.spec_from_file_location("planted", Path(__file__).parent.parent / "planted.py")
@@ -265,6 +266,59 @@ def test_contamination_of_other_files_is_not_used(one_seed, tmp_path):
         read_study(epath.Path(tmp_path / "study"))
 
 
+def test_a_task_of_ties_has_no_score_anywhere(tmp_path, capsys):
+    """Of NL most questions of Logic are ties, of both arms some of CosQA; every other number is as it was."""
+    n = {"logic": 22, "jecqa": 40, "scienceqa": 40, "ekar": 40, "cosqa": 40}
+    write_study(tmp_path, ["NL", "CODE"], 1, n, {("NL", "logic"): 9.0})
+    for arm in ("NL", "CODE"):
+        write_task(tmp_path / "runs" / f"{arm}.seed0", "cosqa", 40, 0.0, arm, ties=7)
+    write_task(tmp_path / "runs" / "NL.seed0", "logic", 22, 9.0, "NL", ties=12)
+    value = json.loads((tmp_path / "runs/NL.seed0/results/logic.json").read_text())["value"]
+    report(str(tmp_path), say=lambda line: None)
+    scores = {(row["arm"], row["task"]): row for row in table(tmp_path, "scores")}
+    assert ("NL", "logic") not in scores and ("CODE", "logic") in scores
+    differences = {row["task"]: row for row in table(tmp_path, "differences")}
+    assert "logic" not in differences and differences["jecqa"]["test"] == "McNemar"
+    credits = [[line["correct"] for line in lines_of(tmp_path, arm, "cosqa")[0]] for arm in ("CODE", "NL")]
+    assert differences["cosqa"]["test"] == "sign flips"
+    assert float(differences["cosqa"]["p"]) == pytest.approx(sign_flips(*credits))
+    paper = {(row["task"], row["column"]): row for row in table(tmp_path, "table_2")}
+    assert paper["logic", "NL (2.6B)"]["value"] == "" != paper["logic", "CODE (2.6B)"]["value"]
+    results = {(row["run"], row["task"]): row for row in table(tmp_path, "results")}
+    assert [results[f"{arm}.seed0", task]["ties"] for arm in ("NL", "CODE") for task in ("logic", "cosqa")] == [
+        "12", "7", "0", "7"]
+    assert {key for key, row in results.items() if row["measured"] == "False"} == {("NL.seed0", "logic")}
+    conclusions = {row["contrast"]: row for row in table(tmp_path, "conclusions")}
+    found = conclusions["reasoning: CODE - NL"]
+    assert (found["contrast_verdict"], found["why"]) == ("open", "most questions of logic are ties")
+    assert found["difference"] == ""
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert markdown.count("not measured: ties") == 2  # in the paper's table and among all scores
+    assert "logic is not measured of `NL.seed0`: most questions are ties." in markdown
+    assert "cosqa: questions of which several candidates tie, k that do counting 1 / k: 7 of each run." in markdown
+    assert f"{100 * value:.2f}" not in markdown
+    # Ties that leave a measurement count in part.
+    for arm in ("NL", "CODE"):
+        [lines] = lines_of(tmp_path, arm, "cosqa")
+        right = sum(line["correct"] for line in lines)
+        assert right % 1 == 0.5 and float(scores[arm, "cosqa"]["value"]) == pytest.approx(100 * right / 40)
+        expected = proportion_confint(right, 40, method="wilson")
+        assert (float(scores[arm, "cosqa"]["low"]), float(scores[arm, "cosqa"]["high"])) == pytest.approx(
+            tuple(100 * bound for bound in expected))
+        result = json.loads((tmp_path / f"runs/{arm}.seed0/results/cosqa.json").read_text())
+        assert result["value"] == pytest.approx(right / 40) and result["interval"] == pytest.approx(list(expected))
+
+
+def test_a_study_of_nothing_but_ties_is_reported_as_that(tmp_path):
+    write_study(tmp_path, ["NL", "CODE"], 2, {"logic": 22}, {})
+    for run in (tmp_path / "runs").iterdir():
+        write_task(run, "logic", 22, 0.0, run.name.partition(".")[0], ties=22)
+    report(str(tmp_path), say=lambda line: None)
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "Nothing was measured: most questions of all tasks are ties." in markdown
+    assert not table(tmp_path, "scores") and not table(tmp_path, "differences")
+
+
 class _Page(html.parser.HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -324,7 +378,7 @@ def mixed(folder: Path, **settings) -> str:
 
 
 @pytest.mark.parametrize("name, value", [("data", "b" * 64), ("template", "paper"), ("few_shot", 3), ("scoring", "sum"),
-                                         ("questions", "c" * 64)])
+                                         ("questions", "c" * 64), ("version", 2)])
 def test_results_that_must_not_be_mixed_are_refused(tmp_path, capsys, name, value):
     assert cli.main(["report", mixed(tmp_path, **{name: value})]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
@@ -384,7 +438,7 @@ def test_each_result_says_where_it_comes_from(one_seed):
     (lambda folder: (folder / "runs/NL.seed0/results/cosqa.json").write_text("{}"), "is no result of an evaluation"),
     (lambda folder: (folder / "runs/NL.seed0/results/cosqa.jsonl").write_text("{}\n"), "its lines are not those"),
     (lambda folder: (path := folder / "runs/NL.seed0/results/cosqa.jsonl").write_text(
-        path.read_text().replace('"correct": true', '"correct": false')), "its lines do not come to its accuracy"),
+        path.read_text().replace('"correct": 1.0', '"correct": 0.0')), "its lines do not come to its accuracy"),
 ])
 def test_broken_studies_get_one_line(tmp_path, capsys, spoil, message):
     folder = write_study(tmp_path / "study", ["NL", "CODE"], 1, {"cosqa": 10}, {})

@@ -15,7 +15,9 @@ from codellm_jax.results.statistics import (
     bootstrap,
     holm,
     mcnemar,
+    mean_interval,
     paired_bootstrap,
+    sign_flips,
     wilson_interval,
 )
 
@@ -74,6 +76,15 @@ def test_wilson_covers_as_it_promises(n):
     coverage = [sum(chance for chance, (low, high) in zip(binomial(n, share), intervals, strict=True)
                     if low <= share <= high) for share in shares]
     assert 0.945 < np.mean(coverage) < 0.96 and min(coverage) > 0.88
+
+
+def test_the_interval_of_a_mean_is_wilsons_and_wide_enough_for_credits():
+    assert mean_interval(8 / 22, 22) == wilson_interval(8, 22)
+    generator, covered = np.random.default_rng(5), 0
+    for _ in range(1000):  # 1 with 1/4, 0 with 1/4, else a tie: 1/2
+        low, high = mean_interval(generator.choice([0, 0.5, 1], 40, p=[0.25, 0.5, 0.25]).mean(), 40)
+        covered += low <= 0.5 <= high
+    assert covered / 1000 > 0.98
 
 
 # Bootstrap
@@ -231,6 +242,26 @@ def test_mcnemar_is_symmetric_and_knows_no_order(answers, random):
     assert 0 < result.p_value <= 1
 
 
+# Sign flips
+
+@given(st.lists(st.tuples(*[st.sampled_from([0, 1, 0.5, 0.25, 1 / 3])] * 2), min_size=1, max_size=9))
+@settings(deadline=None, max_examples=40)
+def test_sign_flips_over_all_signs(answers):
+    """The share of all 2^n choices of signs whose sum is at least as far from 0."""
+    first, second = map(np.array, zip(*answers, strict=True))
+    sums = [np.dot(signs, first - second) for signs in itertools.product((-1, 1), repeat=len(first))]
+    expected = np.mean(np.abs(sums) >= abs((first - second).sum()) - 1e-9)
+    assert sign_flips(first, second) == pytest.approx(expected, abs=4 * 0.5 / 100)
+    assert sign_flips(second, first) == sign_flips(first, second)
+
+
+def test_sign_flips_of_right_and_wrong_is_mcnemar():
+    for pair in ((2, 8), (0, 6), (40, 71)):
+        first, second = outcomes(*pair)
+        assert sign_flips(first, second) == pytest.approx(mcnemar(first, second).p_value, abs=0.02)
+    assert sign_flips([0.5] * 5, [0.25] * 5) == pytest.approx(2 / 32, abs=0.01)  # a bootstrap would be sure
+
+
 # Holm
 
 def test_holm_by_hand():
@@ -283,6 +314,8 @@ def test_holm_raises_and_keeps_the_order(p_values):
     lambda: bootstrap([0.1, float("nan")]), lambda: bootstrap([[1, 2]]), lambda: bootstrap([1.0], resamples=0),
     lambda: bootstrap([1.0], level=1), lambda: bootstrap([[1, 0], [1, 1]], lambda s: s[..., 0] / s[..., 1]),
     lambda: paired_bootstrap([1.0], [1.0, 2.0]), lambda: mcnemar([], []),
+    lambda: sign_flips([], []), lambda: sign_flips([1.0], [1.0, 0.5]), lambda: mean_interval(1.5, 2),
+    lambda: mean_interval(0.5, 0),
     lambda: mcnemar([True], [True, False]), lambda: mcnemar([2], [1]), lambda: holm([]), lambda: holm([1.5]),
     lambda: holm([float("nan")]),
 ])

@@ -78,6 +78,19 @@ def test_seqio_evaluates_choices(benchmark: str) -> None:
         assert found == {"accuracy": pytest.approx(1 - wrong / len(questions)), "questions": len(questions), "ties": 0}
 
 
+def test_a_tie_counts_in_part() -> None:
+    """The same score a token for all candidates is blind choice. The same tokens tie however they are rounded."""
+    questions = [question for question in load("logic", None).questions if isinstance(question, Question)]
+    lengths = [len(example["targets"]) for example in _examples("sample.logic")]
+    found = Asked("logic").scores(predict_fn=None, score_fn=lambda dataset: [
+        (number, -lengths[number]) for number, _ in dataset.as_numpy_iterator()])
+    assert found == {"accuracy": 0.25, "questions": len(questions), "ties": len(questions)}
+    same = [{"question": number // 2, "candidate": number % 2, "answer": 1, "tokens": ((1, 2), (3, 4, number // 2))}
+            for number in range(4)]
+    assert evaluation.accuracy(same, [-3.0, -3.0000001, -3.0, -2.9999999]) == {
+        "accuracy": 0.5, "questions": 2, "ties": 2}
+
+
 def test_seqio_evaluates_what_is_written() -> None:
     def predict_fn(wrong: int) -> Any:
         ended = [*WORDS.encode("x"), *[WORDS.end_of_document_id] * 1023]

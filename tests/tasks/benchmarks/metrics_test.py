@@ -21,14 +21,26 @@ texts = st.text("中文字答案Ab1 =，。?", max_size=14)
 
 def test_accuracy_by_hand():
     result = accuracy([[2.0, 1.0, 3.0], [0.5, 0.5], [4.0, 4.0, 1.0], [7.0]], [1, 1, 2, 0])
-    assert result == (0.75, 4, 1, [1, 0, 2, 0], [True, False, True, True])
+    assert result == (3.5 / 4, 4, 1, [[1], [0, 1], [2], [0]], [1, 0.5, 1, 1])
 
 
-def test_ties_go_to_the_first_candidate_and_are_counted_right_or_wrong():
-    assert accuracy([[1.0, 1.0, 2.0]] * 2, [0, 1])[:3] == (0.5, 2, 2)
+def test_a_tie_of_k_counts_one_in_k_if_the_right_candidate_is_among_them():
+    assert accuracy([[1.0, 1.0, 2.0]] * 3, [0, 1, 2]) == (1 / 3, 3, 3, [[0, 1]] * 3, [0.5, 0.5, 0])
     assert accuracy([[2.0, 1.0, 2.0]], [1]).ties == 0  # a tie behind the winner is none
-    assert accuracy([[math.inf, math.inf]], [1])[:4] == (0, 1, 1, [0])
+    assert accuracy([[math.inf] * 4], [1]) == (0.25, 1, 1, [[0, 1, 2, 3]], [0.25])
+    assert accuracy([[1.0] * 3] * 3, [0, 0, 0]).accuracy == 1 / 3  # whatever the right answers are, as blind choice
     assert accuracy([[1000.0, 1000.5]], [0]).ties == 0  # as perplexities both would be infinite
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=4), st.integers(0, 3)).filter(
+    lambda question: question[1] < len(question[0])), min_size=1, max_size=5))
+def test_a_tie_is_worth_what_drawing_lots_is_on_average(questions):
+    """Over all ways in which lots may fall, the mean share of right choices."""
+    losses, answers = zip(*questions, strict=True)
+    lowest = [[place for place, loss in enumerate(row) if loss == min(row)] for row in losses]
+    drawn = [np.mean([choice == answer for choice, answer in zip(choices, answers, strict=True)])
+             for choices in itertools.product(*lowest)]
+    assert accuracy(losses, answers).accuracy == pytest.approx(np.mean(drawn))
 
 
 @given(st.lists(st.tuples(st.lists(st.floats(-50, 50), min_size=5, max_size=5, unique=True), st.integers(0, 4)),
@@ -38,8 +50,9 @@ def test_accuracy_knows_no_order_of_candidates_nor_of_questions(questions, order
     result = accuracy(losses, answers)
     shuffled = accuracy([[row[position] for position in order] for row in losses],
                         [order.index(answer) for answer in answers])
-    assert shuffled.correct == result.correct and [order[p] for p in shuffled.predictions] == result.predictions
-    assert accuracy(losses[::-1], answers[::-1]).accuracy == result.accuracy == np.mean(result.correct)
+    assert shuffled.credits == result.credits
+    assert [[order[place] for place in tied] for tied in shuffled.chosen] == result.chosen
+    assert accuracy(losses[::-1], answers[::-1]).accuracy == result.accuracy == pytest.approx(np.mean(result.credits))
 
 
 # BLEU
