@@ -8,7 +8,6 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 import argparse
 import contextlib
 import difflib
-import io
 import logging
 import os
 import re
@@ -30,9 +29,7 @@ LASTING = ("train", "eval", "study", "cache", "report", "vocabulary", "launch")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
+    escape_what_cannot_be_encoded()
     whole = parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     job: list[str] = []
@@ -52,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if flags.command in LASTING:
             outlive_the_terminal()
-        escape_what_cannot_be_encoded()
         flags.overrides = overrides_of(rest)
         flags.job = job
         if getattr(flags, "local_processes", None) is not None:
