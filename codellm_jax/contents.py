@@ -143,18 +143,23 @@ def _no_text(head: bytes) -> str | None:
         return kind(head)
     if what := kind(head):
         return what
-    places = [head[first::4].count(0) for first in range(4)]
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # which may end within a character
-        if 8 * sum(places) < len(head):
-            return None
-    except UnicodeDecodeError:
-        pass
-    for name, many, few in (("UTF-32", (2, 3), (0,)), ("UTF-32", (0, 1), (3,)), ("UTF-16", (1, 3), (0, 2)),
-                            ("UTF-16", (0, 2), (1, 3))):
-        if min(places[k] for k in many) > 4 * max(places[k] for k in few):
-            return f"{name} without a byte order mark; save it with one, or as UTF-8"
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if _decodes(head, "utf-8") and 8 * (even + odd) < len(head):
+        return None
+    if head.strip(b"\0") and (_decodes(head, "utf-32-le") or _decodes(head, "utf-32-be")):
+        return "UTF-32 without a byte order mark; save it with one, or as UTF-8"
+    if max(even, odd) > 2 * min(even, odd):
+        return "UTF-16 without a byte order mark; save it with one, or as UTF-8"
     return "no text (it holds zero bytes)"
+
+
+def _decodes(head: bytes, encoding: str) -> bool:
+    """Whether bytes are text in an encoding; they may end within a character."""
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 # ---- Reading -----------------------------------------------------------------------------------

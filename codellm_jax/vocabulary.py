@@ -300,7 +300,8 @@ def _parse(content: bytes, file: str) -> Any:
         if not what and content.lstrip().startswith(b"{"):
             what = "JSON, such as Hugging Face's tokenizer.json"
         raise ValueError(
-            f"{file} ({len(content)} bytes) is not a SentencePiece model file{f' but {what}' if what else ''}. {_wanted()}"
+            f"{file} ({len(content)} bytes) is not a SentencePiece model file{f' but {what}' if what else ''}. "
+            f"{_wanted()}"
         ) from error
     return processor
 
