@@ -2,7 +2,8 @@
 
 What a file is, its content says: one that begins with "[" is a list, one with an object in a line is JSON lines.
 A broken file is never given up as a whole. Its objects are decoded one after the other; where one does not parse, the
-next that does goes on. But a file that holds no object at all is something else, and is refused.
+next that does goes on. But a file that holds no object at all is something else, and is refused; and so is one of whose
+records beyond ASCII most are no UTF-8: those that are came to be by chance, and are not what was written.
 """
 
 import json
@@ -11,13 +12,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from codellm_jax.contents import BrokenFile, UnreadableFile, lines, require_text
+from codellm_jax.contents import READ_IS, BrokenFile, UnreadableFile, lines, require_text
 from tasks.corpora.files import Lost
 
 BROKEN_JSON = "broken JSON"
 NO_OBJECT = "not a JSON object"
 NOT_UTF8 = "not valid UTF-8"
 EMPTY_FILE = "empty file"
+FOREIGN = 10  # records that are no UTF-8 in a file of another encoding; fewer may be broken ones
 
 _BETWEEN_RECORDS = re.compile(r"[\s,\[\]]*")
 # Within a string its quotes would be escaped, so code in a string does not look like this.
@@ -39,12 +41,15 @@ def json_records(file: str) -> Iterator[Record]:
 
 def placed_records(file: str) -> Iterator[tuple[str, Record]]:
     """What `json_records` gives, with the place of each, such as "a.jsonl, line 3"; raises as that does."""
-    found = lost = broken = 0
-    for place, record in _records(file):
+    found = lost = broken = beyond_ascii = foreign = 0
+    for place, record, is_ascii in _records(file):
         found += isinstance(record, dict)
         lost += isinstance(record, Lost) and record.reason in (BROKEN_JSON, NO_OBJECT, NOT_UTF8)
         broken += record == broken_rest(file)
+        beyond_ascii += not is_ascii
+        foreign += record == Lost(NOT_UTF8)
         yield place, record
+    _require_utf8(file, foreign, beyond_ascii)
     if lost and not found and not broken:
         raise UnreadableFile(f"{file} holds no JSON object in UTF-8, neither in a list nor in lines; it begins with "
                              f"{_beginning(file)}")
@@ -52,8 +57,25 @@ def placed_records(file: str) -> Iterator[tuple[str, Record]]:
 
 def require_json(file: str) -> None:
     """Looks at the beginning of a file alone; raises what `json_records` would where that is no JSON."""
-    if require_text(file).lstrip().startswith(b"<"):
+    beginning = require_text(file)
+    if beginning.lstrip().startswith(b"<"):
         raise UnreadableFile(f"{file} is HTML or XML, where JSON records are wanted; it begins with {_beginning(file)}")
+    beyond_ascii = [line for line in beginning.split(b"\n")[:-1] if not line.isascii()]
+    _require_utf8(file, sum(not _is_utf8(line) for line in beyond_ascii), len(beyond_ascii))
+
+
+def _require_utf8(file: str, foreign: int, beyond_ascii: int) -> None:
+    if foreign >= FOREIGN and 2 * foreign > beyond_ascii:
+        raise UnreadableFile(f"{file} is not UTF-8 text: of {beyond_ascii} records beyond ASCII {foreign} are none; "
+                             f"{READ_IS}.")
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _beginning(file: str) -> str:
@@ -66,7 +88,8 @@ def broken_rest(file: str) -> Lost:
     return Lost(f"broken rest of {os.path.basename(file)}")
 
 
-def _records(file: str) -> Iterator[tuple[str, Record]]:
+def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
+    """Records with their places, and whether they are written in ASCII."""
     waiting: list[bytes] = []  # of a file that is read as a whole, or may have to be
     opening, is_lines, number = b"", False, 0
     ending: list[Lost] = []
@@ -81,13 +104,13 @@ def _records(file: str) -> Iterator[tuple[str, Record]]:
             if not is_lines:
                 waiting.append(line)
             elif line.strip():
-                yield f"{file}, line {number}", _record_of(_parsed(line))
+                yield f"{file}, line {number}", _record_of(_parsed(line)), line.isascii()
     except BrokenFile:
         ending.append(broken_rest(file))
     yield from _records_of(file, b"".join(waiting))
     if not number and not ending:
         ending.append(Lost(EMPTY_FILE))
-    yield from ((file, lost) for lost in ending)
+    yield from (("" if lost == broken_rest(file) else file, lost, True) for lost in ending)
 
 
 def _parsed(line: bytes) -> Any:
@@ -104,12 +127,13 @@ def _record_of(value: Any) -> Record:
     return value if isinstance(value, dict | Lost) else Lost(NO_OBJECT)
 
 
-def _records_of(file: str, content: bytes) -> Iterator[tuple[str, Record]]:
-    """The objects of a JSON list, or of anything that holds objects one after the other, with their places."""
+def _records_of(file: str, content: bytes) -> Iterator[tuple[str, Record, bool]]:
+    """The objects of a JSON list, or of anything that holds objects one after the other, as `_records` gives them."""
     whole = _parsed(content)
     if isinstance(whole, list):
+        is_ascii = content.isascii()
         for number, record in enumerate(whole, 1):
-            yield f"{file}, record {number}", _record_of(record)
+            yield f"{file}, record {number}", _record_of(record), is_ascii
         return
     # A line break within a string, which JSON does not allow, does no harm here.
     decoder = json.JSONDecoder(strict=False)
@@ -121,14 +145,13 @@ def _records_of(file: str, content: bytes) -> Iterator[tuple[str, Record]]:
             record, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
-            yield f"{file}, line {line}", Lost(NOT_UTF8) if _ESCAPED.search(text, position, end) else record
-            position = end
-        else:  # Or a piece of one that is broken.
+        if not isinstance(record, dict):  # Or a piece of one that is broken.
             start = _RECORD_START.search(text, position + 1)
-            end = start.start() if start else len(text)
-            yield f"{file}, line {line}", Lost(NOT_UTF8 if _ESCAPED.search(text, position, end) else BROKEN_JSON)
-            position = end
+            record, end = Lost(BROKEN_JSON), start.start() if start else len(text)
+        if _ESCAPED.search(text, position, end):
+            record = Lost(NOT_UTF8)
+        yield f"{file}, line {line}", record, text[position:end].isascii()
+        position = end
 
 
 def _end_of_match(pattern: re.Pattern[str], text: str, position: int) -> int:
