@@ -34,7 +34,7 @@ COMPRESSED = ".gz, .bz2, .xz or .zst"  # for messages: how such files are mostly
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
-# What begins so, from the byte of the first number on, is no text, or is not the text that it stands for.
+# What begins so, from the byte of the first number on, and is no UTF-8 without zeros.
 _KINDS = (
     (0, b"PAR1", "a Parquet file"), (0, b"ARROW1", "an Arrow file"), (0, b"\xff\xff\xff\xff", "an Arrow stream"),
     (0, b"FEA1", "a Feather file"), (0, b"ORC", "an ORC file"), (0, b"Obj\x01", "an Avro file"),
@@ -47,6 +47,9 @@ _KINDS = (
     (0, b"%PDF-", "a PDF file"), (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a file of Microsoft Office"),
     (0, b"\x89PNG", "a PNG image"), (0, b"\xff\xd8\xff", "a JPEG image"), (0, b"GIF8", "a GIF image"),
     (0, b"\x7fELF", "a program"),
+)
+# What is text, but not that for which it stands.
+_POINTERS = (
     (0, b"version https://git-lfs", "a pointer of Git LFS in the place of the file (`git lfs pull` brings it)"),
     (0, b"/annex/objects/", "a pointer of git-annex in the place of the file (`git annex get` brings it)"),
 )
@@ -129,7 +132,10 @@ def kind(head: bytes) -> str | None:
     """What a file of a kind of its own is, told by its first bytes, such as "a Parquet file"; None for any other."""
     if 0 < int.from_bytes(head[:8], "little") < 1 << 40 and head[8:10] == b'{"':
         return "a safetensors file"
-    return next((what for start, magic, what in _KINDS if head.startswith(magic, start)), None)
+    # A text may begin with the letters of some.
+    is_text = b"\0" not in head and _decodes(head, "utf-8")
+    return next((what for start, magic, what in (_POINTERS if is_text else _KINDS) if head.startswith(magic, start)),
+                None)
 
 
 def _no_text(head: bytes) -> str | None:

@@ -140,13 +140,15 @@ def test_a_few_zeros_are_text(tmp_path):
     assert contents.whole_text(str(tmp_path / "x")) == "a \0 b" + "c" * 50
 
 
+@pytest.mark.parametrize("text", ["ORCHESTRA", "GIF89a is a form", "PAR1 and PAR2", "%PDF- begins so", "GGUF", "BZh91"])
+def test_text_that_begins_with_the_letters_of_another_kind(tmp_path, text):
+    (tmp_path / "x").write_text(text)
+    assert contents.whole_text(str(tmp_path / "x")) == text
+
+
 def _sqlite(file: Path) -> None:
     with sqlite3.connect(file) as database:
         database.execute("create table t (a)")
-
-
-def _parquet(file: Path) -> None:
-    pytest.importorskip("pyarrow").parquet.write_table(pytest.importorskip("pyarrow").table({"text": ["a"]}), file)
 
 
 def _zip(file: Path) -> None:

@@ -66,8 +66,8 @@ def require_json(file: str) -> None:
 
 def _require_utf8(file: str, foreign: int, beyond_ascii: int) -> None:
     if foreign >= FOREIGN and 2 * foreign > beyond_ascii:
-        raise UnreadableFile(f"{file} is not UTF-8 text: of {beyond_ascii} records beyond ASCII {foreign} are none; "
-                             f"{READ_IS}.")
+        raise UnreadableFile(f"{file} is not UTF-8 text: {foreign} of its {beyond_ascii} records beyond ASCII are no "
+                             f"valid UTF-8; {READ_IS}.")
 
 
 def _is_utf8(line: bytes) -> bool:
