@@ -22,6 +22,7 @@ from typing import Any
 from etils import epath
 
 import gin
+from codellm_jax.contents import whole_text
 from gin import config_parser
 
 # What gin files may bind, and where it is defined. Imported only when a configuration is built.
@@ -147,8 +148,8 @@ def read_configuration(
 def _read_file(
     file: str, search_paths: Sequence[str], settings: list[Setting], imports: list[str], included_by: str | None
 ) -> None:
-    path = _find(file, search_paths)
-    parser = config_parser.ConfigParser(path.read_text(), _AsWritten())
+    content = re.sub("\r\n?", "\n", whole_text(str(_find(file, search_paths))))
+    parser = config_parser.ConfigParser(content, _AsWritten())
     try:
         for statement in parser:
             if isinstance(statement, config_parser.BindingStatement):

@@ -22,6 +22,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from codellm_jax import contents
+
 SHIPPED = pathlib.Path(__file__).parent / "vocabularies"
 
 # A run of spaces up to this length is one token; a longer one takes a token for each 64 spaces and
@@ -294,8 +296,12 @@ def _parse(content: bytes, file: str) -> Any:
     try:
         processor.LoadFromSerializedProto(content)
     except RuntimeError as error:
+        what = f"compressed by {by}" if (by := contents.compression(content)) else contents.kind(content)
+        if not what and content.lstrip().startswith(b"{"):
+            what = "JSON, such as Hugging Face's tokenizer.json"
         raise ValueError(
-            f"{file} ({len(content)} bytes) is not a SentencePiece model file."
+            f"{file} ({len(content)} bytes) is not a SentencePiece model file{f' but {what}' if what else ''}. "
+            f"{_wanted()}"
         ) from error
     return processor
 
@@ -315,12 +321,14 @@ def _processor(file: str, content_hash: str) -> Any:
 
 def _read(file: str) -> bytes:
     try:
-        return _path(file).read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"There is no vocabulary file {file}; give a SentencePiece model file, "
-            f"or a shipped name: {', '.join(shipped_vocabularies())}."
-        ) from None
+        contents.require_file(file, "vocabulary file")
+        return contents.content(file)
+    except (OSError, contents.UnreadableFile) as error:
+        raise type(error)(f"{error} {_wanted()}") from None
+
+
+def _wanted() -> str:
+    return f"Give a SentencePiece model file, or a shipped name: {', '.join(shipped_vocabularies())}."
 
 
 def _write(file: str, content: bytes) -> None:

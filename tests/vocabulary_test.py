@@ -1,6 +1,7 @@
 """The vocabulary loses nothing, is the same in TensorFlow, and says what is wrong with a file."""
 
 import dataclasses
+import gzip
 import io
 import os
 import pathlib
@@ -209,12 +210,25 @@ def test_missing_vocabularies(tmp_path: pathlib.Path) -> None:
         vocabulary.load_vocabulary(str(tmp_path / "absent.model"))
 
 
-@pytest.mark.parametrize("content", [b"", b"no model at all" * 9, bytes(100)])
-def test_other_files_are_refused(content: bytes, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("content, what", [
+    (b"", ""), (b"no model at all" * 9, ""), (bytes(100), ""), (gzip.compress(b"x"), " but compressed by gzip"),
+    (b'{"model": {}}', " but JSON, such as Hugging Face's tokenizer.json"),
+    (b"PK\x03\x04" + bytes(9), " but a zip archive"),
+    (b"version https://git-lfs.github.com/spec/v1\n", " but a pointer of Git LFS in the place of the file")])
+def test_other_files_are_refused(content: bytes, what: str, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "other.model"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="is not a SentencePiece model file"):
+    with pytest.raises(ValueError, match=f"other.model .* is not a SentencePiece model file{what}.*python_8k") as error:
         vocabulary.load_vocabulary(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_file_is_told(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "v.model").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="v.model is a link to .*gone, which is not there"):
+        vocabulary.load_vocabulary(str(tmp_path / "v.model"))
+    with pytest.raises(ValueError, match="is a folder; give a file. Give a SentencePiece model file"):
+        vocabulary.load_vocabulary(str(tmp_path))
 
 
 def _model_without_special_ids(file: pathlib.Path) -> None:

@@ -9,13 +9,16 @@ and appear in the file's order. The randomness of an answer depends on the seed 
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from codellm_jax.contents import require_file, whole_text, without_compression
 from codellm_jax.evaluation.decoding import prompt_tokens_cut
 from codellm_jax.evaluation.sampling import Sampling
 from codellm_jax.evaluation.trained import Checkpoint, TrainedModel, trained_model
@@ -171,27 +174,30 @@ def typed() -> Iterator[str]:
 
 
 def read_prompts(path: str, template: Callable[..., str] | None) -> list[str]:
-    """The prompts of a file, local or gs://: a line each, or JSON lines where it is named .jsonl.
+    """The prompts of a file, local or gs://: a line each, or JSON records in lines or in a list.
 
-    A JSON record is {"prompt": ...}, or {"instruction": ..., "input": ...}, which needs the template. Blank lines are
-    passed over.
+    A record is {"prompt": ...}, or {"instruction": ..., "input": ...}, which needs the template. A file holds records
+    where all of it is such, or where it is named .jsonl or .json. Blank lines are passed over.
 
     Raises:
-      FileNotFoundError, ValueError: in one line; the file is not there, holds nothing, or a line is neither.
+      OSError, ValueError: in one line; the file cannot be read, is no text, holds nothing, or a record is neither.
     """
-    file = epath.Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {path} of prompts.")
-    try:
-        lines = [(number, line) for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1)
-                 if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    if not lines:
+    file = os.fspath(epath.Path(path).expanduser())
+    require_file(file, "file of prompts")
+    content = re.sub("\r\n?", "\n", whole_text(file))
+    if not content.strip():
         raise ValueError(f"{path} holds no prompt.")
-    if not path.endswith(".jsonl"):
-        return [in_template(line.removesuffix("\r"), template) for _, line in lines]
-    return [_of_record(_json(line), f"{path}, line {number}", template) for number, line in lines]
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    whole = _json(content)
+    if isinstance(whole, list):
+        records = [(f"{path}, record {number}", record) for number, record in enumerate(whole, 1)]
+    else:
+        is_one = isinstance(whole, dict) and len(lines) > 1
+        records = [(path, whole)] if is_one else [(where, _json(line)) for where, line in lines]
+    if (re.search(r"\.jsonl?$", without_compression(path), re.IGNORECASE)
+            or all(isinstance(record, dict) and {"prompt", "instruction"} & record.keys() for _, record in records)):
+        return [_of_record(record, where, template) for where, record in records]
+    return [in_template(line, template) for _, line in lines]
 
 
 def in_template(text: str, template: Callable[..., str] | None) -> str:
@@ -202,7 +208,7 @@ def in_template(text: str, template: Callable[..., str] | None) -> str:
 def _json(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -216,6 +216,9 @@ def finish_cache(
 
 def storage_error(error: Exception, directory: epath.Path) -> OSError | None:
     """Of an error that a full or closed disk made, one that says which disk and what to do."""
+    file = getattr(error, "filename", None)
+    if isinstance(file, str) and not file.startswith(str(directory.parent)) and not str(directory).startswith(file):
+        return None  # a file that is read
     if isinstance(error, OSError) and error.errno or "No space left on device" in str(error):
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
         return OSError(f"Rows cannot be cached in {directory.parent}: {reason}. Mend it or set CACHE_DIR.")

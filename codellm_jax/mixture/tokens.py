@@ -6,7 +6,6 @@ that SeqIO gives, in a fraction of the time; any other task goes through SeqIO a
 SeqIO and TensorFlow are imported here alone, and only when a task is opened.
 """
 
-import collections
 import contextlib
 import dataclasses
 import difflib
@@ -167,13 +166,16 @@ def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[dict[str, np
 
 
 class Note(NamedTuple):
-    """What a reader warned of: `template` % `values`, which are texts, numbers, and numbers by text."""
+    """What a reader warned of: `template` % `values`, which are texts, numbers, and by reason a number of records and
+    the place of the first.
+    """
 
     template: str
     values: tuple[Any, ...]
 
     def __str__(self) -> str:
-        told = tuple(", ".join(f"{count} {reason}" for reason, count in sorted(value.items()))
+        told = tuple(", ".join(f"{count} {reason}" + (f" (first: {place})" if place else "")
+                               for reason, (count, place) in sorted(value.items()))
                      if isinstance(value, dict) else value for value in self.values)
         return self.template % told if told else self.template
 
@@ -184,7 +186,11 @@ def added(notes: Iterable[Note]) -> list[Note]:
     """
     def sum_of(values: tuple[Any, ...]) -> Any:
         if isinstance(values[0], dict):
-            return dict(sum(map(collections.Counter, values), collections.Counter()))
+            whole: dict[str, tuple[int, str]] = {}
+            for reason, (count, place) in (item for value in values for item in value.items()):
+                before, first = whole.get(reason, (0, place))
+                whole[reason] = before + count, first
+            return whole
         return values[0] if isinstance(values[0], str) else sum(values)
 
     alike: dict[tuple[Any, ...], list[Note]] = {}

@@ -1,15 +1,15 @@
 """C3, questions on Chinese dialogues: a JSON list of [[lines], [{question, choice: [...], answer: text}, ...], id]."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from codellm_jax.contents import BrokenFile, lines
 from tasks.benchmarks.locating import Form
 from tasks.benchmarks.questions import EMPTY, NO_ANSWER, NO_SUCH_CHOICE, Item, choice_item, own_id
-from tasks.corpora.files import BROKEN_FILE, Lost, lines
-from tasks.corpora.records import BROKEN_JSON
+from tasks.corpora.files import Lost
+from tasks.corpora.records import BROKEN_JSON, broken_rest
 
 # The publisher's names, and those of CLUE, which republished it.
 FORMS = (Form(("c3-d-dev.json",)), Form(("*c3*/d-dev.json",)))
@@ -58,9 +58,9 @@ def _dialogues(file: str) -> Iterator[Any]:
     broken = False
     try:
         content.extend(lines(file))
-    except BROKEN_FILE:
+    except BrokenFile:
         broken = True
-    text = b"".join(content).decode("utf-8-sig", errors="surrogateescape")
+    text = b"".join(content).decode(errors="surrogateescape")
     try:
         whole = json.loads(text)
         yield from whole if isinstance(whole, list) else [Lost(_NOT_A_DIALOGUE)]
@@ -68,7 +68,7 @@ def _dialogues(file: str) -> Iterator[Any]:
         if text.strip():
             yield from _salvaged(text)
     if broken:
-        yield Lost(f"broken rest of {os.path.basename(file)}")
+        yield broken_rest(file)
 
 
 def _salvaged(text: str) -> Iterator[Any]:

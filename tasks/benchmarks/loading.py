@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 from tasks.benchmarks import c3, cosqa, dureader, ekar, jecqa, logic, mbpp, nli, scienceqa, templates
 from tasks.benchmarks.locating import SAMPLES, Form, content_hash, is_sample, locate
-from tasks.benchmarks.questions import BAD_TEXT, Item, Lacking, Loaded, Prompt, Question, is_valid_text
+from tasks.benchmarks.questions import BAD_TEXT, Item, Loaded, Prompt, Question, is_valid_text
 from tasks.benchmarks.templates import RELEASED, Template
-from tasks.corpora.files import Counts, Lost
+from tasks.corpora.files import Counts, Lost, in_name_of
 
 Reader = Callable[[Sequence[str]], Iterator[Item | Lost]]
 
@@ -111,7 +111,7 @@ def load(
     Raises:
       ValueError: one line; there is no such task or template, a template names an unknown field, a file lacks what the
         task needs or is there twice, no question is left of the files, or there are too few worked examples.
-      FileNotFoundError: one line; the folder or the files are not there.
+      OSError: one line; the folder or the files are not there, or cannot be read.
     """
     benchmark = _known(task)
     form = templates.resolve(task, template)
@@ -173,7 +173,7 @@ def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[lis
     """The items of files, with ids of their own, and how many records are none for which reason."""
     items: dict[str, Item] = {}
     skipped = Counts()
-    try:
+    with in_name_of(task):
         for item in read(files):
             if isinstance(item, Lost):
                 skipped[item.reason] += 1
@@ -183,8 +183,6 @@ def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[lis
                 # Where a file gives an id twice, the question is kept, for it counts; its id is made another.
                 own = next(own for own in _names(item.id) if own not in items)
                 items[own] = item._replace(id=own)
-    except Lacking as error:
-        raise ValueError(f"{task}: {error}") from None
     if not items:
         raise ValueError(f"{task}: no {what} are left of {', '.join(files)} ({skipped}).")
     return list(items.values()), skipped

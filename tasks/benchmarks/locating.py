@@ -9,14 +9,15 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tasks.corpora.files import BROKEN_FILE, below, lines
+from codellm_jax.contents import COMPRESSED, BrokenFile, pieces, require_file, without_compression
+from tasks.corpora.files import below, in_name_of
 from tasks.corpora.records import json_records
 
 SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "samples")
 
 
 class Form(NamedTuple):
-    """Names under which a benchmark's files are known; .json stands for .jsonl too, and all may be .gz or .zst.
+    """Names under which a benchmark's files are known; .json stands for .jsonl too, and all may be compressed.
 
     Attributes:
       parts: files that are read one after the other; a name may be a glob, and "*ocnli*/dev.json" must lie in such a
@@ -40,8 +41,8 @@ def locate(task: str, forms: Sequence[Form], data_dir: str, purpose: str = "") -
       purpose: what the files are wanted for, as words that go on after the names; nothing for the questions.
 
     Raises:
-      FileNotFoundError: the folder, or every form's files, are not there.
-      ValueError: a file is there more than once.
+      OSError: the folder, or every form's files, are not there, or one cannot be read.
+      ValueError: a file is there more than once, or is no text.
     """
     names = _names(forms)
     if not isinstance(data_dir, str) or not data_dir.strip():
@@ -58,15 +59,16 @@ def locate(task: str, forms: Sequence[Form], data_dir: str, purpose: str = "") -
         parts = [file for file in found.values() if file]
         if not parts:
             continue
-        if form.halves and found[form.parts[0]] and is_official(parts[0]):
-            return parts[:1]
+        with in_name_of(task):
+            if form.halves and found[form.parts[0]] and is_official(parts[0]):
+                return parts[:1]
         if len(parts) < len(form.parts):
             missing = ", ".join(part for part, file in found.items() if not file)
             logging.warning("%s: %s is not there; only %s is read.", task, missing, ", ".join(parts))
         companions = [_named(companion, files, top, task) for companion in form.companions]
         return parts + [file for file in companions if file]
     raise FileNotFoundError(
-        f"{task}: DATA_DIR {data_dir!r} holds no file {names} (nor one with .gz or .zst){purpose and ' ' + purpose}."
+        f"{task}: DATA_DIR {data_dir!r} holds no file {names} (nor one with {COMPRESSED}){purpose and ' ' + purpose}."
     )
 
 
@@ -78,7 +80,7 @@ def is_official(file: str) -> bool:
 
 def file_stem(file: str) -> str:
     """A file's name without folders, compression and type: "jec-qa-kd"."""
-    return re.sub(r"\.(jsonl?|csv)$", "", re.sub(r"\.(gz|zst)$", "", os.path.basename(file)), flags=re.IGNORECASE)
+    return re.sub(r"\.(jsonl?|csv)$", "", without_compression(os.path.basename(file)), flags=re.IGNORECASE)
 
 
 def content_hash(files: Sequence[str]) -> str:
@@ -86,9 +88,9 @@ def content_hash(files: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for file in files:
         try:
-            for line in lines(file):
-                digest.update(line)
-        except BROKEN_FILE:
+            for piece in pieces(file):
+                digest.update(piece)
+        except BrokenFile:
             digest.update(b"\0broken")
     return digest.hexdigest()
 
@@ -113,15 +115,18 @@ def _named(pattern: str, files: Sequence[str], top: str, task: str) -> str | Non
     found = []
     for file in files:
         parts = [os.path.basename(top), *file[len(top):].strip("/").split("/")]
-        name = re.sub(r"\.(gz|zst)$", "", parts[-1].lower())
+        name = without_compression(parts[-1].lower())
         above = [part.lower() for part in parts[-3:-1]]
         own_folder = above[0] if above[-1] == "data" else above[-1]
         if fnmatch.fnmatchcase(re.sub(r"\.jsonl$", ".json", name), base) and fnmatch.fnmatchcase(
             own_folder, folder or "*"
         ):
             found.append(file)
+    with in_name_of(task):
+        for file in found:
+            require_file(file)
+        official = [file for file in found if is_official(file)] if len(found) > 1 and base.endswith(".json") else []
     if len(found) > 1:
-        official = [file for file in found if is_official(file)] if base.endswith(".json") else []
         if len(official) != 1:
             raise ValueError(f"{task}: DATA_DIR holds {pattern} more than once, {' and '.join(found)}; remove one.")
         found = official

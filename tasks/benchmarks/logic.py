@@ -1,12 +1,13 @@
 """Logic, a subject of C-Eval: Chinese questions with four choices, CSV with id, question, A, B, C, D and answer."""
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 
+from codellm_jax.contents import BrokenFile, lines
 from tasks.benchmarks.locating import Form
 from tasks.benchmarks.questions import Item, choice_item, position_of_letter
-from tasks.corpora.files import BROKEN_FILE, Lost, lines
+from tasks.corpora.files import Lost
+from tasks.corpora.records import broken_rest
 
 FORMS = (Form(("logic_val.csv",)),)
 # C-Eval's own worked examples.
@@ -32,10 +33,10 @@ def _rows(file: str) -> Iterator[dict[str, str] | Lost]:
 
     def text() -> Iterator[str]:
         try:
-            for number, line in enumerate(lines(file)):
-                yield line.decode("utf-8-sig" if number == 0 else "utf-8", errors="surrogateescape")
-        except BROKEN_FILE:
-            broken.append(Lost(f"broken rest of {os.path.basename(file)}"))
+            for line in lines(file):
+                yield line.decode(errors="surrogateescape")
+        except BrokenFile:
+            broken.append(broken_rest(file))
 
     # Strict, so that a quotation that never ends is an error and no text of a thousand lines.
     rows = csv.DictReader(text(), strict=True)

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from codellm_jax.contents import UnreadableFile
 from tasks.benchmarks.locating import file_stem
 from tasks.corpora.files import Lost
 from tasks.corpora.records import json_records
@@ -108,7 +109,7 @@ class Item(NamedTuple):
     extra: Mapping[str, Any] = {}
 
 
-class Lacking(ValueError):
+class Lacking(UnreadableFile):
     """A file's form has no place for what a task needs; one line that says so, and what to do."""
 
 

@@ -1,16 +1,18 @@
-"""Finding and opening corpus files, local or gs://, plain or compressed; and what is said of what they lose."""
+"""Finding corpus files, local or gs://; and what is said of those that cannot be read, and of what they lose."""
 
 import collections
-import glob
-import gzip
+import contextlib
+import fnmatch
+import functools
+import logging
 import os
 import re
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-# What `lines` raises in a file that is broken or breaks off.
-BROKEN_FILE = (EOFError, zlib.error, gzip.BadGzipFile)
+from codellm_jax.contents import UnreadableFile, cannot_be_read, require_file, without_compression
+
+_WILDCARD = re.compile(r"[*?[]")
 
 
 class Lost(NamedTuple):
@@ -26,50 +28,201 @@ class Counts(collections.Counter[str]):
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.items())) or "there are no records"
 
 
-def matches(patterns: str | Sequence[str], name: str) -> list[str]:
-    """The files that a glob or several match, sorted; absolute paths, or gs:// ones.
+class PassedOver(dict[str, tuple[int, str]]):
+    """Of records that were lost, by reason: how many, and where the first is; told as a line of text."""
+
+    def add(self, reason: str, place: str) -> None:
+        """Counts one more; `place` is such as "a.jsonl, line 3", or "" where the reason says it."""
+        count, first = self.get(reason, (0, place))
+        self[reason] = (count + 1, first)
+
+    def __str__(self) -> str:
+        told = (f"{count} {reason}" + (f" (first: {place})" if place else "")
+                for reason, (count, place) in sorted(self.items()))
+        return ", ".join(told) or "there are no records"
+
+
+@contextlib.contextmanager
+def in_name_of(name: str) -> Iterator[None]:
+    """Puts the name of a corpus or benchmark before what is said of a file that cannot be read."""
+    try:
+        yield
+    except UnreadableFile as error:
+        raise ValueError(f"{name}: {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # else it is one line of ours
+            raise
+        raise type(error)(f"{name}: {error}") from error
+
+
+def require_readable(files: Sequence[str], require: Callable[[str], object]) -> None:
+    """Looks into all files before the first is read, so that a long reading does not end at the last one.
+
+    Those in gs:// are left to their turn: looking into each takes a request.
+
+    Args:
+      require: looks into one, and raises UnreadableFile or OSError.
 
     Raises:
-      FileNotFoundError: one of the patterns matches no file.
+      UnreadableFile, OSError: what is said of the first that cannot be read, and which the others are.
+    """
+    refused: list[tuple[str, OSError | UnreadableFile]] = []
+    for file in files:
+        if "://" not in file:
+            try:
+                require(file)
+            except (OSError, UnreadableFile) as error:
+                refused.append((file, error))
+    if refused:
+        others = [file for file, _ in refused[1:]]
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        told = f" Others that cannot be read: {', '.join(others[:3])}{more}." if others else ""
+        raise type(refused[0][1])(f"{refused[0][1]}{told}") from refused[0][1]
+
+
+# ---- Finding -----------------------------------------------------------------------------------
+
+
+def matches(patterns: str | Sequence[str], name: str) -> list[str]:
+    """The files that a glob or several match, sorted, each once; absolute paths, or gs:// ones.
+
+    `*`, `?` and `[...]` match within a name, but not a dot at its beginning; `**` any folders, links to folders among
+    them, each once. A name that is there is taken as it stands, whatever brackets it holds.
+
+    Raises:
+      OSError: a pattern matches no file, a link to nothing, or what cannot be read.
+      ValueError: a pattern matches folders alone, or what is no file.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    found: set[str] = set()
-    for pattern in patterns:
-        files = found_by(pattern)
-        if not files:
-            raise FileNotFoundError(f"{name}: no file matches {pattern!r} (seen from {os.getcwd()}).")
-        found.update(files)
-    return sorted(found)
+    with in_name_of(name):
+        found = {file for pattern in patterns for file in _matched(pattern)}
+    # Through links a file may have many names. The first stands for all, and for what a cache is known by.
+    once: dict[str, str] = {}
+    for file in sorted(found):
+        once.setdefault(real(file), file)
+    if others := sorted(found - set(once.values())):
+        _tell(f"{name}: {len(others)} of {len(found)} names lead to files that others lead to, too, through links; "
+              f"each file is read once. The first is {others[0]}.")
+    return sorted(once.values())
 
 
-def found_by(pattern: str) -> list[str]:
-    """The files that one glob matches, in no order; none is no error."""
-    return _remote_matches(pattern) if "://" in pattern else _local_matches(pattern)
+def real(file: str) -> str:
+    """A name that a file has but once, whatever links lead to it."""
+    return file if "://" in file else os.path.realpath(file)
 
 
-def _local_matches(pattern: str) -> list[str]:
-    pattern = os.path.abspath(os.path.expanduser(pattern))
-    # A file's own name may hold what a glob would read as a wildcard.
-    candidates = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-    return [file for file in candidates if os.path.isfile(file)]
+@functools.cache
+def _tell(warning: str) -> None:
+    """Warns once a process: patterns are matched anew for every split."""
+    logging.warning(warning)
+
+
+def _matched(pattern: str) -> set[str]:
+    """The files that one glob matches; raises as `matches` does."""
+    candidates = set(_remote_matches(pattern) if "://" in pattern else _local_matches(pattern))
+    folders = {found for found in candidates if _is_folder(found)}
+    files = candidates - folders
+    if "://" not in pattern:
+        for file in sorted(files):
+            require_file(file)
+    if files:
+        return files
+    if not folders:
+        hint = " A bracket of a name itself is written [[]." if "[" in pattern else ""
+        raise FileNotFoundError(f"no file matches {pattern!r} (seen from {os.getcwd()}).{hint}")
+    is_one = os.path.basename(pattern.rstrip("/")) == os.path.basename(min(folders))
+    raise UnreadableFile(f"{pattern!r} {'is a folder' if is_one else 'matches folders alone'}; "
+                         f"{_advice(pattern, min(folders))}")
+
+
+def _advice(pattern: str, folder: str) -> str:
+    """What to write in the place of a pattern that names folders, by what lies in one of them."""
+    files = below(folder)
+    if not files:
+        return f"{folder} holds none."
+    names = [os.path.basename(file) for file in files]
+    suffixes = collections.Counter(
+        os.path.splitext(without_compression(name))[1] + name[len(without_compression(name)):] for name in names)
+    deep = "**/" if any(os.path.dirname(file) != folder.rstrip("/") for file in files) else ""
+    return f"write such as '{pattern.rstrip('/')}/{deep}*{max(suffixes, key=suffixes.__getitem__)}'."
+
+
+def _is_folder(found: str) -> bool:
+    if "://" not in found:
+        return os.path.isdir(found)
+    from etils import epath
+
+    return epath.Path(found).is_dir()
+
+
+def _local_matches(pattern: str) -> Iterator[str]:
+    """All that lies where a pattern leads, files or not; links that lead nowhere too."""
+    path = os.path.expanduser(pattern)
+    start = os.sep if os.path.isabs(path) else os.getcwd()
+    # Of a relative pattern the part that is not written may hold brackets as well.
+    parts = [part for part in os.path.normpath(path).split(os.sep) if part not in ("", ".")]
+    return _led_to(start, parts)
+
+
+def _led_to(folder: str, parts: Sequence[str]) -> Iterator[str]:
+    if not parts:
+        yield folder
+        return
+    first, rest = parts[0], parts[1:]
+    if first == "..":
+        yield from _led_to(os.path.dirname(folder), rest)
+    elif first == "**":
+        for each in _folders(folder):
+            yield from _led_to(each, rest or ["*"])
+    elif not re.search("[*?]", first) and os.path.lexists(os.path.join(folder, first)):
+        yield from _led_to(os.path.join(folder, first), rest)
+    elif _WILDCARD.search(first) and os.path.isdir(folder):
+        for name in sorted(_names(folder)):
+            if fnmatch.fnmatchcase(name, first) and (first.startswith(".") or not name.startswith(".")):
+                yield from _led_to(os.path.join(folder, name), rest)
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise cannot_be_read(folder, error) from error
+
+
+def _folders(top: str) -> Iterator[str]:
+    """A folder and all below it, each once and none of them hidden; links are followed."""
+    waiting, visited = [top], set()
+    while waiting:
+        folder = waiting.pop()
+        # A link may lead to a folder that is walked anyway, or in a circle.
+        if not os.path.isdir(folder) or os.path.realpath(folder) in visited:
+            if not os.path.exists(folder) and os.path.islink(folder) and not os.path.splitext(folder)[1]:
+                _tell(f"{folder} is a link to {os.readlink(folder)}, which is not there; if that was a folder, nothing "
+                      "of it is read.")
+            continue
+        visited.add(os.path.realpath(folder))
+        yield folder
+        waiting += [os.path.join(folder, name) for name in sorted(_names(folder), reverse=True)
+                    if not name.startswith(".")]
 
 
 def _remote_matches(pattern: str) -> list[str]:
     from etils import epath
 
     parts = pattern.split("/")
-    fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
-    root = epath.Path("/".join(parts[:fixed]))
-    if fixed == len(parts):
-        return [os.fspath(root)] if root.exists() else []
-    return [os.fspath(file) for file in root.glob("/".join(parts[fixed:])) if not file.is_dir()]
+    fixed = next((i for i, part in enumerate(parts) if _WILDCARD.search(part)), len(parts))
+    if fixed == len(parts) or ("[" in pattern and epath.Path(pattern).exists()):
+        return [os.fspath(epath.Path(pattern))] if epath.Path(pattern).exists() else []
+    return [os.fspath(file) for file in epath.Path("/".join(parts[:fixed])).glob("/".join(parts[fixed:]))]
 
 
 def below(folder: str) -> list[str]:
     """All files in a folder and the folders below it, sorted; hidden folders are left out, links are followed.
 
+    A link that leads nowhere is among them: `require_file` says so of one that is wanted.
+
     Raises:
-      FileNotFoundError: there is no such folder.
+      OSError: there is no such folder, or one of them cannot be read.
     """
     if "://" in folder:
         from etils import epath
@@ -83,67 +236,5 @@ def below(folder: str) -> list[str]:
     top = os.path.abspath(os.path.expanduser(folder))
     if not os.path.isdir(top):
         raise FileNotFoundError(f"there is no folder {top!r}")
-    files, visited = [], set()
-    for root, folders, names in os.walk(top, followlinks=True):
-        real = os.path.realpath(root)
-        # A link may lead to a folder that is walked anyway, or in a circle.
-        folders[:] = [] if real in visited else sorted(name for name in folders if not name.startswith("."))
-        files += [] if real in visited else [os.path.join(root, name) for name in names]
-        visited.add(real)
-    return sorted(file for file in files if os.path.isfile(file))
-
-
-def _open(file: str) -> BinaryIO:
-    if "://" not in file:
-        return open(file, "rb")
-    from etils import epath
-
-    return epath.Path(file).open("rb")
-
-
-def size(file: str) -> int:
-    """Bytes of a file as it lies there, compressed or not."""
-    if "://" not in file:
-        return os.path.getsize(file)
-    from etils import epath
-
-    return epath.Path(file).stat().length
-
-
-def lines(file: str) -> Iterator[bytes]:
-    """Lines of a plain, .gz or .zst file, with their line ends.
-
-    Raises:
-      EOFError, zlib.error or gzip.BadGzipFile: the file is broken or breaks off.
-    """
-    with _open(file) as raw:
-        if file.endswith(".gz"):
-            yield from gzip.open(raw)
-        elif file.endswith(".zst"):
-            yield from _lines_of_zstd(raw)
-        else:
-            yield from raw
-
-
-def _lines_of_zstd(raw: BinaryIO) -> Iterator[bytes]:
-    """Lines of a zstd stream; the library's own reader does not notice one that breaks off."""
-    try:
-        import zstandard
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("Reading .zst files needs zstandard: pip install zstandard.") from None
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame, rest = None, b""
-    while chunk := raw.read(1 << 20):
-        while chunk:
-            frame = frame or decompressor.decompressobj()
-            try:
-                rest += frame.decompress(chunk)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-            chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        *whole, rest = rest.split(b"\n")
-        yield from (line + b"\n" for line in whole)
-    if rest:
-        yield rest
-    if frame is not None:
-        raise EOFError("The zstd stream breaks off.")
+    found = (os.path.join(each, name) for each in _folders(top) for name in _names(each))
+    return sorted(file for file in found if not os.path.isdir(file))

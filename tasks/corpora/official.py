@@ -7,7 +7,7 @@
   code.cosqa            cosqa-train.json
   code.mbpp             mbpp.jsonl
 
-Each plain, .gz or .zst. The mixture `paper_instructions` joins them as the study joins its 500,000 instructions.
+Each plain or compressed. The mixture `paper_instructions` joins them as the study joins its 500,000 instructions.
 """
 
 import fnmatch
@@ -15,7 +15,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.corpora.files import below
+from codellm_jax.contents import COMPRESSED, require_file, without_compression
+from tasks.corpora.files import below, in_name_of
 from tasks.corpora.specs import OFFICIAL, kind_of
 
 MIXTURE = "paper_instructions"
@@ -29,8 +30,6 @@ MIXTURE_RATES: dict[str, float] = {
     "text.pclue": 200_000,
     **{name: round(150_000 * size / sum(_CODE_SIZES.values())) for name, size in _CODE_SIZES.items()},
 }
-
-_SUFFIXES = ("", ".gz", ".zst")
 
 
 def official_corpora(data_dir: str) -> dict[str, dict[str, Any]]:
@@ -49,7 +48,7 @@ def resolve(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
       The spec of another kind that reads those files.
 
     Raises:
-      FileNotFoundError: the folder or the file is not there.
+      OSError: the folder or the file is not there, or cannot be read.
       ValueError: the same file is there more than once.
     """
     form = OFFICIAL[spec["official"]]
@@ -62,7 +61,7 @@ def resolve(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
         if found := _files_named(pattern, files, name):
             return {**form, kind: found}
     raise FileNotFoundError(
-        f"{name}: DATA_DIR {folder!r} holds no file {wanted} (nor one with .gz or .zst); put it there, or "
+        f"{name}: DATA_DIR {folder!r} holds no file {wanted} (nor one with {COMPRESSED}); put it there, or "
         "give the corpus a CORPORA line of its own."
     )
 
@@ -76,8 +75,7 @@ def file_names(official_name: str) -> str:
 def _files_named(pattern: str, files: list[str], name: str) -> list[str]:
     found: dict[str, str] = {}
     for file in files:
-        base = os.path.basename(file)
-        plain = next(base[: len(base) - len(end)] for end in reversed(_SUFFIXES) if base.endswith(end))
+        plain = without_compression(os.path.basename(file))
         if not fnmatch.fnmatchcase(plain, pattern):
             continue
         if plain in found:
@@ -85,5 +83,7 @@ def _files_named(pattern: str, files: list[str], name: str) -> list[str]:
                 f"{name}: DATA_DIR holds {plain} twice, {found[plain]} and {file}; remove one, or give the corpus a "
                 "CORPORA line of its own."
             )
+        with in_name_of(name):
+            require_file(file)
         found[plain] = file
     return sorted(found.values())

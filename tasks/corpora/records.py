@@ -1,8 +1,9 @@
 """JSON records from files, one by one: a list or JSON lines, whole or broken.
 
-What a file is, its content says: one that begins with "[" is a list, one whose first line is an object is JSON lines.
+What a file is, its content says: one that begins with "[" is a list, one with an object in a line is JSON lines.
 A broken file is never given up as a whole. Its objects are decoded one after the other; where one does not parse, the
-next that does goes on.
+next that does goes on. But a file that holds no object at all is something else, and is refused; and so is one of whose
+records beyond ASCII most are no UTF-8: those that are came to be by chance, and are not what was written.
 """
 
 import json
@@ -11,83 +12,146 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tasks.corpora.files import BROKEN_FILE, Lost, lines
+from codellm_jax.contents import READ_IS, BrokenFile, UnreadableFile, lines, require_text
+from tasks.corpora.files import Lost
 
 BROKEN_JSON = "broken JSON"
 NO_OBJECT = "not a JSON object"
+NOT_UTF8 = "not valid UTF-8"
+EMPTY_FILE = "empty file"
+FOREIGN = 10  # records that are no UTF-8 in a file of another encoding; fewer may be broken ones
 
 _BETWEEN_RECORDS = re.compile(r"[\s,\[\]]*")
 # Within a string its quotes would be escaped, so code in a string does not look like this.
 _RECORD_START = re.compile(r'\{\s*"[^"\\]*"\s*:')
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ESCAPED = re.compile("[\udc80-\udcff]")
+
+Record = dict[str, Any] | Lost
 
 
-def json_records(file: str) -> Iterator[dict[str, Any] | Lost]:
-    """The JSON objects of a plain, .gz or .zst file, in order, and a `Lost` for each that cannot be had.
+def json_records(file: str) -> Iterator[Record]:
+    """The JSON objects of a file, in order, and a `Lost` for each that cannot be had.
 
-    Bytes that are no UTF-8 come as lone surrogates in the strings that hold them.
+    Raises:
+      OSError: the file cannot be read.
+      UnreadableFile: it is no text, or nothing in it is a JSON object.
     """
-    waiting: list[bytes] = []  # Of a file that is read as a whole.
-    is_lines: bool | None = None
+    return (record for _, record in placed_records(file))
+
+
+def placed_records(file: str) -> Iterator[tuple[str, Record]]:
+    """What `json_records` gives, with the place of each, such as "a.jsonl, line 3"; raises as that does."""
+    found = lost = broken = beyond_ascii = foreign = 0
+    for place, record, is_ascii in _records(file):
+        found += isinstance(record, dict)
+        lost += isinstance(record, Lost) and record.reason in (BROKEN_JSON, NO_OBJECT, NOT_UTF8)
+        broken += record == broken_rest(file)
+        beyond_ascii += not is_ascii
+        foreign += record == Lost(NOT_UTF8)
+        yield place, record
+    _require_utf8(file, foreign, beyond_ascii)
+    if lost and not found and not broken:
+        raise UnreadableFile(f"{file} holds no JSON object in UTF-8, neither in a list nor in lines; it begins with "
+                             f"{_beginning(file)}")
+
+
+def require_json(file: str) -> None:
+    """Looks at the beginning of a file alone; raises what `json_records` would where that is no JSON."""
+    beginning = require_text(file)
+    if beginning.lstrip().startswith(b"<"):
+        raise UnreadableFile(f"{file} is HTML or XML, where JSON records are wanted; it begins with {_beginning(file)}")
+    beyond_ascii = [line for line in beginning.split(b"\n")[:-1] if not line.isascii()]
+    _require_utf8(file, sum(not _is_utf8(line) for line in beyond_ascii), len(beyond_ascii))
+
+
+def _require_utf8(file: str, foreign: int, beyond_ascii: int) -> None:
+    if foreign >= FOREIGN and 2 * foreign > beyond_ascii:
+        raise UnreadableFile(f"{file} is not UTF-8 text: {foreign} of its {beyond_ascii} records beyond ASCII are no "
+                             f"valid UTF-8; {READ_IS}.")
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _beginning(file: str) -> str:
+    line = next(iter(require_text(file).lstrip().splitlines()), b"")
+    return ascii(line[:60].decode(errors="backslashreplace")) + ("..." if len(line) > 60 else ".")
+
+
+def broken_rest(file: str) -> Lost:
+    """What is lost of a file that breaks off."""
+    return Lost(f"broken rest of {os.path.basename(file)}")
+
+
+def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
+    """Records with their places, and whether they are written in ASCII."""
+    waiting: list[bytes] = []  # of a file that is read as a whole, or may have to be
+    opening, is_lines, number = b"", False, 0
     ending: list[Lost] = []
     try:
-        for number, line in enumerate(lines(file)):
-            if number == 0:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-            if not line.strip():
-                continue
-            if is_lines is None:
-                # A record spread over several lines is no object by its first line alone.
-                is_lines = isinstance(_parsed(line), dict)
-            if is_lines:
-                yield _record_of(line)
-            else:
+        for number, line in enumerate(lines(file), 1):
+            is_first, opening = not opening, opening or line.strip()[:1]
+            if not is_lines and opening != b"[" and (is_first or line.startswith(b"{")):
+                # A record spread over several lines has none that is an object and begins where lines do.
+                if is_lines := isinstance(_parsed(line), dict):
+                    yield from _records_of(file, b"".join(waiting))
+                    waiting = []
+            if not is_lines:
                 waiting.append(line)
-    except BROKEN_FILE:
-        ending.append(Lost(f"broken rest of {os.path.basename(file)}"))
-    if waiting:
-        yield from _records_of(b"".join(waiting))
-    yield from ending
-
-
-def _text(content: bytes) -> str:
-    return content.decode("utf-8", errors="surrogateescape")
+            elif line.strip():
+                yield f"{file}, line {number}", _record_of(_parsed(line)), line.isascii()
+    except BrokenFile:
+        ending.append(broken_rest(file))
+    yield from _records_of(file, b"".join(waiting))
+    if not number and not ending:
+        ending.append(Lost(EMPTY_FILE))
+    yield from (("" if lost == broken_rest(file) else file, lost, True) for lost in ending)
 
 
 def _parsed(line: bytes) -> Any:
     """What a line holds as JSON; a `Lost` where it is none."""
     try:
-        return json.loads(_text(line))
+        return json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Lost(NOT_UTF8)
     except (ValueError, RecursionError):
         return Lost(BROKEN_JSON)
 
 
-def _record_of(line: bytes) -> dict[str, Any] | Lost:
-    record = _parsed(line)
-    return record if isinstance(record, dict | Lost) else Lost(NO_OBJECT)
+def _record_of(value: Any) -> Record:
+    return value if isinstance(value, dict | Lost) else Lost(NO_OBJECT)
 
 
-def _records_of(content: bytes) -> Iterator[dict[str, Any] | Lost]:
-    """The objects of a JSON list, or of anything that holds objects one after the other."""
+def _records_of(file: str, content: bytes) -> Iterator[tuple[str, Record, bool]]:
+    """The objects of a JSON list, or of anything that holds objects one after the other, as `_records` gives them."""
     whole = _parsed(content)
     if isinstance(whole, list):
-        yield from (record if isinstance(record, dict) else Lost(NO_OBJECT) for record in whole)
+        is_ascii = content.isascii()
+        for number, record in enumerate(whole, 1):
+            yield f"{file}, record {number}", _record_of(record), is_ascii
         return
     # A line break within a string, which JSON does not allow, does no harm here.
     decoder = json.JSONDecoder(strict=False)
-    text, position = _text(content), 0
+    # Bytes that are no UTF-8 become lone surrogates, by which the records that hold them are known.
+    text, position, line, counted = content.decode(errors="surrogateescape"), 0, 1, 0
     while (position := _end_of_match(_BETWEEN_RECORDS, text, position)) < len(text):
+        line, counted = line + text.count("\n", counted, position), position
         try:
             record, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
-            yield record
-            position = end
-        else:  # Or a piece of one that is broken.
-            yield Lost(BROKEN_JSON)
+        if not isinstance(record, dict):  # Or a piece of one that is broken.
             start = _RECORD_START.search(text, position + 1)
-            position = start.start() if start else len(text)
+            record, end = Lost(BROKEN_JSON), start.start() if start else len(text)
+        if _ESCAPED.search(text, position, end):
+            record = Lost(NOT_UTF8)
+        yield f"{file}, line {line}", record, text[position:end].isascii()
+        position = end
 
 
 def _end_of_match(pattern: re.Pattern[str], text: str, position: int) -> int:

@@ -4,37 +4,41 @@ A corpus is described by a *spec*, a mapping with exactly one kind key and that 
 of instructions, for tuning, are in `instruction_sets.instructions`):
 
   {"python": "text"}                       prose of the running Python's standard library; or "code"
-  {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    plain, .gz or .zst
+  {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    JSON lines, or a list
   {"text_files": PATTERN}                  one document a file
-  {"tfrecords": PATTERN, "field": "text"}  tf.train.Example
+  {"tfrecords": PATTERN, "field": "text"}  tf.train.Example, plain or compressed by gzip
   {"tfds": "name:1.0.0", "field": "text"}  TensorFlow Datasets; its split "train"
   {"task": "name"}                         another SeqIO task, under this corpus's name
 
 PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current
-directory) or gs://. Where documents come from files or TFDS, a stable hash of each text puts a
-hundredth of them into "validation" and a hundredth into "test"; `holdout` sets another fraction.
+directory) or gs://. Each file is read once, whatever links lead to it. How it is compressed and
+encoded its content says (`codellm_jax.contents`); one that is something else is refused by name.
+Where documents come from files or TFDS, a stable hash of each text puts a hundredth of them into
+"validation" and a hundredth into "test"; `holdout` sets another fraction.
 `validation`, a pattern (for TFDS a split) of its own, leaves the main one wholly to "train". `rate`
 is the corpus's weight within its pool and does not change what is read.
 
-Nothing is lost silently: what cannot be read is counted, and reported in one warning a reading.
+Nothing is lost silently: records that cannot be read are counted, and reported in one warning a reading, with the
+place of the first of each kind.
 Importing this module imports neither TensorFlow nor SeqIO.
 """
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tasks.corpora.files import BROKEN_FILE, Counts, Lost, lines, matches, size
+from codellm_jax.contents import BrokenFile, UnreadableFile, compression, head, kind, lines, require_text, size
+from tasks.corpora.files import Lost, PassedOver, in_name_of, matches, real, require_readable
+from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
 from tasks.corpora.specs import DEFAULT_HOLDOUT, DOCUMENT_KINDS, kind_of, split_of, splits, validate
 from tasks.corpora.standard_library import python_documents
 
 FILE_KINDS = ("json_lines", "text_files", "tfrecords")
 
 # Part of every cache key; raise it whenever the same files would give other documents.
-READER_VERSION = 1
+READER_VERSION = 2
 
 
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
@@ -44,8 +48,8 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     is no part of it, as it does not change the documents. Of a task it holds the name alone.
 
     Raises:
-      ValueError: the spec is malformed.
-      FileNotFoundError: a pattern matches no file.
+      ValueError: the spec is malformed, or a pattern names folders.
+      OSError: a pattern matches no file, or a link to nothing.
     """
     validate(spec, name)
     kind = kind_of(spec)
@@ -87,8 +91,8 @@ def documents(
         error where these hold no document.
 
     Raises:
-      ValueError: the spec is malformed, has no such split, or its files hold no document at all.
-      FileNotFoundError: a pattern matches no file.
+      ValueError: the spec is malformed, has no such split, a file is not of its kind, or they hold no document at all.
+      OSError: a pattern matches no file, or a file cannot be read.
     """
     validate(spec, name)
     kind = kind_of(spec)
@@ -103,7 +107,7 @@ def documents(
     if kind == "tfds":
         return _usable(_tfds_records(spec, split), spec, split, name)
     chosen = files(spec, split, name) if only_files is None else only_files
-    return _usable(_file_records(kind, spec, chosen), spec, split, name, whole=only_files is None)
+    return _usable(_file_records(kind, spec, chosen, name), spec, split, name, whole=only_files is None)
 
 
 def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str]:
@@ -112,42 +116,42 @@ def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str
     Without a `validation` pattern all splits are read from the same files.
 
     Raises:
-      FileNotFoundError: a pattern matches no file.
-      ValueError: a file is matched both by the main pattern and by `validation`.
+      OSError: a pattern matches no file, or a link to nothing.
+      ValueError: a pattern names folders, or a file is matched both by the main pattern and by `validation`.
     """
     main = matches(spec[kind_of(spec)], name)
     if "validation" not in spec:
         return main
     held_out = matches(spec["validation"], name)
-    if both := sorted(set(main) & set(held_out)):
+    if both := sorted({*map(real, main)} & {*map(real, held_out)}):
         raise ValueError(f"{name}: {both[0]} would be in train and validation; narrow a pattern.")
     return held_out if split == "validation" else main
 
 
 def _usable(
-    records: Iterator[str | bytes | Lost],
+    records: Iterator[tuple[str, str | bytes | Lost]],
     spec: Mapping[str, Any],
     split: str,
     name: str,
     whole: bool = True,
 ) -> Iterator[str]:
-    """The records that are documents of the split; reports the others when reading ends."""
+    """The records that are documents of the split; reports the others, by their places, when reading ends."""
     holdout = 0 if "validation" in spec else spec.get("holdout", DEFAULT_HOLDOUT)
-    lost = Counts()
+    lost = PassedOver()
     kept = 0
     try:
-        for record in records:
+        for place, record in records:
             if isinstance(record, Lost):
-                lost[record.reason] += 1
+                lost.add(record.reason, place)
                 continue
             try:
                 content = record.encode() if isinstance(record, str) else record
                 text = content.decode()
             except UnicodeError:
-                lost["not valid UTF-8"] += 1
+                lost.add("not valid UTF-8", place)
                 continue
             if not text.strip():
-                lost["empty"] += 1
+                lost.add("empty", place)
                 continue
             kept += 1
             if not holdout or split_of(content, holdout) == split:
@@ -167,63 +171,82 @@ def _usable(
 
 
 def _file_records(
-    kind: str, spec: Mapping[str, Any], chosen: Sequence[str]
-) -> Iterator[str | bytes | Lost]:
-    readers = {"json_lines": _json_records, "text_files": _text_records, "tfrecords": _tf_records}
-    for file in chosen:
-        try:
-            yield from readers[kind](file, spec)
-        except BROKEN_FILE:
-            yield Lost(f"broken rest of {os.path.basename(file)}")
+    kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str
+) -> Iterator[tuple[str, str | bytes | Lost]]:
+    """The records of files with their places, such as "a.jsonl, line 3"."""
+    read, require = {"json_lines": (_json_records, require_json), "text_files": (_text_records, require_text),
+                     "tfrecords": (_tf_records, _require_tfrecords)}[kind]
+    with in_name_of(name):
+        require_readable(chosen, require)
+        for file in chosen:
+            try:
+                yield from read(file, spec)
+            except BrokenFile:
+                yield "", broken_rest(file)
 
 
-def _json_records(file: str, spec: Mapping[str, Any]) -> Iterator[str | Lost]:
+def _json_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, str | Lost]]:
     field = spec.get("field", "text")
-    for line in lines(file):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            yield Lost("broken JSON")
+    for place, record in placed_records(file):
+        if isinstance(record, Lost):
+            yield place, record
         elif "licenses" in spec and record.get("license") not in spec["licenses"]:
-            yield Lost("of other licences")
+            yield place, Lost("of other licences")
         elif not isinstance(record.get(field), str):
-            yield Lost(f"without text in field {field!r}")
+            has = ", ".join(map(repr, list(record)[:5])) + ", ..." * (len(record) > 5)
+            yield f"{place}, whose fields are {has or 'none'}", Lost(f"without text in field {field!r}")
         else:
-            yield record[field]
+            yield place, record[field]
 
 
-def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[bytes]:
-    yield b"".join(lines(file))
+def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    yield file, b"".join(lines(file))
 
 
-def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[bytes | Lost]:
+def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, bytes | Lost]]:
     import tensorflow as tf
     from google.protobuf import message
 
     field = spec.get("field", "text")
-    compression = "GZIP" if file.endswith(".gz") else ""
+    by = _require_tfrecords(file)
+    number = 0
     try:
-        for content in tf.data.TFRecordDataset(file, compression).as_numpy_iterator():
+        records = tf.data.TFRecordDataset(file, "GZIP" if by else "").as_numpy_iterator()
+        for number, content in enumerate(records, 1):
+            place = f"{file}, record {number}"
             try:
                 features = tf.train.Example.FromString(content).features.feature
             except message.DecodeError:
-                yield Lost("broken tf.train.Example")
+                yield place, Lost("broken tf.train.Example")
                 continue
             values = features[field].bytes_list.value if field in features else []
-            yield values[0] if len(values) == 1 else Lost(f"without text in field {field!r}")
+            yield place, values[0] if len(values) == 1 else Lost(f"without text in field {field!r}")
     except tf.errors.DataLossError as error:
-        raise EOFError(str(error)) from error
+        if not number:
+            raise UnreadableFile(f"{file} is no TFRecord file, or is damaged from its first record on.") from error
+        raise BrokenFile(str(error)) from error
+    if not number:
+        yield file, Lost(EMPTY_FILE)
 
 
-def _tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[bytes | Lost]:
+def _require_tfrecords(file: str) -> str | None:
+    """What a file of TFRecords is compressed by; raises UnreadableFile where it is no such file by its first bytes."""
+    beginning = head(file)
+    by = compression(beginning)
+    # A record begins with its length, in 8 bytes.
+    what = kind(beginning) or (not by and int.from_bytes(beginning[:8], "little") >= 1 << 40 and "no TFRecord file")
+    if what or by not in (None, "gzip"):
+        raise UnreadableFile(f"{file} is {what or f'compressed by {by}'}; TFRecords are read, plain or compressed by "
+                             "gzip.")
+    return by
+
+
+def _tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[tuple[str, bytes | Lost]]:
     import tensorflow_datasets as tfds
 
     field = spec.get("field", "text")
     source = spec.get("validation", "train") if split == "validation" else "train"
-    for record in tfds.as_numpy(tfds.load(spec["tfds"], split=source)):
+    for number, record in enumerate(tfds.as_numpy(tfds.load(spec["tfds"], split=source)), 1):
         value = record.get(field)
-        yield value if isinstance(value, bytes) else Lost(f"without text in field {field!r}")
+        yield f"{spec['tfds']}, record {number}", (
+            value if isinstance(value, bytes) else Lost(f"without text in field {field!r}"))

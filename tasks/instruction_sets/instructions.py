@@ -2,7 +2,7 @@
 
 Specs, as in `corpora.sources`, of these kinds:
 
-  {"instructions": PATTERN, "language": "en", "sample": 200000}    JSON list or JSON lines; plain, .gz or .zst
+  {"instructions": PATTERN, "language": "en", "sample": 200000}    JSON list or JSON lines
   {"cosqa": PATTERN}                       CosQA's training set: does this code answer this query?
   {"mbpp": PATTERN}                        MBPP's problems, mbpp.jsonl: write the program
   {"python_instructions": "text"}          made from the running Python's standard library; or "code"
@@ -18,7 +18,8 @@ records into "validation" and a hundredth into "test". MBPP has its official spl
 "validation" 511 to 600. Of both, the problems of the sanitized set, which are evaluated on, are left out;
 `keep_sanitized` keeps them.
 
-Nothing is lost silently: what cannot be read is counted, and reported in one warning a reading.
+Nothing is lost silently: records that cannot be read are counted, and reported in one warning a reading, with the
+place of the first of each kind. A file that is no JSON is refused.
 Importing this module imports neither TensorFlow nor SeqIO.
 """
 
@@ -31,16 +32,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from codellm_jax.contents import size
 from tasks.corpora import official, sources
-from tasks.corpora.files import Counts, Lost, size
+from tasks.corpora.files import Lost, PassedOver, in_name_of, require_readable
 from tasks.corpora.mbpp import official_split, sanitized_ids
-from tasks.corpora.records import json_records
+from tasks.corpora.records import NOT_UTF8, Record, placed_records, require_json
 from tasks.corpora.specs import DEFAULT_HOLDOUT, INSTRUCTION_KINDS, form_of, kind_of, split_of, splits, validate
 from tasks.instruction_sets.prompts import alpaca_prompt
 from tasks.instruction_sets.python_instructions import python_instructions
 
 # Part of every cache key; raise it whenever the same files, or the same Python, would give other pairs.
-INSTRUCTIONS_VERSION = 1
+INSTRUCTIONS_VERSION = 2
 
 COSQA_INSTRUCTION = "Decide whether the Python code answers the query. Reply with one word, correct or wrong."
 COSQA_ANSWERS = {0: "wrong", 1: "correct"}
@@ -68,8 +70,9 @@ def pairs(
       only_files: as in `sources.documents`; not with `sample`, which chooses from all.
 
     Raises:
-      ValueError: the spec is malformed or of another kind, has no such split, or its files hold no pair at all.
-      FileNotFoundError: a pattern matches no file, or an official file is not there.
+      ValueError: the spec is malformed or of another kind, has no such split, a file is no JSON, or they hold no pair
+        at all.
+      OSError: a pattern matches no file, an official file is not there, or a file cannot be read.
     """
     validate(spec, name)
     kind = kind_of(spec)
@@ -94,19 +97,19 @@ def pairs(
 def _usable(
     spec: Mapping[str, Any], split: str, name: str, files: Sequence[str], whole: bool = True
 ) -> Iterator[Pair]:
-    """The pairs of the split; reports the records that are none when reading ends."""
+    """The pairs of the split; reports the records that are none, by their places, when reading ends."""
     kind = kind_of(spec)
-    lost = Counts()
+    lost = PassedOver()
     kept = elsewhere = 0
     try:
-        for record in (record for file in files for record in json_records(file)):
+        for place, record in _records(files, name):
             pair = record if isinstance(record, Lost) else _RECAST[kind](record, spec, split)
             if pair is None:
                 elsewhere += 1
             elif isinstance(pair, Lost):
-                lost[pair.reason] += 1
+                lost.add(pair.reason, place)
             elif not _is_valid_text(pair):
-                lost["not valid UTF-8"] += 1
+                lost.add(NOT_UTF8, place)
             else:
                 kept += 1
                 if _split_of(pair, spec) in (split, None):
@@ -119,6 +122,13 @@ def _usable(
     if whole and not kept and not elsewhere:
         raise ValueError(f"{name}: no instruction is left of {', '.join(map(repr, files[:3]))}"
                          f"{f' and {len(files) - 3} more' if len(files) > 3 else ''} ({lost}).")
+
+
+def _records(files: Sequence[str], name: str) -> Iterator[tuple[str, Record]]:
+    with in_name_of(name):
+        require_readable(files, require_json)
+        for file in files:
+            yield from placed_records(file)
 
 
 def _split_of(pair: Pair, spec: Mapping[str, Any]) -> str | None:
@@ -145,7 +155,7 @@ def _sampled(found: Iterator[Pair], wanted: int, name: str) -> Iterator[Pair]:
 def _is_valid_text(pair: Pair) -> bool:
     try:
         "".join(pair).encode()
-    except UnicodeEncodeError:  # Lone surrogates, from escapes or from bytes that are no UTF-8.
+    except UnicodeEncodeError:  # Lone surrogates, from escapes.
         return False
     return True
 
@@ -161,6 +171,9 @@ def _instruction(record: Mapping[str, Any], spec: Mapping[str, Any], split: str)
         values = (record["instruction"], record["output"], "" if given is None else given)
     elif {"input", "target"} <= record.keys() and "instruction" not in record:
         values = (record["input"], record["target"])
+    elif "messages" in record or "conversations" in record:
+        return Lost("conversations, which are not read: make of each a record {instruction, input, output} or "
+                    "{input, target}")
     else:
         return Lost("without instruction and output, or input and target")
     if not all(isinstance(value, str) for value in values):
@@ -218,8 +231,8 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     Files are identified by path and size, as `sources.describe` does; an official corpus by the files found.
 
     Raises:
-      ValueError: the spec is malformed, or an official file is there twice.
-      FileNotFoundError: a pattern matches no file, or an official file is not there.
+      ValueError: the spec is malformed, a pattern names folders, or an official file is there twice.
+      OSError: a pattern matches no file, an official file is not there, or a link leads to nothing.
     """
     validate(spec, name)
     if kind_of(spec) == "official":

@@ -1,6 +1,8 @@
 """`t5x infer`: typed and from files, as it comes and whole, in the template of instructions, and after slips."""
 
+import bz2
 import dataclasses
+import gzip
 import io
 import json
 
@@ -134,13 +136,37 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
     assert read_prompts(str(tmp_path / "prompts.txt"), None) == ["one", "  two", "three"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress])
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '{"prompt": "写"}\r\n{"prompt": "{"}\r\n'), ("a.txt", '{"prompt": "写"}\n\n{"prompt": "{"}'),
+    ("a.json", '[{"prompt": "写"},\n {"prompt": "{"}]'), ("a.JSONL.gz", '[{"prompt": "写"}, {"prompt": "{"}]'),
+    ("prompts", "写\r\n{\r\n")])
+def test_what_a_file_of_prompts_is_its_content_says(tmp_path, encoding, compress, name, content):
+    (tmp_path / name).write_bytes(compress(content.encode(encoding)))
+    assert read_prompts(str(tmp_path / name), None) == ["写", "{"]
+
+
+def test_one_record_of_several_lines(tmp_path):
+    (tmp_path / "a.json").write_text('{\n "prompt": "x"\n}\n')
+    assert read_prompts(str(tmp_path / "a.json"), None) == ["x"]
+    (tmp_path / "a.py").write_text('{\n "prompts": "x"\n}\n')  # a text that is JSON, and no record
+    assert read_prompts(str(tmp_path / "a.py"), None) == ["{", ' "prompts": "x"', "}"]
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', "a.jsonl, line 2 must be a JSON object"),
     ("a.jsonl", b'{"prompt": "x"', "a.jsonl, line 1 must be a JSON object"),
     ("a.jsonl", b'{"instruction": "x"}', "a.jsonl, line 1 is an instruction: give --instruction"),
     ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}', "a.jsonl, line 2 holds half a surrogate pair"),
-    ("a.txt", b" \n\n", "a.txt holds no prompt"), ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 text"),
-    (None, b"", "There is no file nowhere.txt of prompts")])
+    ("a.json", b'[{"prompt": "x"}, {"prompt": 3}]', "a.json, record 2 must be a JSON object"),
+    ("a.json", b"write a poem", "a.json, line 1 must be a JSON object"),
+    ("a.txt", b" \n\n", "a.txt holds no prompt"), ("a.txt", b"\xff\xfe", "a.txt holds no prompt"),
+    ("a.txt", "one\n\u00fcber".encode("latin-1"), "a.txt is not UTF-8 text: line 2 holds the byte 0xfc"),
+    ("a.txt", "one two".encode("utf-16-le"), "a.txt is UTF-16 without a byte order mark"),
+    ("a.txt", b"PAR1" + bytes(99), "a.txt is a Parquet file"),
+    ("a.txt", gzip.compress(b"one")[:-9], "a.txt is damaged: the compressed file breaks off"),
+    (None, b"", "There is no file of prompts nowhere.txt")])
 def test_slips_get_one_line(flags, tmp_path, capsys, name, content, message):
     if name:
         (tmp_path / name).write_bytes(content)

@@ -316,3 +316,12 @@ def test_reports_tell_what_was_tokenized(tmp_path, vocabulary, tiny_documents):
 def test_rows_say_where_they_are(tiny_cache, vocabulary, definitions):
     found = cached_rows("text.tiny", definitions, vocabulary, LENGTH, tiny_cache)["train"]
     assert isinstance(found, Rows) and found.path.startswith(os.path.join(tiny_cache, "rows", "text.tiny"))
+
+
+def test_only_an_error_of_the_cache_is_told_as_one(tmp_path):
+    directory = tmp_path / "cache" / "rows" / "text.a" / "0123"
+    for file in (f"{directory}/x", f"{directory.parent}/.0123.host.1/train", str(tmp_path), None):
+        told = rows_module.storage_error(PermissionError(13, "Permission denied", file), directory)
+        assert str(told).startswith(f"Rows cannot be cached in {directory.parent}: Permission denied.")
+    for error in (PermissionError(13, "Permission denied", "/data/a.jsonl"), FileNotFoundError("text.a: no file")):
+        assert rows_module.storage_error(error, directory) is None

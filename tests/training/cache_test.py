@@ -104,11 +104,13 @@ def small(monkeypatch) -> None:
 
 def test_the_data_has_what_it_is_to_show(corpora, unasked):
     files = content(unasked)
+    folder = Path(corpora["text.many"]["json_lines"]).parent
     assert len([name for name in files if "/text.many/" in f"/{name}" and "/train/c/" in name]) >= 5
     [recorded] = [json.loads(text) for name, text in files.items() if "text.many" in name and "cache.json" in name]
     assert recorded["splits"]["train"]["notes"] == [
-        "text.many, read for train: 120 records are documents, passed over: 2 broken JSON, 2 without text in field "
-        "'text'."]
+        f"text.many, read for train: 120 records are documents, passed over: 2 broken JSON (first: {folder}/1.jsonl, "
+        f"line 31), 1 empty file (first: {folder}/2.jsonl), 2 without text in field 'text' (first: {folder}/1.jsonl, "
+        "line 32, whose fields are 'other')."]
     [recorded] = [json.loads(text) for name, text in files.items() if "text.asked" in name and "cache.json" in name]
     assert recorded["splits"]["train"]["cut"] and recorded["splits"]["train"]["left_out"]
     assert recorded["splits"]["train"]["notes"]
@@ -279,12 +281,13 @@ def test_what_a_worker_cannot_read_is_told_in_a_line(tmp_path, options):
 @with_beam
 def test_broken_files_are_counted_and_nothing_left_is_an_error(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8bnot gzip at all")
-    (tmp_path / "b.jsonl").write_text("{\n{\n")
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n{\n{\n')
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n')
     defined = tasks.Definitions(corpora={"text.bad": {"json_lines": f"{tmp_path}/*.jsonl*", "holdout": 0}})
     mixture = Mixture(["text.bad"], defined, {"targets": 9}, 0.0, cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"its training split has \d tokens, fewer than the 10 of one row.*\(.*1 "
-                       r"records are documents, passed over: 2 broken JSON, 1 broken rest of a.jsonl.gz\.\)"):
+                       r"records are documents, passed over: 2 broken JSON .first: .*b.jsonl, line 2., 1 broken rest "
+                       r"of a.jsonl.gz, 1 empty .first: .*b.jsonl, line 1.\.\)"):
         cache(mixture, load_vocabulary(), options=ONE, report=silent)
 
 

@@ -233,7 +233,10 @@ def test_broken_c3_goes_on_after_the_break(write: Write, tmp_path: pathlib.Path)
     ("dureader", "dureader/dev.json"), ("mbpp_three_shot", "mbpp.jsonl")])
 def test_a_file_without_questions(task: str, file: str, content: str, write: Write, tmp_path: pathlib.Path) -> None:
     write(file + (".gz" if isinstance(content, bytes) and len(content) > 2 else ""), content)
-    with pytest.raises(ValueError, match=f"^{task}: no questions are left of .*{file}") as error:
+    told = f"no questions are left of .*{file}"
+    if content == "{broken" and task not in ("logic", "c3"):
+        told = f".*{file} holds no JSON object in UTF-8, .* begins with '{{broken'"
+    with pytest.raises(ValueError, match=f"^{task}: {told}") as error:
         load(task, str(tmp_path))
     assert "\n" not in str(error.value)
 

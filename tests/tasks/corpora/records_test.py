@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import pathlib
 import re
 from collections.abc import Callable
 
@@ -112,7 +113,9 @@ def test_one_language_for_all(write: Callable[..., str]) -> None:
     assert pair.inputs == CHINESE.replace("说一种颜色。", "Question 1")
 
 
-def test_what_is_lost_is_told(write: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_lost_is_told(
+    write: Callable[..., str], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lines = [json.dumps(record) for record in (
         _record(1),
         _record(2) | {"output": " "},
@@ -132,11 +135,11 @@ def test_what_is_lost_is_told(write: Callable[..., str], caplog: pytest.LogCaptu
         assert _targets({"instructions": write("a.jsonl", content), **WHOLE}) == ["answer 1"]
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith("text.mine, read for train: 1 records are instructions, passed over: ")
-    for loss in (
-        "2 broken JSON", "3 empty", "1 not a JSON object", "2 not valid UTF-8", "2 with a value that is no text",
-        "3 without instruction and output, or input and target",
+    for loss, first in (
+        ("2 broken JSON", 12), ("3 empty", 2), ("1 not a JSON object", 10), ("2 not valid UTF-8", 11),
+        ("2 with a value that is no text", 4), ("3 without instruction and output, or input and target", 6),
     ):
-        assert loss in line
+        assert f"{loss} (first: {tmp_path}/a.jsonl, line {first})" in line
 
 
 def test_nothing_left(write: Callable[..., str]) -> None:
@@ -144,8 +147,10 @@ def test_nothing_left(write: Callable[..., str]) -> None:
     with pytest.raises(ValueError, match="^text.mine: no instruction is left of .*3 without instruction") as error:
         _targets({"instructions": path})
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="there are no records"):
+    with pytest.raises(ValueError, match="b.json' .1 empty file .first: .*b.json"):
         _targets({"instructions": write("b.json", "")})
+    with pytest.raises(ValueError, match="there are no records"):
+        _targets({"instructions": write("b.json", "[]")})
     with pytest.raises(FileNotFoundError, match=r"^text.mine: no file matches 'nowhere\*.json'"):
         _targets({"instructions": "nowhere*.json"})
 

@@ -272,8 +272,11 @@ def test_broken_records_are_counted(
         assert list(sources.documents(spec, "train", "text.mine")) == ["good"]
     [line] = [record.getMessage() for record in caplog.records]
     assert "text.mine" in line
-    for loss in ("3 broken JSON", "2 without text in field 'text'", "1 empty", "1 not valid UTF-8"):
-        assert loss in line
+    for loss, first in (
+        ("1 broken JSON", "line 2"), ("1 not a JSON object", "line 3"), ("2 not valid UTF-8", "line 4"),
+        ("2 without text in field 'text'", "line 5, whose fields are 'body'"), ("1 empty", "line 7"),
+    ):
+        assert f"{loss} (first: {tmp_path}/a.jsonl, {first})" in line
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -288,7 +291,8 @@ def test_files_that_break_off(
     assert "good" in list(sources.documents(spec, "train"))
     assert f"1 broken rest of b.jsonl{suffix}" in caplog.text
     bad.write_bytes(b"nothing compressed")
-    assert list(sources.documents(spec, "train")) == ["good"]
+    with pytest.raises(ValueError, match="b.jsonl.* holds no JSON object .* begins with 'nothing compressed'"):
+        list(sources.documents(spec, "train"))
 
 
 def test_nothing_left(tmp_path: pathlib.Path) -> None:
@@ -389,7 +393,9 @@ def test_tfrecords(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> 
                 writer.write(record)
     spec = {"tfrecords": str(tmp_path / "*.tfrecord*"), **WHOLE}
     assert list(sources.documents(spec, "train")) == ["gut \u00fc"] * 2
-    assert "2 broken tf.train.Example, 2 without text in field 'text'" in caplog.text
+    first = tmp_path / "a.tfrecord"
+    assert f"2 broken tf.train.Example (first: {first}, record 3), 2 without text in field 'text' (first: {first}, " \
+        "record 2)" in caplog.text
     broken = tmp_path / "a.tfrecord"
     broken.write_bytes(broken.read_bytes()[:-3])
     assert list(sources.documents(spec, "train")) == ["gut \u00fc"] * 2

@@ -88,7 +88,9 @@ def test_cosqa(write: Callable[..., str], caplog: pytest.LogCaptureFixture) -> N
     assert first.inputs == alpaca_prompt(
         instructions.COSQA_INSTRUCTION, "Query: python sort list\nCode:\ndef f(a):\n    return sorted(a)")
     assert (first.targets, second.targets) == ("correct", "wrong")
-    assert "1 empty, 1 without doc and code, 2 without label 0 or 1" in caplog.text
+    assert [f"{loss} (first: " in caplog.text for loss in (
+        "1 empty", "1 without doc and code", "2 without label 0 or 1")] == [True] * 3
+    assert "cosqa-train.json, record 3)" in caplog.text
 
 
 def _mbpp_file(write: Callable[..., str]) -> str:

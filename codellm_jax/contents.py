@@ -1,0 +1,327 @@
+"""What a file that a user gives holds: text in lines of UTF-8, however it is compressed and encoded.
+
+What a file is, its content says, never its name:
+
+  compression  gzip, bz2, xz and Zstandard; members that follow one another are read as one
+  encoding     UTF-8 with or without a byte order mark; UTF-16 and UTF-32 with one, which are given on as UTF-8
+  no text      Parquet, zip, UTF-16 without a mark and their like are refused, in a line that names the file, what it is
+               and what is read
+
+Other bytes that are no UTF-8 are given on as they are: a reader of records counts them, `whole_text` refuses them. A
+mark at the beginning of a later line, where files were joined, is dropped as the first one is.
+
+Needs the standard library alone, and so may be known by everything, `tasks` too; etils for gs://, and zstandard.
+"""
+
+import bz2
+import codecs
+import itertools
+import lzma
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+PIECE = 1 << 18  # bytes that are read at once
+HEAD = 1 << 13  # bytes by which a file is told
+
+READ_IS = ("text is read in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, plain or compressed by gzip, bz2, xz "
+           "or Zstandard")
+COMPRESSED = ".gz, .bz2, .xz or .zst"  # for messages: how such files are mostly named
+
+_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+# What begins so, from the byte of the first number on, and is no UTF-8 without zeros.
+_KINDS = (
+    (0, b"PAR1", "a Parquet file"), (0, b"ARROW1", "an Arrow file"), (0, b"\xff\xff\xff\xff", "an Arrow stream"),
+    (0, b"FEA1", "a Feather file"), (0, b"ORC", "an ORC file"), (0, b"Obj\x01", "an Avro file"),
+    (0, b"PK\x03\x04", "a zip archive"), (0, b"PK\x05\x06", "a zip archive"), (257, b"ustar", "a tar archive"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"), (0, b"Rar!\x1a\x07", "a RAR archive"),
+    (0, b"\x04\x22\x4d\x18", "compressed by LZ4"), (0, b"\xff\x06\x00\x00sNaPpY", "compressed by Snappy"),
+    (0, b"\x1f\x9d", "compressed by compress"), (0, b"SQLite format 3\0", "an SQLite database"),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (0, b"\x93NUMPY", "a NumPy array"), (0, b"GGUF", "a GGUF model"),
+    *((0, bytes([0x80, version]), "a pickled file") for version in range(2, 6)),
+    (0, b"%PDF-", "a PDF file"), (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a file of Microsoft Office"),
+    (0, b"\x89PNG", "a PNG image"), (0, b"\xff\xd8\xff", "a JPEG image"), (0, b"GIF8", "a GIF image"),
+    (0, b"\x7fELF", "a program"),
+)
+# What is text, but not that for which it stands.
+_POINTERS = (
+    (0, b"version https://git-lfs", "a pointer of Git LFS in the place of the file (`git lfs pull` brings it)"),
+    (0, b"/annex/objects/", "a pointer of git-annex in the place of the file (`git annex get` brings it)"),
+)
+
+
+def _zstd() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+
+# By name: how it begins, and what makes an object that uncompresses one member.
+_COMPRESSIONS: dict[str, tuple[bytes, Callable[[], Any]]] = {
+    "gzip": (rb"\x1f\x8b", lambda: zlib.decompressobj(31)),
+    "bz2": (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.BZ2Decompressor),
+    "xz": (rb"\xfd7zXZ\x00", lzma.LZMADecompressor),
+    "Zstandard": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", _zstd),
+}
+
+
+class UnreadableFile(ValueError):
+    """A file that is not what is read here; in one line that names it."""
+
+
+class BrokenFile(Exception):
+    """A file breaks off, or is damaged from somewhere on; what was read before is good."""
+
+
+def without_compression(name: str) -> str:
+    """A file's name without the suffix of a compression."""
+    return re.sub(r"\.(gz|gzip|bz2|xz|zst|zstd)$", "", name, flags=re.IGNORECASE)
+
+
+def require_file(file: str, what: str = "file") -> None:
+    """Raises OSError or UnreadableFile, in one line, unless there is such a file, local or gs://.
+
+    Args:
+      file: its address.
+      what: what to call it where it is not there, such as "vocabulary file".
+    """
+    if "://" in file:
+        if _remote(file).is_dir():
+            raise UnreadableFile(f"{file} is a folder; give a file.")
+        if not _remote(file).exists():
+            raise FileNotFoundError(f"There is no {what} {file}.")
+        return
+    try:
+        mode = os.stat(file).st_mode
+    except OSError as error:
+        if os.path.islink(file) and not isinstance(error, PermissionError):
+            raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which is not there; bring that back, or "
+                                    "remove the link.") from None
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise FileNotFoundError(f"There is no {what} {file}.") from None
+        raise cannot_be_read(file, error) from error
+    if stat.S_ISDIR(mode):
+        raise UnreadableFile(f"{file} is a folder; give a file.")
+    if not stat.S_ISREG(mode):
+        raise UnreadableFile(f"{file} is a pipe, a socket or a device; write what it gives to a file.")
+
+
+def cannot_be_read(file: str, error: Exception) -> OSError:
+    """Of what the file system or a storage service says, the line that names the file."""
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    # With a text alone it is not taken for an error of the disk that is written to.
+    return (type(error) if isinstance(error, OSError) else OSError)(f"{file} cannot be read: {reason}.")
+
+
+def size(file: str) -> int:
+    """Bytes of a file as it lies there, compressed or not."""
+    return _remote(file).stat().length if "://" in file else os.path.getsize(file)
+
+
+def compression(head: bytes) -> str | None:
+    """What a file is compressed by, told by its first bytes; None where it is by nothing that is read."""
+    return next((name for name, (magic, _) in _COMPRESSIONS.items() if re.match(magic, head, re.DOTALL)), None)
+
+
+def kind(head: bytes) -> str | None:
+    """What a file of a kind of its own is, told by its first bytes, such as "a Parquet file"; None for any other."""
+    if 0 < int.from_bytes(head[:8], "little") < 1 << 40 and head[8:10] == b'{"':
+        return "a safetensors file"
+    # A text may begin with the letters of some.
+    is_text = b"\0" not in head and _decodes(head, "utf-8")
+    return next((what for start, magic, what in (_POINTERS if is_text else _KINDS) if head.startswith(magic, start)),
+                None)
+
+
+def _no_text(head: bytes) -> str | None:
+    """What a file is, told by its first bytes once they are uncompressed; None where it may be text.
+
+    Text may hold a few zeros; in wide encodings they stand at places of their own.
+    """
+    if inner := compression(head):
+        return f"compressed twice, by {inner} within"
+    if any(head.startswith(mark) for mark, _ in _MARKS) or b"\0" not in head:
+        return kind(head)
+    if what := kind(head):
+        return what
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if _decodes(head, "utf-8") and 8 * (even + odd) < len(head):
+        return None
+    if head.strip(b"\0") and (_decodes(head, "utf-32-le") or _decodes(head, "utf-32-be")):
+        return "UTF-32 without a byte order mark; save it with one, or as UTF-8"
+    if max(even, odd) > 2 * min(even, odd):
+        return "UTF-16 without a byte order mark; save it with one, or as UTF-8"
+    return "no text (it holds zero bytes)"
+
+
+def _decodes(head: bytes, encoding: str) -> bool:
+    """Whether bytes are text in an encoding; they may end within a character."""
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# ---- Reading -----------------------------------------------------------------------------------
+
+
+def pieces(file: str) -> Iterator[bytes]:
+    """The bytes of a file, uncompressed.
+
+    Raises:
+      OSError: the file cannot be read.
+      BrokenFile: it breaks off or is damaged; after all that can be had.
+    """
+    whole = _from_head(_raw(file))
+    head = next(whole)
+    whole = itertools.chain([head], whole)
+    name = compression(head)
+    yield from _uncompressed(whole, _COMPRESSIONS[name][1]) if name else whole
+
+
+def lines(file: str) -> Iterator[bytes]:
+    """The lines of a file, with their ends, as UTF-8 where its bytes are what they should be.
+
+    Raises:
+      OSError: the file cannot be read.
+      UnreadableFile: it is no text.
+      BrokenFile: it breaks off or is damaged; after all that can be had.
+    """
+    waiting: list[bytes] = []  # of a line that has not ended yet
+    broken = None
+    try:
+        for piece in _as_utf8(file):
+            ended, end, rest = piece.rpartition(b"\n")
+            if end:
+                for line in b"".join([*waiting, ended]).split(b"\n"):
+                    yield _without_marks(line) + b"\n"
+                waiting = []
+            waiting.append(rest)
+    except BrokenFile as error:
+        broken = error
+    if line := _without_marks(b"".join(waiting)):
+        yield line
+    if broken:
+        raise broken
+
+
+def whole_text(file: str) -> str:
+    """The whole text of a file.
+
+    Raises:
+      OSError: the file cannot be read.
+      UnreadableFile: it is no text, breaks off, or holds what is no UTF-8.
+    """
+    found: list[str] = []
+    try:
+        for number, line in enumerate(lines(file), 1):
+            try:
+                found.append(line.decode())
+            except UnicodeDecodeError as error:
+                raise UnreadableFile(f"{file} is not UTF-8 text: line {number} holds the byte "
+                                     f"0x{line[error.start]:02x}; {READ_IS}.") from None
+    except BrokenFile as error:
+        raise UnreadableFile(f"{file} is damaged: {error}; bring it anew.") from None
+    return "".join(found)
+
+
+def require_text(file: str) -> bytes:
+    """The first bytes of a file's text, as `lines` gives it; raises OSError and UnreadableFile as that does."""
+    try:
+        return next(_as_utf8(file), b"")
+    except BrokenFile:  # which is told once it is read
+        return b""
+
+
+def head(file: str) -> bytes:
+    """The first bytes of a file as they lie there; raises OSError."""
+    return next(_from_head(_raw(file)))
+
+
+def content(file: str) -> bytes:
+    """All bytes of a file as they lie there; raises OSError."""
+    return b"".join(_raw(file))
+
+
+def _raw(file: str) -> Iterator[bytes]:
+    try:
+        with _remote(file).open("rb") if "://" in file else open(file, "rb") as stream:
+            while piece := stream.read(PIECE):
+                yield piece
+    except Exception as error:
+        if isinstance(error, OSError) or "://" in file:  # services have errors of their own
+            raise cannot_be_read(file, error) from error
+        raise
+
+
+def _from_head(found: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes; what a file is told by, or all if that is less, comes in the first piece, which may be empty."""
+    head, broken = b"", None
+    try:
+        while len(head) < HEAD and (piece := next(found, b"")):
+            head += piece
+    except BrokenFile as error:
+        broken = error
+    yield head
+    if broken:
+        raise broken
+    yield from found
+
+
+def _uncompressed(whole: Iterable[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
+    """The content of members that follow one another, perhaps with zeros between, as tapes have them."""
+    member = None
+    for piece in whole:
+        while piece := piece if member else piece.lstrip(b"\0"):
+            member = member or new()
+            try:
+                found = member.decompress(piece)
+            except MemoryError:
+                raise
+            except Exception as error:  # each library has its own
+                raise BrokenFile(" ".join(str(error).split())) from error
+            if found:
+                yield found
+            piece, member = (member.unused_data, None) if member.eof else (b"", member)
+    if member:
+        raise BrokenFile("the compressed file breaks off")
+
+
+def _as_utf8(file: str) -> Iterator[bytes]:
+    """The bytes of a file without its mark, those of other encodings as UTF-8."""
+    found = _from_head(pieces(file))
+    head = next(found)
+    if what := _no_text(head[:HEAD]):
+        raise UnreadableFile(f"{file} is {what}; {READ_IS}.")
+    mark, encoding = next((pair for pair in _MARKS if head.startswith(pair[0])), (b"", "utf-8"))
+    if encoding == "utf-8":
+        yield head.removeprefix(mark)
+        yield from found
+        return
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    for piece in itertools.chain([head], found, [b""]):
+        try:
+            decoded = decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            raise BrokenFile(f"no {encoding.upper()}: {error.reason}") from None
+        if "\ufffe" in decoded:
+            raise UnreadableFile(f"{file} is joined of {encoding.upper()} in both orders of bytes; {READ_IS}.")
+        yield decoded.encode("utf-8", "surrogatepass")
+
+
+def _without_marks(line: bytes) -> bytes:
+    while line.startswith(codecs.BOM_UTF8):
+        line = line[3:]
+    return line
+
+
+def _remote(file: str) -> Any:
+    from etils import epath
+
+    return epath.Path(file)
