@@ -52,7 +52,7 @@ from tasks.programs import assertions
 _TASKS = pathlib.Path(__file__).resolve().parents[1]
 _START = ("import sys, types; tasks = sys.modules['tasks'] = types.ModuleType('tasks'); "
           "tasks.__path__ = [sys.argv[1]]; "  # the package itself imports more than is needed
-          "from tasks import trial; trial.main()")
+          "from tasks.programs import trial; trial.main()")
 _GRACE_SECONDS = 15.0  # beyond a program's own time, for its judge; the rest is killed from here
 _SECONDS_BETWEEN_LINES = 10.0
 
