@@ -19,7 +19,7 @@ import time
 import types
 from typing import Any, NoReturn
 
-from tasks.programs import assertions, confinement, values
+from tasks.programs import assertions, calls, confinement, values
 
 _LONGEST_ANSWER = 8 << 20
 _JUDGE_MEMORY = 2 << 30  # an answer of 8 MiB in JSON can be a large object
@@ -245,6 +245,11 @@ def _become_program(settings: dict[str, Any], null: int, output: int, requests: 
                 os.close(descriptor)
     confinement.drop_privileges(user)
     confinement.limit(settings["cpu_seconds"], settings["memory_bytes"], settings["file_bytes"], settings["processes"])
+    try:
+        calls.allow_listed()
+    except OSError:
+        if not settings["insist"]:
+            raise
     os.environ.clear()
     sys.argv[:] = sys.orig_argv[:] = ["program"]
     for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
