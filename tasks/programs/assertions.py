@@ -11,14 +11,20 @@ ASK = "__ask__"  # the judge's function: ASK(i, *values) has the program compute
 # ("judge", source of the assert, its condition with ASK in it, the program's parts of it as sources of functions)
 Step = tuple[str, str] | tuple[str, str, str, list[str]]
 
+# Functions that the program may compute where all of their arguments are its own: what comes of them is data.
+_COMPUTED = frozenset("""
+    abs ascii bin bytes callable chr complex dict dir divmod float format frozenset getattr hash hex id int iter len list
+    max min next oct ord pow repr reversed round set sorted str sum tuple type vars asyncio.run""".split())
 _SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
 
 
 def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
     """Statements of tests as steps that a judge can go through while it trusts nothing of the program.
 
-    In `assert set(f(3)) == {1, 2}` the program computes `f(3)`; the rest is the judge's. A part is the program's if
-    it starts from a name that is neither a builtin nor imported by the tests, or that is in `defined`.
+    In `assert f(3) == {1, 2}` the program computes `f(3)`; the rest is the judge's. A part is the program's if it
+    starts from a name that is neither a builtin nor imported by the tests, or that is in `defined`; and so are some
+    functions, lists and sums of such parts alone, such as `sorted(f(3))`, and what only the program can tell of its
+    objects: whether two are the same one, have an attribute, or are of a class of its own.
 
     Args:
       tests: Python statements: asserts, imports, and others that prepare for the asserts that follow.
@@ -71,12 +77,8 @@ class _Split(ast.NodeTransformer):
         self.judged = ast.unparse(ast.fix_missing_locations(self.visit(condition)))
 
     def visit(self, node: ast.AST) -> ast.AST:
-        start: ast.AST = node
-        while isinstance(start, ast.Call | ast.Attribute | ast.Subscript):
-            start = start.func if isinstance(start, ast.Call) else start.value
-        if isinstance(start, ast.Name) and isinstance(start.ctx, ast.Load):
-            if start.id not in self._trusted and start.id not in self._local:
-                return self._asked(node)
+        if self._is_of_program(node):
+            return self._asked(node)
         if not isinstance(node, _SCOPES):
             return self.generic_visit(node)
         before = len(self._local)
@@ -86,6 +88,31 @@ class _Split(ast.NodeTransformer):
         changed = self.generic_visit(node)
         del self._local[before:]
         return changed
+
+    def _is_of_program(self, node: ast.AST) -> bool:
+        start: ast.AST = node
+        while isinstance(start, ast.Call | ast.Attribute | ast.Subscript):
+            start = start.func if isinstance(start, ast.Call) else start.value
+        if isinstance(start, ast.Name) and isinstance(start.ctx, ast.Load):
+            if start.id not in self._trusted and start.id not in self._local:
+                return True
+        if isinstance(node, ast.Compare):
+            return (all(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops)
+                    and all(map(self._is_of_program, (node.left, *node.comparators))))
+        if isinstance(node, ast.BinOp):
+            return self._is_of_program(node.left) and self._is_of_program(node.right)
+        if isinstance(node, ast.List | ast.Tuple | ast.Set):
+            return bool(node.elts) and all(map(self._is_of_program, node.elts))
+        if not isinstance(node, ast.Call) or not isinstance(start, ast.Name) or start.id in self._local:
+            return False
+        name, arguments = ast.unparse(node.func), node.args
+        if not arguments or node.keywords:
+            return False
+        if name == "hasattr":
+            return self._is_of_program(arguments[0])
+        if name in ("isinstance", "issubclass"):
+            return any(map(self._is_of_program, ast.walk(arguments[-1])))
+        return name in _COMPUTED and all(map(self._is_of_program, arguments))
 
     def _asked(self, node: ast.AST) -> ast.AST:
         used = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load)}

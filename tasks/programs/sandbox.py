@@ -95,7 +95,6 @@ class Limits:
     memory_bytes: int = 512 << 20
     file_bytes: int = 16 << 20
     folder_bytes: int = 64 << 20
-    output_bytes: int = 1 << 20
     processes: int = 8
 
     def __post_init__(self) -> None:
