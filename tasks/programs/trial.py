@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from tasks.programs import assertions, calls, confinement, values
 
 _LONGEST_ANSWER = 8 << 20
-_JUDGE_MEMORY = 2 << 30  # an answer of 8 MiB in JSON can be a large object
+_JUDGE_MEMORY = 1 << 30  # an answer of 8 MiB in JSON can be a large object
 _DEEP = 5_000  # values nest deeper than functions call one another, and take several calls a level
 _OUT_OF_MEMORY = b'{"raised": "MemoryError", "text": ""}'
 _OUT_OF_MEMORY_FRAME = len(_OUT_OF_MEMORY).to_bytes(4) + _OUT_OF_MEMORY
