@@ -25,8 +25,8 @@ futimesat 261 -, truncate 76 45, ftruncate 77 46, fallocate 285 47, fadvise64 22
 copy_file_range 326 285, flock 73 32, mknod 133 -, mknodat 259 33, getxattr 191 8, lgetxattr 192 9, fgetxattr 193 10,
 listxattr 194 11, llistxattr 195 12, flistxattr 196 13, ioctl 16 29, pipe 22 -, pipe2 293 59, poll 7 -, ppoll 271 73,
 select 23 -, pselect6 270 72, epoll_create 213 -, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -,
-epoll_pwait 281 22, epoll_pwait2 441 441, eventfd 284 -, eventfd2 290 19, mmap 9 222, munmap 11 215, mprotect 10 226,
-mremap 25 216, madvise 28 233, msync 26 227, brk 12 214, membarrier 324 283, fork 57 -, vfork 58 -, exit 60 93,
+epoll_pwait 281 22, epoll_pwait2 441 441, eventfd 284 -, eventfd2 290 19, munmap 11 215, mprotect 10 226,
+ madvise 28 233, msync 26 227, brk 12 214, membarrier 324 283, fork 57 -, vfork 58 -, exit 60 93,
 exit_group 231 94, wait4 61 260, waitid 247 95, set_tid_address 218 96, set_robust_list 273 99,
 get_robust_list 274 100, rseq 334 293, futex 202 98, getpid 39 172, getppid 110 173, gettid 186 178, getuid 102 174,
 geteuid 107 175, getgid 104 176, getegid 108 177, getresuid 118 148, getresgid 120 150, getgroups 115 158,
@@ -43,6 +43,8 @@ arch_prctl 158 -, sendto 44 206, recvfrom 45 207, sendmsg 46 211, recvmsg 47 212
 getsockname 51 204, getpeername 52 205, getsockopt 55 209"""
 # Allowed with some arguments only, likewise.
 _CLONE, _FCNTL, _PRCTL, _SOCKET, _SOCKET_PAIR = (56, 220), (72, 25), (157, 167), (41, 198), (53, 199)
+_MMAP, _MREMAP = (9, 222), (25, 216)
+_MREMAP_FIXED = 2
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS and those that follow
 # Duplicating, flags, a pipe's size: neither record locks, of which nothing limits the number, nor larger pipes.
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032)
@@ -53,7 +55,8 @@ _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF
 # Of BPF: load a word of `struct seccomp_data`; and; jump if equal, if any bit is set; return.
 _LOAD, _AND, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x45, 0x06
 _NUMBER, _ARCHITECTURE = 0, 4
-_ARGUMENTS = (16, 24)  # the low words of the first two; all that the kernel looks at of those asked here
+_ARGUMENTS = (16, 24, 32, 40)  # the low words of the first four; of what is asked here the kernel looks at no more
+_HIGH = 4  # from an argument's low word to its high one
 _PERMIT = (_RETURN, 0, 0, 0x7FFF0000)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
@@ -93,7 +96,11 @@ def _filter(machine: str) -> list[Instruction]:
     of_pair = [(_LOAD, 0, 0, _ARGUMENTS[0]), (_EQUAL, 1, 0, _AF_UNIX), _refuse(errno.ENETDOWN),
                (_LOAD, 0, 0, _ARGUMENTS[1]), (_AND, 0, 0, _SOCK_TYPE_MASK), (_EQUAL, 1, 0, _SOCK_STREAM),
                _refuse(errno.ENETDOWN), _PERMIT]
-    for call, rest in ((_CLONE, of_clone), (_SOCKET_PAIR, of_pair), (_SOCKET, [_refuse(errno.ENETDOWN)]),
+    # Places far apart take a page of tables each, and two with gigabytes between: new mappings go where others are.
+    here = ctypes.cast(ctypes.CDLL(None).mmap, ctypes.c_void_p).value >> 32
+    of_mmap = _only(_ARGUMENTS[0] + _HIGH, (0, here - 1, here, here + 1), errno.ENOMEM)
+    of_mremap = [(_LOAD, 0, 0, _ARGUMENTS[3]), (_ANY_BIT, 0, 1, _MREMAP_FIXED), _refuse(errno.ENOMEM), _PERMIT]
+    for call, rest in ((_MMAP, of_mmap), (_MREMAP, of_mremap), (_CLONE, of_clone), (_SOCKET_PAIR, of_pair), (_SOCKET, [_refuse(errno.ENETDOWN)]),
                        (_FCNTL, _only(_ARGUMENTS[1], _FCNTL_COMMANDS, errno.ENOLCK)),
                        (_PRCTL, _only(_ARGUMENTS[0], _PRCTL_OPTIONS, errno.EINVAL))):
         found += [(_EQUAL, 0, len(rest), call[column]), *rest]

@@ -11,9 +11,10 @@ What holds where `guarantees()` says so, by name:
   memory     Each of its processes has at most `memory_bytes`, shared memory counted in each that maps it, and /tmp
              holds at most `folder_bytes`. Other memory that outlives a mapping is refused (`calls`): System V's and
              POSIX's shared memory, queues and semaphores, memfd_create, larger pipes, record locks, watches, keys,
-             io_uring, attributes of files. Besides, the kernel keeps for each process its page tables, at most 0.7 GiB
-             for 65,530 mappings far apart, and buffers of 64 descriptors, at most 16 MiB; the judge, 1 GiB. So the
-             whole is bounded: by `processes` times (`memory_bytes` + 0.75 GiB), `folder_bytes` and 1 GiB.
+             io_uring, attributes of files. The kernel keeps for each process tables of its mappings, at most 1.25
+             times as much again where they are single pages far apart, and buffers of 64 descriptors, at most 16 MiB.
+             The judge has 1 GiB. So all together stay below `processes` x (2.25 x `memory_bytes` + 16 MiB) +
+             `folder_bytes` + 1 GiB, and but for such tables below half of it.
   processes  Their number is limited, threads counted.
 
 Besides: an empty environment, no descriptors of ours, no capabilities, no other program that it could start; limits on

@@ -489,6 +489,16 @@ HOARDS = {
         return min(WANTED, 50 * granted(grant))""",
     "a file system of its own": """
         return WANTED * (libc.unshare(0x10020000) == 0 or libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None) == 0)""",
+    "tables of mappings far apart": """
+        libc.mmap.restype = ctypes.c_void_p
+        def grant():
+            kept.append(None)
+            place = ctypes.c_void_p((len(kept) << 30) + (1 << 44))
+            address = libc.mmap(place, ctypes.c_size_t(4096), 3, 0x100022, -1, ctypes.c_long(0))
+            if address in (None, ctypes.c_void_p(-1).value): return 0
+            ctypes.memset(address, 1, 1)
+            return 8192
+        return granted(grant)""",
     "memory shared with children that go on": """
         import mmap
         def grant():
