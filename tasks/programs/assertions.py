@@ -18,6 +18,14 @@ _COMPUTED = frozenset("""
 _SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
 
 
+class Unjudged(ValueError):
+    """Why tests cannot be judged; `reason` says it in few words, as they go on after a number of records."""
+
+    def __init__(self, reason: str, source: str) -> None:
+        super().__init__(f"a program cannot be judged by tests {reason}: {source!r:.300}")
+        self.reason = reason
+
+
 def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
     """Statements of tests as steps that a judge can go through while it trusts nothing of the program.
 
@@ -31,16 +39,12 @@ def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
       defined: names of builtins that the program is to define itself, such as `sum`.
 
     Raises:
-      ValueError: a test is not Python, no assert is there, or one stands within another statement or is not judged.
+      Unjudged: a test is not Python, no assert is there, or one stands within another statement or is not judged.
     """
     trusted = set(dir(builtins)) - set(defined)
     found: list[Step] = []
     for test in tests:
-        try:
-            tree = parse(test)
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"a test is not Python ({error}): {test!r}") from None
-        for statement in tree.body:
+        for statement in parse(test).body:
             source = ast.unparse(statement)
             if isinstance(statement, ast.Assert):
                 split = _Split(trusted, statement.test)
@@ -48,23 +52,35 @@ def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
             elif isinstance(statement, ast.Import | ast.ImportFrom):
                 names = {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
                 if "*" in names:
-                    raise ValueError(f"a test imports names that it does not tell: {source!r}")
+                    raise Unjudged("that import names without telling them", source)
                 trusted |= names
                 found.append(("import", source))
             elif any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
-                raise ValueError(f"an assert is judged only where no other statement is around it: {source!r}")
+                raise Unjudged("that have an assert within another statement", source)
             else:
                 found.append(("run", source))
     if not any(step[0] == "judge" for step in found):
-        raise ValueError("tests without an assert would pass anything")
+        raise Unjudged("that hold no assert, and so pass anything", "\n".join(tests))
     return found
 
 
 def parse(source: str) -> ast.Module:
-    """Like ast.parse, but says nothing of backslashes that mean nothing, which are many in others' programs."""
+    """The statements of a test, each of which Python can compile and `ast` can write again.
+
+    Nothing is said of backslashes that mean nothing, which are many in others' programs.
+
+    Raises:
+      Unjudged: it is not Python.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ast.parse(source)
+        try:
+            compile(source, "test", "exec", dont_inherit=True)
+            tree = ast.parse(source)
+            ast.unparse(tree)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: of what nests too deeply
+            raise Unjudged("that are not Python", source) from None
+    return tree
 
 
 class _Split(ast.NodeTransformer):
