@@ -201,7 +201,7 @@ def _sum(scores: Scores) -> float:
 
 
 def _draws(requests: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
-    """What each request's randomness comes from: 32 bits of a hash of its text and of how often the same came before."""
+    """What each request's randomness comes from: 32 bits of a hash of its text and of how often it came before."""
     before: collections.Counter[str] = collections.Counter()
     found = []
     for text, options in requests:

@@ -13,8 +13,8 @@ Step = tuple[str, str] | tuple[str, str, str, list[str]]
 
 # Functions that the program may compute where all of their arguments are its own: what comes of them is data.
 _COMPUTED = frozenset("""
-    abs ascii bin bytes callable chr complex dict dir divmod float format frozenset getattr hash hex id int iter len list
-    max min next oct ord pow repr reversed round set sorted str sum tuple type vars asyncio.run""".split())
+    abs ascii bin bytes callable chr complex dict dir divmod float format frozenset getattr hash hex id int iter len
+    list max min next oct ord pow repr reversed round set sorted str sum tuple type vars asyncio.run""".split())
 _SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
 
 

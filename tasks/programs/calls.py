@@ -1,7 +1,7 @@
 """The system calls that an untrusted program may make: a list, all others fail, by a filter of the kernel's (seccomp).
 
 What is not on the list is above all what holds memory that no limit of a process counts: shared memory, semaphores and
-queues (System V's and POSIX's), files in memory without a folder, buffers that grow, record locks, watches, keys, rings.
+queues (System V's and POSIX's), files in memory without a folder, buffers that grow, record locks, watches, keys.
 A program of Python's own library needs none of these; what it asks in vain fails as if the kernel did not have it.
 """
 
@@ -97,12 +97,13 @@ def _filter(machine: str) -> list[Instruction]:
                (_LOAD, 0, 0, _ARGUMENTS[1]), (_AND, 0, 0, _SOCK_TYPE_MASK), (_EQUAL, 1, 0, _SOCK_STREAM),
                _refuse(errno.ENETDOWN), _PERMIT]
     # Places far apart take a page of tables each, and two with gigabytes between: new mappings go where others are.
-    here = ctypes.cast(ctypes.CDLL(None).mmap, ctypes.c_void_p).value >> 32
+    here = (ctypes.cast(ctypes.CDLL(None).mmap, ctypes.c_void_p).value or 0) >> 32
     of_mmap = _only(_ARGUMENTS[0] + _HIGH, (0, here - 1, here, here + 1), errno.ENOMEM)
     of_mremap = [(_LOAD, 0, 0, _ARGUMENTS[3]), (_ANY_BIT, 0, 1, _MREMAP_FIXED), _refuse(errno.ENOMEM), _PERMIT]
-    for call, rest in ((_MMAP, of_mmap), (_MREMAP, of_mremap), (_CLONE, of_clone), (_SOCKET_PAIR, of_pair), (_SOCKET, [_refuse(errno.ENETDOWN)]),
-                       (_FCNTL, _only(_ARGUMENTS[1], _FCNTL_COMMANDS, errno.ENOLCK)),
-                       (_PRCTL, _only(_ARGUMENTS[0], _PRCTL_OPTIONS, errno.EINVAL))):
+    of_fcntl = _only(_ARGUMENTS[1], _FCNTL_COMMANDS, errno.ENOLCK)
+    of_prctl = _only(_ARGUMENTS[0], _PRCTL_OPTIONS, errno.EINVAL)
+    for call, rest in ((_MMAP, of_mmap), (_MREMAP, of_mremap), (_CLONE, of_clone), (_FCNTL, of_fcntl),
+                       (_PRCTL, of_prctl), (_SOCKET_PAIR, of_pair), (_SOCKET, [_refuse(errno.ENETDOWN)])):
         found += [(_EQUAL, 0, len(rest), call[column]), *rest]
     return [*found, _refuse(errno.ENOSYS)]
 

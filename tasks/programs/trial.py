@@ -275,8 +275,8 @@ def _become_program(settings: dict[str, Any], null: int, requests: int, replies:
     names = module.__dict__
     kept = values.Kept()
     depth = sys.getrecursionlimit()
-    frame = sys._getframe()
-    while frame := frame.f_back:  # what stands above the program is not to be counted to it
+    frame: types.FrameType | None = sys._getframe()
+    while frame := frame and frame.f_back:  # what stands above the program is not to be counted to it
         depth += 1
     while True:
         sys.setrecursionlimit(_DEEP)

@@ -5,7 +5,6 @@ the program's own stays where it is and crosses as a number; no `__eq__` of its 
 """
 
 import builtins
-import collections
 import importlib
 import math
 import operator
@@ -171,10 +170,11 @@ class Kept:
         value = self._objects[number]
         if how == "next":
             return self._next(number, *arguments)
-        return {"bool": bool, "str": str, "repr": repr, "len": len, "iter": iter, "hash": hash, "int": int,
-                "float": float, "getattr": getattr, "getitem": lambda value, key: value[key],
-                "eq": operator.eq, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-                "call": lambda value, values, named: value(*values, **named)}[how](value, *arguments)
+        uses: dict[str, Callable[..., Any]] = {
+            "bool": bool, "str": str, "repr": repr, "len": len, "iter": iter, "hash": hash, "int": int, "float": float,
+            "getattr": getattr, "getitem": operator.getitem, "eq": operator.eq, "lt": operator.lt, "le": operator.le,
+            "gt": operator.gt, "ge": operator.ge, "call": lambda value, values, named: value(*values, **named)}
+        return uses[how](value, *arguments)
 
     def _next(self, number: int, count: int) -> list[Any]:
         """At least one item and at most `count`; an exception behind the first is raised when asked again."""

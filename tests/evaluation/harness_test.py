@@ -206,19 +206,16 @@ def test_a_prompt_too_long_keeps_half_the_model_for_itself(harness, caplog):
 @pytest.mark.parametrize("arguments, message", [
     ("", "--model_args: codellm_jax needs checkpoint=FOLDER, a run directory."),
     ("checkpoint=/nowhere/at/all", "/nowhere/at/all"),
-    ("checkpoint={run},vocabulry=x", "--model_args: codellm_jax does not know 'vocabulry', only checkpoint, vocabulary, "
-                                     "batch_tokens, answers_at_once; nearest: vocabulary."),
-    ("checkpoint={run},batch_tokens=many", "--model_args: batch_tokens must be a whole number, at least 1, found 'many'."),
-    ("checkpoint={run},answers_at_once=0", "--model_args: answers_at_once must be a whole number, at least 1, found 0."),
+    ("checkpoint={run},vocabulry=x", "does not know 'vocabulry', only checkpoint, vocabulary, batch_tokens, "
+                                     "answers_at_once; nearest: vocabulary."),
+    ("checkpoint={run},batch_tokens=many", "batch_tokens must be a whole number, at least 1, found 'many'."),
+    ("checkpoint={run},answers_at_once=0", "answers_at_once must be a whole number, at least 1, found 0."),
     ("checkpoint={run},vocabulary=/nowhere.model", "/nowhere.model")])
-def test_a_users_mistake_is_one_line(pretrained, tmp_path, monkeypatch, arguments, message):
+def test_a_users_mistake_is_one_line(pretrained, monkeypatch, arguments, message):
     from codellm_jax.evaluation import harness
 
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    write_tasks(tmp_path)
-    given = ["--model_args", arguments.format(run=pretrained / "CODE")] if arguments else []
-    monkeypatch.setattr(sys, "argv", ["harness", "run", "--model", "codellm_jax", "--tasks", "choose", "--include_path",
-                                      str(tmp_path), *given])
+    given = arguments.format(run=pretrained / "CODE")
+    monkeypatch.setattr(harness, "cli_evaluate", lambda: get_model("codellm_jax").create_from_arg_string(given))
     with pytest.raises(SystemExit) as ended:
         harness.main()
     assert str(ended.value).startswith("codellm_jax harness: error: ") and message in str(ended.value)
@@ -260,7 +257,7 @@ def test_tasks_in_the_prompt_of_tuning(harness, tmp_path, monkeypatch):
                               task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
     for samples in results["samples"].values():
         for question, sample in zip(QUESTIONS, samples, strict=True):
-            assert sample["arguments"]["gen_args_0"]["arg_0"] == alpaca_prompt(question["question"])
+            assert sample["arguments"][0][0] == alpaca_prompt(question["question"])
 
 
 def test_tasks_of_the_harness(harness, log_probabilities, tmp_path, monkeypatch):

@@ -472,7 +472,8 @@ HOARDS = {
         context = ctypes.c_ulong(0)
         return WANTED * any(number >= 0 for number in (
             libc.syscall(ctypes.c_long(425), 4096, parameters), syscall(206, 0, 1000, ctypes.byref(context)),
-            syscall(323, 282, 1), syscall(321, 280, 0, parameters, 72), syscall(298, 241, parameters, 0, -1, -1, 0)))""",
+            syscall(323, 282, 1), syscall(321, 280, 0, parameters, 72),
+            syscall(298, 241, parameters, 0, -1, -1, 0)))""",
     "a table of futexes": """
         return 0 if libc.prctl(78, 1, ctypes.c_ulong(1 << 20), 0, 0) else WANTED""",
     "timers": """
