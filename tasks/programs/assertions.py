@@ -43,11 +43,13 @@ def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
     """
     trusted = set(dir(builtins)) - set(defined)
     found: list[Step] = []
+    assigned: list[str] = []
     for test in tests:
         for statement in parse(test).body:
             source = ast.unparse(statement)
             if isinstance(statement, ast.Assert):
-                split = _Split(trusted, statement.test)
+                assigned += [node.target.id for node in ast.walk(statement.test) if isinstance(node, ast.NamedExpr)]
+                split = _Split(trusted, assigned, statement.test)
                 found.append(("judge", source, split.judged, split.calls))
             elif isinstance(statement, ast.Import | ast.ImportFrom):
                 names = {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
@@ -86,14 +88,14 @@ def parse(source: str) -> ast.Module:
 class _Split(ast.NodeTransformer):
     """Replaces the largest parts of a condition that start from an untrusted name by calls of ASK."""
 
-    def __init__(self, trusted: Collection[str], condition: ast.expr) -> None:
+    def __init__(self, trusted: Collection[str], assigned: Sequence[str], condition: ast.expr) -> None:
         self._trusted = trusted
-        self._local = [node.target.id for node in ast.walk(condition) if isinstance(node, ast.NamedExpr)]
+        self._local = list(assigned)
         self.calls: list[str] = []
         self.judged = ast.unparse(ast.fix_missing_locations(self.visit(condition)))
 
     def visit(self, node: ast.AST) -> ast.AST:
-        if self._is_of_program(node):
+        if self._is_of_program(node) and not any(isinstance(inner, ast.NamedExpr) for inner in ast.walk(node)):
             return self._asked(node)
         if not isinstance(node, _SCOPES):
             return self.generic_visit(node)

@@ -30,7 +30,9 @@ whatever it does to builtins, frames, exceptions, descriptors, its exit, or its 
 A verdict is that of plain `exec` of program and tests, but for:
   - objects of the program's own that claim to be equal to, or less than, an expected value that is none; subclasses of
     plain types that do so are compared as those types;
-  - what depends on a value being the same object: `is` with a literal, a value changed behind a copy's back;
+  - what depends on a value being the same object: `is` with a literal or a builtin function, a change of a value that
+    is a copy here;
+  - tests that look names up by their texts: `eval`, `globals`; names assigned within an assert and used outside of one;
   - values of more than 8 MiB as JSON, and values of libraries beyond the standard one: NumPy is not there;
   - asserts within other statements, which are not judged: a record that has one is no question;
   - an iterator that is asked for more than 100 items, which runs ahead of what is asked, to twice as many;

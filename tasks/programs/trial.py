@@ -48,8 +48,8 @@ def main() -> None:
         _report("crashed", f"the sandbox could not be set up: {error}", missing=str(error))
 
 
-def _report(verdict: str, detail: str, missing: str | None = None) -> None:
-    os.write(1, json.dumps({"verdict": verdict, "detail": detail[:2000], "missing": missing}).encode())
+def _report(verdict: str, detail: str, missing: str | None = None, descriptor: int = 1) -> None:
+    os.write(descriptor, json.dumps({"verdict": verdict, "detail": detail[:2000], "missing": missing}).encode())
 
 
 def _supervise(settings: dict[str, Any]) -> None:
@@ -103,13 +103,18 @@ def _judge(settings: dict[str, Any], null: int, namespaces: bool, user: int | No
     confinement.limit(settings["cpu_seconds"] + 10, _JUDGE_MEMORY, 0, None)
     with open(0, "rb", closefd=False) as file:
         job = json.load(file)  # only now: no copy of the tests lies in the program's memory
+    verdicts = os.dup(1)
+    for descriptor in (0, 1):  # which tests, too, may read and print
+        os.dup2(null, descriptor)
     verdict, detail = "passed", ""
     try:
         _go_through(job, _Conversation(settings, program, requests, replies))
     except Ended as ended:
         verdict, detail = ended.verdict, ended.detail
+    except BaseException as error:
+        verdict, detail = "crashed", f"the judge failed: {type(error).__name__}: {error}"
     _kill(program)
-    _report(verdict, detail, missing)
+    _report(verdict, detail, missing, verdicts)
 
 
 def _kill(program: int) -> None:

@@ -8,9 +8,10 @@ import builtins
 import importlib
 import math
 import operator
+import re
 import sys
 from collections.abc import Callable, ItemsView, Iterator, KeysView
-from types import FunctionType, GeneratorType
+from types import FunctionType, GeneratorType, SimpleNamespace
 from typing import Any
 
 Keep = Callable[[Any], int]  # gives the number of an object that does not cross
@@ -43,6 +44,7 @@ _MADE: dict[str, Callable[[Any], Any]] = {
     "pathlib.PosixPath": lambda value: [str(value)],
     "pathlib.PurePosixPath": lambda value: [str(value)],
     "pathlib.PureWindowsPath": lambda value: [str(value)],
+    "re.Pattern": lambda value: [value.pattern, value.flags],
     "uuid.UUID": lambda value: [str(value)],
     **{f"ipaddress.IPv{version}{kind}": lambda value: [str(value)]
        for version in (4, 6) for kind in ("Interface", "Address", "Network")},
@@ -99,7 +101,7 @@ def encode(value: Any, keep: Keep) -> Any:
             return [kind.__name__, *(encode(part, keep) for part in value)]
     if isinstance(value, KeysView | ItemsView):
         return ["keys" if isinstance(value, KeysView) else "items", *(encode(part, keep) for part in value)]
-    if isinstance(value, type) and _builtin_type(value):
+    if isinstance(value, type) and _builtin_type(value) and value is not type:  # with which one makes others
         return ["type", value.__name__]
     for name, single in _SINGLES.items():
         if value is single:
@@ -135,9 +137,10 @@ def decode(data: Any, named: Named) -> Any:
         name, *rest = parts
         module, _, own = name.partition(".")
         values = [decode(part, named) for part in rest]
-        make = getattr(importlib.import_module(module), own)
-        return make(**values[0]) if name == "types.SimpleNamespace" else make(*values)
-    if kind == "type" and isinstance(found := getattr(builtins, parts[0]), type):
+        if name == "types.SimpleNamespace":
+            return SimpleNamespace(**values[0])
+        return re.compile(*values) if name == "re.Pattern" else getattr(importlib.import_module(module), own)(*values)
+    if kind == "type" and isinstance(found := getattr(builtins, parts[0]), type) and found is not type:
         return found
     if kind == "single":
         return _SINGLES[parts[0]]

@@ -18,7 +18,7 @@ from tasks.programs import calls, sandbox
 from tasks.programs.sandbox import Limits, Program, Verdict, run_programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-SHORT = Limits(cpu_seconds=1, wall_seconds=2)
+SHORT = Limits(cpu_seconds=1, wall_seconds=2, memory_bytes=256 << 20)
 TESTS = ("assert double(2) == 4", "assert double(-3) == -6")
 GOOD = Program("def double(x):\n    return 2 * x\n", TESTS)
 MARK = "codellm-attack"

@@ -27,7 +27,7 @@ for source, test in json.load(sys.stdin):
 print(json.dumps(found))
 """
 MODULES = ("array asyncio collections copy datetime decimal enum fractions functools ipaddress itertools math operator "
-           "pathlib types uuid").split()
+           "pathlib re types uuid").split()
 
 
 def read_cases() -> list[tuple[str, str]]:
