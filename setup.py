@@ -71,6 +71,5 @@ setup(
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
     },
-    entry_points={"console_scripts": ["t5x=codellm_jax.cli:main"],
-                  "lm_eval.models": ["codellm_jax = codellm_jax.evaluation.harness:CodellmJax"]},
+    entry_points={"console_scripts": ["t5x=codellm_jax.cli:main"]},
 )

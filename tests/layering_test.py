@@ -13,7 +13,7 @@ PURE = {"codellm_jax.study.arms", "codellm_jax.mixture.schedules", "codellm_jax.
         "codellm_jax.mixture.ledger", "codellm_jax.mixture.examples", "codellm_jax.mixture.ngrams",
         "codellm_jax.results.statistics", "codellm_jax.results.levels", "tasks.benchmarks.metrics",
         *(f"tasks.programs.{name}" for name in (
-            "sandbox", "trial", "confinement", "assertions", "values", "programs"))}
+            "sandbox", "trial", "confinement", "calls", "assertions", "values", "programs"))}
 HEAVY = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"}
 
 

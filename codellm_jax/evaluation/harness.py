@@ -3,23 +3,30 @@
     python -m codellm_jax.evaluation.harness --model codellm_jax --tasks arc_easy \\
         --model_args checkpoint=runs/mixed_pretrain
 
-That is the harness's own command with one model more. A harness that finds models by entry points knows it without:
-`lm_eval --model codellm_jax --model_args checkpoint=runs/mixed_pretrain --tasks arc_easy`.
+That is the harness's own command with one model more, for the harness finds no models that others have. With
+--apply_chat_template the messages become the prompt of tuning (`t5x infer --instruction`): a system's text, worked
+examples and the question are one instruction, and what an assistant's message begins with follows its end.
 
 Texts become tokens as the harness has it, prompt and continuation together and then parted; stems are shared as in
-`t5x eval`.
+`t5x eval`, and what is too long is cut as there: a prompt loses its beginning, a continuation its end, with a warning.
 """
 
 import atexit
+import collections
 import contextlib
+import difflib
+import hashlib
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from codellm_jax.configuration import build, read_configuration
 from codellm_jax.evaluation.sampling import Sampling
-from codellm_jax.evaluation.scoring import DEFAULT_BATCH_TOKENS, Request
+from codellm_jax.evaluation.scoring import DEFAULT_BATCH_TOKENS, Request, Scores, prompt_tokens_cut
 from codellm_jax.evaluation.trained import trained_model
 
 try:
@@ -33,6 +40,7 @@ except ModuleNotFoundError as error:
     package = str(error.name).split(".")[0]
     sys.exit(f"codellm_jax harness: error: {package} is not installed: pip install '.[harness]'.")
 
+ARGUMENTS = ("checkpoint", "vocabulary", "batch_tokens", "answers_at_once")
 NEW_TOKENS = 256  # written to a request that does not say how many, as by the harness's other models
 
 
@@ -50,19 +58,28 @@ class CodellmJax(TemplateLM):
     """
 
     def __init__(
-        self, checkpoint: str, vocabulary: str | None = None, batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        answers_at_once: int = 16, batch_size: int | str | None = None, max_batch_size: int | None = None,
-        device: str | None = None,
+        self, checkpoint: str | None = None, vocabulary: str | None = None,
+        batch_tokens: int | str = DEFAULT_BATCH_TOKENS, answers_at_once: int | str = 16,
+        batch_size: int | str | None = None, max_batch_size: int | None = None, device: str | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        overrides = [("CHECKPOINT_PATH", str(checkpoint)), *([("VOCABULARY", vocabulary)] if vocabulary else [])]
-        chosen = build(read_configuration(["gin/eval.gin"], overrides), "checkpoint")
+        for name in unknown:
+            near = difflib.get_close_matches(name, ARGUMENTS, n=1)
+            raise ValueError(f"--model_args: codellm_jax does not know {name!r}, only {', '.join(ARGUMENTS)}"
+                             f"{f'; nearest: {near[0]}' if near else ''}.")
+        if checkpoint is None:
+            raise ValueError("--model_args: codellm_jax needs checkpoint=FOLDER, a run directory.")
+        self._batch_tokens = _whole_number("batch_tokens", batch_tokens)
+        self._answers_at_once = _whole_number("answers_at_once", answers_at_once)
+        overrides = [("CHECKPOINT_PATH", str(checkpoint)), ("infer.template", "@instruction_prompt"),
+                     *([("VOCABULARY", str(vocabulary))] if vocabulary else [])]
+        chosen = build(read_configuration(["gin/infer.gin"], overrides), "infer")
+        self._instruction_prompt = chosen.template
         self._open = contextlib.ExitStack()  # the mesh holds as long as the process
-        self._model, record = self._open.enter_context(trained_model(chosen))
+        self._model, record = self._open.enter_context(trained_model(chosen.checkpoint))
         atexit.register(self._open.close)
         self._name = f"{checkpoint}, step {record['step']}"
-        self._batch_tokens = int(batch_tokens)
-        self._answers_at_once = int(answers_at_once)
 
     @property
     def eot_token_id(self) -> int:
@@ -81,18 +98,58 @@ class CodellmJax(TemplateLM):
         return {"model": self._name}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Token ids; nothing is ever put before them."""
-        return self._model.vocabulary.encode(string)
+        """Token ids; nothing is ever put before them. What UTF-8 cannot hold, a lone surrogate, becomes U+FFFD."""
+        return self._model.vocabulary.encode(string.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The prompt of instructions, as the harness writes it down.
+
+        Raises:
+          ValueError: another one is asked for by name.
+        """
+        if isinstance(chat_template, str):
+            raise ValueError(f"--apply_chat_template: there is no template {chat_template!r}; codellm_jax has one, "
+                             "the prompt of tuning, and takes no name.")
+        return self._instruction_prompt("{instruction}") if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt that asks for what comes behind the last message; all texts before are one instruction."""
+        begun = ""
+        if not add_generation_prompt:
+            *chat_history, last = chat_history
+            begun = last["content"]
+        return self._instruction_prompt("\n\n".join(message["content"] for message in chat_history)) + begun
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each (prompt, continuation) the log-likelihood in nats, and whether greedy decoding would write it.
+
+        An empty prompt is an end of document. A continuation of which no token is left is scored by itself; an empty
+        one has log-likelihood 0.
+        """
+        encoded = []
+        for request in requests:
+            prompt, continuation = request.args
+            tokens, scored = self._encode_pair(prompt, continuation) if prompt else ([], self.tok_encode(continuation))
+            encoded.append(((prompt, continuation), tokens, scored or self.tok_encode(continuation)))
+        return self._loglikelihood_tokens(encoded)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **unused: Any
     ) -> list[tuple[float, bool]]:
         # Candidates of a question have its prompt in common, which is then computed once.
         groups: dict[str, int] = {}
-        scored = self._model.score(
-            [Request(groups.setdefault(texts[0], len(groups)), prompt, continuation)
-             for texts, prompt, continuation in requests], self._batch_tokens)
-        return [(float(scores.log_likelihoods.sum()), bool(scores.greedy.all())) for scores in scored]
+        asked = [Request(groups.setdefault(texts[0], len(groups)), prompt or [self.eot_token_id],
+                         continuation[: self.max_length]) for texts, prompt, continuation in requests]
+        beyond = sum(len(continuation) > self.max_length for _, _, continuation in requests)
+        if cut := sum(prompt_tokens_cut(request, self.max_length) > 0 for request in asked):
+            logging.warning("%d of %d prompts lose their beginning: with their continuations they are too long for a "
+                            "model of %d positions.", cut, len(asked), self.max_length)
+        if beyond:
+            logging.warning("%d of %d continuations are scored without their end: they are too long for a model of %d "
+                            "positions.", beyond, len(asked), self.max_length)
+        scored = iter(self._model.score([request for request in asked if request.continuation], self._batch_tokens))
+        found = (next(scored) if request.continuation else None for request in asked)
+        return [(_sum(scores), bool(scores.greedy.all())) if scores else (0.0, True) for scores in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows that overlap by one token."""
@@ -108,20 +165,25 @@ class CodellmJax(TemplateLM):
             self._batch_tokens)
         totals = [0.0] * len(requests)
         for (number, _, _), scores in zip(parts, scored, strict=True):
-            totals[number] += float(scores.log_likelihoods.sum())
+            totals[number] += _sum(scores)
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts that go on from the prompts, each up to the first of its stop strings."""
+        """Texts that go on from the prompts, each up to the first of its stop strings.
+
+        What is drawn depends on the request, and on how often it came before, not on what else is asked.
+        """
         answers = [""] * len(requests)
         alike: dict[Sampling, list[int]] = {}
+        draws = _draws([request.args for request in requests])
         stops = [_stops(request.args[1]) for request in requests]
         for number, request in enumerate(requests):
             alike.setdefault(_sampling(request.args[1]), []).append(number)
         vocabulary = self._model.vocabulary
         for sampling, numbers in alike.items():
             prompts = [self.tok_encode(requests[number].args[0]) or [self.eot_token_id] for number in numbers]
-            written = self._model.write(prompts, [stops[number] for number in numbers], sampling, 0, numbers=numbers,
+            written = self._model.write(prompts, [stops[number] for number in numbers], sampling, 0,
+                                        numbers=[draws[number] for number in numbers],
                                         batch_size=self._answers_at_once)
             if cut := sum(answer.prompt_tokens_cut > 0 for answer in written):
                 logging.warning(
@@ -132,6 +194,31 @@ class CodellmJax(TemplateLM):
                 ends = [text.find(stop) for stop in stops[number] if stop in text]
                 answers[number] = text[: min(ends)] if ends else text
         return answers
+
+
+def _sum(scores: Scores) -> float:
+    return float(scores.log_likelihoods.sum(dtype=np.float64))
+
+
+def _draws(requests: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
+    """What each request's randomness comes from: 32 bits of a hash of its text and of how often it came before."""
+    before: collections.Counter[str] = collections.Counter()
+    found = []
+    for text, options in requests:
+        whole = json.dumps([text, options], sort_keys=True)
+        found.append(int.from_bytes(hashlib.sha256(json.dumps([text, before[whole]]).encode()).digest()[:4]))
+        before[whole] += 1
+    return found
+
+
+def _whole_number(name: str, value: int | str) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or number != value and not isinstance(value, str):
+        raise ValueError(f"--model_args: {name} must be a whole number, at least 1, found {value!r}.")
+    return number
 
 
 def _stops(options: dict[str, Any]) -> list[str]:
@@ -154,5 +241,13 @@ def _sampling(options: dict[str, Any]) -> Sampling:
                     max_new_tokens=most)
 
 
+def main() -> None:
+    """The harness's own command; a user's mistake is one line on stderr, and status 1."""
+    try:
+        cli_evaluate()
+    except (ValueError, OSError) as error:
+        sys.exit(f"codellm_jax harness: error: {' '.join(str(error).split())}")
+
+
 if __name__ == "__main__":
-    cli_evaluate()
+    main()

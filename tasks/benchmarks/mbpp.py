@@ -13,6 +13,8 @@ from tasks.benchmarks.locating import Form
 from tasks.benchmarks.questions import NO_ANSWER, NO_TEXT, OTHER_SPLIT, Item, is_blank, json_items
 from tasks.corpora.files import Lost
 from tasks.corpora.mbpp import official_split, sanitized_ids
+from tasks.programs import assertions
+from tasks.programs.programs import program_tests
 
 SANITIZED_FORMS = (Form(("sanitized-mbpp.json",)),)
 FULL_FORMS = (Form(("mbpp.json",)),)
@@ -23,13 +25,13 @@ BEGIN, DONE = "[BEGIN]", "[DONE]"
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """All problems of a file, of whatever official split, in order."""
-    return json_items(files, _item)
+    """All problems of a file that a program can be judged by, of whatever official split, in order."""
+    return map(_judged, json_items(files, _item))
 
 
 def read_test(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The problems 11 to 510; their `extra` says where the program written for one stops."""
-    for item in json_items(files, functools.partial(_of_split, split="test")):
+    """Those of the problems 11 to 510; their `extra` says where the program written for one stops."""
+    for item in map(_judged, json_items(files, functools.partial(_of_split, split="test"))):
         yield item if isinstance(item, Lost) else item._replace(extra={**item.extra, "stop": (DONE,)})
 
 
@@ -48,6 +50,19 @@ def _of_split(record: Mapping[str, Any], split: str, without: frozenset[int] = f
     if not isinstance(number, int) or official_split(number) != split:
         return Lost(OTHER_SPLIT)
     return Lost("that are questions of the sanitized set") if number in without else _item(record)
+
+
+def _judged(item: Item | Lost) -> Item | Lost:
+    """Said when the file is read, before any program is written: a problem that no program can be judged by is none."""
+    if isinstance(item, Lost):
+        return item
+    try:
+        program_tests({**item.extra, "code": item.references[0]})
+    except assertions.Unjudged as error:
+        return Lost(f"with tests {error.reason}")
+    except ValueError:
+        return Lost("whose solution is not Python")
+    return item
 
 
 def _item(record: Mapping[str, Any]) -> Item | Lost:

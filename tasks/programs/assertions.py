@@ -11,72 +11,92 @@ ASK = "__ask__"  # the judge's function: ASK(i, *values) has the program compute
 # ("judge", source of the assert, its condition with ASK in it, the program's parts of it as sources of functions)
 Step = tuple[str, str] | tuple[str, str, str, list[str]]
 
+# Functions that the program may compute where all of their arguments are its own: what comes of them is data.
+_COMPUTED = frozenset("""
+    abs ascii bin bytes callable chr complex dict dir divmod float format frozenset getattr hash hex id int iter len
+    list max min next oct ord pow repr reversed round set sorted str sum tuple type vars asyncio.run""".split())
 _SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+
+
+class Unjudged(ValueError):
+    """Why tests cannot be judged; `reason` says it in few words, as they go on after a number of records."""
+
+    def __init__(self, reason: str, source: str) -> None:
+        super().__init__(f"a program cannot be judged by tests {reason}: {source!r:.300}")
+        self.reason = reason
 
 
 def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
     """Statements of tests as steps that a judge can go through while it trusts nothing of the program.
 
-    In `assert set(f(3)) == {1, 2}` the program computes `f(3)`; the rest is the judge's. A part is the program's if
-    it starts from a name that is neither a builtin nor imported by the tests, or that is in `defined`.
+    In `assert f(3) == {1, 2}` the program computes `f(3)`; the rest is the judge's. A part is the program's if it
+    starts from a name that is neither a builtin nor imported by the tests, or that is in `defined`; and so are some
+    functions, lists and sums of such parts alone, such as `sorted(f(3))`, and what only the program can tell of its
+    objects: whether two are the same one, have an attribute, or are of a class of its own.
 
     Args:
       tests: Python statements: asserts, imports, and others that prepare for the asserts that follow.
       defined: names of builtins that the program is to define itself, such as `sum`.
 
     Raises:
-      ValueError: a test is not Python, no assert is there, or one stands within another statement or is not judged.
+      Unjudged: a test is not Python, no assert is there, or one stands within another statement or is not judged.
     """
     trusted = set(dir(builtins)) - set(defined)
     found: list[Step] = []
+    assigned: list[str] = []
     for test in tests:
-        try:
-            tree = parse(test)
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"a test is not Python ({error}): {test!r}") from None
-        for statement in tree.body:
+        for statement in parse(test).body:
             source = ast.unparse(statement)
             if isinstance(statement, ast.Assert):
-                split = _Split(trusted, statement.test)
+                assigned += [node.target.id for node in ast.walk(statement.test) if isinstance(node, ast.NamedExpr)]
+                split = _Split(trusted, assigned, statement.test)
                 found.append(("judge", source, split.judged, split.calls))
             elif isinstance(statement, ast.Import | ast.ImportFrom):
                 names = {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
                 if "*" in names:
-                    raise ValueError(f"a test imports names that it does not tell: {source!r}")
+                    raise Unjudged("that import names without telling them", source)
                 trusted |= names
                 found.append(("import", source))
             elif any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
-                raise ValueError(f"an assert is judged only where no other statement is around it: {source!r}")
+                raise Unjudged("that have an assert within another statement", source)
             else:
                 found.append(("run", source))
     if not any(step[0] == "judge" for step in found):
-        raise ValueError("tests without an assert would pass anything")
+        raise Unjudged("that hold no assert, and so pass anything", "\n".join(tests))
     return found
 
 
 def parse(source: str) -> ast.Module:
-    """Like ast.parse, but says nothing of backslashes that mean nothing, which are many in others' programs."""
+    """The statements of a test, each of which Python can compile and `ast` can write again.
+
+    Nothing is said of backslashes that mean nothing, which are many in others' programs.
+
+    Raises:
+      Unjudged: it is not Python.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ast.parse(source)
+        try:
+            compile(source, "test", "exec", dont_inherit=True)
+            tree = ast.parse(source)
+            ast.unparse(tree)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: of what nests too deeply
+            raise Unjudged("that are not Python", source) from None
+    return tree
 
 
 class _Split(ast.NodeTransformer):
     """Replaces the largest parts of a condition that start from an untrusted name by calls of ASK."""
 
-    def __init__(self, trusted: Collection[str], condition: ast.expr) -> None:
+    def __init__(self, trusted: Collection[str], assigned: Sequence[str], condition: ast.expr) -> None:
         self._trusted = trusted
-        self._local = [node.target.id for node in ast.walk(condition) if isinstance(node, ast.NamedExpr)]
+        self._local = list(assigned)
         self.calls: list[str] = []
         self.judged = ast.unparse(ast.fix_missing_locations(self.visit(condition)))
 
     def visit(self, node: ast.AST) -> ast.AST:
-        start: ast.AST = node
-        while isinstance(start, ast.Call | ast.Attribute | ast.Subscript):
-            start = start.func if isinstance(start, ast.Call) else start.value
-        if isinstance(start, ast.Name) and isinstance(start.ctx, ast.Load):
-            if start.id not in self._trusted and start.id not in self._local:
-                return self._asked(node)
+        if self._is_of_program(node) and not any(isinstance(inner, ast.NamedExpr) for inner in ast.walk(node)):
+            return self._asked(node)
         if not isinstance(node, _SCOPES):
             return self.generic_visit(node)
         before = len(self._local)
@@ -86,6 +106,31 @@ class _Split(ast.NodeTransformer):
         changed = self.generic_visit(node)
         del self._local[before:]
         return changed
+
+    def _is_of_program(self, node: ast.AST) -> bool:
+        start: ast.AST = node
+        while isinstance(start, ast.Call | ast.Attribute | ast.Subscript):
+            start = start.func if isinstance(start, ast.Call) else start.value
+        if isinstance(start, ast.Name) and isinstance(start.ctx, ast.Load):
+            if start.id not in self._trusted and start.id not in self._local:
+                return True
+        if isinstance(node, ast.Compare):
+            return (all(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops)
+                    and all(map(self._is_of_program, (node.left, *node.comparators))))
+        if isinstance(node, ast.BinOp):
+            return self._is_of_program(node.left) and self._is_of_program(node.right)
+        if isinstance(node, ast.List | ast.Tuple | ast.Set):
+            return bool(node.elts) and all(map(self._is_of_program, node.elts))
+        if not isinstance(node, ast.Call) or not isinstance(start, ast.Name) or start.id in self._local:
+            return False
+        name, arguments = ast.unparse(node.func), node.args
+        if not arguments or node.keywords:
+            return False
+        if name == "hasattr":
+            return self._is_of_program(arguments[0])
+        if name in ("isinstance", "issubclass"):
+            return any(map(self._is_of_program, ast.walk(arguments[-1])))
+        return name in _COMPUTED and all(map(self._is_of_program, arguments))
 
     def _asked(self, node: ast.AST) -> ast.AST:
         used = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load)}

@@ -124,7 +124,8 @@ def die_with_parent() -> None:
 def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, processes: int | None) -> None:
     """Limits of this process and, each by itself, of those it starts; `processes` counts all of this user."""
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CPU: cpu_seconds,
-              resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_FSIZE: file_bytes}
+              resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_FSIZE: file_bytes, resource.RLIMIT_MEMLOCK: 0,
+              resource.RLIMIT_MSGQUEUE: 0, resource.RLIMIT_SIGPENDING: 64}
     if processes is not None:
         limits[resource.RLIMIT_NPROC] = processes
     for kind, value in limits.items():

@@ -39,6 +39,7 @@ def program_tests(record: Mapping[str, Any], challenge: bool = False) -> Program
       challenge: add the challenge tests, which few problems have and published results leave out.
 
     Raises:
+      assertions.Unjudged: its tests cannot be judged.
       ValueError: a field is missing or of another form.
     """
     try:
@@ -48,10 +49,12 @@ def program_tests(record: Mapping[str, Any], challenge: bool = False) -> Program
         if not all(isinstance(test, str) for test in before + asserts):
             raise TypeError("tests must be strings")
         reference = assertions.parse(code).body
-        used = {node.id for test in asserts for node in ast.walk(assertions.parse(test)) if isinstance(node, ast.Name)}
-    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a record of MBPP ({type(error).__name__}: {error}): {str(record)[:200]}") from None
+    used = {node.id for test in asserts for node in ast.walk(assertions.parse(test)) if isinstance(node, ast.Name)}
     imports = [ast.unparse(node) for node in reference if isinstance(node, ast.Import)
                and {alias.asname or alias.name for alias in node.names} & used]
     defined = frozenset(node.name for node in reference if isinstance(node, ast.FunctionDef | ast.ClassDef))
-    return ProgramTests(number, tuple(test for test in (*imports, *before, *asserts) if test.strip()), defined)
+    tests = tuple(test for test in (*imports, *before, *asserts) if test.strip())
+    assertions.steps(tests, defined)
+    return ProgramTests(number, tests, defined)

@@ -2,16 +2,24 @@
 
 What holds where `guarantees()` says so, by name:
 
-  network    No network but an empty one of its own: nothing connects, not even to this host.
+  network    No network but an empty one of its own: nothing connects, not even to this host. Of sockets there are
+             pairs of streams, and no others of whatever family.
   reading    It sees Python's library, the system's libraries, three devices and an empty folder. All else of the
              host's files is not there: neither the home, nor checkpoints, nor /proc.
   writing    It writes to that one folder, /tmp, which is memory of bounded size and ends with the program.
   signals    It sees and signals no process but its own, and all of these end with it, however detached.
-  memory     Each of its processes is limited, so the whole by `processes` times `memory_bytes`, and /tmp.
+  memory     Each of its processes has at most `memory_bytes`, shared memory counted in each that maps it, and /tmp
+             holds at most `folder_bytes`. Other memory that outlives a mapping is refused (`calls`): System V's and
+             POSIX's shared memory, queues and semaphores, memfd_create, larger pipes, record locks, watches, keys,
+             io_uring, attributes of files. The kernel keeps for each process tables of its mappings, at most 1.25
+             times as much again where they are single pages far apart, and buffers of 64 descriptors, at most 16 MiB.
+             The judge has 1 GiB. So all together stay below `processes` x (2.25 x `memory_bytes` + 16 MiB) +
+             `folder_bytes` + 1 GiB, and but for such tables below half of it.
   processes  Their number is limited, threads counted.
 
-Besides: an empty environment, no descriptors of ours, no capabilities; limits on processor time, time on the clock,
-sizes of files and what is printed. Python's hashes are seeded with 0, so that verdicts repeat.
+Besides: an empty environment, no descriptors of ours, no capabilities, no other program that it could start; limits on
+processor time, time on the clock and sizes of files. What it prints is discarded, and there is nothing to be read.
+Python's hashes are seeded with 0, so that verdicts repeat.
 
 Success cannot be claimed, only had. Each `assert` is taken apart (`assertions`). The program's process is asked
 for the values of its own calls and answers in plain data (`values`). The comparison is evaluated in another
@@ -19,13 +27,24 @@ process (`trial`), which the program cannot see, signal or write to, and which r
 program's process already runs in another memory. So neither the expected values nor the verdict are within its reach,
 whatever it does to builtins, frames, exceptions, descriptors, its exit, or its objects' `__eq__`.
 
+A verdict is that of plain `exec` of program and tests, but for:
+  - objects of the program's own that claim to be equal to, or less than, an expected value that is none; subclasses of
+    plain types that do so are compared as those types;
+  - what depends on a value being the same object: `is` with a literal or a builtin function, a change of a value that
+    is a copy here;
+  - tests that look names up by their texts: `eval`, `globals`; names assigned within an assert and used outside of one;
+  - values of more than 8 MiB as JSON, and values of libraries beyond the standard one: NumPy is not there;
+  - asserts within other statements, which are not judged: a record that has one is no question;
+  - an iterator that is asked for more than 100 items, which runs ahead of what is asked, to twice as many;
+  - what the sandbox withholds: input, files, sockets, further programs, record locks (SQLite on files needs them).
+
 What does not hold:
   - A hole in the kernel is a hole in this.
   - A test that compares two values of the program's, or one with a variable that a test has assigned, can be forged:
     such a variable lives in the program's process. Expected values belong into the assert.
-  - A program may return what it has guessed. A result that is no plain data is equal to nothing, so a test that
-    compares objects of the program's own fails.
+  - A program may return what it has guessed.
   - Memory is counted by process, for not every host lends control groups.
+  - System calls are filtered on x86_64 and aarch64; elsewhere network and memory are not guaranteed.
   - Before Linux 5.14 `processes` counts the user's processes outside too; before 5.12 there is no file system apart.
 """
 
@@ -95,7 +114,6 @@ class Limits:
     memory_bytes: int = 512 << 20
     file_bytes: int = 16 << 20
     folder_bytes: int = 64 << 20
-    output_bytes: int = 1 << 20
     processes: int = 8
 
     def __post_init__(self) -> None:
@@ -150,10 +168,11 @@ def run_programs(programs: Sequence[Program], *, workers: int | None = None, lim
 
 def require_guarantees() -> None:
     """Raises SandboxError, in one line that says what is missing, where this host lacks any of `guarantees()`."""
-    if not all(guarantees().values()):
+    holds, missing = _probe()
+    if not all(holds.values()):
         raise SandboxError(f"untrusted programs are not run here, for this host lacks the guarantees "
-                           f"{', '.join(name for name, holds in guarantees().items() if not holds)} "
-                           f"({_probe()[1] or 'a limit does not hold'}); see tasks/programs/sandbox.py")
+                           f"{', '.join(name for name in holds if not holds[name])} ({missing}); "
+                           "see tasks/programs/sandbox.py")
 
 
 def guarantees() -> dict[str, bool]:
@@ -165,8 +184,11 @@ _PROBES = {
     "network": """
 import socket
 def holds():
-    try: socket.create_connection(("127.0.0.1", {port}), 2).close()
-    except OSError: return True
+    for connect in (lambda: socket.create_connection(("127.0.0.1", {port}), 2), lambda: socket.socket(40)):  # AF_VSOCK
+        try: connect().close()
+        except OSError: continue
+        return False
+    return True
 """,
     "reading": """
 def holds():
@@ -193,9 +215,16 @@ def holds():
     except OSError: pass
 """,
     "memory": """
+import ctypes, fcntl, os
 def holds():
     try: bytearray({memory})
-    except MemoryError: return True
+    except MemoryError: pass
+    else: return False
+    try: fcntl.fcntl(os.pipe()[0], 1031, 1 << 20)  # F_SETPIPE_SZ
+    except OSError: pass
+    else: return False
+    libc = ctypes.CDLL(None)
+    return libc.memfd_create(b"", 0) == libc.shmget(0, 4096, 0o1600) == libc.semget(0, 1, 0o1600) == -1
 """,
     "processes": """
 import os, time
@@ -211,8 +240,8 @@ def holds():
 
 
 @functools.cache
-def _probe() -> tuple[dict[str, bool], str | None]:
-    """Guarantees, and what the kernel said if it refused one."""
+def _probe() -> tuple[dict[str, bool], str]:
+    """Guarantees, and what the kernel said if it refused one, or else became of the programs that tried them."""
     limits = Limits(cpu_seconds=5, wall_seconds=10)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="codellm-probe-"))
@@ -225,7 +254,8 @@ def _probe() -> tuple[dict[str, bool], str | None]:
                 for source in _PROBES.values()]
         results = _run(jobs, 2, limits, insist=True, progress=None)
     holds = {name: outcome.passed for name, (outcome, _) in zip(_PROBES, results, strict=True)}
-    return holds, next((missing for _, missing in results if missing), None)
+    said = [missing or outcome.detail for outcome, missing in results if missing or outcome.verdict is Verdict.CRASHED]
+    return holds, next(iter(said), "a limit does not hold")
 
 
 def _visible() -> list[str]:
@@ -309,8 +339,9 @@ def _result(one: _Running) -> tuple[Outcome, str | None]:
         detail = "".join(letter if letter.isprintable() else " " for letter in answer["detail"])
         return Outcome(Verdict(answer["verdict"]), detail, seconds), answer["missing"]
     except ValueError:  # only the judge writes there, at its end
-        if status == 0:
-            return Outcome(Verdict.CRASHED, "its judge was killed", seconds), None
+        if status >= 0:
+            what = "its judge was killed" if status == 0 else f"the sandbox itself ended with exit status {status}"
+            return Outcome(Verdict.CRASHED, what, seconds), None
         return Outcome(Verdict.TIMED_OUT, f"its judge was not done after {seconds:.0f} s", seconds), None
 
 

@@ -8,6 +8,7 @@
   program      init of a PID namespace within; holds the program's text, is asked for the values of expressions
 """
 
+import builtins
 import contextlib
 import json
 import os
@@ -17,12 +18,14 @@ import signal
 import sys
 import time
 import types
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from tasks.programs import assertions, confinement, values
+from tasks.programs import assertions, calls, confinement, values
 
 _LONGEST_ANSWER = 8 << 20
-_JUDGE_MEMORY = 2 << 30  # an answer of 8 MiB in JSON can be a large object
+_JUDGE_MEMORY = 1 << 30  # an answer of 8 MiB in JSON can be a large object
+_DEEP = 5_000  # values nest deeper than functions call one another, and take several calls a level
 _OUT_OF_MEMORY = b'{"raised": "MemoryError", "text": ""}'
 _OUT_OF_MEMORY_FRAME = len(_OUT_OF_MEMORY).to_bytes(4) + _OUT_OF_MEMORY
 
@@ -30,9 +33,10 @@ _OUT_OF_MEMORY_FRAME = len(_OUT_OF_MEMORY).to_bytes(4) + _OUT_OF_MEMORY
 class Ended(Exception):
     """The verdict on a program that has not passed."""
 
-    def __init__(self, verdict: str, detail: str) -> None:
+    def __init__(self, verdict: str, detail: str, raised: tuple[str, str] = ("", "")) -> None:
         super().__init__(verdict, detail)
         self.verdict, self.detail = verdict, detail
+        self.raised = raised  # the exception's name and text
 
 
 def main() -> None:
@@ -44,8 +48,8 @@ def main() -> None:
         _report("crashed", f"the sandbox could not be set up: {error}", missing=str(error))
 
 
-def _report(verdict: str, detail: str, missing: str | None = None) -> None:
-    os.write(1, json.dumps({"verdict": verdict, "detail": detail[:2000], "missing": missing}).encode())
+def _report(verdict: str, detail: str, missing: str | None = None, descriptor: int = 1) -> None:
+    os.write(descriptor, json.dumps({"verdict": verdict, "detail": detail[:2000], "missing": missing}).encode())
 
 
 def _supervise(settings: dict[str, Any]) -> None:
@@ -86,26 +90,31 @@ def _judge(settings: dict[str, Any], null: int, namespaces: bool, user: int | No
         confinement.new_process_ids()
     request_end, requests = os.pipe()
     replies, reply_end = os.pipe()
-    output, output_end = os.pipe()
     program = os.fork()
     if program == 0:
         try:
-            _become_program(settings, null, output_end, request_end, reply_end, user)
+            _become_program(settings, null, request_end, reply_end, user)
         finally:
             os._exit(1)
-    for end in (request_end, reply_end, output_end):
+    for end in (request_end, reply_end):
         os.close(end)
     confinement.drop_privileges(user)
+    sys.setrecursionlimit(_DEEP)
     confinement.limit(settings["cpu_seconds"] + 10, _JUDGE_MEMORY, 0, None)
     with open(0, "rb", closefd=False) as file:
         job = json.load(file)  # only now: no copy of the tests lies in the program's memory
+    verdicts = os.dup(1)
+    for descriptor in (0, 1):  # which tests, too, may read and print
+        os.dup2(null, descriptor)
     verdict, detail = "passed", ""
     try:
-        _go_through(job, _Conversation(settings, program, requests, replies, output))
+        _go_through(job, _Conversation(settings, program, requests, replies))
     except Ended as ended:
         verdict, detail = ended.verdict, ended.detail
+    except BaseException as error:
+        verdict, detail = "crashed", f"the judge failed: {type(error).__name__}: {error}"
     _kill(program)
-    _report(verdict, detail, missing)
+    _report(verdict, detail, missing, verdicts)
 
 
 def _kill(program: int) -> None:
@@ -137,13 +146,12 @@ def _go_through(job: dict[str, Any], conversation: "_Conversation") -> None:
             raise Ended("failed", f"{type(error).__name__}: {error} (in {source})") from None
 
 
-def _judge_assert(source: str, condition: str, calls: list[str], names: dict[str, Any],
+def _judge_assert(source: str, condition: str, parts: list[str], names: dict[str, Any],
                   conversation: "_Conversation") -> None:
     got: list[Any] = []
 
     def ask(index: int, *arguments: Any) -> Any:
-        answer = conversation.ask({"call": calls[index], "values": [values.encode(value) for value in arguments]})
-        got.append(values.decode(answer["value"]))
+        got.append(conversation.value({"call": parts[index]}, arguments))
         return got[-1]
 
     names[assertions.ASK] = ask
@@ -154,14 +162,34 @@ def _judge_assert(source: str, condition: str, calls: list[str], names: dict[str
 class _Conversation:
     """Asks the program's process and waits, within limits, for what it answers."""
 
-    def __init__(self, settings: dict[str, Any], program: int, requests: int, replies: int, output: int) -> None:
+    def __init__(self, settings: dict[str, Any], program: int, requests: int, replies: int) -> None:
         self._settings, self._program = settings, program
-        self._requests, self._replies, self._output = requests, replies, output
+        self._requests, self._replies = requests, replies
         self._deadline = time.monotonic() + settings["wall_seconds"]
-        self._written, self._received = 0, b""
+        self._received = b""
         self._poll = select.poll()
         self._poll.register(replies, select.POLLIN)
-        self._poll.register(output, select.POLLIN)
+        self._known = values.Known(self._use)
+
+    def value(self, request: dict[str, Any], arguments: Sequence[Any]) -> Any:
+        """What a request with these values comes to.
+
+        Raises:
+          Ended: as `ask`.
+        """
+        encoded = [values.encode(value, self._known.number) for value in arguments]
+        return values.decode(self.ask({**request, "values": encoded})["value"], self._known.named)
+
+    def _use(self, how: str, number: int, *arguments: Any) -> Any:
+        """What a `Foreign` asks; what the object raises is raised here, if it is an exception of Python's own."""
+        try:
+            return self.value({"use": how, "object": number}, arguments)
+        except Ended as ended:
+            name, text = ended.raised
+            kind = getattr(builtins, name, None)
+            if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
+                raise
+            raise kind(text) from None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """What the program's process answers.
@@ -173,14 +201,17 @@ class _Conversation:
             _send(self._requests, request)
         try:
             answer = json.loads(self._frame())
-            if not isinstance(answer, dict) or "raised" not in answer and "call" in request and "value" not in answer:
+            if not isinstance(answer, dict) or not {"raised", "value"} & answer.keys():
                 raise ValueError(answer)
             if "raised" not in answer:
                 return answer
             name, text = str(answer["raised"]), str(answer["text"])
         except (ValueError, KeyError, RecursionError):
             raise Ended("crashed", "answered in no known form") from None
-        raise Ended("out of memory" if name == "MemoryError" else "failed", f"{name}: {text}".removesuffix(": "))
+        detail = f"{name}: {text}".removesuffix(": ")
+        if name == "MemoryError":
+            raise Ended("out of memory", detail)
+        raise Ended("failed", detail, (name, text))
 
     def _frame(self) -> bytes:
         size = None
@@ -195,21 +226,13 @@ class _Conversation:
             remaining = self._deadline - time.monotonic()
             if remaining <= 0:
                 raise Ended("timed out", f"{self._settings['wall_seconds']} s have passed")
-            for descriptor, _ in self._poll.poll(remaining * 1000 + 1):
-                data = os.read(descriptor, 1 << 16)
+            if self._poll.poll(remaining * 1000 + 1):
+                data = os.read(self._replies, 1 << 16)
                 if not data:
-                    self._closed(descriptor)
-                elif descriptor == self._replies:
-                    self._received += data
-                else:
-                    self._written += len(data)
-                    if self._written > self._settings["output_bytes"]:
-                        raise Ended("output flood", f"printed more than {self._settings['output_bytes']:,} bytes")
+                    self._closed()
+                self._received += data
 
-    def _closed(self, descriptor: int) -> None:
-        self._poll.unregister(descriptor)
-        if descriptor == self._output:
-            return
+    def _closed(self) -> NoReturn:
         for _ in range(200):
             pid, status, used = os.wait4(self._program, os.WNOHANG)
             if pid:
@@ -233,34 +256,49 @@ def _send(descriptor: int, message: dict[str, Any]) -> None:
         view = view[os.write(descriptor, view):]
 
 
-def _become_program(settings: dict[str, Any], null: int, output: int, requests: int, replies: int,
-                    user: int | None) -> NoReturn:
+def _become_program(settings: dict[str, Any], null: int, requests: int, replies: int, user: int | None) -> NoReturn:
     """From here on nothing in this process is trusted, nor are its answers more than values."""
     os.setsid()
-    for source, target in ((null, 0), (output, 1), (output, 2)):
-        os.dup2(source, target)
+    for descriptor in range(3):  # nothing is there to be read, and nobody reads what it prints
+        os.dup2(null, descriptor)
     for descriptor in range(3, 64):
         if descriptor not in (requests, replies):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
     confinement.drop_privileges(user)
     confinement.limit(settings["cpu_seconds"], settings["memory_bytes"], settings["file_bytes"], settings["processes"])
+    try:
+        calls.allow_listed()
+    except OSError:
+        if not settings["insist"]:
+            raise
     os.environ.clear()
     sys.argv[:] = sys.orig_argv[:] = ["program"]
     for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
         del sys.modules[name]
     module = sys.modules["program"] = types.ModuleType("program")
     names = module.__dict__
+    kept = values.Kept()
+    depth = sys.getrecursionlimit()
+    frame: types.FrameType | None = sys._getframe()
+    while frame := frame and frame.f_back:  # what stands above the program is not to be counted to it
+        depth += 1
     while True:
+        sys.setrecursionlimit(_DEEP)
         request = json.loads(_read(requests, int.from_bytes(_read(requests, 4))))
         try:
+            arguments = [values.decode(value, kept.named) for value in request.get("values", ())]
+            sys.setrecursionlimit(depth)
             if "run" in request:
                 exec(compile(request["run"], "program", "exec", dont_inherit=True, optimize=0), names)
-                answer: dict[str, Any] = {}
+                value = None
+            elif "use" in request:
+                value = kept.use(request["use"], request["object"], *arguments)
             else:
-                function = eval(request["call"], names)
-                answer = {"value": values.encode(function(*map(values.decode, request["values"])))}
-            _send(replies, answer)
+                value = eval(request["call"], names)(*arguments)
+            depth = sys.getrecursionlimit()
+            sys.setrecursionlimit(_DEEP)
+            _send(replies, {"value": values.encode(value, kept.number)})
         except MemoryError:
             os.write(replies, _OUT_OF_MEMORY_FRAME)
         except BaseException as error:

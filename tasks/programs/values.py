@@ -1,108 +1,301 @@
 """Plain values as JSON: how an untrusted program's results reach the process that judges them.
 
-Nothing of the program's own crosses, so that no `__eq__` of its making is ever asked.
+Data crosses and is equal to what it was: what decides about it there are types of the standard library. An object of
+the program's own stays where it is and crosses as a number; no `__eq__` of its making decides about an expected value.
 """
 
-import collections
-import itertools
+import builtins
+import importlib
+import math
+import operator
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator, KeysView
+from types import FunctionType, GeneratorType, SimpleNamespace
 from typing import Any
 
-_LONGEST_ITERATION = 1_000_000
-_SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset,
-                                                     "deque": collections.deque, "iterator": iter}
+Keep = Callable[[Any], int]  # gives the number of an object that does not cross
+Named = Callable[[int, str, bool], Any]  # gives what stands for a number, a class of builtins and whether it iterates
+
+# Types of the standard library that are made again from parts; subclasses before their bases.
+_MADE: dict[str, Callable[[Any], Any]] = {
+    "collections.Counter": lambda value: [dict(value)],
+    "collections.OrderedDict": lambda value: [list(value.items())],
+    "collections.defaultdict": lambda value: [_builtin_type(value.default_factory), dict(value)],
+    "collections.deque": lambda value: [list(value), value.maxlen],
+    "collections.ChainMap": lambda value: value.maps,
+    "collections.UserDict": lambda value: [value.data],
+    "collections.UserList": lambda value: [value.data],
+    "collections.UserString": lambda value: [value.data],
+    "types.MappingProxyType": lambda value: [dict(value)],
+    "types.SimpleNamespace": lambda value: [vars(value)],
+    "builtins.slice": lambda value: [value.start, value.stop, value.step],
+    "builtins.range": lambda value: [value.start, value.stop, value.step],
+    "builtins.complex": lambda value: [value.real, value.imag],
+    "array.array": lambda value: [value.typecode, value.tolist()],
+    "decimal.Decimal": lambda value: [str(value)],
+    "fractions.Fraction": lambda value: [value.numerator, value.denominator],
+    "datetime.datetime": lambda value: [
+        value.year, value.month, value.day, value.hour, value.minute, value.second, value.microsecond, _zone(value)],
+    "datetime.date": lambda value: [value.year, value.month, value.day],
+    "datetime.time": lambda value: [value.hour, value.minute, value.second, value.microsecond, _zone(value)],
+    "datetime.timedelta": lambda value: [value.days, value.seconds, value.microseconds],
+    "datetime.timezone": lambda value: [value.utcoffset(None)],
+    "pathlib.PosixPath": lambda value: [str(value)],
+    "pathlib.PurePosixPath": lambda value: [str(value)],
+    "pathlib.PureWindowsPath": lambda value: [str(value)],
+    "re.Pattern": lambda value: [value.pattern, value.flags],
+    "uuid.UUID": lambda value: [str(value)],
+    **{f"ipaddress.IPv{version}{kind}": lambda value: [str(value)]
+       for version in (4, 6) for kind in ("Interface", "Address", "Network")},
+}
+_SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {
+    "list": list, "tuple": tuple, "set": set, "frozenset": frozenset,
+    "keys": lambda items: dict.fromkeys(items).keys(), "items": lambda items: dict(items).items()}
+_PLAIN = frozenset({dict, list, tuple, set, frozenset})
+_CLASSES = {"function": FunctionType, "generator": GeneratorType}  # that have no name in builtins
+_SINGLES: dict[str, Any] = {"Ellipsis": ..., "NotImplemented": NotImplemented, "math.nan": math.nan}
 
 
-class Foreign:
-    """Stands for a value that is no plain data: equal to nothing else, true or false as the value was."""
-
-    def __init__(self, name: str, truth: bool, items: list[Any] | None) -> None:
-        self._name, self._truth, self._items = name, truth, items
-
-    def __bool__(self) -> bool:
-        return self._truth
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._items is None:
-            raise TypeError(f"{self._name!r} object is not iterable")
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        if self._items is None:
-            raise TypeError(f"object of type {self._name!r} has no len()")
-        return len(self._items)
-
-    def __repr__(self) -> str:
-        return f"<{self._name}>"
+def _builtin_type(value: Any) -> Any:
+    return value if getattr(builtins, getattr(value, "__name__", ""), None) is value else None
 
 
-def encode(value: Any) -> Any:
-    """What json.dumps can write. Subclasses of plain types become plain: a named tuple a tuple, a Counter a dict.
+def _zone(value: Any) -> Any:
+    """A time's zone as it is at that time: that is what comparisons go by."""
+    offset = value.utcoffset()
+    return None if offset is None else sys.modules["datetime"].timezone(offset)
 
-    Types kept: None, bool, int, float, complex, str, bytes, bytearray, range, list, tuple, set, frozenset, deque,
-    dict, Decimal, Fraction; dictionaries' keys and items become sets, iterators are run to their end (at most
-    1,000,000 items). Anything else keeps its truth, its type's name and, if it can be iterated over, its items.
+
+def encode(value: Any, keep: Keep) -> Any:
+    """What json.dumps can write.
+
+    Plain data and the types of `_MADE` cross whole, with what they hold, but as their nearest such type: a named tuple
+    as a tuple, a member of an IntEnum as an int. Builtin classes cross by name. What stays crosses by number.
 
     Raises:
       RecursionError: a value nested too deeply, or that holds itself.
     """
-    if value is None or isinstance(value, bool | float | str):
+    if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, float):
+        if value == value:
+            return value
+        return ["single", "math.nan"] if value is math.nan else ["nan", keep(value)]
     if isinstance(value, int):
         return int(value) if abs(value) < 1 << 63 else ["int", hex(value)]  # Python reads few decimal digits
-    if isinstance(value, complex):
-        return ["complex", value.real, value.imag]
     if isinstance(value, bytes | bytearray):
         return ["bytes" if isinstance(value, bytes) else "bytearray", value.hex()]
-    if isinstance(value, range):
-        return ["range", *map(encode, (value.start, value.stop, value.step))]
+    if isinstance(value, memoryview) and value.format == "B":
+        return ["memoryview", value.tobytes().hex()]
+    if type(value) in (Foreign, ForeignIterator):
+        return ["object", keep(value), "", False]
+    for name, parts in _MADE.items() if type(value) not in _PLAIN else ():
+        module, _, own = name.partition(".")
+        if module in sys.modules and isinstance(value, getattr(sys.modules[module], own)):
+            return ["made", name, *(encode(part, keep) for part in parts(value))]
     if isinstance(value, dict):
-        return ["dict", *([encode(key), encode(item)] for key, item in value.items())]
-    for kind in (list, tuple, set, frozenset, collections.deque):
+        return ["dict", *([encode(key, keep), encode(item, keep)] for key, item in value.items())]
+    for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
-            return [kind.__name__, *map(encode, value)]
-    if isinstance(value, type({}.keys()) | type({}.items())):
-        return ["set", *map(encode, value)]
-    for module, name in (("decimal", "Decimal"), ("fractions", "Fraction")):
-        if module in sys.modules and isinstance(value, getattr(sys.modules[module], name)):
-            return [name, str(value)]
-    if isinstance(value, Iterator):
-        return ["iterator", *map(encode, itertools.islice(value, _LONGEST_ITERATION))]
-    items = None
-    if hasattr(type(value), "__iter__"):
-        items = [encode(item) for item in itertools.islice(value, _LONGEST_ITERATION)]
-    return ["object", type(value).__name__, bool(value), items]
+            return [kind.__name__, *(encode(part, keep) for part in value)]
+    if isinstance(value, KeysView | ItemsView):
+        return ["keys" if isinstance(value, KeysView) else "items", *(encode(part, keep) for part in value)]
+    if isinstance(value, type) and _builtin_type(value) and value is not type:  # with which one makes others
+        return ["type", value.__name__]
+    for name, single in _SINGLES.items():
+        if value is single:
+            return ["single", name]
+    base = next(base for base in type(value).__mro__ if _builtin_type(base) or base in _CLASSES.values())
+    return ["object", keep(value), base.__name__, isinstance(value, Iterator)]
 
 
-def decode(data: Any) -> Any:
-    """The value of what `encode` made, from builtin types and `Foreign` only, whoever wrote `data`.
+def decode(data: Any, named: Named) -> Any:
+    """The value of what `encode` made, from types of the standard library only, whoever wrote `data`.
+
+    Args:
+      data: what json.loads read.
+      named: gives what stands for an object that stayed where it is.
 
     Raises:
-      ValueError, TypeError, RecursionError, ArithmeticError: `encode` never made this.
+      ValueError, TypeError, RecursionError, ArithmeticError, LookupError: `encode` never made this.
     """
     if data is None or isinstance(data, bool | int | float | str):
         return data
     kind, *parts = data
     if kind == "dict":
-        return {decode(key): decode(item) for key, item in parts}
+        return {decode(key, named): decode(item, named) for key, item in parts}
     if kind in _SEQUENCES:
-        return _SEQUENCES[kind]([decode(part) for part in parts])
+        return _SEQUENCES[kind]([decode(part, named) for part in parts])
     if kind == "int":
         return int(parts[0], 16)
-    if kind == "complex":
-        return complex(*parts)
     if kind in ("bytes", "bytearray"):
         return (bytes if kind == "bytes" else bytearray).fromhex(parts[0])
-    if kind == "range":
-        return range(*map(decode, parts))
+    if kind == "memoryview":
+        return memoryview(bytes.fromhex(parts[0]))
+    if kind == "made" and parts[0] in _MADE:
+        name, *rest = parts
+        module, _, own = name.partition(".")
+        values = [decode(part, named) for part in rest]
+        if name == "types.SimpleNamespace":
+            return SimpleNamespace(**values[0])
+        return re.compile(*values) if name == "re.Pattern" else getattr(importlib.import_module(module), own)(*values)
+    if kind == "type" and isinstance(found := getattr(builtins, parts[0]), type) and found is not type:
+        return found
+    if kind == "single":
+        return _SINGLES[parts[0]]
+    if kind == "nan":
+        return named(int(parts[0]), "float", False)
     if kind == "object":
-        name, truth, items = parts
-        return Foreign(str(name), bool(truth), None if items is None else [decode(item) for item in items])
-    if kind == "Decimal":
-        import decimal
-        return decimal.Decimal(parts[0])
-    if kind == "Fraction":
-        import fractions
-        return fractions.Fraction(parts[0])
+        return named(int(parts[0]), str(parts[1]), bool(parts[2]))
     raise ValueError("no value")
+
+
+class Kept:
+    """A program's objects that its judge knows by number, in the program's process, and what is asked of them."""
+
+    def __init__(self) -> None:
+        self._objects: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self._raise_next: dict[int, BaseException] = {}
+
+    def number(self, value: Any) -> int:
+        number = self._numbers.setdefault(id(value), len(self._objects))
+        if number == len(self._objects):
+            self._objects.append(value)  # which also keeps its id from being another's
+        return number
+
+    def named(self, number: int, base: str, iterates: bool) -> Any:
+        return float("nan") if number < 0 else self._objects[number]
+
+    def use(self, how: str, number: int, *arguments: Any) -> Any:
+        """One of the things that a `Foreign` asks; raises what the object raises."""
+        value = self._objects[number]
+        if how == "next":
+            return self._next(number, *arguments)
+        uses: dict[str, Callable[..., Any]] = {
+            "bool": bool, "str": str, "repr": repr, "len": len, "iter": iter, "hash": hash, "int": int, "float": float,
+            "getattr": getattr, "getitem": operator.getitem, "eq": operator.eq, "lt": operator.lt, "le": operator.le,
+            "gt": operator.gt, "ge": operator.ge, "call": lambda value, values, named: value(*values, **named)}
+        return uses[how](value, *arguments)
+
+    def _next(self, number: int, count: int) -> list[Any]:
+        """At least one item and at most `count`; an exception behind the first is raised when asked again."""
+        if number in self._raise_next:
+            raise self._raise_next.pop(number)
+        items = [next(self._objects[number])]
+        try:
+            while len(items) < count:
+                items.append(next(self._objects[number]))
+        except BaseException as error:
+            self._raise_next[number] = error
+        return items
+
+
+class Known:
+    """What stands for a program's objects in the process of its judge: the same for the same number."""
+
+    def __init__(self, ask: Callable[..., Any]) -> None:
+        self._ask = ask
+        self._known: dict[int, Any] = {}
+
+    def named(self, number: int, base: str, iterates: bool) -> Any:
+        if number not in self._known:
+            kind = ForeignIterator if iterates else Foreign
+            self._known[number] = float("nan") if base == "float" else kind(self._ask, number, base)
+        return self._known[number]
+
+    def number(self, value: Any) -> int:
+        for number, known in self._known.items():
+            if known is value:
+                return number
+        if type(value) is float:
+            return -1  # a "not a number" of the tests' own
+        raise TypeError(f"a test gives the program an object of {type(value)}, which is no plain data")
+
+
+class Foreign:
+    """Stands for an object of a program's own, which compares itself with other such objects, and with nothing else.
+
+    Its texts, length, items, attributes and results are asked of the program: data that it might as well have returned.
+    """
+
+    def __init__(self, ask: Callable[..., Any], number: int, base: str) -> None:
+        self._ask, self._number, self._base = ask, number, base
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # what isinstance() of a builtin class goes by
+        found = _CLASSES.get(self._base) or getattr(builtins, self._base, object)
+        return found if isinstance(found, type) and found is not object else Foreign
+
+    def __eq__(self, other: object) -> Any:
+        return self._compared("eq", other)
+
+    def __lt__(self, other: object) -> Any:
+        return self._compared("lt", other)
+
+    def __le__(self, other: object) -> Any:
+        return self._compared("le", other)
+
+    def __gt__(self, other: object) -> Any:
+        return self._compared("gt", other)
+
+    def __ge__(self, other: object) -> Any:
+        return self._compared("ge", other)
+
+    def __hash__(self) -> int:
+        return hash(self._use("hash"))
+
+    def __bool__(self) -> bool:
+        return bool(self._use("bool"))
+
+    def __str__(self) -> str:
+        return str(self._use("str"))
+
+    def __repr__(self) -> str:
+        return str(self._use("repr"))
+
+    def __int__(self) -> int:
+        return int(self._use("int"))
+
+    def __float__(self) -> float:
+        return float(self._use("float"))
+
+    def __len__(self) -> int:
+        return int(self._use("len"))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._use("iter"))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._use("getitem", key)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._use("getattr", name)
+
+    def __call__(self, *values: Any, **named: Any) -> Any:
+        return self._use("call", values, named)
+
+    def _compared(self, how: str, other: object) -> Any:
+        return self._use(how, other) if type(other) in (Foreign, ForeignIterator) else NotImplemented
+
+    def _use(self, how: str, *arguments: Any) -> Any:
+        return self._ask(how, self._number, *arguments)
+
+
+class ForeignIterator(Foreign):
+    """Stands for an iterator of a program's: asked for one item after the other, from the hundredth on for several."""
+
+    def __init__(self, ask: Callable[..., Any], number: int, base: str) -> None:
+        super().__init__(ask, number, base)
+        self._waiting: list[Any] = []
+        self._taken = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._waiting:
+            self._waiting = self._use("next", 1 if self._taken < 100 else min(self._taken, 10_000))[::-1]
+        self._taken += 1
+        return self._waiting.pop()

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from codellm_jax.evaluation.harness import CodellmJax  # noqa: E402
 from codellm_jax.evaluation.sampling import Sampling  # noqa: E402
+from codellm_jax.evaluation.scoring import Scores  # noqa: E402
 from codellm_jax.model.decoder import Decoder  # noqa: E402
 
 LENGTH = 32
@@ -83,6 +84,79 @@ def test_log_likelihoods(harness, log_probabilities):
         assert found[-1][1] is True
 
 
+@pytest.mark.parametrize("prompt, continuation", [
+    ("the row of tokens " * 20, " is read"), ("the row", " of tokens is read" * 20), ("", " of tokens is read" * 20)])
+def test_what_is_too_long_is_cut_and_told(harness, log_probabilities, caplog, prompt, continuation):
+    short = ("a row of tokens", " is read")
+    [found, (other, _)] = harness.loglikelihood(ask("loglikelihood", (prompt, continuation), short))
+    tokens = harness.tok_encode(prompt.rstrip()) or [harness.eot_token_id]
+    scored = harness.tok_encode(prompt + continuation)[len(harness.tok_encode(prompt.rstrip())):][:LENGTH]
+    wanted, greedy = expected(log_probabilities, tokens[-(LENGTH + 1 - len(scored)):], scored)
+    assert found[0] == pytest.approx(wanted, rel=1e-5) and found[1] is greedy
+    assert [other] == [value for value, _ in harness.loglikelihood(ask("loglikelihood", short))]
+    lost = len(tokens) + len(scored) > LENGTH + 1
+    assert [record.message.split(":")[0] for record in caplog.records if record.levelname == "WARNING"] == (
+        ["1 of 2 prompts lose their beginning"] * lost
+        + ["1 of 2 continuations are scored without their end"] * (len(continuation) > 100))
+
+
+def test_what_is_empty(harness, log_probabilities):
+    """Nothing before is an end of document, as the harness's other models have it; nothing to score is certain."""
+    found = harness.loglikelihood(ask("loglikelihood", ("", ""), ("a row", ""), ("", "schedule"), ("  ", "schedule")))
+    assert found[:2] == [(0.0, True)] * 2
+    for (value, _), text in zip(found[2:], ("schedule", "  schedule"), strict=True):
+        wanted, _ = expected(log_probabilities, [harness.eot_token_id], harness.tok_encode(text))
+        assert value == pytest.approx(wanted, rel=1e-5)
+    assert harness.loglikelihood([]) == [] and harness.loglikelihood_rolling(ask("loglikelihood_rolling", ("",))) == [0]
+    [text] = harness.generate_until(ask("generate_until", ("", {"until": [], "max_gen_toks": 2})))
+    assert isinstance(text, str)
+
+
+def test_a_continuation_within_the_prompts_last_token_is_scored_by_itself(harness, log_probabilities):
+    whole = next(text for text in ("schedule", "tokens", "position") if len(harness.tok_encode(text)) == 1)
+    [(value, _)] = harness.loglikelihood(ask("loglikelihood", (whole[:-1], whole[-1])))
+    rest = harness.tok_encode(whole)[len(harness.tok_encode(whole[:-1])):]
+    wanted, _ = expected(log_probabilities, harness.tok_encode(whole[:-1]), rest or harness.tok_encode(whole[-1]))
+    assert value == pytest.approx(wanted, rel=1e-5) and value < 0
+
+
+def test_text_that_utf_8_cannot_hold(harness):
+    assert harness.tok_encode("a\ud800b") == harness.tok_encode("a\ufffdb")
+    assert harness.tok_encode("\ud83d\ude00") == harness.tok_encode("\U0001f600")
+
+
+def test_sums_are_of_64_bits(harness, monkeypatch):
+    values = np.array([-(2.0**24), -1, -1], np.float32)  # of which float32 keeps the first alone
+    monkeypatch.setattr(type(harness._model), "score", lambda self, requests, batch_tokens: [
+        Scores(values, np.ones(3, bool)) for _ in requests])
+    assert harness.loglikelihood(ask("loglikelihood", ("a", " b"))) == [(-(2.0**24) - 2, True)]
+    assert harness.loglikelihood_rolling(ask("loglikelihood_rolling", ("a",))) == [-(2.0**24) - 2]
+
+
+def test_what_is_drawn_depends_on_the_request_alone(harness):
+    options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    one, other = ("the row", options), ("a schedule", options)
+    first, again, second = harness.generate_until(ask("generate_until", one, one, other))
+    assert first != again  # as often as a task asks for samples
+    assert harness.generate_until(ask("generate_until", other, one)) == [second, first]
+    assert harness.generate_until(ask("generate_until", ("x", {"max_gen_toks": 1}), other, one, one)[1:]) == [
+        second, first, again]
+
+
+def test_the_prompt_of_tuning_as_chat_template(harness):
+    from tasks.instruction_sets.prompts import alpaca_prompt
+
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"},
+                {"role": "assistant", "content": "2"}, {"role": "user", "content": "2 + 2?"}]
+    prompt = alpaca_prompt("Be brief.\n\n1 + 1?\n\n2\n\n2 + 2?")
+    assert harness.apply_chat_template(messages) == prompt
+    begun = [*messages, {"role": "assistant", "content": " It is"}]
+    assert harness.apply_chat_template(begun, add_generation_prompt=False) == f"{prompt} It is"
+    assert harness.chat_template(True) == alpaca_prompt("{instruction}") and harness.chat_template(False) is None
+    with pytest.raises(ValueError, match="there is no template 'llama'"):
+        harness.chat_template("llama")
+
+
 def test_a_text_longer_than_the_model_is_scored_in_windows(harness, log_probabilities):
     text = "a row of tokens is read by its number and never lost while one model learns from text and code " * 3
     tokens = harness.tok_encode(text)
@@ -129,6 +203,25 @@ def test_a_prompt_too_long_keeps_half_the_model_for_itself(harness, caplog):
     assert "1 of 1 prompts lose their beginning" in caplog.text
 
 
+@pytest.mark.parametrize("arguments, message", [
+    ("", "--model_args: codellm_jax needs checkpoint=FOLDER, a run directory."),
+    ("checkpoint=/nowhere/at/all", "/nowhere/at/all"),
+    ("checkpoint={run},vocabulry=x", "does not know 'vocabulry', only checkpoint, vocabulary, batch_tokens, "
+                                     "answers_at_once; nearest: vocabulary."),
+    ("checkpoint={run},batch_tokens=many", "batch_tokens must be a whole number, at least 1, found 'many'."),
+    ("checkpoint={run},answers_at_once=0", "answers_at_once must be a whole number, at least 1, found 0."),
+    ("checkpoint={run},vocabulary=/nowhere.model", "/nowhere.model")])
+def test_a_users_mistake_is_one_line(pretrained, monkeypatch, arguments, message):
+    from codellm_jax.evaluation import harness
+
+    given = arguments.format(run=pretrained / "CODE")
+    monkeypatch.setattr(harness, "cli_evaluate", lambda: get_model("codellm_jax").create_from_arg_string(given))
+    with pytest.raises(SystemExit) as ended:
+        harness.main()
+    assert str(ended.value).startswith("codellm_jax harness: error: ") and message in str(ended.value)
+    assert "\n" not in str(ended.value)
+
+
 @pytest.mark.parametrize("options, sampling", [
     ({}, Sampling(temperature=0.0, max_new_tokens=256)), ({"max_new_tokens": 3}, Sampling(0.0, max_new_tokens=3)),
     ({"do_sample": False, "temperature": 0.5}, Sampling(0.0, max_new_tokens=256)),
@@ -141,18 +234,35 @@ def test_options_of_tasks(options, sampling):
     assert harness._sampling(options) == sampling
 
 
-def test_tasks_of_the_harness(harness, log_probabilities, tmp_path, monkeypatch):
+def write_tasks(folder):
     """A task of choices and one of writing, as YAML files in the harness's own form."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    head = (f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {tmp_path}/data.jsonl}}\n  cache_dir: "
-            f"{tmp_path}/cache\ntest_split: test\ndoc_to_text: '{{{{question}}}}'\n")
-    (tmp_path / "choose.yaml").write_text(
+    (folder / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    head = (f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {folder}/data.jsonl}}\n  cache_dir: "
+            f"{folder}/cache\ntest_split: test\ndoc_to_text: '{{{{question}}}}'\n")
+    (folder / "choose.yaml").write_text(
         f"task: choose\noutput_type: multiple_choice\n{head}doc_to_choice: choices\ndoc_to_target: answer\n"
         "metric_list: [{metric: acc}, {metric: acc_norm}]\n")
-    (tmp_path / "write.yaml").write_text(
+    (folder / "write.yaml").write_text(
         f"task: write\noutput_type: generate_until\n{head}doc_to_target: '{{{{choices[0]}}}}'\n"
         "generation_kwargs: {until: ['\\n'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\n")
+
+
+def test_tasks_in_the_prompt_of_tuning(harness, tmp_path, monkeypatch):
+    from tasks.instruction_sets.prompts import alpaca_prompt
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    write_tasks(tmp_path)
+    results = simple_evaluate(model=harness, tasks=["choose", "write"], log_samples=True, bootstrap_iters=0,
+                              apply_chat_template=True,
+                              task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
+    for samples in results["samples"].values():
+        for question, sample in zip(QUESTIONS, samples, strict=True):
+            assert sample["arguments"][0][0] == alpaca_prompt(question["question"])
+
+
+def test_tasks_of_the_harness(harness, log_probabilities, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    write_tasks(tmp_path)
     results = simple_evaluate(model=harness, tasks=["choose", "write"], log_samples=True, bootstrap_iters=0,
                               task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
     right, by_length = [], []

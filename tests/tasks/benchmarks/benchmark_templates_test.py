@@ -99,7 +99,8 @@ def data_dir(write: Callable[..., str], tmp_path: pathlib.Path) -> str:
                             ])
     for task in ("ocnli", "cmnli"):
         write(f"{task}/dev.json", [{"sentence1": "甲", "sentence2": "乙", "label": "entailment"}])
-    write("sanitized-mbpp.json", [{"task_id": 12, "prompt": "Write f.", "code": "def f(): ...", "test_list": ["f()"]}])
+    write("sanitized-mbpp.json", [{"task_id": 12, "prompt": "Write f.", "code": "def f(): ...",
+                                   "test_list": ["assert f()"]}])
     write("mbpp.jsonl", "".join(json.dumps(record) + "\n" for record in MBPP))
     write("dureader/dev.json", [{"text_a": "文章", "text_b": "问题", "label": "文"}])
     return str(tmp_path)

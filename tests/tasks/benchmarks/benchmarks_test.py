@@ -203,8 +203,16 @@ BROKEN: dict[str, tuple[str, Any, dict[str, int]]] = {
     "mbpp": (
         "sanitized-mbpp.json",
         [PROGRAM, PROGRAM | {"test_list": []}, PROGRAM | {"code": ""}, PROGRAM | {"task_id": None},
-         PROGRAM | {"test_list": [1]}],
-        {"without tests": 1, NO_ANSWER: 1, "without task_id": 1, NO_TEXT: 1}),
+         PROGRAM | {"test_list": [1]},
+         # What no program can be judged by, which must not be found out when all programs are written.
+         PROGRAM | {"test_list": ["assert f(1 == 2"]}, PROGRAM | {"test_setup_code": "return 1"},
+         PROGRAM | {"test_list": ["for i in (1, 2):\n    assert f(i)"]}, PROGRAM | {"test_list": ["f()"]},
+         PROGRAM | {"test_list": [f"assert {'(' * 500}{')' * 500}"]}, PROGRAM | {"test_list": ["assert f('\ud800')"]},
+         PROGRAM | {"test_list": ["from math import *", "assert f()"]}, PROGRAM | {"code": "print 'Python 2'"}],
+        {"without tests": 1, NO_ANSWER: 1, "without task_id": 1, NO_TEXT: 1, "with tests that are not Python": 4,
+         "with tests that have an assert within another statement": 1,
+         "with tests that hold no assert, and so pass anything": 1,
+         "with tests that import names without telling them": 1, "whose solution is not Python": 1}),
 }
 
 

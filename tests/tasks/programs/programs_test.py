@@ -37,6 +37,24 @@ def test_record_of_another_form(change):
         program_tests({**SANITIZED, **change})
 
 
+def test_a_program_runs_on_any_host():
+    """Whatever of its guarantees a host lacks; the other tests of the sandbox are left out there."""
+    right, wrong = (program_tests(SANITIZED).of(f"def half(x): return x {by} 2") for by in ("/", "*"))
+    outcomes = sandbox.run_programs([right, wrong], insist=True)
+    assert [outcome.verdict for outcome in outcomes] == ["passed", "failed"], outcomes
+
+
+def test_texts_that_utf_8_cannot_hold():
+    """A program with lone surrogates gets a verdict, and what is told of any program can be written."""
+    sources = ["x = '\ud800'\ndef half(x): return x / 2", "def half(x): raise ValueError('\ud800\x00\u2028')",
+               "\x00", "def half(x): return '\ud83d'",
+               "class \u0391\u030a(Exception): pass\ndef half(x): raise \u0391\u030a"]
+    outcomes = sandbox.run_programs([program_tests(SANITIZED).of(source) for source in sources], insist=True)
+    assert [outcome.verdict for outcome in outcomes] == ["failed"] * 5, outcomes
+    assert all(outcome.detail.encode() and outcome.detail.isprintable() for outcome in outcomes)
+    assert outcomes[0].detail.startswith("UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800'")
+
+
 @needs_sandbox
 def test_reference_passes_and_others_do_not():
     programs = [program_tests(record).of(record["code"]) for record in (FULL, SANITIZED)]

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -13,11 +14,11 @@ import time
 
 import pytest
 
-from tasks.programs import sandbox
+from tasks.programs import calls, sandbox
 from tasks.programs.sandbox import Limits, Program, Verdict, run_programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-SHORT = Limits(cpu_seconds=1, wall_seconds=2)
+SHORT = Limits(cpu_seconds=1, wall_seconds=2, memory_bytes=256 << 20)
 TESTS = ("assert double(2) == 4", "assert double(-3) == -6")
 GOOD = Program("def double(x):\n    return 2 * x\n", TESTS)
 MARK = "codellm-attack"
@@ -38,8 +39,8 @@ ATTACKS = [
             except OSError: pass"""),
     ("memory bomb", "out of memory", "kept = []\nwhile True: kept.append(bytearray(1 << 20))"),
     ("one huge object", "out of memory", "kept = bytearray(1 << 40)"),
-    ("flood of stdout", "output flood", "while True: print('x' * 1000)"),
-    ("flood of stderr", "output flood", "import os\nwhile True: os.write(2, b'x' * 1000)"),
+    ("flood of stdout", "timed out", "while True: print('x' * 1000)"),
+    ("flood of stderr", "timed out", "import os\nwhile True: os.write(2, b'x' * 1000)"),
     ("huge value", "output flood", "def double(x): return 'x' * 50_000_000"),
     ("huge file", "failed", "open('file', 'wb').write(bytes(1 << 25))"),
     ("many files", "failed", "for i in range(100): open(str(i), 'wb').write(bytes(1 << 20))"),
@@ -93,6 +94,26 @@ ATTACKS = [
         class Equal:
             def __eq__(self, other): return True
         def double(x): return Equal()"""),
+    ("always equal and says to be an int", "failed", """
+        class Equal:
+            __class__ = int
+            def __eq__(self, other): return True
+            __lt__ = __gt__ = __contains__ = __radd__ = __rsub__ = __eq__
+            def __hash__(self): return hash(4)
+        def double(x): return Equal()"""),
+    ("always equal within data", "failed", """
+        class Equal:
+            def __eq__(self, other): return True
+            def __hash__(self): return 4
+        def double(x): return {{Equal(): Equal()}} if x == 2 else [Equal()]"""),
+    ("an iterator of its own, endless", "failed", """
+        import itertools
+        def double(x): return itertools.repeat(4)"""),
+    ("answers of objects that are none", "failed crashed", """
+        import os
+        for number in range(3, 64):
+            try: os.write(number, b'\\0\\0\\0\\x26{{"value": ["object", 1e999, "int", true]}}' * 9)
+            except OSError: pass"""),
     ("patches unittest", "failed", """
         import unittest, sys
         unittest.TestCase.assertEqual = lambda *arguments: None
@@ -292,6 +313,235 @@ def test_details_tell_the_error(outcomes):
     assert "FileNotFoundError" in outcomes["reads a secret"].detail
 
 
+# Ways to hold memory that no limit of a process counts: `held()` tells how many bytes the kernel has granted.
+HOARD = """
+import contextlib, ctypes, errno, fcntl, os, platform, socket, struct, time
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+BLOCK = bytes(1 << 20)
+WANTED = 256 << 20
+def granted(grant):
+    total = 0
+    while total < WANTED:
+        try: one = grant()
+        except OSError: break
+        if not one: break
+        total += one
+    return total
+def syscall(x86, arm, *arguments):
+    number = {{"x86_64": x86, "aarch64": arm}}[platform.machine()]
+    return libc.syscall(ctypes.c_long(number), *arguments)
+def held():
+{body}
+"""
+HOARDS = {
+    "System V shared memory": """
+        libc.shmat.restype = ctypes.c_void_p
+        def grant():
+            number = libc.shmget(0, len(BLOCK), 0o1600)
+            if number < 0: return 0
+            address = libc.shmat(number, None, 0)
+            ctypes.memset(address, 1, len(BLOCK))
+            libc.shmdt(ctypes.c_void_p(address))
+            return len(BLOCK)
+        return granted(grant)""",
+    "System V queues": """
+        def grant():
+            number = libc.msgget(0, 0o1600)
+            message = struct.pack("l", 1) + bytes(8000)
+            return 0 if number < 0 or libc.msgsnd(number, message, 8000, 0o4000) else 8000
+        return granted(grant)""",
+    "System V semaphores": """
+        return granted(lambda: 64 * 32_000 if libc.semget(0, 32_000, 0o1600) >= 0 else 0)""",
+    "POSIX queues": """
+        def grant():
+            libc.mq_open.restype = ctypes.c_int
+            number = libc.mq_open(b"/%d" % len(kept), os.O_CREAT | os.O_RDWR, 0o600, None)
+            kept.append(number)
+            return 0 if number < 0 else 80_000
+        return granted(grant)""",
+    "files in memory": """
+        def grant():
+            file = os.memfd_create("file")
+            kept.append(file)
+            return sum(os.write(file, BLOCK) for _ in range(10))
+        return granted(grant)""",
+    "secret memory": """
+        return 1 << 30 if libc.syscall(ctypes.c_long(447), 0) >= 0 else 0""",
+    "files of /dev/shm": """
+        file = open("/dev/shm/file", "wb") if os.path.exists("/dev/shm") else None
+        return granted(lambda: file.write(BLOCK)) if file else 0""",
+    "files that are removed while open": """
+        def grant():
+            number = len(kept)
+            kept.append(open(str(number), "wb", buffering=0))
+            os.remove(str(number))
+            return sum(kept[-1].write(BLOCK) for _ in range(8))
+        return max(0, granted(grant) - {folder_bytes})""",
+    "files without a name": """
+        def grant():
+            file = os.open("/tmp", os.O_TMPFILE | os.O_RDWR)
+            kept.append(file)
+            return sum(os.write(file, BLOCK) for _ in range(8))
+        return max(0, granted(grant) - {folder_bytes})""",
+    "attributes of files": """
+        file = open("file", "w")
+        def grant():
+            kept.append(None)
+            os.setxattr("file", f"user.{len(kept)}", bytes(60_000))
+            return 60_000
+        return granted(grant)""",
+    "names of files": """
+        def grant():
+            kept.append(None)
+            os.mkdir(f"{len(kept):0>200}")
+            return 1 << 10
+        return granted(grant)""",
+    "large pipes": """
+        def grant():
+            kept.append(os.pipe())
+            fcntl.fcntl(kept[-1][1], 1031, 1 << 20)
+            return 1 << 20
+        return granted(grant)""",
+    "pipes": """
+        def grant():
+            reading, writing = os.pipe()
+            os.set_blocking(writing, False)
+            total = 0
+            with contextlib.suppress(BlockingIOError):
+                while True: total += os.write(writing, BLOCK)
+            kept.append((reading, writing))
+            return total
+        return granted(grant)""",
+    "pages spliced into pipes": """
+        vector = ctypes.create_string_buffer(BLOCK, len(BLOCK))
+        one = struct.pack("PN", ctypes.addressof(vector), len(BLOCK))
+        def grant():
+            kept.append(os.pipe())
+            return max(0, syscall(278, 75, kept[-1][1], one, ctypes.c_ulong(1), ctypes.c_uint(2)))
+        return granted(grant)""",
+    "pairs of sockets": """
+        def grant():
+            one, other = socket.socketpair()
+            one.setblocking(False), other.setblocking(False)
+            kept.append((one, other))
+            total = 0
+            for end in (one, other):
+                with contextlib.suppress(BlockingIOError):
+                    while True: total += end.send(BLOCK)
+            return total
+        return granted(grant)""",
+    "buffers of sockets": """
+        one, other = socket.socketpair()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 26)
+        return WANTED""",
+    "connections that wait": """
+        server = socket.socket(socket.AF_UNIX)
+        server.bind("server")
+        server.listen(4096)
+        def grant():
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect("server")
+                client.setblocking(False)
+                return client.send(bytes(200_000))
+        return granted(grant)""",
+    "datagrams": """
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        return WANTED""",
+    "sockets beyond the namespace": """
+        def opened(family):
+            try: socket.socket(family, socket.SOCK_RAW if family == 16 else socket.SOCK_STREAM).close()
+            except OSError: return False
+            return True
+        assert not any(map(opened, range(1, 46)))
+        return 0""",
+    "record locks": """
+        file = open("file", "w")
+        def grant():
+            kept.append(None)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 2 * (10 ** 9 - len(kept)))
+            return 200
+        return min(WANTED, 50 * granted(grant))""",
+    "watches": """
+        one = libc.inotify_init()
+        return 0 if one < 0 else WANTED""",
+    "keys": """
+        return 0 if syscall(248, 217, b"user", b"name", b"x" * 100, ctypes.c_size_t(100), -3) < 0 else WANTED""",
+    "rings": """
+        parameters = ctypes.create_string_buffer(200)
+        context = ctypes.c_ulong(0)
+        return WANTED * any(number >= 0 for number in (
+            libc.syscall(ctypes.c_long(425), 4096, parameters), syscall(206, 0, 1000, ctypes.byref(context)),
+            syscall(323, 282, 1), syscall(321, 280, 0, parameters, 72),
+            syscall(298, 241, parameters, 0, -1, -1, 0)))""",
+    "a table of futexes": """
+        return 0 if libc.prctl(78, 1, ctypes.c_ulong(1 << 20), 0, 0) else WANTED""",
+    "timers": """
+        def grant():
+            number = ctypes.c_int()
+            kept.append(libc.timer_create(1, None, ctypes.byref(number)))
+            return 0 if kept[-1] else 300
+        return min(WANTED, 50 * granted(grant))""",
+    "signals that wait": """
+        libc.sigprocmask(0, (ctypes.c_ulong * 16)(*[(1 << 64) - 1] * 16), None)
+        def grant():
+            kept.append(libc.sigqueue(os.getpid(), 40, None))
+            return 0 if kept[-1] else 100
+        return min(WANTED, 50 * granted(grant))""",
+    "a file system of its own": """
+        return WANTED * (libc.unshare(0x10020000) == 0 or libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None) == 0)""",
+    "tables of mappings far apart": """
+        libc.mmap.restype = ctypes.c_void_p
+        def grant():
+            kept.append(None)
+            place = ctypes.c_void_p((len(kept) << 30) + (1 << 44))
+            address = libc.mmap(place, ctypes.c_size_t(4096), 3, 0x100022, -1, ctypes.c_long(0))
+            if address in (None, ctypes.c_void_p(-1).value): return 0
+            ctypes.memset(address, 1, 1)
+            return 8192
+        return granted(grant)""",
+    "memory shared with children that go on": """
+        import mmap
+        def grant():
+            block = mmap.mmap(-1, 200 << 20)
+            if os.fork() == 0:
+                time.sleep(100)
+            block.close()
+            return 200 << 20
+        return 0 if granted(grant) <= 8 * (200 << 20) else WANTED""",
+}
+
+
+@pytest.fixture(scope="module")
+def hoarded() -> dict[str, sandbox.Outcome]:
+    sources = {name: HOARD.format(body=body.replace("{folder_bytes}", str(Limits().folder_bytes)))
+               for name, body in HOARDS.items()}
+    tests = (f"assert held() <= {16 << 20}",)
+    return dict(zip(sources, run_programs([Program(source, tests) for source in sources.values()]), strict=True))
+
+
+@pytest.mark.parametrize("name", HOARDS)
+def test_no_memory_is_held_that_no_limit_counts(hoarded, name):
+    """What the kernel grants in some way is at most the 16 MiB that the docstring has; an error is a refusal."""
+    outcome = hoarded[name]
+    assert outcome.passed or outcome.detail.startswith(("OSError", "PermissionError")), outcome
+
+
+def test_calls_are_those_of_the_kernels_own_tables():
+    """Numbers of the list, against the headers that the kernel is compiled with."""
+    for column, (path, pattern) in enumerate((
+            ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", r"#define __NR_(\w+)\s+(\d+)"),
+            ("/usr/include/asm-generic/unistd.h", r"#define __NR(?:3264)?_(\w+)\s+(\d+)"))):
+        if not os.path.exists(path):
+            pytest.skip("needs the headers of the kernel")
+        numbers = {name: number for name, number in reversed(re.findall(pattern, pathlib.Path(path).read_text()))}
+        numbers = {"newfstatat": numbers.get("fstatat", ""), **numbers}
+        for entry in calls._ALLOWED.split(","):
+            name, *listed = entry.split()
+            if name != "fchmodat2":  # which is younger than many headers
+                assert listed[column] == numbers.get(name, "-"), name
+
+
 @pytest.mark.parametrize(("source", "test"), [
     ("def f(): return {3, 4}", "assert set(f()) == {4, 3} and len(f()) == 2"),
     ("def f(): yield from [1, 2]", "assert sorted(f()) == [1, 2] and f() != [1, 2]"),
@@ -345,8 +595,13 @@ def test_builtin_that_the_program_defines():
 
 
 @pytest.mark.parametrize(("tests", "message"), [
-    ((), "would pass anything"), (("x = 1",), "would pass anything"), (("assert f(",), "not Python"),
-    (("def check():\n    assert f()", "assert f()"), "no other statement"), (("from math import *",), "does not tell"),
+    ((), "pass anything"), (("x = 1",), "pass anything"), (("assert f(",), "not Python"),
+    (("def check():\n    assert f()", "assert f()"), "another statement"),
+    (("for i in (1, 2):\n    assert f(i)",), "another statement"), (("from math import *",), "without telling"),
+    (("return f()", "assert f()"), "not Python"), (("assert await f()",), "not Python"),
+    (("assert f('\ud800') == '\ud800",), "not Python"), ((f"assert f() == {'(' * 500}1{')' * 500}",), "not Python"),
+    ((f"assert f() == {'9' * 5000}",), "not Python"), ((f"assert f() == 0x{'9' * 5000}",), "not Python"),
+    (("assert f() == '\0'",), "not Python"), (("assert " + "-" * 50_000 + "1",), "not Python"),
 ])
 def test_tests_that_cannot_be_judged(tests, message):
     with pytest.raises(ValueError, match=message):
@@ -388,7 +643,7 @@ def test_interrupt_leaves_nothing(tmp_path, number):
 
 
 ON_A_POORER_HOST = """
-from tasks.programs import sandbox
+from tasks.programs import calls, sandbox
 program = sandbox.Program("def f(): return 1", ("assert f() == 1",))
 loop = sandbox.Program("while True: pass", ("assert f() == 1",))
 leave = sandbox.Program("import os; os._exit(0)", ("assert f() == 1",))
@@ -413,8 +668,8 @@ def poorer(*command: str, tmp_path: pathlib.Path) -> list[str]:
 def test_without_namespaces_it_refuses_and_can_be_told_to_go_on(tmp_path):
     lines = poorer("unshare", "--map-root-user", "sh", "-c", "echo 0 > /proc/sys/user/max_user_namespaces; "
                    'exec setpriv --bounding-set=-sys_admin --inh-caps=-all "$@"', "sh", tmp_path=tmp_path)
-    assert lines[0] == "['memory']"
-    assert "lacks the guarantees network, reading, writing, signals, processes ([Errno" in lines[1]
+    assert lines[0] == "['memory', 'network']"  # which take no namespaces
+    assert "lacks the guarantees reading, writing, signals, processes ([Errno" in lines[1]
     assert lines[2] == "passed timed out crashed"
 
 
