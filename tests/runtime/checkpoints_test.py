@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import codellm_jax.runtime.checkpoints as checkpoints_module
-from codellm_jax.runtime.checkpoints import Checkpoints, checksums, restore_parameters
+from codellm_jax.runtime.checkpoints import Checkpoints, checksums, newest_record, restore_parameters
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh
 
 RECORD = {"settings": {"SEED": "0"}, "ledger": {"rows": {"text.a": 3}}}
