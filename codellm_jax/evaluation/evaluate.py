@@ -1,7 +1,8 @@
 """Evaluation: a checkpoint on benchmarks, with what a score must be read against.
 
 A question is answered by the candidate whose continuation the model finds likeliest, given its prompt. Prompt and
-continuation are tokenized each by itself, as tuning's inputs and targets are, and joined. What is scored, and how:
+continuation are tokenized each by itself, as tuning's inputs and targets are, and joined; the latter as text that
+stands behind other text (`Vocabulary.encode_after`). What is scored, and how:
 
   per_token   the mean log-likelihood of the continuation's tokens: lowest perplexity wins (the default)
   sum         their sum
@@ -236,9 +237,9 @@ def ask_texts(
         numbers = range(start * samples, start * samples + len(prompts))
         answers = iter(model.write(
             prompts, [stop] * len(prompts), evaluation.sampling, evaluation.seed, numbers=numbers))
-        for question in questions:
+        for number, question in enumerate(questions):
             each = [next(answers) for _ in range(samples)]
-            texts = [vocabulary.decode(answer.ids) for answer in each]
+            texts = [vocabulary.decode_after(prompts[number * samples], answer.ids) for answer in each]
             for word in stop:
                 texts = [text.split(word)[0] for text in texts]
             yield {"id": question.id, "texts": texts, "reasons": [answer.reason for answer in each],
@@ -345,9 +346,10 @@ def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedMode
     requests, beyond = [], []
     for group, question in enumerate(questions):
         for number, candidate in enumerate(question.candidates):
-            whole = vocabulary.encode(candidate.continuation)
+            prompt = vocabulary.encode(candidate.prompt)
+            whole = vocabulary.encode_after(prompt, candidate.continuation)
             # Of one longer than the model the beginning is scored, which is counted: no question is lost for it.
-            request = Request(group, vocabulary.encode(candidate.prompt), whole[:length])
+            request = Request(group, prompt, whole[:length])
             beyond.append(len(whole) - len(request.continuation))
             if wrong := fault(request, length, vocabulary.size):
                 raise ValueError(f"Question {question.id}, candidate {number}: {wrong}.")
@@ -362,10 +364,12 @@ def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedMode
             request, scores, left = next(values)
             log_likelihoods = scores.log_likelihoods
             tokens = len(request.continuation) - (request.continuation[-1] == vocabulary.pad_id)
-            scored = vocabulary.decode(request.continuation[:tokens]) if left else candidate.continuation
+            size = len(candidate.continuation.encode())
+            if left:  # perhaps within a character
+                size = vocabulary.byte_count(request.continuation[:tokens])
             candidates.append({
                 "log_likelihood": float(log_likelihoods[:tokens].sum()), "tokens": tokens,
-                "bytes": len(scored.encode()), "released": float(log_likelihoods[1:].sum()),
+                "bytes": size, "released": float(log_likelihoods[1:].sum()),
                 "prompt_tokens_cut": prompt_tokens_cut(request, length), "continuation_tokens_cut": left})
         [answer] = question.answer
         yield {"id": question.id, "candidates": candidates, "answer": answer}

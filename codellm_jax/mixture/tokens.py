@@ -129,7 +129,7 @@ def _encoded(
 ) -> Iterator[Example]:
     for some in _batches(texts):
         inputs = vocabulary.encode_all([text["inputs"] for text in some if "inputs" in text], threads)
-        targets = vocabulary.encode_all([text["targets"] for text in some], threads)
+        targets = vocabulary.encode_all([text["targets"] for text in some], threads, behind=bool(inputs))
         for index, (text, tokens) in enumerate(zip(some, targets, strict=True)):
             if tokens:
                 tokens.append(vocabulary.end_of_document_id)
