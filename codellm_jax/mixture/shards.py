@@ -1,7 +1,8 @@
 """The rows of a task written by many processes: what each of them does, and what it leaves for the next.
 
   plan      files of each split, in their order, as shards: consecutive files of some 64 MiB. Where a split cannot be
-            divided (a SeqIO task of others' making, TFDS, what Python holds, a sample of all) it is one shard.
+            divided (a SeqIO task of others' making, TFDS, what Python holds, a sample of all) it is one shard. What
+            parts the splits of a corpus is found here too, for no shard sees all of it.
   tokenize  a shard to the numbers of its rows, one after the other: tokens, or in tuning whole rows
   pieces    sums of the shards' numbers tell where each begins among all; all of them are cut into rows at fixed
             places, and a piece is some whole files of the cache
@@ -48,7 +49,17 @@ from codellm_jax.mixture.rows import (
     row_format,
     summary,
 )
-from codellm_jax.mixture.tokens import SPLITS, Definitions, Note, added, examples, is_divisible, open_task, warnings_of
+from codellm_jax.mixture.tokens import (
+    SPLITS,
+    Definitions,
+    Note,
+    added,
+    examples,
+    find_borders,
+    is_divisible,
+    open_task,
+    warnings_of,
+)
 from codellm_jax.vocabulary import Vocabulary
 
 SHARD_BYTES = 64 << 20
@@ -119,7 +130,8 @@ def plan(build: Build) -> list[Shard]:
         # Where processes run elsewhere they have no other file of this machine.
         (build.working / "vocabulary.model").write_bytes(epath.Path(build.vocabulary.path).read_bytes())
         suffix = f".{uuid.uuid4().hex[:8]}" if build.place.is_remote else ""
-        _write(file, {"suffix": suffix, "splits": [s for s in SPLITS if s in task.splits], "shards": found})
+        _write(file, {"suffix": suffix, "splits": [s for s in SPLITS if s in task.splits], "shards": found,
+                      "borders": find_borders(task) if any(shard.files for shard in found) else None})
     return [Shard(*shard) for shard in json.loads(file.read_text())["shards"]]
 
 
@@ -161,13 +173,14 @@ def tokenize(build: Build, shard: Shard) -> None:
         if shard.files is None and build.definitions.describe(build.task) != build.place.key["definition"]:
             raise ValueError(f"{build.task} is not the same for the process that reads it: its Python or its modules "
                              "are others than here. Give it those of this machine.")
+        recorded = json.loads((build.working / "plan.json").read_text())
         found, own = Found(), f"{shard.number:06}.{uuid.uuid4().hex[:8]}"
         part, told = facts.with_name(f"{own}.part"), time.monotonic()
         began, text_bytes = time.process_time(), 0
 
         def counted() -> Iterator[Any]:
             nonlocal text_bytes, told
-            for example in examples(task, shard.split, vocabulary, shard.files, build.threads):
+            for example in examples(task, shard.split, vocabulary, shard.files, build.threads, recorded["borders"]):
                 text_bytes += example.text_bytes
                 yield example
                 if time.monotonic() - told > SECONDS_BETWEEN_PARTS:

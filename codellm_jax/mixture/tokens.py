@@ -86,8 +86,18 @@ def is_divisible(task: Any, split: str) -> bool:
     return _is_plain(task) and task.source.is_divisible(split)
 
 
+def find_borders(task: Any) -> Sequence[float] | None:
+    """What divides a task's documents into splits, for `examples` of some of its files; None where no hash does.
+
+    Raises:
+      ValueError: the source cannot be read; in the line of its reader.
+    """
+    return task.source.find_borders() if _is_plain(task) else None
+
+
 def examples(
-    task: Any, split: str, vocabulary: Vocabulary, files: Sequence[str] | None = None, threads: int = 1
+    task: Any, split: str, vocabulary: Vocabulary, files: Sequence[str] | None = None, threads: int = 1,
+    borders: Sequence[float] | None = None,
 ) -> Iterator[Example]:
     """The examples of a split in the order of the task's source.
 
@@ -95,13 +105,14 @@ def examples(
       task: a SeqIO task.
       files: of a divisible split those to read, else None.
       threads: that tokenize.
+      borders: what `find_borders` gives, where it is known.
 
     Raises:
       ValueError: the source cannot be read; in the line of its reader.
     """
     with quiet_tensorflow():
         if _is_plain(task):
-            yield from _encoded(task.source.texts(split, files), vocabulary, threads)
+            yield from _encoded(task.source.texts(split, files, borders), vocabulary, threads)
             return
         import seqio
 

@@ -13,6 +13,7 @@ of instructions, for tuning, are in `instruction_sets.instructions`):
 PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current
 directory) or gs://. Where documents come from files or TFDS, a stable hash of each text puts a
 hundredth of them into "validation" and a hundredth into "test"; `holdout` sets another fraction.
+Of a small corpus they are the texts of lowest hash, at least one each (`specs.borders_of`).
 `validation`, a pattern (for TFDS a split) of its own, leaves the main one wholly to "train". `rate`
 is the corpus's weight within its pool and does not change what is read.
 
@@ -28,7 +29,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tasks.corpora.files import BROKEN_FILE, Counts, Lost, lines, matches, size
-from tasks.corpora.specs import DEFAULT_HOLDOUT, DOCUMENT_KINDS, kind_of, split_of, splits, validate
+from tasks.corpora.specs import (
+    DEFAULT_HOLDOUT,
+    DOCUMENT_KINDS,
+    Borders,
+    borders_of,
+    holdout_of,
+    kind_of,
+    position,
+    split_of,
+    splits,
+    validate,
+)
 from tasks.corpora.standard_library import python_documents
 
 FILE_KINDS = ("json_lines", "text_files", "tfrecords")
@@ -75,6 +87,7 @@ def documents(
     split: str,
     name: str = "corpus",
     only_files: Sequence[str] | None = None,
+    borders: Borders | None = None,
 ) -> Iterator[str]:
     """Reads a corpus's documents, in the order of its sorted files.
 
@@ -85,6 +98,7 @@ def documents(
       only_files: for kinds of files, read these of `files(spec, split)` alone, one shard of many. That they are of
         them is not checked: listing many files anew for each shard would take longer than reading it. Nor is it an
         error where these hold no document.
+      borders: what `find_borders` gives, where it is known; else the first documents are read for it.
 
     Raises:
       ValueError: the spec is malformed, has no such split, or its files hold no document at all.
@@ -101,9 +115,21 @@ def documents(
     if kind == "python":
         return python_documents(spec["python"], split)
     if kind == "tfds":
-        return _usable(_tfds_records(spec, split), spec, split, name)
+        return _usable(_tfds_records(spec, split), spec, split, name, borders)
     chosen = files(spec, split, name) if only_files is None else only_files
-    return _usable(_file_records(kind, spec, chosen), spec, split, name, whole=only_files is None)
+    return _usable(_file_records(kind, spec, chosen), spec, split, name, borders, whole=only_files is None)
+
+
+def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | None:
+    """What divides the corpus of a valid spec of documents into splits; None where no hash does.
+
+    Reads documents until they are enough, by default 2,000 of them. Errors are those of `documents`.
+    """
+    holdout, kind = holdout_of(spec), kind_of(spec)
+    if not holdout:
+        return None
+    records = _tfds_records(spec, "train") if kind == "tfds" else _file_records(kind, spec, files(spec, "train", name))
+    return borders_of((position(content) for content, _ in _texts(records, Counts())), holdout)
 
 
 def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str]:
@@ -129,28 +155,17 @@ def _usable(
     spec: Mapping[str, Any],
     split: str,
     name: str,
+    borders: Borders | None,
     whole: bool = True,
 ) -> Iterator[str]:
     """The records that are documents of the split; reports the others when reading ends."""
-    holdout = 0 if "validation" in spec else spec.get("holdout", DEFAULT_HOLDOUT)
+    borders = borders or find_borders(spec, name)
     lost = Counts()
     kept = 0
     try:
-        for record in records:
-            if isinstance(record, Lost):
-                lost[record.reason] += 1
-                continue
-            try:
-                content = record.encode() if isinstance(record, str) else record
-                text = content.decode()
-            except UnicodeError:
-                lost["not valid UTF-8"] += 1
-                continue
-            if not text.strip():
-                lost["empty"] += 1
-                continue
+        for content, text in _texts(records, lost):
             kept += 1
-            if not holdout or split_of(content, holdout) == split:
+            if borders is None or split_of(content, borders) == split:
                 yield text
     finally:
         if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
@@ -164,6 +179,24 @@ def _usable(
     if whole and not kept:
         source = spec[kind_of(spec)]
         raise ValueError(f"{name}: no document is left of {source!r} ({lost}).")
+
+
+def _texts(records: Iterator[str | bytes | Lost], lost: Counts) -> Iterator[tuple[bytes, str]]:
+    """The records that are documents, as bytes and as text; counts the others."""
+    for record in records:
+        if isinstance(record, Lost):
+            lost[record.reason] += 1
+            continue
+        try:
+            content = record.encode() if isinstance(record, str) else record
+            text = content.decode()
+        except UnicodeError:
+            lost["not valid UTF-8"] += 1
+            continue
+        if not text.strip():
+            lost["empty"] += 1
+            continue
+        yield content, text
 
 
 def _file_records(
