@@ -35,6 +35,7 @@ from etils import epath
 
 from codellm_jax.mixture import rows
 from codellm_jax.mixture.examples import Found
+from codellm_jax.mixture.roundtrip import Looked, of_whole, told
 from codellm_jax.mixture.rows import (
     ROWS_A_DIGEST,
     Place,
@@ -48,6 +49,7 @@ from codellm_jax.mixture.rows import (
     row_blocks,
     row_format,
     summary,
+    unit_of,
 )
 from codellm_jax.mixture.tokens import (
     SPLITS,
@@ -58,6 +60,7 @@ from codellm_jax.mixture.tokens import (
     find_borders,
     is_divisible,
     open_task,
+    sample_of,
     warnings_of,
 )
 from codellm_jax.vocabulary import Vocabulary
@@ -174,13 +177,15 @@ def tokenize(build: Build, shard: Shard) -> None:
             raise ValueError(f"{build.task} is not the same for the process that reads it: its Python or its modules "
                              "are others than here. Give it those of this machine.")
         recorded = json.loads((build.working / "plan.json").read_text())
+        sample = sample_of(task, shard.split)
         found, own = Found(), f"{shard.number:06}.{uuid.uuid4().hex[:8]}"
         part, told = facts.with_name(f"{own}.part"), time.monotonic()
         began, text_bytes = time.process_time(), 0
 
         def counted() -> Iterator[Any]:
             nonlocal text_bytes, told
-            for example in examples(task, shard.split, vocabulary, shard.files, build.threads, recorded["borders"]):
+            for example in examples(
+                    task, shard.split, vocabulary, shard.files, build.threads, recorded["borders"], sample):
                 text_bytes += example.text_bytes
                 yield example
                 if time.monotonic() - told > SECONDS_BETWEEN_PARTS:
@@ -191,6 +196,7 @@ def tokenize(build: Build, shard: Shard) -> None:
             numbers = _write_numbers(build, str(facts.with_name(own)), counted(), found)
         _write(facts, {
             "array": own, "numbers": numbers, "found": dataclasses.asdict(found), "notes": notes,
+            "looked": sample.looked_at(vocabulary),
             "bytes": text_bytes, "seconds": time.process_time() - began})
         part.unlink(missing_ok=True)
 
@@ -348,7 +354,8 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
     Raises:
       ValueError: there is nothing to train on.
     """
-    splits, told = {}, []
+    splits: dict[str, Found] = {}
+    lines: list[str] = []
     width, _ = row_format(build.vocabulary, build.length, build.stage)
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
@@ -357,16 +364,16 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
         of_pieces = [_facts_of_piece(build, piece) for piece in cut_pieces if piece.split == split]
         count = sum(fact["numbers"] for fact in facts) // width
         notes = added(Note(template, tuple(values)) for fact in facts for template, values in fact["notes"])
+        looked = of_whole(Looked(*one) for fact in facts for one in fact["looked"])
         splits[split] = Found(
-            count=count, notes=list(map(str, notes)), **total,
+            count=count, notes=[*map(str, notes), *told(build.task, split, looked, unit_of(build.stage))], **total,
             content_hash=_hash_of_rows(_array_of_rows(build, split), count, of_pieces))
-        told.append(summary(build.task, split, splits[split], build.length, build.stage))
-        told += splits[split].notes
+        lines += [summary(build.task, split, splits[split], build.length, build.stage), *splits[split].notes]
     recorded = json.loads((build.working / "plan.json").read_text())
     finish_cache(build.task, build.place, splits, _cache(build), recorded["suffix"], build.length, build.stage)
     build.working.rmtree(missing_ok=True)
     _known_facts.clear()
-    return [line for line in told if line]
+    return [line for line in lines if line]
 
 
 def _hash_of_rows(array: str, count: int, of_pieces: Sequence[epath.Path]) -> str:

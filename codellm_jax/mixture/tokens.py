@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from codellm_jax.mixture.roundtrip import SAMPLED, Sample
 from codellm_jax.vocabulary import Vocabulary
 
 SPLITS = ("train", "validation", "test")
@@ -97,7 +99,7 @@ def find_borders(task: Any) -> Sequence[float] | None:
 
 def examples(
     task: Any, split: str, vocabulary: Vocabulary, files: Sequence[str] | None = None, threads: int = 1,
-    borders: Sequence[float] | None = None,
+    borders: Sequence[float] | None = None, sample: Sample | None = None,
 ) -> Iterator[Example]:
     """The examples of a split in the order of the task's source.
 
@@ -106,13 +108,15 @@ def examples(
       files: of a divisible split those to read, else None.
       threads: that tokenize.
       borders: what `find_borders` gives, where it is known.
+      sample: what `sample_of` gave; is given the texts that are read.
 
     Raises:
       ValueError: the source cannot be read; in the line of its reader.
     """
     with quiet_tensorflow():
         if _is_plain(task):
-            yield from _encoded(task.source.texts(split, files, borders), vocabulary, threads)
+            texts = task.source.texts(split, files, borders)
+            yield from _encoded(texts if sample is None else _sampled(texts, sample), vocabulary, threads)
             return
         import seqio
 
@@ -124,6 +128,26 @@ def examples(
             if len(targets):
                 targets = np.append(targets, vocabulary.end_of_document_id)
             yield Example(features.get("inputs", NOTHING), targets, text_bytes=0)
+
+
+def sample_of(task: Any, split: str) -> Sample:
+    """A sample for `examples` to fill; of a task with preprocessors of its own, which see no texts there, its first."""
+    sample = Sample()
+    if _is_plain(task):
+        return sample
+    with quiet_tensorflow(), warnings_of(task.name):  # that reading ends early is nobody's concern
+        import seqio
+
+        as_bytes = seqio.ByteVocabulary()
+        for features in itertools.islice(task_tokens(task, split, as_bytes), SAMPLED):
+            sample.add(as_bytes.decode(features[name].tolist()) for name in ("inputs", "targets") if name in features)
+    return sample
+
+
+def _sampled(texts: Iterable[Mapping[str, str]], sample: Sample) -> Iterator[Mapping[str, str]]:
+    for text in texts:
+        sample.add(text[name] for name in ("inputs", "targets") if name in text)
+        yield text
 
 
 def _is_plain(task: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import os
@@ -33,9 +34,15 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without them say
+
+
 @contextlib.contextmanager
 def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training") -> Iterator[None]:
-    """Holds a directory against other processes; a killed one lets go of it by itself. Remote ones are not held.
+    """Holds a directory against other processes; a killed one lets go of it by itself.
+
+    It is held by a lock of the file system, and so against other containers and, by NFS, other machines. Not held are
+    remote ones, and those on a file system that knows no locks.
 
     Args:
       setting: that names the directory.
@@ -57,6 +64,9 @@ def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training"
         except BlockingIOError:
             raise ValueError(
                 f"Another process is {doing} in {directory}: wait for it, or use another {setting}.") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 

@@ -14,9 +14,9 @@ Other keys are ignored, and `input` may be empty or missing. `sample` keeps so m
 chosen by a stable hash.
 
 `validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt puts a hundredth of the
-records into "validation" and a hundredth into "test", and of few records at least one prompt each. MBPP has its official splits instead: "train" is 601 to 974,
-"validation" 511 to 600. Of both, the problems of the sanitized set, which are evaluated on, are left out;
-`keep_sanitized` keeps them.
+records into "validation" and a hundredth into "test", and of few records at least one prompt each. MBPP has its
+official splits instead: "train" is 601 to 974, "validation" 511 to 600. Of both, the problems of the sanitized set,
+which are evaluated on, are left out; `keep_sanitized` keeps them.
 
 Nothing is lost silently: what cannot be read is counted, and reported in one warning a reading.
 Importing this module imports neither TensorFlow nor SeqIO.

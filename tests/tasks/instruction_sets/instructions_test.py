@@ -51,7 +51,7 @@ def test_holdout(write: Callable[..., str]) -> None:
 
 
 def test_few_prompts_are_divided_so_that_each_split_has_some(write: Callable[..., str]) -> None:
-    records = [_record(number) for number in range(30)] + [_record(number) | {"output": "again"} for number in range(30)]
+    records = [_record(number) | output for output in ({}, {"output": "again"}) for number in range(30)]
     spec = {"instructions": [write("a.json", records[:40]), write("b.json", records[40:])]}
     found = {split: list(instructions.pairs(spec, split)) for split in specs.SPLITS}
     prompts = {split: {pair.inputs for pair in pairs} for split, pairs in found.items()}
