@@ -177,8 +177,8 @@ def test_a_program_written_behind_its_head_keeps_its_indentation(other_vocabular
 
 @pytest.mark.parametrize("name", ["python_8k", "llama"])
 @pytest.mark.parametrize("prompt, answer", [
-    ("def f(x):\n", "    return x"), ("Answer:", " B"), ("Answer:", "B"), ("Answer: ", "B"), ("x\n", "def f():\n  pass"),
-    ("\u4e16", "\u754c\U0001f389"), ("", " x"), ("the row", "")])
+    ("def f(x):\n", "    return x"), ("Answer:", " B"), ("Answer:", "B"), ("Answer: ", "B"),
+    ("x\n", "def f():\n  pass"), ("\u4e16", "\u754c\U0001f389"), ("", " x"), ("the row", "")])
 def test_an_answer_encoded_behind_its_prompt_comes_back(
     name: str, prompt: str, answer: str, other_vocabularies: dict[str, str]
 ) -> None:

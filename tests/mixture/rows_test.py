@@ -264,16 +264,16 @@ def in_validation(holdout: float) -> str:
 def test_where_all_is_held_out_it_is_said_so(tmp_path, vocabulary):
     """More copies of one text than are looked at to see that it is one."""
     defined = corpus(tmp_path / "c", [in_validation(0.4)] * 600, holdout=0.4)
-    with pytest.raises(ValueError, match=r"text.other: all of its documents are held out \(600 in validation\), and none "
-                                         r"is left to train on; 'holdout': 0 in its CORPORA line holds out none"):
+    with pytest.raises(ValueError, match=r"text.other: all of its documents are held out \(600 in validation\), and "
+                                         r"none is left to train on; 'holdout': 0 in its CORPORA line holds out none"):
         cached_rows("text.other", defined, vocabulary, LENGTH, str(tmp_path), silent)
 
 
 def test_one_document_is_trained_on_whatever_its_hash(tmp_path, vocabulary):
-    text = in_validation(0.01)
-    found = cached_rows("text.other", corpus(tmp_path / "c", [text], holdout=0.01), vocabulary, 2, str(tmp_path), silent)
+    defined = corpus(tmp_path / "c", [in_validation(0.01)], holdout=0.01)
+    found = cached_rows("text.other", defined, vocabulary, 2, str(tmp_path), silent)
     assert {split: rows.documents for split, rows in found.items()} == {"train": 1, "validation": 0, "test": 0}
-    with pytest.raises(ValueError, match="fewer than the 99 of one row.* Held out are 1 in validation, 1 in test, which"):
+    with pytest.raises(ValueError, match="fewer than the 99 of one row.* Held out are 1 in validation, 1 in test, "):
         cached_rows("text.other", corpus(tmp_path / "d", ["a", "b", "c"], holdout=0.01), vocabulary, 98, str(tmp_path),
                     silent)
 
