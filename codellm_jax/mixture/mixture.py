@@ -144,7 +144,7 @@ def held_out_warnings(validation: Mapping[str, Rows | None], stage: str) -> Iter
             continue
         listed = ", ".join(f"{name} {own:,}" + f" in {in_rows:,} row(s)" * (stage == "pretraining" and own > 0)
                            for name, (own, in_rows) in counts.items())
-        yield (f"{pool}: {documents:,} {unit_of(stage)} are held out ({listed}), " + (
+        yield (f"{pool}: held-out {unit_of(stage)}: {documents:,} ({listed}), " + (
             "too few to tell its loss by" if count else "so that its loss on held-out rows is not measured")
             + f". Give a corpus of {pool} a larger 'holdout', or files of its own by 'validation', in CORPORA.")
 

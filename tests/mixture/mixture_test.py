@@ -83,15 +83,15 @@ def held_out(name: str, documents: int, count: int) -> Rows:
     ("pretraining", {"text.a": (20, 2), "code.b": (30, 9)}, []),
     ("pretraining", {"text.a": (19, 2), "text.c": (1, 0), "code.b": (30, 9)}, []),  # a pool's sources together
     ("pretraining", {"text.a": (19, 2), "code.b": (30, 9)}, [
-        "text: 19 documents are held out (text.a 19 in 2 row(s)), too few to tell its loss by. Give a corpus of text a "
+        "text: held-out documents: 19 (text.a 19 in 2 row(s)), too few to tell its loss by. Give a corpus of text a "
         "larger 'holdout', or files of its own by 'validation', in CORPORA."]),
     ("pretraining", {"text.a": (20, 2), "code.b": (90, 1), "code.d": None}, [
-        "code: 90 documents are held out (code.b 90 in 1 row(s), code.d 0), too few"]),
+        "code: held-out documents: 90 (code.b 90 in 1 row(s), code.d 0), too few"]),
     ("pretraining", {"text.a": (0, 0), "code.b": (3, 0)}, [
-        "text: 0 documents are held out (text.a 0), so that its loss on held-out rows is not measured. Give",
-        "code: 3 documents are held out (code.b 3 in 0 row(s)), so that its loss on held-out rows is not measured."]),
+        "text: held-out documents: 0 (text.a 0), so that its loss on held-out rows is not measured. Give",
+        "code: held-out documents: 3 (code.b 3 in 0 row(s)), so that its loss on held-out rows is not measured."]),
     ("tuning", {"text.a": (40, 19), "code.b": (40, 20)}, [  # 21 examples of 40 are left out
-        "text: 19 examples are held out (text.a 19), too few"])])
+        "text: held-out examples: 19 (text.a 19), too few"])])
 def test_pools_with_too_little_held_out_are_told(stage, validation, told):
     rows = {name: size and held_out(name, *size) for name, size in validation.items()}
     found = list(held_out_warnings(rows, stage))
@@ -100,7 +100,8 @@ def test_pools_with_too_little_held_out_are_told(stage, validation, told):
 
 def test_warnings_of_a_mixture(mixture_of, vocabulary, tiny_documents):
     opened = open_mixture(mixture_of(), vocabulary, 5, 100)
-    assert [line.split(" are ")[0] for line in opened.warnings] == ["text: 4 documents", "code: 4 documents"]
+    assert [line.split(" (")[0] for line in opened.warnings] == [
+        "text: held-out documents: 4", "code: held-out documents: 4"]
     assert [rows.documents for rows in opened.validation] == [
         len(tiny_documents[name, "validation"]) for name in ("text.tiny", "code.tiny")]
 
