@@ -72,7 +72,7 @@ def of_whole(parts: Iterable[Looked]) -> list[Looked]:
     return sorted(set(parts))[:SAMPLED]
 
 
-def told(task: str, split: str, looked: Sequence[Looked], unit: str) -> list[str]:
+def warned(task: str, split: str, looked: Sequence[Looked], unit: str) -> list[str]:
     """A warning, with the first example, where texts of the sample differ; else nothing."""
     differing = [one for one in looked if one.before != one.after]
     if not differing:

@@ -28,7 +28,7 @@ from etils import epath
 
 from codellm_jax.mixture.examples import EXAMPLES_VERSION, WIDTH_BESIDE_TOKENS, Found, example_rows
 from codellm_jax.mixture.half_made import half_made
-from codellm_jax.mixture.roundtrip import told
+from codellm_jax.mixture.roundtrip import warned
 from codellm_jax.mixture.tokens import SPLITS, Definitions, Example, examples, open_task, sample_of, warnings_of
 from codellm_jax.vocabulary import Vocabulary
 
@@ -173,7 +173,7 @@ def _write_cache(
                         task, split, examples(opened, split, vocabulary, threads=threads, sample=sample), vocabulary,
                         length, str(building / f"{split}{suffix}"), report, stage)
                 splits[split].notes = [
-                    *map(str, notes), *told(task, split, sample.looked_at(vocabulary), unit_of(stage))]
+                    *map(str, notes), *warned(task, split, sample.looked_at(vocabulary), unit_of(stage))]
             finish_cache(task, place, splits, building, suffix, length, stage)
     except Exception as error:
         if of_storage := storage_error(error, directory):

@@ -35,7 +35,7 @@ from etils import epath
 
 from codellm_jax.mixture import rows
 from codellm_jax.mixture.examples import Found
-from codellm_jax.mixture.roundtrip import Looked, of_whole, told
+from codellm_jax.mixture.roundtrip import Looked, of_whole, warned
 from codellm_jax.mixture.rows import (
     ROWS_A_DIGEST,
     Place,
@@ -366,7 +366,7 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
         notes = added(Note(template, tuple(values)) for fact in facts for template, values in fact["notes"])
         looked = of_whole(Looked(*one) for fact in facts for one in fact["looked"])
         splits[split] = Found(
-            count=count, notes=[*map(str, notes), *told(build.task, split, looked, unit_of(build.stage))], **total,
+            count=count, notes=[*map(str, notes), *warned(build.task, split, looked, unit_of(build.stage))], **total,
             content_hash=_hash_of_rows(_array_of_rows(build, split), count, of_pieces))
         lines += [summary(build.task, split, splits[split], build.length, build.stage), *splits[split].notes]
     recorded = json.loads((build.working / "plan.json").read_text())

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from codellm_jax.mixture.roundtrip import LOOKED_AT, SAMPLED, Looked, Sample, of_whole, told
+from codellm_jax.mixture.roundtrip import LOOKED_AT, SAMPLED, Looked, Sample, of_whole, warned
 from codellm_jax.vocabulary import load_vocabulary
 
 PROGRAM = "def f(x):\n    if x:\n        return value"
@@ -26,12 +26,12 @@ def looked(vocabulary, *texts):
 def test_what_differs(other_vocabularies, name, texts, differing):
     found = looked(load_vocabulary(other_vocabularies.get(name, name)), *texts)
     assert len(found) == len(texts) and sum(one.before != one.after for one in found) == differing
-    assert bool(told("text.a", "train", found, "documents")) == bool(differing)
+    assert bool(warned("text.a", "train", found, "documents")) == bool(differing)
 
 
 def test_it_is_told_with_an_example(other_vocabularies):
     found = looked(load_vocabulary(other_vocabularies["t5"]), "the row is read " * 9 + PROGRAM)
-    [line] = told("code.a", "train", found, "documents")
+    [line] = warned("code.a", "train", found, "documents")
     assert line.startswith("WARNING: code.a, train: 1 of 1 documents looked at do not come back from the vocabulary")
     assert r"read def f(x):\n    if x:\n        return " in line and "read def f(x): if x: return value" in line
 
