@@ -71,10 +71,21 @@ class Vocabulary:
         """
         return _processor(self.path, self.content_hash).EncodeAsIds(text.encode("utf-8"))
 
-    def encode_all(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """What `encode` gives for each text, by several threads."""
+    def encode_after(self, context: Sequence[int], text: str) -> list[int]:
+        """Token ids of `text` where it stands behind `context`, as an answer stands behind its prompt.
+
+        Many files (Llama's) put a space before a text. Behind another text that space would be one too many: there is
+        none, and `decode_after` gives the text back. Files that also squeeze blanks (T5's) lose those between the two
+        anyway; of them it is what `encode` gives, with the space that parts the two.
+        """
+        return self.encode(text) if self._begins_text(context) else self.encode_all([text], behind=True)[0]
+
+    def encode_all(self, texts: Sequence[str], threads: int = 1, behind: bool = False) -> list[list[int]]:
+        """What `encode` gives for each text, by several threads; `behind` others, what `encode_after` gives."""
         encoded = [text.encode("utf-8") for text in texts]
-        return _processor(self.path, self.content_hash).encode(encoded, out_type=int, num_threads=threads)
+        inner, squeezes = _inner_processor(self.path, self.content_hash)
+        processor = inner if behind and not squeezes else _processor(self.path, self.content_hash)
+        return processor.encode(encoded, out_type=int, num_threads=threads)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids.
@@ -86,7 +97,36 @@ class Vocabulary:
         Raises:
           ValueError: an id is not in [0, size).
         """
+        return self._decoded(_processor(self.path, self.content_hash), ids)
+
+    def decode_after(self, context: Sequence[int], ids: Iterable[int]) -> str:
+        """The text that `ids` add behind `context`: what both give together beyond what the context gives.
+
+        Unlike `decode` it keeps the space that a file puts before a text, for behind a context that space is meant. A
+        character whose bytes begin in the context belongs to `ids`. Behind nothing, or an end of document, a text
+        begins, and `decode` is right.
+
+        Raises:
+          ValueError: an id is not in [0, size).
+        """
+        if self._begins_text(context):
+            return self.decode(ids)
+        inner, _ = _inner_processor(self.path, self.content_hash)
+        tail = list(context[-3:])  # the bytes that a character of UTF-8 may have before its last
+        before, both = self._decoded(inner, tail), self._decoded(inner, [*tail, *ids])
+        return both[len(os.path.commonprefix([before, both])) :]
+
+    def _begins_text(self, context: Sequence[int]) -> bool:
+        """Whether what stands behind `context` begins a text."""
         processor = _processor(self.path, self.content_hash)
+        for token in reversed(context):
+            if token == self.end_of_document_id:
+                return True
+            if token >= self.pieces or not processor.IsControl(int(token)):
+                return False
+        return True
+
+    def _decoded(self, processor: Any, ids: Iterable[int]) -> str:
         ids = [int(token) for token in ids]
         for token in ids:
             if not 0 <= token < self.size:
@@ -98,25 +138,18 @@ class Vocabulary:
             [token if token < self.pieces else processor.unk_id() for token in ids]
         )
 
+    def byte_count(self, ids: Iterable[int]) -> int:
+        """Bytes of UTF-8 that token ids in [0, pieces) stand for, those of a character that is cut included."""
+        table = _bytes_of_ids(self.path, self.content_hash)
+        return sum(len(table[token]) for token in ids)
+
     def bytes_of_ids(self) -> list[bytes]:
         """For each id in [0, pieces) the bytes of UTF-8 that it stands for; joined, they are the text.
 
         So a text can be cut between any two ids, and within a character. Padding and end of
         document are empty. A vocabulary that is not ours may put a space before the text.
         """
-        processor = _processor(self.path, self.content_hash)
-
-        def of(token: int) -> bytes:
-            if processor.IsControl(token):
-                return b""
-            if processor.IsUnknown(token):
-                return processor.DecodeIds([token]).encode()
-            piece = processor.IdToPiece(token)
-            if processor.IsByte(token):  # <0x0A>
-                return bytes([int(piece[3:5], 16)])
-            return piece.replace(_SPACE_SYMBOL, " ").encode()
-
-        return [of(token) for token in range(self.pieces)]
+        return list(_bytes_of_ids(self.path, self.content_hash))
 
 
 def shipped_vocabularies() -> list[str]:
@@ -317,6 +350,37 @@ def _processor(file: str, content_hash: str) -> Any:
             f"expected the hash {content_hash[:12]}, found {found[:12]}; load it anew."
         )
     return _parse(content, file)
+
+
+@functools.lru_cache(maxsize=8)
+def _inner_processor(file: str, content_hash: str) -> tuple[Any, bool]:
+    """A processor that neither adds nor takes away blanks at a text's beginning; and whether the file's own squeezes
+    blanks, so that this one only decodes as it should.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    own = _processor(file, content_hash).serialized_model_proto()
+    model = sentencepiece_model_pb2.ModelProto.FromString(own)  # type: ignore[attr-defined]
+    squeezes = model.normalizer_spec.remove_extra_whitespaces
+    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
+    return _parse(model.SerializeToString(deterministic=True), file), squeezes
+
+
+@functools.lru_cache(maxsize=8)
+def _bytes_of_ids(file: str, content_hash: str) -> tuple[bytes, ...]:
+    processor = _processor(file, content_hash)
+
+    def of(token: int) -> bytes:
+        if processor.IsControl(token):
+            return b""
+        if processor.IsUnknown(token):
+            return processor.DecodeIds([token]).encode()
+        piece = processor.IdToPiece(token)
+        if processor.IsByte(token):  # <0x0A>
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE_SYMBOL, " ").encode()
+
+    return tuple(of(token) for token in range(processor.GetPieceSize()))
 
 
 def _read(file: str) -> bytes:

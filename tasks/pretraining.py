@@ -84,20 +84,32 @@ class CorpusSource(seqio.FunctionDataSource):
     """The texts of a corpus as a SeqIO source, in the readers' order, which SeqIO shuffles afterwards.
 
     Args:
-      texts: called with spec, split, name and the files to read, None for all; gives texts by feature.
+      texts: called with spec, split, name, the files to read, None for all, and borders; gives texts by feature.
+      find_borders: called with spec and name; what divides the corpus into splits, as JSON, where a hash does.
       features: the names of those features.
     """
 
     def __init__(
         self, texts: Callable[..., Iterator[dict[str, str]]], features: Iterable[str], spec: Mapping[str, Any],
-        name: str,
+        name: str, find_borders: Callable[..., specs.Borders | None],
     ) -> None:
         self._texts, self._features, self._spec, self._name = texts, tuple(features), dict(spec), name
+        self._find_borders = find_borders
         super().__init__(self._dataset, splits=specs.splits(spec))
 
-    def texts(self, split: str, files: Sequence[str] | None = None) -> Iterator[dict[str, str]]:
-        """The texts of a split, or of some of its files where it is divisible, without TensorFlow."""
-        return self._texts(self._spec, split, self._name, files)
+    def texts(
+        self, split: str, files: Sequence[str] | None = None, borders: Sequence[float] | None = None
+    ) -> Iterator[dict[str, str]]:
+        """The texts of a split, or of some of its files where it is divisible, without TensorFlow.
+
+        Args:
+          borders: what `find_borders` gives, where it is known; else documents are read for it.
+        """
+        return self._texts(self._spec, split, self._name, files, borders and specs.Borders(*borders))
+
+    def find_borders(self) -> specs.Borders | None:
+        """What divides the whole corpus into splits, for those who read it file by file; None where no hash does."""
+        return self._find_borders(self._spec, self._name)
 
     def is_divisible(self, split: str) -> bool:
         """Whether the texts of each file of a split, file by file, are those of the split."""
@@ -114,17 +126,17 @@ class CorpusSource(seqio.FunctionDataSource):
 
 def make_task(
     name: str, spec: Mapping[str, Any], texts: Callable[..., Iterator[dict[str, str]]],
-    features: dict[str, seqio.Feature],
+    features: dict[str, seqio.Feature], find_borders: Callable[..., specs.Borders | None],
 ) -> seqio.Task:
     """A task of texts, tokenized and, where a feature asks for it, ended by the end token.
 
     Args:
-      texts: as `CorpusSource` calls it.
+      texts, find_borders: as `CorpusSource` calls them.
       features: by name, as in the texts.
     """
     return seqio.Task(
         name=name,
-        source=CorpusSource(texts, features, spec, name),
+        source=CorpusSource(texts, features, spec, name, find_borders),
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
         output_features=features,
         metric_fns=[],
@@ -132,13 +144,13 @@ def make_task(
 
 
 def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
-    return make_task(name, spec, _texts, output_features())
+    return make_task(name, spec, _texts, output_features(), sources.find_borders)
 
 
 def _texts(
-    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str] | None
+    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str] | None, borders: specs.Borders | None
 ) -> Iterator[dict[str, str]]:
-    documents = sources.documents(spec, split, name, files)
+    documents = sources.documents(spec, split, name, files, borders)
     return ({"targets": text} for text in documents)
 
 

@@ -15,6 +15,7 @@ import seqio
 
 from tasks import pretraining
 from tasks.corpora.official import MIXTURE, MIXTURE_RATES
+from tasks.corpora.specs import Borders
 from tasks.instruction_sets import instructions
 from tasks.scheduling import add_scheduled_mixture
 
@@ -58,13 +59,13 @@ def add_official_mixture() -> None:
 
 
 def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
-    return pretraining.make_task(name, spec, _texts, output_features())
+    return pretraining.make_task(name, spec, _texts, output_features(), instructions.find_borders)
 
 
 def _texts(
-    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str] | None
+    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str] | None, borders: Borders | None
 ) -> Iterator[dict[str, str]]:
-    pairs = instructions.pairs(spec, split, name, files)
+    pairs = instructions.pairs(spec, split, name, files, borders)
     return (pair._asdict() for pair in pairs)
 
 

@@ -72,6 +72,33 @@ def write_json_lines(path: Path, documents: list[str]) -> str:
 
 
 @pytest.fixture(scope="session")
+def other_vocabularies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """SentencePiece files of other makers' ways: "llama" puts a space before a text and falls back to bytes; "t5"
+    squeezes blanks, line ends among them, and knows few characters.
+    """
+    import io
+
+    import sentencepiece
+
+    dice, folder = random.Random(3), tmp_path_factory.mktemp("vocabularies")
+    learned = [text for _ in range(300) for text in (_prose(dice, 12), *_program(dice, 3).split("\n"))]
+    ways = {
+        "llama": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+                  "remove_extra_whitespaces": False, "user_defined_symbols": ["\u2581" * 2, "\u2581" * 4]},
+        "t5": {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    }
+    files = {}
+    for name, way in ways.items():
+        buffer = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(learned), model_writer=buffer, vocab_size=400, hard_vocab_limit=False, pad_id=3,
+            add_dummy_prefix=True, minloglevel=2, **way)
+        files[name] = str(folder / f"{name}.model")
+        Path(files[name]).write_bytes(buffer.getvalue())
+    return files
+
+
+@pytest.fixture(scope="session")
 def tiny_documents() -> dict[tuple[str, str], list[str]]:
     """(corpus, split) -> documents from one word to many rows long."""
     dice = random.Random(7)

@@ -148,6 +148,62 @@ def test_bytes_of_ids_of_other_files(tmp_path: pathlib.Path, byte_fallback: bool
         assert b"".join(table[token] for token in ids).decode().lstrip() == other.decode(ids)
 
 
+@pytest.mark.parametrize("name", ["python_8k", "llama", "t5"])
+def test_text_behind_a_context_keeps_its_blanks(name: str, other_vocabularies: dict[str, str]) -> None:
+    """Wherever a text's tokens are parted, what the second part adds is the text less what the first part gives."""
+    own = vocabulary.load_vocabulary(other_vocabularies.get(name, name))
+    for text in ("def f(x):\n    return x", "the row  of 4 tokens\n\n  is read", "one \u4e16\u754c \U0001f389!", " x"):
+        ids = own.encode(text)
+        whole = own.decode(ids)
+        for cut in range(1, len(ids) + 1):
+            before = own.decode(ids[:cut]).rstrip("\ufffd")  # without the bytes of a character that goes on
+            assert before + own.decode_after(ids[:cut], ids[cut:]) == whole
+            # The end of a document, and nothing at all, come before a text's beginning.
+            for context in ([], [own.end_of_document_id], [*ids, own.end_of_document_id]):
+                assert own.decode_after(context, ids[:cut]) == own.decode(ids[:cut])
+    with pytest.raises(ValueError, match=f"Token id {own.size} is none"):
+        own.decode_after(own.encode("x"), [own.size])
+    if own.pieces < own.size:
+        assert "\u2047" in own.decode_after(own.encode("x"), [own.size - 1])
+
+
+def test_a_program_written_behind_its_head_keeps_its_indentation(other_vocabularies: dict[str, str]) -> None:
+    llama = vocabulary.load_vocabulary(other_vocabularies["llama"])
+    head, whole = "def f(x):\n", "def f(x):\n    return x"
+    context = llama.encode(head)
+    written = llama.encode(whole)[len(context) :]
+    assert llama.decode(written) == "   return x"  # what SentencePiece alone makes of it
+    assert llama.decode_after(context, written) == "    return x"
+
+
+@pytest.mark.parametrize("name", ["python_8k", "llama"])
+@pytest.mark.parametrize("prompt, answer", [
+    ("def f(x):\n", "    return x"), ("Answer:", " B"), ("Answer:", "B"), ("Answer: ", "B"),
+    ("x\n", "def f():\n  pass"), ("\u4e16", "\u754c\U0001f389"), ("", " x"), ("the row", "")])
+def test_an_answer_encoded_behind_its_prompt_comes_back(
+    name: str, prompt: str, answer: str, other_vocabularies: dict[str, str]
+) -> None:
+    own = vocabulary.load_vocabulary(other_vocabularies.get(name, name))
+    context = own.encode(prompt)
+    ids = own.encode_after(context, answer)
+    assert own.decode_after(context, ids) == answer and own.decode([*context, *ids]) == prompt + answer
+    if prompt:
+        assert own.encode_all([answer, answer], behind=True) == [ids, ids]
+    assert own.byte_count(ids) - (name == "llama" and not prompt) == len(answer.encode())
+
+
+def test_answers_of_files_that_squeeze_blanks_are_parted_from_their_prompts(other_vocabularies: dict[str, str]) -> None:
+    t5 = vocabulary.load_vocabulary(other_vocabularies["t5"])
+    context = t5.encode("the row is:\n")
+    assert t5.encode_after(context, "read") == t5.encode("read")
+    assert t5.decode([*context, *t5.encode_after(context, "read")]) == "the row is: read"
+
+
+def test_bytes_of_a_cut_character_are_counted(shipped: vocabulary.Vocabulary) -> None:
+    ids = shipped.encode("a\U0001f389")
+    assert [shipped.byte_count(ids[:cut]) for cut in range(len(ids) + 1)] == [0, 1, 2, 3, 4, 5]
+
+
 def test_bytes_that_are_no_text(shipped: vocabulary.Vocabulary) -> None:
     first, *_ = shipped.encode("\u2581")
     assert shipped.decode([first]) == "\ufffd"

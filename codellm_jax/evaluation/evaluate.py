@@ -1,7 +1,8 @@
 """Evaluation: a checkpoint on benchmarks, with what a score must be read against.
 
 A question is answered by the candidate whose continuation the model finds likeliest, given its prompt. Prompt and
-continuation are tokenized each by itself, as tuning's inputs and targets are, and joined. What is scored, and how:
+continuation are tokenized each by itself, as tuning's inputs and targets are, and joined; the latter as text that
+stands behind other text (`Vocabulary.encode_after`). What is scored, and how:
 
   per_token   the mean log-likelihood of the continuation's tokens: lowest perplexity wins (the default)
   sum         their sum
@@ -269,9 +270,9 @@ def ask_texts(
         numbers = [_number(loaded.name, question.id, sample) for question in questions for sample in range(samples)]
         answers = iter(model.write(
             prompts, [stop] * len(prompts), evaluation.sampling, evaluation.seed, numbers=numbers))
-        for question in questions:
+        for number, question in enumerate(questions):
             each = [next(answers) for _ in range(samples)]
-            texts = [vocabulary.decode(answer.ids) for answer in each]
+            texts = [vocabulary.decode_after(prompts[number * samples], answer.ids) for answer in each]
             for word in stop:
                 texts = [text.split(word)[0] for text in texts]
             yield {"id": question.id, "texts": texts, "reasons": [answer.reason for answer in each],
@@ -391,11 +392,11 @@ def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedMode
             log_likelihoods = next(values).log_likelihoods
             tokens = len(candidate.continuation)
             released = log_likelihoods[1:] if len(log_likelihoods) > 1 else log_likelihoods
-            cut = candidate.continuation_tokens_cut
-            text = vocabulary.decode(candidate.continuation) if cut else whole.continuation
+            cut = candidate.continuation_tokens_cut  # perhaps within a character
+            size = vocabulary.byte_count(candidate.continuation) if cut else len(whole.continuation.encode())
             lines.append(numbers.setdefault((tuple(candidate.prompt), tuple(candidate.continuation)), {
                 "log_likelihood": float(log_likelihoods[:tokens].sum()), "tokens": tokens,
-                "bytes": max(1, len(text.encode())),  # a token may stand for nothing by itself
+                "bytes": max(1, size),  # a token may stand for nothing by itself
                 "released": float(released.sum()), "released_tokens": len(released)}) | {
                 "prompt_tokens_cut": candidate.prompt_tokens_cut, "continuation_tokens_cut": cut})
         [answer] = question.answer
@@ -404,17 +405,18 @@ def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedMode
 
 def _fitted(question: Any, model: TrainedModel) -> list[Fitted]:
     """A question's candidates as tokens, cut where they are longer than the model."""
-    encode = model.vocabulary.encode
-    return fitted([(encode(prompt), encode(continuation)) for prompt, continuation in question.candidates],
-                  model.config.length)
+    candidates = []
+    for candidate in question.candidates:
+        prompt = model.vocabulary.encode(candidate.prompt)
+        candidates.append((prompt, model.vocabulary.encode_after(prompt, candidate.continuation)))
+    return fitted(candidates, model.config.length)
 
 
 def _texts_scored(question: Any, model: TrainedModel) -> Iterator[tuple[str, str]]:
     """What was scored of each candidate: the texts of its prompt and its continuation as the model saw them."""
     for candidate in _fitted(question, model):
-        prompt = model.vocabulary.decode(candidate.prompt)
-        # Together, for what a token stands for may depend on those before it.
-        yield prompt, model.vocabulary.decode([*candidate.prompt, *candidate.continuation])[len(prompt):]
+        yield (model.vocabulary.decode(candidate.prompt),
+               model.vocabulary.decode_after(candidate.prompt, candidate.continuation))
 
 
 def _loss(candidate: Mapping[str, Any], scoring: str) -> float:

@@ -189,8 +189,8 @@ class CodellmJax(TemplateLM):
                 logging.warning(
                     "%d of %d prompts lose their beginning: they are too long for a model of %d positions, of which %d "
                     "are for the answer.", cut, len(prompts), self.max_length, self._model.room(sampling))
-            for number, answer in zip(numbers, written, strict=True):
-                text = vocabulary.decode(answer.ids)
+            for number, prompt, answer in zip(numbers, prompts, written, strict=True):
+                text = vocabulary.decode_after(prompt, answer.ids)
                 ends = [text.find(stop) for stop in stops[number] if stop in text]
                 answers[number] = text[: min(ends)] if ends else text
         return answers

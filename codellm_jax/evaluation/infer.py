@@ -107,7 +107,7 @@ def _answers(
         ids[piece.row] += piece.ids
         reasons[piece.row] = piece.reason
         while current < len(prompts):
-            reason, text = reasons[current], vocabulary.decode(ids[current])
+            reason, text = reasons[current], vocabulary.decode_after(encoded[current], ids[current])
             known = text if reason else text.rstrip(_INCOMPLETE)
             write(known[len(shown) :])
             shown = known

@@ -59,22 +59,26 @@ class TrainedModel(NamedTuple):
         **options: Any,
     ) -> list[Generation]:
         """Answers, one a prompt, each until one of its texts in `stops` stands in it; see `decoding.stream`."""
-        return generate(self.params, self.config, prompts, sampling, seed, **self._options(stops, sampling), **options)
+        return generate(
+            self.params, self.config, prompts, sampling, seed, **self._options(prompts, stops, sampling), **options)
 
     def stream(
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
         **options: Any,
     ) -> Iterator[Piece]:
         """As `write`, in pieces as they come."""
-        return stream(self.params, self.config, prompts, sampling, seed, **self._options(stops, sampling), **options)
+        return stream(
+            self.params, self.config, prompts, sampling, seed, **self._options(prompts, stops, sampling), **options)
 
     def room(self, sampling: Sampling) -> int:
         """Positions kept for an answer, for which a prompt too long loses its beginning: at most half of them."""
         return max(1, min(sampling.max_new_tokens, self.config.length // 2))
 
-    def _options(self, stops: Sequence[Sequence[str]], sampling: Sampling) -> dict[str, Any]:
+    def _options(
+        self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling
+    ) -> dict[str, Any]:
         def stopped(row: int, ids: list[int]) -> bool:
-            text = self.vocabulary.decode(ids)
+            text = self.vocabulary.decode_after(prompts[row], ids)
             return any(word in text for word in stops[row])
 
         return {"stop_ids": {self.vocabulary.end_of_document_id}, "drawable": self.vocabulary.pieces,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 # Raise it whenever the same tokens would give other rows.
-EXAMPLES_VERSION = 1
+EXAMPLES_VERSION = 2
 WIDTH_BESIDE_TOKENS = 2
 EXAMPLES_A_BLOCK = 4096
 

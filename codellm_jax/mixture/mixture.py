@@ -13,10 +13,12 @@ from etils import epath
 
 from codellm_jax.mixture.examples import Sizes, sizes_drawn
 from codellm_jax.mixture.order import Draw, Order, Source
-from codellm_jax.mixture.rows import STAGES, Rows, cached_rows
+from codellm_jax.mixture.rows import STAGES, Rows, cached_rows, unit_of
 from codellm_jax.mixture.schedules import constant, phases
 from codellm_jax.mixture.tokens import Definitions, quiet_tensorflow, require_registered, task_tokens
 from codellm_jax.vocabulary import Vocabulary
+
+FEWEST_HELD_OUT = 20  # documents or examples of a pool, below which a loss tells of them and not of the pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class OpenMixture:
     training: list[Rows]
     validation: list[Rows | None]
     stage: str
+    warnings: tuple[str, ...] = ()  # of pools with too little held out
 
     def sizes(self, draw: Draw) -> Sizes:
         """How many columns each of the rows or examples drawn takes, and how many tokens of it the loss counts."""
@@ -119,7 +122,31 @@ def open_mixture(
         training=[rows["train"] for rows in splits],
         validation=[rows if rows and rows.count else None for rows in validation],
         stage=mixture.stage,
+        warnings=tuple(held_out_warnings(dict(zip(rates, validation, strict=True)), mixture.stage)),
     )
+
+
+def held_out_warnings(validation: Mapping[str, Rows | None], stage: str) -> Iterator[str]:
+    """A line for each pool of which too little is held out to tell its loss by.
+
+    Args:
+      validation: the rows of each source's split, where it has one; they may be none.
+      stage: "pretraining", or "tuning", where rows are the examples.
+    """
+    for pool in dict.fromkeys(name.split(".")[0] for name in validation):
+        counts = {}
+        for name, rows in validation.items():
+            if name.split(".")[0] == pool:
+                count = rows.count if rows else 0
+                counts[name] = count if stage == "tuning" or not rows else rows.documents, count
+        documents, count = map(sum, zip(*counts.values(), strict=True))
+        if documents >= FEWEST_HELD_OUT and count > 1:
+            continue
+        listed = ", ".join(f"{name} {own:,}" + f" in {in_rows:,} row(s)" * (stage == "pretraining" and own > 0)
+                           for name, (own, in_rows) in counts.items())
+        yield (f"{pool}: held-out {unit_of(stage)}: {documents:,} ({listed}), " + (
+            "too few to tell its loss by" if count else "so that its loss on held-out rows is not measured")
+            + f". Give a corpus of {pool} a larger 'holdout', or files of its own by 'validation', in CORPORA.")
 
 
 def training_rows(mixture: Mixture, vocabulary: Vocabulary, report: Callable[[str], None] = print) -> list[Rows]:

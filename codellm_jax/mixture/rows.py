@@ -12,12 +12,11 @@ A cache that is not there is written here by one process, which is well for corp
 writes the same by many. SeqIO and TensorFlow are imported only to write: reading a cache needs neither.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import platform
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,11 +27,13 @@ import tensorstore
 from etils import epath
 
 from codellm_jax.mixture.examples import EXAMPLES_VERSION, WIDTH_BESIDE_TOKENS, Found, example_rows
-from codellm_jax.mixture.tokens import SPLITS, Definitions, Example, examples, open_task, warnings_of
+from codellm_jax.mixture.half_made import half_made
+from codellm_jax.mixture.roundtrip import warned
+from codellm_jax.mixture.tokens import SPLITS, Definitions, Example, examples, open_task, sample_of, warnings_of
 from codellm_jax.vocabulary import Vocabulary
 
 STAGES = ("pretraining", "tuning")
-ROWS_VERSION = 1
+ROWS_VERSION = 2  # raise it whenever the same task would give other rows, or other notes
 # A shard is one file; a chunk is what one random read fetches: 16 rows measured as fast as single rows, in fewer
 # index entries.
 ROWS_A_SHARD = 4096
@@ -154,37 +155,30 @@ def _write_cache(
     takes away what another reads.
     """
     directory = place.directory
-    mine = f".{directory.name}.{platform.node()}."
-    own = uuid.uuid4().hex[:8]
-    suffix = f".{own}" if place.is_remote else ""
-    building = directory if place.is_remote else directory.parent / f"{mine}{os.getpid()}.{own}"
-    if not place.is_remote:
-        for left in directory.parent.glob(f"{mine}*"):  # by a process of this machine that was killed
-            if not _is_alive(int(left.name.removeprefix(mine).split(".")[0])):
-                shutil.rmtree(left, ignore_errors=True)
+    suffix = f".{uuid.uuid4().hex[:8]}" if place.is_remote else ""
     size = sum(size for _, size in place.key["definition"].get("train_files", ()))
     if size > LARGE:
         report(f"{task} has files of {size / 2**30:.1f} GiB. `t5x cache` with the same gin files and flags writes the "
                "same rows by many processes or machines, and goes on where it was stopped.")
     try:
-        building.mkdir(parents=True, exist_ok=True)
-        splits = {}
-        opened = open_task(task, definitions, stage)
-        threads = len(os.sched_getaffinity(0))
-        for split in (split for split in SPLITS if split in opened.splits):
-            with warnings_of(task) as notes:
-                splits[split] = _write_split(
-                    task, split, examples(opened, split, vocabulary, threads=threads), vocabulary, length,
-                    str(building / f"{split}{suffix}"), report, stage)
-            splits[split].notes = list(map(str, notes))
-        finish_cache(task, place, splits, building, suffix, length, stage)
+        with contextlib.nullcontext(directory) if place.is_remote else half_made(directory) as made:
+            building, splits = epath.Path(made), {}
+            building.mkdir(parents=True, exist_ok=True)
+            opened = open_task(task, definitions, stage)
+            threads = len(os.sched_getaffinity(0))
+            for split in (split for split in SPLITS if split in opened.splits):
+                sample = sample_of(opened, split)
+                with warnings_of(task) as notes:
+                    splits[split] = _write_split(
+                        task, split, examples(opened, split, vocabulary, threads=threads, sample=sample), vocabulary,
+                        length, str(building / f"{split}{suffix}"), report, stage)
+                splits[split].notes = [
+                    *map(str, notes), *warned(task, split, sample.looked_at(vocabulary), unit_of(stage))]
+            finish_cache(task, place, splits, building, suffix, length, stage)
     except Exception as error:
-        if told := storage_error(error, directory):
-            raise told from error
+        if of_storage := storage_error(error, directory):
+            raise of_storage from error
         raise
-    finally:
-        if not place.is_remote:
-            shutil.rmtree(building, ignore_errors=True)
 
 
 def finish_cache(
@@ -195,14 +189,21 @@ def finish_cache(
     Raises:
       ValueError: there is nothing to train on.
     """
-    train = splits.get("train")
-    if train is None or not train.count:
-        train = train or Found()
-        raise ValueError(f"{task}: " + (
-            f"no example of its training split is left to train on: of {train.documents:,} none has a token of its "
-            f"target within {length + 1} tokens; mend them or raise TASK_FEATURE_LENGTHS." if stage == "tuning" else
-            f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it more "
-            "data or lower TASK_FEATURE_LENGTHS.") + f" ({'; '.join(train.notes)})" * bool(train.notes))
+    train = splits.get("train") or Found()
+    if not train.count:
+        held_out = {split: found.documents for split, found in splits.items() if split != "train" and found.documents}
+        listed = ", ".join(f"{count:,} in {split}" for split, count in held_out.items())
+        if not train.documents and held_out:
+            reason = (f"all of its {unit_of(stage)} are held out ({listed}), and none is left to train on; "
+                      "'holdout': 0 in its CORPORA line holds out none, 'validation' others.")
+        elif stage == "tuning":
+            reason = (f"no example of its training split is left to train on: of {train.documents:,} none has a token "
+                      f"of its target within {length + 1} tokens; mend them or raise TASK_FEATURE_LENGTHS.")
+        else:
+            reason = (f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it "
+                      "more data or lower TASK_FEATURE_LENGTHS."
+                      + f" Held out are {listed}, which 'holdout': 0 would train on." * bool(held_out))
+        raise ValueError(f"{task}: {reason}" + f" ({'; '.join(train.notes)})" * bool(train.notes))
     facts = {split: dataclasses.asdict(found) for split, found in splits.items()}
     cache = {"key": place.key, "splits": facts, "suffix": suffix}
     (building / "cache.json").write_text(json.dumps(cache, indent=2) + "\n")
@@ -223,16 +224,6 @@ def storage_error(error: Exception, directory: epath.Path) -> OSError | None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
         return OSError(f"Rows cannot be cached in {directory.parent}: {reason}. Mend it or set CACHE_DIR.")
     return None
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _write_split(
@@ -257,8 +248,8 @@ def _write_split(
             last_report = time.monotonic()
             report(f"tokenizing {task} {split}: {found.tokens / 1e6:.1f}M tokens, "
                    f"{found.tokens / (last_report - start):,.0f}/s")
-    if told := summary(task, split, found, length, stage):
-        report(told)
+    if line := summary(task, split, found, length, stage):
+        report(line)
     found.content_hash = content.of_all()
     return found
 
@@ -273,6 +264,11 @@ def summary(task: str, split: str, found: Found, length: int, stage: str) -> str
     rest = found.tokens - found.count * (length + 1)
     return (f"tokenized {task} {split}: {found.documents:,} documents, {found.tokens:,} tokens, {found.count:,} "
             f"rows of {length}; {rest:,} tokens after the last full row are left out")
+
+
+def unit_of(stage: str) -> str:
+    """What a split consists of."""
+    return "examples" if stage == "tuning" else "documents"
 
 
 def row_format(vocabulary: Vocabulary, length: int, stage: str) -> tuple[int, np.dtype]:

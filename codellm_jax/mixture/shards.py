@@ -1,7 +1,8 @@
 """The rows of a task written by many processes: what each of them does, and what it leaves for the next.
 
   plan      files of each split, in their order, as shards: consecutive files of some 64 MiB. Where a split cannot be
-            divided (a SeqIO task of others' making, TFDS, what Python holds, a sample of all) it is one shard.
+            divided (a SeqIO task of others' making, TFDS, what Python holds, a sample of all) it is one shard. What
+            parts the splits of a corpus is found here too, for no shard sees all of it.
   tokenize  a shard to the numbers of its rows, one after the other: tokens, or in tuning whole rows
   pieces    sums of the shards' numbers tell where each begins among all; all of them are cut into rows at fixed
             places, and a piece is some whole files of the cache
@@ -34,6 +35,7 @@ from etils import epath
 
 from codellm_jax.mixture import rows
 from codellm_jax.mixture.examples import Found
+from codellm_jax.mixture.roundtrip import Looked, of_whole, warned
 from codellm_jax.mixture.rows import (
     ROWS_A_DIGEST,
     Place,
@@ -47,8 +49,20 @@ from codellm_jax.mixture.rows import (
     row_blocks,
     row_format,
     summary,
+    unit_of,
 )
-from codellm_jax.mixture.tokens import SPLITS, Definitions, Note, added, examples, is_divisible, open_task, warnings_of
+from codellm_jax.mixture.tokens import (
+    SPLITS,
+    Definitions,
+    Note,
+    added,
+    examples,
+    find_borders,
+    is_divisible,
+    open_task,
+    sample_of,
+    warnings_of,
+)
 from codellm_jax.vocabulary import Vocabulary
 
 SHARD_BYTES = 64 << 20
@@ -119,7 +133,8 @@ def plan(build: Build) -> list[Shard]:
         # Where processes run elsewhere they have no other file of this machine.
         (build.working / "vocabulary.model").write_bytes(epath.Path(build.vocabulary.path).read_bytes())
         suffix = f".{uuid.uuid4().hex[:8]}" if build.place.is_remote else ""
-        _write(file, {"suffix": suffix, "splits": [s for s in SPLITS if s in task.splits], "shards": found})
+        _write(file, {"suffix": suffix, "splits": [s for s in SPLITS if s in task.splits], "shards": found,
+                      "borders": find_borders(task) if any(shard.files for shard in found) else None})
     return [Shard(*shard) for shard in json.loads(file.read_text())["shards"]]
 
 
@@ -161,13 +176,16 @@ def tokenize(build: Build, shard: Shard) -> None:
         if shard.files is None and build.definitions.describe(build.task) != build.place.key["definition"]:
             raise ValueError(f"{build.task} is not the same for the process that reads it: its Python or its modules "
                              "are others than here. Give it those of this machine.")
+        recorded = json.loads((build.working / "plan.json").read_text())
+        sample = sample_of(task, shard.split)
         found, own = Found(), f"{shard.number:06}.{uuid.uuid4().hex[:8]}"
         part, told = facts.with_name(f"{own}.part"), time.monotonic()
         began, text_bytes = time.process_time(), 0
 
         def counted() -> Iterator[Any]:
             nonlocal text_bytes, told
-            for example in examples(task, shard.split, vocabulary, shard.files, build.threads):
+            for example in examples(
+                    task, shard.split, vocabulary, shard.files, build.threads, recorded["borders"], sample):
                 text_bytes += example.text_bytes
                 yield example
                 if time.monotonic() - told > SECONDS_BETWEEN_PARTS:
@@ -178,6 +196,7 @@ def tokenize(build: Build, shard: Shard) -> None:
             numbers = _write_numbers(build, str(facts.with_name(own)), counted(), found)
         _write(facts, {
             "array": own, "numbers": numbers, "found": dataclasses.asdict(found), "notes": notes,
+            "looked": sample.looked_at(vocabulary),
             "bytes": text_bytes, "seconds": time.process_time() - began})
         part.unlink(missing_ok=True)
 
@@ -335,7 +354,8 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
     Raises:
       ValueError: there is nothing to train on.
     """
-    splits, told = {}, []
+    splits: dict[str, Found] = {}
+    lines: list[str] = []
     width, _ = row_format(build.vocabulary, build.length, build.stage)
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
@@ -344,16 +364,16 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
         of_pieces = [_facts_of_piece(build, piece) for piece in cut_pieces if piece.split == split]
         count = sum(fact["numbers"] for fact in facts) // width
         notes = added(Note(template, tuple(values)) for fact in facts for template, values in fact["notes"])
+        looked = of_whole(Looked(*one) for fact in facts for one in fact["looked"])
         splits[split] = Found(
-            count=count, notes=list(map(str, notes)), **total,
+            count=count, notes=[*map(str, notes), *warned(build.task, split, looked, unit_of(build.stage))], **total,
             content_hash=_hash_of_rows(_array_of_rows(build, split), count, of_pieces))
-        told.append(summary(build.task, split, splits[split], build.length, build.stage))
-        told += splits[split].notes
+        lines += [summary(build.task, split, splits[split], build.length, build.stage), *splits[split].notes]
     recorded = json.loads((build.working / "plan.json").read_text())
     finish_cache(build.task, build.place, splits, _cache(build), recorded["suffix"], build.length, build.stage)
     build.working.rmtree(missing_ok=True)
     _known_facts.clear()
-    return [line for line in told if line]
+    return [line for line in lines if line]
 
 
 def _hash_of_rows(array: str, count: int, of_pieces: Sequence[epath.Path]) -> str:

@@ -9,6 +9,7 @@ SeqIO and TensorFlow are imported here alone, and only when a task is opened.
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from codellm_jax.mixture.roundtrip import SAMPLED, Sample
 from codellm_jax.vocabulary import Vocabulary
 
 SPLITS = ("train", "validation", "test")
@@ -85,8 +87,18 @@ def is_divisible(task: Any, split: str) -> bool:
     return _is_plain(task) and task.source.is_divisible(split)
 
 
+def find_borders(task: Any) -> Sequence[float] | None:
+    """What divides a task's documents into splits, for `examples` of some of its files; None where no hash does.
+
+    Raises:
+      ValueError: the source cannot be read; in the line of its reader.
+    """
+    return task.source.find_borders() if _is_plain(task) else None
+
+
 def examples(
-    task: Any, split: str, vocabulary: Vocabulary, files: Sequence[str] | None = None, threads: int = 1
+    task: Any, split: str, vocabulary: Vocabulary, files: Sequence[str] | None = None, threads: int = 1,
+    borders: Sequence[float] | None = None, sample: Sample | None = None,
 ) -> Iterator[Example]:
     """The examples of a split in the order of the task's source.
 
@@ -94,13 +106,16 @@ def examples(
       task: a SeqIO task.
       files: of a divisible split those to read, else None.
       threads: that tokenize.
+      borders: what `find_borders` gives, where it is known.
+      sample: what `sample_of` gave; is given the texts that are read.
 
     Raises:
       ValueError: the source cannot be read; in the line of its reader.
     """
     with quiet_tensorflow():
         if _is_plain(task):
-            yield from _encoded(task.source.texts(split, files), vocabulary, threads)
+            texts = task.source.texts(split, files, borders)
+            yield from _encoded(texts if sample is None else _sampled(texts, sample), vocabulary, threads)
             return
         import seqio
 
@@ -112,6 +127,26 @@ def examples(
             if len(targets):
                 targets = np.append(targets, vocabulary.end_of_document_id)
             yield Example(features.get("inputs", NOTHING), targets, text_bytes=0)
+
+
+def sample_of(task: Any, split: str) -> Sample:
+    """A sample for `examples` to fill; of a task with preprocessors of its own, which see no texts there, its first."""
+    sample = Sample()
+    if _is_plain(task):
+        return sample
+    with quiet_tensorflow(), warnings_of(task.name):  # that reading ends early is nobody's concern
+        import seqio
+
+        as_bytes = seqio.ByteVocabulary()
+        for features in itertools.islice(task_tokens(task, split, as_bytes), SAMPLED):
+            sample.add(as_bytes.decode(features[name].tolist()) for name in ("inputs", "targets") if name in features)
+    return sample
+
+
+def _sampled(texts: Iterable[Mapping[str, str]], sample: Sample) -> Iterator[Mapping[str, str]]:
+    for text in texts:
+        sample.add(text[name] for name in ("inputs", "targets") if name in text)
+        yield text
 
 
 def _is_plain(task: Any) -> bool:
@@ -128,7 +163,7 @@ def _encoded(
 ) -> Iterator[Example]:
     for some in _batches(texts):
         inputs = vocabulary.encode_all([text["inputs"] for text in some if "inputs" in text], threads)
-        targets = vocabulary.encode_all([text["targets"] for text in some], threads)
+        targets = vocabulary.encode_all([text["targets"] for text in some], threads, behind=bool(inputs))
         for index, (text, tokens) in enumerate(zip(some, targets, strict=True)):
             if tokens:
                 tokens.append(vocabulary.end_of_document_id)

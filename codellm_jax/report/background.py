@@ -104,11 +104,17 @@ def losses(study: Study) -> Section:
         if any(ends.values()):
             rows.append([label, STAGES[runs[0].stage], f"{len(runs)}",
                          *(_mean_and_spread(ends[pool]) for pool in POOLS)])
+    warned: dict[str, list[str]] = {}
+    for run in study.runs:
+        for note in (run.provenance or {}).get("notes", ()):
+            warned.setdefault(note, []).append(f"`{run.name}`")
+    notes = [Items([f"{', '.join(names)}: {note}" for note, names in warned.items()])] if warned else []
     if not rows:
-        return Section([*blocks, Text("No run has recorded a loss on held-out rows.")], [])
+        return Section([*blocks, Text("No run has recorded a loss on held-out rows."), *notes], [])
     blocks.append(Table("At the end of each arm's runs: the mean over seeds, and the standard deviation between them",
                         ("Arm", "Stage", "Seeds", "Text", "Code"), rows, words=(1,)))
-    return Section(blocks, [("losses", ("run", "arm", "seed", "stage", "pool", "step", "tokens", "loss"), numbers)])
+    columns = ("run", "arm", "seed", "stage", "pool", "step", "tokens", "loss")
+    return Section([*blocks, *notes], [("losses", columns, numbers)])
 
 
 def mixes(figure: Figure | None) -> Section:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import os
@@ -38,6 +39,9 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without them say
+
+
 def require_plain_name(setting: str, directory: str) -> None:
     """Raises ValueError for a directory in which Orbax could save and never find again: it takes names for patterns."""
     absolute = directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
@@ -49,7 +53,10 @@ def require_plain_name(setting: str, directory: str) -> None:
 
 @contextlib.contextmanager
 def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training") -> Iterator[None]:
-    """Holds a directory against other processes; a killed one lets go of it by itself. Remote ones are not held.
+    """Holds a directory against other processes; a killed one lets go of it by itself.
+
+    It is held by a lock of the file system, and so against other containers and, by NFS, other machines. Not held are
+    remote ones, and those on a file system that knows no locks.
 
     Args:
       setting: that names the directory.
@@ -71,6 +78,9 @@ def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training"
         except BlockingIOError:
             raise ValueError(
                 f"Another process is {doing} in {directory}: wait for it, or use another {setting}.") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 

@@ -161,6 +161,7 @@ def describe(training: Training, plan: Plan) -> str:
             lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
                          f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "
                          "would be left.")
+    lines += [f"WARNING: {warning}" for warning in mixture.warnings]
     for source, drawn in zip(order.sources, order.counts(drawn_rows), strict=True):
         if not drawn and order.asked(drawn_rows)[order.sources.index(source)]:
             lines.append(f"WARNING: {source.name} is asked for too little to be drawn at all in this run.")

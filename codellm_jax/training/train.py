@@ -251,8 +251,8 @@ class Provenance:
             "flops_per_token": flops_per_token(config, causal=False), "order": order.fingerprint(),
             "vocabulary": run.training.vocabulary.content_hash,
             "data": {source.name: source.content_hash for source in order.sources}, "ledger": ledger,
-            "sessions": self._sessions, "step": run.step, "last_step": run.plan.last_step,
-            "finished": run.step == run.plan.last_step, "checkpoint": checkpoint}
+            "notes": list(run.plan.mixture.warnings), "sessions": self._sessions, "step": run.step,
+            "last_step": run.plan.last_step, "finished": run.step == run.plan.last_step, "checkpoint": checkpoint}
         write_whole(self._path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 

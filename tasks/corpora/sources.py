@@ -14,7 +14,8 @@ PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones st
 directory) or gs://. Each file is read once, whatever links lead to it. How it is compressed and
 encoded its content says (`codellm_jax.contents`); one that is something else is refused by name.
 Where documents come from files or TFDS, a stable hash of each text puts a hundredth of them into
-"validation" and a hundredth into "test"; `holdout` sets another fraction.
+"validation" and a hundredth into "test"; `holdout` sets another fraction. Of a small corpus they are
+the texts of lowest hash, at least one each (`specs.borders_of`).
 `validation`, a pattern (for TFDS a split) of its own, leaves the main one wholly to "train". `rate`
 is the corpus's weight within its pool and does not change what is read.
 
@@ -32,7 +33,18 @@ from typing import Any
 from codellm_jax.contents import BrokenFile, UnreadableFile, compression, head, kind, lines, require_text, size
 from tasks.corpora.files import Lost, PassedOver, in_name_of, matches, real, require_readable
 from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
-from tasks.corpora.specs import DEFAULT_HOLDOUT, DOCUMENT_KINDS, kind_of, split_of, splits, validate
+from tasks.corpora.specs import (
+    DEFAULT_HOLDOUT,
+    DOCUMENT_KINDS,
+    Borders,
+    borders_of,
+    holdout_of,
+    kind_of,
+    position,
+    split_of,
+    splits,
+    validate,
+)
 from tasks.corpora.standard_library import python_documents
 
 FILE_KINDS = ("json_lines", "text_files", "tfrecords")
@@ -79,6 +91,7 @@ def documents(
     split: str,
     name: str = "corpus",
     only_files: Sequence[str] | None = None,
+    borders: Borders | None = None,
 ) -> Iterator[str]:
     """Reads a corpus's documents, in the order of its sorted files.
 
@@ -89,6 +102,7 @@ def documents(
       only_files: for kinds of files, read these of `files(spec, split)` alone, one shard of many. That they are of
         them is not checked: listing many files anew for each shard would take longer than reading it. Nor is it an
         error where these hold no document.
+      borders: what `find_borders` gives, where it is known; else the first documents are read for it.
 
     Raises:
       ValueError: the spec is malformed, has no such split, a file is not of its kind, or they hold no document at all.
@@ -105,9 +119,23 @@ def documents(
     if kind == "python":
         return python_documents(spec["python"], split)
     if kind == "tfds":
-        return _usable(_tfds_records(spec, split), spec, split, name)
+        return _usable(_tfds_records(spec, split), spec, split, name, borders)
     chosen = files(spec, split, name) if only_files is None else only_files
-    return _usable(_file_records(kind, spec, chosen, name), spec, split, name, whole=only_files is None)
+    records = _file_records(kind, spec, chosen, name)
+    return _usable(records, spec, split, name, borders, whole=only_files is None)
+
+
+def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | None:
+    """What divides the corpus of a valid spec of documents into splits; None where no hash does.
+
+    Reads documents until they are enough, by default 2,000 of them. Errors are those of `documents`.
+    """
+    holdout, kind = holdout_of(spec), kind_of(spec)
+    if not holdout:
+        return None
+    records = _tfds_records(spec, "train") if kind == "tfds" else _file_records(
+        kind, spec, files(spec, "train", name), name)
+    return borders_of((position(content) for content, _ in _texts(records, PassedOver())), holdout)
 
 
 def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str]:
@@ -133,28 +161,17 @@ def _usable(
     spec: Mapping[str, Any],
     split: str,
     name: str,
+    borders: Borders | None,
     whole: bool = True,
 ) -> Iterator[str]:
     """The records that are documents of the split; reports the others, by their places, when reading ends."""
-    holdout = 0 if "validation" in spec else spec.get("holdout", DEFAULT_HOLDOUT)
+    borders = borders or find_borders(spec, name)
     lost = PassedOver()
     kept = 0
     try:
-        for place, record in records:
-            if isinstance(record, Lost):
-                lost.add(record.reason, place)
-                continue
-            try:
-                content = record.encode() if isinstance(record, str) else record
-                text = content.decode()
-            except UnicodeError:
-                lost.add("not valid UTF-8", place)
-                continue
-            if not text.strip():
-                lost.add("empty", place)
-                continue
+        for content, text in _texts(records, lost):
             kept += 1
-            if not holdout or split_of(content, holdout) == split:
+            if borders is None or split_of(content, borders) == split:
                 yield text
     finally:
         if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
@@ -168,6 +185,26 @@ def _usable(
     if whole and not kept:
         source = spec[kind_of(spec)]
         raise ValueError(f"{name}: no document is left of {source!r} ({lost}).")
+
+
+def _texts(
+    records: Iterator[tuple[str, str | bytes | Lost]], lost: PassedOver
+) -> Iterator[tuple[bytes, str]]:
+    """The records that are documents, as bytes and as text; counts the others, by their places."""
+    for place, record in records:
+        if isinstance(record, Lost):
+            lost.add(record.reason, place)
+            continue
+        try:
+            content = record.encode() if isinstance(record, str) else record
+            text = content.decode()
+        except UnicodeError:
+            lost.add("not valid UTF-8", place)
+            continue
+        if not text.strip():
+            lost.add("empty", place)
+            continue
+        yield content, text
 
 
 def _file_records(

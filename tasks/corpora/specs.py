@@ -8,11 +8,15 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_HOLDOUT = 0.01
+# Where a hash would hold out fewer texts than this on average, it might well hold out none.
+FEWEST_BY_HASH = 20
+# So many documents are read for each text that a small corpus may have; one with more is large, whatever it repeats.
+COPIES = 10
 
 _SHARED_OPTIONS = ("validation", "holdout", "rate")
 _DOCUMENT_OPTIONS = {
@@ -77,10 +81,53 @@ def form_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
     return OFFICIAL[spec["official"]] if kind_of(spec) == "official" else spec
 
 
-def split_of(content: bytes, holdout: float) -> str:
-    """The split of a text, by its hash: `holdout` each for validation and test."""
-    position = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
-    return "validation" if position < holdout else "test" if position < 2 * holdout else "train"
+def holdout_of(spec: Mapping[str, Any]) -> float:
+    """The fraction of a valid spec's texts that goes into validation by hash, and again into test; 0 for none."""
+    spec = form_of(spec)
+    by_hash = "holdout" in _OPTIONS[kind_of(spec)] and "validation" not in spec
+    return spec.get("holdout", DEFAULT_HOLDOUT) if by_hash else 0
+
+
+class Borders(NamedTuple):
+    """Texts whose hash is below the first are validation, of the others those below the second test; as `position`."""
+
+    validation: float
+    test: float
+
+
+def position(content: bytes) -> float:
+    """The hash of a text, a number in [0, 1]."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
+
+
+def borders_of(positions: Iterable[float], holdout: float) -> Borders:
+    """What divides a corpus into splits, from the positions of its texts; in whatever order, it is the same.
+
+    `holdout` of all hashes are validation, and as many test. Of a small corpus, with fewer texts than a hash holds 20
+    out of, it is that part of the texts themselves, those of lowest hash, and at least one each: of two texts one is
+    validation, of one none. Equal texts are one, and in one split.
+
+    Args:
+      positions: of all documents of the corpus; no more are taken than it needs.
+      holdout: in (0, 0.5).
+    """
+    enough = math.ceil(FEWEST_BY_HASH / holdout)
+    found: set[float] = set()
+    for number, each in enumerate(positions, 1):
+        found.add(each)
+        if len(found) >= enough or number >= COPIES * enough:
+            return Borders(holdout, 2 * holdout)
+    if len(found) < 2:
+        return Borders(0.0, 0.0)
+    ordered = sorted(found)
+    held_out = min(max(1, round(len(found) * holdout)), max(1, (len(found) - 1) // 2))
+    return Borders(ordered[held_out], ordered[min(2 * held_out, len(found) - 1)])
+
+
+def split_of(content: bytes, borders: Borders) -> str:
+    """The split of a text."""
+    here = position(content)
+    return "validation" if here < borders.validation else "test" if here < borders.test else "train"
 
 
 def validate(spec: Mapping[str, Any], name: str = "corpus") -> None:

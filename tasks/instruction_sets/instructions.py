@@ -14,9 +14,9 @@ Other keys are ignored, and `input` may be empty or missing. `sample` keeps so m
 chosen by a stable hash.
 
 `validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt puts a hundredth of the
-records into "validation" and a hundredth into "test". MBPP has its official splits instead: "train" is 601 to 974,
-"validation" 511 to 600. Of both, the problems of the sanitized set, which are evaluated on, are left out;
-`keep_sanitized` keeps them.
+records into "validation" and a hundredth into "test", and of few records at least one prompt each. MBPP has its
+official splits instead: "train" is 601 to 974, "validation" 511 to 600. Of both, the problems of the sanitized set,
+which are evaluated on, are left out; `keep_sanitized` keeps them.
 
 Nothing is lost silently: records that cannot be read are counted, and reported in one warning a reading, with the
 place of the first of each kind. A file that is no JSON is refused.
@@ -37,7 +37,19 @@ from tasks.corpora import official, sources
 from tasks.corpora.files import Lost, PassedOver, in_name_of, require_readable
 from tasks.corpora.mbpp import official_split, sanitized_ids
 from tasks.corpora.records import NOT_UTF8, Record, placed_records, require_json
-from tasks.corpora.specs import DEFAULT_HOLDOUT, INSTRUCTION_KINDS, form_of, kind_of, split_of, splits, validate
+from tasks.corpora.specs import (
+    DEFAULT_HOLDOUT,
+    INSTRUCTION_KINDS,
+    Borders,
+    borders_of,
+    form_of,
+    holdout_of,
+    kind_of,
+    position,
+    split_of,
+    splits,
+    validate,
+)
 from tasks.instruction_sets.prompts import alpaca_prompt
 from tasks.instruction_sets.python_instructions import python_instructions
 
@@ -59,7 +71,8 @@ class Pair(NamedTuple):
 
 
 def pairs(
-    spec: Mapping[str, Any], split: str, name: str = "corpus", only_files: Sequence[str] | None = None
+    spec: Mapping[str, Any], split: str, name: str = "corpus", only_files: Sequence[str] | None = None,
+    borders: Borders | None = None,
 ) -> Iterator[Pair]:
     """Reads a corpus of instructions, in the order of its sorted files.
 
@@ -68,6 +81,7 @@ def pairs(
       split: one of `specs.splits(spec)`.
       name: what to call the corpus in messages.
       only_files: as in `sources.documents`; not with `sample`, which chooses from all.
+      borders: what `find_borders` gives, where it is known; else the first records are read for it.
 
     Raises:
       ValueError: the spec is malformed or of another kind, has no such split, a file is no JSON, or they hold no pair
@@ -87,32 +101,42 @@ def pairs(
             if made.split == split
         )
     if only_files is not None:
-        return _usable(form_of(spec), split, name, only_files, whole=False)
+        return _usable(form_of(spec), split, name, only_files, borders or find_borders(spec, name), whole=False)
     if kind == "official":
         spec = official.resolve(spec, name)
-    found = _usable(spec, split, name, sources.files(spec, split, name))
+    found = _usable(spec, split, name, sources.files(spec, split, name), borders or find_borders(spec, name))
     return _sampled(found, spec["sample"], name) if "sample" in spec and split == "train" else found
 
 
+def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | None:
+    """What divides the corpus of a valid spec of instructions into splits, by their prompts; None where no hash does.
+
+    Reads records until they are enough, by default 2,000 of them. Errors are those of `pairs`.
+    """
+    holdout = holdout_of(spec)
+    if not holdout:
+        return None
+    if kind_of(spec) == "official":
+        spec = official.resolve(spec, name)
+    found = _pairs(spec, "train", sources.files(spec, "train", name), name, PassedOver())
+    return borders_of((position(pair.inputs.encode()) for pair in found if pair), holdout)
+
+
 def _usable(
-    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str], whole: bool = True
+    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str], borders: Borders | None, whole: bool = True
 ) -> Iterator[Pair]:
-    """The pairs of the split; reports the records that are none, by their places, when reading ends."""
-    kind = kind_of(spec)
+    """The pairs of the split, no prompt being in two; reports the records that are none, by their places, when reading
+    ends.
+    """
     lost = PassedOver()
     kept = elsewhere = 0
     try:
-        for place, record in _records(files, name):
-            pair = record if isinstance(record, Lost) else _RECAST[kind](record, spec, split)
+        for pair in _pairs(spec, split, files, name, lost):
             if pair is None:
                 elsewhere += 1
-            elif isinstance(pair, Lost):
-                lost.add(pair.reason, place)
-            elif not _is_valid_text(pair):
-                lost.add(NOT_UTF8, place)
             else:
                 kept += 1
-                if _split_of(pair, spec) in (split, None):
+                if borders is None or split_of(pair.inputs.encode(), borders) == split:
                     yield pair
     finally:
         if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
@@ -131,10 +155,19 @@ def _records(files: Sequence[str], name: str) -> Iterator[tuple[str, Record]]:
             yield from placed_records(file)
 
 
-def _split_of(pair: Pair, spec: Mapping[str, Any]) -> str | None:
-    """The split of a pair by its prompt, so that no prompt is in two; None where no hash decides."""
-    holdout = 0 if "validation" in spec or "mbpp" in spec else spec.get("holdout", DEFAULT_HOLDOUT)
-    return split_of(pair.inputs.encode(), holdout) if holdout else None
+def _pairs(
+    spec: Mapping[str, Any], split: str, files: Sequence[str], name: str, lost: PassedOver
+) -> Iterator[Pair | None]:
+    """A pair for each record, None for one that is officially of another split; counts the others, by their places."""
+    recast = _RECAST[kind_of(spec)]
+    for place, record in _records(files, name):
+        pair = record if isinstance(record, Lost) else recast(record, spec, split)
+        if isinstance(pair, Lost):
+            lost.add(pair.reason, place)
+        elif pair is not None and not _is_valid_text(pair):
+            lost.add(NOT_UTF8, place)
+        else:
+            yield pair
 
 
 def _sampled(found: Iterator[Pair], wanted: int, name: str) -> Iterator[Pair]:

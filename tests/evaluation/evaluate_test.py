@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from codellm_jax.configuration import build, read_configuration
 from codellm_jax.evaluation import evaluate, trained
 from codellm_jax.evaluation.compare import NotMeasured, compare, table
 from codellm_jax.evaluation.cuts import fitted
+from codellm_jax.evaluation.decoding import Generation
+from codellm_jax.evaluation.scoring import Scores
 from codellm_jax.model.decoder import Decoder
 from codellm_jax.results import tables
 from codellm_jax.results.answers import corpus_bleu
@@ -349,6 +352,37 @@ def test_written_answers_are_judged(run_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "dureader_sample.jsonl").unlink()
     assert cli.main(flags(run_dir, *more)) == 0
     assert (tmp_path / "dureader_sample.jsonl").read_text() == first
+
+
+def test_candidates_and_answers_stand_behind_their_prompts(run_dir, tmp_path, other_vocabularies):
+    """Of a vocabulary that puts a space before a text: no candidate begins with it, and no answer loses its own."""
+    llama, requests = load_vocabulary(other_vocabularies["llama"]), []
+    asked = build(read_configuration(["gin/eval.gin"], [
+        ("CHECKPOINT_PATH", str(run_dir)), ("TASKS", "['ekar_cot', 'dureader']")]), "evaluate").evaluation
+
+    def score(scored, batch_tokens):
+        requests.extend(scored)
+        return [Scores(np.zeros(len(one.continuation), np.float32), np.zeros(len(one.continuation), bool))
+                for one in scored]
+
+    answer = llama.encode("value\n  x")[len(llama.encode("value\n")) :]
+    model = SimpleNamespace(
+        vocabulary=llama, config=SimpleNamespace(length=100, dtype="float32", activation="gelu"), score=score,
+        write=lambda prompts, *rest, **options: [Generation(answer, "end", 0) for _ in prompts])
+    loaded = asked.load()
+    evaluate.ask(asked, loaded, model, {"step": 0}, str(tmp_path), lambda line: None, progress=False)
+    candidates = [candidate for question in loaded[0].questions for candidate in question.candidates]
+    _, (_, *lines) = read(tmp_path, "ekar_cot")
+    cut = 0
+    for candidate, request, scored in zip(
+            candidates, requests, (one for line in lines for one in line["candidates"]), strict=True):
+        ids = request.continuation[: scored["tokens"]]
+        text, expected = llama.decode_after(request.prompt, ids), candidate.continuation
+        cut += scored["continuation_tokens_cut"] > 0
+        assert text == expected or scored["continuation_tokens_cut"] and expected.startswith(text.rstrip("\ufffd"))
+        assert scored["bytes"] == sum(len(llama.bytes_of_ids()[token]) for token in ids) <= len(expected.encode())
+    assert 0 < cut < len(candidates)
+    assert {text for line in read(tmp_path, "dureader")[1][1:] for text in line["texts"]} == {"  x"}
 
 
 def test_runs_are_compared_in_pairs(evaluated, run_dir, pretrained, tmp_path, capsys):

@@ -18,10 +18,12 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from codellm_jax.evaluation.decoding import Generation  # noqa: E402
 from codellm_jax.evaluation.harness import CodellmJax  # noqa: E402
 from codellm_jax.evaluation.sampling import Sampling  # noqa: E402
 from codellm_jax.evaluation.scoring import Scores  # noqa: E402
 from codellm_jax.model.decoder import Decoder  # noqa: E402
+from codellm_jax.vocabulary import load_vocabulary  # noqa: E402
 
 LENGTH = 32
 QUESTIONS = [
@@ -281,3 +283,12 @@ def test_tasks_of_the_harness(harness, log_probabilities, tmp_path, monkeypatch)
     assert results["results"]["choose"]["acc_norm,none"] == pytest.approx(np.mean(by_length))
     assert results["results"]["write"]["exact_match,none"] == 0
     assert results["config"]["model"] is not None
+
+
+def test_what_is_written_keeps_its_first_blanks(harness, monkeypatch, other_vocabularies):
+    llama = load_vocabulary(other_vocabularies["llama"])
+    written = [llama.encode("value\n  x")[len(llama.encode("value\n")) :], llama.encode("the row")]
+    monkeypatch.setattr(harness, "_model", harness._model._replace(vocabulary=llama))
+    monkeypatch.setattr(type(harness._model), "write", lambda model, prompts, *rest, **options: [
+        Generation(ids, "end", 0) for ids in written])
+    assert harness.generate_until(ask("generate_until", ("value\n", {}), ("value", {}))) == ["  x", " the row"]

@@ -1,17 +1,22 @@
 """`t5x infer`: typed and from files, as it comes and whole, in the template of instructions, and after slips."""
 
 import bz2
+import contextlib
 import dataclasses
 import gzip
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from codellm_jax import cli
 from codellm_jax.configuration import build, read_configuration
+from codellm_jax.evaluation.decoding import Piece
 from codellm_jax.evaluation.infer import Inference, infer, read_prompts
-from codellm_jax.evaluation.trained import trained_model
+from codellm_jax.evaluation.trained import TrainedModel, trained_model
+from codellm_jax.runtime.partitioning import make_mesh
+from codellm_jax.vocabulary import load_vocabulary
 from tasks.instruction_sets.prompts import alpaca_prompt
 
 PROMPTS = ["def add(a, b):\n    return", "the row", "世界 order", "value = value * 3"]
@@ -58,7 +63,6 @@ def test_parts_make_up_the_whole_in_the_order_of_prompts(inference, alone):
 def test_a_part_holds_whole_characters_only(inference, monkeypatch):
     """Bytes of a character come one by one: none is shown before the character is whole."""
     from codellm_jax.evaluation import trained
-    from codellm_jax.evaluation.decoding import Piece
 
     vocabulary = inference.checkpoint.vocabulary
     ids = vocabulary.encode("a鑫b")
@@ -173,3 +177,28 @@ def test_slips_get_one_line(flags, tmp_path, capsys, name, content, message):
     assert cli.main([*flags, f"--prompts={tmp_path / name if name else 'nowhere.txt'}"]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_what_is_written_keeps_its_first_blanks(inference, monkeypatch, other_vocabularies):
+    """A vocabulary that puts a space before a text takes none away from what follows a prompt."""
+    vocabulary = load_vocabulary(other_vocabularies["llama"])
+    prompt, whole = "def f(x):\n", "def f(x):\n    return value"
+    ids = vocabulary.encode(whole)[len(vocabulary.encode(prompt)) :]
+    pieces = [Piece(0, [token], "end" if number == len(ids) - 1 else None) for number, token in enumerate(ids)]
+
+    model = SimpleNamespace(vocabulary=vocabulary, config=SimpleNamespace(length=64), room=lambda sampling: 8,
+                            stream=lambda *rest, **options: iter(pieces))
+    monkeypatch.setattr("codellm_jax.evaluation.infer.trained_model",
+                        lambda *rest: contextlib.nullcontext((model, {})))
+    parts: list[str] = []
+    [answer] = infer(inference, [prompt], parts.append, lambda number, prompt: None)
+    assert answer.text == "".join(parts) == "    return value"
+
+
+@pytest.mark.parametrize("word, stops", [("\n    x", True), ("    x", True), ("     x", False)])
+def test_stop_words_are_looked_for_in_what_follows_the_prompt(inference, other_vocabularies, word, stops):
+    vocabulary = load_vocabulary(other_vocabularies["llama"])
+    context = vocabulary.encode("value\n" if word[0] == " " else "value")
+    text = vocabulary.encode("value\n    x")[len(context) :]
+    model = TrainedModel(None, SimpleNamespace(length=64), vocabulary, make_mesh(inference.checkpoint.mesh))
+    assert model._options([context], [[word]], inference.sampling)["stopped"](0, text) == stops

@@ -9,8 +9,9 @@ import pytest
 
 import tasks
 from codellm_jax.mixture import mixture as mixture_module
-from codellm_jax.mixture.mixture import Mixture, open_mixture
+from codellm_jax.mixture.mixture import Mixture, held_out_warnings, open_mixture
 from codellm_jax.mixture.order import Source
+from codellm_jax.mixture.rows import Rows
 from codellm_jax.mixture.schedules import constant, phases
 from codellm_jax.vocabulary import load_vocabulary
 
@@ -72,6 +73,37 @@ def test_without_rates_a_pool_is_shared_by_size(mixture_of, vocabulary, tiny_cor
     # All the rows of the pool are through at the same time.
     assert opened.order.counts(large.count + small.count).tolist() == [small.count, large.count]
     assert opened.validation[0] is None  # nothing is held out
+
+
+def held_out(name: str, documents: int, count: int) -> Rows:
+    return Rows(name, "validation", "", count, 32, 99, documents, "")
+
+
+@pytest.mark.parametrize("stage, validation, told", [
+    ("pretraining", {"text.a": (20, 2), "code.b": (30, 9)}, []),
+    ("pretraining", {"text.a": (19, 2), "text.c": (1, 0), "code.b": (30, 9)}, []),  # a pool's sources together
+    ("pretraining", {"text.a": (19, 2), "code.b": (30, 9)}, [
+        "text: held-out documents: 19 (text.a 19 in 2 row(s)), too few to tell its loss by. Give a corpus of text a "
+        "larger 'holdout', or files of its own by 'validation', in CORPORA."]),
+    ("pretraining", {"text.a": (20, 2), "code.b": (90, 1), "code.d": None}, [
+        "code: held-out documents: 90 (code.b 90 in 1 row(s), code.d 0), too few"]),
+    ("pretraining", {"text.a": (0, 0), "code.b": (3, 0)}, [
+        "text: held-out documents: 0 (text.a 0), so that its loss on held-out rows is not measured. Give",
+        "code: held-out documents: 3 (code.b 3 in 0 row(s)), so that its loss on held-out rows is not measured."]),
+    ("tuning", {"text.a": (40, 19), "code.b": (40, 20)}, [  # 21 examples of 40 are left out
+        "text: held-out examples: 19 (text.a 19), too few"])])
+def test_pools_with_too_little_held_out_are_told(stage, validation, told):
+    rows = {name: size and held_out(name, *size) for name, size in validation.items()}
+    found = list(held_out_warnings(rows, stage))
+    assert len(found) == len(told) and all(line.startswith(start) for line, start in zip(found, told, strict=True))
+
+
+def test_warnings_of_a_mixture(mixture_of, vocabulary, tiny_documents):
+    opened = open_mixture(mixture_of(), vocabulary, 5, 100)
+    assert [line.split(" (")[0] for line in opened.warnings] == [
+        "text: held-out documents: 4", "code: held-out documents: 4"]
+    assert [rows.documents for rows in opened.validation] == [
+        len(tiny_documents[name, "validation"]) for name in ("text.tiny", "code.tiny")]
 
 
 def test_rates_of_corpora(mixture_of, vocabulary, tiny_corpora):

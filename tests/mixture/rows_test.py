@@ -1,6 +1,7 @@
 """The cache of rows against documents that are tokenized, joined and cut in plain Python."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import tasks
+from codellm_jax.mixture import half_made
 from codellm_jax.mixture import rows as rows_module
 from codellm_jax.mixture.rows import Rows, cached_rows
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
@@ -218,14 +220,62 @@ def test_what_a_killed_builder_left_is_no_cache(tmp_path, vocabulary, tiny_docum
     """SIGKILL: nothing is cleaned up, not even in the folder that was being written."""
     defined = corpus(tmp_path / "c", tiny_documents["text.tiny", "train"])
     with monkeypatch.context() as patch:
-        patch.setattr(rows_module.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(half_made, "_remove", lambda folder: None)
         patch.setattr(rows_module.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             cached_rows("text.other", defined, vocabulary, LENGTH, str(tmp_path), silent)
     assert len([name for name in files_below(tmp_path) if name.endswith("cache.json")]) == 1
+    [left] = (tmp_path / "rows" / "text.other").iterdir()
     found = cached_rows("text.other", defined, vocabulary, LENGTH, str(tmp_path), silent)["train"]
     assert found.read(np.arange(found.count)).tolist() == cut(
         joined(vocabulary, tiny_documents["text.tiny", "train"]), LENGTH)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("name, told", [("t5", True), ("llama", False)])
+def test_text_that_does_not_come_back_is_noted_with_the_rows(
+    tmp_path, tiny_documents, tiny_instructions, other_vocabularies, name, told
+):
+    own = load_vocabulary(other_vocabularies[name])
+    documents = tiny_documents["code.tiny", "train"]
+    defined = corpus(tmp_path / "c", documents, "code.other")
+    for _ in range(2):  # the second time from the cache
+        notes = cached_rows("code.other", defined, own, LENGTH, str(tmp_path), silent)["train"].notes
+        assert len(notes) == told
+        for note in notes:
+            assert note.startswith(f"WARNING: code.other, train: {len(documents)} of {len(documents)} documents ")
+            assert r":\n" in note
+    asked = tasks.Definitions(("tasks.pretraining", "tasks.tuning"), tiny_instructions)
+    notes = cached_rows("code.asked", asked, own, 64, str(tmp_path), silent, "tuning")["train"].notes
+    assert [" examples looked at do not come back" in note for note in notes] == [True] * told
+
+
+def test_tasks_of_other_making_are_looked_at_too(tmp_path, other_vocabularies):
+    own = load_vocabulary(other_vocabularies["t5"])
+    [note] = cached_rows("text.python_rows", tasks.Definitions(), own, LENGTH, str(tmp_path), silent)["train"].notes
+    assert note.startswith("WARNING: text.python_rows, train: 64 of 64 documents looked at do not come back")
+
+
+def in_validation(holdout: float) -> str:
+    return next(text for number in range(999) if int(hashlib.sha256(
+        (text := f"a document {number}").encode()).hexdigest()[:8], 16) < holdout * 2**32)
+
+
+def test_where_all_is_held_out_it_is_said_so(tmp_path, vocabulary):
+    """More copies of one text than are looked at to see that it is one."""
+    defined = corpus(tmp_path / "c", [in_validation(0.4)] * 600, holdout=0.4)
+    with pytest.raises(ValueError, match=r"text.other: all of its documents are held out \(600 in validation\), and "
+                                         r"none is left to train on; 'holdout': 0 in its CORPORA line holds out none"):
+        cached_rows("text.other", defined, vocabulary, LENGTH, str(tmp_path), silent)
+
+
+def test_one_document_is_trained_on_whatever_its_hash(tmp_path, vocabulary):
+    defined = corpus(tmp_path / "c", [in_validation(0.01)], holdout=0.01)
+    found = cached_rows("text.other", defined, vocabulary, 2, str(tmp_path), silent)
+    assert {split: rows.documents for split, rows in found.items()} == {"train": 1, "validation": 0, "test": 0}
+    with pytest.raises(ValueError, match="fewer than the 99 of one row.* Held out are 1 in validation, 1 in test, "):
+        cached_rows("text.other", corpus(tmp_path / "d", ["a", "b", "c"], holdout=0.01), vocabulary, 98, str(tmp_path),
+                    silent)
 
 
 def test_builders_at_the_same_time_both_succeed(tmp_path, vocabulary, tiny_documents, monkeypatch):

@@ -56,6 +56,24 @@ def test_instructions_are_encoded_as_seqio_encodes_them(tmp_path):
     assert [example.text_bytes for example in found] == [len((a + b).encode()) for a, b in pairs]
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_answers_are_encoded_as_they_stand_behind_their_prompts(tmp_path, other_vocabularies, name):
+    """So that evaluation, which encodes a candidate behind its prompt, asks for the tokens that were trained on."""
+    pairs = [("value\n", "    return value"), ("the row", " of tokens"), ("the row:", "value")]
+    defined = tasks.Definitions(corpora={"text.behind": {
+        "instructions": written(tmp_path, [{"input": first, "target": second} for first, second in pairs]),
+        "holdout": 0}})
+    vocabulary = load_vocabulary(other_vocabularies[name])
+    found = list(examples(open_task("text.behind", defined, "tuning"), "train", vocabulary))
+    assert [example.inputs.tolist() for example in found] == [vocabulary.encode(first) for first, _ in pairs]
+    assert [example.targets.tolist() for example in found] == [
+        [*vocabulary.encode_after(vocabulary.encode(first), second), vocabulary.end_of_document_id]
+        for first, second in pairs]
+    if name == "llama":
+        assert [vocabulary.decode([*example.inputs, *example.targets]) for example in found] == [
+            first + second for first, second in pairs]
+
+
 def test_any_other_task_goes_through_its_own_preprocessors(tmp_path):
     """text.python_rows joins documents and cuts them, which no single document shows."""
     task = open_task("text.python_rows", tasks.Definitions(), "pretraining")

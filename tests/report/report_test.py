@@ -430,6 +430,17 @@ def test_each_result_says_where_it_comes_from(one_seed):
     assert run["pretraining_tokens"] == "42000000000"
 
 
+def test_too_little_held_out_is_noted_beside_the_losses(tmp_path):
+    folder = write_study(tmp_path, ["NL", "CODE"], 1, {"cosqa": 10}, {})
+    for name in ("NL", "CODE"):
+        path = folder / "runs" / f"{name}.seed0" / "provenance.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"notes": ["text: 1 documents <are> held out."]}))
+    report(str(folder), say=lambda line: None)
+    section = (folder / "report" / "report.md").read_text().split("## Held-out loss")[1].split("\n## ")[0]
+    assert "`NL.seed0`, `CODE.seed0`: text: 1 documents" in section
+    assert "<are>" not in (folder / "report" / "report.html").read_text()
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda folder: shutil.rmtree(folder), "There is no directory"),
     (lambda folder: [shutil.rmtree(path) for path in folder.glob("runs/*/results")], "No run in"),

@@ -1,9 +1,13 @@
-"""What a process asks of the C library."""
+"""What a process asks of the C library, and how it keeps others out of a directory."""
 
+import errno
 import subprocess
 import sys
 
 import pytest
+
+from codellm_jax.runtime import process
+from codellm_jax.runtime.process import alone_in
 
 # As XLA does with a step's temporaries: large blocks, taken, written and freed again and again in a thread of its own.
 PROGRAM = """
@@ -35,3 +39,26 @@ def test_memory_that_is_freed_is_not_asked_of_the_kernel_again(monkeypatch):
     kept, left = (int(subprocess.run([sys.executable, "-c", PROGRAM, how], check=True, capture_output=True).stdout)
                   for how in ("keep", "leave"))
     assert kept < 10 < 50 < left  # 49,152 with pages of 4 KiB, 96 with pages of 2 MiB
+
+
+def test_one_process_at_a_time_is_in_a_directory(tmp_path):
+    code = f"from codellm_jax.runtime.process import alone_in\nwith alone_in({str(tmp_path)!r}): print('in')"
+    with alone_in(str(tmp_path)):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "Another process is training in" in other.stderr and not other.stdout
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "in\n"
+
+
+@pytest.mark.parametrize("number, raised", [(errno.ENOLCK, False), (errno.ENOSYS, False), (errno.EIO, True)])
+def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, number, raised):
+    def fails(lock, how):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(process.fcntl, "flock", fails)
+    entered = []
+    try:
+        with alone_in(str(tmp_path)):
+            entered.append(True)
+    except OSError:
+        assert raised
+    assert bool(entered) != raised

@@ -183,6 +183,25 @@ def test_shards_and_pieces_in_any_order_and_twice(corpora, unasked, tmp_path, sm
     assert content(tmp_path) == {name: text for name, text in content(unasked).items() if "/text.many/" in name}
 
 
+def test_what_does_not_come_back_is_noted_alike_by_shards(corpora, other_vocabularies, tmp_path, small):
+    t5 = load_vocabulary(other_vocabularies["t5"])
+    for name in ("unasked", "asked"):
+        defined = mixture_of(corpora, "pretraining", tmp_path).definitions
+        place = cache_place("text.many", defined, t5, LENGTH, str(tmp_path / name), "pretraining")
+        build = shards.Build("text.many", defined, t5, LENGTH, "pretraining", place)
+        planned = shards.plan(build) if name == "asked" else []
+        for shard in planned:
+            shards.tokenize(build, shard)
+        pieces = shards.pieces(build, planned)
+        for piece in pieces:
+            shards.cut(build, piece)
+        if planned:
+            shards.finish(build, planned, pieces)
+        found = cached_rows("text.many", defined, t5, LENGTH, str(tmp_path / name), silent)
+    assert "of 64 documents looked at do not come back" in found["train"].notes[-1]
+    assert content(tmp_path / "asked") == content(tmp_path / "unasked")
+
+
 def test_two_that_do_the_same_are_both_right(corpora, unasked, tmp_path, small, monkeypatch):
     """As when a worker is given up and its work done by another, while it lives on."""
     build = build_of(corpora, tmp_path)

@@ -128,6 +128,9 @@ def test_a_run_leaves_what_the_contract_says(make_training):
     assert (model_dir / "config.gin").read_text() == "SEED = 0\n"
     assert sorted(path.name for path in (model_dir / "checkpoints").iterdir()) == ["12", "8"]
     assert list((model_dir / "tensorboard").iterdir())
+    notes = json.loads((model_dir / "provenance.json").read_text())["notes"]
+    assert [note.split(" (")[0] for note in notes] == ["text: held-out documents: 4", "code: held-out documents: 4"]
+    assert all(f"WARNING: {note}" in describe(training, run.plan).splitlines() for note in notes)
     text = summary(run)
     for words in ("held-out loss", "text.tiny", "code.tiny", "share asked"):
         assert words in text

@@ -2,7 +2,9 @@
 
 import ast
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -349,6 +351,58 @@ def test_holdout_divides_by_text(tmp_path: pathlib.Path) -> None:
     assert set.union(*found["a"].values()) == set(texts)
     assert sum(map(len, found["a"].values())) == len(texts)
     assert all(60 < len(found["a"][split]) < 140 for split in ("validation", "test"))
+
+
+def _by_hash(texts: list[str]) -> list[str]:
+    return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+@pytest.mark.parametrize("texts, holdout, held_out", [
+    (1, 0.01, (0, 0)), (2, 0.01, (1, 0)), (3, 0.01, (1, 1)), (3, 0.49, (1, 1)), (4, 0.49, (1, 1)), (5, 0.49, (2, 2)),
+    (143, 0.01, (1, 1)), (250, 0.01, (2, 2)), (1999, 0.01, (20, 20)), (39, 0.5 - 1e-9, (19, 19))])
+def test_small_corpora_hold_out_the_texts_of_lowest_hash(
+    tmp_path: pathlib.Path, texts: int, holdout: float, held_out: tuple[int, int]
+) -> None:
+    written = [f"document {number}" for number in range(texts)]
+    ordered = _by_hash(written)
+    ends = [0, held_out[0], sum(held_out), texts]
+    expected = dict(zip(("validation", "test", "train"), itertools.starmap(
+        lambda first, last: set(ordered[first:last]), itertools.pairwise(ends)), strict=True))
+    for name, order in (("a", written), ("b", written[::-1]), ("twice", written * 2)):
+        _write_lines(tmp_path / f"{name}.jsonl", [{"text": text} for text in order])
+        spec = {"json_lines": str(tmp_path / f"{name}.jsonl"), "holdout": holdout}
+        found = {split: list(sources.documents(spec, split)) for split in specs.SPLITS}
+        assert {split: set(documents) for split, documents in found.items()} == expected
+        assert sum(map(len, found.values())) == len(order)
+
+
+def test_larger_corpora_are_divided_by_the_hash_alone(tmp_path: pathlib.Path) -> None:
+    texts = [f"document {number}" for number in range(2000)]  # of which a hash holds out 20 on average
+    _write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    _write_lines(tmp_path / "b.jsonl", [{"text": "again"}] * 20_000)  # more than are read to see that it is small
+    spec = {"json_lines": str(tmp_path / "a.jsonl")}
+    position = {text: int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 16**16 for text in texts}
+    assert list(sources.documents(spec, "validation")) == [text for text in texts if position[text] < 0.01]
+    assert list(sources.documents(spec, "test")) == [text for text in texts if 0.01 <= position[text] < 0.02]
+    assert sources.find_borders({"json_lines": str(tmp_path / "b.jsonl")}) == (0.01, 0.02)
+    assert sources.find_borders(spec | {"holdout": 0}) is None
+    assert sources.find_borders({"python": "text"}) is None
+
+
+def test_files_read_by_themselves_have_the_splits_of_the_whole(tmp_path: pathlib.Path) -> None:
+    for number in range(143):
+        (tmp_path / f"{number:03}.txt").write_text(f"a file of a user, {number % 100}")
+    spec = {"text_files": str(tmp_path / "*.txt")}
+    listed = sources.files(spec, "train")
+    borders = sources.find_borders(spec)
+    for split in specs.SPLITS:
+        whole = list(sources.documents(spec, split))
+        assert whole
+        for known in (None, borders):
+            assert [text for start in range(0, 143, 13) for text in sources.documents(
+                spec, split, only_files=listed[start : start + 13], borders=known)] == whole
+    held_out = [set(sources.documents(spec, split)) for split in specs.SPLITS]
+    assert list(map(len, held_out)) == [98, 1, 1] and len(set.union(*held_out)) == 100
 
 
 def test_validation_of_its_own(tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Corpora of instructions: splits, samples, benchmarks' training sets, specs, and the real files."""
 
+import hashlib
 import json
 import pathlib
 import re
@@ -47,6 +48,21 @@ def test_holdout(write: Callable[..., str]) -> None:
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 400  # One question is in one split only.
     backwards = write("b.json", records[::-1])
     assert sorted(_targets({"instructions": backwards, "holdout": 0.2})) == sorted(p.targets for p in found["train"])
+
+
+def test_few_prompts_are_divided_so_that_each_split_has_some(write: Callable[..., str]) -> None:
+    records = [_record(number) | output for output in ({}, {"output": "again"}) for number in range(30)]
+    spec = {"instructions": [write("a.json", records[:40]), write("b.json", records[40:])]}
+    found = {split: list(instructions.pairs(spec, split)) for split in specs.SPLITS}
+    prompts = {split: {pair.inputs for pair in pairs} for split, pairs in found.items()}
+    ordered = sorted(set.union(*prompts.values()), key=lambda text: hashlib.sha256(text.encode()).digest())
+    assert prompts == {"validation": {ordered[0]}, "test": {ordered[1]}, "train": set(ordered[2:])}
+    assert {split: len(pairs) for split, pairs in found.items()} == {"train": 56, "validation": 2, "test": 2}
+    by_file = [pair for file in spec["instructions"]
+               for pair in instructions.pairs(spec, "validation", only_files=[file])]
+    assert by_file == found["validation"]
+    one = {"instructions": write("c.json", records[:1])}
+    assert [len(list(instructions.pairs(one, split))) for split in specs.SPLITS] == [1, 0, 0]
 
 
 def test_validation_files(write: Callable[..., str]) -> None:

@@ -1,0 +1,83 @@
+"""Whether texts come back from a vocabulary as they went in: looked at in a sample while rows are made.
+
+The sample is of the texts with the smallest hashes, of each its beginning. So it is the same in whatever order texts
+come, and that of parts of a split together is that of the split.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from codellm_jax.vocabulary import Vocabulary
+
+SAMPLED = 64  # texts of a split
+LOOKED_AT = 500  # characters of each: ten milliseconds in all
+SHOWN = 30  # characters before and after the first that differs
+
+
+class Looked(NamedTuple):
+    """A text that was looked at; where it differs a piece of it before and after, else "" twice."""
+
+    hash: int
+    before: str
+    after: str
+
+
+class Sample:
+    """Texts of one split, or of a part of it."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, tuple[str, ...]] = {}
+        self._largest = 0
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Takes a document, or the prompt and the answer of an example, if it belongs to the sample so far."""
+        parts = tuple(map(_beginning, texts))
+        hash_ = int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "big")
+        if len(self._texts) == SAMPLED and hash_ >= self._largest:
+            return
+        self._texts[hash_] = parts
+        if len(self._texts) > SAMPLED:
+            del self._texts[max(self._texts)]
+        self._largest = max(self._texts)
+
+    def looked_at(self, vocabulary: Vocabulary) -> list[Looked]:
+        """Each text of the sample, by its hash, encoded and decoded."""
+        return [Looked(hash_, *_difference(parts, vocabulary)) for hash_, parts in sorted(self._texts.items())]
+
+
+def _beginning(text: str) -> str:
+    # A cut before a blank would leave one at the end, which some vocabularies lose there alone.
+    return text if len(text) <= LOOKED_AT else text[:LOOKED_AT].rstrip()
+
+
+def _difference(parts: Sequence[str], vocabulary: Vocabulary) -> tuple[str, str]:
+    """Where the first part that differs differs, before and after; "" twice where none does."""
+    context: list[int] = []
+    for part in parts:
+        ids = vocabulary.encode_after(context, part)
+        back = vocabulary.decode_after(context, ids)
+        # Where blanks are squeezed one may stand between prompt and answer; it is no part of either.
+        if back != part and not (context and back == f" {part}"):
+            first = len(os.path.commonprefix([part, back]))
+            shown = slice(max(0, first - SHOWN), first + SHOWN)
+            return part[shown], back[shown]
+        context = ids
+    return "", ""
+
+
+def of_whole(parts: Iterable[Looked]) -> list[Looked]:
+    """The sample of a split, from those of its parts."""
+    return sorted(set(parts))[:SAMPLED]
+
+
+def warned(task: str, split: str, looked: Sequence[Looked], unit: str) -> list[str]:
+    """A warning, with the first example, where texts of the sample differ; else nothing."""
+    differing = [one for one in looked if one.before != one.after]
+    if not differing:
+        return []
+    before, after = differing[0].before, differing[0].after
+    return [f"WARNING: {task}, {split}: {len(differing)} of {len(looked)} {unit} looked at do not come back from the "
+            f"vocabulary as they went in: {before!r} comes out as {after!r}. What is lost is not learned: take another "
+            "VOCABULARY, such as 'python_8k', or train one with `t5x vocabulary`."]
