@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from codellm_jax.results.answers import is_measured, ties_of
-from codellm_jax.results.files import finished_lines
+from codellm_jax.results.files import files_of, finished_lines
 from codellm_jax.results.levels import detectable_by_error, detectable_paired
 from codellm_jax.results.statistics import Interval, holm, mcnemar, paired_bootstrap, sign_flips
 
@@ -88,7 +88,7 @@ def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[dict[str, Any]
     """For each task of a run its result, and the lines of its questions."""
     folder = epath.Path(run).expanduser() / "results"
     found = {}
-    for path in sorted(folder.glob("*.json")) if folder.exists() else []:
+    for path in files_of(folder, ".json"):
         result = json.loads(path.read_bytes())
         lines = finished_lines(path.with_suffix(".jsonl"), result)
         if lines is None:

@@ -57,6 +57,9 @@ class Mixture:
             raise ValueError("MIXTURE_OR_TASK_NAME is empty: name a SeqIO mixture or tasks.")
         if self.max_epochs is not None and self.max_epochs < 1:
             raise ValueError(f"MAX_EPOCHS must be at least 1 (or None for no limit), found {self.max_epochs}.")
+        if "\\" in self.cache_dir:
+            raise ValueError(f"CACHE_DIR {self.cache_dir} holds a backslash, which the library that stores rows takes "
+                             "for a slash: use another name.")
         if self.stage not in STAGES:
             raise ValueError(f"mixture.stage must be one of {', '.join(STAGES)}, found {self.stage!r}.")
         if self.code_rate is not None:

@@ -156,8 +156,13 @@ def _shards(split: str, divisible: bool, definition: Mapping[str, Any]) -> Itera
 
 def missing(build: Build, planned: Sequence[Shard]) -> list[Shard]:
     """Those that are not tokenized yet."""
-    done = {(split, file.name) for split in SPLITS for file in (build.working / "tokens" / split).glob("*.json")}
+    done = {(split, file.name) for split in SPLITS for file in _files(build.working / "tokens" / split)}
     return [shard for shard in planned if (shard.split, f"{shard.number:06}.json") not in done]
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """What lies in a folder, which may not be there; a name like runs[1] is no pattern here."""
+    return folder.iterdir() if folder.exists() else iter(())
 
 
 # Reading a task's warnings and keeping TensorFlow quiet concern a whole process, whose threads may be many.
@@ -240,7 +245,7 @@ def progress(build: Build, shards: Sequence[Shard]) -> Progress:
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         folder = build.working / "tokens" / split
         parts: dict[str, list[epath.Path]] = {}
-        for file in folder.glob("*") if folder.exists() else ():
+        for file in _files(folder):
             if file.suffix in (".json", ".part") and not file.name.startswith("."):
                 parts.setdefault(file.name[:6], []).append(file)
         for shard in of_split:

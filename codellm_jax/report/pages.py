@@ -88,7 +88,7 @@ def markdown(title: str, blocks: Sequence[Block]) -> str:
     """The page as Markdown, with its plots in files beside it. A notice that comes first stands above the title."""
     parts = [_markdown(block) for block in blocks]
     at = 1 if blocks and isinstance(blocks[0], Notice) else 0
-    return "\n\n".join([*parts[:at], f"# {title}", *parts[at:]]) + "\n"
+    return "\n\n".join([*parts[:at], f"# {_plain(title)}", *parts[at:]]) + "\n"
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
@@ -113,20 +113,26 @@ def comma_separated(columns: Sequence[str], rows: Sequence[Sequence[object]]) ->
 
 def _markdown(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"{'#' * block.level} {block.text}"
+        return f"{'#' * block.level} {_plain(block.text)}"
     if isinstance(block, Text):
-        return block.text
+        return _plain(block.text)
     if isinstance(block, Notice):
-        return f"**{block.text}**"
+        return f"**{_plain(block.text)}**"
     if isinstance(block, Items):
-        return "\n".join(f"- {text}" for text in block.texts)
+        return "\n".join(f"- {_plain(text)}" for text in block.texts)
     if isinstance(block, Figure):
-        return f"![{block.name}]({block.name}.png)\n\n{block.caption}"
+        return f"![{block.name}]({block.name}.png)\n\n{_plain(block.caption)}"
     align = [" --- " if _is_words(block, column) else " ---: " for column in range(len(block.columns))]
     lines = [block.columns, *block.rows]
-    cells = [" | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in line) for line in lines]
-    caption = [block.caption, ""] if block.caption else []
+    cells = [" | ".join(_plain(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line) for line in lines]
+    caption = [_plain(block.caption), ""] if block.caption else []
     return "\n".join([*caption, f"| {cells[0]} |", f"|{'|'.join(align)}|", *(f"| {line} |" for line in cells[1:])])
+
+
+def _plain(text: str) -> str:
+    """Text of Markdown in which nothing is HTML: names of runs and answers of models are data. Code is none anyway."""
+    return "".join(part if part.startswith("`") else re.sub("<(?=[A-Za-z/!?])", r"\\<", part)
+                   for part in re.split(r"(`[^`]+`)", text))
 
 
 def _html(block: Block) -> str:

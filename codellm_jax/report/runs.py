@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from codellm_jax.results.answers import is_measured
-from codellm_jax.results.files import finished_lines
+from codellm_jax.results.files import files_of, finished_lines
 
 # What makes questions and scores what they are; where one differs, two results must not stand in one table. Named from
 # what is seen first: a template makes other questions of the same data.
@@ -125,7 +125,7 @@ def read_results(directory: epath.Path, run: str) -> dict[str, Result]:
     """
     found: dict[str, Result] = {}
     folder = directory / "results"
-    for path in sorted(folder.glob("*.json")) if folder.exists() else []:
+    for path in files_of(folder, ".json"):
         result = read_json(path)
         if not isinstance(result, dict) or not {"task", "n", "settings", "checkpoint", "metric"} <= result.keys():
             raise ValueError(f"{path} is no result of an evaluation: move it away, or evaluate the task again.")

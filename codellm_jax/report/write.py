@@ -40,7 +40,7 @@ from codellm_jax.report.runs import (
     resolve,
 )
 from codellm_jax.report.study import Study
-from codellm_jax.results.files import write_whole
+from codellm_jax.results.files import files_of, write_whole
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import StatusLine, read_records
 
@@ -96,8 +96,8 @@ def write(folder: epath.Path, files: Mapping[str, str | bytes]) -> None:
             write_whole(folder / name, content)
         else:
             (folder / name).write_bytes(content)
-    for path in folder.glob("*"):
-        if path.suffix in (".csv", ".png", ".svg") and path.name not in files:
+    for path in files_of(folder, ".csv", ".png", ".svg"):
+        if path.name not in files:
             path.unlink()
 
 

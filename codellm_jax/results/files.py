@@ -7,6 +7,13 @@ from typing import Any
 from etils import epath
 
 
+def files_of(folder: epath.Path, *suffixes: str) -> list[epath.Path]:
+    """The files in a folder whose names end so, sorted; none where there is no folder. The folder's own name is no
+    pattern, as it would be for glob.
+    """
+    return sorted(path for path in (folder.iterdir() if folder.exists() else ()) if path.suffix in suffixes)
+
+
 def as_lines(values: Sequence[Any]) -> str:
     """JSON, a line each; it may hold what `encoded` alone can write."""
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)

@@ -23,7 +23,7 @@ from codellm_jax.configuration import (
     nearest,
     read_configuration,
 )
-from codellm_jax.results.files import write_whole
+from codellm_jax.results.files import files_of, write_whole
 from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
 from codellm_jax.study.arms import OWN, Arm, Asked, Run, Study, expand, plan_runs
 
@@ -347,8 +347,7 @@ def _results(one: Planned, checkpoint: str | None) -> tuple[list[str], bool]:
 def evaluation_seconds(one: Planned) -> float | None:
     """How long the questions of a run took, where results tell; without the start of the command."""
     folder = epath.Path(one.folder).expanduser() / "results"
-    results = [result for path in (folder.iterdir() if folder.exists() else [])
-               if path.suffix == ".json" and (result := _json(path))]
+    results = [result for path in files_of(folder, ".json") if (result := _json(path))]
     rates = [(result["n"], result.get("questions_per_second")) for result in results]
     return sum(n / rate for n, rate in rates) if rates and all(rate for _, rate in rates) else None
 

@@ -188,3 +188,8 @@ def test_bad_phases_are_refused_in_one_line(mixture_of, vocabulary):
     with pytest.raises(ValueError, match="MIX_PHASES must list text:code ratios") as raised:
         open_mixture(mixture_of(mix_phases=["5/5"]), vocabulary, 0, 100)
     assert "\n" not in str(raised.value)
+
+
+def test_a_cache_whose_name_would_be_another_is_refused():
+    with pytest.raises(ValueError, match=r"CACHE_DIR /tmp/a\\b holds a backslash"):
+        Mixture(name="text.a", definitions=None, lengths={"targets": 8}, code_rate=0.0, cache_dir="/tmp/a\\b")

@@ -19,6 +19,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from codellm_jax import cli
+from codellm_jax.report.pages import Heading, Items, Notice, Table, Text, markdown, page
 from codellm_jax.report.write import read_study, report
 from codellm_jax.results.statistics import sign_flips
 from tasks.benchmarks.metrics import bleu_of_counts
@@ -510,3 +511,12 @@ def test_a_folder_of_ordinary_runs_will_do(pretrained, tmp_path, capsys):
     losses = [row for row in table(tmp_path, "losses") if row["run"] == "run_code" and row["pool"] == "code"]
     assert [row["step"] for row in losses] == ["0", "4"] and float(losses[1]["tokens"]) == 4 * 8 * 32
     assert (tmp_path / "report/mix.png").exists()
+
+
+def test_nothing_that_is_data_becomes_a_page():
+    text = 'run <script src="x"></script> & <!-- x --> `<code>`, p < 0.05'
+    blocks = [Heading(2, text), Text(text), Notice(text), Items([text]), Table(text, [text], [[text]])]
+    for written in (markdown(text, blocks), page(text, blocks)):
+        outside = re.sub(r"<style>.*?</style>|`[^`]+`|<code>&lt;code&gt;</code>", "", written, flags=re.DOTALL)
+        assert not re.search(r"(?<!\\)<(script|!--|code)", outside)
+    assert r"run \<script src=" in markdown(text, blocks) and "p < 0.05" in markdown(text, blocks)
