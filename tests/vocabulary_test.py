@@ -267,7 +267,8 @@ def test_missing_vocabularies(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("content, what", [
-    (b"", ""), (b"no model at all" * 9, ""), (bytes(100), ""), (gzip.compress(b"x", mtime=0), " but compressed by gzip"),
+    (b"", ""), (b"no model at all" * 9, ""), (bytes(100), ""),
+    (gzip.compress(b"x", mtime=0), " but compressed by gzip"),
     (b'{"model": {}}', " but JSON, such as Hugging Face's tokenizer.json"),
     (b"PK\x03\x04" + bytes(9), " but a zip archive"),
     (b"version https://git-lfs.github.com/spec/v1\n", " but a pointer of Git LFS in the place of the file")])

@@ -69,6 +69,8 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
         if processes.stopped:
             return tell_stopped(processes.stopped, report)
         facts = surveyed["runs"]
+        for warning in dict.fromkeys(line for fact in facts.values() for line in fact.get("warnings", ())):
+            report(f"WARNING: {warning}")
         stand = stand_of(planned, facts)
         if options.dry_run:
             report(page(asked, chosen, facts, stand, surveyed["measured"]))
