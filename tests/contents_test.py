@@ -64,6 +64,7 @@ def test_the_same_text_however_it_is_written(tmp_path, monkeypatch, encode, comp
     assert lines == [line + b"\n" for line in TEXT.encode().split(b"\n")[:-1]] + ["\u2028 end".encode()]
 
 
+@hypothesis.settings(deadline=None)  # a busy machine is no fault
 @hypothesis.given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff\ufffe")),
                            max_size=4), st.sampled_from(sorted(ENCODINGS)), st.sampled_from(sorted(COMPRESSIONS)))
 def test_members_that_follow_one_another(tmp_path_factory, texts, encoding, compression):

@@ -96,7 +96,8 @@ def facts(training: Training, plan: Plan) -> dict[str, Any]:
     return {
         "stage": plan.mixture.stage, "steps": plan.last_step, "rows": plan.rows, "length": length, "tokens": tokens,
         "flops": flops_per_token(config, causal=False) * tokens, "parameters": parameter_count(config),
-        "order": order.fingerprint(), "warnings": list(plan.mixture.warnings), "counted": unit(plan.mixture) if size == 1 else "tokens",
+        "order": order.fingerprint(), "warnings": list(plan.mixture.warnings),
+        "counted": unit(plan.mixture) if size == 1 else "tokens",
         "sources": [{"name": source.name, "drawn": int(count) * size, "epochs": float(count / source.rows)}
                     for source, count in zip(order.sources, drawn, strict=True)],
         # Steps of one stage, model and length differ in nothing but rows, to which their cost is proportional.

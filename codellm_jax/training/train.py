@@ -49,6 +49,8 @@ from codellm_jax.runtime.provenance import software, training_hash
 from codellm_jax.runtime.state import TrainState, initial_state, require_memory
 from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
 
+STATE = "Parameters and optimizer state"
+
 
 def train_step(
     state: TrainState, batch: Batch, *, model: Decoder, optimizer: optax.GradientTransformation, sources: int,
@@ -153,7 +155,6 @@ def train(
     if profile_steps is not None:
         profile_steps.require_within(plan.last_step)
     say(describe(training, plan) + "\n")
-    require_memory(plan.state, "Parameters and optimizer state")
     model_dir = epath.Path(training.model_dir).expanduser()
     text, values = settings()
     require_agreement("order of its data", plan.mixture.order.fingerprint())
@@ -200,6 +201,7 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
             record["ledger"], plan.mixture.stage, training.model_dir, training.initial_checkpoint_path)
         require_same_vocabulary(record, vocabulary, training.model_dir)
         require_same_settings(record["settings"], settings, training.model_dir)
+        require_memory(plan.state, STATE)
 
     restored = checkpoints.restore_newest(plan.state, check, report=say)
     if restored is not None:
@@ -213,6 +215,7 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
         require_same_model, vocabulary=vocabulary, config=plan.model.config, model_dir=str(path))
     if path:  # before anything is allocated for a model that may be far too large
         same_model(newest_record(path)[1])
+    require_memory(plan.state, STATE)
     state = initial_state(plan.model, plan.optimizer, plan.state, training.seed)
     if path:
         params, record = restore_parameters(

@@ -123,8 +123,8 @@ def test_the_same_tokens_tie_whatever_their_rounding_and_their_bytes(tmp_path):
         def __getattr__(self, name: str) -> Any:
             return getattr(WORDS, name)
 
-        def encode(self, text: str) -> list[int]:
-            return WORDS.encode(text.replace("\u3000", " "))
+        def encode_after(self, context: Any, text: str) -> list[int]:
+            return WORDS.encode_after(context, text.replace("\u3000", " "))
 
     model = Model(value=lambda prompt, continuation: next(drawn))
     model.vocabulary = Lossy()
@@ -211,7 +211,7 @@ def test_what_no_encoding_holds_is_written_and_read_again(tmp_path):
         def __getattr__(self, name: str) -> Any:
             return getattr(WORDS, name)
 
-        def decode(self, ids: Any) -> str:
+        def decode_after(self, context: Any, ids: Any) -> str:
             return odd
 
     class Noting(Benchmarks):

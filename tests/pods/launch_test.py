@@ -256,7 +256,7 @@ def test_a_resource_of_the_same_name_is_left_alone(cloud):
 
 def test_a_second_launch_listens_to_the_job_that_runs(cloud, capsys):
     cloud.t5x("echo begun; until [ -e $FAKE/go ]; do sleep 0.02; done; echo the end")
-    script = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from launch_test import job, launch; " \
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from launch_test import job, launch; " \
              "launch(job(), poll_seconds=0.01)"
     first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -448,7 +448,7 @@ def test_what_is_no_run_directory_is_told_apart(tmp_path):
     for path, message in (("weights", "weights holds model.safetensors, weights in a form that is not read"),
                           ("nowhere", "There is no directory .*nowhere"),
                           ("weights/config.json", "config.json is a file, and no run directory"),
-                          ("run/checkpoints", "run/checkpoints is a part of the run directory .*run:"),
-                          ("run/checkpoints/4", "checkpoints/4 is a part of the run directory .*run:")):
-        with pytest.raises(FileNotFoundError, match=message + ".*: name the MODEL_DIR of a run that saved one"):
+                          ("run/checkpoints", "run/checkpoints is a part of the run directory .*run"),
+                          ("run/checkpoints/4", "checkpoints/4 is a part of the run directory .*run")):
+        with pytest.raises(FileNotFoundError, match=message + ".*name the MODEL_DIR of a run that saved one"):
             newest_record(str(tmp_path / path))
