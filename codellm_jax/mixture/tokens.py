@@ -74,11 +74,12 @@ def open_task(task: str, definitions: Definitions, stage: str) -> Any:
     require_registered(task)
     opened = seqio.TaskRegistry.get(task)
     if ("inputs" in opened.output_features) != (stage == "tuning"):
-        raise ValueError(
-            f"{task} is a task of documents, without inputs to answer: train on it with gin/mixed_pretrain.gin, or "
-            "name instruction tasks in MIXTURE_OR_TASK_NAME (in a study tuning/MIXTURE_OR_TASK_NAME)." if stage == "tuning" else
-            f"{task} is a task of instructions: train on it with gin/tune_mixed.gin, or name tasks of documents in "
-            "MIXTURE_OR_TASK_NAME (in a study pretraining/MIXTURE_OR_TASK_NAME).")
+        if stage == "tuning":
+            raise ValueError(f"{task} is a task of documents, without inputs to answer: train on it with "
+                             "gin/mixed_pretrain.gin, or name instruction tasks in MIXTURE_OR_TASK_NAME (in a study "
+                             "tuning/MIXTURE_OR_TASK_NAME).")
+        raise ValueError(f"{task} is a task of instructions: train on it with gin/tune_mixed.gin, or name tasks of "
+                         "documents in MIXTURE_OR_TASK_NAME (in a study pretraining/MIXTURE_OR_TASK_NAME).")
     return opened
 
 
