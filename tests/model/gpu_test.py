@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from codellm_jax.model.attention import AttentionMask, attended_saveable, dot_product_attention
-from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
+from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head
 from codellm_jax.model.losses import cross_entropy
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU, or JAX_PLATFORMS is not cuda")
@@ -81,7 +81,7 @@ def test_loss_and_gradients_of_a_decoder_in_bfloat16_are_near_those_in_float32(r
 
     def loss(params: Any, config: DecoderConfig) -> jax.Array:
         hidden_BLD: Any = Decoder(config).apply({"params": params}, tokens_BL, positions_BL, segments_BL)
-        return cross_entropy(hidden_BLD, token_embedding(params), targets_BL, jnp.ones((3, LENGTH)))[0]
+        return cross_entropy(hidden_BLD, output_head(params), targets_BL, jnp.ones((3, LENGTH)))[0]
 
     exact = dataclasses.replace(config, dtype="float32", attention="reference", remat="none")
     found = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, config)
