@@ -24,6 +24,11 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[
     return module.param(name, boxed, shape, jnp.float32)
 
 
+def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array | None:
+    """The bias of a projection, if the config says that it has one."""
+    return parameter(module, f"{name}_bias", shape, axes) if name in BIASES[module.config.biases] else None
+
+
 def make_norm(config: DecoderConfig, name: str | None) -> nn.LayerNorm | nn.RMSNorm:
     """The config's norm over D; statistics and scaling in float32, the result in the compute dtype."""
     scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
@@ -55,7 +60,7 @@ def _linear(x_BLI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None, na
     dtype = x_BLI.dtype
     y_NO = x_BLI.reshape(-1, x_BLI.shape[-1]) @ kernel_IO.astype(dtype)
     if bias_O is not None:
-        y_NO = y_NO + bias_O.astype(dtype)
+        y_NO = y_NO + bias_O.reshape(-1).astype(dtype)
     return checkpoint_name(y_NO, name).reshape(*x_BLI.shape[:-1], -1)
 
 
@@ -71,7 +76,6 @@ class Attention(nn.Module):
         """Attends from projections of `query_BLD` to keys and values of `source_BLD`; returns [B, L, D]."""
         config = self.config
         query_BLHK = self._project("query", query_BLD, config.heads, "heads", rotation)
-        # As many heads as the cache keeps, G: H, or fewer.
         key_BMGK = self._project("key", source_BLD, config.key_heads, config.key_axis, rotation)
         value_BMGK = self._project("value", source_BLD, config.key_heads, config.key_axis)
         if mask.query_offset is not None:
@@ -81,24 +85,19 @@ class Attention(nn.Module):
             query_BLHK, key_BMGK, value_BMGK, mask, implementation=config.attention,
             is_query_layer=query_BLD is not source_BLD)
         kernel_QD = parameter(self, "output_kernel", (config.query_width, config.hidden), ("heads", "embed"))
-        bias_D = None
-        if "output" in BIASES[config.biases]:
-            bias_D = parameter(self, "output_bias", (config.hidden,), ("embed",))
+        bias_D = _bias(self, "output", (config.hidden,), ("embed",))
         attended_BLQ = attended_BLHK.reshape(*query_BLD.shape[:2], config.query_width)
         return _linear(attended_BLQ, kernel_QD, bias_D, "mixed")
 
     def _project(
         self, name: str, x_BLD: jax.Array, heads: int, axis: str, rotation: Rotation | None = None
     ) -> jax.Array:
-        """Projects to so many heads, [B, L, heads, K]; queries and keys are then normed and turned if the config says.
-        """
+        """Projects to so many heads, [B, L, heads, K]; queries and keys are then normed and turned if it is asked."""
         config, size = self.config, self.config.size_of_head
         # All heads in one axis of the kernel: TPUs would pad heads of 80 to 128 each.
         kernel_DQ = parameter(self, f"{name}_kernel", (config.hidden, heads * size), ("embed", axis))
-        bias_Q = None
-        if name in BIASES[config.biases]:
-            bias_Q = parameter(self, f"{name}_bias", (heads, size), (axis, "kv")).reshape(-1)
-        projected_BLQ = _linear(x_BLD, kernel_DQ, bias_Q, "projected")
+        bias_HK = _bias(self, name, (heads, size), (axis, "kv"))
+        projected_BLQ = _linear(x_BLD, kernel_DQ, bias_HK, "projected")
         x_BLHK = projected_BLQ.reshape(*x_BLD.shape[:2], heads, size)
         x_BLHK = constrain(x_BLHK, "activation_batch", "activation_length", f"activation_{axis}", "activation_kv")
         if name != "value" and config.query_key_norm != "none":
@@ -137,9 +136,7 @@ class FeedForward(nn.Module):
         x_BLF = self._expand("up", x_BLD)
         x_BLF = activation(self._expand("gate", x_BLD)) * x_BLF if config.is_gated else activation(x_BLF)
         kernel_FD = parameter(self, "down_kernel", (config.feedforward, config.hidden), ("mlp", "embed"))
-        bias_D = None
-        if "down" in BIASES[config.biases]:
-            bias_D = parameter(self, "down_bias", (config.hidden,), ("embed",))
+        bias_D = _bias(self, "down", (config.hidden,), ("embed",))
         # No gradient takes what it returns, but that of a norm: then it is kept like attention's.
         return _linear(x_BLF, kernel_FD, bias_D, "mixed" if config.norm_place == "after" else "contracted")
 
@@ -147,9 +144,7 @@ class FeedForward(nn.Module):
         """Projects to the feed-forward size."""
         config = self.config
         kernel_DF = parameter(self, f"{name}_kernel", (config.hidden, config.feedforward), ("embed", "mlp"))
-        bias_F = None
-        if name in BIASES[config.biases]:
-            bias_F = parameter(self, f"{name}_bias", (config.feedforward,), ("mlp",))
+        bias_F = _bias(self, name, (config.feedforward,), ("mlp",))
         return constrain(
             _linear(x_BLD, kernel_DF, bias_F, "expanded"), "activation_batch", "activation_length", "activation_mlp")
 

@@ -54,7 +54,7 @@ class RotaryScaling:
           ValueError: in one line; the kind or a name is unknown, a number is missing, or it is out of its range.
         """
         kind = settings.get("kind")
-        if kind not in SCALINGS:
+        if kind not in list(SCALINGS):  # a list, for what cannot be hashed
             raise ValueError(f"rotary_scaling must have a 'kind' of {', '.join(SCALINGS)}, found {dict(settings)!r}.")
         needed, further = SCALINGS[kind]
         known = ("kind", "factor", *needed, *further)
@@ -65,7 +65,7 @@ class RotaryScaling:
                                  f"Known: {', '.join(known)}.")
         for name in ("factor", *needed):
             if name not in settings:
-                raise ValueError(f"rotary_scaling of kind {kind!r} needs a {name!r}, found {dict(settings)!r}.")
+                raise ValueError(f"rotary_scaling of kind {kind!r} needs {name!r}, found {dict(settings)!r}.")
         for name, value in settings.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if name != "kind" and not (number and value > 0 and (name != "factor" or value >= 1)):
@@ -110,9 +110,9 @@ def rotation(positions_BL: jax.Array, size: int, theta: float, scaling: RotarySc
     return jnp.cos(angles_BL1R) * factor, jnp.sin(angles_BL1R) * factor
 
 
-def rotate(x_BLHK: jax.Array, rotation: Rotation) -> jax.Array:
+def rotate(x_BLHK: jax.Array, turns: Rotation) -> jax.Array:
     """Turns the first 2 R numbers of each head, in float32, and leaves the rest; the dtype stays."""
-    cosine_BL1R, sine_BL1R = rotation
+    cosine_BL1R, sine_BL1R = turns
     half = cosine_BL1R.shape[-1]
     first, second, rest = x_BLHK[..., :half], x_BLHK[..., half : 2 * half], x_BLHK[..., 2 * half :]
     turned = first * cosine_BL1R - second * sine_BL1R, second * cosine_BL1R + first * sine_BL1R

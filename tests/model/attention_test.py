@@ -215,13 +215,13 @@ def test_splash_leaves_what_the_mesh_does_not_divide_to_another() -> None:
 
 
 @pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install '.[tpu]'")
-@pytest.mark.parametrize("head_size", [64, 80, 128])
-def test_splash_compiles_for_tpus_split_over_their_mesh(head_size: int) -> None:
+@pytest.mark.parametrize(("head_size", "key_heads"), [(64, 4), (80, 4), (128, 4), (64, 2)])
+def test_splash_compiles_for_tpus_split_over_their_mesh(head_size: int, key_heads: int) -> None:
     devices = np.array(compile_only_devices(parse_topology("v5e-8"))).reshape(2, 2, 2)
     mesh = Mesh(devices, ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
     rows = ("data", "fsdp")
-    array = jax.ShapeDtypeStruct((8, 1024, 4, head_size), jnp.bfloat16, sharding=NamedSharding(
-        mesh, PartitionSpec(rows, None, "model", None)))
+    queries, keys = (jax.ShapeDtypeStruct((8, 1024, heads, head_size), jnp.bfloat16, sharding=NamedSharding(
+        mesh, PartitionSpec(rows, None, "model", None))) for heads in (4, key_heads))
     segments_BL = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(rows)))
 
     def gradients(*inputs: jax.Array) -> tuple[jax.Array, ...]:
@@ -230,7 +230,7 @@ def test_splash_compiles_for_tpus_split_over_their_mesh(head_size: int) -> None:
         return jax.grad(lambda *a: jnp.sum(dot_product_attention(*a, mask)).astype(jnp.float32), (0, 1, 2))(*inputs)
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(AXIS_RULES):
-        text = jax.jit(gradients).lower(array, array, array, segments_BL).compile().as_text()
+        text = jax.jit(gradients).lower(queries, keys, keys, segments_BL).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, and the gradients of queries and of keys
     assert "all-gather" not in text and "all-reduce" not in text
 

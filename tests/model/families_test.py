@@ -3,6 +3,7 @@
 `golden.py` tells how the files are made. A function for each way of naming tensors lays them out as our parameters.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -191,6 +192,16 @@ def test_logits_equal_those_of_transformers(path: Path) -> None:
         tokens_BL, positions_BL, np.repeat([[0], [1]], length, axis=1).astype(np.int32)))
     found_1LV = compute_logits(config, params, *both)
     np.testing.assert_allclose(found_1LV.reshape(expected_BLV.shape), expected_BLV, **small)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama_yarn", "olmo2"])
+def test_bfloat16_is_close(name: str) -> None:
+    config, params, tokens_BL, expected_BLV = read(FILES[0].with_stem(name))
+    positions_BL = np.tile(np.arange(tokens_BL.shape[1], dtype=np.int32), (2, 1))
+    config = dataclasses.replace(config, dtype="bfloat16", attention="reference")
+    logits_BLV = compute_logits(config, params, tokens_BL, positions_BL, np.zeros_like(tokens_BL))
+    assert logits_BLV.dtype == jnp.float32
+    assert 1e-4 < np.abs(logits_BLV - expected_BLV).max() < 0.1
 
 
 @every_file

@@ -61,6 +61,16 @@ def test_cudnn_equals_the_reference_in_float32(head_size: int, kind: str) -> Non
             assert np.abs(np.asarray(found, np.float32)).max() < 1e-2
 
 
+def test_cudnn_takes_keys_of_fewer_heads() -> None:
+    query, key, value, upstream = inputs(4, 64, "bfloat16")
+    arrays, mask = [query, key[:, :, :2], value[:, :, :2], upstream], masks()["documents"]
+    text = jax.jit(lambda *a: dot_product_attention(*a, mask, implementation="auto")).lower(*arrays[:3]).as_text()
+    assert "fmha" in text
+    expected = value_and_gradients("reference", [array.astype("float32") for array in arrays], mask)
+    for found, wanted in zip(value_and_gradients("auto", arrays, mask), expected, strict=True):
+        assert distance(found, wanted) < 1e-2
+
+
 def test_a_backward_pass_that_keeps_what_attention_returned_attends_once() -> None:
     arrays, mask = inputs(4, 64, "bfloat16"), masks()["documents"]
     attend = jax.checkpoint(

@@ -177,4 +177,4 @@ def test_a_run_of_other_parts_goes_on_and_is_read_with_them(tiny_flags, tmp_path
     assert "model.rotary_theta was 10000.0, is 500000.0" in capsys.readouterr().err
     assert cli.main([*flags, "--gin.TRAIN_STEPS=4", "--gin.model.rotary_scaling={'kind': 'yarn', 'factor': 2.0}"]) == 1
     error = capsys.readouterr().err
-    assert "needs a 'original_length'" in error and len(error.strip().splitlines()) == 1
+    assert "needs 'original_length'" in error and len(error.strip().splitlines()) == 1

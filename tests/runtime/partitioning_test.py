@@ -159,8 +159,9 @@ def test_grouped_heads_are_sharded_where_the_mesh_divides_them():
     assert found[f"{attention}['key_norm']['scale']"] == (None, "model", None)
     assert found[".params['lm_head']"] == ("model", "fsdp")
     one_head = dataclasses.replace(GROUPED, kv_heads=1)
-    with pytest.raises(ValueError, match="cannot divide the parameter model.kv_heads = 1 into 2: choose a mesh.model "
-                                         "that does, or keep keys and values whole on each device with --gin.mesh.rules=") as raised:
+    refusal = ("cannot divide the parameter model.kv_heads = 1 into 2: choose a mesh.model that does, or keep keys and "
+               "values whole on each device with --gin.mesh.rules=")
+    with pytest.raises(ValueError, match=refusal) as raised:
         specs(MIXED, one_head)
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="cannot divide the parameter model.heads = 4 into 8: choose .* does.$"):
