@@ -40,7 +40,7 @@ def forward(p, batch, config):
         q, k, v = ((source @ pick(f"attention/{part}_kernel")).unflatten(-1, (config.heads, -1)).transpose(1, 2)
                    + pick(f"attention/{part}_bias")[None, :, None] for part, source in
                    (("query", h if query is None else query), ("key", h), ("value", h)))
-        scores = (q @ k.transpose(-1, -2) / math.sqrt(config.head_size)).masked_fill(~mask, -1e30)
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(config.size_of_head)).masked_fill(~mask, -1e30)
         attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         x = x + attended @ pick("attention/output_kernel") + pick("attention/output_bias")
         h = norm(x, f"{name}/feedforward_norm", index)

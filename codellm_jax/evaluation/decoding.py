@@ -215,12 +215,12 @@ def lower_largest(
     """
     rows = round_up(power_of_two(batch_size), shards_of(sharding))
     slots = power_of_two(config.length + turn)
+    heads = f"activation_{config.key_axis}"
 
     def laid_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names: tuple[str | None, ...] = {
             0: (), 1: ("activation_batch",), 2: ("activation_batch", None),
-            4: ("activation_batch", "activation_heads", None, None),
-            5: (None, "activation_batch", "activation_heads", None, None)}[leaf.ndim]
+            4: ("activation_batch", heads, None, None), 5: (None, "activation_batch", heads, None, None)}[leaf.ndim]
         axes = nn.logical_to_mesh_axes(names) or PartitionSpec()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, axes))
 

@@ -32,7 +32,7 @@ from codellm_jax.evaluation.buckets import (
     shards_of,
     unknown_id,
 )
-from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
+from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head, products_of_block
 
 DEFAULT_BATCH_TOKENS = 8192
 MOST_LENGTHS = 6  # row lengths in one call
@@ -276,9 +276,9 @@ def _plan_group(config: DecoderConfig, sequences: list[_Branch]) -> list[_Row]:
 
 
 def _cost(config: DecoderConfig, length: int) -> float:
-    """Multiply-adds of a row's forward pass, for a token and layer 4 D^2 + 2 D F and, weighted, L D of attention."""
-    matmul = 4 * config.hidden**2 + 2 * config.hidden * config.feedforward
-    return length * (matmul + ATTENTION_SLOWNESS * length * config.hidden)
+    """Multiply-adds of a row's forward pass, for a token and layer those of the block's kernels and, weighted, L H K of
+    attention."""
+    return length * (sum(products_of_block(config)) + ATTENTION_SLOWNESS * length * config.query_width)
 
 
 def _plan_batches(
@@ -361,7 +361,7 @@ def _score_batch(
     )
     # Cast, and gathered where it is sharded, once instead of in every turn of the loop.
     embedding_VD = nn.with_logical_constraint(
-        token_embedding(params).astype(hidden_BLD.dtype), ("activation_vocab", "activation_embed")
+        output_head(params).astype(hidden_BLD.dtype), ("activation_vocab", "activation_embed")
     )
 
     def one_chunk(index: jax.Array, scores: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,8 @@
 """Dot-product attention: one function, several implementations chosen by name.
 
 All implementations compute the same thing, softmax(Q K^T / sqrt(K)) V under one mask, and are tested against
-"reference" in values and gradients. "auto" takes the one of the devices that a program is compiled for: "splash" on
+"reference" in values and gradients. Keys and values may have fewer heads than queries: each of theirs then serves as
+many neighbouring ones of the queries. "auto" takes the one of the devices that a program is compiled for: "splash" on
 TPU, "fused" on GPU, "blocked" elsewhere. Shape suffixes are explained at the top of `decoder.py`.
 """
 
@@ -61,7 +62,7 @@ class AttentionMask(NamedTuple):
 
 
 def _heads_first(
-    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array
+    query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scales the queries and swaps tokens with heads.
 
@@ -69,27 +70,37 @@ def _heads_first(
     touches L x K numbers, scaling the scores would touch L x M.
     """
     query_BLHK = query_BLHK * (query_BLHK.shape[-1] ** -0.5)
-    return query_BLHK.swapaxes(1, 2), key_BMHK.swapaxes(1, 2), value_BMHK.swapaxes(1, 2)
+    return query_BLHK.swapaxes(1, 2), key_BMGK.swapaxes(1, 2), value_BMGK.swapaxes(1, 2)
 
 
-def _attend(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, mask_B1LM: jax.Array) -> jax.Array:
+def _grouped(query_BHLK: jax.Array, key_heads: int) -> jax.Array:
+    """Queries whose heads share one of the keys in a line, [B, G, H/G x L, K]: its products are then one matmul."""
+    batch, _, _, size = query_BHLK.shape
+    return query_BHLK.reshape(batch, key_heads, -1, size)
+
+
+def _attend(query_BHLK: jax.Array, key_BGMK: jax.Array, value_BGMK: jax.Array, mask_B1LM: jax.Array) -> jax.Array:
     """softmax(Q K^T) V of scaled queries under a dense mask, all scores held and in float32."""
-    scores_BHLM = jnp.einsum("BHLK,BHMK->BHLM", query_BHLK, key_BHMK, preferred_element_type=jnp.float32)
-    scores_BHLM = jnp.where(mask_B1LM, scores_BHLM, LOWEST)
-    weights_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(value_BHMK.dtype)
-    return jnp.einsum("BHLM,BHMK->BHLK", weights_BHLM, value_BHMK)
+    batch, heads, length, _ = query_BHLK.shape
+    key_heads, slots = key_BGMK.shape[1:3]
+    grouped_BGNK = _grouped(query_BHLK, key_heads)
+    scores_BGNM = jnp.einsum("BGNK,BGMK->BGNM", grouped_BGNK, key_BGMK, preferred_element_type=jnp.float32)
+    scores_BHLM = jnp.where(mask_B1LM, scores_BGNM.reshape(batch, heads, length, slots), LOWEST)
+    weights_BHLM = jax.nn.softmax(scores_BHLM, axis=-1).astype(value_BGMK.dtype)
+    attended_BGNK = jnp.einsum("BGNM,BGMK->BGNK", weights_BHLM.reshape(scores_BGNM.shape), value_BGMK)
+    return attended_BGNK.reshape(query_BHLK.shape)
 
 
 def reference_attention(
-    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask
+    query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask
 ) -> jax.Array:
     """Attention with the whole square of scores, [B, H, L, M]; the definition the others are tested against."""
-    query_BHLK, key_BHMK, value_BHMK = _heads_first(query_BLHK, key_BMHK, value_BMHK)
-    return _attend(query_BHLK, key_BHMK, value_BHMK, mask.dense()).swapaxes(1, 2)
+    query_BHLK, key_BGMK, value_BGMK = _heads_first(query_BLHK, key_BMGK, value_BMGK)
+    return _attend(query_BHLK, key_BGMK, value_BGMK, mask.dense()).swapaxes(1, 2)
 
 
 def blocked_attention(
-    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask
+    query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask
 ) -> jax.Array:
     """Blocks of queries, each against the keys up to its own end only: nearly half of the square is never computed.
 
@@ -99,9 +110,9 @@ def blocked_attention(
     With a cache, where the queries' place in the row is known only at run time, it is the reference; but queries as
     many as the cache has slots can only be the whole row.
     """
-    if mask.query_offset is not None and query_BLHK.shape[1] != key_BMHK.shape[1]:
-        return reference_attention(query_BLHK, key_BMHK, value_BMHK, mask)
-    return _blocked(query_BLHK, key_BMHK, value_BMHK, mask.dense().swapaxes(2, 3))
+    if mask.query_offset is not None and query_BLHK.shape[1] != key_BMGK.shape[1]:
+        return reference_attention(query_BLHK, key_BMGK, value_BMGK, mask)
+    return _blocked(query_BLHK, key_BMGK, value_BMGK, mask.dense().swapaxes(2, 3))
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -110,36 +121,41 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _scores(query_BHLK: jax.Array, key_BHMK: jax.Array, mask_B1ML: jax.Array) -> jax.Array:
-    """Masked scores, float32 [B, H, M, L]: of the two orders the one whose sums over the keys XLA on CPU vectorizes."""
-    scores_BHML = jnp.einsum("BHMK,BHLK->BHML", key_BHMK, query_BHLK, preferred_element_type=jnp.float32)
-    return jnp.where(mask_B1ML, scores_BHML, LOWEST)
+def _scores(query_BGNK: jax.Array, key_BGMK: jax.Array, mask_B1ML: jax.Array) -> jax.Array:
+    """Masked scores of grouped queries, float32 [B, G, M, N]: of the two orders the one whose sums over the keys XLA on
+    CPU vectorizes."""
+    scores_BGMN = jnp.einsum("BGMK,BGNK->BGMN", key_BGMK, query_BGNK, preferred_element_type=jnp.float32)
+    in_group = query_BGNK.shape[2] // mask_B1ML.shape[3]
+    return jnp.where(jnp.tile(mask_B1ML, in_group) if in_group > 1 else mask_B1ML, scores_BGMN, LOWEST)
 
 
 @jax.custom_vjp
-def _blocked(query_BLHK: jax.Array, key_BLHK: jax.Array, value_BLHK: jax.Array, mask_B1ML: jax.Array) -> jax.Array:
-    return _blocked_forward(query_BLHK, key_BLHK, value_BLHK, mask_B1ML)[0]
+def _blocked(query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, mask_B1ML: jax.Array) -> jax.Array:
+    return _blocked_forward(query_BLHK, key_BLGK, value_BLGK, mask_B1ML)[0]
 
 
 def _blocked_forward(
-    query_BLHK: jax.Array, key_BLHK: jax.Array, value_BLHK: jax.Array, mask_B1ML: jax.Array
+    query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, mask_B1ML: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Attends block by block; returns [B, L, H, K], and what the backward pass takes."""
-    query_BHLK, key_BHLK, value_BHLK = _heads_first(query_BLHK, key_BLHK, value_BLHK)
+    query_BHLK, key_BGLK, value_BGLK = _heads_first(query_BLHK, key_BLGK, value_BLGK)
+    batch, heads, length, size = query_BHLK.shape
     attended, logarithms = [], []
-    for start, stop in _blocks(query_BHLK.shape[2]):
-        key_BHMK, value_BHMK = key_BHLK[:, :, :stop], value_BHLK[:, :, :stop]
-        scores_BHML = _scores(query_BHLK[:, :, start:stop], key_BHMK, mask_B1ML[:, :, :stop, start:stop])
-        highest_BHL = jnp.max(scores_BHML, axis=2)
-        exponential_BHML = jnp.exp(scores_BHML - highest_BHL[:, :, None])
-        total_BHL = jnp.sum(exponential_BHML, axis=2)
-        sum_BHLK = jnp.einsum("BHML,BHMK->BHLK", exponential_BHML.astype(value_BHMK.dtype), value_BHMK,
+    for start, stop in _blocks(length):
+        key_BGMK, value_BGMK = key_BGLK[:, :, :stop], value_BGLK[:, :, :stop]
+        block_BGNK = _grouped(query_BHLK[:, :, start:stop], key_BGLK.shape[1])
+        scores_BGMN = _scores(block_BGNK, key_BGMK, mask_B1ML[:, :, :stop, start:stop])
+        highest_BGN = jnp.max(scores_BGMN, axis=2)
+        exponential_BGMN = jnp.exp(scores_BGMN - highest_BGN[:, :, None])
+        total_BGN = jnp.sum(exponential_BGMN, axis=2)
+        sum_BGNK = jnp.einsum("BGMN,BGMK->BGNK", exponential_BGMN.astype(value_BGMK.dtype), value_BGMK,
                               preferred_element_type=jnp.float32)
-        attended.append((sum_BHLK / total_BHL[..., None]).astype(value_BHMK.dtype))
-        logarithms.append(highest_BHL + jnp.log(total_BHL))
+        attended_BGNK = (sum_BGNK / total_BGN[..., None]).astype(value_BGMK.dtype)
+        attended.append(attended_BGNK.reshape(batch, heads, stop - start, size))
+        logarithms.append((highest_BGN + jnp.log(total_BGN)).reshape(batch, heads, stop - start))
     attended_BLHK = checkpoint_name(jnp.concatenate(attended, axis=2).swapaxes(1, 2), "attended")
     logarithm_BHL = checkpoint_name(jnp.concatenate(logarithms, axis=2), "attended")
-    return attended_BLHK, (query_BLHK, key_BLHK, value_BLHK, mask_B1ML, attended_BLHK, logarithm_BHL)
+    return attended_BLHK, (query_BLHK, key_BLGK, value_BLGK, mask_B1ML, attended_BLHK, logarithm_BHL)
 
 
 def _blocked_backward(
@@ -147,41 +163,45 @@ def _blocked_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """Gradients of queries, keys and values; d loss / d score = weight (d loss / d weight - sum over the keys of
     weight x that), and the sum is the product of what attention returned with its gradient."""
-    query_BLHK, key_BLHK, value_BLHK, mask_B1ML, attended_BLHK, logarithm_BHL = kept
+    query_BLHK, key_BLGK, value_BLGK, mask_B1ML, attended_BLHK, logarithm_BHL = kept
     dtype, length = query_BLHK.dtype, query_BLHK.shape[1]
-    query_BHLK, key_BHLK, value_BHLK = _heads_first(query_BLHK, key_BLHK, value_BLHK)
+    query_BHLK, key_BGLK, value_BGLK = _heads_first(query_BLHK, key_BLGK, value_BLGK)
+    batch, key_heads = key_BGLK.shape[:2]
     gradient_BHLK = gradient_BLHK.swapaxes(1, 2)
     shared_BHL = jnp.einsum("BLHK,BLHK->BHL", gradient_BLHK, attended_BLHK, preferred_element_type=jnp.float32)
     query_gradients: list[jax.Array] = []
-    key_gradient_BHLK = value_gradient_BHLK = jnp.zeros(key_BHLK.shape, jnp.float32)
+    key_gradient_BGLK = value_gradient_BGLK = jnp.zeros(key_BGLK.shape, jnp.float32)
     for start, stop in _blocks(length):
         block = slice(start, stop)
-        key_BHMK = key_BHLK[:, :, :stop]
-        scores_BHML = _scores(query_BHLK[:, :, block], key_BHMK, mask_B1ML[:, :, :stop, block])
-        weights_BHML = jnp.exp(scores_BHML - logarithm_BHL[:, :, None, block])
-        weights_gradient_BHML = jnp.einsum("BHMK,BHLK->BHML", value_BHLK[:, :, :stop], gradient_BHLK[:, :, block],
+        query_BGNK, gradient_BGNK = (
+            _grouped(array[:, :, block], key_heads) for array in (query_BHLK, gradient_BHLK))
+        logarithm_BG1N, shared_BG1N = (
+            array[:, :, block].reshape(batch, key_heads, 1, -1) for array in (logarithm_BHL, shared_BHL))
+        key_BGMK = key_BGLK[:, :, :stop]
+        scores_BGMN = _scores(query_BGNK, key_BGMK, mask_B1ML[:, :, :stop, block])
+        weights_BGMN = jnp.exp(scores_BGMN - logarithm_BG1N)
+        weights_gradient_BGMN = jnp.einsum("BGMK,BGNK->BGMN", value_BGLK[:, :, :stop], gradient_BGNK,
                                            preferred_element_type=jnp.float32)
-        scores_gradient_BHML = (weights_BHML * (weights_gradient_BHML - shared_BHL[:, :, None, block])).astype(dtype)
-        query_gradients.append(jnp.einsum("BHML,BHMK->BHLK", scores_gradient_BHML, key_BHMK))
+        scores_gradient_BGMN = (weights_BGMN * (weights_gradient_BGMN - shared_BG1N)).astype(dtype)
+        query_gradient_BGNK = jnp.einsum("BGMN,BGMK->BGNK", scores_gradient_BGMN, key_BGMK)
+        query_gradients.append(query_gradient_BGNK.reshape(*query_BHLK.shape[:2], stop - start, -1))
         behind = ((0, 0), (0, 0), (0, length - stop), (0, 0))
-        key_gradient_BHLK += jnp.pad(jnp.einsum(
-            "BHML,BHLK->BHMK", scores_gradient_BHML, query_BHLK[:, :, block],
-            preferred_element_type=jnp.float32), behind)
-        value_gradient_BHLK += jnp.pad(jnp.einsum(
-            "BHML,BHLK->BHMK", weights_BHML.astype(dtype), gradient_BHLK[:, :, block],
-            preferred_element_type=jnp.float32), behind)
-    query_gradient_BHLK = jnp.concatenate(query_gradients, axis=2) * query_BHLK.shape[-1] ** -0.5
-    query_gradient_BLHK, key_gradient_BLHK, value_gradient_BLHK = (
+        key_gradient_BGLK += jnp.pad(jnp.einsum(
+            "BGMN,BGNK->BGMK", scores_gradient_BGMN, query_BGNK, preferred_element_type=jnp.float32), behind)
+        value_gradient_BGLK += jnp.pad(jnp.einsum(
+            "BGMN,BGNK->BGMK", weights_BGMN.astype(dtype), gradient_BGNK, preferred_element_type=jnp.float32), behind)
+    query_gradient_BHLK = jnp.concatenate(query_gradients, axis=2) * query_BLHK.shape[-1] ** -0.5
+    query_gradient_BLHK, key_gradient_BLGK, value_gradient_BLGK = (
         gradient.astype(dtype).swapaxes(1, 2)
-        for gradient in (query_gradient_BHLK, key_gradient_BHLK, value_gradient_BHLK))
-    return query_gradient_BLHK, key_gradient_BLHK, value_gradient_BLHK, None
+        for gradient in (query_gradient_BHLK, key_gradient_BGLK, value_gradient_BGLK))
+    return query_gradient_BLHK, key_gradient_BLGK, value_gradient_BLGK, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def fused_attention(
-    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask, prescaled: bool = False
+    query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask, prescaled: bool = False
 ) -> jax.Array:
     """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU where it can, else XLA's operations.
 
@@ -192,15 +212,15 @@ def fused_attention(
     cuDNN's deterministic backward pass (openxla/xla#46500), so those of a program have to differ.
     """
     can = query_BLHK.dtype in (jnp.float16, jnp.bfloat16) and query_BLHK.shape[-1] % 8 == 0 \
-        and query_BLHK.shape[-1] <= 128 and query_BLHK.shape[1] % 2 == key_BMHK.shape[1] % 2 == 0
+        and query_BLHK.shape[-1] <= 128 and query_BLHK.shape[1] % 2 == key_BMGK.shape[1] % 2 == 0
     scale = query_BLHK.shape[-1] ** -0.5
     if prescaled:
         query_BLHK, scale = query_BLHK * scale, 1.0
     attend = functools.partial(
         jax.nn.dot_product_attention, mask=mask.dense(), is_causal=mask.query_offset is None, scale=scale)
     if can and platform() == "gpu":
-        return attend(query_BLHK, key_BMHK, value_BMHK, implementation="cudnn")
-    return checkpoint_name(attend(query_BLHK, key_BMHK, value_BMHK, implementation="xla"), "attended")
+        return attend(query_BLHK, key_BMGK, value_BMGK, implementation="cudnn")
+    return checkpoint_name(attend(query_BLHK, key_BMGK, value_BMGK, implementation="xla"), "attended")
 
 
 def attended_saveable(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
@@ -212,7 +232,7 @@ def attended_saveable(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
 
 
 def splash_attention(
-    query_BLHK: jax.Array, key_BMHK: jax.Array, value_BMHK: jax.Array, mask: AttentionMask
+    query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask
 ) -> jax.Array:
     """The Pallas kernel of `splash.py`; of what it cannot do the rest falls to "blocked".
 
@@ -221,11 +241,11 @@ def splash_attention(
     """
     from codellm_jax.model import splash  # Pallas is imported by those who use it
 
-    spec = splash.layout(query_BLHK.shape[0], query_BLHK.shape[2])
-    whole_rows = mask.query_offset is None or query_BLHK.shape[1] == key_BMHK.shape[1]
+    spec = splash.layout(query_BLHK.shape[0], key_BMGK.shape[2])
+    whole_rows = mask.query_offset is None or query_BLHK.shape[1] == key_BMGK.shape[1]
     if spec is None or not whole_rows or mask.shared_segment is not None:
-        return blocked_attention(query_BLHK, key_BMHK, value_BMHK, mask)
-    return splash.attend(query_BLHK * (query_BLHK.shape[-1] ** -0.5), key_BMHK, value_BMHK, mask.query_segments_BL,
+        return blocked_attention(query_BLHK, key_BMGK, value_BMGK, mask)
+    return splash.attend(query_BLHK * (query_BLHK.shape[-1] ** -0.5), key_BMGK, value_BMGK, mask.query_segments_BL,
                          spec, interpret=platform() != "tpu")
 
 
@@ -252,8 +272,8 @@ def check_name(what: str, found: str, known: Iterable[str]) -> None:
 
 def dot_product_attention(
     query_BLHK: jax.Array,
-    key_BMHK: jax.Array,
-    value_BMHK: jax.Array,
+    key_BMGK: jax.Array,
+    value_BMGK: jax.Array,
     mask: AttentionMask,
     *,
     implementation: str = "auto",
@@ -263,8 +283,8 @@ def dot_product_attention(
 
     Args:
       query_BLHK: queries, in the compute dtype.
-      key_BMHK: keys, same dtype.
-      value_BMHK: values, same dtype.
+      key_BMGK: keys, same dtype; G heads, which divide H.
+      value_BMGK: values, likewise.
       mask: who may see whom.
       implementation: one of `NAMES`.
       is_query_layer: tells the call of the query layer from that in the loop over the other layers.
@@ -282,4 +302,4 @@ def dot_product_attention(
     attend = IMPLEMENTATIONS[implementation]
     if implementation == "fused":
         attend = functools.partial(attend, prescaled=is_query_layer)
-    return attend(query_BLHK, key_BMHK, value_BMHK, mask)
+    return attend(query_BLHK, key_BMGK, value_BMGK, mask)

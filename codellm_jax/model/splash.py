@@ -20,10 +20,11 @@ LANES = 128  # rows are padded to a multiple of it, and blocks are multiples of 
 BLOCKS = (512, 256, 128)
 
 
-def layout(batch: int, heads: int) -> PartitionSpec | None:
+def layout(batch: int, key_heads: int) -> PartitionSpec | None:
     """How [B, L, H, K] lies on the mesh; None where no kernel of single rows and heads could work on it.
 
-    That is where the length or the size of a head is sharded, or the mesh does not divide the batch or the heads.
+    That is where the length or the size of a head is sharded, or the mesh does not divide the batch or the heads of the
+    keys, each of which stays with the queries' that share it.
     Outside a mesh, or without rules of the logical axes, everything is on one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -34,19 +35,19 @@ def layout(batch: int, heads: int) -> PartitionSpec | None:
     def parts(axis: str | tuple[str, ...] | None) -> int:
         return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
 
-    fits = parts(axes[1]) == parts(axes[3]) == 1 and batch % parts(axes[0]) == 0 and heads % parts(axes[2]) == 0
+    fits = parts(axes[1]) == parts(axes[3]) == 1 and batch % parts(axes[0]) == 0 and key_heads % parts(axes[2]) == 0
     return PartitionSpec(axes[0], None, axes[2], None) if fits else None
 
 
 def attend(
-    query_BLHK: jax.Array, key_BLHK: jax.Array, value_BLHK: jax.Array, segments_BL: jax.Array, spec: PartitionSpec,
+    query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, segments_BL: jax.Array, spec: PartitionSpec,
     interpret: bool,
 ) -> jax.Array:
     """Causal attention within segments, of whole rows.
 
     Args:
       query_BLHK: queries, scaled.
-      key_BLHK, value_BLHK: of the same tokens.
+      key_BLGK, value_BLGK: of the same tokens.
       segments_BL: int32, the document each token belongs to.
       spec: how the first three lie on the mesh (`layout`).
       interpret: runs the kernel in JAX, anywhere, slowly.
@@ -56,22 +57,22 @@ def attend(
       `jax.checkpoint`.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return _on_one_device(query_BLHK, key_BLHK, value_BLHK, segments_BL, interpret)
+        return _on_one_device(query_BLHK, key_BLGK, value_BLGK, segments_BL, interpret)
     return jax.shard_map(
         functools.partial(_on_one_device, interpret=interpret),
         in_specs=(spec, spec, spec, PartitionSpec(spec[0], None)),
-        out_specs=spec, check_vma=False)(query_BLHK, key_BLHK, value_BLHK, segments_BL)
+        out_specs=spec, check_vma=False)(query_BLHK, key_BLGK, value_BLGK, segments_BL)
 
 
 def _on_one_device(
-    query_BLHK: jax.Array, key_BLHK: jax.Array, value_BLHK: jax.Array, segments_BL: jax.Array, interpret: bool
+    query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, segments_BL: jax.Array, interpret: bool
 ) -> jax.Array:
     """The kernel, over the rows and heads that this device has."""
     length, heads = query_BLHK.shape[1:3]
     padding = -length % LANES  # behind the row, where causality hides it
-    query_BHLK, key_BHLK, value_BHLK = (
+    query_BHLK, key_BGLK, value_BGLK = (
         jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
-        for array in (query_BLHK, key_BLHK, value_BLHK))
+        for array in (query_BLHK, key_BLGK, value_BLGK))
     segments_BL = jnp.pad(segments_BL, ((0, 0), (0, padding)))
     padded = length + padding
     block = next(size for size in BLOCKS if padded % size == 0)
@@ -81,5 +82,5 @@ def _on_one_device(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block),
         residual_checkpoint_name="attended", interpret=interpret)
     attended_BHLK = jax.vmap(attention)(
-        query_BHLK, key_BHLK, value_BHLK, kernel.SegmentIds(segments_BL, segments_BL))
+        query_BHLK, key_BGLK, value_BGLK, kernel.SegmentIds(segments_BL, segments_BL))
     return attended_BHLK[:, :, :length].swapaxes(1, 2)

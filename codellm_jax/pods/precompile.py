@@ -135,7 +135,7 @@ def changes(outcome: Outcome) -> Iterator[tuple[str, Training, Topology]]:
             yield f"--gin.train.microbatches={parts}", dataclasses.replace(training, microbatches=parts), topology
     for more in (2 * model, 4 * model, 8 * model):
         rest = mesh.size // data // more
-        if config.heads % more == 0 and rest and mesh.size % (data * more) == 0:
+        if config.key_heads % more == 0 and rest and mesh.size % (data * more) == 0:
             sizes = {"data": data, "fsdp": rest, "model": more}
             yield (f"--gin.mesh.data={data} --gin.mesh.fsdp={rest} --gin.mesh.model={more}",
                    dataclasses.replace(training, mesh=dataclasses.replace(training.mesh, **sizes)), topology)
@@ -181,12 +181,13 @@ def _what(step: Outcome) -> list[str]:
     full, causal = (flops_per_token(config, causal=causal) * tokens for causal in (False, True))
     slices = f", mesh.slices={training.mesh.slices}" if training.mesh.slices > 1 else ""
     parts = f" in {training.microbatches} microbatches" if training.microbatches > 1 else ""
+    keys = f" on {config.key_heads} of keys" if config.key_heads < config.heads else ""
     return [
         f"- {chips_of(step.topology)}; mesh " + " x ".join(f"{axis} {size}" for axis, size in step.mesh.shape.items())
         + slices,
         f"- {parameter_count(config):,} parameters: {config.layers} layers of {config.hidden}, {config.heads} heads of "
-        f"{config.head_size}, vocabulary {config.vocabulary_size:,}; {config.dtype}, remat {config.remat}, attention "
-        f"{config.attention}",
+        f"{config.size_of_head}{keys}, vocabulary {config.vocabulary_size:,}; {config.dtype}, remat {config.remat}, "
+        f"attention {config.attention}",
         f"- {step.rows} rows of {training.mixture.length}{parts}: {tokens:,} tokens, {full:.4g} model FLOPs a step "
         f"({causal:.4g} with causal attention counted by half)",
     ]

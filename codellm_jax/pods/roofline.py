@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from codellm_jax.model.decoder import DecoderConfig, flops_per_token
+from codellm_jax.model.decoder import DecoderConfig, flops_per_token, products_of_block
 from codellm_jax.pods.collectives import Traffic
 from codellm_jax.pods.topologies import Topology
 from codellm_jax.runtime.progress import PEAK_FLOPS
@@ -60,19 +60,24 @@ def roofline(
 def recomputed_flops_per_token(config: DecoderConfig) -> float:
     """FLOPs that a backward pass computes again, per token of a full row, a layer's being
 
-      under "offload", "full"  2 (4 D^2 + D F)  +  2 L D    projections, the MLP's first matmul, attention's products
-      under "attention"        2 (D^2 + D F)                the output projection, the MLP's first matmul
-      under "dots", "none"     0                            but what is elementwise
+      under "offload", "full"  2 (2 D H K + 2 D G K + D F)  +  2 L H K    projections, the MLP's first matmul (2 D F if
+                                                                         gated), attention's products
+      under "attention"        2 (D H K + D F)                           the output projection, the MLP's first matmul
+      under "dots", "none"     0                                         but what is elementwise
 
-    and L D more whatever is kept, for attention keeps no scores: its backward pass makes them again. Products of
-    attention are counted by half, as causality allows. The MLP's second matmul is never made again: no gradient
-    takes what it returns.
+    and L H K more whatever is kept, for attention keeps no scores: its backward pass makes them again. Products of
+    attention are counted by half, as causality allows. The MLP's second matmul is not made again, for no gradient
+    takes what it returns, but that of a norm behind it. So it is with the output projection where the MLP stands beside
+    attention (residual "parallel") and takes nothing of it.
     """
-    hidden, attention = config.hidden, config.length * config.hidden
-    all_of_block = 2 * (4 * hidden**2 + hidden * config.feedforward) + 2 * attention
+    attention, products = config.length * config.query_width, products_of_block(config)
+    normed = config.norm_place == "after"
+    behind_attention = products.expand + (products.output if normed or config.residual == "sequential" else 0) + (
+        products.contract if normed else 0)
+    all_of_block = 2 * (products.query + products.key_value + behind_attention) + 2 * attention
     again = {
         "offload": all_of_block,
         "full": all_of_block,
-        "attention": 2 * (hidden**2 + hidden * config.feedforward),
+        "attention": 2 * behind_attention,
     }.get(config.remat, 0)
     return float(config.layers * (again + attention))

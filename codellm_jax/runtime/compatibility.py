@@ -16,6 +16,10 @@ VOCABULARY_SETTINGS = ("pad_id", "end_of_document_id", "multiple")
 # Of the decoder, what does not change the meaning of its parameters; the first two have checks of their own.
 FREE_OF_MODEL = frozenset(("vocabulary_size", "length", "dropout_rate", "dtype", "remat", "scan_unroll", "attention",
                            "initializer_std"))
+# What a checkpoint has of a field that came after it, of which it says nothing.
+DEFAULTS = {field.name: repr(field.default) for field in dataclasses.fields(DecoderConfig)
+            if field.default is not dataclasses.MISSING}
+MEANT = {"kv_heads": "key_heads", "head_size": "size_of_head"}  # field -> what its None stands for is read from
 
 
 def literal(settings: Mapping[str, Any], name: str) -> str | None:
@@ -61,10 +65,22 @@ def require_same_model(
         raise ValueError(f"{model_dir} was trained on rows of {record['ledger']['length']} tokens, here they have "
                          f"{config.length}: leave TASK_FEATURE_LENGTHS out to take its length over.")
     for field in dataclasses.fields(config):
-        saved, here = literal(record["settings"], f"model.{field.name}"), repr(getattr(config, field.name))
-        if field.name not in FREE_OF_MODEL and saved not in (None, here):
-            raise ValueError(f"{model_dir} was trained with model.{field.name} = {saved}, here it is {here}: leave "
-                             f"model.{field.name} out to take its own over.")
+        name = f"model.{field.name}"
+        saved = literal(record["settings"], name)
+        if name not in record["settings"] and "model.layers" in record["settings"]:  # of a gin file, before the field
+            saved = DEFAULTS.get(field.name)
+        if field.name not in FREE_OF_MODEL and saved is not None and not _is_same(config, field.name, saved):
+            raise ValueError(f"{model_dir} was trained with {name} = {saved}, here it is "
+                             f"{getattr(config, field.name)!r}: leave {name} out to take its own over.")
+
+
+def _is_same(config: DecoderConfig, name: str, saved: str) -> bool:
+    """Whether a field's literal means what the config has."""
+    try:
+        other = dataclasses.replace(config, **{name: ast.literal_eval(saved)})
+    except (TypeError, ValueError):  # no value for this field, or for a decoder that is else like this one
+        return False
+    return getattr(other, MEANT.get(name, name)) == getattr(config, MEANT.get(name, name))
 
 
 def require_same_stage(ledger: Mapping[str, Any], stage: str, model_dir: str, started_from: str | None) -> None:
@@ -90,7 +106,9 @@ def require_same_stage(ledger: Mapping[str, Any], stage: str, model_dir: str, st
 
 def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:
     """Raises ValueError, naming what differs, where a run directory belongs to another configuration."""
-    # Every parameter is saved, defaults included: one that only one of them has came or went with a version.
+    # Every parameter is saved, defaults included: one that only one of them has came or went with a version. What a
+    # model is made of had its default before.
+    saved = {f"model.{name}": value for name, value in DEFAULTS.items()} | dict(saved)
     names = sorted(name for name in set(saved) & set(now) if not is_free_on_resume(name))
     differing = [name for name in names if saved[name] != now[name]]
     if differing:

@@ -17,12 +17,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "model")
 
-# Logical axis -> mesh axes. The names are those of model/decoder.py.
+# Logical axis -> mesh axes. The names are those of model/parts.py and model/decoder.py.
 AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("activation_batch", ("data", "fsdp")),
     ("activation_length", None),
     ("activation_embed", None),
     ("activation_heads", "model"),
+    ("activation_kv_heads", "model"),  # of keys and values where they are fewer than those of queries
     ("activation_kv", None),
     ("activation_mlp", "model"),
     ("activation_vocab", "model"),
@@ -30,6 +31,7 @@ AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("vocab", "model"),
     ("embed", "fsdp"),
     ("heads", "model"),
+    ("kv_heads", "model"),
     ("kv", None),
     ("mlp", "model"),
     ("position", None),

@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from codellm_jax.model.config import DecoderConfig
 from codellm_jax.model.decoder import Decoder
 from codellm_jax.runtime.partitioning import MeshShape, shardings_of
 
@@ -40,8 +41,9 @@ def abstract_state(
     """The state as jax.ShapeDtypeStructs with shardings: nothing is allocated. Call outside jax.set_mesh.
 
     Raises:
-      ValueError: the mesh does not divide a parameter.
+      ValueError: the mesh does not divide a parameter, or the heads.
     """
+    _require_whole_heads(model.config, mesh, shape)
     boxed = jax.eval_shape(lambda: _initial_boxed(model, optimizer, jnp.uint32(0)))
     shardings = shardings_of(boxed, mesh, shape)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -57,6 +59,19 @@ def abstract_state(
                 f"The mesh {dict(mesh.shape)} cannot divide the parameter {name} of shape {leaf.shape}, laid out as "
                 f"{leaf.sharding.spec}: choose mesh.fsdp and mesh.model that divide the model's sizes.") from None
     return state
+
+
+def _require_whole_heads(config: DecoderConfig, mesh: Mesh, shape: MeshShape) -> None:
+    """Raises ValueError where a head would be split: kernels have all heads in one axis, which the mesh may divide all
+    the same."""
+    for name, heads, axis in (("heads", config.heads, "heads"), ("kv_heads", config.key_heads, config.key_axis)):
+        axes = dict(shape.all_rules())[f"activation_{axis}"]
+        parts = math.prod(mesh.shape[one] for one in ((axes,) if isinstance(axes, str) else axes or ()))
+        if heads % parts:
+            whole = ", or keep keys and values whole on each device with --gin.mesh.rules=" \
+                "\"[('kv_heads', None), ('activation_kv_heads', None)]\"" if axis == "kv_heads" else ""
+            raise ValueError(f"The mesh {dict(mesh.shape)} cannot divide the parameter model.{name} = {heads} into "
+                             f"{parts}: choose a mesh.model that does{whole}.")
 
 
 def initial_state(

@@ -183,10 +183,11 @@ def describe(training: Training, plan: Plan) -> str:
     if tuning:
         step = f"{training.batch_size} examples in {step}" + (
             f", {plan.filled:.0%} filled" if training.mixture.packing else ", not packed")
+    keys = f" on {config.key_heads} of keys" if config.key_heads < config.heads else ""
     lines += [
         "",
         f"model        {parameter_count(config):,} parameters: {config.layers} layers of {config.hidden}, "
-        f"{config.heads} heads, {'query layer' if config.query_layer else 'no query layer'}, "
+        f"{config.heads} heads{keys}, {'query layer' if config.query_layer else 'no query layer'}, "
         f"vocabulary {config.vocabulary_size:,}, {config.dtype}",
         f"training     {plan.last_step:,} steps of {step}: {tokens:,} tokens"
         f"{' with padding' if tuning else ''}, {full * tokens:.3g} FLOPs ({causal * tokens:.3g} with causal attention "
@@ -241,11 +242,12 @@ def memory_parts(training: Training, plan: Plan) -> dict[str, int]:
     # Values that a block keeps for a token: its input; outputs of its matmuls, split along `model` where heads or the
     # MLP are; and without remat those of norms and activations too, and attention's probabilities over half the keys.
     model = plan.mesh.shape["model"]
-    matmuls = 2 * config.hidden + (4 * config.hidden + config.feedforward) / model
+    attended = 2 * config.query_width + 2 * config.key_width  # queries, keys, values, and what attention returns
+    matmuls = 2 * config.hidden + (attended + config.feedforward * (2 if config.is_gated else 1)) / model
     kept = itemsize * {
         "full": config.hidden,
         "offload": 0,
-        "attention": config.hidden + 4 * config.hidden / model,
+        "attention": config.hidden + attended / model,
         "dots": config.hidden + matmuls,
         "none": 4 * config.hidden + 2 * matmuls + config.heads / model * training.mixture.length,
     }[config.remat]

@@ -27,7 +27,7 @@ from codellm_jax.evaluation.trained import TrainedModel
 from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
 from codellm_jax.mixture.ledger import Ledger, arm
 from codellm_jax.mixture.order import POOLS, Draw
-from codellm_jax.model.decoder import Decoder, flops_per_token, parameter_count, token_embedding
+from codellm_jax.model.decoder import Decoder, flops_per_token, output_head, parameter_count
 from codellm_jax.model.losses import chunk_of, cross_entropy
 from codellm_jax.results.files import write_whole
 from codellm_jax.results.tables import short_score
@@ -69,7 +69,7 @@ def train_step(
         hidden_BLD: Any = model.apply(
             {"params": params}, part.inputs, part.positions, part.segment_ids,
             deterministic=model.config.dropout_rate == 0.0, rngs={"dropout": rng})
-        embedding_VD = token_embedding(params)
+        embedding_VD = output_head(params)
         loss_sum, losses_BL = cross_entropy(hidden_BLD, embedding_VD, part.targets, part.weights,
                                             chunk=chunk_of(len(part.inputs), len(embedding_VD), gradients=True))
         return loss_sum / tokens, by_source(losses_BL * part.weights, part.sources, sources)
@@ -109,7 +109,7 @@ def jit_train_step(
 def eval_step(params: Any, batch: Batch, *, model: Decoder, sources: int) -> tuple[jax.Array, jax.Array]:
     """Sums of losses in nats and of tokens for each source: two float32 [sources]."""
     hidden_BLD: Any = model.apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
-    embedding_VD = token_embedding(params)
+    embedding_VD = output_head(params)
     _, losses_BL = cross_entropy(hidden_BLD, embedding_VD, batch.targets, batch.weights,
                                  chunk=chunk_of(len(batch.inputs), len(embedding_VD), gradients=False))
     return (by_source(losses_BL * batch.weights, batch.sources, sources),

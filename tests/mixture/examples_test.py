@@ -24,7 +24,7 @@ from codellm_jax.mixture.order import Order, Source
 from codellm_jax.mixture.rows import Rows
 from codellm_jax.mixture.schedules import constant
 from codellm_jax.mixture.tokens import Example
-from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
+from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head
 from codellm_jax.model.losses import cross_entropy
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 
@@ -221,7 +221,7 @@ def test_packed_and_unpacked_give_the_same_loss_for_each_token(query_layer):
         if params is None:
             params = model.init(jax.random.key(0), batch.inputs, batch.positions, batch.segment_ids)["params"]
         hidden = model.apply({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
-        total, losses_BL = cross_entropy(hidden, token_embedding(params), batch.targets, batch.weights)
+        total, losses_BL = cross_entropy(hidden, output_head(params), batch.targets, batch.weights)
         by_example = {}
         arrays = [np.asarray(a) for a in (batch.inputs, batch.targets, batch.segment_ids, batch.weights, losses_BL)]
         for inputs, targets, segments, weights, values in zip(*arrays, strict=True):

@@ -88,6 +88,39 @@ def test_implementations_equal_the_reference(
         np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (3, 1)])
+def test_heads_of_keys_serve_neighbouring_heads_of_queries(
+    implementation: str, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against keys and values written out for each head; whole rows, branches, and the newest tokens of a cache."""
+    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 4)
+    rng = np.random.default_rng(0)
+    query_BLHK = jnp.asarray(rng.normal(size=(2, 10, heads, 8)), jnp.float32)
+    key_BMGK, value_BMGK = jnp.asarray(rng.normal(size=(2, 2, 10, key_heads, 8)), jnp.float32)
+    segments_BL = documents(10)
+    branches_BL = jnp.asarray([[0] * 4 + [1] * 3 + [2] * 3, [0] * 2 + [1] * 4 + [-1] * 4], jnp.int32)
+    masks = {"rows": AttentionMask(segments_BL, segments_BL),
+             "branches": AttentionMask(branches_BL, branches_BL, shared_segment=0),
+             "cache": AttentionMask(segments_BL[:, 6:8], segments_BL, jnp.int32(6))}
+
+    def run(implementation: str, repeated: int) -> dict[str, tuple[jax.Array, tuple[jax.Array, ...]]]:
+        found = {}
+        for name, mask in masks.items():
+            asked_BLHK = query_BLHK[:, 6:8] if name == "cache" else query_BLHK
+
+            def attend(query: jax.Array, *keys: jax.Array, mask: AttentionMask = mask) -> jax.Array:
+                keys = tuple(jnp.repeat(array, repeated, axis=2) for array in keys)
+                return dot_product_attention(query, *keys, mask, implementation=implementation)
+
+            value, backward = jax.vjp(attend, asked_BLHK, key_BMGK, value_BMGK)
+            found[name] = value, backward(asked_BLHK[:, ::-1])
+        return found
+
+    found, expected = run(implementation, 1), run("reference", heads // key_heads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
 def value_and_gradients(
     implementation: str, inputs: list[jax.Array], mask: AttentionMask
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -155,6 +188,20 @@ def test_rows_and_heads_are_split_over_a_mesh(implementation: str) -> None:
         np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("key_heads", [2, 1])
+def test_grouped_heads_are_split_over_a_mesh_that_divides_those_of_the_keys(key_heads: int) -> None:
+    query_BLHK, key_BLHK, value_BLHK = make_inputs(20, batch=4)
+    inputs = [jnp.concatenate([query_BLHK, 1 - query_BLHK], axis=2), key_BLHK[:, :, :key_heads],
+              value_BLHK[:, :, :key_heads]]
+    segments_BL = jnp.concatenate([documents(20)] * 2)
+    mask = AttentionMask(segments_BL, segments_BL)
+    expected = value_and_gradients("reference", inputs, mask)
+    with on_mesh((2, 2, 2)):
+        assert (splash.layout(4, key_heads) is not None) == (key_heads == 2)
+        found = value_and_gradients("splash", inputs, mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
 def test_splash_leaves_what_the_mesh_does_not_divide_to_another() -> None:
     assert splash.layout(3, 5) == PartitionSpec(None, None, None, None)  # outside a mesh
     with on_mesh((2, 2, 2)):
@@ -168,13 +215,13 @@ def test_splash_leaves_what_the_mesh_does_not_divide_to_another() -> None:
 
 
 @pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install '.[tpu]'")
-@pytest.mark.parametrize("head_size", [64, 80, 128])
-def test_splash_compiles_for_tpus_split_over_their_mesh(head_size: int) -> None:
+@pytest.mark.parametrize(("head_size", "key_heads"), [(64, 4), (80, 4), (128, 4), (64, 2)])
+def test_splash_compiles_for_tpus_split_over_their_mesh(head_size: int, key_heads: int) -> None:
     devices = np.array(compile_only_devices(parse_topology("v5e-8"))).reshape(2, 2, 2)
     mesh = Mesh(devices, ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
     rows = ("data", "fsdp")
-    array = jax.ShapeDtypeStruct((8, 1024, 4, head_size), jnp.bfloat16, sharding=NamedSharding(
-        mesh, PartitionSpec(rows, None, "model", None)))
+    queries, keys = (jax.ShapeDtypeStruct((8, 1024, heads, head_size), jnp.bfloat16, sharding=NamedSharding(
+        mesh, PartitionSpec(rows, None, "model", None))) for heads in (4, key_heads))
     segments_BL = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(rows)))
 
     def gradients(*inputs: jax.Array) -> tuple[jax.Array, ...]:
@@ -183,7 +230,7 @@ def test_splash_compiles_for_tpus_split_over_their_mesh(head_size: int) -> None:
         return jax.grad(lambda *a: jnp.sum(dot_product_attention(*a, mask)).astype(jnp.float32), (0, 1, 2))(*inputs)
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(AXIS_RULES):
-        text = jax.jit(gradients).lower(array, array, array, segments_BL).compile().as_text()
+        text = jax.jit(gradients).lower(queries, keys, keys, segments_BL).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, and the gradients of queries and of keys
     assert "all-gather" not in text and "all-reduce" not in text
 

@@ -15,14 +15,41 @@ from codellm_jax.model.decoder import (
     DecoderConfig,
     flops_per_token,
     init_cache,
+    output_head,
     parameter_count,
-    token_embedding,
 )
+from codellm_jax.model.losses import cross_entropy
+from codellm_jax.model.parts import FeedForward
 
 TINY = DecoderConfig(layers=3, hidden=12, heads=3, feedforward=20, vocabulary_size=17, length=11)
-ARCHITECTURES = {"query layer": TINY, "gpt": dataclasses.replace(TINY, query_layer=False)}
+ARCHITECTURES = {
+    "query layer": TINY,
+    "gpt": dataclasses.replace(TINY, query_layer=False),
+    "rotary query layer": dataclasses.replace(
+        TINY, positions="rotary", kv_heads=1, head_size=6, norm="rms", activation="swiglu", biases="none",
+        query_key_norm="head", tied_head=False),
+    "parallel": dataclasses.replace(
+        TINY, query_layer=False, positions="rotary", rotary_part=0.5, residual="parallel", biases="query_key_value",
+        activation="gelu_exact", norm_place="after", query_key_norm="width"),
+}
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array]
+
+IN_BLOCK = {
+    "attention/query_kernel": (16, 16), "attention/key_kernel": (16, 16), "attention/value_kernel": (16, 16),
+    "attention/output_kernel": (16, 16), "attention/query_bias": (2, 8), "attention/key_bias": (2, 8),
+    "attention/value_bias": (2, 8), "attention/output_bias": (16,), "attention_norm/scale": (16,),
+    "attention_norm/bias": (16,), "feedforward/up_kernel": (16, 24), "feedforward/up_bias": (24,),
+    "feedforward/down_kernel": (24, 16), "feedforward/down_bias": (16,), "feedforward_norm/scale": (16,),
+    "feedforward_norm/bias": (16,)}
+RECORDED_SHAPES = {
+    "token_embedding": (23, 16), "position_embedding": (12, 16), "query_embedding": (12, 16),
+    "final_norm/scale": (16,), "final_norm/bias": (16,),
+    **{f"blocks/{name}": (2, *shape) for name, shape in IN_BLOCK.items()},
+    **{f"query_block/{name}": shape for name, shape in IN_BLOCK.items()}}
+RECORDED_VALUES = [-0.011796936392784119, 0.019002465531229973, -0.00448083970695734, 8.314356091432273e-05,
+                   -0.011567083187401295]
+RECORDED_LOSS = 70.70612335205078
 
 
 def make_inputs(config: DecoderConfig, starts: tuple[tuple[int, ...], ...] = ((0, 4, 9), (0, 7))) -> Inputs:
@@ -58,7 +85,7 @@ def naive_norm(x_D: np.ndarray, p: Any) -> np.ndarray:
 
 
 def naive_block(config: DecoderConfig, p: Any, x_LD: np.ndarray, query_LD: Any, segments_L: np.ndarray) -> np.ndarray:
-    attention, feedforward, size = p["attention"], p["feedforward"], config.head_size
+    attention, feedforward, size = p["attention"], p["feedforward"], config.size_of_head
     normed_LD = np.stack([naive_norm(x_D, p["attention_norm"]) for x_D in x_LD])
     asked_LD = normed_LD if query_LD is None else query_LD
     result_LD = np.zeros_like(x_LD)
@@ -71,7 +98,7 @@ def naive_block(config: DecoderConfig, p: Any, x_LD: np.ndarray, query_LD: Any, 
 
             query_K = project("query", asked_LD[i])
             seen = [j for j in range(i + 1) if segments_L[j] == segments_L[i]]
-            scores = [query_K @ project("key", normed_LD[j]) / np.sqrt(config.head_size) for j in seen]
+            scores = [query_K @ project("key", normed_LD[j]) / np.sqrt(config.size_of_head) for j in seen]
             weights = np.exp(scores) / np.exp(scores).sum()
             attended_K = sum(w * project("value", normed_LD[j]) for w, j in zip(weights, seen, strict=True))
             x_D = x_D + attended_K @ attention["output_kernel"][h * size:(h + 1) * size]
@@ -181,6 +208,20 @@ def test_remat_and_unrolling_change_no_gradient() -> None:
     params, inputs = make_params(TINY), make_inputs(TINY)
     expected = loss_gradients(config, params, inputs)
     assert all(leaf.any() for leaf in jax.tree.leaves(expected))
+    same_gradients(config, params, inputs, expected)
+
+
+@pytest.mark.parametrize("architecture", ["rotary query layer", "parallel"])
+def test_remat_changes_no_gradient_of_other_parts(architecture: str) -> None:
+    config = dataclasses.replace(ARCHITECTURES[architecture], dropout_rate=0.3, remat="none")
+    params, inputs = make_params(ARCHITECTURES[architecture]), make_inputs(TINY)
+    expected = loss_gradients(config, params, inputs)
+    unused = {"lm_head"} & set(expected)  # which the loss here does not take
+    assert all(leaf.any() for name in set(expected) - unused for leaf in jax.tree.leaves(expected[name]))
+    same_gradients(config, params, inputs, expected)
+
+
+def same_gradients(config: DecoderConfig, params: Any, inputs: Inputs, expected: Any) -> None:
     for change in (
         {"remat": "dots"}, {"remat": "attention"}, {"remat": "full", "scan_unroll": 2}, {"remat": "offload"},
     ):
@@ -230,15 +271,65 @@ def test_initial_parameters() -> None:
     query_kernel = boxed["blocks"]["attention"]["query_kernel"]
     assert query_kernel.names == ("layers", "embed", "heads")
     assert not np.allclose(query_kernel.value[0], query_kernel.value[1])
-    np.testing.assert_array_equal(token_embedding(boxed), token_embedding(nn.unbox(boxed)))
+    np.testing.assert_array_equal(output_head(boxed), output_head(nn.unbox(boxed)))
     for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
         assert isinstance(leaf, nn.LogicallyPartitioned) and None not in leaf.names
 
 
+def test_initial_parameters_and_loss_are_those_of_before() -> None:
+    """Recorded before a decoder's parts could be chosen: checkpoints and seeds of then mean the same."""
+    config = DecoderConfig(layers=3, hidden=16, heads=2, feedforward=24, vocabulary_size=23, length=12)
+    tokens_BL = (jnp.arange(24).reshape(2, 12) * 7) % 23
+    inputs = tokens_BL, jnp.tile(jnp.arange(12), (2, 1)), jnp.zeros((2, 12), jnp.int32)
+    params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), *inputs)["params"])
+    shapes = {"/".join(key.key for key in path): leaf.shape
+              for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    assert shapes == RECORDED_SHAPES
+    found = [params["token_embedding"][3, 5], params["position_embedding"][2, 1], params["query_embedding"][11, 15],
+             params["blocks"]["attention"]["value_kernel"][1, 2, 3],
+             params["query_block"]["feedforward"]["down_kernel"][23, 0]]
+    np.testing.assert_allclose(found, RECORDED_VALUES, rtol=1e-5)
+    hidden_BLD = Decoder(config).apply({"params": params}, *inputs)
+    loss = cross_entropy(hidden_BLD, output_head(params), tokens_BL, jnp.ones((2, 12)))[0]
+    np.testing.assert_allclose(loss, RECORDED_LOSS, rtol=1e-6)
+
+
+def test_a_head_of_its_own_makes_the_logits_and_learns() -> None:
+    config = ARCHITECTURES["rotary query layer"]
+    params, inputs = make_params(config), make_inputs(config)
+    assert params["lm_head"].shape == (17, 12) and "position_embedding" not in params
+    hidden_BLD = Decoder(config).apply({"params": params}, *inputs)
+    np.testing.assert_allclose(compute_logits(config, params, inputs), hidden_BLD @ params["lm_head"].T, atol=1e-5)
+    boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), *inputs)["params"]
+    assert boxed["lm_head"].names == boxed["token_embedding"].names == ("vocab", "embed")
+
+    def loss(params: Any) -> jax.Array:
+        return cross_entropy(hidden_BLD, output_head(params), inputs[0], jnp.ones(inputs[0].shape))[0]
+
+    gradients = jax.grad(loss)(params)
+    assert gradients["lm_head"].any() and not gradients["token_embedding"].any()
+
+
+def test_a_gated_mlp_by_hand() -> None:
+    config = dataclasses.replace(TINY, activation="geglu", biases="feedforward")
+    x_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 12)), jnp.float32)
+    shapes = nn.unbox(jax.eval_shape(FeedForward(config).init, jax.random.key(0), x_BLD))["params"]
+    rng = np.random.default_rng(1)
+    p = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+    gate_BLF, up_BLF = (x_BLD @ p[f"{name}_kernel"] + p[f"{name}_bias"] for name in ("gate", "up"))
+    gate_BLF = gate_BLF * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate_BLF + 0.044715 * gate_BLF**3)))
+    expected_BLD = (gate_BLF * up_BLF) @ p["down_kernel"] + p["down_bias"]
+    np.testing.assert_allclose(FeedForward(config).apply({"params": p}, x_BLD), expected_BLD, atol=1e-4)
+
+
 @pytest.mark.parametrize("layers", [1, 4])
-@pytest.mark.parametrize("query_layer", [True, False])
-def test_parameter_count_equals_the_real_one(layers: int, query_layer: bool) -> None:
-    config = dataclasses.replace(TINY, layers=layers, query_layer=query_layer)
+@pytest.mark.parametrize("change", [
+    {}, {"query_layer": False}, {"norm": "rms", "kv_heads": 1, "activation": "geglu", "biases": "none"},
+    {"head_size": 7, "biases": "attention", "query_key_norm": "width", "kv_heads": 1, "tied_head": False},
+    {"positions": "rotary", "biases": "query_key_value", "query_key_norm": "head", "query_layer": False},
+    {"biases": "feedforward", "activation": "swiglu", "norm_place": "after", "residual": "parallel"}], ids=str)
+def test_parameter_count_equals_the_real_one(layers: int, change: dict[str, Any]) -> None:
+    config = dataclasses.replace(TINY, layers=layers, **change)
     params = jax.eval_shape(Decoder(config).init, jax.random.key(0), *make_inputs(config))["params"]
     assert parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -264,6 +355,10 @@ def test_flops_per_token() -> None:
     assert flops_per_token(config, causal=True) == matmul + 503_316_480
 
 
+def scaled(scaling: dict[str, Any]) -> dict[str, Any]:
+    return {"positions": "rotary", "rotary_scaling": scaling}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -274,6 +369,31 @@ def test_flops_per_token() -> None:
         ({"remat": "ful"}, "did you mean 'full'"),
         ({"dtype": "bf16"}, "did you mean 'bfloat16'"),
         ({"attention": "references"}, "did you mean 'reference'"),
+        ({"norm": "rmsnorm"}, "norm 'rmsnorm' is unknown: did you mean 'rms'"),
+        ({"norm_place": "behind"}, "norm_place 'behind' is unknown"),
+        ({"residual": "paralel"}, "did you mean 'parallel'"),
+        ({"positions": "rope"}, "positions 'rope' is unknown"),
+        ({"biases": "qkv"}, "biases 'qkv' is unknown"),
+        ({"query_key_norm": "heads"}, "did you mean 'head'"),
+        ({"kv_heads": 2}, "kv_heads must divide heads, found 2 and 3"),
+        ({"kv_heads": 0}, "kv_heads must be at least 1, found 0"),
+        ({"head_size": -1}, "head_size must be at least 1, found -1"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon must be above 0"),
+        ({"rotary_theta": 5e5}, "rotary_theta is set, and positions are 'learned': set positions = 'rotary'"),
+        ({"positions": "rotary", "rotary_theta": 1.0}, "rotary_theta must be above 1"),
+        ({"positions": "rotary", "rotary_part": 1.5}, "rotary_part must be above 0 and at most 1"),
+        ({"positions": "rotary", "head_size": 5}, "heads of 5 is 5 numbers, which must be even"),
+        ({"positions": "rotary", "rotary_part": 0.2}, "is 0 numbers, which must be even and not 0"),
+        (scaled({}), "'kind' of linear, llama3, yarn, found {}"),
+        (scaled({"kind": ["linear"]}), "'kind' of linear, llama3, yarn"),
+        (scaled({"kind": "dynamic"}), "found {'kind': 'dynamic'}"),
+        (scaled({"kind": "linear"}), "of kind 'linear' needs 'factor'"),
+        (scaled({"kind": "yarn", "factor": 2.0}), "needs 'original_length'"),
+        (scaled({"kind": "linear", "factor": 2.0, "fast": 3}), "of kind 'linear' has no 'fast': did you mean 'factor'"),
+        (scaled({"kind": "linear", "factor": 0.5}), "factor must be a number from 1, found 0.5"),
+        (scaled({"kind": "linear", "factor": "2"}), "factor must be a number from 1, found '2'"),
+        (scaled({"kind": "yarn", "factor": 2, "original_length": 0}), "original_length must be a positive number"),
+        (scaled({"kind": "llama3", "factor": 2, "original_length": 8, "slow": 4}), "slow must be below fast, found 4"),
     ],
 )
 def test_errors_say_what_was_found(change: dict[str, Any], message: str) -> None:

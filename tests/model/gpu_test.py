@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from codellm_jax.model.attention import AttentionMask, attended_saveable, dot_product_attention
-from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
+from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head
 from codellm_jax.model.losses import cross_entropy
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU, or JAX_PLATFORMS is not cuda")
@@ -61,6 +61,16 @@ def test_cudnn_equals_the_reference_in_float32(head_size: int, kind: str) -> Non
             assert np.abs(np.asarray(found, np.float32)).max() < 1e-2
 
 
+def test_cudnn_takes_keys_of_fewer_heads() -> None:
+    query, key, value, upstream = inputs(4, 64, "bfloat16")
+    arrays, mask = [query, key[:, :, :2], value[:, :, :2], upstream], masks()["documents"]
+    text = jax.jit(lambda *a: dot_product_attention(*a, mask, implementation="auto")).lower(*arrays[:3]).as_text()
+    assert "fmha" in text
+    expected = value_and_gradients("reference", [array.astype("float32") for array in arrays], mask)
+    for found, wanted in zip(value_and_gradients("auto", arrays, mask), expected, strict=True):
+        assert distance(found, wanted) < 1e-2
+
+
 def test_a_backward_pass_that_keeps_what_attention_returned_attends_once() -> None:
     arrays, mask = inputs(4, 64, "bfloat16"), masks()["documents"]
     attend = jax.checkpoint(
@@ -81,7 +91,7 @@ def test_loss_and_gradients_of_a_decoder_in_bfloat16_are_near_those_in_float32(r
 
     def loss(params: Any, config: DecoderConfig) -> jax.Array:
         hidden_BLD: Any = Decoder(config).apply({"params": params}, tokens_BL, positions_BL, segments_BL)
-        return cross_entropy(hidden_BLD, token_embedding(params), targets_BL, jnp.ones((3, LENGTH)))[0]
+        return cross_entropy(hidden_BLD, output_head(params), targets_BL, jnp.ones((3, LENGTH)))[0]
 
     exact = dataclasses.replace(config, dtype="float32", attention="reference", remat="none")
     found = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, config)

@@ -37,7 +37,8 @@ SHARED = ("gin/pretrain.gin", "gin/tune.gin")  # included by the arms, not to be
 OTHERS = [f"gin/{name}.gin" for name in ("eval", "infer", "study", "contamination")]
 ARMS = [file for file in SHIPPED if file.count("/") == 1 and file not in (*SHARED, *OTHERS)]
 # Where each size is meant to run. The arms are of the tiny size.
-PODS = {"125m": "v4-16", "350m": "v4-32", "1_3b": "v4-64", "2_6b": "v4-128", "13b": "v5p-256"}
+PODS = {"125m": "v4-16", "350m": "v4-32", "1_3b": "v4-64", "2_6b": "v4-128", "13b": "v5p-256", "llama_125m": "v4-16",
+        "llama_350m": "v4-32", "llama_1b": "v5e-256", "llama_3b": "v4-128", "llama_8b": "v5p-256"}
 
 
 def training_of(*gin_files: str, **overrides: str) -> Training:

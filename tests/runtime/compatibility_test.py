@@ -9,9 +9,11 @@ import pytest
 
 from codellm_jax import cli
 from codellm_jax.configuration import read_configuration
+from codellm_jax.model.decoder import DecoderConfig
 from codellm_jax.runtime import checkpoints
 from codellm_jax.runtime.checkpoints import newest_record
-from codellm_jax.runtime.compatibility import literal
+from codellm_jax.runtime.compatibility import literal, require_same_model, require_same_settings
+from codellm_jax.vocabulary import load_vocabulary
 
 END = 5  # of the shipped vocabulary an ordinary id
 
@@ -100,6 +102,7 @@ def test_ids_of_the_vocabulary_come_from_the_run(run_with_own_end, tiny_tuning_f
     ("vocabulary.multiple=3000", "an embedding of"),
     ("model.heads=4", "model.heads = 2, here it is 4: leave model.heads out"),
     ("model.activation=gelu", "model.activation = 'fast_gelu', here it is 'gelu'"),
+    ("model.norm=rms", "model.norm = 'layer', here it is 'rms'"),
     ("TASK_FEATURE_LENGTHS={'targets': 16}", "rows of 32 tokens, here they have 16"),
 ])
 def test_what_contradicts_the_run_is_refused(
@@ -118,3 +121,60 @@ def test_what_changes_no_meaning_is_free(run_with_own_end, capsys):
     assert cli.main(["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run_with_own_end}",
                      "--gin.TASKS=['logic']", "--gin.QUESTIONS=2", "--gin.model.dtype=bfloat16",
                      "--gin.model.remat=full", "--gin.mesh.data=4", "--gin.mesh.model=2"]) == 0, capsys.readouterr().err
+
+
+NEW_PARTS = ("kv_heads", "head_size", "norm", "norm_epsilon", "norm_place", "residual", "positions", "rotary_theta",
+             "rotary_part", "rotary_scaling", "query_key_norm", "biases", "tied_head")
+
+
+def test_a_checkpoint_of_before_a_part_could_be_chosen_has_its_default(run_with_own_end):
+    record = newest_record(str(run_with_own_end))[1]
+    assert {f"model.{name}" for name in NEW_PARTS} <= set(record["settings"])
+    kept = {name: value for name, value in record["settings"].items() if name.removeprefix("model.") not in NEW_PARTS}
+    vocabulary = load_vocabulary("python_8k", end_of_document_id=END, pad_id=7, multiple=64)
+
+    def check(settings: dict[str, str], **parts: object) -> None:
+        config = DecoderConfig(layers=3, hidden=32, heads=2, feedforward=64, vocabulary_size=vocabulary.size, length=32,
+                               activation="fast_gelu", **parts)
+        require_same_model(record | {"settings": settings}, vocabulary, config, "before")
+
+    check(kept)
+    check(kept, kv_heads=2, head_size=16)  # what None means here
+    rotary = {"positions": "rotary", "rotary_scaling": {"kind": "linear", "factor": 2.0}}
+    check(kept | {f"model.{name}": repr(value) for name, value in rotary.items()}, **rotary)
+    for parts, message in (
+        ({"norm": "rms"}, "model.norm = 'layer', here it is 'rms': leave model.norm out"),
+        ({"kv_heads": 1}, "model.kv_heads = None, here it is 1"),
+        ({"head_size": 8}, "model.head_size = None, here it is 8"),
+        ({"norm_epsilon": 1e-6}, "model.norm_epsilon = 1e-05, here it is 1e-06"),
+        ({"tied_head": False}, "model.tied_head = True, here it is False"), (rotary, "model.positions = 'learned'"),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            check(kept, **parts)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="model.rotary_scaling = {'kind': 'linear', 'factor': 4.0}, here it is"):
+        check(kept | {f"model.{name}": repr(value) for name, value in rotary.items()} | {
+            "model.rotary_scaling": "{'kind': 'linear', 'factor': 4.0}"}, **rotary)
+    require_same_settings({"model.layers": "3"}, {"model.layers": "3", "model.norm": "'layer'"}, "before")
+    with pytest.raises(ValueError, match="model.norm was 'layer', is 'rms'"):
+        require_same_settings({"model.layers": "3"}, {"model.layers": "3", "model.norm": "'rms'"}, "before")
+
+
+def test_a_run_of_other_parts_goes_on_and_is_read_with_them(tiny_flags, tmp_path, capsys):
+    run, prompts, output = tmp_path / "run", tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("the row\n")
+    scaling = "{'kind': 'llama3', 'factor': 4.0, 'original_length': 16}"
+    flags = ["train", *tiny_flags, f"--gin.MODEL_DIR={run}", *(f"--gin.model.{setting}" for setting in (
+        "query_layer=False", "kv_heads=1", "norm=rms", "positions=rotary", f"rotary_scaling={scaling}",
+        "activation=swiglu", "biases=none", "tied_head=False"))]
+    for _ in range(2):
+        assert cli.main([*flags, "--gin.TRAIN_STEPS=4"]) == 0, capsys.readouterr().err
+    assert f"Resuming {run} after step 4" in capsys.readouterr().out
+    assert cli.main(["infer", "--gin_file=gin/infer.gin", f"--gin.CHECKPOINT_PATH={run}", f"--prompts={prompts}",
+                     "--gin.sampling.max_new_tokens=4", f"--output={output}"]) == 0, capsys.readouterr().err
+    assert output.read_text()
+    assert cli.main([*flags, "--gin.TRAIN_STEPS=4", "--gin.model.rotary_theta=500000.0"]) == 1
+    assert "model.rotary_theta was 10000.0, is 500000.0" in capsys.readouterr().err
+    assert cli.main([*flags, "--gin.TRAIN_STEPS=4", "--gin.model.rotary_scaling={'kind': 'yarn', 'factor': 2.0}"]) == 1
+    error = capsys.readouterr().err
+    assert "needs 'original_length'" in error and len(error.strip().splitlines()) == 1

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.model import decoder as decoder_module
+from codellm_jax.model import parts as parts_module
 from codellm_jax.model.decoder import Decoder, DecoderConfig
 from codellm_jax.pods.collectives import read_traffic
 from codellm_jax.runtime.optimization import adamw
@@ -25,7 +26,11 @@ from codellm_jax.runtime.partitioning import (
 from codellm_jax.runtime.state import abstract_state, bytes_per_device, initial_state
 
 CONFIG = DecoderConfig(layers=3, hidden=32, heads=4, feedforward=64, vocabulary_size=128, length=16)
+GROUPED = dataclasses.replace(
+    CONFIG, kv_heads=2, positions="rotary", norm="rms", activation="swiglu", biases="query_key_value",
+    query_key_norm="width", tied_head=False)
 MIXED = MeshShape(data=2, fsdp=2, model=2)
+WHOLE_KEYS = (("kv_heads", None), ("activation_kv_heads", None))
 
 
 @pytest.mark.parametrize(("shape", "devices", "sizes"), [
@@ -119,9 +124,9 @@ def test_batches_are_split_over_data_and_fsdp():
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 5)}
 
 
-def specs(shape: MeshShape) -> dict[str, tuple]:
+def specs(shape: MeshShape, config: DecoderConfig = CONFIG) -> dict[str, tuple]:
     """Of each parameter and of its two moments: the mesh axes of each of its axes."""
-    state = abstract_state(Decoder(CONFIG), adamw(lambda step: 1e-3), make_mesh(shape), shape)
+    state = abstract_state(Decoder(config), adamw(lambda step: 1e-3), make_mesh(shape), shape)
     return {jax.tree_util.keystr(path): tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
@@ -144,6 +149,45 @@ def test_parameters_and_moments_are_sharded():
     overridden = specs(MeshShape(data=2, fsdp=2, model=2, rules=(("embed", None), ("vocab", ("fsdp", "model")))))
     assert overridden[".params['token_embedding']"] == (("fsdp", "model"), None)
     assert overridden[".params['blocks']['attention']['query_kernel']"] == (None, None, "model")
+
+
+def test_grouped_heads_are_sharded_where_the_mesh_divides_them():
+    found = specs(MIXED, GROUPED)
+    attention = ".params['blocks']['attention']"
+    assert found[f"{attention}['query_kernel']"] == found[f"{attention}['key_kernel']"] == (None, "fsdp", "model")
+    assert found[f"{attention}['value_bias']"] == (None, "model", None)
+    assert found[f"{attention}['key_norm']['scale']"] == (None, "model", None)
+    assert found[".params['lm_head']"] == ("model", "fsdp")
+    one_head = dataclasses.replace(GROUPED, kv_heads=1)
+    refusal = ("cannot divide the parameter model.kv_heads = 1 into 2: choose a mesh.model that does, or keep keys and "
+               "values whole on each device with --gin.mesh.rules=")
+    with pytest.raises(ValueError, match=refusal) as raised:
+        specs(MIXED, one_head)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="cannot divide the parameter model.heads = 4 into 8: choose .* does.$"):
+        specs(MeshShape(data=1, model=8, rules=WHOLE_KEYS), dataclasses.replace(one_head, query_key_norm="none",
+                                                                               biases="none"))
+    found = specs(dataclasses.replace(MIXED, rules=WHOLE_KEYS), one_head)
+    assert found[f"{attention}['query_kernel']"] == (None, "fsdp", "model")
+    assert found[f"{attention}['key_kernel']"] == (None, "fsdp", None)
+
+
+@pytest.mark.parametrize(("kv_heads", "rules"), [(2, ()), (1, WHOLE_KEYS)])
+def test_grouped_heads_compute_the_same_on_a_mesh(kv_heads, rules):
+    shape, config = dataclasses.replace(MIXED, rules=rules), dataclasses.replace(GROUPED, kv_heads=kv_heads)
+    model, dice = Decoder(config), np.random.default_rng(0)
+    ids = dice.integers(0, 16, (8, 16)).astype(np.int32)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids, ids)["params"])
+
+    def run(params: object) -> tuple:
+        return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(
+            model.apply({"params": params}, ids, ids, ids * 0))))(params)
+
+    expected = jax.jit(run)(params)
+    abstract = abstract_state(model, adamw(lambda step: 1e-3), make_mesh(shape), shape).params
+    with jax.set_mesh(make_mesh(shape)), nn.logical_axis_rules(shape.all_rules()):
+        found = jax.jit(run)(jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, abstract))
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_the_first_state_lies_where_it_should_and_is_the_same_on_any_mesh():
@@ -169,11 +213,11 @@ def test_the_first_state_lies_where_it_should_and_is_the_same_on_any_mesh():
     assert abs(kernel.std() - 0.02) < 0.002 and np.abs(kernel[0] - kernel[1]).max() > 0.01
 
 
-def seen_activations(monkeypatch, rules) -> tuple[dict[tuple, tuple], jax.sharding.Sharding]:
+def seen_activations(monkeypatch, rules, config=CONFIG) -> tuple[dict[tuple, tuple], jax.sharding.Sharding]:
     """Compiles a forward pass whose inputs and parameters are all replicated, so that nothing but the constraints
     could shard anything; returns the shape that a device holds of each named activation, and the result's sharding."""
     seen: dict[tuple, tuple] = {}
-    real = decoder_module._constrain
+    real = parts_module.constrain
 
     def watched(array: jax.Array, *axes: str) -> jax.Array:
         constrained = real(array, *axes)
@@ -185,9 +229,10 @@ def seen_activations(monkeypatch, rules) -> tuple[dict[tuple, tuple], jax.shardi
 
     mesh = make_mesh(MIXED)
     # The query layer alone: an inspection is an effect, which Flax's scan takes no constants with.
-    model = Decoder(dataclasses.replace(CONFIG, layers=1))
+    model = Decoder(dataclasses.replace(config, layers=1))
     params = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), *[jnp.zeros((1, 8), jnp.int32)] * 3)))
-    monkeypatch.setattr(decoder_module, "_constrain", watched)
+    for module in (decoder_module, parts_module):
+        monkeypatch.setattr(module, "constrain", watched)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def forward(params, tokens):
@@ -208,6 +253,12 @@ def test_activations_are_sharded_by_the_constraints(monkeypatch):
     assert seen[("activation_length", "activation_vocab")] == (2, 16, 64)
     assert hidden.shard_shape((8, 16, 32)) == (2, 16, 32)
     assert logits.shard_shape((8, 16, 128)) == (2, 16, 64)
+
+
+def test_activations_of_grouped_heads_are_sharded(monkeypatch):
+    seen, _ = seen_activations(monkeypatch, MIXED.all_rules(), GROUPED)
+    assert seen[("activation_length", "activation_heads", "activation_kv")] == (2, 16, 2, 8)
+    assert seen[("activation_length", "activation_kv_heads", "activation_kv")] == (2, 16, 1, 8)
 
 
 def test_without_rules_the_same_program_shards_nothing(monkeypatch):

@@ -15,7 +15,7 @@ from flax import linen as nn
 import codellm_jax.training.train as train_module
 import tasks
 from codellm_jax.mixture.batches import global_batch
-from codellm_jax.model.decoder import Decoder, DecoderConfig, token_embedding
+from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head
 from codellm_jax.runtime.compatibility import require_same_settings
 from codellm_jax.runtime.optimization import adamw, decayed
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
@@ -85,7 +85,7 @@ def test_losses_of_sources_are_those_of_an_independent_count(make_training):
     state = initial_state(model, optimizer, abstract_state(model, optimizer, mesh, MeshShape()), seed=0)
     params = state.params
     hidden = jax.jit(model.apply)({"params": params}, batch.inputs, batch.positions, batch.segment_ids)
-    logits = np.asarray(hidden @ token_embedding(params).T, np.float64)
+    logits = np.asarray(hidden @ output_head(params).T, np.float64)
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     losses_BL = -np.take_along_axis(log_probabilities, np.asarray(batch.targets)[..., None], -1)[..., 0]
     _, metrics = jax.jit(functools.partial(

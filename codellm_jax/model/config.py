@@ -1,0 +1,180 @@
+"""What a decoder is made of: sizes, and a choice for each part. A family of models is a set of values.
+
+The defaults are PanGu-alpha's. Llama's, for one, are norm='rms', norm_epsilon=1e-5, positions='rotary',
+activation='swiglu', biases='none', tied_head=False and query_layer=False, with kv_heads from its sizes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from codellm_jax.model.attention import NAMES, attended_saveable, check_name
+from codellm_jax.model.rotary import RotaryScaling
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),  # the tanh form, as in GPT-2
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "fast_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "swiglu": jax.nn.silu,
+    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+}
+GATED = ("swiglu", "geglu")  # the activation of one projection is multiplied with another
+
+# Name -> the projections that have biases.
+BIASES: dict[str, tuple[str, ...]] = {
+    "all": ("query", "key", "value", "output", "gate", "up", "down"),
+    "attention": ("query", "key", "value", "output"),
+    "query_key_value": ("query", "key", "value"),
+    "feedforward": ("gate", "up", "down"),
+    "none": (),
+}
+
+# What the backward pass may keep of a block's forward pass on the device, each less than the one before; None keeps
+# all it wants.
+REMAT_POLICIES = {
+    "none": None,
+    # Kept: what matmuls and attention return. Computed again: attention scores and all that is elementwise. The fastest
+    # on CPU too: 0.40 s a step where keeping all takes 0.49, for a scan stacks what it keeps.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("projected", "mixed", "expanded"), attended_saveable),
+    # Kept: what attention takes and returns. Computed again: its output projection and the MLP's first matmul, whose
+    # output is as large as all that is kept here.
+    "attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("projected"), attended_saveable),
+    # Kept: a block's input.
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # The same, in the host's memory: what is sent there and back, a device keeps no longer.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["input"],
+        offload_src="device", offload_dst="pinned_host"),
+}
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Field -> its names.
+NAMES_OF: dict[str, tuple[str, ...]] = {
+    "norm": ("layer", "rms"),
+    "norm_place": ("before", "after"),
+    "residual": ("sequential", "parallel"),
+    "positions": ("learned", "rotary"),
+    "query_key_norm": ("none", "head", "width"),
+    "biases": tuple(BIASES),
+    "activation": tuple(ACTIVATIONS),
+    "dtype": DTYPES,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and choices of a decoder; checked when made.
+
+    Raises:
+      ValueError: in one line, if a size is not positive, the heads do not divide the hidden size or the heads of keys
+        those of queries, a name is unknown, or a number is out of its range.
+    """
+
+    layers: int  # blocks, the query layer counted in
+    hidden: int
+    heads: int
+    feedforward: int
+    vocabulary_size: int  # rows of the token embedding, padding rows counted in
+    length: int  # the longest row, and learned positions
+    query_layer: bool = True  # False: a plain GPT, with a final norm in its place
+    activation: str = "gelu"  # a key of ACTIVATIONS
+    dropout_rate: float = 0.0  # after the embedding, after attention and after the MLP
+    dtype: str = "float32"  # of the computation; parameters are always float32
+    remat: str = "dots"  # what the backward pass keeps of a block, a key of REMAT_POLICIES
+    scan_unroll: int = 1  # blocks compiled out in a row; parameters look the same whatever it is
+    attention: str = "auto"  # one of attention.NAMES
+    initializer_std: float = 0.02
+    kv_heads: int | None = None  # heads of keys and values, each shared by a group of queries' heads; None: as many
+    head_size: int | None = None  # None: hidden / heads
+    norm: str = "layer"  # LayerNorm or RMSNorm, before and after the sub-layers and at the end
+    norm_epsilon: float = 1e-5
+    norm_place: str = "before"  # a sub-layer takes what is normed, or what it returns is normed before the sum
+    residual: str = "sequential"  # the MLP takes what attention was added to; parallel: both take the same
+    positions: str = "learned"  # an embedding, or rotary queries and keys
+    rotary_theta: float = 10_000.0
+    rotary_part: float = 1.0  # of each head, from its beginning
+    rotary_scaling: Mapping[str, Any] | RotaryScaling | None = None  # see `RotaryScaling.of`
+    query_key_norm: str = "none"  # RMSNorm on queries and keys, of each head or of all heads as one
+    biases: str = "all"  # which projections have them, a key of BIASES
+    tied_head: bool = True  # False: logits have a parameter of their own
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "feedforward", "vocabulary_size", "length", "scan_unroll",
+                     "kv_heads", "head_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}.")
+        if self.head_size is None and self.hidden % self.heads:
+            raise ValueError(
+                f"heads must divide hidden, found {self.heads} heads and hidden {self.hidden}: change either one, or "
+                "set head_size."
+            )
+        if self.heads % self.key_heads:
+            raise ValueError(f"kv_heads must divide heads, found {self.kv_heads} and {self.heads}: change either one.")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(f"dropout_rate must be in [0, 1), found {self.dropout_rate}.")
+        if not self.norm_epsilon > 0.0:
+            raise ValueError(f"norm_epsilon must be above 0, found {self.norm_epsilon}.")
+        for name, known in NAMES_OF.items():
+            check_name(name, getattr(self, name), known)
+        check_name("remat policy", self.remat, REMAT_POLICIES)
+        check_name("attention implementation", self.attention, NAMES)
+        if isinstance(self.rotary_scaling, Mapping):
+            object.__setattr__(self, "rotary_scaling", RotaryScaling.of(self.rotary_scaling))
+        self._require_rotary()
+
+    def _require_rotary(self) -> None:
+        rotary = {"rotary_theta": 10_000.0, "rotary_part": 1.0, "rotary_scaling": None}
+        for name, default in rotary.items():
+            if self.positions != "rotary" and getattr(self, name) != default:
+                raise ValueError(f"{name} is set, and positions are {self.positions!r}: set positions = 'rotary'.")
+        if not self.rotary_theta > 1.0:
+            raise ValueError(f"rotary_theta must be above 1, found {self.rotary_theta}.")
+        if not 0.0 < self.rotary_part <= 1.0:
+            raise ValueError(f"rotary_part must be above 0 and at most 1, found {self.rotary_part}.")
+        if self.positions == "rotary" and (self.rotated_size % 2 or not self.rotated_size):
+            raise ValueError(f"Rotary positions turn pairs: rotary_part = {self.rotary_part} of heads of "
+                             f"{self.size_of_head} is {self.rotated_size} numbers, which must be even and not 0.")
+
+    @property
+    def size_of_head(self) -> int:
+        return self.head_size or self.hidden // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def query_width(self) -> int:
+        """Of all heads of queries together, and of what attention returns."""
+        return self.heads * self.size_of_head
+
+    @property
+    def key_width(self) -> int:
+        """Of all heads of keys together, and of values."""
+        return self.key_heads * self.size_of_head
+
+    @property
+    def key_axis(self) -> str:
+        """The logical axis of the heads of keys and values: their own where they are fewer."""
+        return "heads" if self.key_heads == self.heads else "kv_heads"
+
+    @property
+    def rotated_size(self) -> int:
+        """Numbers of a head that rotary positions turn."""
+        return int(self.size_of_head * self.rotary_part)
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation in GATED
+
+    @property
+    def scanned_layers(self) -> int:
+        """Blocks in the scan: all but the query layer."""
+        return self.layers - self.query_layer

@@ -1,0 +1,180 @@
+"""The parts of a block: norms, projections, attention with its cache, and the MLP, as a `DecoderConfig` chooses them.
+
+Shape suffixes are explained at the top of `decoder.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from codellm_jax.model.attention import AttentionMask, dot_product_attention
+from codellm_jax.model.config import ACTIVATIONS, BIASES, DecoderConfig
+from codellm_jax.model.rotary import Rotation, rotate
+
+
+def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+    """A float32 parameter with logical axes: biases start at zero, all else at normal(0, initializer_std)."""
+    is_bias = name.endswith("bias")
+    initializer = nn.initializers.zeros if is_bias else nn.initializers.normal(module.config.initializer_std)
+    boxed: Any = nn.with_logical_partitioning(initializer, axes)  # unboxed again by `param`
+    return module.param(name, boxed, shape, jnp.float32)
+
+
+def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array | None:
+    """The bias of a projection, if the config says that it has one."""
+    return parameter(module, f"{name}_bias", shape, axes) if name in BIASES[module.config.biases] else None
+
+
+def make_norm(config: DecoderConfig, name: str | None) -> nn.LayerNorm | nn.RMSNorm:
+    """The config's norm over D; statistics and scaling in float32, the result in the compute dtype."""
+    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+    if config.norm == "rms":
+        return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=config.dtype, scale_init=scale_init, name=name)
+    return nn.LayerNorm(
+        epsilon=config.norm_epsilon,
+        dtype=config.dtype,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels in float32 when the mean is large
+        scale_init=scale_init,
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+        name=name,
+    )
+
+
+def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+    """Names the axes of an activation for the partitioner; does nothing outside a mesh."""
+    return nn.with_logical_constraint(array, axes)
+
+
+def _linear(x_BLI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None, name: str) -> jax.Array:
+    """The product [B, L, O] with a kernel, and its bias if it has one, [O] or heads of it; named `name` for
+    `jax.checkpoint`.
+
+    Tokens are flattened to one axis for the product: its gradient would else contract two axes, for which XLA on CPU
+    transposes both operands by a copy (33 ms against 40 for an MLP). The batch axis may be sharded; under a sharded
+    length the flattening would gather. The bias is added before anything else is done, as XLA on GPU then has the
+    matmul add it.
+    """
+    dtype = x_BLI.dtype
+    y_NO = x_BLI.reshape(-1, x_BLI.shape[-1]) @ kernel_IO.astype(dtype)
+    if bias_O is not None:
+        y_NO = y_NO + bias_O.reshape(-1).astype(dtype)
+    return checkpoint_name(y_NO, name).reshape(*x_BLI.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, and a cache of keys and values for decoding."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, query_BLD: jax.Array, source_BLD: jax.Array, mask: AttentionMask, rotation: Rotation | None
+    ) -> jax.Array:
+        """Attends from projections of `query_BLD` to keys and values of `source_BLD`; returns [B, L, D]."""
+        config = self.config
+        query_BLHK = self._project("query", query_BLD, config.heads, "heads", rotation)
+        key_BMGK = self._project("key", source_BLD, config.key_heads, config.key_axis, rotation)
+        value_BMGK = self._project("value", source_BLD, config.key_heads, config.key_axis)
+        if mask.query_offset is not None:
+            key_BMGK = self._cached("cached_key", key_BMGK, mask)
+            value_BMGK = self._cached("cached_value", value_BMGK, mask)
+        attended_BLHK = dot_product_attention(
+            query_BLHK, key_BMGK, value_BMGK, mask, implementation=config.attention,
+            is_query_layer=query_BLD is not source_BLD)
+        kernel_QD = parameter(self, "output_kernel", (config.query_width, config.hidden), ("heads", "embed"))
+        bias_D = _bias(self, "output", (config.hidden,), ("embed",))
+        attended_BLQ = attended_BLHK.reshape(*query_BLD.shape[:2], config.query_width)
+        return _linear(attended_BLQ, kernel_QD, bias_D, "mixed")
+
+    def _project(
+        self, name: str, x_BLD: jax.Array, heads: int, axis: str, rotation: Rotation | None = None
+    ) -> jax.Array:
+        """Projects to so many heads, [B, L, heads, K]; queries and keys are then normed and turned if it is asked."""
+        config, size = self.config, self.config.size_of_head
+        # All heads in one axis of the kernel: TPUs would pad heads of 80 to 128 each.
+        kernel_DQ = parameter(self, f"{name}_kernel", (config.hidden, heads * size), ("embed", axis))
+        bias_HK = _bias(self, name, (heads, size), (axis, "kv"))
+        projected_BLQ = _linear(x_BLD, kernel_DQ, bias_HK, "projected")
+        x_BLHK = projected_BLQ.reshape(*x_BLD.shape[:2], heads, size)
+        x_BLHK = constrain(x_BLHK, "activation_batch", "activation_length", f"activation_{axis}", "activation_kv")
+        if name != "value" and config.query_key_norm != "none":
+            axes, names = {"head": ((-1,), ("kv",)), "width": ((-2, -1), (axis, "kv"))}[config.query_key_norm]
+            x_BLHK = nn.RMSNorm(
+                epsilon=config.norm_epsilon, dtype=config.dtype, reduction_axes=axes, feature_axes=axes,
+                scale_init=nn.with_logical_partitioning(nn.initializers.ones, names), name=f"{name}_norm")(x_BLHK)
+        return x_BLHK if rotation is None else rotate(x_BLHK, rotation)
+
+    def _cached(self, name: str, new_BLGK: jax.Array, mask: AttentionMask) -> jax.Array:
+        """Writes the new tokens into the cache at the mask's offset and returns the whole cache, [B, M, G, K].
+
+        It is kept as [B, G, M, K], which attention computes with: kept otherwise, it would be copied at each step.
+        """
+        slots = mask.key_segments_BM.shape[1]
+        batch, _, heads, size = new_BLGK.shape
+        cache = self.variable("cache", name, jnp.zeros, (batch, heads, slots, size), new_BLGK.dtype)
+        assert mask.query_offset is not None
+        new_BGLK = new_BLGK.swapaxes(1, 2)
+        cache_BGMK = jax.lax.dynamic_update_slice_in_dim(cache.value, new_BGLK, mask.query_offset, axis=2)
+        cache.value = constrain(
+            cache_BGMK, "activation_batch", f"activation_{self.config.key_axis}", "activation_length", "activation_kv"
+        )
+        return cache.value.swapaxes(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Two projections and an activation between them; gated, the activation of a third is multiplied with the first."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        config = self.config
+        activation = ACTIVATIONS[config.activation]
+        x_BLF = self._expand("up", x_BLD)
+        x_BLF = activation(self._expand("gate", x_BLD)) * x_BLF if config.is_gated else activation(x_BLF)
+        kernel_FD = parameter(self, "down_kernel", (config.feedforward, config.hidden), ("mlp", "embed"))
+        bias_D = _bias(self, "down", (config.hidden,), ("embed",))
+        # No gradient takes what it returns, but that of a norm: then it is kept like attention's.
+        return _linear(x_BLF, kernel_FD, bias_D, "mixed" if config.norm_place == "after" else "contracted")
+
+    def _expand(self, name: str, x_BLD: jax.Array) -> jax.Array:
+        """Projects to the feed-forward size."""
+        config = self.config
+        kernel_DF = parameter(self, f"{name}_kernel", (config.hidden, config.feedforward), ("embed", "mlp"))
+        bias_F = _bias(self, name, (config.feedforward,), ("mlp",))
+        return constrain(
+            _linear(x_BLD, kernel_DF, bias_F, "expanded"), "activation_batch", "activation_length", "activation_mlp")
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each added to what goes in; with `query_BLD` given it is the query layer."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: jax.Array, query_BLD: jax.Array | None, mask: AttentionMask, deterministic: bool,
+        rotation: Rotation | None,
+    ) -> tuple[jax.Array, None]:
+        """Returns the new hidden states and None, the shape of answer that a scan wants."""
+        config = self.config
+        dropout = nn.Dropout(config.dropout_rate, deterministic=deterministic)
+        x_BLD = constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
+        x_BLD = checkpoint_name(x_BLD, "input")
+
+        def attend(source_BLD: jax.Array) -> jax.Array:
+            asked_BLD = source_BLD if query_BLD is None else query_BLD
+            return Attention(config, name="attention")(asked_BLD, source_BLD, mask, rotation)
+
+        def normed(name: str, layer: Callable[[jax.Array], jax.Array], x_BLD: jax.Array) -> jax.Array:
+            norm = make_norm(config, f"{name}_norm")
+            return dropout(layer(norm(x_BLD)) if config.norm_place == "before" else norm(layer(x_BLD)))
+
+        attended_BLD = x_BLD + normed("attention", attend, x_BLD)
+        source_BLD = attended_BLD if config.residual == "sequential" else x_BLD
+        x_BLD = attended_BLD + normed("feedforward", FeedForward(config, name="feedforward"), source_BLD)
+        return constrain(x_BLD, "activation_batch", "activation_length", "activation_embed"), None
