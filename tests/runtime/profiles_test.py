@@ -36,6 +36,7 @@ def losses(model_dir: str) -> dict[tuple[int, str], float]:
     return {(line["step"], line["split"]): line["loss"] for line in read_records(model_dir)}
 
 
+@pytest.mark.slow
 def test_a_trace_holds_the_asked_steps_and_changes_nothing(make_training, capsys):
     plain, profiled = make_training(), make_training(log_period=4)
     train(plain)

@@ -182,6 +182,7 @@ def test_a_failing_arm_does_not_stop_the_others(study_flags, tmp_path, capsys):
     assert "loss" in (tmp_path / "runs" / "FAST.seed0" / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_printed_commands_make_the_study(study_flags, tmp_path, capsys):
     arms = {"CODE": {"CODE_RATE": 0.5}, "CN": {"from": "CODE", "CODE_RATE": 0.0},
             "CC-increase": {"from": "CODE", "MIX_PHASES": ["7:3", "5:5"]}}

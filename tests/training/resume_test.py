@@ -121,6 +121,7 @@ def test_the_summary_tells_what_was_trained_on(uninterrupted):
         assert words in printed
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(command, uninterrupted, tmp_path):
     model_dir = tmp_path / "run"
     assert run_until(command(model_dir), model_dir, 20, signal.SIGTERM) == 0
@@ -151,6 +152,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(comm
     assert records(model_dir) == records(uninterrupted[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretraining", "tuning"])
 def test_killed_at_and_inside_a_change_of_the_mix(stage, tiny_flags, tiny_tuning_flags, uninterrupted, tmp_path):
     arm = tiny_flags if stage == "pretraining" else [

@@ -197,6 +197,7 @@ def test_pairs() -> None:
     assert all(pair.inputs.startswith("Below") and "### Input:" not in pair.inputs for pair in texts)
 
 
+@pytest.mark.slow
 def test_made_the_same_again(tmp_path: pathlib.Path) -> None:
     """Processes with other hash seeds and folders make the same."""
     program = (
