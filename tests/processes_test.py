@@ -154,6 +154,7 @@ def test_a_process_that_keeps_the_others_waiting_is_seen(together):
     assert "busiest_process" not in lines[6, "train"]  # by one
 
 
+@pytest.mark.slow
 def test_evaluation_by_two(alone, tmp_path):
     """Of which one writes; begun by one process, and what it has written is gone on from."""
     arguments = ["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={alone}",

@@ -253,6 +253,7 @@ def test_bfloat16_is_near() -> None:
     expect(TINY, requests, found, atol=0.5, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_tokens_that_greedy_decoding_would_choose_are_told():
     """Requests that go on greedily from a prompt, then differently; beside them the random ones of the other tests."""
     config, params = TINY, make_params(TINY)

@@ -211,6 +211,7 @@ def test_remat_and_unrolling_change_no_gradient() -> None:
     same_gradients(config, params, inputs, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["rotary query layer", "parallel"])
 def test_remat_changes_no_gradient_of_other_parts(architecture: str) -> None:
     config = dataclasses.replace(ARCHITECTURES[architecture], dropout_rate=0.3, remat="none")

@@ -81,6 +81,7 @@ def lowered_text(monkeypatch: pytest.MonkeyPatch):
 # Compiling.
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_every_arm_compiles_for_its_pod(lowered_text, no_data):
     """Arms of a stage differ in data alone: one of each stage is compiled, the others are the same program."""

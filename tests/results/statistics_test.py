@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.multitest import multipletests
 
 from codellm_jax.results import statistics
 from codellm_jax.results.statistics import (
@@ -294,8 +295,7 @@ def test_holm_is_the_closed_test_of_all_subsets(p_values):
 @given(p_value_lists)
 @settings(deadline=None, max_examples=50)
 def test_holm_as_in_statsmodels(p_values):
-    multitest = pytest.importorskip("statsmodels.stats.multitest")
-    assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist())
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
 
 
 @given(p_value_lists)

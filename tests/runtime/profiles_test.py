@@ -57,6 +57,7 @@ def test_a_trace_holds_the_asked_steps_and_changes_nothing(make_training, capsys
     assert all(whole[key] == loss for key, loss in losses(profiled.model_dir).items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_profiles_what_is_left_and_says_so(make_training, capsys, monkeypatch):
     training = make_training()
     monkeypatch.setattr(train_module, "stops", lambda stop, step, period: step == 6)

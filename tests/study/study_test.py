@@ -167,6 +167,7 @@ def test_a_changed_configuration_is_refused_and_redone_only_when_asked(finished,
         path: time for path, time in before.items() if "NL.seed0" in path}
 
 
+@pytest.mark.slow
 def test_a_failing_arm_does_not_stop_the_others(study_flags, tmp_path, capsys):
     arms = {"BAD": NL | {"MIXTURE_OR_TASK_NAME": ["text.nowhere"]}, "NB": NN | {"from": "BAD"},
             "FAST": NL | {"LEARNING_RATE": 1e30, "WARMUP_STEPS": 0}, "NL": NL}

@@ -152,6 +152,7 @@ def test_errors_are_one_line(given: list[Any], settings: dict[str, Any], message
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mixture", "gin_file", "pool"), [
     ("python_instructions_increase", "gin/tune_increase.gin", "python_instructions"),
     ("python_instructions_decrease", "gin/tune_decrease.gin", "python_instructions"),

@@ -53,6 +53,7 @@ def single_device(make_training):
     return losses_on(MeshShape(), 1, make_training())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [
     MeshShape(data=8), MeshShape(data=1, fsdp=8), MeshShape(data=2, model=4), MeshShape(data=2, fsdp=2, model=2),
     MeshShape(data=4, fsdp=2, slices=2)], ids=["data", "fsdp", "model", "mixed", "slices"])
