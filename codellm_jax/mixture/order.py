@@ -10,6 +10,11 @@ anywhere without reading a row.
   row     the k-th row drawn from a source of n rows is row permutation(k mod n) of epoch k // n, under a permutation
           keyed by seed, source and epoch.
 
+A branch goes on from another order, that of its trunk, at a position: of every source that both have it reads on where
+the trunk stopped, in the same epoch under the same permutation, and what a node of the tree still owes one side is
+carried over. So an order that branches from itself is itself, and it too is a closed form: of the seed, of what the
+trunk had drawn at the branch, and of the position.
+
 Counts of the two pools stay within half a row of what was asked at every position, so a batch is within one row.
 Of three and more sources, each node adds half a row at most to its share of its parent's deviation: a source with d
 nodes above it stays within d / 2 rows at every position. By as many rows it may begin or end early or late where a
@@ -21,14 +26,13 @@ import difflib
 import functools
 import hashlib
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from codellm_jax.mixture.schedules import HALF, POOLS, Schedule
+from codellm_jax.mixture.schedules import POOLS, Schedule
 
 # Raise it whenever draw() gives other rows for the same arguments: checkpoints of another version are refused.
 ORDER_VERSION = 1
@@ -47,6 +51,31 @@ class Source:
     @property
     def pool(self) -> str:
         return self.name.split(".")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """What an order takes over from that of its trunk.
+
+    Attributes:
+      position: rows that the trunk and its own trunks had drawn in all; positions go on from there.
+      drawn: of each source by name, (content hash, rows drawn so far, from its first epoch on).
+      owed: of each node of the tree by name, (rows that reached it, beyond what was asked; rows that were asked of its
+        right side and not drawn). The exact fractions.
+    """
+
+    position: int
+    drawn: Mapping[str, tuple[str, int]]
+    owed: Mapping[str, tuple[Fraction, Fraction]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"position": self.position, "drawn": {name: list(value) for name, value in self.drawn.items()},
+                "owed": {name: [str(part) for part in value] for name, value in self.owed.items()}}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Branch":
+        owed = {name: (Fraction(reached), Fraction(right)) for name, (reached, right) in saved["owed"].items()}
+        return cls(saved["position"], {name: (hash_, count) for name, (hash_, count) in saved["drawn"].items()}, owed)
 
 
 class Draw(NamedTuple):
@@ -71,11 +100,16 @@ class _Node(NamedTuple):
     schedule: Schedule
     left: "_Node | int"
     right: "_Node | int"
+    name: str  # of a branch's node and its trunk's that split the same
+    begin: Fraction  # rows that reached it before row 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
     """The order in which the rows of `sources` are trained on.
+
+    Positions are those of the whole run. An order that branches from another begins at that one's position, and counts
+    what it draws itself.
 
     Raises:
       ValueError: a pool is asked for but has no source, a source has no row, a weight is not positive, or a table of
@@ -83,8 +117,29 @@ class Order:
     """
 
     seed: int
-    schedule: Schedule
+    schedule: Schedule  # over all positions, those before a branch too
     sources: tuple[Source, ...]
+    branch: Branch | None = None
+
+    @property
+    def begin(self) -> int:
+        """The first position."""
+        return self.branch.position if self.branch else 0
+
+    @property
+    def phase_starts(self) -> list[int]:
+        """The position at which each phase of the schedule begins here."""
+        later = [start for start in self.schedule.phase_starts if start > self.begin]
+        return [self.begin, *later]
+
+    @functools.cached_property
+    def drawn_before(self) -> np.ndarray:
+        """Rows of each source that were drawn before the first position: int64 [sources]. None of a source that the
+        trunk has not, or whose content is another there.
+        """
+        drawn = self.branch.drawn if self.branch else {}
+        return np.array([drawn[source.name][1] if drawn.get(source.name, ("", 0))[0] == source.content_hash
+                         and source.name in drawn else 0 for source in self.sources], np.int64)
 
     def __post_init__(self) -> None:
         for source in self.sources:
@@ -118,7 +173,15 @@ class Order:
         text, code = trees
         if text is None or code is None:
             return code if text is None else text  # type: ignore[return-value]
-        return _Node(self.schedule, text, code)
+        return self._node(self.schedule, text, code, "|".join(POOLS), Fraction(self.begin))
+
+    def _node(self, schedule: Schedule, left: "_Node | int", right: "_Node | int", name: str, asked: Fraction) -> _Node:
+        """A node of this order, given its schedule over all positions and the rows asked of it before the first."""
+        if self.branch is None:
+            return _Node(schedule, left, right, name, Fraction(0))
+        reached, owed = self.branch.owed.get(name, (Fraction(0), Fraction(0)))
+        begin = max(Fraction(0), asked + reached)
+        return _Node(schedule.after(begin, owed), left, right, name, begin)
 
     def _balanced_tree(self, members: Sequence[int]) -> "_Node | int":
         """A binary tree whose nodes halve the weight as evenly as taking the heaviest first allows.
@@ -133,7 +196,14 @@ class Order:
             lighter = 0 if weights[0] <= weights[1] else 1
             halves[lighter].append(member)
             weights[lighter] += self.sources[member].weight
-        return _Node(self._split(*halves), self._balanced_tree(halves[0]), self._balanced_tree(halves[1]))
+        names = "|".join(",".join(sorted(self.sources[k].name for k in half)) for half in halves)
+        return self._node(self._split(*halves), self._balanced_tree(halves[0]), self._balanced_tree(halves[1]), names,
+                          self._asked_of(members, self.begin))
+
+    def _asked_of(self, members: Sequence[int], position: int) -> Fraction:
+        """Rows asked of some sources together in the first `position` rows of this schedule."""
+        asked = self._asked(self._segment(position), position)
+        return sum((asked[k] for k in members), Fraction(0))
 
     def _split(self, left: Sequence[int], right: Sequence[int]) -> Schedule:
         """The share of `right` as a function of the number of rows drawn from both.
@@ -199,12 +269,14 @@ class Order:
         return Draw(source, epoch, row)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source at each of `positions` (int64 [N]), and how many rows were drawn from that source before."""
+        """The source at each of `positions` (int64 [N]), and how many rows were drawn from that source before, by the
+        trunk too.
+        """
         positions = np.asarray(positions, dtype=np.int64)
         source = np.zeros(positions.shape, dtype=np.int64)
         ordinal = np.zeros(positions.shape, dtype=np.int64)
-        self._descend(self._root, np.arange(len(positions)), positions, source, ordinal)
-        return source, ordinal
+        self._descend(self._root, np.arange(len(positions)), positions - self.begin, source, ordinal)
+        return source, ordinal + self.drawn_before[source]
 
     def _descend(self, node: "_Node | int", where: np.ndarray, ordinals: np.ndarray, source: np.ndarray,
                  ordinal: np.ndarray) -> None:
@@ -217,35 +289,64 @@ class Order:
         self._descend(node.right, where[right], quota[right], source, ordinal)
 
     def counts(self, position: int) -> np.ndarray:
-        """Rows drawn from each source in the first `position` rows: int64 [sources]."""
+        """Rows drawn from each source up to a position: int64 [sources]."""
         counts = np.zeros(len(self.sources), dtype=np.int64)
-
-        def descend(node: "_Node | int", rows: int) -> None:
+        for node, rows in self._reached(position):
             if not isinstance(node, _Node):
                 counts[node] = rows
-                return
-            quota = math.floor(node.schedule.asked(rows) + HALF)
-            descend(node.left, rows - quota)
-            descend(node.right, quota)
-
-        descend(self._root, position)
         return counts
 
+    def _reached(self, position: int) -> Iterator[tuple["_Node | int", int]]:
+        """Each node and leaf with the rows that reach it up to a position, a node before those below it."""
+        waiting = [(self._root, position - self.begin)]
+        while waiting:
+            node, rows = waiting.pop()
+            yield node, rows
+            if isinstance(node, _Node):
+                right = node.schedule.quota_of(rows)
+                waiting += [(node.right, right), (node.left, rows - right)]
+
+    def branch_at(self, position: int) -> Branch:
+        """What an order takes over that goes on from this one at a position."""
+        owed: dict[str, tuple[Fraction, Fraction]] = {}
+        for node, rows in self._reached(position):
+            if isinstance(node, _Node):
+                asked = Fraction(position) if node.name == "|".join(POOLS) else self._asked_of(
+                    self._leaves(node), position)
+                right = node.schedule.asked(rows) + node.schedule.carried - node.schedule.quota_of(rows)
+                owed[node.name] = node.begin + rows - asked, right
+        drawn = (self.drawn_before + self.counts(position)).tolist()
+        before = dict(self.branch.drawn) if self.branch else {}  # sources that come again later go on, too
+        return Branch(position, before | {source.name: (source.content_hash, count)
+                                          for source, count in zip(self.sources, drawn, strict=True)}, owed)
+
+    def _leaves(self, node: "_Node | int") -> list[int]:
+        return [*self._leaves(node.left), *self._leaves(node.right)] if isinstance(node, _Node) else [node]
+
     def asked(self, position: int) -> list[Fraction]:
-        """The exact numbers of rows asked of each source in the first `position` rows, not rounded."""
-        return self._asked([segment for segment in self._segments if segment.start <= position][-1], position)
+        """The exact numbers of rows asked of each source up to a position, not rounded."""
+        before = self._asked(self._segment(self.begin), self.begin)
+        asked = self._asked(self._segment(position), position)
+        return [one - other for one, other in zip(asked, before, strict=True)]
+
+    def _segment(self, position: int) -> _Segment:
+        return [segment for segment in self._segments if segment.start <= position][-1]
 
     def exhausted_at(self, max_epochs: int, rows: int) -> tuple[int, Source] | None:
-        """The first position below `rows` that would begin epoch `max_epochs` (from 0) of a source, and that source."""
+        """The first position below `rows` that would begin epoch `max_epochs` (from 0) of a source, and that source;
+        the trunk's epochs count.
+        """
 
         def beyond(position: int) -> list[Source]:
-            """The sources of which more than so many epochs are drawn in the first `position` rows."""
-            return [source for source, drawn in zip(self.sources, self.counts(position).tolist(), strict=True)
-                    if drawn > max_epochs * source.rows]
+            """The sources of which more than so many epochs are drawn up to a position."""
+            own = self.counts(position)
+            return [source for source, drawn, more in zip(
+                self.sources, (self.drawn_before + own).tolist(), own.tolist(), strict=True)
+                if more and drawn > max_epochs * source.rows]
 
         if not beyond(rows):
             return None
-        low, high = 0, rows
+        low, high = self.begin, rows
         while high - low > 1:  # none is beyond at low, some are at high
             middle = (low + high) // 2
             low, high = (low, middle) if beyond(middle) else (middle, high)
@@ -268,7 +369,9 @@ class Order:
         if any(self.schedule.tables):
             definition["tables"] = [table and [[name, str(share)] for name, share in table if share]
                                     for table in self.schedule.tables]
-        positions = np.concatenate([np.arange(512), np.logspace(3, 9, 512).astype(np.int64)])
+        if self.branch:
+            definition["branch"] = self.branch.to_json()
+        positions = self.begin + np.concatenate([np.arange(512), np.logspace(3, 9, 512).astype(np.int64)])
         digest = hashlib.sha256(json.dumps(definition).encode())
         digest.update(np.stack(self.draw(positions)).astype("<i8").tobytes())
         return digest.hexdigest()

@@ -54,12 +54,15 @@ class Schedule:
       shares: of code, at the start of each piece.
       ends: of code, at the end of each piece; by default those at the start. The last piece is constant, without end.
       tables: for each piece the shares of all sources, or None where it tells nothing but code from text.
+      carried: rows of code, at most half of one, that were asked for before row 0 and not drawn; below 0 if they were
+        drawn and not asked for.
     """
 
     starts: tuple[int, ...]
     shares: tuple[Fraction, ...]
     ends: tuple[Fraction, ...] = ()
     tables: tuple[Table | None, ...] = ()
+    carried: Fraction = Fraction(0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", self.ends or self.shares)
@@ -72,7 +75,8 @@ class Schedule:
                              f"{self.starts[0]} and a last piece from {self.shares[-1]} to {self.ends[-1]}.")
 
     def quota(self, positions: np.ndarray) -> np.ndarray:
-        """How many of the first `positions` rows are code: the integral of the share, rounded half up.
+        """How many of the first `positions` rows are code: the integral of the share and what is carried, rounded
+        half up.
 
         Args:
           positions: int64 array of numbers of rows, each at least 0.
@@ -94,10 +98,21 @@ class Schedule:
         inside = position - self.starts[k]
         return self._before[k] + inside * self.shares[k] + inside * inside * self._slope(k) / 2
 
-    def share_at(self, position: int) -> Fraction:
+    def share_at(self, position: int | Fraction) -> Fraction:
         """The exact share of code asked for at the beginning of row `position`."""
         k = bisect.bisect_right(self.starts, position) - 1
         return self.shares[k] + (position - self.starts[k]) * self._slope(k)
+
+    def quota_of(self, position: int) -> int:
+        """What `quota` gives for one number of rows."""
+        return math.floor(self.asked(position) + self.carried + HALF)
+
+    def after(self, row: Fraction, carried: Fraction) -> "Schedule":
+        """The schedule from a row on, which is its row 0; `carried` as above."""
+        first = bisect.bisect_right(self.starts, row) - 1
+        return Schedule(
+            (0, *(start - row for start in self.starts[first + 1 :])),  # type: ignore[arg-type]
+            (self.share_at(row), *self.shares[first + 1 :]), self.ends[first:], self.tables[first:], carried)
 
     @functools.cached_property
     def phase_starts(self) -> list[int]:
@@ -131,7 +146,7 @@ class Schedule:
         parabolas = []
         for k, first in enumerate(self._firsts.tolist()):
             late, slope = first - self.starts[k], self._slope(k)
-            terms = (HALF + self._before[k] + late * self.shares[k] + late * late * slope / 2,
+            terms = (HALF + self.carried + self._before[k] + late * self.shares[k] + late * late * slope / 2,
                      self.shares[k] + late * slope, slope / 2)
             denominator = math.lcm(*(term.denominator for term in terms))
             c0, c1, c2 = (term.numerator * (denominator // term.denominator) for term in terms)
