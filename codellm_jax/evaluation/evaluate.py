@@ -45,6 +45,7 @@ from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.distributed import agreed, require_agreement, wait_for_all
 from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.provenance import evaluation_hash, software, training_hash
+from codellm_jax.weights.start import results_folder
 
 SCORINGS = ("per_token", "sum", "per_byte", "released")
 RESULTS_VERSION = 3  # raise it whenever lines hold other things: those of an earlier one are not gone on from
@@ -125,7 +126,8 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointEvaluation:
-    """What a gin file says of the evaluation of a checkpoint; results go to `results_dir`, by default RUN/results."""
+    """What a gin file says of the evaluation of a checkpoint; results go to `results_dir`, by default
+    RUN/results, or of published weights runs/NAME/results."""
 
     checkpoint: Checkpoint
     evaluation: Evaluation
@@ -160,7 +162,7 @@ def evaluate(
         provenance = {
             "config_hash": evaluation_hash(settings()), "training_config_hash": training_hash(record["settings"]),
             "asked": dict(asked or {}), "seed": run.evaluation.seed} | software()
-        results, failures = ask(run.evaluation, loaded, model, checkpoint, run.results_dir or f"{path}/results",
+        results, failures = ask(run.evaluation, loaded, model, checkpoint, run.results_dir or results_folder(path),
                                 report, provenance=provenance)
         if agreed(len(failures)):  # of the first process, where several evaluate
             raise ValueError(f"{len(failures)} of {len(loaded)} tasks failed: {'; '.join(map(str, failures))}"

@@ -14,12 +14,12 @@ from codellm_jax.evaluation.decoding import Generation, Piece, generate, stream
 from codellm_jax.evaluation.sampling import Sampling
 from codellm_jax.evaluation.scoring import Request, Scores, score_greedily
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.runtime.checkpoints import newest_record, restore_parameters
 from codellm_jax.runtime.compatibility import require_same_model
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.runtime.progress import say
 from codellm_jax.runtime.state import abstract_state, require_memory
 from codellm_jax.vocabulary import Vocabulary
+from codellm_jax.weights.start import newest_record, restore_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Checkpoint:
     """What a gin file says of a trained model.
 
     Attributes:
-      path: a run directory; its newest undamaged checkpoint is taken.
+      path: a run directory, whose newest undamaged checkpoint is taken, or published weights (`weights.start`).
       vocabulary: what it was trained with.
       model: makes the decoder's configuration when called with `vocabulary_size` and `length`.
       lengths: {"targets": the model's positions}.

@@ -18,7 +18,7 @@ class Ledger:
     """Counts of one stage, and the ledgers of the stages before it.
 
     Attributes:
-      stage: "pretraining" or "tuning".
+      stage: "pretraining" or "tuning"; of published weights, of which nothing else is known, "imported".
       order_fingerprint: of the order that was followed.
       vocabulary_hash: of the vocabulary's file.
       length: tokens of a row.
@@ -120,7 +120,9 @@ class Ledger:
 def arm(ledger: Mapping[str, Any]) -> str:
     """The study's name of the arm that a ledger (as JSON) belongs to: NL, CODE, NN, NC, CN or CC.
 
-    N and C say whether a stage was trained on any code: the first letter of pre-training, the second of tuning.
+    N and C say whether a stage was trained on any code: the first letter of pre-training, the second of tuning. What
+    published weights were trained on is not known: "imported" stands before what was done with them, as in imported-C
+    (tuned with code), imported-NL (trained on without code), or imported-NC.
     """
     stages = [*ledger.get("before", []), ledger]
 
@@ -130,6 +132,7 @@ def arm(ledger: Mapping[str, Any]) -> str:
         return "" if not rows else "C" if code else "N"
 
     first, second = letter("pretraining"), letter("tuning")
-    if not first:
-        return "none, for it was tuned from new parameters"
-    return f"{first}{second}" if second else {"N": "NL", "C": "CODE"}[first]
+    own = {"N": "NL", "C": "CODE"}[first] if first and not second else f"{first}{second}"
+    if stages[0]["stage"] == "imported":
+        return f"imported-{own}" if own else "imported"
+    return own if first else "none, for it was tuned from new parameters"

@@ -59,11 +59,13 @@ def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, m
 def require_same_model(
     record: Mapping[str, Any], vocabulary: Vocabulary, config: DecoderConfig, model_dir: str
 ) -> None:
-    """Raises ValueError where a run directory's checkpoint has another vocabulary, length, or decoder than `config`."""
+    """Raises ValueError where a run directory's checkpoint has another vocabulary or decoder than `config`, or shorter
+    rows."""
     require_same_vocabulary(record, vocabulary, model_dir)
-    if record["ledger"]["length"] != config.length:
+    if record["ledger"]["length"] < config.length:
         raise ValueError(f"{model_dir} was trained on rows of {record['ledger']['length']} tokens, here they have "
-                         f"{config.length}: leave TASK_FEATURE_LENGTHS out to take its length over.")
+                         f"{config.length}: set TASK_FEATURE_LENGTHS to as many or fewer, or leave it out to take its "
+                         "length over.")
     for field in dataclasses.fields(config):
         name = f"model.{field.name}"
         saved = literal(record["settings"], name)

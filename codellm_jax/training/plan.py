@@ -45,7 +45,7 @@ class Training:
       eval_rows: held-out rows of each source that are evaluated.
       keep_last: newest checkpoints kept; keep_every: besides, those at its multiples.
       microbatches: parts a batch is trained on in turn before one update, to save memory.
-      initial_checkpoint_path: a run directory whose parameters are started from.
+      initial_checkpoint_path: a run directory whose parameters are started from, or published weights.
       evaluation: benchmarks that are asked at each evaluation; None for none.
       seed: of the parameters, the order and dropout.
     """

@@ -31,7 +31,7 @@ from codellm_jax.model.decoder import Decoder, flops_per_token, output_head, par
 from codellm_jax.model.losses import chunk_of, cross_entropy
 from codellm_jax.results.files import write_whole
 from codellm_jax.results.tables import short_score
-from codellm_jax.runtime.checkpoints import Checkpoints, newest_record, resolved, restore_parameters
+from codellm_jax.runtime.checkpoints import Checkpoints, resolved
 from codellm_jax.runtime.compatibility import (
     require_same_model,
     require_same_settings,
@@ -48,6 +48,7 @@ from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_r
 from codellm_jax.runtime.provenance import software, training_hash
 from codellm_jax.runtime.state import TrainState, initial_state, require_memory
 from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
+from codellm_jax.weights.start import newest_record, restore_parameters
 
 STATE = "Parameters and optimizer state"
 
