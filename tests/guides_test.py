@@ -56,8 +56,8 @@ MODEL = ("--gin.CACHE_DIR", "--gin.TASK_FEATURE", "--gin.model", "--gin.WARMUP",
 
 
 def test_there_are_guides():
-    assert titles() == ["Your own corpora", "An ablation by overrides", "Adding an arm to a study", "A TPU pod",
-                        "Adding a benchmark"]
+    assert titles() == ["Your own corpora", "A published model, before and after code", "An ablation by overrides",
+                        "Adding an arm to a study", "A TPU pod", "Adding a benchmark"]
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", GUIDES):
         assert (ROOT / "docs" / target).exists(), target
 
