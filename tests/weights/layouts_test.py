@@ -14,7 +14,13 @@ from flax import linen as nn
 from codellm_jax.model.config import DecoderConfig
 from codellm_jax.model.decoder import Decoder
 from codellm_jax.weights.layouts import (
-    PublishedTensor, decoder_values, matched, published_facts, published_tensors, stacked_shapes)
+    PublishedTensor,
+    decoder_values,
+    matched,
+    published_facts,
+    published_tensors,
+    stacked_shapes,
+)
 
 GOLDEN = sorted((Path(__file__).resolve().parent.parent / "model" / "golden").glob("*.npz"))
 SIZES = {"layers": 3, "hidden": 24, "heads": 4, "feedforward": 22, "vocabulary_size": 29, "length": 16}
