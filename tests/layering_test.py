@@ -43,7 +43,9 @@ def tops(found: set[str]) -> set[str]:
 ROOMS: dict[str, set[str]] = {
     "flags": set(),
     "contents": set(),
-    "vocabulary": {"contents"},
+    "hub": {"contents"},
+    "tokenizing": {"contents", "hub"},
+    "vocabulary": {"tokenizing", "contents"},
     "results": set(),
     "mixture": {"vocabulary"},
     "model": set(),
