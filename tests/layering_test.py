@@ -43,6 +43,7 @@ def tops(found: set[str]) -> set[str]:
 ROOMS: dict[str, set[str]] = {
     "flags": set(),
     "contents": set(),
+    "hub": set(),
     "vocabulary": {"contents"},
     "results": set(),
     "mixture": {"vocabulary"},
@@ -70,6 +71,7 @@ ONLY_IMPORTERS = {
     "orbax": {"codellm_jax.runtime.checkpoints"},
     "apache_beam": {"codellm_jax.training.cache"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
+    "huggingface_hub": {"codellm_jax.hub"},
 }
 
 
