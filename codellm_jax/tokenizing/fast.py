@@ -244,7 +244,7 @@ def _without(facts: dict[str, Any], special: Collection[str]) -> dict[str, Any]:
     model = facts["model"]
     if model["type"] == "Unigram":
         given = {piece for piece, _ in model["vocab"] if piece in special}
-        changed = {"vocab": [["" if piece in given else piece, score] for piece, score in model["vocab"]]}
+        changed: dict[str, Any] = {"vocab": [["" if piece in given else piece, score] for piece, score in model["vocab"]]}
     else:
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         made = {left + right for left, right in merges}
@@ -274,5 +274,5 @@ def _without_prefix(facts: dict[str, Any]) -> dict[str, Any]:
             return part | {"prepend_scheme": "never", "add_prefix_space": False}
         return part | {"add_prefix_space": False} if part["type"] == "ByteLevel" else part
 
-    return facts | {"normalizer": stripped(facts.get("normalizer"), "normalizers"),
-                    "pre_tokenizer": stripped(facts.get("pre_tokenizer"), "pretokenizers")}
+    return facts | {name: stripped(facts[name], key) for name, key in (
+        ("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")) if facts.get(name)}

@@ -95,7 +95,7 @@ def content_hash(content: bytes, special: Sequence[str], text_form: str) -> str:
       special: names of tokens that are special though the file does not say so.
       text_form: "plain", or another with the version of what makes it.
     """
-    beside = {"special": sorted(special)} if special else {}
+    beside: dict[str, Any] = {"special": sorted(special)} if special else {}
     beside |= {"text_form": text_form} if text_form != "plain" else {}
     return hashlib.sha256(content + (json.dumps(beside, sort_keys=True).encode() if beside else b"")).hexdigest()
 
