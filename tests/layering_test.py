@@ -43,10 +43,13 @@ def tops(found: set[str]) -> set[str]:
 ROOMS: dict[str, set[str]] = {
     "flags": set(),
     "contents": set(),
-    "vocabulary": {"contents"},
+    "hub": set(),
+    "tokenizing": {"contents", "hub"},
+    "vocabulary": {"tokenizing", "contents"},
     "results": set(),
     "mixture": {"vocabulary"},
     "model": set(),
+    "weights": {"runtime", "mixture", "model", "vocabulary", "tokenizing", "contents", "hub"},
     "configuration": {"runtime", "contents"},
     "runtime": {"mixture", "model", "vocabulary"},
     "evaluation": {"configuration", "runtime", "mixture", "model", "results", "vocabulary", "contents"},
@@ -67,9 +70,10 @@ DEFINE_TASKS = {"tasks.pretraining", "tasks.tuning", "tasks.scheduling", "tasks.
 ONLY_IMPORTERS = {
     "gin": {"codellm_jax.configuration"},
     "matplotlib": {"codellm_jax.report.plots"},
-    "orbax": {"codellm_jax.runtime.checkpoints"},
+    "orbax": {"codellm_jax.runtime.checkpoints", "codellm_jax.runtime.parts"},
     "apache_beam": {"codellm_jax.training.cache"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
+    "huggingface_hub": {"codellm_jax.hub"},
 }
 
 

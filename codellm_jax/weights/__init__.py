@@ -1,1 +1,1 @@
-"""Published weights: read into runs, and written from them."""
+"""Published weights: their configurations and tensors, read into runs and written out of them."""

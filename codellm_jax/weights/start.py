@@ -13,7 +13,7 @@ from etils import epath
 
 from codellm_jax.hub import is_hub_name
 from codellm_jax.runtime import checkpoints
-from codellm_jax.weights.importing import describe_source, parameters_on_mesh
+from codellm_jax.weights.importing import describe_source, open_source, parameters_on_mesh
 
 # Tables of the decoder that have a row for each position: a shorter row has no use for the last of them.
 POSITION_TABLES = ("position_embedding", "query_embedding")
@@ -71,13 +71,15 @@ def restore_parameters(
     Raises:
       FileNotFoundError, ValueError: as for `newest_record`; or parameters have other names or shapes.
     """
-    _, record = newest_record(path)
-    check(record)
-    whole = _with_positions(abstract_params, record["ledger"]["length"])
     if is_published(path):
-        params, record = parameters_on_mesh(path, whole, report), record | {"step": 0}
+        source = open_source(path)
+        record = describe_source(source)
+        check(record)
+        params = parameters_on_mesh(source, _with_positions(abstract_params, record["ledger"]["length"]))
+        report(f"Parameters of {source.name}.")
     else:
-        params, record = checkpoints.restore_parameters(path, whole, check, report)
+        length = checkpoints.newest_record(path)[1]["ledger"]["length"]
+        params, record = checkpoints.restore_parameters(path, _with_positions(abstract_params, length), check, report)
     return _cut(params, abstract_params), record
 
 
