@@ -25,6 +25,8 @@ import gin
 from codellm_jax.contents import whole_text
 from gin import config_parser
 
+# The schedules that train.learning_rate may be.
+LEARNING_RATES = ("warmup_cosine", "warmup_linear", "warmup_stable_decay", "warmup_constant", "inverse_square_root")
 # What gin files may bind, and where it is defined. Imported only when a configuration is built.
 CONFIGURABLES = {
     "train": "codellm_jax.training.plan:Training",
@@ -44,7 +46,7 @@ CONFIGURABLES = {
     "mesh": "codellm_jax.runtime.partitioning:MeshShape",
     "adamw": "codellm_jax.runtime.optimization:adamw",
     "chain": "codellm_jax.runtime.optimization:chain",
-    "warmup_cosine": "codellm_jax.runtime.optimization:warmup_cosine",
+    **{name: f"codellm_jax.runtime.optimization:{name}" for name in LEARNING_RATES},
 }
 
 # A study's file has settings of the runs that it makes too: pretraining/BATCH_SIZE = 8.
@@ -320,6 +322,8 @@ def explain(configuration: Configuration, name: str) -> str:
             lines.append(f"  where {macro} = {setting.value}, set by {setting.where}")
     lines += [f"  used by {setting.name}" for setting in configuration.effective.values()
               if re.search(rf"%{re.escape(name)}\b", setting.value)]
+    if name == "train.learning_rate":
+        lines.append(f"  one of {', '.join(f'@{schedule}()' for schedule in LEARNING_RATES)}")
     return "\n".join(lines)
 
 

@@ -18,8 +18,8 @@ from codellm_jax.results.files import files_of, finished_lines
 # what is seen first: a template makes other questions of the same data.
 OF_A_MEASUREMENT = ("data", "template", "few_shot", "scoring", "sampling", "samples", "questions", "version")
 # What makes an arm what it is, the data aside; seeds of one arm have it in common.
-OF_AN_ARM = ("model.", "adamw.", "warmup_cosine.", "mixture.code_rate", "mixture.mix_phases", "mixture.stage",
-             "train.batch_size", "train.train_steps")
+OF_AN_ARM = ("model.", "adamw.", "warmup_", "inverse_square_root.", "train.learning_rate", "mixture.code_rate",
+             "mixture.mix_phases", "mixture.stage", "train.batch_size", "train.train_steps")
 SAME_COMPUTATION = ("model.remat", "model.scan_unroll", "model.attention")
 
 

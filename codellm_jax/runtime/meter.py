@@ -1,8 +1,12 @@
-"""The metrics of each step: read one step late, checked, recorded and shown."""
+"""The metrics of each step: read one step late, checked, summed up, recorded and shown.
+
+A record is of all steps since the one before: its losses are means over their tokens, its shares those of all that they
+drew. Those of the last step alone stand beside, as last_step/loss and so on.
+"""
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -24,6 +28,27 @@ class Metrics(NamedTuple):
     source_tokens: Array
 
 
+class Interval(NamedTuple):
+    """Sums over the steps since the last record: float64, in the order of the steps."""
+
+    steps: int
+    grad_norm: float
+    source_losses: list[float]  # of each source
+    source_tokens: list[float]
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any] | None, sources: int) -> "Interval":
+        """What a checkpoint says of the steps before it that are not recorded yet; nothing where it says nothing."""
+        return cls(**saved) if saved else cls(0, 0.0, [0.0] * sources, [0.0] * sources)
+
+    def add(self, values: Metrics) -> "Interval":
+        def sums(before: list[float], more: Array) -> list[float]:
+            return [one + float(other) for one, other in zip(before, more, strict=True)]
+
+        return Interval(self.steps + 1, self.grad_norm + float(values.grad_norm),
+                        sums(self.source_losses, values.source_losses), sums(self.source_tokens, values.source_tokens))
+
+
 class Meter:
     """Keeps one step in flight: the metrics of step k are read once step k + 1 is dispatched.
 
@@ -34,20 +59,27 @@ class Meter:
       log_period: steps between two records.
       learning_rate: step -> learning rate.
       utilization: tokens per second -> model FLOPs utilization, with full and with causal attention; None if unknown.
+      interval: what the checkpoint that is gone on from says of the steps before it that are not recorded yet.
     """
 
     def __init__(
         self, order: Order, batch_size: int, stage: str, first: int, last: int, log_period: int,
         learning_rate: Callable[[int], Any], utilization: Callable[[float], tuple[float | None, float | None]],
-        records: Records, status: StatusLine,
+        records: Records, status: StatusLine, interval: Mapping[str, Any] | None = None,
     ) -> None:
         self._order, self._batch_size, self._stage = order, batch_size, stage
         self._first, self._last, self._log_period = first, last, log_period
         self._learning_rate, self._utilization = learning_rate, utilization
         self._records, self._status = records, status
         self._pending: tuple[int, Metrics, int, int] | None = None
+        self._interval = Interval.of(interval, len(order.sources))
         self._began = time.monotonic()
         self.restart()
+
+    @property
+    def interval(self) -> dict[str, Any]:
+        """Of the settled steps that are not recorded yet, for a checkpoint."""
+        return self._interval._asdict()
 
     def restart(self) -> None:
         """Begins a new interval of measured time: what came before (evaluation, saving) is not the step's."""
@@ -92,8 +124,10 @@ class Meter:
         if not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
             raise FloatingPointError(f"The loss became {float(values.loss)} and its gradient's norm "
                                      f"{float(values.grad_norm)} at step {step}.")
+        self._interval = self._interval.add(values)
         if step % self._log_period == 0 or step == self._last:
             self._record(step, values, tokens)
+            self._interval = Interval.of(None, len(self._order.sources))
             self.restart()
 
     @jax.profiler.annotate_function
@@ -102,29 +136,39 @@ class Meter:
         rate = self._positions / seconds
         full, causal = self._utilization(rate)
         names = [source.name for source in self._order.sources]
-        losses = loss_by_source(values.source_losses, values.source_tokens, names)
-        tokens = sum_by_source(values.source_tokens, names)
-        total = float(values.source_tokens.sum())
-        fractions = {f"token_fraction/{group}": count / total for group, count in tokens.items()}
+        interval = self._interval
+        losses = loss_by_source(interval.source_losses, interval.source_tokens, names)
+        loss = sum(interval.source_losses) / sum(interval.source_tokens)
         rows = step * self._batch_size
         drawn = self._order.counts(rows)
-        if self._stage == "tuning":
-            now = drawn - self._order.counts(rows - self._batch_size)
-            fractions |= {f"example_fraction/{group}": count / self._batch_size
-                          for group, count in sum_by_source(now, names).items()}
+        last_step = {"loss": float(values.loss), "grad_norm": float(values.grad_norm)} | loss_by_source(
+            values.source_losses, values.source_tokens, names) | self._shares(step, 1, values.source_tokens, names)
         self._records.write(step, "train", self._straggler(seconds) | {
-            "loss": float(values.loss), "tokens": trained_tokens,
+            "loss": loss, "tokens": trained_tokens,
             "tokens_per_second": rate, "learning_rate": float(self._learning_rate(step - 1)),
-            "grad_norm": float(values.grad_norm), "data_wait_fraction": self._waited / seconds,
+            "grad_norm": interval.grad_norm / interval.steps, "data_wait_fraction": self._waited / seconds,
             "model_flops_utilization": full, "model_flops_utilization_causal": causal,
-        } | losses | fractions)
+        } | losses | self._shares(step, interval.steps, interval.source_tokens, names)
+            | {f"last_step/{name}": value for name, value in last_step.items()})
         code = sum_by_source(drawn, names)["code"]
         left = (time.monotonic() - self._began) / (step - self._first) * (self._last - step)
         pools = ", ".join(f"{pool} {losses[f'loss/{pool}']:.3f}" for pool in POOLS if f"loss/{pool}" in losses)
         self._status.show(step, " | ".join(filter(None, [
-            f"loss {float(values.loss):.4f} ({pools})",
+            f"loss {loss:.4f} ({pools})",
             f"code {code / rows:.3f} of {float(self._order.schedule.asked(rows)) / rows:.3f}",
             f"{rate:,.0f} tokens/s", f"MFU {full:.1%}" if full else "", f"{duration(left)} left"])))
+
+    def _shares(self, step: int, steps: int, tokens: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+        """What each pool and source has of the tokens that the last `steps` steps counted, and in tuning of the
+        examples that they drew.
+        """
+        total = float(sum(tokens))
+        shares = {f"token_fraction/{group}": count / total for group, count in sum_by_source(tokens, names).items()}
+        if self._stage == "tuning":
+            drawn = self._order.counts(step * self._batch_size) - self._order.counts((step - steps) * self._batch_size)
+            shares |= {f"example_fraction/{group}": count / (steps * self._batch_size)
+                       for group, count in sum_by_source(drawn, names).items()}
+        return shares
 
     def _straggler(self, seconds: float) -> dict[str, float | None]:
         """The process that kept the others waiting most, by its input or its own work, and for what part of the time.

@@ -1,29 +1,117 @@
-"""The optimizer and its learning rate, as optax builds them.
+"""The optimizer and its learning rate.
 
 An optimizer is a function from a learning-rate schedule to an `optax.GradientTransformation`, so that the rate can be
-recorded beside the loss.
+recorded beside the loss. A schedule is a pure function of the step, counted from 0: step s is trained at schedule(s).
+All schedules rise in a straight line from 0 to the peak, which stands at step `warmup_steps`; they differ in what
+follows. `train_steps` are those of the whole run.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[Any], Any]  # step -> learning rate
+Schedule = Callable[[Any], Any]  # step -> learning rate, float32
+
+# Shape of a decay -> what is left of the way from the peak to the final rate, at each part of the decay from 0 to 1.
+DECAYS: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda part: 1 - part,
+    "one_minus_sqrt": lambda part: 1 - jnp.sqrt(part),  # arXiv:2405.18392, section 4
+    "cosine": lambda part: (1 + jnp.cos(jnp.pi * part)) / 2,
+}
 
 
 def warmup_cosine(peak: float, final: float, warmup_steps: int, decay_steps: int) -> Schedule:
-    """Linear from 0 to `peak` over `warmup_steps`, then half a cosine to `final` at `decay_steps` (Table 9)."""
-    if decay_steps < 1:
-        raise ValueError(f"TRAIN_STEPS must be a whole number from 1, found {decay_steps}.")
-    if not 0 <= warmup_steps < decay_steps:
+    """After the warm-up half a cosine to `final` at `decay_steps` (Table 9).
+
+    Raises:
+      ValueError: in one line; a number is out of its range.
+    """
+    _require(peak, final, warmup_steps, decay_steps)
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, decay_steps, final)
+
+
+def warmup_linear(peak: float, final: float, warmup_steps: int, train_steps: int) -> Schedule:
+    """After the warm-up a straight line to `final`, often 0, at the end of the run.
+
+    Raises:
+      ValueError: in one line; a number is out of its range.
+    """
+    return warmup_stable_decay(peak, final, warmup_steps, train_steps, train_steps - warmup_steps)
+
+
+def warmup_stable_decay(
+    peak: float, final: float, warmup_steps: int, train_steps: int, decay_steps: int | float = 0.1,
+    decay: str = "linear",
+) -> Schedule:
+    """After the warm-up the peak, and at the end of the run a decay to `final` (arXiv:2404.06395, arXiv:2405.18392).
+
+    Args:
+      peak, final: learning rates.
+      warmup_steps, train_steps: in steps.
+      decay_steps: length of the decay, which ends with the run: a whole number of steps, or a part of the run that is
+        not in steps, such as 0.1.
+      decay: its shape, a key of DECAYS.
+
+    Raises:
+      ValueError: in one line; a number is out of its range, or the shape is unknown.
+    """
+    _require(peak, final, warmup_steps, train_steps)
+    length = round(decay_steps * train_steps) if isinstance(decay_steps, float) else decay_steps
+    if isinstance(decay_steps, float) and not 0 <= decay_steps <= 1:
+        raise ValueError(f"warmup_stable_decay.decay_steps = {decay_steps} must be a whole number of steps, or a part "
+                         "of the run from 0.0 to 1.0.")
+    if not 0 <= length <= train_steps - warmup_steps:
+        raise ValueError(f"warmup_stable_decay.decay_steps = {decay_steps} must be at least 0 and at most the "
+                         f"{train_steps - warmup_steps} steps that the warm-up leaves of the run.")
+    if decay not in DECAYS:
+        raise ValueError(f"warmup_stable_decay.decay must be one of {', '.join(DECAYS)}, found {decay!r}.")
+
+    def after(step: Any) -> Any:
+        part = jnp.clip((step - (train_steps - length)) / max(1, length), 0.0, 1.0)
+        return final + (peak - final) * DECAYS[decay](part)
+
+    return _warmed_up(peak, warmup_steps, after)
+
+
+def inverse_square_root(peak: float, warmup_steps: int) -> Schedule:
+    """After the warm-up `peak` times the square root of warmup_steps / step (T5X's default): of no length.
+
+    Raises:
+      ValueError: in one line; a number is out of its range.
+    """
+    if warmup_steps < 1:
+        raise ValueError(f"WARMUP_STEPS = {warmup_steps} must be at least 1, for the rate falls with its square root.")
+    _require(peak, 0.0, warmup_steps, warmup_steps + 1)
+    return _warmed_up(peak, warmup_steps, lambda step: peak * jnp.sqrt(warmup_steps / jnp.maximum(step, 1)))
+
+
+def warmup_constant(peak: float, warmup_steps: int) -> Schedule:
+    """After the warm-up the peak.
+
+    Raises:
+      ValueError: in one line; a number is out of its range.
+    """
+    _require(peak, 0.0, warmup_steps, warmup_steps + 1)
+    return _warmed_up(peak, warmup_steps, lambda step: jnp.float32(peak))
+
+
+def _warmed_up(peak: float, warmup_steps: int, after: Schedule) -> Schedule:
+    return lambda step: jnp.float32(jnp.where(step < warmup_steps, peak * step / max(1, warmup_steps), after(step)))
+
+
+def _require(peak: float, final: float, warmup_steps: int, train_steps: int) -> None:
+    """Raises ValueError where a rate or a number of steps is out of its range."""
+    if train_steps < 1:
+        raise ValueError(f"TRAIN_STEPS must be a whole number from 1, found {train_steps}.")
+    if not 0 <= warmup_steps < train_steps:
         raise ValueError(
-            f"WARMUP_STEPS = {warmup_steps} must be at least 0 and below the {decay_steps} steps of the whole run: "
+            f"WARMUP_STEPS = {warmup_steps} must be at least 0 and below the {train_steps} steps of the whole run: "
             "lower it or raise TRAIN_STEPS.")
     if not 0 <= final <= peak:
         raise ValueError(f"LEARNING_RATE = {peak} must be at least FINAL_LEARNING_RATE = {final}, and that at least 0.")
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, decay_steps, final)
 
 
 def decayed(params: Any) -> Any:

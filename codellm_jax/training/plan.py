@@ -152,7 +152,8 @@ def describe(training: Training, plan: Plan) -> str:
         size = 1 if tuning else cached.length
         lines.append(f"{source.name:<26} {drawn * size:>15,} {drawn / drawn_rows:>7.4f} "
                      f"{cached.count * size:>15,} {drawn / cached.count:>15.2f}")
-    lines += ["", *schedule_lines(order, training.batch_size, plan.last_step)]
+    lines += ["", *schedule_lines(order, training.batch_size, plan.last_step),
+              *learning_rate_lines(training.learning_rate, plan.last_step)]
     if training.mixture.mix_phases is not None and training.mixture.code_rate is not None:
         lines.append(f"MIX_PHASES is set, so that CODE_RATE = {training.mixture.code_rate} is not used.")
     for cached in mixture.training:
@@ -231,6 +232,15 @@ def schedule_lines(order: Order, batch_size: int, last_step: int) -> list[str]:
         lines.append(f"  step {begin:>6,}-{end:<6,} {share:>7.4f} {drawn[code].sum():>7.4f} |{bar:<{BAR}}| "
                      f"{parts_of_sources}".rstrip())
     return lines
+
+
+def learning_rate_lines(schedule: Schedule, last_step: int) -> list[str]:
+    """The learning rate over the run as lines of text, with a bar: at its first step, its last, and some between."""
+    steps = sorted({round((last_step - 1) * part / 8) for part in range(9)})
+    rates = [float(schedule(step)) for step in steps]
+    highest = max(rates) or 1.0
+    return ["learning rate", *(f"  step {step + 1:>14,} {rate:>9.3g} |{'#' * round(BAR * rate / highest):<{BAR}}|"
+                               for step, rate in zip(steps, rates, strict=True))]
 
 
 def memory_parts(training: Training, plan: Plan) -> dict[str, int]:

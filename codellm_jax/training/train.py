@@ -131,6 +131,7 @@ class Run:
     state: TrainState
     ledger: Ledger
     step: int
+    interval: Mapping[str, Any] | None = None  # of the checkpoint: see `meter.Interval`
 
 
 def train(
@@ -210,7 +211,7 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
         ledger, step = Ledger.from_json(record["ledger"]), int(state.step)
         ledger.check(order, step * training.batch_size)
         say(f"Resuming {training.model_dir} after step {step}.")
-        return Run(training, plan, state, ledger, step)
+        return Run(training, plan, state, ledger, step, record.get("interval"))
     path, parent = training.initial_checkpoint_path, None
     same_model = functools.partial(
         require_same_model, vocabulary=vocabulary, config=plan.model.config, model_dir=str(path))
@@ -271,7 +272,7 @@ def loop(
     eval_fn = jax.jit(functools.partial(eval_step, model=plan.model, sources=sources),
                       compiler_options=compiler_options(plan.mesh, plan.model.config))
     meter = Meter(order, training.batch_size, plan.mixture.stage, run.step, plan.last_step, training.log_period,
-                  jax.jit(training.learning_rate), functools.partial(utilization, plan), records, status)
+                  jax.jit(training.learning_rate), functools.partial(utilization, plan), records, status, run.interval)
     if run.step == 0:
         evaluate(run, eval_fn, records, status)
     batches = read_ahead(functools.partial(batch_of_step, training, plan), run.step, plan.last_step)
@@ -281,7 +282,8 @@ def loop(
     def save() -> None:
         nonlocal saved
         meter.settle()
-        checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json()})
+        checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json(),
+                                               "interval": meter.interval})
         saved = run.step
         meter.restart()
 

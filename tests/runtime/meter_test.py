@@ -1,5 +1,6 @@
 """When metrics are read, what stops the run, and what is recorded, worked out by hand."""
 
+import json
 import math
 from fractions import Fraction
 
@@ -32,11 +33,11 @@ def metrics(loss=2.0, grad_norm=1.0, losses=(8.0, 12.0, 4.0), tokens=(4.0, 3.0, 
 
 
 def meter_of(model_dir, first: int = 0, last: int = 100, log_period: int = 10, rate: float = 0.5,
-             stage: str = "pretraining") -> Meter:
+             stage: str = "pretraining", interval=None) -> Meter:
     records = Records(str(model_dir), first, active=True)
     return Meter(ORDER, 8, stage, first, last, log_period, lambda step: rate * step,
                  lambda tokens_per_second: (tokens_per_second / 1e6, tokens_per_second / 2e6),
-                 records, StatusLine(first, last, active=True))
+                 records, StatusLine(first, last, active=True), interval)
 
 
 def add(meter: Meter, step: int, values: Metrics) -> None:
@@ -98,13 +99,54 @@ def test_a_record_by_hand(tmp_path, monkeypatch):
     line, = read_records(str(tmp_path))
     assert line.pop("model_flops_utilization") == pytest.approx(128e-6)
     assert line.pop("model_flops_utilization_causal") == pytest.approx(64e-6)
+    line = {name: value for name, value in line.items() if not name.startswith("last_step/")}
     assert line == pytest.approx({
-        "step": 10, "split": "train", "loss": 2.0, "tokens": 10 * 8 * 16, "tokens_per_second": 2 * 8 * 16 / 2.0,
+        "step": 10, "split": "train", "loss": 3.0, "tokens": 10 * 8 * 16, "tokens_per_second": 2 * 8 * 16 / 2.0,
         "learning_rate": 4.5, "grad_norm": 1.0, "data_wait_fraction": 0.25,
         # text.a 8 / 4, text.c 4 / 1, text 12 / 5, code 12 / 3
         "loss/text": 2.4, "loss/code": 4.0, "loss/text.a": 2.0, "loss/text.c": 4.0, "loss/code.b": 4.0,
         "token_fraction/text": 0.625, "token_fraction/code": 0.375, "token_fraction/text.a": 0.5,
         "token_fraction/text.c": 0.125, "token_fraction/code.b": 0.375})
+
+
+def test_a_record_is_of_all_steps_since_the_one_before(tmp_path):
+    """Losses by tokens, shares by what was drawn; the last step's own stand beside."""
+    meter = meter_of(tmp_path, log_period=2, stage="tuning")
+    add(meter, 1, metrics(grad_norm=3.0, losses=(8.0, 0.0, 4.0), tokens=(4.0, 0.0, 1.0)))
+    add(meter, 2, metrics(loss=np.float32(7.5), losses=(4.0, 11.0, 0.0), tokens=(1.0, 1.0, 0.0)))
+    add(meter, 3, metrics(losses=(9.0, 0.0, 0.0), tokens=(3.0, 0.0, 0.0)))
+    meter.settle()
+    line, = read_records(str(tmp_path))
+    assert line["loss"] == 27 / 7 and line["grad_norm"] == 2.0 and line["token_fraction/code"] == 1 / 7
+    assert line["loss/text"] == 16 / 6 and line["loss/code"] == 11.0 and line["loss/text.a"] == 12 / 5
+    last = {name.removeprefix("last_step/"): value for name, value in line.items() if name.startswith("last_step/")}
+    assert last["loss"] == 7.5 and last["grad_norm"] == 1.0 and last["loss/text"] == 4.0
+    assert last["token_fraction/code"] == 0.5 and last["loss/code"] == 11.0 and "loss/text.c" not in last
+    # Of 16 examples four are code, of the last 8 two.
+    assert line["example_fraction/code"] == last["example_fraction/code"] == 0.25
+    assert meter.interval == {"steps": 1, "grad_norm": 1.0, "source_losses": [9.0, 0.0, 0.0],
+                              "source_tokens": [3.0, 0.0, 0.0]}
+
+
+def test_a_resume_between_two_records_records_the_same(tmp_path):
+    steps = [metrics(losses=(0.1 * step, 0.7, 0.3), tokens=(4.0, 3.0, step)) for step in range(1, 6)]
+    for name in ("whole", "before", "after"):
+        (tmp_path / name).mkdir()
+    whole = meter_of(tmp_path / "whole", log_period=5)
+    before = meter_of(tmp_path / "before", log_period=5)
+    for number, values in enumerate(steps, 1):
+        add(whole, number, values)
+        if number <= 3:
+            add(before, number, values)
+    before.settle()
+    saved = json.loads(json.dumps(before.interval))
+    after = meter_of(tmp_path / "after", first=3, log_period=5, interval=saved)
+    for number in (4, 5):
+        add(after, number, steps[number - 1])
+    [expected], [found] = (read_records(str(tmp_path / name)) for name in ("whole", "after"))
+    timed = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization", "model_flops_utilization_causal"}
+    assert {name: value for name, value in found.items() if name not in timed} == {
+        name: value for name, value in expected.items() if name not in timed}
 
 
 def test_tuning_records_shares_of_examples_and_counts_its_own_tokens(tmp_path, monkeypatch):
@@ -152,7 +194,7 @@ def test_the_status_line_tells_shares_and_time_left(tmp_path, capsys, monkeypatc
         add(meter, step, metrics())
     # 5 of 100 steps in 10 s; 10 of 40 rows are code.
     assert capsys.readouterr().out == (
-        "step 5/100 loss 2.0000 (text 2.400, code 4.000) | code 0.250 of 0.250 | 64 tokens/s | MFU 0.0% | 3:10 left\n")
+        "step 5/100 loss 3.0000 (text 2.400, code 4.000) | code 0.250 of 0.250 | 64 tokens/s | MFU 0.0% | 3:10 left\n")
 
 
 def test_sources_without_tokens_have_no_loss():

@@ -7,7 +7,16 @@ import numpy as np
 import optax
 import pytest
 
-from codellm_jax.runtime.optimization import adamw, chain, decayed, warmup_cosine
+from codellm_jax.runtime.optimization import (
+    adamw,
+    chain,
+    decayed,
+    inverse_square_root,
+    warmup_constant,
+    warmup_cosine,
+    warmup_linear,
+    warmup_stable_decay,
+)
 
 
 def tree(dice: np.random.Generator, size: float = 1.0) -> dict:
@@ -113,6 +122,56 @@ def test_warmup_cosine_is_its_formula(peak, final, warmup, steps):
             expected = final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
         np.testing.assert_allclose(float(schedule(step)), expected, rtol=1e-5, atol=1e-7 * peak, err_msg=str(step))
     assert float(schedule(warmup)) == pytest.approx(peak) and float(schedule(steps)) == pytest.approx(final)
+
+
+def plain_stable_decay(step, peak, final, warmup, steps, decay_steps, shape):
+    """The same step by step, in Python's numbers."""
+    if step < warmup:
+        return peak * step / warmup
+    begins = steps - decay_steps
+    if step <= begins:
+        return peak
+    part = min(1.0, (step - begins) / decay_steps)
+    left = {"linear": 1 - part, "one_minus_sqrt": 1 - math.sqrt(part), "cosine": (1 + math.cos(math.pi * part)) / 2}
+    return final + (peak - final) * left[shape]
+
+
+@pytest.mark.parametrize("shape", ["linear", "one_minus_sqrt", "cosine"])
+@pytest.mark.parametrize(("warmup", "steps", "decay_steps", "as_steps"), [
+    (3, 40, 10, 10), (0, 40, 0.25, 10), (5, 40, 35, 35), (5, 40, 0, 0)])
+def test_warmup_stable_decay_is_its_formula(shape, warmup, steps, decay_steps, as_steps):
+    schedule = warmup_stable_decay(2e-3, 1e-4, warmup, steps, decay_steps, shape)
+    found = [float(schedule(step)) for step in range(steps + 3)]
+    wanted = [plain_stable_decay(step, 2e-3, 1e-4, warmup, steps, as_steps, shape) if as_steps else
+              2e-3 * min(1, step / max(1, warmup) if warmup else 1) for step in range(steps + 3)]
+    np.testing.assert_allclose(found[:steps], wanted[:steps], rtol=1e-5, atol=1e-9)
+    if as_steps:
+        np.testing.assert_allclose(found[steps:], 1e-4, rtol=1e-5)
+    assert jax.jit(schedule)(7).dtype == np.float32 and float(jax.jit(schedule)(7)) == pytest.approx(found[7], rel=1e-6)
+
+
+def test_linear_constant_and_square_root_are_their_formulas():
+    steps = range(60)
+    linear = [1e-3 * min(step / 10, 1 - (step - 10) / 50 if step > 10 else 1) for step in steps]
+    np.testing.assert_allclose([float(warmup_linear(1e-3, 0.0, 10, 60)(step)) for step in steps], linear, rtol=1e-5,
+                               atol=1e-10)
+    np.testing.assert_allclose([float(warmup_constant(1e-3, 4)(step)) for step in steps],
+                               [1e-3 * min(1, step / 4) for step in steps], rtol=1e-6)
+    np.testing.assert_allclose([float(inverse_square_root(1e-3, 16)(step)) for step in steps],
+                               [1e-3 * (step / 16 if step < 16 else math.sqrt(16 / step)) for step in steps], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 91), "at most the 90 steps that the warm-up leaves"),
+    (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 1.5), "a part of the run from 0.0 to 1.0"),
+    (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 0.1, "sqrt"), "one of linear, one_minus_sqrt, cosine, found"),
+    (lambda: inverse_square_root(1e-3, 0), "WARMUP_STEPS = 0 must be at least 1"),
+    (lambda: warmup_linear(1e-3, 1e-2, 0, 10), "must be at least FINAL_LEARNING_RATE"),
+])
+def test_schedules_out_of_range_are_refused_in_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        make()
+    assert "\n" not in str(raised.value)
 
 
 def test_no_steps_and_falling_rates_are_refused():
