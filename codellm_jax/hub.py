@@ -124,7 +124,8 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 def _check(name: str, repository: str, folder: Path, patterns: Sequence[str]) -> None:
     """Raises OSError where a file has another content than the hub says; it is removed from the cache."""
-    from huggingface_hub import HfApi, RepoFile, constants
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.hf_api import RepoFile
 
     known_file = folder.parent.parent / CHECKED / f"{folder.name}.json"
     try:
@@ -137,7 +138,7 @@ def _check(name: str, repository: str, folder: Path, patterns: Sequence[str]) ->
     if not new:
         return
     listed: dict[str, Any] = {}
-    if not constants.is_offline_mode():
+    if not constants.HF_HUB_OFFLINE:
         tree = HfApi(_endpoint()).list_repo_tree(repository, recursive=True, revision=folder.name)
         listed = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     wrong = []
