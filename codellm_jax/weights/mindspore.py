@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from codellm_jax.weights.reading import Tensors
 from codellm_jax.weights.wire import Layout, Stored, layouts, stored_tensors
 
 HEADS = {1024: 16, 2560: 32, 5120: 40, 16384: 128}  # hidden size -> heads, of 350M, 1.3B and 2.6B, 13B, 200B
@@ -64,62 +65,26 @@ class Sliced:
     transposed: bool = False
 
 
-class MindsporeTensors:
-    """Tensors by gpt_pangu's names.
-
-    Attributes:
-      shapes: name -> shape.
-      dtypes: name -> dtype.
-      files: what they are read from.
-      left_out: how many entries are no parameters: the optimizer's state, counters.
-    """
-
-    def __init__(self, tensors: Mapping[str, Sliced], files: Sequence[str], left_out: int) -> None:
-        self._tensors = dict(tensors)
-        self.shapes = {name: tensor.shape[::-1] if tensor.transposed else tensor.shape
-                       for name, tensor in tensors.items()}
-        self.dtypes: dict[str, np.dtype] = {}
-        for name, tensor in tensors.items():
-            dtypes = {stored.dtype for _, stored in tensor.parts}
-            dtype = dtypes.pop()
-            if dtypes or dtype is None:
-                raise ValueError(f"{tensor.parts[0][1].file}: {name} has a type that is not read here, or one in each "
-                                 "file.")
-            self.dtypes[name] = dtype
-        self.files = tuple(files)
-        self.left_out = left_out
-
-    def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
-        """A tensor, or a slice of it, read from the files by its place.
-
-        Args:
-          name: one of `shapes`.
-          index: slices of its first axes, of step 1; the whole of the others.
-
-        Raises:
-          OSError: a file cannot be read, or has become shorter.
-        """
-        tensor = self._tensors[name]
-        given = [*index, *[slice(None)] * (len(tensor.shape) - len(index))]
-        if tensor.transposed:
-            given.reverse()
-        ranges = [part.indices(size)[:2] for part, size in zip(given, tensor.shape, strict=True)]
-        wanted = np.empty([max(stop - start, 0) for start, stop in ranges], self.dtypes[name])
-        for begin, stored in tensor.parts:
-            both = [(max(start, first), min(stop, first + size))
-                    for (start, stop), first, size in zip(ranges, begin, stored.shape, strict=True)]
-            if all(start < stop for start, stop in both):
-                rows = (both[0][0] - begin[0], both[0][1] - begin[0]) if both else (0, 0)
-                inner = tuple(slice(start - first, stop - first)
-                              for (start, stop), first in zip(both[1:], begin[1:], strict=True))
-                place = tuple(slice(start - first, stop - first)
-                              for (start, stop), (first, _) in zip(both, ranges, strict=True))
-                part = stored.rows(*rows)
-                wanted[place] = part[(slice(None), *inner)] if both else part
-        return wanted.T if tensor.transposed else wanted
+def _read(tensor: Sliced, dtype: np.dtype, index: slice) -> np.ndarray:
+    """The rows of a tensor, as published, that a slice without steps takes."""
+    ranges = [(0, size) for size in tensor.shape]
+    axis = 1 if tensor.transposed else 0
+    if ranges:
+        ranges[axis] = index.indices(tensor.shape[axis])[:2]
+    wanted = np.empty([max(stop - start, 0) for start, stop in ranges], dtype)
+    for begin, stored in tensor.parts:
+        both = [(max(start, first), min(stop, first + size))
+                for (start, stop), first, size in zip(ranges, begin, stored.shape, strict=True)]
+        if any(start >= stop for start, stop in both):
+            continue
+        within = [slice(start - first, stop - first) for (start, stop), first in zip(both, begin, strict=True)]
+        place = [slice(start - first, stop - first) for (start, stop), (first, _) in zip(both, ranges, strict=True)]
+        rows = stored.rows(within[0].start, within[0].stop) if within else stored.rows(0, 0)
+        wanted[tuple(place)] = rows[(slice(None), *within[1:])] if within else rows
+    return wanted.T if tensor.transposed else wanted
 
 
-def open_mindspore(source: str) -> tuple[dict[str, Any], MindsporeTensors]:
+def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
     """A checkpoint of PanGu-alpha, of which the numbers are not read yet.
 
     Args:
@@ -128,7 +93,8 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], MindsporeTensors]:
         and `activation_function` hold.
 
     Returns:
-      The config.json that a gpt_pangu of these tensors has, and the tensors.
+      The config.json that a gpt_pangu of these tensors has, with `left_out`, how many entries are no parameters; and
+      the tensors by gpt_pangu's names. Their files are named from the folder on.
 
     Raises:
       ValueError: something is missing, damaged, or not what is read here; in a line that names it.
@@ -162,8 +128,23 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], MindsporeTensors]:
     arrays = {} if not folder.is_dir() else _arrays(_found(folder, ".npy"))
     tensors |= {name: Sliced(array.shape, (((0, 0), array),)) for name, array in arrays.items() if name not in tensors}
     facts = _facts(source, folder if folder.is_dir() else folder.parent, tensors, list(kept), last + 1)
+    facts["left_out"] = len(left_out)
+    dtypes = {name: _dtype(name, tensor) for name, tensor in tensors.items()}
+
+    def load(name: str, index: slice) -> np.ndarray:
+        return _read(tensors[name], dtypes[name], index)
+
     used = [*ranks.values(), *strategies, *(array.file for array in arrays.values())]
-    return facts, MindsporeTensors(tensors, used, len(left_out))
+    within = folder if folder.is_dir() else folder.parent
+    return facts, Tensors(
+        {name: tensor.shape[::-1] if tensor.transposed else tensor.shape for name, tensor in tensors.items()},
+        {name: dtype.name for name, dtype in dtypes.items()},
+        tuple(str(epath.Path(file).relative_to(within)) for file in used), load)
+
+
+def is_mindspore(folder: str) -> bool:
+    """Whether a folder, or one of its folders, holds a .ckpt file."""
+    return bool(_found(epath.Path(folder), ".ckpt"))
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -280,6 +261,13 @@ def _facts(source: str, folder: epath.Path, tensors: Mapping[str, Sliced], tags:
             "intermediate_size": tensors["transformer.h.0.mlp.c_fc.weight"].shape[1], "layer_norm_epsilon": 1e-5,
             "activation_function": given.get("activation_function", "quick_gelu" if later else "gelu_new"),
             "tie_word_embeddings": True}
+
+
+def _dtype(name: str, tensor: Sliced) -> np.dtype:
+    first = tensor.parts[0][1]
+    if first.dtype is None or any(stored.dtype != first.dtype for _, stored in tensor.parts):
+        raise ValueError(f"{first.file}: {name} has a type that is not read here, or another in each rank's file.")
+    return first.dtype
 
 
 # ---- Parts -------------------------------------------------------------------------------------
