@@ -88,7 +88,7 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
     """A checkpoint of PanGu-alpha, of which the numbers are not read yet.
 
     Args:
-      source: a .ckpt file, or a folder with one for each rank, in it or in folders of it; a file or folder named
+      source: a folder with a .ckpt file for each rank, in it or in folders of it; a file or folder in it named
         ...strategy... is the strategy. Beside them may lie the embeddings as .npy, and a config.json whose `num_heads`
         and `activation_function` hold.
 
@@ -101,8 +101,8 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
       OSError: a file cannot be read.
     """
     folder = epath.Path(source)
-    files = _found(folder, ".ckpt") if folder.is_dir() else [source]
-    strategies = [file for file in files if "strategy" in file.removeprefix(source)]
+    files = _found(folder, ".ckpt")
+    strategies = [file for file in files if "strategy" in file.removeprefix(str(folder))]
     ranks = _by_rank([file for file in files if file not in strategies])
     if not ranks:
         raise ValueError(f"{source} holds no checkpoint of MindSpore (*.ckpt).")
@@ -125,9 +125,9 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
         if name in tensors:
             raise ValueError(f"{source} has {name} twice, the second time as {tag}.")
         tensors[name] = _joined(tag, by_rank, slicing.get(tag), gathered, transposed)
-    arrays = {} if not folder.is_dir() else _arrays(_found(folder, ".npy"))
+    arrays = _arrays(_found(folder, ".npy"))
     tensors |= {name: Sliced(array.shape, (((0, 0), array),)) for name, array in arrays.items() if name not in tensors}
-    facts = _facts(source, folder if folder.is_dir() else folder.parent, tensors, list(kept), last + 1)
+    facts = _facts(source, folder, tensors, list(kept), last + 1)
     facts["left_out"] = len(left_out)
     dtypes = {name: _dtype(name, tensor) for name, tensor in tensors.items()}
 
@@ -135,16 +135,16 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
         return _read(tensors[name], dtypes[name], index)
 
     used = [*ranks.values(), *strategies, *(array.file for array in arrays.values())]
-    within = folder if folder.is_dir() else folder.parent
     return facts, Tensors(
         {name: tensor.shape[::-1] if tensor.transposed else tensor.shape for name, tensor in tensors.items()},
         {name: dtype.name for name, dtype in dtypes.items()},
-        tuple(str(epath.Path(file).relative_to(within)) for file in used), load)
+        tuple(str(epath.Path(file).relative_to(folder)) for file in used), load)
 
 
 def is_mindspore(folder: str) -> bool:
-    """Whether a folder, or one of its folders, holds a .ckpt file."""
-    return bool(_found(epath.Path(folder), ".ckpt"))
+    """Whether a folder, or one of its folders, holds .ckpt files, and it no weights of another form."""
+    place = epath.Path(folder)
+    return bool(_found(place, ".ckpt")) and not any(any(place.glob(other)) for other in ("*.safetensors", "*.bin"))
 
 
 # ---- Files -------------------------------------------------------------------------------------
