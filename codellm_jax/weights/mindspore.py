@@ -21,7 +21,6 @@ Its names and orientations were read off public code, in which no tensor says it
 Heads are in no shape: they follow from the sizes of PanGu-alpha, or stand in a config.json beside the checkpoint.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from codellm_jax.weights.reading import Tensors
+from codellm_jax.weights.reading import Tensors, json_object
 from codellm_jax.weights.wire import Layout, Stored, layouts, stored_tensors
 
 HEADS = {1024: 16, 2560: 32, 5120: 40, 16384: 128}  # hidden size -> heads, of 350M, 1.3B and 2.6B, 13B, 200B
@@ -51,6 +50,7 @@ BLOCK = re.compile(r"(?:.*\.)?(?:blocks\.(\d{1,4})|(top_query_layer))\.(.+?)\.(?
 INSIDE = {"layernorm1": "ln_1", "layernorm2": "ln_2", "attention.dense1": "attn.q_proj",
           "attention.dense2": "attn.k_proj", "attention.dense3": "attn.v_proj", "attention.projection": "attn.c_proj",
           "output.mapping": "mlp.c_fc", "output.projection": "mlp.c_proj"}
+QUERY_KERNEL = "attention.dense1.weight"  # which is square
 IN_FIRST = ("attention.projection", "output.mapping", "output.projection")
 ARRAYS = {"word_embedding": "transformer.wte.weight", "position_embedding": "transformer.wpe.weight",
           "top_query_embedding": "transformer.wqe.weight"}  # how names of .npy files end
@@ -115,6 +115,9 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
     kept = {tag: by_rank for tag, by_rank in stored.items() if tag not in left_out}
     if len(ranks) > 1 and not slicing.keys() & kept.keys():
         raise ValueError(f"{strategies[0]} slices none of the checkpoints' parameters; it is another model's.")
+    if len(ranks) == 1 and all(by_rank[0].shape[0] == by_rank[0].shape[-1] for tag, by_rank in kept.items()
+                               if tag.endswith(QUERY_KERNEL) and by_rank[0].shape):
+        slicing = {}  # all ranks were joined to one file before, and the strategy left beside it
     gathered = _gathered(kept, slicing)
     names = {tag: _published(tag) for tag in kept}
     last = max((int(number) for number in (_block_number(tag) for tag in kept) if number is not None), default=-1) + 1
@@ -205,8 +208,7 @@ def _arrays(files: Sequence[str]) -> dict[str, Stored]:
             begin, size = stream.tell(), epath.Path(file).stat().length
         if by_columns or dtype.hasobject or len(shape) != 2 or math.prod(shape) * dtype.itemsize != size - begin:
             raise ValueError(f"{file} holds no table of numbers by rows, or breaks off.")
-        longest = "top_query_embedding" if file.removesuffix(".npy").endswith("top_query_embedding") else ending
-        found[ARRAYS[longest]] = Stored(file, shape, dtype, ((begin, size - begin),))
+        found[ARRAYS[ending]] = Stored(file, shape, dtype, ((begin, size - begin),))
     return found
 
 
@@ -242,14 +244,8 @@ def _facts(source: str, folder: epath.Path, tensors: Mapping[str, Sliced], tags:
     if not any("top_query_layer." in tag for tag in tags):
         raise ValueError(f"{source} has no top_query_layer, as models that were trained in pipeline stages: their last "
                          "norm stands behind the query layer, which this decoder has not.")
-    given: Any = {}
     beside = folder / "config.json"
-    if beside.exists():
-        try:
-            given = json.loads(beside.read_text())
-        except ValueError as error:
-            raise ValueError(f"{beside} is no JSON: {error}.") from None
-    given = given if isinstance(given, dict) else {}
+    given = json_object(beside) if beside.exists() else {}
     (vocabulary, hidden), (length, _) = tensors["transformer.wte.weight"].shape, tensors["transformer.wpe.weight"].shape
     heads = given.get("num_heads", HEADS.get(hidden))
     if heads is None:
@@ -279,10 +275,9 @@ def _gathered(kept: Mapping[str, Mapping[int, Stored]], slicing: Mapping[str, La
     """
     for tag, by_rank in kept.items():
         layout = slicing.get(tag)
-        if tag.endswith("attention.dense1.weight") and layout and len(layout.axes) == 2:
-            first, second = next(iter(by_rank.values())).shape
-            counts = _counts(layout)
-            return first * counts[0] == second * counts[1]
+        if tag.endswith(QUERY_KERNEL) and layout and len(layout.axes) == 2:
+            shape, counts = next(iter(by_rank.values())).shape, _counts(layout)
+            return len(shape) == 2 and shape[0] * counts[0] == shape[1] * counts[1]
     return False
 
 

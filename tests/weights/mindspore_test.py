@@ -226,6 +226,13 @@ def test_the_first_code_has_another_activation(tmp_path: Path):
     assert (facts["num_heads"], facts["activation_function"]) == (4, "gelu")
 
 
+def test_a_configuration_that_is_none(tmp_path: Path):
+    source = write(tmp_path, {"pangu.ckpt": checkpoint(pangu())})
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json holds no JSON object"):
+        open_mindspore(source)
+
+
 def test_known_sizes_need_no_configuration(tmp_path: Path):
     large = {name: array for name, array in pangu(hidden=1024).items() if "attention" not in name}
     (tmp_path / "pangu.ckpt").write_bytes(checkpoint(large))
@@ -359,6 +366,16 @@ def test_copies_of_ranks_may_be_missing(tmp_path: Path):
     (tmp_path / "rank_3.ckpt").rename(tmp_path / "rank_2.ckpt")
     with pytest.raises(ValueError, match="in 2 parts, of which 1 are here: the file of rank 1 is missing"):
         open_mindspore(source)
+
+
+def test_a_strategy_beside_what_was_joined_before(tmp_path: Path):
+    tensors = pangu()
+    slicings = {name: megatron([4], name) for name in tensors}
+    require_equal(write(tmp_path, {"pangu.ckpt": checkpoint(tensors), "strategy.ckpt": strategy(slicings)}),
+                  published(tensors))
+    part = {name: part_of(array, slicings[name], 0) for name, array in tensors.items()}
+    with pytest.raises(ValueError, match="of which 1 are here: the file of rank 1 is missing"):
+        open_mindspore(write(tmp_path, {"pangu.ckpt": checkpoint(part)}))
 
 
 def test_what_cannot_be_joined(tmp_path: Path):
