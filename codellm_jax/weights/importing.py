@@ -38,6 +38,7 @@ from codellm_jax.runtime.provenance import software
 from codellm_jax.tokenizing import files as tokenizer_files
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 from codellm_jax.weights.layouts import PublishedTensor, decoder_values, matched, published_tensors, stacked_shapes
+from codellm_jax.weights.mindspore import is_mindspore, open_mindspore
 from codellm_jax.weights.reading import FLOATS, Tensors, json_object, open_tensors
 
 CONFIGURATION = "config.json"
@@ -80,6 +81,12 @@ class Source:
         first: dict[Any, str] = {}
         return {tensor.name: other for tensor in self.published
                 if (other := first.setdefault(tensor.places[0].key, tensor.name)) != tensor.name}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it is read from; beside MindSpore's there may be no config.json."""
+        configured = (epath.Path(self.folder) / CONFIGURATION).exists()
+        return (*([CONFIGURATION] if configured else []), *self.tensors.files)
 
     @property
     def own(self) -> list[PublishedTensor]:
@@ -133,6 +140,8 @@ def _read_headers(folder: str) -> tuple[dict[str, Any], Tensors]:
         raise FileNotFoundError(f"There is no folder {folder}: give that of a published model, or hf://ORG/NAME.")
     if (place / "checkpoints").exists():
         raise ValueError(f"{folder} is a run directory: it needs no import.")
+    if is_mindspore(folder):
+        return open_mindspore(folder)
     configuration = place / CONFIGURATION
     if not configuration.exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIGURATION}, and so no published model.")
@@ -154,7 +163,7 @@ def describe_source(source: str | Source) -> dict[str, Any]:
     that is known without reading a tensor."""
     opened = source if isinstance(source, Source) else open_source(source)
     place = epath.Path(opened.folder)
-    files = {name: {"bytes": (place / name).stat().length} for name in (CONFIGURATION, *opened.tensors.files)}
+    files = {name: {"bytes": (place / name).stat().length} for name in opened.files}
     own = opened.vocabulary.path == opened.folder and opened.revision is not None
     path = f"{opened.name.split('@')[0]}@{opened.revision}" if own else opened.vocabulary.path
     record = {"ledger": imported_ledger(opened, files), "settings": settings(opened, path), "step": 0}
@@ -293,8 +302,7 @@ def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> 
     (made / "config.gin").write_text("".join(f"{name} = {value}  # {source.name}\n" for name, value in held.items()))
     status = StatusLine(0, max(1, size // 10**6), active=jax.process_index() == 0, unit="MB")
     with contextlib.closing(status), concurrent.futures.ThreadPoolExecutor(1) as beside:
-        names = (CONFIGURATION, *source.tensors.files)
-        sums = [beside.submit(_file_facts, place / name) for name in names]
+        sums = [beside.submit(_file_facts, place / name) for name in source.files]
         # The record is made of what is known by then, after the last part.
         record: dict[str, Any] = {"settings": held}
 
@@ -302,7 +310,7 @@ def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> 
             yield from _parts(source, status, size)
             _require_equal_copies(source)
             record["ledger"] = imported_ledger(
-                source, {name: found.result() for name, found in zip(names, sums, strict=True)})
+                source, {name: found.result() for name, found in zip(source.files, sums, strict=True)})
 
         whole = save_in_parts(made / "checkpoints" / "0", stacked_shapes(source.own), parts(), record)
     facts = software() | {
