@@ -152,7 +152,7 @@ def _vocabulary(folder: str, given: str | None, rows: int) -> Vocabulary:
     try:
         return load_vocabulary(given or folder, size=rows)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} Name one with --vocabulary.") from None
+        raise FileNotFoundError(f"{error} Name one: t5x import {folder} --output=RUN --vocabulary=FILE.") from None
     except ValueError as error:
         raise ValueError(str(error).replace("vocabulary.size is", "the model's embedding has").replace(
             ", fewer rows", " rows, fewer")) from None

@@ -14,6 +14,7 @@ from etils import epath
 from codellm_jax.hub import is_hub_name
 from codellm_jax.runtime import checkpoints
 from codellm_jax.weights.importing import describe_source, open_source, parameters_on_mesh
+from codellm_jax.weights.mindspore import is_mindspore
 
 # Tables of the decoder that have a row for each position: a shorter row has no use for the last of them.
 POSITION_TABLES = ("position_embedding", "query_embedding")
@@ -28,8 +29,9 @@ def is_published(path: str) -> bool:
     folder = epath.Path(path).expanduser()
     if not folder.is_dir() or (folder / "checkpoints").exists():
         return False
-    return any(name == "config.json" or name.endswith(checkpoints.WEIGHTS_OF_OTHERS)
-               for name in (found.name for found in folder.iterdir()))
+    return is_mindspore(str(folder)) or any(
+        name == "config.json" or name.endswith(checkpoints.WEIGHTS_OF_OTHERS)
+        for name in (found.name for found in folder.iterdir()))
 
 
 def newest_record(path: str) -> tuple[int, dict[str, Any]]:
