@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from codellm_jax.runtime.distributed import gathered, wait_for_all
 
 WEIGHTS_OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
 SAVE_TIMEOUT = datetime.timedelta(minutes=20)
+CHUNKS = (2**20, 2**26)  # bytes of an array that are stored, and read, as one: at least, at most
 
 
 class Checkpoints:
@@ -77,7 +79,8 @@ class Checkpoints:
         self._saving = True
         with self._one_line():
             saves = self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)))
+                step, args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state, save_args=_chunked(state)), record=ocp.args.JsonSave(record)))
             if not saves:  # Orbax passes over a step that is not after the newest
                 raise ValueError(f"step {step} is not after step {self.newest_step()}, which is there already")
 
@@ -161,6 +164,69 @@ class Checkpoints:
             self._manager.reload()
 
 
+class SavedParameters:
+    """The parameters of a checkpoint, read an array or one layer of it at a time, and checked against its checksums.
+
+    Attributes:
+      step: that it was saved after.
+      record: what was saved with it.
+      shapes: of each parameter, such as "blocks/attention/query_kernel".
+    """
+
+    def __init__(self, path: epath.Path, record: dict[str, Any]) -> None:
+        self.step, self.record = int(path.name), record
+        self._saved = {name.removeprefix("params/"): facts for name, facts in record["checksums"].items()
+                       if name.startswith("params/")}
+        self.shapes = {name: tuple(facts[0]) for name, facts in self._saved.items()}
+        self._path = path / "state"
+        self._opened: dict[str, Any] = {}
+        self._sums: dict[str, dict[int | None, int]] = {name: {} for name in self._saved}
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """A whole parameter, or one layer of a stacked one. Raises ValueError where it cannot be read."""
+        try:
+            store = self._opened.get(name) or self._open(name)
+            found = np.ascontiguousarray(store.read().result() if layer is None else store[layer].read().result())
+        except Exception as error:  # TensorStore has no class of its own for what is damaged
+            raise ValueError(f"{name} cannot be read: {_first_line(error)}") from error
+        bits = found.view(f"uint{8 * found.dtype.itemsize}")
+        self._sums[name][layer] = int(bits.sum(dtype=np.uint32))
+        return found
+
+    def require_undamaged(self) -> None:
+        """Raises ValueError where what was read is not all that was saved."""
+        for name, (shape, _, saved) in self._saved.items():
+            sums = self._sums[name]
+            whole = sums[None] if None in sums else sum(sums.values()) % 2**32
+            if None not in sums and len(sums) != shape[0]:
+                raise ValueError(f"{name} was not read whole")
+            if whole != saved:
+                raise ValueError(f"{name} differs from what was saved")
+
+    def _open(self, name: str) -> Any:
+        import tensorstore
+
+        handlers = ocp.type_handlers
+        info = handlers.ParamInfo(name=f"params/{name}".replace("/", "."), parent_dir=self._path,
+                                  is_ocdbt_checkpoint=True, use_zarr3=False)
+        self._opened[name] = tensorstore.open(
+            tensorstore.Spec(handlers.get_json_tspec_read(info, use_ocdbt=True)), open=True,
+            context=handlers.get_ts_context(use_ocdbt=True)).result()
+        return self._opened[name]
+
+
+def saved_parameters(
+    model_dir: str, step: int | None = None, report: Callable[[str], None] = print
+) -> Iterator[SavedParameters]:
+    """The parameters of a run directory's checkpoints with whole records, newest first; with `step` of that one alone.
+
+    Raises:
+      FileNotFoundError: the directory holds no checkpoint, or none of that step.
+    """
+    for path, record in _undamaged_records(model_dir, report, step):
+        yield SavedParameters(path, record)
+
+
 def restore_parameters(
     model_dir: str, abstract_params: Any, check: Callable[[dict[str, Any]], None] = lambda record: None,
     report: Callable[[str], None] = print,
@@ -203,14 +269,21 @@ def newest_record(model_dir: str) -> tuple[int, dict[str, Any]]:
     raise ValueError(f"All checkpoints in {model_dir} are damaged: restore one from a copy.")
 
 
-def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
-    """The checkpoints of a run directory with their records, newest first; damaged records are told and passed over."""
+def _undamaged_records(
+    model_dir: str, report: Callable[[str], None], only: int | None = None
+) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
+    """The checkpoints of a run directory with their records, newest first, or that of one step; damaged records are
+    told and passed over.
+    """
     checkpoints = _absolute(model_dir) / "checkpoints"
     steps = sorted((int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), reverse=True) \
         if checkpoints.exists() else []
     if not steps:
         raise FileNotFoundError(f"{_why_none(_absolute(model_dir))}: name the MODEL_DIR of a run that saved one.")
-    for step in steps:
+    if only is not None and only not in steps:
+        raise FileNotFoundError(f"No checkpoint of step {only} in {checkpoints}; kept are those of steps "
+                                f"{', '.join(map(str, sorted(steps)))}.")
+    for step in steps if only is None else [only]:
         path = checkpoints / str(step)
         record, error = _tried(_whole_record, path)
         if error is not None:
@@ -268,6 +341,19 @@ def checksums(tree: Any) -> dict[str, list[Any]]:
     sums = jax.device_get(_bit_sums(list(leaves.values())))
     return {name: [list(leaf.shape), str(leaf.dtype), int(sum_)]
             for (name, leaf), sum_ in zip(leaves.items(), sums, strict=True)}
+
+
+def _chunked(state: Any) -> Any:
+    """How arrays are cut where they are stored: layers of a stack apart, so that one is read without the others."""
+    least, most = CHUNKS
+
+    def of(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
+        if leaf.ndim < 2 or "blocks" not in [getattr(key, "key", None) for key in path]:
+            return ocp.SaveArgs(chunk_byte_size=most)
+        layer = math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) * leaf.dtype.itemsize
+        return ocp.SaveArgs(chunk_byte_size=min(max(layer, least), most), shard_axes=(0,))
+
+    return jax.tree_util.tree_map_with_path(of, state)
 
 
 @jax.jit
