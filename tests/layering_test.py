@@ -47,6 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "results": set(),
     "mixture": {"vocabulary"},
     "model": set(),
+    "weights": {"model"},
     "configuration": {"runtime", "contents"},
     "runtime": {"mixture", "model", "vocabulary"},
     "evaluation": {"configuration", "runtime", "mixture", "model", "results", "vocabulary", "contents"},
