@@ -29,6 +29,10 @@ SAVE_TIMEOUT = datetime.timedelta(minutes=20)
 CHUNKS = (2**20, 2**26)  # bytes of an array that are stored, and read, as one: at least, at most
 
 
+class Damaged(ValueError):
+    """A checkpoint is not what was saved."""
+
+
 class Checkpoints:
     """The checkpoints of one run directory. A context manager: leaving it waits for a save in flight.
 
@@ -183,25 +187,25 @@ class SavedParameters:
         self._sums: dict[str, dict[int | None, int]] = {name: {} for name in self._saved}
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """A whole parameter, or one layer of a stacked one. Raises ValueError where it cannot be read."""
+        """A whole parameter, or one layer of a stacked one. Raises Damaged where it cannot be read."""
         try:
             store = self._opened.get(name) or self._open(name)
             found = np.ascontiguousarray(store.read().result() if layer is None else store[layer].read().result())
         except Exception as error:  # TensorStore has no class of its own for what is damaged
-            raise ValueError(f"{name} cannot be read: {_first_line(error)}") from error
+            raise Damaged(f"{name} cannot be read: {_first_line(error)}") from error
         bits = found.view(f"uint{8 * found.dtype.itemsize}")
         self._sums[name][layer] = int(bits.sum(dtype=np.uint32))
         return found
 
     def require_undamaged(self) -> None:
-        """Raises ValueError where what was read is not all that was saved."""
+        """Raises Damaged where what was read is not all that was saved."""
         for name, (shape, _, saved) in self._saved.items():
             sums = self._sums[name]
             whole = sums[None] if None in sums else sum(sums.values()) % 2**32
             if None not in sums and len(sums) != shape[0]:
-                raise ValueError(f"{name} was not read whole")
+                raise Damaged(f"{name} was not read whole")
             if whole != saved:
-                raise ValueError(f"{name} differs from what was saved")
+                raise Damaged(f"{name} differs from what was saved")
 
     def _open(self, name: str) -> Any:
         import tensorstore
