@@ -82,6 +82,17 @@ def parser() -> argparse.ArgumentParser:
                 "where it was stopped. What follows -- goes to Beam: t5x cache ... -- --direct_num_workers=8")
     cache.add_argument("--runner", default="DirectRunner", help="Beam's: DirectRunner on this machine, DataflowRunner, "
                        "SparkRunner, FlinkRunner or another (default: %(default)s)")
+    export = subparsers.add_parser(
+        "export", help="write a checkpoint for Hugging Face's libraries", allow_abbrev=False,
+        description="Writes a checkpoint as a folder that transformers, vLLM and lm-evaluation-harness open: "
+                    "configuration, tensors, tokenizer and a model card.")
+    export.add_argument("run", metavar="RUN[@STEP]", help="a run directory; without a step its newest checkpoint")
+    export.add_argument("--output", required=True, metavar="DIR", help="a new folder, local or gs://")
+    export.add_argument("--dtype", help="of the tensors: float32, bfloat16 or float16 (default: that of a model which "
+                        "was imported and not trained since, else float32)")
+    export.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
+    export.add_argument("--vocabulary", metavar="FILE", help="where the run's vocabulary lies, if it was moved")
+    export.add_argument("--debug", action="store_true", help="show the traceback of an error")
     launch = subparsers.add_parser(
         "launch", help="run a command on Cloud TPU", allow_abbrev=False,
         usage="t5x launch --tpu=NAME --zone=ZONE [flags] -- COMMAND ...",

@@ -183,6 +183,7 @@ class SavedParameters:
                        if name.startswith("params/")}
         self.shapes = {name: tuple(facts[0]) for name, facts in self._saved.items()}
         self._path = path / "state"
+        self._context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
         self._opened: dict[str, Any] = {}
         self._sums: dict[str, dict[int | None, int]] = {name: {} for name in self._saved}
 
@@ -212,10 +213,10 @@ class SavedParameters:
 
         handlers = ocp.type_handlers
         info = handlers.ParamInfo(name=f"params/{name}".replace("/", "."), parent_dir=self._path,
-                                  is_ocdbt_checkpoint=True, use_zarr3=False)
+                                  is_ocdbt_checkpoint=True, use_zarr3=False, ts_context=self._context)
         self._opened[name] = tensorstore.open(
             tensorstore.Spec(handlers.get_json_tspec_read(info, use_ocdbt=True)), open=True,
-            context=handlers.get_ts_context(use_ocdbt=True)).result()
+            context=self._context).result()
         return self._opened[name]
 
 
