@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from codellm_jax import contents
+from codellm_jax import contents, hub
 
 TOKENIZER = "tokenizer.json"
 SENTENCE_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.model")
@@ -23,11 +23,9 @@ def resolve(path: str) -> str:
     Raises:
       OSError, ValueError: in one line; the hub cannot give it.
     """
-    if not path.startswith("hf://"):
+    if not hub.is_hub_name(path):
         return os.path.expanduser(path)
-    from codellm_jax.hub import snapshot
-
-    folder, _ = snapshot(path, PATTERNS)
+    folder, _ = hub.snapshot(path, PATTERNS)
     return str(folder)
 
 
