@@ -26,7 +26,7 @@ class Ledger:
       tokens: tokens that the loss counted, likewise.
       phases: for each phase of the schedule its first row or example, "start", and what of "rows" fell into it.
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
-      epoch_rows: rows or examples that each source has, all of which are an epoch; empty in ledgers of earlier versions.
+      epoch_rows: rows or examples of each source, all of which are an epoch; ledgers of earlier versions have none.
     """
 
     stage: str

@@ -29,10 +29,6 @@ SAVE_TIMEOUT = datetime.timedelta(minutes=20)
 CHUNKS = (2**20, 2**26)  # bytes of an array that are stored, and read, as one: at least, at most
 
 
-class Damaged(ValueError):
-    """A checkpoint is not what was saved."""
-
-
 class Checkpoints:
     """The checkpoints of one run directory. A context manager: leaving it waits for a save in flight.
 
@@ -111,7 +107,7 @@ class Checkpoints:
         except Exception as error:
             full = "No space left on device" in str(error)
             raise OSError(
-                f"Saving to {self._directory} failed: {'No space left on device' if full else _first_line(error)}. "
+                f"Saving to {self._directory} failed: {'No space left on device' if full else first_line(error)}. "
                 "Mend it and give the same command again: it goes on from the last whole checkpoint.") from error
 
     def record(self, step: int) -> dict[str, Any]:
@@ -146,7 +142,7 @@ class Checkpoints:
             return state, record
         if damaged:
             raise ValueError(
-                f"All checkpoints in {self._directory} are damaged ({_first_line(damaged[0][1])}): "
+                f"All checkpoints in {self._directory} are damaged ({first_line(damaged[0][1])}): "
                 "restore one from a copy, or start again in another MODEL_DIR.")
         return None
 
@@ -156,7 +152,7 @@ class Checkpoints:
     def _set_aside(self, damaged: list[tuple[int, Exception]], report: Callable[[str], None]) -> None:
         for step, error in damaged:
             aside = self._directory.parent / "damaged_checkpoints" / str(step)
-            report(f"WARNING: the checkpoint of step {step} is damaged ({_first_line(error)}); moved to {aside}; "
+            report(f"WARNING: the checkpoint of step {step} is damaged ({first_line(error)}); moved to {aside}; "
                    "the one before it is used.")
             if jax.process_index() == 0:
                 aside.parent.mkdir(parents=True, exist_ok=True)
@@ -166,70 +162,6 @@ class Checkpoints:
         if damaged:
             wait_for_all("set aside")
             self._manager.reload()
-
-
-class SavedParameters:
-    """The parameters of a checkpoint, read an array or one layer of it at a time, and checked against its checksums.
-
-    Attributes:
-      step: that it was saved after.
-      record: what was saved with it.
-      shapes: of each parameter, such as "blocks/attention/query_kernel".
-    """
-
-    def __init__(self, path: epath.Path, record: dict[str, Any]) -> None:
-        self.step, self.record = int(path.name), record
-        self._saved = {name.removeprefix("params/"): facts for name, facts in record["checksums"].items()
-                       if name.startswith("params/")}
-        self.shapes = {name: tuple(facts[0]) for name, facts in self._saved.items()}
-        self._path = path / "state"
-        self._context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
-        self._opened: dict[str, Any] = {}
-        self._sums: dict[str, dict[int | None, int]] = {name: {} for name in self._saved}
-
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """A whole parameter, or one layer of a stacked one. Raises Damaged where it cannot be read."""
-        try:
-            store = self._opened.get(name) or self._open(name)
-            found = np.ascontiguousarray(store.read().result() if layer is None else store[layer].read().result())
-        except Exception as error:  # TensorStore has no class of its own for what is damaged
-            raise Damaged(f"{name} cannot be read: {_first_line(error)}") from error
-        bits = found.view(f"uint{8 * found.dtype.itemsize}")
-        self._sums[name][layer] = int(bits.sum(dtype=np.uint32))
-        return found
-
-    def require_undamaged(self) -> None:
-        """Raises Damaged where what was read is not all that was saved."""
-        for name, (shape, _, saved) in self._saved.items():
-            sums = self._sums[name]
-            whole = sums[None] if None in sums else sum(sums.values()) % 2**32
-            if None not in sums and len(sums) != shape[0]:
-                raise Damaged(f"{name} was not read whole")
-            if whole != saved:
-                raise Damaged(f"{name} differs from what was saved")
-
-    def _open(self, name: str) -> Any:
-        import tensorstore
-
-        handlers = ocp.type_handlers
-        info = handlers.ParamInfo(name=f"params/{name}".replace("/", "."), parent_dir=self._path,
-                                  is_ocdbt_checkpoint=True, use_zarr3=False, ts_context=self._context)
-        self._opened[name] = tensorstore.open(
-            tensorstore.Spec(handlers.get_json_tspec_read(info, use_ocdbt=True)), open=True,
-            context=self._context).result()
-        return self._opened[name]
-
-
-def saved_parameters(
-    model_dir: str, step: int | None = None, report: Callable[[str], None] = print
-) -> Iterator[SavedParameters]:
-    """The parameters of a run directory's checkpoints with whole records, newest first; with `step` of that one alone.
-
-    Raises:
-      FileNotFoundError: the directory holds no checkpoint, or none of that step.
-    """
-    for path, record in _undamaged_records(model_dir, report, step):
-        yield SavedParameters(path, record)
 
 
 def restore_parameters(
@@ -245,7 +177,7 @@ def restore_parameters(
       ValueError: its parameters have other names or shapes, or all checkpoints are damaged.
     """
     wanted = {"params": abstract_params}
-    for path, record in _undamaged_records(model_dir, report):
+    for path, record in undamaged_records(model_dir, report):
         saved = {name: facts for name, facts in record["checksums"].items() if name.startswith("params/")}
         check(record)
         _require_same_arrays(saved, wanted, int(path.name))
@@ -255,7 +187,7 @@ def restore_parameters(
         if error is None:
             _, error = _tried(_verify, saved, restored)
         if error is not None:
-            report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
+            report(f"WARNING: the checkpoint {path} is damaged ({first_line(error)}).")
             continue
         report(f"Parameters from step {path.name} of {model_dir}.")
         return restored["params"], record | {"step": int(path.name)}
@@ -269,12 +201,12 @@ def newest_record(model_dir: str) -> tuple[int, dict[str, Any]]:
       FileNotFoundError: the directory holds no checkpoint.
       ValueError: the records of all its checkpoints are damaged.
     """
-    for path, record in _undamaged_records(model_dir, lambda line: None):
+    for path, record in undamaged_records(model_dir, lambda line: None):
         return int(path.name), record
     raise ValueError(f"All checkpoints in {model_dir} are damaged: restore one from a copy.")
 
 
-def _undamaged_records(
+def undamaged_records(
     model_dir: str, report: Callable[[str], None], only: int | None = None
 ) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
     """The checkpoints of a run directory with their records, newest first, or that of one step; damaged records are
@@ -292,7 +224,7 @@ def _undamaged_records(
         path = checkpoints / str(step)
         record, error = _tried(_whole_record, path)
         if error is not None:
-            report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
+            report(f"WARNING: the checkpoint {path} is damaged ({first_line(error)}).")
             continue
         yield path, record
 
@@ -409,5 +341,6 @@ def _require_same_arrays(saved: Mapping[str, list[Any]], abstract: Any, step: in
                 f"there and {wanted.get(name, 'absent')} here. Use the configuration it was trained with.")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages of detail that libraries put behind it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(" (<")[0].split(": (slice")[0][:160]

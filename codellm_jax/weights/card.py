@@ -1,4 +1,4 @@
-"""The README of an exported model: a model card, from what was saved with the checkpoint. It says nothing of quality."""
+"""The README of an exported model: a model card, of what was saved with the checkpoint. It says nothing of quality."""
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence

@@ -13,13 +13,13 @@ there when it is whole. In gs:// nothing can be moved: there config.json, withou
 written last, and a file tells until then that the folder is being built.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +30,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.mixture.half_made import half_made
 from codellm_jax.model.config import DecoderConfig
-from codellm_jax.runtime.checkpoints import Damaged, SavedParameters, resolved, saved_parameters
+from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.compatibility import trained_config, trained_vocabulary
+from codellm_jax.runtime.parts import Damaged, SavedParameters, saved_parameters
 from codellm_jax.runtime.provenance import code_version
 from codellm_jax.tokenizing.conversion import write_tokenizer
 from codellm_jax.vocabulary import Vocabulary
@@ -48,13 +49,14 @@ DEFAULT_SIZE = "5GB"
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What an exported folder holds: texts by the names of their files, the vocabulary, and tensors by theirs."""
+    """What an exported folder holds: texts by the names of their files, the vocabulary, tensors by
+    the names of theirs, and the dtype of each tensor."""
 
     texts: Mapping[str, str]
     config: Mapping[str, Any]  # of config.json
     vocabulary: Vocabulary
     files: Mapping[str, Sequence[PublishedTensor]]
-    dtype: str
+    dtypes: Mapping[str, str]
 
     @property
     def tensors(self) -> list[PublishedTensor]:
@@ -70,7 +72,7 @@ def export(
     Args:
       source: a run directory, whose newest undamaged checkpoint is taken, or RUN@STEP.
       output: a folder that is not there yet, or empty; local or gs://.
-      dtype: of the tensors, a key of DTYPES; None for that of a model which was imported and not trained since, else
+      dtype: of the tensors, a key of DTYPES; None for those of a model that was imported and not trained since, else
         float32.
       max_shard_size: of a file, such as 5GB; one tensor that is larger has a file to itself.
       vocabulary_path: where the run's vocabulary lies, if it was moved.
@@ -92,14 +94,15 @@ def export(
         _require_same_shapes(saved, folder, run)
         try:
             with _written_whole(place) as building:
-                _write(building, folder, saved.read)
+                _write(building, folder, saved.read, report)
                 saved.require_undamaged()
         except Damaged as error:
             report(f"WARNING: the checkpoint of step {saved.step} of {run} is damaged ({error}).")
             continue
-        size = sum(size_of(tensor, folder.dtype) for tensor in folder.tensors)
+        size = sum(size_of(tensor, folder.dtypes) for tensor in folder.tensors)
         report(f"Step {saved.step} of {run} as {folder.config['model_type']} in {output}: {len(folder.tensors)} "
-               f"tensors, {size / 1e9:.3f} GB of {folder.dtype} in {len(folder.files)} file(s).")
+               f"tensors, {size / 1e9:.3f} GB of {' and '.join(sorted(set(folder.dtypes.values())))} in "
+               f"{len(folder.files)} file(s).")
         return
     raise ValueError(f"{'All checkpoints' if step is None else f'The checkpoint of step {step}'} in {run} "
                      f"{'are' if step is None else 'is'} damaged: restore one from a copy.")
@@ -129,7 +132,7 @@ def export_while_training(
     if jax.process_index() == 0:
         try:
             with _written_whole(epath.Path(place)) as building:
-                _write(building, folder, read)
+                _write(building, folder, read, report)
         except (OSError, ValueError) as error:
             report(f"WARNING: the export after step {record['step']} failed: {error}")
     while waiting:  # all processes have to ask for the same, whether it is written or not
@@ -158,39 +161,38 @@ def _planned(
     dtype: str | None, most: int,
 ) -> Folder:
     """All of a folder but the numbers."""
-    dtype = dtype or _own_dtype(record)
-    facts = published_facts(config)
+    stages = [record["ledger"], *reversed(record["ledger"].get("before", []))]
+    imported: Mapping[str, Any] = next((stage for stage in stages if stage["stage"] == "imported"), {})
+    facts = published_facts(config, imported.get("model_type"))
     tensors = published_tensors(facts, config)
-    files = files_of(tensors, dtype, most)
+    dtypes = dict.fromkeys((tensor.name for tensor in tensors), dtype or "float32")
+    if dtype is None and imported is record["ledger"]:  # parameters are as they came, of which float64 are rounded
+        own = {name: imported.get("other_dtypes", {}).get(name, imported["dtype"]) for name in dtypes}
+        dtypes |= {name: found for name, found in own.items() if found in DTYPES}
+    usual = collections.Counter(dtypes.values()).most_common(1)[0][0]
+    files = files_of(tensors, dtypes, most)
     begin = vocabulary.begin_ids[0] if vocabulary.begin_ids else None
     ids = {"bos_token_id": begin, "eos_token_id": vocabulary.end_of_document_id, "pad_token_id": vocabulary.pad_id}
-    texts = {"README.md": model_card(config, facts, dtype, record, code),
+    texts = {"README.md": model_card(config, facts, usual, record, code),
              "generation_config.json": _as_json({name: value for name, value in ids.items() if value is not None})}
     if len(files) > 1:
-        texts[INDEX] = _as_json(index_of(files, dtype))
-    facts = facts | ids | {"torch_dtype": dtype, "use_cache": True}
+        texts[INDEX] = _as_json(index_of(files, dtypes))
+    facts = facts | ids | {"torch_dtype": usual, "use_cache": True}
     if facts["model_type"] == "codellm":
         facts["auto_map"] = {name: f"{MODELING.stem}.{kind}" for name, kind in OWN_CLASSES.items()}
         texts[MODELING.name] = MODELING.read_text()
-    return Folder(texts, facts, vocabulary, files, dtype)
+    return Folder(texts, facts, vocabulary, files, dtypes)
 
 
-def _own_dtype(record: Mapping[str, Any]) -> str:
-    """That of a model which was imported and not trained since, else float32, which parameters have."""
-    return record["ledger"].get("dtype") or "float32"
-
-
-def _write(building: epath.Path, folder: Folder, read: Read) -> None:
+def _write(building: epath.Path, folder: Folder, read: Read, report: Callable[[str], None]) -> None:
     """Writes a folder's files; config.json, without which nothing opens it, comes last."""
-    with tempfile.TemporaryDirectory() as temporary:
-        write_tokenizer(folder.vocabulary, pathlib.Path(temporary))
-        for file in sorted(pathlib.Path(temporary).iterdir()):
-            (building / file.name).write_bytes(file.read_bytes())
     for name, text in folder.texts.items():
         (building / name).write_bytes(text.encode())
+    if told := write_tokenizer(folder.vocabulary, str(building)):
+        report(f"WARNING: {told}")
     for name, tensors in folder.files.items():
         with (building / name).open("wb") as file:
-            write_tensors(file, tensors, _arrays(tensors, read), folder.dtype)
+            write_tensors(file, tensors, _arrays(tensors, read), folder.dtypes)
     (building / "config.json").write_bytes(_as_json(folder.config).encode())
 
 
@@ -251,8 +253,8 @@ def _require_same_shapes(saved: SavedParameters, folder: Folder, run: str) -> No
     wanted = stacked_shapes(folder.tensors)
     for name in [*wanted, *saved.shapes]:
         if wanted.get(name) != saved.shapes.get(name):
-            raise ValueError(f"The checkpoint of step {saved.step} of {run} is not of the model in its settings: {name} "
-                             f"is {saved.shapes.get(name, 'absent')} there and should be {wanted.get(name, 'absent')}.")
+            raise ValueError(f"The checkpoint of step {saved.step} of {run} is not of the model in its settings: "
+                             f"{name} is {saved.shapes.get(name, 'absent')} there and should be {wanted.get(name, 'absent')}.")
 
 
 def _run_and_step(source: str) -> tuple[str, int | None]:

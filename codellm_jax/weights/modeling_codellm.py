@@ -6,11 +6,12 @@ transformers alone. `config.json` names each part of the model; CodellmConfig ha
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -22,7 +23,7 @@ ACTIVATIONS = {
     "geglu": lambda x: F.gelu(x, approximate="tanh"),
 }
 GATED = ("swiglu", "geglu")
-BIASES = {
+BIASES: dict[str, tuple[str, ...]] = {
     "all": ("query", "key", "value", "output", "gate", "up", "down"),
     "attention": ("query", "key", "value", "output"),
     "query_key_value": ("query", "key", "value"),
@@ -66,12 +67,14 @@ class CodellmConfig(PretrainedConfig):
         "initializer_range": "initializer_std", "num_key_value_heads": "kv_heads", "head_dim": "head_size"}
 
     def __init__(
-        self, layers=12, hidden=768, heads=12, feedforward=3072, vocabulary_size=8192, length=1024, query_layer=True,
-        activation="gelu", dropout_rate=0.0, initializer_std=0.02, kv_heads=None, head_size=None, norm="layer",
-        norm_epsilon=1e-5, norm_place="before", residual="sequential", positions="learned", rotary_theta=10_000.0,
-        rotary_part=1.0, rotary_scaling=None, query_key_norm="none", biases="all", tied_head=True, use_cache=True,
-        **others,
-    ):
+        self, layers: int = 12, hidden: int = 768, heads: int = 12, feedforward: int = 3072,
+        vocabulary_size: int = 8192, length: int = 1024, query_layer: bool = True, activation: str = "gelu",
+        dropout_rate: float = 0.0, initializer_std: float = 0.02, kv_heads: int | None = None,
+        head_size: int | None = None, norm: str = "layer", norm_epsilon: float = 1e-5, norm_place: str = "before",
+        residual: str = "sequential", positions: str = "learned", rotary_theta: float = 10_000.0,
+        rotary_part: float = 1.0, rotary_scaling: dict[str, Any] | None = None, query_key_norm: str = "none",
+        biases: str = "all", tied_head: bool = True, use_cache: bool = True, **others: Any,
+    ) -> None:
         self.layers = layers
         self.hidden = hidden
         self.heads = heads
@@ -102,12 +105,12 @@ class CodellmConfig(PretrainedConfig):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, in float32."""
 
-    def __init__(self, size, epsilon):
+    def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.epsilon = epsilon
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
         return (wide * self.weight.float()).to(x.dtype)
@@ -116,20 +119,20 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """torch's, in float32."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(
             x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def make_norm(config):
+def make_norm(config: CodellmConfig) -> nn.Module:
     return {"layer": LayerNorm, "rms": RMSNorm}[config.norm](config.hidden, config.norm_epsilon)
 
 
-def frequencies(config, device):
+def frequencies(config: CodellmConfig, device: torch.device) -> tuple[Tensor, float]:
     """Radians that each pair of numbers turns by from one position to the next, float32, and what scales both."""
-    size, theta, scaling = int(config.head_size * config.rotary_part), config.rotary_theta, config.rotary_scaling
+    size, theta, scaling = int(config.head_size * config.rotary_part), config.rotary_theta, config.rotary_scaling or {}
     own = [theta ** -(2 * pair / size) for pair in range(size // 2)]
-    kind, factor = (scaling["kind"], scaling["factor"]) if scaling else (None, 1.0)
+    kind, factor = scaling.get("kind"), scaling.get("factor", 1.0)
     if kind == "linear":
         kept = [0.0] * len(own)
     elif kind == "llama3":
@@ -146,11 +149,11 @@ def frequencies(config, device):
     else:
         kept = [1.0] * len(own)
     attention = scaling.get("attention_factor", 0.1 * math.log(factor) + 1) if kind == "yarn" else 1.0
-    scaled = [frequency * (part + (1 - part) / factor) for frequency, part in zip(own, kept)]
+    scaled = [frequency * (part + (1 - part) / factor) for frequency, part in zip(own, kept, strict=True)]
     return torch.tensor(scaled, dtype=torch.float32, device=device), attention
 
 
-def rotate(x, turns):
+def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     """Turns the first numbers of each head [batch, heads, length, size] by halves, in float32; the rest stays."""
     cosine, sine = turns
     half = cosine.shape[-1]
@@ -168,12 +171,12 @@ class Visible:
       new: tokens that come now.
     """
 
-    def __init__(self, attention_mask, past, new, device):
+    def __init__(self, attention_mask: Tensor | None, past: int | Tensor, new: int, device: torch.device) -> None:
         self._given, self._device = attention_mask, device
         self._queries = past + torch.arange(new, device=device)[:, None]
-        self._made = None
+        self._made: Tensor | None = None
 
-    def __call__(self, keys):
+    def __call__(self, keys: int) -> Tensor:
         """bool [batch or 1, 1, new tokens, keys]; a cache may have more slots than there are tokens."""
         if self._made is None:
             slots = torch.arange(keys, device=self._device)[None]
@@ -190,7 +193,9 @@ class Visible:
 
 
 class CodellmAttention(nn.Module):
-    def __init__(self, config, layer):
+    """Attention from one tensor to another, of grouped heads, with the layer's part of the cache."""
+
+    def __init__(self, config: CodellmConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         query, key, has = config.heads * config.head_size, config.kv_heads * config.head_size, BIASES[config.biases]
@@ -198,15 +203,19 @@ class CodellmAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden, key, bias="key" in has)
         self.v_proj = nn.Linear(config.hidden, key, bias="value" in has)
         self.c_proj = nn.Linear(query, config.hidden, bias="output" in has)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
         if config.query_key_norm != "none":
             whole = config.query_key_norm == "width"
             self.q_norm = RMSNorm(query if whole else config.head_size, config.norm_epsilon)
             self.k_norm = RMSNorm(key if whole else config.head_size, config.norm_epsilon)
 
-    def forward(self, asked, source, visible, turns, cache):
+    def forward(
+        self, asked: Tensor, source: Tensor, visible: Visible, turns: tuple[Tensor, Tensor] | None, cache: Any
+    ) -> Tensor:
         config = self.config
-        query = self._heads(self.q_proj(asked), "q_norm", turns)
-        key = self._heads(self.k_proj(source), "k_norm", turns)
+        query = self._heads(self.q_proj(asked), self.q_norm, turns)
+        key = self._heads(self.k_proj(source), self.k_norm, turns)
         value = self._heads(self.v_proj(source), None, None)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
@@ -220,21 +229,21 @@ class CodellmAttention(nn.Module):
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.c_proj(attended.transpose(1, 2).flatten(2))
 
-    def _heads(self, x, norm, turns):
+    def _heads(self, x: Tensor, norm: nn.Module | None, turns: tuple[Tensor, Tensor] | None) -> Tensor:
         """[batch, length, width] -> [batch, heads, length, size], normed and turned."""
-        config = self.config
-        normed = norm is not None and config.query_key_norm != "none"
-        if normed and config.query_key_norm == "width":
-            x = getattr(self, norm)(x)
-        x = x.unflatten(-1, (-1, config.head_size))
-        if normed and config.query_key_norm == "head":
-            x = getattr(self, norm)(x)
+        if norm is not None and self.config.query_key_norm == "width":
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.config.head_size))
+        if norm is not None and self.config.query_key_norm == "head":
+            x = norm(x)
         x = x.transpose(1, 2)
         return x if turns is None else rotate(x, turns)
 
 
 class CodellmMLP(nn.Module):
-    def __init__(self, config):
+    """Two projections and an activation between them, or a gate."""
+
+    def __init__(self, config: CodellmConfig) -> None:
         super().__init__()
         has = BIASES[config.biases]
         self.activation = ACTIVATIONS[config.activation]
@@ -244,13 +253,15 @@ class CodellmMLP(nn.Module):
             self.c_gate = nn.Linear(config.hidden, config.feedforward, bias="gate" in has)
         self.c_proj = nn.Linear(config.feedforward, config.hidden, bias="down" in has)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         up = self.c_fc(x)
         return self.c_proj(self.activation(up) if self.c_gate is None else self.activation(self.c_gate(x)) * up)
 
 
 class CodellmBlock(nn.Module):
-    def __init__(self, config, layer):
+    """Attention and MLP, each added to what goes in."""
+
+    def __init__(self, config: CodellmConfig, layer: int) -> None:
         super().__init__()
         self.before, self.parallel = config.norm_place == "before", config.residual == "parallel"
         self.ln_1 = make_norm(config)
@@ -259,7 +270,9 @@ class CodellmBlock(nn.Module):
         self.mlp = CodellmMLP(config)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x, asked, visible, turns, cache):
+    def forward(
+        self, x: Tensor, asked: Tensor | None, visible: Visible, turns: tuple[Tensor, Tensor] | None, cache: Any
+    ) -> Tensor:
         """`asked` is what queries are made of, in the query layer; None for the hidden states."""
         source = self.ln_1(x) if self.before else x
         attended = self.attn(source if asked is None else asked, source, visible, turns, cache)
@@ -270,6 +283,8 @@ class CodellmBlock(nn.Module):
 
 
 class CodellmPreTrainedModel(PreTrainedModel):
+    """What transformers has to know of both models."""
+
     config_class = CodellmConfig
     base_model_prefix = "transformer"
     _no_split_modules = ["CodellmBlock"]
@@ -277,7 +292,7 @@ class CodellmPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_cache_class = True
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -291,7 +306,7 @@ class CodellmPreTrainedModel(PreTrainedModel):
 class CodellmModel(CodellmPreTrainedModel):
     """Tokens to hidden states."""
 
-    def __init__(self, config):
+    def __init__(self, config: CodellmConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.vocabulary_size, config.hidden)
         if config.positions == "learned":
@@ -303,16 +318,18 @@ class CodellmModel(CodellmPreTrainedModel):
         self.ln_f = make_norm(config)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, cache=None, output_hidden_states=None, return_dict=None, **others,
-    ):
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Any = None, inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None, cache: Any = None, output_hidden_states: bool | None = None,
+        return_dict: bool | None = None, **others: Any,
+    ) -> Any:
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -355,29 +372,31 @@ class CodellmForCausalLM(CodellmPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"} \
         if int(transformers.__version__.split(".")[0]) >= 5 else ["lm_head.weight"]
 
-    def __init__(self, config):
+    def __init__(self, config: CodellmConfig) -> None:
         super().__init__(config)
         self.transformer = CodellmModel(config)
         self.lm_head = nn.Linear(config.hidden, config.vocabulary_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.transformer.wte = value
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        labels=None, use_cache=None, cache=None, output_hidden_states=None, return_dict=None, logits_to_keep=0,
-        **others,
-    ):
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Any = None, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, cache: Any = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None, logits_to_keep: int | Tensor = 0,
+        **others: Any,
+    ) -> Any:
         output = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache,
             output_hidden_states, return_dict=True)
@@ -391,5 +410,5 @@ class CodellmForCausalLM(CodellmPreTrainedModel, GenerationMixin):
         return output if _asked(return_dict, getattr(self.config, "return_dict", True)) else output.to_tuple()
 
 
-def _asked(given, default):
+def _asked(given: Any, default: Any) -> Any:
     return default if given is None else given

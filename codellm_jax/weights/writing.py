@@ -21,6 +21,7 @@ DTYPES: dict[str, tuple[np.dtype, str]] = {
     "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
     "float16": (np.dtype(np.float16), "F16"),
 }
+Dtypes = Mapping[str, str]  # name of a tensor -> a key of DTYPES
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
          "TIB": 2**40}
 INDEX = "model.safetensors.index.json"
@@ -36,7 +37,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-def files_of(tensors: Sequence[PublishedTensor], dtype: str, most: int) -> dict[str, list[PublishedTensor]]:
+def files_of(tensors: Sequence[PublishedTensor], dtypes: Dtypes, most: int) -> dict[str, list[PublishedTensor]]:
     """File name -> its tensors, in order: one file, or shards of at most so many bytes each. A tensor that is larger
     has a shard to itself.
     """
@@ -44,7 +45,7 @@ def files_of(tensors: Sequence[PublishedTensor], dtype: str, most: int) -> dict[
     size = 0
     for tensor in tensors:
         # Its part of the header is counted as if it stood at the end of a file.
-        own = size_of(tensor, dtype) + len(json.dumps({tensor.name: _entry(tensor, dtype, 10**12)}))
+        own = size_of(tensor, dtypes) + len(json.dumps({tensor.name: _entry(tensor, dtypes, 10**12)}))
         if shards[-1] and size + own + 100 > most:
             shards.append([])
             size = 0
@@ -55,42 +56,42 @@ def files_of(tensors: Sequence[PublishedTensor], dtype: str, most: int) -> dict[
     return {f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
-def index_of(files: Mapping[str, Sequence[PublishedTensor]], dtype: str) -> dict[str, Any]:
+def index_of(files: Mapping[str, Sequence[PublishedTensor]], dtypes: Dtypes) -> dict[str, Any]:
     """The index of shards: the bytes of all tensors, and which file each lies in."""
-    total = sum(size_of(tensor, dtype) for tensors in files.values() for tensor in tensors)
+    total = sum(size_of(tensor, dtypes) for tensors in files.values() for tensor in tensors)
     return {"metadata": {"total_size": total},
             "weight_map": {tensor.name: file for file, tensors in files.items() for tensor in tensors}}
 
 
-def size_of(tensor: PublishedTensor, dtype: str) -> int:
+def size_of(tensor: PublishedTensor, dtypes: Dtypes) -> int:
     """Bytes of a tensor's numbers."""
-    return math.prod(tensor.shape) * DTYPES[dtype][0].itemsize
+    return math.prod(tensor.shape) * DTYPES[dtypes[tensor.name]][0].itemsize
 
 
 def write_tensors(
-    file: IO[bytes], tensors: Sequence[PublishedTensor], arrays: Iterator[np.ndarray], dtype: str
+    file: IO[bytes], tensors: Sequence[PublishedTensor], arrays: Iterator[np.ndarray], dtypes: Dtypes
 ) -> None:
     """Writes a file of tensors, whose numbers, as published and of any dtype, come one after the other.
 
     Raises:
-      ValueError: a number is beyond what the dtype can hold.
+      ValueError: a number is beyond what its dtype can hold.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
-        header[tensor.name] = _entry(tensor, dtype, start)
-        start += size_of(tensor, dtype)
+        header[tensor.name] = _entry(tensor, dtypes, start)
+        start += size_of(tensor, dtypes)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor, array in zip(tensors, arrays, strict=True):
         assert array.shape == tensor.shape, tensor.name
-        _write_numbers(file, tensor.name, array, dtype)
+        _write_numbers(file, tensor.name, array, dtypes[tensor.name])
 
 
-def _entry(tensor: PublishedTensor, dtype: str, start: int) -> dict[str, Any]:
-    return {"dtype": DTYPES[dtype][1], "shape": list(tensor.shape),
-            "data_offsets": [start, start + size_of(tensor, dtype)]}
+def _entry(tensor: PublishedTensor, dtypes: Dtypes, start: int) -> dict[str, Any]:
+    return {"dtype": DTYPES[dtypes[tensor.name]][1], "shape": list(tensor.shape),
+            "data_offsets": [start, start + size_of(tensor, dtypes)]}
 
 
 def _write_numbers(file: IO[bytes], name: str, array: np.ndarray, dtype: str) -> None:
