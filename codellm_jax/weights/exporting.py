@@ -252,9 +252,10 @@ def _require_same_shapes(saved: SavedParameters, folder: Folder, run: str) -> No
     """Raises ValueError where a checkpoint has other parameters than its settings tell."""
     wanted = stacked_shapes(folder.tensors)
     for name in [*wanted, *saved.shapes]:
-        if wanted.get(name) != saved.shapes.get(name):
+        found, asked = saved.shapes.get(name, "absent"), wanted.get(name, "absent")
+        if found != asked:
             raise ValueError(f"The checkpoint of step {saved.step} of {run} is not of the model in its settings: "
-                             f"{name} is {saved.shapes.get(name, 'absent')} there and should be {wanted.get(name, 'absent')}.")
+                             f"{name} is {found} there and should be {asked}.")
 
 
 def _run_and_step(source: str) -> tuple[str, int | None]:

@@ -75,7 +75,8 @@ def random_parameters(config: DecoderConfig, seed: int = 0) -> Any:
 
 @pytest.fixture(scope="session")
 def vocabulary() -> Vocabulary:
-    return load_vocabulary("python_8k")
+    """The shipped one, with more rows than ids."""
+    return load_vocabulary("python_8k", multiple=200)
 
 
 @pytest.fixture
@@ -92,7 +93,9 @@ def save_run(tmp_path: Path, vocabulary: Vocabulary) -> Callable[..., tuple[Path
         } | values)
         settings = {f"model.{field.name}": repr(values.get(field.name, getattr(config, field.name)))
                     for field in dataclasses.fields(config) if field.name not in ("vocabulary_size", "length")}
-        record = {"settings": settings | {"vocabulary.path": "'python_8k'", "SEED": "7", "LEARNING_RATE": "0.5"},
+        settings |= {"vocabulary.path": "'python_8k'", "vocabulary.multiple": "200", "SEED": "7",
+                     "LEARNING_RATE": "0.5"}
+        record = {"settings": settings,
                   "ledger": {"stage": "pretraining", "order_fingerprint": "f" * 64, "length": config.length,
                              "vocabulary_hash": vocabulary.content_hash, "rows": {"text.a": 30, "code.b": 10},
                              "tokens": {"text.a": 960, "code.b": 320}, "before": [], "phases": [],
