@@ -3,7 +3,6 @@
 import json
 import pathlib
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from codellm_jax.tokenizing.conversion import Inexact, tokenizer_config, tokeniz
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
 
 CHINESE = "\u4e16\u754c\u4ee3\u7801\u8bed\u8a00\u6a21\u578b\uff0c\u3002\u662f\u7684\u4e00\u4e0d\u4e86\u4eba"
-ODD = ["\u2581", "\0", " ", "  ", "\t", "\n", "\r\n", "\u3000", "\u00a0", "\u200d", "\u2028", "\x85", "\ufeff", "\ufffd",
-       "<|endofdocument|>", "<|pad|>", "<|unknown|>", "<0x41>", "</s>", "\U0001f389", "\U0001f469\u200d\U0001f467",
-       "e\u0301", "\u00e9", "=", "==", "---", "###", "((", "0123456789", "\U0010ffff"]
+ODD = ["\u2581", "\0", " ", "  ", "\t", "\n", "\r\n", "\u3000", "\u00a0", "\u200d", "\u2028", "\x85", "\ufeff",
+       "\ufffd", "<|endofdocument|>", "<|pad|>", "<|unknown|>", "<0x41>", "</s>", "\U0001f389",
+       "\U0001f469\u200d\U0001f467", "e\u0301", "\u00e9", "=", "==", "---", "###", "((", "0123456789", "\U0010ffff"]
 
 
 def any_texts(count: int, seed: int) -> list[str]:
@@ -47,14 +46,14 @@ def any_texts(count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="module", params=["python_8k", "repetitive", "chinese"])
 def vocabulary(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    """A shipped one; one whose pieces overlap themselves in many ways; one with pieces of several Chinese characters."""
+    """A shipped one; one whose pieces overlap themselves in many ways; one of several Chinese characters a piece."""
     if request.param == "python_8k":
         return load_vocabulary()
     dice = random.Random(2)
-    parts = ["a", "b", "ab", "aba", "==", "=", "-", "((", " ", "abab"] if request.param == "repetitive" else list(
-        CHINESE[:6]) + ["\u4ee3\u7801", "\u8bed\u8a00 "]
+    parts = ["a", "b", "ab", "aba", "==", "=", "-", "((", " ", "abab"] if request.param == "repetitive" else [
+        *CHINESE, "\u4ee3\u7801", "\u8bed\u8a00 "]
     documents = ["".join(dice.choice(parts) for _ in range(60)) for _ in range(300)]
-    return train_vocabulary(documents, 480, str(tmp_path_factory.mktemp("own") / "own.model"))
+    return train_vocabulary(documents, 500, str(tmp_path_factory.mktemp("own") / "own.model"))
 
 
 def test_ids_are_the_same_for_any_text(vocabulary: Vocabulary) -> None:
@@ -145,23 +144,21 @@ def test_a_configuration_names_the_tokens() -> None:
     assert "bos_token" not in tokenizer_config(load_vocabulary())
 
 
+@pytest.mark.parametrize("name", ["shipped", "beginning", "byte_fallback"])
 def test_transformers_gives_the_same_ids(
-    vocabulary: Vocabulary, tmp_path: Path, beginning_tokenizer: str, facts: dict[str, Any],
-    write: Callable[..., str],
+    name: str, tmp_path: Path, beginning_tokenizer: str, facts: dict[str, Any], write: Callable[..., str]
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    (tmp_path / "llama").mkdir()
-    folder = write(facts["byte_fallback"])
-    for own in (vocabulary, load_vocabulary(beginning_tokenizer), load_vocabulary(folder)):
-        out = tmp_path / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        assert write_tokenizer(own, str(out)) is None
-        theirs = transformers.AutoTokenizer.from_pretrained(out)
-        assert (theirs.eos_token_id, theirs.pad_token_id) == (own.end_of_document_id, own.pad_id)
-        for text in any_texts(1000, seed=5):
-            ids = own.encode(text)
-            assert theirs.encode(text, add_special_tokens=False) == ids
-            assert theirs.encode(text) == own.encode_prompt(text)
-            assert theirs.decode(ids) == own.decode(ids)
-        assert theirs.decode([own.end_of_document_id, *own.encode("x")], skip_special_tokens=True) == "x"
+    own = load_vocabulary({"shipped": "python_8k", "beginning": beginning_tokenizer}.get(name) or write(facts[name]))
+    (tmp_path / "out").mkdir()
+    assert write_tokenizer(own, str(tmp_path / "out")) is None
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (own.end_of_document_id, own.pad_id)
+    texts = any_texts(10_000, seed=5)
+    encoded = own.encode_all(texts)
+    assert theirs(texts, add_special_tokens=False)["input_ids"] == encoded
+    assert theirs(texts)["input_ids"] == [[*own.begin_ids, *ids] for ids in encoded]
+    for text, ids in zip(texts, encoded, strict=True):
+        assert theirs.decode(ids) == own.decode(ids)
+        assert name == "byte_fallback" or own.decode(ids) == text
+    assert theirs.decode([own.end_of_document_id, *own.encode("x")], skip_special_tokens=True) == "x"
