@@ -100,7 +100,7 @@ def _answers(
     reasons: list[str | None] = [None] * len(prompts)
     shown, current = "", 0
     # An empty prompt begins a document.
-    encoded = [vocabulary.encode(prompt) or [vocabulary.end_of_document_id] for prompt in prompts]
+    encoded = [vocabulary.encode_prompt(prompt) or [vocabulary.end_of_document_id] for prompt in prompts]
     begin(start, prompts[0])
     for piece in model.stream(encoded, [()] * len(prompts), inference.sampling, inference.seed,
                               numbers=range(start, start + len(prompts)), batch_size=len(prompts)):

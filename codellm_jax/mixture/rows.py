@@ -141,7 +141,8 @@ def cache_place(
     key = {
         "version": ROWS_VERSION, "task": task, "definition": definitions.describe(task), "length": length,
         "vocabulary": vocabulary.content_hash, "end_of_document_id": vocabulary.end_of_document_id,
-    } | ({"examples": EXAMPLES_VERSION} if stage == "tuning" else {})
+    } | ({"examples": EXAMPLES_VERSION} if stage == "tuning" else {}) | (
+        {"begin_ids": vocabulary.begin_ids} if vocabulary.begin_ids else {})
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return Place(epath.Path(cache_dir).expanduser() / "rows" / task / digest, key)
 

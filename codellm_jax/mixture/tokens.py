@@ -50,7 +50,8 @@ class Definitions(Protocol):
 class Example(NamedTuple):
     """The tokens of a document (`targets` alone) or of an instruction example; int arrays.
 
-    The targets end with the end-of-document token unless they are empty.
+    The targets end with the end-of-document token unless they are empty. Documents that are not, and inputs, begin with
+    what the vocabulary begins them with.
     """
 
     inputs: np.ndarray
@@ -118,16 +119,40 @@ def examples(
             texts = task.source.texts(split, files, borders)
             yield from _encoded(texts if sample is None else _sampled(texts, sample), vocabulary, threads)
             return
-        import seqio
-
-        own = seqio.SentencePieceVocabulary(vocabulary.path, extra_ids=0)
+        begin = np.array(vocabulary.begin_ids, np.int32)
+        own = _for_seqio(vocabulary)
         for features in task_tokens(task, split, own):
             targets = features["targets"]
             if len(targets) and targets[-1] == own.eos_id:
                 targets = targets[:-1]
+            inputs = features.get("inputs")
+            if inputs is not None:
+                inputs = np.append(begin, inputs)
+            elif len(targets):
+                targets = np.append(begin, targets)
             if len(targets):
                 targets = np.append(targets, vocabulary.end_of_document_id)
-            yield Example(features.get("inputs", NOTHING), targets, text_bytes=0)
+            yield Example(NOTHING if inputs is None else inputs, targets, text_bytes=0)
+
+
+def _for_seqio(vocabulary: Vocabulary) -> Any:
+    """A vocabulary as SeqIO's preprocessors use one."""
+    import seqio
+
+    if vocabulary.is_sentence_pieces:
+        return seqio.SentencePieceVocabulary(vocabulary.file, extra_ids=0)
+    import tensorflow as tf
+
+    def encoded(text: bytes) -> np.ndarray:
+        return np.array(vocabulary.encode(text.decode("utf-8", "replace")), np.int32)
+
+    class OfSeqio(seqio.PassThroughVocabulary):
+        """Encodes in Python what preprocessors give; nothing is decoded by SeqIO."""
+
+        def _encode_tf(self, text: Any) -> Any:
+            return tf.ensure_shape(tf.numpy_function(encoded, [text], tf.int32), [None])
+
+    return OfSeqio(vocabulary.size, vocabulary.end_of_document_id)
 
 
 def sample_of(task: Any, split: str) -> Sample:
@@ -162,14 +187,15 @@ def _is_plain(task: Any) -> bool:
 def _encoded(
     texts: Iterable[Mapping[str, str]], vocabulary: Vocabulary, threads: int
 ) -> Iterator[Example]:
+    begin = vocabulary.begin_ids
     for some in _batches(texts):
         inputs = vocabulary.encode_all([text["inputs"] for text in some if "inputs" in text], threads)
         targets = vocabulary.encode_all([text["targets"] for text in some], threads, behind=bool(inputs))
         for index, (text, tokens) in enumerate(zip(some, targets, strict=True)):
             if tokens:
-                tokens.append(vocabulary.end_of_document_id)
-            yield Example(np.array(inputs[index], np.int32) if inputs else NOTHING, np.array(tokens, np.int32),
-                          sum(len(value.encode()) for value in text.values()))
+                tokens = [*([] if inputs else begin), *tokens, vocabulary.end_of_document_id]
+            yield Example(np.array([*begin, *inputs[index]], np.int32) if inputs else NOTHING,
+                          np.array(tokens, np.int32), sum(len(value.encode()) for value in text.values()))
 
 
 def _batches(texts: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[str, str]]]:
