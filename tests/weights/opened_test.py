@@ -1,6 +1,7 @@
 """What was exported, opened by transformers: logits, greedy text, losses and gradients equal ours."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,38 @@ def test_our_own_code_has_both_attentions_gradients_and_saves_again(
         cache = getattr(first, "cache", None) or first.past_key_values
         rest = model(ids[:, 5:], past_key_values=cache).logits
         torch.testing.assert_close(rest, model(ids).logits[:, 5:], atol=1e-4, rtol=1e-4)
+
+
+def test_the_harness_scores_an_export_as_it_scores_the_run(pretrained: Path, tmp_path: Path) -> None:
+    """lm-evaluation-harness by its own model `hf`, and by ours."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    theirs_of = pytest.importorskip("lm_eval.models.huggingface")  # which needs accelerate
+    from lm_eval.api.instance import Instance
+
+    from codellm_jax.evaluation.harness import CodellmJax
+
+    export(str(pretrained / "CODE"), str(tmp_path / "out"), report=lambda line: None)
+    pairs = [("a row of tokens", " is read"), ("a row of tokens", " is never lost"), ("", "schedule"),
+             ("def function_7(value):\n    value = value", " * 3 + a1\n"), ("héllo 世界 😀", " order  position"),
+             ("the row of tokens " * 20, " is read")]
+    texts = ["the share of a ledger is read by its number " * 5, "def f(x):\n\treturn x\n"]
+    asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    asked_whole = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
+    model = CodellmJax(checkpoint=str(pretrained / "CODE"))
+    with model._open:  # its mesh would hold for the tests behind
+        ours, ours_whole = model.loglikelihood(asked), model.loglikelihood_rolling(asked_whole)
+    model = theirs_of.HFLM(pretrained=str(tmp_path / "out"), trust_remote_code=True, device="cpu", batch_size=2)
+    theirs, theirs_whole = model.loglikelihood(asked), model.loglikelihood_rolling(asked_whole)
+    for (value, greedy), (expected, expected_greedy) in zip(theirs, ours, strict=True):
+        assert value == pytest.approx(expected, rel=1e-5) and greedy == expected_greedy
+    np.testing.assert_allclose(theirs_whole, ours_whole, rtol=1e-5)
+
+
+def test_the_tokenizer_gives_our_ids(save_run: Callable[..., Any], tmp_path: Path, vocabulary: Any) -> None:
+    run, _, _ = save_run({})
+    export(str(run), str(tmp_path / "out"), report=lambda line: None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("def f(x):\n\treturn  x + 1\n", "héllo 世界 😀", "  <|pad|> <|endofdocument|>", ""):
+        assert tokenizer(text)["input_ids"] == vocabulary.encode(text)
+        assert tokenizer.decode(vocabulary.encode(text)) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (vocabulary.end_of_document_id, vocabulary.pad_id)
