@@ -1,19 +1,80 @@
-"""A small published model as a hub has it, of Llama's form: config.json, model.safetensors and tokenizer.json.
-
-Written here by hand, from the families' documented names and shapes, and not by what the package writes with.
-"""
+"""Published models for tests: folders with config.json, safetensors and a tokenizer, of the golden files or random."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+GOLDEN = Path(__file__).resolve().parent / "model" / "golden"
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "bool": "BOOL", "int64": "I64"}
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# Of the random Llama.
 LAYERS, HIDDEN, HEADS, KEY_HEADS, HEAD, FEEDFORWARD, POSITIONS = 2, 24, 4, 2, 6, 40, 64
 TEXTS = ["The quick brown fox jumps over the lazy dog.\n", "def add(first, second):\n    return first + second\n",
          "import os\n\nprint(os.getcwd())\n", "At which stage does code help?\n"] * 4
 
 
-def write_tokenizer(folder: Path) -> int:
+def golden(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """The configuration, the tensors, tokens and logits of a golden file."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    facts = json.loads(str(arrays.pop("config")))
+    return facts, arrays, arrays.pop("tokens"), arrays.pop("logits")
+
+
+def safetensors(tensors: Mapping[str, np.ndarray], metadata: bool = True) -> bytes:
+    """A file's bytes, as the format's documentation has them."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if metadata else {}
+    at = 0
+    for name, array in tensors.items():
+        header[name] = {"dtype": NAMES[array.dtype.name], "shape": list(array.shape),
+                        "data_offsets": [at, at := at + array.nbytes]}
+    return with_header(json.dumps(header), b"".join(array.tobytes() for array in tensors.values()))
+
+
+def with_header(header: str, content: bytes) -> bytes:
+    return len(header.encode()).to_bytes(8, "little") + header.encode() + content
+
+
+def write_model(
+    folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray], shards: int = 1, tokenizer: bool = True
+) -> Path:
+    """Writes a folder as models are published; with several shards, an index too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(facts))
+    if tokenizer:
+        write_tokenizer(folder)
+    if shards == 1:
+        (folder / "model.safetensors").write_bytes(safetensors(tensors))
+        return folder
+    places = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[number::shards])
+        (folder / name).write_bytes(safetensors(part))
+        places |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Fifteen pieces: fewer than the embeddings of the golden files have rows."""
+    letters = [[letter, -3.0] for letter in "▁etaoinshrdlu"]
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    end = {"id": 1, "content": "</s>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
+        "pre_tokenizer": spaces, "post_processor": None, "decoder": spaces,
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["</s>", 0.0], *letters],
+                  "byte_fallback": False}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "</s>"}))
+
+
+def write_byte_tokenizer(folder: Path) -> int:
     """Writes a byte-level BPE tokenizer that ends documents with <|endoftext|>; returns how many ids it has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -23,26 +84,16 @@ def write_tokenizer(folder: Path) -> int:
     tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}))
     return tokenizer.get_vocab_size()
 
 
-def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """The format: the header's length in 8 bytes, the header as JSON, and the numbers one behind the other."""
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(map(np.ndarray.tobytes, tensors.values())))
-
-
-def write_published_model(folder: Path, seed: int = 0) -> Path:
+def write_llama(folder: Path, seed: int = 0) -> Path:
     """Writes a Llama with grouped queries and a head of its own size; returns its folder."""
-    folder.mkdir(parents=True)
-    rows = write_tokenizer(folder) + 5  # as many have, more than the tokenizer has ids
+    rows = write_byte_tokenizer(folder) + 5  # as many have, more than the tokenizer has ids
     dice = np.random.default_rng(seed)
     shapes = {"model.embed_tokens.weight": (rows, HIDDEN)}
     for layer in range(LAYERS):
@@ -55,11 +106,10 @@ def write_published_model(folder: Path, seed: int = 0) -> Path:
     shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (rows, HIDDEN)}
     tensors = {name: (0.1 * dice.normal(size=shape) + (len(shape) == 1)).astype(np.float32)
                for name, shape in shapes.items()}
-    write_safetensors(folder / "model.safetensors", tensors)
-    (folder / "config.json").write_text(json.dumps({
+    facts = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": rows, "hidden_size": HIDDEN,
         "intermediate_size": FEEDFORWARD, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
         "num_key_value_heads": KEY_HEADS, "head_dim": HEAD, "max_position_embeddings": POSITIONS,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu",
-        "torch_dtype": "float32"}))
-    return folder
+        "torch_dtype": "float32"}
+    return write_model(folder, facts, tensors, tokenizer=False)

@@ -26,6 +26,7 @@ class Ledger:
       tokens: tokens that the loss counted, likewise.
       phases: for each phase of the schedule its first row or example, "start", and what of "rows" fell into it.
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
+      epoch_rows: rows or examples of each source, all of which are an epoch; ledgers of earlier versions have none.
     """
 
     stage: str
@@ -36,6 +37,7 @@ class Ledger:
     tokens: dict[str, int]
     phases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    epoch_rows: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -46,7 +48,8 @@ class Ledger:
             if parent else []
         none = {source.name: 0 for source in order.sources}
         phases = [{"start": start, "rows": dict(none)} for start in order.schedule.phase_starts]
-        return cls(stage, order.fingerprint(), vocabulary_hash, length, dict(none), dict(none), phases, before)
+        return cls(stage, order.fingerprint(), vocabulary_hash, length, dict(none), dict(none), phases, before,
+                   {source.name: source.rows for source in order.sources})
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Ledger":

@@ -39,6 +39,42 @@ def literal(settings: Mapping[str, Any], name: str) -> str | None:
         return None
 
 
+def trained_vocabulary(record: Mapping[str, Any], model_dir: str, path: str | None = None) -> Vocabulary:
+    """The vocabulary that a run directory's checkpoint was trained with.
+
+    Args:
+      record: of the checkpoint.
+      model_dir: the run directory.
+      path: where the vocabulary lies now; None for where it lay.
+
+    Raises:
+      ValueError, FileNotFoundError: in one line; it is not there, or is another one.
+    """
+    saved = literal(record["settings"], "vocabulary.path")
+    if path is None and saved is None:
+        raise ValueError(f"The checkpoint in {model_dir} does not tell its vocabulary: name it with --vocabulary.")
+    chosen = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
+              if (value := literal(record["settings"], f"vocabulary.{name}")) is not None}
+    try:
+        vocabulary = load_vocabulary(path or ast.literal_eval(str(saved)), **chosen)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} If it was moved, name it with --vocabulary.") from None
+    require_same_vocabulary(record, vocabulary, model_dir)
+    return vocabulary
+
+
+def trained_config(record: Mapping[str, Any], vocabulary: Vocabulary, model_dir: str) -> DecoderConfig:
+    """The decoder that a run directory's checkpoint holds. Raises ValueError where its settings do not tell."""
+    values = {field.name: ast.literal_eval(value) for field in dataclasses.fields(DecoderConfig)
+              if (value := literal(record["settings"], f"model.{field.name}")) is not None}
+    sizes = {"vocabulary_size": vocabulary.size, "length": record["ledger"]["length"]}
+    try:
+        return DecoderConfig(**values | sizes)
+    except TypeError as error:
+        raise ValueError(f"The checkpoint in {model_dir} does not tell the sizes of its model ({error}): it was saved "
+                         "without a gin file.") from None
+
+
 def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, model_dir: str) -> None:
     """Raises ValueError where a run directory's checkpoint has another vocabulary, or other ids of it."""
     saved = record["ledger"]["vocabulary_hash"]

@@ -1,4 +1,4 @@
-"""A checkpoint of parameters that are never in memory as a whole: it is written part by part.
+"""A checkpoint of parameters that are never in memory as a whole: it is written part by part, and read so.
 
 It is one as `checkpoints` has them, but for the rest of a state: Orbax writes arrays of one chunk each, TensorStore
 makes them as long as they are to be and writes the parts, and the record comes last.
@@ -6,7 +6,7 @@ makes them as long as they are to be and writes the parts, and the record comes 
 
 import collections
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from codellm_jax.runtime.checkpoints import digest
+from codellm_jax.runtime.checkpoints import digest, first_line, undamaged_records
 
 CHUNK = 2**24  # bytes at most, of an array's numbers that are stored as one
 IN_FLIGHT = 2**26  # bytes that may wait to be written
@@ -84,6 +84,65 @@ def save_in_parts(
     whole["digest"] = digest(whole)
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "record", ocp.args.JsonSave(whole))
     return whole
+
+
+class Damaged(ValueError):
+    """A checkpoint is not what was saved."""
+
+
+class SavedParameters:
+    """The parameters of a checkpoint, read an array or one layer of it at a time, and checked against its checksums.
+
+    Attributes:
+      step: that it was saved after.
+      record: what was saved with it.
+      shapes: of each parameter, such as "blocks/attention/query_kernel".
+    """
+
+    def __init__(self, path: epath.Path, record: dict[str, Any]) -> None:
+        self.step, self.record = int(path.name), record
+        self._saved = {name.removeprefix("params/"): facts for name, facts in record["checksums"].items()
+                       if name.startswith("params/")}
+        self.shapes = {name: tuple(facts[0]) for name, facts in self._saved.items()}
+        self._state = path / "state"
+        self._context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
+        self._stores: dict[str, tensorstore.TensorStore] = {}
+        self._sums: dict[str, dict[int | None, int]] = {name: {} for name in self._saved}
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """A whole parameter, or one layer of a stacked one. Raises Damaged where it cannot be read."""
+        try:
+            if name not in self._stores:
+                self._stores[name] = _opened(self._state, name, self._context)
+            store = self._stores[name]
+            found = np.ascontiguousarray(store.read().result() if layer is None else store[layer].read().result())
+        except Exception as error:  # TensorStore has no class of its own for what is damaged
+            raise Damaged(f"{name} cannot be read: {first_line(error)}") from error
+        bits = found.view(f"uint{8 * found.dtype.itemsize}")
+        self._sums[name][layer] = int(bits.sum(dtype=np.uint32))
+        return found
+
+    def require_undamaged(self) -> None:
+        """Raises Damaged where what was read is not all that was saved."""
+        for name, (shape, _, saved) in self._saved.items():
+            sums = self._sums[name]
+            whole = sums[None] if None in sums else sum(sums.values()) % 2**32
+            if None not in sums and len(sums) != shape[0]:
+                raise Damaged(f"{name} was not read whole")
+            if whole != saved:
+                raise Damaged(f"{name} differs from what was saved")
+
+
+def saved_parameters(
+    model_dir: str, step: int | None = None, report: Callable[[str], None] = print
+) -> Iterator[SavedParameters]:
+    """The parameters of a run directory's checkpoints with whole records, newest first; with `step` of that one alone.
+
+    Raises:
+      FileNotFoundError: the directory holds no checkpoint, or none of that step.
+    """
+    for path, record in undamaged_records(model_dir, report, step):
+        yield SavedParameters(path, record)
 
 
 def _chunk(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:

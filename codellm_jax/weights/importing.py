@@ -59,6 +59,7 @@ class Source:
       values: of the decoder, as `decoder_values` has them.
       tensors: of the folder.
       published: those that are parameters, under their names there, in the order in which they lie.
+      copies: tensors that hold what one of these holds, a tied head: name -> the name of that one.
       vocabulary: its tokenizer, with as many rows as its embedding.
     """
 
@@ -69,29 +70,18 @@ class Source:
     values: Mapping[str, Any]
     tensors: Tensors
     published: tuple[PublishedTensor, ...]
+    copies: Mapping[str, str]
     vocabulary: Vocabulary
 
     @property
     def config(self) -> DecoderConfig:
         return DecoderConfig(**self.values)
 
-    @functools.cached_property
-    def copies(self) -> dict[str, str]:
-        """Tensors that hold what another one holds, a tied head: name -> that of the other."""
-        first: dict[Any, str] = {}
-        return {tensor.name: other for tensor in self.published
-                if (other := first.setdefault(tensor.places[0].key, tensor.name)) != tensor.name}
-
     @property
     def files(self) -> tuple[str, ...]:
         """The files that it is read from; beside MindSpore's there may be no config.json."""
         configured = (epath.Path(self.folder) / CONFIGURATION).exists()
         return (*([CONFIGURATION] if configured else []), *self.tensors.files)
-
-    @property
-    def own(self) -> list[PublishedTensor]:
-        """Those of `published` that are no copies."""
-        return [tensor for tensor in self.published if tensor.name not in self.copies]
 
 
 def open_source(source: str, vocabulary: str | None = None) -> Source:
@@ -116,9 +106,12 @@ def open_source(source: str, vocabulary: str | None = None) -> Source:
                                  f"{', '.join(str(dtype) for dtype in FLOATS.values())}.")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    places = {name: number for number, name in enumerate(tensors.shapes)}
-    return Source(name, folder, revision, facts, values, tensors,
-                  tuple(sorted(published, key=lambda tensor: places[tensor.name])),
+    first: dict[Any, str] = {}
+    copies = {tensor.name: other for tensor in published
+              if (other := first.setdefault(tensor.places[0].key, tensor.name)) != tensor.name}
+    order = {name: number for number, name in enumerate(tensors.shapes)}
+    own = sorted((tensor for tensor in published if tensor.name not in copies), key=lambda tensor: order[tensor.name])
+    return Source(name, folder, revision, facts, values, tensors, tuple(own), copies,
                   _vocabulary(folder, vocabulary, config.vocabulary_size))
 
 
@@ -178,7 +171,7 @@ def imported_ledger(source: Source, files: Mapping[str, Any]) -> dict[str, Any]:
     "model_type", "dtype", which most tensors have, and "other_dtypes", by the names of `published_tensors`.
     """
     # Names of a file may lack the prefix; both lists are in the order of places.
-    places = {tensor.places[0].key: source.tensors.dtypes[tensor.name] for tensor in source.own}
+    places = {tensor.places[0].key: source.tensors.dtypes[tensor.name] for tensor in source.published}
     dtypes = {tensor.name: places[tensor.places[0].key] for tensor in published_tensors(source.facts, source.config)}
     usual = Counter(dtypes.values()).most_common(1)[0][0]
     return {"stage": "imported", "order_fingerprint": "", "vocabulary_hash": source.vocabulary.content_hash,
@@ -207,10 +200,10 @@ def parameters_on_mesh(source: Source, abstract: Any) -> Any:
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
     wanted = {"/".join(str(key.key) for key in path): leaf for path, leaf in paths}
     shapes = {name: leaf.shape for name, leaf in wanted.items()}
-    if shapes != stacked_shapes(source.own):
+    if shapes != stacked_shapes(source.published):
         raise ValueError(f"{source.name} has other parameters than the model it is read for.")
     arrays: dict[str, Any] = {}
-    for tensor in source.own:
+    for tensor in source.published:
         for (leaf, layer), piece in tensor.read(source.tensors.read(tensor.name)).items():
             sharding = wanted[leaf].sharding
             if layer is not None:
@@ -312,7 +305,7 @@ def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> 
             record["ledger"] = imported_ledger(
                 source, {name: found.result() for name, found in zip(source.files, sums, strict=True)})
 
-        whole = save_in_parts(made / "checkpoints" / "0", stacked_shapes(source.own), parts(), record)
+        whole = save_in_parts(made / "checkpoints" / "0", stacked_shapes(source.published), parts(), record)
     facts = software() | {
         "arm": "imported", "parameters": parameter_count(source.config),
         "flops_per_token": flops_per_token(source.config, causal=False), "vocabulary": source.vocabulary.content_hash,
@@ -324,7 +317,7 @@ def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> 
 def _parts(source: Source, status: StatusLine, size: int) -> Iterator[Part]:
     """All parameters, tensor by tensor as they lie in the files, in pieces."""
     began, done = time.monotonic(), 0
-    for tensor in source.own:
+    for tensor in source.published:
         array = source.tensors.read(tensor.name)
         for (leaf, layer), piece in tensor.read(array).items():
             rows = rows_of_chunk(piece.shape)

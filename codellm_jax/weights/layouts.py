@@ -278,6 +278,10 @@ def _norm(name: str, config: DecoderConfig, leaf: str, layer: int | None) -> lis
 
 def stacked_shapes(tensors: Sequence[PublishedTensor]) -> dict[str, tuple[int, ...]]:
     """Leaf -> shape of our parameters, layers stacked, as the tensors fill them."""
-    places = [place for tensor in tensors for place in tensor.places]
-    layers = {place.leaf: place.layer + 1 for place in places if place.layer is not None}  # the last one's stays
-    return {place.leaf: (*([layers[place.leaf]] if place.leaf in layers else []), *place.shape) for place in places}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for place in (place for tensor in tensors for place in tensor.places):
+        if place.layer is None:
+            shapes[place.leaf] = place.shape
+        else:
+            shapes[place.leaf] = (max(place.layer + 1, *shapes.get(place.leaf, (0,))[:1]), *place.shape)
+    return shapes

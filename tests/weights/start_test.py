@@ -12,12 +12,12 @@ from codellm_jax import cli
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.weights import start
-from tests.published import POSITIONS, write_published_model
+from tests.published import POSITIONS, write_llama
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_published_model(tmp_path_factory.mktemp("published") / "llama")
+    return write_llama(tmp_path_factory.mktemp("published") / "llama")
 
 
 @pytest.fixture(scope="module")
