@@ -43,7 +43,9 @@ def tops(found: set[str]) -> set[str]:
 ROOMS: dict[str, set[str]] = {
     "flags": set(),
     "contents": set(),
-    "vocabulary": {"contents"},
+    "hub": set(),
+    "tokenizing": {"contents", "hub"},
+    "vocabulary": {"tokenizing", "contents"},
     "results": set(),
     "mixture": {"vocabulary"},
     "model": set(),
@@ -70,6 +72,7 @@ ONLY_IMPORTERS = {
     "orbax": {"codellm_jax.runtime.checkpoints"},
     "apache_beam": {"codellm_jax.training.cache"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
+    "huggingface_hub": {"codellm_jax.hub"},
 }
 
 
