@@ -111,7 +111,7 @@ def turns_tokens(
 ) -> list[list[list[int]]]:
     """The token ids of each turn of conversations without a template: prompt, answer, prompt and so on.
 
-    The first prompt begins as documents do, and each answer ends with the end of document, unless it is no token at all.
+    The first prompt begins as documents do, and each answer ends with the end of document, unless it is no token.
     """
     prompts = iter(vocabulary.encode_all([turn for turns in conversations for turn in turns[::2]], threads))
     answers = iter(vocabulary.encode_all(

@@ -39,9 +39,9 @@ class Inference:
       checkpoint: who writes.
       sampling: how tokens are drawn.
       seed: of what is drawn.
-      template: makes a prompt of an instruction and its input, for models that no chat template is for; None where texts
+      template: makes a prompt of an instruction and its input, for a model without a chat template; None where texts
         are gone on from as they are.
-      turns: makes prompts and answers of messages, likewise.
+      turns: makes prompts and answers of messages, for such a model.
       batch_size: prompts of a file that are answered at a time.
     """
 
@@ -137,8 +137,6 @@ def _prompt(asked: Asked, inference: Inference, vocabulary: Vocabulary, by_templ
     if isinstance(asked, str):
         # An empty prompt begins a document.
         return Prompt(asked, vocabulary.encode_prompt(asked) or [vocabulary.end_of_document_id])
-    if inference.turns is None and not by_template:
-        raise ValueError("infer.turns is None, and the model has no chat template: messages cannot be answered.")
     return prompt_of(vocabulary, asked, by_template, inference.turns)
 
 
@@ -203,9 +201,9 @@ def typed() -> Iterator[str]:
 def read_prompts(path: str, template: Template | None) -> list[Asked]:
     """The prompts of a file, local or gs://: a line each, or JSON records in lines or in a list.
 
-    A record is {"prompt": ...}, or {"instruction": ..., "input": ...}, which needs the template, or {"messages": [...]},
-    the last of which a user's. A file holds records where all of it is such, or where it is named .jsonl or .json. Blank
-    lines are passed over.
+    A record is {"prompt": ...}, or {"instruction": ..., "input": ...}, which needs the template, or
+    {"messages": [...]}, the last of them a user's. A file holds records where all of it is such, or where it is named .jsonl or .json.
+    Blank lines are passed over.
 
     Raises:
       OSError, ValueError: in one line; the file cannot be read, is no text, holds nothing, or a record is neither.
@@ -223,7 +221,8 @@ def read_prompts(path: str, template: Template | None) -> list[Asked]:
         is_one = isinstance(whole, dict) and len(lines) > 1
         records = [(path, whole)] if is_one else [(where, _json(line)) for where, line in lines]
     if (re.search(r"\.jsonl?$", without_compression(path), re.IGNORECASE)
-            or all(isinstance(record, dict) and {"prompt", "instruction", "messages"} & record.keys() for _, record in records)):
+            or all(isinstance(record, dict) and {"prompt", "instruction", "messages"} & record.keys()
+                   for _, record in records)):
         return [_of_record(record, where, template) for where, record in records]
     return [in_template(line, template) for _, line in lines]
 

@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
 
 
 def prompt_of(
-    vocabulary: Vocabulary, messages: Sequence[Message], by_template: bool, turns: Callable[..., list[str]]
+    vocabulary: Vocabulary, messages: Sequence[Message], by_template: bool, turns: Callable[..., list[str]] | None
 ) -> Prompt:
     """What asks for the answer to messages.
 
@@ -44,6 +44,8 @@ def prompt_of(
     """
     if by_template:
         return Prompt(chat.prompt_text(vocabulary, messages), chat.prompt_tokens(vocabulary, messages))
+    if turns is None:
+        raise ValueError("infer.turns is None, and the model has no chat template: messages cannot be answered.")
     texts = turns(messages)
     [ids] = chat.turns_tokens(vocabulary, [texts])
     return Prompt("".join(texts), chat.joined(ids).ids)

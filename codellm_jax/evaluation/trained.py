@@ -58,8 +58,8 @@ class TrainedModel(NamedTuple):
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
         end_ids: Collection[int] = (), **options: Any,
     ) -> list[Generation]:
-        """Answers, one a prompt, each until one of its texts in `stops` stands in it, or one of `end_ids` ends it, as an
-        end of document always does; see `decoding.stream`.
+        """Answers, one a prompt, each until one of its texts in `stops` stands in it, or one of `end_ids` comes, as an
+        end of document, which always ends it; see `decoding.stream`.
         """
         return generate(self.params, self.config, prompts, sampling, seed,
                         **self._options(prompts, stops, sampling, end_ids), **options)

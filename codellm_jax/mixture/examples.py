@@ -2,8 +2,8 @@
 
 An example is a prompt (`inputs`) followed by its answer (`targets`) and the end token; the loss counts the answer and
 the end token alone. A conversation goes on: the loss counts its other answers, too, and not what stands between them.
-One longer than a row of `length` + 1 tokens is cut there, as the study's released system cuts it; one whose prompt alone
-fills the row has nothing to learn from and is left out. Both are counted.
+An example longer than a row of `length` + 1 tokens is cut there, as the study's released system cuts it; one whose
+prompt alone fills the row has nothing to learn from and is left out. Both are counted.
 
 In the cache a row holds the tokens, zeros up to length + 1, then two numbers: tokens of the first prompt, and of the
 whole. A token behind the first prompt that the loss does not count stands as its complement, ~id, which is negative.

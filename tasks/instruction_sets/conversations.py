@@ -63,9 +63,9 @@ def _message(given: Mapping[str, Any]) -> Message | Lost:
             return Lost("conversations with tools, which are not read")
         return Lost(f"conversations with a role that is none of {', '.join(_ROLES)}")
     if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-                 for part in content]
-        if not all(isinstance(text, str) for text in texts):
+        texts = [part["text"] for part in content
+                 if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)]
+        if len(texts) < len(content):
             return Lost("conversations with parts that are no text, such as images")
         content = "\n".join(texts)
     if not isinstance(content, str):

@@ -9,10 +9,10 @@ Specs, as in `corpora.sources`, of these kinds:
   {"official": "text.pclue", "data_dir": FOLDER}    found by its official file name, see `corpora.official`
 
 A record of "instructions" is {instruction, input, output}, which goes through Alpaca's prompt, in Chinese or English
-as `language` says, or else as the record's own characters do; or it is {input, target}, which is used as it stands; or it
-is a conversation, {messages} or {conversations} (see `conversations`), whose form the vocabulary's chat template gives,
-or `prompts` where there is none. A file may hold all of these. Other keys are ignored, and `input` may be empty or
-missing. `sample` keeps so many records of the training split, chosen by a stable hash.
+as `language` says, or else as the record's own characters do; or it is {input, target}, which is used as it stands;
+or it is a conversation, {messages} or {conversations} (see `conversations`), whose form the vocabulary's chat template
+gives, or `prompts` where there is none. A file may hold all of these. Other keys are ignored, and `input` may be empty
+or missing. `sample` keeps so many records of the training split, chosen by a stable hash.
 
 `validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt (of a conversation the
 first) puts a hundredth of the records into "validation" and a hundredth into "test", and of few records at least one
@@ -198,7 +198,7 @@ def _records(files: Sequence[str], name: str) -> Iterator[tuple[str, Record]]:
 def _pairs(
     spec: Mapping[str, Any], split: str, files: Sequence[str], name: str, lost: PassedOver
 ) -> Iterator[Pair | Conversation | None]:
-    """A pair or conversation for each record, None for one that is officially of another split; counts the others, by their places."""
+    """What each record is, None for one that is officially of another split; counts those that are none, by places."""
     recast = _RECAST[kind_of(spec)]
     for place, record in _records(files, name):
         pair = record if isinstance(record, Lost) else recast(record, spec, split)
