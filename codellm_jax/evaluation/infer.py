@@ -202,8 +202,8 @@ def read_prompts(path: str, template: Template | None) -> list[Asked]:
     """The prompts of a file, local or gs://: a line each, or JSON records in lines or in a list.
 
     A record is {"prompt": ...}, or {"instruction": ..., "input": ...}, which needs the template, or
-    {"messages": [...]}, the last of them a user's. A file holds records where all of it is such, or where it is named .jsonl or .json.
-    Blank lines are passed over.
+    {"messages": [...]}, the last of them a user's. A file holds records where all of it is such, or where it is named
+    .jsonl or .json. Blank lines are passed over.
 
     Raises:
       OSError, ValueError: in one line; the file cannot be read, is no text, holds nothing, or a record is neither.
