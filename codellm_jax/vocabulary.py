@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from codellm_jax import contents
 from codellm_jax.tokenizing import files, training
-from codellm_jax.tokenizing.backend import TEXT_FORMS, Backend, read_backend
+from codellm_jax.tokenizing.backend import TEXT_FORMS, Backend, is_json, read_backend
 from codellm_jax.tokenizing.published import published
 
 SHIPPED = pathlib.Path(__file__).parent / "vocabularies"
@@ -58,6 +58,11 @@ class Vocabulary:
     def file(self) -> str:
         """The tokenizer's file itself."""
         return files.tokenizer_file(self.path)
+
+    @property
+    def is_sentence_pieces(self) -> bool:
+        """Whether a SentencePiece processor of `file` gives the very same ids."""
+        return self.text_form == "plain" and not self._backend.named_special and not is_json(files.read(self.file))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without those that begin and end a document.

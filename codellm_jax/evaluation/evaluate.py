@@ -266,7 +266,7 @@ def ask_texts(
 
     def written(questions: Sequence[Any]) -> Iterator[dict[str, Any]]:
         stop = tuple(questions[0].extra.get("stop", ()))
-        prompts = [vocabulary.encode(question.prompt) for question in questions for _ in range(samples)]
+        prompts = [vocabulary.encode_prompt(question.prompt) for question in questions for _ in range(samples)]
         numbers = [_number(loaded.name, question.id, sample) for question in questions for sample in range(samples)]
         answers = iter(model.write(
             prompts, [stop] * len(prompts), evaluation.sampling, evaluation.seed, numbers=numbers))
@@ -318,6 +318,7 @@ def _settings(evaluation: Evaluation, loaded: Any, model: TrainedModel) -> dict[
     vocabulary, config = model.vocabulary, model.config
     return {"version": RESULTS_VERSION, "vocabulary": vocabulary.content_hash,
             "end_of_document_id": vocabulary.end_of_document_id, "pad_id": vocabulary.pad_id,
+            **({"begin_ids": vocabulary.begin_ids} if vocabulary.begin_ids else {}),
             "dtype": config.dtype, "activation": config.activation, "length": config.length,
             **evaluation.benchmarks.settings(loaded.name), "data": loaded.sha256,
             "questions": _fingerprint(loaded.questions)}
@@ -407,7 +408,7 @@ def _fitted(question: Any, model: TrainedModel) -> list[Fitted]:
     """A question's candidates as tokens, cut where they are longer than the model."""
     candidates = []
     for candidate in question.candidates:
-        prompt = model.vocabulary.encode(candidate.prompt)
+        prompt = model.vocabulary.encode_prompt(candidate.prompt)
         candidates.append((prompt, model.vocabulary.encode_after(prompt, candidate.continuation)))
     return fitted(candidates, model.config.length)
 

@@ -92,6 +92,11 @@ class CodellmJax(TemplateLM):
         return self._model.vocabulary.end_of_document_id
 
     @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no prompt."""
+        return self._model.vocabulary.begin_ids[-1] if self._model.vocabulary.begin_ids else self.eot_token_id
+
+    @property
     def max_length(self) -> int:
         return self._model.config.length
 
@@ -104,8 +109,13 @@ class CodellmJax(TemplateLM):
         return {"model": self._name}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Token ids; nothing is ever put before them. What UTF-8 cannot hold, a lone surrogate, becomes U+FFFD."""
-        return self._model.vocabulary.encode(string.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        """Token ids, from the vocabulary's begin token on where it has one, unless `add_special_tokens` is False.
+
+        What UTF-8 cannot hold, a lone surrogate, becomes U+FFFD.
+        """
+        text = string.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        vocabulary = self._model.vocabulary
+        return vocabulary.encode(text) if add_special_tokens is False else vocabulary.encode_prompt(text)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The model's chat template, or the prompt of instructions, as the harness writes it down.
@@ -142,14 +152,15 @@ class CodellmJax(TemplateLM):
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (prompt, continuation) the log-likelihood in nats, and whether greedy decoding would write it.
 
-        An empty prompt is an end of document. A continuation of which no token is left is scored by itself; an empty
-        one has log-likelihood 0.
+        An empty prompt is the begin token, or else an end of document. A continuation of which no token is left is
+        scored by itself; an empty one has log-likelihood 0.
         """
         encoded = []
         for request in requests:
             prompt, continuation = request.args
-            tokens, scored = self._encode_pair(prompt, continuation) if prompt else ([], self.tok_encode(continuation))
-            encoded.append(((prompt, continuation), tokens, scored or self.tok_encode(continuation)))
+            alone = self.tok_encode(continuation, add_special_tokens=False)
+            tokens, scored = self._encode_pair(prompt, continuation) if prompt else ([], alone)
+            encoded.append(((prompt, continuation), tokens, scored or alone))
         return self._loglikelihood_tokens(encoded)
 
     def _loglikelihood_tokens(
@@ -157,7 +168,7 @@ class CodellmJax(TemplateLM):
     ) -> list[tuple[float, bool]]:
         # Candidates of a question have its prompt in common, which is then computed once.
         groups: dict[str, int] = {}
-        asked = [Request(groups.setdefault(texts[0], len(groups)), prompt or [self.eot_token_id],
+        asked = [Request(groups.setdefault(texts[0], len(groups)), prompt or [self.prefix_token_id],
                          continuation[: self.max_length]) for texts, prompt, continuation in requests]
         beyond = sum(len(continuation) > self.max_length for _, _, continuation in requests)
         if cut := sum(prompt_tokens_cut(request, self.max_length) > 0 for request in asked):
@@ -202,7 +213,7 @@ class CodellmJax(TemplateLM):
         end_ids = end_of_turn_ids(vocabulary) if self._prompts and self._by_template else ()
         for sampling, numbers in alike.items():
             texts = [requests[number].args[0] for number in numbers]
-            prompts = [self._prompts.get(text) or self.tok_encode(text) or [self.eot_token_id] for text in texts]
+            prompts = [self._prompts.get(text) or self.tok_encode(text) or [self.prefix_token_id] for text in texts]
             written = self._model.write(prompts, [stops[number] for number in numbers], sampling, 0,
                                         numbers=[draws[number] for number in numbers], end_ids=end_ids,
                                         batch_size=self._answers_at_once)

@@ -143,9 +143,13 @@ def cache_place(
     key = {
         "version": ROWS_VERSION, "task": task, "definition": definitions.describe(task), "length": length,
         "vocabulary": vocabulary.content_hash, "end_of_document_id": vocabulary.end_of_document_id,
-    } | ({"examples": EXAMPLES_VERSION} if stage == "tuning" else {})
-    if stage == "tuning" and vocabulary.chat_template is not None:
-        key["chat"] = [CHAT_VERSION, vocabulary.chat_template, vocabulary.template_tokens]
+    }
+    if stage == "tuning":
+        key["examples"] = EXAMPLES_VERSION
+        if vocabulary.chat_template is not None:
+            key["chat"] = [CHAT_VERSION, vocabulary.chat_template, vocabulary.template_tokens]
+    if vocabulary.begin_ids:
+        key["begin_ids"] = vocabulary.begin_ids
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return Place(epath.Path(cache_dir).expanduser() / "rows" / task / digest, key)
 

@@ -131,7 +131,7 @@ def plan(build: Build) -> list[Shard]:
                  for shard in _shards(split, is_divisible(task, split), build.place.key["definition"])]
         build.working.mkdir(parents=True, exist_ok=True)
         # Where processes run elsewhere they have no other file of this machine.
-        (build.working / "vocabulary.model").write_bytes(epath.Path(build.vocabulary.path).read_bytes())
+        (build.working / "vocabulary.model").write_bytes(epath.Path(build.vocabulary.file).read_bytes())
         suffix = f".{uuid.uuid4().hex[:8]}" if build.place.is_remote else ""
         _write(file, {"suffix": suffix, "splits": [s for s in SPLITS if s in task.splits], "shards": found,
                       "borders": find_borders(task) if any(shard.files for shard in found) else None})

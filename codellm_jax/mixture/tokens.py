@@ -51,8 +51,9 @@ class Definitions(Protocol):
 class Example(NamedTuple):
     """The tokens of a document (`targets` alone) or of an instruction example; int arrays.
 
-    The targets end with the end-of-document token unless they are empty. Those of a conversation begin with its first
-    answer; what its chat template has behind an answer is in them, too, and what is no answer as the complement ~id.
+    The targets end with the end-of-document token unless they are empty. Documents that are not, and inputs, begin with
+    what the vocabulary begins them with. The targets of a conversation begin with its first answer; what its chat
+    template has behind an answer is in them, too, and what is no answer as the complement ~id.
     """
 
     inputs: np.ndarray
@@ -128,16 +129,40 @@ def examples(
             if passed_over:
                 logging.warning("%s, read for %s: passed over: %s.", task.name, split, passed_over)
             return
-        import seqio
-
-        own = seqio.SentencePieceVocabulary(vocabulary.path, extra_ids=0)
+        begin = np.array(vocabulary.begin_ids, np.int32)
+        own = _for_seqio(vocabulary)
         for features in task_tokens(task, split, own):
             targets = features["targets"]
             if len(targets) and targets[-1] == own.eos_id:
                 targets = targets[:-1]
+            inputs = features.get("inputs")
+            if inputs is not None:
+                inputs = np.append(begin, inputs)
+            elif len(targets):
+                targets = np.append(begin, targets)
             if len(targets):
                 targets = np.append(targets, vocabulary.end_of_document_id)
-            yield Example(features.get("inputs", NOTHING), targets, text_bytes=0)
+            yield Example(NOTHING if inputs is None else inputs, targets, text_bytes=0)
+
+
+def _for_seqio(vocabulary: Vocabulary) -> Any:
+    """A vocabulary as SeqIO's preprocessors use one."""
+    import seqio
+
+    if vocabulary.is_sentence_pieces:
+        return seqio.SentencePieceVocabulary(vocabulary.file, extra_ids=0)
+    import tensorflow as tf
+
+    def encoded(text: bytes) -> np.ndarray:
+        return np.array(vocabulary.encode(text.decode("utf-8", "replace")), np.int32)
+
+    class OfSeqio(seqio.PassThroughVocabulary):
+        """Encodes in Python what preprocessors give; nothing is decoded by SeqIO."""
+
+        def _encode_tf(self, text: Any) -> Any:
+            return tf.ensure_shape(tf.numpy_function(encoded, [text], tf.int32), [None])
+
+    return OfSeqio(vocabulary.size, vocabulary.end_of_document_id)
 
 
 def sample_of(task: Any, split: str) -> Sample:
@@ -172,7 +197,7 @@ def _is_plain(task: Any) -> bool:
 def _documents(some: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, threads: int) -> Iterator[Example]:
     for text, ids in zip(some, vocabulary.encode_all([text["targets"] for text in some], threads), strict=True):
         if ids:
-            ids.append(vocabulary.end_of_document_id)
+            ids = [*vocabulary.begin_ids, *ids, vocabulary.end_of_document_id]
         yield Example(NOTHING, np.array(ids, np.int32), _bytes(text))
 
 

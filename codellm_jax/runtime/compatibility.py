@@ -12,7 +12,7 @@ from codellm_jax.runtime.provenance import is_free_on_resume
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 
 # Which ids stand for what, beside the vocabulary's file.
-VOCABULARY_SETTINGS = ("pad_id", "end_of_document_id", "multiple")
+VOCABULARY_SETTINGS = ("pad_id", "end_of_document_id", "multiple", "size", "begin_id", "text_form")
 # Of the decoder, what does not change the meaning of its parameters; the first two have checks of their own.
 FREE_OF_MODEL = frozenset(("vocabulary_size", "length", "dropout_rate", "dtype", "remat", "scan_unroll", "attention",
                            "initializer_std"))
@@ -45,13 +45,14 @@ def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, m
     if saved != vocabulary.content_hash:
         raise ValueError(f"{model_dir} was trained with another vocabulary ({saved[:12]}, here "
                          f"{vocabulary.content_hash[:12]}): set VOCABULARY to the file it was trained with.")
-    chosen = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
+    chosen: dict[str, Any] = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
               if (value := literal(record["settings"], f"vocabulary.{name}")) is not None}
     trained = load_vocabulary(vocabulary.path, **chosen)
-    for name, field in (("pad_id", "pad_id"), ("end_of_document_id", "end_of_document_id"), ("multiple", "size")):
+    for name, field in (("pad_id", "pad_id"), ("end_of_document_id", "end_of_document_id"),
+                        ("multiple and size", "size"), ("begin_id", "begin_ids")):
         there, here = getattr(trained, field), getattr(vocabulary, field)
         if there != here:
-            what = f"{name} = {there}" if field == name else f"an embedding of {there} rows"
+            what = f"an embedding of {there} rows" if field == "size" else f"{field} = {there}"
             raise ValueError(f"{model_dir} was trained with vocabulary.{what}, here it is {here}: leave "
                              f"vocabulary.{name} out to take its own over.")
 

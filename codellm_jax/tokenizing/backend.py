@@ -42,6 +42,10 @@ class Backend(Protocol):
         """The id of a token by its name; None where there is no such token."""
         ...
 
+    def name_of(self, token: int) -> str:
+        """The name of the token of an id in [0, pieces)."""
+        ...
+
     def is_special(self, token: int) -> bool:
         """Whether an id in [0, pieces) stands for no text."""
         ...

@@ -73,6 +73,9 @@ class FastTokenizer:
     def id_of(self, token: str) -> int | None:
         return self._ids.get(token)
 
+    def name_of(self, token: int) -> str:
+        return next(name for name, other in self._ids.items() if other == token)
+
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
 

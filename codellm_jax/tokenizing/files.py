@@ -60,6 +60,17 @@ def read(file: str) -> bytes:
     return contents.content(file)
 
 
+def read_if_there(folder: str | None, name: str) -> bytes | None:
+    """All bytes of a file of a folder; None where there is none."""
+    file = None if folder is None else os.path.join(folder, name)
+    return read(file) if file and _exists(file) else None
+
+
+def write(folder: str, name: str, content: bytes) -> None:
+    """Writes a file of a folder."""
+    _path(folder).joinpath(name).write_bytes(content)
+
+
 def configurations(path: str) -> dict[str, dict[str, Any]]:
     """The JSON files that stand beside a folder's tokenizer or a file named tokenizer.json, by name, where they are.
 

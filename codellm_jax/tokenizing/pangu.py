@@ -19,7 +19,7 @@ class PanguText:
         self.special_tokens: Mapping[str, int] = inner.special_tokens
         self.named_special = inner.named_special
         self.end_id, self.pad_id = inner.end_id, inner.pad_id
-        self.id_of, self.is_special = inner.id_of, inner.is_special
+        self.id_of, self.name_of, self.is_special = inner.id_of, inner.name_of, inner.is_special
 
     def encode(self, texts: Sequence[str], threads: int = 1, behind: bool = False) -> list[list[int]]:
         # Behind another text, too, words are parted by spaces: the one before a text is right there.

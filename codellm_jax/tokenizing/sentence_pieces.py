@@ -36,6 +36,9 @@ class SentencePieces:
         found = self._own.PieceToId(token)
         return found if self._own.IdToPiece(found) == token else None
 
+    def name_of(self, token: int) -> str:
+        return self._own.IdToPiece(token)
+
     def is_special(self, token: int) -> bool:
         return self._own.IsControl(token)
 
