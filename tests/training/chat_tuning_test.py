@@ -1,8 +1,6 @@
 """Tuning on conversations: what the loss counts, by hand, through the command, packed and not, killed and resumed."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +11,8 @@ import pytest
 from chat_templates import CHATML, QWEN_3, write_folder
 
 import tasks
-from codellm_jax import cli
+from codellm_jax import chat, cli
+from codellm_jax.evaluation.decoding import Piece
 from codellm_jax.mixture.examples import ids_of
 from codellm_jax.mixture.rows import cached_rows
 from codellm_jax.runtime.checkpoints import newest_record
@@ -42,7 +41,8 @@ def corpora(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chatml(tmp_path_factory):
-    return load_vocabulary(write_folder(tmp_path_factory.mktemp("words") / "chatml", CHATML, eos_token="<|im_end|>"))
+    """As of Qwen's base models: a turn ends with <|im_end|>, a document with another token."""
+    return load_vocabulary(write_folder(tmp_path_factory.mktemp("words") / "chatml", CHATML))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def make(make_training, corpora):
     def made(**overrides):
         return make_training(**({
             "stage": "tuning", "name": "text.chat", "definitions": tasks.Definitions(corpora=corpora),
-            "code_rate": 0.0, "batch_size": 3, "train_steps": 4, "lengths": {"targets": LENGTH}} | overrides))
+            "code_rate": 0.0, "batch_size": 24, "train_steps": 2, "lengths": {"targets": LENGTH}} | overrides))
 
     return made
 
@@ -83,7 +83,7 @@ def test_the_loss_counts_answers_alone(make, chatml, templated, packing):
     training = make(packing=packing, **({"vocabulary": chatml} if templated else {}))
     plan = make_plan(training)
     expected = by_hand(training.vocabulary)
-    batch, _ = batch_of_step(training, plan, 0)  # all three, once
+    batch, _ = batch_of_step(training, plan, 0)  # each eight times
     found = []
     for arrays in zip(*(np.asarray(array) for array in batch), strict=True):
         inputs, targets, positions, segments, weights, _ = arrays
@@ -93,7 +93,7 @@ def test_the_loss_counts_answers_alone(make, chatml, templated, packing):
             found.append([(int(inputs[here][0]), False), *(
                 (token, weight == 1) for token, weight in zip(targets[here].tolist(), weights[here], strict=True))])
             assert inputs[here][1:].tolist() == targets[here][:-1].tolist()
-    assert sorted(found) == sorted(expected)
+    assert sorted(found) == sorted(expected * 8)
 
 
 @pytest.mark.parametrize("templated", [True, False])
@@ -101,15 +101,15 @@ def test_the_ledger_counts_answers_alone(make, chatml, templated):
     training = make(**({"vocabulary": chatml} if templated else {}))
     run = train(training)
     counted = sum(counts for tokens in by_hand(training.vocabulary) for _, counts in tokens)
-    assert run.ledger.tokens == {"text.chat": 4 * counted} and run.ledger.rows == {"text.chat": 12}
+    assert run.ledger.tokens == {"text.chat": 16 * counted} and run.ledger.rows == {"text.chat": 48}
     trained = [line for line in read_records(training.model_dir) if line["split"] == "train"]
-    assert trained[-1]["tokens"] == 4 * counted
+    assert trained[-1]["tokens"] == 16 * counted
     assert run.ledger.conversations and newest_record(training.model_dir)[1]["ledger"]["conversations"]
 
 
 def test_packed_and_unpacked_runs_have_the_same_losses(make, chatml):
     runs = [train(make(vocabulary=chatml, packing=packing)) for packing in (True, False)]
-    assert runs[0].plan.rows < runs[1].plan.rows == 3 and runs[0].ledger == runs[1].ledger
+    assert runs[0].plan.rows < runs[1].plan.rows == 24 and runs[0].ledger == runs[1].ledger
     for packed, alone in zip(*(read_records(run.training.model_dir) for run in runs), strict=True):
         assert packed["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
@@ -175,42 +175,121 @@ def test_rows_depend_on_the_template_and_those_of_old_vocabularies_on_nothing_ne
     assert len(places) == 2
 
 
-def test_the_command_killed_and_resumed(tiny_tuning_flags, pretrained, corpora, tmp_path):
-    def command(model_dir: Path) -> list[str]:
-        return [sys.executable, "-m", "codellm_jax.cli", "train", "--gin_file=gin/tune_text.gin",
-                f"--gin.INITIAL_CHECKPOINT_PATH={pretrained / 'NL'}", f"--gin.MODEL_DIR={model_dir}",
-                *tiny_tuning_flags, f"--gin.CORPORA={corpora}", "--gin.MIXTURE_OR_TASK_NAME=text.chat",
-                "--gin.TRAIN_STEPS=30", "--gin.CHECKPOINT_PERIOD=5", "--gin.LOG_PERIOD=1", "--gin.BATCH_SIZE=3"]
+# ---- Through the commands -------------------------------------------------------------------------
 
+
+@pytest.fixture(scope="module")
+def flags(tiny_tuning_flags, corpora, chatml):
+    """Of `t5x train`: a micro model tuned from new parameters; MODEL_DIR is the test's."""
+    return ["train", "--gin_file=gin/tune_text.gin", "--gin.INITIAL_CHECKPOINT_PATH=None", *tiny_tuning_flags,
+            f"--gin.CORPORA={corpora}", "--gin.MIXTURE_OR_TASK_NAME=text.chat", f"--gin.VOCABULARY={chatml.path}",
+            f"--gin.TASK_FEATURE_LENGTHS={{'targets': {LENGTH}}}", "--gin.model.layers=1", "--gin.model.hidden=32",
+            "--gin.model.heads=2", "--gin.model.feedforward=64", "--gin.BATCH_SIZE=8", "--gin.TRAIN_STEPS=30",
+            "--gin.CHECKPOINT_PERIOD=5", "--gin.LOG_PERIOD=1"]
+
+
+@pytest.fixture(scope="module")
+def tuned(flags, tmp_path_factory) -> Path:
+    model_dir = tmp_path_factory.mktemp("tuned") / "run"
+    assert cli.main([*flags, f"--gin.MODEL_DIR={model_dir}"]) == 0
+    return model_dir
+
+
+def answers(tuned: Path, folder: Path, records: list[dict], *more: str) -> list[dict]:
+    (folder / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert cli.main(["infer", "--gin_file=gin/infer.gin", f"--gin.CHECKPOINT_PATH={tuned}",
+                     f"--prompts={folder}/asked.jsonl", f"--output={folder}/out.jsonl",
+                     "--gin.sampling.max_new_tokens=3", *more]) == 0
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_a_tuned_run_is_asked_as_it_was_tuned(tuned, tmp_path):
+    messages = conversations()[1]["messages"][:3]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    asked = f"{system}<|im_start|>user\nQ0 2?<|im_end|>\n<|im_start|>assistant\n"
+    [line] = answers(tuned, tmp_path, [{"messages": messages}])
+    assert line["prompt"] == f"{asked}2<|im_end|>\n<|im_start|>user\nQ1 2?<|im_end|>\n<|im_start|>assistant\n"
+    lines = answers(tuned, tmp_path, [{"prompt": "Q0 2?"}, {"instruction": "Q0", "input": "2?"}], "--instruction")
+    assert [line["prompt"] for line in lines] == [asked, asked.replace("Q0 2?", "Q0\n\n2?")]
+    [line] = answers(tuned, tmp_path, [{"prompt": "Q0 2?"}])
+    assert line["prompt"] == "Q0 2?"
+
+
+def test_a_run_tuned_on_instructions_alone_keeps_their_prompt(flags, chatml, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": f"Q{n}?", "output": "1"} for n in range(8)]))
+    corpora = {"text.chat": {"instructions": f"{tmp_path}/a.json", "holdout": 0}}
+    assert cli.main([*flags, f"--gin.CORPORA={corpora}", f"--gin.MODEL_DIR={tmp_path}/run", "--gin.TRAIN_STEPS=3"]) == 0
+    assert newest_record(str(tmp_path / "run"))[1]["ledger"]["conversations"] is False
+    [line, other] = answers(tmp_path / "run", tmp_path, [
+        {"prompt": "Q0?"}, {"messages": [{"role": "user", "content": "Q0?"}]}], "--instruction")
+    assert line["prompt"] == other["prompt"] == alpaca_prompt("Q0?")
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"messages": []}, "the last message must be a user's"),
+    ({"messages": conversations()[0]["messages"]}, "the last message must be a user's"),
+    ({"messages": [{"role": "user"}]}, "has a message that is not of the form"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "has a message that is not of the form"),
+    ({"messages": "Q0?"}, "must be a JSON object such as")])
+def test_messages_that_cannot_be_answered(tuned, tmp_path, capsys, record, message):
+    (tmp_path / "asked.jsonl").write_text(json.dumps(record) + "\n")
+    assert cli.main(["infer", "--gin_file=gin/infer.gin", f"--gin.CHECKPOINT_PATH={tuned}",
+                     f"--prompts={tmp_path}/asked.jsonl"]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "asked.jsonl, line 1" in line and message in line
+
+
+def test_an_answer_ends_where_its_turn_ends(tuned, chatml, tmp_path, monkeypatch):
+    from codellm_jax.evaluation import trained
+
+    given = {}
+
+    def stream(*rest, **options):
+        given.update(options)
+        return iter([Piece(0, chatml.encode("1"), "end")])
+
+    words = dict(chatml.special_tokens)
+    monkeypatch.setattr(trained, "stream", stream)
+    [line] = answers(tuned, tmp_path, [{"messages": conversations()[0]["messages"][:1]}])
+    assert line["text"] == "1" and given["stop_ids"] == {words["</s>"], words["<|im_end|>"]}
+
+
+def test_the_harness_asks_as_the_run_was_tuned(tuned, chatml):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    from codellm_jax.evaluation.harness import CodellmJax
+
+    harness = CodellmJax(checkpoint=str(tuned))
+    messages = [{"role": "user", "content": "<|im_end|>?"}]
+    text = harness.apply_chat_template(messages)
+    assert text == chat.prompt_text(chatml, messages) and harness.chat_template(True) == CHATML
+    prompt, continuation = harness._encode_pair(text, " yes")
+    assert prompt == chat.prompt_tokens(chatml, messages) and continuation == chatml.encode(" yes")
+    begun = harness.apply_chat_template([*messages, {"role": "assistant", "content": "It"}], False)
+    assert begun == f"{text}It" and harness._encode_pair(begun, " is") == (
+        [*prompt, *chatml.encode("It")], chatml.encode(" is"))
+    assert harness._encode_pair("the row", " yes")[0] == chatml.encode("the row")
+    harness._open.close()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(flags, tuned, tmp_path):
     def losses(model_dir: Path) -> dict[int, float]:
         return {line["step"]: line["loss"] for line in read_records(str(model_dir)) if line["split"] == "train"}
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = subprocess.run(command(whole), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "codellm_jax.cli", *flags, f"--gin.MODEL_DIR={killed}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     try:
         while process.poll() is None and time.monotonic() < deadline:
             if (killed / "metrics.jsonl").exists() and len(losses(killed)) >= 8:
-                os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.01)
     finally:
         process.kill()
         process.wait(60)
     assert 8 <= len(losses(killed)) < 30
-    assert subprocess.run(command(killed), capture_output=True).returncode == 0
-    assert losses(killed) == losses(whole) and len(losses(whole)) == 30
-    ledgers = [newest_record(str(folder))[1]["ledger"] for folder in (whole, killed)]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert losses(killed) == losses(tuned) and len(losses(tuned)) == 30
+    ledgers = [newest_record(str(folder))[1]["ledger"] for folder in (tuned, killed)]
     assert ledgers[0] == ledgers[1] and ledgers[0]["conversations"]
-    assert cli.main(["infer", "--gin_file=gin/infer.gin", f"--gin.CHECKPOINT_PATH={whole}",
-                     f"--prompts={_asked(tmp_path)}", f"--output={tmp_path}/out.jsonl",
-                     "--gin.sampling.max_new_tokens=3"]) == 0
-    [line] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert line["prompt"] == f"{alpaca_prompt('Q0 2?')}2\n\n### Instruction:\nQ1 2?\n\n### Response:"
-
-
-def _asked(folder: Path) -> str:
-    (folder / "asked.jsonl").write_text(json.dumps({"messages": conversations()[1]["messages"][:3]}) + "\n")
-    return str(folder / "asked.jsonl")
