@@ -44,8 +44,12 @@ _PRIVATE = "[\U000f0000-\U000ffffd]"
 _TODAY = datetime.datetime(2024, 7, 26)
 
 
+# What a template's own mistakes are, beside Jinja's errors.
+_MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
+
+
 class Refused(ValueError):
-    """A conversation that the template does not take; the reason, to be counted."""
+    """What conversations are that a template does not take, such as "refused by the chat template: No system."."""
 
 
 class Tokens(NamedTuple):
@@ -100,8 +104,7 @@ def prompt_text(vocabulary: Vocabulary, messages: Sequence[Message], add_generat
 
 def end_of_turn_ids(vocabulary: Vocabulary) -> set[int]:
     """The token that ends an answer, where the template has one."""
-    asked = [{"role": "user", "content": "?"}]
-    tail = _render(vocabulary, [*asked, _answer({"role": "assistant"})], False)[0].rpartition(_ANSWER)[2]
+    tail = _tail(vocabulary, [{"role": "user", "content": "?"}], {"role": "assistant"})
     found = _special(vocabulary).search(tail)
     return {dict(vocabulary.special_tokens)[found[0]]} if found else set()
 
@@ -162,11 +165,7 @@ def _compiled(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson  # Jinja's own writes for HTML
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": _TODAY.strftime}
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"The vocabulary's chat template is no Jinja template: line {error.lineno}: "
-                         f"{_line(error)}.") from error
+    return environment.from_string(template)
 
 
 def _render(
@@ -174,13 +173,18 @@ def _render(
 ) -> tuple[str, list[_Answer]]:
     """The text of messages, and the answers that the template's tags mark, if it has any."""
     try:
-        marked = _compiled(vocabulary.chat_template or "").render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-            **dict(vocabulary.template_tokens))
+        template = _compiled(vocabulary.chat_template or "")
+    except (jinja2.TemplateError, RecursionError) as error:
+        where = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise ValueError(f"The chat template of vocabulary {vocabulary.path} is no Jinja template: {where}"
+                         f"{_line(error)}.") from error
+    try:
+        marked = template.render(messages=messages, tools=None, documents=None,
+                                 add_generation_prompt=add_generation_prompt, **dict(vocabulary.template_tokens))
     except jinja2.TemplateError as error:
-        raise Refused(f"conversations that the chat template refuses: {_line(error)}") from error
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise Refused(f"conversations with which the chat template fails: {_line(error)}") from error
+        raise Refused(f"refused by the chat template: {_line(error)}") from error
+    except _MISTAKES as error:
+        raise Refused(f"with which the chat template fails: {_line(error)}") from error
     parts = re.split(f"([{_FIRST}{_END}])", marked)
     text, answers, first = "", [], 0
     for part in parts:
@@ -195,11 +199,6 @@ def _render(
 
 def _line(error: Exception) -> str:
     return f"{' '.join(str(error).split()) or type(error).__name__}"[:200].rstrip(".")
-
-
-def _answer(message: Message) -> Message:
-    """An answer whose content is known wherever it stands."""
-    return {**message, "content": _ANSWER}
 
 
 # ---- Answers -----------------------------------------------------------------------------------
@@ -230,13 +229,18 @@ def _turns(vocabulary: Vocabulary, messages: Sequence[Message]) -> Iterator[tupl
         prompt, _ = _render(vocabulary, before, True)
         answered, _ = _render(vocabulary, [*before, message], False)
         if not answered.startswith(prompt):
-            raise Refused("conversations whose answers do not begin as the chat template asks for them")
-        # What follows the answer itself: the end of the turn, and perhaps a line end, or an end of all.
-        tail = _render(vocabulary, [*before, _answer(message)], False)[0].rpartition(_ANSWER)[2]
-        end = len(answered)
-        if answered.endswith(tail) and (special := _special(vocabulary).search(tail)):
-            end += special.end() - len(tail)
+            raise Refused("whose answers do not begin as the chat template asks for them")
+        tail, end = _tail(vocabulary, before, message), len(answered)
+        if answered.endswith(tail):
+            special = _special(vocabulary).search(tail)
+            end += (special.end() if special else len(tail.rstrip()) or len(tail)) - len(tail)
         yield len(prompt), end, answered
+
+
+def _tail(vocabulary: Vocabulary, before: Sequence[Message], answer: Message) -> str:
+    """What follows the text of an answer: the end of the turn, and perhaps a line end, or an end of all."""
+    text, _ = _render(vocabulary, [*before, {**answer, "content": _ANSWER}], False)
+    return text[text.rfind(_ANSWER) + 1 :] if _ANSWER in text else ""
 
 
 # ---- Tokens ------------------------------------------------------------------------------------

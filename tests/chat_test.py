@@ -93,7 +93,7 @@ def test_an_answer_follows_the_very_prompt_it_is_asked_by(vocabularies, name, sy
     words = vocabularies[name]
     messages = [SYSTEM, *CONVERSATION] if system else CONVERSATION
     if system and name == "mistral":
-        with pytest.raises(chat.Refused, match="chat template refuses: Conversation roles must alternate"):
+        with pytest.raises(chat.Refused, match="refused by the chat template: Conversation roles must alternate"):
             chat.conversation_tokens(words, messages)
         return
     found = []
@@ -158,11 +158,15 @@ def test_special_tokens_within_a_message_are_plain_text(vocabularies, name):
 
 
 @pytest.mark.parametrize("template, message", [
-    ("{{ messages[0].content.__class__.__mro__ }}", "fails|refuses"),
-    ("{{ ''.__class__.__base__.__subclasses__() }}", "fails|refuses"),
-    ("{{ messages.append(1) }}", "refuses"), ("{{ messages[0].content.nothing.at.all }}", "refuses"),
-    ("{{ messages[7].content }}", "refuses"), ("{{ 1 // 0 }}", "fails"), ("{{ open('/etc/passwd') }}", "refuses"),
-    ("{{ raise_exception('Never.') }}", "refuses: Never$"),
+    ("{{ messages[0].content.__class__.__mro__ }}", "refused"),
+    ("{{ ''.__class__.__base__.__subclasses__() }}", "refused"),
+    ("{{ raise_exception.__globals__['json'] }}", "refused"), ("{{ strftime_now.__self__.max }}", "refused"),
+    ("{{ namespace.__init__.__globals__ }}", "refused"),
+    ("{{ messages.append(1) }}", "refused"), ("{{ messages[0].content.nothing.at.all }}", "refused"),
+    ("{{ messages[7].content }}", "refused"), ("{{ 1 // 0 }}", "fails"), ("{{ open('/etc/passwd') }}", "refused"),
+    ("{{ raise_exception('Never.') }}", "refused by the chat template: Never$"), ("{{ 'a' + 1 }}", "fails"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails"), ("{% include '/etc/passwd' %}", "fails"),
+    ("{{ range(10000000) | list }}", "fails"),
     ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "do not begin as the chat template asks"),
 ])
 def test_a_hostile_or_failing_template_is_told_in_a_line(tmp_path, template, message):
@@ -174,7 +178,7 @@ def test_a_hostile_or_failing_template_is_told_in_a_line(tmp_path, template, mes
 
 def test_a_template_that_is_no_jinja(tmp_path):
     words = load_vocabulary(write_folder(tmp_path / "t", "{% for m in messages %}\n{{ m.content }"))
-    with pytest.raises(ValueError, match="chat template is no Jinja template: line 2: unexpected '}'"):
+    with pytest.raises(ValueError, match="/t is no Jinja template: line 2: unexpected '}'"):
         chat.conversation_tokens(words, CONVERSATION)
 
 

@@ -266,4 +266,5 @@ def _messages(messages: Sequence[Any], where: str) -> list[Message]:
                          f"'content': TEXT}}: {json.dumps(message, ensure_ascii=False)[:80]}")
     if not messages or messages[-1]["role"] != "user":
         raise ValueError(f"{where}: the last message must be a user's, to be answered.")
-    return [{name: text for name, text in message.items() if isinstance(text, str)} for message in messages]
+    return [{name: text for name, text in message.items() if isinstance(text, str) and name.isidentifier()}
+            for message in messages]

@@ -43,7 +43,10 @@ def prompt_of(
       ValueError: in one line; the template does not take them.
     """
     if by_template:
-        return Prompt(chat.prompt_text(vocabulary, messages), chat.prompt_tokens(vocabulary, messages))
+        try:
+            return Prompt(chat.prompt_text(vocabulary, messages), chat.prompt_tokens(vocabulary, messages))
+        except chat.Refused as error:
+            raise ValueError(f"Messages {error}. The first is {messages[0]['content'][:60]!r}.") from error
     if turns is None:
         raise ValueError("infer.turns is None, and the model has no chat template: messages cannot be answered.")
     texts = turns(messages)

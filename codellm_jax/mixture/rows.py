@@ -205,8 +205,9 @@ def finish_cache(
             reason = (f"all of its {unit_of(stage)} are held out ({listed}), and none is left to train on; "
                       "'holdout': 0 in its CORPORA line holds out none, 'validation' others.")
         elif stage == "tuning":
-            reason = (f"no example of its training split is left to train on: of {train.documents:,} none has a token "
-                      f"of its target within {length + 1} tokens; mend them or raise TASK_FEATURE_LENGTHS.")
+            reason = "no example of its training split is left to train on" + (
+                f": of {train.documents:,} none has a token of its target within {length + 1} tokens; mend them or "
+                "raise TASK_FEATURE_LENGTHS." if train.documents else ".")
         else:
             reason = (f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it "
                       "more data or lower TASK_FEATURE_LENGTHS."

@@ -127,7 +127,7 @@ def examples(
                     _documents(some, vocabulary, threads)
                 yield from encoded
             if passed_over:
-                logging.warning("%s, read for %s: passed over: %s.", task.name, split, passed_over)
+                logging.warning("%s, read for %s: conversations passed over: %s.", task.name, split, passed_over)
             return
         begin = np.array(vocabulary.begin_ids, np.int32)
         own = _for_seqio(vocabulary)

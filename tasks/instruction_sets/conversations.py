@@ -70,6 +70,6 @@ def _message(given: Mapping[str, Any]) -> Message | Lost:
         content = "\n".join(texts)
     if not isinstance(content, str):
         return Lost("conversations with a content that is no text")
-    others = {name: value for name, value in given.items()
-              if isinstance(value, str) and name not in ("role", "from", "content", "value")}
+    others = {name: value for name, value in given.items() if isinstance(value, str) and name.isidentifier()
+              and name not in ("role", "from", "content", "value")}
     return {"role": _ROLES[role], "content": content, **others}

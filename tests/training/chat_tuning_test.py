@@ -14,7 +14,7 @@ import tasks
 from codellm_jax import chat, cli
 from codellm_jax.evaluation.decoding import Piece
 from codellm_jax.mixture.examples import ids_of
-from codellm_jax.mixture.rows import cached_rows
+from codellm_jax.mixture.rows import cache_place
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.training.plan import describe, make_plan
@@ -144,11 +144,12 @@ def test_conversations_that_a_template_refuses_are_told(make, tmp_path):
     definitions = tasks.Definitions(corpora={"text.chat": {"instructions": str(file), "holdout": 0}})
     training = make(vocabulary=words, definitions=definitions)
     printed = describe(training, make_plan(training))
-    assert ("text.chat, read for train: passed over: 1 conversations that the chat template refuses: No system "
+    assert ("text.chat, read for train: conversations passed over: 1 refused by the chat template: No system "
             f"(first: {file}, line 2).") in printed
+    assert "text.chat: 2 of 2 examples are conversations, in the vocabulary's chat template." in printed
     assert describe(training, make_plan(training)) == printed  # from the cache, too
     file.write_text(json.dumps(records[1]) + "\n")
-    with pytest.raises(ValueError, match=r"text.chat: no example.*chat template refuses: No system"):
+    with pytest.raises(ValueError, match=r"text.chat: no example[^:]*\. \(.*refused by the chat template: No system"):
         make_plan(make(vocabulary=words, definitions=definitions))
 
 
@@ -165,14 +166,17 @@ def test_a_template_that_forgets_makes_several_examples(make, tmp_path):
     assert found == [answer for answers in ANSWERS for answer in answers]
 
 
-def test_rows_depend_on_the_template_and_those_of_old_vocabularies_on_nothing_new(corpora, tmp_path):
+def test_rows_depend_on_the_template_where_there_is_one(corpora, tmp_path):
     definitions = tasks.Definitions(corpora=corpora)
-    places = set()
-    for template in (CHATML, CHATML.replace("helpful", "brief")):
-        words = load_vocabulary(write_folder(tmp_path / "words", template, eos_token="<|im_end|>"))
-        places.add(cached_rows("text.chat", definitions, words, LENGTH, str(tmp_path / "cache"), stage="tuning",
-                               report=lambda line: None)["train"].path)
-    assert len(places) == 2
+
+    def place(words):
+        return cache_place("text.chat", definitions, words, LENGTH, str(tmp_path), "tuning")
+
+    places = [place(load_vocabulary(write_folder(tmp_path / "words", template, **names)))
+              for template in (CHATML, CHATML.replace("helpful", "brief")) for names in ({}, {"unk_token": "<s>"})]
+    assert len({found.directory for found in places}) == 4
+    assert set(place(load_vocabulary("python_8k")).key) == {
+        "version", "task", "definition", "length", "vocabulary", "end_of_document_id", "examples"}
 
 
 # ---- Through the commands -------------------------------------------------------------------------
