@@ -8,7 +8,7 @@ TEXT_FORMS = ("plain", "pangu")
 
 
 class Backend(Protocol):
-    """A tokenizer as read from its file. Ids that it gives are in [0, pieces); special tokens in texts are plain text."""
+    """A tokenizer as read from its file. Ids that it gives are in [0, pieces); special tokens in texts are text."""
 
     @property
     def pieces(self) -> int:

@@ -29,13 +29,14 @@ class FastTokenizer:
     def __init__(self, content: bytes, file: str, special: Sequence[str] = ()) -> None:
         self._file = file
         facts = _facts(content, file)
-        self._facts = facts | {"truncation": None, "padding": None}
-        self._facts["model"] = facts["model"] | {"dropout": None} if "dropout" in facts["model"] else facts["model"]
+        added = facts.get("added_tokens") or []
+        own = {token["content"] for token in added if token.get("special")}
+        self._facts = facts | {
+            "truncation": None, "padding": None, "model": facts["model"] | {"dropout": None},
+            "added_tokens": [token | {"special": token["content"] in own.union(special)} for token in added]}
         whole = _tokenizer(self._facts, file)
         self._ids: dict[str, int] = whole.get_vocab(with_added_tokens=True)
-        self._added = whole.get_added_tokens_decoder()
         self.pieces = 1 + max(self._ids.values(), default=-1)
-        own = {token.content for token in self._added.values() if token.special}
         self.named_special = tuple(name for name in special if name in self._ids and name not in own)
         self.special_tokens: dict[str, int] = {
             name: token for name, token in sorted(self._ids.items(), key=lambda item: item[1])
@@ -247,7 +248,8 @@ def _without(facts: dict[str, Any], special: Collection[str]) -> dict[str, Any]:
     model = facts["model"]
     if model["type"] == "Unigram":
         given = {piece for piece, _ in model["vocab"] if piece in special}
-        changed: dict[str, Any] = {"vocab": [["" if piece in given else piece, score] for piece, score in model["vocab"]]}
+        changed: dict[str, Any] = {
+            "vocab": [["" if piece in given else piece, score] for piece, score in model["vocab"]]}
     else:
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         made = {left + right for left, right in merges}
