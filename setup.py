@@ -45,6 +45,7 @@ setup(
         "gin-config>=0.5",
         "importlib_resources>=6.5",  # tensorflow-datasets needs it and does not say so
         "jax>=0.9",
+        "jinja2>=3.1.6",  # chat templates are foreign code; older ones let them out of the sandbox
         "matplotlib>=3.10",
         "numpy>=2.0",
         "optax>=0.2.6",

@@ -37,6 +37,7 @@ CONFIGURABLES = {
     "infer": "codellm_jax.evaluation.infer:Inference",
     "contamination": "codellm_jax.evaluation.contamination:Contamination",
     "instruction_prompt": "tasks.instruction_sets.prompts:alpaca_prompt",
+    "conversation_turns": "tasks.instruction_sets.prompts:conversation_turns",
     "sampling": "codellm_jax.evaluation.sampling:Sampling",
     "mixture": "codellm_jax.mixture.mixture:Mixture",
     "tasks": "tasks:Definitions",

@@ -38,6 +38,7 @@ class Vocabulary:
         does not put it there.
       special_tokens: the text of each token that stands for no text, and its id.
       chat_template: Jinja that makes a prompt of messages; None where none was published.
+      template_tokens: what the template may write by name, such as ("bos_token", "<s>").
       text_form: "plain", or "pangu" for texts whose words jieba parts.
     """
 
@@ -50,6 +51,7 @@ class Vocabulary:
     begin_ids: tuple[int, ...] = ()
     special_tokens: tuple[tuple[str, int], ...] = ()
     chat_template: str | None = None
+    template_tokens: tuple[tuple[str, str], ...] = ()
     text_form: str = "plain"
 
     @property
@@ -224,6 +226,7 @@ def load_vocabulary(
         special_tokens=tuple((name, token) for name, token in (dict(backend.special_tokens) | special).items()
                              if token is not None),
         chat_template=beside.chat_template,
+        template_tokens=beside.template_tokens,
         text_form=text_form,
     )
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,32 +56,35 @@ class TrainedModel(NamedTuple):
 
     def write(
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
-        **options: Any,
+        end_ids: Collection[int] = (), **options: Any,
     ) -> list[Generation]:
-        """Answers, one a prompt, each until one of its texts in `stops` stands in it; see `decoding.stream`."""
-        return generate(
-            self.params, self.config, prompts, sampling, seed, **self._options(prompts, stops, sampling), **options)
+        """Answers, one a prompt, each until one of its texts in `stops` stands in it, or one of `end_ids` comes, as an
+        end of document, which always ends it; see `decoding.stream`.
+        """
+        return generate(self.params, self.config, prompts, sampling, seed,
+                        **self._options(prompts, stops, sampling, end_ids), **options)
 
     def stream(
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
-        **options: Any,
+        end_ids: Collection[int] = (), **options: Any,
     ) -> Iterator[Piece]:
         """As `write`, in pieces as they come."""
-        return stream(
-            self.params, self.config, prompts, sampling, seed, **self._options(prompts, stops, sampling), **options)
+        return stream(self.params, self.config, prompts, sampling, seed,
+                      **self._options(prompts, stops, sampling, end_ids), **options)
 
     def room(self, sampling: Sampling) -> int:
         """Positions kept for an answer, for which a prompt too long loses its beginning: at most half of them."""
         return max(1, min(sampling.max_new_tokens, self.config.length // 2))
 
     def _options(
-        self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling
+        self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling,
+        end_ids: Collection[int] = (),
     ) -> dict[str, Any]:
         def stopped(row: int, ids: list[int]) -> bool:
             text = self.vocabulary.decode_after(prompts[row], ids)
             return any(word in text for word in stops[row])
 
-        return {"stop_ids": {self.vocabulary.end_of_document_id}, "drawable": self.vocabulary.pieces,
+        return {"stop_ids": {self.vocabulary.end_of_document_id, *end_ids}, "drawable": self.vocabulary.pieces,
                 "sharding": batch_sharding(self.mesh), "stopped": stopped if any(stops) else None,
                 "room": self.room(sampling)}
 

@@ -24,6 +24,7 @@ class Ledger:
       length: tokens of a row.
       rows: rows (in tuning: examples) trained on so far, of each source by name.
       tokens: tokens that the loss counted, likewise.
+      conversations: in tuning, whether any source has examples with turns.
       phases: for each phase of the schedule its first row or example, "start", and what of "rows" fell into it.
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
       epoch_rows: rows or examples of each source, all of which are an epoch; ledgers of earlier versions have none.
@@ -37,11 +38,13 @@ class Ledger:
     tokens: dict[str, int]
     phases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    conversations: bool = False
     epoch_rows: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, stage: str, order: Order, vocabulary_hash: str, length: int, parent: Mapping[str, Any] | None = None
+        cls, stage: str, order: Order, vocabulary_hash: str, length: int, parent: Mapping[str, Any] | None = None,
+        conversations: bool = False,
     ) -> "Ledger":
         """A ledger that has counted nothing yet; `parent` is the ledger, as JSON, of the run it starts from."""
         before = [*parent.get("before", []), {name: value for name, value in parent.items() if name != "before"}] \
@@ -49,7 +52,7 @@ class Ledger:
         none = {source.name: 0 for source in order.sources}
         phases = [{"start": start, "rows": dict(none)} for start in order.schedule.phase_starts]
         return cls(stage, order.fingerprint(), vocabulary_hash, length, dict(none), dict(none), phases, before,
-                   {source.name: source.rows for source in order.sources})
+                   conversations, {source.name: source.rows for source in order.sources})
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Ledger":

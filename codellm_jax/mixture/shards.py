@@ -365,7 +365,7 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
         total = {name: sum(fact["found"][name] for fact in facts)
-                 for name in ("tokens", "documents", "cut", "left_out")}
+                 for name in ("tokens", "documents", "cut", "left_out", "conversations")}
         of_pieces = [_facts_of_piece(build, piece) for piece in cut_pieces if piece.split == split]
         count = sum(fact["numbers"] for fact in facts) // width
         notes = added(Note(template, tuple(values)) for fact in facts for template, values in fact["notes"])

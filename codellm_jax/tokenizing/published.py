@@ -24,6 +24,7 @@ class Published:
       begin_ids: what each text begins with; empty where nothing is put before it.
       end_id, pad_id: None where no file says.
       chat_template: Jinja; None where there is none.
+      template_tokens: what a chat template may write by name, such as ("bos_token", "<s>").
       special: names of tokens that begin, end or pad, though the tokenizer's file does not say that they are special.
       text_form: "pangu" or "plain".
     """
@@ -32,6 +33,7 @@ class Published:
     end_id: int | None
     pad_id: int | None
     chat_template: str | None
+    template_tokens: tuple[tuple[str, str], ...]
     special: tuple[str, ...]
     text_form: str
 
@@ -63,6 +65,7 @@ def published(
         end_id=backend.end_id if ids["eos"] is None else ids["eos"],
         pad_id=backend.pad_id if ids["pad"] is None else ids["pad"],
         chat_template=_template(config.get("chat_template")) if template_file is None else template_file,
+        template_tokens=_template_tokens(files),
         special=special,
         text_form="pangu" if config.get("tokenizer_class") == "GPTPanguTokenizer" else "plain",
     )
@@ -83,6 +86,17 @@ def _named(
                              "together; mend the file.")
         return name, token
     return None
+
+
+def _template_tokens(files: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """Every token that a file names, as transformers gives them to chat templates."""
+    found: dict[str, str] = {}
+    for file in NAMING:
+        for kind, value in files.get(file, {}).items():
+            name = value.get("content") if isinstance(value, dict) else value
+            if kind.endswith("_token") and isinstance(name, str):
+                found.setdefault(kind, name)
+    return tuple(sorted(found.items()))
 
 
 def _numbered(files: Mapping[str, Mapping[str, Any]], kind: str, pieces: int) -> int | None:

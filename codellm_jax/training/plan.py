@@ -163,6 +163,11 @@ def describe(training: Training, plan: Plan) -> str:
         lines.append(f"MIX_PHASES is set, so that CODE_RATE = {training.mixture.code_rate} is not used.")
     for cached in mixture.training:
         lines += cached.notes
+        if cached.conversations:
+            form = "in the vocabulary's chat template" if training.vocabulary.chat_template else \
+                "as instructions and responses, for the vocabulary has no chat template"
+            lines.append(f"{cached.name}: {cached.conversations:,} of {cached.documents:,} examples are conversations, "
+                         f"{form}.")
         if cached.cut or cached.left_out:
             lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
                          f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "

@@ -225,7 +225,8 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
             path, plan.state.params, check=same_model, report=say)
         state = state.replace(params=params)
         parent = record["ledger"] | {"model_dir": resolved(path), "step": record["step"], "digest": record["digest"]}
-    ledger = Ledger.begin(plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length, parent)
+    ledger = Ledger.begin(plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length, parent,
+                          any(rows.conversations for rows in plan.mixture.training))
     return Run(training, plan, state, ledger, 0)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from published import POSITIONS, write_llama
 
 from codellm_jax import cli
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.weights import start
-from tests.published import POSITIONS, write_llama
 
 
 @pytest.fixture(scope="module")
