@@ -162,7 +162,7 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
         for name in ready:
             facts = waiting.pop(name)
             families[name] = []
-            for suffix, arm in _members(name, facts, families.get(facts.get("from"), [("", "")])):
+            for suffix, arm in _members(name, facts, families.get(str(facts.get("from")), [("", "")])):
                 same = next((other.name for other in arms.values() if other[1:] == arm[1:]), None)
                 if same:
                     told.append(f"{arm.name} is {same}, which is trained once.")
