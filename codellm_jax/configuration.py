@@ -37,6 +37,7 @@ CONFIGURABLES = {
     "infer": "codellm_jax.evaluation.infer:Inference",
     "contamination": "codellm_jax.evaluation.contamination:Contamination",
     "instruction_prompt": "tasks.instruction_sets.prompts:alpaca_prompt",
+    "conversation_turns": "tasks.instruction_sets.prompts:conversation_turns",
     "sampling": "codellm_jax.evaluation.sampling:Sampling",
     "mixture": "codellm_jax.mixture.mixture:Mixture",
     "tasks": "tasks:Definitions",
@@ -174,8 +175,8 @@ def _read_file(
 
 
 def _inherited(settings: Sequence[Setting]) -> list[Setting]:
-    """What is taken over from the run that INITIAL_CHECKPOINT_PATH or CHECKPOINT_PATH names: the model's size, the
-    vocabulary, the length of rows and the mesh, all of them below any file or flag.
+    """What is taken over from the run or the published weights that INITIAL_CHECKPOINT_PATH or CHECKPOINT_PATH names:
+    the model's size, the vocabulary, the length of rows and the mesh, all of them below any file or flag.
 
     Once the run has a checkpoint of its own, that tells the same, should the other run be gone.
     """
@@ -185,18 +186,24 @@ def _inherited(settings: Sequence[Setting]) -> list[Setting]:
     parent = literals.get("INITIAL_CHECKPOINT_PATH") or literals.get("CHECKPOINT_PATH")
     if not parent:
         return []
-    from codellm_jax.runtime.checkpoints import newest_record
+    from codellm_jax.weights.start import newest_record, settings_to_start_from
 
+    starts = bool(literals.get("INITIAL_CHECKPOINT_PATH"))
     try:
-        path, (step, record) = parent, newest_record(parent)
-    except FileNotFoundError:
+        path, (step, saved) = parent, settings_to_start_from(parent) if starts else _settings(newest_record(parent))
+    except OSError:  # it is gone, or the network is
         try:
-            path, (step, record) = literals["MODEL_DIR"], newest_record(literals["MODEL_DIR"])
+            path, (step, saved) = literals["MODEL_DIR"], _settings(newest_record(literals["MODEL_DIR"]))
         except (FileNotFoundError, KeyError):
             path = ""
         if not path:
             raise
-    return _taken_over(record["settings"], settings, f"{path}, step {step}")
+    return _taken_over(saved, settings, f"{path}, step {step}")
+
+
+def _settings(newest: tuple[int, Mapping[str, Any]]) -> tuple[int, Mapping[str, str]]:
+    step, record = newest
+    return step, record["settings"]
 
 
 def _taken_over(saved: Mapping[str, str], settings: Sequence[Setting], where: str) -> list[Setting]:

@@ -1,57 +1,45 @@
-"""The vocabulary: text to token ids and back, from a SentencePiece model file.
+"""The vocabulary: text to token ids and back, by a SentencePiece file or a tokenizer.json.
 
 A `Vocabulary` is a small frozen description of the file (where it lies, how many ids it has, which
 id ends a document, the hash of its bytes), so that it can be a static argument of `jax.jit`, be
-written beside a checkpoint, and be compared there. The SentencePiece processor itself is loaded at
-the first use and kept.
-
-`train_vocabulary` makes vocabularies that lose nothing: `decode(encode(text)) == text` for every
-text that UTF-8 can hold. SentencePiece alone cannot promise that, because it writes a space as
-U+2581 and reads U+2581 back as a space; the trained file is therefore rewritten to hold plain
-spaces and to escape nothing (see `_with_plain_spaces`).
+written beside a checkpoint, and be compared there. The tokenizer itself is loaded at the first use
+and kept; `tokenizing` has one for each kind of file.
 """
 
 import dataclasses
 import difflib
 import functools
-import hashlib
-import io
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from codellm_jax import contents
+from codellm_jax.tokenizing import files, training
+from codellm_jax.tokenizing.backend import TEXT_FORMS, Backend, is_json, read_backend
+from codellm_jax.tokenizing.published import published
 
 SHIPPED = pathlib.Path(__file__).parent / "vocabularies"
-
-# A run of spaces up to this length is one token; a longer one takes a token for each 64 spaces and
-# one for the rest.
-LONGEST_SPACES = 64
-LONGEST_TABS = 16
-
-PAD_PIECE = "<|pad|>"
-END_OF_DOCUMENT_PIECE = "<|endofdocument|>"
-UNKNOWN_PIECE = "<|unknown|>"
-
-_SPACE_SYMBOL = "\u2581"  # SentencePiece's stand-in for a space
-# SentencePiece packs positions within a segment into 16 bits.
-_LONGEST_SEGMENT = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a vocabulary file holds.
+    """What a vocabulary holds.
 
     Attributes:
-      path: the SentencePiece model file.
+      path: the tokenizer's file, or the folder that it lies in.
       pieces: number of ids in the file.
-      size: number of rows of the model's embedding: `pieces` padded up to a multiple. Ids in
-        [pieces, size) stand for nothing and are never encoded.
-      pad_id: the id that fills unused positions.
+      size: number of rows of the model's embedding. Ids in [pieces, size) stand for nothing and are
+        never encoded.
+      pad_id: the id that fills unused positions; may be the one that ends a document.
       end_of_document_id: the id that ends every document. `encode` does not append it.
-      content_hash: SHA-256 of the file's bytes, in hexadecimal.
+      content_hash: SHA-256, in hexadecimal, of the file's bytes and of whatever else changes ids.
+      begin_ids: what each document and each prompt begins with; mostly nothing, or one token. `encode`
+        does not put it there.
+      special_tokens: the text of each token that stands for no text, and its id.
+      chat_template: Jinja that makes a prompt of messages; None where none was published.
+      template_tokens: what the template may write by name, such as ("bos_token", "<s>").
+      text_form: "plain", or "pangu" for texts whose words jieba parts.
     """
 
     path: str
@@ -60,16 +48,35 @@ class Vocabulary:
     pad_id: int
     end_of_document_id: int
     content_hash: str
+    begin_ids: tuple[int, ...] = ()
+    special_tokens: tuple[tuple[str, int], ...] = ()
+    chat_template: str | None = None
+    template_tokens: tuple[tuple[str, str], ...] = ()
+    text_form: str = "plain"
+
+    @property
+    def file(self) -> str:
+        """The tokenizer's file itself."""
+        return files.tokenizer_file(self.path)
+
+    @property
+    def is_sentence_pieces(self) -> bool:
+        """Whether a SentencePiece processor of `file` gives the very same ids."""
+        return self.text_form == "plain" and not self._backend.named_special and not is_json(files.read(self.file))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without an end-of-document id.
+        """Token ids of `text`, without those that begin and end a document.
 
-        The names of special pieces in `text` are plain text.
+        The names of special tokens in `text` are plain text.
 
         Raises:
           UnicodeEncodeError: `text` holds lone surrogates, which UTF-8 cannot hold.
         """
-        return _processor(self.path, self.content_hash).EncodeAsIds(text.encode("utf-8"))
+        return self.encode_all([text])[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt: what documents begin with, then those of `text`."""
+        return [*self.begin_ids, *self.encode(text)]
 
     def encode_after(self, context: Sequence[int], text: str) -> list[int]:
         """Token ids of `text` where it stands behind `context`, as an answer stands behind its prompt.
@@ -82,22 +89,23 @@ class Vocabulary:
 
     def encode_all(self, texts: Sequence[str], threads: int = 1, behind: bool = False) -> list[list[int]]:
         """What `encode` gives for each text, by several threads; `behind` others, what `encode_after` gives."""
-        encoded = [text.encode("utf-8") for text in texts]
-        inner, squeezes = _inner_processor(self.path, self.content_hash)
-        processor = inner if behind and not squeezes else _processor(self.path, self.content_hash)
-        return processor.encode(encoded, out_type=int, num_threads=threads)
+        return self._backend.encode(texts, threads, behind)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Token ids of a text in which the names of special tokens are these tokens, as a chat template writes them."""
+        return self._backend.encode_with_special(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids.
 
-        In a file of ours padding and end of document are no text. An id in [pieces, size), as an
-        untrained model may sample it, is read as the unknown piece; bytes that are no valid UTF-8
+        Special tokens, padding and end of document among them, are no text. An id in [pieces, size), as an untrained
+        model may sample it, is read as the unknown piece, in a tokenizer.json as U+FFFD; bytes that are no valid UTF-8
         become U+FFFD.
 
         Raises:
           ValueError: an id is not in [0, size).
         """
-        return self._decoded(_processor(self.path, self.content_hash), ids)
+        return self._decoded(ids, begins=True)
 
     def decode_after(self, context: Sequence[int], ids: Iterable[int]) -> str:
         """The text that `ids` add behind `context`: what both give together beyond what the context gives.
@@ -111,22 +119,20 @@ class Vocabulary:
         """
         if self._begins_text(context):
             return self.decode(ids)
-        inner, _ = _inner_processor(self.path, self.content_hash)
         tail = list(context[-3:])  # the bytes that a character of UTF-8 may have before its last
-        before, both = self._decoded(inner, tail), self._decoded(inner, [*tail, *ids])
+        before, both = self._decoded(tail, begins=False), self._decoded([*tail, *ids], begins=False)
         return both[len(os.path.commonprefix([before, both])) :]
 
     def _begins_text(self, context: Sequence[int]) -> bool:
         """Whether what stands behind `context` begins a text."""
-        processor = _processor(self.path, self.content_hash)
         for token in reversed(context):
-            if token == self.end_of_document_id:
+            if token == self.end_of_document_id or token in self.begin_ids:
                 return True
-            if token >= self.pieces or not processor.IsControl(int(token)):
+            if token >= self.pieces or not self._backend.is_special(int(token)):
                 return False
         return True
 
-    def _decoded(self, processor: Any, ids: Iterable[int]) -> str:
+    def _decoded(self, ids: Iterable[int], begins: bool) -> str:
         ids = [int(token) for token in ids]
         for token in ids:
             if not 0 <= token < self.size:
@@ -134,22 +140,24 @@ class Vocabulary:
                     f"Token id {token} is none of vocabulary {self.path}, "
                     f"whose ids are 0 to {self.size - 1}."
                 )
-        return processor.DecodeIds(
-            [token if token < self.pieces else processor.unk_id() for token in ids]
-        )
+        return self._backend.decode(ids, begins)
 
     def byte_count(self, ids: Iterable[int]) -> int:
         """Bytes of UTF-8 that token ids in [0, pieces) stand for, those of a character that is cut included."""
-        table = _bytes_of_ids(self.path, self.content_hash)
+        table = _bytes_of_ids(self)
         return sum(len(table[token]) for token in ids)
 
     def bytes_of_ids(self) -> list[bytes]:
         """For each id in [0, pieces) the bytes of UTF-8 that it stands for; joined, they are the text.
 
-        So a text can be cut between any two ids, and within a character. Padding and end of
-        document are empty. A vocabulary that is not ours may put a space before the text.
+        So a text can be cut between any two ids, and within a character. Special tokens are empty. A
+        vocabulary that is not ours may put a space before the text.
         """
-        return list(_bytes_of_ids(self.path, self.content_hash))
+        return list(_bytes_of_ids(self))
+
+    @property
+    def _backend(self) -> Backend:
+        return _backend(self.path, self.content_hash, self.text_form, tuple(name for name, _ in self.special_tokens))
 
 
 def shipped_vocabularies() -> list[str]:
@@ -162,144 +170,80 @@ def load_vocabulary(
     pad_id: int | None = None,
     end_of_document_id: int | None = None,
     multiple: int = 128,
+    size: int | None = None,
+    begin_id: int | None = None,
+    text_form: str | None = None,
 ) -> Vocabulary:
     """Reads a vocabulary's description.
 
+    What is None is taken from the files beside the tokenizer (tokenizer_config.json and others, of a folder or a file
+    named tokenizer.json), else from its own file.
+
     Args:
-      path: the name of a shipped vocabulary (no slash, no suffix), or a SentencePiece model file,
-        local or gs://.
-      pad_id: the id that pads; by default the file's own.
-      end_of_document_id: the id that ends a document; by default the file's own end of sentence.
+      path: the name of a shipped vocabulary (no slash, no suffix); a SentencePiece model file or a tokenizer.json,
+        local or gs://; a folder that holds either; or hf://ORG/NAME[@REVISION].
+      pad_id: the id that pads; where nothing names one, the id that ends a document.
+      end_of_document_id: the id that ends a document.
       multiple: the embedding's size is padded up to a multiple of this, for even shards and full
         tiles.
+      size: rows of the embedding, in the place of that.
+      begin_id: the id that documents and prompts begin with; -1 for none.
+      text_form: "plain" or "pangu".
 
     Raises:
       FileNotFoundError: there is no such vocabulary.
-      ValueError: the file is no SentencePiece model, an id is missing, out of range or double, or
-        `multiple` is below 1.
+      ValueError: in one line; the file is no tokenizer that is read here, an id is missing or out of range, or
+        `multiple` or `size` is too small.
     """
     if multiple < 1:
         raise ValueError(f"vocabulary.multiple must be at least 1, found {multiple}.")
-    file = _resolve(path)
-    content = _read(file)
-    processor = _parse(content, file)
-    pieces = processor.GetPieceSize()
-    pad_id = _special_id(pad_id, processor.pad_id(), "pad", pieces, file)
-    end_of_document_id = _special_id(
-        end_of_document_id, processor.eos_id(), "end_of_document", pieces, file
-    )
-    if pad_id == end_of_document_id:
-        raise ValueError(
-            f"vocabulary.pad_id and vocabulary.end_of_document_id are both {pad_id}; "
-            f"give two ids of {file}."
-        )
+    if text_form not in (None, *TEXT_FORMS):
+        raise ValueError(f"vocabulary.text_form must be one of {', '.join(TEXT_FORMS)}, found {text_form!r}.")
+    path = _resolve(path)
+    content, file = _read(path)
+    try:
+        backend = read_backend(content, file)
+        beside = published(backend, files.configurations(path), files.chat_template_file(path), file)
+    except ValueError as error:
+        raise ValueError(f"{error} {_wanted()}") from error
+    text_form = beside.text_form if text_form is None else text_form
+    end_of_document_id = _id("end_of_document", end_of_document_id, beside.end_id, backend.pieces, file)
+    begin_ids = beside.begin_ids
+    if begin_id is not None:
+        begin_ids = () if begin_id == -1 else (_id("begin", begin_id, None, backend.pieces, file),)
+    padded = -(-backend.pieces // multiple) * multiple
+    if size is not None and size < backend.pieces:
+        raise ValueError(f"vocabulary.size is {size}, fewer rows than vocabulary {file} has ids, {backend.pieces}.")
+    special = {name: backend.id_of(name) for name in beside.special}
     return Vocabulary(
-        path=file,
-        pieces=pieces,
-        size=-(-pieces // multiple) * multiple,
-        pad_id=pad_id,
+        path=path,
+        pieces=backend.pieces,
+        size=padded if size is None else size,
+        pad_id=_id("pad", pad_id, end_of_document_id if beside.pad_id is None else beside.pad_id, backend.pieces, file),
         end_of_document_id=end_of_document_id,
-        content_hash=hashlib.sha256(content).hexdigest(),
+        content_hash=files.content_hash(content, beside.special, _version(text_form)),
+        begin_ids=begin_ids,
+        special_tokens=tuple((name, token) for name, token in (dict(backend.special_tokens) | special).items()
+                             if token is not None),
+        chat_template=beside.chat_template,
+        template_tokens=beside.template_tokens,
+        text_form=text_form,
     )
 
 
 def train_vocabulary(documents: Iterable[str], size: int, output: str) -> Vocabulary:
-    """Trains a lossless SentencePiece BPE vocabulary and writes it to a file.
-
-    Ids: 0 pads, 1 ends a document, 2 is the unknown piece (never encoded); then the newline, runs
-    of 1 to 16 tabs, runs of 2 to 64 spaces, the 256 bytes, and the learned pieces. A learned piece
-    holds one space at most, at its head, and no other whitespace of ASCII; digits are encoded one
-    by one, rare characters as their bytes of UTF-8. The same documents give the same file, byte for
-    byte, under one version of SentencePiece.
-
-    Args:
-      documents: texts to learn from; held in memory by the trainer.
-      size: number of ids, the special ones included; at least about 500.
-      output: the file to write, local or gs://; its name ends in ".model".
-
-    Raises:
-      ValueError: `output` does not end in ".model", or the documents cannot fill a vocabulary of
-        that size.
-    """
-    import sentencepiece
-
-    if not output.endswith(".model"):
-        raise ValueError(f"A vocabulary's file name must end in '.model', found {output!r}.")
-    whitespace = [
-        "\n",
-        *("\t" * n for n in range(1, LONGEST_TABS + 1)),
-        *(" " * n for n in range(2, LONGEST_SPACES + 1)),
-    ]
-    buffer = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_segments(documents),
-            model_writer=buffer,
-            model_type="bpe",
-            vocab_size=size,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            required_chars=_SPACE_SYMBOL + "".join(map(chr, range(ord("!"), ord("~") + 1))),
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            split_digits=True,
-            user_defined_symbols=whitespace,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            pad_piece=PAD_PIECE,
-            eos_piece=END_OF_DOCUMENT_PIECE,
-            unk_piece=UNKNOWN_PIECE,
-            max_sentence_length=4 * _LONGEST_SEGMENT,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"Cannot train a vocabulary of {size} ids on these documents; "
-            f"give more text or another size (SentencePiece says: {reason})."
-        ) from error
-    _write(output, _with_plain_spaces(buffer.getvalue()))
+    """Trains a vocabulary that loses nothing and writes it to a file; see `tokenizing.training.train`."""
+    training.train(documents, size, output)
     return load_vocabulary(output)
 
 
-def _segments(documents: Iterable[str]) -> Iterator[str]:
-    """Cuts documents where the encoder cuts them, lest pieces be learned that can never be used.
-
-    Newlines, tabs and runs of spaces have pieces of their own; U+2581 would pass for a space.
-    """
-    for document in documents:
-        for segment in re.split(rf"[\n\t\0{_SPACE_SYMBOL}]|  +", document):
-            for start in range(0, len(segment), _LONGEST_SEGMENT):
-                yield segment[start : start + _LONGEST_SEGMENT]
-
-
-def _with_plain_spaces(content: bytes) -> bytes:
-    """Rewrites a model to hold spaces as spaces and to escape nothing, so that U+2581 stays U+2581.
-
-    The trainer refuses to learn BPE without escaping, but the encoder can do without: it compares
-    pieces with the text as it is. As no piece then holds U+2581, that character falls back to its
-    three bytes, like any rare one.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
-    for piece in model.pieces:
-        piece.piece = piece.piece.replace(_SPACE_SYMBOL, " ")
-    model.normalizer_spec.escape_whitespaces = False
-    return model.SerializeToString(deterministic=True)
-
-
-def _special_id(given: int | None, own: int, name: str, pieces: int, file: str) -> int:
+def _id(name: str, given: int | None, own: int | None, pieces: int, file: str) -> int:
     setting = f"vocabulary.{name}_id"
-    if given is None and own < 0:
+    chosen = own if given is None else given
+    if chosen is None:
         raise ValueError(
             f"Vocabulary {file} names no {name} id; set {setting} to one of its {pieces} ids."
         )
-    chosen = own if given is None else given
     if not 0 <= chosen < pieces:
         raise ValueError(
             f"{setting} is {chosen}, but vocabulary {file} has the ids 0 to {pieces - 1}."
@@ -309,7 +253,7 @@ def _special_id(given: int | None, own: int, name: str, pieces: int, file: str) 
 
 def _resolve(path: str) -> str:
     if re.search(r"[./\\]", path):
-        return os.path.expanduser(path)
+        return files.resolve(path)
     names = shipped_vocabularies()
     if path not in names:
         near = difflib.get_close_matches(path, names, n=1)
@@ -321,88 +265,43 @@ def _resolve(path: str) -> str:
     return str(SHIPPED / f"{path}.model")
 
 
-def _parse(content: bytes, file: str) -> Any:
-    """A SentencePieceProcessor of a model's bytes."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(content)
-    except RuntimeError as error:
-        what = f"compressed by {by}" if (by := contents.compression(content)) else contents.kind(content)
-        if not what and content.lstrip().startswith(b"{"):
-            what = "JSON, such as Hugging Face's tokenizer.json"
-        raise ValueError(
-            f"{file} ({len(content)} bytes) is not a SentencePiece model file{f' but {what}' if what else ''}. "
-            f"{_wanted()}"
-        ) from error
-    return processor
-
-
 @functools.lru_cache(maxsize=8)
-def _processor(file: str, content_hash: str) -> Any:
-    """The SentencePieceProcessor of a file that still has the given hash."""
-    content = _read(file)
-    found = hashlib.sha256(content).hexdigest()
+def _backend(path: str, content_hash: str, text_form: str, special: tuple[str, ...]) -> Backend:
+    """The tokenizer of a file that still has the given hash."""
+    content, file = _read(path)
+    backend = read_backend(content, file, text_form, special)
+    found = files.content_hash(content, backend.named_special, _version(text_form))
     if found != content_hash:
         raise ValueError(
             f"Vocabulary {file} changed since it was loaded: "
             f"expected the hash {content_hash[:12]}, found {found[:12]}; load it anew."
         )
-    return _parse(content, file)
+    return backend
 
 
 @functools.lru_cache(maxsize=8)
-def _inner_processor(file: str, content_hash: str) -> tuple[Any, bool]:
-    """A processor that neither adds nor takes away blanks at a text's beginning; and whether the file's own squeezes
-    blanks, so that this one only decodes as it should.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-
-    own = _processor(file, content_hash).serialized_model_proto()
-    model = sentencepiece_model_pb2.ModelProto.FromString(own)  # type: ignore[attr-defined]
-    squeezes = model.normalizer_spec.remove_extra_whitespaces
-    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
-    return _parse(model.SerializeToString(deterministic=True), file), squeezes
+def _bytes_of_ids(vocabulary: Vocabulary) -> tuple[bytes, ...]:
+    return vocabulary._backend.bytes_of_ids()
 
 
-@functools.lru_cache(maxsize=8)
-def _bytes_of_ids(file: str, content_hash: str) -> tuple[bytes, ...]:
-    processor = _processor(file, content_hash)
+def _version(text_form: str) -> str:
+    """A text form and the version of the library that makes it."""
+    if text_form == "plain":
+        return text_form
+    from codellm_jax.tokenizing.pangu import jieba
 
-    def of(token: int) -> bytes:
-        if processor.IsControl(token):
-            return b""
-        if processor.IsUnknown(token):
-            return processor.DecodeIds([token]).encode()
-        piece = processor.IdToPiece(token)
-        if processor.IsByte(token):  # <0x0A>
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(_SPACE_SYMBOL, " ").encode()
-
-    return tuple(of(token) for token in range(processor.GetPieceSize()))
+    return f"{text_form}, jieba {jieba().__version__}"
 
 
-def _read(file: str) -> bytes:
+def _read(path: str) -> tuple[bytes, str]:
+    """The content of the tokenizer's file, and its address."""
     try:
-        contents.require_file(file, "vocabulary file")
-        return contents.content(file)
+        file = files.tokenizer_file(path)
+        return files.read(file), file
     except (OSError, contents.UnreadableFile) as error:
         raise type(error)(f"{error} {_wanted()}") from None
 
 
 def _wanted() -> str:
-    return f"Give a SentencePiece model file, or a shipped name: {', '.join(shipped_vocabularies())}."
-
-
-def _write(file: str, content: bytes) -> None:
-    _path(file).write_bytes(content)
-
-
-def _path(file: str) -> Any:
-    """A path to read and write; etils is needed for remote files alone."""
-    if "://" not in file:
-        return pathlib.Path(file)
-    from etils import epath
-
-    return epath.Path(file)
+    return ("Give a SentencePiece model file, a tokenizer.json, a folder or hf:// name that holds either, or a shipped "
+            f"name: {', '.join(shipped_vocabularies())}.")

@@ -84,13 +84,14 @@ class CorpusSource(seqio.FunctionDataSource):
     """The texts of a corpus as a SeqIO source, in the readers' order, which SeqIO shuffles afterwards.
 
     Args:
-      texts: called with spec, split, name, the files to read, None for all, and borders; gives texts by feature.
+      texts: called with spec, split, name, the files to read, None for all, and borders; gives texts by feature, and
+        of a conversation its messages and turns beside them.
       find_borders: called with spec and name; what divides the corpus into splits, as JSON, where a hash does.
       features: the names of those features.
     """
 
     def __init__(
-        self, texts: Callable[..., Iterator[dict[str, str]]], features: Iterable[str], spec: Mapping[str, Any],
+        self, texts: Callable[..., Iterator[dict[str, Any]]], features: Iterable[str], spec: Mapping[str, Any],
         name: str, find_borders: Callable[..., specs.Borders | None],
     ) -> None:
         self._texts, self._features, self._spec, self._name = texts, tuple(features), dict(spec), name
@@ -99,7 +100,7 @@ class CorpusSource(seqio.FunctionDataSource):
 
     def texts(
         self, split: str, files: Sequence[str] | None = None, borders: Sequence[float] | None = None
-    ) -> Iterator[dict[str, str]]:
+    ) -> Iterator[dict[str, Any]]:
         """The texts of a split, or of some of its files where it is divisible, without TensorFlow.
 
         Args:
@@ -120,12 +121,12 @@ class CorpusSource(seqio.FunctionDataSource):
         # Calls the reader once outside of TensorFlow, where its errors keep their type and one line.
         self.texts(split)
         return tf.data.Dataset.from_generator(
-            lambda: self.texts(split),
+            lambda: ({feature: texts[feature] for feature in self._features} for texts in self.texts(split)),
             output_signature={feature: tf.TensorSpec((), tf.string) for feature in self._features})
 
 
 def make_task(
-    name: str, spec: Mapping[str, Any], texts: Callable[..., Iterator[dict[str, str]]],
+    name: str, spec: Mapping[str, Any], texts: Callable[..., Iterator[dict[str, Any]]],
     features: dict[str, seqio.Feature], find_borders: Callable[..., specs.Borders | None],
 ) -> seqio.Task:
     """A task of texts, tokenized and, where a feature asks for it, ended by the end token.

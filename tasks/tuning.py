@@ -4,6 +4,10 @@
 `python_instructions` joins them 5:3, as the study's uniform mix does. `add_corpus` makes the same kind of task of a
 user's or an official corpus, and `add_official_mixture` joins the official ones.
 
+A conversation is one example: its last answer is the `targets`, and all before it, in the form of
+`instruction_sets.prompts`, the `inputs`. So SeqIO and upstream T5X learn the last answer alone. `t5x` reads a
+conversation's own messages beside them, and learns each answer, in the form of the vocabulary's chat template.
+
 Nothing is cut here: read with `sequence_length=None` examples are whole. Tokens are made by the vocabulary in the
 task's `output_features`, so that `task.replace(output_features=...)` tokenizes with another one.
 """
@@ -64,9 +68,10 @@ def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
 
 def _texts(
     spec: Mapping[str, Any], split: str, name: str, files: Sequence[str] | None, borders: Borders | None
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
     pairs = instructions.pairs(spec, split, name, files, borders)
-    return (pair._asdict() for pair in pairs)
+    return ({"inputs": pair.inputs, "targets": pair.targets} | (
+        pair._asdict() if isinstance(pair, instructions.Conversation) else {}) for pair in pairs)
 
 
 for _kind in ("text", "code"):

@@ -49,7 +49,7 @@ def arms_and_sizes() -> list[list[str]]:
     return [[arm] for arm in arms] + [[MIXED, size] for size in sizes]
 
 
-# An arm of tuning takes these over from the run it starts from; here from nothing, at the tiny size.
+# What starts from a run takes these over from the run it starts from; here from nothing, at the tiny size.
 FROM_NEW_PARAMETERS = [("INITIAL_CHECKPOINT_PATH", "None"), ("VOCABULARY", "python_8k"),
                        ("TASK_FEATURE_LENGTHS", "{'targets': 256}"), ("model.layers", "4"), ("model.hidden", "256"),
                        ("model.heads", "4"), ("model.feedforward", "1024")]
@@ -58,7 +58,8 @@ FROM_NEW_PARAMETERS = [("INITIAL_CHECKPOINT_PATH", "None"), ("VOCABULARY", "pyth
 @pytest.mark.parametrize("files", arms_and_sizes(), ids=lambda files: files[-1])
 def test_every_shipped_file_loads_and_builds(files):
     tuning = "tune" in files[0]
-    configuration = read_configuration(files, FROM_NEW_PARAMETERS if tuning else [])
+    starts = tuning or "continue" in files[0]
+    configuration = read_configuration(files, FROM_NEW_PARAMETERS if starts else [])
     training = build(configuration, "train")
     assert isinstance(training, Training)
     assert training.mixture.stage == ("tuning" if tuning else "pretraining")

@@ -99,6 +99,17 @@ def other_vocabularies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 
 @pytest.fixture(scope="session")
+def beginning_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tokenizer.json that gives the ids of python_8k, and of which each text begins with id 0."""
+    from codellm_jax.tokenizing.conversion import write_tokenizer
+    from codellm_jax.vocabulary import load_vocabulary
+
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    assert write_tokenizer(load_vocabulary("python_8k", begin_id=0), folder) is None
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_documents() -> dict[tuple[str, str], list[str]]:
     """(corpus, split) -> documents from one word to many rows long."""
     dice = random.Random(7)

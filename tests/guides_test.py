@@ -8,6 +8,8 @@ import types
 from pathlib import Path
 
 import pytest
+from fake_hub import fake_hub
+from published import write_llama
 
 from codellm_jax import cli
 from tasks.benchmarks import loading, templates, texts
@@ -56,8 +58,8 @@ MODEL = ("--gin.CACHE_DIR", "--gin.TASK_FEATURE", "--gin.model", "--gin.WARMUP",
 
 
 def test_there_are_guides():
-    assert titles() == ["Your own corpora", "An ablation by overrides", "Adding an arm to a study", "A TPU pod",
-                        "Adding a benchmark"]
+    assert titles() == ["Your own corpora", "A published model, before and after code", "An ablation by overrides",
+                        "Adding an arm to a study", "A TPU pod", "Adding a benchmark"]
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", GUIDES):
         assert (ROOT / "docs" / target).exists(), target
 
@@ -74,6 +76,28 @@ def test_your_own_corpora(tiny_corpora, tiny_flags, tmp_path, monkeypatch, capsy
         told = run(small(arguments, tiny_flags, MODEL if arguments[0] == "train" else MODEL[:2]), capsys)
         assert "text.books" in told or arguments[0] in ("eval", "vocabulary")
     assert Path("my.model").stat().st_size and Path("runs/mine/results/logic_sample.json").exists()
+
+
+def test_a_published_model(tiny_corpora, tiny_flags, tmp_path, monkeypatch, capsys):
+    """A small Llama in the place of the one that the guide names, on a stand-in for the hub."""
+    title = "A published model, before and after code"
+    write_llama(tmp_path / "hub" / "Qwen" / "Qwen3-0.6B")
+    monkeypatch.chdir(tmp_path)
+    [settings] = blocks("Your own corpora", "gin")
+    for pattern, name in (("/data/books/*.jsonl.gz", "text.tiny"), ("/data/github/*.jsonl.gz", "code.tiny")):
+        settings = settings.replace(pattern, tiny_corpora[name]["json_lines"])
+    Path("mine.gin").write_text(settings)
+    with fake_hub(tmp_path / "hub") as hub:
+        for name, value in hub.environment(tmp_path / "downloads").items():
+            monkeypatch.setenv(name, value)
+        told = {}
+        for arguments in commands(title):
+            more = [f"--gin.CACHE_DIR={tmp_path / 'rows'}"] if arguments[0] == "train" else []
+            told[arguments[0]] = run(small([*arguments, *more], tiny_flags, ("--gin.WARMUP", "--gin.train.eval_rows")),
+                                     capsys)
+    assert "imported-CODE" in told["train"] and "logic" in told["compare"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        path.name for path in Path("qwen3-code").iterdir()}
 
 
 def test_an_ablation(tiny_flags, tmp_path, monkeypatch, capsys):

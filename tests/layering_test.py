@@ -43,15 +43,20 @@ def tops(found: set[str]) -> set[str]:
 ROOMS: dict[str, set[str]] = {
     "flags": set(),
     "contents": set(),
-    "vocabulary": {"contents"},
+    "hub": set(),
+    "tokenizing": {"contents", "hub"},
+    "vocabulary": {"tokenizing", "contents"},
     "results": set(),
-    "mixture": {"vocabulary"},
+    "chat": {"vocabulary"},
+    "mixture": {"chat", "vocabulary"},
     "model": set(),
-    "configuration": {"runtime", "contents"},
+    "weights": {"runtime", "mixture", "model", "vocabulary", "tokenizing", "contents", "hub"},
+    "configuration": {"runtime", "weights", "contents"},
     "runtime": {"mixture", "model", "vocabulary"},
-    "evaluation": {"configuration", "runtime", "mixture", "model", "results", "vocabulary", "contents"},
-    "training": {"evaluation", "runtime", "mixture", "model", "results", "vocabulary"},
-    "study": {"training", "evaluation", "configuration", "runtime", "mixture", "model", "results"},
+    "evaluation": {"chat", "configuration", "weights", "runtime", "mixture", "model", "results", "vocabulary",
+                   "contents"},
+    "training": {"evaluation", "weights", "runtime", "mixture", "model", "results", "vocabulary"},
+    "study": {"training", "evaluation", "configuration", "weights", "runtime", "mixture", "model", "results"},
     "report": {"runtime", "mixture", "results"},
     "pods": {"training", "evaluation", "runtime", "mixture", "model"},
 }
@@ -67,9 +72,10 @@ DEFINE_TASKS = {"tasks.pretraining", "tasks.tuning", "tasks.scheduling", "tasks.
 ONLY_IMPORTERS = {
     "gin": {"codellm_jax.configuration"},
     "matplotlib": {"codellm_jax.report.plots"},
-    "orbax": {"codellm_jax.runtime.checkpoints"},
+    "orbax": {"codellm_jax.runtime.checkpoints", "codellm_jax.runtime.parts"},
     "apache_beam": {"codellm_jax.training.cache"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
+    "huggingface_hub": {"codellm_jax.hub"},
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from codellm_jax import vocabulary
+from codellm_jax.tokenizing import training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -94,19 +95,19 @@ def test_round_trip_of_awkward_text(shipped: vocabulary.Vocabulary, text: str) -
 
 
 def test_every_run_of_spaces_is_one_token(shipped: vocabulary.Vocabulary) -> None:
-    for length in range(1, vocabulary.LONGEST_SPACES + 1):
+    for length in range(1, training.LONGEST_SPACES + 1):
         assert len(shipped.encode(" " * length)) == 1
         if length > 1:
             newline, spaces, *rest = shipped.encode("\n" + " " * length + "return")
             assert [newline, *rest] == shipped.encode("\nreturn")
             assert [spaces] == shipped.encode(" " * length)
-    assert len(shipped.encode(" " * (2 * vocabulary.LONGEST_SPACES + 7))) == 3
+    assert len(shipped.encode(" " * (2 * training.LONGEST_SPACES + 7))) == 3
 
 
 def test_newlines_and_tabs(shipped: vocabulary.Vocabulary) -> None:
     assert len(shipped.encode("\n")) == 1
     assert len(shipped.encode("\n\n\n")) == 3
-    for length in range(1, vocabulary.LONGEST_TABS + 1):
+    for length in range(1, training.LONGEST_TABS + 1):
         assert len(shipped.encode("\t" * length)) == 1
 
 
@@ -269,7 +270,6 @@ def test_missing_vocabularies(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("content, what", [
     (b"", ""), (b"no model at all" * 9, ""), (bytes(100), ""),
     (gzip.compress(b"x", mtime=0), " but compressed by gzip"),
-    (b'{"model": {}}', " but JSON, such as Hugging Face's tokenizer.json"),
     (b"PK\x03\x04" + bytes(9), " but a zip archive"),
     (b"version https://git-lfs.github.com/spec/v1\n", " but a pointer of Git LFS in the place of the file")])
 def test_other_files_are_refused(content: bytes, what: str, tmp_path: pathlib.Path) -> None:
@@ -284,8 +284,9 @@ def test_what_is_no_file_is_told(tmp_path: pathlib.Path) -> None:
     (tmp_path / "v.model").symlink_to(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="v.model is a link to .*gone, which is not there"):
         vocabulary.load_vocabulary(str(tmp_path / "v.model"))
-    with pytest.raises(ValueError, match="is a folder; give a file. Give a SentencePiece model file"):
-        vocabulary.load_vocabulary(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer: neither tokenizer.json nor .*Give a Sentence"):
+        vocabulary.load_vocabulary(str(tmp_path / "empty"))
 
 
 def _model_without_special_ids(file: pathlib.Path) -> None:
@@ -310,12 +311,9 @@ def _model_without_special_ids(file: pathlib.Path) -> None:
 def test_special_ids_of_other_files(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "other.model"
     _model_without_special_ids(file)
-    with pytest.raises(ValueError, match="names no pad id; set vocabulary.pad_id"):
-        vocabulary.load_vocabulary(str(file))
-    with pytest.raises(ValueError, match="set vocabulary.end_of_document_id"):
+    with pytest.raises(ValueError, match="names no end_of_document id; set vocabulary.end_of_document_id"):
         vocabulary.load_vocabulary(str(file), pad_id=0)
-    with pytest.raises(ValueError, match="are both 0"):
-        vocabulary.load_vocabulary(str(file), pad_id=0, end_of_document_id=0)
+    assert vocabulary.load_vocabulary(str(file), end_of_document_id=1).pad_id == 1
     with pytest.raises(ValueError, match="vocabulary.pad_id is 99, but"):
         vocabulary.load_vocabulary(str(file), pad_id=99, end_of_document_id=1)
     with pytest.raises(ValueError, match="multiple must be at least 1, found 0"):

@@ -45,6 +45,7 @@ from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.distributed import agreed, require_agreement, wait_for_all
 from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.provenance import evaluation_hash, software, training_hash
+from codellm_jax.weights.start import results_folder
 
 SCORINGS = ("per_token", "sum", "per_byte", "released")
 RESULTS_VERSION = 3  # raise it whenever lines hold other things: those of an earlier one are not gone on from
@@ -125,7 +126,8 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointEvaluation:
-    """What a gin file says of the evaluation of a checkpoint; results go to `results_dir`, by default RUN/results."""
+    """What a gin file says of the evaluation of a checkpoint; results go to `results_dir`, by default
+    RUN/results, or of published weights runs/NAME/results."""
 
     checkpoint: Checkpoint
     evaluation: Evaluation
@@ -160,7 +162,7 @@ def evaluate(
         provenance = {
             "config_hash": evaluation_hash(settings()), "training_config_hash": training_hash(record["settings"]),
             "asked": dict(asked or {}), "seed": run.evaluation.seed} | software()
-        results, failures = ask(run.evaluation, loaded, model, checkpoint, run.results_dir or f"{path}/results",
+        results, failures = ask(run.evaluation, loaded, model, checkpoint, run.results_dir or results_folder(path),
                                 report, provenance=provenance)
         if agreed(len(failures)):  # of the first process, where several evaluate
             raise ValueError(f"{len(failures)} of {len(loaded)} tasks failed: {'; '.join(map(str, failures))}"
@@ -266,7 +268,7 @@ def ask_texts(
 
     def written(questions: Sequence[Any]) -> Iterator[dict[str, Any]]:
         stop = tuple(questions[0].extra.get("stop", ()))
-        prompts = [vocabulary.encode(question.prompt) for question in questions for _ in range(samples)]
+        prompts = [vocabulary.encode_prompt(question.prompt) for question in questions for _ in range(samples)]
         numbers = [_number(loaded.name, question.id, sample) for question in questions for sample in range(samples)]
         answers = iter(model.write(
             prompts, [stop] * len(prompts), evaluation.sampling, evaluation.seed, numbers=numbers))
@@ -318,6 +320,7 @@ def _settings(evaluation: Evaluation, loaded: Any, model: TrainedModel) -> dict[
     vocabulary, config = model.vocabulary, model.config
     return {"version": RESULTS_VERSION, "vocabulary": vocabulary.content_hash,
             "end_of_document_id": vocabulary.end_of_document_id, "pad_id": vocabulary.pad_id,
+            **({"begin_ids": vocabulary.begin_ids} if vocabulary.begin_ids else {}),
             "dtype": config.dtype, "activation": config.activation, "length": config.length,
             **evaluation.benchmarks.settings(loaded.name), "data": loaded.sha256,
             "questions": _fingerprint(loaded.questions)}
@@ -407,7 +410,7 @@ def _fitted(question: Any, model: TrainedModel) -> list[Fitted]:
     """A question's candidates as tokens, cut where they are longer than the model."""
     candidates = []
     for candidate in question.candidates:
-        prompt = model.vocabulary.encode(candidate.prompt)
+        prompt = model.vocabulary.encode_prompt(candidate.prompt)
         candidates.append((prompt, model.vocabulary.encode_after(prompt, candidate.continuation)))
     return fitted(candidates, model.config.length)
 

@@ -4,8 +4,9 @@
         --model_args checkpoint=runs/mixed_pretrain
 
 That is the harness's own command with one model more, for the harness finds no models that others have. With
---apply_chat_template the messages become the prompt of tuning (`t5x infer --instruction`): a system's text, worked
-examples and the question are one instruction, and what an assistant's message begins with follows its end.
+--apply_chat_template the messages become the prompt of tuning (`t5x infer --instruction`). Of a model that was tuned on
+conversations, or comes with a chat template, they are messages as there; else a system's text, worked examples and the
+question are one instruction. What an assistant's message begins with follows the prompt's end.
 
 Texts become tokens as the harness has it, prompt and continuation together and then parted; stems are shared as in
 `t5x eval`, and what is too long is cut as there: a prompt loses its beginning, a continuation its end, with a warning.
@@ -24,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from codellm_jax.chat import end_of_turn_ids
 from codellm_jax.configuration import build, read_configuration
+from codellm_jax.evaluation.prompts import prompt_of, takes_chat_template
 from codellm_jax.evaluation.sampling import Sampling
 from codellm_jax.evaluation.scoring import DEFAULT_BATCH_TOKENS, Request, Scores, prompt_tokens_cut
 from codellm_jax.evaluation.trained import trained_model
@@ -75,15 +78,23 @@ class CodellmJax(TemplateLM):
         overrides = [("CHECKPOINT_PATH", str(checkpoint)), ("infer.template", "@instruction_prompt"),
                      *([("VOCABULARY", str(vocabulary))] if vocabulary else [])]
         chosen = build(read_configuration(["gin/infer.gin"], overrides), "infer")
-        self._instruction_prompt = chosen.template
+        self._instruction_prompt, self._turns = chosen.template, chosen.turns
+        self._prompts: dict[str, list[int]] = {}  # of messages, by their texts
         self._open = contextlib.ExitStack()  # the mesh holds as long as the process
         self._model, record = self._open.enter_context(trained_model(chosen.checkpoint))
         atexit.register(self._open.close)
         self._name = f"{checkpoint}, step {record['step']}"
+        self._by_template = takes_chat_template(self._model.vocabulary, record)
+        self._takes_messages = self._by_template or record["ledger"].get("conversations", False)
 
     @property
     def eot_token_id(self) -> int:
         return self._model.vocabulary.end_of_document_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no prompt."""
+        return self._model.vocabulary.begin_ids[-1] if self._model.vocabulary.begin_ids else self.eot_token_id
 
     @property
     def max_length(self) -> int:
@@ -98,11 +109,16 @@ class CodellmJax(TemplateLM):
         return {"model": self._name}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Token ids; nothing is ever put before them. What UTF-8 cannot hold, a lone surrogate, becomes U+FFFD."""
-        return self._model.vocabulary.encode(string.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        """Token ids, from the vocabulary's begin token on where it has one, unless `add_special_tokens` is False.
+
+        What UTF-8 cannot hold, a lone surrogate, becomes U+FFFD.
+        """
+        text = string.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        vocabulary = self._model.vocabulary
+        return vocabulary.encode(text) if add_special_tokens is False else vocabulary.encode_prompt(text)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The prompt of instructions, as the harness writes it down.
+        """The model's chat template, or the prompt of instructions, as the harness writes it down.
 
         Raises:
           ValueError: another one is asked for by name.
@@ -110,27 +126,41 @@ class CodellmJax(TemplateLM):
         if isinstance(chat_template, str):
             raise ValueError(f"--apply_chat_template: there is no template {chat_template!r}; codellm_jax has one, "
                              "the prompt of tuning, and takes no name.")
-        return self._instruction_prompt("{instruction}") if chat_template else None
+        if not chat_template:
+            return None
+        return self._model.vocabulary.chat_template if self._by_template else self._instruction_prompt("{instruction}")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt that asks for what comes behind the last message; all texts before are one instruction."""
+        """The prompt that asks for what comes behind the last message."""
         begun = ""
         if not add_generation_prompt:
             *chat_history, last = chat_history
             begun = last["content"]
-        return self._instruction_prompt("\n\n".join(message["content"] for message in chat_history)) + begun
+        if not self._takes_messages:
+            return self._instruction_prompt("\n\n".join(message["content"] for message in chat_history)) + begun
+        prompt = prompt_of(self._model.vocabulary, chat_history, self._by_template, self._turns)
+        text = prompt.text + begun
+        self._prompts[text] = [*prompt.ids, *self._model.vocabulary.encode_after(prompt.ids, begun)]
+        return text
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context not in self._prompts:
+            return super()._encode_pair(context, continuation)
+        prompt = self._prompts[context]
+        return prompt, self._model.vocabulary.encode_after(prompt, continuation)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (prompt, continuation) the log-likelihood in nats, and whether greedy decoding would write it.
 
-        An empty prompt is an end of document. A continuation of which no token is left is scored by itself; an empty
-        one has log-likelihood 0.
+        An empty prompt is the begin token, or else an end of document. A continuation of which no token is left is
+        scored by itself; an empty one has log-likelihood 0.
         """
         encoded = []
         for request in requests:
             prompt, continuation = request.args
-            tokens, scored = self._encode_pair(prompt, continuation) if prompt else ([], self.tok_encode(continuation))
-            encoded.append(((prompt, continuation), tokens, scored or self.tok_encode(continuation)))
+            alone = self.tok_encode(continuation, add_special_tokens=False)
+            tokens, scored = self._encode_pair(prompt, continuation) if prompt else ([], alone)
+            encoded.append(((prompt, continuation), tokens, scored or alone))
         return self._loglikelihood_tokens(encoded)
 
     def _loglikelihood_tokens(
@@ -138,7 +168,7 @@ class CodellmJax(TemplateLM):
     ) -> list[tuple[float, bool]]:
         # Candidates of a question have its prompt in common, which is then computed once.
         groups: dict[str, int] = {}
-        asked = [Request(groups.setdefault(texts[0], len(groups)), prompt or [self.eot_token_id],
+        asked = [Request(groups.setdefault(texts[0], len(groups)), prompt or [self.prefix_token_id],
                          continuation[: self.max_length]) for texts, prompt, continuation in requests]
         beyond = sum(len(continuation) > self.max_length for _, _, continuation in requests)
         if cut := sum(prompt_tokens_cut(request, self.max_length) > 0 for request in asked):
@@ -180,10 +210,12 @@ class CodellmJax(TemplateLM):
         for number, request in enumerate(requests):
             alike.setdefault(_sampling(request.args[1]), []).append(number)
         vocabulary = self._model.vocabulary
+        end_ids = end_of_turn_ids(vocabulary) if self._prompts and self._by_template else ()
         for sampling, numbers in alike.items():
-            prompts = [self.tok_encode(requests[number].args[0]) or [self.eot_token_id] for number in numbers]
+            texts = [requests[number].args[0] for number in numbers]
+            prompts = [self._prompts.get(text) or self.tok_encode(text) or [self.prefix_token_id] for text in texts]
             written = self._model.write(prompts, [stops[number] for number in numbers], sampling, 0,
-                                        numbers=[draws[number] for number in numbers],
+                                        numbers=[draws[number] for number in numbers], end_ids=end_ids,
                                         batch_size=self._answers_at_once)
             if cut := sum(answer.prompt_tokens_cut > 0 for answer in written):
                 logging.warning(

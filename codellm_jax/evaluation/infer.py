@@ -14,15 +14,19 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from etils import epath
 
+from codellm_jax.chat import Message, end_of_turn_ids
 from codellm_jax.contents import require_file, whole_text, without_compression
 from codellm_jax.evaluation.decoding import prompt_tokens_cut
+from codellm_jax.evaluation.prompts import Prompt, as_messages, prompt_of, takes_chat_template
 from codellm_jax.evaluation.sampling import Sampling
 from codellm_jax.evaluation.trained import Checkpoint, TrainedModel, trained_model
+from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import StatusLine, say
+from codellm_jax.vocabulary import Vocabulary
 
 _INCOMPLETE = "\ufffd"  # what bytes decode to that are no whole character yet
 
@@ -35,7 +39,9 @@ class Inference:
       checkpoint: who writes.
       sampling: how tokens are drawn.
       seed: of what is drawn.
-      template: makes a prompt of an instruction and its input; None where texts are gone on from as they are.
+      template: makes a prompt of an instruction and its input, for a model without a chat template; None where texts
+        are gone on from as they are.
+      turns: makes prompts and answers of messages, for such a model.
       batch_size: prompts of a file that are answered at a time.
     """
 
@@ -43,6 +49,7 @@ class Inference:
     sampling: Sampling = Sampling()
     seed: int = 0
     template: Callable[..., str] | None = None
+    turns: Callable[..., list[str]] | None = None
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -50,6 +57,10 @@ class Inference:
             raise ValueError(f"infer.batch_size must be at least 1, found {self.batch_size}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed}.")
+
+
+Template: TypeAlias = Callable[..., "str | list[Message]"]
+Asked: TypeAlias = str | list[Message]  # a text to go on from, or messages of which the last is to be answered
 
 
 class Written(NamedTuple):
@@ -62,7 +73,7 @@ class Written(NamedTuple):
 
 
 def infer(
-    inference: Inference, prompts: Iterable[str], write: Callable[[str], None],
+    inference: Inference, prompts: Iterable[Asked], write: Callable[[str], None],
     begin: Callable[[int, str], None], report: Callable[[str], None] = say,
 ) -> Iterator[Written]:
     """Answers prompts in order.
@@ -81,29 +92,31 @@ def infer(
     Raises:
       ValueError, FileNotFoundError: in one line, for checkpoints and settings that do not fit.
     """
-    with trained_model(inference.checkpoint, report) as (model, _):
+    with trained_model(inference.checkpoint, report) as (model, record):
+        by_template = takes_chat_template(model.vocabulary, record)
         start, size = 0, inference.batch_size
-        batches: Iterable[Sequence[str]] = (
+        batches: Iterable[Sequence[Asked]] = (
             (prompts[first : first + size] for first in range(0, len(prompts), size))
             if isinstance(prompts, Sequence) else ([prompt] for prompt in prompts))
         for batch in batches:
-            yield from _answers(inference, model, batch, start, write, begin)
+            asked = [_prompt(one, inference, model.vocabulary, by_template) for one in batch]
+            yield from _answers(inference, model, asked, start, write, begin, by_template)
             start += len(batch)
 
 
 def _answers(
-    inference: Inference, model: TrainedModel, prompts: Sequence[str], start: int, write: Callable[[str], None],
-    begin: Callable[[int, str], None],
+    inference: Inference, model: TrainedModel, prompts: Sequence[Prompt], start: int, write: Callable[[str], None],
+    begin: Callable[[int, str], None], by_template: bool,
 ) -> Iterator[Written]:
     vocabulary = model.vocabulary
     ids: list[list[int]] = [[] for _ in prompts]
     reasons: list[str | None] = [None] * len(prompts)
     shown, current = "", 0
-    # An empty prompt begins a document.
-    encoded = [vocabulary.encode(prompt) or [vocabulary.end_of_document_id] for prompt in prompts]
-    begin(start, prompts[0])
+    encoded = [prompt.ids for prompt in prompts]
+    begin(start, prompts[0].text)
     for piece in model.stream(encoded, [()] * len(prompts), inference.sampling, inference.seed,
-                              numbers=range(start, start + len(prompts)), batch_size=len(prompts)):
+                              numbers=range(start, start + len(prompts)), batch_size=len(prompts),
+                              end_ids=end_of_turn_ids(vocabulary) if by_template else ()):
         ids[piece.row] += piece.ids
         reasons[piece.row] = piece.reason
         while current < len(prompts):
@@ -114,10 +127,17 @@ def _answers(
             if not reason:
                 break
             cut = prompt_tokens_cut(encoded[current], model.config.length, model.room(inference.sampling))
-            yield Written(prompts[current], text, reason, cut)
+            yield Written(prompts[current].text, text, reason, cut)
             shown, current = "", current + 1
             if current < len(prompts):
-                begin(start + current, prompts[current])
+                begin(start + current, prompts[current].text)
+
+
+def _prompt(asked: Asked, inference: Inference, vocabulary: Vocabulary, by_template: bool) -> Prompt:
+    if isinstance(asked, str):
+        # An empty prompt begins a document.
+        return Prompt(asked, vocabulary.encode_prompt(asked) or [vocabulary.end_of_document_id])
+    return prompt_of(vocabulary, asked, by_template, inference.turns)
 
 
 def answer(inference: Inference, prompts_file: str | None, output: str | None) -> None:
@@ -132,8 +152,13 @@ def answer(inference: Inference, prompts_file: str | None, output: str | None) -
             raise FileNotFoundError(f"there is no directory to write {output} in.")
         if prompts_file and path == pathlib.Path(prompts_file).expanduser().absolute():
             raise ValueError(f"--output and --prompts are both {output}.")
-    prompts: Any = read_prompts(prompts_file, inference.template) if prompts_file else (
-        in_template(line, inference.template) for line in typed())
+    template: Template | None = inference.template
+    vocabulary = inference.checkpoint.vocabulary
+    if template and vocabulary.chat_template and takes_chat_template(
+            vocabulary, newest_record(inference.checkpoint.path)[1]):
+        template = as_messages
+    prompts: Any = read_prompts(prompts_file, template) if prompts_file else (
+        in_template(line, template) for line in typed())
 
     def write(text: str) -> None:
         if not output:
@@ -173,11 +198,12 @@ def typed() -> Iterator[str]:
             yield line
 
 
-def read_prompts(path: str, template: Callable[..., str] | None) -> list[str]:
+def read_prompts(path: str, template: Template | None) -> list[Asked]:
     """The prompts of a file, local or gs://: a line each, or JSON records in lines or in a list.
 
-    A record is {"prompt": ...}, or {"instruction": ..., "input": ...}, which needs the template. A file holds records
-    where all of it is such, or where it is named .jsonl or .json. Blank lines are passed over.
+    A record is {"prompt": ...}, or {"instruction": ..., "input": ...}, which needs the template, or
+    {"messages": [...]}, the last of them a user's. A file holds records where all of it is such, or where it is named
+    .jsonl or .json. Blank lines are passed over.
 
     Raises:
       OSError, ValueError: in one line; the file cannot be read, is no text, holds nothing, or a record is neither.
@@ -195,12 +221,13 @@ def read_prompts(path: str, template: Callable[..., str] | None) -> list[str]:
         is_one = isinstance(whole, dict) and len(lines) > 1
         records = [(path, whole)] if is_one else [(where, _json(line)) for where, line in lines]
     if (re.search(r"\.jsonl?$", without_compression(path), re.IGNORECASE)
-            or all(isinstance(record, dict) and {"prompt", "instruction"} & record.keys() for _, record in records)):
+            or all(isinstance(record, dict) and {"prompt", "instruction", "messages"} & record.keys()
+                   for _, record in records)):
         return [_of_record(record, where, template) for where, record in records]
     return [in_template(line, template) for _, line in lines]
 
 
-def in_template(text: str, template: Callable[..., str] | None) -> str:
+def in_template(text: str, template: Template | None) -> Asked:
     """A text as it is, or as an instruction in the template."""
     return template(text) if template else text
 
@@ -212,7 +239,7 @@ def _json(line: str) -> Any:
         return None
 
 
-def _of_record(record: Any, where: str, template: Callable[..., str] | None) -> str:
+def _of_record(record: Any, where: str, template: Template | None) -> Asked:
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -224,5 +251,20 @@ def _of_record(record: Any, where: str, template: Callable[..., str] | None) -> 
             return template(instruction, rest.get("input", ""))
         case {"instruction": _}:
             raise ValueError(f"{where} is an instruction: give --instruction, and texts.")
-    raise ValueError(f'{where} must be a JSON object such as {{"prompt": "..."}} or {{"instruction": "...", '
-                     '"input": "..."}.')
+        case {"messages": [*messages]}:
+            return _messages(messages, where)
+    raise ValueError(f'{where} must be a JSON object such as {{"prompt": "..."}}, {{"instruction": "...", '
+                     '"input": "..."} or {"messages": [{"role": "user", "content": "..."}]}.')
+
+
+def _messages(messages: Sequence[Any], where: str) -> list[Message]:
+    for message in messages:
+        match message:
+            case {"role": "system" | "user" | "assistant", "content": str()}:
+                continue
+        raise ValueError(f"{where} has a message that is not of the form {{'role': 'system', 'user' or 'assistant', "
+                         f"'content': TEXT}}: {json.dumps(message, ensure_ascii=False)[:80]}")
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError(f"{where}: the last message must be a user's, to be answered.")
+    return [{name: text for name, text in message.items() if isinstance(text, str) and name.isidentifier()}
+            for message in messages]

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +14,12 @@ from codellm_jax.evaluation.decoding import Generation, Piece, generate, stream
 from codellm_jax.evaluation.sampling import Sampling
 from codellm_jax.evaluation.scoring import Request, Scores, score_greedily
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.runtime.checkpoints import newest_record, restore_parameters
 from codellm_jax.runtime.compatibility import require_same_model
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.runtime.progress import say
 from codellm_jax.runtime.state import abstract_state, require_memory
 from codellm_jax.vocabulary import Vocabulary
+from codellm_jax.weights.start import newest_record, restore_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Checkpoint:
     """What a gin file says of a trained model.
 
     Attributes:
-      path: a run directory; its newest undamaged checkpoint is taken.
+      path: a run directory, whose newest undamaged checkpoint is taken, or published weights (`weights.start`).
       vocabulary: what it was trained with.
       model: makes the decoder's configuration when called with `vocabulary_size` and `length`.
       lengths: {"targets": the model's positions}.
@@ -56,32 +56,35 @@ class TrainedModel(NamedTuple):
 
     def write(
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
-        **options: Any,
+        end_ids: Collection[int] = (), **options: Any,
     ) -> list[Generation]:
-        """Answers, one a prompt, each until one of its texts in `stops` stands in it; see `decoding.stream`."""
-        return generate(
-            self.params, self.config, prompts, sampling, seed, **self._options(prompts, stops, sampling), **options)
+        """Answers, one a prompt, each until one of its texts in `stops` stands in it, or one of `end_ids` comes, as an
+        end of document, which always ends it; see `decoding.stream`.
+        """
+        return generate(self.params, self.config, prompts, sampling, seed,
+                        **self._options(prompts, stops, sampling, end_ids), **options)
 
     def stream(
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
-        **options: Any,
+        end_ids: Collection[int] = (), **options: Any,
     ) -> Iterator[Piece]:
         """As `write`, in pieces as they come."""
-        return stream(
-            self.params, self.config, prompts, sampling, seed, **self._options(prompts, stops, sampling), **options)
+        return stream(self.params, self.config, prompts, sampling, seed,
+                      **self._options(prompts, stops, sampling, end_ids), **options)
 
     def room(self, sampling: Sampling) -> int:
         """Positions kept for an answer, for which a prompt too long loses its beginning: at most half of them."""
         return max(1, min(sampling.max_new_tokens, self.config.length // 2))
 
     def _options(
-        self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling
+        self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling,
+        end_ids: Collection[int] = (),
     ) -> dict[str, Any]:
         def stopped(row: int, ids: list[int]) -> bool:
             text = self.vocabulary.decode_after(prompts[row], ids)
             return any(word in text for word in stops[row])
 
-        return {"stop_ids": {self.vocabulary.end_of_document_id}, "drawable": self.vocabulary.pieces,
+        return {"stop_ids": {self.vocabulary.end_of_document_id, *end_ids}, "drawable": self.vocabulary.pieces,
                 "sharding": batch_sharding(self.mesh), "stopped": stopped if any(stops) else None,
                 "room": self.room(sampling)}
 

@@ -1,10 +1,12 @@
 """Instruction examples as rows, and rows of examples as batches: what the second stage trains on.
 
 An example is a prompt (`inputs`) followed by its answer (`targets`) and the end token; the loss counts the answer and
-the end token alone. One longer than a row of `length` + 1 tokens is cut there, as the study's released system cuts it;
-one whose prompt alone fills the row has nothing to learn from and is left out. Both are counted.
+the end token alone. A conversation goes on: the loss counts its other answers, too, and not what stands between them.
+An example longer than a row of `length` + 1 tokens is cut there, as the study's released system cuts it; one whose
+prompt alone fills the row has nothing to learn from and is left out. Both are counted.
 
-In the cache a row holds the tokens, zeros up to length + 1, then two numbers: tokens of the prompt, and of the whole.
+In the cache a row holds the tokens, zeros up to length + 1, then two numbers: tokens of the first prompt, and of the
+whole. A token behind the first prompt that the loss does not count stands as its complement, ~id, which is negative.
 
 A step trains on BATCH_SIZE examples. Unpacked, each has a row of its own; packed, the same examples share fewer rows,
 each with positions and attention of its own. So packing changes the cost of a step and nothing else: which examples a
@@ -34,17 +36,21 @@ class Found:
     content_hash: str = ""
     cut: int = 0
     left_out: int = 0
+    conversations: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
 class Tokens(Protocol):
-    """What is asked of `tokens.Example` here; the end token is the last of the targets."""
+    """What is asked of `tokens.Example` here."""
 
     @property
     def inputs(self) -> np.ndarray: ...
 
     @property
     def targets(self) -> np.ndarray: ...
+
+    @property
+    def is_conversation(self) -> bool: ...
 
 
 class Readable(Protocol):
@@ -67,6 +73,7 @@ def example_rows(examples: Iterable[Tokens], length: int, found: Found) -> Itera
         inputs, targets = example.inputs, example.targets
         found.documents += 1
         found.tokens += len(inputs) + len(targets)
+        found.conversations += example.is_conversation
         if not len(targets) or max(1, len(inputs)) >= width:
             found.left_out += 1
             continue
@@ -93,13 +100,18 @@ class Sizes(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def example_sizes(examples: Readable) -> Sizes:
     """The sizes of all examples of a split, [count]; read once a process, as packing needs those of whole batches."""
-    parts = []
+    parts = [np.zeros((0, 3), np.int64)]
     for start in range(0, examples.count, 1 << 16):
-        numbers = np.arange(start, min(start + (1 << 16), examples.count))
-        parts.append(examples.read(numbers)[:, -WIDTH_BESIDE_TOKENS:])
-    prompts, tokens = np.concatenate(parts).astype(np.int64).T if parts else np.zeros((2, 0), np.int64)
+        rows = examples.read(np.arange(start, min(start + (1 << 16), examples.count)))
+        parts.append(np.column_stack([rows[:, -WIDTH_BESIDE_TOKENS:], np.count_nonzero(rows < 0, axis=1)]))
+    prompts, tokens, between = np.concatenate(parts).astype(np.int64).T
     # Nothing comes before the first token, so that it is never predicted.
-    return Sizes(tokens - 1, tokens - np.maximum(prompts, 1))
+    return Sizes(tokens - 1, tokens - np.maximum(prompts, 1) - between)
+
+
+def ids_of(tokens: np.ndarray) -> np.ndarray:
+    """The ids of tokens as they are cached, whether the loss counts them or not."""
+    return np.where(tokens < 0, ~tokens, tokens)
 
 
 def sizes_drawn(examples: Sequence[Readable], source: np.ndarray, row: np.ndarray) -> Sizes:
@@ -172,6 +184,7 @@ def arrays_of_examples(
     of = np.repeat(np.arange(len(examples)), positions)  # the example of each column that is used
     within = np.arange(len(of)) - np.repeat(ends - positions, positions)
     where = row[of], column[of] + within
+    targets = examples[of, within + 1]
     # The documents of a row are numbered from left to right.
     order = np.lexsort((column, row))
     first = np.concatenate([[0], np.flatnonzero(np.diff(row[order])) + 1]) if len(order) else np.zeros(0, np.int64)
@@ -184,10 +197,10 @@ def arrays_of_examples(
         return array
 
     return {
-        "inputs": filled(examples[of, within]),
-        "targets": filled(examples[of, within + 1]),
+        "inputs": filled(ids_of(examples[of, within])),
+        "targets": filled(ids_of(targets)),
         "positions": filled(within),
         "segment_ids": filled(segment[of]),
-        "weights": filled(within + 1 >= prompts[of], "float32"),
+        "weights": filled((within + 1 >= prompts[of]) & (targets >= 0), "float32"),
         "sources": filled(source[of]),
     }

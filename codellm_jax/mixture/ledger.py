@@ -18,14 +18,16 @@ class Ledger:
     """Counts of one stage, and the ledgers of the stages before it.
 
     Attributes:
-      stage: "pretraining" or "tuning".
+      stage: "pretraining" or "tuning"; of published weights, of which nothing else is known, "imported".
       order_fingerprint: of the order that was followed.
       vocabulary_hash: of the vocabulary's file.
       length: tokens of a row.
       rows: rows (in tuning: examples) trained on so far, of each source by name.
       tokens: tokens that the loss counted, likewise.
+      conversations: in tuning, whether any source has examples with turns.
       phases: for each phase of the schedule its first row or example, "start", and what of "rows" fell into it.
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
+      epoch_rows: rows or examples of each source, all of which are an epoch; ledgers of earlier versions have none.
     """
 
     stage: str
@@ -36,17 +38,21 @@ class Ledger:
     tokens: dict[str, int]
     phases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    conversations: bool = False
+    epoch_rows: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, stage: str, order: Order, vocabulary_hash: str, length: int, parent: Mapping[str, Any] | None = None
+        cls, stage: str, order: Order, vocabulary_hash: str, length: int, parent: Mapping[str, Any] | None = None,
+        conversations: bool = False,
     ) -> "Ledger":
         """A ledger that has counted nothing yet; `parent` is the ledger, as JSON, of the run it starts from."""
         before = [*parent.get("before", []), {name: value for name, value in parent.items() if name != "before"}] \
             if parent else []
         none = {source.name: 0 for source in order.sources}
         phases = [{"start": start, "rows": dict(none)} for start in order.schedule.phase_starts]
-        return cls(stage, order.fingerprint(), vocabulary_hash, length, dict(none), dict(none), phases, before)
+        return cls(stage, order.fingerprint(), vocabulary_hash, length, dict(none), dict(none), phases, before,
+                   conversations, {source.name: source.rows for source in order.sources})
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Ledger":
@@ -120,7 +126,9 @@ class Ledger:
 def arm(ledger: Mapping[str, Any]) -> str:
     """The study's name of the arm that a ledger (as JSON) belongs to: NL, CODE, NN, NC, CN or CC.
 
-    N and C say whether a stage was trained on any code: the first letter of pre-training, the second of tuning.
+    N and C say whether a stage was trained on any code: the first letter of pre-training, the second of tuning. What
+    published weights were trained on is not known: "imported" stands before what was done with them, as in imported-C
+    (tuned with code), imported-NL (trained on without code), or imported-NC.
     """
     stages = [*ledger.get("before", []), ledger]
 
@@ -130,6 +138,7 @@ def arm(ledger: Mapping[str, Any]) -> str:
         return "" if not rows else "C" if code else "N"
 
     first, second = letter("pretraining"), letter("tuning")
-    if not first:
-        return "none, for it was tuned from new parameters"
-    return f"{first}{second}" if second else {"N": "NL", "C": "CODE"}[first]
+    own = {"N": "NL", "C": "CODE"}[first] if first and not second else f"{first}{second}"
+    if stages[0]["stage"] == "imported":
+        return f"imported-{own}" if own else "imported"
+    return own if first else "none, for it was tuned from new parameters"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codellm_jax.mixture.examples import WIDTH_BESIDE_TOKENS
+from codellm_jax.mixture.examples import WIDTH_BESIDE_TOKENS, ids_of
 from codellm_jax.mixture.ngrams import END, NGrams, words
 from codellm_jax.mixture.rows import Rows
 from codellm_jax.vocabulary import Vocabulary
@@ -176,7 +176,7 @@ def _examples(rows: Rows, first: int, last: int, end: int) -> Iterator[np.ndarra
     for start in range(first, last, step):
         cached = rows.read(np.arange(start, min(start + step, last)))
         ended = np.full((len(cached), width + 1), end, np.int32)
-        ended[:, :width] = cached[:, :width]
+        ended[:, :width] = ids_of(cached[:, :width])
         length = cached[:, width + WIDTH_BESIDE_TOKENS - 1][:, None]
         ended = np.where(np.arange(width + 1) < length, ended, end)
         yield ended[np.arange(width + 1) <= length]

@@ -5,7 +5,7 @@ targets. Documents end with the end-of-document token and are joined in the task
 last full row is not trained on, and is recorded. In tuning a row is one example (`examples.py`). One cache holds one
 split of one task under one vocabulary and length:
 
-  CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of uint16 or uint32 [rows, width], with checksums
+  CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of 16 or 32 bits, in tuning signed, [rows, width], with checksums
   CACHE_DIR/rows/<task>/<key>/cache.json what it holds; written last, so a cache with this file is whole
 
 A cache that is not there is written here by one process, which is well for corpora up to a few gigabytes; `shards.py`
@@ -26,6 +26,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
+from codellm_jax.chat import CHAT_VERSION
 from codellm_jax.mixture.examples import EXAMPLES_VERSION, WIDTH_BESIDE_TOKENS, Found, example_rows
 from codellm_jax.mixture.half_made import half_made
 from codellm_jax.mixture.roundtrip import warned
@@ -60,6 +61,7 @@ class Rows:
     content_hash: str  # of the rows, in order, as `RowsHash` takes it
     cut: int = 0  # examples longer than a row
     left_out: int = 0  # examples of which no target token would be left
+    conversations: int = 0  # examples with turns, whether kept or left out
     notes: tuple[str, ...] = ()  # what the task's reader warned of, such as records passed over
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
@@ -141,7 +143,13 @@ def cache_place(
     key = {
         "version": ROWS_VERSION, "task": task, "definition": definitions.describe(task), "length": length,
         "vocabulary": vocabulary.content_hash, "end_of_document_id": vocabulary.end_of_document_id,
-    } | ({"examples": EXAMPLES_VERSION} if stage == "tuning" else {})
+    }
+    if stage == "tuning":
+        key["examples"] = EXAMPLES_VERSION
+        if vocabulary.chat_template is not None:
+            key["chat"] = [CHAT_VERSION, vocabulary.chat_template, vocabulary.template_tokens]
+    if vocabulary.begin_ids:
+        key["begin_ids"] = vocabulary.begin_ids
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return Place(epath.Path(cache_dir).expanduser() / "rows" / task / digest, key)
 
@@ -197,8 +205,9 @@ def finish_cache(
             reason = (f"all of its {unit_of(stage)} are held out ({listed}), and none is left to train on; "
                       "'holdout': 0 in its CORPORA line holds out none, 'validation' others.")
         elif stage == "tuning":
-            reason = (f"no example of its training split is left to train on: of {train.documents:,} none has a token "
-                      f"of its target within {length + 1} tokens; mend them or raise TASK_FEATURE_LENGTHS.")
+            reason = "no example of its training split is left to train on" + (
+                f": of {train.documents:,} none has a token of its target within {length + 1} tokens; mend them or "
+                "raise TASK_FEATURE_LENGTHS." if train.documents else ".")
         else:
             reason = (f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it "
                       "more data or lower TASK_FEATURE_LENGTHS."
@@ -273,8 +282,10 @@ def unit_of(stage: str) -> str:
 
 def row_format(vocabulary: Vocabulary, length: int, stage: str) -> tuple[int, np.dtype]:
     """Numbers of a row, and the type in which they are kept."""
-    width = length + 1 + (WIDTH_BESIDE_TOKENS if stage == "tuning" else 0)
-    return width, np.dtype(np.uint16 if max(vocabulary.size, width) <= 2**16 else np.uint32)
+    if stage == "tuning":  # signed, see `examples`
+        width = length + 1 + WIDTH_BESIDE_TOKENS
+        return width, np.dtype(np.int16 if max(vocabulary.size, width) <= 2**15 else np.int32)
+    return length + 1, np.dtype(np.uint16 if max(vocabulary.size, length + 1) <= 2**16 else np.uint32)
 
 
 class RowsHash:

@@ -131,7 +131,7 @@ def plan(build: Build) -> list[Shard]:
                  for shard in _shards(split, is_divisible(task, split), build.place.key["definition"])]
         build.working.mkdir(parents=True, exist_ok=True)
         # Where processes run elsewhere they have no other file of this machine.
-        (build.working / "vocabulary.model").write_bytes(epath.Path(build.vocabulary.path).read_bytes())
+        (build.working / "vocabulary.model").write_bytes(epath.Path(build.vocabulary.file).read_bytes())
         suffix = f".{uuid.uuid4().hex[:8]}" if build.place.is_remote else ""
         _write(file, {"suffix": suffix, "splits": [s for s in SPLITS if s in task.splits], "shards": found,
                       "borders": find_borders(task) if any(shard.files for shard in found) else None})
@@ -365,7 +365,7 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
         total = {name: sum(fact["found"][name] for fact in facts)
-                 for name in ("tokens", "documents", "cut", "left_out")}
+                 for name in ("tokens", "documents", "cut", "left_out", "conversations")}
         of_pieces = [_facts_of_piece(build, piece) for piece in cut_pieces if piece.split == split]
         count = sum(fact["numbers"] for fact in facts) // width
         notes = added(Note(template, tuple(values)) for fact in facts for template, values in fact["notes"])

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from codellm_jax import chat
 from codellm_jax.mixture.roundtrip import SAMPLED, Sample
 from codellm_jax.vocabulary import Vocabulary
 
@@ -50,12 +51,15 @@ class Definitions(Protocol):
 class Example(NamedTuple):
     """The tokens of a document (`targets` alone) or of an instruction example; int arrays.
 
-    The targets end with the end-of-document token unless they are empty.
+    The targets end with the end-of-document token unless they are empty. Documents that are not, and inputs, begin with
+    what the vocabulary begins them with. The targets of a conversation begin with its first answer; what its chat
+    template has behind an answer is in them, too, and what is no answer as the complement ~id.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     text_bytes: int  # of what was tokenized, in UTF-8; 0 where the task does not tell
+    is_conversation: bool = False
 
 
 NOTHING = np.zeros(0, np.int32)
@@ -116,18 +120,49 @@ def examples(
     with quiet_tensorflow():
         if _is_plain(task):
             texts = task.source.texts(split, files, borders)
-            yield from _encoded(texts if sample is None else _sampled(texts, sample), vocabulary, threads)
+            texts = texts if sample is None else _sampled(texts, sample)
+            passed_over: dict[str, tuple[int, str]] = {}  # by reason, how many and where the first is
+            for some in _batches(texts):
+                encoded = _instructions(some, vocabulary, threads, passed_over) if "inputs" in some[0] else \
+                    _documents(some, vocabulary, threads)
+                yield from encoded
+            if passed_over:
+                logging.warning("%s, read for %s: conversations passed over: %s.", task.name, split, passed_over)
             return
-        import seqio
-
-        own = seqio.SentencePieceVocabulary(vocabulary.path, extra_ids=0)
+        begin = np.array(vocabulary.begin_ids, np.int32)
+        own = _for_seqio(vocabulary)
         for features in task_tokens(task, split, own):
             targets = features["targets"]
             if len(targets) and targets[-1] == own.eos_id:
                 targets = targets[:-1]
+            inputs = features.get("inputs")
+            if inputs is not None:
+                inputs = np.append(begin, inputs)
+            elif len(targets):
+                targets = np.append(begin, targets)
             if len(targets):
                 targets = np.append(targets, vocabulary.end_of_document_id)
-            yield Example(features.get("inputs", NOTHING), targets, text_bytes=0)
+            yield Example(NOTHING if inputs is None else inputs, targets, text_bytes=0)
+
+
+def _for_seqio(vocabulary: Vocabulary) -> Any:
+    """A vocabulary as SeqIO's preprocessors use one."""
+    import seqio
+
+    if vocabulary.is_sentence_pieces:
+        return seqio.SentencePieceVocabulary(vocabulary.file, extra_ids=0)
+    import tensorflow as tf
+
+    def encoded(text: bytes) -> np.ndarray:
+        return np.array(vocabulary.encode(text.decode("utf-8", "replace")), np.int32)
+
+    class OfSeqio(seqio.PassThroughVocabulary):
+        """Encodes in Python what preprocessors give; nothing is decoded by SeqIO."""
+
+        def _encode_tf(self, text: Any) -> Any:
+            return tf.ensure_shape(tf.numpy_function(encoded, [text], tf.int32), [None])
+
+    return OfSeqio(vocabulary.size, vocabulary.end_of_document_id)
 
 
 def sample_of(task: Any, split: str) -> Sample:
@@ -144,7 +179,7 @@ def sample_of(task: Any, split: str) -> Sample:
     return sample
 
 
-def _sampled(texts: Iterable[Mapping[str, str]], sample: Sample) -> Iterator[Mapping[str, str]]:
+def _sampled(texts: Iterable[Mapping[str, Any]], sample: Sample) -> Iterator[Mapping[str, Any]]:
     for text in texts:
         sample.add(text[name] for name in ("inputs", "targets") if name in text)
         yield text
@@ -159,31 +194,56 @@ def _is_plain(task: Any) -> bool:
             and list(task.preprocessors) == [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos])
 
 
-def _encoded(
-    texts: Iterable[Mapping[str, str]], vocabulary: Vocabulary, threads: int
+def _documents(some: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, threads: int) -> Iterator[Example]:
+    for text, ids in zip(some, vocabulary.encode_all([text["targets"] for text in some], threads), strict=True):
+        if ids:
+            ids = [*vocabulary.begin_ids, *ids, vocabulary.end_of_document_id]
+        yield Example(NOTHING, np.array(ids, np.int32), _bytes(text))
+
+
+def _instructions(
+    some: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, threads: int, passed_over: dict[str, tuple[int, str]]
 ) -> Iterator[Example]:
-    for some in _batches(texts):
-        inputs = vocabulary.encode_all([text["inputs"] for text in some if "inputs" in text], threads)
-        targets = vocabulary.encode_all([text["targets"] for text in some], threads, behind=bool(inputs))
-        for index, (text, tokens) in enumerate(zip(some, targets, strict=True)):
-            if tokens:
-                tokens.append(vocabulary.end_of_document_id)
-            yield Example(np.array(inputs[index], np.int32) if inputs else NOTHING, np.array(tokens, np.int32),
-                          sum(len(value.encode()) for value in text.values()))
+    """Examples of prompts and answers, and of conversations; counts those that the chat template does not take."""
+    has_template = vocabulary.chat_template is not None
+    encoded = iter(chat.turns_tokens(vocabulary, [
+        text.get("turns", [text["inputs"], text["targets"]]) for text in some
+        if not (has_template and "messages" in text)], threads))
+    for text in some:
+        if "messages" not in text:
+            inputs, targets = next(encoded)
+            yield Example(np.array(inputs, np.int32), np.array(targets, np.int32), _bytes(text))
+            continue
+        try:
+            found = chat.conversation_tokens(vocabulary, text["messages"]) if has_template else \
+                [chat.joined(next(encoded))]
+        except chat.Refused as error:
+            count, first = passed_over.get(str(error), (0, text["place"]))
+            passed_over[str(error)] = count + 1, first
+            continue
+        for number, (ids, counted) in enumerate(found):
+            first_answer = counted.index(True) if True in counted else len(ids)
+            tokens = np.where(counted, ids, np.invert(ids)).astype(np.int32)
+            yield Example(np.array(ids[:first_answer], np.int32), tokens[first_answer:],
+                          _bytes(text) if number == 0 else 0, is_conversation=True)
 
 
-def _batches(texts: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[str, str]]]:
+def _batches(texts: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
     """Texts by the megabyte, in their order."""
-    some: list[Mapping[str, str]] = []
+    some: list[Mapping[str, Any]] = []
     characters = 0
     for text in texts:
         some.append(text)
-        characters += sum(map(len, text.values()))
+        characters += sum(len(text[name]) for name in ("inputs", "targets") if name in text)
         if characters >= CHARACTERS_AT_ONCE:
             yield some
             some, characters = [], 0
     if some:
         yield some
+
+
+def _bytes(text: Mapping[str, Any]) -> int:
+    return sum(len(text[name].encode()) for name in ("inputs", "targets") if name in text)
 
 
 def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[dict[str, np.ndarray]]:

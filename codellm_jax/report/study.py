@@ -124,7 +124,8 @@ class Study:
         """
         reasons = []
         runs = [run for run in self.runs if labels is None or run.label in labels]
-        unknown = [run.name for run in runs if run.parameters is None or pretraining_tokens(run) is None]
+        unknown = [run.name for run in runs
+                   if run.parameters is None or pretraining_tokens(run) is None and not _is_imported(run)]
         sizes = [run.parameters for run in runs if run.parameters is not None]
         if sizes and min(sizes) < FEWEST_PARAMETERS:
             reasons.append(f"the models are tiny ({_range(sizes)} parameters, fewer than {FEWEST_PARAMETERS:,})")
@@ -172,10 +173,16 @@ def code_rate(run: Run) -> float | None:
 
 
 def pretraining_tokens(run: Run) -> int | None:
-    """Tokens that pre-training counted, of the run or of those it started from; None without a ledger."""
+    """Tokens that pre-training counted, of the run or of those it started from; None without a ledger, and of published
+    weights, whose pre-training is not counted here.
+    """
     ledgers = [ledger for ledger in [*run.ledger.get("before", []), run.ledger] if ledger]
     return sum(sum(ledger["tokens"].values()) for ledger in ledgers if ledger["stage"] == "pretraining") \
-        if ledgers else None
+        if ledgers and not _is_imported(run) else None
+
+
+def _is_imported(run: Run) -> bool:
+    return any(ledger.get("stage") == "imported" for ledger in [*run.ledger.get("before", []), run.ledger])
 
 
 def _range(numbers: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from codellm_jax.runtime.distributed import gathered, wait_for_all
 
 WEIGHTS_OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
 SAVE_TIMEOUT = datetime.timedelta(minutes=20)
+CHUNKS = (2**20, 2**26)  # bytes of an array that are stored, and read, as one: at least, at most
 
 
 class Checkpoints:
@@ -73,11 +75,12 @@ class Checkpoints:
     def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Begins to save; returns when the state is copied, so that its buffers may be donated."""
         record = dict(record) | {"checksums": checksums(state)}
-        record["digest"] = _digest(record)
+        record["digest"] = digest(record)
         self._saving = True
         with self._one_line():
             saves = self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)))
+                step, args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state, save_args=_chunked(state)), record=ocp.args.JsonSave(record)))
             if not saves:  # Orbax passes over a step that is not after the newest
                 raise ValueError(f"step {step} is not after step {self.newest_step()}, which is there already")
 
@@ -104,7 +107,7 @@ class Checkpoints:
         except Exception as error:
             full = "No space left on device" in str(error)
             raise OSError(
-                f"Saving to {self._directory} failed: {'No space left on device' if full else _first_line(error)}. "
+                f"Saving to {self._directory} failed: {'No space left on device' if full else first_line(error)}. "
                 "Mend it and give the same command again: it goes on from the last whole checkpoint.") from error
 
     def record(self, step: int) -> dict[str, Any]:
@@ -139,7 +142,7 @@ class Checkpoints:
             return state, record
         if damaged:
             raise ValueError(
-                f"All checkpoints in {self._directory} are damaged ({_first_line(damaged[0][1])}): "
+                f"All checkpoints in {self._directory} are damaged ({first_line(damaged[0][1])}): "
                 "restore one from a copy, or start again in another MODEL_DIR.")
         return None
 
@@ -149,7 +152,7 @@ class Checkpoints:
     def _set_aside(self, damaged: list[tuple[int, Exception]], report: Callable[[str], None]) -> None:
         for step, error in damaged:
             aside = self._directory.parent / "damaged_checkpoints" / str(step)
-            report(f"WARNING: the checkpoint of step {step} is damaged ({_first_line(error)}); moved to {aside}; "
+            report(f"WARNING: the checkpoint of step {step} is damaged ({first_line(error)}); moved to {aside}; "
                    "the one before it is used.")
             if jax.process_index() == 0:
                 aside.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,7 @@ def restore_parameters(
       ValueError: its parameters have other names or shapes, or all checkpoints are damaged.
     """
     wanted = {"params": abstract_params}
-    for path, record in _undamaged_records(model_dir, report):
+    for path, record in undamaged_records(model_dir, report):
         saved = {name: facts for name, facts in record["checksums"].items() if name.startswith("params/")}
         check(record)
         _require_same_arrays(saved, wanted, int(path.name))
@@ -184,7 +187,7 @@ def restore_parameters(
         if error is None:
             _, error = _tried(_verify, saved, restored)
         if error is not None:
-            report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
+            report(f"WARNING: the checkpoint {path} is damaged ({first_line(error)}).")
             continue
         report(f"Parameters from step {path.name} of {model_dir}.")
         return restored["params"], record | {"step": int(path.name)}
@@ -198,23 +201,30 @@ def newest_record(model_dir: str) -> tuple[int, dict[str, Any]]:
       FileNotFoundError: the directory holds no checkpoint.
       ValueError: the records of all its checkpoints are damaged.
     """
-    for path, record in _undamaged_records(model_dir, lambda line: None):
+    for path, record in undamaged_records(model_dir, lambda line: None):
         return int(path.name), record
     raise ValueError(f"All checkpoints in {model_dir} are damaged: restore one from a copy.")
 
 
-def _undamaged_records(model_dir: str, report: Callable[[str], None]) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
-    """The checkpoints of a run directory with their records, newest first; damaged records are told and passed over."""
+def undamaged_records(
+    model_dir: str, report: Callable[[str], None], only: int | None = None
+) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
+    """The checkpoints of a run directory with their records, newest first, or that of one step; damaged records are
+    told and passed over.
+    """
     checkpoints = _absolute(model_dir) / "checkpoints"
     steps = sorted((int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), reverse=True) \
         if checkpoints.exists() else []
     if not steps:
         raise FileNotFoundError(f"{_why_none(_absolute(model_dir))}: name the MODEL_DIR of a run that saved one.")
-    for step in steps:
+    if only is not None and only not in steps:
+        raise FileNotFoundError(f"No checkpoint of step {only} in {checkpoints}; kept are those of steps "
+                                f"{', '.join(map(str, sorted(steps)))}.")
+    for step in steps if only is None else [only]:
         path = checkpoints / str(step)
         record, error = _tried(_whole_record, path)
         if error is not None:
-            report(f"WARNING: the checkpoint {path} is damaged ({_first_line(error)}).")
+            report(f"WARNING: the checkpoint {path} is damaged ({first_line(error)}).")
             continue
         yield path, record
 
@@ -270,6 +280,19 @@ def checksums(tree: Any) -> dict[str, list[Any]]:
             for (name, leaf), sum_ in zip(leaves.items(), sums, strict=True)}
 
 
+def _chunked(state: Any) -> Any:
+    """How arrays are cut where they are stored: layers of a stack apart, so that one is read without the others."""
+    least, most = CHUNKS
+
+    def of(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
+        if leaf.ndim < 2 or "blocks" not in [getattr(key, "key", None) for key in path]:
+            return ocp.SaveArgs(chunk_byte_size=most)
+        layer = math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) * leaf.dtype.itemsize
+        return ocp.SaveArgs(chunk_byte_size=min(max(layer, least), most), shard_axes=(0,))
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
 @jax.jit
 def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
     def bit_sum(leaf: jax.Array) -> jax.Array:
@@ -282,13 +305,14 @@ def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [bit_sum(leaf) for leaf in leaves]
 
 
-def _digest(record: Mapping[str, Any]) -> str:
+def digest(record: Mapping[str, Any]) -> str:
+    """A hash of all that a record holds beside it."""
     text = json.dumps({key: value for key, value in record.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _require_digest(record: Mapping[str, Any]) -> dict[str, Any]:
-    if record.get("digest") != _digest(record):
+    if record.get("digest") != digest(record):
         raise ValueError("its record differs from what was saved")
     return dict(record)
 
@@ -317,5 +341,6 @@ def _require_same_arrays(saved: Mapping[str, list[Any]], abstract: Any, step: in
                 f"there and {wanted.get(name, 'absent')} here. Use the configuration it was trained with.")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages of detail that libraries put behind it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(" (<")[0].split(": (slice")[0][:160]

@@ -12,7 +12,7 @@ from codellm_jax.runtime.provenance import is_free_on_resume
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 
 # Which ids stand for what, beside the vocabulary's file.
-VOCABULARY_SETTINGS = ("pad_id", "end_of_document_id", "multiple")
+VOCABULARY_SETTINGS = ("pad_id", "end_of_document_id", "multiple", "size", "begin_id", "text_form")
 # Of the decoder, what does not change the meaning of its parameters; the first two have checks of their own.
 FREE_OF_MODEL = frozenset(("vocabulary_size", "length", "dropout_rate", "dtype", "remat", "scan_unroll", "attention",
                            "initializer_std"))
@@ -39,19 +39,56 @@ def literal(settings: Mapping[str, Any], name: str) -> str | None:
         return None
 
 
+def trained_vocabulary(record: Mapping[str, Any], model_dir: str, path: str | None = None) -> Vocabulary:
+    """The vocabulary that a run directory's checkpoint was trained with.
+
+    Args:
+      record: of the checkpoint.
+      model_dir: the run directory.
+      path: where the vocabulary lies now; None for where it lay.
+
+    Raises:
+      ValueError, FileNotFoundError: in one line; it is not there, or is another one.
+    """
+    saved = literal(record["settings"], "vocabulary.path")
+    if path is None and saved is None:
+        raise ValueError(f"The checkpoint in {model_dir} does not tell its vocabulary: name it with --vocabulary.")
+    chosen = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
+              if (value := literal(record["settings"], f"vocabulary.{name}")) is not None}
+    try:
+        vocabulary = load_vocabulary(path or ast.literal_eval(str(saved)), **chosen)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} If it was moved, name it with --vocabulary.") from None
+    require_same_vocabulary(record, vocabulary, model_dir)
+    return vocabulary
+
+
+def trained_config(record: Mapping[str, Any], vocabulary: Vocabulary, model_dir: str) -> DecoderConfig:
+    """The decoder that a run directory's checkpoint holds. Raises ValueError where its settings do not tell."""
+    values = {field.name: ast.literal_eval(value) for field in dataclasses.fields(DecoderConfig)
+              if (value := literal(record["settings"], f"model.{field.name}")) is not None}
+    sizes = {"vocabulary_size": vocabulary.size, "length": record["ledger"]["length"]}
+    try:
+        return DecoderConfig(**values | sizes)
+    except TypeError as error:
+        raise ValueError(f"The checkpoint in {model_dir} does not tell the sizes of its model ({error}): it was saved "
+                         "without a gin file.") from None
+
+
 def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, model_dir: str) -> None:
     """Raises ValueError where a run directory's checkpoint has another vocabulary, or other ids of it."""
     saved = record["ledger"]["vocabulary_hash"]
     if saved != vocabulary.content_hash:
         raise ValueError(f"{model_dir} was trained with another vocabulary ({saved[:12]}, here "
                          f"{vocabulary.content_hash[:12]}): set VOCABULARY to the file it was trained with.")
-    chosen = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
+    chosen: dict[str, Any] = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
               if (value := literal(record["settings"], f"vocabulary.{name}")) is not None}
     trained = load_vocabulary(vocabulary.path, **chosen)
-    for name, field in (("pad_id", "pad_id"), ("end_of_document_id", "end_of_document_id"), ("multiple", "size")):
+    for name, field in (("pad_id", "pad_id"), ("end_of_document_id", "end_of_document_id"),
+                        ("multiple and size", "size"), ("begin_id", "begin_ids")):
         there, here = getattr(trained, field), getattr(vocabulary, field)
         if there != here:
-            what = f"{name} = {there}" if field == name else f"an embedding of {there} rows"
+            what = f"an embedding of {there} rows" if field == "size" else f"{field} = {there}"
             raise ValueError(f"{model_dir} was trained with vocabulary.{what}, here it is {here}: leave "
                              f"vocabulary.{name} out to take its own over.")
 
@@ -59,11 +96,13 @@ def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, m
 def require_same_model(
     record: Mapping[str, Any], vocabulary: Vocabulary, config: DecoderConfig, model_dir: str
 ) -> None:
-    """Raises ValueError where a run directory's checkpoint has another vocabulary, length, or decoder than `config`."""
+    """Raises ValueError where a run directory's checkpoint has another vocabulary or decoder than `config`, or shorter
+    rows."""
     require_same_vocabulary(record, vocabulary, model_dir)
-    if record["ledger"]["length"] != config.length:
+    if record["ledger"]["length"] < config.length:
         raise ValueError(f"{model_dir} was trained on rows of {record['ledger']['length']} tokens, here they have "
-                         f"{config.length}: leave TASK_FEATURE_LENGTHS out to take its length over.")
+                         f"{config.length}: set TASK_FEATURE_LENGTHS to as many or fewer, or leave it out to take its "
+                         "length over.")
     for field in dataclasses.fields(config):
         name = f"model.{field.name}"
         saved = literal(record["settings"], name)

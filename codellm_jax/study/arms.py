@@ -3,12 +3,16 @@
     ARMS = {
         'NL': {'CODE_RATE': 0.0},                                a run of pre-training
         'NC-uniform': {'from': 'NL', 'CODE_RATE': 0.375},        a run of tuning that starts from NL of its own seed
+        'QC': {'from': 'hf://ORG/NAME', 'CODE_RATE': 0.375},     a run of tuning that starts from published weights
+        'MORE': {'from': 'NL', 'stage': 'pretraining', 'CODE_RATE': 0.5},   a run that pre-trains NL further
         'RATE': {'sweep': {'CODE_RATE': [0.1, 0.25, 0.5]}},      RATE-0.1, RATE-0.25 and RATE-0.5
         'WIDE': {'gin_file': 'gin/models/125m.gin', 'CODE_RATE': 0.0},
     }
 
-What an arm has besides 'from', 'sweep' and 'gin_file' are settings, as on the command line. An arm that starts from a
-swept one is swept with it.
+'from' names an arm, a run directory, or published weights: a folder of them (a path has a slash in it) or
+hf://ORG/NAME. What starts from something is tuned, unless its 'stage' says otherwise. What an arm has besides 'from',
+'stage', 'sweep' and 'gin_file' are settings, as on the command line. An arm that starts from a swept one is swept with
+it.
 
 Two comparisons are offered, for either stage:
 
@@ -29,7 +33,8 @@ from codellm_jax.mixture.schedules import Schedule, constant, phases
 from codellm_jax.runtime.process import require_plain_name
 
 COMPARISONS = ("compute-matched", "data-matched")
-WORDS = ("from", "sweep", "gin_file")  # what in an arm is no setting
+WORDS = ("from", "stage", "sweep", "gin_file")  # what in an arm is no setting
+STAGES = ("pretraining", "tuning")
 OWN = ("SEED", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH")  # settings that the plan makes
 
 _PAIRS_OF_FILES = (("mixed_pretrain", "text_pretrain"), ("mixed_pretrain_increase", "mixed_pretrain_decrease"),
@@ -82,10 +87,8 @@ class Arm(NamedTuple):
     parent: str | None  # the arm whose runs it starts from
     gin_file: str | None  # settings of its own, above those of its stage
     settings: Mapping[str, Any]
-
-    @property
-    def stage(self) -> str:
-        return "tuning" if self.parent else "pretraining"
+    source: str | None = None  # the run directory or published weights that it starts from
+    stage: str = "pretraining"
 
 
 class Run(NamedTuple):
@@ -102,8 +105,13 @@ class Run(NamedTuple):
 
     @property
     def parent(self) -> str | None:
-        """The run it starts from."""
+        """The run of the study that it starts from."""
         return f"{self.arm.parent}.seed{self.seed}" if self.arm.parent else None
+
+    @property
+    def start(self) -> str | None:
+        """What it starts from: a run of the study, another run's directory, or published weights."""
+        return self.parent or self.arm.source
 
 
 class Asked(NamedTuple):
@@ -148,13 +156,13 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
     told: list[str] = []
     waiting = dict(given)
     while waiting:
-        ready = [name for name, facts in waiting.items() if facts.get("from") is None or facts["from"] in families]
+        ready = [name for name, facts in waiting.items() if facts.get("from") not in given or facts["from"] in families]
         if not ready:
             raise ValueError(f"ARMS goes round in a circle: {', '.join(waiting)} start from each other.")
         for name in ready:
             facts = waiting.pop(name)
             families[name] = []
-            for suffix, arm in _members(name, facts, families[facts["from"]] if facts.get("from") else [("", "")]):
+            for suffix, arm in _members(name, facts, families.get(str(facts.get("from")), [("", "")])):
                 same = next((other.name for other in arms.values() if other[1:] == arm[1:]), None)
                 if same:
                     told.append(f"{arm.name} is {same}, which is trained once.")
@@ -189,9 +197,12 @@ def _require_arm(name: str, facts: Any, given: Mapping[str, Any]) -> None:
     if own := [key for key in facts if key in OWN]:
         raise ValueError(f"ARMS gives {name} {own[0]}, which the study sets: SEEDS lists seeds, 'from' names the arm "
                          "to start from.")
-    if facts.get("from") is not None and facts["from"] not in given:
-        raise ValueError(f"ARMS lets {name} start from {facts['from']!r}, which is no arm: "
-                         f"{', '.join(given)} are there.")
+    start = facts.get("from")
+    if start is not None and start not in given and not (isinstance(start, str) and "/" in start):
+        raise ValueError(f"ARMS lets {name} start from {start!r}, which is no arm: {', '.join(given)} are there. A run "
+                         "directory or published weights are named by a path with a slash, or as hf://ORG/NAME.")
+    if facts.get("stage", STAGES[0]) not in STAGES:
+        raise ValueError(f"ARMS gives {name} the stage {facts['stage']!r}; a stage is {' or '.join(STAGES)}.")
     if "sweep" in facts:
         sweep = facts["sweep"]
         values = next(iter(sweep.values())) if isinstance(sweep, Mapping) and len(sweep) == 1 else None
@@ -205,6 +216,8 @@ def _require_arm(name: str, facts: Any, given: Mapping[str, Any]) -> None:
 def _members(name: str, facts: Mapping[str, Any], parents: Sequence[tuple[str, str]]) -> list[tuple[str, Arm]]:
     """(suffix, arm) for each point of the arm's own sweep and each of what it starts from."""
     settings = {key: value for key, value in facts.items() if key not in WORDS}
+    start = facts.get("from")
+    stage = facts.get("stage", "tuning" if start else "pretraining")
     points: list[tuple[str, dict[str, Any]]] = [("", {})]
     if "sweep" in facts:
         [(swept, values)] = facts["sweep"].items()
@@ -217,7 +230,8 @@ def _members(name: str, facts: Mapping[str, Any], parents: Sequence[tuple[str, s
             if "MIX_PHASES" in both:
                 both = {"CODE_RATE": None} | both
             members.append((parent_suffix + suffix, Arm(
-                f"{name}{parent_suffix}{suffix}", parent or None, facts.get("gin_file"), both)))
+                f"{name}{parent_suffix}{suffix}", parent or None, facts.get("gin_file"), both,
+                None if parent else start, stage)))
     return members
 
 

@@ -290,7 +290,7 @@ def page(
         total, flops, tokens = total + (seconds or 0.0) * to_do, flops + fact["flops"], tokens + fact["tokens"]
         epochs = ", ".join(f"{source['name']} {source['epochs']:.2f}" for source in fact["sources"])
         lines.append(
-            f"{run.name:<24} {run.parent or '-':<14} {run.mix:<12} {fact['steps']:>8,} {fact['tokens']:>15,} "
+            f"{run.name:<24} {run.start or '-':<14} {run.mix:<12} {fact['steps']:>8,} {fact['tokens']:>15,} "
             f"{fact['flops']:>9.2e} {'-' if seconds is None else duration(seconds):>8}  {stand[run.name].state:<10} "
             f"{epochs}")
     lines += ["", f"study        {asked.directory}, {asked.comparison}, {len(chosen)} runs: {tokens:,} tokens with "

@@ -26,12 +26,16 @@ from codellm_jax.configuration import (
 from codellm_jax.results.files import files_of, write_whole
 from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
 from codellm_jax.study.arms import OWN, Arm, Asked, Run, Study, expand, plan_runs
+from codellm_jax.weights.start import settings_to_start_from
 
 # Where a result was looked for or what else was asked with it makes no other result of it.
 FREE_OF_RESULTS = frozenset(("CHECKPOINT_PATH", "TASKS", "evaluate.results_dir"))
 
 # What a run takes over from the run it starts from.
 TAKEN_OVER = re.compile(r"(model|mesh|vocabulary)\.|mixture\.lengths$|VOCABULARY$|TASK_FEATURE_LENGTHS$")
+
+# Settings of a run to start from, where there is none: what files do not set themselves.
+NOT_KNOWN = {"vocabulary.path": "None", "mixture.lengths": "None"}
 
 Settings = tuple[tuple[str, str], ...]  # (name, value), as on the command line
 
@@ -103,7 +107,7 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
     asked: dict[str, Asked] = {}
     for arm in arms:
         files, overrides = _of_arm(arm, study, common[arm.stage], search_paths)
-        parent = effective[arm.parent] if arm.parent else None
+        parent = effective[arm.parent] if arm.parent else _settings_of(arm)
         places: Settings = (("MODEL_DIR", "planned"), *((("INITIAL_CHECKPOINT_PATH", "planned"),) if parent else ()))
         try:
             found = read_configuration(files, [*overrides, *places], search_paths, parent)
@@ -128,8 +132,8 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
         own = [("SEED", str(run.seed)), ("MODEL_DIR", folder)]
         if run.steps != asked[run.arm.name].steps:
             own.insert(0, ("TRAIN_STEPS", str(run.steps)))
-        if run.parent:
-            own.append(("INITIAL_CHECKPOINT_PATH", run_folder(study.directory, run.parent)))
+        if start := run_folder(study.directory, run.parent) if run.parent else run.arm.source:
+            own.append(("INITIAL_CHECKPOINT_PATH", start))
         kept = [pair for pair in overrides if pair[0] not in dict(own)]
         # Of a run's evaluation only the settings asked are compared, so that nothing need be taken over here.
         evaluation = [*common["evaluation"], ("CHECKPOINT_PATH", folder)]
@@ -143,6 +147,14 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
             read_configuration(files, [*kept, *own], search_paths, parent or {}),
             tuple(study.evaluation_files), tuple(evaluation), asking, tasks))
     return planned, told
+
+
+def _settings_of(arm: Arm) -> Mapping[str, str] | None:
+    """Settings of the run directory or the published weights that an arm starts from, if it does."""
+    try:
+        return None if arm.source is None else settings_to_start_from(arm.source)[1]
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{arm.name}: {error}") from None
 
 
 def run_folder(directory: str, name: str) -> str:
@@ -187,7 +199,7 @@ def stage_settings(study: Study, configuration: Configuration, search_paths: Seq
 
 def _names_of_stage(study: Study, stage: str, search_paths: Sequence[str]) -> set[str]:
     """The macros that a stage's files use, and the configurables that they bind or refer to."""
-    read = read_configuration(study.files(stage), _placeholders(stage), search_paths, {})
+    read = read_configuration(study.files(stage), _placeholders(stage), search_paths, NOT_KNOWN)
     names = {name.rpartition(".")[0] for setting in read.settings if "." in (name := setting.name)}
     for setting in read.settings:
         names |= set(re.findall(r"[%@](\w+)", setting.value))
@@ -198,7 +210,7 @@ def stage_configuration(study: Study, configuration: Configuration, stage: str,
                         search_paths: Sequence[str]) -> Configuration:
     """What holds for the runs of a stage before an arm adds its own, each setting with where it stands."""
     common = stage_settings(study, configuration, search_paths)[stage]
-    read = read_configuration(study.files(stage), [*_placeholders(stage), *common], search_paths, {})
+    read = read_configuration(study.files(stage), [*_placeholders(stage), *common], search_paths, NOT_KNOWN)
     effective = configuration.effective
 
     def placed(setting: Setting) -> Setting:
@@ -234,10 +246,11 @@ def _of_arm(
     arm: Arm, study: Study, common_settings: Settings, search_paths: Sequence[str]
 ) -> tuple[tuple[str, ...], Settings]:
     """The gin files and the settings of an arm; what its own file sets is above what the study says of the stage."""
-    common = dict(common_settings)
+    starts = arm.parent or arm.source
+    common = {name: value for name, value in common_settings if not (starts and TAKEN_OVER.match(name))}
     if arm.gin_file:
         alone = {setting.name for setting in read_configuration(
-            [*study.files(arm.stage), arm.gin_file], _placeholders(arm.stage), search_paths, {}).settings
+            [*study.files(arm.stage), arm.gin_file], _placeholders(arm.stage), search_paths, NOT_KNOWN).settings
             if setting.where.startswith(f"{arm.gin_file}:")}
         common = {name: value for name, value in common.items() if name not in alone}
     own = {name: value if isinstance(value, str) and value[:1] in ("@", "%") else _bare_value(repr(value))
@@ -248,9 +261,9 @@ def _of_arm(
 def _placeholders(stage: str) -> Settings:
     """Settings that the files of a stage need and only the plan has, for reading the files alone."""
     names = {
-        "pretraining": ["MODEL_DIR", "CODE_RATE"],
-        "tuning": ["MODEL_DIR", "CODE_RATE", "INITIAL_CHECKPOINT_PATH", "VOCABULARY", "TASK_FEATURE_LENGTHS"],
-        "evaluation": ["CHECKPOINT_PATH", "VOCABULARY", "TASK_FEATURE_LENGTHS"]}[stage]
+        "pretraining": ["MODEL_DIR", "CODE_RATE", "INITIAL_CHECKPOINT_PATH"],
+        "tuning": ["MODEL_DIR", "CODE_RATE", "INITIAL_CHECKPOINT_PATH"],
+        "evaluation": ["CHECKPOINT_PATH"]}[stage]
     return tuple((name, "None") for name in names)
 
 
@@ -289,7 +302,7 @@ def plan_as_json(
     return {"comparison": study.comparison, "seeds": list(study.seeds), "common": {
         stage: {"gin_files": study.files(stage), "settings": dict(common[stage])} for stage in STAGES}, "runs": [
         {"run": one.run.name, "arm": one.run.arm.name, "stage": one.run.arm.stage, "seed": one.run.seed,
-         "from": one.run.parent, "mix": one.run.mix, "steps": one.run.steps, "gin_file": one.run.arm.gin_file,
+         "from": one.run.start, "mix": one.run.mix, "steps": one.run.steps, "gin_file": one.run.arm.gin_file,
          "settings": {name: value for name, value in one.run.arm.settings.items() if value is not None}}
         for one in planned]}
 

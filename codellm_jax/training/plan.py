@@ -45,8 +45,10 @@ class Training:
       eval_rows: held-out rows of each source that are evaluated.
       keep_last: newest checkpoints kept; keep_every: besides, those at its multiples.
       microbatches: parts a batch is trained on in turn before one update, to save memory.
-      initial_checkpoint_path: a run directory whose parameters are started from.
+      initial_checkpoint_path: a run directory whose parameters are started from, or published weights.
       evaluation: benchmarks that are asked at each evaluation; None for none.
+      export_period: after every so many steps, and the last one, the parameters are written to MODEL_DIR/exports/STEP
+        as a folder for Hugging Face's libraries, in float32; None for never.
       seed: of the parameters, the order and dropout.
     """
 
@@ -68,6 +70,7 @@ class Training:
     microbatches: int = 1
     initial_checkpoint_path: str | None = None
     evaluation: Evaluation | None = None
+    export_period: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class Training:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
                 raise ValueError(f"{name.upper()} must be a whole number from 1, found {value!r}.")
+        if self.export_period is not None and self.export_period < 1:
+            raise ValueError(f"EXPORT_PERIOD must be at least 1, or None for never, found {self.export_period}.")
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"train.keep_every must be at least 1, or None for none, found {self.keep_every}.")
         if not 0 <= self.seed < 2**32:
@@ -158,6 +163,11 @@ def describe(training: Training, plan: Plan) -> str:
         lines.append(f"MIX_PHASES is set, so that CODE_RATE = {training.mixture.code_rate} is not used.")
     for cached in mixture.training:
         lines += cached.notes
+        if cached.conversations:
+            form = "in the vocabulary's chat template" if training.vocabulary.chat_template else \
+                "as instructions and responses, for the vocabulary has no chat template"
+            lines.append(f"{cached.name}: {cached.conversations:,} of {cached.documents:,} examples are conversations, "
+                         f"{form}.")
         if cached.cut or cached.left_out:
             lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
                          f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "

@@ -31,7 +31,7 @@ from codellm_jax.model.decoder import Decoder, flops_per_token, output_head, par
 from codellm_jax.model.losses import chunk_of, cross_entropy
 from codellm_jax.results.files import write_whole
 from codellm_jax.results.tables import short_score
-from codellm_jax.runtime.checkpoints import Checkpoints, newest_record, resolved, restore_parameters
+from codellm_jax.runtime.checkpoints import Checkpoints, resolved
 from codellm_jax.runtime.compatibility import (
     require_same_model,
     require_same_settings,
@@ -48,6 +48,8 @@ from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_r
 from codellm_jax.runtime.provenance import software, training_hash
 from codellm_jax.runtime.state import TrainState, initial_state, require_memory
 from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
+from codellm_jax.weights.exporting import export_while_training
+from codellm_jax.weights.start import newest_record, restore_parameters
 
 STATE = "Parameters and optimizer state"
 
@@ -223,7 +225,8 @@ def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, se
             path, plan.state.params, check=same_model, report=say)
         state = state.replace(params=params)
         parent = record["ledger"] | {"model_dir": resolved(path), "step": record["step"], "digest": record["digest"]}
-    ledger = Ledger.begin(plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length, parent)
+    ledger = Ledger.begin(plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length, parent,
+                          any(rows.conversations for rows in plan.mixture.training))
     return Run(training, plan, state, ledger, 0)
 
 
@@ -286,6 +289,13 @@ def loop(
         saved = run.step
         meter.restart()
 
+    def export() -> None:
+        meter.settle()
+        record = {"settings": dict(settings), "ledger": run.ledger.to_json(), "step": run.step}
+        export_while_training(run.state.params, plan.model.config, training.vocabulary, record,
+                              f"{resolved(training.model_dir)}/exports/{run.step}", status.say)
+        meter.restart()
+
     try:
         while run.step < plan.last_step and not stops(stop, run.step, training.log_period):
             profile.begin_before(run.step + 1, meter)
@@ -302,6 +312,10 @@ def loop(
                 meter.settle()
                 evaluate(run, eval_fn, records, status)
                 meter.restart()
+            # Before the checkpoint: a run that is killed meanwhile comes this way again.
+            if training.export_period and (
+                    run.step % training.export_period == 0 or run.step == plan.last_step):
+                export()
             if run.step % training.checkpoint_period == 0:
                 save()
         if run.step > saved:

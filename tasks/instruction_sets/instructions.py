@@ -9,12 +9,14 @@ Specs, as in `corpora.sources`, of these kinds:
   {"official": "text.pclue", "data_dir": FOLDER}    found by its official file name, see `corpora.official`
 
 A record of "instructions" is {instruction, input, output}, which goes through Alpaca's prompt, in Chinese or English
-as `language` says, or else as the record's own characters do; or it is {input, target}, which is used as it stands.
-Other keys are ignored, and `input` may be empty or missing. `sample` keeps so many records of the training split,
-chosen by a stable hash.
+as `language` says, or else as the record's own characters do; or it is {input, target}, which is used as it stands;
+or it is a conversation, {messages} or {conversations} (see `conversations`), whose form the vocabulary's chat template
+gives, or `prompts` where there is none. A file may hold all of these. Other keys are ignored, and `input` may be empty
+or missing. `sample` keeps so many records of the training split, chosen by a stable hash.
 
-`validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt puts a hundredth of the
-records into "validation" and a hundredth into "test", and of few records at least one prompt each. MBPP has its
+`validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt (of a conversation the
+first) puts a hundredth of the records into "validation" and a hundredth into "test", and of few records at least one
+prompt each. MBPP has its
 official splits instead: "train" is 601 to 974, "validation" 511 to 600. Of both, the problems of the sanitized set,
 which are evaluated on, are left out; `keep_sanitized` keeps them.
 
@@ -29,7 +31,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from codellm_jax.contents import size
@@ -50,11 +52,14 @@ from tasks.corpora.specs import (
     splits,
     validate,
 )
-from tasks.instruction_sets.prompts import alpaca_prompt
+from tasks.instruction_sets.conversations import Message, is_conversation, read_conversation
+from tasks.instruction_sets.prompts import alpaca_prompt, conversation_turns
 from tasks.instruction_sets.python_instructions import python_instructions
 
 # Part of every cache key; raise it whenever the same files, or the same Python, would give other pairs.
 INSTRUCTIONS_VERSION = 2
+# The same of the kind "instructions": since 3 conversations are read, which were passed over before.
+RECORDS_VERSION = 3
 
 COSQA_INSTRUCTION = "Decide whether the Python code answers the query. Reply with one word, correct or wrong."
 COSQA_ANSWERS = {0: "wrong", 1: "correct"}
@@ -66,6 +71,41 @@ class Pair(NamedTuple):
     inputs: str
     targets: str
 
+    @property
+    def texts(self) -> Iterable[str]:
+        """All that is learned from."""
+        return self
+
+    @property
+    def asked(self) -> str:
+        """The first prompt, by which a split is chosen."""
+        return self.inputs
+
+
+class Conversation(NamedTuple):
+    """Several turns: the messages, for a chat template, and what they are where there is none."""
+
+    messages: list[Message]  # each with role and content; the last is the assistant's
+    turns: list[str]  # prompt, answer, prompt, answer ...; see `prompts`
+    place: str  # of its record, for messages
+
+    @property
+    def inputs(self) -> str:
+        """What the last answer is written to."""
+        return "".join(self.turns[:-1])
+
+    @property
+    def targets(self) -> str:
+        return self.turns[-1]
+
+    @property
+    def texts(self) -> Iterable[str]:
+        return (text for message in self.messages for text in message.values())
+
+    @property
+    def asked(self) -> str:
+        return self.turns[0]
+
 
 # ---- Reading -----------------------------------------------------------------------------------
 
@@ -73,7 +113,7 @@ class Pair(NamedTuple):
 def pairs(
     spec: Mapping[str, Any], split: str, name: str = "corpus", only_files: Sequence[str] | None = None,
     borders: Borders | None = None,
-) -> Iterator[Pair]:
+) -> Iterator[Pair | Conversation]:
     """Reads a corpus of instructions, in the order of its sorted files.
 
     Args:
@@ -119,12 +159,12 @@ def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | Non
     if kind_of(spec) == "official":
         spec = official.resolve(spec, name)
     found = _pairs(spec, "train", sources.files(spec, "train", name), name, PassedOver())
-    return borders_of((position(pair.inputs.encode()) for pair in found if pair), holdout)
+    return borders_of((position(pair.asked.encode()) for pair in found if pair), holdout)
 
 
 def _usable(
     spec: Mapping[str, Any], split: str, name: str, files: Sequence[str], borders: Borders | None, whole: bool = True
-) -> Iterator[Pair]:
+) -> Iterator[Pair | Conversation]:
     """The pairs of the split, no prompt being in two; reports the records that are none, by their places, when reading
     ends.
     """
@@ -136,7 +176,7 @@ def _usable(
                 elsewhere += 1
             else:
                 kept += 1
-                if borders is None or split_of(pair.inputs.encode(), borders) == split:
+                if borders is None or split_of(pair.asked.encode(), borders) == split:
                     yield pair
     finally:
         if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
@@ -157,11 +197,13 @@ def _records(files: Sequence[str], name: str) -> Iterator[tuple[str, Record]]:
 
 def _pairs(
     spec: Mapping[str, Any], split: str, files: Sequence[str], name: str, lost: PassedOver
-) -> Iterator[Pair | None]:
-    """A pair for each record, None for one that is officially of another split; counts the others, by their places."""
+) -> Iterator[Pair | Conversation | None]:
+    """What each record is, None for one that is officially of another split; counts those that are none, by places."""
     recast = _RECAST[kind_of(spec)]
     for place, record in _records(files, name):
         pair = record if isinstance(record, Lost) else recast(record, spec, split)
+        if isinstance(pair, Conversation):
+            pair = pair._replace(place=place)
         if isinstance(pair, Lost):
             lost.add(pair.reason, place)
         elif pair is not None and not _is_valid_text(pair):
@@ -170,10 +212,10 @@ def _pairs(
             yield pair
 
 
-def _sampled(found: Iterator[Pair], wanted: int, name: str) -> Iterator[Pair]:
+def _sampled(found: Iterator[Pair | Conversation], wanted: int, name: str) -> Iterator[Pair | Conversation]:
     """`wanted` pairs of those found, in their order; the same ones in whatever order the files come."""
 
-    def place(item: tuple[int, Pair]) -> tuple[bytes, int]:
+    def place(item: tuple[int, Pair | Conversation]) -> tuple[bytes, int]:
         number, pair = item
         # Other bytes than a split is chosen by, and salted, so that the sample is no slice of it.
         return hashlib.sha256(f"sample\0{pair.inputs}\0{pair.targets}".encode()).digest(), number
@@ -185,9 +227,9 @@ def _sampled(found: Iterator[Pair], wanted: int, name: str) -> Iterator[Pair]:
         yield pair
 
 
-def _is_valid_text(pair: Pair) -> bool:
+def _is_valid_text(pair: Pair | Conversation) -> bool:
     try:
-        "".join(pair).encode()
+        "".join(pair.texts).encode()
     except UnicodeEncodeError:  # Lone surrogates, from escapes.
         return False
     return True
@@ -196,19 +238,21 @@ def _is_valid_text(pair: Pair) -> bool:
 # ---- Recasting ---------------------------------------------------------------------------------
 
 
-def _instruction(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pair | Lost | None:
-    """{instruction, input, output} through a prompt; {input, target} as it stands."""
+def _instruction(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pair | Conversation | Lost | None:
+    """{instruction, input, output} through a prompt; {input, target} as it stands; else a conversation."""
     values: tuple[Any, ...]
     if {"instruction", "output"} <= record.keys():
         given = record.get("input")
         values = (record["instruction"], record["output"], "" if given is None else given)
     elif {"input", "target"} <= record.keys() and "instruction" not in record:
         values = (record["input"], record["target"])
-    elif "messages" in record or "conversations" in record:
-        return Lost("conversations, which are not read: make of each a record {instruction, input, output} or "
-                    "{input, target}")
+    elif is_conversation(record):
+        messages = read_conversation(record)
+        if isinstance(messages, Lost):
+            return messages
+        return Conversation(messages, conversation_turns(messages, spec.get("language")), place="")
     else:
-        return Lost("without instruction and output, or input and target")
+        return Lost("without instruction and output, input and target, or messages")
     if not all(isinstance(value, str) for value in values):
         return Lost("with a value that is no text")
     if not all(value.strip() for value in values[:2]):
@@ -279,7 +323,7 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     description = {
         "kind": kind,
         "options": json.loads(json.dumps(options, sort_keys=True)),
-        "reader": INSTRUCTIONS_VERSION,
+        "reader": RECORDS_VERSION if kind == "instructions" else INSTRUCTIONS_VERSION,
     }
     if kind == "python_instructions":
         return description | {"python": sys.version, "prefix": sys.base_prefix}

@@ -1,6 +1,26 @@
-"""How an instruction becomes what a model reads: the prompt of Stanford Alpaca, and its like in Chinese."""
+"""How an instruction becomes what a model reads: the prompt of Stanford Alpaca, and its like in Chinese.
 
+A conversation has the same form. Each message of a user is an instruction of its own, each message of the assistant
+its response, and a system's message stands in the place of the sentences that Alpaca begins with:
+
+    {system's message}
+
+    ### Instruction:
+    {first message of the user}
+
+    ### Response:{answer}<end of document>
+
+    ### Instruction:
+    {second message of the user}
+
+    ### Response:{answer}<end of document>
+
+So a question and its answer, without a system's message, are what a record {instruction, output} is.
+"""
+
+import itertools
 import re
+from collections.abc import Mapping, Sequence
 
 _PROMPTS = {
     ("en", True): (
@@ -41,5 +61,39 @@ def alpaca_prompt(instruction: str, given: str = "", language: str | None = None
     if not given.strip() or _NO_INPUT.fullmatch(given.replace("&lt;", "<").replace("&gt;", ">")):
         given = ""
     if language is None:
-        language = "zh" if _CHINESE.search(instruction + given) else "en"
+        language = _language(instruction + given)
     return _PROMPTS[language, bool(given)].format(instruction=instruction, input=given)
+
+
+def conversation_turns(messages: Sequence[Mapping[str, str]], language: str | None = None) -> list[str]:
+    """What a model reads and what it writes by turns, of a conversation in the form that the module describes.
+
+    Args:
+      messages: each with role ("system", at the beginning alone, "user" or "assistant") and content.
+      language: of the words that stand between messages; by default that of the messages before the first answer, as
+        `alpaca_prompt` finds it.
+
+    Returns:
+      A prompt, its answer, the next prompt and so on. The last is a prompt where a user has the last word. The end of
+      document behind each answer is not among them.
+    """
+    if language is None:
+        first = itertools.takewhile(lambda message: message["role"] != "assistant", messages)
+        language = _language("".join(message["content"] for message in first))
+    opening, section, response = _PROMPTS[language, False].split("\n\n")
+    turns: list[str] = []
+    waiting = [opening]  # parts of the next prompt
+    for message in messages:
+        match message["role"]:
+            case "system" if message["content"].strip():
+                waiting = [message["content"]]
+            case "user":
+                waiting.append(section.format(instruction=message["content"]))
+            case "assistant":
+                turns += ["\n\n".join([*waiting, response]), message["content"]]
+                waiting = [""]
+    return turns if messages[-1]["role"] == "assistant" else [*turns, "\n\n".join([*waiting, response])]
+
+
+def _language(text: str) -> str:
+    return "zh" if _CHINESE.search(text) else "en"

@@ -147,6 +147,23 @@ def test_what_was_scored_is_what_is_shown(tmp_path):
     assert "该答案" not in result["raw_outputs"][0]  # which was cut
 
 
+def test_prompts_begin_where_the_vocabulary_says_so(tmp_path, beginning_tokenizer, monkeypatch):
+    """Those that are scored and those that are answered; what stands behind them does not."""
+    model, seen = Model(), []
+    model.vocabulary = load_vocabulary(beginning_tokenizer)
+    monkeypatch.setattr(model, "score", lambda requests, batch_tokens: seen.extend(requests) or Model.score(
+        model, requests, batch_tokens))
+    asked(tmp_path, [loaded("cosqa", [choices(0, "a row")])], model, scoring="sum")
+    assert [list(request.prompt) for request in seen] == [
+        [0, *WORDS.encode(f"该答案：{answer}，可以回答：")] for answer in "ABCD"]
+    assert all(list(request.continuation)[: len(WORDS.encode("a row"))] == WORDS.encode("a row") for request in seen)
+    begun = []
+    monkeypatch.setattr(model, "write", lambda prompts, *rest, **options: begun.extend(prompts) or Model.write(
+        model, prompts, *rest, **options))
+    _, lines, _ = asked(tmp_path, [loaded("dureader", prompts("a"))], model)
+    assert begun == [[0, *WORDS.encode("question a")]]
+
+
 def test_a_single_token_does_not_win_by_having_nothing_to_score(tmp_path):
     """"released" leaves the first token out, and has no padding token after a question that fills the model."""
     prompt = "x = 1\n" * 40

@@ -114,6 +114,27 @@ def test_what_is_empty(harness, log_probabilities):
     assert isinstance(text, str)
 
 
+def test_texts_begin_where_the_vocabulary_says_so(harness, log_probabilities, beginning_tokenizer, monkeypatch):
+    """With and without a prompt, scored, whole and written, as by the harness's own model of Hugging Face."""
+    own, plain = load_vocabulary(beginning_tokenizer), harness._model.vocabulary.encode
+    monkeypatch.setattr(harness, "_model", harness._model._replace(vocabulary=own))
+    assert harness.tok_encode("the row") == [0, *plain("the row")]
+    assert harness.tok_encode("the row", add_special_tokens=False) == plain("the row")
+    assert (harness.prefix_token_id, harness.eot_token_id) == (0, 1)
+    found = harness.loglikelihood(ask("loglikelihood", ("a row of tokens", " is read"), ("", "schedule"), ("", "")))
+    for (value, _), (prompt, continuation) in zip(found, [
+            ([0, *plain("a row of tokens")], plain(" is read")), ([0], plain("schedule"))], strict=False):
+        assert value == pytest.approx(expected(log_probabilities, prompt, continuation)[0], rel=1e-5)
+    assert found[2] == (0.0, True)
+    wanted, _ = expected(log_probabilities, [0], [0, *plain("the row")])
+    assert harness.loglikelihood_rolling(ask("loglikelihood_rolling", ("the row",))) == pytest.approx([wanted])
+    asked = []
+    monkeypatch.setattr(type(harness._model), "write", lambda self, prompts, *rest, **options: (
+        asked.extend(prompts) or [Generation([], "end", 0) for _ in prompts]))
+    harness.generate_until(ask("generate_until", ("the row", {"until": []}), ("", {"until": []})))
+    assert asked == [[0, *plain("the row")], [0]]
+
+
 def test_a_continuation_within_the_prompts_last_token_is_scored_by_itself(harness, log_probabilities):
     whole = next(text for text in ("schedule", "tokens", "position") if len(harness.tok_encode(text)) == 1)
     [(value, _)] = harness.loglikelihood(ask("loglikelihood", (whole[:-1], whole[-1])))

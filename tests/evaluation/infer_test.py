@@ -74,6 +74,26 @@ def test_a_part_holds_whole_characters_only(inference, monkeypatch):
     assert answer.text == "a鑫b" and [part for part in parts if part] == ["a", "鑫", "b"]
 
 
+def test_prompts_begin_where_the_vocabulary_says_so(inference, beginning_tokenizer, monkeypatch):
+    from codellm_jax.evaluation import infer as module
+
+    asked: list[list[int]] = []
+
+    class Model:
+        vocabulary, config = load_vocabulary(beginning_tokenizer), SimpleNamespace(length=32)
+
+        def stream(self, prompts, *rest, **options):
+            asked.extend(prompts)
+            return iter([Piece(row, [], "end") for row in range(len(prompts))])
+
+        def room(self, sampling):
+            return 8
+
+    monkeypatch.setattr(module, "trained_model", lambda *rest: contextlib.nullcontext((Model(), {})))
+    list(infer(inference, ["the row", ""], lambda text: None, lambda number, prompt: None))
+    assert asked == [[0, *load_vocabulary().encode("the row")], [0]]
+
+
 def test_answers_are_out_before_later_prompts_are_read(inference):
     """Four batches of one: each answer is whole before the next begins."""
     seen: list[str] = []

@@ -74,6 +74,32 @@ def test_answers_are_encoded_as_they_stand_behind_their_prompts(tmp_path, other_
             first + second for first, second in pairs]
 
 
+def test_documents_and_prompts_begin_where_the_vocabulary_says_so(tmp_path, beginning_tokenizer):
+    plain, own = load_vocabulary(), load_vocabulary(beginning_tokenizer)
+    assert (own.begin_ids, own.end_of_document_id) == ((0,), 1)
+    documents = tasks.Definitions(corpora={
+        "text.begun": {"json_lines": written(tmp_path, [{"text": text} for text in ODD]), "holdout": 0}})
+    found = list(examples(open_task("text.begun", documents, "pretraining"), "train", own, threads=2))
+    assert [example.targets.tolist() for example in found] == [[0, *plain.encode(text), 1] for text in ODD]
+    pairs = list(zip(ODD, ODD[::-1], strict=True))
+    (tmp_path / "asked").mkdir()
+    asked = tasks.Definitions(corpora={"text.begun_pairs": {
+        "instructions": written(tmp_path / "asked", [{"input": first, "target": second} for first, second in pairs]),
+        "holdout": 0}})
+    found = list(examples(open_task("text.begun_pairs", asked, "tuning"), "train", own))
+    assert [(example.inputs.tolist(), example.targets.tolist()) for example in found] == [
+        ([0, *plain.encode(first)], [*plain.encode(second), 1]) for first, second in pairs]
+
+
+def test_preprocessors_of_other_tasks_see_the_same_tokens_of_a_tokenizer_json(beginning_tokenizer):
+    """What joins documents and cuts them does so alike, and puts the begin token before what it gives."""
+    task = open_task("text.python_rows", tasks.Definitions(), "pretraining")
+    plain, own = (
+        [example.targets.tolist() for example, _ in zip(examples(task, "train", vocabulary), range(5), strict=False)]
+        for vocabulary in (load_vocabulary(), load_vocabulary(beginning_tokenizer)))
+    assert own == [[0, *tokens] for tokens in plain]
+
+
 def test_any_other_task_goes_through_its_own_preprocessors(tmp_path):
     """text.python_rows joins documents and cuts them, which no single document shows."""
     task = open_task("text.python_rows", tasks.Definitions(), "pretraining")

@@ -34,7 +34,7 @@ def forged(run: Path, target: Path, **settings: object) -> Path:
     [file] = (target / "checkpoints" / "4" / "record").glob("metadata")
     record = json.loads(file.read_text())
     record["settings"] |= settings
-    record["digest"] = checkpoints._digest(record)
+    record["digest"] = checkpoints.digest(record)
     file.write_text(json.dumps(record))
     return target
 
@@ -103,7 +103,7 @@ def test_ids_of_the_vocabulary_come_from_the_run(run_with_own_end, tiny_tuning_f
     ("model.heads=4", "model.heads = 2, here it is 4: leave model.heads out"),
     ("model.activation=gelu", "model.activation = 'fast_gelu', here it is 'gelu'"),
     ("model.norm=rms", "model.norm = 'layer', here it is 'rms'"),
-    ("TASK_FEATURE_LENGTHS={'targets': 16}", "rows of 32 tokens, here they have 16"),
+    ("TASK_FEATURE_LENGTHS={'targets': 48}", "rows of 32 tokens, here they have 48"),
 ])
 def test_what_contradicts_the_run_is_refused(
         run_with_own_end, tiny_tuning_flags, tmp_path, capsys, setting, message):

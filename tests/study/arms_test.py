@@ -53,6 +53,23 @@ def test_three_stages_in_a_row():
     assert names(select(runs, ["C"])) == ["A.seed0", "B.seed0", "C.seed0"]
 
 
+def test_arms_start_from_runs_and_published_weights():
+    arms, _ = expand(make_study({
+        "QN": {"from": "hf://ORG/NAME", "CODE_RATE": 0.0},
+        "MORE": {"from": "runs/qwen", "stage": "pretraining", "sweep": {"CODE_RATE": [0.1, 0.5]}},
+        "MN": {"from": "MORE", "CODE_RATE": 0.0}}))
+    assert [(arm.name, arm.parent, arm.source, arm.stage) for arm in arms] == [
+        ("QN", None, "hf://ORG/NAME", "tuning"), ("MORE-0.1", None, "runs/qwen", "pretraining"),
+        ("MORE-0.5", None, "runs/qwen", "pretraining"), ("MN-0.1", "MORE-0.1", None, "tuning"),
+        ("MN-0.5", "MORE-0.5", None, "tuning")]
+    # The same rate from another start is another arm.
+    assert len(expand(make_study({"A": {"from": "a/b"}, "B": {"from": "a/c"}}))[0]) == 2
+    with pytest.raises(ValueError, match="named by a path with a slash"):
+        expand(make_study({"A": {"from": "qwen", "CODE_RATE": 0.0}}))
+    with pytest.raises(ValueError, match="'cooldown'; a stage is pretraining or tuning"):
+        expand(make_study({"A": {"stage": "cooldown", "CODE_RATE": 0.0}}))
+
+
 def test_a_sweep_and_what_is_tuned_from_it():
     sweep = {"NL": {"CODE_RATE": 0}, "R": {"sweep": {"CODE_RATE": [0.0, 0.1, 0.5]}, "LEARNING_RATE": 1e-4},
              "RATE": {"sweep": {"CODE_RATE": [0.0, 0.1]}}, "RN": {"from": "RATE", "CODE_RATE": 0.0},

@@ -202,6 +202,28 @@ def test_what_does_not_come_back_is_noted_alike_by_shards(corpora, other_vocabul
     assert content(tmp_path / "asked") == content(tmp_path / "unasked")
 
 
+def test_rows_of_a_published_tokenizer_are_the_same_by_shards(corpora, beginning_tokenizer, tmp_path, small):
+    """Workers have a copy of its file alone, under another name."""
+    own = load_vocabulary(beginning_tokenizer)
+    defined = mixture_of(corpora, "pretraining", tmp_path).definitions
+    place = cache_place("text.many", defined, own, LENGTH, str(tmp_path / "asked"), "pretraining")
+    build = shards.Build("text.many", defined, own, LENGTH, "pretraining", place)
+    planned = shards.plan(build)
+    for shard in planned:
+        shards.tokenize(build, shard)
+    pieces = shards.pieces(build, planned)
+    for piece in pieces:
+        shards.cut(build, piece)
+    shards.finish(build, planned, pieces)
+    by_shards = cached_rows("text.many", defined, own, LENGTH, str(tmp_path / "asked"), silent)
+    alone = cached_rows("text.many", defined, own, LENGTH, str(tmp_path / "unasked"), silent)
+    assert content(tmp_path / "asked") == content(tmp_path / "unasked")
+    assert by_shards["train"].read(np.arange(1))[0, 0] == own.begin_ids[0] == 0
+    plain = cache_place("text.many", defined, load_vocabulary(), LENGTH, "c", "pretraining").key
+    assert "begin_ids" not in plain and place.key["begin_ids"] == (0,)
+    assert alone["train"].tokens > alone["train"].documents
+
+
 def test_two_that_do_the_same_are_both_right(corpora, unasked, tmp_path, small, monkeypatch):
     """As when a worker is given up and its work done by another, while it lives on."""
     build = build_of(corpora, tmp_path)

@@ -140,8 +140,8 @@ def test_sizes_are_taken_from_the_run_and_a_mismatch_is_refused(tune, pretrained
         "--gin_file=gin/models/2_6b.gin", "--gin.TASK_FEATURE_LENGTHS={'targets': 32}", "--gin.BATCH_SIZE=16")
     assert "was trained with model.activation = 'fast_gelu', here it is 'gelu'" in refused(
         "--gin.model.activation=gelu")
-    assert "rows of 32 tokens, here they have 16: leave TASK_FEATURE_LENGTHS out" in refused(
-        "--gin.TASK_FEATURE_LENGTHS={'targets': 16}")
+    assert "rows of 32 tokens, here they have 48: set TASK_FEATURE_LENGTHS to as many or fewer" in refused(
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 48}")
     assert "name the MODEL_DIR of a run that saved one" in refused(start="nowhere")
     assert cli.main(["train", "--gin_file=gin/tune_text.gin"]) == 1
 

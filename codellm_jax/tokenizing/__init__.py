@@ -1,0 +1,1 @@
+"""Text to token ids and back: the kinds of tokenizers, what a folder says of their ids, training, export."""

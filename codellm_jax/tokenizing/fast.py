@@ -1,0 +1,283 @@
+"""tokenizer.json, the files of Hugging Face's library `tokenizers`: byte-level BPE, BPE with byte fallback, Unigram.
+
+The library encodes; its own threads are not used, so that their number is ours and processes may fork. What a file
+would do to texts beyond encoding them is left out: truncation, padding, dropout, the tokens that a post-processor
+adds. Special tokens in texts are plain text, also where the model itself could give them (a piece "</s>" of Unigram).
+"""
+
+import concurrent.futures
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+UNKNOWN = "\ufffd"  # what ids that stand for nothing are read as
+# The names of the token that ends a document, where a file comes without a configuration.
+END_TOKENS = ("<|endofdocument|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+_CHARACTERS_A_CALL = 1 << 16
+# Of a decoder, the parts that give back what a normalizer or pre-tokenizer wrote for spaces, and bytes.
+_OF_SPACES = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}
+
+
+class FastTokenizer:
+    """A `Backend` of a tokenizer.json."""
+
+    pad_id: int | None = None  # such a file names none
+
+    def __init__(self, content: bytes, file: str, special: Sequence[str] = ()) -> None:
+        self._file = file
+        facts = _facts(content, file)
+        added = facts.get("added_tokens") or []
+        own = {token["content"] for token in added if token.get("special")}
+        self._facts = facts | {
+            "truncation": None, "padding": None, "model": facts["model"] | {"dropout": None},
+            "added_tokens": [token | {"special": token["content"] in own.union(special)} for token in added]}
+        whole = _tokenizer(self._facts, file)
+        self._ids: dict[str, int] = whole.get_vocab(with_added_tokens=True)
+        self.pieces = 1 + max(self._ids.values(), default=-1)
+        self.named_special = tuple(name for name in special if name in self._ids and name not in own)
+        self.special_tokens: dict[str, int] = {
+            name: token for name, token in sorted(self._ids.items(), key=lambda item: item[1])
+            if name in own or name in self.named_special}
+        self._special_ids = frozenset(self.special_tokens.values())
+        self._text_of = _text_rule(self._facts, file)
+        # A tokenizer is a static thing of half a gigabyte a million pieces: made once where the two do the same.
+        plain = _without(self._facts, self.special_tokens)
+        self._plain = whole if plain is self._facts else _tokenizer(plain, file)
+        self._plain.encode_special_tokens = True
+        behind = _without_prefix(plain)
+        self._puts_space = behind != plain
+        self._behind = self._plain
+        if self._puts_space:
+            self._behind = _tokenizer(behind, file)
+            self._behind.encode_special_tokens = True
+            [ids] = _encoded(self._behind, ["x  x"])
+            if b"  " not in b"".join(self._bytes[token] for token in ids):  # it squeezes blanks, T5's way
+                self._behind = self._plain
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What the post-processor's template puts before a text."""
+        for step in _steps(self._facts.get("post_processor"), "processors"):
+            if step["type"] == "TemplateProcessing":
+                return tuple(_begin_of(step))
+        return ()
+
+    @property
+    def end_id(self) -> int | None:
+        if len(self.special_tokens) == 1:
+            return next(iter(self.special_tokens.values()))
+        return next((self._ids[name] for name in END_TOKENS if name in self._ids), None)
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+    def name_of(self, token: int) -> str:
+        return next(name for name, other in self._ids.items() if other == token)
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
+
+    def encode(self, texts: Sequence[str], threads: int = 1, behind: bool = False) -> list[list[int]]:
+        tokenizer = self._behind if behind else self._plain
+        some = list(_some(texts))
+        if threads < 2 or len(some) < 2:
+            return [ids for part in some for ids in _encoded(tokenizer, part)]
+        with concurrent.futures.ThreadPoolExecutor(min(threads, len(some))) as pool:
+            return [ids for part in pool.map(lambda part: _encoded(tokenizer, part), some) for ids in part]
+
+    def encode_with_special(self, text: str) -> list[int]:
+        return _encoded(self._with_special, [text])[0]
+
+    def decode(self, ids: Sequence[int], begins: bool = True) -> str:
+        text = b"".join(self._bytes[token] if token < self.pieces else UNKNOWN.encode() for token in ids).decode(
+            "utf-8", "replace")
+        return text.removeprefix(" ") if begins and self._puts_space else text
+
+    def bytes_of_ids(self) -> tuple[bytes, ...]:
+        return self._bytes
+
+    @functools.cached_property
+    def _with_special(self) -> Any:
+        tokenizer = _tokenizer(self._facts, self._file)
+        tokenizer.add_special_tokens(list(self.named_special))
+        return tokenizer
+
+    @functools.cached_property
+    def _bytes(self) -> tuple[bytes, ...]:
+        found = [UNKNOWN.encode()] * self.pieces
+        unknown = _unknown_id(self._facts["model"], self._ids)
+        for name, token in self._ids.items():
+            if token == unknown:
+                continue
+            if token in self._special_ids:
+                found[token] = b""
+            else:
+                found[token] = self._text_of(name)
+        return tuple(found)
+
+
+def _facts(content: bytes, file: str) -> dict[str, Any]:
+    """The JSON of a tokenizer.json whose model is read here; ValueError for any other."""
+    try:
+        facts = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error}), and so no tokenizer.json; bring it anew.") from None
+    model = facts.get("model")
+    if not isinstance(model, dict) or "vocab" not in model:
+        raise ValueError(f"{file} is JSON but no tokenizer.json: it has no 'model' with a 'vocab'.")
+    kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if isinstance(model["vocab"], list) else
+                                 "WordPiece or WordLevel")
+    if kind not in ("BPE", "Unigram"):
+        raise ValueError(f"{file} is a tokenizer of words ({kind}), from whose tokens a text does not come back; "
+                         "BPE and Unigram are read.")
+    if affix := next((model[name] for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)),
+                     None):
+        raise ValueError(f"{file} marks the parts of words by {affix!r}, from which a text does not come back; BPE of "
+                         "bytes or with byte fallback is read.")
+    return facts | {"model": model | {"type": kind}}
+
+
+def _tokenizer(facts: dict[str, Any], file: str) -> Any:
+    # The library's threads would be as many as there are processors, and are lost in a forked process.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(facts))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"{file} is not a tokenizer.json that tokenizers {tokenizers.__version__} can read: "
+                         f"{' '.join(str(error).split())[:200]}") from None
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except TypeError:
+        for text in texts:
+            text.encode()  # raises where one holds lone surrogates
+        raise
+
+
+def _some(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts in lists of some 64 KiB, in their order."""
+    some: list[str] = []
+    characters = 0
+    for text in texts:
+        some.append(text)
+        characters += len(text)
+        if characters >= _CHARACTERS_A_CALL:
+            yield some
+            some, characters = [], 0
+    if some:
+        yield some
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer, post-processor or decoder, one after the other."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        return [step for inner in part[key] for step in _steps(inner, key)]
+    return [part]
+
+
+def _begin_of(template: dict[str, Any]) -> Iterator[int]:
+    for item in template["single"]:
+        if "SpecialToken" not in item:
+            return
+        yield from template["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+
+
+def _unknown_id(model: dict[str, Any], ids: dict[str, int]) -> int | None:
+    return model.get("unk_id") if model["type"] == "Unigram" else ids.get(model.get("unk_token") or "")
+
+
+# ---- What pieces stand for ---------------------------------------------------------------------
+
+
+def _text_rule(facts: dict[str, Any], file: str) -> Callable[[str], bytes]:
+    """What makes a token's bytes of its name."""
+    steps = _steps(facts.get("decoder"), "decoders")
+    kinds = {step["type"] for step in steps}
+    before = [*_steps(facts.get("pre_tokenizer"), "pretokenizers")]
+    if "ByteLevel" in kinds or not kinds and any(step["type"] == "ByteLevel" for step in before):
+        return _of_alphabet
+    if kinds - _OF_SPACES:
+        raise ValueError(f"{file} has the decoder {', '.join(sorted(kinds - _OF_SPACES))}, whose texts are not read "
+                         "here; ByteLevel, Metaspace and ByteFallback are.")
+    replaced = [(step["pattern"].get("String", ""), step["content"]) for step in steps if step["type"] == "Replace"]
+    replaced += [(step["replacement"], " ") for step in steps or before if step["type"] == "Metaspace"]
+    with_bytes = "ByteFallback" in kinds or facts["model"].get("byte_fallback")
+
+    def of_spaces(name: str) -> bytes:
+        if with_bytes and re.fullmatch("<0x[0-9A-Fa-f]{2}>", name):
+            return bytes([int(name[3:5], 16)])
+        for old, new in replaced:
+            name = name.replace(old, new) if old else name
+        return name.encode()
+
+    return of_spaces
+
+
+@functools.cache
+def _alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level piece stands for: printable ones of Latin-1 stand for themselves,
+    the others for the characters from U+0100 on, in their order.
+    """
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+def _of_alphabet(name: str) -> bytes:
+    alphabet = _alphabet()
+    try:
+        return bytes(alphabet[character] for character in name)
+    except KeyError:  # an added token, which is text as it is
+        return name.encode()
+
+
+# ---- Tokenizers that do the same but for one thing ---------------------------------------------
+
+
+def _without(facts: dict[str, Any], special: Collection[str]) -> dict[str, Any]:
+    """The same tokenizer, whose model cannot give special tokens; the very same where it cannot anyway."""
+    model = facts["model"]
+    if model["type"] == "Unigram":
+        given = {piece for piece, _ in model["vocab"] if piece in special}
+        changed: dict[str, Any] = {
+            "vocab": [["" if piece in given else piece, score] for piece, score in model["vocab"]]}
+    else:
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        made = {left + right for left, right in merges}
+        given = {name for name in special if name in model["vocab"] and (
+            model.get("ignore_merges") or name in made or len(name) == 1)}
+        # No text is likely to be a whole word of a model's and end so.
+        names = {name: f"{name}\0special\0" for name in given}
+        changed = {
+            "vocab": {names.get(piece, piece): token for piece, token in model["vocab"].items()},
+            "merges": [[left, right] for left, right in merges if not given & {left, right, left + right}],
+            "unk_token": names.get(model.get("unk_token"), model.get("unk_token"))}
+    if not given:
+        return facts
+    return facts | {"model": model | changed,
+                    "added_tokens": [token for token in facts["added_tokens"] if token["content"] not in given]}
+
+
+def _without_prefix(facts: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer, which puts no space before a text."""
+    def stripped(part: Any, key: str) -> Any:
+        if part is None or part["type"] == "Prepend":
+            return None
+        if part["type"] == "Sequence":
+            return part | {key: [inner for step in part[key] if (inner := stripped(step, key)) is not None]}
+        if part["type"] == "Metaspace" and (
+                part.get("prepend_scheme", "always") != "never" and part.get("add_prefix_space", True)):
+            return part | {"prepend_scheme": "never", "add_prefix_space": False}
+        return part | {"add_prefix_space": False} if part["type"] == "ByteLevel" else part
+
+    return facts | {name: stripped(facts[name], key) for name, key in (
+        ("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")) if facts.get(name)}

@@ -1,0 +1,133 @@
+"""Where a tokenizer's files lie: a file, a folder, or a name of Hugging Face's hub."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from codellm_jax import contents, hub
+
+TOKENIZER = "tokenizer.json"
+SENTENCE_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.model")
+# What says beside a tokenizer which of its ids is what.
+CONFIGURATIONS = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
+CHAT_TEMPLATE = "chat_template.jinja"
+# All of these together, for the hub.
+PATTERNS = (TOKENIZER, "*.model", *CONFIGURATIONS, "chat_template*", "added_tokens.json")
+
+
+def resolve(path: str) -> str:
+    """A file or folder that is there, local or gs://, of one or of a name hf://ORG/NAME[@REVISION].
+
+    Raises:
+      OSError, ValueError: in one line; the hub cannot give it.
+    """
+    if not hub.is_hub_name(path):
+        return os.path.expanduser(path)
+    folder, _ = hub.snapshot(path, PATTERNS)
+    return str(folder)
+
+
+def is_folder(path: str) -> bool:
+    return _path(path).is_dir() if "://" in path else os.path.isdir(path)
+
+
+def tokenizer_file(path: str) -> str:
+    """The tokenizer's file of a file or folder: tokenizer.json, else a SentencePiece file.
+
+    Raises:
+      FileNotFoundError: a folder has none.
+      ValueError: a folder has several SentencePiece files of other names.
+    """
+    if not is_folder(path):
+        return path
+    names = {file.name for file in _path(path).iterdir()}
+    for name in (TOKENIZER, *SENTENCE_PIECES):
+        if name in names:
+            return os.path.join(path, name)
+    others = sorted(name for name in names if name.endswith(".model"))
+    if not others:
+        raise FileNotFoundError(f"{path} holds no tokenizer: neither {TOKENIZER} nor a SentencePiece file (*.model).")
+    if len(others) > 1:
+        raise ValueError(f"{path} holds several SentencePiece files, {', '.join(others)}: name one of them.")
+    return os.path.join(path, others[0])
+
+
+def read(file: str) -> bytes:
+    """All bytes of a file; raises OSError and UnreadableFile in a line."""
+    contents.require_file(file, "vocabulary file")
+    return contents.content(file)
+
+
+def read_if_there(folder: str | None, name: str) -> bytes | None:
+    """All bytes of a file of a folder; None where there is none."""
+    file = None if folder is None else os.path.join(folder, name)
+    return read(file) if file and _exists(file) else None
+
+
+def write(folder: str, name: str, content: bytes) -> None:
+    """Writes a file of a folder."""
+    _path(folder).joinpath(name).write_bytes(content)
+
+
+def configurations(path: str) -> dict[str, dict[str, Any]]:
+    """The JSON files that stand beside a folder's tokenizer or a file named tokenizer.json, by name, where they are.
+
+    Raises:
+      ValueError: one is no JSON object.
+    """
+    folder = folder_of(path)
+    return {} if folder is None else {name: found for name in CONFIGURATIONS
+                                      if (found := _json_object(os.path.join(folder, name))) is not None}
+
+
+def chat_template_file(path: str) -> str | None:
+    """The text of the Jinja file beside a tokenizer, where there is one."""
+    folder = folder_of(path)
+    file = None if folder is None else os.path.join(folder, CHAT_TEMPLATE)
+    return contents.whole_text(file) if file and _exists(file) else None
+
+
+def folder_of(path: str) -> str | None:
+    """The folder whose configuration belongs to a tokenizer; None for a file of any other name than tokenizer.json."""
+    if is_folder(path):
+        return path
+    return os.path.dirname(path) or "." if os.path.basename(path) == TOKENIZER else None
+
+
+def content_hash(content: bytes, special: Sequence[str], text_form: str) -> str:
+    """SHA-256 of all that ids depend on, in hexadecimal: of a file's bytes alone, where nothing else changes them.
+
+    Args:
+      content: all bytes of the file.
+      special: names of tokens that are special though the file does not say so.
+      text_form: "plain", or another with the version of what makes it.
+    """
+    beside: dict[str, Any] = {"special": sorted(special)} if special else {}
+    beside |= {"text_form": text_form} if text_form != "plain" else {}
+    return hashlib.sha256(content + (json.dumps(beside, sort_keys=True).encode() if beside else b"")).hexdigest()
+
+
+def _json_object(file: str) -> dict[str, Any] | None:
+    if not _exists(file):
+        return None
+    try:
+        found = json.loads(contents.whole_text(file))
+    except RecursionError:
+        found = None
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object.")
+    return found
+
+
+def _exists(file: str) -> bool:
+    return _path(file).exists() if "://" in file else os.path.exists(file)
+
+
+def _path(path: str) -> Any:
+    from etils import epath
+
+    return epath.Path(path)

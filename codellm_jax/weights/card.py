@@ -1,0 +1,124 @@
+"""The README of an exported model: a model card, of what was saved with the checkpoint. It says nothing of quality."""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from codellm_jax.mixture.ledger import arm
+from codellm_jax.model.config import DecoderConfig
+from codellm_jax.model.decoder import parameter_count
+from codellm_jax.runtime.provenance import is_free_on_resume
+
+# Settings of the library's own wiring, which say nothing of a run.
+REFERENCES = ("%", "@")
+
+
+def model_card(
+    config: DecoderConfig, facts: Mapping[str, Any], dtype: str, record: Mapping[str, Any],
+    code: Mapping[str, Any] | None,
+) -> str:
+    """Markdown with a head of YAML.
+
+    Args:
+      config: the decoder.
+      facts: its config.json.
+      dtype: of the tensors.
+      record: of the checkpoint: "step", "settings", "ledger", and "digest" where it was saved.
+      code: version and commit that it was trained with, as far as that is known.
+    """
+    ledger, own = record["ledger"], facts["model_type"] == "codellm"
+    stages = [*ledger.get("before", []), ledger]
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- codellm_jax",
+        f"- {facts['model_type']}", *(["- custom_code"] if own else []),
+        *dict.fromkeys(f"- {stage['stage']}" for stage in stages), "---", "",
+        f"# A decoder of {parameter_count(config):,} parameters", "",
+        f"Exported by codellm_jax after step {record['step']:,} of its last stage, {ledger['stage']}. "
+        f"It is of the family `{facts['model_type']}`"
+        + (", whose code lies in this folder." if own else ", which transformers knows."), "",
+        "## Sizes", "", *_table(("what", "value"), _sizes(config, dtype)), "",
+        "## What it was trained on", "", f"Arm of the study: {arm(ledger)}.", ""]
+    for number, stage in enumerate(stages, 1):
+        # A stage before has its step; the last one's is the checkpoint's.
+        lines += [*_stage(number, stage, stage.get("step", record["step"])), ""]
+    lines += ["## Where it comes from", "", *_table(("what", "value"), _provenance(record, code)), "",
+              "<details><summary>Settings of the last stage that change what is computed</summary>", "",
+              "```", *_settings(record["settings"]), "```", "", "</details>", "",
+              "## How to use it", "", *_use(own), ""]
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    """Lines of a table, whose texts cannot break it."""
+    yield f"| {' | '.join(head)} |"
+    yield "|" + " --- |" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |"
+
+
+def _sizes(config: DecoderConfig, dtype: str) -> list[tuple[str, Any]]:
+    keys = f", {config.key_heads} of keys and values" if config.key_heads < config.heads else ""
+    return [
+        ("layers", f"{config.layers}{', the query layer among them' if config.query_layer else ''}"),
+        ("hidden size", f"{config.hidden:,}"), ("heads", f"{config.heads}{keys}, of {config.size_of_head}"),
+        ("feed-forward size", f"{config.feedforward:,} ({config.activation})"),
+        ("norm", f"{config.norm}, {config.norm_place} each sub-layer, residual {config.residual}"),
+        ("positions", f"{config.length:,}, {config.positions}"),
+        ("rows of the embedding", f"{config.vocabulary_size:,}"), ("head", "tied" if config.tied_head else "untied"),
+        ("dtype of the tensors", dtype)]
+
+
+def _stage(number: int, ledger: Mapping[str, Any], step: int) -> list[str]:
+    """What a stage saw: a row for each of its sources."""
+    if "rows" not in ledger or ledger["stage"] == "imported":
+        facts = {name: value for name, value in ledger.items()
+                 if isinstance(value, (str, int)) and name not in ("stage", "model_dir", "step", "length")}
+        return [f"### {number}. {ledger['stage']}", "", *_table(("what", "value"), list(facts.items()))]
+    unit = "examples" if ledger["stage"] == "tuning" else "rows"
+    total = max(1, sum(ledger["rows"].values()))
+    sizes = ledger.get("epoch_rows", {})
+    rows = [(name, f"{drawn:,}", f"{ledger['tokens'][name]:,}",
+             f"{drawn / sizes[name]:.2f}" if sizes.get(name) else "not known", f"{drawn / total:.4f}")
+            for name, drawn in ledger["rows"].items()]
+    lines = [f"### {number}. {ledger['stage']}, {step:,} steps, rows of {ledger['length']:,} tokens", "",
+             *_table(("source", unit, "tokens", "epochs", "realised share"), rows)]
+    phases = [(f"{phase['start']:,}", f"{sum(phase['rows'].values()):,}", f"{_share_of_code(phase['rows']):.4f}")
+              for phase in ledger.get("phases", []) if any(phase["rows"].values())]
+    if len(phases) > 1:
+        lines += ["", *_table((f"phase, from the {unit[:-1]}", unit, "realised share of code"), phases)]
+    return lines
+
+
+def _share_of_code(rows: Mapping[str, int]) -> float:
+    return sum(count for name, count in rows.items() if name.startswith("code.")) / sum(rows.values())
+
+
+def _provenance(record: Mapping[str, Any], code: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    code = code or {}
+    commit = code.get("commit", "not known") + (", with files that differ from it" if code.get("dirty") else "")
+    ledger, settings = record["ledger"], record["settings"]
+    before = [(f"checkpoint of stage {number}", f"{pathlib.PurePath(stage['model_dir']).name}, step {stage['step']:,}, "
+               f"digest {stage['digest']}") for number, stage in enumerate(ledger.get("before", []), 1)
+              if "digest" in stage and "model_dir" in stage]
+    return [
+        ("codellm_jax", f"version {code.get('version', 'not known')}, commit {commit}"),
+        ("seed", settings.get("SEED", settings.get("train.seed", "not known"))),
+        *before,
+        ("checkpoint", f"step {record['step']:,}, digest {record['digest']}" if "digest" in record else
+         f"step {record['step']:,}, written while training"),
+        ("vocabulary, SHA-256", ledger["vocabulary_hash"]),
+        *([("order of the data", ledger["order_fingerprint"])] if ledger.get("order_fingerprint") else [])]
+
+
+def _settings(settings: Mapping[str, str]) -> list[str]:
+    return [f"{name} = {value}".replace("```", "'''") for name, value in settings.items()
+            if not is_free_on_resume(name) and not str(value).startswith(REFERENCES)]
+
+
+def _use(own: bool) -> list[str]:
+    argument = ", trust_remote_code=True" if own else ""
+    return ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            'folder = "."  # where this file lies', "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            f"model = AutoModelForCausalLM.from_pretrained(folder{argument})",
+            'inputs = tokenizer("def add(a, b):", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))", "```"]

@@ -1,0 +1,106 @@
+"""Files of tensors: safetensors, whole or in shards of at most a size, tensor by tensor.
+
+A file is eight bytes, the length of its header; the header, JSON that tells dtype, shape and place of each tensor; and
+the numbers of one tensor behind those of the other.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+
+from codellm_jax.weights.layouts import PublishedTensor
+
+# What may be written -> numpy's dtype, and its name in the files.
+DTYPES: dict[str, tuple[np.dtype, str]] = {
+    "float32": (np.dtype(np.float32), "F32"),
+    "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
+    "float16": (np.dtype(np.float16), "F16"),
+}
+Dtypes = Mapping[str, str]  # name of a tensor -> a key of DTYPES
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+         "TIB": 2**40}
+INDEX = "model.safetensors.index.json"
+COPIED = 2**26  # bytes of a tensor that are converted and written at a time
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500 MB or 1GiB. Raises ValueError where it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    size = math.floor(float(found[1]) * UNITS[found[2].upper()]) if found and found[2].upper() in UNITS else 0
+    if size < 1:
+        raise ValueError(f"--max_shard_size must be a size such as 5GB, 500MB or 1GiB, found {text!r}.")
+    return size
+
+
+def files_of(tensors: Sequence[PublishedTensor], dtypes: Dtypes, most: int) -> dict[str, list[PublishedTensor]]:
+    """File name -> its tensors, in order: one file, or shards of at most so many bytes each. A tensor that is larger
+    has a shard to itself.
+    """
+    shards: list[list[PublishedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        # Its part of the header is counted as if it stood at the end of a file.
+        own = size_of(tensor, dtypes) + len(json.dumps({tensor.name: _entry(tensor, dtypes, 10**12)}))
+        if shards[-1] and size + own + 100 > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += own
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def index_of(files: Mapping[str, Sequence[PublishedTensor]], dtypes: Dtypes) -> dict[str, Any]:
+    """The index of shards: the bytes of all tensors, and which file each lies in."""
+    total = sum(size_of(tensor, dtypes) for tensors in files.values() for tensor in tensors)
+    return {"metadata": {"total_size": total},
+            "weight_map": {tensor.name: file for file, tensors in files.items() for tensor in tensors}}
+
+
+def size_of(tensor: PublishedTensor, dtypes: Dtypes) -> int:
+    """Bytes of a tensor's numbers."""
+    return math.prod(tensor.shape) * DTYPES[dtypes[tensor.name]][0].itemsize
+
+
+def write_tensors(
+    file: IO[bytes], tensors: Sequence[PublishedTensor], arrays: Iterator[np.ndarray], dtypes: Dtypes
+) -> None:
+    """Writes a file of tensors, whose numbers, as published and of any dtype, come one after the other.
+
+    Raises:
+      ValueError: a number is beyond what its dtype can hold.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for tensor in tensors:
+        header[tensor.name] = _entry(tensor, dtypes, start)
+        start += size_of(tensor, dtypes)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor, array in zip(tensors, arrays, strict=True):
+        assert array.shape == tensor.shape, tensor.name
+        _write_numbers(file, tensor.name, array, dtypes[tensor.name])
+
+
+def _entry(tensor: PublishedTensor, dtypes: Dtypes, start: int) -> dict[str, Any]:
+    return {"dtype": DTYPES[dtypes[tensor.name]][1], "shape": list(tensor.shape),
+            "data_offsets": [start, start + size_of(tensor, dtypes)]}
+
+
+def _write_numbers(file: IO[bytes], name: str, array: np.ndarray, dtype: str) -> None:
+    """In parts of the first axis, so that no second copy of the whole is made."""
+    rows = max(1, COPIED * len(array) // max(1, array.nbytes))
+    for first in range(0, len(array), rows):
+        part = array[first : first + rows]
+        with np.errstate(over="ignore"):
+            written = np.ascontiguousarray(part.astype(DTYPES[dtype][0], copy=False))
+        if dtype != "float32" and (np.isinf(written) & np.isfinite(part)).any():
+            raise ValueError(f"{name} has numbers beyond what {dtype} can hold: take --dtype=float32 or bfloat16.")
+        file.write(written.view(np.uint8).reshape(-1).data)

@@ -1,0 +1,75 @@
+"""Conversations as records hold them, and what of them is a conversation to train on.
+
+A record is {"messages": [{"role": "system" | "user" | "assistant", "content": TEXT}, ...]}, as chat interfaces have it,
+or {"conversations": [{"from": "system" | "human" | "gpt", "value": TEXT}, ...]}, as ShareGPT has it. A content may be a
+list of parts {"type": "text", "text": TEXT}, which a line break joins. Other fields of a message are kept where they
+are texts, for templates that read them, such as "reasoning_content"; other fields of the record are ignored.
+
+A conversation begins with a user's message, or a system's before that, and has an answer of the assistant's. What
+follows the last answer is cut off, as nothing is learned from it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tasks.corpora.files import Lost
+
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant",
+          "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
+
+Message = dict[str, str]
+
+
+def is_conversation(record: Mapping[str, Any]) -> bool:
+    """Whether a record is one of conversations, valid or not."""
+    return "messages" in record or "conversations" in record
+
+
+def read_conversation(record: Mapping[str, Any]) -> list[Message] | Lost:
+    """The messages of a record, each with role, content and other texts; or why there are none to train on."""
+    given = record["messages"] if "messages" in record else record["conversations"]
+    if not isinstance(given, list) or not given or not all(isinstance(each, dict) for each in given):
+        return Lost("conversations that are no list of messages")
+    if any(holder.get(field) for holder in (record, *given) for field in _TOOLS):
+        return Lost("conversations with tools, which are not read")
+    messages = []
+    for each in given:
+        message = _message(each)
+        if isinstance(message, Lost):
+            return message
+        messages.append(message)
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        return Lost("conversations without an answer of the assistant's")
+    last = len(roles) - roles[::-1].index("assistant")
+    messages, roles = messages[:last], roles[:last]
+    if "system" in roles[1:]:
+        return Lost("conversations with a system's message that is not the first")
+    if roles[0] == "assistant" or roles[:2] == ["system", "assistant"]:
+        return Lost("conversations that the assistant begins")
+    if any(pair == ("assistant", "assistant") for pair in zip(roles, roles[1:], strict=False)):
+        return Lost("conversations with two answers in a row")
+    if not all(message["content"].strip() for message in messages if message["role"] != "system"):
+        return Lost("conversations with an empty message")
+    return messages
+
+
+def _message(given: Mapping[str, Any]) -> Message | Lost:
+    role = given.get("role", given.get("from"))
+    content = given.get("content", given.get("value"))
+    if not isinstance(role, str) or role not in _ROLES:
+        if role in ("tool", "function", "ipython"):
+            return Lost("conversations with tools, which are not read")
+        return Lost(f"conversations with a role that is none of {', '.join(_ROLES)}")
+    if isinstance(content, list):
+        texts = [part["text"] for part in content
+                 if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)]
+        if len(texts) < len(content):
+            return Lost("conversations with parts that are no text, such as images")
+        content = "\n".join(texts)
+    if not isinstance(content, str):
+        return Lost("conversations with a content that is no text")
+    others = {name: value for name, value in given.items() if isinstance(value, str) and name.isidentifier()
+              and name not in ("role", "from", "content", "value")}
+    return {"role": _ROLES[role], "content": content, **others}
