@@ -175,17 +175,21 @@ def _read_file(
 
 
 def _inherited(settings: Sequence[Setting]) -> list[Setting]:
-    """What is taken over from the run or the published weights that INITIAL_CHECKPOINT_PATH or CHECKPOINT_PATH names:
-    the model's size, the vocabulary, the length of rows and the mesh, all of them below any file or flag.
+    """What is taken over from the run or the published weights that INITIAL_CHECKPOINT_PATH, BRANCH_FROM or
+    CHECKPOINT_PATH names: the model's size, the vocabulary, the length of rows and the mesh, all of them below any file
+    or flag. Where a file uses BRANCH_STEP, that is the step of BRANCH_FROM, or 0.
 
     Once the run has a checkpoint of its own, that tells the same, should the other run be gone.
     """
     literals = {setting.name: ast.literal_eval(setting.value) for setting in settings
-                if setting.name in ("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH", "MODEL_DIR")
+                if setting.name in ("INITIAL_CHECKPOINT_PATH", "BRANCH_FROM", "CHECKPOINT_PATH", "MODEL_DIR")
                 and setting.value[:1] in "'\"N"}
-    parent = literals.get("INITIAL_CHECKPOINT_PATH") or literals.get("CHECKPOINT_PATH")
+    trunk, _, branch_step = (literals.get("BRANCH_FROM") or "").rpartition("@")
+    uses_step = any("%BRANCH_STEP" in setting.value for setting in settings)
+    own = [Setting("BRANCH_STEP", branch_step or "0", "BRANCH_FROM")] * uses_step
+    parent = literals.get("INITIAL_CHECKPOINT_PATH") or trunk or literals.get("CHECKPOINT_PATH")
     if not parent:
-        return []
+        return own
     from codellm_jax.weights.start import newest_record, settings_to_start_from
 
     starts = bool(literals.get("INITIAL_CHECKPOINT_PATH"))
@@ -198,7 +202,7 @@ def _inherited(settings: Sequence[Setting]) -> list[Setting]:
             path = ""
         if not path:
             raise
-    return _taken_over(saved, settings, f"{path}, step {step}")
+    return own + _taken_over(saved, settings, f"{path}, step {step}")
 
 
 def _settings(newest: tuple[int, Mapping[str, Any]]) -> tuple[int, Mapping[str, str]]:
@@ -212,7 +216,7 @@ def _taken_over(saved: Mapping[str, str], settings: Sequence[Setting], where: st
 
     names = [name for name in saved if re.fullmatch(r"(model|mesh)\.\w+", name)]
     names += [f"vocabulary.{name}" for name in VOCABULARY_SETTINGS]
-    used = {macro for setting in settings for macro in re.findall(r"%(\w+)", setting.value)}
+    used = {macro for setting in settings for macro in references("%", setting.value)}
     macros = {"VOCABULARY": "vocabulary.path", "TASK_FEATURE_LENGTHS": "mixture.lengths"}
     source = {name: name for name in names} | {macro: name for macro, name in macros.items() if macro in used}
     return [Setting(name, value, where) for name, at in source.items() if (value := literal(saved, at)) is not None]
@@ -295,7 +299,7 @@ def operative(configuration: Configuration) -> tuple[str, dict[str, str]]:
             value = re.sub(r"@(\w+)", lambda found: f"@{'optax.' if found[1] in from_optax else ''}{found[1]}",
                            repr(statement.value))
             values[f"{scope}{module}{statement.selector}.{statement.arg_name}"] = value
-    used = {macro for value in values.values() for macro in re.findall(r"%([\w/.]+)", value)}
+    used = {macro for value in values.values() for macro in references("%", value)}
     values = {name: value for name, value in values.items() if not _is_macro(name) or name in used}
     lines = [*configuration.imports, *(
         f"{name} = {value}  # {effective[name].where if name in effective else 'default'}"
@@ -317,7 +321,7 @@ def explain(configuration: Configuration, name: str) -> str:
             *configuration.effective, *(f"{c}.{p}" for c in CONFIGURABLES for p in _parameters(c))]))
     lines = [f"{name} = {history[-1].value}", f"  set by {history[-1].where}"]
     lines += [f"  overriding {setting.value} of {setting.where}" for setting in reversed(history[:-1])]
-    for macro in re.findall(r"%(\w+)", history[-1].value):
+    for macro in references("%", history[-1].value):
         if macro in configuration.effective:
             setting = configuration.effective[macro]
             lines.append(f"  where {macro} = {setting.value}, set by {setting.where}")
@@ -328,11 +332,17 @@ def explain(configuration: Configuration, name: str) -> str:
     return "\n".join(lines)
 
 
+def references(mark: str, value: str) -> list[str]:
+    """The names behind each "@" or "%" of a value as gin writes it, but for those inside of strings."""
+    outside = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", value)
+    return re.findall(rf"{mark}([\w/.]+)", outside)
+
+
 def _require_known_names(configuration: Configuration) -> None:
     effective = configuration.effective
-    used = {macro for setting in effective.values() for macro in re.findall(r"%([\w/.]+)", setting.value)}
+    used = {macro for setting in effective.values() for macro in references("%", setting.value)}
     # What a file used and a later one overrode is no slip.
-    ever_used = {macro for setting in configuration.settings for macro in re.findall(r"%([\w/.]+)", setting.value)}
+    ever_used = {macro for setting in configuration.settings for macro in references("%", setting.value)}
     for macro in sorted(used - set(effective)):
         user = next(setting for setting in effective.values() if f"%{macro}" in setting.value)
         start = next((name for name in ("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH") if name in effective), None)
@@ -351,7 +361,7 @@ def _require_known_names(configuration: Configuration) -> None:
         else:
             _require_known_selector(selector, setting, configuration)
     for setting in effective.values():
-        for reference in re.findall(r"@([\w/.]+)", setting.value):
+        for reference in references("@", setting.value):
             _require_known_selector(reference.split("/")[-1], setting, configuration)
 
 

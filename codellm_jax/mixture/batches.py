@@ -104,12 +104,15 @@ def example_batch(
 
 
 def rows_of_packed_steps(
-    order: Order, examples: Sequence[Rows], batch_size: int, steps: int
+    order: Order, examples: Sequence[Rows], batch_size: int, steps: int, first_step: int = 0
 ) -> tuple[int, int]:
-    """The most rows that any step of a run needs when its examples are packed, and the columns that all steps fill."""
+    """The most rows that any step of a run needs when its examples are packed, and the columns that all steps fill.
+
+    Steps are those after `first_step`, up to `steps`.
+    """
     most = filled = 0
     at_once = max(1, EXAMPLES_AT_ONCE // batch_size)
-    for first in range(0, steps, at_once):
+    for first in range(first_step, steps, at_once):
         last = min(first + at_once, steps)
         draw = order.draw(np.arange(first * batch_size, last * batch_size))
         positions = sizes_drawn(examples, draw.source, draw.row).positions.reshape(-1, batch_size)

@@ -27,6 +27,7 @@ class Ledger:
       conversations: in tuning, whether any source has examples with turns.
       phases: for each phase of the schedule its first row or example, "start", and what of "rows" fell into it.
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
+      branch: of a run that branched from another its "step", and what the order took over; see `order.Branch`.
       epoch_rows: rows or examples of each source, all of which are an epoch; ledgers of earlier versions have none.
     """
 
@@ -40,19 +41,21 @@ class Ledger:
     before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     conversations: bool = False
     epoch_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    branch: dict[str, Any] | None = None
 
     @classmethod
     def begin(
         cls, stage: str, order: Order, vocabulary_hash: str, length: int, parent: Mapping[str, Any] | None = None,
-        conversations: bool = False,
+        conversations: bool = False, branch: Mapping[str, Any] | None = None,
     ) -> "Ledger":
         """A ledger that has counted nothing yet; `parent` is the ledger, as JSON, of the run it starts from."""
         before = [*parent.get("before", []), {name: value for name, value in parent.items() if name != "before"}] \
             if parent else []
         none = {source.name: 0 for source in order.sources}
-        phases = [{"start": start, "rows": dict(none)} for start in order.schedule.phase_starts]
+        phases = [{"start": start, "rows": dict(none)} for start in order.phase_starts]
         return cls(stage, order.fingerprint(), vocabulary_hash, length, dict(none), dict(none), phases, before,
-                   conversations, {source.name: source.rows for source in order.sources})
+                   conversations, {source.name: source.rows for source in order.sources},
+                   dict(branch) if branch else None)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Ledger":
@@ -63,7 +66,7 @@ class Ledger:
 
     @property
     def position(self) -> int:
-        """Rows trained on so far: the position in the order."""
+        """Rows trained on so far, without those of a trunk."""
         return sum(self.rows.values())
 
     def add(self, order: Order, sources: np.ndarray, tokens: np.ndarray) -> None:
@@ -71,7 +74,7 @@ class Ledger:
         both int [batch].
         """
         starts = [phase["start"] for phase in self.phases]
-        phase_of = np.searchsorted(starts, self.position + np.arange(len(sources)), side="right") - 1
+        phase_of = np.searchsorted(starts, order.begin + self.position + np.arange(len(sources)), side="right") - 1
         for index, source in enumerate(order.sources):
             for number in np.unique(phase_of[sources == index]) if starts else ():
                 here = np.count_nonzero((sources == index) & (phase_of == number))
@@ -100,10 +103,11 @@ class Ledger:
         examples = self.stage == "tuning"
         lines = [f"{'source':<26}" + (f" {'examples':>10}" if examples else "")
                  + f" {'tokens':>14} {'epochs':>8} {'share asked':>12} {'realised':>9}"]
-        for source, asked in zip(order.sources, order.asked(self.position), strict=True):
+        asked_of_each = order.asked(order.begin + self.position)
+        for source, asked, before in zip(order.sources, asked_of_each, order.drawn_before.tolist(), strict=True):
             rows = self.rows[source.name]
             lines.append(f"{source.name:<26}" + (f" {rows:>10,}" if examples else "")
-                         + f" {self.tokens[source.name]:>14,} {rows / source.rows:>8.2f} "
+                         + f" {self.tokens[source.name]:>14,} {(before + rows) / source.rows:>8.2f} "
                          f"{float(asked) / total:>12.4f} {rows / total:>9.4f}")
         return "\n".join(lines)
 
@@ -112,11 +116,12 @@ class Ledger:
         """Lines of text: for each phase that has begun, the share of code asked and realised."""
         unit = "example" if self.stage == "tuning" else "row"
         lines = [f"{f'phase, from {unit}':<26} {unit + 's':>14} {'code asked':>12} {'realised':>9}"]
-        ends = [*(phase["start"] for phase in self.phases[1:]), self.position]
+        position = order.begin + self.position
+        ends = [*(phase["start"] for phase in self.phases[1:]), position]
         for phase, end in zip(self.phases, ends, strict=True):
             total = sum(phase["rows"].values())
             if total:
-                end = min(end, self.position)
+                end = min(end, position)
                 code = sum(rows for name, rows in phase["rows"].items() if name.startswith("code."))
                 asked = order.schedule.asked(end) - order.schedule.asked(phase["start"])
                 lines.append(f"{phase['start']:<26,} {total:>14,} {float(asked) / total:>12.4f} {code / total:>9.4f}")

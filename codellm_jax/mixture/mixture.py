@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from codellm_jax.mixture.examples import Sizes, sizes_drawn
-from codellm_jax.mixture.order import Draw, Order, Source
+from codellm_jax.mixture.order import Branch, Draw, Order, Source
 from codellm_jax.mixture.rows import STAGES, Rows, cached_rows, unit_of
 from codellm_jax.mixture.schedules import constant, phases
 from codellm_jax.mixture.tokens import Definitions, quiet_tensorflow, require_registered, task_tokens
@@ -94,10 +94,10 @@ class OpenMixture:
 
 def open_mixture(
     mixture: Mixture, vocabulary: Vocabulary, seed: int, total_rows: int, batch_size: int = 1,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = print, branch: Branch | None = None,
 ) -> OpenMixture:
     """Resolves names, caches rows that are not cached yet, and lays out the order of `total_rows` rows or examples, of
-    which each step takes `batch_size`.
+    which each step takes `batch_size`; those of a trunk are counted in.
 
     Within a pool a source's share of the tokens is its rate in the SeqIO mixture or the `rate` of its corpus; where
     no source of the pool has one, it is its size, so that all of them finish their epochs together.
@@ -121,7 +121,7 @@ def open_mixture(
         sources.append(Source(name, rows["train"].count, weight, rows["train"].content_hash))
     validation = [rows.get("validation") for rows in splits]
     return OpenMixture(
-        order=Order(seed, schedule, tuple(sources)),
+        order=Order(seed, schedule, tuple(sources), branch),
         training=[rows["train"] for rows in splits],
         validation=[rows if rows and rows.count else None for rows in validation],
         stage=mixture.stage,

@@ -221,7 +221,8 @@ def phases(ratios: Sequence[Phase] | Mapping[float, Phase], rows: int, batch_siz
         pieces += [_table(phase, start)] if isinstance(phase, Mapping) else _ramp(phase, start, end)
     if pieces[-1].share != pieces[-1].end:
         pieces.append(_Piece(rows, pieces[-1].end, pieces[-1].end))
-    return Schedule(*(tuple(field) for field in zip(*pieces, strict=True)))
+    return Schedule(tuple(piece.start for piece in pieces), tuple(piece.share for piece in pieces),
+                    tuple(piece.end for piece in pieces), tuple(piece.table for piece in pieces))
 
 
 def _split(ratios: Any, rows: int, batch_size: int) -> tuple[list[int], list[Phase]]:

@@ -13,7 +13,7 @@ import datetime
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,12 +36,15 @@ class Checkpoints:
       directory: MODEL_DIR/checkpoints, local or gs://.
       keep_last: how many of the newest are kept.
       keep_every: those at multiples of this step are kept besides; None for none.
+      keep_steps: those of these steps are kept besides.
 
     Raises:
       ValueError: the directory is in gs://, and what Orbax needs there is not installed.
     """
 
-    def __init__(self, directory: str, keep_last: int = 2, keep_every: int | None = None) -> None:
+    def __init__(
+        self, directory: str, keep_last: int = 2, keep_every: int | None = None, keep_steps: Collection[int] = (),
+    ) -> None:
         if directory.startswith("gs://"):
             # Orbax would not miss it before it deletes or restores something: at the first resume.
             try:
@@ -54,7 +57,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True,
+                preservation_policy=_kept(keep_last, keep_every, keep_steps), cleanup_tmp_directories=True,
                 # Created in the background, a folder that cannot be made leaves threads that wait for it and keep the
                 # process from ending for five minutes.
                 async_options=ocp.AsyncOptions(
@@ -194,6 +197,41 @@ def restore_parameters(
     raise ValueError(f"All checkpoints in {model_dir} are damaged: restore one from a copy.")
 
 
+def restore_state(
+    model_dir: str, step: int, abstract: Any, report: Callable[[str], None] = print
+) -> tuple[Any, dict[str, Any]]:
+    """The whole state of one step of a run directory, on `abstract`'s shardings, and its record with its `step`.
+
+    Raises:
+      FileNotFoundError: the step is not kept.
+      ValueError: it is damaged, or of another model or optimizer.
+    """
+    record = record_of(model_dir, step)
+    _require_same_arrays(record["checksums"], abstract, step)
+    path = _absolute(model_dir) / "checkpoints" / str(step) / "state"
+    state, error = _tried(ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore, path,
+                          ocp.args.StandardRestore(abstract))
+    if error is None:
+        _, error = _tried(_verify, record["checksums"], state)
+    if error is not None:
+        raise ValueError(f"The checkpoint of step {step} in {model_dir} is damaged ({first_line(error)}): branch from "
+                         "another step.")
+    report(f"State from step {step} of {model_dir}.")
+    return state, record
+
+
+def record_of(model_dir: str, step: int) -> dict[str, Any]:
+    """The JSON of one step of a run directory, with its `step`.
+
+    Raises:
+      FileNotFoundError: the step is not kept.
+      ValueError: its record is damaged.
+    """
+    for _, record in undamaged_records(model_dir, lambda line: None, only=step):
+        return record | {"step": step}
+    raise ValueError(f"The record of step {step} in {model_dir} is damaged: take another step.")
+
+
 def newest_record(model_dir: str) -> tuple[int, dict[str, Any]]:
     """The step and the JSON of the newest checkpoint of a run directory whose record is whole.
 
@@ -278,6 +316,17 @@ def checksums(tree: Any) -> dict[str, list[Any]]:
     sums = jax.device_get(_bit_sums(list(leaves.values())))
     return {name: [list(leaf.shape), str(leaf.dtype), int(sum_)]
             for (name, leaf), sum_ in zip(leaves.items(), sums, strict=True)}
+
+
+def _kept(last: int, every: int | None, steps: Collection[int]) -> Any:
+    """Which checkpoints are kept, as Orbax asks for it."""
+    policies = ocp.checkpoint_managers.preservation_policy
+    kept = [policies.LatestN(last)]
+    if every is not None:
+        kept.append(policies.EveryNSteps(every))
+    if steps:
+        kept.append(policies.CustomSteps(sorted(steps)))
+    return policies.AnyPreservationPolicy(kept)
 
 
 def _chunked(state: Any) -> Any:

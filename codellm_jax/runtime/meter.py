@@ -150,12 +150,13 @@ class Meter:
             "model_flops_utilization": full, "model_flops_utilization_causal": causal,
         } | losses | self._shares(step, interval.steps, interval.source_tokens, names)
             | {f"last_step/{name}": value for name, value in last_step.items()})
-        code = sum_by_source(drawn, names)["code"]
+        own, code = rows - self._order.begin, sum_by_source(drawn, names)["code"]
+        asked = float(self._order.schedule.asked(rows) - self._order.schedule.asked(self._order.begin))
         left = (time.monotonic() - self._began) / (step - self._first) * (self._last - step)
         pools = ", ".join(f"{pool} {losses[f'loss/{pool}']:.3f}" for pool in POOLS if f"loss/{pool}" in losses)
         self._status.show(step, " | ".join(filter(None, [
             f"loss {loss:.4f} ({pools})",
-            f"code {code / rows:.3f} of {float(self._order.schedule.asked(rows)) / rows:.3f}",
+            f"code {code / own:.3f} of {asked / own:.3f}",
             f"{rate:,.0f} tokens/s", f"MFU {full:.1%}" if full else "", f"{duration(left)} left"])))
 
     def _shares(self, step: int, steps: int, tokens: Sequence[float], names: Sequence[str]) -> dict[str, float]:

@@ -3,7 +3,8 @@
 An optimizer is a function from a learning-rate schedule to an `optax.GradientTransformation`, so that the rate can be
 recorded beside the loss. A schedule is a pure function of the step, counted from 0: step s is trained at schedule(s).
 All schedules rise in a straight line from 0 to the peak, which stands at step `warmup_steps`; they differ in what
-follows. `train_steps` are those of the whole run.
+follows. `train_steps` are those of the whole run. With `begin_step` they begin there, as if it were step 0: a branch
+that warms up again sets it to %BRANCH_STEP.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,28 +24,35 @@ DECAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def warmup_cosine(peak: float, final: float, warmup_steps: int, decay_steps: int) -> Schedule:
+def warmup_cosine(
+    peak: float, final: float, warmup_steps: int, decay_steps: int, begin_step: int = 0
+) -> Schedule:
     """After the warm-up half a cosine to `final` at `decay_steps` (Table 9).
 
     Raises:
       ValueError: in one line; a number is out of its range.
     """
-    _require(peak, final, warmup_steps, decay_steps)
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else peak, peak, warmup_steps, decay_steps, final)
+    steps = decay_steps - begin_step
+    _require(peak, final, warmup_steps, steps)
+    return _begun(begin_step, optax.warmup_cosine_decay_schedule(
+        0.0 if warmup_steps else peak, peak, warmup_steps, steps, final))
 
 
-def warmup_linear(peak: float, final: float, warmup_steps: int, train_steps: int) -> Schedule:
+def warmup_linear(
+    peak: float, final: float, warmup_steps: int, train_steps: int, begin_step: int = 0
+) -> Schedule:
     """After the warm-up a straight line to `final`, often 0, at the end of the run.
 
     Raises:
       ValueError: in one line; a number is out of its range.
     """
-    return warmup_stable_decay(peak, final, warmup_steps, train_steps, train_steps - warmup_steps)
+    decay_steps = train_steps - begin_step - warmup_steps
+    return warmup_stable_decay(peak, final, warmup_steps, train_steps, decay_steps, begin_step=begin_step)
 
 
 def warmup_stable_decay(
     peak: float, final: float, warmup_steps: int, train_steps: int, decay_steps: int | float = 0.1,
-    decay: str = "linear",
+    decay: str = "linear", begin_step: int = 0,
 ) -> Schedule:
     """After the warm-up the peak, and at the end of the run a decay to `final` (arXiv:2404.06395, arXiv:2405.18392).
 
@@ -54,29 +62,31 @@ def warmup_stable_decay(
       decay_steps: length of the decay, which ends with the run: a whole number of steps, or a part of the run that is
         not in steps, such as 0.1.
       decay: its shape, a key of DECAYS.
+      begin_step: see above; a part of the run is one of all its steps.
 
     Raises:
       ValueError: in one line; a number is out of its range, or the shape is unknown.
     """
-    _require(peak, final, warmup_steps, train_steps)
+    steps = train_steps - begin_step
+    _require(peak, final, warmup_steps, steps)
     length = round(decay_steps * train_steps) if isinstance(decay_steps, float) else decay_steps
     if isinstance(decay_steps, float) and not 0 <= decay_steps <= 1:
         raise ValueError(f"warmup_stable_decay.decay_steps = {decay_steps} must be a whole number of steps, or a part "
                          "of the run from 0.0 to 1.0.")
-    if not 0 <= length <= train_steps - warmup_steps:
+    if not 0 <= length <= steps - warmup_steps:
         raise ValueError(f"warmup_stable_decay.decay_steps = {decay_steps} must be at least 0 and at most the "
-                         f"{train_steps - warmup_steps} steps that the warm-up leaves of the run.")
+                         f"{steps - warmup_steps} steps that the warm-up leaves of the run.")
     if decay not in DECAYS:
         raise ValueError(f"warmup_stable_decay.decay must be one of {', '.join(DECAYS)}, found {decay!r}.")
 
     def after(step: Any) -> Any:
-        part = jnp.clip((step - (train_steps - length)) / max(1, length), 0.0, 1.0)
+        part = jnp.clip((step - (steps - length)) / max(1, length), 0.0, 1.0)
         return final + (peak - final) * DECAYS[decay](part)
 
-    return _warmed_up(peak, warmup_steps, after)
+    return _begun(begin_step, _warmed_up(peak, warmup_steps, after))
 
 
-def inverse_square_root(peak: float, warmup_steps: int) -> Schedule:
+def inverse_square_root(peak: float, warmup_steps: int, begin_step: int = 0) -> Schedule:
     """After the warm-up `peak` times the square root of warmup_steps / step (T5X's default): of no length.
 
     Raises:
@@ -85,17 +95,23 @@ def inverse_square_root(peak: float, warmup_steps: int) -> Schedule:
     if warmup_steps < 1:
         raise ValueError(f"WARMUP_STEPS = {warmup_steps} must be at least 1, for the rate falls with its square root.")
     _require(peak, 0.0, warmup_steps, warmup_steps + 1)
-    return _warmed_up(peak, warmup_steps, lambda step: peak * jnp.sqrt(warmup_steps / jnp.maximum(step, 1)))
+    return _begun(begin_step, _warmed_up(
+        peak, warmup_steps, lambda step: peak * jnp.sqrt(warmup_steps / jnp.maximum(step, 1))))
 
 
-def warmup_constant(peak: float, warmup_steps: int) -> Schedule:
+def warmup_constant(peak: float, warmup_steps: int, begin_step: int = 0) -> Schedule:
     """After the warm-up the peak.
 
     Raises:
       ValueError: in one line; a number is out of its range.
     """
     _require(peak, 0.0, warmup_steps, warmup_steps + 1)
-    return _warmed_up(peak, warmup_steps, lambda step: jnp.float32(peak))
+    return _begun(begin_step, _warmed_up(peak, warmup_steps, lambda step: jnp.float32(peak)))
+
+
+def _begun(step: int, schedule: Schedule) -> Schedule:
+    """A schedule whose step 0 is `step`."""
+    return (lambda at: schedule(at - step)) if step else schedule
 
 
 def _warmed_up(peak: float, warmup_steps: int, after: Schedule) -> Schedule:

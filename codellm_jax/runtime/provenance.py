@@ -39,7 +39,7 @@ FREE_ON_RESUME = frozenset("""
     MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA DATA_DIR mixture.name tasks.modules tasks.corpora tasks.data_dir
     train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
     train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir mixture.packing
-    vocabulary.path
+    vocabulary.path KEEP_STEPS BRANCH_FROM train.keep_steps train.branch_from
     mesh.data mesh.fsdp mesh.model mesh.slices mesh.rules model.remat model.scan_unroll model.attention
     """.split())
 # Likewise of an evaluation: a task's data and questions are known by their hashes.

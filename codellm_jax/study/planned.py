@@ -22,6 +22,7 @@ from codellm_jax.configuration import (
     explain,
     nearest,
     read_configuration,
+    references,
 )
 from codellm_jax.results.files import files_of, write_whole
 from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
@@ -174,8 +175,8 @@ def stage_settings(study: Study, configuration: Configuration, search_paths: Seq
     """
     effective = configuration.effective
     of_study = {macro for name, setting in effective.items() if name.startswith("study.")
-                for macro in re.findall(r"%(\w+)", setting.value)}
-    used = {macro for setting in effective.values() for macro in re.findall(r"%(\w+)", setting.value)}
+                for macro in references("%", setting.value)}
+    used = {macro for setting in effective.values() for macro in references("%", setting.value)}
     shared = [name for name in effective if "/" not in name and not name.startswith("study.") and name not in of_study]
     names = {stage: _names_of_stage(study, stage, search_paths) for stage in STAGES}
     for name in shared:

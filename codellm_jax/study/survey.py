@@ -92,9 +92,10 @@ def facts(training: Training, plan: Plan) -> dict[str, Any]:
     order, config, length = plan.mixture.order, plan.model.config, training.mixture.length
     drawn = order.counts(plan.last_step * training.batch_size)
     size = 1 if plan.mixture.stage == "tuning" else length
-    tokens = plan.last_step * plan.rows * length
+    steps = plan.last_step - plan.first_step
+    tokens = steps * plan.rows * length
     return {
-        "stage": plan.mixture.stage, "steps": plan.last_step, "rows": plan.rows, "length": length, "tokens": tokens,
+        "stage": plan.mixture.stage, "steps": steps, "rows": plan.rows, "length": length, "tokens": tokens,
         "flops": flops_per_token(config, causal=False) * tokens, "parameters": parameter_count(config),
         "order": order.fingerprint(), "warnings": list(plan.mixture.warnings),
         "counted": unit(plan.mixture) if size == 1 else "tokens",

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from codellm_jax.runtime.optimization import Schedule
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh, require_divisible
 from codellm_jax.runtime.process import require_plain_name
 from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_device, memory_per_device
+from codellm_jax.training.begin import Trunk, trunk_of
 from codellm_jax.vocabulary import Vocabulary
 
 GIB = 2**30
@@ -43,9 +44,11 @@ class Training:
       train_steps: steps of the whole run.
       eval_period, checkpoint_period, log_period: in steps; the last step always is.
       eval_rows: held-out rows of each source that are evaluated.
-      keep_last: newest checkpoints kept; keep_every: besides, those at its multiples.
+      keep_last: newest checkpoints kept; keep_every: besides, those at its multiples; keep_steps: besides, those after
+        these steps, whole numbers or parts of train_steps, where the run saves whatever checkpoint_period is.
       microbatches: parts a batch is trained on in turn before one update, to save memory.
       initial_checkpoint_path: a run directory whose parameters are started from, or published weights.
+      branch_from: RUN@STEP, a checkpoint that is gone on from with all that it has; see `begin`.
       evaluation: benchmarks that are asked at each evaluation; None for none.
       export_period: after every so many steps, and the last one, the parameters are written to MODEL_DIR/exports/STEP
         as a folder for Hugging Face's libraries, in float32; None for never.
@@ -67,8 +70,10 @@ class Training:
     eval_rows: int = 64
     keep_last: int = 2
     keep_every: int | None = None
+    keep_steps: Sequence[int | float] = ()
     microbatches: int = 1
     initial_checkpoint_path: str | None = None
+    branch_from: str | None = None
     evaluation: Evaluation | None = None
     export_period: int | None = None
     seed: int = 0
@@ -83,6 +88,12 @@ class Training:
             raise ValueError(f"EXPORT_PERIOD must be at least 1, or None for never, found {self.export_period}.")
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"train.keep_every must be at least 1, or None for none, found {self.keep_every}.")
+        for step in self.keep_steps:
+            if isinstance(step, bool) or not 0 < step <= (self.train_steps if isinstance(step, int) else 1):
+                raise ValueError(f"KEEP_STEPS must list steps from 1 to TRAIN_STEPS = {self.train_steps}, or parts of "
+                                 f"them up to 1.0, found {step!r}.")
+        if self.branch_from is not None and self.initial_checkpoint_path is not None:
+            raise ValueError("BRANCH_FROM and INITIAL_CHECKPOINT_PATH are both set: a run starts from one of them.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed!r}.")
         if not self.model_dir.strip():
@@ -103,6 +114,12 @@ class Plan:
     rows: int  # of a step's arrays: batch_size, or fewer where examples are packed
     filled: float  # the part of them that packed examples fill, on average
     questions: tuple[Any, ...]  # of each benchmark that is asked while training, as `Evaluation.load` gives them
+    trunk: Trunk | None = None  # what the run branches from
+
+    @property
+    def first_step(self) -> int:
+        """Steps that were done when the run began: those of its trunk."""
+        return self.trunk.step if self.trunk else 0
 
 
 def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan:
@@ -119,26 +136,39 @@ def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan
     model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
     optimizer = training.optimizer(training.learning_rate)
     state = abstract_state(model, optimizer, mesh, training.mesh)
+    trunk = trunk_of(training)
+    first_step = trunk.step if trunk else 0
+    if first_step >= training.train_steps:
+        raise ValueError(f"BRANCH_FROM begins after step {first_step}, and TRAIN_STEPS = {training.train_steps} counts "
+                         "the steps of the trunk too: set it higher.")
     total = training.train_steps * training.batch_size
     mixture = open_mixture(
-        training.mixture, training.vocabulary, training.seed, total, training.batch_size, report)
+        training.mixture, training.vocabulary, training.seed, total, training.batch_size, report,
+        trunk.branch if trunk else None)
     last_step = training.train_steps
     if training.mixture.max_epochs is not None:
         exhausted = mixture.order.exhausted_at(training.mixture.max_epochs, total)
         if exhausted is not None:
             last_step = exhausted[0] // training.batch_size
-            if last_step == 0:
+            if last_step <= first_step:
                 raise ValueError(
                     f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run before its first step: "
                     f"{exhausted[1].name} has {exhausted[1].rows} {unit(mixture)}. Raise it, give more data, or lower "
                     "BATCH_SIZE.")
     rows, filled = training.batch_size, 1.0
     if packing:
-        most, positions = rows_of_packed_steps(mixture.order, mixture.training, training.batch_size, last_step)
+        most, positions = rows_of_packed_steps(
+            mixture.order, mixture.training, training.batch_size, last_step, first_step)
         shards = mesh.shape["data"] * mesh.shape["fsdp"] * training.microbatches
         rows = -(-most // shards) * shards
-        filled = positions / (last_step * rows * training.mixture.length)
-    return Plan(mesh, model, optimizer, state, mixture, last_step, rows, filled, questions)
+        filled = positions / ((last_step - first_step) * rows * training.mixture.length)
+    return Plan(mesh, model, optimizer, state, mixture, last_step, rows, filled, questions, trunk)
+
+
+def kept_steps(training: Training) -> list[int]:
+    """KEEP_STEPS in steps: a part of the run is rounded to the nearest, and at least the first."""
+    return sorted({step if isinstance(step, int) else max(1, round(step * training.train_steps))
+                   for step in training.keep_steps})
 
 
 def unit(mixture: OpenMixture) -> str:
@@ -150,15 +180,19 @@ def describe(training: Training, plan: Plan) -> str:
     """The plan as a page of text: mixture, schedule, epochs to come, parameters, mesh, memory."""
     mixture, order, config = plan.mixture, plan.mixture.order, plan.model.config
     tuning = mixture.stage == "tuning"
-    drawn_rows = plan.last_step * training.batch_size
+    last = plan.last_step * training.batch_size
+    drawn_rows = last - order.begin
     counted = "examples" if tuning else "tokens"
     lines = [f"{'source':<26} {counted:>15} {'share':>7} {'of':>15} {'epochs to come':>15}"]
-    for source, drawn, cached in zip(order.sources, order.counts(drawn_rows), mixture.training, strict=True):
+    for source, drawn, before, cached in zip(
+            order.sources, order.counts(last), order.drawn_before.tolist(), mixture.training, strict=True):
         size = 1 if tuning else cached.length
         lines.append(f"{source.name:<26} {drawn * size:>15,} {drawn / drawn_rows:>7.4f} "
-                     f"{cached.count * size:>15,} {drawn / cached.count:>15.2f}")
+                     f"{cached.count * size:>15,} {drawn / cached.count:>15.2f}"
+                     + (f" after {before / cached.count:.2f} of the trunk" if before else ""))
     lines += ["", *schedule_lines(order, training.batch_size, plan.last_step),
-              *learning_rate_lines(training.learning_rate, plan.last_step)]
+              *learning_rate_lines(training.learning_rate, plan.first_step, plan.last_step),
+              *branch_lines(training, plan)]
     if training.mixture.mix_phases is not None and training.mixture.code_rate is not None:
         lines.append(f"MIX_PHASES is set, so that CODE_RATE = {training.mixture.code_rate} is not used.")
     for cached in mixture.training:
@@ -173,15 +207,15 @@ def describe(training: Training, plan: Plan) -> str:
                          f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "
                          "would be left.")
     lines += [f"WARNING: {warning}" for warning in mixture.warnings]
-    for source, drawn in zip(order.sources, order.counts(drawn_rows), strict=True):
-        if not drawn and order.asked(drawn_rows)[order.sources.index(source)]:
+    for source, drawn, before in zip(order.sources, order.counts(last), order.drawn_before.tolist(), strict=True):
+        if not drawn and order.asked(last)[order.sources.index(source)]:
             lines.append(f"WARNING: {source.name} is asked for too little to be drawn at all in this run.")
-        if drawn > MANY_EPOCHS * source.rows:
-            lines.append(f"WARNING: {source.name} will be repeated {drawn / source.rows:.1f} times; "
+        if drawn and before + drawn > MANY_EPOCHS * source.rows:
+            lines.append(f"WARNING: {source.name} will be repeated {(before + drawn) / source.rows:.1f} times; "
                          "MAX_EPOCHS would stop the run instead.")
     if plan.last_step < training.train_steps:
         missed = [start for start in order.schedule.phase_starts
-                  if drawn_rows <= start < training.train_steps * training.batch_size]
+                  if last <= start < training.train_steps * training.batch_size]
         lines.append(f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run at step {plan.last_step} of "
                      f"{training.train_steps}." + (
                          f" The mix from step {missed[0] // training.batch_size} on is not reached." if missed else ""))
@@ -189,7 +223,8 @@ def describe(training: Training, plan: Plan) -> str:
         lines.append(f"WARNING: with model.scan_unroll = {config.scan_unroll} a GPU adds in any order: another run of "
                      "this configuration will have slightly other losses.")
     full, causal = (flops_per_token(config, causal=causal) for causal in (False, True))
-    tokens = plan.last_step * plan.rows * training.mixture.length
+    own_steps = plan.last_step - plan.first_step
+    tokens = own_steps * plan.rows * training.mixture.length
     step = f"{plan.rows} rows of {training.mixture.length}"
     if tuning:
         step = f"{training.batch_size} examples in {step}" + (
@@ -200,7 +235,7 @@ def describe(training: Training, plan: Plan) -> str:
         f"model        {parameter_count(config):,} parameters: {config.layers} layers of {config.hidden}, "
         f"{config.heads} heads{keys}, {'query layer' if config.query_layer else 'no query layer'}, "
         f"vocabulary {config.vocabulary_size:,}, {config.dtype}",
-        f"training     {plan.last_step:,} steps of {step}: {tokens:,} tokens"
+        f"training     {own_steps:,} steps of {step}: {tokens:,} tokens"
         f"{' with padding' if tuning else ''}, {full * tokens:.3g} FLOPs ({causal * tokens:.3g} with causal attention "
         "counted by half)",
         f"mesh         {' x '.join(f'{axis} {size}' for axis, size in plan.mesh.shape.items())} on "
@@ -211,7 +246,7 @@ def describe(training: Training, plan: Plan) -> str:
         *(["benchmarks   " + ", ".join(
             f"{loaded.name}{' (sample)' * loaded.is_sample} {len(loaded.questions):,}" for loaded in plan.questions)
            + f" questions, every {training.eval_period:,} steps"] if plan.questions else []),
-        *([f"starts from  {training.initial_checkpoint_path}"] if training.initial_checkpoint_path else []),
+        *([f"starts from  {start}"] if (start := training.branch_from or training.initial_checkpoint_path) else []),
         f"run          {training.model_dir}",
     ]
     return "\n".join(lines)
@@ -221,13 +256,15 @@ def schedule_lines(order: Order, batch_size: int, last_step: int) -> list[str]:
     """The share of code over the run as lines of text, with a bar where it changes."""
     schedule, run = order.schedule, last_step * batch_size
     # One line for each phase, eight for a ramp.
-    edges = {last_step}
-    for start, following in itertools.pairwise([*schedule.phase_starts, run]):
+    first_step = order.begin // batch_size
+    edges = {first_step, last_step}
+    for start, following in itertools.pairwise([*order.phase_starts, run]):
         parts = 1 if schedule.share_at(start) == schedule.share_at(start + 1) else 8
         edges |= {round((start + (following - start) * part / parts) / batch_size) for part in range(parts)}
     steps = sorted(step for step in edges if step <= last_step)
     if len(steps) < 3 and not any(schedule.tables):
-        return [f"share of code: {float(schedule.asked(run)) / run:.4f} from step 0"]
+        share = float(schedule.asked(run) - schedule.asked(order.begin)) / (run - order.begin)
+        return [f"share of code: {share:.4f} from step {first_step}"]
     code = [source.pool == "code" for source in order.sources]
     lines = [f"{'share of code':<20} {'asked':>7} {'drawn':>7}"]
     for begin, end in itertools.pairwise(steps):
@@ -244,9 +281,22 @@ def schedule_lines(order: Order, batch_size: int, last_step: int) -> list[str]:
     return lines
 
 
-def learning_rate_lines(schedule: Schedule, last_step: int) -> list[str]:
+def branch_lines(training: Training, plan: Plan) -> list[str]:
+    """Of a branch, whether its learning rate goes on from its trunk's."""
+    if plan.trunk is None:
+        return []
+    before, now = plan.trunk.learning_rate, float(training.learning_rate(plan.trunk.step))
+    after = float(training.learning_rate(plan.trunk.step + 1))
+    # A schedule that goes on changes from step to step about as it will after the branch.
+    if abs(now - before) <= 2 * abs(after - now) + 0.01 * before:
+        return [f"The learning rate goes on from the trunk's last, {before:.3g}: {now:.3g}."]
+    return [f"WARNING: the learning rate does not go on from the trunk's last, {before:.3g}: it is {now:.3g} at the "
+            "first step of the branch."]
+
+
+def learning_rate_lines(schedule: Schedule, first_step: int, last_step: int) -> list[str]:
     """The learning rate over the run as lines of text, with a bar: at its first step, its last, and some between."""
-    steps = sorted({round((last_step - 1) * part / 8) for part in range(9)})
+    steps = sorted({first_step + round((last_step - 1 - first_step) * part / 8) for part in range(9)})
     rates = [float(schedule(step)) for step in steps]
     highest = max(rates) or 1.0
     return ["learning rate", *(f"  step {step + 1:>14,} {rate:>9.3g} |{'#' * round(BAR * rate / highest):<{BAR}}|"

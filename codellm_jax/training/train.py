@@ -7,7 +7,6 @@ wait for the host, yet every loss is looked at before a checkpoint could keep wh
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import threading
@@ -25,19 +24,13 @@ from flax import linen as nn
 from codellm_jax.evaluation.evaluate import TaskFailed, ask
 from codellm_jax.evaluation.trained import TrainedModel
 from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
-from codellm_jax.mixture.ledger import Ledger, arm
+from codellm_jax.mixture.ledger import arm
 from codellm_jax.mixture.order import POOLS, Draw
 from codellm_jax.model.decoder import Decoder, flops_per_token, output_head, parameter_count
 from codellm_jax.model.losses import chunk_of, cross_entropy
 from codellm_jax.results.files import write_whole
 from codellm_jax.results.tables import short_score
 from codellm_jax.runtime.checkpoints import Checkpoints, resolved
-from codellm_jax.runtime.compatibility import (
-    require_same_model,
-    require_same_settings,
-    require_same_stage,
-    require_same_vocabulary,
-)
 from codellm_jax.runtime.compiler import compiler_options
 from codellm_jax.runtime.distributed import first_process_first, gathered, require_agreement
 from codellm_jax.runtime.meter import Meter, Metrics, loss_by_source
@@ -46,12 +39,10 @@ from codellm_jax.runtime.process import alone_in, stop_on_signal
 from codellm_jax.runtime.profiles import Profile, ProfileSteps
 from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
 from codellm_jax.runtime.provenance import software, training_hash
-from codellm_jax.runtime.state import TrainState, initial_state, require_memory
-from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, make_plan
+from codellm_jax.runtime.state import TrainState
+from codellm_jax.training.begin import Run, begin_or_resume, place
+from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, kept_steps, make_plan
 from codellm_jax.weights.exporting import export_while_training
-from codellm_jax.weights.start import newest_record, restore_parameters
-
-STATE = "Parameters and optimizer state"
 
 
 def train_step(
@@ -123,18 +114,6 @@ def by_source(values_BL: Array, sources_BL: Array, sources: int) -> jax.Array:
     return jnp.einsum("BL,BLS->S", values_BL, jax.nn.one_hot(sources_BL, sources))
 
 
-@dataclasses.dataclass
-class Run:
-    """A run under way: `step` steps are done."""
-
-    training: Training
-    plan: Plan
-    state: TrainState
-    ledger: Ledger
-    step: int
-    interval: Mapping[str, Any] | None = None  # of the checkpoint: see `meter.Interval`
-
-
 def train(
     training: Training, settings: Callable[[], tuple[str, Mapping[str, str]]] = lambda: ("", {}),
     asked: Mapping[str, str] | None = None,
@@ -166,7 +145,8 @@ def train(
     with (
         alone_in(str(model_dir)) if first_process else contextlib.nullcontext(),
         stop_on_signal() as stop,
-        Checkpoints(str(model_dir / "checkpoints"), training.keep_last, training.keep_every) as checkpoints,
+        Checkpoints(str(model_dir / "checkpoints"), training.keep_last, training.keep_every,
+                    kept_steps(training)) as checkpoints,
         jax.set_mesh(plan.mesh),
         nn.logical_axis_rules(training.mesh.all_rules()),
     ):
@@ -193,41 +173,6 @@ def train(
             status.close()
             records.close()
     return run
-
-
-def begin_or_resume(training: Training, plan: Plan, checkpoints: Checkpoints, settings: Mapping[str, str]) -> Run:
-    """The newest checkpoint of MODEL_DIR, else parameters of another run, else new ones."""
-    order, vocabulary = plan.mixture.order, training.vocabulary
-
-    def check(record: Mapping[str, Any]) -> None:
-        require_same_stage(
-            record["ledger"], plan.mixture.stage, training.model_dir, training.initial_checkpoint_path)
-        require_same_vocabulary(record, vocabulary, training.model_dir)
-        require_same_settings(record["settings"], settings, training.model_dir)
-        require_memory(plan.state, STATE)
-
-    restored = checkpoints.restore_newest(plan.state, check, report=say)
-    if restored is not None:
-        state, record = restored
-        ledger, step = Ledger.from_json(record["ledger"]), int(state.step)
-        ledger.check(order, step * training.batch_size)
-        say(f"Resuming {training.model_dir} after step {step}.")
-        return Run(training, plan, state, ledger, step, record.get("interval"))
-    path, parent = training.initial_checkpoint_path, None
-    same_model = functools.partial(
-        require_same_model, vocabulary=vocabulary, config=plan.model.config, model_dir=str(path))
-    if path:  # before anything is allocated for a model that may be far too large
-        same_model(newest_record(path)[1])
-    require_memory(plan.state, STATE)
-    state = initial_state(plan.model, plan.optimizer, plan.state, training.seed)
-    if path:
-        params, record = restore_parameters(
-            path, plan.state.params, check=same_model, report=say)
-        state = state.replace(params=params)
-        parent = record["ledger"] | {"model_dir": resolved(path), "step": record["step"], "digest": record["digest"]}
-    ledger = Ledger.begin(plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length, parent,
-                          any(rows.conversations for rows in plan.mixture.training))
-    return Run(training, plan, state, ledger, 0)
 
 
 class Provenance:
@@ -269,13 +214,13 @@ def loop(
 ) -> None:
     """Trains `run` on to the plan's last step, in place."""
     training, plan, order = run.training, run.plan, run.plan.mixture.order
-    sources = len(order.sources)
+    sources, keep_steps = len(order.sources), kept_steps(training)
     step_fn = jit_train_step(plan.model, plan.optimizer, plan.state, sources, training.microbatches)
     eval_fn = jax.jit(functools.partial(eval_step, model=plan.model, sources=sources),
                       compiler_options=compiler_options(plan.mesh, plan.model.config))
     meter = Meter(order, training.batch_size, plan.mixture.stage, run.step, plan.last_step, training.log_period,
                   jax.jit(training.learning_rate), functools.partial(utilization, plan), records, status, run.interval)
-    if run.step == 0:
+    if run.step == plan.first_step:
         evaluate(run, eval_fn, records, status)
     batches = read_ahead(functools.partial(batch_of_step, training, plan), run.step, plan.last_step)
     meter.restart()
@@ -285,7 +230,7 @@ def loop(
         nonlocal saved
         meter.settle()
         checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json(),
-                                               "interval": meter.interval})
+                                               "interval": meter.interval, "place": place(training, plan, run.step)})
         saved = run.step
         meter.restart()
 
@@ -316,7 +261,7 @@ def loop(
             if training.export_period and (
                     run.step % training.export_period == 0 or run.step == plan.last_step):
                 export()
-            if run.step % training.checkpoint_period == 0:
+            if run.step % training.checkpoint_period == 0 or run.step in keep_steps:
                 save()
         if run.step > saved:
             save()

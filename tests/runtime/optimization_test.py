@@ -161,6 +161,17 @@ def test_linear_constant_and_square_root_are_their_formulas():
                                [1e-3 * (step / 16 if step < 16 else math.sqrt(16 / step)) for step in steps], rtol=1e-6)
 
 
+def test_a_branch_warms_up_again():
+    """As if its first step were step 0 of a run that ends with it."""
+    for again, plain in ((warmup_cosine(1e-3, 1e-5, 5, 60, begin_step=20), warmup_cosine(1e-3, 1e-5, 5, 40)),
+                         (warmup_linear(1e-3, 0.0, 5, 60, begin_step=20), warmup_linear(1e-3, 0.0, 5, 40)),
+                         (warmup_stable_decay(1e-3, 0.0, 5, 60, 8, "cosine", 20),
+                          warmup_stable_decay(1e-3, 0.0, 5, 40, 8, "cosine")),
+                         (warmup_constant(1e-3, 5, 20), warmup_constant(1e-3, 5)),
+                         (inverse_square_root(1e-3, 5, 20), inverse_square_root(1e-3, 5))):
+        assert [float(again(20 + step)) for step in range(40)] == [float(plain(step)) for step in range(40)]
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 91), "at most the 90 steps that the warm-up leaves"),
     (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 1.5), "a part of the run from 0.0 to 1.0"),
