@@ -53,7 +53,7 @@ class Trunk(NamedTuple):
 
     step: int
     branch: Branch  # its position is counted in this run's batches
-    learning_rate: float  # of the trunk's last step
+    learning_rates: tuple[float, float]  # of the trunk's last step, and of the one that it would have gone on with
 
 
 def trunk_of(training: "Training") -> Trunk | None:
@@ -79,13 +79,14 @@ def trunk_of(training: "Training") -> Trunk | None:
         raise ValueError(f"SEED is {training.seed}, and that of {point.run} is {saved['seed']}: a branch reads on in "
                          f"the order of its trunk, so give --gin.SEED={saved['seed']}.")
     branch = dataclasses.replace(Branch.from_json(saved), position=saved["step"] * training.batch_size)
-    return Trunk(saved["step"], branch, saved["learning_rate"])
+    last, following = saved["learning_rates"]
+    return Trunk(saved["step"], branch, (last, following))
 
 
 def place(training: "Training", plan: "Plan", step: int) -> dict[str, Any]:
     """What a checkpoint keeps for those that branch from it, as JSON."""
     return plan.mixture.order.branch_at(step * training.batch_size).to_json() | {
-        "seed": training.seed, "learning_rate": float(training.learning_rate(max(0, step - 1)))}
+        "seed": training.seed, "learning_rates": [float(training.learning_rate(at)) for at in (step - 1, step)]}
 
 
 @dataclasses.dataclass

@@ -285,13 +285,11 @@ def branch_lines(training: Training, plan: Plan) -> list[str]:
     """Of a branch, whether its learning rate goes on from its trunk's."""
     if plan.trunk is None:
         return []
-    before, now = plan.trunk.learning_rate, float(training.learning_rate(plan.trunk.step))
-    after = float(training.learning_rate(plan.trunk.step + 1))
-    # A schedule that goes on changes from step to step about as it will after the branch.
-    if abs(now - before) <= 2 * abs(after - now) + 0.01 * before:
-        return [f"The learning rate goes on from the trunk's last, {before:.3g}: {now:.3g}."]
-    return [f"WARNING: the learning rate does not go on from the trunk's last, {before:.3g}: it is {now:.3g} at the "
-            "first step of the branch."]
+    (last, following), now = plan.trunk.learning_rates, float(training.learning_rate(plan.trunk.step))
+    if abs(now - following) <= 0.01 * max(now, following):
+        return [f"The learning rate goes on from the trunk's last, {last:.3g}: {now:.3g}."]
+    return [f"WARNING: the learning rate does not go on from the trunk's last, {last:.3g}: the branch begins at "
+            f"{now:.3g}, where the trunk went on with {following:.3g}."]
 
 
 def learning_rate_lines(schedule: Schedule, first_step: int, last_step: int) -> list[str]:
