@@ -341,7 +341,8 @@ def _parts(source: Source, status: StatusLine, size: int) -> Iterator[Part]:
             for first in range(0, len(piece), rows):
                 yield Part(leaf, layer, first, _floats(tensor.name, piece, slice(first, first + rows)))
         done += array.nbytes
-        rate = done / max(time.monotonic() - began, 1e-9)
+        del array, piece  # before the next one is read
+        rate = max(done / max(time.monotonic() - began, 1e-9), 1.0)
         status.show(done // 10**6, f"at {rate / 1e6:.0f} MB/s, {duration((size - done) / rate)} left")
 
 
