@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -288,7 +289,7 @@ def import_run(source: str, output: str, vocabulary: str | None = None, report: 
         if made == run:
             unfinished.unlink()
         else:
-            made.rename(run)
+            os.rename(made, run)  # onto an empty folder, too
     report(f"The run:     {run}, step 0, checkpoint {record['digest'][:12]}")
     return opened
 

@@ -263,6 +263,7 @@ def test_another_tokenizer_is_taken_where_it_is_named(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", *of_llama(), tokenizer=False)
     (tmp_path / "tokenizer").mkdir()
     write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "run").mkdir()  # an empty folder is no run
     import_run(str(folder), str(tmp_path / "run"), vocabulary=str(tmp_path / "tokenizer"), report=quiet)
     assert newest_record(str(tmp_path / "run"))[1]["settings"]["vocabulary.path"] == repr(
         str(tmp_path / "run" / "vocabulary"))
