@@ -1,5 +1,8 @@
 """Conversations as tokens: spans by hand in published templates, against transformers, and what strangers write."""
 
+import json
+import shutil
+
 import pytest
 from chat_templates import CHATML, LLAMA_3, MISTRAL, PHI_3, QWEN_3, TAGGED, ZEPHYR, write_folder
 
@@ -132,6 +135,20 @@ def test_texts_are_parted_where_a_token_would_reach_into_an_answer(vocabularies)
     assert tokens.counted.index(True) == len(prompt)
     later = chat.prompt_tokens(words, messages[:3])
     assert tokens.ids[: len(later)] == later
+
+
+def test_a_template_beside_a_sentencepiece_file(other_vocabularies, tmp_path):
+    """Its control pieces are special; a space stands before the first text alone."""
+    shutil.copy(other_vocabularies["llama"], tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"chat_template": MISTRAL, "bos_token": "<s>", "eos_token": "</s>"}))
+    words = load_vocabulary(str(tmp_path))
+    [tokens] = chat.conversation_tokens(words, CONVERSATION[:4])
+    runs = shown(words, tokens)
+    assert [text for text, counted in runs if counted] == ["It is two.</s>", "Four.</s>"]
+    assert tokens.ids[: tokens.counted.index(True)] == chat.prompt_tokens(words, CONVERSATION[:1])
+    assert "".join(text for text, _ in runs).split() == chat.prompt_text(
+        words, CONVERSATION[:4], add_generation_prompt=False).split()
 
 
 # ---- What strangers write -------------------------------------------------------------------------
