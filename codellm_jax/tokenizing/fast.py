@@ -67,8 +67,6 @@ class FastTokenizer:
 
     @property
     def end_id(self) -> int | None:
-        if len(self.special_tokens) == 1:
-            return next(iter(self.special_tokens.values()))
         return next((self._ids[name] for name in END_TOKENS if name in self._ids), None)
 
     def id_of(self, token: str) -> int | None:
@@ -108,14 +106,10 @@ class FastTokenizer:
     @functools.cached_property
     def _bytes(self) -> tuple[bytes, ...]:
         found = [UNKNOWN.encode()] * self.pieces
-        unknown = _unknown_id(self._facts["model"], self._ids)
+        unknown = {_unknown_id(self._facts["model"], self._ids)} - {self.end_id}  # one token may be both
         for name, token in self._ids.items():
-            if token == unknown:
-                continue
-            if token in self._special_ids:
-                found[token] = b""
-            else:
-                found[token] = self._text_of(name)
+            if token not in unknown:
+                found[token] = b"" if token in self._special_ids else self._text_of(name)
         return tuple(found)
 
 
