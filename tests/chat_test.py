@@ -174,6 +174,18 @@ def test_special_tokens_within_a_message_are_plain_text(vocabularies, name):
     assert HOSTILE in chat.prompt_text(words, messages[:1])
 
 
+def test_all_private_characters_at_once(vocabularies):
+    every = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    for content, is_taken in ((every[:-3], True), (every, False)):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "No."}]
+        if is_taken:
+            [tokens] = chat.conversation_tokens(vocabularies["chatml"], messages)
+            assert content in shown(vocabularies["chatml"], tokens)[0][0]
+        else:
+            with pytest.raises(chat.Refused, match="with more characters for private use"):
+                chat.conversation_tokens(vocabularies["chatml"], messages)
+
+
 @pytest.mark.parametrize("template, message", [
     ("{{ messages[0].content.__class__.__mro__ }}", "refused"),
     ("{{ ''.__class__.__base__.__subclasses__() }}", "refused"),
