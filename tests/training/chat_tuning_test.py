@@ -315,6 +315,8 @@ def test_the_harness_asks_as_the_run_was_tuned(tuned, chatml):
     assert begun == f"{text}It" and harness._encode_pair(begun, " is") == (
         [*prompt, *chatml.encode("It")], chatml.encode(" is"))
     assert harness._encode_pair("the row", " yes")[0] == chatml.encode("the row")
+    odd = harness.apply_chat_template([{"role": "user", "content": "a\ud800"}])
+    assert harness._encode_pair(odd, "\udfff")[1] == chatml.encode("\ufffd") and "a\ufffd" in odd
     harness._open.close()
 
 
