@@ -38,18 +38,16 @@ Message = Mapping[str, str]  # role, content, and other texts that a template ma
 
 # Characters for private use, by which the first and the end of an answer are marked, and an answer itself.
 _FIRST, _END, _ANSWER = "\U000f0000", "\U000f0001", "\U000f0002"
-_STAND_INS = 0xF0003
+_STAND_INS, _LAST = 0xF0003, 0xFFFFD
 _PRIVATE = "[\U000f0000-\U000ffffd]"
 # What templates that write the day have where there is no clock (Llama 3's): the same tokens on every day.
 _TODAY = datetime.datetime(2024, 7, 26)
-
-
 # What a template's own mistakes are, beside Jinja's errors.
 _MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
 
 
 class Refused(ValueError):
-    """What conversations are that a template does not take, such as "refused by the chat template: No system."."""
+    """Why a template does not take a conversation, such as "refused by the chat template: No system"."""
 
 
 class Tokens(NamedTuple):
@@ -263,11 +261,13 @@ def _protected(vocabulary: Vocabulary, messages: Sequence[Message]) -> tuple[lis
 
     safe: list[Message] = [{name: pattern.sub(stand_in, text) for name, text in message.items()}
                            for message in messages]
+    if len(stand_ins) > _LAST - _STAND_INS + 1:
+        raise Refused("with more characters for private use than can be told apart")
     return safe, {character: text for text, character in stand_ins.items()}
 
 
 def _restored(text: str, back: Mapping[str, str]) -> str:
-    return re.sub(_PRIVATE, lambda found: back.get(found[0], ""), text) if back else text
+    return re.sub(_PRIVATE, lambda found: back.get(found[0], found[0]), text) if back else text
 
 
 def _tokens(vocabulary: Vocabulary, rendered: _Rendered, back: Mapping[str, str]) -> Tokens:

@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
                 "Goes on from prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts they are typed.")
     infer.add_argument("--prompts", metavar="FILE", help="prompts, a line each, or JSON lines where it ends in .jsonl")
     infer.add_argument("--output", metavar="FILE", help="write the answers there, as JSON lines")
-    infer.add_argument("--instruction", action="store_true", help="put each prompt into the template of instructions")
+    infer.add_argument("--instruction", action="store_true",
+                       help="put each prompt into the form of tuning: a chat template, or that of instructions")
     compare = subparsers.add_parser("compare", help="compare two runs' results", allow_abbrev=False,
                                     description="Paired tests of two evaluated runs on the same questions.")
     compare.add_argument("first", metavar="RUN_A")
@@ -90,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
     import_.add_argument("--output", required=True, metavar="RUN", help="the run directory to make")
     import_.add_argument("--vocabulary", metavar="PATH", help="the tokenizer, where SOURCE has none")
     import_.add_argument("--check", action="store_true",
-                         help="compare logits with transformers; status 1 where they differ by more than 0.001")
+                         help="compare logits with transformers, with all of the model in memory, twice; status 1 "
+                         "where they differ by more than 0.001")
     import_.add_argument("--debug", action="store_true", help="show the traceback of an error")
     export = subparsers.add_parser(
         "export", help="write a checkpoint for Hugging Face's libraries", allow_abbrev=False,

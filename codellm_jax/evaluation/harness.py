@@ -113,8 +113,7 @@ class CodellmJax(TemplateLM):
 
         What UTF-8 cannot hold, a lone surrogate, becomes U+FFFD.
         """
-        text = string.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        vocabulary = self._model.vocabulary
+        text, vocabulary = _valid(string), self._model.vocabulary
         return vocabulary.encode(text) if add_special_tokens is False else vocabulary.encode_prompt(text)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -138,16 +137,17 @@ class CodellmJax(TemplateLM):
             begun = last["content"]
         if not self._takes_messages:
             return self._instruction_prompt("\n\n".join(message["content"] for message in chat_history)) + begun
-        prompt = prompt_of(self._model.vocabulary, chat_history, self._by_template, self._turns)
+        messages = [{name: _valid(message[name]) for name in ("role", "content")} for message in chat_history]
+        prompt = prompt_of(self._model.vocabulary, messages, self._by_template, self._turns)
         text = prompt.text + begun
-        self._prompts[text] = [*prompt.ids, *self._model.vocabulary.encode_after(prompt.ids, begun)]
+        self._prompts[text] = [*prompt.ids, *self._model.vocabulary.encode_after(prompt.ids, _valid(begun))]
         return text
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context not in self._prompts:
             return super()._encode_pair(context, continuation)
         prompt = self._prompts[context]
-        return prompt, self._model.vocabulary.encode_after(prompt, continuation)
+        return prompt, self._model.vocabulary.encode_after(prompt, _valid(continuation))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (prompt, continuation) the log-likelihood in nats, and whether greedy decoding would write it.
@@ -226,6 +226,11 @@ class CodellmJax(TemplateLM):
                 ends = [text.find(stop) for stop in stops[number] if stop in text]
                 answers[number] = text[: min(ends)] if ends else text
         return answers
+
+
+def _valid(text: str) -> str:
+    """A text in which lone surrogates are U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _sum(scores: Scores) -> float:

@@ -16,9 +16,8 @@ or missing. `sample` keeps so many records of the training split, chosen by a st
 
 `validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt (of a conversation the
 first) puts a hundredth of the records into "validation" and a hundredth into "test", and of few records at least one
-prompt each. MBPP has its
-official splits instead: "train" is 601 to 974, "validation" 511 to 600. Of both, the problems of the sanitized set,
-which are evaluated on, are left out; `keep_sanitized` keeps them.
+prompt each. MBPP has its official splits instead: "train" is 601 to 974, "validation" 511 to 600. Of both, the problems
+of the sanitized set, which are evaluated on, are left out; `keep_sanitized` keeps them.
 
 Nothing is lost silently: records that cannot be read are counted, and reported in one warning a reading, with the
 place of the first of each kind. A file that is no JSON is refused.

@@ -93,6 +93,25 @@ def test_a_batch_by_hand():
         "weights": "float32"}
 
 
+def test_a_conversation_by_hand():
+    """A prompt of two, an answer of two, two that do not count, and an answer, in rows that cut it at each place."""
+    example = Example(np.array([10, 11]), np.array([50, 51, ~12, ~0, 52]), 0, is_conversation=True)
+    for length, counted in ((2, [50]), (3, [50, 51]), (5, [50, 51]), (6, [50, 51, 52]), (9, [50, 51, 52])):
+        found = Found()
+        [examples] = example_rows([example, *of_lengths((1, 2))], length, found)
+        assert (found.conversations, found.cut) == (1, (length < 6) + (length < 2))
+        rows = Rows("text.n1", "train", "", 2, length, 0, 2, "")
+        object.__setattr__(rows, "begin", lambda numbers, examples=examples: lambda: examples[numbers])
+        assert example_sizes.__wrapped__(rows).counted.tolist() == [len(counted), 2]
+        arrays = arrays_of_examples(examples, np.zeros(2, int), np.arange(2), np.zeros(2, int), (2, length))
+        size = min(7, length + 1)
+        tokens = [10, 11, 50, 51, 12, 0, 52][:size]
+        assert arrays["inputs"][0][: size - 1].tolist() == tokens[:-1]
+        assert arrays["targets"][0][: size - 1].tolist() == tokens[1:]
+        assert arrays["targets"][0][arrays["weights"][0] == 1].tolist() == counted
+        assert arrays["targets"][1][arrays["weights"][1] == 1].tolist() == [50, 51]
+
+
 def test_sizes_are_those_of_the_batch():
     order, rows = in_memory()
     draw = order.draw(np.arange(64))

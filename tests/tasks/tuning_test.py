@@ -12,6 +12,7 @@ from codellm_jax import vocabulary
 from codellm_jax.tokenizing.training import END_OF_DOCUMENT_PIECE
 from tasks.corpora import official, standard_library
 from tasks.instruction_sets import instructions
+from tasks.instruction_sets.prompts import conversation_turns
 
 seqio = pytest.importorskip("seqio")
 
@@ -50,6 +51,16 @@ def test_text_that_names_the_end_token(write: Callable[..., str]) -> None:
     [(inputs, targets)] = _tokens(name)
     assert WORDS.decode(targets[:-1]) == answer and targets.count(WORDS.end_of_document_id) == 1
     assert WORDS.end_of_document_id not in inputs
+
+
+def test_a_conversation_is_its_last_answer_to_seqio(write: Callable[..., str]) -> None:
+    messages = [{"role": role, "content": text} for role, text in (
+        ("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"))]
+    name = _fresh()
+    tuning.add_corpus(name, {"instructions": write(f"{uuid.uuid4().hex}.json", [{"messages": messages}]), "holdout": 0})
+    [(inputs, targets)] = _tokens(name)
+    assert WORDS.decode(inputs) == "".join(conversation_turns(messages)[:3])
+    assert targets == [*WORDS.encode("2"), WORDS.end_of_document_id]
 
 
 def test_tasks_are_plain() -> None:

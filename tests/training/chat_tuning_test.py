@@ -13,8 +13,10 @@ from chat_templates import CHATML, QWEN_3, write_folder
 import tasks
 from codellm_jax import chat, cli
 from codellm_jax.evaluation.decoding import Piece
+from codellm_jax.mixture import shards
 from codellm_jax.mixture.examples import ids_of
-from codellm_jax.mixture.rows import cache_place
+from codellm_jax.mixture.overlap import Trained, texts
+from codellm_jax.mixture.rows import cache_place, cached_rows
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.training.plan import describe, make_plan
@@ -179,6 +181,47 @@ def test_rows_depend_on_the_template_where_there_is_one(corpora, tmp_path):
         "version", "task", "definition", "length", "vocabulary", "end_of_document_id", "examples"}
 
 
+def test_rows_are_the_same_by_shards(tmp_path, monkeypatch):
+    """As of many processes: files each by itself, some with conversations that the template refuses."""
+    template = "{% if messages[0].content == 'Q0 2?' %}{{ raise_exception('Two.') }}{% endif %}" + CHATML
+    words = load_vocabulary(write_folder(tmp_path / "words", template))
+    for number in range(3):
+        lines = [json.dumps(record) for record in conversations() * (number + 1)]
+        lines.append(json.dumps({"instruction": f"Say {number}.", "output": "It."}))
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    corpora = {"text.chat": {"instructions": f"{tmp_path}/*.jsonl", "holdout": 0.2}}
+    definitions, found = tasks.Definitions(corpora=corpora), {}
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
+    for way in ("alone", "shards"):
+        place = cache_place("text.chat", definitions, words, LENGTH, str(tmp_path / way), "tuning")
+        if way == "shards":
+            build = shards.Build("text.chat", definitions, words, LENGTH, "tuning", place)
+            planned = shards.plan(build)
+            for shard in planned:
+                shards.tokenize(build, shard)
+            pieces = shards.pieces(build, planned)
+            for piece in pieces:
+                shards.cut(build, piece)
+            shards.finish(build, planned, pieces)
+        rows = cached_rows("text.chat", definitions, words, LENGTH, str(tmp_path / way), lambda line: None, "tuning")
+        found[way] = {split: (each.count, each.content_hash, each.conversations, each.notes)
+                      for split, each in rows.items()}
+    assert found["alone"] == found["shards"]
+    assert sum(split[2] for split in found["alone"].values()) == 12 and sum(
+        split[0] for split in found["alone"].values()) == 15
+    [note] = [note for split in found["alone"].values() for note in split[3] if "refused" in note]
+    assert f"6 refused by the chat template: Two (first: {tmp_path}/0.jsonl, line 2)" in note
+
+
+def test_questions_are_found_in_every_turn(corpora, chatml, tmp_path):
+    rows = cached_rows("text.chat", tasks.Definitions(corpora=corpora), chatml, LENGTH, str(tmp_path),
+                       lambda line: None, "tuning")["train"]
+    text = " ".join(texts(Trained(rows, chatml, "tuning"), 0, rows.count))
+    for record in conversations():
+        for message in record["messages"]:
+            assert message["content"] in text
+
+
 # ---- Through the commands -------------------------------------------------------------------------
 
 
@@ -272,6 +315,8 @@ def test_the_harness_asks_as_the_run_was_tuned(tuned, chatml):
     assert begun == f"{text}It" and harness._encode_pair(begun, " is") == (
         [*prompt, *chatml.encode("It")], chatml.encode(" is"))
     assert harness._encode_pair("the row", " yes")[0] == chatml.encode("the row")
+    odd = harness.apply_chat_template([{"role": "user", "content": "a\ud800"}])
+    assert harness._encode_pair(odd, "\udfff")[1] == chatml.encode("\ufffd") and "a\ufffd" in odd
     harness._open.close()
 
 
