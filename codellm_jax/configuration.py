@@ -143,6 +143,7 @@ def read_configuration(
     for name, value in overrides:
         settings.append(Setting(name, as_gin_value(value), f"--gin.{name}"))
     inherited = _inherited(settings) if parent is None else _taken_over(parent, settings, "the run to start from")
+    inherited += _branch_step(settings)
     configuration = Configuration((*inherited, *settings), tuple(dict.fromkeys(imports)), len(inherited))
     _require_known_names(configuration)
     return configuration
@@ -176,38 +177,37 @@ def _read_file(
 
 def _inherited(settings: Sequence[Setting]) -> list[Setting]:
     """What is taken over from the run or the published weights that INITIAL_CHECKPOINT_PATH, BRANCH_FROM or
-    CHECKPOINT_PATH names: the model's size, the vocabulary, the length of rows and the mesh, all of them below any file
-    or flag. Where a file uses BRANCH_STEP, that is the step of BRANCH_FROM, or 0.
+    CHECKPOINT_PATH names: the model's size, the vocabulary, the length of rows and the mesh, below any file or flag.
 
     Once the run has a checkpoint of its own, that tells the same, should the other run be gone.
     """
+    names = ("INITIAL_CHECKPOINT_PATH", "BRANCH_FROM", "CHECKPOINT_PATH", "MODEL_DIR")
     literals = {setting.name: ast.literal_eval(setting.value) for setting in settings
-                if setting.name in ("INITIAL_CHECKPOINT_PATH", "BRANCH_FROM", "CHECKPOINT_PATH", "MODEL_DIR")
-                and setting.value[:1] in "'\"N"}
-    trunk, _, branch_step = (literals.get("BRANCH_FROM") or "").rpartition("@")
-    uses_step = any("%BRANCH_STEP" in setting.value for setting in settings)
-    own = [Setting("BRANCH_STEP", branch_step or "0", "BRANCH_FROM")] * uses_step
-    parent = literals.get("INITIAL_CHECKPOINT_PATH") or trunk or literals.get("CHECKPOINT_PATH")
-    if not parent:
-        return own
-    from codellm_jax.weights.start import newest_record, settings_to_start_from
+                if setting.name in names and setting.value[:1] in "'\"N"}
+    trunk = (literals.get("BRANCH_FROM") or "").rpartition("@")[0]
+    if not (parent := literals.get("INITIAL_CHECKPOINT_PATH") or trunk or literals.get("CHECKPOINT_PATH")):
+        return []
+    from codellm_jax.weights.start import newest_settings
 
-    starts = bool(literals.get("INITIAL_CHECKPOINT_PATH"))
     try:
-        path, (step, saved) = parent, settings_to_start_from(parent) if starts else _settings(newest_record(parent))
+        path, (step, saved) = parent, newest_settings(parent, training="CHECKPOINT_PATH" not in literals)
     except OSError:  # it is gone, or the network is
         try:
-            path, (step, saved) = literals["MODEL_DIR"], _settings(newest_record(literals["MODEL_DIR"]))
+            path, (step, saved) = literals["MODEL_DIR"], newest_settings(literals["MODEL_DIR"])
         except (FileNotFoundError, KeyError):
             path = ""
         if not path:
             raise
-    return own + _taken_over(saved, settings, f"{path}, step {step}")
+    return _taken_over(saved, settings, f"{path}, step {step}")
 
 
-def _settings(newest: tuple[int, Mapping[str, Any]]) -> tuple[int, Mapping[str, str]]:
-    step, record = newest
-    return step, record["settings"]
+def _branch_step(settings: Sequence[Setting]) -> list[Setting]:
+    """BRANCH_STEP, where it is used: the step of BRANCH_FROM, or 0."""
+    if not any("BRANCH_STEP" in references("%", setting.value) for setting in settings):
+        return []
+    named = [setting for setting in settings if setting.name == "BRANCH_FROM"][-1:]
+    step = re.search(r"@(\d+)'$", named[0].value) if named else None
+    return [Setting("BRANCH_STEP", step[1] if step else "0", named[0].where if step else "no BRANCH_FROM")]
 
 
 def _taken_over(saved: Mapping[str, str], settings: Sequence[Setting], where: str) -> list[Setting]:
@@ -334,8 +334,7 @@ def explain(configuration: Configuration, name: str) -> str:
 
 def references(mark: str, value: str) -> list[str]:
     """The names behind each "@" or "%" of a value as gin writes it, but for those inside of strings."""
-    outside = re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", value)
-    return re.findall(rf"{mark}([\w/.]+)", outside)
+    return re.findall(rf"{mark}([\w/.]+)", re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", value))
 
 
 def _require_known_names(configuration: Configuration) -> None:

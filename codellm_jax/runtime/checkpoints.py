@@ -98,6 +98,10 @@ class Checkpoints:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there."""
+        return list(self._manager.all_steps())
+
     def wait(self) -> None:
         """Waits until the save in flight is committed. Raises OSError where it failed."""
         with self._one_line():

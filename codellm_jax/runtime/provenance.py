@@ -13,6 +13,7 @@ MODEL_DIR/provenance.json of a run of training:
                 last two are null
   step, last_step, finished
   checkpoint    the digest of the newest checkpoint's record, which results name too
+  kept          step -> digest of the checkpoints that KEEP_STEPS keeps
 """
 
 import hashlib

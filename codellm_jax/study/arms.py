@@ -5,14 +5,20 @@
         'NC-uniform': {'from': 'NL', 'CODE_RATE': 0.375},        a run of tuning that starts from NL of its own seed
         'QC': {'from': 'hf://ORG/NAME', 'CODE_RATE': 0.375},     a run of tuning that starts from published weights
         'MORE': {'from': 'NL', 'stage': 'pretraining', 'CODE_RATE': 0.5},   a run that pre-trains NL further
+        'MID': {'from': 'NL@0.5', 'CODE_RATE': 0.3},             a run that branches from NL half-way
+        'GRID': {'from': 'NL', 'sweep': {'at': [0.1, 0.5], 'CODE_RATE': [0.1, 0.3]}},   four such runs
         'RATE': {'sweep': {'CODE_RATE': [0.1, 0.25, 0.5]}},      RATE-0.1, RATE-0.25 and RATE-0.5
         'WIDE': {'gin_file': 'gin/models/125m.gin', 'CODE_RATE': 0.0},
     }
 
 'from' names an arm, a run directory, or published weights: a folder of them (a path has a slash in it) or
-hf://ORG/NAME. What starts from something is tuned, unless its 'stage' says otherwise. What an arm has besides 'from',
-'stage', 'sweep' and 'gin_file' are settings, as on the command line. An arm that starts from a swept one is swept with
-it.
+hf://ORG/NAME. What starts from something is tuned, unless its 'stage' says otherwise. What an arm has besides WORDS
+are settings, as on the command line. An arm that starts from a swept one is swept with it; a sweep of several settings
+takes each value of one with each of the others.
+
+An arm that branches ('from': 'NL@0.5', or 'at' beside 'from'; a part of the trunk's steps, or a step as a whole number)
+goes on from that step with the optimizer and the data, and has the stage, the settings and the gin file of its trunk
+but for what it sets itself. TRAIN_STEPS counts the trunk's steps too.
 
 Two comparisons are offered, for either stage:
 
@@ -33,9 +39,9 @@ from codellm_jax.mixture.schedules import Schedule, constant, phases
 from codellm_jax.runtime.process import require_plain_name
 
 COMPARISONS = ("compute-matched", "data-matched")
-WORDS = ("from", "stage", "sweep", "gin_file")  # what in an arm is no setting
+WORDS = ("from", "at", "stage", "sweep", "gin_file")  # what in an arm is no setting
 STAGES = ("pretraining", "tuning")
-OWN = ("SEED", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH")  # settings that the plan makes
+OWN = ("SEED", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "BRANCH_FROM")  # settings that the plan makes
 
 _PAIRS_OF_FILES = (("mixed_pretrain", "text_pretrain"), ("mixed_pretrain_increase", "mixed_pretrain_decrease"),
                    ("tune_mixed", "tune_text"), ("tune_increase", "tune_decrease"))
@@ -89,6 +95,7 @@ class Arm(NamedTuple):
     settings: Mapping[str, Any]
     source: str | None = None  # the run directory or published weights that it starts from
     stage: str = "pretraining"
+    at: int | float | None = None  # of the parent's steps, where it branches from it: a step, or a part of them
 
 
 class Run(NamedTuple):
@@ -98,6 +105,7 @@ class Run(NamedTuple):
     seed: int
     steps: int
     mix: str  # "constant", "uniform", "increase", "decrease", or what MIX_PHASES says
+    branch_step: int | None = None  # of the run that it branches from
 
     @property
     def name(self) -> str:
@@ -111,7 +119,8 @@ class Run(NamedTuple):
     @property
     def start(self) -> str | None:
         """What it starts from: a run of the study, another run's directory, or published weights."""
-        return self.parent or self.arm.source
+        at = "" if self.branch_step is None else f"@{self.branch_step}"
+        return f"{self.parent}{at}" if self.parent else self.arm.source
 
 
 class Asked(NamedTuple):
@@ -156,13 +165,16 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
     told: list[str] = []
     waiting = dict(given)
     while waiting:
-        ready = [name for name, facts in waiting.items() if facts.get("from") not in given or facts["from"] in families]
+        ready = [name for name, facts in waiting.items()
+                 if (start := _start(facts, given)[0]) not in given or start in families]
         if not ready:
             raise ValueError(f"ARMS goes round in a circle: {', '.join(waiting)} start from each other.")
         for name in ready:
             facts = waiting.pop(name)
             families[name] = []
-            for suffix, arm in _members(name, facts, families.get(str(facts.get("from")), [("", "")])):
+            start, at = _start(facts, given)
+            for suffix, arm in _members(name, dict(facts) | {"from": start, "at": at},
+                                        families.get(str(start), [("", "")]), arms):
                 same = next((other.name for other in arms.values() if other[1:] == arm[1:]), None)
                 if same:
                     told.append(f"{arm.name} is {same}, which is trained once.")
@@ -194,44 +206,73 @@ def _require_arm(name: str, facts: Any, given: Mapping[str, Any]) -> None:
                          "run directories.")
     if not isinstance(facts, Mapping) or not all(isinstance(key, str) for key in facts):
         raise ValueError(f"ARMS must give {name} settings such as {{'CODE_RATE': 0.5}}, found {facts!r}.")
-    if own := [key for key in facts if key in OWN]:
+    sweep = facts.get("sweep")
+    if own := [key for key in (*facts, *(sweep if isinstance(sweep, Mapping) else ())) if key in OWN]:
         raise ValueError(f"ARMS gives {name} {own[0]}, which the study sets: SEEDS lists seeds, 'from' names the arm "
                          "to start from.")
-    start = facts.get("from")
+    start, at = _start(facts, given)
+    every_at = [at, *(sweep.get("at", ()) if isinstance(sweep, Mapping) else ())]
+    for place in every_at:
+        if place is not None and not (isinstance(place, int | float) and not isinstance(place, bool) and place > 0
+                                      and (isinstance(place, int) or place < 1)):
+            raise ValueError(f"ARMS lets {name} branch at {place!r}, which must be a part of the trunk's steps, such "
+                             "as 0.5, or a step of it.")
+        if place is not None and start not in given:
+            raise ValueError(f"ARMS lets {name} branch at {place!r}, and names no arm of the study in 'from'.")
     if start is not None and start not in given and not (isinstance(start, str) and "/" in start):
         raise ValueError(f"ARMS lets {name} start from {start!r}, which is no arm: {', '.join(given)} are there. A run "
                          "directory or published weights are named by a path with a slash, or as hf://ORG/NAME.")
     if facts.get("stage", STAGES[0]) not in STAGES:
         raise ValueError(f"ARMS gives {name} the stage {facts['stage']!r}; a stage is {' or '.join(STAGES)}.")
     if "sweep" in facts:
-        sweep = facts["sweep"]
-        values = next(iter(sweep.values())) if isinstance(sweep, Mapping) and len(sweep) == 1 else None
-        if not isinstance(values, list | tuple) or not values:
-            raise ValueError(f"ARMS must give {name} a sweep of one setting and its values, such as "
+        if not isinstance(sweep, Mapping) or not sweep or not all(
+                isinstance(values, list | tuple) and values for values in sweep.values()):
+            raise ValueError(f"ARMS must give {name} a sweep of settings and their values, such as "
                              f"{{'CODE_RATE': [0.0, 0.25, 0.5]}}, found {sweep!r}.")
     if not isinstance(facts.get("gin_file", ""), str):
         raise ValueError(f"ARMS must give {name} a gin_file that is one file's name, found {facts['gin_file']!r}.")
 
 
-def _members(name: str, facts: Mapping[str, Any], parents: Sequence[tuple[str, str]]) -> list[tuple[str, Arm]]:
+def _start(facts: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What an arm starts from, and where it branches from that, or None."""
+    start, at = facts.get("from"), facts.get("at")
+    trunk, mark, place = start.rpartition("@") if isinstance(start, str) else ("", "", "")
+    if start in given or trunk not in given or not mark:
+        return start, at
+    try:
+        return trunk, int(place) if place.isdigit() else float(place)
+    except ValueError:
+        return trunk, place
+
+
+def _members(
+    name: str, facts: Mapping[str, Any], parents: Sequence[tuple[str, str]], arms: Mapping[str, Arm]
+) -> list[tuple[str, Arm]]:
     """(suffix, arm) for each point of the arm's own sweep and each of what it starts from."""
     settings = {key: value for key, value in facts.items() if key not in WORDS}
     start = facts.get("from")
-    stage = facts.get("stage", "tuning" if start else "pretraining")
     points: list[tuple[str, dict[str, Any]]] = [("", {})]
     if "sweep" in facts:
-        [(swept, values)] = facts["sweep"].items()
-        plain = all(re.fullmatch(r"[\w.-]+", str(value)) for value in values)
-        points = [(f"-{value if plain else number}", {swept: value}) for number, value in enumerate(values)]
+        for swept, values in facts["sweep"].items():
+            plain = all(re.fullmatch(r"[\w.-]+", str(value)) for value in values)
+            points = [(f"{suffix}-{value if plain else number}", point | {swept: value})
+                      for suffix, point in points for number, value in enumerate(values)]
     members = []
     for parent_suffix, parent in parents:
         for suffix, point in points:
             both = settings | point
+            at = both.pop("at", facts.get("at"))
+            gin_file, stage = facts.get("gin_file"), facts.get("stage", "tuning" if start else "pretraining")
+            if at is not None:  # the trunk's own, but for its mix where another is given
+                trunk = arms[parent]
+                mixes = ("CODE_RATE", "MIX_PHASES") if {"CODE_RATE", "MIX_PHASES"} & both.keys() else ()
+                both = {key: value for key, value in trunk.settings.items() if key not in mixes} | both
+                gin_file, stage = gin_file or trunk.gin_file, facts.get("stage", trunk.stage)
             if "MIX_PHASES" in both:
                 both = {"CODE_RATE": None} | both
+            source = None if parent else start
             members.append((parent_suffix + suffix, Arm(
-                f"{name}{parent_suffix}{suffix}", parent or None, facts.get("gin_file"), both,
-                None if parent else start, stage)))
+                f"{name}{parent_suffix}{suffix}", parent or None, gin_file, both, source, stage, at)))
     return members
 
 
@@ -246,16 +287,26 @@ def plan_runs(study: Study, arms: Sequence[Arm], asked: Mapping[str, Asked]) -> 
     Raises:
       ValueError: in one line, for a mix that is none, or that no length makes data-matched.
     """
-    planned = []
+    planned: dict[str, tuple[Arm, int, str, int | None]] = {}
     for arm in arms:
-        of_arm = asked[arm.name]
+        of_arm, branch_step = asked[arm.name], None
         try:
+            if arm.at is not None and arm.parent:
+                trunk = planned[arm.parent][1]
+                branch_step = arm.at if isinstance(arm.at, int) else max(1, round(arm.at * trunk))
+                if not branch_step <= trunk or not branch_step < of_arm.steps:
+                    raise ValueError(f"it branches at step {branch_step} of {arm.parent}, which has {trunk}, and ends "
+                                     f"at {of_arm.steps}: TRAIN_STEPS counts the trunk's steps too.")
             if study.comparison == "data-matched":
+                if branch_step is not None:
+                    raise ValueError("COMPARISON = 'data-matched' is of runs from their first step on, and this one "
+                                     "branches: set its TRAIN_STEPS, and compare 'compute-matched'.")
                 of_arm = of_arm._replace(steps=data_matched_steps(of_arm))
-            planned.append((arm, of_arm.steps, mix_of(of_arm, arm.stage)))
+            planned[arm.name] = arm, of_arm.steps, mix_of(of_arm, arm.stage), branch_step
         except ValueError as error:
             raise ValueError(f"{arm.name}: {error}") from None
-    return [Run(arm, seed, steps, mix) for seed in study.seeds for arm, steps, mix in planned]
+    return [Run(arm, seed, steps, mix, branch_step) for seed in study.seeds
+            for arm, steps, mix, branch_step in planned.values()]
 
 
 def data_matched_steps(asked: Asked) -> int:

@@ -27,7 +27,7 @@ from codellm_jax.configuration import (
 from codellm_jax.results.files import files_of, write_whole
 from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
 from codellm_jax.study.arms import OWN, Arm, Asked, Run, Study, expand, plan_runs
-from codellm_jax.weights.start import settings_to_start_from
+from codellm_jax.weights.start import newest_settings
 
 # Where a result was looked for or what else was asked with it makes no other result of it.
 FREE_OF_RESULTS = frozenset(("CHECKPOINT_PATH", "TASKS", "evaluate.results_dir"))
@@ -65,7 +65,8 @@ class Planned(NamedTuple):
 
     def request(self) -> dict[str, Any]:
         """What `survey` is asked."""
-        return {"name": self.run.name, "files": self.files, "overrides": self.overrides, "parent": self.parent}
+        return {"name": self.run.name, "files": self.files, "overrides": self.overrides, "parent": self.parent,
+                "trunk": None if self.run.branch_step is None else [self.run.parent, self.run.branch_step]}
 
 
 class Standing(NamedTuple):
@@ -75,6 +76,7 @@ class Standing(NamedTuple):
     trained: bool
     evaluated: bool
     checkpoint: str | None  # the digest of the newest
+    kept: Mapping[str, str]  # step -> digest of those that KEEP_STEPS keeps
     changed: tuple[str, ...]  # what differs between what was trained and the plan; nothing of a run that is not begun
     results_changed: tuple[str, ...]  # likewise between how it was evaluated and the plan
     seconds: float  # of training, as far as sessions ended by themselves
@@ -109,7 +111,8 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
     for arm in arms:
         files, overrides = _of_arm(arm, study, common[arm.stage], search_paths)
         parent = effective[arm.parent] if arm.parent else _settings_of(arm)
-        places: Settings = (("MODEL_DIR", "planned"), *((("INITIAL_CHECKPOINT_PATH", "planned"),) if parent else ()))
+        start = ("INITIAL_CHECKPOINT_PATH", "planned") if arm.at is None else ("BRANCH_FROM", "planned@1")
+        places: Settings = (("MODEL_DIR", "planned"), *((start,) if parent else ()))
         try:
             found = read_configuration(files, [*overrides, *places], search_paths, parent)
             if "CODE_RATE" in arm.settings and "MIX_PHASES" not in arm.settings and found.resolved(
@@ -133,8 +136,14 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
         own = [("SEED", str(run.seed)), ("MODEL_DIR", folder)]
         if run.steps != asked[run.arm.name].steps:
             own.insert(0, ("TRAIN_STEPS", str(run.steps)))
-        if start := run_folder(study.directory, run.parent) if run.parent else run.arm.source:
-            own.append(("INITIAL_CHECKPOINT_PATH", start))
+        if run.branch_step is not None:
+            own.append(("BRANCH_FROM", f"{run_folder(study.directory, str(run.parent))}@{run.branch_step}"))
+        elif path := run_folder(study.directory, run.parent) if run.parent else run.arm.source:
+            own.append(("INITIAL_CHECKPOINT_PATH", path))
+        branched = {other.branch_step for other in runs if other.parent == run.name} - {None}
+        if branched:
+            steps = dict.fromkeys([*_kept(overrides), *sorted(branched)])  # type: ignore[type-var]
+            own.append(("KEEP_STEPS", str(list(steps))))
         kept = [pair for pair in overrides if pair[0] not in dict(own)]
         # Of a run's evaluation only the settings asked are compared, so that nothing need be taken over here.
         evaluation = [*common["evaluation"], ("CHECKPOINT_PATH", folder)]
@@ -150,10 +159,15 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
     return planned, told
 
 
+def _kept(overrides: Settings) -> list[Any]:
+    """KEEP_STEPS of an arm's own settings."""
+    return list(ast.literal_eval(dict(overrides).get("KEEP_STEPS", "[]")))
+
+
 def _settings_of(arm: Arm) -> Mapping[str, str] | None:
     """Settings of the run directory or the published weights that an arm starts from, if it does."""
     try:
-        return None if arm.source is None else settings_to_start_from(arm.source)[1]
+        return None if arm.source is None else newest_settings(arm.source, training=True)[1]
     except (OSError, ValueError) as error:
         raise type(error)(f"{arm.name}: {error}") from None
 
@@ -328,18 +342,20 @@ def standing(one: Planned, facts: Mapping[str, Any], parent: Standing | None) ->
     """
     provenance = _json(epath.Path(one.folder).expanduser() / "provenance.json")
     if provenance is None:
-        return Standing(0, False, False, None, (), (), 0.0)
+        return Standing(0, False, False, None, {}, (), (), 0.0)
     changed = differences(provenance["asked"], one.training.asked)
     if not changed and facts.get("order", provenance["order"]) != provenance["order"]:
         changed = ["the data, or the order in which they are drawn, are others"]
     before = provenance["ledger"]["before"]
-    if parent and parent.checkpoint and before and before[-1].get("digest") not in (None, parent.checkpoint):
+    of_parent = parent and (parent.checkpoint if one.run.branch_step is None else
+                            parent.kept.get(str(one.run.branch_step)))
+    if of_parent and before and before[-1].get("digest") not in (None, of_parent):
         changed.append(f"{one.run.parent}, which it started from, was trained again")
     results_changed, evaluated = _results(one, provenance["checkpoint"])
     checkpoints = epath.Path(one.folder).expanduser() / "checkpoints"
     steps = [int(path.name) for path in (checkpoints.iterdir() if checkpoints.exists() else []) if path.name.isdigit()]
     return Standing(max(steps, default=0), provenance["finished"], evaluated and provenance["finished"],
-                    provenance["checkpoint"], tuple(changed), tuple(results_changed),
+                    provenance["checkpoint"], provenance.get("kept", {}), tuple(changed), tuple(results_changed),
                     sum(session["seconds"] or 0.0 for session in provenance["sessions"]))
 
 

@@ -6,6 +6,7 @@ free again when it ends.
 What of the benchmarks stands in what they are trained on is found in the same way (`contamination.py`).
 """
 
+import functools
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from codellm_jax.evaluation.contamination import measure_into
 from codellm_jax.model.decoder import flops_per_token, parameter_count
 from codellm_jax.runtime.process import use_compilation_cache
 from codellm_jax.runtime.state import bytes_per_device, initial_state
+from codellm_jax.training.begin import Trunk, trunk_after
 from codellm_jax.training.plan import Plan, Training, make_plan, unit
 from codellm_jax.training.train import batch_of_step, jit_train_step
 
@@ -35,8 +37,8 @@ def survey(
     """Makes the plan of each run, which caches rows that are not cached yet; trains nothing that is kept.
 
     Args:
-      requests: for each run its "name", "files", "overrides" ([[name, value], ...]), and "parent", the settings of the
-        run that it starts from, or None.
+      requests: for each run its "name", "files", "overrides" ([[name, value], ...]), "parent", the settings of the
+        run that it starts from, or None, and "trunk", [name, step] of the run that it branches from, or None.
       search_paths: where gin files are looked for besides.
       measure: whether to time some steps: of each stage and model, those of the run with the most rows.
       report: is told lines of progress.
@@ -46,13 +48,19 @@ def survey(
     """
     runs: dict[str, dict[str, Any]] = {}
     programs: dict[str, tuple[str, Training, Plan]] = {}  # of each stage and model, the one with the most rows
+    trunks: dict[str, Callable[[int, Training], Trunk]] = {}  # of each run, what one that branches at a step takes over
     for request in requests:
         name = request["name"]
         try:
             configuration = read_configuration(
                 request["files"], [tuple(pair) for pair in request["overrides"]], search_paths, request["parent"])
             training = build(configuration, "train")
-            plan = make_plan(training, report)
+            trunk = trunks[request["trunk"][0]](request["trunk"][1], training) if request.get("trunk") else None
+            plan = make_plan(training, report, trunk)
+            trunks[name] = functools.partial(trunk_after, training, plan)
+        except KeyError:
+            runs[name] = {"error": f"{request['trunk'][0]}, which it branches from, cannot be planned"}
+            continue
         except (ValueError, OSError) as error:
             runs[name] = {"error": " ".join(str(error).split())}
             continue

@@ -122,8 +122,10 @@ class Plan:
         return self.trunk.step if self.trunk else 0
 
 
-def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan:
+def make_plan(training: Training, report: Callable[[str], None] = print, trunk: Trunk | None = None) -> Plan:
     """Builds everything but arrays; writes the cache of rows where there is none.
+
+    `trunk` stands in for that of BRANCH_FROM, where that is not trained yet.
 
     Raises:
       ValueError: in one line, for any setting that does not fit the others.
@@ -136,7 +138,7 @@ def make_plan(training: Training, report: Callable[[str], None] = print) -> Plan
     model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
     optimizer = training.optimizer(training.learning_rate)
     state = abstract_state(model, optimizer, mesh, training.mesh)
-    trunk = trunk_of(training)
+    trunk = trunk or trunk_of(training)
     first_step = trunk.step if trunk else 0
     if first_step >= training.train_steps:
         raise ValueError(f"BRANCH_FROM begins after step {first_step}, and TRAIN_STEPS = {training.train_steps} counts "

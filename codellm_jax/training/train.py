@@ -161,7 +161,9 @@ def train(
         try:
             loop(run, checkpoints, records, status, values, stop, profile)
             newest = checkpoints.newest_step()
-            provenance.write(run, None if newest is None else checkpoints.record(newest)["digest"])
+            kept = {str(step): checkpoints.record(step)["digest"] for step in kept_steps(training)
+                    if step in checkpoints.steps()}
+            provenance.write(run, None if newest is None else checkpoints.record(newest)["digest"], kept)
         except FloatingPointError as error:
             checkpoints.wait()
             good = checkpoints.newest_step()
@@ -189,10 +191,10 @@ class Provenance:
         self._session = {"from_step": run.step, "to_step": None, "seconds": None} | self._software
         self._sessions = [*before.get("sessions", []), self._session]
         self._same = {"config_hash": training_hash(settings), "asked": dict(asked)}
-        self.write(run, before.get("checkpoint"), ended=False)
+        self.write(run, before.get("checkpoint"), before.get("kept", {}), ended=False)
 
-    def write(self, run: Run, checkpoint: str | None, ended: bool = True) -> None:
-        """Writes what holds now; `checkpoint` is the digest of the newest one."""
+    def write(self, run: Run, checkpoint: str | None, kept: Mapping[str, str], ended: bool = True) -> None:
+        """Writes what holds now; `checkpoint` is the digest of the newest one, `kept` those of KEEP_STEPS by step."""
         if self._path is None:
             return
         if ended:
@@ -204,7 +206,8 @@ class Provenance:
             "vocabulary": run.training.vocabulary.content_hash,
             "data": {source.name: source.content_hash for source in order.sources}, "ledger": ledger,
             "notes": list(run.plan.mixture.warnings), "sessions": self._sessions, "step": run.step,
-            "last_step": run.plan.last_step, "finished": run.step == run.plan.last_step, "checkpoint": checkpoint}
+            "last_step": run.plan.last_step, "finished": run.step == run.plan.last_step,
+            "checkpoint": checkpoint, "kept": dict(kept)}
         write_whole(self._path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 

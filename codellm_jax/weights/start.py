@@ -43,15 +43,15 @@ def newest_record(path: str) -> tuple[int, dict[str, Any]]:
     return (0, describe_source(path)) if is_published(path) else checkpoints.newest_record(path)
 
 
-def settings_to_start_from(path: str) -> tuple[int, dict[str, str]]:
-    """The step of what is started from, and its settings; rows of an imported model are not longer than LONGEST_ROWS.
+def newest_settings(path: str, training: bool = False) -> tuple[int, dict[str, str]]:
+    """The step of `newest_record`, and its settings; in training, rows of an imported model have at most LONGEST_ROWS.
 
     Raises:
       FileNotFoundError, ValueError: as for `newest_record`.
     """
     step, record = newest_record(path)
     settings = dict(record["settings"])
-    if record["ledger"]["stage"] == "imported" and record["ledger"]["length"] > LONGEST_ROWS:
+    if training and record["ledger"]["stage"] == "imported" and record["ledger"]["length"] > LONGEST_ROWS:
         settings["mixture.lengths"] = repr({"targets": LONGEST_ROWS})
     return step, settings
 

@@ -113,8 +113,8 @@ def test_select_takes_what_it_stands_on():
     ({"a/b": {}}, "has an arm 'a/b'; its name must be letters"),
     ({"A": 0.5}, "must give A settings such as"),
     ({"A": {"SEED": 1}}, "gives A SEED, which the study sets"),
-    ({"A": {"sweep": {"CODE_RATE": 0.5}}}, "must give A a sweep of one setting and its values"),
-    ({"A": {"sweep": {"CODE_RATE": [0], "SEED": [1]}}}, "must give A a sweep of one setting"),
+    ({"A": {"sweep": {"CODE_RATE": 0.5}}}, "must give A a sweep of settings and their values"),
+    ({"A": {"sweep": {"CODE_RATE": [0], "SEED": [1]}}}, "ARMS gives A SEED, which the study sets"),
     ({"A": {"gin_file": ["a.gin"]}}, "must give A a gin_file that is one file's name"),
     ({"A-0.5": {"LEARNING_RATE": 1.0}, "A": {"sweep": {"CODE_RATE": [0.5]}}}, "two arms that are named A-0.5"),
     ({"A": {"MIX_PHASES": ["lots"]}}, "A: MIX_PHASES must list"),
@@ -176,3 +176,39 @@ def test_compute_matched_arms_are_equally_long_and_data_matched_ones_have_the_sa
 def test_names_of_mixes(mix, name):
     assert mix_of(Asked(100, 8, None, mix), "tuning") == name
     assert mix_of(Asked(100, 8, 0.3, None), "pretraining") == "constant"
+
+
+def test_arms_branch_from_steps_of_their_trunk():
+    """A crossed sweep of where and how much; what a branch does not set is its trunk's."""
+    study = make_study({
+        "TRUNK": {"CODE_RATE": 0.0, "TRAIN_STEPS": 200, "LEARNING_RATE": 1e-3, "gin_file": "gin/models/125m.gin"},
+        "MID": {"from": "TRUNK@0.5", "CODE_RATE": 0.3},
+        "GRID": {"from": "TRUNK", "sweep": {"at": [0.1, 150], "CODE_RATE": [0.1, 0.8]}},
+        "COOL": {"from": "MID@180", "MIX_PHASES": ["1:1"], "TRAIN_STEPS": 220},
+        "TUNED": {"from": "GRID", "CODE_RATE": 0.5}})
+    runs = {run.arm.name: run for run in runs_of(study)}
+    assert list(runs) == ["TRUNK", "MID", "GRID-0.1-0.1", "GRID-0.1-0.8", "GRID-150-0.1", "GRID-150-0.8", "COOL",
+                          "TUNED-0.1-0.1", "TUNED-0.1-0.8", "TUNED-150-0.1", "TUNED-150-0.8"]
+    assert {name: run.branch_step for name, run in runs.items() if run.branch_step} == {
+        "MID": 100, "GRID-0.1-0.1": 20, "GRID-0.1-0.8": 20, "GRID-150-0.1": 150, "GRID-150-0.8": 150, "COOL": 180}
+    assert runs["MID"].start == "TRUNK.seed0@100" and runs["MID"].parent == "TRUNK.seed0"
+    assert runs["MID"].arm.settings == {"TRAIN_STEPS": 200, "LEARNING_RATE": 1e-3, "CODE_RATE": 0.3}
+    assert runs["COOL"].arm.settings == {"CODE_RATE": None, "MIX_PHASES": ["1:1"], "TRAIN_STEPS": 220,
+                                         "LEARNING_RATE": 1e-3}
+    assert {run.arm.gin_file for run in runs.values() if run.branch_step} == {"gin/models/125m.gin"}
+    assert {run.arm.stage for run in runs.values() if run.branch_step} == {"pretraining"}
+    assert [len(wave) for wave in waves(list(runs.values()))] == [1, 5, 5]
+    assert names(select(list(runs.values()), ["COOL"])) == ["TRUNK.seed0", "MID.seed0", "COOL.seed0"]
+
+
+@pytest.mark.parametrize(("arms", "message"), [
+    ({"A": {"CODE_RATE": 0.0}, "B": {"from": "A@1.5"}}, "branch at 1.5, which must be a part"),
+    ({"A": {"CODE_RATE": 0.0}, "B": {"from": "A@0"}}, "branch at 0, which must be"),
+    ({"A": {"CODE_RATE": 0.0}, "B": {"from": "A@half"}}, "branch at 'half'"),
+    ({"B": {"at": 0.5, "CODE_RATE": 0.0}}, "names no arm of the study in 'from'"),
+    ({"A": {"CODE_RATE": 0.0}, "B": {"from": "A@100"}}, "B: it branches at step 100 of A, which has 100, and ends at"),
+    ({"A": {"CODE_RATE": 0.0}, "B": {"from": "A@101", "TRAIN_STEPS": 500}}, "at step 101 of A, which has 100"),
+])
+def test_branches_that_are_none(arms, message):
+    with pytest.raises(ValueError, match=message):
+        runs_of(make_study(arms))

@@ -95,8 +95,8 @@ def test_rows_of_long_models_are_short_in_training(published, tmp_path, monkeypa
     source = shutil.copytree(published, tmp_path / "long")
     facts = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": 40_960}
     (source / "config.json").write_text(json.dumps(facts))
-    assert start.settings_to_start_from(str(source))[1]["mixture.lengths"] == "{'targets': 2048}"
-    assert start.newest_record(str(source))[1]["settings"]["mixture.lengths"] == "{'targets': 40960}"
+    assert start.newest_settings(str(source), training=True)[1]["mixture.lengths"] == "{'targets': 2048}"
+    assert start.newest_settings(str(source))[1]["mixture.lengths"] == "{'targets': 40960}"
 
 
 def test_shorter_rows_take_the_first_positions(pretrained):
