@@ -25,8 +25,8 @@ STORAGE = ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"]
 # where a vocabulary has too few documents to be trained on. So the tests of Beam alone want it: '.[test,beam]'.
 BEAM = ["apache-beam>=2.70", "sentencepiece>=0.2.1,<0.2.3"]
 
-# hf:// names. HUB's errors, and how waits are bounded, are those of this release on.
-HUB = ["huggingface_hub>=1.0"]
+# hf:// names.
+HUB = ["huggingface_hub>=1.31"]
 
 setup(
     name="codellm_jax",

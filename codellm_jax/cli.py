@@ -24,7 +24,7 @@ from codellm_jax.flags import overrides_of, parser, without
 from codellm_jax.runtime.terminal import escape_what_cannot_be_encoded, outlive_the_terminal, to_nowhere
 
 # What they do is kept in files, and goes on where nobody reads what they print.
-LASTING = ("train", "eval", "study", "cache", "report", "vocabulary", "launch")
+LASTING = ("train", "eval", "study", "cache", "report", "vocabulary", "launch", "import")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
         "explain": _explain, "contamination": _contamination, "cache": _cache,
-        "vocabulary": _vocabulary, "launch": _launch, "precompile": _precompile}
+        "vocabulary": _vocabulary, "import": _import, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -266,6 +266,28 @@ def _cache(flags: argparse.Namespace) -> int:
 
     training = build(configuration, "train")
     cache(training.mixture, training.vocabulary, flags.runner, flags.job, lambda line: print(line, flush=True))
+    return 0
+
+
+def _import(flags: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: accelerators have nothing to do
+    from codellm_jax.weights.checking import TOLERANCE, largest_difference, require_transformers
+    from codellm_jax.weights.importing import import_run
+
+    if not flags.debug:
+        _quiet_libraries()
+    if flags.check:
+        require_transformers()  # before hours of reading
+    source = import_run(flags.source, flags.output, flags.vocabulary)
+    if flags.check:
+        difference = largest_difference(source, flags.output)
+        print(f"Largest difference of logits from those of transformers: {difference:.2e}", flush=True)
+        if not difference <= TOLERANCE:  # NaN, too
+            return _fail("t5x import", f"logits differ by {difference:.2e} from those of transformers, and "
+                         f"{TOLERANCE:g} is allowed: what {flags.output} holds is not that model.", 1)
+    print(f"Train on:    {_tool('t5x')} train --gin_file=gin/mixed_pretrain.gin "
+          f"--gin.INITIAL_CHECKPOINT_PATH={shlex.quote(flags.output)}")
+    print(f"Evaluate it: {_tool('t5x')} eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH={shlex.quote(flags.output)}")
     return 0
 
 

@@ -82,6 +82,16 @@ def parser() -> argparse.ArgumentParser:
                 "where it was stopped. What follows -- goes to Beam: t5x cache ... -- --direct_num_workers=8")
     cache.add_argument("--runner", default="DirectRunner", help="Beam's: DirectRunner on this machine, DataflowRunner, "
                        "SparkRunner, FlinkRunner or another (default: %(default)s)")
+    import_ = subparsers.add_parser(
+        "import", help="make a run of published weights", allow_abbrev=False,
+        description="Reads a published model, tensor by tensor, into a run directory: a run like any other, at step 0.")
+    import_.add_argument("source", metavar="SOURCE",
+                         help="a folder with config.json and safetensors, local or gs://, or hf://ORG/NAME[@REVISION]")
+    import_.add_argument("--output", required=True, metavar="RUN", help="the run directory to make")
+    import_.add_argument("--vocabulary", metavar="PATH", help="the tokenizer, where SOURCE has none")
+    import_.add_argument("--check", action="store_true",
+                         help="compare logits with transformers; status 1 where they differ by more than 0.001")
+    import_.add_argument("--debug", action="store_true", help="show the traceback of an error")
     launch = subparsers.add_parser(
         "launch", help="run a command on Cloud TPU", allow_abbrev=False,
         usage="t5x launch --tpu=NAME --zone=ZONE [flags] -- COMMAND ...",

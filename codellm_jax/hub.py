@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 HUB = "hf://"
 FORM = "hf://ORG/NAME or hf://ORG/NAME@REVISION"
-ATTEMPTS = 5  # of a download that breaks off, each of which the library resumes several times by itself
+ATTEMPTS = 5  # of a download whose connection is reset; what ends early, the library resumes as often by itself
 LONGEST_WAIT = 60.0  # seconds for the next bytes of an answer, where the library would wait without an end
 CHECKED = "checked"  # folder, beside the library's own: which files of a commit have the content they should have
 
@@ -52,7 +52,8 @@ def snapshot(name: str, patterns: Sequence[str]) -> tuple[Path, str]:
         raise ValueError(f"{name} needs huggingface_hub: pip install 'codellm_jax[hf]'.") from None
     _bound_waits()
     if not sys.stderr.isatty():  # where it is, the library shows its progress
-        print(f"{name}: downloading what {_cache()} lacks of it.", file=sys.stderr)
+        huggingface_hub.utils.disable_progress_bars()
+        _say_once(f"{name}: downloading what {_cache()} lacks of it.")
     attempt = 1
     while True:
         try:
@@ -63,7 +64,7 @@ def snapshot(name: str, patterns: Sequence[str]) -> tuple[Path, str]:
             _check(name, repository, folder, patterns)
             return folder, folder.name
         except Exception as error:  # of the library, of what it connects by, of the disk
-            if attempt == ATTEMPTS or not _broke_off(error):
+            if attempt == ATTEMPTS or not _was_reset(error):
                 _refuse(name, error)
         time.sleep(attempt)
         attempt += 1
@@ -78,6 +79,11 @@ def _parse(name: str) -> tuple[str, str]:
     if ".." in name or "--" in repository or revision.startswith("/"):
         raise ValueError(f"{name} is no name on the hub; give {FORM}.")
     return repository, revision
+
+
+@functools.cache  # for other files of the same name may be asked for
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _endpoint() -> str:
@@ -124,7 +130,8 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 def _check(name: str, repository: str, folder: Path, patterns: Sequence[str]) -> None:
     """Raises OSError where a file has another content than the hub says; it is removed from the cache."""
-    from huggingface_hub import HfApi, RepoFile, constants
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.hf_api import RepoFile
 
     known_file = folder.parent.parent / CHECKED / f"{folder.name}.json"
     try:
@@ -137,7 +144,7 @@ def _check(name: str, repository: str, folder: Path, patterns: Sequence[str]) ->
     if not new:
         return
     listed: dict[str, Any] = {}
-    if not constants.is_offline_mode():
+    if not constants.HF_HUB_OFFLINE:
         tree = HfApi(_endpoint()).list_repo_tree(repository, recursive=True, revision=folder.name)
         listed = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     wrong = []
@@ -197,10 +204,10 @@ def _is_of_transport(error: BaseException) -> bool:
     return any(kind.__name__ in ("TransportError", "RequestException") for kind in type(error).__mro__)
 
 
-def _broke_off(error: Exception) -> bool:
-    """Whether an answer began and did not end, so that asking again may help."""
-    incomplete = "Consistency check failed" in str(error)
-    return incomplete or _is_of_transport(error) and "Connect" not in type(error).__name__
+def _was_reset(error: Exception) -> bool:
+    """Whether a connection was reset while an answer came, which the library does not take up again by itself."""
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    return "NetworkError" in kinds and "ConnectError" not in kinds
 
 
 def _refuse(name: str, error: Exception) -> NoReturn:

@@ -11,6 +11,8 @@ whose names end as LARGE says are kept as Git LFS does: named by their SHA-256, 
 import contextlib
 import hashlib
 import json
+import socket
+import struct
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)  # method and path of each
     drop: dict[str, list[int]] = field(default_factory=dict)  # of a file: after how many bytes each answer breaks off
     drop_always: dict[str, int] = field(default_factory=dict)  # of a file: the same, for every answer
+    reset: dict[str, int] = field(default_factory=dict)  # of a file: how many answers are reset half-way
     content: dict[str, bytes] = field(default_factory=dict)  # of a file: what is given in its place
     refuse: dict[str, tuple[int, str]] = field(default_factory=dict)  # of ORG/NAME: status and X-Error-Code
     refuse_files: dict[str, tuple[int, str]] = field(default_factory=dict)  # the same, of files alone
@@ -162,17 +165,25 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
                 most = hub.drop_always.get(name)
                 if hub.drop.get(name):
                     most = hub.drop[name].pop(0)
-            self._send(status, content[begin:], headers, most)
+            resets = self.command == "GET" and hub.reset.get(name, 0) > 0
+            if resets:
+                hub.reset[name] -= 1
+            self._send(status, content[begin:], headers, most, resets)
 
-        def _send(self, status: int, body: bytes, headers: dict[str, str], most: int | None = None) -> None:
-            """Sends an answer, of which the connection breaks off after so many bytes, if any are given."""
+        def _send(self, status: int, body: bytes, headers: dict[str, str], most: int | None = None,
+                  resets: bool = False) -> None:
+            """Sends an answer, of which the connection ends after so many bytes, if any are given, or is reset."""
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(key, value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body[:most])
-                self.close_connection = most is not None
+                self.wfile.write(body[:len(body) // 2 if resets else most])
+                self.close_connection = resets or most is not None
+            if resets:
+                self.wfile.flush()
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     hub.address, hub.elsewhere = (f"http://{host}:{server.server_port}" for host in ("127.0.0.1", "localhost"))

@@ -72,13 +72,13 @@ def test_what_is_no_name_is_refused(name: str):
         library.snapshot(name, PATTERNS)
 
 
-def test_the_whole_is_downloaded_once(hub: Hub, capsys: pytest.CaptureFixture[str]):
+def test_the_whole_is_downloaded_once(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder, commit = library.snapshot(NAME, PATTERNS)
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert (folder / "config.json").read_text() == '{"model_type": "llama"}'
     assert not (folder / "picture.png").exists()
     assert commit == hub.commit("some/model", "main") and len(commit) == 40
-    assert "downloading" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{NAME}: downloading what {tmp_path}/cache lacks of it.\n"
     hub.requests.clear()
     assert library.snapshot(NAME, PATTERNS) == (folder, commit)
     assert not downloads(hub)
@@ -122,6 +122,15 @@ def test_a_connection_that_breaks_off_is_taken_up_again(hub: Hub, ranges: bool):
     folder, _ = library.snapshot(NAME, PATTERNS)
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert len(downloads(hub)) == 2 + 3
+
+
+def test_a_connection_that_is_reset_is_tried_again(hub: Hub):
+    hub.reset["model.safetensors"] = library.ATTEMPTS - 1
+    assert (library.snapshot(NAME, PATTERNS)[0] / "model.safetensors").read_bytes() == WEIGHTS
+    (hub.folder / "some/model/model.safetensors").write_bytes(WEIGHTS + b"2")
+    hub.reset["model.safetensors"] = library.ATTEMPTS
+    with pytest.raises(OSError, match=f"{NAME}: the connection to {hub.address} failed"):
+        library.snapshot(NAME, PATTERNS)
 
 
 def test_one_that_always_breaks_off_is_given_up(hub: Hub, tmp_path: Path):

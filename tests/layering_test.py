@@ -49,6 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "results": set(),
     "mixture": {"vocabulary"},
     "model": set(),
+    "weights": {"runtime", "mixture", "model", "vocabulary", "tokenizing", "contents", "hub"},
     "configuration": {"runtime", "contents"},
     "runtime": {"mixture", "model", "vocabulary"},
     "evaluation": {"configuration", "runtime", "mixture", "model", "results", "vocabulary", "contents"},
@@ -69,7 +70,7 @@ DEFINE_TASKS = {"tasks.pretraining", "tasks.tuning", "tasks.scheduling", "tasks.
 ONLY_IMPORTERS = {
     "gin": {"codellm_jax.configuration"},
     "matplotlib": {"codellm_jax.report.plots"},
-    "orbax": {"codellm_jax.runtime.checkpoints"},
+    "orbax": {"codellm_jax.runtime.checkpoints", "codellm_jax.runtime.parts"},
     "apache_beam": {"codellm_jax.training.cache"},
     "tokenizers": {"codellm_jax.tokenizing.fast"},
     "jieba": {"codellm_jax.tokenizing.pangu"},

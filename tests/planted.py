@@ -131,7 +131,7 @@ def _write_training(run: Path, letters: str, mix: str | None, seed: int, arrays:
         first = 0.0 if letters[0] == "N" else 1 / 3
         ledger["before"] = [_ledger("pretraining", (first,) * 4, tokens, False)]
     record = {"settings": settings, "ledger": ledger, "checksums": dict(arrays)}
-    record["digest"] = checkpoints._digest(record)
+    record["digest"] = checkpoints.digest(record)
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save((run / "checkpoints" / str(STEPS) / "record").absolute(), record)
     dice, unit = seed_of(run.name, "loss"), "example" if tuning else "token"
     lines: list[dict[str, Any]] = []

@@ -73,7 +73,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Begins to save; returns when the state is copied, so that its buffers may be donated."""
         record = dict(record) | {"checksums": checksums(state)}
-        record["digest"] = _digest(record)
+        record["digest"] = digest(record)
         self._saving = True
         with self._one_line():
             saves = self._manager.save(
@@ -282,13 +282,14 @@ def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [bit_sum(leaf) for leaf in leaves]
 
 
-def _digest(record: Mapping[str, Any]) -> str:
+def digest(record: Mapping[str, Any]) -> str:
+    """A hash of all that a record holds beside it."""
     text = json.dumps({key: value for key, value in record.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _require_digest(record: Mapping[str, Any]) -> dict[str, Any]:
-    if record.get("digest") != _digest(record):
+    if record.get("digest") != digest(record):
         raise ValueError("its record differs from what was saved")
     return dict(record)
 

@@ -34,7 +34,7 @@ def forged(run: Path, target: Path, **settings: object) -> Path:
     [file] = (target / "checkpoints" / "4" / "record").glob("metadata")
     record = json.loads(file.read_text())
     record["settings"] |= settings
-    record["digest"] = checkpoints._digest(record)
+    record["digest"] = checkpoints.digest(record)
     file.write_text(json.dumps(record))
     return target
 

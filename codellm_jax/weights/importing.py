@@ -1,0 +1,359 @@
+"""Published weights as a run: from a folder, local or gs://, a name hf://ORG/NAME[@REVISION], or MindSpore's files.
+
+  open_source(source)                        what it holds, from config.json, tokenizer and headers alone
+  describe_source(source)                    the same in the form of a checkpoint's record: "ledger", "settings",
+                                             "step", "digest"
+  parameters_on_mesh(source, abstract)       its parameters, read straight onto a mesh's shards
+  import_run(source, output)                 a run directory of it
+
+Tensors are read one at a time, and go on in pieces: the memory that an import takes is about that of the largest
+tensor, whatever the model. All mistakes in a source are ValueError or OSError in one line.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from codellm_jax import hub
+from codellm_jax.mixture.half_made import half_made
+from codellm_jax.model.config import DecoderConfig
+from codellm_jax.model.decoder import flops_per_token, parameter_count
+from codellm_jax.runtime.checkpoints import digest, resolved
+from codellm_jax.runtime.parts import Part, rows_of_chunk, save_in_parts
+from codellm_jax.runtime.progress import StatusLine, duration, say
+from codellm_jax.runtime.provenance import software
+from codellm_jax.tokenizing import files as tokenizer_files
+from codellm_jax.vocabulary import Vocabulary, load_vocabulary
+from codellm_jax.weights.layouts import PublishedTensor, decoder_values, matched, published_tensors, stacked_shapes
+from codellm_jax.weights.mindspore import is_mindspore, open_mindspore
+from codellm_jax.weights.reading import FLOATS, Tensors, json_object, open_tensors
+
+CONFIGURATION = "config.json"
+# What is asked of a hub, one after the other until there are weights.
+WEIGHTS = ("model*.safetensors*", "*.safetensors*", "pytorch_model*.bin*")
+SLAB = 2**24  # bytes of float32 that are made of a tensor at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Published weights that fit their configuration; no number of them is read yet.
+
+    Attributes:
+      name: as it was given, a folder's made absolute.
+      folder: where its files lie here.
+      revision: the commit on the hub; None of a folder.
+      facts: its config.json.
+      values: of the decoder, as `decoder_values` has them.
+      tensors: of the folder.
+      published: those that are parameters, under their names there, in the order in which they lie.
+      vocabulary: its tokenizer, with as many rows as its embedding.
+    """
+
+    name: str
+    folder: str
+    revision: str | None
+    facts: Mapping[str, Any]
+    values: Mapping[str, Any]
+    tensors: Tensors
+    published: tuple[PublishedTensor, ...]
+    vocabulary: Vocabulary
+
+    @property
+    def config(self) -> DecoderConfig:
+        return DecoderConfig(**self.values)
+
+    @functools.cached_property
+    def copies(self) -> dict[str, str]:
+        """Tensors that hold what another one holds, a tied head: name -> that of the other."""
+        first: dict[Any, str] = {}
+        return {tensor.name: other for tensor in self.published
+                if (other := first.setdefault(tensor.places[0].key, tensor.name)) != tensor.name}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it is read from; beside MindSpore's there may be no config.json."""
+        configured = (epath.Path(self.folder) / CONFIGURATION).exists()
+        return (*([CONFIGURATION] if configured else []), *self.tensors.files)
+
+    @property
+    def own(self) -> list[PublishedTensor]:
+        """Those of `published` that are no copies."""
+        return [tensor for tensor in self.published if tensor.name not in self.copies]
+
+
+def open_source(source: str, vocabulary: str | None = None) -> Source:
+    """Finds, downloads where it is a name on a hub, and checks published weights.
+
+    Args:
+      source: a folder or a name hf://ORG/NAME[@REVISION].
+      vocabulary: a tokenizer in the place of the folder's own.
+
+    Raises:
+      OSError, ValueError: in one line; it is not there, not whole, or no model that this decoder can be.
+    """
+    name, folder, revision = _located(source)
+    facts, tensors = _read_headers(folder)
+    try:
+        values = decoder_values(facts)
+        config = DecoderConfig(**values)
+        published = matched(facts, config, tensors.shapes)
+        for tensor in published:
+            if tensor.name in tensors.dtypes and tensors.dtypes[tensor.name] not in {str(d) for d in FLOATS.values()}:
+                raise ValueError(f"{tensor.name} is of {tensors.dtypes[tensor.name]}, and read are "
+                                 f"{', '.join(str(dtype) for dtype in FLOATS.values())}.")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    places = {name: number for number, name in enumerate(tensors.shapes)}
+    return Source(name, folder, revision, facts, values, tensors,
+                  tuple(sorted(published, key=lambda tensor: places[tensor.name])),
+                  _vocabulary(folder, vocabulary, config.vocabulary_size))
+
+
+def _located(source: str) -> tuple[str, str, str | None]:
+    """The name, the folder and the revision of a source."""
+    if not hub.is_hub_name(source):
+        return resolved(source), resolved(source), None
+    for weights in WEIGHTS:
+        folder, revision = hub.snapshot(source, (CONFIGURATION, *tokenizer_files.PATTERNS, weights))
+        if any(folder.glob(weights)):
+            break
+    return source, str(folder), revision
+
+
+def _read_headers(folder: str) -> tuple[dict[str, Any], Tensors]:
+    """The configuration and the tensors of a folder."""
+    place = epath.Path(folder)
+    if not place.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: give that of a published model, or hf://ORG/NAME.")
+    if (place / "checkpoints").exists():
+        raise ValueError(f"{folder} is a run directory: it needs no import.")
+    if is_mindspore(folder):
+        return open_mindspore(folder)
+    configuration = place / CONFIGURATION
+    if not configuration.exists():
+        raise FileNotFoundError(f"{folder} holds no {CONFIGURATION}, and so no published model.")
+    return json_object(configuration), open_tensors(folder)
+
+
+def _vocabulary(folder: str, given: str | None, rows: int) -> Vocabulary:
+    try:
+        return load_vocabulary(given or folder, size=rows)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Name one with --vocabulary.") from None
+    except ValueError as error:
+        raise ValueError(str(error).replace("vocabulary.size is", "the model's embedding has").replace(
+            ", fewer rows", " rows, fewer")) from None
+
+
+def describe_source(source: str | Source) -> dict[str, Any]:
+    """What a checkpoint's record would say of a source: its "ledger" and "settings", "step" 0, and a "digest" of all
+    that is known without reading a tensor."""
+    opened = source if isinstance(source, Source) else open_source(source)
+    place = epath.Path(opened.folder)
+    files = {name: {"bytes": (place / name).stat().length} for name in opened.files}
+    own = opened.vocabulary.path == opened.folder and opened.revision is not None
+    path = f"{opened.name.split('@')[0]}@{opened.revision}" if own else opened.vocabulary.path
+    record = {"ledger": imported_ledger(opened, files), "settings": settings(opened, path), "step": 0}
+    shapes = [[name, list(shape), opened.tensors.dtypes[name]] for name, shape in opened.tensors.shapes.items()]
+    return record | {"digest": digest(record | {"tensors": shapes, "facts": dict(opened.facts)})}
+
+
+def imported_ledger(source: Source, files: Mapping[str, Any]) -> dict[str, Any]:
+    """The ledger, as JSON, of a model of which is known where it came from, and not what it was trained on.
+
+    Beside what every ledger has: "source", "revision", "files" (name -> bytes and, of an import, SHA-256),
+    "model_type", "dtype", which most tensors have, and "other_dtypes", by the names of `published_tensors`.
+    """
+    # Names of a file may lack the prefix; both lists are in the order of places.
+    places = {tensor.places[0].key: source.tensors.dtypes[tensor.name] for tensor in source.own}
+    dtypes = {tensor.name: places[tensor.places[0].key] for tensor in published_tensors(source.facts, source.config)}
+    usual = Counter(dtypes.values()).most_common(1)[0][0]
+    return {"stage": "imported", "order_fingerprint": "", "vocabulary_hash": source.vocabulary.content_hash,
+            "length": source.config.length, "rows": {}, "tokens": {}, "phases": [], "before": [],
+            "source": source.name, "revision": source.revision, "files": dict(files),
+            "model_type": source.facts["model_type"], "dtype": usual,
+            "other_dtypes": {name: dtype for name, dtype in dtypes.items() if dtype != usual}}
+
+
+def settings(source: Source, vocabulary: str) -> dict[str, str]:
+    """The settings of a run of these weights, as gin literals: what a run that starts from it takes over."""
+    model = {f"model.{name}": repr(value) for name, value in source.values.items()
+             if name not in ("vocabulary_size", "length")}
+    return model | {"vocabulary.path": repr(vocabulary), "vocabulary.size": repr(source.vocabulary.size),
+                    "mixture.lengths": repr({"targets": source.config.length})}
+
+
+def parameters_on_mesh(source: Source, abstract: Any) -> Any:
+    """Parameters read straight onto a mesh, one tensor at a time; each process reads all of them.
+
+    Args:
+      source: as `open_source` gives it.
+      abstract: the decoder's parameters as jax.ShapeDtypeStructs of float32 with shardings; call it as
+        `restore_parameters` is called.
+    """
+    paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    wanted = {"/".join(str(key.key) for key in path): leaf for path, leaf in paths}
+    shapes = {name: leaf.shape for name, leaf in wanted.items()}
+    if shapes != stacked_shapes(source.own):
+        raise ValueError(f"{source.name} has other parameters than the model it is read for.")
+    arrays: dict[str, Any] = {}
+    for tensor in source.own:
+        for (leaf, layer), piece in tensor.read(source.tensors.read(tensor.name)).items():
+            sharding = wanted[leaf].sharding
+            if layer is not None:
+                sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+            made = jax.make_array_from_callback(
+                piece.shape, sharding, functools.partial(_floats, tensor.name, piece))
+            if layer is None:
+                arrays[leaf] = made
+            else:
+                if leaf not in arrays:
+                    arrays[leaf] = jax.jit(functools.partial(jnp.zeros, shapes[leaf], jnp.float32),
+                                           out_shardings=wanted[leaf].sharding)()
+                arrays[leaf] = _layer_writer(wanted[leaf].sharding)(arrays[leaf], made, layer)
+    _require_equal_copies(source)
+    return jax.tree.unflatten(tree, [arrays[name] for name in wanted])
+
+
+@functools.cache
+def _layer_writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """Puts a layer into a stack, in the stack's own memory."""
+
+    def write(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, number, axis=0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+def _floats(name: str, array: np.ndarray, index: Any = ...) -> np.ndarray:
+    """Numbers of a tensor in float32, one behind the other. Raises ValueError where one is not finite."""
+    found = np.array(array[index], np.float32, order="C")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} holds numbers that are not finite, {np.count_nonzero(~np.isfinite(found))} of "
+                         f"{found.size} that were looked at.")
+    return found
+
+
+def _require_equal_copies(source: Source) -> None:
+    """Raises ValueError where a tied head that is stored too is another one than the token embedding."""
+    for name, other in source.copies.items():
+        shape = source.tensors.shapes[name]
+        step = max(1, SLAB // (4 * shape[1]))
+        for first in range(0, shape[0], step):
+            rows = slice(first, first + step)
+            found, expected = (source.tensors.read(which, rows).astype(np.float32) for which in (name, other))
+            if not np.array_equal(found, expected):
+                raise ValueError(f"{source.folder}: {name} differs from {other}, with which the configuration ties it "
+                                 "(tie_word_embeddings): one of the two is wrong.")
+
+
+def import_run(source: str, output: str, vocabulary: str | None = None, report: Callable[[str], None] = say) -> Source:
+    """Makes a run directory of published weights: its checkpoint of step 0 with its record, config.gin,
+    provenance.json and the tokenizer's files in `vocabulary/`.
+
+    It is made beside its place and moved there whole. In gs://, where nothing is moved, the record comes last, and
+    without it nothing is a checkpoint.
+
+    Raises:
+      ValueError: there is something at `output` already; or as `open_source`.
+      OSError: likewise, or the disk is full.
+    """
+    run = epath.Path(resolved(output))
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"{run} is there already, and an import begins a run: give another --output or remove it.")
+    opened = open_source(source, vocabulary)
+    size = sum(_bytes_of(opened, tensor.name) for tensor in opened.published)
+    report(f"{opened.name}: {opened.facts['model_type']}, {parameter_count(opened.config):,} parameters in "
+           f"{len(opened.published)} tensors, {size / 1e9:.3f} GB.")
+    with contextlib.ExitStack() as stack:
+        if "://" in str(run):
+            made = run
+        else:
+            made = epath.Path(stack.enter_context(half_made(run)))
+        record = _write_run(opened, made, run, size)
+        if made != run:
+            made.rename(run)
+    report(f"The run:     {run}, step 0, checkpoint {record['digest'][:12]}")
+    return opened
+
+
+def _bytes_of(source: Source, name: str) -> int:
+    return int(np.prod(source.tensors.shapes[name], dtype=np.int64)) * jnp.dtype(source.tensors.dtypes[name]).itemsize
+
+
+def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> dict[str, Any]:
+    """Writes the files of `run` into `made`; returns the record."""
+    place = epath.Path(source.folder)
+    path = _copy_tokenizer(source.vocabulary.path, made / "vocabulary", run / "vocabulary")
+    held = settings(source, path)
+    (made / "config.gin").write_text("".join(f"{name} = {value}  # {source.name}\n" for name, value in held.items()))
+    status = StatusLine(0, max(1, size // 10**6), active=jax.process_index() == 0, unit="MB")
+    with contextlib.closing(status), concurrent.futures.ThreadPoolExecutor(1) as beside:
+        sums = [beside.submit(_file_facts, place / name) for name in source.files]
+        # The record is made of what is known by then, after the last part.
+        record: dict[str, Any] = {"settings": held}
+
+        def parts() -> Iterator[Part]:
+            yield from _parts(source, status, size)
+            _require_equal_copies(source)
+            record["ledger"] = imported_ledger(
+                source, {name: found.result() for name, found in zip(source.files, sums, strict=True)})
+
+        whole = save_in_parts(made / "checkpoints" / "0", stacked_shapes(source.own), parts(), record)
+    facts = software() | {
+        "arm": "imported", "parameters": parameter_count(source.config),
+        "flops_per_token": flops_per_token(source.config, causal=False), "vocabulary": source.vocabulary.content_hash,
+        "ledger": whole["ledger"], "step": 0, "last_step": 0, "finished": True, "checkpoint": whole["digest"]}
+    (made / "provenance.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return whole
+
+
+def _parts(source: Source, status: StatusLine, size: int) -> Iterator[Part]:
+    """All parameters, tensor by tensor as they lie in the files, in pieces."""
+    began, done = time.monotonic(), 0
+    for tensor in source.own:
+        array = source.tensors.read(tensor.name)
+        for (leaf, layer), piece in tensor.read(array).items():
+            rows = rows_of_chunk(piece.shape)
+            for first in range(0, len(piece), rows):
+                yield Part(leaf, layer, first, _floats(tensor.name, piece, slice(first, first + rows)))
+        done += array.nbytes
+        rate = done / max(time.monotonic() - began, 1e-9)
+        status.show(done // 10**6, f"at {rate / 1e6:.0f} MB/s, {duration((size - done) / rate)} left")
+
+
+def _file_facts(file: epath.Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    hashed, size = hashlib.sha256(), 0
+    with file.open("rb") as opened:
+        while piece := opened.read(2**20):
+            hashed.update(piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": hashed.hexdigest()}
+
+
+def _copy_tokenizer(path: str, made: epath.Path, place: epath.Path) -> str:
+    """Copies a tokenizer's files into the folder `made`, which is to become `place`; returns the path it has there."""
+    folder, found = tokenizer_files.folder_of(path), epath.Path(path)
+    if folder is None:
+        made.mkdir(parents=True)
+        found.copy(made / found.name)
+        return str(place / found.name)
+    made.mkdir(parents=True)
+    for pattern in tokenizer_files.PATTERNS:
+        for file in epath.Path(folder).glob(pattern):
+            file.copy(made / file.name, overwrite=True)
+    return str(place)
