@@ -9,6 +9,7 @@ import pytest
 
 import tasks
 from codellm_jax import vocabulary
+from codellm_jax.tokenizing.training import END_OF_DOCUMENT_PIECE
 from tasks.corpora import official, standard_library
 from tasks.instruction_sets import instructions
 
@@ -44,7 +45,7 @@ def test_pairs_come_back_from_their_tokens(kind: str) -> None:
 
 
 def test_text_that_names_the_end_token(write: Callable[..., str]) -> None:
-    name, answer = _fresh(), f"{vocabulary.END_OF_DOCUMENT_PIECE} 世\u2581 \r\n"
+    name, answer = _fresh(), f"{END_OF_DOCUMENT_PIECE} 世\u2581 \r\n"
     tuning.add_corpus(name, _spec(write, answer))
     [(inputs, targets)] = _tokens(name)
     assert WORDS.decode(targets[:-1]) == answer and targets.count(WORDS.end_of_document_id) == 1
