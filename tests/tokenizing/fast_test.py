@@ -174,6 +174,7 @@ def test_lone_surrogates_are_refused(facts: Any, write: Callable[..., str]) -> N
                 "max_input_chars_per_word": 100}}, "is a tokenizer of words .WordPiece.*BPE and Unigram are read"),
     ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "is a tokenizer of words .WordLevel."),
     ({"model": None}, "is JSON but no tokenizer.json: it has no 'model'"),
+    ({"added_tokens": ["<s>"]}, "is no tokenizer.json: its 'added_tokens' are no list"),
     ({"pre_tokenizer": {"type": "OfTomorrow"}}, "is not a tokenizer.json that tokenizers .* can read"),
     ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "has the decoder WordPiece"),
 ])
