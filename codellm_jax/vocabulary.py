@@ -16,8 +16,9 @@ from collections.abc import Iterable, Sequence
 
 from codellm_jax import contents
 from codellm_jax.tokenizing import files, training
-from codellm_jax.tokenizing.backend import TEXT_FORMS, Backend, is_json, read_backend
+from codellm_jax.tokenizing.backend import TEXT_FORMS, Backend, read_backend
 from codellm_jax.tokenizing.published import published
+from codellm_jax.tokenizing.sentence_pieces import SentencePieces
 
 SHIPPED = pathlib.Path(__file__).parent / "vocabularies"
 
@@ -60,7 +61,7 @@ class Vocabulary:
     @property
     def is_sentence_pieces(self) -> bool:
         """Whether a SentencePiece processor of `file` gives the very same ids."""
-        return self.text_form == "plain" and not self._backend.named_special and not is_json(files.read(self.file))
+        return isinstance(self._backend, SentencePieces) and not self._backend.named_special
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without those that begin and end a document.

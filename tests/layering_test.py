@@ -72,6 +72,8 @@ ONLY_IMPORTERS = {
     "matplotlib": {"codellm_jax.report.plots"},
     "orbax": {"codellm_jax.runtime.checkpoints", "codellm_jax.runtime.parts"},
     "apache_beam": {"codellm_jax.training.cache"},
+    "tokenizers": {"codellm_jax.tokenizing.fast"},
+    "jieba": {"codellm_jax.tokenizing.pangu"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
     "huggingface_hub": {"codellm_jax.hub"},
 }

@@ -290,6 +290,27 @@ def test_hosts_that_cache_the_same_rows_at_once_leave_each_other_alone(bucket, r
     assert "both are whole" in bucket("-c", RACE, name)
 
 
+TOKENIZER = """
+import sys
+from codellm_jax.tokenizing.conversion import write_tokenizer
+from codellm_jax.vocabulary import load_vocabulary
+there, here = load_vocabulary("gs://bucket/tokenizer"), load_vocabulary(sys.argv[1])
+assert there.begin_ids == here.begin_ids == (0,) and there.content_hash == here.content_hash
+assert there.encode("a row\\n  of tokens") == here.encode("a row\\n  of tokens")
+assert write_tokenizer(here, "gs://bucket/written") is None
+assert load_vocabulary("gs://bucket/written").content_hash == here.content_hash
+try:
+    load_vocabulary("gs://bucket/data")
+except FileNotFoundError as error:
+    print(error)
+"""
+
+
+def test_a_tokenizers_folder_in_the_bucket(bucket, runs, beginning_tokenizer):
+    bucket("-c", COPY, beginning_tokenizer, "gs://bucket/tokenizer")
+    assert "gs://bucket/data holds no tokenizer" in bucket("-c", TOKENIZER, beginning_tokenizer)
+
+
 def test_a_missing_client_is_told_at_the_start(bucket, runs):
     """Orbax would miss it at the first resume."""
     _, flags = runs

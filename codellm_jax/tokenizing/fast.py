@@ -29,7 +29,7 @@ class FastTokenizer:
     def __init__(self, content: bytes, file: str, special: Sequence[str] = ()) -> None:
         self._file = file
         facts = _facts(content, file)
-        added = facts.get("added_tokens") or []
+        added = facts["added_tokens"]
         own = {token["content"] for token in added if token.get("special")}
         self._facts = facts | {
             "truncation": None, "padding": None, "model": facts["model"] | {"dropout": None},
@@ -43,7 +43,6 @@ class FastTokenizer:
             if name in own or name in self.named_special}
         self._special_ids = frozenset(self.special_tokens.values())
         self._text_of = _text_rule(self._facts, file)
-        # A tokenizer is a static thing of half a gigabyte a million pieces: made once where the two do the same.
         plain = _without(self._facts, self.special_tokens)
         self._plain = whole if plain is self._facts else _tokenizer(plain, file)
         self._plain.encode_special_tokens = True
@@ -67,8 +66,6 @@ class FastTokenizer:
 
     @property
     def end_id(self) -> int | None:
-        if len(self.special_tokens) == 1:
-            return next(iter(self.special_tokens.values()))
         return next((self._ids[name] for name in END_TOKENS if name in self._ids), None)
 
     def id_of(self, token: str) -> int | None:
@@ -108,19 +105,15 @@ class FastTokenizer:
     @functools.cached_property
     def _bytes(self) -> tuple[bytes, ...]:
         found = [UNKNOWN.encode()] * self.pieces
-        unknown = _unknown_id(self._facts["model"], self._ids)
+        unknown = {_unknown_id(self._facts["model"], self._ids)} - {self.end_id}  # one token may be both
         for name, token in self._ids.items():
-            if token == unknown:
-                continue
-            if token in self._special_ids:
-                found[token] = b""
-            else:
-                found[token] = self._text_of(name)
+            if token not in unknown:
+                found[token] = b"" if token in self._special_ids else self._text_of(name)
         return tuple(found)
 
 
 def _facts(content: bytes, file: str) -> dict[str, Any]:
-    """The JSON of a tokenizer.json whose model is read here; ValueError for any other."""
+    """The JSON of a tokenizer.json whose model is read here, with 'type' and 'added_tokens'; ValueError for others."""
     try:
         facts = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -133,11 +126,14 @@ def _facts(content: bytes, file: str) -> dict[str, Any]:
     if kind not in ("BPE", "Unigram"):
         raise ValueError(f"{file} is a tokenizer of words ({kind}), from whose tokens a text does not come back; "
                          "BPE and Unigram are read.")
+    added = facts.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) and "content" in token for token in added):
+        raise ValueError(f"{file} is no tokenizer.json: its 'added_tokens' are no list of tokens with 'content'.")
     if affix := next((model[name] for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)),
                      None):
         raise ValueError(f"{file} marks the parts of words by {affix!r}, from which a text does not come back; BPE of "
                          "bytes or with byte fallback is read.")
-    return facts | {"model": model | {"type": kind}}
+    return facts | {"model": model | {"type": kind}, "added_tokens": added}
 
 
 def _tokenizer(facts: dict[str, Any], file: str) -> Any:

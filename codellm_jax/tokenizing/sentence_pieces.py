@@ -44,8 +44,12 @@ class SentencePieces:
 
     def encode(self, texts: Sequence[str], threads: int = 1, behind: bool = False) -> list[list[int]]:
         encoded = [text.encode("utf-8") for text in texts]
-        inner, squeezes = self._inner
-        processor = inner if behind and not squeezes else self._own
+        processor = self._own
+        if behind:
+            inner, squeezes = self._inner
+            processor = processor if squeezes else inner
+        if len(encoded) == 1:  # a batch starts threads
+            return [processor.EncodeAsIds(encoded[0])]
         return processor.encode(encoded, out_type=int, num_threads=threads)
 
     def encode_with_special(self, text: str) -> list[int]:

@@ -100,6 +100,8 @@ def test_ids_of_the_vocabulary_come_from_the_run(run_with_own_end, tiny_tuning_f
     ("vocabulary.end_of_document_id=6", "vocabulary.end_of_document_id = 5, here it is 6: leave"),
     ("vocabulary.pad_id=8", "vocabulary.pad_id = 7, here it is 8"),
     ("vocabulary.multiple=3000", "an embedding of"),
+    ("vocabulary.size=9000", "an embedding of 8192 rows, here it is 9000"),
+    ("vocabulary.begin_id=6", "vocabulary.begin_ids = (), here it is (6,): leave vocabulary.begin_id out"),
     ("model.heads=4", "model.heads = 2, here it is 4: leave model.heads out"),
     ("model.activation=gelu", "model.activation = 'fast_gelu', here it is 'gelu'"),
     ("model.norm=rms", "model.norm = 'layer', here it is 'rms'"),

@@ -141,7 +141,8 @@ def test_merges_make_no_special_tokens(facts: Any, write: Callable[..., str]) ->
     model = facts["byte_level"]["model"] | {"vocab": {piece: token for token, piece in enumerate(pieces)},
                                             "merges": [["<", "s"], ["<s", ">"]]}
     added = [token | {"id": 4, "content": "<s>"} for token in facts["byte_level"]["added_tokens"][:1]]
-    own, library = loaded(write, facts["byte_level"] | {"model": model, "added_tokens": added, "pre_tokenizer": None})
+    own, library = loaded(write, facts["byte_level"] | {"model": model, "added_tokens": added, "pre_tokenizer": None},
+                          end_of_document_id=4)
     assert library.encode("a<s>a").ids == [5, 4, 5]
     assert own.encode("a<s>a") == [5, 3, 2, 5] and own.encode_with_special("a<s>a") == [5, 4, 5]
 
@@ -173,6 +174,7 @@ def test_lone_surrogates_are_refused(facts: Any, write: Callable[..., str]) -> N
                 "max_input_chars_per_word": 100}}, "is a tokenizer of words .WordPiece.*BPE and Unigram are read"),
     ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "is a tokenizer of words .WordLevel."),
     ({"model": None}, "is JSON but no tokenizer.json: it has no 'model'"),
+    ({"added_tokens": ["<s>"]}, "is no tokenizer.json: its 'added_tokens' are no list"),
     ({"pre_tokenizer": {"type": "OfTomorrow"}}, "is not a tokenizer.json that tokenizers .* can read"),
     ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "has the decoder WordPiece"),
 ])
