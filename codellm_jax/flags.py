@@ -90,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
     import_.add_argument("--output", required=True, metavar="RUN", help="the run directory to make")
     import_.add_argument("--vocabulary", metavar="PATH", help="the tokenizer, where SOURCE has none")
     import_.add_argument("--check", action="store_true",
-                         help="compare logits with transformers; status 1 where they differ by more than 0.001")
+                         help="compare logits with transformers, with all of the model in memory, twice; status 1 "
+                         "where they differ by more than 0.001")
     import_.add_argument("--debug", action="store_true", help="show the traceback of an error")
     export = subparsers.add_parser(
         "export", help="write a checkpoint for Hugging Face's libraries", allow_abbrev=False,

@@ -124,6 +124,8 @@ def test_arrows_point_down(name: str):
         assert others <= {"codellm_jax.pods.job", "codellm_jax.pods.job.Job", "codellm_jax.pods.topologies",
                           "codellm_jax.pods.topologies.parse_topology"}
         assert tops(found) <= sys.stdlib_module_names | {"codellm_jax"}
+    if name in ("codellm_jax.weights.families", "codellm_jax.weights.layouts"):
+        assert rooms(found, package) <= {"model", "weights"}
     if name in PURE:
         assert not tops(found) & ({"jax", "gin"} | HEAVY)
     assert not tops(imports(path, everywhere=False)) & HEAVY or name in DEFINE_TASKS

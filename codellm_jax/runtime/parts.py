@@ -73,9 +73,9 @@ def save_in_parts(
         sums[part.leaf] += int(part.rows.view(np.uint32).sum(dtype=np.uint64))
         written[part.leaf] += part.rows.size
         while sum(size for _, size in waiting) > IN_FLIGHT:
-            waiting.popleft()[0].result()
+            _finish(waiting.popleft()[0], folder)
     for future, _ in waiting:
-        future.result()
+        _finish(future, folder)
     for leaf, shape in shapes.items():
         if written[leaf] != math.prod(shape):
             raise ValueError(f"{leaf} has {math.prod(shape)} numbers, and {written[leaf]} were given.")
@@ -84,6 +84,16 @@ def save_in_parts(
     whole["digest"] = digest(whole)
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "record", ocp.args.JsonSave(whole))
     return whole
+
+
+def _finish(write: Any, folder: epath.Path) -> None:
+    """Waits for a write. Raises OSError where it failed."""
+    try:
+        write.result()
+    except Exception as error:  # TensorStore has no class of its own for a disk that is full
+        full = "No space left on device" in str(error)
+        raise OSError(f"Writing to {folder} failed: "
+                      f"{'No space left on device' if full else ' '.join(str(error).split())[:200]}.") from error
 
 
 class Damaged(ValueError):

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,7 @@ from codellm_jax.weights.reading import FLOATS, Tensors, json_object, open_tenso
 CONFIGURATION = "config.json"
 # What is asked of a hub, one after the other until there are weights.
 WEIGHTS = ("model*.safetensors*", "*.safetensors*", "pytorch_model*.bin*")
+UNFINISHED = "unfinished_import"
 SLAB = 2**24  # bytes of float32 that are made of a tensor at a time
 
 
@@ -105,7 +107,7 @@ def open_source(source: str, vocabulary: str | None = None) -> Source:
     order = {name: number for number, name in enumerate(tensors.shapes)}
     own = sorted((tensor for tensor in published if tensor.name not in copies), key=lambda tensor: order[tensor.name])
     return Source(name, folder, revision, facts, values, tensors, tuple(own), copies,
-                  _vocabulary(folder, vocabulary, config.vocabulary_size))
+                  _vocabulary(folder, vocabulary, facts, config.vocabulary_size))
 
 
 def _located(source: str) -> tuple[str, str, str | None]:
@@ -132,12 +134,20 @@ def _read_headers(folder: str) -> tuple[dict[str, Any], Tensors]:
     return json_object(configuration), open_tensors(folder)
 
 
-def _vocabulary(folder: str, given: str | None, rows: int) -> Vocabulary:
+def _vocabulary(folder: str, given: str | None, facts: Mapping[str, Any], rows: int) -> Vocabulary:
+    """The tokenizer of a folder, or another that is given."""
+    path, options = given or folder, dict[str, Any](size=rows)
+    if facts["model_type"] == "gpt_pangu" and tokenizer_files.tokenizer_file(
+            tokenizer_files.resolve(path)).endswith(".model"):
+        options["text_form"] = "pangu"
     try:
-        return load_vocabulary(given or folder, size=rows)
+        return load_vocabulary(path, **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Name one with --vocabulary.") from None
     except ValueError as error:
+        ids: dict[str, Any] = {"end_of_document_id": facts.get("eos_token_id"), "pad_id": facts.get("pad_token_id")}
+        if "end_of_document" in str(error) and type(ids["end_of_document_id"]) is int:  # the model knows its own
+            return load_vocabulary(path, **options, **ids)
         raise ValueError(str(error).replace("vocabulary.size is", "the model's embedding has").replace(
             ", fewer rows", " rows, fewer")) from None
 
@@ -147,7 +157,7 @@ def describe_source(source: str | Source) -> dict[str, Any]:
     that is known without reading a tensor."""
     opened = source if isinstance(source, Source) else open_source(source)
     place = epath.Path(opened.folder)
-    files = {name: {"bytes": (place / name).stat().length} for name in (CONFIGURATION, *opened.tensors.files)}
+    files = {name: {"bytes": (place / name).stat().length} for name in _names(opened)}
     own = opened.vocabulary.path == opened.folder and opened.revision is not None
     path = f"{opened.name.split('@')[0]}@{opened.revision}" if own else opened.vocabulary.path
     record = {"ledger": imported_ledger(opened, files), "settings": settings(opened, path), "step": 0}
@@ -176,8 +186,11 @@ def settings(source: Source, vocabulary: str) -> dict[str, str]:
     """The settings of a run of these weights, as gin literals: what a run that starts from it takes over."""
     model = {f"model.{name}": repr(value) for name, value in source.values.items()
              if name not in ("vocabulary_size", "length")}
-    return model | {"vocabulary.path": repr(vocabulary), "vocabulary.size": repr(source.vocabulary.size),
-                    "mixture.lengths": repr({"targets": source.config.length})}
+    own = source.vocabulary
+    ids = {"vocabulary.path": repr(vocabulary), "vocabulary.size": repr(own.size),
+           "vocabulary.pad_id": repr(own.pad_id), "vocabulary.end_of_document_id": repr(own.end_of_document_id)}
+    form = {} if own.text_form == "plain" else {"vocabulary.text_form": repr(own.text_form)}
+    return model | ids | form | {"mixture.lengths": repr({"targets": source.config.length})}
 
 
 def parameters_on_mesh(source: Source, abstract: Any) -> Any:
@@ -248,14 +261,17 @@ def import_run(source: str, output: str, vocabulary: str | None = None, report: 
     """Makes a run directory of published weights: its checkpoint of step 0 with its record, config.gin,
     provenance.json and the tokenizer's files in `vocabulary/`.
 
-    It is made beside its place and moved there whole. In gs://, where nothing is moved, the record comes last, and
-    without it nothing is a checkpoint.
+    It is made beside its place and moved there whole. In gs://, where nothing is moved, a file says that it is not
+    whole yet, and without its record, which comes last, nothing is a checkpoint.
 
     Raises:
       ValueError: there is something at `output` already; or as `open_source`.
       OSError: likewise, or the disk is full.
     """
     run = epath.Path(resolved(output))
+    unfinished = run / UNFINISHED  # in gs:// alone
+    if unfinished.exists():
+        run.rmtree()
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"{run} is there already, and an import begins a run: give another --output or remove it.")
     opened = open_source(source, vocabulary)
@@ -265,13 +281,23 @@ def import_run(source: str, output: str, vocabulary: str | None = None, report: 
     with contextlib.ExitStack() as stack:
         if "://" in str(run):
             made = run
+            made.mkdir(parents=True, exist_ok=True)
+            unfinished.touch()
         else:
             made = epath.Path(stack.enter_context(half_made(run)))
         record = _write_run(opened, made, run, size)
-        if made != run:
-            made.rename(run)
+        if made == run:
+            unfinished.unlink()
+        else:
+            os.rename(made, run)  # onto an empty folder, too
     report(f"The run:     {run}, step 0, checkpoint {record['digest'][:12]}")
     return opened
+
+
+def _names(source: Source) -> list[str]:
+    """The files of a folder that tell of its model."""
+    configuration = [CONFIGURATION] if (epath.Path(source.folder) / CONFIGURATION).exists() else []
+    return [*configuration, *source.tensors.files]
 
 
 def _bytes_of(source: Source, name: str) -> int:
@@ -286,7 +312,7 @@ def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> 
     (made / "config.gin").write_text("".join(f"{name} = {value}  # {source.name}\n" for name, value in held.items()))
     status = StatusLine(0, max(1, size // 10**6), active=jax.process_index() == 0, unit="MB")
     with contextlib.closing(status), concurrent.futures.ThreadPoolExecutor(1) as beside:
-        names = (CONFIGURATION, *source.tensors.files)
+        names = _names(source)
         sums = [beside.submit(_file_facts, place / name) for name in names]
         # The record is made of what is known by then, after the last part.
         record: dict[str, Any] = {"settings": held}
@@ -316,7 +342,8 @@ def _parts(source: Source, status: StatusLine, size: int) -> Iterator[Part]:
             for first in range(0, len(piece), rows):
                 yield Part(leaf, layer, first, _floats(tensor.name, piece, slice(first, first + rows)))
         done += array.nbytes
-        rate = done / max(time.monotonic() - began, 1e-9)
+        del array, piece  # before the next one is read
+        rate = max(done / max(time.monotonic() - began, 1e-9), 1.0)
         status.show(done // 10**6, f"at {rate / 1e6:.0f} MB/s, {duration((size - done) / rate)} left")
 
 

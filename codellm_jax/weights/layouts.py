@@ -190,6 +190,8 @@ def matched(
       ValueError: tensors are missing, left over or of another shape: the first few of each, and how many.
     """
     naming = NAMINGS[facts["model_type"]]
+    if config.layers > len(shapes):  # a number that no tensors need be listed for
+        raise ValueError(f"config.json tells of {config.layers} layers, and there are {len(shapes)} tensors.")
     found = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(BUFFERS)}
     bare = not any(name.startswith(naming.prefix) for name in found)
     table = (config.vocabulary_size, config.hidden)

@@ -92,9 +92,8 @@ def open_tensors(folder: str) -> Tensors:
         if shards and ending == ".safetensors":
             raise ValueError(f"{place} holds {_few(shards)} and no {index}, which would tell whether these are all.")
     adapters = [name for name in names if name.startswith("adapter_")]
-    raise FileNotFoundError(
-        f"{place} holds {f'an adapter ({adapters[0]}), and' if adapters else ''} no weights: neither "
-        "model.safetensors nor pytorch_model.bin, nor shards of one with an index.".replace("  ", " "))
+    raise FileNotFoundError(f"{place} holds neither model.safetensors nor pytorch_model.bin, nor shards of one with an "
+                            f"index{f', but an adapter, {adapters[0]}' if adapters else ''}: these are what is read.")
 
 
 def _few(names: list[str]) -> str:

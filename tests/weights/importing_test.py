@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fake_hub import fake_hub
 from published import BFLOAT16, golden, safetensors, with_header, write_model, write_tokenizer
 
 from codellm_jax.cli import main
@@ -110,6 +111,25 @@ def test_what_a_run_knows_of_its_source(imported: tuple[Path, Path]) -> None:
     assert told["step"] == 0 and told["digest"] == describe_source(str(model))["digest"]
     assert {**told["ledger"], "files": None} == {**ledger, "files": None}
     assert {**told["settings"], "vocabulary.path": None} == {**settings, "vocabulary.path": None}
+
+
+def test_a_name_on_a_hub_is_a_source(tmp_path: Path) -> None:
+    """Of a repository that has PyTorch's file beside, which is not downloaded."""
+    facts, tensors, *_ = golden("qwen2")
+    model = write_model(tmp_path / "hub" / "org" / "small", facts, tensors, shards=2)
+    (model / "pytorch_model.bin").write_bytes(b"0")
+    with fake_hub(tmp_path / "hub") as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "codellm_jax.cli", "import", "hf://org/small", f"--output={tmp_path / 'run'}"],
+            env=os.environ | hub.environment(tmp_path / "cache"), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not [path for _, path in hub.requests if path.endswith("pytorch_model.bin")]
+        commit = hub.commit("org/small", "main")
+    _, record = newest_record(str(tmp_path / "run"))
+    assert record["ledger"]["source"] == "hf://org/small" and record["ledger"]["revision"] == commit
+    assert len(record["ledger"]["files"]) == 3
+    name = "model-00002-of-00002.safetensors"
+    assert record["ledger"]["files"][name]["sha256"] == hashlib.sha256((model / name).read_bytes()).hexdigest()
 
 
 def test_an_import_takes_no_place_that_is_taken(imported: tuple[Path, Path], capsys: Any) -> None:
@@ -243,10 +263,27 @@ def test_another_tokenizer_is_taken_where_it_is_named(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", *of_llama(), tokenizer=False)
     (tmp_path / "tokenizer").mkdir()
     write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "run").mkdir()  # an empty folder is no run
     import_run(str(folder), str(tmp_path / "run"), vocabulary=str(tmp_path / "tokenizer"), report=quiet)
     assert newest_record(str(tmp_path / "run"))[1]["settings"]["vocabulary.path"] == repr(
         str(tmp_path / "run" / "vocabulary"))
     assert (tmp_path / "run/vocabulary/tokenizer.json").exists()
+
+
+def test_a_tokenizer_that_names_no_end_has_that_of_the_model(tmp_path: Path) -> None:
+    """A SentencePiece file without one, as PanGu's is."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    facts, tensors = of_llama()
+    folder = write_model(tmp_path / "model", facts | {"eos_token_id": 9, "pad_token_id": 6}, tensors, tokenizer=False)
+    model = sentencepiece_model_pb2.ModelProto()
+    for number, piece in enumerate(["<unk>", *"▁etaoinshrdlu"]):
+        model.pieces.add(piece=piece, score=-number, type=2 if number == 0 else 1)
+    model.trainer_spec.eos_id = model.trainer_spec.pad_id = model.trainer_spec.bos_id = -1
+    (tmp_path / "other.model").write_bytes(model.SerializeToString())
+    source = open_source(str(folder), vocabulary=str(tmp_path / "other.model"))
+    assert (source.vocabulary.end_of_document_id, source.vocabulary.pad_id, source.vocabulary.size) == (9, 6, 29)
+    assert describe_source(source)["settings"]["vocabulary.end_of_document_id"] == "9"
 
 
 def test_files_of_pytorch_need_it(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +312,7 @@ def test_files_of_pytorch_are_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.read(name).astype(np.float32), value.float().numpy())
         np.testing.assert_array_equal(found.read(name, slice(1, 3)).astype(np.float32), value[1:3].float().numpy())
     import_run(str(folder), str(tmp_path / "run"), report=quiet)
-    torch.save({"model": made, "when": time}, folder / places[names[0]])
+    torch.save({"model": made, "when": Path("/")}, folder / places[names[0]])
     with pytest.raises(ValueError, match="as weights alone"):
         open_tensors(str(folder))
 

@@ -229,6 +229,13 @@ def test_tensors_of_another_model_are_listed() -> None:
     assert "q_norm.weight [6], " in str(error.value) and "and 3 more are left over" in str(error.value)
 
 
+def test_more_layers_than_there_are_tensors_take_no_time() -> None:
+    facts, _, shapes = shapes_of_golden("llama")
+    facts |= {"num_hidden_layers": 10**12}
+    with pytest.raises(ValueError, match="1000000000000 layers, and there are 21 tensors"):
+        matched(facts, DecoderConfig(**decoder_values(facts)), shapes)
+
+
 def test_gpt_pangu_is_the_decoder_with_the_query_layer() -> None:
     """Its last block, with a query embedding, behind the final norm; the head is the token embedding."""
     facts = {"model_type": "gpt_pangu", "hidden_size": 8, "num_layers": 3, "num_heads": 2, "vocab_size": 11,
