@@ -1,4 +1,4 @@
-"""Import of a model of 1.3 billion parameters: seconds, and the most memory that it takes.
+"""Import and export of a model of 1.3 billion parameters: seconds, and the most memory that each takes.
 
     python -m benchmarks.weights                      --layers=24 --hidden=2048 are the defaults
 
@@ -65,6 +65,14 @@ def timed(command: list[str]) -> tuple[float, str]:
     return time.monotonic() - began, done.stdout
 
 
+def measured(what: str, copy: float, size: int, bound: int, *arguments: str) -> str:
+    """A line on a command of t5x that goes through `size` bytes; `copy` is what cp takes for as many."""
+    seconds, text = timed([sys.executable, "-c", PEAK, what, *arguments])
+    peak = 1024 * int(text.split("VmHWM:")[1].split()[0])
+    return (f"{what} {seconds:6.1f} s  {size / seconds / 1e6:5.0f} MB/s  {seconds / copy:5.1f} times cp   "
+            f"memory {peak / GIB:.2f} GiB, {peak / bound:.2f} of the bound")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
@@ -78,13 +86,11 @@ def main() -> None:
         size = file.stat().st_size
         copy, _ = timed(["cp", str(file), str(folder / "copy")])
         (folder / "copy").unlink()
-        seconds, text = timed([sys.executable, "-c", PEAK, "import", str(file.parent), f"--output={folder / 'run'}",
-                               "--vocabulary=python_8k"])
-        peak = 1024 * int(text.split("VmHWM:")[1].split()[0])
         bound = 3 * largest + GIB
         print(f"{size / 1e9:.3f} GB of bfloat16, the largest tensor {largest / 1e6:.0f} MB; cp takes {copy:.1f} s")
-        print(f"import {seconds:6.1f} s  {size / seconds / 1e6:5.0f} MB/s  {seconds / copy:5.1f} times cp   "
-              f"memory {peak / GIB:.2f} GiB, {peak / bound:.2f} of the bound")
+        print(measured("import", copy, size, bound, str(file.parent), f"--output={folder / 'run'}",
+                       "--vocabulary=python_8k"))
+        print(measured("export", copy, size, bound, str(folder / "run"), f"--output={folder / 'out'}"))
 
 
 if __name__ == "__main__":

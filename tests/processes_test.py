@@ -44,7 +44,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def command(flags: list[str], run: Path, *more: str) -> list[str]:
     return ["train", *flags, f"--gin.MODEL_DIR={run}", f"--gin.TRAIN_STEPS={STEPS}", "--gin.EVAL_PERIOD=6",
-            "--gin.CHECKPOINT_PERIOD=4", "--gin.LOG_PERIOD=1", "--gin.EVAL_TASKS=['cosqa']", *more]
+            "--gin.CHECKPOINT_PERIOD=4", "--gin.LOG_PERIOD=1", "--gin.EVAL_TASKS=['cosqa']",
+            "--gin.EXPORT_PERIOD=6", *more]
 
 
 def workers(marks: list[str]) -> list[int]:
@@ -131,6 +132,13 @@ def test_losses_and_scores_are_those_of_one_process(alone, together):
         for a, b in zip(one, other, strict=True):
             assert [c["log_likelihood"] for c in a["candidates"]] == pytest.approx(
                 [c["log_likelihood"] for c in b["candidates"]], rel=1e-5)
+
+
+def test_two_processes_export_what_they_save(together, tmp_path):
+    assert sorted(path.name for path in (together / "exports").iterdir()) == ["12", "6"]
+    assert cli.main(["export", f"{together}@12", f"--output={tmp_path / 'out'}"]) == 0
+    saved, exported = (folder / "model.safetensors" for folder in (tmp_path / "out", together / "exports" / "12"))
+    assert saved.read_bytes() == exported.read_bytes()
 
 
 def test_each_process_writes_its_own_profile(together):

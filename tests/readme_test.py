@@ -1,6 +1,7 @@
 """README's commands work as they stand there, and its installed form needs no checkout."""
 
 import ast
+import contextlib
 import io
 import os
 import re
@@ -9,9 +10,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_hub import fake_hub
+from published import write_llama
 
 from codellm_jax import cli
 from codellm_jax.mixture.schedules import phases
@@ -33,9 +37,16 @@ def test_there_are_commands():
     assert any(line.startswith("t5x train --gin_file=gin/mixed_pretrain.gin") for line in commands())
 
 
+@pytest.fixture
+def of_test() -> Iterator[contextlib.ExitStack]:
+    """What is open as long as a test runs."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
 @pytest.mark.parametrize("command", commands())
 def test_readme_commands_are_accepted(
-        command, capsys, tmp_path, tiny_flags, tiny_tuning_flags, pretrained, checkout, monkeypatch):
+        command, capsys, tmp_path, tiny_flags, tiny_tuning_flags, pretrained, checkout, monkeypatch, of_test):
     """Run on the tiny corpora and without training: what the flags of README mean is resolved to the last one."""
     arguments = [flag.replace("runs/mixed_pretrain", str(pretrained / "CODE")) for flag in shlex.split(command)[1:]]
     if arguments[0] == "train":
@@ -63,6 +74,14 @@ def test_readme_commands_are_accepted(
     if arguments[0] == "launch":
         monkeypatch.chdir(checkout)
         arguments.insert(1, "--print_only")
+    if arguments[0] == "import":
+        write_llama(tmp_path / "hub" / "Qwen" / "Qwen3-0.6B")
+        hub = of_test.enter_context(fake_hub(tmp_path / "hub"))
+        for name, value in hub.environment(tmp_path / "downloads").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+    if arguments[0] == "export":
+        monkeypatch.chdir(tmp_path)
     if arguments[0] == "eval":
         arguments += [f"--gin.evaluate.results_dir={tmp_path}/results", "--gin.TASKS=['logic']"]
     if arguments[0] == "infer":

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -202,6 +203,39 @@ def test_evaluation_in_the_bucket(bucket, runs):
                            f"--gin.CHECKPOINT_PATH={run}"))
         rows[run] = next(line for line in told.splitlines() if re.match(r"logic\b.*\d", line))
     assert len(set(rows.values())) == 1, rows
+
+
+HASHES = """
+import hashlib, sys
+from etils import epath
+for path in sorted(epath.Path(sys.argv[1]).iterdir()):
+    print("FILE", path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+KILLED = """
+import os, signal, sys
+from codellm_jax import cli
+from codellm_jax.weights import exporting
+exporting._arrays = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+cli.main(sys.argv[1:])
+"""
+
+
+def test_an_export_in_the_bucket_is_the_export_on_disk(bucket, runs):
+    """After one that was killed there, whose rest is no model and is not in the way."""
+    folder, _ = runs
+    shutil.copytree(folder / "run", folder / "exported")
+    bucket("-c", COPY, str(folder / "exported"), "gs://bucket/exported")
+    bucket("-c", KILLED, "export", "gs://bucket/exported", "--output=gs://bucket/out", status=-signal.SIGKILL)
+    assert "being_exported" in (left := bucket("-c", HASHES, "gs://bucket/out")) and "config.json" not in re.findall(
+        r"FILE (\S+)", left)
+    found = {}
+    for run, out in ((f"{folder}/exported", f"{folder}/out"), ("gs://bucket/exported", "gs://bucket/out")):
+        bucket(*t5x("export", run, f"--output={out}", "--max_shard_size=300KB"))
+        found[out] = [line for line in bucket("-c", HASHES, out).splitlines() if line.startswith("FILE")]
+    first, second = found.values()
+    assert first == second and len(first) >= 9, (first, second)
+    told = bucket(*t5x("export", "gs://bucket/exported", "--output=gs://bucket/out"), status=1)
+    assert "gs://bucket/out holds README.md and more: name a new folder" in told
 
 
 PRINT = """

@@ -25,7 +25,7 @@ Dtypes = Mapping[str, str]  # name of a tensor -> a key of DTYPES
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
          "TIB": 2**40}
 INDEX = "model.safetensors.index.json"
-COPIED = 2**26  # bytes of a tensor that are converted and written at a time
+COPIED = 2**24  # bytes of a tensor that are converted and written at a time
 
 
 def parse_size(text: str) -> int:
@@ -84,9 +84,8 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor, array in zip(tensors, arrays, strict=True):
-        assert array.shape == tensor.shape, tensor.name
-        _write_numbers(file, tensor.name, array, dtypes[tensor.name])
+    for tensor in tensors:  # `zip` would hold each array until the next one is there
+        _write_numbers(file, tensor, next(arrays), dtypes[tensor.name])
 
 
 def _entry(tensor: PublishedTensor, dtypes: Dtypes, start: int) -> dict[str, Any]:
@@ -94,13 +93,15 @@ def _entry(tensor: PublishedTensor, dtypes: Dtypes, start: int) -> dict[str, Any
             "data_offsets": [start, start + size_of(tensor, dtypes)]}
 
 
-def _write_numbers(file: IO[bytes], name: str, array: np.ndarray, dtype: str) -> None:
+def _write_numbers(file: IO[bytes], tensor: PublishedTensor, array: np.ndarray, dtype: str) -> None:
     """In parts of the first axis, so that no second copy of the whole is made."""
+    assert array.shape == tensor.shape, tensor.name
     rows = max(1, COPIED * len(array) // max(1, array.nbytes))
     for first in range(0, len(array), rows):
         part = array[first : first + rows]
         with np.errstate(over="ignore"):
-            written = np.ascontiguousarray(part.astype(DTYPES[dtype][0], copy=False))
+            written = part.astype(DTYPES[dtype][0], copy=False)
         if dtype != "float32" and (np.isinf(written) & np.isfinite(part)).any():
-            raise ValueError(f"{name} has numbers beyond what {dtype} can hold: take --dtype=float32 or bfloat16.")
-        file.write(written.view(np.uint8).reshape(-1).data)
+            raise ValueError(
+                f"{tensor.name} has numbers beyond what {dtype} can hold: take --dtype=float32 or bfloat16.")
+        file.write(written.tobytes())
