@@ -108,8 +108,12 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
     read: dict[str, tuple[tuple[str, ...], Settings, Mapping[str, str] | None]] = {}
     effective: dict[str, Mapping[str, str]] = {}
     asked: dict[str, Asked] = {}
+    outside: dict[str, bool] = {}  # whether an arm's line begins outside of the study
     for arm in arms:
-        files, overrides = _of_arm(arm, study, common[arm.stage], search_paths)
+        outside[arm.name] = arm.source is not None or outside.get(arm.parent or "", False)
+        # The model and its vocabulary are those of what lies outside.
+        stated = [pair for pair in common[arm.stage] if not (outside[arm.name] and TAKEN_OVER.match(pair[0]))]
+        files, overrides = _of_arm(arm, study, stated, search_paths)
         parent = effective[arm.parent] if arm.parent else _settings_of(arm)
         start = ("INITIAL_CHECKPOINT_PATH", "planned") if arm.at is None else ("BRANCH_FROM", "planned@1")
         places: Settings = (("MODEL_DIR", "planned"), *((start,) if parent else ()))
@@ -258,11 +262,10 @@ def explain_in_study(study: Study, configuration: Configuration, name: str, sear
 
 
 def _of_arm(
-    arm: Arm, study: Study, common_settings: Settings, search_paths: Sequence[str]
+    arm: Arm, study: Study, common_settings: Sequence[tuple[str, str]], search_paths: Sequence[str]
 ) -> tuple[tuple[str, ...], Settings]:
     """The gin files and the settings of an arm; what its own file sets is above what the study says of the stage."""
-    starts = arm.parent or arm.source
-    common = {name: value for name, value in common_settings if not (starts and TAKEN_OVER.match(name))}
+    common = dict(common_settings)
     if arm.gin_file:
         alone = {setting.name for setting in read_configuration(
             [*study.files(arm.stage), arm.gin_file], _placeholders(arm.stage), search_paths, NOT_KNOWN).settings

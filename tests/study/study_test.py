@@ -326,3 +326,26 @@ def test_without_benchmarks_a_study_gives_losses(study_flags, tmp_path, capsys):
     assert cli.main([*flags, "--print_commands"]) == 0
     assert "t5x eval" not in capsys.readouterr().out
     assert cli.main(flags) == 0 and "[1/1] NL.seed0: done before" in capsys.readouterr().out
+
+
+def test_a_study_branches_from_steps_of_a_trunk(study_flags, tmp_path, capsys):
+    """The trunk is trained once and keeps the steps; a branch of its own settings ends as the trunk does."""
+    arms = {"TRUNK": {"CODE_RATE": 0.5}, "SAME": {"from": "TRUNK@0.5"},
+            "GRID": {"from": "TRUNK", "sweep": {"at": [0.25, 3], "CODE_RATE": [0.1]}, "TRAIN_STEPS": 6},
+            "TUNED": {"from": "GRID", "CODE_RATE": 0.0}}
+    losses = ["--gin.evaluation/TASKS=[]"]
+    planned = command(tmp_path, study_flags, arms, *losses)
+    assert cli.main([*planned, "--dry_run"]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "TRUNK.seed0@2" in printed and "GRID-0.25-0.1.seed0" in printed and "error" not in printed
+    assert cli.main(planned) == 0, capsys.readouterr().err
+    runs = tmp_path / "runs"
+    ends = {name: [line for line in map(json.loads, (runs / f"{name}.seed0" / "metrics.jsonl").read_text().splitlines())
+                   if line["split"] == "eval"][-1] for name in ("TRUNK", "SAME", "GRID-3-0.1")}
+    assert ends["SAME"]["loss"] == ends["TRUNK"]["loss"] and ends["GRID-3-0.1"]["step"] == 6
+    assert {path.name for path in (runs / "TRUNK.seed0" / "checkpoints").iterdir()} >= {"1", "2", "3", "4"}
+    assert [stage["stage"] for stage in read(runs / "TUNED-3-0.1.seed0" / "provenance.json")["ledger"]["before"]] == [
+        "pretraining", "pretraining"]
+    capsys.readouterr()
+    assert cli.main(planned) == 0  # nothing is to do
+    assert sessions(tmp_path, "SAME.seed0") == [(2, 4)] and "done before" in capsys.readouterr().out
