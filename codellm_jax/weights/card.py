@@ -118,7 +118,7 @@ def _settings(settings: Mapping[str, str]) -> list[str]:
 def _use(own: bool) -> list[str]:
     argument = ", trust_remote_code=True" if own else ""
     return ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-            'folder = "."  # where this file lies', "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            'folder = "."  # where this file lies', f"tokenizer = AutoTokenizer.from_pretrained(folder{argument})",
             f"model = AutoModelForCausalLM.from_pretrained(folder{argument})",
             'inputs = tokenizer("def add(a, b):", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))", "```"]
