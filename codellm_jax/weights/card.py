@@ -33,11 +33,13 @@ def model_card(
         f"- {facts['model_type']}", *(["- custom_code"] if own else []),
         *dict.fromkeys(f"- {stage['stage']}" for stage in stages), "---", "",
         f"# A decoder of {parameter_count(config):,} parameters", "",
-        f"Exported by codellm_jax after step {record['step']:,} of its last stage, {ledger['stage']}. "
+        "Exported by codellm_jax " + ("as it was imported" if ledger["stage"] == "imported" else
+                                      f"after step {record['step']:,} of its last stage, {ledger['stage']}") + ". "
         f"It is of the family `{facts['model_type']}`"
         + (", whose code lies in this folder." if own else ", which transformers knows."), "",
         "## Sizes", "", *_table(("what", "value"), _sizes(config, dtype)), "",
-        "## What it was trained on", "", f"Arm of the study: {arm(ledger)}.", ""]
+        "## What it was trained on", "",
+        *([f"Arm of the study: {arm(ledger)}.", ""] if ledger["stage"] != "imported" else [])]
     for number, stage in enumerate(stages, 1):
         # A stage before has its step; the last one's is the checkpoint's.
         lines += [*_stage(number, stage, stage.get("step", record["step"])), ""]
@@ -70,10 +72,13 @@ def _sizes(config: DecoderConfig, dtype: str) -> list[tuple[str, Any]]:
 
 def _stage(number: int, ledger: Mapping[str, Any], step: int) -> list[str]:
     """What a stage saw: a row for each of its sources."""
-    if "rows" not in ledger or ledger["stage"] == "imported":
-        facts = {name: value for name, value in ledger.items()
-                 if isinstance(value, (str, int)) and name not in ("stage", "model_dir", "step", "length")}
-        return [f"### {number}. {ledger['stage']}", "", *_table(("what", "value"), list(facts.items()))]
+    if ledger["stage"] == "imported":
+        source = ledger["source"] if "://" in ledger["source"] else pathlib.PurePath(ledger["source"]).name
+        files = [(name, f"{facts['bytes']:,} bytes, SHA-256 {facts.get('sha256', 'not taken')}")
+                 for name, facts in ledger["files"].items()]
+        return [f"### {number}. imported", "", "What it was trained on before is not known here.", "",
+                *_table(("what", "value"), [("source", source), ("revision", ledger["revision"] or "none"),
+                                            ("family", ledger["model_type"]), *files])]
     unit = "examples" if ledger["stage"] == "tuning" else "rows"
     total = max(1, sum(ledger["rows"].values()))
     sizes = ledger.get("epoch_rows", {})

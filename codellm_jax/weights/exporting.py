@@ -49,11 +49,18 @@ DEFAULT_SIZE = "5GB"
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What an exported folder holds: texts by the names of their files, the vocabulary, tensors by
-    the names of theirs, and the dtype of each tensor."""
+    """What an exported folder holds.
+
+    Attributes:
+      texts: content by file name, of all but config.json.
+      config: of config.json.
+      vocabulary: whose files are written.
+      files: name -> the tensors of a file.
+      dtypes: name -> dtype of a tensor, a key of DTYPES.
+    """
 
     texts: Mapping[str, str]
-    config: Mapping[str, Any]  # of config.json
+    config: Mapping[str, Any]
     vocabulary: Vocabulary
     files: Mapping[str, Sequence[PublishedTensor]]
     dtypes: Mapping[str, str]

@@ -32,6 +32,7 @@ def test_counts_by_hand():
     ledger.add(order, np.array([2, 2, 2, 2]), np.array([1, 2, 3, 4]))
     assert ledger.rows == {"text.a": 2, "text.b": 1, "code.c": 5} and ledger.position == 8
     assert ledger.to_json()["tokens"] == {"text.a": 16, "text.b": 10, "code.c": 18}
+    assert ledger.to_json()["epoch_rows"] == {source.name: source.rows for source in order.sources}
 
 
 def test_through_json_and_on():

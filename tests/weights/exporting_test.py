@@ -1,5 +1,6 @@
 """Exports: what lies in the folder, bit by bit, and what is left of one that fails."""
 
+import hashlib
 import json
 import re
 import resource
@@ -90,6 +91,10 @@ def test_dtypes_of_an_import_stay(save_run: Callable[..., Any], tmp_path: Path) 
     import_run(str(tmp_path / "out"), str(tmp_path / "imported"), report=lambda line: None)
     assert_same_bits(exported(tmp_path / "imported", tmp_path / "again"), published)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    card = (tmp_path / "again" / "README.md").read_text()
+    digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+    assert "Exported by codellm_jax as it was imported." in card and "| source | out |" in card
+    assert f"bytes, SHA-256 {digest} |" in card and str(tmp_path) not in card and "Arm of" not in card
     wide = exported(tmp_path / "imported", tmp_path / "wide", dtype="float32")
     assert {str(tensor.dtype) for tensor in wide.values()} == {"float32"}
 

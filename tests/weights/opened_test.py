@@ -138,4 +138,5 @@ def test_the_tokenizer_gives_our_ids(save_run: Callable[..., Any], tmp_path: Pat
     for text in ("def f(x):\n\treturn  x + 1\n", "héllo 世界 😀", "  <|pad|> <|endofdocument|>", ""):
         assert tokenizer(text)["input_ids"] == vocabulary.encode(text)
         assert tokenizer.decode(vocabulary.encode(text)) == text
+    assert set(tokenizer("x")) == {"input_ids", "attention_mask"}
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (vocabulary.end_of_document_id, vocabulary.pad_id)
