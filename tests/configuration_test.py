@@ -19,6 +19,7 @@ from codellm_jax.mixture.schedules import phases
 from codellm_jax.model.decoder import Decoder, parameter_count
 from codellm_jax.runtime.partitioning import make_mesh
 from codellm_jax.runtime.state import abstract_state
+from codellm_jax.study.planned import planned_runs
 from codellm_jax.training.plan import Training
 
 MIXED = "gin/mixed_pretrain.gin"
@@ -43,7 +44,7 @@ def arms_and_sizes() -> list[list[str]]:
     names = list(shipped_gin_files())
     others = ("gin/pretrain.gin", "gin/tune.gin", "gin/eval.gin", "gin/infer.gin", "gin/contamination.gin",
               "gin/study.gin")
-    arms = [name for name in names if "/models/" not in name and name not in others]
+    arms = [name for name in names if "/models/" not in name and "/studies/" not in name and name not in others]
     sizes = [name for name in names if "/models/" in name]
     assert len(arms) >= 8 and len(sizes) >= 6
     return [[arm] for arm in arms] + [[MIXED, size] for size in sizes]
@@ -71,6 +72,17 @@ def test_every_shipped_file_loads_and_builds(files):
         text = (Path(__file__).resolve().parent.parent / name).read_text()
         # Each opens with what it is, and its command.
         assert text.startswith("# ") and f"--gin_file={name}" in text, name
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_gin_files() if "/studies/" in name])
+def test_every_shipped_design_plans_its_arms(name):
+    """Beside its own arms there are none; each names its paper and its command."""
+    configuration = read_configuration(["gin/study.gin", name], [])
+    study = build(configuration, "study")
+    planned, _ = planned_runs(study, configuration, ())
+    assert {one.run.arm.name.split("-")[0] for one in planned} <= {arm.split("-")[0] for arm in study.arms}
+    text = (Path(__file__).resolve().parent.parent / name).read_text()
+    assert "arXiv:" in text and f"--gin_file={name}" in text and "tiny size" in text or "stand-in" in text
 
 
 def test_the_shipped_study_has_the_arms_of_their_own_files():

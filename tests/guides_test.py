@@ -59,7 +59,7 @@ MODEL = ("--gin.CACHE_DIR", "--gin.TASK_FEATURE", "--gin.model", "--gin.WARMUP",
 
 def test_there_are_guides():
     assert titles() == ["Your own corpora", "A published model, before and after code", "An ablation by overrides",
-                        "Adding an arm to a study", "A TPU pod", "Adding a benchmark"]
+                        "Adding an arm to a study", "A trunk and its branches", "A TPU pod", "Adding a benchmark"]
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", GUIDES):
         assert (ROOT / "docs" / target).exists(), target
 
@@ -120,6 +120,22 @@ def test_an_arm(tiny_flags, tiny_tuning_flags, tmp_path, capsys):
     assert "NC-tenth.seed0" in told[0] and "CC-decrease.seed0" in told[0]
     assert re.findall(r"runs/([\w.-]+)'? ", told[1])[0] == "NL.seed0" and "CC-decrease" not in told[1]
     assert all(f"RATE-{rate}.seed0" in told[2] for rate in ("0.1", "0.25", "0.5"))
+
+
+def test_a_trunk_and_its_branches(tiny_flags, tmp_path, monkeypatch, capsys):
+    """Four steps in the place of 400: the branch begins after the second."""
+    monkeypatch.chdir(tmp_path)
+    trunk, branch, study = commands("A trunk and its branches")
+    for arguments in (trunk, branch):
+        arguments = [argument.replace("@200", "@2") for argument in arguments]
+        told = run(small(arguments, tiny_flags, (*MODEL, "--gin.CORPORA", "--gin.MIXTURE")), capsys)
+    assert "The learning rate goes on" in told and "0.300" in told
+    assert {path.name for path in Path("runs/trunk/checkpoints").iterdir()} == {"1", "2", "4"}
+    of_stages = [flag.replace("--gin.", f"--gin.{stage}/", 1) for stage in ("pretraining",) for flag in tiny_flags
+                 if flag.startswith(("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE", "--gin.model", "--gin.TASK"))]
+    study = [argument for argument in study if argument != "--dry_run"]
+    told = run([*study, *of_stages, f"--gin.STUDY_DIR={tmp_path}/study", "--print_commands"], capsys)
+    assert "BRANCH_FROM=" in told and "runs/TEXT.seed0@30" in told and "KEEP_STEPS=[6, 30, 48]" in told.replace("'", "")
 
 
 def test_a_pod(checkout, tiny_flags, tmp_path, monkeypatch, capsys):

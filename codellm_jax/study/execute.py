@@ -276,13 +276,15 @@ def page(
     measured: Mapping[str, Any],
 ) -> str:
     """The plan as a page of text: for each run its mix, tokens, FLOPs, time and epochs."""
-    lines = [f"{'run':<24} {'from':<14} {'mix':<12} {'steps':>8} {'tokens':>15} {'FLOPs':>9} {'time':>8}  "
+    named, started = (max(map(len, texts)) for texts in (
+        ["run", *(one.run.name for one in chosen)], ["from", *(one.run.start or "-" for one in chosen)]))
+    lines = [f"{'run':<{named}} {'from':<{started}} {'mix':<12} {'steps':>8} {'tokens':>15} {'FLOPs':>9} {'time':>8}  "
              f"{'state':<10} epochs of each source"]
     total, flops, tokens = 0.0, 0.0, 0
     for one in chosen:
         run, fact = one.run, facts[one.run.name]
         if "error" in fact:
-            lines.append(f"{run.name:<24} {fact['error']}")
+            lines.append(f"{run.name:<{named}} {fact['error']}")
             continue
         timed = measured.get(fact["program"], {})
         seconds = timed["seconds"] * fact["steps"] * fact["rows"] / timed["rows"] if "seconds" in timed else None
@@ -290,7 +292,8 @@ def page(
         total, flops, tokens = total + (seconds or 0.0) * to_do, flops + fact["flops"], tokens + fact["tokens"]
         epochs = ", ".join(f"{source['name']} {source['epochs']:.2f}" for source in fact["sources"])
         lines.append(
-            f"{run.name:<24} {run.start or '-':<14} {run.mix:<12} {fact['steps']:>8,} {fact['tokens']:>15,} "
+            f"{run.name:<{named}} {run.start or '-':<{started}} {run.mix:<12} {fact['steps']:>8,} "
+            f"{fact['tokens']:>15,} "
             f"{fact['flops']:>9.2e} {'-' if seconds is None else duration(seconds):>8}  {stand[run.name].state:<10} "
             f"{epochs}")
     lines += ["", f"study        {asked.directory}, {asked.comparison}, {len(chosen)} runs: {tokens:,} tokens with "
