@@ -1,13 +1,18 @@
-"""The whole train step beside two peers, on the same batch in the same minutes.
+"""The whole train step beside peers, on the same batch in the same minutes.
 
-    python -m benchmarks.step            needs torch besides this package: pip install torch
+    python -m benchmarks.step                   needs torch besides this package: pip install torch
+    python -m benchmarks.step --model=llama     and transformers, and a C++ compiler for torch.compile
 
-A GPT of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 8 x 256 tokens, float32, AdamW:
+A decoder of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 8 x 256 tokens, float32, AdamW: a GPT, or with
+Llama's parts (RMSNorm, rotary positions, SwiGLU, no biases, a head of its own), or that with one head of keys and values
+for two of queries ("grouped"):
 
   ours          train_step as `t5x train` runs it: shardings, document boundaries, losses per source, chunked loss;
-                fed by the real pipeline of rows
+                fed by the real pipeline of rows; with model.remat = 'none' and model.scan_unroll = 4
   plain flax    the shape of Flax's lm1b example: linen's own attention, all logits held, one jit, one batch reused
   plain torch   a minimal GPT with scaled_dot_product_attention, eager, one batch reused
+  transformers  LlamaForCausalLM with scaled_dot_product_attention and the fused AdamW, one batch reused; "compiled" is
+                the same under torch.compile, loss and all
   matmul        what a plain JAX matmul reaches on these cores: the step's matmuls at that rate are the floor
 
 Each contender lives in a process of its own, and they take turns; the figure is the median step of each turn, the
@@ -24,19 +29,28 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 LAYERS, HIDDEN, HEADS, FEEDFORWARD, VOCABULARY, BATCH, LENGTH = 4, 256, 4, 1024, 8192, 8, 256
-MATMUL_FLOPS = BATCH * LENGTH * 6 * (LAYERS * (4 * HIDDEN**2 + 2 * HIDDEN * FEEDFORWARD) + HIDDEN * VOCABULARY)
+LLAMA = {"norm": "rms", "positions": "rotary", "activation": "swiglu", "biases": "none", "tied_head": False}
+MODELS: dict[str, dict[str, Any]] = {"gpt": {}, "llama": LLAMA, "grouped": LLAMA | {"kv_heads": HEADS // 2}}
 
 
-def ours(directory: str) -> Callable[[], None]:
+def our_config(model: str) -> Any:
+    from codellm_jax.model.decoder import DecoderConfig
+
+    return DecoderConfig(layers=LAYERS, hidden=HIDDEN, heads=HEADS, feedforward=FEEDFORWARD, vocabulary_size=VOCABULARY,
+                         length=LENGTH, query_layer=False, remat="none", scan_unroll=LAYERS, **MODELS[model])
+
+
+def ours(model_name: str, directory: str) -> Callable[[], None]:
     import jax
     import optax
     from flax import linen as nn
 
     from codellm_jax.mixture.batches import global_batch, read_ahead
     from codellm_jax.mixture.mixture import Mixture, open_mixture
-    from codellm_jax.model.decoder import Decoder, DecoderConfig
+    from codellm_jax.model.decoder import Decoder
     from codellm_jax.runtime.optimization import adamw
     from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
     from codellm_jax.runtime.state import abstract_state, initial_state
@@ -48,11 +62,9 @@ def ours(directory: str) -> Callable[[], None]:
     mixture = open_mixture(
         Mixture("python_text_code", Definitions(), {"targets": LENGTH}, 1 / 3, cache_dir=directory),
         vocabulary, seed=0, total_rows=10**6, report=lambda _: None)
-    config = DecoderConfig(layers=LAYERS, hidden=HIDDEN, heads=HEADS, feedforward=FEEDFORWARD,
-                           vocabulary_size=VOCABULARY, length=LENGTH, query_layer=False)
     shape = MeshShape()
     mesh = make_mesh(shape)
-    model, optimizer = Decoder(config), adamw(optax.constant_schedule(1e-3))
+    model, optimizer = Decoder(our_config(model_name)), adamw(optax.constant_schedule(1e-3))
     abstract = abstract_state(model, optimizer, mesh, shape)
     jax.set_mesh(mesh)
     rules = nn.logical_axis_rules(shape.all_rules())
@@ -74,7 +86,7 @@ def ours(directory: str) -> Callable[[], None]:
     return step
 
 
-def plain_flax(_: str) -> Callable[[], None]:
+def plain_flax(model_name: str, directory: str) -> Callable[[], None]:
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -123,7 +135,7 @@ def plain_flax(_: str) -> Callable[[], None]:
     return step
 
 
-def plain_torch(_: str) -> Callable[[], None]:
+def plain_torch(model_name: str, directory: str) -> Callable[[], None]:
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -173,12 +185,51 @@ def plain_torch(_: str) -> Callable[[], None]:
     return step
 
 
-def matmul(_: str) -> Callable[[], None]:
+def transformers(model_name: str, directory: str, compiled: bool = False) -> Callable[[], None]:
+    import torch
+    from torch.nn import functional as F
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from codellm_jax.model.decoder import parameter_count
+
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+    config = our_config(model_name)
+    model = LlamaForCausalLM(LlamaConfig(
+        num_hidden_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_key_value_heads=config.key_heads,
+        intermediate_size=FEEDFORWARD, vocab_size=VOCABULARY, max_position_embeddings=LENGTH, use_cache=False,
+        attn_implementation="sdpa", tie_word_embeddings=False))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1)
+
+    def compute_loss(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(input_ids=inputs).logits.view(-1, VOCABULARY), targets)
+
+    if compiled:
+        compute_loss = torch.compile(compute_loss, fullgraph=True)
+
+    def step() -> None:
+        loss = compute_loss(inputs, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def matmul(model_name: str, directory: str) -> Callable[[], None]:
     """As many FLOPs as the step's matmuls, in square matmuls of 2048."""
     import jax
     import jax.numpy as jnp
 
-    times = round(MATMUL_FLOPS / (2 * 2048**3))
+    from codellm_jax.model.decoder import products_of_block
+
+    products = LAYERS * sum(products_of_block(our_config(model_name))) + HIDDEN * VOCABULARY
+    times = round(BATCH * LENGTH * 6 * products / (2 * 2048**3))
     a = jax.random.normal(jax.random.key(0), (2048, 2048))
 
     @jax.jit
@@ -191,15 +242,19 @@ def matmul(_: str) -> Callable[[], None]:
     return step
 
 
-CONTENDERS = {"ours": ours, "plain flax": plain_flax, "plain torch": plain_torch, "matmul": matmul}
+OF_LLAMA = {"ours": ours, "transformers": transformers,
+            "compiled": functools.partial(transformers, compiled=True), "matmul": matmul}
+CONTENDERS: dict[str, dict[str, Callable[[str, str], Callable[[], None]]]] = {
+    "gpt": {"ours": ours, "plain flax": plain_flax, "plain torch": plain_torch, "matmul": matmul},
+    "llama": OF_LLAMA, "grouped": OF_LLAMA}
 
 
-def serve(name: str, directory: str, connection: Connection) -> None:
+def serve(model_name: str, name: str, directory: str, connection: Connection) -> None:
     if name == "ours":
         from codellm_jax.runtime.process import keep_freed_memory
 
         keep_freed_memory()  # as `t5x train` does
-    step = CONTENDERS[name](directory)
+    step = CONTENDERS[model_name][name](model_name, directory)
     for _ in range(3):
         step()
     connection.send("ready")
@@ -214,15 +269,16 @@ def serve(name: str, directory: str, connection: Connection) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="gpt")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="steps of a turn")
     flags = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
         workers, processes = {}, []
-        for name in CONTENDERS:
+        for name in CONTENDERS[flags.model]:
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(name, directory, there), daemon=True)
+            process = context.Process(target=serve, args=(flags.model, name, directory, there), daemon=True)
             process.start()
             there.close()
             try:
@@ -231,7 +287,7 @@ def main() -> None:
                 sys.exit(f"The contender {name!r} did not start; its error is above.")
             workers[name] = here
             processes.append(process)
-        medians: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        medians: dict[str, list[float]] = {name: [] for name in workers}
         for turn in range(flags.rounds):
             for name, worker in workers.items():
                 worker.send(flags.steps)

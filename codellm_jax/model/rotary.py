@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from codellm_jax.model.attention import platform
+
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [B, L, 1, R]
 
 # Scaling -> what it must be told beside its factor, and what it may be told.
@@ -107,7 +109,16 @@ def rotation(positions_BL: jax.Array, size: int, theta: float, scaling: RotarySc
     """Cosines and sines of each position's angles; arguments as for `frequencies`."""
     angles_BL1R = positions_BL[:, :, None, None] * frequencies(size, theta, scaling)
     factor = 1.0 if scaling is None else scaling.attention_factor
-    return jnp.cos(angles_BL1R) * factor, jnp.sin(angles_BL1R) * factor
+    if platform() != "cpu":
+        return jnp.cos(angles_BL1R) * factor, jnp.sin(angles_BL1R) * factor
+
+    def one(is_cosine: jax.Array) -> jax.Array:
+        return jnp.where(is_cosine, jnp.cos(angles_BL1R), jnp.sin(angles_BL1R)) * factor
+
+    # A loop: layers that have none around them would else compute them again for each of their heads, as XLA on CPU
+    # fuses them into what they are multiplied with, through any barrier.
+    cosine_BL1R, sine_BL1R = jax.lax.map(one, jnp.array([True, False]))
+    return cosine_BL1R, sine_BL1R
 
 
 def rotate(x_BLHK: jax.Array, turns: Rotation) -> jax.Array:
