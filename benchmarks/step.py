@@ -3,9 +3,9 @@
     python -m benchmarks.step                   needs torch besides this package: pip install torch
     python -m benchmarks.step --model=llama     and transformers, and a C++ compiler for torch.compile
 
-A decoder of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 8 x 256 tokens, float32, AdamW: a GPT, or with
-Llama's parts (RMSNorm, rotary positions, SwiGLU, no biases, a head of its own), or that with one head of keys and values
-for two of queries ("grouped"):
+A decoder of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 8 x 256 tokens, float32, AdamW. It is a GPT,
+or has Llama's parts (RMSNorm, rotary positions, SwiGLU, no biases, a head of its own); "grouped" has besides one head
+of keys and values for two of queries.
 
   ours          train_step as `t5x train` runs it: shardings, document boundaries, losses per source, chunked loss;
                 fed by the real pipeline of rows; with model.remat = 'none' and model.scan_unroll = 4

@@ -19,7 +19,7 @@ from codellm_jax.model.decoder import (
     parameter_count,
 )
 from codellm_jax.model.losses import cross_entropy
-from codellm_jax.model.parts import FeedForward
+from codellm_jax.model.parts import FeedForward, _linear
 
 TINY = DecoderConfig(layers=3, hidden=12, heads=3, feedforward=20, vocabulary_size=17, length=11)
 ARCHITECTURES = {
@@ -321,6 +321,18 @@ def test_a_gated_mlp_by_hand() -> None:
     gate_BLF = gate_BLF * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate_BLF + 0.044715 * gate_BLF**3)))
     expected_BLD = (gate_BLF * up_BLF) @ p["down_kernel"] + p["down_bias"]
     np.testing.assert_allclose(FeedForward(config).apply({"params": p}, x_BLD), expected_BLD, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)], ids=["long", "wide"])
+def test_a_projection_has_the_gradients_of_a_product(shape: tuple[int, int]) -> None:
+    dice = np.random.default_rng(0)
+    x_BLI, kernel_IO, upstream_BLO = (dice.normal(size=size).astype(np.float32) for size in
+                                      ((2, 9, shape[0]), shape, (2, 9, shape[1])))
+    value_BLO, backward = jax.vjp(lambda x, kernel: _linear(x, kernel, None, "projected"), x_BLI, kernel_IO)
+    x_gradient, kernel_gradient = jax.jit(backward)(upstream_BLO)
+    np.testing.assert_allclose(value_BLO, x_BLI @ kernel_IO, atol=1e-4)
+    np.testing.assert_allclose(x_gradient, upstream_BLO @ kernel_IO.T, atol=1e-4)
+    np.testing.assert_allclose(kernel_gradient, np.einsum("BLI,BLO->IO", x_BLI, upstream_BLO), atol=1e-4)
 
 
 @pytest.mark.parametrize("layers", [1, 4])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ for number in range(20_000):
 print("\\u4e16\\u754c", "\\ud83d")
 open(sys.argv[1], "w").write("done")
 """
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A hang-up is heard, also where these tests were started to outlive it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def start(*arguments: str, **options) -> subprocess.Popen:
@@ -69,7 +78,10 @@ def test_a_run_goes_on_without_its_reader_and_saves_at_a_hang_up(tiny_flags, tmp
     while len(records.read_text().splitlines()) < lines + 5:
         assert process.poll() is None
     process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 0
+    try:
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
     [step] = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert step >= 10 * lines
 

@@ -29,7 +29,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo2", "starcoder2")
-MODELS = 24  # three of each family
+MODELS = 20  # two or three of each family
 LENGTH, VOCABULARY, NEW = 24, 61, 8
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
@@ -61,7 +61,6 @@ def draw_settings(number: int) -> dict[str, Any]:
             "use_parallel_residual": choose(True, False),
             "rope_parameters": {"rope_type": "default", "rope_theta": theta,
                                 "partial_rotary_factor": choose(2, 4, size) / size}}
-    # Every family meets every kind of scaling but one.
     kind = SCALINGS[(number // len(FAMILIES) + number) % len(SCALINGS)]
     rope = {"rope_type": kind, "rope_theta": theta}
     if kind != "default":
@@ -84,6 +83,18 @@ def draw_settings(number: int) -> dict[str, Any]:
     if family == "llama":
         common["mlp_bias"] = choose(True, False)
     return common | ({"sliding_window": None} if family == "mistral" else {})
+
+
+def test_what_is_drawn() -> None:
+    drawn = [draw_settings(number) for number in range(MODELS)]
+    assert {settings["model_type"] for settings in drawn} == set(FAMILIES)
+    assert {settings["tie_word_embeddings"] for settings in drawn} == {True, False}
+    assert {settings["rope_parameters"]["rope_type"] for settings in drawn if "rope_parameters" in settings} == set(
+        SCALINGS)
+    heads = {(settings["num_key_value_heads"] == 1, settings["num_attention_heads"] > settings["num_key_value_heads"])
+             for settings in drawn if "num_key_value_heads" in settings}
+    assert {(True, True), (False, True), (False, False)} <= heads
+    assert any("head_dim" in settings for settings in drawn)
 
 
 class Pair(NamedTuple):
