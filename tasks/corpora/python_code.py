@@ -105,7 +105,7 @@ def _alike(before: ast.AST, after: ast.AST, renamed: set[str]) -> bool:
             if len(one) != len(other):
                 return False
             pending += zip(one, other, strict=True)
-        elif repr(one) != repr(other) and not (isinstance(one, str) and one in renamed):
+        elif one != other and not (isinstance(one, str) and one in renamed):
             return False
     return True
 

@@ -5,11 +5,16 @@ and global variables, functions, classes, attributes that a class of the file de
 
   it is a keyword, a builtin or has two underscores at both ends;
   an import names it, or makes it;
-  it stands somewhere as an attribute, without a class of the file that defines it, for then it is another's;
+  it stands as an attribute that no class of the file defines, or of something that an import brought; or that builtin
+    types have as well, if it is asked of more than a method's own object;
   a call names it as an argument, and no function or class of the file that is called so has such a parameter;
   a class defines it whose base is not of this file, for it may stand for what the base has;
   some scope reads it as a global name that the file's module never binds;
-  a string tells it: in __slots__, __match_args__, getattr and its like, or {name=} in a formatted string.
+  a string tells it: in __slots__, __match_args__, getattr and its like, or {name=} in a formatted string; any string
+    does in a file with eval, exec, globals, locals or vars.
+
+So attributes that a class of the file defines are renamed on every object, and what other files import of this one has
+another name.
 """
 
 import ast
@@ -22,11 +27,13 @@ import tokenize
 import unicodedata
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 _NEVER = {*dir(builtins), *keyword.kwlist, *keyword.softkwlist}
-_BY_STRING = {"getattr", "setattr", "hasattr", "delattr"}
+_BY_STRING = {"getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller"}
+_BY_ANY_STRING = {"eval", "exec", "globals", "locals", "vars"}
+_OF_BUILTINS = {name for each in vars(builtins).values() if isinstance(each, type) for name in dir(each)}
 _TOLD_BY = {"__slots__", "__match_args__"}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -157,11 +164,13 @@ class _Scope(NamedTuple):
     own: str | None = None  # what the method calls its object, such as "self"
 
 
-def renameable(tree: ast.Module, code: str, spans: Iterable[Span]) -> set[str]:
+def renameable(tree: ast.Module, code: str, spans: Sequence[Span]) -> set[str]:
     """The names of a file that may be renamed, as the module describes; raises SyntaxError where scopes are at odds."""
     nodes = list(_scoped(tree))
     parameters, classes = _parameters(nodes), _classes(nodes)
     foreign = _foreign(classes)
+    imported = {alias.asname or alias.name.partition(".")[0] for node, _ in nodes
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
     bound, defined, used, kept = set[str](), set[str](), set[str](), set(_NEVER)
     for node, scope in nodes:
         new: str | None = None
@@ -182,16 +191,20 @@ def renameable(tree: ast.Module, code: str, spans: Iterable[Span]) -> set[str]:
             case ast.Attribute(value=ast.Name(id=owner), attr=name, ctx=ast.Store()) if owner == scope.own:
                 used.add(name)
                 (kept if scope.of_class in foreign else defined).add(name)
+            case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner == scope.own:
+                used.add(name)
             case ast.Attribute(attr=name):
                 used.add(name)
+                if name in _OF_BUILTINS or _root(node) in imported:
+                    kept.add(name)
             case ast.MatchClass(kwd_attrs=names):
                 used |= {*names}
             case ast.Call(func=function, keywords=keywords):
-                called = _called(function)
+                called = _called(function, imported)
                 known = parameters.get(called or "", set())
                 kept |= {each.arg for each in keywords if each.arg and each.arg not in known}
                 if called in _BY_STRING:
-                    kept |= _strings(node)
+                    kept |= _words(node)
             case _ if type(node).__name__ in ("TypeVar", "ParamSpec", "TypeVarTuple"):  # of Python 3.12
                 bound.add(node.name)  # type: ignore[attr-defined]
         if isinstance(node, ast.ClassDef):
@@ -201,11 +214,13 @@ def renameable(tree: ast.Module, code: str, spans: Iterable[Span]) -> set[str]:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(isinstance(target, ast.Name) and target.id in _TOLD_BY for target in targets):
-                kept |= _strings(node)
+                kept |= _words(node)
         if new and scope.in_body:
             (kept if scope.of_class in foreign else defined).add(new)
     kept |= used - defined
     kept |= {span.name for span in spans if span.is_told} | _unbound_globals(code)
+    if _BY_ANY_STRING & {span.name for span in spans}:
+        kept |= _words(tree)
     return {name for name in (bound | defined) - kept if not (name.startswith("__") and name.endswith("__"))}
 
 
@@ -261,16 +276,27 @@ def _foreign(classes: list[ast.ClassDef]) -> set[ast.ClassDef]:
         found |= more
 
 
-def _called(function: ast.expr) -> str | None:
-    """What a call names: a function, a class or a method."""
+def _called(function: ast.expr, imported: set[str]) -> str | None:
+    """What a call names: a function, a class or a method; None where that is another's, or of the class above."""
     match function:
-        case ast.Name(id=name) | ast.Attribute(attr=name):
+        case ast.Attribute(value=ast.Call(func=ast.Name(id="super"))):
+            return None
+        case ast.Name(id=name) | ast.Attribute(attr=name) if _root(function) not in imported:
             return name
     return None
 
 
-def _strings(node: ast.AST) -> set[str]:
-    return {each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+def _root(node: ast.AST) -> str | None:
+    """The name at the beginning of a chain of attributes."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _words(node: ast.AST) -> set[str]:
+    """The words of all strings in a node."""
+    return {word for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
+            for word in re.findall(r"\w+", each.value)}
 
 
 def _unbound_globals(code: str) -> set[str]:

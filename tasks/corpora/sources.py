@@ -278,8 +278,9 @@ def _transformed(
                     raise ValueError(f"{name}: {place} says no language in a field 'language', which the transforms "
                                      f"want; give the corpus one of {', '.join(transforms.LANGUAGES)} as 'language'.")
                 language = transforms.language_named(told)
-            with in_name_of(name):
-                result = transforms.transformed(str(text), language, steps)
+            if reads_code and language and (missing := transforms.missing(language)):
+                raise ValueError(f"{name}: {missing}")
+            result = transforms.transformed(str(text), language, steps)
             if isinstance(result, Lost):
                 is_kept = spec.get("unparsed") == "keep" and not result.reason.startswith(transforms.EMPTY)
                 not_so.add(result.reason + ", kept as they were" * is_kept, place)

@@ -14,13 +14,14 @@ where it has a seed (0 by default):
   code_cells_only, prose_only  of a notebook (`adjacent` has its form) the code alone, or the prose alone
 
 They are pure functions of a text, its language and their seed. A second time changes nothing, but for those that leave
-something else behind: `rename_identifiers_randomly`, `pseudocode` and `prose_only`. What they say of files that are not
-whole: a text that cannot be parsed is given back as `Lost`.
+something else behind: `rename_identifiers_randomly`, `pseudocode` and `prose_only`. In the place of a text that cannot
+be parsed there is a `Lost`.
 
 The first five read code: Python by the grammar of the Python that runs, other languages by tree-sitter (the extra
 `tree_sitter`).
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -113,14 +114,19 @@ def grammars(language: str | None) -> dict[str, str | None]:
     return found
 
 
+@functools.cache
+def missing(language: str) -> str | None:
+    """What must be installed to read a language, in a line; None where it is."""
+    packages = tree_code.missing(tree_code.LANGUAGES[language]) if language in tree_code.LANGUAGES else []
+    return f"transforms of {language} want the extra tree_sitter, whose {' and '.join(packages)} " \
+        "are not installed: pip install 'codellm_jax[tree_sitter]'." if packages else None
+
+
 def transformed(text: str, language: str | None, steps: Sequence[Step]) -> str | Lost:
     """A text after all steps, or why there is none.
 
     Args:
-      language: one of LANGUAGES; None where no transform reads it.
-
-    Raises:
-      ValueError: the extra `tree_sitter` is not installed, which the language wants.
+      language: one of LANGUAGES, of which nothing is `missing`; None where no transform reads it.
     """
     for step in steps:
         if step.reads_code and language is None:
@@ -164,8 +170,7 @@ def _transformed(text: str, language: str, step: Step) -> str:
 
 def shuffle_lines(text: str, seed: int) -> str:
     """The lines of a text in an order that the seed and the lines themselves give, in whatever order they come."""
-    ends = text.endswith("\n")
     lines = sorted(text.removesuffix("\n").split("\n"))
     key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     random.Random(f"{seed} {key}").shuffle(lines)
-    return "\n".join(lines) + "\n" * ends
+    return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
 """Code read and changed by tree-sitter's grammars: JavaScript, Java, C and Go.
 
 Each function of a grammar takes the text of a file and gives its text after a transform, as `python_code` does for
-Python. All raise SyntaxError where the grammar finds an error in the file, and ValueError where the extra `tree_sitter`
-is not installed.
+Python. All raise SyntaxError where the grammar finds an error in the file, and ImportError where the extra
+`tree_sitter` is not installed, which `missing` says before.
 
 A name is renamed wherever it stands in a file, or nowhere. It is renamed where the file declares it (functions,
 classes, parameters, variables; `declares` lists the places), unless it stands somewhere as something else: a field, a
@@ -12,7 +12,7 @@ as an import or the method of another object; or unless it is one of `reserved`,
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,6 @@ _COMMENTS = ("comment", "line_comment", "block_comment", "html_comment")
 # Whose text grammars part, or leave whole, as they like; it is one token.
 _LITERALS = ("string", "char", "literal", "regex", "template_string", "hash_bang")
 _OF_TYPES = ("declarator", "_type", "type_arguments", "type_parameters", "pointer_expression", "template_substitution")
-_EXTRA = "'pip install codellm_jax[tree_sitter]' brings it"
 
 # A place is a kind of node and the field of it, or None, in which the name stands.
 Places = frozenset[tuple[str, str | None]]
@@ -44,11 +43,8 @@ class Grammar:
 
     @functools.cached_property
     def _parser(self) -> Any:
-        try:
-            tree_sitter = importlib.import_module("tree_sitter")
-            grammar = importlib.import_module(self.package.replace("-", "_"))
-        except ImportError as error:
-            raise ValueError(f"transforms of {self.suffixes[0]} files want {self.package}; {_EXTRA}.") from error
+        tree_sitter = importlib.import_module("tree_sitter")
+        grammar = importlib.import_module(self.package.replace("-", "_"))
         return tree_sitter.Parser(tree_sitter.Language(grammar.language()))
 
     def _root(self, content: bytes) -> Any:
@@ -198,6 +194,12 @@ def _field(node: Any, parent: Any) -> str | None:
 def _places(text: str) -> Places:
     """Places of words such as "kind.field", or "kind" where it is in no field."""
     return frozenset((kind, field or None) for kind, _, field in (each.partition(".") for each in text.split()))
+
+
+def missing(grammar: Grammar) -> list[str]:
+    """The packages that a grammar wants and that are not installed."""
+    return [package for package in ("tree-sitter", grammar.package)
+            if importlib.util.find_spec(package.replace("-", "_")) is None]
 
 
 LANGUAGES = {

@@ -17,14 +17,14 @@ _OPERATORS = {
 }
 _KEYWORDS = {
     "def": "define", "function": "define", "func": "define", "lambda": "function of", "return": "give back",
-    "if": "if", "elif": "otherwise if", "else": "otherwise", "while": "as long as", "break": "leave the loop",
+    "elif": "otherwise if", "else": "otherwise", "while": "as long as", "break": "leave the loop",
     "continue": "go on with the loop", "pass": "do nothing", "try": "attempt", "except": "on error",
-    "catch": "on error", "finally": "in any case", "raise": "fail with", "throw": "fail with", 
-    "throws": "may fail with", "yield": "hand out", "assert": "make sure", "with": "using", "as": "named", "import": "load", "del": "delete",
-    "None": "nothing", "null": "nothing", "nil": "nothing", "void": "nothing", "True": "true", "False": "false",
-    "this": "itself", "new": "a new", "switch": "choose by", "defer": "at the end", "async": "asynchronous",
-    "await": "wait for", "global": "of the module", "nonlocal": "of the function around", "extends": "which is a",
-    "implements": "which serves as",
+    "catch": "on error", "finally": "in any case", "raise": "fail with", "throw": "fail with",
+    "throws": "may fail with", "yield": "hand out", "assert": "make sure", "with": "using", "as": "named",
+    "import": "load", "del": "delete", "None": "nothing", "null": "nothing", "nil": "nothing", "void": "nothing",
+    "True": "true", "False": "false", "this": "itself", "new": "a new", "switch": "choose by", "defer": "at the end",
+    "async": "asynchronous", "await": "wait for", "global": "of the module", "nonlocal": "of the function around",
+    "extends": "which is a", "implements": "which serves as",
 }
 
 
