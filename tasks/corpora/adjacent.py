@@ -42,7 +42,7 @@ from tasks.corpora.records import BROKEN_JSON, NO_OBJECT, NOT_UTF8
 
 _CODE, _PROSE = "# %%", "# %% [markdown]"
 # What would be taken for the beginning of a cell.
-_LOOKS_LIKE_ONE = re.compile(r"# (%%[^\S\n]*(\[markdown\])?[^\S\n]*)$", re.MULTILINE)
+_LOOKS_LIKE_ONE = re.compile(r"^# (%%[^\S\n]*(\[markdown\])?[^\S\n]*)$", re.MULTILINE)
 _OF_IPYTHON = re.compile(r"\s*([%!]|\?{1,2}[\w%]|[\w.%]+\?{1,2}\s*$)")
 
 

@@ -285,7 +285,8 @@ def test_lines() -> None:
     one, other = (transforms.shuffle_lines(text, seed) for seed in (0, 1))
     assert sorted(one.split("\n")) == sorted(text.split("\n")) and one.endswith("\n") and len({text, one, other}) == 3
     assert transforms.shuffle_lines(one, 0) == one
-    assert transforms.shuffle_lines("b\r\n\na", 0) in map("\n".join, itertools.permutations(["b\r", "", "a"]))
+    orders = map("\n".join, itertools.permutations(["b\r", "", "a"]))
+    assert transforms.shuffle_lines("b\r\n\na", 0).removesuffix("\n") in orders
     assert apply("if x:\n\t  y\n\f\vz\n\n  a b\n", "flatten_indentation", language=None) == "if x:\ny\nz\n\na b\n"
 
 
@@ -300,16 +301,17 @@ ODD = ["(" * 3000 + ")" * 3000, "-" * 20_000 + "1", "x = " + "1+" * 20_000 + "1"
        "def f[T: int](x: T): pass\n", "type X = int\n", "match x:\n  case a.b | {'k': c}: pass\n", "print 'two'\n",
        "x = 0x" + "f" * 5000 + "\n", "x = " + "9" * 5000 + "\n", "    x = 1\n",
        "if 1:\n" + "".join(" " * depth + "if 1:\n" for depth in range(1, 99)) + " " * 99 + "x = 1",
-       "'\\N{DIGIT ONE}'", "b'\\xff'", "'\\ud800'", "for x in y: # c\n  pass\nelse: # d\n  pass", "@a # b\ndef c(): # d\n  '''e''' # f\n",
+       "'\\N{DIGIT ONE}'", "b'\\xff'", "'\\ud800'", "for x in y: # c\n  pass\nelse: # d\n  pass", 
+       "@a # b\ndef c(): # d\n  '''e''' # f\n",
        "x = [#\n]#", "x;#\n", ";", "#",
        "class A:\n  'a'; 'b'; 'c'\n", "def f():\n  'a' \\\n  'b'\n", "def f():\n  'a'; \\\n  x\n",
        "('a'\n # b\n 'c')\n", "if x: pass # a \\\n# b\ny\n", "d = {**a, 'b': 1}\n", "print(*a, **b)\n",
        "x: int\n", "(x := 1)\n", "del x, y[0]\n"]
 PIECES = st.sampled_from([
     "x", "self", "f", "y", "(", ")", "[", "]", "{", "}", ":", ";", ",", "=", "==", ":=", "*", "**", "#c", "# d\\",
-    "\n", "\n  ", "\n\t", "\r\n", "\r", "\f", "\\\n", " ", "'a'", '"""b\n# c"""', "f'{x}'", "f'{x=}{{'", 'rf"{x!r:{y}}"', "def f(x):",
-    "class A:", "return", "if x:", "match x:", "case y:", "lambda x:", "import x", "@", "->", "global x", "\0",
-    "é", "1", "..."])
+    "\n", "\n  ", "\n\t", "\r\n", "\r", "\f", "\\\n", " ", "'a'", '"""b\n# c"""', "f'{x}'", "f'{x=}{{'",
+    'rf"{x!r:{y}}"', "def f(x):", "class A:", "return", "if x:", "match x:", "case y:", "lambda x:", "import x", "@", "->",
+    "global x", "\0", "é", "1", "..."])
 
 
 def _never_raises(source: str) -> None:
@@ -336,7 +338,9 @@ def test_made_up_sources(source: str) -> None:
 
 
 STATEMENTS = st.recursive(
-    st.sampled_from(["x = y", "y: int = x  # c", "'text'", "'''two\n# lines'''", "# note\npass", "x = (1,  # one\n  2)", "f'{x!r:>{y}}'", "self.a = x", "print(x, end=y)", "f(x=1)",
+    st.sampled_from(["x = y", "y: int = x  # c", "'text'", "'''two\n# lines'''", "# note\npass",
+                     "x = (1,  # one\n  2)", "f'{x!r:>{y}}'", "self.a = x",
+                     "print(x, end=y)", "f(x=1)",
                      "z = [x for x in y]", "x = 1 \\\n  + y"]),
     lambda inner: st.builds(
         lambda head, parts: head + "\n" + textwrap.indent("\n".join(parts), "    "),
@@ -527,7 +531,8 @@ def test_other_languages_comments_alone(tree_sitter: None) -> None:
     assert apply(JAVASCRIPT, "comments_only", language="javascript") == "// top\n/* b */\n/* c\n  d */\n/* e */\n"
     assert apply(JAVA, "comments_only", language="java") == "/** Doc. */\n// field\n/* no line */\n"
     assert apply(GO, "comments_only", language="go") == "// Package\n// point\n/* c */\n"
-    assert apply(C, "comments_only", language="c") == "/* licence */\n/* twice */\n// one \\\n   goes on\n// sum\n/*x*/\n"
+    assert apply(C, "comments_only", language="c") == (
+        "/* licence */\n/* twice */\n// one \\\n   goes on\n// sum\n/*x*/\n")
 
 
 def test_other_languages_renamed(tree_sitter: None) -> None:
@@ -535,7 +540,7 @@ def test_other_languages_renamed(tree_sitter: None) -> None:
         #!/usr/bin/env node
         import {a as q} from "m";
         const {x, y: v0} = o, v1 = /\\/\\//;
-        function v2(v3, ...v4) { let v5 = v3.q; \n return `a ${v5  } // no` + v5 + v4; }
+        function v2(v3, ...v4) { let v5 = v3.q; @ return `a ${v5  } // no` + v5 + v4; }
         class v6 { move(by) { return {by, to: by - 1}; } }
         for (const v7 of v0) v2(v7, "// no", v1);
     ''').replace("@", "\n")
@@ -599,9 +604,9 @@ def test_pseudocode_of_other_languages(tree_sitter: None) -> None:
 @hypothesis.settings(max_examples=200, deadline=None,
                      suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(language=st.sampled_from(sorted(SOURCES)), pieces=st.lists(st.sampled_from([
-    "int a;", "var b = 1;", "/*c*/", "// d\n", "/* e\n f */", "\n", " ", "{", "}", "(", ")", "\\\n", "#define X 1 /* y */\n", '"s"',
-    "class A {", "function f(x) {", "func g(y int) {", "package p\n", "é", "\0",
-    "return a", "`t${", "\r\n", "<!-- h -->\n"]),
+    "int a;", "var b = 1;", "/*c*/", "// d\n", "/* e\n f */", "\n", " ", "{", "}", "(", ")", "\\\n", 
+    "#define X 1 /* y */\n", '"s"', "class A {", "function f(x) {", "func g(y int) {", "package p\n",
+    "é", "\0", "return a", "`t${", "\r\n", "<!-- h -->\n"]),
                                 max_size=12))
 def test_made_up_sources_of_other_languages(tree_sitter: None, language: str, pieces: list[str]) -> None:
     for name in OF_PYTHON[:5]:
@@ -629,8 +634,8 @@ def test_transforms_of_a_corpus_come_in_turn_and_are_counted(
                        ("d", "def g(\n")):
         (tmp_path / f"{name}.py").write_text(text)
     spec = {"text_files": str(tmp_path / "*.py"), "transform": ["strip_comments", "rename_identifiers"], **WHOLE}
-    counted = (f"code.mine, read for train: 1 documents are transformed (strip_comments, rename_identifiers), others not: "
-               f"2 not parsed by strip_comments as python{{}} (first: {tmp_path}/b.py), "
+    counted = ("code.mine, read for train: 1 documents are transformed (strip_comments, rename_identifiers), others "
+               f"not: 2 not parsed by strip_comments as python{{}} (first: {tmp_path}/b.py), "
                f"1 with nothing left by strip_comments (first: {tmp_path}/c.py).")
     with caplog.at_level(logging.WARNING):
         assert documents(spec) == ["def v0(v1):\n    return v1\n"]
@@ -662,7 +667,7 @@ def test_languages_of_records_and_files(
     spec = {"json_lines": file, "transform": ["strip_comments"], **WHOLE}
     assert documents(spec) == ["x = 1\n", "var x = 1;\n"]
     assert f"1 in a language that transforms do not read (first: {file}, line 3)" in caplog.text
-    assert documents(spec | {"language": "c", "unparsed": "keep"})[1] == "var x = 1; // b\n"
+    assert documents(spec | {"language": "java", "unparsed": "keep"})[2] == "main = 1 -- c\n"
     (tmp_path / "b.go").write_text("package p // d\n")
     (tmp_path / "c.js").write_text("f(); // e\n")
     by_suffix = {"text_files": str(tmp_path / "[bc].*"), "transform": ["strip_comments"], **WHOLE}
@@ -679,7 +684,7 @@ def test_languages_of_records_and_files(
 def test_nothing_left_by_transforms(tmp_path: pathlib.Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"text": f"x = {number}"} for number in range(3)])
     spec = {"json_lines": file, "language": "python", "transform": ["comments_only"], **WHOLE}
-    with pytest.raises(ValueError, match=r"code.mine: the transforms leave no document to train on \(3 with nothing left"):
+    with pytest.raises(ValueError, match=r"code.mine: the transforms leave no document to train on \(3 with nothing"):
         documents(spec)
 
 
@@ -688,7 +693,7 @@ def test_a_missing_extra_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest
     transforms.missing.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^code.mine: transforms of c want the extra tree_sitter, .*tree-sitter and "
-                                         r"tree-sitter-c are not installed: pip install 'codellm_jax\[tree_sitter\]'.$"):
+                                         r"tree-sitter-c are not installed: pip install 'codellm_jax\[tree_sitter\]'"):
         documents({"text_files": str(tmp_path / "*.c"), "transform": ["strip_comments"], **WHOLE})
     transforms.missing.cache_clear()
 
@@ -706,7 +711,7 @@ def test_a_missing_extra_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest
     ({"notebooks": "*", "transform": ["strip_comments", "code_cells_only"]}, "must begin with 'code_cells_only'"),
     ({"commits": "*", "transform": ["strip_comments"]}, "'strip_comments' reads code, which the text of 'commits'"),
     ({"tfds": "a:1.0.0", "transform": ["strip_comments"]}, "'strip_comments' asks for a 'language', one of python"),
-    ({"text_files": "*", "transform": ["pseudocode"], "language": "cobol"}, "'language' must be one of python, javascript"),
+    ({"text_files": "*", "transform": ["pseudocode"], "language": "cobol"}, "'language' must be one of python, java"),
     ({"text_files": "*", "transform": ["pseudocode"], "unparsed": "skip"}, "'unparsed' must be 'drop' or 'keep'"),
     ({"text_files": "*", "language": "c"}, "'language' says something of 'transform', which is missing"),
     ({"python": "code", "unparsed": "keep"}, "'unparsed' says something of 'transform'"),
@@ -735,8 +740,8 @@ def test_corpora_that_differ_in_a_transform_have_other_rows(tmp_path: pathlib.Pa
     from codellm_jax.mixture.rows import cached_rows
     from codellm_jax.vocabulary import load_vocabulary
 
-    file = write_lines(tmp_path / "a.jsonl", [{"text": f"def f{n}(x):\n    return x + {n}  # note {n}\n"} for n in range(60)]
-                       + [{"text": "def ("}])
+    texts = [f"def f{n}(x):\n    return x + {n}  # note {n}\n" for n in range(60)]
+    file = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in (*texts, "def (")])
     spec = {"json_lines": file, "language": "python", **WHOLE}
     found = {}
     for name, options in (("plain", {}), ("stripped", {"transform": ["strip_comments"]}),
@@ -751,13 +756,14 @@ def test_corpora_that_differ_in_a_transform_have_other_rows(tmp_path: pathlib.Pa
                for note in found["stripped"].notes)
 
 
+@pytest.mark.slow
 def test_a_transformed_corpus_opens_in_a_dry_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     from codellm_jax import cli
 
-    corpora = {"code.renamed": {"python": "code", "transform": ["flatten_indentation"]}}
+    corpora = {"code.renamed": {"python": "code", "transform": ["strip_comments", "rename_identifiers"]}}
     assert cli.main(["train", "--gin_file=gin/mixed_pretrain.gin", f"--gin.CORPORA={corpora}",
-                     f"--gin.CACHE_DIR={tmp_path}", "--gin.MIXTURE_OR_TASK_NAME=['code.renamed']", "--gin.CODE_RATE=1.0",
-                     "--gin.TASK_FEATURE_LENGTHS={'targets': 64}", f"--gin.MODEL_DIR={tmp_path / 'run'}",
+                     f"--gin.CACHE_DIR={tmp_path}", "--gin.MIXTURE_OR_TASK_NAME=['code.renamed']",
+                     "--gin.CODE_RATE=1.0", "--gin.TASK_FEATURE_LENGTHS={'targets': 64}", f"--gin.MODEL_DIR={tmp_path / 'run'}",
                      "--gin.TRAIN_STEPS=4", "--gin.WARMUP_STEPS=2", "--dry_run"]) == 0
     assert "code.renamed" in capsys.readouterr().out
 
@@ -767,7 +773,7 @@ def test_what_python_holds_is_transformed() -> None:
     plain = sources.documents({"python": "code"}, "test")
     for code, before in itertools.islice(zip(transformed, plain, strict=True), 5):
         assert _shape(parsed(code)) == _shape(parsed(apply(before, "strip_comments")))
-        assert "v0" in code and "#" not in {token.string[:1] for token in tokenize.generate_tokens(io.StringIO(code).readline)}
+        assert "v0" in code and apply(code, "comments_only") == Lost("with nothing left by comments_only")
 
 
 # ---- Kinds beside code -------------------------------------------------------------------------
@@ -779,7 +785,8 @@ def notebook(*cells: tuple[str, object], language: str = "python", **facts: obje
 
 
 CELLS = (("markdown", ["# Title\n", "\n", "Some *prose*."]), ("code", "%matplotlib inline\nx = 1  # one\n!ls\nx?\n"),
-         ("raw", "raw"), ("code", ""), ("markdown", "%%"), ("code", "%%bash\nls\n# %%"), ("code", ["def f(y):\n", "    return y"]))
+         ("raw", "raw"), ("code", ""), ("markdown", "%%"), ("code", "%%bash\nls\n# %%"),
+         ("code", ["def f(y):\n", "    return y"]))
 NOTEBOOK = dedent('''
     # %% [markdown]
     # # Title
@@ -796,7 +803,7 @@ NOTEBOOK = dedent('''
     #  %%
 
     # %%
-    #  %%bash
+    # %%bash
     # ls
     # # %%
 
@@ -810,7 +817,8 @@ def test_notebooks(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> 
     (tmp_path / "sub").mkdir()
     for name, content in {
         "a": notebook(*CELLS), "b": "{broken", "c": "[1]", "d": notebook(*CELLS, nbformat=3), "e": notebook(),
-        "f": notebook(("code", 3)), "g": "", "h": notebook(("code", "x <- 1"), language="R"), "sub/i": notebook(("code", "1 +"))
+        "f": notebook(("code", 3)), "g": "", "h": notebook(("code", "x <- 1"), language="R"),
+        "sub/i": notebook(("code", "1 +")),
     }.items():
         (tmp_path / f"{name}.ipynb").write_text(content)
     spec = {"notebooks": str(tmp_path / "**" / "*.ipynb"), **WHOLE}
@@ -823,7 +831,8 @@ def test_notebooks(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> 
     assert "1 in a language that transforms do not read" in caplog.text
     assert documents(spec | {"transform": ["prose_only"]}) == ["# Title\n\nSome *prose*.\n\n %%\n"]
     code = documents(spec | {"transform": ["code_cells_only"]})
-    assert code[0] == "# %matplotlib inline\nx = 1  # one\n# !ls\n# x?\n\n#  %%bash\n# ls\n# # %%\n\ndef f(y):\n    return y\n"
+    assert code[0] == (
+        "# %matplotlib inline\nx = 1  # one\n# !ls\n# x?\n\n# %%bash\n# ls\n# # %%\n\ndef f(y):\n    return y\n")
     assert [apply(text, "code_cells_only") for text in code] == code
 
 
