@@ -11,7 +11,7 @@ and global variables, functions, classes, attributes that a class of the file de
   a class defines it whose base is not of this file, for it may stand for what the base has;
   some scope reads it as a global name that the file's module never binds;
   a string tells it: in __slots__, __match_args__, getattr and its like, or {name=} in a formatted string; any string
-    does in a file with eval, exec, globals, locals or vars.
+    does, but for docstrings, in a file that calls eval, exec, globals, locals or vars.
 
 So attributes that a class of the file defines are renamed on every object, and what other files import of this one has
 another name.
@@ -57,11 +57,11 @@ def name_spans(code: str) -> list[Span]:
         starts.append(starts[-1] + len(line) + 1)
     found: list[Span] = []
     opened: list[int] = []  # how many names came before each bracket that is open
-    is_last_equals = False
+    last = ""  # operator
     try:
         for token in tokenize.generate_tokens(io.StringIO(code).readline):
             begin = starts[token.start[0] - 1] + token.start[1]
-            if token.type == tokenize.NAME:
+            if token.type == tokenize.NAME and last != "!":  # not a conversion
                 name = unicodedata.normalize("NFKC", token.string)
                 found.append(Span(begin, begin + len(token.string), name, False))
             elif token.type == tokenize.STRING:
@@ -70,13 +70,13 @@ def name_spans(code: str) -> list[Span]:
                           for span in _formatted_spans(token.string)]
             elif token.type == tokenize.OP:
                 # Since then its fields are tokens; "=" ends an expression in them alone.
-                if is_last_equals and token.string in ("}", ":", "!") and opened:
+                if last == "=" and token.string in ("}", ":", "!") and opened:
                     found[opened[-1] :] = [span._replace(is_told=True) for span in found[opened[-1] :]]
                 if token.string in ("(", "[", "{"):
                     opened.append(len(found))
                 elif token.string in (")", "]", "}") and opened:
                     opened.pop()
-            is_last_equals = token.type == tokenize.OP and token.string == "="
+            last = token.string if token.type == tokenize.OP else ""
     except tokenize.TokenError as error:
         raise SyntaxError(f"Python cannot read the source: {error}") from error
     return found
@@ -219,7 +219,8 @@ def renameable(tree: ast.Module, code: str, spans: Sequence[Span]) -> set[str]:
             (kept if scope.of_class in foreign else defined).add(new)
     kept |= used - defined
     kept |= {span.name for span in spans if span.is_told} | _unbound_globals(code)
-    if _BY_ANY_STRING & {span.name for span in spans}:
+    if any(isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_ANY_STRING
+           for node, _ in nodes):
         kept |= _words(tree)
     return {name for name in (bound | defined) - kept if not (name.startswith("__") and name.endswith("__"))}
 
@@ -294,9 +295,10 @@ def _root(node: ast.AST) -> str | None:
 
 
 def _words(node: ast.AST) -> set[str]:
-    """The words of all strings in a node."""
+    """The words of all strings in a node, but for those that are statements, such as docstrings."""
+    statements = {id(each.value) for each in ast.walk(node) if isinstance(each, ast.Expr)}
     return {word for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
-            for word in re.findall(r"\w+", each.value)}
+            and id(each) not in statements for word in re.findall(r"\w+", each.value)}
 
 
 def _unbound_globals(code: str) -> set[str]:

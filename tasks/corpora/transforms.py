@@ -144,8 +144,7 @@ def transformed(text: str, language: str | None, steps: Sequence[Step]) -> str |
 def _transformed(text: str, language: str, step: Step) -> str:
     """A text after one step; raises SyntaxError where it cannot be read."""
     # Both have the same functions.
-    code: types.ModuleType | tree_code.Grammar = (
-        python_code if language == "python" else tree_code.LANGUAGES[language]) if step.reads_code else python_code
+    code: types.ModuleType | tree_code.Grammar = tree_code.LANGUAGES.get(language, python_code)
     match step.name:
         case "strip_comments":
             return code.strip_comments(text)

@@ -43,7 +43,8 @@ class Grammar:
 
     @functools.cached_property
     def _parser(self) -> Any:
-        tree_sitter = importlib.import_module("tree_sitter")
+        import tree_sitter
+
         grammar = importlib.import_module(self.package.replace("-", "_"))
         return tree_sitter.Parser(tree_sitter.Language(grammar.language()))
 

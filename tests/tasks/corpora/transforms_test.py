@@ -22,7 +22,7 @@ import pytest
 from hypothesis import strategies as st
 
 import tasks
-from tasks.corpora import python_code, sources, specs, transforms
+from tasks.corpora import sources, specs, transforms
 from tasks.corpora.files import Lost
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -125,6 +125,10 @@ def test_what_has_no_comments_is_lost() -> None:
     ("a = b = 1\nf'{a=}' rf'\\{b}' f'\\N{DIGIT ONE}{a==b}'\n",
      "a = v0 = 1\nf'{a=}' rf'\\{v0}' f'\\N{DIGIT ONE}{a==v0}'\n"),
     ("a = 1\nf'''{\n    a\n}'''\n", "v0 = 1\nf'''{\n    v0\n}'''\n"),
+    # What strings tell where they are run.
+    ("def f(x, y):\n    'x'\n    return eval('y + 1')\n", "def v0(v1, y):\n    'x'\n    return eval('y + 1')\n"),
+    ("class A:\n    def f(self, x):\n        super().f(x=x)\n        a.f(x=x)\n",
+     "class v0:\n    def v1(v2, x):\n        super().v1(x=x)\n        a.v1(x=x)\n"),
     # Soft keywords, walrus, patterns, comprehensions, private names, global.
     ("match = 1\nmatch (n := match):\n    case [first, *rest] | {'k': first, **rest}: pass\n    case _: pass\n",
      "match = 1\nmatch (v0 := match):\n    case [v1, *v2] | {'k': v1, **v2}: pass\n    case _: pass\n"),
@@ -310,8 +314,8 @@ ODD = ["(" * 3000 + ")" * 3000, "-" * 20_000 + "1", "x = " + "1+" * 20_000 + "1"
 PIECES = st.sampled_from([
     "x", "self", "f", "y", "(", ")", "[", "]", "{", "}", ":", ";", ",", "=", "==", ":=", "*", "**", "#c", "# d\\",
     "\n", "\n  ", "\n\t", "\r\n", "\r", "\f", "\\\n", " ", "'a'", '"""b\n# c"""', "f'{x}'", "f'{x=}{{'",
-    'rf"{x!r:{y}}"', "def f(x):", "class A:", "return", "if x:", "match x:", "case y:", "lambda x:", "import x", "@", "->",
-    "global x", "\0", "é", "1", "..."])
+    'rf"{x!r:{y}}"', "def f(x):", "class A:", "return", "if x:", "match x:", "case y:", "lambda x:", "import x", "@",
+    "->", "global x", "\0", "é", "1", "..."])
 
 
 def _never_raises(source: str) -> None:
@@ -763,7 +767,8 @@ def test_a_transformed_corpus_opens_in_a_dry_run(tmp_path: pathlib.Path, capsys:
     corpora = {"code.renamed": {"python": "code", "transform": ["strip_comments", "rename_identifiers"]}}
     assert cli.main(["train", "--gin_file=gin/mixed_pretrain.gin", f"--gin.CORPORA={corpora}",
                      f"--gin.CACHE_DIR={tmp_path}", "--gin.MIXTURE_OR_TASK_NAME=['code.renamed']",
-                     "--gin.CODE_RATE=1.0", "--gin.TASK_FEATURE_LENGTHS={'targets': 64}", f"--gin.MODEL_DIR={tmp_path / 'run'}",
+                     "--gin.CODE_RATE=1.0", "--gin.TASK_FEATURE_LENGTHS={'targets': 64}",
+                     f"--gin.MODEL_DIR={tmp_path / 'run'}",
                      "--gin.TRAIN_STEPS=4", "--gin.WARMUP_STEPS=2", "--dry_run"]) == 0
     assert "code.renamed" in capsys.readouterr().out
 
@@ -823,8 +828,9 @@ def test_notebooks(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> 
         (tmp_path / f"{name}.ipynb").write_text(content)
     spec = {"notebooks": str(tmp_path / "**" / "*.ipynb"), **WHOLE}
     assert documents(spec) == [NOTEBOOK, "# %%\nx <- 1\n", "# %%\n1 +\n"]
-    for reason in ("1 broken JSON (first: {}/b.ipynb)", "1 not a JSON object (first: {}/c", "1 not a notebook of nbformat 4 "
-                   "(first: {}/d", "2 empty", "1 with a cell that has no source (first: {}/f"):
+    for reason in ("1 broken JSON (first: {}/b.ipynb)", "1 not a JSON object (first: {}/c",
+                   "1 not a notebook of nbformat 4 (first: {}/d", "2 empty",
+                   "1 with a cell that has no source (first: {}/f"):
         assert reason.format(tmp_path) in caplog.text.replace("1 empty file", "").replace("1 empty", "2 empty")
     assert documents(spec | {"transform": ["strip_comments", "rename_identifiers"]}) == [
         "v0 = 1\n\n\n\ndef v1(v2):\n    return v2\n"]
