@@ -24,7 +24,8 @@ _REST_OF_LINE = re.compile(rb"[ \t\f]*(\r?\n|\Z)")
 _WORD = re.compile(r"[^\W\d]\w*")
 _COMMENTS = ("comment", "line_comment", "block_comment", "html_comment")
 # Whose text grammars part, or leave whole, as they like; it is one token.
-_LITERALS = ("string", "char", "literal", "regex", "template_string", "hash_bang")
+_LITERALS = ("string", "char", "literal", "regex", "hash_bang")
+_WITH_CODE = ("template_string", "composite_literal", "func_literal", "class_literal")  # these are not
 _OF_TYPES = ("declarator", "_type", "type_arguments", "type_parameters", "pointer_expression", "template_substitution")
 
 # A place is a kind of node and the field of it, or None, in which the name stands.
@@ -64,12 +65,13 @@ class Grammar:
             # Some grammars count the end of its line as part of a comment.
             begin, after = comment.start_byte, comment.start_byte + len(comment.text.rstrip(b"\r\n"))
             kept += content[end:begin]
-            before = kept[kept.rfind(b"\n") + 1 :]
             rest = _REST_OF_LINE.match(content, after)
             end = after
             if rest is None:  # it parts code as white space does
                 kept += b"\n" if b"\n" in content[begin:after] else b" "
-            elif before.strip():
+                continue
+            before = kept[kept.rfind(b"\n") + 1 :]
+            if before.strip():
                 del kept[len(kept) - len(before) + len(before.rstrip()) :]
                 end = rest.start(1)
             else:
@@ -88,13 +90,14 @@ class Grammar:
     def renamed(self, source: str, naming: Naming) -> str:
         """New names for what the file declares itself, as the module describes."""
         content = source.encode()
-        tokens = _tokens(self._root(content))
+        leaves = _leaves(self._root(content))
+        tokens = [token for token, _ in leaves]
         declared, kept, words = set[str](), set(self.reserved), set[str]()
-        for token in tokens:
+        for token, field in leaves:
             text = _text(token, content)
             if token.type == "identifier":
-                declared |= {text} if self._stands_in(token, self.declares) else set()
-                kept |= {text} if self._stands_in(token, self.foreign) else set()
+                declared |= {text} if _stands_in(token, field, self.declares) else set()
+                kept |= {text} if _stands_in(token, field, self.foreign) else set()
             elif token.type.endswith("identifier") or token.type.endswith("identifier_pattern"):
                 kept.add(text)
             elif token.type == "preproc_arg" or (token.parent and token.parent.type == "import_spec"):
@@ -131,30 +134,6 @@ class Grammar:
             lines[row] += [text] if text else []
         return "".join(f"{line[1]}{' '.join(line[2:])}\n" for _, line in sorted(lines.items()) if line[2:])
 
-    def _stands_in(self, token: Any, places: Places) -> bool:
-        parent = token.parent
-        if parent is None:
-            return False
-        place = (parent.type, _field(token, parent))
-        if place == ("function_declarator", "declarator"):  # of C: not of a function that is only announced
-            while parent is not None and parent.type.endswith("declarator"):
-                parent = parent.parent
-            return parent is not None and parent.type == "function_definition" and place in places
-        if place in (("field_access", "field"), ("method_invocation", "name")):  # of Java
-            owner = parent.child_by_field_name("object")
-            return owner is not None and owner.type != "this" and place in places
-        if place == ("literal_element", None):  # of Go
-            around = parent.parent
-            return place in places and around is not None and around.type == "keyed_element" and (
-                around.named_children[0] == parent)
-        if place == ("expression_list", None) and parent.parent is not None:  # of Go: what is on the left
-            place = (parent.parent.type, _field(parent, parent.parent))
-        if parent.type == "method_declaration" and ("method_declaration", "inherits") in places:  # of Java
-            around = parent.parent.parent if parent.parent is not None else None
-            return place == ("method_declaration", "name") and around is not None and any(
-                each.type in ("superclass", "super_interfaces", "extends_interfaces") for each in around.children)
-        return place in places
-
     def _require_alike(self, tokens: list[Any], content: bytes, result: bytes, change: Any) -> None:
         """Raises SyntaxError unless the result has the code of the file, its texts changed, and nothing else."""
         after = [(token.type, _text(token, result).strip()) for token in _code(_tokens(self._root(result)))]
@@ -163,17 +142,47 @@ class Grammar:
             raise SyntaxError("the grammar reads the result as other code")
 
 
+def _stands_in(token: Any, field: str | None, places: Places) -> bool:
+    """Whether an identifier, in a field of its parent, stands in one of some places."""
+    parent = token.parent
+    place, around = (parent.type, field), parent.parent
+    if place == ("function_declarator", "declarator"):  # of C: not of a function that is only announced
+        while around is not None and around.type.endswith("declarator"):
+            around = around.parent
+        return around is not None and around.type == "function_definition" and place in places
+    if place in (("field_access", "field"), ("method_invocation", "name")):  # of Java: of another object
+        owner = parent.child_by_field_name("object")
+        return owner is not None and owner.type != "this" and place in places
+    if parent.type == "literal_element":  # of Go: the key of a struct
+        return around is not None and around.type == "keyed_element" and place in places and (
+            around.named_children[0] == parent)
+    if parent.type == "expression_list" and around is not None:  # of Go: what is on the left
+        return any(around.child_by_field_name(side) == parent and (around.type, side) in places
+                   for side in ("left", "alias"))
+    if place == ("method_declaration", "name") and ("method_declaration", "inherited") in places:  # of Java
+        return around.parent is not None and any(
+            each.type in ("superclass", "super_interfaces", "extends_interfaces") for each in around.parent.children)
+    return place in places
+
+
+def _leaves(root: Any) -> list[tuple[Any, str | None]]:
+    """The leaves of a syntax tree, in order, with their fields; a literal is one."""
+    found = []
+    cursor = root.walk()
+    while True:
+        node = cursor.node
+        is_literal = node.type.endswith(_LITERALS) and node.type not in _WITH_CODE
+        if not is_literal and cursor.goto_first_child():
+            continue
+        if node.end_byte > node.start_byte:
+            found.append((node, cursor.field_name))
+        while not cursor.goto_next_sibling():
+            if not cursor.goto_parent():
+                return found
+
+
 def _tokens(root: Any) -> list[Any]:
-    """The leaves of a syntax tree, in order; a literal is one."""
-    found, pending = [], [root]
-    while pending:
-        node = pending.pop()
-        if node.child_count and not (node.type.endswith(_LITERALS) and node.type != "template_string"
-                                     and "composite" not in node.type and node.type != "func_literal"):
-            pending += reversed(node.children)
-        elif node.end_byte > node.start_byte:
-            found.append(node)
-    return found
+    return [token for token, _ in _leaves(root)]
 
 
 def _code(tokens: list[Any]) -> Iterator[Any]:
@@ -183,13 +192,6 @@ def _code(tokens: list[Any]) -> Iterator[Any]:
 
 def _text(token: Any, content: bytes) -> str:
     return content[token.start_byte : token.end_byte].decode()
-
-
-def _field(node: Any, parent: Any) -> str | None:
-    for number, child in enumerate(parent.children):
-        if child == node:
-            return parent.field_name_for_child(number)
-    return None
 
 
 def _places(text: str) -> Places:
@@ -222,7 +224,7 @@ LANGUAGES = {
                 "enhanced_for_statement.name enum_constant.name instanceof_expression.name"),
         _places("scoped_identifier.scope scoped_identifier.name import_declaration package_declaration annotation.name "
                 "marker_annotation.name element_value_pair.key field_access.field method_invocation.name "
-                "method_reference method_declaration.inherits annotation_type_declaration.name"),
+                "method_reference method_declaration.inherited annotation_type_declaration.name"),
         frozenset("main toString equals hashCode compareTo clone finalize length super".split())),
     "c": Grammar(
         "tree-sitter-c", (".c", ".h"),
