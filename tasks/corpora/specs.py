@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tasks.corpora import transforms
+
 SPLITS = ("train", "validation", "test")
 DEFAULT_HOLDOUT = 0.01
 # Where a hash would hold out fewer texts than this on average, it might well hold out none.
@@ -19,12 +21,17 @@ FEWEST_BY_HASH = 20
 COPIES = 10
 
 _SHARED_OPTIONS = ("validation", "holdout", "rate")
+_TRANSFORM_OPTIONS = ("transform", "unparsed")
+_CODE_OPTIONS = (*_TRANSFORM_OPTIONS, "language", *_SHARED_OPTIONS)
 _DOCUMENT_OPTIONS = {
-    "python": ("rate",),
-    "json_lines": ("field", "licenses", *_SHARED_OPTIONS),
-    "text_files": _SHARED_OPTIONS,
-    "tfrecords": ("field", *_SHARED_OPTIONS),
-    "tfds": ("field", *_SHARED_OPTIONS),
+    "python": (*_TRANSFORM_OPTIONS, "rate"),
+    "json_lines": ("field", "licenses", *_CODE_OPTIONS),
+    "text_files": _CODE_OPTIONS,
+    "notebooks": (*_TRANSFORM_OPTIONS, *_SHARED_OPTIONS),
+    "commits": (*_TRANSFORM_OPTIONS, *_SHARED_OPTIONS),
+    "threads": (*_TRANSFORM_OPTIONS, *_SHARED_OPTIONS),
+    "tfrecords": ("field", *_CODE_OPTIONS),
+    "tfds": ("field", *_CODE_OPTIONS),
 }
 _INSTRUCTION_OPTIONS = {
     "instructions": ("language", "sample", *_SHARED_OPTIONS),
@@ -36,7 +43,8 @@ _INSTRUCTION_OPTIONS = {
 _OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTIONS, "task": ("rate",)}
 DOCUMENT_KINDS = tuple(_DOCUMENT_OPTIONS)
 INSTRUCTION_KINDS = tuple(_INSTRUCTION_OPTIONS)
-_KINDS_OF_FILES = ("json_lines", "text_files", "tfrecords", "instructions", "cosqa", "mbpp")
+DOCUMENT_FILE_KINDS = ("json_lines", "text_files", "notebooks", "commits", "threads", "tfrecords")
+_KINDS_OF_FILES = (*DOCUMENT_FILE_KINDS, "instructions", "cosqa", "mbpp")
 
 # The corpora that `corpora.official` finds by their publishers' file names: their specs but for the files.
 OFFICIAL: dict[str, dict[str, Any]] = {
@@ -156,8 +164,28 @@ def validate(spec: Mapping[str, Any], name: str = "corpus") -> None:
             raise ValueError(f"{name}: {key!r} must be {wanted}, found {value!r}.{hint}")
     if "validation" in spec and "holdout" in spec:
         raise ValueError(f"{name}: 'validation' leaves nothing to hold out; drop it or 'holdout'.")
+    if wrong := _wrong_transform(kind, spec):
+        raise ValueError(f"{name}: {wrong}")
     if kind == "official" and "data_dir" not in spec:
         raise ValueError(f"{name}: official corpora need 'data_dir', the folder to look in.")
+
+
+def _wrong_transform(kind: str, spec: Mapping[str, Any]) -> str | None:
+    """What is wrong with the transforms of a spec, whose other options are well; None where nothing is."""
+    if "transform" not in spec:
+        alone = next((key for key in ("unparsed", "language") if key in spec and kind in _DOCUMENT_OPTIONS), None)
+        return alone and f"{alone!r} says something of 'transform', which is missing; add it or drop {alone!r}."
+    if wrong := transforms.malformed(spec["transform"]):
+        return f"'transform' {wrong}"
+    steps = transforms.steps_of(spec["transform"])
+    of_code = [step.name for step in steps if step.reads_code]
+    if of_notebooks := [step.name for step in steps if step.name in transforms.OF_NOTEBOOKS and kind != "notebooks"]:
+        return f"{of_notebooks[0]!r} reads 'notebooks', not {kind!r}."
+    if of_code and kind in ("commits", "threads"):
+        return f"{of_code[0]!r} reads code, which the text of {kind!r} is not."
+    if of_code and kind in ("tfrecords", "tfds") and "language" not in spec:
+        return f"{of_code[0]!r} asks for a 'language', one of {', '.join(transforms.LANGUAGES)}."
+    return None
 
 
 def _wanted(kind: str, key: str) -> tuple[Callable[[Any], bool], str]:
@@ -174,7 +202,11 @@ def _wanted(kind: str, key: str) -> tuple[Callable[[Any], bool], str]:
         "official": (lambda v: isinstance(v, str) and v in OFFICIAL, f"one of {', '.join(OFFICIAL)}"),
         "data_dir": (_is_text, "a folder"),
         "field": (_is_text, "the name of a field"),
-        "language": (lambda v: v in ("en", "zh"), "'en' or 'zh'"),
+        "language": (
+            (lambda v: v in transforms.LANGUAGES, f"one of {', '.join(transforms.LANGUAGES)}")
+            if kind in _DOCUMENT_OPTIONS else (lambda v: v in ("en", "zh"), "'en' or 'zh'")),
+        "transform": (lambda v: True, ""),  # `_wrong_transform` says more
+        "unparsed": (lambda v: v in ("drop", "keep"), "'drop' or 'keep'"),
         "sample": (lambda v: _is_number(v) and isinstance(v, int) and v > 0, "a positive whole number"),
         "keep_sanitized": (lambda v: isinstance(v, bool), "True or False"),
         "licenses": (lambda v: not isinstance(v, str) and _is_pattern(v), "a list of licences"),

@@ -320,6 +320,11 @@ def parse(source: str) -> ast.Module:
             raise SyntaxError(f"Python cannot parse the source: {error}.") from error
 
 
+def docstrings_of(tree: ast.Module) -> list[tuple[int, int, str]]:
+    """Line, column and text of each docstring."""
+    return [(*docstring.begin, docstring.text) for docstring in _docstrings(tree)]
+
+
 def _docstrings(tree: ast.Module) -> Iterator[_Docstring]:
     """All docstrings, in no order; visits statements alone, as expressions are most of the work."""
     pending: list[ast.AST] = [tree]

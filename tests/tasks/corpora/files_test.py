@@ -157,10 +157,10 @@ def test_a_file_without_a_record_is_refused(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["conversations", "messages"])
-def test_conversations_are_told_what_is_read(tmp_path: pathlib.Path, key: str) -> None:
+def test_conversations_without_an_answer_are_counted(tmp_path: pathlib.Path, key: str) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"id": "x", key: [{"from": "human", "value": "hi"}]}] * 3))
-    with pytest.raises(ValueError, match=r"text.mine: .*a.json'? \(3 conversations, which are not read: make of each a "
-                       r"record \{instruction, input, output\} or \{input, target\} \(first: .*a.json, record 1\)"):
+    with pytest.raises(ValueError, match=r"text.mine: .*a.json'? \(3 conversations without an answer of the "
+                       r"assistant's \(first: .*a.json, record 1\)"):
         list(instructions.pairs({"instructions": str(tmp_path / "a.json")}, "train", "text.mine"))
     assert refused(str(tmp_path / "a.json")).endswith(
         f"(3 without text in field 'text' (first: {tmp_path}/a.json, record 1, whose fields are 'id', '{key}')).")
