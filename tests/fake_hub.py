@@ -11,6 +11,7 @@ whose names end as LARGE says are kept as Git LFS does: named by their SHA-256, 
 import contextlib
 import hashlib
 import json
+import os
 import socket
 import struct
 import threading
@@ -20,6 +21,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import huggingface_hub
 
 LARGE = (".safetensors", ".bin", ".ckpt")
 
@@ -190,7 +194,10 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
     serving = threading.Thread(target=server.serve_forever, args=(0.05,))
     serving.start()
     try:
-        yield hub
+        # Other tests may have had the library be offline, which it reads when it is imported, and processes inherit.
+        with (mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", False),
+              mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "0"})):
+            yield hub
     finally:
         released.set()
         server.shutdown()
