@@ -328,6 +328,7 @@ def test_without_benchmarks_a_study_gives_losses(study_flags, tmp_path, capsys):
     assert cli.main(flags) == 0 and "[1/1] NL.seed0: done before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_study_branches_from_steps_of_a_trunk(study_flags, tmp_path, capsys):
     """The trunk is trained once and keeps the steps; a branch of its own settings ends as the trunk does."""
     arms = {"TRUNK": {"CODE_RATE": 0.5}, "SAME": {"from": "TRUNK@0.5"},

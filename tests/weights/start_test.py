@@ -119,6 +119,7 @@ def test_shorter_rows_take_the_first_positions(pretrained):
         np.testing.assert_array_equal(tables[16][name], table[:16])
 
 
+@pytest.mark.slow
 def test_a_study_starts_from_published_weights(published, imported, own_data, tiny_tuning_flags, tmp_path, capsys):
     arms = {"MORE": {"from": str(imported), "stage": "pretraining", "sweep": {"CODE_RATE": [0.0, 0.5]}},
             "MC": {"from": "MORE", "CODE_RATE": 0.5}, "QN": {"from": str(published), "CODE_RATE": 0.0}}
