@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import huggingface_hub
+from huggingface_hub import constants
 
 LARGE = (".safetensors", ".bin", ".ckpt")
 
@@ -195,7 +195,7 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
     serving.start()
     try:
         # Other tests may have had the library be offline, which it reads when it is imported, and processes inherit.
-        with (mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", False),
+        with (mock.patch.object(constants, "HF_HUB_OFFLINE", False),
               mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "0"})):
             yield hub
     finally:

@@ -41,10 +41,15 @@ def test_every_arm_by_one_flag(tune, tmp_path, start, arm, name):
     lines = read_records(str(tmp_path / "run"))
     shares = {"text": [0] * 8, "mixed": [0.375] * 8, "decrease": [.5] * 2 + [.4] * 2 + [.3] * 4,
               "increase": [.3] * 4 + [.4] * 2 + [.5] * 2}[arm]
-    realised = [line["example_fraction/code"] for line in lines if line["split"] == "train" and line["step"] <= 8]
-    logged = [line["step"] for line in lines if line["split"] == "train"]
-    for step, share in zip(logged, realised, strict=True):
-        assert abs(share - shares[step - 1]) <= 1 / 10  # within one example of a batch of ten
+    logged, before = [line for line in lines if line["split"] == "train"], 0
+    for line in logged:
+        step = line["step"]
+        # Within one example, of a batch of ten and of all batches since the record before.
+        assert abs(line["last_step/example_fraction/code"] - shares[step - 1]) <= 1 / 10
+        steps = step - before
+        assert abs(line["example_fraction/code"] - sum(shares[before:step]) / steps) <= 1 / (10 * steps)
+        before = step
+    assert before == 8
 
 
 @pytest.mark.parametrize("phases", [DECREASE, INCREASE, ["5:3"], {0: "7:3", 0.5: "7:3 to 0:1"},
