@@ -32,6 +32,7 @@ class Interval(NamedTuple):
     """Sums over the steps since the last record: float64, in the order of the steps."""
 
     steps: int
+    loss: float  # times tokens: that of a step is summed up more exactly than those of its sources
     grad_norm: float
     source_losses: list[float]  # of each source
     source_tokens: list[float]
@@ -39,13 +40,15 @@ class Interval(NamedTuple):
     @classmethod
     def of(cls, saved: Mapping[str, Any] | None, sources: int) -> "Interval":
         """What a checkpoint says of the steps before it that are not recorded yet; nothing where it says nothing."""
-        return cls(**saved) if saved else cls(0, 0.0, [0.0] * sources, [0.0] * sources)
+        return cls(**saved) if saved else cls(0, 0.0, 0.0, [0.0] * sources, [0.0] * sources)
 
     def add(self, values: Metrics) -> "Interval":
         def sums(before: list[float], more: Array) -> list[float]:
             return [one + float(other) for one, other in zip(before, more, strict=True)]
 
-        return Interval(self.steps + 1, self.grad_norm + float(values.grad_norm),
+        tokens = float(np.sum(values.source_tokens, dtype=np.float64))
+        return Interval(self.steps + 1, self.loss + float(values.loss) * tokens,
+                        self.grad_norm + float(values.grad_norm),
                         sums(self.source_losses, values.source_losses), sums(self.source_tokens, values.source_tokens))
 
 
@@ -138,7 +141,7 @@ class Meter:
         names = [source.name for source in self._order.sources]
         interval = self._interval
         losses = loss_by_source(interval.source_losses, interval.source_tokens, names)
-        loss = sum(interval.source_losses) / sum(interval.source_tokens)
+        loss = interval.loss / sum(interval.source_tokens)
         rows = step * self._batch_size
         drawn = self._order.counts(rows)
         last_step = {"loss": float(values.loss), "grad_norm": float(values.grad_norm)} | loss_by_source(

@@ -101,7 +101,7 @@ def test_a_record_by_hand(tmp_path, monkeypatch):
     assert line.pop("model_flops_utilization_causal") == pytest.approx(64e-6)
     line = {name: value for name, value in line.items() if not name.startswith("last_step/")}
     assert line == pytest.approx({
-        "step": 10, "split": "train", "loss": 3.0, "tokens": 10 * 8 * 16, "tokens_per_second": 2 * 8 * 16 / 2.0,
+        "step": 10, "split": "train", "loss": 2.0, "tokens": 10 * 8 * 16, "tokens_per_second": 2 * 8 * 16 / 2.0,
         "learning_rate": 4.5, "grad_norm": 1.0, "data_wait_fraction": 0.25,
         # text.a 8 / 4, text.c 4 / 1, text 12 / 5, code 12 / 3
         "loss/text": 2.4, "loss/code": 4.0, "loss/text.a": 2.0, "loss/text.c": 4.0, "loss/code.b": 4.0,
@@ -117,14 +117,14 @@ def test_a_record_is_of_all_steps_since_the_one_before(tmp_path):
     add(meter, 3, metrics(losses=(9.0, 0.0, 0.0), tokens=(3.0, 0.0, 0.0)))
     meter.settle()
     line, = read_records(str(tmp_path))
-    assert line["loss"] == 27 / 7 and line["grad_norm"] == 2.0 and line["token_fraction/code"] == 1 / 7
+    assert line["loss"] == (2.0 * 5 + 7.5 * 2) / 7 and line["grad_norm"] == 2.0 and line["token_fraction/code"] == 1 / 7
     assert line["loss/text"] == 16 / 6 and line["loss/code"] == 11.0 and line["loss/text.a"] == 12 / 5
     last = {name.removeprefix("last_step/"): value for name, value in line.items() if name.startswith("last_step/")}
     assert last["loss"] == 7.5 and last["grad_norm"] == 1.0 and last["loss/text"] == 4.0
     assert last["token_fraction/code"] == 0.5 and last["loss/code"] == 11.0 and "loss/text.c" not in last
     # Of 16 examples four are code, of the last 8 two.
     assert line["example_fraction/code"] == last["example_fraction/code"] == 0.25
-    assert meter.interval == {"steps": 1, "grad_norm": 1.0, "source_losses": [9.0, 0.0, 0.0],
+    assert meter.interval == {"steps": 1, "loss": 6.0, "grad_norm": 1.0, "source_losses": [9.0, 0.0, 0.0],
                               "source_tokens": [3.0, 0.0, 0.0]}
 
 
@@ -194,7 +194,7 @@ def test_the_status_line_tells_shares_and_time_left(tmp_path, capsys, monkeypatc
         add(meter, step, metrics())
     # 5 of 100 steps in 10 s; 10 of 40 rows are code.
     assert capsys.readouterr().out == (
-        "step 5/100 loss 3.0000 (text 2.400, code 4.000) | code 0.250 of 0.250 | 64 tokens/s | MFU 0.0% | 3:10 left\n")
+        "step 5/100 loss 2.0000 (text 2.400, code 4.000) | code 0.250 of 0.250 | 64 tokens/s | MFU 0.0% | 3:10 left\n")
 
 
 def test_sources_without_tokens_have_no_loss():
