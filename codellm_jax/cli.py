@@ -295,7 +295,7 @@ def _import(flags: argparse.Namespace) -> int:
         if not difference <= TOLERANCE:  # NaN, too
             return _fail("t5x import", f"logits differ by {difference:.2e} from those of transformers, and "
                          f"{TOLERANCE:g} is allowed: what {flags.output} holds is not that model.", 1)
-    print(f"Train on:    {_tool('t5x')} train --gin_file=gin/mixed_pretrain.gin "
+    print(f"Train on:    {_tool('t5x')} train --gin_file=gin/continue_pretrain.gin "
           f"--gin.INITIAL_CHECKPOINT_PATH={shlex.quote(flags.output)}")
     print(f"Evaluate it: {_tool('t5x')} eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH={shlex.quote(flags.output)}")
     return 0

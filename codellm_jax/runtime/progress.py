@@ -131,7 +131,7 @@ class StatusLine:
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._step)
-        elif time.monotonic() >= self._next_line or step == self._total:
+        elif time.monotonic() >= self._next_line or self._step < step == self._total:
             self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
             print(f"{self._unit} {step}/{self._total} {text}", flush=True)
         self._step = step
