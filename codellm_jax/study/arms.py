@@ -382,7 +382,9 @@ def waves(runs: Sequence[Run]) -> list[list[Run]]:
 def other_arm(gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], stage: str) -> list[str]:
     """The flags of the same run at the other end of the study's question: without code, or with it; late, or early."""
     files = [OTHER_FILES.get(file, file) for file in gin_files]
-    if files == list(gin_files):
-        files = ["gin/tune_text.gin" if stage == "tuning" else "gin/text_pretrain.gin"]
     kept = [(name, value) for name, value in overrides if name not in ("MODEL_DIR", "CODE_RATE", "MIX_PHASES")]
+    if "gin/continue_pretrain.gin" in files:
+        kept += [("CODE_RATE", "0.0"), ("MODEL_DIR", "runs/continue_pretrain_text")]
+    elif files == list(gin_files):
+        files = ["gin/tune_text.gin" if stage == "tuning" else "gin/text_pretrain.gin"]
     return [*(f"--gin_file={file}" for file in files), *(f"--gin.{name}={value}" for name, value in kept)]

@@ -212,3 +212,12 @@ def test_arms_branch_from_steps_of_their_trunk():
 def test_branches_that_are_none(arms, message):
     with pytest.raises(ValueError, match=message):
         runs_of(make_study(arms))
+
+
+def test_the_other_arm_of_continued_pre_training_starts_from_the_same():
+    from codellm_jax.study.arms import other_arm
+
+    assert other_arm(["gin/continue_pretrain.gin"], [("INITIAL_CHECKPOINT_PATH", "a/b"), ("CODE_RATE", "0.5")],
+                     "pretraining") == [
+        "--gin_file=gin/continue_pretrain.gin", "--gin.INITIAL_CHECKPOINT_PATH=a/b", "--gin.CODE_RATE=0.0",
+        "--gin.MODEL_DIR=runs/continue_pretrain_text"]
