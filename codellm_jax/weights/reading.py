@@ -19,6 +19,7 @@ from etils import epath
 from codellm_jax import contents
 
 LONGEST_HEADER = 100_000_000  # bytes, as the library has it
+LONGEST_NAME = 200  # characters of a tensor's name
 
 # Name in the header -> the dtype of NumPy. What numbers of a model may be of:
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -190,10 +191,13 @@ def _header(file: epath.Path) -> dict[str, Stored]:
     try:
         header = json.loads(text[:length].decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} has a damaged header: {str(error) or type(error).__name__}.") from None
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{file} has a damaged header: {why}.") from None
     header.pop("__metadata__", None)
     stored, spans = {}, []
     for name, facts in header.items():
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ValueError(f"{file} has a damaged header: a tensor is named {name[:LONGEST_NAME]!r}.")
         try:
             dtype, shape = DTYPES[facts["dtype"]], tuple(facts["shape"])
             begin, end = facts["data_offsets"]

@@ -128,6 +128,7 @@ def test_steps_to_keep_that_are_none(make_training, bad):
         make_training(keep_steps=bad)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tiny_flags, tmp_path, capsys):
     """Sizes, vocabulary and length come from the trunk; the branch warms up again."""
     arguments = ["train", *tiny_flags, "--gin.TRAIN_STEPS=8", "--gin.LOG_PERIOD=1", "--gin.CODE_RATE=0.5"]
@@ -145,6 +146,7 @@ def test_on_the_command_line(tiny_flags, tmp_path, capsys):
     assert provenance["ledger"]["branch"]["step"] == 4
 
 
+@pytest.mark.slow
 def test_packed_examples_branch_too(make_training, tmp_path):
     trunk = make_training(stage="tuning", train_steps=8, keep_steps=[3], checkpoint_period=100)
     train(trunk)
@@ -153,6 +155,7 @@ def test_packed_examples_branch_too(make_training, tmp_path):
     assert losses(branch.model_dir) == losses(trunk.model_dir, after=3)
 
 
+@pytest.mark.slow
 def test_another_mesh_draws_the_same(trunk, tmp_path):
     from codellm_jax.runtime.partitioning import MeshShape
 

@@ -109,6 +109,7 @@ def test_the_ledger_counts_answers_alone(make, chatml, templated):
     assert run.ledger.conversations and newest_record(training.model_dir)[1]["ledger"]["conversations"]
 
 
+@pytest.mark.slow
 def test_packed_and_unpacked_runs_have_the_same_losses(make, chatml):
     runs = [train(make(vocabulary=chatml, packing=packing)) for packing in (True, False)]
     assert runs[0].plan.rows < runs[1].plan.rows == 24 and runs[0].ledger == runs[1].ledger

@@ -288,6 +288,7 @@ def losses_of(run: Path) -> list[Any]:
     return [(line["step"], line["loss"], line.get("gradient_norm")) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_exports_while_it_trains(tiny_flags: list[str], tmp_path: Path) -> None:
     """From parameters sharded over a mesh; what it exports is what its checkpoints hold, and it trains as without."""
     for name, more in (("plain", []), ("run", ["--gin.EXPORT_PERIOD=4"])):

@@ -484,7 +484,7 @@ def test_malicious_files(tmp_path: Path, case: str):
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
 
 
-@settings(max_examples=400, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(max_size=300), at=st.floats(0, 1), kept=st.booleans())
 def test_random_bytes_neither_crash_nor_hang_nor_allocate(tmp_path: Path, junk: bytes, at: float, kept: bool):
     """Junk by itself, or in the place of some bytes of a good file."""

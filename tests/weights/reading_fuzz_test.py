@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +39,7 @@ def require_refused_or_read(folder: Path, content: bytes) -> None:
     assert peak < 4 << 20
 
 
-@settings(max_examples=120, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(max_size=200), at=st.floats(0, 1), cut=st.booleans())
 def test_random_bytes(tmp_path: Path, junk: bytes, at: float, cut: bool):
     """Junk by itself, as a header, in the place of some bytes of a good file, and at the place where it ends."""
@@ -56,7 +57,15 @@ TENSOR = st.fixed_dictionaries({
     "data_offsets": st.lists(NUMBER, min_size=2, max_size=2) | VALUES})
 
 
-@settings(max_examples=120, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=VALUES | st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), VALUES | TENSOR, max_size=3))
 def test_random_headers(tmp_path: Path, header: Any):
     require_refused_or_read(tmp_path, file_of(json.dumps(header).encode()))
+
+
+def test_names_that_break_a_line_are_refused(tmp_path: Path):
+    for name in ("\n", "a\u2028b", "a" * 300):
+        header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+        require_refused_or_read(tmp_path, file_of(header))
+        with pytest.raises(ValueError, match="has a damaged header: a tensor is named"):
+            open_tensors(str(tmp_path))
