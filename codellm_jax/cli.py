@@ -231,7 +231,7 @@ def _explain(flags: argparse.Namespace) -> int:
 
     configuration = _configuration(flags)
     if "study.directory" in configuration.effective:
-        from codellm_jax.study.planned import explain_in_study
+        from codellm_jax.study.stages import explain_in_study
 
         print(explain_in_study(build(configuration, "study"), configuration, flags.name, _search_paths(flags)))
     else:

@@ -18,11 +18,12 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from codellm_jax.configuration import build, read_configuration
+from codellm_jax.configuration import LEARNING_RATES, build, read_configuration
 from codellm_jax.evaluation.contamination import measure_into
 from codellm_jax.model.decoder import flops_per_token, parameter_count
 from codellm_jax.runtime.process import use_compilation_cache
-from codellm_jax.runtime.state import bytes_per_device, initial_state
+from codellm_jax.runtime.state import TrainState, bytes_per_device, initial_state
+from codellm_jax.settings import Configuration, references
 from codellm_jax.training.begin import Trunk, trunk_after
 from codellm_jax.training.plan import Plan, Training, make_plan, unit
 from codellm_jax.training.train import batch_of_step, jit_train_step
@@ -49,6 +50,7 @@ def survey(
     runs: dict[str, dict[str, Any]] = {}
     programs: dict[str, tuple[str, Training, Plan]] = {}  # of each stage and model, the one with the most rows
     trunks: dict[str, Callable[[int, Training], Trunk]] = {}  # of each run, what one that branches at a step takes over
+    states: dict[str, TrainState] = {}  # the abstract ones, each traced once
     for request in requests:
         name = request["name"]
         try:
@@ -56,7 +58,9 @@ def survey(
                 request["files"], [tuple(pair) for pair in request["overrides"]], search_paths, request["parent"])
             training = build(configuration, "train")
             trunk = trunks[request["trunk"][0]](request["trunk"][1], training) if request.get("trunk") else None
-            plan = make_plan(training, report, trunk)
+            shapes = _of_state(configuration)
+            plan = make_plan(training, report, trunk, states.get(shapes))
+            states[shapes] = plan.state
             trunks[name] = functools.partial(trunk_after, training, plan)
         except KeyError:
             runs[name] = {"error": f"{request['trunk'][0]}, which it branches from, cannot be planned"}
@@ -71,6 +75,16 @@ def survey(
     measured = {program: {"run": name} | measured_step(training, plan)
                 for program, (name, training, plan) in programs.items()} if measure else {}
     return {"runs": runs, "measured": measured}
+
+
+def _of_state(configuration: Configuration) -> str:
+    """What the shapes of a run's state follow from: the settings of its model, vocabulary, mesh and optimizer."""
+    free = ("train.", "mixture.", "tasks.", "benchmarks.", "evaluation.", *(f"{name}." for name in LEARNING_RATES))
+    names = [name for name in configuration.effective if name in ("train.optimizer", "train.model", "mixture.lengths")
+             or "." in name and not name.startswith(free)]
+    values = [str(configuration.resolved(name)) for name in names]
+    macros = {macro: configuration.resolved(macro) for value in values for macro in references("%", value)}
+    return str([*zip(names, values, strict=True), *macros.items()])
 
 
 def measure_contamination(
