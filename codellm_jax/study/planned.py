@@ -51,7 +51,7 @@ class Planned(NamedTuple):
     def request(self) -> dict[str, Any]:
         """What `survey` is asked."""
         return {"name": self.run.name, "files": self.files, "overrides": self.overrides, "parent": self.parent,
-                "trunk": None if self.run.branch_step is None else [self.run.parent, self.run.branch_step]}
+                "after": self.run.parent, "step": self.run.branch_step}
 
 
 class Standing(NamedTuple):
@@ -185,7 +185,8 @@ def _read_arm(
         overrides |= above
         found = reading(overrides)
     asked = Asked(*(_literal(found, name) for name in (
-        "train.train_steps", "train.batch_size", "mixture.code_rate", "mixture.mix_phases")), kind=_kind_of(found))
+        "train.train_steps", "train.batch_size", "mixture.code_rate", "mixture.mix_phases")))._replace(
+            kind=_kind_of(found))
     if asked.code_rate is None and asked.mix_phases is None:
         raise ValueError("neither CODE_RATE nor MIX_PHASES is set: give the arm a share of code, such as "
                          "{'CODE_RATE': 0.5}.")
@@ -203,8 +204,8 @@ def _of_trunk(
         stage = dict(bare(configuration.of_stage(arm.stage)))
         files, before = (of_files(study, name, search_paths) for name in (arm.stage, trunk.arm.stage))
         if _kind_of(files) != trunk.kind:
-            raise ValueError(f"its stage, {arm.stage}, is of {_kind_of(files)}, and a branch goes on in the kind of its "
-                             f"trunk, {trunk.kind}: start from the end of {trunk.arm.name}, without a step.")
+            raise ValueError(f"its stage, {arm.stage}, is of {_kind_of(files)}, and a branch goes on in the kind of "
+                             f"its trunk, {trunk.kind}: start from the end of {trunk.arm.name}, without a step.")
         for name, setting in files.effective.items():
             if name in before.effective and before.effective[name].value != setting.value:  # these files say so
                 of_trunk.pop(name, None)
