@@ -189,9 +189,11 @@ def _infer(flags: argparse.Namespace) -> int:
 
 
 def _compare(flags: argparse.Namespace) -> int:
-    from codellm_jax.evaluation.compare import compare, table
+    from codellm_jax.evaluation.compare import compare, stages, table
 
     print(table(compare(flags.first, flags.second), flags.first, flags.second))
+    if told := stages(flags.first, flags.second):
+        print(f"\n{told}")
     return 0
 
 

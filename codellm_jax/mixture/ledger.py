@@ -131,8 +131,8 @@ class Ledger:
 def arm(ledger: Mapping[str, Any]) -> str:
     """The study's name of the arm that a ledger (as JSON) belongs to: of the paper's NL, CODE, NN, NC, CN or CC.
 
-    N and C say whether a stage was trained on any code. The names of other lines of stages are made of the same letters,
-    and none is one of the paper's:
+    N and C say whether a stage was trained on any code. The names of other lines of stages are made of the same
+    letters, and none is one of the paper's:
 
       NCC             two stages on documents, then tuned: a letter for each stage in order
       NL-CODE         two stages on documents alone: NC is the paper's pre-training without code and tuning with it
@@ -140,8 +140,8 @@ def arm(ledger: Mapping[str, Any]) -> str:
       imported-C      what published weights were trained on is not known, and stands as "imported" before what was
                       done with them, as also in imported-NL and imported-NC
 
-    A branch is a stage of its own, but where its share of code is that of its trunk, to a row: that it began as a run of
-    its own makes no other model.
+    A branch is a stage of its own, but where its share of code is that of its trunk, to a row: it goes on as the trunk
+    would have.
     """
     stages = stages_of(ledger)
     imported = stages[0]["stage"] == "imported"

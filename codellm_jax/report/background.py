@@ -124,8 +124,8 @@ def mixes(study: Study, figure: Figure | None) -> Section:
             for label, runs in study.arms.items() if runs[0].stages]
     if rows:
         blocks.append(Table(
-            "The stages that each arm went through, by the ledger of its first seed, and of a trunk what came before the "
-            "branch: tokens that the loss counted, and the share of code of the rows, in tuning of the examples",
+            "The stages of each arm, by the ledger of its first seed, and of a trunk what came before the branch: "
+            "tokens that the loss counted, and the share of code of the rows, in tuning of the examples",
             ("Arm", "By its ledger", "Stages"), rows, words=(1, 2)))
     return Section([*blocks, figure or Text("No run has left a record of its mix.")], [])
 
@@ -243,8 +243,8 @@ def provenance(study: Study) -> Section:
                        "`results.csv`, the runs' in `provenance.csv`."))
     return Section([*blocks, *([Items(notes)] if notes else [])], [("provenance", (
         "run", "arm", "arm_by_ledger", "seed", "stage", "from", "step", "parameters", "pretraining_tokens", "tokens",
-        "stages", "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary", "checkpoint_digest", "data",
-        "versions"), numbers), ("results", RESULT_COLUMNS, [_of_result(run, task) for run in study.runs
+        "stages", "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary",
+        "checkpoint_digest", "data", "versions"), numbers), ("results", RESULT_COLUMNS, [_of_result(run, task) for run in study.runs
                                                            for task in run.results])])
 
 
