@@ -3,8 +3,8 @@
     t5x compare runs/tune_text runs/tune_mixed
 
 Only tasks that both runs were evaluated on are compared, and only where the questions were the very same, template and
-data included. The stages of the runs are told
-beside, for a difference is due to one of them only where the others are equal.
+data included. The stages of the runs are told beside, for a difference is due to one of them only where the others are
+equal.
 """
 
 import json

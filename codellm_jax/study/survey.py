@@ -18,7 +18,7 @@ import jax
 from flax import linen as nn
 
 from codellm_jax.configuration import LEARNING_RATES, build, read_configuration
-from codellm_jax.evaluation.contamination import measure_into
+from codellm_jax.evaluation.contamination import measure_into, mixtures_behind
 from codellm_jax.model.decoder import flops_per_token, parameter_count
 from codellm_jax.runtime.process import use_compilation_cache
 from codellm_jax.runtime.state import TrainState, bytes_per_device, initial_state
@@ -101,16 +101,20 @@ def measure_contamination(
       asked: settings of gin/contamination.gin.
       path: of the file, local or gs://.
     """
-    mixtures: dict[str, Any] = {}
+    mixtures: dict[str, list[Any]] = {}
     for request in requests:
         configuration = read_configuration(
             request["files"], [tuple(pair) for pair in request["overrides"]], search_paths, request["parent"])
         # Once for all arms of a stage: they differ in shares and steps, not in sources.
         key = [configuration.resolved(name) for name in (
             "mixture.name", "mixture.lengths", "mixture.stage", "tasks.corpora", "vocabulary.path")]
-        mixtures.setdefault(str(key), (build(configuration, "mixture"), build(configuration, "vocabulary")))
+        if str(key) not in mixtures:
+            mixtures[str(key)] = [(build(configuration, "mixture"), build(configuration, "vocabulary"))]
+        start = str(configuration.resolved("train.initial_checkpoint_path"))
+        if request["after"] is None and start not in mixtures:  # else it starts from one of these
+            mixtures[start] = mixtures_behind(configuration)
     settings = read_configuration(["gin/contamination.gin"], asked)
-    measure_into(path, build(settings, "contamination"), list(mixtures.values()))
+    measure_into(path, build(settings, "contamination"), [pair for found in mixtures.values() for pair in found])
 
 
 class Line(NamedTuple):
