@@ -71,7 +71,7 @@ def page(
     sound = {name: facts[run.name] for name, run in first.items() if "error" not in facts[run.name]}
     seeds = list(dict.fromkeys(one.run.seed for one in chosen))
     lines += ["", *comparable(sound), "",
-              *([f"not counted  what {', '.join(outside)} was trained on before"] if outside else []),
+              *([f"not counted    what {', '.join(outside)} was trained on before"] if outside else []),
               f"study        {asked.directory}, {asked.comparison}, {len(chosen)} runs: {tokens:,} tokens with "
               f"padding, {flops:.3g} FLOPs" + (f"; each arm under the seeds {', '.join(map(str, seeds))}"
                                                if len(seeds) > 1 else "")]
