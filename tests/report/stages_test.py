@@ -8,7 +8,8 @@ from codellm_jax.report.write import _stages
 
 
 def stage(kind: str, text: int, code: int, model_dir: str | None = None) -> dict:
-    ledger = {"stage": kind, "rows": {"text.a": text, "code.b": code}, "tokens": {"text.a": 8 * text, "code.b": 8 * code}}
+    rows = {"text.a": text, "code.b": code}
+    ledger = {"stage": kind, "rows": rows, "tokens": {name: 8 * count for name, count in rows.items()}}
     return ledger | ({"model_dir": model_dir} if model_dir else {})
 
 
