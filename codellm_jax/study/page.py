@@ -60,7 +60,7 @@ def page(
         own = {(source, content): count for source, content, count in fact["epochs"]}
         epochs = ", ".join(f"{source} {count:.2f}" + (
             f" ({here:.2f} here)" if (here := own.get((source, content), count)) != count else "")
-            for source, content, count in fact["line"]["epochs"])
+            for source, content, count in fact["line"]["epochs"] if count)
         states = collections.Counter(stand[one.run.name].state for one in runs[name])
         state = ", ".join(f"{count} {word}" if len(states) > 1 else word for word, count in states.items())
         lines.append(

@@ -81,7 +81,8 @@ def page_of(arms: dict, seeds: list[int], states: dict[str, str] | None = None) 
         "steps": 100, "rows": 4, "tokens": 6400, "flops": 1e6, "batch_size": 4, "length": 16, "program": "p",
         "epochs": [("text.a", "x", 0.5)], "line": {
             "tokens": 6400, "flops": 1e6, "text_tokens": 3200, "text_examples": 0,
-            "epochs": [("text.a", "x", 0.5 if run.parent is None else 1.25), ("code.b", "y", 0.25)]}} for run in runs}
+            "epochs": [("text.a", "x", 0.5 if run.parent is None else 1.25), ("code.b", "y", 0.25),
+                       ("code.c", "z", 0.0)]}} for run in runs}
     stand = {run.name: SimpleNamespace(
         trained=False, evaluated=False, state=(states or {}).get(run.name, "to do")) for run in runs}
     return page(study, planned, facts, stand, {}).splitlines()
