@@ -8,6 +8,7 @@ equal.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -145,11 +146,12 @@ def stages(first: str, second: str) -> str:
 
 def _stages(run: str) -> list[Mapping[str, Any]]:
     """The ledgers of the stages that a run went through, its own last; empty where it has no provenance.json."""
-    path = epath.Path(run).expanduser() / "provenance.json"
+    folder = epath.Path(run).expanduser()
+    path = folder / "provenance.json"
     if not path.exists():
         return []
     *before, own = stages_of(json.loads(path.read_text())["ledger"])
-    return [*before, {**own, "model_dir": str(epath.Path(run).expanduser().resolve())}]
+    return [*before, {**own, "model_dir": run if "://" in run else os.path.abspath(folder)}]
 
 
 def _told(stage: Mapping[str, Any]) -> str:

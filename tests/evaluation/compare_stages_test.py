@@ -76,3 +76,13 @@ def test_in_how_many_stages_two_runs_differ(told, first, second, differing):
 
 def test_nothing_is_told_where_nothing_tells(tmp_path):
     assert stages(str(tmp_path / "a"), str(tmp_path / "b")) == ""
+
+
+def test_a_run_against_what_branched_from_it(tmp_path):
+    """The first is the trunk itself, whose own directory the other's ledger names."""
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    for folder, line in ((trunk, [stage("pretraining", TEXT)]), (branch, [
+            stage("pretraining", half(TEXT), str(trunk)), stage("pretraining", half(CODE))])):
+        folder.mkdir()
+        (folder / "provenance.json").write_text(json.dumps({"ledger": line[-1] | {"before": line[:-1]}}))
+    assert len(stages(str(trunk), str(branch)).splitlines()) == 2
