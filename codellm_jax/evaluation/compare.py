@@ -151,7 +151,7 @@ def _stages(run: str) -> list[Mapping[str, Any]]:
     if not path.exists():
         return []
     *before, own = stages_of(json.loads(path.read_text())["ledger"])
-    return [*before, {**own, "model_dir": run if "://" in run else os.path.abspath(folder)}]
+    return [*before, {**own, "model_dir": run if "://" in run else os.path.realpath(folder)}]
 
 
 def _told(stage: Mapping[str, Any]) -> str:
