@@ -189,9 +189,11 @@ def _infer(flags: argparse.Namespace) -> int:
 
 
 def _compare(flags: argparse.Namespace) -> int:
-    from codellm_jax.evaluation.compare import compare, table
+    from codellm_jax.evaluation.compare import compare, stages, table
 
     print(table(compare(flags.first, flags.second), flags.first, flags.second))
+    if told := stages(flags.first, flags.second):
+        print(f"\n{told}")
     return 0
 
 
@@ -203,10 +205,10 @@ def _contamination(flags: argparse.Namespace) -> int:
     if not {"mixture.name", "vocabulary.path"} <= configuration.effective.keys():
         raise ValueError("no --gin_file names a mixture: give an arm's, such as gin/mixed_pretrain.gin.")
     from codellm_jax.configuration import build
-    from codellm_jax.evaluation.contamination import measure, measure_into, table
+    from codellm_jax.evaluation.contamination import measure, measure_into, mixtures_behind, table
 
     contamination = build(configuration, "contamination")
-    mixtures = [(build(configuration, "mixture"), build(configuration, "vocabulary"))]
+    mixtures = [(build(configuration, "mixture"), build(configuration, "vocabulary")), *mixtures_behind(configuration)]
     print(table(measure_into(flags.output, contamination, mixtures) if flags.output else
                 measure(contamination, mixtures)))
     return 0
@@ -231,7 +233,7 @@ def _explain(flags: argparse.Namespace) -> int:
 
     configuration = _configuration(flags)
     if "study.directory" in configuration.effective:
-        from codellm_jax.study.planned import explain_in_study
+        from codellm_jax.study.stages import explain_in_study
 
         print(explain_in_study(build(configuration, "study"), configuration, flags.name, _search_paths(flags)))
     else:
