@@ -162,6 +162,14 @@ def _eval(flags: argparse.Namespace) -> int:
 
 def _study(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
+    if flags.status:
+        from codellm_jax.configuration import build
+        from codellm_jax.study.status import status
+
+        if "study.directory" not in configuration.effective:
+            raise ValueError("the gin files plan no study: give one such as gin/study.gin.")
+        print(status(build(configuration, "study").directory))
+        return 0
     from codellm_jax.study.execute import Options, study
 
     again = [f"--{name}={value}" for name in ("gin_file", "arm", "seed") for value in getattr(flags, name)]
@@ -170,7 +178,7 @@ def _study(flags: argparse.Namespace) -> int:
     again += [f"--gin.{name}={value}" for name, value in flags.overrides]
     return study(configuration, Options(
         tuple(flags.arm), tuple(flags.seed), _search_paths(flags), flags.redo, flags.dry_run, flags.print_commands,
-        shlex.join(["t5x", "study", *again])))
+        flags.worker, flags.devices_per_run, flags.lease_seconds, ("study", *again)))
 
 
 def _infer(flags: argparse.Namespace) -> int:
