@@ -3,13 +3,13 @@
     STUDY_DIR/state/NAME.lease   who works at NAME: a run, or "plan", "contamination" or "report"
 
 A lease is taken, renewed and given back by writes that succeed only where the file is still the one that was read
-before (compare-and-swap): TensorStore does that on a disk, also by NFS, under a lock of the file system, and in gs:// by
-the object's generation. So of any number of workers that take a lease at the same time one has it. An NFS mount with
+before (compare-and-swap): TensorStore does that on a disk, also by NFS, under a lock of the file system, and in gs://
+by the object's generation. So of any number of workers that take a lease at the same time one has it. An NFS mount with
 local locks (`nolock`, `local_lock`) gives no such promise to several machines.
 
-Its holder writes it anew at every beat. Who waits for it judges it by that alone: a lease is over once it did not change
-for the time that it states, by the clock of the worker that waits. What the machines' clocks say does not matter. A
-process that is gone on that worker's own machine, and in its own container, is known to be gone at once.
+Its holder writes it anew at every beat. Who waits for it judges it by that alone: a lease is over once it did not
+change for the time that it states, by the clock of the worker that waits. What the machines' clocks say does not
+matter. A process that is gone on that worker's own machine, and in its own container, is known to be gone at once.
 
 A holder that finds another's lease in the place of its own, or could not renew it in time, has lost it.
 """

@@ -121,7 +121,7 @@ def _with_time_left(
 
 def _table(found: Mapping[str, _Found], now: float) -> list[str]:
     width = max(map(len, ["run", *found]))
-    lines = [f"{'run':<{width}} {'state':<15} {'step':>15} {'since':>8} {'left':>8}  worker, or what is wrong"]
+    lines = [f"{'run':<{width}}  {'state':<15} {'step':>15}  {'since':>8}  {'left':>8}  worker, or what is wrong"]
     for name, of_run in found.items():
         holder, is_open = of_run.holder, of_run.state not in ("done", "failed", "skipped")
         step = f"{of_run.step:,}/{of_run.steps:,}" if of_run.step else f"{of_run.steps:,}"
@@ -132,7 +132,7 @@ def _table(found: Mapping[str, _Found], now: float) -> list[str]:
             note = holder.worker
             if of_run.state == "no sign of life":
                 note += ", whose process is gone" if holder.is_gone else f" for {duration(now - holder.beat_at)}"
-        lines.append(f"{name:<{width}} {of_run.state:<15} {step:>15} {since:>8} {left:>8}  {note}".rstrip())
+        lines.append(f"{name:<{width}}  {of_run.state:<15} {step:>15}  {since:>8}  {left:>8}  {note}".rstrip())
     return lines
 
 
