@@ -197,9 +197,11 @@ def _infer(flags: argparse.Namespace) -> int:
 
 
 def _compare(flags: argparse.Namespace) -> int:
-    from codellm_jax.evaluation.compare import compare, table
+    from codellm_jax.evaluation.compare import compare, stages, table
 
     print(table(compare(flags.first, flags.second), flags.first, flags.second))
+    if told := stages(flags.first, flags.second):
+        print(f"\n{told}")
     return 0
 
 
@@ -239,7 +241,7 @@ def _explain(flags: argparse.Namespace) -> int:
 
     configuration = _configuration(flags)
     if "study.directory" in configuration.effective:
-        from codellm_jax.study.planned import explain_in_study
+        from codellm_jax.study.stages import explain_in_study
 
         print(explain_in_study(build(configuration, "study"), configuration, flags.name, _search_paths(flags)))
     else:

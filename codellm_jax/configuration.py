@@ -6,8 +6,8 @@ setting of each name.
 """
 
 import ast
-import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -15,7 +15,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from etils import epath
 
 import gin
 from codellm_jax.contents import whole_text
+from codellm_jax.settings import Configuration, Setting, nearest, references
 from gin import config_parser
 
 # The schedules that train.learning_rate may be.
@@ -50,54 +51,10 @@ CONFIGURABLES = {
     **{name: f"codellm_jax.runtime.optimization:{name}" for name in LEARNING_RATES},
 }
 
-# A study's file has settings of the runs that it makes too: pretraining/BATCH_SIZE = 8.
-STAGES = ("pretraining", "tuning", "evaluation")
-
 # What holds the shipped gin/ folder: the checkout, or in an installation the package. (The folder beside an installed
 # package is the library of that name.)
 SHIPPED = next(folder for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent)
                if (folder / "gin" / "pretrain.gin").is_file())
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One line of a gin file or one flag."""
-
-    name: str  # a macro such as BATCH_SIZE, or configurable.parameter
-    value: str  # as gin writes it
-    where: str  # file:line, or the flag
-
-
-@dataclasses.dataclass(frozen=True)
-class Configuration:
-    """All settings in the order in which they were read, and the modules that gin files import."""
-
-    settings: tuple[Setting, ...]
-    imports: tuple[str, ...] = ()
-    taken_over: int = 0  # so many of the settings, the first ones, are those of a run that is gone on from
-
-    @property
-    def effective(self) -> dict[str, Setting]:
-        """The last setting of each name."""
-        return {setting.name: setting for setting in self.settings}
-
-    @property
-    def asked(self) -> dict[str, str]:
-        """Name -> value of what files and flags say; nothing of it is taken over from another run."""
-        return {setting.name: setting.value for setting in self.settings[self.taken_over:]}
-
-    def of_stage(self, stage: str) -> list[tuple[str, str]]:
-        """(name, value) of what a study's file says of one of STAGES, as on the command line of its runs."""
-        return [(name.removeprefix(f"{stage}/"), str(self.resolved(name))) for name in self.effective
-                if name.startswith(f"{stage}/")]
-
-    def resolved(self, name: str) -> str | None:
-        """The value of a setting, and where it is that of a macro the macro's; None where nothing sets it."""
-        effective = self.effective
-        value = effective[name].value if name in effective else None
-        while value and re.fullmatch(r"%\w+", value):
-            value = effective[value[1:]].value
-        return value
 
 
 class _Reference:
@@ -152,27 +109,36 @@ def read_configuration(
 def _read_file(
     file: str, search_paths: Sequence[str], settings: list[Setting], imports: list[str], included_by: str | None
 ) -> None:
-    content = re.sub("\r\n?", "\n", whole_text(str(_find(file, search_paths))))
-    parser = config_parser.ConfigParser(content, _AsWritten())
+    for statement in _statements(file, re.sub("\r\n?", "\n", whole_text(str(_find(file, search_paths))))):
+        if isinstance(statement, Setting):
+            settings.append(statement)
+        elif isinstance(statement, config_parser.IncludeStatement):
+            if included_by:
+                raise ValueError(f"{file} is included by {included_by} and includes {statement.filename} itself; "
+                                 "one level of include is all there is.")
+            _read_file(statement.filename, search_paths, settings, imports, included_by=file)
+        elif isinstance(statement, config_parser.ImportStatement):
+            imports.append(statement.format())
+
+
+@functools.lru_cache(maxsize=256)  # the arms of a study read the same files
+def _statements(file: str, content: str) -> tuple[Any, ...]:
+    """The bindings of a gin file as settings, and its other statements."""
+    found: list[Any] = []
     try:
-        for statement in parser:
+        for statement in config_parser.ConfigParser(content, _AsWritten()):
             if isinstance(statement, config_parser.BindingStatement):
                 scope = f"{statement.scope}/" if statement.scope else ""
                 argument = f".{statement.arg_name}" if statement.arg_name else ""
-                settings.append(Setting(f"{scope}{statement.selector}{argument}", repr(statement.value),
-                                        f"{file}:{statement.location.line_num}"))
-            elif isinstance(statement, config_parser.IncludeStatement):
-                if included_by:
-                    raise ValueError(f"{file} is included by {included_by} and includes {statement.filename} itself; "
-                                     "one level of include is all there is.")
-                _read_file(statement.filename, search_paths, settings, imports, included_by=file)
-            elif isinstance(statement, config_parser.ImportStatement):
-                imports.append(statement.format())
+                statement = Setting(f"{scope}{statement.selector}{argument}", repr(statement.value),
+                                    f"{file}:{statement.location.line_num}")
+            found.append(statement)
     except tokenize.TokenError as error:
         raise ValueError(f"{file}, line {error.args[1][0]}: {error.args[0]}; is a bracket or quote open?") from None
     except SyntaxError as error:
         message, text = error.msg.splitlines()[0], (error.text or "").strip()
         raise ValueError(f"{file}, line {error.lineno}: {message}: {text}") from None
+    return tuple(found)
 
 
 def _inherited(settings: Sequence[Setting]) -> list[Setting]:
@@ -238,6 +204,7 @@ def shipped_gin_files() -> Iterator[str]:
         yield path.relative_to(SHIPPED).as_posix()
 
 
+@functools.lru_cache(maxsize=4096)
 def as_gin_value(text: str) -> str:
     """A flag's value as gin writes it: a literal or reference as it is, any other text as a string."""
     try:
@@ -259,8 +226,10 @@ def build(configuration: Configuration, name: str) -> Any:
     require_types(configuration)
     gin.clear_config()
     _register(configuration)
+    # A study's file has settings of the runs that it makes too, pretraining/BATCH_SIZE = 8.
+    is_study = "study.directory" in configuration.effective
     lines = [*configuration.imports, *(f"{s.name} = {s.value}" for s in configuration.effective.values()
-                                       if not s.name.startswith(_SCOPES))]
+                                       if not (is_study and "/" in s.name))]
     gin.parse_config("\n".join(lines))
     return gin.get_configurable(name)()
 
@@ -332,11 +301,6 @@ def explain(configuration: Configuration, name: str) -> str:
     return "\n".join(lines)
 
 
-def references(mark: str, value: str) -> list[str]:
-    """The names behind each "@" or "%" of a value as gin writes it, but for those inside of strings."""
-    return re.findall(rf"{mark}([\w/.]+)", re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", value))
-
-
 def _require_known_names(configuration: Configuration) -> None:
     effective = configuration.effective
     used = {macro for setting in effective.values() for macro in references("%", setting.value)}
@@ -351,7 +315,7 @@ def _require_known_names(configuration: Configuration) -> None:
         selector, _, parameter = name.split("/")[-1].rpartition(".")
         if _is_macro(name):
             # Of a study: found out when its runs are read.
-            if name not in ever_used and not name.startswith(_SCOPES) and "study.directory" not in effective:
+            if name not in ever_used and "study.directory" not in effective:
                 raise ValueError(f"{setting.where}: nothing uses the setting {name}" + nearest(name, used))
         elif selector in CONFIGURABLES:
             if parameter not in _parameters(selector):
@@ -392,7 +356,7 @@ def require_types(configuration: Configuration) -> None:
             value = ast.literal_eval(source.value)
         except (ValueError, SyntaxError):
             continue  # a reference, or a container of some
-        wanted = typing.get_type_hints(_target(selector)).get(parameter, Any)
+        wanted = _types(selector).get(parameter, Any)
         if not _fits(value, wanted):
             readable = str(wanted).replace("typing.", "").replace("collections.abc.", "").removeprefix("<class '")
             raise ValueError(f"{source.where}: {source.name} must be of type {readable.removesuffix(chr(39) + '>')}, "
@@ -415,15 +379,18 @@ def _fits(value: Any, wanted: Any) -> bool:
     return isinstance(value, origin) if isinstance(origin, type) else True
 
 
-_SCOPES = tuple(f"{stage}/" for stage in STAGES)
-
-
 def _is_macro(name: str) -> bool:
     return "." not in name
 
 
+@functools.cache
 def _parameters(configurable: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(_target(configurable)).parameters
+
+
+@functools.cache
+def _types(configurable: str) -> Mapping[str, Any]:
+    return typing.get_type_hints(_target(configurable))
 
 
 def _target(configurable: str) -> Callable[..., Any]:
@@ -442,9 +409,3 @@ def _imported(module: str) -> types.ModuleType:
                              f"in {own}: run the command from another folder, take that one off PYTHONPATH, or rename "
                              "it.")
     return importlib.import_module(module)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the names that are like it, or a full stop."""
-    near = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(near)}." if near else "."

@@ -3,7 +3,8 @@
     t5x compare runs/tune_text runs/tune_mixed
 
 Only tasks that both runs were evaluated on are compared, and only where the questions were the very same, template and
-data included.
+data included. The stages of the runs are told
+beside, for a difference is due to one of them only where the others are equal.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from codellm_jax.mixture.ledger import rows_of_code, stages_of
 from codellm_jax.results.answers import is_measured, ties_of
 from codellm_jax.results.files import files_of, finished_lines
 from codellm_jax.results.levels import detectable_by_error, detectable_paired
@@ -124,3 +126,57 @@ def table(comparisons: Sequence[Comparison | NotMeasured], first: str, second: s
         *lines, "", "p: McNemar's exact test on the questions that one run alone has right; with ties, of the "
         "differences against random signs; where answers are more or less right, of a paired bootstrap. Holm: "
         f"corrected for {compared} tasks."])
+
+
+def stages(first: str, second: str) -> str:
+    """Lines of text: the stages of either run, and in how many of them the two differ where these are more than one;
+    empty where nothing tells of a run's stages.
+    """
+    lines_of_stages = [_stages(run) for run in (first, second)]
+    if not all(lines_of_stages):
+        return ""
+    lines = [f"{name}: {'; '.join(map(_told, of_run))}" for name, of_run in zip("AB", lines_of_stages, strict=True)]
+    differing = _differing(*lines_of_stages)
+    if differing > 1:
+        lines.append(f"A and B were trained on other data in {differing} stages: these two runs do not tell which of "
+                     "them a difference of scores is due to.")
+    return "\n".join(lines)
+
+
+def _stages(run: str) -> list[Mapping[str, Any]]:
+    """The ledgers of the stages that a run went through, its own last; empty where it has no provenance.json."""
+    path = epath.Path(run).expanduser() / "provenance.json"
+    if not path.exists():
+        return []
+    *before, own = stages_of(json.loads(path.read_text())["ledger"])
+    return [*before, {**own, "model_dir": str(epath.Path(run).expanduser().resolve())}]
+
+
+def _told(stage: Mapping[str, Any]) -> str:
+    if stage["stage"] == "imported":
+        return "imported, trained on what is not known"
+    rows = sum(stage["rows"].values())
+    share = 100 * rows_of_code(stage) / rows if rows else 0.0
+    return f"{stage['stage']}, {sum(stage['tokens'].values()):,} tokens, {share:.1f}% code"
+
+
+def _differing(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> int:
+    """In how many stages two lines of them differ: those that are left without equal ones at either end, and without
+    the part of a trunk that both have.
+    """
+    one, other = list(first), list(second)
+    while one and other and _equal(one[-1], other[-1]):
+        del one[-1], other[-1]
+    while one and other and _equal(one[0], other[0]):
+        del one[0], other[0]
+    if one and other and one[0]["model_dir"] == other[0]["model_dir"]:
+        del min(one, other, key=lambda line: sum(line[0]["rows"].values()))[0]
+    return max(len(one), len(other))
+
+
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two stages were trained on equally much of the same sources; under two seeds, to a row or two."""
+    sources = one["rows"].keys() | other["rows"].keys()
+    return one["stage"] == other["stage"] and one.get("epoch_rows") == other.get("epoch_rows") and all(
+        abs(one["rows"].get(name, 0) - other["rows"].get(name, 0)) <= len(sources) for name in sources) and (
+            one["stage"] != "imported" or one["model_dir"] == other["model_dir"])

@@ -129,21 +129,57 @@ class Ledger:
 
 
 def arm(ledger: Mapping[str, Any]) -> str:
-    """The study's name of the arm that a ledger (as JSON) belongs to: NL, CODE, NN, NC, CN or CC.
+    """The study's name of the arm that a ledger (as JSON) belongs to: of the paper's NL, CODE, NN, NC, CN or CC.
 
-    N and C say whether a stage was trained on any code: the first letter of pre-training, the second of tuning. What
-    published weights were trained on is not known: "imported" stands before what was done with them, as in imported-C
-    (tuned with code), imported-NL (trained on without code), or imported-NC.
+    N and C say whether a stage was trained on any code. The names of other lines of stages are made of the same
+    letters, and none is one of the paper's:
+
+      NCC             two stages on documents, then tuned: a letter for each stage in order
+      NL-CODE         two stages on documents alone: NC is the paper's pre-training without code and tuning with it
+      NC-C, NC-CODE   what follows a tuning stands behind a hyphen: tuned again, or trained on documents again
+      imported-C      what published weights were trained on is not known, and stands as "imported" before what was
+                      done with them, as also in imported-NL and imported-NC
+
+    A branch is a stage of its own, but where its share of code is that of its trunk, to a row: it goes on as the trunk
+    would have.
     """
-    stages = [*ledger.get("before", []), ledger]
+    stages = stages_of(ledger)
+    imported = stages[0]["stage"] == "imported"
+    if not imported and stages[0]["stage"] == "tuning":
+        return "none, for it was tuned from new parameters"
+    letters, parts = "", []  # of the stages on documents that nothing follows yet, and what stands before them
+    for number, stage in enumerate(stages[imported:], imported):
+        if stage.get("branch") and number > imported and _has_share_of(stage, stages[number - 1]):
+            continue
+        letter = "C" if rows_of_code(stage) else "N"
+        if stage["stage"] == "tuning":
+            parts.append(letters + letter)
+            letters = ""
+        elif parts:
+            parts.append(_WORDS[letter])
+        else:
+            letters += letter
+    parts += [_WORDS[letter] for letter in letters]
+    return "-".join([*(["imported"] if imported else []), *parts])
 
-    def letter(stage: str) -> str:
-        rows = [saved["rows"] for saved in stages if saved["stage"] == stage]
-        code = any(count for counts in rows for name, count in counts.items() if name.startswith("code."))
-        return "" if not rows else "C" if code else "N"
 
-    first, second = letter("pretraining"), letter("tuning")
-    own = {"N": "NL", "C": "CODE"}[first] if first and not second else f"{first}{second}"
-    if stages[0]["stage"] == "imported":
-        return f"imported-{own}" if own else "imported"
-    return own if first else "none, for it was tuned from new parameters"
+_WORDS = {"N": "NL", "C": "CODE"}
+
+
+def stages_of(ledger: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The ledgers of the stages of a run as JSON, the oldest first, its own last."""
+    return [*ledger.get("before", []), ledger]
+
+
+def rows_of_code(ledger: Mapping[str, Any]) -> int:
+    """Rows, or examples, of code that a stage was trained on."""
+    return sum(count for name, count in ledger["rows"].items() if name.startswith("code."))
+
+
+def _has_share_of(branch: Mapping[str, Any], trunk: Mapping[str, Any]) -> bool:
+    """Whether a branch has the share of code that its trunk had, as far as rows can tell: to half a row of the trunk's,
+    and one of its own, for it takes over what the trunk owed."""
+    own, before = sum(branch["rows"].values()), sum(trunk["rows"].values())
+    difference = rows_of_code(branch) * before - rows_of_code(trunk) * own
+    return branch["stage"] == trunk["stage"] and bool(rows_of_code(branch)) == bool(rows_of_code(trunk)) \
+        and abs(difference) <= before + 0.5 * own

@@ -8,7 +8,7 @@ import numpy as np
 
 from codellm_jax.report import plots
 from codellm_jax.report.pages import Block, Figure, Heading, Items, Table, Text
-from codellm_jax.report.runs import Run
+from codellm_jax.report.runs import Run, Stage
 from codellm_jax.report.sections import Rows, Section
 from codellm_jax.report.study import Study, code_rate, pretraining_tokens
 from codellm_jax.results.answers import METRICS, is_measured, metrics_of, ties_of
@@ -63,8 +63,8 @@ def _sweeps(study: Study) -> dict[str, list[tuple[float, str]]]:
     for label, runs in study.arms.items():
         rate = code_rate(runs[0])
         if rate is not None:
-            first_letter = runs[0].arm[0] if runs[0].stage == "tuning" else ""
-            found.setdefault((runs[0].stage, first_letter), {}).setdefault(rate, label)
+            before = runs[0].arm[:-1] if runs[0].stage == "tuning" else ""  # the letters of what it started from
+            found.setdefault((runs[0].stage, before), {}).setdefault(rate, label)
     best: dict[str, list[tuple[float, str]]] = {}
     for (stage, _), rates in found.items():
         if len(rates) >= FEWEST_RATES and len(rates) > len(best.get(stage, [])):
@@ -117,10 +117,21 @@ def losses(study: Study) -> Section:
     return Section([*blocks, *notes], [("losses", columns, numbers)])
 
 
-def mixes(figure: Figure | None) -> Section:
-    """The shares asked and realised."""
+def mixes(study: Study, figure: Figure | None) -> Section:
+    """The stages of each arm, and the shares asked and realised."""
     blocks: list[Block] = [Heading(2, "Mix of text and code")]
+    rows = [[label, runs[0].arm, "\n".join(map(_stage, runs[0].stages))]
+            for label, runs in study.arms.items() if runs[0].stages]
+    if rows:
+        blocks.append(Table(
+            "The stages of each arm, by the ledger of its first seed, and of a trunk what came before the branch: "
+            "tokens that the loss counted, and the share of code of the rows, in tuning of the examples",
+            ("Arm", "By its ledger", "Stages"), rows, words=(1, 2)))
     return Section([*blocks, figure or Text("No run has left a record of its mix.")], [])
+
+
+def _stage(stage: Stage) -> str:
+    return stage.name if stage.code is None else f"{stage.name}: {stage.tokens:,} tokens, {100 * stage.code:.1f}% code"
 
 
 def contamination(study: Study) -> Section:
@@ -212,7 +223,8 @@ def provenance(study: Study) -> Section:
             f"`{config[:SHORT]}`" if config else "unknown", version, f"`{order[:SHORT]}`" if order else "unknown",
             ", ".join(f"`{digest[:SHORT]}`" for digest in sorted(digests) if digest) or "unknown"])
         numbers.append([run.name, run.label, run.arm, run.seed, run.stage, run.parent, " ".join(map(str, steps)),
-                        run.parameters, pretraining_tokens(run), json.dumps(run.ledger.get("tokens", {})), config,
+                        run.parameters, pretraining_tokens(run), json.dumps(run.ledger.get("tokens", {})),
+                        json.dumps([stage._asdict() for stage in run.stages]), config,
                         code.get("version"), code.get("commit"), code.get("dirty"), order,
                         run.ledger.get("vocabulary_hash"), " ".join(sorted(digests)),
                         json.dumps(known.get("data") or {}), json.dumps(known.get("versions") or {})])
@@ -231,8 +243,8 @@ def provenance(study: Study) -> Section:
                        "`results.csv`, the runs' in `provenance.csv`."))
     return Section([*blocks, *([Items(notes)] if notes else [])], [("provenance", (
         "run", "arm", "arm_by_ledger", "seed", "stage", "from", "step", "parameters", "pretraining_tokens", "tokens",
-        "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary", "checkpoint_digest", "data",
-        "versions"), numbers), ("results", RESULT_COLUMNS, [_of_result(run, task) for run in study.runs
+        "stages", "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary",
+        "checkpoint_digest", "data", "versions"), numbers), ("results", RESULT_COLUMNS, [_of_result(run, task) for run in study.runs
                                                            for task in run.results])])
 
 

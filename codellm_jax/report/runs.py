@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -42,6 +42,15 @@ class Result:
         return is_measured(self.lines)
 
 
+class Stage(NamedTuple):
+    """One of the stages that a run went through, by its ledger; of a trunk what came before the branch."""
+
+    name: str  # as the study calls it; else what it is: "pretraining", "tuning" or "imported"
+    run: str  # whose it was
+    tokens: int  # that the loss counted
+    code: float | None  # share of the rows, in tuning of the examples; None where none were counted
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run directory.
@@ -49,7 +58,7 @@ class Run:
     Attributes:
       name: of the directory.
       label: of the arm, as the study names it; seeds of one arm share it.
-      arm: NL, CODE, NN, NC, CN or CC.
+      arm: NL, CODE, NN, NC, CN or CC, or a line of other stages; see `ledger.arm`.
       mix: of a tuning with code: "uniform", "increase", "decrease" or the study's own word; None for none.
       seed: of training; None where nothing tells it.
       stage: "pretraining" or "tuning".
@@ -61,6 +70,7 @@ class Run:
       results: by task.
       provenance: what provenance.json holds; None where it is not there.
       records: the lines of metrics.jsonl.
+      stages: those it went through, its own last; empty where it has no checkpoint.
     """
 
     name: str
@@ -77,6 +87,7 @@ class Run:
     results: Mapping[str, Result]
     provenance: Mapping[str, Any] | None
     records: Sequence[Mapping[str, Any]]
+    stages: Sequence[Stage] = ()
 
 
 @dataclasses.dataclass(frozen=True)

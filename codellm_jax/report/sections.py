@@ -32,6 +32,7 @@ DIFFERENCE_COLUMNS = ("first", "second", "task", "metric", "first_seeds", "secon
 
 
 NOT_MEASURED = "not measured: ties"
+PAPER_ARMS = ("NL", "CODE", "NN", "NC", "CN", "CC")
 
 
 def opening(study: Study) -> list[Block]:
@@ -40,8 +41,10 @@ def opening(study: Study) -> list[Block]:
     if warning := study.warning():
         blocks.append(Notice(f"{warning} What follows shows that the machinery works, and nothing else."))
     counts = [f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})" for label, runs in study.arms.items()]
+    longer = any(runs[0].arm not in PAPER_ARMS for runs in study.arms.values())
     blocks.append(Text(f"Arms: {', '.join(counts)}. N is natural language alone and C is with code; the first letter "
-                       "stands for pre-training, the second for tuning, and NL and CODE are pre-trained only."))
+                       "stands for pre-training, the second for tuning, and NL and CODE are pre-trained only."
+                       + " Other arms are none of the paper's: the stages of each are in the table of mixes." * longer))
     matched = {"compute-matched": "compute-matched: all arms are trained on equally many tokens, and code takes the "
                                   "place of text",
                "data-matched": "data-matched: all arms see the same text, and code comes on top of it, so that arms "

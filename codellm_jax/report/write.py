@@ -22,13 +22,14 @@ from typing import Any
 
 from etils import epath
 
-from codellm_jax.mixture.ledger import arm
+from codellm_jax.mixture.ledger import arm, rows_of_code, stages_of
 from codellm_jax.mixture.schedules import Schedule, constant, phases
 from codellm_jax.report import background, plots, sections
 from codellm_jax.report.conclusions import judge
 from codellm_jax.report.pages import Figure, comma_separated, markdown, page
 from codellm_jax.report.runs import (
     Run,
+    Stage,
     name_and_seed,
     of_an_arm,
     read_contamination,
@@ -65,7 +66,7 @@ def report(directory: str, say: Told = print) -> str:
         "conclusions": sections.conclusions, "the paper's tables": sections.paper_tables,
         "plots of scores": background.score_plots, "differences between arms": sections.differences,
         "all scores": sections.scores, "held-out loss": background.losses,
-        "mix of text and code": lambda study: background.mixes(mix_figure(study)),
+        "mix of text and code": lambda study: background.mixes(study, mix_figure(study)),
         "contamination": background.contamination, "what was asked": background.asked,
         "provenance": background.provenance}
     status, made = StatusLine(0, len(parts), active=True, unit="section"), []
@@ -121,8 +122,9 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
         if not entries or len(entries) != len(listed or []):
             raise ValueError(f"{folder / 'study.json'} lists no runs: make it again with t5x study.")
     runs, pending = [], []
+    names = {str(entry["run"]): str(entry["stage"]) for entry in entries if entry.get("stage")}
     for entry in entries:
-        run = read_run(below / str(entry["run"]), entry, say)
+        run = read_run(below / str(entry["run"]), entry, names, say)
         if run.results:
             runs.append(run)
         else:
@@ -135,8 +137,10 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
     return Study(folder.name, runs, pending, (plan or {}).get("comparison"), read_contamination(folder))
 
 
-def read_run(path: epath.Path, entry: Mapping[str, Any], say: Told) -> Run:
-    """A run directory; `entry` is what study.json says of it, of which the name alone is needed."""
+def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str], say: Told) -> Run:
+    """A run directory; `entry` is what study.json says of it, of which the name alone is needed, and `names` are those
+    that the study has for the stages of its runs.
+    """
     results = read_results(path, path.name)
     record: Mapping[str, Any] = {}
     step = None
@@ -149,7 +153,8 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], say: Told) -> Run:
     label, seed = name_and_seed(path.name)
     told = [result.result["checkpoint"].get("arm") for result in results.values()]
     letters = arm(ledger) if ledger else str((told or [entry.get("arm")])[0])
-    stage = ledger.get("stage") or entry.get("stage") or ("pretraining" if letters in ("NL", "CODE") else "tuning")
+    stage = ledger.get("stage") or entry.get("kind") or entry.get("stage") or (
+        "pretraining" if letters.endswith(("NL", "CODE")) else "tuning")
     provenance = read_json(path / "provenance.json")
     for known in (entry.get("seed"), seed, _number(settings.get("train.seed")), (provenance or {}).get("seed")):
         if known is not None:
@@ -160,7 +165,14 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], say: Told) -> Run:
     return Run(path.name, label, letters, _mix(stage, letters, entry.get("mix"), settings), seed, stage,
                entry.get("from") or _parent(ledger), settings, ledger,
                _parameters(record) or (provenance or {}).get("parameters"), step, results, provenance,
-               read_records(str(path)) if results else [])
+               read_records(str(path)) if results else [], list(_stages(ledger, path.name, names)))
+
+
+def _stages(ledger: Mapping[str, Any], own: str, names: Mapping[str, str]) -> Iterator[Stage]:
+    for stage in stages_of(ledger) if ledger else ():
+        run, rows = epath.Path(stage.get("model_dir", own)).name, sum(stage["rows"].values())
+        yield Stage(names.get(run, stage["stage"]), run, sum(stage["tokens"].values()),
+                    rows_of_code(stage) / rows if rows else None)
 
 
 def _labelled(runs: list[Run]) -> Iterator[Run]:

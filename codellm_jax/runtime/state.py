@@ -1,5 +1,6 @@
 """What training carries from step to step, its abstract form, and its first value."""
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -26,13 +27,21 @@ class TrainState(flax.struct.PyTreeNode):
     rng: jax.Array  # raw key data, uint32; constant: a step folds its number into it
 
 
-def _initial_boxed(model: Decoder, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
-    """The first state, with parameters in Flax's partitioning boxes; the optimizer's moments inherit them."""
-    init_rng, dropout_rng = jax.random.split(jax.random.key(seed))
+def _initial_parameters(model: Decoder, rng: jax.Array) -> Any:
+    """The first parameters, in Flax's partitioning boxes."""
     tokens = jnp.zeros((1, min(8, model.config.length)), jnp.int32)
-    params = model.init(init_rng, tokens, tokens, tokens)["params"]
-    return TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(dropout_rng))
+    return model.init(rng, tokens, tokens, tokens)["params"]
+
+
+@functools.lru_cache(maxsize=16)  # tracing is most of the time that the plan of a run takes, and a study has few models
+def _abstract_parameters(model: Decoder) -> Any:
+    """The shapes and dtypes of `_initial_parameters`."""
+    return jax.eval_shape(lambda: _initial_parameters(model, jax.random.key(0)))
+
+
+def _with_optimizer(params: Any, optimizer: optax.GradientTransformation, dropout_rng: jax.Array) -> TrainState:
+    """The first state of some parameters, whose boxes the optimizer's moments inherit."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(dropout_rng))
 
 
 def abstract_state(
@@ -44,7 +53,8 @@ def abstract_state(
       ValueError: the mesh does not divide a parameter, or the heads.
     """
     _require_whole_heads(model.config, mesh, shape)
-    boxed = jax.eval_shape(lambda: _initial_boxed(model, optimizer, jnp.uint32(0)))
+    boxed = jax.eval_shape(
+        lambda params: _with_optimizer(params, optimizer, jax.random.key(0)), _abstract_parameters(model))
     shardings = shardings_of(boxed, mesh, shape)
     replicated = NamedSharding(mesh, PartitionSpec())
     state = jax.tree.map(
@@ -80,8 +90,13 @@ def initial_state(
     """The first state, made on the devices it belongs to; the same numbers on any mesh, to float32 rounding."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     on_cpu = shardings.step.mesh.devices.flat[0].platform == "cpu"
+
+    def first(seed: jax.Array) -> TrainState:
+        init_rng, dropout_rng = jax.random.split(jax.random.key(seed))
+        return nn.unbox(_with_optimizer(_initial_parameters(model, init_rng), optimizer, dropout_rng))
+
     make = jax.jit(
-        lambda seed: nn.unbox(_initial_boxed(model, optimizer, seed)), out_shardings=shardings,
+        first, out_shardings=shardings,
         # What runs once need not be fast: the same bits, compiled in half the time.
         compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None)
     return make(jnp.uint32(seed))

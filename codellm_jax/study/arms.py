@@ -6,21 +6,24 @@
         'QC': {'from': 'hf://ORG/NAME', 'CODE_RATE': 0.375},     a run of tuning that starts from published weights
         'MORE': {'from': 'NL', 'stage': 'pretraining', 'CODE_RATE': 0.5},   a run that pre-trains NL further
         'MID': {'from': 'NL@0.5', 'CODE_RATE': 0.3},             a run that branches from NL half-way
+        'LATE': {'from': 'NL@0.5', 'stage': 'midtraining', 'CODE_RATE': 0.3},   likewise, with the settings of a stage
         'GRID': {'from': 'NL', 'sweep': {'at': [0.1, 0.5], 'CODE_RATE': [0.1, 0.3]}},   four such runs
         'RATE': {'sweep': {'CODE_RATE': [0.1, 0.25, 0.5]}},      RATE-0.1, RATE-0.25 and RATE-0.5
         'WIDE': {'gin_file': 'gin/models/125m.gin', 'CODE_RATE': 0.0},
     }
 
 'from' names an arm, a run directory, or published weights: a folder of them (a path has a slash in it) or
-hf://ORG/NAME. What starts from something is tuned, unless its 'stage' says otherwise. What an arm has besides WORDS
-are settings, as on the command line. An arm that starts from a swept one is swept with it; a sweep of several settings
-takes each value of one with each of the others.
+hf://ORG/NAME. What starts from something is tuned, unless its 'stage' says otherwise: "pretraining", "tuning" or
+another that the study has (`Study.stages`). What an arm has besides WORDS are settings, as on the command line. An arm
+that starts from a swept one is swept with it; a sweep of several settings takes each value of one with each of the
+others.
 
 An arm that branches ('from': 'NL@0.5', or 'at' beside 'from'; a part of the trunk's steps, or a step as a whole number)
 goes on from that step with the optimizer and the data, and has the stage, the settings and the gin file of its trunk
-but for what it sets itself. TRAIN_STEPS counts the trunk's steps too.
+but for what it sets itself; where it is of another stage, that stage's settings are above the trunk's. TRAIN_STEPS
+counts the trunk's steps too.
 
-Two comparisons are offered, for either stage:
+Two comparisons are offered, for any stage:
 
   compute-matched   every arm takes the same number of steps: code takes the place of text
   data-matched      every arm is trained on the text of TRAIN_STEPS steps without code: code comes on top, and the run
@@ -32,7 +35,7 @@ Plain functions on plain values: neither JAX nor gin, and no files.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from codellm_jax.mixture.schedules import Schedule, constant, phases
@@ -40,7 +43,7 @@ from codellm_jax.runtime.process import require_plain_name
 
 COMPARISONS = ("compute-matched", "data-matched")
 WORDS = ("from", "at", "stage", "sweep", "gin_file")  # what in an arm is no setting
-STAGES = ("pretraining", "tuning")
+STAGES = ("pretraining", "tuning")  # that each study has
 OWN = ("SEED", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "BRANCH_FROM")  # settings that the plan makes
 
 _PAIRS_OF_FILES = (("mixed_pretrain", "text_pretrain"), ("mixed_pretrain_increase", "mixed_pretrain_decrease"),
@@ -58,6 +61,7 @@ class Study:
       more_arms: likewise; they come after, or in the place of one of the same name.
       seeds: each arm is trained once with each.
       comparison: one of COMPARISONS.
+      stages: of each further stage by name the gin files that its runs begin with, which say of what kind it is.
       pretraining_files, tuning_files, evaluation_files: the gin files that a stage's runs begin with.
     """
 
@@ -69,6 +73,7 @@ class Study:
     more_arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seeds: Sequence[int] = (0,)
     comparison: str = "compute-matched"
+    stages: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.directory.strip():
@@ -79,11 +84,23 @@ class Study:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(
                 isinstance(seed, int) and 0 <= seed < 2**32 for seed in self.seeds):
             raise ValueError(f"SEEDS must list different whole numbers from 0, found {list(self.seeds)}.")
+        for name, files in self.stages.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in (*STAGES, "evaluation"):
+                raise ValueError(f"STAGES has a stage {name!r}; its name must be a word other than pretraining, tuning "
+                                 "and evaluation, which have files of their own.")
+            if isinstance(files, str) or not files:
+                raise ValueError(f"STAGES must list the gin files of {name}, such as ['gin/pretrain.gin'], found "
+                                 f"{files!r}.")
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The stages that an arm may be of."""
+        return (*STAGES, *self.stages)
 
     def files(self, stage: str) -> list[str]:
-        """The gin files that runs of a stage begin with."""
+        """The gin files that runs of a stage, or their "evaluation", begin with."""
         return list({"pretraining": self.pretraining_files, "tuning": self.tuning_files,
-                     "evaluation": self.evaluation_files}[stage])
+                     "evaluation": self.evaluation_files, **self.stages}[stage])
 
 
 class Arm(NamedTuple):
@@ -92,7 +109,7 @@ class Arm(NamedTuple):
     name: str
     parent: str | None  # the arm whose runs it starts from
     gin_file: str | None  # settings of its own, above those of its stage
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # of a branch in its trunk's stage the trunk's, too
     source: str | None = None  # the run directory or published weights that it starts from
     stage: str = "pretraining"
     at: int | float | None = None  # of the parent's steps, where it branches from it: a step, or a part of them
@@ -130,6 +147,7 @@ class Asked(NamedTuple):
     batch_size: int
     code_rate: float | None
     mix_phases: Any
+    kind: str | None = None  # of the stage, where its name does not tell: "pretraining" or "tuning"
 
     @property
     def rows(self) -> int:
@@ -159,7 +177,7 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
     if not given:
         raise ValueError("ARMS is empty: list an arm, such as {'NL': {'CODE_RATE': 0.0}}.")
     for name, facts in given.items():
-        _require_arm(name, facts, given)
+        _require_arm(name, facts, given, study.stage_names)
     arms: dict[str, Arm] = {}
     families: dict[str, list[tuple[str, str]]] = {}  # of a name, the suffixes of its arms and the arms
     told: list[str] = []
@@ -200,7 +218,7 @@ def _line_of(name: str, arms: Mapping[str, Arm]) -> list[str]:
     return line
 
 
-def _require_arm(name: str, facts: Any, given: Mapping[str, Any]) -> None:
+def _require_arm(name: str, facts: Any, given: Mapping[str, Any], stages: Sequence[str]) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name) or ".seed" in name:
         raise ValueError(f"ARMS has an arm {name!r}; its name must be letters, digits, dots and hyphens, for it names "
                          "run directories.")
@@ -222,8 +240,9 @@ def _require_arm(name: str, facts: Any, given: Mapping[str, Any]) -> None:
     if start is not None and start not in given and not (isinstance(start, str) and "/" in start):
         raise ValueError(f"ARMS lets {name} start from {start!r}, which is no arm: {', '.join(given)} are there. A run "
                          "directory or published weights are named by a path with a slash, or as hf://ORG/NAME.")
-    if facts.get("stage", STAGES[0]) not in STAGES:
-        raise ValueError(f"ARMS gives {name} the stage {facts['stage']!r}; a stage is {' or '.join(STAGES)}.")
+    if facts.get("stage", STAGES[0]) not in stages:
+        raise ValueError(f"ARMS gives {name} the stage {facts['stage']!r}; a stage is {', '.join(stages[:-1])} or "
+                         f"{stages[-1]}. STAGES adds others, with the gin files of each.")
     if "sweep" in facts:
         if not isinstance(sweep, Mapping) or not sweep or not all(
                 isinstance(values, list | tuple) and values for values in sweep.values()):
@@ -263,17 +282,23 @@ def _members(
             both = settings | point
             at = both.pop("at", facts.get("at"))
             gin_file, stage = facts.get("gin_file"), facts.get("stage", "tuning" if start else "pretraining")
-            if at is not None:  # the trunk's own, but for its mix where another is given
+            if at is not None:
                 trunk = arms[parent]
-                mixes = ("CODE_RATE", "MIX_PHASES") if {"CODE_RATE", "MIX_PHASES"} & both.keys() else ()
-                both = {key: value for key, value in trunk.settings.items() if key not in mixes} | both
                 gin_file, stage = gin_file or trunk.gin_file, facts.get("stage", trunk.stage)
+                if stage == trunk.stage:  # else settings of the stage lie between the trunk's and its own
+                    both = without_mix(trunk.settings, both) | both
             if "MIX_PHASES" in both:
                 both = {"CODE_RATE": None} | both
             source = None if parent else start
             members.append((parent_suffix + suffix, Arm(
                 f"{name}{parent_suffix}{suffix}", parent or None, gin_file, both, source, stage, at)))
     return members
+
+
+def without_mix(settings: Mapping[str, Any], above: Iterable[str]) -> dict[str, Any]:
+    """Settings without their mix, where those above them have one."""
+    mix = {"CODE_RATE", "MIX_PHASES"}
+    return {name: value for name, value in settings.items() if name not in mix or mix.isdisjoint(above)}
 
 
 def plan_runs(study: Study, arms: Sequence[Arm], asked: Mapping[str, Asked]) -> list[Run]:
@@ -302,7 +327,7 @@ def plan_runs(study: Study, arms: Sequence[Arm], asked: Mapping[str, Asked]) -> 
                     raise ValueError("COMPARISON = 'data-matched' is of runs from their first step on, and this one "
                                      "branches: set its TRAIN_STEPS, and compare 'compute-matched'.")
                 of_arm = of_arm._replace(steps=data_matched_steps(of_arm))
-            planned[arm.name] = arm, of_arm.steps, mix_of(of_arm, arm.stage), branch_step
+            planned[arm.name] = arm, of_arm.steps, mix_of(of_arm, of_arm.kind or arm.stage), branch_step
         except ValueError as error:
             raise ValueError(f"{arm.name}: {error}") from None
     return [Run(arm, seed, steps, mix, branch_step) for seed in study.seeds

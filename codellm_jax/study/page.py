@@ -1,11 +1,14 @@
 """What a person reads of a study's plan before it runs, and of its losses after."""
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from codellm_jax.runtime.progress import duration, read_records
-from codellm_jax.study.arms import Study
+from codellm_jax.study.arms import Run, Study
 from codellm_jax.study.planned import Planned, Standing, evaluation_seconds
+
+NAMES_SHOWN = 12  # of a group of arms
 
 
 def losses(chosen: Sequence[Planned]) -> str:
@@ -24,29 +27,54 @@ def page(
     asked: Study, chosen: Sequence[Planned], facts: Mapping[str, Any], stand: Mapping[str, Standing],
     measured: Mapping[str, Any],
 ) -> str:
-    """The plan as a page of text: for each run its mix, tokens, FLOPs, time and epochs."""
-    named, started = (max(map(len, texts)) for texts in (
-        ["run", *(one.run.name for one in chosen)], ["from", *(one.run.start or "-" for one in chosen)]))
-    lines = [f"{'run':<{named}} {'from':<{started}} {'mix':<12} {'steps':>8} {'tokens':>15} {'FLOPs':>9} {'time':>8}  "
-             f"{'state':<10} epochs of each source"]
-    total, flops, tokens = 0.0, 0.0, 0
+    """The plan as a page of text: the tree of arms, each with its mix, tokens, FLOPs, time, and epochs of each source,
+    by itself and with all that it stands on; and which arms are equal in compute and in text. The runs of an arm differ
+    in their seeds alone, and have one line.
+    """
+    runs: dict[str, list[Planned]] = {}  # of each arm
     for one in chosen:
-        run, fact = one.run, facts[one.run.name]
+        runs.setdefault(one.run.arm.name, []).append(one)
+    first = {name: of_arm[0].run for name, of_arm in runs.items()}
+    drawn = _tree({name: run.arm.parent for name, run in first.items()})
+    starts = {name: _start(run) for name, run in first.items()}
+    stages = {name: run.arm.stage for name, run in first.items()}
+    widths = [max(map(len, column)) for column in (
+        ["arm", *drawn.values()], ["stage", *stages.values()], ["from", *starts.values()])]
+
+    def left(*texts: str) -> str:
+        return " ".join(f"{text:<{width}}" for text, width in zip(texts, widths, strict=True))
+
+    lines = [f"{left('arm', 'stage', 'from')} {'mix':<12} {'steps':>8} {'tokens':>15} {'FLOPs':>9} {'time':>8}  "
+             f"{'state':<10} {'all tokens':>15} {'FLOPs':>9}  epochs of each source, in all stages"]
+    total, flops, tokens = 0.0, 0.0, 0
+    for name, indented in drawn.items():
+        run, fact = first[name], facts[first[name].name]
         if "error" in fact:
-            lines.append(f"{run.name:<{named}} {fact['error']}")
+            lines.append(f"{left(indented, stages[name], starts[name])} {fact['error']}")
             continue
         timed = measured.get(fact["program"], {})
         seconds = timed["seconds"] * fact["steps"] * fact["rows"] / timed["rows"] if "seconds" in timed else None
-        to_do = not stand[run.name].trained
-        total, flops, tokens = total + (seconds or 0.0) * to_do, flops + fact["flops"], tokens + fact["tokens"]
-        epochs = ", ".join(f"{source['name']} {source['epochs']:.2f}" for source in fact["sources"])
+        to_do = sum(not stand[one.run.name].trained for one in runs[name])
+        total += (seconds or 0.0) * to_do
+        flops, tokens = flops + len(runs[name]) * fact["flops"], tokens + len(runs[name]) * fact["tokens"]
+        own = {(source, content): count for source, content, count in fact["epochs"]}
+        epochs = ", ".join(f"{source} {count:.2f}" + (
+            f" ({here:.2f} here)" if (here := own.get((source, content), count)) != count else "")
+            for source, content, count in fact["line"]["epochs"])
+        states = collections.Counter(stand[one.run.name].state for one in runs[name])
+        state = ", ".join(f"{count} {word}" if len(states) > 1 else word for word, count in states.items())
         lines.append(
-            f"{run.name:<{named}} {run.start or '-':<{started}} {run.mix:<12} {fact['steps']:>8,} "
-            f"{fact['tokens']:>15,} "
-            f"{fact['flops']:>9.2e} {'-' if seconds is None else duration(seconds):>8}  {stand[run.name].state:<10} "
-            f"{epochs}")
-    lines += ["", f"study        {asked.directory}, {asked.comparison}, {len(chosen)} runs: {tokens:,} tokens with "
-              f"padding, {flops:.3g} FLOPs"]
+            f"{left(indented, stages[name], starts[name])} {run.mix:<12} {fact['steps']:>8,} {fact['tokens']:>15,} "
+            f"{fact['flops']:>9.2e} {'-' if seconds is None else duration(seconds):>8}  {state:<10} "
+            f"{fact['line']['tokens']:>15,} {fact['line']['flops']:>9.2e}  {epochs}")
+    outside = list(dict.fromkeys(source for run in first.values() if (source := run.arm.source)))
+    sound = {name: facts[run.name] for name, run in first.items() if "error" not in facts[run.name]}
+    seeds = list(dict.fromkeys(one.run.seed for one in chosen))
+    lines += ["", *comparable(sound), "",
+              *([f"not counted  what {', '.join(outside)} was trained on before"] if outside else []),
+              f"study        {asked.directory}, {asked.comparison}, {len(chosen)} runs: {tokens:,} tokens with "
+              f"padding, {flops:.3g} FLOPs" + (f"; each arm under the seeds {', '.join(map(str, seeds))}"
+                                               if len(seeds) > 1 else "")]
     for timed in measured.values():
         lines.append(f"measured     {timed['run']}: " + (
             f"{timed['steps']} steps after the first, {timed['seconds']:.3f} s each of {timed['rows']} rows on "
@@ -61,3 +89,64 @@ def page(
             f"of {open_ones} evaluations {duration(mean)} each, as those that are done took" if evaluations else
             f"{open_ones} evaluations of {len(chosen[0].tasks)} tasks are not in it, as none is done yet"))
     return "\n".join(lines)
+
+
+def _tree(parents: Mapping[str, str | None]) -> dict[str, str]:
+    """The arms by name, each after the one it starts from, and how it is written: further in than that one."""
+    below: dict[str | None, list[str]] = {}
+    for name, parent in parents.items():
+        below.setdefault(parent, []).append(name)
+    drawn: dict[str, str] = {}
+    waiting = [(name, 0) for name in reversed(below.get(None, []))]
+    while waiting:
+        name, depth = waiting.pop()
+        drawn[name] = "  " * depth + name
+        waiting += [(child, depth + 1) for child in reversed(below.get(name, []))]
+    return drawn
+
+
+def _start(run: Run) -> str:
+    """What the runs of an arm start from: an arm, with the step where they branch from it, or what lies outside."""
+    if run.branch_step is not None:
+        return f"{run.arm.parent}@{run.branch_step}"
+    return run.arm.parent or run.arm.source or "-"
+
+
+def comparable(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of text: which arms are equal in compute, and which in text, in all their stages together.
+
+    Equal is what differs by no more than a step of either: in FLOPs, padding counted; in tokens of documents of text,
+    and in examples of text that are tuned on.
+
+    Args:
+      facts: of each arm, as `survey` tells them.
+    """
+    compute = {name: (fact["line"]["flops"],) for name, fact in facts.items()}
+    step_of_compute = {name: (fact["flops"] / fact["steps"],) for name, fact in facts.items()}
+    text = {name: (fact["line"]["text_tokens"], fact["line"]["text_examples"]) for name, fact in facts.items()}
+    step_of_text = {name: (fact["batch_size"] * fact["length"], fact["batch_size"]) for name, fact in facts.items()}
+    return _groups("equal compute", compute, step_of_compute, lambda values: f"{values[0]:.3g} FLOPs") + _groups(
+        "equal text", text, step_of_text, lambda values: f"{values[0]:,.0f} tokens" + (
+        f", {values[1]:,.0f} examples" if values[1] else ""))
+
+
+def _groups(
+    title: str, values: Mapping[str, Sequence[float]], a_step: Mapping[str, Sequence[float]],
+    shown: Callable[[Sequence[float]], str],
+) -> list[str]:
+    """A line for each group of names whose values are within a step of those of its first one."""
+    groups: dict[str, list[str]] = {}
+    for name, own in values.items():
+        near = next((first for first in groups if all(
+            abs(one - other) <= max(steps) * (1 + 1e-9) for one, other, *steps in zip(
+                own, values[first], a_step[name], a_step[first], strict=True))), name)
+        groups.setdefault(near, []).append(name)
+    told = [f"{shown(values[first])}: {_listed(names)}" for first, names in groups.items() if len(names) > 1]
+    if alone := [first for first, names in groups.items() if len(names) == 1]:
+        told.append(f"like no other: {_listed(alone)}")
+    return [f"{title if number == 0 else '':<14} {line}" for number, line in enumerate(told)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

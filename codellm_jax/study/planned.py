@@ -6,39 +6,23 @@
 """
 
 import ast
-import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from codellm_jax.configuration import (
-    STAGES,
-    Configuration,
-    Setting,
-    as_gin_value,
-    explain,
-    nearest,
-    read_configuration,
-    references,
-)
+from codellm_jax.configuration import read_configuration
 from codellm_jax.results.files import files_of, write_whole
+from codellm_jax.runtime.compatibility import FREE_OF_MODEL
 from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
-from codellm_jax.study.arms import OWN, Arm, Asked, Run, Study, expand, plan_runs
+from codellm_jax.settings import Configuration
+from codellm_jax.study.arms import Arm, Asked, Run, Study, expand, plan_runs, without_mix
+from codellm_jax.study.stages import TAKEN_OVER, Settings, bare, bare_value, of_files, stage_settings
 from codellm_jax.weights.start import newest_settings
 
 # Where a result was looked for or what else was asked with it makes no other result of it.
 FREE_OF_RESULTS = frozenset(("CHECKPOINT_PATH", "TASKS", "evaluate.results_dir"))
-
-# What a run takes over from the run it starts from.
-TAKEN_OVER = re.compile(r"(model|mesh|vocabulary)\.|mixture\.lengths$|VOCABULARY$|TASK_FEATURE_LENGTHS$")
-
-# Settings of a run to start from, where there is none: what files do not set themselves.
-NOT_KNOWN = {"vocabulary.path": "None", "mixture.lengths": "None"}
-
-Settings = tuple[tuple[str, str], ...]  # (name, value), as on the command line
 
 
 class Planned(NamedTuple):
@@ -46,6 +30,7 @@ class Planned(NamedTuple):
 
     run: Run
     folder: str
+    kind: str  # of its stage: "pretraining" or "tuning"
     files: tuple[str, ...]
     overrides: Settings
     parent: Mapping[str, str] | None  # settings of the run it starts from
@@ -66,7 +51,7 @@ class Planned(NamedTuple):
     def request(self) -> dict[str, Any]:
         """What `survey` is asked."""
         return {"name": self.run.name, "files": self.files, "overrides": self.overrides, "parent": self.parent,
-                "trunk": None if self.run.branch_step is None else [self.run.parent, self.run.branch_step]}
+                "after": self.run.parent, "step": self.run.branch_step}
 
 
 class Standing(NamedTuple):
@@ -105,62 +90,142 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
     """
     arms, told = expand(study)
     common = stage_settings(study, configuration, search_paths)
-    read: dict[str, tuple[tuple[str, ...], Settings, Mapping[str, str] | None]] = {}
-    effective: dict[str, Mapping[str, str]] = {}
-    asked: dict[str, Asked] = {}
-    outside: dict[str, bool] = {}  # whether an arm's line begins outside of the study
+    read: dict[str, _Read] = {}
     for arm in arms:
-        outside[arm.name] = arm.source is not None or outside.get(arm.parent or "", False)
-        # The model and its vocabulary are those of what lies outside.
-        stated = [pair for pair in common[arm.stage] if not (outside[arm.name] and TAKEN_OVER.match(pair[0]))]
-        files, overrides = _of_arm(arm, study, stated, search_paths)
-        parent = effective[arm.parent] if arm.parent else _settings_of(arm)
-        start = ("INITIAL_CHECKPOINT_PATH", "planned") if arm.at is None else ("BRANCH_FROM", "planned@1")
-        places: Settings = (("MODEL_DIR", "planned"), *((start,) if parent else ()))
+        parent = read[arm.parent] if arm.parent else None
         try:
-            found = read_configuration(files, [*overrides, *places], search_paths, parent)
-            if "CODE_RATE" in arm.settings and "MIX_PHASES" not in arm.settings and found.resolved(
-                    "mixture.mix_phases") != "None":  # the stage's own, above which the arm's rate would say nothing
-                overrides = (*(pair for pair in overrides if pair[0] != "MIX_PHASES"), ("MIX_PHASES", "None"))
-                found = read_configuration(files, [*overrides, *places], search_paths, parent)
-            asked[arm.name] = Asked(*(_literal(found, name) for name in (
-                "train.train_steps", "train.batch_size", "mixture.code_rate", "mixture.mix_phases")))
-            if asked[arm.name].code_rate is None and asked[arm.name].mix_phases is None:
-                raise ValueError("neither CODE_RATE nor MIX_PHASES is set: give the arm a share of code, such as "
-                                 "{'CODE_RATE': 0.5}.")
-        except ValueError as error:
-            raise ValueError(f"{arm.name}: {error}") from None
-        effective[arm.name] = {name: setting.value for name, setting in found.effective.items()}
-        read[arm.name] = files, overrides, parent
-    runs = plan_runs(study, arms, asked)
+            read[arm.name] = _read_arm(arm, parent, study, configuration, common[arm.stage], search_paths)
+        except (ValueError, OSError) as error:
+            raise type(error)(f"{arm.name}: {error}") from None
+    runs = plan_runs(study, arms, {name: of_arm.asked for name, of_arm in read.items()})
+    branched: dict[str | None, list[int]] = {}
+    for run in runs:
+        if run.branch_step is not None:
+            branched.setdefault(run.parent, []).append(run.branch_step)
     planned = []
     for run in runs:
-        files, overrides, parent = read[run.arm.name]
+        of_arm = read[run.arm.name]
         folder = run_folder(study.directory, run.name)
         own = [("SEED", str(run.seed)), ("MODEL_DIR", folder)]
-        if run.steps != asked[run.arm.name].steps:
+        if run.steps != of_arm.asked.steps:
             own.insert(0, ("TRAIN_STEPS", str(run.steps)))
         if run.branch_step is not None:
             own.append(("BRANCH_FROM", f"{run_folder(study.directory, str(run.parent))}@{run.branch_step}"))
         elif path := run_folder(study.directory, run.parent) if run.parent else run.arm.source:
             own.append(("INITIAL_CHECKPOINT_PATH", path))
-        branched = {other.branch_step for other in runs if other.parent == run.name} - {None}
-        if branched:
-            steps = dict.fromkeys([*_kept(overrides), *sorted(branched)])  # type: ignore[type-var]
+        if run.name in branched:
+            steps = dict.fromkeys([*_kept(of_arm.overrides), *sorted(branched[run.name])])
             own.append(("KEEP_STEPS", str(list(steps))))
-        kept = [pair for pair in overrides if pair[0] not in dict(own)]
+        overrides = (*(pair for pair in of_arm.overrides if pair[0] not in dict(own)), *own)
         # Of a run's evaluation only the settings asked are compared, so that nothing need be taken over here.
         evaluation = [*common["evaluation"], ("CHECKPOINT_PATH", folder)]
         try:
-            asking = read_configuration(study.evaluation_files, evaluation, search_paths, effective[run.arm.name])
+            asking = read_configuration(study.evaluation_files, evaluation, search_paths, of_arm.settings)
             tasks = tuple(_literal(asking, "evaluation.tasks"))
         except ValueError as error:
             raise ValueError(f"evaluation: {error}") from None
         planned.append(Planned(
-            run, folder, files, (*kept, *own), parent,
-            read_configuration(files, [*kept, *own], search_paths, parent or {}),
+            run, folder, of_arm.kind, of_arm.files, overrides, of_arm.parent,
+            read_configuration(of_arm.files, overrides, search_paths, of_arm.parent or {}),
             tuple(study.evaluation_files), tuple(evaluation), asking, tasks))
     return planned, told
+
+
+class _Read(NamedTuple):
+    """An arm's files and settings, read as its runs will read them."""
+
+    arm: Arm
+    outside: bool  # whether its line begins outside of the study
+    files: tuple[str, ...]
+    overrides: Settings
+    parent: Mapping[str, str] | None  # settings of what it starts from
+    settings: Mapping[str, str]  # all that hold
+    asked: Asked
+
+    @property
+    def kind(self) -> str:
+        return self.asked.kind or self.arm.stage
+
+
+def _read_arm(
+    arm: Arm, parent: _Read | None, study: Study, configuration: Configuration, common: Settings,
+    search_paths: Sequence[str],
+) -> _Read:
+    """Reads an arm, given what it starts from in the study, and what the study says of its stage."""
+    outside = arm.source is not None or parent is not None and parent.outside
+    taken_over = newest_settings(arm.source, training=True)[1] if arm.source is not None else \
+        parent.settings if parent else None
+    files = (*study.files(arm.stage), *((arm.gin_file,) if arm.gin_file else ()))
+    if arm.at is not None and parent:
+        below = _of_trunk(arm, parent, study, configuration, search_paths)
+    else:
+        # Where a run starts from another, the model and its vocabulary are that one's.
+        scoped = {} if outside else dict(configuration.of_stage(arm.stage))
+        below = {name: value for name, value in common
+                 if taken_over is None or name in scoped or not TAKEN_OVER.match(name)}
+    if arm.gin_file and (arm.at is None or parent is None or arm.gin_file != parent.arm.gin_file):
+        # What its own file sets is above what the study says of the stage.
+        alone = {setting.name for setting in of_files(study, arm.stage, search_paths, arm.gin_file).settings
+                 if setting.where.startswith(f"{arm.gin_file}:")}
+        below = {name: value for name, value in below.items() if name not in alone}
+    own = {name: value if isinstance(value, str) and value[:1] in ("@", "%") else bare_value(repr(value))
+           for name, value in arm.settings.items()}
+    start = ("INITIAL_CHECKPOINT_PATH", "planned") if arm.at is None else ("BRANCH_FROM", "planned@1")
+    places: Settings = (("MODEL_DIR", "planned"), *((start,) if taken_over else ()))
+
+    def reading(overrides: Mapping[str, str]) -> Configuration:
+        return read_configuration(files, [*overrides.items(), *places], search_paths, taken_over)
+
+    overrides = below | own
+    found = reading(overrides)
+    if "CODE_RATE" in own and "MIX_PHASES" not in own and found.resolved("mixture.mix_phases") != "None":
+        overrides |= {"MIX_PHASES": "None"}  # the stage's own, above which the arm's rate would say nothing
+        found = reading(overrides)
+    if above := _above_files(arm, found):
+        overrides |= above
+        found = reading(overrides)
+    asked = Asked(*(_literal(found, name) for name in (
+        "train.train_steps", "train.batch_size", "mixture.code_rate", "mixture.mix_phases")))._replace(
+            kind=_kind_of(found))
+    if asked.code_rate is None and asked.mix_phases is None:
+        raise ValueError("neither CODE_RATE nor MIX_PHASES is set: give the arm a share of code, such as "
+                         "{'CODE_RATE': 0.5}.")
+    return _Read(arm, outside, files, tuple(overrides.items()), taken_over,
+                 {name: setting.value for name, setting in found.effective.items()}, asked)
+
+
+def _of_trunk(
+    arm: Arm, trunk: _Read, study: Study, configuration: Configuration, search_paths: Sequence[str]
+) -> dict[str, str]:
+    """What a branch has below its own settings: the trunk's, and above them its stage's where that is another."""
+    of_trunk = dict(trunk.overrides)
+    stage: dict[str, str] = {}
+    if arm.stage != trunk.arm.stage:
+        stage = dict(bare(configuration.of_stage(arm.stage)))
+        files, before = (of_files(study, name, search_paths) for name in (arm.stage, trunk.arm.stage))
+        if _kind_of(files) != trunk.kind:
+            raise ValueError(f"its stage, {arm.stage}, is of {_kind_of(files)}, and a branch goes on in the kind of "
+                             f"its trunk, {trunk.kind}: start from the end of {trunk.arm.name}, without a step.")
+        for name, setting in files.effective.items():
+            if name in before.effective and before.effective[name].value != setting.value:  # these files say so
+                of_trunk.pop(name, None)
+    return without_mix(of_trunk, [*stage, *arm.settings]) | stage
+
+
+def _kind_of(configuration: Configuration) -> str:
+    return _literal(configuration, "mixture.stage") or "pretraining"
+
+
+def _above_files(arm: Arm, found: Configuration) -> dict[str, str]:
+    """What a run takes over and the files of its stage, made for runs from new parameters, set otherwise."""
+    above = {}
+    for setting in found.settings[:found.taken_over]:
+        here = found.effective[setting.name]
+        is_free = setting.name.startswith("mesh.") or setting.name.removeprefix("model.") in FREE_OF_MODEL
+        is_of_stage = not here.where.startswith(("--gin.", f"{arm.gin_file}:"))
+        if here.value != setting.value and is_of_stage and not is_free and not here.value.startswith("%"):
+            above[setting.name] = bare_value(setting.value)
+    return above
 
 
 def _kept(overrides: Settings) -> list[Any]:
@@ -168,121 +233,9 @@ def _kept(overrides: Settings) -> list[Any]:
     return list(ast.literal_eval(dict(overrides).get("KEEP_STEPS", "[]")))
 
 
-def _settings_of(arm: Arm) -> Mapping[str, str] | None:
-    """Settings of the run directory or the published weights that an arm starts from, if it does."""
-    try:
-        return None if arm.source is None else newest_settings(arm.source, training=True)[1]
-    except (OSError, ValueError) as error:
-        raise type(error)(f"{arm.name}: {error}") from None
-
-
 def run_folder(directory: str, name: str) -> str:
     """The directory of a run."""
     return f"{directory.rstrip('/')}/runs/{name}"
-
-
-def stage_settings(study: Study, configuration: Configuration, search_paths: Sequence[str]) -> dict[str, Settings]:
-    """What a study's file and flags set for each of its stages.
-
-    A setting with a stage before its name, tuning/BATCH_SIZE, is of that stage. One without holds for every stage that
-    reads it, below the stages' own; but what a run takes over from the run that it starts from, such as the model's
-    size, is set where the first of them begins.
-
-    Raises:
-      ValueError: no stage reads a setting, or the study sets it itself.
-    """
-    effective = configuration.effective
-    of_study = {macro for name, setting in effective.items() if name.startswith("study.")
-                for macro in references("%", setting.value)}
-    used = {macro for setting in effective.values() for macro in references("%", setting.value)}
-    shared = [name for name in effective if "/" not in name and not name.startswith("study.") and name not in of_study]
-    names = {stage: _names_of_stage(study, stage, search_paths) for stage in STAGES}
-    for name in shared:
-        if effective[name].where.startswith("gin/models/"):
-            raise ValueError(f"{effective[name].where}: a size holds for pre-training, and what is tuned takes it "
-                             "over: name its file in PRETRAINING_FILES, or as an arm's 'gin_file'.")
-        if name in (*OWN, "CHECKPOINT_PATH"):
-            raise ValueError(f"{effective[name].where}: the study sets {name} itself: SEEDS lists seeds, STUDY_DIR is "
-                             "where runs are kept, and an arm's 'from' names the run to start from.")
-        if name not in used and not any(name.rpartition(".")[0] in known or name in known for known in names.values()):
-            raise ValueError(f"{effective[name].where}: no stage of the study reads the setting {name}"
-                             + nearest(name, set().union(*names.values())))
-    common: dict[str, Settings] = {}
-    for stage, known in names.items():
-        inherits = stage != "pretraining"
-        of_all = [(name, str(configuration.resolved(name))) for name in shared
-                  if (name.rpartition(".")[0] or name) in known and not (inherits and TAKEN_OVER.match(name))]
-        common[stage] = tuple((dict(_bare(of_all)) | dict(_bare(configuration.of_stage(stage)))).items())
-    return common
-
-
-def _names_of_stage(study: Study, stage: str, search_paths: Sequence[str]) -> set[str]:
-    """The macros that a stage's files use, and the configurables that they bind or refer to."""
-    read = read_configuration(study.files(stage), _placeholders(stage), search_paths, NOT_KNOWN)
-    names = {name.rpartition(".")[0] for setting in read.settings if "." in (name := setting.name)}
-    for setting in read.settings:
-        names |= set(re.findall(r"[%@](\w+)", setting.value))
-    return names
-
-
-def stage_configuration(study: Study, configuration: Configuration, stage: str,
-                        search_paths: Sequence[str]) -> Configuration:
-    """What holds for the runs of a stage before an arm adds its own, each setting with where it stands."""
-    common = stage_settings(study, configuration, search_paths)[stage]
-    read = read_configuration(study.files(stage), [*_placeholders(stage), *common], search_paths, NOT_KNOWN)
-    effective = configuration.effective
-
-    def placed(setting: Setting) -> Setting:
-        if not setting.where.startswith("--gin."):
-            return setting
-        stated = effective.get(f"{stage}/{setting.name}") or effective.get(setting.name)
-        return dataclasses.replace(setting, where=stated.where if stated else "the study's plan")
-
-    return dataclasses.replace(read, settings=tuple(map(placed, read.settings)))
-
-
-def explain_in_study(study: Study, configuration: Configuration, name: str, search_paths: Sequence[str]) -> str:
-    """What sets a value in a study, in a few lines: of a stage (tuning/BATCH_SIZE), or of each that reads it.
-
-    Raises:
-      ValueError: neither the study nor a stage of it has a setting of that name.
-    """
-    stage, _, plain = name.rpartition("/")
-    if stage in STAGES:
-        return f"{stage}/{explain(stage_configuration(study, configuration, stage, search_paths), plain)}"
-    names = {stage: _names_of_stage(study, stage, search_paths) for stage in STAGES}
-    reading = [stage for stage, known in names.items() if name in known or name.rpartition(".")[0] in known]
-    if not reading and name in configuration.effective:  # of the study itself
-        return explain(configuration, name)
-    if not reading:
-        raise ValueError(f"Nothing is named {name!r}"
-                         + nearest(name, set().union(configuration.effective, *names.values())))
-    return "\n".join(f"{stage}/{explain(stage_configuration(study, configuration, stage, search_paths), name)}"
-                     for stage in reading)
-
-
-def _of_arm(
-    arm: Arm, study: Study, common_settings: Sequence[tuple[str, str]], search_paths: Sequence[str]
-) -> tuple[tuple[str, ...], Settings]:
-    """The gin files and the settings of an arm; what its own file sets is above what the study says of the stage."""
-    common = dict(common_settings)
-    if arm.gin_file:
-        alone = {setting.name for setting in read_configuration(
-            [*study.files(arm.stage), arm.gin_file], _placeholders(arm.stage), search_paths, NOT_KNOWN).settings
-            if setting.where.startswith(f"{arm.gin_file}:")}
-        common = {name: value for name, value in common.items() if name not in alone}
-    own = {name: value if isinstance(value, str) and value[:1] in ("@", "%") else _bare_value(repr(value))
-           for name, value in arm.settings.items()}
-    return (*study.files(arm.stage), *((arm.gin_file,) if arm.gin_file else ())), tuple((common | own).items())
-
-
-def _placeholders(stage: str) -> Settings:
-    """Settings that the files of a stage need and only the plan has, for reading the files alone."""
-    names = {
-        "pretraining": ["MODEL_DIR", "CODE_RATE", "INITIAL_CHECKPOINT_PATH"],
-        "tuning": ["MODEL_DIR", "CODE_RATE", "INITIAL_CHECKPOINT_PATH"],
-        "evaluation": ["CHECKPOINT_PATH"]}[stage]
-    return tuple((name, "None") for name in names)
 
 
 def _literal(configuration: Configuration, name: str) -> Any:
@@ -291,19 +244,6 @@ def _literal(configuration: Configuration, name: str) -> Any:
         return None if value is None else ast.literal_eval(value)
     except (ValueError, SyntaxError):
         raise ValueError(f"{name} must be a plain value in a study, found {value}.") from None
-
-
-def _bare(settings: Sequence[tuple[str, str]]) -> Settings:
-    return tuple((name, _bare_value(value)) for name, value in settings)
-
-
-def _bare_value(value: str) -> str:
-    """A value as one types it: a string without quotes where it is read as one all the same."""
-    try:
-        text = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-    return text if isinstance(text, str) and as_gin_value(text) == repr(text) and text else value
 
 
 def _flags(files: Sequence[str], overrides: Settings, search_paths: Sequence[str]) -> list[str]:
@@ -317,10 +257,12 @@ def plan_as_json(
 ) -> dict[str, Any]:
     """What STUDY_DIR/study.json holds."""
     common = stage_settings(study, configuration, search_paths)
-    return {"comparison": study.comparison, "seeds": list(study.seeds), "common": {
-        stage: {"gin_files": study.files(stage), "settings": dict(common[stage])} for stage in STAGES}, "runs": [
-        {"run": one.run.name, "arm": one.run.arm.name, "stage": one.run.arm.stage, "seed": one.run.seed,
-         "from": one.run.start, "mix": one.run.mix, "steps": one.run.steps, "gin_file": one.run.arm.gin_file,
+    stages = {stage: {"gin_files": study.files(stage), "settings": dict(settings)}
+              for stage, settings in common.items()}
+    return {"comparison": study.comparison, "seeds": list(study.seeds), "common": stages, "runs": [
+        {"run": one.run.name, "arm": one.run.arm.name, "stage": one.run.arm.stage, "kind": one.kind,
+         "seed": one.run.seed, "from": one.run.start, "mix": one.run.mix, "steps": one.run.steps,
+         "gin_file": one.run.arm.gin_file,
          "settings": {name: value for name, value in one.run.arm.settings.items() if value is not None}}
         for one in planned]}
 

@@ -6,25 +6,25 @@ free again when it ends.
 What of the benchmarks stands in what they are trained on is found in the same way (`contamination.py`).
 """
 
-import functools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
 
-from codellm_jax.configuration import build, read_configuration
+from codellm_jax.configuration import LEARNING_RATES, build, read_configuration
 from codellm_jax.evaluation.contamination import measure_into
 from codellm_jax.model.decoder import flops_per_token, parameter_count
 from codellm_jax.runtime.process import use_compilation_cache
-from codellm_jax.runtime.state import bytes_per_device, initial_state
-from codellm_jax.training.begin import Trunk, trunk_after
-from codellm_jax.training.plan import Plan, Training, make_plan, unit
+from codellm_jax.runtime.state import TrainState, bytes_per_device, initial_state
+from codellm_jax.settings import Configuration, references
+from codellm_jax.training.begin import trunk_after
+from codellm_jax.training.plan import Plan, Training, make_plan
 from codellm_jax.training.train import batch_of_step, jit_train_step
 
 MEASURED_STEPS = 3
@@ -38,7 +38,8 @@ def survey(
 
     Args:
       requests: for each run its "name", "files", "overrides" ([[name, value], ...]), "parent", the settings of the
-        run that it starts from, or None, and "trunk", [name, step] of the run that it branches from, or None.
+        run that it starts from, or None; "after", the name of that run where it is one of these, or None; and "step",
+        where it branches from that, or None.
       search_paths: where gin files are looked for besides.
       measure: whether to time some steps: of each stage and model, those of the run with the most rows.
       report: is told lines of progress.
@@ -48,29 +49,46 @@ def survey(
     """
     runs: dict[str, dict[str, Any]] = {}
     programs: dict[str, tuple[str, Training, Plan]] = {}  # of each stage and model, the one with the most rows
-    trunks: dict[str, Callable[[int, Training], Trunk]] = {}  # of each run, what one that branches at a step takes over
+    planned: dict[str, tuple[Training, Plan, Line | None]] = {}  # of each run, and what is behind it when it begins
+    states: dict[str, TrainState] = {}  # the abstract ones, each traced once
     for request in requests:
         name = request["name"]
         try:
             configuration = read_configuration(
                 request["files"], [tuple(pair) for pair in request["overrides"]], search_paths, request["parent"])
             training = build(configuration, "train")
-            trunk = trunks[request["trunk"][0]](request["trunk"][1], training) if request.get("trunk") else None
-            plan = make_plan(training, report, trunk)
-            trunks[name] = functools.partial(trunk_after, training, plan)
+            before, trunk = None, None
+            if after := request["after"]:
+                step = request["step"]
+                before = line_of(*planned[after], step)
+                trunk = trunk_after(*planned[after][:2], step, training) if step is not None else None
+            shapes = _of_state(configuration)
+            plan = make_plan(training, report, trunk, states.get(shapes))
+            states[shapes] = plan.state
+            planned[name] = training, plan, before
         except KeyError:
-            runs[name] = {"error": f"{request['trunk'][0]}, which it branches from, cannot be planned"}
+            runs[name] = {"error": f"{request['after']}, which it starts from, cannot be planned"}
             continue
         except (ValueError, OSError) as error:
             runs[name] = {"error": " ".join(str(error).split())}
             continue
-        runs[name] = facts(training, plan)
+        runs[name] = facts(training, plan, before)
         program = runs[name]["program"]
         if program not in programs or plan.rows > programs[program][2].rows:
             programs[program] = (name, training, plan)
     measured = {program: {"run": name} | measured_step(training, plan)
                 for program, (name, training, plan) in programs.items()} if measure else {}
     return {"runs": runs, "measured": measured}
+
+
+def _of_state(configuration: Configuration) -> str:
+    """What the shapes of a run's state follow from: the settings of its model, vocabulary, mesh and optimizer."""
+    free = ("train.", "mixture.", "tasks.", "benchmarks.", "evaluation.", *(f"{name}." for name in LEARNING_RATES))
+    names = [name for name in configuration.effective if name in ("train.optimizer", "train.model", "mixture.lengths")
+             or "." in name and not name.startswith(free)]
+    values = [str(configuration.resolved(name)) for name in names]
+    macros = {macro: configuration.resolved(macro) for value in values for macro in references("%", value)}
+    return str([*zip(names, values, strict=True), *macros.items()])
 
 
 def measure_contamination(
@@ -95,20 +113,41 @@ def measure_contamination(
     measure_into(path, build(settings, "contamination"), list(mixtures.values()))
 
 
-def facts(training: Training, plan: Plan) -> dict[str, Any]:
-    """Of one run: steps, tokens, FLOPs, and what of each source it will take, as JSON."""
-    order, config, length = plan.mixture.order, plan.model.config, training.mixture.length
-    drawn = order.counts(plan.last_step * training.batch_size)
-    size = 1 if plan.mixture.stage == "tuning" else length
-    steps = plan.last_step - plan.first_step
-    tokens = steps * plan.rows * length
+class Line(NamedTuple):
+    """What a run has taken at its end, with all that it stands on: a trunk's part is that up to the branch."""
+
+    tokens: int  # with padding
+    flops: float
+    text_tokens: int  # of documents
+    text_examples: int  # of instructions
+    epochs: list[tuple[str, str, float]]  # of each source, by its name and the hash of its content
+
+
+def line_of(training: Training, plan: Plan, before: Line | None, step: int | None = None) -> Line:
+    """What a run, after what is `before` it, has taken up to a step; None for its last."""
+    step = plan.last_step if step is None else step
+    order, tuning = plan.mixture.order, plan.mixture.stage == "tuning"
+    before = before or Line(0, 0.0, 0, 0, [])
+    tokens = (step - plan.first_step) * plan.rows * training.mixture.length
+    epochs, text = {(name, content): count for name, content, count in before.epochs}, 0
+    for source, count in zip(order.sources, order.counts(step * training.batch_size).tolist(), strict=True):
+        key = source.name, source.content_hash
+        epochs[key] = epochs.get(key, 0.0) + count / source.rows
+        text += count if source.pool == "text" else 0
+    return Line(before.tokens + tokens, before.flops + flops_per_token(plan.model.config, causal=False) * tokens,
+                before.text_tokens + (0 if tuning else text * training.mixture.length),
+                before.text_examples + (text if tuning else 0),
+                [(*key, count) for key, count in epochs.items()])
+
+
+def facts(training: Training, plan: Plan, before: Line | None) -> dict[str, Any]:
+    """Of one run: steps, tokens, FLOPs and epochs by itself, and its "line", after what is `before` it; as JSON."""
+    config, own = plan.model.config, line_of(training, plan, None)
     return {
-        "stage": plan.mixture.stage, "steps": steps, "rows": plan.rows, "length": length, "tokens": tokens,
-        "flops": flops_per_token(config, causal=False) * tokens, "parameters": parameter_count(config),
-        "order": order.fingerprint(), "warnings": list(plan.mixture.warnings),
-        "counted": unit(plan.mixture) if size == 1 else "tokens",
-        "sources": [{"name": source.name, "drawn": int(count) * size, "epochs": float(count / source.rows)}
-                    for source, count in zip(order.sources, drawn, strict=True)],
+        "stage": plan.mixture.stage, "steps": plan.last_step - plan.first_step, "rows": plan.rows,
+        "length": training.mixture.length, "batch_size": training.batch_size, "tokens": own.tokens, "flops": own.flops,
+        "epochs": own.epochs, "line": line_of(training, plan, before)._asdict(), "parameters": parameter_count(config),
+        "order": plan.mixture.order.fingerprint(), "warnings": list(plan.mixture.warnings),
         # Steps of one stage, model and length differ in nothing but rows, to which their cost is proportional.
         "program": f"{plan.mixture.stage}, {config}",
     }

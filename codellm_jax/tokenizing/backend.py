@@ -1,5 +1,6 @@
 """What every kind of tokenizer does, and which kind a file is: its content says so, never its name."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -71,6 +72,7 @@ class Backend(Protocol):
         ...
 
 
+@functools.lru_cache(maxsize=4)
 def read_backend(content: bytes, file: str, text_form: str = "plain", special: Sequence[str] = ()) -> Backend:
     """The tokenizer in a file's content.
 

@@ -122,10 +122,14 @@ class Plan:
         return self.trunk.step if self.trunk else 0
 
 
-def make_plan(training: Training, report: Callable[[str], None] = print, trunk: Trunk | None = None) -> Plan:
+def make_plan(
+    training: Training, report: Callable[[str], None] = print, trunk: Trunk | None = None,
+    state: TrainState | None = None,
+) -> Plan:
     """Builds everything but arrays; writes the cache of rows where there is none.
 
-    `trunk` stands in for that of BRANCH_FROM, where that is not trained yet.
+    `trunk` stands in for that of BRANCH_FROM, where that is not trained yet; `state` is the abstract state, where it is
+    known from a run of the same model, optimizer and mesh.
 
     Raises:
       ValueError: in one line, for any setting that does not fit the others.
@@ -137,7 +141,7 @@ def make_plan(training: Training, report: Callable[[str], None] = print, trunk: 
         require_divisible(training.batch_size, training.microbatches, mesh)
     model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
     optimizer = training.optimizer(training.learning_rate)
-    state = abstract_state(model, optimizer, mesh, training.mesh)
+    state = state or abstract_state(model, optimizer, mesh, training.mesh)
     trunk = trunk or trunk_of(training)
     first_step = trunk.step if trunk else 0
     if first_step >= training.train_steps:

@@ -1,0 +1,60 @@
+"""What gin files and flags say, setting by setting, each with where it stands."""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One line of a gin file or one flag."""
+
+    name: str  # a macro such as BATCH_SIZE, or configurable.parameter
+    value: str  # as gin writes it
+    where: str  # file:line, or the flag
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """All settings in the order in which they were read, and the modules that gin files import."""
+
+    settings: tuple[Setting, ...]
+    imports: tuple[str, ...] = ()
+    taken_over: int = 0  # so many of the settings, the first ones, are those of a run that is gone on from
+
+    @functools.cached_property
+    def effective(self) -> dict[str, Setting]:
+        """The last setting of each name."""
+        return {setting.name: setting for setting in self.settings}
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """Name -> value of what files and flags say; nothing of it is taken over from another run."""
+        return {setting.name: setting.value for setting in self.settings[self.taken_over:]}
+
+    def of_stage(self, stage: str) -> list[tuple[str, str]]:
+        """(name, value) of what a study's file says of one of its stages, as on the command line of its runs."""
+        return [(name.removeprefix(f"{stage}/"), str(self.resolved(name))) for name in self.effective
+                if name.startswith(f"{stage}/")]
+
+    def resolved(self, name: str) -> str | None:
+        """The value of a setting, and where it is that of a macro the macro's; None where nothing sets it."""
+        effective = self.effective
+        value = effective[name].value if name in effective else None
+        while value and re.fullmatch(r"%\w+", value):
+            value = effective[value[1:]].value
+        return value
+
+
+@functools.lru_cache(maxsize=4096)
+def references(mark: str, value: str) -> tuple[str, ...]:
+    """The names behind each "@" or "%" of a value as gin writes it, but for those inside of strings."""
+    return tuple(re.findall(rf"{mark}([\w/.]+)", re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", value)))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the names that are like it, or a full stop."""
+    near = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}." if near else "."
