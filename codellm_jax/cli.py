@@ -95,13 +95,14 @@ def _leave(status: int) -> int:
 
 
 def _configuration(flags: argparse.Namespace) -> Any:
-    from codellm_jax.configuration import read_configuration
+    from codellm_jax.configuration import read_configuration, read_settings
 
     if not flags.gin_file:
         if flags.command in ("study", "eval", "infer"):
             raise ValueError(f"no --gin_file is given; gin/{flags.command}.gin is the one to begin with.")
         raise ValueError("no --gin_file is given; gin/mixed_pretrain.gin trains on data that is always there.")
-    return read_configuration(flags.gin_file, flags.overrides, _search_paths(flags))
+    read = read_settings if getattr(flags, "status", False) else read_configuration
+    return read(flags.gin_file, flags.overrides, _search_paths(flags))
 
 
 def _search_paths(flags: argparse.Namespace) -> tuple[str, ...]:
@@ -163,12 +164,9 @@ def _eval(flags: argparse.Namespace) -> int:
 def _study(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
     if flags.status:
-        from codellm_jax.configuration import build
-        from codellm_jax.study.status import status
+        from codellm_jax.study.status import directory_of, status
 
-        if "study.directory" not in configuration.effective:
-            raise ValueError("the gin files plan no study: give one such as gin/study.gin.")
-        print(status(build(configuration, "study").directory))
+        print(status(directory_of(configuration)))
         return 0
     from codellm_jax.study.execute import Options, study
 
@@ -312,7 +310,15 @@ def _import(flags: argparse.Namespace) -> int:
 
 
 def _launch(flags: argparse.Namespace) -> int:
-    from codellm_jax.pods.job import VERBS, Job, accelerator, default_name, require_reachable, source
+    from codellm_jax.pods.job import (
+        VERBS,
+        Job,
+        accelerator,
+        default_name,
+        require_one_host,
+        require_reachable,
+        source,
+    )
     from codellm_jax.pods.launch import commands, launch
 
     tpu = accelerator(flags.tpu)
@@ -324,10 +330,19 @@ def _launch(flags: argparse.Namespace) -> int:
     configuration = _configuration(command)
     from codellm_jax.configuration import require_types, shipped_gin_files
 
+    def reachable(verb: str, files: Sequence[str], asked: Any) -> str:
+        return require_reachable(verb, files, _search_paths(command), {
+            name: setting.value for name, setting in asked.effective.items()}, list(shipped_gin_files()))
+
     require_types(configuration)
-    run = require_reachable(
-        command.command, command.gin_file, list(_search_paths(command)),
-        {name: setting.value for name, setting in configuration.effective.items()}, list(shipped_gin_files()))
+    run = reachable(command.command, command.gin_file, configuration)
+    if command.command == "study":
+        from codellm_jax.study.execute import study_of
+        from codellm_jax.study.planned import planned_runs
+
+        require_one_host(tpu)
+        for one in planned_runs(study_of(configuration), configuration, _search_paths(command))[0]:
+            reachable("train", one.files, one.training)
     job = Job(flags.name or default_name(run), tpu, flags.zone, source(), tuple(flags.job), flags.project, flags.spot)
     if flags.print_only:
         print(commands(job))

@@ -3,6 +3,7 @@
 Times are told by this machine's clock beside the workers' own, so that they are as right as the clocks are.
 """
 
+import ast
 import json
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from codellm_jax.runtime.progress import duration, read_records
+from codellm_jax.settings import Configuration
 from codellm_jax.study.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
 
@@ -24,6 +26,18 @@ class _Found(NamedTuple):
     holder: Holder | None = None
     note: str = ""
     left: float | None = None  # seconds, of what is not done
+
+
+def directory_of(configuration: Configuration) -> str:
+    """STUDY_DIR of these settings. Raises ValueError where they plan no study."""
+    value = configuration.resolved("study.directory")
+    try:
+        directory = ast.literal_eval(value or "")
+    except (ValueError, SyntaxError):
+        directory = None
+    if not isinstance(directory, str):
+        raise ValueError("the gin files plan no study: give one such as gin/study.gin.")
+    return directory
 
 
 def status(directory: str, now: float | None = None) -> str:

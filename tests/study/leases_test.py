@@ -121,8 +121,8 @@ def test_who_loses_a_lease_stops_at_the_next_beat(place, how):
         assert lease is not None
         value = thief.read("A.seed0")[0]
         assert value is not None
-        while not (thief.write("A.seed0", value | {"token": "another", "worker": "host:1"} if how == "taken" else None)):
-            pass
+        another = value | {"token": "another", "worker": "host:1"}
+        thief.write("A.seed0", another if how == "taken" else None)
         assert stopped.wait(2.0)
         assert lease.lost == ("host:1 took it over" if how == "taken" else "it was removed")
     assert (thief.read("A.seed0")[0] or {}).get("token") == ("another" if how == "taken" else None)
@@ -142,7 +142,7 @@ def test_who_cannot_renew_stops_before_others_may_take_it(tmp_path, monkeypatch)
 
 def test_a_process_that_is_gone_from_this_machine_is_known_to_be(place):
     script = ("import sys, time; from codellm_jax.study.leases import Leases, State\n"
-              "with Leases(State(sys.argv[1])).held('A.seed0', lambda: None): print('held', flush=True); time.sleep(60)")
+              "with Leases(State(sys.argv[1])).held('A.seed0', print): print('held', flush=True); time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", script, place], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     other = Leases(State(place))

@@ -18,7 +18,7 @@ from codellm_jax.study.printed import kubernetes_job, slurm_script
 
 ROOT = Path(__file__).resolve().parents[2]
 ODD = ["study", "--gin_file=my study's.gin", "--gin.VOCABULARY=$(NAME) $$ ${HOME} `id` $(id) \"q\" 'it''s' \\n \\",
-       "--gin.ARMS={'é': {'CODE_RATE': 0.5}}\n#SBATCH --array=0-99\n...\n--- # no comment: [é, \U0001f600]\t\x7f\x85\u2028",
+       "--gin.ARMS={'é': {'CODE_RATE': 0.5}}\n#SBATCH --array=0-99\n...\n--- # none: [é, \U0001f600]\t\x7f\x85\u2028",
        "--gin.X=", "--gin.Y= yes: no ", "--gin.Z=!x &y *z %a @b | > ?"]
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
@@ -100,7 +100,7 @@ def test_odd_settings_come_through_kubernetes(fake):
     assert given(fake) == [ODD] * 3
 
 
-@pytest.mark.parametrize("form", ["slurm", "kubernetes"])
+@pytest.mark.parametrize("form", ["slurm", pytest.param("kubernetes", marks=pytest.mark.slow)])
 def test_the_printed_job_makes_the_study(fake, monkeypatch, capsys, form):
     directory = fake / "My study"
     monkeypatch.chdir(ROOT)

@@ -32,9 +32,9 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def flags(directory: Path, *more: str) -> list[str]:
-    return ["study", "--gin_file=gin/study.gin", f"--gin.STUDY_DIR={directory}", f"--gin.ARMS={ARMS}", "--gin.SEEDS=[0]",
-            "--gin.evaluation/TASKS=[]", f"--gin.pretraining/TRAIN_STEPS={STEPS}", f"--gin.tuning/TRAIN_STEPS={STEPS}",
-            f"--lease_seconds={LEASE_SECONDS}", *more]
+    return ["study", "--gin_file=gin/study.gin", f"--gin.STUDY_DIR={directory}", f"--gin.ARMS={ARMS}",
+            "--gin.SEEDS=[0]", "--gin.evaluation/TASKS=[]", f"--gin.pretraining/TRAIN_STEPS={STEPS}",
+            f"--gin.tuning/TRAIN_STEPS={STEPS}", f"--lease_seconds={LEASE_SECONDS}", *more]
 
 
 @pytest.fixture
@@ -160,6 +160,7 @@ def test_a_stopped_worker_gives_its_run_back_at_once(start, tmp_path, alone):
     require_trained_once(directory)
 
 
+@pytest.mark.slow
 def test_a_suspended_worker_loses_its_run_and_leaves_it_to_the_other(start, tmp_path, alone):
     """Its command goes on meanwhile, and holds the run's directory; the other waits for that, too."""
     directory = tmp_path / "s"
@@ -212,6 +213,7 @@ def test_a_run_that_fails_is_told_and_left_alone_until_it_is_asked_for(start, tm
     require_trained_once(directory)
 
 
+@pytest.mark.slow
 def test_redo_by_four_at_once_makes_a_run_again_once(start, tmp_path):
     directory = tmp_path / "s"
     assert start(STEP_SECONDS="0.001").wait(60) == 0
@@ -244,6 +246,7 @@ def test_workers_side_by_side_have_devices_of_their_own(start, tmp_path, alone):
     assert len({process for _, process in began.values()}) == 6
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_all_that_work_side_by_side(start, tmp_path):
     one = start("--devices_per_run=1", STEP_SECONDS="0.2", DEVICES="3")
     wait_until(lambda: len(trained(tmp_path / "s")) == 3)
