@@ -66,7 +66,8 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
     for line in told:
         report(line)
     if options.print_commands:
-        report(printed(options.print_commands, chosen, asked, options.search_paths, options.command))
+        report(printed(options.print_commands, chosen, asked, options.search_paths, options.command,
+                       options.devices_per_run))
         return 0
     if not options.lease_seconds > 0:
         raise ValueError(f"--lease_seconds must be positive, found {options.lease_seconds:g}.")
@@ -138,10 +139,13 @@ def _begin(
     """Writes the plan, and puts aside or refuses what is of another, one worker after the other; returns how far each
     run has come.
     """
-    state = leases.state
+    state, told = leases.state, False
     while not processes.stopped:
         with leases.held("plan", processes.kill) as lease:
             if lease is None:
+                if not told:
+                    processes.report("Waiting for another worker, which writes the plan")
+                told = True
                 processes.wait(min(1.0, leases.poll_seconds))
                 continue
             stand = stand_of(planned, facts)

@@ -15,6 +15,7 @@ A holder that finds another's lease in the place of its own, or could not renew 
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -86,12 +87,21 @@ def _started(process: int) -> str | None:
 
 
 class State:
-    """The files of STUDY_DIR/state: leases, and records of what workers found of runs. `directory` is local or gs://."""
-
-    TIMEOUT = 10.0  # seconds for one file; a beat is two, and half a lease's time must be longer than a beat takes
+    """The files of STUDY_DIR/state: leases, and records of what workers found of runs."""
 
     def __init__(self, directory: str) -> None:
+        """
+        Args:
+          directory: STUDY_DIR, local or gs://.
+
+        Raises:
+          ValueError: it is on another kind of storage.
+          OSError: it cannot be opened.
+        """
+        if "://" in directory and not directory.startswith("gs://"):
+            raise ValueError(f"STUDY_DIR is {directory}; workers share a folder of a disk, or one in gs://.")
         self.directory = directory
+        self._timeout = 60.0  # seconds for one file
         place = f"{directory.rstrip('/')}/state/"
         if place.startswith("gs://"):
             bucket, _, path = place.removeprefix("gs://").partition("/")
@@ -103,12 +113,18 @@ class State:
     def _done(self, future: Any) -> Any:
         """What it gives. Raises OSError, in one line, where the directory cannot be read or written."""
         try:
-            return future.result(timeout=self.TIMEOUT)
+            return future.result(timeout=self._timeout)
         except TimeoutError:
-            raise OSError(f"STUDY_DIR {self.directory} did not answer for {self.TIMEOUT:.0f} s.") from None
+            raise OSError(f"STUDY_DIR {self.directory} did not answer for {self._timeout:.0f} s.") from None
         except ValueError as error:
             reason = " ".join(str(error).replace("\0", "").split())
             raise OSError(f"STUDY_DIR {self.directory} cannot be read or written: {reason}") from None
+
+    def within(self, seconds: float) -> "State":
+        """The same, which gives up on a file after so many seconds."""
+        other = copy.copy(self)
+        other._timeout = seconds
+        return other
 
     def names(self, ending: str) -> list[str]:
         """Of the leases that are there, or of the records."""
@@ -213,7 +229,9 @@ class Lease:
     def __init__(self, state: State, name: str, holder: Holder, lost: Callable[[], None]) -> None:
         self.name = name
         self.lost = ""
-        self._state, self._holder, self._on_lost = state, holder, lost
+        # A beat reads and writes: it takes no longer than the time between two.
+        self._state = state.within(max(1.0, holder.expires / BEATS / 2))
+        self._holder, self._on_lost = holder, lost
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"lease of {name}", daemon=True)
         self._thread.start()
@@ -227,7 +245,7 @@ class Lease:
                 renewed = began
             except OSError as error:
                 problem = str(error)
-            if time.monotonic() - renewed > self._holder.expires / 2:  # well before others may take it
+            if time.monotonic() - renewed > self._holder.expires / 2:  # before others may take it
                 self.lost = f"it could not be renewed ({problem})"
             if self.lost:
                 break

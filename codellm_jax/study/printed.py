@@ -15,13 +15,14 @@ IMAGE = "REGION-docker.pkg.dev/PROJECT/REPOSITORY/codellm_jax:COMMIT"  # as in d
 
 
 def printed(form: str, chosen: Sequence[Planned], asked: Study, search_paths: Sequence[str],
-            again: Sequence[str]) -> str:
+            again: Sequence[str], devices_per_run: int | None) -> str:
     """The plan in one of FORMS.
 
     Args:
       chosen: the runs.
       search_paths: where gin files are looked for besides.
       again: arguments of `t5x` that make the same runs of the same study.
+      devices_per_run: of each machine's workers; None where a machine is one.
 
     Raises:
       ValueError: the study lies where the workers would not share it.
@@ -30,7 +31,7 @@ def printed(form: str, chosen: Sequence[Planned], asked: Study, search_paths: Se
         return shell_commands(chosen, asked, search_paths, again)
     workers = max(len(group) for group in waves([one.run for one in chosen]))  # more have nothing to do
     name = "t5x-" + re.sub(r"[^a-z0-9]+", "-", asked.directory.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-")
-    command = ["t5x", *again, "--worker"]
+    command = ["t5x", *again, "--worker", *([f"--devices_per_run={devices_per_run}"] if devices_per_run else [])]
     make = slurm_script if form == "slurm" else kubernetes_job
     return make(name[:40].rstrip("-"), asked.directory, workers, command)
 

@@ -7,6 +7,7 @@ import ast
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -61,9 +62,11 @@ def status(directory: str, now: float | None = None) -> str:
                if (holder := as_holder(value))}
     records = {name: value for name, (value, _) in state.read_all(state.names(RECORD), RECORD).items() if value}
     costs = records.pop("plan", {})
+    with ThreadPoolExecutor(32) as pool:  # in gs:// each file takes its time
+        read = list(pool.map(lambda name: _read(root / "runs" / name), runs))
     found: dict[str, _Found] = {}
-    for name, run in runs.items():  # parents come first
-        found[name] = _found(root / "runs" / name, run, costs.get(name, {}), holders.get(name), records.get(name, {}),
+    for (name, run), files in zip(runs.items(), read, strict=True):  # parents come first
+        found[name] = _found(run, files, costs.get(name, {}), holders.get(name), records.get(name, {}),
                              found.get(_parent(run)), now)
     found = _with_time_left(found, records, costs, now)
     others = [f"{holder.worker} has {name}" for name, holder in holders.items() if name not in runs and not
@@ -80,19 +83,34 @@ def _is_silent(holder: Holder, now: float) -> bool:
     return holder.is_gone or now - holder.beat_at > holder.expires
 
 
+class _Files(NamedTuple):
+    """What lies in a run's directory."""
+
+    begun: bool
+    finished: bool  # training
+    step: int  # of the last record
+
+
+def _read(folder: epath.Path) -> _Files:
+    path = folder / "provenance.json"
+    try:
+        provenance = json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError:  # a kill left half of it
+        provenance = None
+    return _Files(provenance is not None, bool(provenance and provenance["finished"]),
+                  max((line["step"] for line in read_records(str(folder))), default=0))
+
+
 def _found(
-    folder: epath.Path, run: Mapping[str, Any], cost: Mapping[str, Any], holder: Holder | None,
-    record: Mapping[str, Any], parent: _Found | None, now: float,
+    run: Mapping[str, Any], files: _Files, cost: Mapping[str, Any], holder: Holder | None, record: Mapping[str, Any],
+    parent: _Found | None, now: float,
 ) -> _Found:
     """What the files tell of one run."""
-    steps = run["steps"]
-    if record.get("state") == "done" and holder is None:
+    step, steps = files.step, run["steps"]
+    if record.get("state") == "done" and files.begun and holder is None:
         return _Found("done", steps, steps)
-    path = folder / "provenance.json"
-    provenance = json.loads(path.read_text()) if path.exists() else {}
-    step = max((line["step"] for line in read_records(str(folder))), default=0)
     if holder is not None:
-        state = "evaluating" if provenance.get("finished") else "training"
+        state = "evaluating" if files.finished else "training"
         return _Found("no sign of life" if _is_silent(holder, now) else state, step, steps, holder)
     if record.get("state") == "failed":
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["when"]))
@@ -101,7 +119,7 @@ def _found(
         return _Found("skipped", step, steps, note=f"for {_parent(run)}, which it starts from")
     if "error" in cost:
         return _Found("failed", step, steps, note=cost["error"])
-    return _Found("trained" if provenance.get("finished") else "begun" if step else "to do", step, steps)
+    return _Found("trained" if files.finished else "begun" if step else "to do", step, steps)
 
 
 def _with_time_left(

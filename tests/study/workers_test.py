@@ -270,6 +270,8 @@ def test_status_tells_who_trains_what_and_how_long_it_takes(tmp_path):
     for name, value in write.items():
         (tmp_path / "state" / name).write_text(json.dumps(value))
     (tmp_path / "runs" / "A.seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "C.seed0").mkdir()
+    (tmp_path / "runs" / "C.seed0" / "provenance.json").write_text('{"finished": true}')
     (tmp_path / "runs" / "A.seed0" / "metrics.jsonl").write_text('{"step": 5, "split": "train"}\n{"step": 6, "spl')
     lines = [re.split(r"  +", line) for line in status(str(tmp_path), now=1010.0).splitlines()]
     assert lines[1] == ["A.seed0", "training", "5/20", "10 s", "30 s", "h:1"]
