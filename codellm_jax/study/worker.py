@@ -19,6 +19,8 @@ from codellm_jax.study.leases import LEASE, RECORD, Lease, Leases
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
 from codellm_jax.study.planned import Planned, Standing, evaluation_seconds, standing
 
+TRIES = 3  # of a command that a signal ends; a want of memory ends it so each time
+
 
 class Worker:
     """A worker and what it knows of the runs.
@@ -153,12 +155,16 @@ class Worker:
                 continue
             self._report(f"{heading}: {verb}{self._left()}")
             began = time.monotonic()
-            ended = self._processes.run(
-                ["codellm_jax.cli", *command], f"{heading} {verb}", f"{one.folder}/{verb}.log", self._left)
-            if self._processes.stopped or lease.lost:
-                return None
-            if ended.status or not getattr(standing(one, {}, None), done):
-                return f"{verb} {ended.how}"
+            for tries_left in reversed(range(TRIES)):
+                ended = self._processes.run(
+                    ["codellm_jax.cli", *command], f"{heading} {verb}", f"{one.folder}/{verb}.log", self._left)
+                if self._processes.stopped or lease.lost:
+                    return None
+                if ended.status == 0 and getattr(standing(one, {}, None), done):
+                    break
+                if ended.status > 0 or not tries_left:
+                    return f"{verb} {ended.how}"
+                self._report(f"{heading}: {verb} {ended.how} It is started again.")
             seconds[verb] = time.monotonic() - began
             if verb == "train":
                 self._pace.trained(self._facts[name]["flops"], seconds[verb])

@@ -147,6 +147,19 @@ def test_a_killed_worker_takes_its_command_with_it(start, tmp_path):
     wait_until(is_gone, 5.0)
 
 
+def test_a_command_that_is_killed_goes_on_from_its_checkpoint(start, tmp_path, alone):
+    worker, killed = start("--worker", STEP_SECONDS="0.05"), set()
+    for _ in range(2):
+        wait_until(lambda: len({process for _, process in trained(tmp_path / "s").get("A.seed0", [])}) > len(killed)
+                   and trained(tmp_path / "s")["A.seed0"][-1][0] >= 6)
+        process = trained(tmp_path / "s")["A.seed0"][-1][1]
+        killed.add(process)
+        os.kill(process, signal.SIGKILL)
+    assert worker.wait(60) == 0 and results(tmp_path / "s") == alone
+    require_trained_once(tmp_path / "s")
+    assert said(tmp_path, 0).count("A.seed0: train was ended by SIGKILL. It is started again.") == 2
+
+
 def test_a_stopped_worker_gives_its_run_back_at_once(start, tmp_path, alone):
     directory = tmp_path / "s"
     first = start("--worker", STEP_SECONDS="0.1")
