@@ -117,7 +117,7 @@ class State:
         except TimeoutError:
             raise OSError(f"STUDY_DIR {self.directory} did not answer for {self._timeout:.0f} s.") from None
         except ValueError as error:
-            reason = " ".join(str(error).replace("\0", "").split())
+            reason = " ".join(str(error).replace("\\x00", "/").split())  # where it joins the parts of a path
             raise OSError(f"STUDY_DIR {self.directory} cannot be read or written: {reason}") from None
 
     def within(self, seconds: float) -> "State":

@@ -65,7 +65,7 @@ class Worker:
             if waited_for == []:
                 break
             if waited_for:
-                line = f"Waiting for {', '.join(waited_for[:3])}{' and others' * (len(waited_for) > 3)}"
+                line = f"Waiting for {'; '.join(waited_for[:3])}{'; and others' * (len(waited_for) > 3)}"
                 if line != told:
                     self._report(line)
                 told = line

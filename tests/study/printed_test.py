@@ -124,6 +124,8 @@ def test_the_jobs_ask_for_what_they_need(monkeypatch, capsys):
     assert shlex.split(script.splitlines()[-1]) == [
         "exec", "srun", "t5x", "study", "--gin_file=gin/study.gin", "--arm=C", *STUDY[2:],
         "--gin.STUDY_DIR=gs://bucket/Study_1", "--worker"]
+    assert cli.main([*STUDY, "--devices_per_run=2", "--print_commands=slurm"]) == 0
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-2:] == ["--worker", "--devices_per_run=2"]
     assert cli.main([*STUDY, "--gin.STUDY_DIR=/shared/study", "--print_commands=kubernetes"]) == 0
     pod = yaml.safe_load(capsys.readouterr().out)["spec"]["template"]["spec"]
     assert pod["containers"][0]["volumeMounts"] == [{"name": "study", "mountPath": "/shared/study"}]

@@ -356,8 +356,9 @@ def test_a_study_branches_from_steps_of_a_trunk(study_flags, tmp_path, capsys):
 def test_four_workers_of_whom_two_are_killed_train_what_one_trains(study_flags, tmp_path):
     """Bit for bit, and no step twice but those after the last checkpoint of a run whose worker was killed."""
     arms = {"NL": NL, "CODE": {"CODE_RATE": 0.5}, "NN": NN, "CN": {"from": "CODE", "CODE_RATE": 0.0}}
-    common = [f"--gin.{stage}/{name}" for stage in ("pretraining", "tuning")
-              for name in ("CHECKPOINT_PERIOD=40", "TRAIN_STEPS=400", "EVAL_PERIOD=400")]
+    common = ["--gin.evaluation/TASKS=[]"]
+    common += [f"--gin.{stage}/{name}" for stage in ("pretraining", "tuning")
+               for name in ("CHECKPOINT_PERIOD=40", "TRAIN_STEPS=400", "EVAL_PERIOD=400")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS}
 
     def start(directory: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -365,22 +366,25 @@ def test_four_workers_of_whom_two_are_killed_train_what_one_trains(study_flags, 
             return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "codellm_jax.cli", *command(
                 directory, study_flags, arms, *common, *more)], cwd=ROOT, env=environment, stdout=output, stderr=output)
 
-    def saved(directory: Path) -> int:
-        return len([path for path in directory.glob("runs/*/checkpoints/*") if path.name.isdigit()])
+    def saved() -> int:
+        return len([path for path in shared.glob("runs/*/checkpoints/*") if path.name.isdigit()])
+
+    def at_work() -> list[subprocess.Popen[bytes]]:
+        holding = [read(path)["process"] for path in (shared / "state").glob("*seed0.lease")]
+        return [worker for worker in workers if worker.pid in holding]
 
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     workers = [start(shared, "--worker", "--lease_seconds=12") for _ in range(4)]
     try:
         for count in (2, 5):
             end = time.monotonic() + 300
-            while saved(shared) < count:
+            while saved() < count or not at_work():
                 assert time.monotonic() < end, (tmp_path / "log.txt").read_text()
                 time.sleep(0.05)
-            holding = [read(path)["process"] for path in (shared / "state").glob("*seed0.lease")]
-            victim = next(worker for worker in workers if worker.pid in holding)
+            victim = at_work()[0]
+            workers.remove(victim)
             victim.kill()
             victim.wait()
-            workers.remove(victim)
         assert [worker.wait(400) for worker in workers] == [0, 0], (tmp_path / "log.txt").read_text()
     finally:
         for worker in workers:
