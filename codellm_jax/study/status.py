@@ -107,7 +107,7 @@ def _found(
 ) -> _Found:
     """What the files tell of one run."""
     step, steps = files.step, run["steps"]
-    if record.get("state") == "done" and files.begun and holder is None:
+    if record.get("state") == "done" and files.begun and (holder is None or _is_silent(holder, now)):
         return _Found("done", steps, steps)
     if holder is not None:
         state = "evaluating" if files.finished else "training"

@@ -55,7 +55,7 @@ class Worker:
 
     def work(self) -> None:
         """Makes what nobody else does; returns when all is done or has failed, or at a signal."""
-        records = self._records(self._chosen)
+        self._leased, records = set(self._leases.state.names(LEASE)), self._records(self._chosen)
         for one in self._chosen:
             if self._stand[one.run.name].evaluated:
                 self._found_done(one, "done before", records)
@@ -119,6 +119,9 @@ class Worker:
             self._pace.trained(self._facts[name]["flops"], seconds)
         if evaluation:
             self._pace.evaluated(evaluation)
+        if name in self._leased:
+            with self._leases.held(name, self._processes.kill):
+                pass  # what a worker left that was killed at the very end is taken away
         if records.get(name, {}).get("state") != "done":
             self._record(name, "done", train_seconds=seconds, eval_seconds=evaluation)
 
@@ -137,8 +140,9 @@ class Worker:
                     pass
             except ValueError:  # a command that someone gave by hand, or one that a killed worker left and that dies
                 return f"{name}, in whose directory a process without a lease is training"
-            if standing(one, {}, None).evaluated:
-                return None  # ended by another, between the look and the lease; the next look finds it done
+            record = self._leases.state.read(name, RECORD)[0] or {}
+            if record.get("state") == "failed" or standing(one, {}, None).evaluated:
+                return None  # it ended elsewhere, between the look and the lease; the next look tells how
             why = self._make(one, lease)
             if lease.lost:
                 self._report(f"{self._headings[name]}: what ran here is stopped, for the lease is lost: {lease.lost}.")

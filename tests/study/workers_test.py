@@ -201,6 +201,16 @@ def test_leases_that_nobody_holds_any_more(start, tmp_path, alone):
     assert time.monotonic() - began > 2.0 and results(tmp_path / "s") == alone
 
 
+def test_a_lease_that_a_worker_left_on_a_run_that_is_done(start, tmp_path):
+    assert start(STEP_SECONDS="0.001").wait(60) == 0
+    lease = tmp_path / "s" / "state" / "A.seed0.lease"
+    lease.write_text(json.dumps({
+        "worker": "gone:1", "token": "x", "place": None, "process": 1, "started": None, "since": 0.0, "beat_at": 0.0,
+        "beats": 3, "expires": 0.0, "step": 0}))
+    assert "6 of 6 runs are done" in status(str(tmp_path / "s"))
+    assert start("--worker").wait(60) == 0 and not lease.exists()
+
+
 def test_a_run_that_fails_is_told_and_left_alone_until_it_is_asked_for(start, tmp_path, alone):
     directory = tmp_path / "s"
     workers = [start("--worker", STEP_SECONDS="0.01", FAIL="A.seed0") for _ in range(3)]
