@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
     escape_what_cannot_be_encoded()
     whole = parser()
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    # A flag whose value may be left out would take a --gin. flag with a blank in it for its value.
+    given = ["--print_commands=shell" if argument == "--print_commands" else argument
+             for argument in (sys.argv[1:] if arguments is None else arguments)]
     job: list[str] = []
     if given[:1] in (["launch"], ["cache"]) and "--" in given:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]

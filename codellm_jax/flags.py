@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--dry_run", action="store_true", help="print the plan, its cost and its time; train nothing")
     study.add_argument("--status", action="store_true",
                        help="print who trains what, what failed and why, and the time left")
-    study.add_argument("--print_commands", nargs="?", const="shell", default="", metavar="FORM",
+    study.add_argument("--print_commands", default="", metavar="FORM",
                        choices=("shell", "slurm", "kubernetes"),
                        help="print the plan as commands, for several machines; run none. With =slurm or =kubernetes "
                        "as a job of workers")
