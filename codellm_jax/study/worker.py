@@ -85,8 +85,10 @@ class Worker:
             elif parent in self.failures:
                 self._failed(name, f"{name} is skipped, for it starts from {parent}.")
             elif parent is None or parent in self._done:
-                self._stand[name] = standing(one, {}, None)
-                if self._stand[name].evaluated:
+                of_run = self._stand[name] = standing(one, {}, None)
+                if others := [*of_run.changed, *of_run.results_changed]:
+                    self._failed(name, f"{name}: another worker made it under another configuration: {others[0]}")
+                elif of_run.evaluated:
                     self._found_done(one, "done by another worker", records)
                 elif records.get(name, {}).get("state") == "failed":
                     self._failed(name, f"{name}: {records[name]['why']}")

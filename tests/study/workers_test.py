@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from codellm_jax.study import worker as worker_module
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
+from codellm_jax.study.planned import Standing
 from codellm_jax.study.status import status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,6 +237,21 @@ def test_a_run_that_fails_is_told_and_left_alone_until_it_is_asked_for(start, tm
     assert start(STEP_SECONDS="0.001").wait(60) == 0
     assert results(directory) == alone
     require_trained_once(directory)
+
+
+def test_a_run_that_another_made_under_other_settings_is_not_taken_for_ones_own(monkeypatch):
+    """Both planned before anything was there to differ."""
+    changed = Standing(20, True, True, "digest", {}, ("LEARNING_RATE was 1, is 2",), (), 1.0)
+    monkeypatch.setattr(worker_module, "standing", lambda *_: changed)
+    told: list[str] = []
+    none = types.SimpleNamespace(names=lambda ending: [], read_all=lambda names, ending: {})
+    run = types.SimpleNamespace(run=types.SimpleNamespace(name="A.seed0", parent=None))
+    one = worker_module.Worker(
+        [run], {"A.seed0": {}}, {"A.seed0": changed._replace(evaluated=False)}, types.SimpleNamespace(state=none),
+        types.SimpleNamespace(report=told.append, stopped=None), ())
+    one.work()
+    assert one.failures == {"A.seed0": told[0].removeprefix("[1/1] A.seed0: ")} and told == [
+        "[1/1] A.seed0: A.seed0: another worker made it under another configuration: LEARNING_RATE was 1, is 2"]
 
 
 @pytest.mark.slow
