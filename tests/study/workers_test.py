@@ -180,13 +180,15 @@ def test_a_stopped_worker_gives_its_run_back_at_once(start, tmp_path, alone):
 def test_a_suspended_worker_loses_its_run_and_leaves_it_to_the_other(start, tmp_path, alone):
     """Its command goes on meanwhile, and holds the run's directory; the other waits for that, too."""
     directory = tmp_path / "s"
-    first = start("--worker", "--lease_seconds=1", STEP_SECONDS="0.3")
+    first = start("--worker", "--lease_seconds=1", STEP_SECONDS="3")
     wait_until(lambda: trained(directory))
     first.send_signal(signal.SIGSTOP)
     second = start("--worker", "--lease_seconds=1", STEP_SECONDS="0.01")
     wait_until(lambda: "in whose directory a process without a lease is training" in said(tmp_path, 1))
     first.send_signal(signal.SIGCONT)
-    assert first.wait(60) == second.wait(60) == 0
+    wait_until(lambda: "A.seed0: what ran here is stopped, for the lease is lost: " in said(tmp_path, 0))
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 128 + signal.SIGTERM and second.wait(60) == 0
     assert results(directory) == alone
     require_trained_once(directory)
 
