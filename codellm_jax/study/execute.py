@@ -89,14 +89,14 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
             return tell_stopped(processes.stopped, report)
         sound = [one for one in planned if "error" not in facts[one.run.name]]
         if any(one.tasks and not stand[one.run.name].evaluated for one in sound):
-            with leases.held("contamination", processes.kill) as lease:
-                if lease is not None:  # else another worker searches
-                    _contamination(processes, sound, asked, options)
+            _contamination(processes, sound, asked, options, leases)
         worker = Worker(chosen, facts, stand, leases, processes, options.search_paths)
         worker.work()
         if processes.stopped:
             return tell_stopped(processes.stopped, report)
         failures = list(worker.failures.values())
+        if any(one.tasks for one in sound) and not _contamination_file(asked).exists():
+            _contamination(processes, sound, asked, options, leases)  # whoever searched at the start was killed
         unreported = _report(processes, chosen, asked, leases)
     for line in [*failures, *unreported]:
         print(f"t5x study: error: {line}", file=sys.stderr)
@@ -244,11 +244,21 @@ def _report(processes: Commands, chosen: Sequence[Planned], asked: Study, leases
         return [f"report {ended.how}"] if ended.status else []
 
 
-def _contamination(processes: Commands, planned: Sequence[Planned], asked: Study, options: Options) -> None:
-    """STUDY_DIR/contamination.json, of everything the runs train on; where it is there already nothing is searched."""
+def _contamination_file(asked: Study) -> epath.Path:
+    return epath.Path(asked.directory).expanduser() / "contamination.json"
+
+
+def _contamination(
+    processes: Commands, planned: Sequence[Planned], asked: Study, options: Options, leases: Leases
+) -> None:
+    """STUDY_DIR/contamination.json, of everything the runs train on; where it is there already, or another worker is
+    at it, nothing is searched.
+    """
     evaluation = planned[0].evaluation
     settings = {macro: evaluation.resolved(name) for macro, name in (
         ("TASKS", "evaluation.tasks"), ("DATA_DIR", "benchmarks.data_dir"))}
-    _ask(processes, {"runs": [one.request() for one in planned], "search_paths": options.search_paths,
-                     "asked": [pair for pair in settings.items() if pair[1] is not None]},
-         f"{asked.directory.rstrip('/')}/contamination.json")
+    with leases.held("contamination", processes.kill) as lease:
+        if lease is not None:
+            _ask(processes, {"runs": [one.request() for one in planned], "search_paths": options.search_paths,
+                             "asked": [pair for pair in settings.items() if pair[1] is not None]},
+                 str(_contamination_file(asked)))
