@@ -213,10 +213,10 @@ def _contamination(flags: argparse.Namespace) -> int:
     if not {"mixture.name", "vocabulary.path"} <= configuration.effective.keys():
         raise ValueError("no --gin_file names a mixture: give an arm's, such as gin/mixed_pretrain.gin.")
     from codellm_jax.configuration import build
-    from codellm_jax.evaluation.contamination import measure, measure_into, table
+    from codellm_jax.evaluation.contamination import measure, measure_into, mixtures_behind, table
 
     contamination = build(configuration, "contamination")
-    mixtures = [(build(configuration, "mixture"), build(configuration, "vocabulary"))]
+    mixtures = [(build(configuration, "mixture"), build(configuration, "vocabulary")), *mixtures_behind(configuration)]
     print(table(measure_into(flags.output, contamination, mixtures) if flags.output else
                 measure(contamination, mixtures)))
     return 0

@@ -235,12 +235,19 @@ def build(configuration: Configuration, name: str) -> Any:
     require_types(configuration)
     gin.clear_config()
     _register(configuration)
+    gin.parse_config("\n".join(configuration.imports))
     # A study's file has settings of the runs that it makes too, pretraining/BATCH_SIZE = 8.
     is_study = "study.directory" in configuration.effective
-    lines = [*configuration.imports, *(f"{s.name} = {s.value}" for s in configuration.effective.values()
-                                       if not (is_study and "/" in s.name))]
-    gin.parse_config("\n".join(lines))
+    for setting in configuration.effective.values():
+        if not (is_study and "/" in setting.name):
+            gin.bind_parameter(f"{setting.name}/gin.macro.value" if _is_macro(setting.name) else setting.name,
+                               _gin_value(setting.value))
     return gin.get_configurable(name)()
+
+
+@functools.lru_cache(maxsize=4096)  # the arms of a study have most of their values in common
+def _gin_value(text: str) -> Any:
+    return gin.config.parse_value(text)
 
 
 def _register(configuration: Configuration) -> None:

@@ -35,9 +35,11 @@ class Configuration:
         return {setting.name: setting.value for setting in self.settings[self.taken_over:]}
 
     def of_stage(self, stage: str) -> list[tuple[str, str]]:
-        """(name, value) of what a study's file says of one of its stages, as on the command line of its runs."""
-        return [(name.removeprefix(f"{stage}/"), str(self.resolved(name))) for name in self.effective
-                if name.startswith(f"{stage}/")]
+        """(name, value) of what a study's file says of one of its stages, as on the command line of its runs; what a
+        run finds out itself, %BRANCH_STEP, stays as it is written.
+        """
+        return [(name.removeprefix(f"{stage}/"), value if value == "%BRANCH_STEP" else str(self.resolved(name)))
+                for name, value in self.asked.items() if name.startswith(f"{stage}/")]
 
     def resolved(self, name: str) -> str | None:
         """The value of a setting, and where it is that of a macro the macro's; None where nothing sets it."""

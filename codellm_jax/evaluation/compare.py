@@ -3,11 +3,12 @@
     t5x compare runs/tune_text runs/tune_mixed
 
 Only tasks that both runs were evaluated on are compared, and only where the questions were the very same, template and
-data included. The stages of the runs are told
-beside, for a difference is due to one of them only where the others are equal.
+data included. The stages of the runs are told beside, for a difference is due to one of them only where the others are
+equal.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -145,11 +146,12 @@ def stages(first: str, second: str) -> str:
 
 def _stages(run: str) -> list[Mapping[str, Any]]:
     """The ledgers of the stages that a run went through, its own last; empty where it has no provenance.json."""
-    path = epath.Path(run).expanduser() / "provenance.json"
+    folder = epath.Path(run).expanduser()
+    path = folder / "provenance.json"
     if not path.exists():
         return []
     *before, own = stages_of(json.loads(path.read_text())["ledger"])
-    return [*before, {**own, "model_dir": str(epath.Path(run).expanduser().resolve())}]
+    return [*before, {**own, "model_dir": run if "://" in run else os.path.realpath(folder)}]
 
 
 def _told(stage: Mapping[str, Any]) -> str:

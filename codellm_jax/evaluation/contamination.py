@@ -5,13 +5,16 @@
 A question overlaps with a source if any of its n-grams, 13 words by default, stands in the source's training text
 (`mixture/ngrams.py` says what a word and an n-gram are, `tasks/benchmarks/texts.py` what belongs to a question). What
 is searched are the cached training rows, whole sources, whatever share of a run falls to them: the arms of a study are
-compared on the same questions. A passage that a question is asked about counts like the question itself. So an overlap
-is a reason to look, and to see the score without these questions.
+compared on the same questions. Where a run starts from another, the rows of that one's stages are searched, too. A
+passage that a question is asked about counts like the question itself. So an overlap is a reason to look, and to see
+the score without these questions.
 """
 
+import ast
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,13 +22,18 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
+from codellm_jax.configuration import build, read_configuration
 from codellm_jax.mixture.examples import example_sizes
+from codellm_jax.mixture.ledger import stages_of
 from codellm_jax.mixture.mixture import Mixture, training_rows
 from codellm_jax.mixture.ngrams import NGrams, Question, index
 from codellm_jax.mixture.overlap import Trained, search
 from codellm_jax.results.files import write_whole
+from codellm_jax.runtime.compatibility import literal
 from codellm_jax.runtime.progress import StatusLine, duration
+from codellm_jax.settings import Configuration
 from codellm_jax.vocabulary import Vocabulary
+from codellm_jax.weights.start import newest_record
 
 CONTAMINATION_VERSION = 1  # raise it whenever the same texts would give other overlaps
 SHOWN = 100  # characters of an n-gram
@@ -66,6 +74,39 @@ class Contamination:
                             ("contamination.most", self.most), ("contamination.processes", self.processes)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}.")
+
+
+def mixtures_behind(
+    configuration: Configuration, report: Callable[[str], None] = print
+) -> list[tuple[Mixture, Vocabulary]]:
+    """What the run was trained on that a run's configuration starts from, stage by stage, each with its vocabulary.
+
+    It is read from the settings that checkpoints keep, of which plain values alone are taken. `report` is told of
+    stages that cannot be searched: published weights, and runs whose directories are gone.
+
+    Raises:
+      FileNotFoundError, ValueError: in one line; the run has no checkpoint.
+    """
+    branch, start = (ast.literal_eval(configuration.resolved(f"train.{name}") or "None")
+                     for name in ("branch_from", "initial_checkpoint_path"))
+    path = branch.rpartition("@")[0] if branch else start
+    if not path:
+        return []
+    found = []
+    for stage in [*stages_of(newest_record(path)[1]["ledger"])[:-1], {"model_dir": path}]:
+        try:
+            record = newest_record(stage["model_dir"])[1]
+        except (FileNotFoundError, ValueError) as error:
+            report(f"WARNING: not searched, as its stage cannot be read: {error}")
+            continue
+        if record["ledger"]["stage"] == "imported":
+            report(f"Not searched: what {stage['model_dir']} was trained on is not known.")
+            continue
+        plain = {name: value for name in record["settings"] if re.fullmatch(r"(mixture|tasks|vocabulary)\.\w+", name)
+                 and (value := literal(record["settings"], name)) is not None}
+        of_stage = read_configuration([], [*plain.items(), ("mixture.definitions", "@tasks()")])
+        found.append((build(of_stage, "mixture"), build(of_stage, "vocabulary")))
+    return found
 
 
 def measure(

@@ -244,8 +244,8 @@ def provenance(study: Study) -> Section:
     return Section([*blocks, *([Items(notes)] if notes else [])], [("provenance", (
         "run", "arm", "arm_by_ledger", "seed", "stage", "from", "step", "parameters", "pretraining_tokens", "tokens",
         "stages", "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary",
-        "checkpoint_digest", "data", "versions"), numbers), ("results", RESULT_COLUMNS, [_of_result(run, task) for run in study.runs
-                                                           for task in run.results])])
+        "checkpoint_digest", "data", "versions"), numbers), ("results", RESULT_COLUMNS, [
+            _of_result(run, task) for run in study.runs for task in run.results])])
 
 
 def _of_result(run: Run, task: str) -> list[Any]:

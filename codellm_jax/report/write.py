@@ -170,7 +170,7 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str
 
 def _stages(ledger: Mapping[str, Any], own: str, names: Mapping[str, str]) -> Iterator[Stage]:
     for stage in stages_of(ledger) if ledger else ():
-        run, rows = epath.Path(stage.get("model_dir", own)).name, sum(stage["rows"].values())
+        run, rows = own if stage is ledger else epath.Path(stage.get("model_dir", "")).name, sum(stage["rows"].values())
         yield Stage(names.get(run, stage["stage"]), run, sum(stage["tokens"].values()),
                     rows_of_code(stage) / rows if rows else None)
 

@@ -60,7 +60,7 @@ def page(
         own = {(source, content): count for source, content, count in fact["epochs"]}
         epochs = ", ".join(f"{source} {count:.2f}" + (
             f" ({here:.2f} here)" if (here := own.get((source, content), count)) != count else "")
-            for source, content, count in fact["line"]["epochs"])
+            for source, content, count in fact["line"]["epochs"] if count)
         states = collections.Counter(stand[one.run.name].state for one in runs[name])
         state = ", ".join(f"{count} {word}" if len(states) > 1 else word for word, count in states.items())
         lines.append(
@@ -71,7 +71,7 @@ def page(
     sound = {name: facts[run.name] for name, run in first.items() if "error" not in facts[run.name]}
     seeds = list(dict.fromkeys(one.run.seed for one in chosen))
     lines += ["", *comparable(sound), "",
-              *([f"not counted  what {', '.join(outside)} was trained on before"] if outside else []),
+              *([f"not counted    what {', '.join(outside)} was trained on before"] if outside else []),
               f"study        {asked.directory}, {asked.comparison}, {len(chosen)} runs: {tokens:,} tokens with "
               f"padding, {flops:.3g} FLOPs" + (f"; each arm under the seeds {', '.join(map(str, seeds))}"
                                                if len(seeds) > 1 else "")]

@@ -91,10 +91,15 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
     arms, told = expand(study)
     common = stage_settings(study, configuration, search_paths)
     read: dict[str, _Read] = {}
+    of_source: dict[str, Mapping[str, str]] = {}  # settings of what lies outside, each read once
     for arm in arms:
         parent = read[arm.parent] if arm.parent else None
+        taken_over = parent.settings if parent else None
         try:
-            read[arm.name] = _read_arm(arm, parent, study, configuration, common[arm.stage], search_paths)
+            if arm.source is not None:
+                taken_over = of_source.get(arm.source) or newest_settings(arm.source, training=True)[1]
+                of_source[arm.source] = taken_over
+            read[arm.name] = _read_arm(arm, parent, taken_over, study, configuration, common[arm.stage], search_paths)
         except (ValueError, OSError) as error:
             raise type(error)(f"{arm.name}: {error}") from None
     runs = plan_runs(study, arms, {name: of_arm.asked for name, of_arm in read.items()})
@@ -148,13 +153,13 @@ class _Read(NamedTuple):
 
 
 def _read_arm(
-    arm: Arm, parent: _Read | None, study: Study, configuration: Configuration, common: Settings,
-    search_paths: Sequence[str],
+    arm: Arm, parent: _Read | None, taken_over: Mapping[str, str] | None, study: Study, configuration: Configuration,
+    common: Settings, search_paths: Sequence[str],
 ) -> _Read:
-    """Reads an arm, given what it starts from in the study, and what the study says of its stage."""
+    """Reads an arm, given the arm that it starts from, the settings of what it starts from wherever that lies, and what
+    the study says of its stage.
+    """
     outside = arm.source is not None or parent is not None and parent.outside
-    taken_over = newest_settings(arm.source, training=True)[1] if arm.source is not None else \
-        parent.settings if parent else None
     files = (*study.files(arm.stage), *((arm.gin_file,) if arm.gin_file else ()))
     if arm.at is not None and parent:
         below = _of_trunk(arm, parent, study, configuration, search_paths)

@@ -33,7 +33,8 @@ def stage_settings(study: Study, configuration: Configuration, search_paths: Seq
     of_study = {macro for name, setting in effective.items() if name.startswith("study.")
                 for macro in references("%", setting.value)}
     used = {macro for setting in effective.values() for macro in references("%", setting.value)}
-    shared = [name for name in effective if "/" not in name and not name.startswith("study.") and name not in of_study]
+    shared = [name for name in configuration.asked
+              if "/" not in name and not name.startswith("study.") and name not in of_study]
     names = {stage: _names_of_stage(study, stage, search_paths) for stage in _with_settings(study)}
     for name in effective:
         stage, mark, _ = name.partition("/")

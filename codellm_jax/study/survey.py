@@ -18,12 +18,12 @@ import jax
 from flax import linen as nn
 
 from codellm_jax.configuration import LEARNING_RATES, build, read_configuration
-from codellm_jax.evaluation.contamination import measure_into
+from codellm_jax.evaluation.contamination import measure_into, mixtures_behind
 from codellm_jax.model.decoder import flops_per_token, parameter_count
 from codellm_jax.runtime.process import use_compilation_cache
 from codellm_jax.runtime.state import TrainState, bytes_per_device, initial_state
 from codellm_jax.settings import Configuration, references
-from codellm_jax.training.begin import trunk_after
+from codellm_jax.training.begin import place, trunk_at
 from codellm_jax.training.plan import Plan, Training, make_plan
 from codellm_jax.training.train import batch_of_step, jit_train_step
 
@@ -50,6 +50,7 @@ def survey(
     runs: dict[str, dict[str, Any]] = {}
     programs: dict[str, tuple[str, Training, Plan]] = {}  # of each stage and model, the one with the most rows
     planned: dict[str, tuple[Training, Plan, Line | None]] = {}  # of each run, and what is behind it when it begins
+    places: dict[tuple[str, int], dict[str, Any]] = {}  # of runs, where others branch from them
     states: dict[str, TrainState] = {}  # the abstract ones, each traced once
     for request in requests:
         name = request["name"]
@@ -57,11 +58,12 @@ def survey(
             configuration = read_configuration(
                 request["files"], [tuple(pair) for pair in request["overrides"]], search_paths, request["parent"])
             training = build(configuration, "train")
-            before, trunk = None, None
-            if after := request["after"]:
-                step = request["step"]
-                before = line_of(*planned[after], step)
-                trunk = trunk_after(*planned[after][:2], step, training) if step is not None else None
+            after, step, trunk = request["after"], request["step"], None
+            before = line_of(*planned[after], step) if after else None
+            if step is not None:
+                if (after, step) not in places:
+                    places[after, step] = {"step": step} | place(*planned[after][:2], step)
+                trunk = trunk_at(places[after, step], training)
             shapes = _of_state(configuration)
             plan = make_plan(training, report, trunk, states.get(shapes))
             states[shapes] = plan.state
@@ -101,16 +103,20 @@ def measure_contamination(
       asked: settings of gin/contamination.gin.
       path: of the file, local or gs://.
     """
-    mixtures: dict[str, Any] = {}
+    mixtures: dict[str, list[Any]] = {}
     for request in requests:
         configuration = read_configuration(
             request["files"], [tuple(pair) for pair in request["overrides"]], search_paths, request["parent"])
         # Once for all arms of a stage: they differ in shares and steps, not in sources.
         key = [configuration.resolved(name) for name in (
             "mixture.name", "mixture.lengths", "mixture.stage", "tasks.corpora", "vocabulary.path")]
-        mixtures.setdefault(str(key), (build(configuration, "mixture"), build(configuration, "vocabulary")))
+        if str(key) not in mixtures:
+            mixtures[str(key)] = [(build(configuration, "mixture"), build(configuration, "vocabulary"))]
+        start = str(configuration.resolved("train.initial_checkpoint_path"))
+        if request["after"] is None and start not in mixtures:  # else it starts from one of these
+            mixtures[start] = mixtures_behind(configuration)
     settings = read_configuration(["gin/contamination.gin"], asked)
-    measure_into(path, build(settings, "contamination"), list(mixtures.values()))
+    measure_into(path, build(settings, "contamination"), [pair for found in mixtures.values() for pair in found])
 
 
 class Line(NamedTuple):

@@ -78,15 +78,11 @@ def trunk_of(training: "Training") -> Trunk | None:
     if saved["seed"] != training.seed:
         raise ValueError(f"SEED is {training.seed}, and that of {point.run} is {saved['seed']}: a branch reads on in "
                          f"the order of its trunk, so give --gin.SEED={saved['seed']}.")
-    return _trunk(saved, training)
+    return trunk_at(saved, training)
 
 
-def trunk_after(parent: "Training", plan: "Plan", step: int, training: "Training") -> Trunk:
-    """What `training` takes over where it branches from a run after a step, trained or not."""
-    return _trunk({"step": step} | place(parent, plan, step), training)
-
-
-def _trunk(saved: Mapping[str, Any], training: "Training") -> Trunk:
+def trunk_at(saved: Mapping[str, Any], training: "Training") -> Trunk:
+    """What `training` takes over where it branches from a run at a step of it, given "step" and the `place` there."""
     branch = dataclasses.replace(Branch.from_json(saved), position=saved["step"] * training.batch_size)
     last, following = saved["learning_rates"]
     return Trunk(saved["step"], branch, (last, following))

@@ -14,6 +14,7 @@ import pytest
 import tasks
 from codellm_jax import cli
 from codellm_jax.configuration import build, read_configuration
+from codellm_jax.evaluation import contamination
 from codellm_jax.evaluation.contamination import Contamination, measure, measure_into, table
 from codellm_jax.mixture import overlap
 from codellm_jax.mixture.mixture import Mixture
@@ -111,7 +112,40 @@ def test_questions_of_the_samples_planted_in_tuning(flags, pretrained, questions
     assert cli.main(arm) == 0
     # Of the two examples, rows of 32 tokens, the question's begins with it.
     assert overlapping(tmp_path / "found.json")["scienceqa_sample"] == {"text.asked": [[*questions["scienceqa"]][0]]}
-    assert json.loads((tmp_path / "found.json").read_text())["sources"]["text.asked"]["stage"] == "tuning"
+    sources = json.loads((tmp_path / "found.json").read_text())["sources"]
+    assert sources["text.asked"]["stage"] == "tuning"
+    # What it was pre-trained on is searched, too.
+    assert sources.keys() == {"text.asked", "text.tiny", "code.tiny"} and sources["text.tiny"]["stage"] == "pretraining"
+
+
+def test_the_stages_before_a_run_are_searched(monkeypatch):
+    """A branch of a run that went on from published weights, by way of one whose directory is gone."""
+    def record(stage: str, name: str, before: list[str]) -> dict:
+        return {"ledger": {"stage": stage, "before": [{"model_dir": path} for path in before]}, "settings": {
+            "mixture.name": "%NAME", "NAME": f"['{name}']", "mixture.lengths": "{'targets': 32}",
+            "mixture.code_rate": "0.0", "mixture.stage": f"'{stage}'", "mixture.definitions": "@evil()",
+            "tasks.modules": "['tasks.pretraining']", "tasks.corpora": f"{{'{name}': {{'python': 'text'}}}}",
+            "vocabulary.path": "'python_8k'", "train.batch_size": "8"}}
+
+    records = {"hf://ORG/NAME": record("imported", "text.x", []), "runs/first": record(
+        "pretraining", "text.first", ["hf://ORG/NAME"]), "runs/trunk": record(
+            "pretraining", "text.trunk", ["hf://ORG/NAME", "runs/first", "runs/gone"])}
+
+    def newest_record(path: str) -> tuple[int, dict]:
+        if path not in records:
+            raise FileNotFoundError(f"there is no checkpoint in {path}")
+        return 4, records[path]
+
+    monkeypatch.setattr(contamination, "newest_record", newest_record)
+    settings = [("train.branch_from", "'runs/trunk@4'"), ("train.initial_checkpoint_path", "None")]
+    told: list[str] = []
+    found = contamination.mixtures_behind(read_configuration([], settings), told.append)
+    assert [(mixture.name, mixture.length, vocabulary.pieces) for mixture, vocabulary in found] == [
+        (["text.first"], 32, load_vocabulary().pieces), (["text.trunk"], 32, load_vocabulary().pieces)]
+    assert told[0] == "Not searched: what hf://ORG/NAME was trained on is not known." and len(told) == 2
+    assert "there is no checkpoint in runs/gone" in told[1]
+    none = [("train.branch_from", "None"), ("train.initial_checkpoint_path", "None")]
+    assert contamination.mixtures_behind(read_configuration([], none)) == []
 
 
 def test_a_run_by_its_own_configuration(flags, pretrained, tmp_path):

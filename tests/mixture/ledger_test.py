@@ -1,6 +1,7 @@
 """What the ledger counts, keeps through JSON, shows and refuses."""
 
 import dataclasses
+import itertools
 import json
 from fractions import Fraction
 
@@ -134,7 +135,7 @@ def test_stages_are_chained_and_name_the_arm():
     assert arms == {("N", "N"): "NN", ("N", "C"): "NC", ("C", "N"): "CN", ("C", "C"): "CC"}
     assert arm(trained("tuning", order)) == "none, for it was tuned from new parameters"
     twice = Ledger.from_json(trained("tuning", text_only, trained("tuning", order, code)))
-    assert arm(twice.to_json()) == "CC"
+    assert arm(twice.to_json()) == "CC-N"
     assert [stage["stage"] for stage in twice.before] == ["pretraining", "tuning"]
     assert all("before" not in stage for stage in twice.before)
 
@@ -145,3 +146,63 @@ def test_a_checkpoint_of_an_earlier_version_is_read():
     restored = Ledger.from_json(saved)
     restored.add(order_of(), order_of().draw(np.arange(48, 56)).source, np.full(8, 256))
     assert restored.rows == ledger_at(order_of(), 56).rows and restored.phases == []
+
+
+def chain(*stages: str) -> dict:
+    """A ledger after these stages: kind and rows of code, of 8 or others, as in "N", "tune C4" or "branch C8/20"."""
+    before: list[dict] = []
+    for stage in stages:
+        *kind, rows = stage.split()
+        code, _, total = rows.removeprefix("N").removeprefix("C").partition("/")
+        counts = {"text.a": int(total or 8) - int(code or 0), "code.c": int(code or 0)}
+        before.append({
+            "stage": "imported" if "imported" in kind else "tuning" if "tune" in kind else "pretraining",
+            "rows": {} if "imported" in kind else counts, "branch": {"step": 1} if "branch" in kind else None})
+    return before[-1] | {"before": before[:-1]}
+
+
+@pytest.mark.parametrize(("stages", "name"), [
+    (("N",), "NL"), (("C4",), "CODE"), (("N", "tune N"), "NN"), (("C4", "tune C4"), "CC"),
+    # More stages on documents: a letter for each, and never a name of the paper's.
+    (("N", "C4"), "NL-CODE"), (("N", "C4", "tune C4"), "NCC"), (("C4", "N", "C1/8", "tune N"), "CNCN"),
+    (("N", "branch C4"), "NL-CODE"), (("N", "branch C4", "tune N"), "NCN"),
+    (("N", "N", "tune C4"), "NNC"), (("C4", "C2/8"), "CODE-CODE"),
+    # A branch that has its trunk's share of code goes on as the trunk.
+    (("N", "branch N"), "NL"), (("N", "branch N", "tune C4"), "NC"), (("C40/100", "branch C80/200"), "CODE"),
+    (("C40/100", "branch C81/200"), "CODE"), (("C40/100", "branch C120/200"), "CODE-CODE"),
+    (("C40/100", "branch C8/20", "branch C1/20", "tune C2/8"), "CCC"), (("N", "branch C1/200"), "NL-CODE"),
+    # What follows a tuning stands behind a hyphen.
+    (("N", "tune C4", "tune C4"), "NC-C"), (("N", "tune C4", "N"), "NC-NL"), (("N", "C4", "tune N", "C4"), "NCN-CODE"),
+    (("imported N",), "imported"), (("imported N", "tune C4"), "imported-C"), (("imported N", "N"), "imported-NL"),
+    (("imported N", "N", "tune C4"), "imported-NC"), (("imported N", "N", "C4"), "imported-NL-CODE"),
+    (("imported N", "tune N", "tune C4"), "imported-N-C"),
+    (("tune C4",), "none, for it was tuned from new parameters"),
+    (("tune C4", "N"), "none, for it was tuned from new parameters"),
+])
+def test_arms_of_any_stages(stages, name):
+    assert arm(chain(*stages)) == name
+
+
+def test_only_the_papers_two_stages_have_its_names():
+    """Of all lines of up to four stages, started from new parameters or from each other."""
+    paper = {("N",): "NL", ("C4",): "CODE", ("N", "tune N"): "NN", ("N", "tune C4"): "NC", ("C4", "tune N"): "CN",
+             ("C4", "tune C4"): "CC"}
+    for length in range(1, 5):
+        for stages in itertools.product(("N", "C4", "tune N", "tune C4"), repeat=length):
+            assert (arm(chain(*stages)) in paper.values()) == (stages in paper), stages
+
+
+def test_letters_of_the_orders_own_branches():
+    """Drawn by orders: a branch under its trunk's share is the trunk's arm, wherever it branches."""
+    for rate, at in itertools.product((0.0, 0.1, 0.37), (3, 8, 17, 100)):
+        trunk = order_of(rate=rate)
+        for other, same in ((rate, True), (min(1.0, rate + 0.4), False)):
+            going_on = Order(0, constant(other), trunk.sources, trunk.branch_at(at))
+            ledgers = []
+            for order, first, last in ((trunk, 0, at), (going_on, at, at + 50)):
+                ledger = Ledger.begin("pretraining", order, "", 8, ledgers[-1] if ledgers else None,
+                                      branch={"step": at} if ledgers else None)
+                drawn = order.draw(np.arange(first, last)).source
+                ledger.add(order, drawn, np.full(len(drawn), 8))
+                ledgers.append(json.loads(json.dumps(ledger.to_json())))
+            assert ("-" not in arm(ledgers[-1])) == same or at == 3, (rate, at, other, arm(ledgers[-1]))

@@ -66,7 +66,7 @@ def test_arms_start_from_runs_and_published_weights():
     assert len(expand(make_study({"A": {"from": "a/b"}, "B": {"from": "a/c"}}))[0]) == 2
     with pytest.raises(ValueError, match="named by a path with a slash"):
         expand(make_study({"A": {"from": "qwen", "CODE_RATE": 0.0}}))
-    with pytest.raises(ValueError, match="'cooldown'; a stage is pretraining or tuning"):
+    with pytest.raises(ValueError, match="'cooldown'; a stage is pretraining or tuning. STAGES adds others"):
         expand(make_study({"A": {"stage": "cooldown", "CODE_RATE": 0.0}}))
 
 
@@ -199,6 +199,33 @@ def test_arms_branch_from_steps_of_their_trunk():
     assert {run.arm.stage for run in runs.values() if run.branch_step} == {"pretraining"}
     assert [len(wave) for wave in waves(list(runs.values()))] == [1, 5, 5]
     assert names(select(list(runs.values()), ["COOL"])) == ["TRUNK.seed0", "MID.seed0", "COOL.seed0"]
+
+
+def test_a_branch_of_another_stage_has_the_settings_of_its_own_alone():
+    """The trunk's are below those of the stage, which the arms do not know (see stages_test)."""
+    stages = {"midtraining": ["m.gin"], "cooldown": ["p.gin"]}
+    study = make_study({
+        "TRUNK": {"CODE_RATE": 0.0, "LEARNING_RATE": 1e-3, "gin_file": "gin/models/125m.gin"},
+        "MID": {"from": "TRUNK@0.5", "stage": "midtraining", "CODE_RATE": 0.3},
+        "SAME": {"from": "MID@0.7", "MIX_PHASES": ["1:1"]},
+        "COOL": {"from": "MID@0.9", "stage": "cooldown"},
+        "LATER": {"from": "TRUNK", "stage": "midtraining", "CODE_RATE": 0.3}}, stages=stages)
+    arms = {arm.name: arm for arm in expand(study)[0]}
+    assert {name: (arm.stage, arm.settings) for name, arm in arms.items() if name != "TRUNK"} == {
+        "MID": ("midtraining", {"CODE_RATE": 0.3}), "SAME": ("midtraining", {"CODE_RATE": None, "MIX_PHASES": ["1:1"]}),
+        "COOL": ("cooldown", {}), "LATER": ("midtraining", {"CODE_RATE": 0.3})}
+    assert {name for name, arm in arms.items() if arm.gin_file} == {"TRUNK", "MID", "SAME", "COOL"}
+    assert study.files("midtraining") == ["m.gin"]
+    with pytest.raises(ValueError, match="'annealing'; a stage is pretraining, tuning, midtraining or cooldown"):
+        expand(make_study({"A": {"stage": "annealing"}}, stages=stages))
+
+
+@pytest.mark.parametrize(("stages", "message"), [
+    ({"tuning": ["t.gin"]}, "'tuning'; its name must be a word other than"), ({"mid-training": ["t.gin"]}, "'mid-tr"),
+    ({"midtraining": []}, "must list the gin files of midtraining"), ({"m": "p.gin"}, "must list the gin files of m")])
+def test_stages_that_are_none(stages, message):
+    with pytest.raises(ValueError, match=message):
+        make_study(PAPER, stages=stages)
 
 
 @pytest.mark.parametrize(("arms", "message"), [

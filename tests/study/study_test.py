@@ -219,11 +219,13 @@ def test_dry_run_tells_tokens_and_time_and_trains_nothing(study_flags, tmp_path,
                     "--gin.pretraining/TRAIN_STEPS=9")
     assert cli.main([*flags, "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    nl, code, nn = (next(line for line in printed.splitlines() if line.startswith(f"{arm}.seed0")).split()
-                    for arm in ("NL", "CODE", "NN"))
+    nl, code, nn = (next(line for line in printed.splitlines() if line.startswith(f"{arm} ")).split()
+                    for arm in ("NL", "CODE", "  NN"))
     # 8 rows of 32; 9 / 0.75 = 12 steps.
-    assert nl[1:5] == ["-", "constant", "9", f"{9 * 8 * 32:,}"] and code[3:5] == ["12", f"{12 * 8 * 32:,}"]
-    assert nn[1] == "NL.seed0" and "code.tiny" in printed and "data-matched, 3 runs" in printed
+    assert nl[1:6] == ["pretraining", "-", "constant", "9", f"{9 * 8 * 32:,}"]
+    assert code[4:6] == ["12", f"{12 * 8 * 32:,}"]
+    assert nn[:3] == ["NN", "tuning", "NL"] and "code.tiny" in printed and "data-matched, 3 runs" in printed
+    assert "equal text     2,304 tokens: NL, CODE" in printed
     assert "measured     CODE.seed0: 3 steps after the first" in printed or "measured     NL.seed0: 3 steps" in printed
     assert "3 evaluations of 1 tasks are not in it" in printed
     assert not (tmp_path / "s").exists()
@@ -338,7 +340,9 @@ def test_a_study_branches_from_steps_of_a_trunk(study_flags, tmp_path, capsys):
     planned = command(tmp_path, study_flags, arms, *losses)
     assert cli.main([*planned, "--dry_run"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert "TRUNK.seed0@2" in printed and "GRID-0.25-0.1.seed0" in printed and "error" not in printed
+    words = " ".join(printed.split())
+    assert "SAME pretraining TRUNK@2 " in words and "GRID-0.25-0.1 pretraining TRUNK@1 " in words
+    assert "TUNED-0.25-0.1 tuning GRID-0.25-0.1 " in words and "error" not in printed
     assert cli.main(planned) == 0, capsys.readouterr().err
     runs = tmp_path / "runs"
     ends = {name: [line for line in map(json.loads, (runs / f"{name}.seed0" / "metrics.jsonl").read_text().splitlines())
