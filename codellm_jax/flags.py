@@ -46,8 +46,18 @@ def parser() -> argparse.ArgumentParser:
                 "Trains every arm of ARMS with every one of SEEDS, in the order in which they stand on each other, and "
                 "evaluates each. The same command goes on where it was interrupted.")
     study.add_argument("--dry_run", action="store_true", help="print the plan, its cost and its time; train nothing")
-    study.add_argument("--print_commands", action="store_true",
-                       help="print the plan as commands, for several machines; run none")
+    study.add_argument("--status", action="store_true",
+                       help="print who trains what, what failed and why, and the time left")
+    study.add_argument("--print_commands", default="", metavar="FORM",
+                       choices=("shell", "slurm", "kubernetes"),
+                       help="print the plan as commands, for several machines; run none. With =slurm or =kubernetes "
+                       "as a job of workers")
+    study.add_argument("--worker", action="store_true",
+                       help="be one of several, on any machines that see STUDY_DIR, and leave alone what failed")
+    study.add_argument("--devices_per_run", type=int, metavar="N",
+                       help="share this machine's devices out to as many workers as there are times N of them")
+    study.add_argument("--lease_seconds", type=float, default=120.0, metavar="S",
+                       help="without a sign of life of a worker until others may take its run (default: %(default)g)")
     study.add_argument("--arm", action="append", default=[], metavar="ARM",
                        help="only this arm and what it stands on; NC is all of NC-...; repeatable")
     study.add_argument("--seed", action="append", default=[], type=int, help="only this seed; repeatable")

@@ -18,7 +18,8 @@ from codellm_jax.pods.topologies import parse_topology
 # The software of a generation's machines, for those that Cloud TPU makes by a queued resource.
 RUNTIME_VERSIONS = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5",
                     "v6e": "v2-alpha-tpuv6e"}
-VERBS = {"train": "MODEL_DIR", "eval": "CHECKPOINT_PATH"}  # and the setting that says where the run is kept
+# What a job may run, and the setting that says where what it makes is kept.
+VERBS = {"train": "MODEL_DIR", "eval": "CHECKPOINT_PATH", "study": "STUDY_DIR"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,15 @@ def accelerator(name: str) -> Accelerator:
         raise ValueError(f"--tpu={name}: jobs are started on {', '.join(RUNTIME_VERSIONS)}.")
     type_ = re.sub(r"^\d+x", "", topology.name).replace("v5e-", "v5litepod-")  # Cloud TPU's word for it
     return Accelerator(name, type_, RUNTIME_VERSIONS[topology.generation], topology.slices)
+
+
+def require_one_host(tpu: Accelerator) -> None:
+    """Raises ValueError where a study is to run on several hosts: each of its runs is trained by one."""
+    topology = parse_topology(tpu.name)
+    most = 4 if topology.chip.cube else 8
+    if topology.chips > most or topology.slices > 1:
+        raise ValueError(f"--tpu={tpu.name} has several hosts, and a study trains each of its runs on one: take at "
+                         f"most {most} chips, and launch it once for each worker, with a --name of its own.")
 
 
 def source(folder: Path | None = None) -> Source:

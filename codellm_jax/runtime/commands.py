@@ -1,12 +1,14 @@
 """Commands that are run one after the other, each in a process of its own: what a study is made of."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from codellm_jax.runtime.progress import StatusLine
-from codellm_jax.runtime.supervision import die_with_parent
+from codellm_jax.runtime.supervision import without_others
 from codellm_jax.runtime.terminal import ending_signals, lasting
 
 PROGRESS = re.compile(r"(step|question) \d+/\d+ ")  # told every now and then
@@ -36,7 +38,7 @@ class Commands:
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
-        self._report = report
+        self.report = report
         self._process: subprocess.Popen[str] | None = None
         self._before: dict[int, Any] = {}
         self.stopped: int | None = None  # the signal
@@ -54,6 +56,19 @@ class Commands:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
+    def wait(self, seconds: float) -> None:
+        """Sleeps, no longer than until a signal comes."""
+        end = time.monotonic() + seconds
+        while self.stopped is None and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+
+    def kill(self) -> None:
+        """Ends the command that runs, if one does, and all that it started. May be called from another thread."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def run(
         self, arguments: Sequence[str], heading: str = "", log: str = "", more: Callable[[], str] = str,
     ) -> Ended:
@@ -66,10 +81,7 @@ class Commands:
           log: a file, local or in gs://, that everything it says is added to.
           more: what is added to a line of progress.
         """
-        # In a group of its own: Ctrl-C reaches this process alone, which passes it on, once.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, text=True, errors="replace", process_group=0, preexec_fn=die_with_parent)
+        self._process = _bound_process(arguments, os.environ)
         if self.stopped:  # before there was a process to pass it on to
             self._process.send_signal(self.stopped)
         lines: list[str] = []
@@ -86,9 +98,9 @@ class Commands:
                 if is_progress:
                     next_line = time.monotonic() + StatusLine.SECONDS_BETWEEN_LINES
                 if not heading:
-                    self._report(lines[-1])
+                    self.report(lines[-1])
                 elif is_progress or ALWAYS_TOLD.match(line):
-                    self._report(f"{heading}: {lines[-1]}{more() if is_progress else ''}")
+                    self.report(f"{heading}: {lines[-1]}{more() if is_progress else ''}")
         status = self._process.wait()
         if remote:
             epath.Path(log).write_text("\n".join([*lines, ""]))
@@ -104,22 +116,58 @@ def _how(status: int, lines: Sequence[str]) -> str:
     return f"failed: {errors[-1].split('error: ', 1)[-1]}" if errors else f"failed with status {status}."
 
 
-class Pace:
-    """How fast runs went, and so how long others will take."""
+def side_by_side(
+    arguments: Sequence[str], environments: Sequence[Mapping[str, str]], report: Callable[[str], None]
+) -> int:
+    """Runs `python -m ARGUMENTS` in each of these environments at the same time; returns the highest exit status.
 
-    def __init__(self) -> None:
-        self._flops = self._seconds = 0.0
-        self._evaluations: list[float] = []
+    All that the first says is relayed; of the others what they say of runs, their errors, and what only they say. A
+    signal is passed on to all, and all end with this process.
+    """
+    processes: list[subprocess.Popen[str]] = []
+    stopped: list[int] = []
+    said: set[str] = set()
+    speaking = threading.Lock()
 
-    def trained(self, flops: float, seconds: float) -> None:
-        self._flops, self._seconds = self._flops + flops, self._seconds + seconds
+    def stop(number: int, _: FrameType | None) -> None:
+        stopped.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
 
-    def evaluated(self, seconds: float) -> None:
-        self._evaluations.append(seconds)
+    def relay(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            with speaking:
+                if line.startswith("[") or line not in said:
+                    report(line.rstrip("\n"))
+                said.add(line)
 
-    def left(self, flops: Sequence[float], evaluations: int) -> float | None:
-        """Seconds for runs of these FLOPs and as many evaluations; None while it cannot be known."""
-        if (flops and not self._flops) or (evaluations and not self._evaluations):
-            return None
-        return sum(flops) * self._seconds / (self._flops or 1.0) + evaluations * sum(self._evaluations) / max(
-            1, len(self._evaluations))
+    before = {number: signal.signal(number, stop) for number in ending_signals()}
+    try:
+        for environment in environments:
+            processes.append(_bound_process(arguments, environment))
+        threads = [threading.Thread(target=relay, args=(process,)) for process in processes]
+        for thread in threads:
+            thread.start()
+        for number in stopped:  # one that came while they were started
+            stop(number, None)
+        statuses = [process.wait() for process in processes]
+        for thread in threads:
+            thread.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return max(128 - status if status < 0 else status for status in statuses)
+
+
+def _bound_process(arguments: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """Starts `python -m ARGUMENTS`, which ends when this process does, however that ends.
+
+    In a group of its own: Ctrl-C reaches this process alone, which passes it on, once. It binds itself to this process,
+    for between fork and exec no code of Python is safe beside other threads, such as those that renew leases.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "codellm_jax.runtime.supervision", str(os.getpid()), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace",
+        process_group=0, env=without_others(environment))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import tqdm
 from etils import epath
 
@@ -23,6 +22,8 @@ PEAK_FLOPS = {
 
 def peak_flops() -> float | None:
     """The peak of this process's devices, FLOP/s each, where it is known."""
+    import jax  # not above: what a study has done is read without it
+
     return PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
 
@@ -152,6 +153,8 @@ class StatusLine:
 
 def say(text: str) -> None:
     """Prints on the first process alone."""
+    import jax
+
     if jax.process_index() == 0:
         print(text, flush=True)
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO
 
@@ -24,10 +24,13 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def has_others() -> bool:
-    """Whether the surroundings may hold other processes of this run: TPUs, Slurm or Open MPI."""
+    """Whether the surroundings may hold other processes of this run: TPUs, Slurm or Open MPI. A process that was given
+    chips of its own (TPU_PROCESS_BOUNDS) is alone.
+    """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     on_tpu = (not platforms or "tpu" in platforms) and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
     started = max(int(os.environ.get(name, "1")) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    on_tpu = on_tpu and os.environ.get("TPU_PROCESS_BOUNDS") != "1,1,1"
     return on_tpu or (started > 1 and ("SLURM_PROCID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ))
 
 
@@ -56,6 +59,22 @@ def watched(command: str) -> int | None:
 def die_with_parent() -> None:
     """Lets the kernel end this process, by SIGKILL, when the one that started it is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+
+
+def without_others(environment: Mapping[str, str]) -> dict[str, str]:
+    """The surroundings of a process that is no part of a run of several, though this one may be one of Slurm's tasks:
+    those of a study are workers, each with runs of its own.
+    """
+    return {name: value for name, value in environment.items()
+            if name not in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")}
+
+
+def main(parent: str, *arguments: str) -> None:
+    """Becomes `python -m ARGUMENTS`, which ends when the process PARENT that started it is gone."""
+    die_with_parent()
+    if os.getppid() != int(parent):  # it was gone before this process was bound to it
+        sys.exit(1)
+    os.execv(sys.executable, [sys.executable, "-m", *arguments])
 
 
 def run_local_processes(arguments: Sequence[str], count: int) -> int:
@@ -125,3 +144,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]
     for number in causes[:1] or [number for number in said if number == index]:
         print(f"process {number} of {len(processes)}: {said[number]}", file=sys.stderr, flush=True)
     return status
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -5,13 +5,13 @@
 Each run is trained and evaluated by the very commands that --print_commands prints, each in a process of its own: a
 crash, a kill for want of memory, or a wrong setting of one arm leaves the others as they are, devices are free again
 between runs, and a run made by hand or on another machine is a run of the study. What that costs is a start each, some
-seconds. All that is known of a study lies in its directory; so the same command goes on after any interruption.
+seconds. All that is known of a study lies in its directory; so the same command goes on after any interruption, and any
+number of them share it, as `worker` and `leases` say.
 """
 
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,21 +19,22 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from codellm_jax.configuration import Configuration, build
-from codellm_jax.runtime.commands import Commands, Pace
-from codellm_jax.runtime.progress import duration
+from codellm_jax.runtime.commands import Commands
 from codellm_jax.study.arms import Study, select
+from codellm_jax.study.devices import run_side_by_side
+from codellm_jax.study.leases import LEASE_SECONDS, RECORD, Leases, State
 from codellm_jax.study.page import losses, page
 from codellm_jax.study.planned import (
     Planned,
     Standing,
-    evaluation_seconds,
     move_aside,
     plan_as_json,
     planned_runs,
     standing,
     write_plan,
 )
-from codellm_jax.study.printed import shell_commands
+from codellm_jax.study.printed import printed
+from codellm_jax.study.worker import Worker
 
 
 class Options(NamedTuple):
@@ -44,27 +45,34 @@ class Options(NamedTuple):
     search_paths: tuple[str, ...] = ()
     redo: bool = False
     dry_run: bool = False
-    print_commands: bool = False
-    command: str = "t5x study"  # the same again, without --redo, --dry_run and --print_commands
+    print_commands: str = ""  # "shell", "slurm" or "kubernetes"
+    worker: bool = False
+    devices_per_run: int | None = None
+    lease_seconds: float = LEASE_SECONDS
+    command: tuple[str, ...] = ("study",)  # the same again: arguments of t5x that tell which runs of which study
 
 
 def study(configuration: Configuration, options: Options, report: Callable[[str], None] = print) -> int:
     """Plans, and trains and evaluates what is not done yet; returns the exit status.
 
     Raises:
-      ValueError, FileNotFoundError: in one line, before anything is begun: for a plan that is none, or runs that are
-        there under another configuration.
+      ValueError, OSError: in one line, before anything is begun: for a plan that is none, runs that are there under
+        another configuration, or a directory that cannot be written.
     """
-    _require_of_study(configuration)
-    asked: Study = build(configuration, "study")
+    asked = study_of(configuration)
     planned, told = planned_runs(asked, configuration, options.search_paths)
     names = {run.name for run in select([one.run for one in planned], options.arms, options.seeds)}
     chosen = [one for one in planned if one.run.name in names]
     for line in told:
         report(line)
     if options.print_commands:
-        report(shell_commands(chosen, asked, options.search_paths, options.command))
+        report(printed(options.print_commands, chosen, asked, options.search_paths, options.command,
+                       options.devices_per_run))
         return 0
+    if not options.lease_seconds > 0:
+        raise ValueError(f"--lease_seconds must be positive, found {options.lease_seconds:g}.")
+    if options.devices_per_run is not None and not options.dry_run:
+        return _side_by_side(asked, options, report)
     with Commands(report) as processes:
         surveyed = _survey(processes, chosen if options.dry_run else planned, options)
         if processes.stopped:
@@ -72,19 +80,24 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
         facts = surveyed["runs"]
         for warning in dict.fromkeys(line for fact in facts.values() for line in fact.get("warnings", ())):
             report(f"WARNING: {warning}")
-        stand = stand_of(planned, facts)
         if options.dry_run:
-            report(page(asked, chosen, facts, stand, surveyed["measured"]))
+            report(page(asked, chosen, facts, stand_of(planned, facts), surveyed["measured"]))
             return 0
-        _put_aside_or_refuse(planned, asked, stand, options, report)
-        write_plan(asked.directory, plan_as_json(asked, configuration, options.search_paths, planned))
-        sound = [one for one in planned if "error" not in facts[one.run.name]]
-        if any(one.tasks and not stand[one.run.name].evaluated for one in sound):
-            _contamination(processes, sound, asked, options)
-        failures = _run_all(chosen, facts, processes, options, report)
+        leases = Leases(State(asked.directory), options.lease_seconds)
+        stand = _begin(asked, configuration, planned, facts, leases, processes, options)
         if processes.stopped:
             return tell_stopped(processes.stopped, report)
-        unreported = _report(processes, chosen, asked)
+        sound = [one for one in planned if "error" not in facts[one.run.name]]
+        if any(one.tasks and not stand[one.run.name].evaluated for one in sound):
+            _contamination(processes, sound, asked, options, leases)
+        worker = Worker(chosen, facts, stand, leases, processes, options.search_paths)
+        worker.work()
+        if processes.stopped:
+            return tell_stopped(processes.stopped, report)
+        failures = list(worker.failures.values())
+        if any(one.tasks for one in sound) and not _contamination_file(asked).exists():
+            _contamination(processes, sound, asked, options, leases)  # whoever searched at the start was killed
+        unreported = _report(processes, chosen, asked, leases)
     for line in [*failures, *unreported]:
         print(f"t5x study: error: {line}", file=sys.stderr)
     evaluated = any(one.tasks for one in chosen)
@@ -95,10 +108,11 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
     return 1 if failures or unreported else 0
 
 
-def _require_of_study(configuration: Configuration) -> None:
-    """Raises ValueError where gin files plan no study."""
+def study_of(configuration: Configuration) -> Study:
+    """The study of these gin files. Raises ValueError where they plan none."""
     if "study.directory" not in configuration.effective:
         raise ValueError("the gin files plan no study: give one such as gin/study.gin.")
+    return build(configuration, "study")
 
 
 def stand_of(planned: Sequence[Planned], facts: Mapping[str, Any]) -> dict[str, Standing]:
@@ -109,11 +123,61 @@ def stand_of(planned: Sequence[Planned], facts: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+def _side_by_side(asked: Study, options: Options, report: Callable[[str], None]) -> int:
+    """Workers on this machine, each with devices of its own; returns the exit status."""
+    assert options.devices_per_run is not None
+    if not options.worker:
+        forget_failures(State(asked.directory))
+    flags = ["--worker", f"--lease_seconds={options.lease_seconds:g}", *["--redo"] * options.redo]
+    return run_side_by_side([*options.command, *flags], options.devices_per_run, report)
+
+
+def _begin(
+    asked: Study, configuration: Configuration, planned: Sequence[Planned], facts: Mapping[str, Any], leases: Leases,
+    processes: Commands, options: Options,
+) -> dict[str, Standing]:
+    """Writes the plan, and puts aside or refuses what is of another, one worker after the other; returns how far each
+    run has come.
+    """
+    state, told = leases.state, False
+    while not processes.stopped:
+        with leases.held("plan", processes.kill) as lease:
+            if lease is None:
+                if not told:
+                    processes.report("Waiting for another worker, which writes the plan")
+                told = True
+                processes.wait(min(1.0, leases.poll_seconds))
+                continue
+            stand = stand_of(planned, facts)
+            if _put_aside_or_refuse(planned, asked, stand, leases, processes, options):
+                stand = stand_of(planned, facts)
+            write_plan(asked.directory, plan_as_json(asked, configuration, options.search_paths, planned))
+            state.write("plan", {name: {key: fact[key] for key in ("flops", "error") if key in fact}
+                                 for name, fact in facts.items()}, RECORD)
+            if not options.worker:
+                forget_failures(state)
+            return stand
+    return {}
+
+
+def forget_failures(state: State) -> None:
+    """Has runs that failed tried again."""
+    records = state.read_all([name for name in state.names(RECORD) if name != "plan"], RECORD)
+    for name, (record, generation) in records.items():
+        if record and record.get("state") == "failed":
+            state.write(name, None, RECORD, generation)
+
+
 def _put_aside_or_refuse(
-    planned: Sequence[Planned], asked: Study, stand: Mapping[str, Standing], options: Options,
-    report: Callable[[str], None],
-) -> None:
-    """Runs that were trained or evaluated under another configuration are told; nothing of them is ever overwritten."""
+    planned: Sequence[Planned], asked: Study, stand: Mapping[str, Standing], leases: Leases, processes: Commands,
+    options: Options,
+) -> bool:
+    """Runs that were trained or evaluated under another configuration are told; nothing of them is ever overwritten.
+
+    Returns:
+      Whether something was put aside.
+    """
+    report = processes.report
     changed = [one for one in planned if stand[one.run.name].changed or stand[one.run.name].results_changed]
     for one in changed:
         of_run = stand[one.run.name]
@@ -123,16 +187,24 @@ def _put_aside_or_refuse(
         raise ValueError(f"{len(changed)} run(s) in {asked.directory} are of another configuration (above). Set it "
                          "back; or use another STUDY_DIR; or give --redo, which makes them again and moves what is "
                          f"there to {asked.directory.rstrip('/')}/replaced.")
-    again: list[Planned] = []
+    again: list[str] = []
     for one in planned:
         # What was trained from a run that is made again is of another one too.
-        if stand[one.run.name].changed or one.run.parent in [other.run.name for other in again]:
-            again.append(one)
-        elif stand[one.run.name].results_changed:
-            report(f"{one.run.name} is evaluated again; its results are in {move_aside(one, asked.directory, True)}")
-    for one in reversed(again):  # so that a kill in between leaves none that stands on nothing
-        if epath.Path(one.folder).expanduser().exists():
-            report(f"{one.run.name} is made again; what was there is in {move_aside(one, asked.directory, False)}")
+        if stand[one.run.name].changed or one.run.parent in again:
+            again.append(one.run.name)
+    aside = [one for one in reversed(planned)  # so that a kill in between leaves none that stands on nothing
+             if (one.run.name in again and epath.Path(one.folder).expanduser().exists())
+             or (one.run.name not in again and stand[one.run.name].results_changed)]
+    for one in aside:
+        with leases.held(one.run.name, processes.kill) as lease:
+            if lease is None:
+                raise ValueError(f"{one.run.name} is to be made again, and another worker has it: end that one first.")
+            results_alone = one.run.name not in again
+            place = move_aside(one, asked.directory, results_alone)
+            leases.state.write(one.run.name, None, RECORD)
+        report(f"{one.run.name} is evaluated again; its results are in {place}" if results_alone else
+               f"{one.run.name} is made again; what was there is in {place}")
+    return bool(aside)
 
 
 def tell_stopped(number: int, report: Callable[[str], None]) -> int:
@@ -160,85 +232,33 @@ def _ask(processes: Commands, request: Mapping[str, Any], answer: str) -> None:
             raise ValueError(f"the plan could not be made, for its process {ended.how}")
 
 
-def _report(processes: Commands, chosen: Sequence[Planned], asked: Study) -> list[str]:
+def _report(processes: Commands, chosen: Sequence[Planned], asked: Study, leases: Leases) -> list[str]:
     """STUDY_DIR/report, of what there is; a line where that failed."""
     if not any(one.tasks and standing(one, {}, None).evaluated for one in chosen):
         return []  # each of the failures that are told says why, or no benchmark is asked
-    ended = processes.run(["codellm_jax.cli", "report", asked.directory])
-    return [f"report {ended.how}"] if ended.status else []
+    with leases.held("report", processes.kill) as lease:
+        if lease is None:
+            processes.report("Another worker writes the report.")
+            return []
+        ended = processes.run(["codellm_jax.cli", "report", asked.directory])
+        return [f"report {ended.how}"] if ended.status else []
 
 
-def _contamination(processes: Commands, planned: Sequence[Planned], asked: Study, options: Options) -> None:
-    """STUDY_DIR/contamination.json, of everything the runs train on; where it is there already nothing is searched."""
+def _contamination_file(asked: Study) -> epath.Path:
+    return epath.Path(asked.directory).expanduser() / "contamination.json"
+
+
+def _contamination(
+    processes: Commands, planned: Sequence[Planned], asked: Study, options: Options, leases: Leases
+) -> None:
+    """STUDY_DIR/contamination.json, of everything the runs train on; where it is there already, or another worker is
+    at it, nothing is searched.
+    """
     evaluation = planned[0].evaluation
     settings = {macro: evaluation.resolved(name) for macro, name in (
         ("TASKS", "evaluation.tasks"), ("DATA_DIR", "benchmarks.data_dir"))}
-    _ask(processes, {"runs": [one.request() for one in planned], "search_paths": options.search_paths,
-                     "asked": [pair for pair in settings.items() if pair[1] is not None]},
-         f"{asked.directory.rstrip('/')}/contamination.json")
-
-
-def _run_all(
-    chosen: Sequence[Planned], facts: Mapping[str, Any], processes: Commands, options: Options,
-    report: Callable[[str], None],
-) -> list[str]:
-    """Trains and evaluates what is not done; returns a line for each run that failed or was skipped."""
-    failures: dict[str, str] = {}
-    stand, pace = stand_of(chosen, facts), Pace()
-    for one in chosen:
-        if stand[one.run.name].trained and stand[one.run.name].seconds and "flops" in facts[one.run.name]:
-            pace.trained(facts[one.run.name]["flops"], stand[one.run.name].seconds)
-        if stand[one.run.name].evaluated and (seconds := evaluation_seconds(one)):
-            pace.evaluated(seconds)
-
-    def left() -> str:
-        to_come = [(later.run.name, stand[later.run.name]) for later in chosen if later.run.name not in failures]
-        seconds = pace.left([facts[name].get("flops", 0.0) for name, of_run in to_come if not of_run.trained],
-                            sum(not of_run.evaluated for _, of_run in to_come))
-        return "" if seconds is None else f" | about {duration(seconds)} left for the study"
-
-    for number, one in enumerate(chosen, 1):
-        if processes.stopped:
-            break
-        name, heading = one.run.name, f"[{number}/{len(chosen)}] {one.run.name}"
-        if one.run.parent in failures:
-            failures[name] = f"{name} is skipped, for it starts from {one.run.parent}."
-        elif "error" in facts[name]:
-            failures[name] = f"{name}: {facts[name]['error']}"
-        elif standing(one, {}, None).evaluated:
-            report(f"{heading}: done before")
-        else:
-            why = _make(one, heading, facts[name]["flops"], processes, options, pace, left, report)
-            if why:
-                failures[name] = f"{name}: {why}"
-        stand[name] = standing(one, {}, None)
-        if name in failures:
-            report(f"{heading}: {failures[name]}")
-    return list(failures.values())
-
-
-def _make(
-    one: Planned, heading: str, flops: float, processes: Commands, options: Options, pace: Pace,
-    left: Callable[[], str], report: Callable[[str], None],
-) -> str | None:
-    """Trains and evaluates a run, as far as that is not done; returns why it failed, or None."""
-    told = []
-    for verb, done, command in (("train", "trained", one.train_command(options.search_paths)),
-                                ("eval", "evaluated", one.eval_command(options.search_paths))):
-        if getattr(standing(one, {}, None), done):
-            continue
-        report(f"{heading}: {verb}{left()}")
-        began = time.monotonic()
-        ended = processes.run(["codellm_jax.cli", *command], f"{heading} {verb}", f"{one.folder}/{verb}.log", left)
-        if processes.stopped:
-            return None
-        if ended.status or not getattr(standing(one, {}, None), done):
-            return f"{verb} {ended.how}"
-        seconds = time.monotonic() - began
-        told.append(f"{verb} {duration(seconds)}")
-        if verb == "train":
-            pace.trained(flops, seconds)
-        else:
-            pace.evaluated(seconds)
-    report(f"{heading}: done, {', '.join(told)}")
-    return None
+    with leases.held("contamination", processes.kill) as lease:
+        if lease is not None:
+            _ask(processes, {"runs": [one.request() for one in planned], "search_paths": options.search_paths,
+                             "asked": [pair for pair in settings.items() if pair[1] is not None]},
+                 str(_contamination_file(asked)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from codellm_jax import cli
-from codellm_jax.pods.job import Job, Source, accelerator, default_name, require_reachable, source
+from codellm_jax.pods.job import Job, Source, accelerator, default_name, require_one_host, require_reachable, source
 from codellm_jax.pods.launch import RESTARTS, commands, create, install_script, launch, nodes, poll_script, start_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -397,6 +397,36 @@ def test_a_slip_costs_no_tpu(cloud, checkout, monkeypatch, capsys, arguments, me
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], lines
     assert cloud.commands() == []
+
+
+STUDY = ["--tpu=v5e-8", "--zone=us-central2-b", "--print_only", "--", "study", "--gin_file=gin/study.gin"]
+
+
+def test_a_study_is_launched_on_one_host(cloud, checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    assert cli.main(["launch", *STUDY, "--gin.STUDY_DIR=gs://b/s", "--devices_per_run=1"]) == 0
+    assert '/t5x/venv/bin/t5x study --gin_file=gin/study.gin --gin.STUDY_DIR=gs://b/s --devices_per_run=1;' in \
+        capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--gin.STUDY_DIR=runs/study"], "STUDY_DIR is runs/study on a local disk"),
+    (["--gin.STUDY_DIR=gs://b/s", "--gin.tuning/CORPORA={'text.a': {'instructions': '/data/x.json'}}"],
+     "CORPORA is /data/x.json on a local disk"),
+    (["--gin.STUDY_DIR=gs://b/s", "--gin.pretraining/VOCABULARY=my.model"], "VOCABULARY is my.model on a local disk")])
+def test_what_a_studys_workers_cannot_reach_costs_no_tpu(cloud, checkout, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(checkout)
+    assert cli.main(["launch", *STUDY, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tpu, fits", [("v4-8", True), ("v4-16", False), ("v5e-8", True), ("v5e-16", False),
+                                       ("2xv5e-4", False), ("v5p-8", True), ("v6e-1", True)])
+def test_a_study_wants_one_host(tpu, fits):
+    if fits:
+        return require_one_host(accelerator(tpu))
+    with pytest.raises(ValueError, match="has several hosts, and a study trains each of its runs on one"):
+        require_one_host(accelerator(tpu))
 
 
 def test_names():

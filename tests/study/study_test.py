@@ -354,3 +354,59 @@ def test_a_study_branches_from_steps_of_a_trunk(study_flags, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(planned) == 0  # nothing is to do
     assert sessions(tmp_path, "SAME.seed0") == [(2, 4)] and "done before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_four_workers_of_whom_two_are_killed_train_what_one_trains(study_flags, tmp_path):
+    """Bit for bit, and no step twice but those after the last checkpoint of a run whose worker was killed."""
+    arms = {"NL": NL, "CODE": {"CODE_RATE": 0.5}, "NN": NN, "CN": {"from": "CODE", "CODE_RATE": 0.0}}
+    common = ["--gin.evaluation/TASKS=[]"]
+    common += [f"--gin.{stage}/{name}" for stage in ("pretraining", "tuning")
+               for name in ("CHECKPOINT_PERIOD=40", "TRAIN_STEPS=400", "EVAL_PERIOD=400")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS}
+
+    def start(directory: Path, *more: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / "log.txt").open("a") as output:
+            return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "codellm_jax.cli", *command(
+                directory, study_flags, arms, *common, *more)], cwd=ROOT, env=environment, stdout=output, stderr=output)
+
+    def saved() -> int:
+        return len([path for path in shared.glob("runs/*/checkpoints/*") if path.name.isdigit()])
+
+    def at_work() -> list[subprocess.Popen[bytes]]:
+        holding = [read(path)["process"] for path in (shared / "state").glob("*seed0.lease")]
+        return [worker for worker in workers if worker.pid in holding]
+
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    workers = [start(shared, "--worker", "--lease_seconds=12") for _ in range(4)]
+    try:
+        for count in (2, 5):
+            end = time.monotonic() + 300
+            while saved() < count or not at_work():
+                assert time.monotonic() < end, (tmp_path / "log.txt").read_text()
+                time.sleep(0.05)
+            victim = at_work()[0]
+            workers.remove(victim)
+            victim.kill()
+            victim.wait()
+        assert [worker.wait(400) for worker in workers] == [0, 0], (tmp_path / "log.txt").read_text()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert start(alone).wait(400) == 0, (tmp_path / "log.txt").read_text()
+    killed = 0
+    for run in ("NL.seed0", "CODE.seed0", "NN.seed0", "CN.seed0"):
+        # The digest of a checkpoint covers the paths that its settings name, the checksums its arrays alone.
+        one, other = (read(directory / "runs" / run / "checkpoints" / "400" / "record" / "metadata")
+                      for directory in (alone, shared))
+        assert one["checksums"] == other["checksums"] and one["place"] == other["place"]
+        losses = [[{key: value for key, value in json.loads(line).items() if "loss" in key or key == "step"}
+                   for line in (directory / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+                  for directory in (alone, shared)]
+        assert losses[0] == losses[1] and losses[0]
+        ends = sessions(shared, run)
+        assert sessions(alone, run) == [(0, 400)] and ends[-1][1] == 400 and ends[0][0] == 0
+        assert all(end is None and after[0] % 40 == 0 for (_, end), after in zip(ends, ends[1:], strict=False))
+        killed += len(ends) - 1
+    assert killed <= 2

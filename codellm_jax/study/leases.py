@@ -1,0 +1,273 @@
+"""Leases on the parts of a study, so that several workers share it and no two do the same.
+
+    STUDY_DIR/state/NAME.lease   who works at NAME: a run, or "plan", "contamination" or "report"
+
+A lease is taken, renewed and given back by writes that succeed only where the file is still the one that was read
+before (compare-and-swap): TensorStore does that on a disk, also by NFS, under a lock of the file system, and in gs://
+by the object's generation. So of any number of workers that take a lease at the same time one has it. An NFS mount with
+local locks (`nolock`, `local_lock`) gives no such promise to several machines.
+
+Its holder writes it anew at every beat. Who waits for it judges it by that alone: a lease is over once it did not
+change for the time that it states, by the clock of the worker that waits. What the machines' clocks say does not
+matter. A process that is gone on that worker's own machine, and in its own container, is known to be gone at once.
+
+A holder that finds another's lease in the place of its own, or could not renew it in time, has lost it.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorstore
+
+LEASE_SECONDS = 120.0  # without a beat, after which a lease is over
+BEATS = 6  # in that time
+LEASE, RECORD = ".lease", ".json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """What a lease says.
+
+    Attributes:
+      worker: host name and process number.
+      token: of this worker alone.
+      place: where process numbers mean the same, see `_place`; None where the system does not tell.
+      process, started: its number, and when it began, see `_started`.
+      since, beat_at: seconds of the holder's wall clock, for people alone.
+      beats: how often it was renewed.
+      expires: seconds without a beat after which it is over.
+      step: of the run's newest checkpoint when it was taken.
+    """
+
+    worker: str
+    token: str
+    place: str | None
+    process: int
+    started: str | None
+    since: float
+    beat_at: float
+    beats: int
+    expires: float
+    step: int
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its process is known to have ended; False also where this machine cannot tell."""
+        return self.place is not None and self.place == _place() and _started(self.process) != self.started
+
+
+@functools.cache
+def _place() -> str | None:
+    """This start of this machine, and the container in it: where process numbers mean the same."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(process: int) -> str | None:
+    """When a process began, in ticks since the machine did; None where it has ended."""
+    try:
+        after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if after_name[0] in "ZX" else after_name[19]
+
+
+class State:
+    """The files of STUDY_DIR/state: leases, and records of what workers found of runs."""
+
+    def __init__(self, directory: str) -> None:
+        """
+        Args:
+          directory: STUDY_DIR, local or gs://.
+
+        Raises:
+          ValueError: it is on another kind of storage.
+          OSError: it cannot be opened.
+        """
+        if "://" in directory and not directory.startswith("gs://"):
+            raise ValueError(f"STUDY_DIR is {directory}; workers share a folder of a disk, or one in gs://.")
+        self.directory = directory
+        self._timeout = 60.0  # seconds for one file
+        place = f"{directory.rstrip('/')}/state/"
+        if place.startswith("gs://"):
+            bucket, _, path = place.removeprefix("gs://").partition("/")
+            spec = {"driver": "gcs", "bucket": bucket, "path": path}
+        else:
+            spec = {"driver": "file", "path": os.path.abspath(os.path.expanduser(place)) + "/"}
+        self._store = self._done(tensorstore.KvStore.open(spec))
+
+    def _done(self, future: Any) -> Any:
+        """What it gives. Raises OSError, in one line, where the directory cannot be read or written."""
+        try:
+            return future.result(timeout=self._timeout)
+        except TimeoutError:
+            raise OSError(f"STUDY_DIR {self.directory} did not answer for {self._timeout:.0f} s.") from None
+        except ValueError as error:
+            reason = " ".join(str(error).replace("\\x00", "/").split())  # where it joins the parts of a path
+            raise OSError(f"STUDY_DIR {self.directory} cannot be read or written: {reason}") from None
+
+    def within(self, seconds: float) -> "State":
+        """The same, which gives up on a file after so many seconds."""
+        other = copy.copy(self)
+        other._timeout = seconds
+        return other
+
+    def names(self, ending: str) -> list[str]:
+        """Of the leases that are there, or of the records."""
+        return sorted(key.decode().removesuffix(ending) for key in self._done(self._store.list())
+                      if key.decode().endswith(ending))
+
+    def read(self, name: str, ending: str = LEASE) -> tuple[dict[str, Any] | None, bytes]:
+        """What a file says, None where there is none or it says nothing, and its generation."""
+        return self.read_all([name], ending)[name]
+
+    def read_all(self, names: list[str], ending: str) -> dict[str, tuple[dict[str, Any] | None, bytes]]:
+        """The same of several, which are read at the same time."""
+        futures = {name: self._store.read(name + ending) for name in names}
+        found = {name: self._done(future) for name, future in futures.items()}
+        return {name: (_parsed(result.value), result.stamp.generation) for name, result in found.items()}
+
+    def write(self, name: str, value: dict[str, Any] | None, ending: str = LEASE,
+              where: bytes | None = None) -> bytes:
+        """Writes a file, or removes it where the value is None; with `where` only if it is of that generation.
+
+        Returns:
+          Its new generation; b"" where it was another's.
+        """
+        text = None if value is None else json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        written = self._done(self._store.write(name + ending, text, if_equal=where))
+        return written.generation
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def as_holder(value: dict[str, Any] | None) -> Holder | None:
+    """A lease's holder; None of what is no lease."""
+    try:
+        return Holder(**value) if value else None
+    except TypeError:
+        return None
+
+
+class Leases:
+    """What one worker takes, and what it has seen of others' leases."""
+
+    def __init__(self, state: State, lease_seconds: float = LEASE_SECONDS) -> None:
+        self.state = state
+        self.poll_seconds = lease_seconds / BEATS / 4  # between two looks at what others have
+        self.worker = f"{socket.gethostname()}:{os.getpid()}"
+        self._lease_seconds = lease_seconds
+        self._token = uuid.uuid4().hex
+        self._seen: dict[str, tuple[bytes, float]] = {}  # of each lease its generation, and when it was first seen
+
+    def holder(self, name: str) -> str | None:
+        """Whose a lease is; None where it may be taken."""
+        return self._judged(name, *self.state.read(name))
+
+    def _judged(self, name: str, value: dict[str, Any] | None, generation: bytes) -> str | None:
+        seen, now = self._seen.get(name), time.monotonic()
+        if seen is None or seen[0] != generation:
+            seen = self._seen[name] = (generation, now)
+        held = as_holder(value)
+        if held is None:  # no lease, or a broken one, which nobody renews
+            return None
+        return None if held.is_gone or now - seen[1] >= held.expires else held.worker
+
+    @contextlib.contextmanager
+    def held(self, name: str, lost: Callable[[], None], step: int = 0) -> Iterator["Lease | None"]:
+        """A lease, renewed until the context ends and then given back; None where another has it.
+
+        Args:
+          name: of the part of the study.
+          lost: is called from another thread, again and again, once the lease is another's: what is done under it
+            must stop.
+          step: of the run's newest checkpoint.
+
+        Raises:
+          OSError: STUDY_DIR cannot be read or written.
+        """
+        value, generation = self.state.read(name)
+        if self._judged(name, value, generation) is not None:
+            yield None
+            return
+        now = time.time()
+        holder = Holder(self.worker, self._token, _place(), os.getpid(), _started(os.getpid()), now, now, 0,
+                        self._lease_seconds, step)
+        if not self.state.write(name, dataclasses.asdict(holder), where=generation):
+            yield None
+            return
+        lease = Lease(self.state, name, holder, lost)
+        try:
+            yield lease
+        finally:
+            lease.give_back()
+
+
+class Lease:
+    """A lease that this process took. `lost` says whose it is now, or why it counts as lost."""
+
+    def __init__(self, state: State, name: str, holder: Holder, lost: Callable[[], None]) -> None:
+        self.name = name
+        self.lost = ""
+        # A beat reads and writes: it takes no longer than the time between two.
+        self._state = state.within(max(1.0, holder.expires / BEATS / 2))
+        self._holder, self._on_lost = holder, lost
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name=f"lease of {name}", daemon=True)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        renewed, problem = time.monotonic(), ""
+        while not self._ended.wait(self._holder.expires / BEATS):
+            try:
+                began = time.monotonic()
+                self.lost = self._beat()
+                renewed = began
+            except OSError as error:
+                problem = str(error)
+            if time.monotonic() - renewed > self._holder.expires / 2:  # before others may take it
+                self.lost = f"it could not be renewed ({problem})"
+            if self.lost:
+                break
+        while not self._ended.wait(0.2):
+            self._on_lost()
+
+    def _beat(self) -> str:
+        """Writes the lease anew; returns whose it is, where it is another's."""
+        value, generation = self._state.read(self.name)
+        held = as_holder(value)
+        if held is not None and held.token == self._holder.token:
+            self._holder = dataclasses.replace(held, beats=held.beats + 1, beat_at=time.time())
+            if self._state.write(self.name, dataclasses.asdict(self._holder), where=generation):
+                return ""
+            held = as_holder(self._state.read(self.name)[0])
+        return f"{held.worker} took it over" if held else "it was removed"
+
+    def give_back(self) -> None:
+        """Ends the lease at once; that of another is left as it is."""
+        self._ended.set()
+        self._thread.join()
+        value, generation = self._state.read(self.name)
+        held = as_holder(value)
+        if held is not None and held.token == self._holder.token:
+            self._state.write(self.name, None, where=generation)

@@ -1,0 +1,185 @@
+"""How far a study is, and who works at what: read from STUDY_DIR alone, without JAX and without touching anything.
+
+Times are told by this machine's clock beside the workers' own, so that they are as right as the clocks are.
+"""
+
+import ast
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from codellm_jax.runtime.progress import duration, read_records
+from codellm_jax.settings import Configuration
+from codellm_jax.study.leases import LEASE, RECORD, Holder, State, as_holder
+from codellm_jax.study.pace import Pace, ToDo, seconds_left
+
+
+class _Found(NamedTuple):
+    """What the files tell of a run."""
+
+    state: str  # "done", "failed", "skipped", "training", "evaluating", "no sign of life", "trained", "begun", "to do"
+    step: int
+    steps: int
+    holder: Holder | None = None
+    note: str = ""
+    left: float | None = None  # seconds, of what is not done
+
+
+def directory_of(configuration: Configuration) -> str:
+    """STUDY_DIR of these settings. Raises ValueError where they plan no study."""
+    value = configuration.resolved("study.directory")
+    try:
+        directory = ast.literal_eval(value or "")
+    except (ValueError, SyntaxError):
+        directory = None
+    if not isinstance(directory, str):
+        raise ValueError("the gin files plan no study: give one such as gin/study.gin.")
+    return directory
+
+
+def status(directory: str, now: float | None = None) -> str:
+    """The state of a study as a page of text.
+
+    Args:
+      directory: STUDY_DIR, local or gs://.
+      now: seconds of the wall clock, the current ones by default.
+
+    Raises:
+      FileNotFoundError: no study has begun there.
+    """
+    now = time.time() if now is None else now
+    root = epath.Path(directory).expanduser()
+    if not (root / "study.json").exists():
+        raise FileNotFoundError(f"{directory} holds no study.json: no study has begun there.")
+    plan = json.loads((root / "study.json").read_text())
+    state = State(directory)
+    runs = {run["run"]: run for run in plan["runs"]}
+    holders = {name: holder for name, (value, _) in state.read_all(state.names(LEASE), LEASE).items()
+               if (holder := as_holder(value))}
+    records = {name: value for name, (value, _) in state.read_all(state.names(RECORD), RECORD).items() if value}
+    costs = records.pop("plan", {})
+    with ThreadPoolExecutor(32) as pool:  # in gs:// each file takes its time
+        read = list(pool.map(lambda name: _read(root / "runs" / name), runs))
+    found: dict[str, _Found] = {}
+    for (name, run), files in zip(runs.items(), read, strict=True):  # parents come first
+        found[name] = _found(run, files, costs.get(name, {}), holders.get(name), records.get(name, {}),
+                             found.get(_parent(run)), now)
+    found = _with_time_left(found, records, costs, now)
+    others = [f"{holder.worker} has {name}" for name, holder in holders.items() if name not in runs and not
+              _is_silent(holder, now)]
+    return "\n".join([*_table(found, now), "", *others, _summary(found, runs, directory)])
+
+
+def _parent(run: Mapping[str, Any]) -> str:
+    """The name of what a run starts from; that of no run where it starts from nothing of the study."""
+    return str(run["from"]).rpartition("@")[0] or str(run["from"])
+
+
+def _is_silent(holder: Holder, now: float) -> bool:
+    return holder.is_gone or now - holder.beat_at > holder.expires
+
+
+class _Files(NamedTuple):
+    """What lies in a run's directory."""
+
+    begun: bool
+    finished: bool  # training
+    step: int  # of the last record
+
+
+def _read(folder: epath.Path) -> _Files:
+    path = folder / "provenance.json"
+    try:
+        provenance = json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError:  # a kill left half of it
+        provenance = None
+    return _Files(provenance is not None, bool(provenance and provenance["finished"]),
+                  max((line["step"] for line in read_records(str(folder))), default=0))
+
+
+def _found(
+    run: Mapping[str, Any], files: _Files, cost: Mapping[str, Any], holder: Holder | None, record: Mapping[str, Any],
+    parent: _Found | None, now: float,
+) -> _Found:
+    """What the files tell of one run."""
+    step, steps = files.step, run["steps"]
+    if record.get("state") == "done" and files.begun and (holder is None or _is_silent(holder, now)):
+        return _Found("done", steps, steps)
+    if holder is not None:
+        state = "evaluating" if files.finished else "training"
+        return _Found("no sign of life" if _is_silent(holder, now) else state, step, steps, holder)
+    if record.get("state") == "failed":
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["when"]))
+        return _Found("failed", step, steps, note=f"{record['why']} ({record['worker']}, {when})")
+    if parent is not None and parent.state in ("failed", "skipped"):
+        return _Found("skipped", step, steps, note=f"for {_parent(run)}, which it starts from")
+    if "error" in cost:
+        return _Found("failed", step, steps, note=cost["error"])
+    return _Found("trained" if files.finished else "begun" if step else "to do", step, steps)
+
+
+def _with_time_left(
+    found: Mapping[str, _Found], records: Mapping[str, Any], costs: Mapping[str, Any], now: float
+) -> dict[str, _Found]:
+    """The same with the seconds that are left of each run, where they can be known."""
+    pace = Pace()
+    for name, record in records.items():
+        if record.get("train_seconds") and "flops" in costs.get(name, {}):
+            pace.trained(costs[name]["flops"], record["train_seconds"])
+        if record.get("eval_seconds"):
+            pace.evaluated(record["eval_seconds"])
+    evaluations = int(any(record.get("eval_seconds") for record in records.values()))
+
+    def left(name: str, of_run: _Found) -> float | None:
+        if of_run.state in ("done", "failed", "skipped"):
+            return None
+        to_evaluate = pace.seconds(0.0, evaluations)
+        if of_run.state in ("trained", "evaluating"):
+            return to_evaluate if evaluations else None
+        part = 1 - of_run.step / of_run.steps
+        holder = of_run.holder
+        if holder is not None and of_run.state == "training" and of_run.step > holder.step:  # its own pace is best
+            seconds = (now - holder.since) / (of_run.step - holder.step) * (of_run.steps - of_run.step)
+            return seconds + (to_evaluate or 0.0)
+        flops = costs.get(name, {}).get("flops")
+        return None if flops is None else pace.seconds(flops * part, evaluations)
+
+    return {name: of_run._replace(left=left(name, of_run)) for name, of_run in found.items()}
+
+
+def _table(found: Mapping[str, _Found], now: float) -> list[str]:
+    width = max(map(len, ["run", *found]))
+    lines = [f"{'run':<{width}}  {'state':<15} {'step':>15}  {'since':>8}  {'left':>8}  worker, or what is wrong"]
+    for name, of_run in found.items():
+        holder, is_open = of_run.holder, of_run.state not in ("done", "failed", "skipped")
+        step = f"{of_run.step:,}/{of_run.steps:,}" if of_run.step else f"{of_run.steps:,}"
+        since = duration(now - holder.since) if holder else ""
+        left = duration(of_run.left) if is_open and of_run.left is not None else ""
+        note = of_run.note
+        if holder is not None:
+            note = holder.worker
+            if of_run.state == "no sign of life":
+                note += ", whose process is gone" if holder.is_gone else f" for {duration(now - holder.beat_at)}"
+        lines.append(f"{name:<{width}}  {of_run.state:<15} {step:>15}  {since:>8}  {left:>8}  {note}".rstrip())
+    return lines
+
+
+def _summary(found: Mapping[str, _Found], runs: Mapping[str, Mapping[str, Any]], directory: str) -> str:
+    states = [of_run.state for of_run in found.values()]
+    workers = len({of_run.holder.worker for of_run in found.values()
+                   if of_run.holder and of_run.state in ("training", "evaluating")})
+    open_runs = [(name, of_run) for name, of_run in found.items() if of_run.state not in ("done", "failed", "skipped")]
+    # Those at work first, which have their workers already.
+    to_do = [ToDo(name, _parent(runs[name]), of_run.left)
+             for name, of_run in sorted(open_runs, key=lambda item: item[1].holder is None)]
+    seconds = seconds_left(to_do, workers)
+    failed = states.count("failed") + states.count("skipped")
+    return (f"{directory}: {states.count('done')} of {len(states)} runs are done"
+            + f", {failed} failed or stand on one that did" * bool(failed)
+            + f", {len(open_runs)} are left" * bool(open_runs)
+            + (f"; {workers or 'no'} worker{'s' * (workers != 1)} at work" if open_runs else "")
+            + (f", about {duration(seconds)} left with {workers}" if seconds and workers else "") + ".")

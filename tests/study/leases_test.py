@@ -1,0 +1,187 @@
+"""Leases, on a disk and in a bucket: one holder of any number, renewed, given back, taken over, lost."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fake_bucket import FakeBucket
+
+from codellm_jax.study import leases as module
+from codellm_jax.study.leases import LEASE, RECORD, Leases, State
+
+SHORT = 0.6  # seconds; six beats
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with FakeBucket() as fake, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", fake.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        yield fake
+
+
+@pytest.fixture(params=["disk", "gs"])
+def place(request, tmp_path, bucket) -> str:
+    bucket.objects.clear()
+    return str(tmp_path / "a study: 100% #1?") if request.param == "disk" else "gs://bucket/a study #1"
+
+
+def stop() -> None:
+    """What a lease calls once it is lost."""
+
+
+def text(place: str, bucket: FakeBucket, name: str) -> bytes | None:
+    """A file of the state as it lies there, read without the library."""
+    if place.startswith("gs://"):
+        return bucket.objects.get(f"a study #1/state/{name}", (0, None))[1]
+    path = Path(place) / "state" / name
+    return path.read_bytes() if path.exists() else None
+
+
+def test_one_of_many_has_it_and_gives_it_back(place, bucket):
+    everyone = [Leases(State(place)) for _ in range(8)]
+    for _ in range(5):
+        held, ready = [], threading.Barrier(len(everyone))
+
+        def take(one: Leases, held: list[str] = held, ready: threading.Barrier = ready) -> None:
+            ready.wait()
+            with one.held("A.seed0", stop, step=7) as lease:
+                if lease is not None:
+                    held.append(one._token)
+                ready.wait()  # none gives it back before all have asked
+
+        with ThreadPoolExecutor(len(everyone)) as pool:
+            list(pool.map(take, everyone))
+        assert len(held) == 1
+        assert text(place, bucket, "A.seed0.lease") is None
+    assert bucket.refused or not place.startswith("gs://")
+
+
+def test_what_a_lease_says_and_who_sees_it(place, bucket):
+    one, other = Leases(State(place)), Leases(State(place))
+    with one.held("A.seed0", stop, step=7) as lease:
+        assert lease is not None and other.holder("A.seed0") == one.worker
+        said = json.loads(text(place, bucket, "A.seed0.lease") or b"")
+        assert (said["worker"], said["step"], said["expires"], said["process"]) == (one.worker, 7, 120.0, os.getpid())
+        assert other.state.names(LEASE) == ["A.seed0"] and other.state.names(RECORD) == []
+        with other.held("A.seed0", stop) as second, other.held("B.seed0", stop) as third:
+            assert second is None and third is not None
+    assert other.holder("A.seed0") is None and other.state.names(LEASE) == []
+
+
+def test_a_lease_that_is_renewed_outlives_its_time(place):
+    one, other = Leases(State(place), SHORT), Leases(State(place), SHORT)
+    with one.held("A.seed0", stop) as lease:
+        end = time.monotonic() + 2.5 * SHORT
+        while time.monotonic() < end:
+            assert other.holder("A.seed0") == one.worker
+            time.sleep(0.05)
+        assert lease is not None and not lease.lost
+
+
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases taken from now on are not renewed, as though their machine were cut off or gone."""
+    monkeypatch.setattr(module.Lease, "_renew", lambda self: self._ended.wait())
+
+
+def test_a_silent_lease_is_over_by_the_clock_of_who_waits(place, monkeypatch):
+    """Clocks of other machines, and jumps of one's own, change nothing; the first owner's end leaves the second's."""
+    one, other = Leases(State(place), SHORT), Leases(State(place), SHORT)
+    with monkeypatch.context() as patch:
+        silent(patch)
+        patch.setattr(time, "time", lambda: 4e9)  # the holder's clock is decades ahead
+        first = one.held("A.seed0", stop)
+        assert first.__enter__() is not None
+    time.sleep(1.5 * SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: 9e9)
+        assert other.holder("A.seed0") == one.worker  # seen for the first time
+        time.sleep(0.7 * SHORT)
+        assert other.holder("A.seed0") == one.worker
+        time.sleep(0.5 * SHORT)
+        assert other.holder("A.seed0") is None
+    with other.held("A.seed0", stop) as lease:
+        assert lease is not None
+        first.__exit__(None, None, None)
+        assert one.holder("A.seed0") == other.worker and other.state.names(LEASE) == ["A.seed0"]
+        assert not lease.lost
+
+
+@pytest.mark.parametrize("how", ["taken", "removed"])
+def test_who_loses_a_lease_stops_at_the_next_beat(place, how):
+    one, thief = Leases(State(place), SHORT), State(place)
+    stopped = threading.Event()
+    with one.held("A.seed0", stopped.set) as lease:
+        assert lease is not None
+        value = thief.read("A.seed0")[0]
+        assert value is not None
+        another = value | {"token": "another", "worker": "host:1"}
+        thief.write("A.seed0", another if how == "taken" else None)
+        assert stopped.wait(2.0)
+        assert lease.lost == ("host:1 took it over" if how == "taken" else "it was removed")
+    assert (thief.read("A.seed0")[0] or {}).get("token") == ("another" if how == "taken" else None)
+
+
+def test_who_cannot_renew_stops_before_others_may_take_it(tmp_path, monkeypatch):
+    one = Leases(State(str(tmp_path)), SHORT)
+    stopped = threading.Event()
+    with one.held("A.seed0", stopped.set) as lease:
+        assert lease is not None
+        began = time.monotonic()
+        with monkeypatch.context() as patch:
+            patch.setattr(State, "write", lambda *_, **__: (_ for _ in ()).throw(OSError("the disk is away")))
+            assert stopped.wait(2 * SHORT) and time.monotonic() - began < SHORT + 0.3
+        assert lease.lost == "it could not be renewed (the disk is away)"
+
+
+def test_a_process_that_is_gone_from_this_machine_is_known_to_be(place):
+    script = ("import sys, time; from codellm_jax.study.leases import Leases, State\n"
+              "with Leases(State(sys.argv[1])).held('A.seed0', print): print('held', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", script, place], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    other = Leases(State(place))
+    assert str(other.holder("A.seed0")).endswith(f":{process.pid}")
+    process.kill()
+    end = time.monotonic() + 10  # nobody has waited for it yet: it is a zombie
+    while other.holder("A.seed0") is not None:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.wait()
+    assert other.holder("A.seed0") is None
+    # The same number on another start of the machine, or in another container, says nothing.
+    value, generation = other.state.read("A.seed0")
+    assert value is not None and other.state.write("A.seed0", value | {"place": "elsewhere"}, where=generation)
+    assert other.holder("A.seed0") is not None
+
+
+def test_a_broken_lease_is_nobodys(tmp_path):
+    (tmp_path / "state").mkdir()
+    for number, broken in enumerate((b"", b"{", b"[]", b'{"worker": "a"}')):
+        (tmp_path / "state" / f"R{number}.lease").write_bytes(broken)
+        with Leases(State(str(tmp_path))).held(f"R{number}", stop) as lease:
+            assert lease is not None
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match="STUDY_DIR .*file cannot be read or written: ") as caught:
+        with Leases(State(str(blocked))).held("A.seed0", stop):
+            pass
+    assert "\n" not in str(caught.value) and "x00" not in str(caught.value)
+    with pytest.raises(ValueError, match="STUDY_DIR is s3://bucket/s; workers share a folder of a disk, or one in gs"):
+        State("s3://bucket/s")
+
+
+def test_records(place, bucket):
+    state = State(place)
+    state.write("A.seed0", {"why": "caf\u00e9 \udc80"}, RECORD)
+    assert state.read("A.seed0", RECORD)[0] == {"why": "café \udc80"}
+    assert state.names(RECORD) == ["A.seed0"] and state.names(LEASE) == []
+    assert set(state.read_all(["A.seed0", "B.seed0"], RECORD)) == {"A.seed0", "B.seed0"}
