@@ -204,7 +204,13 @@ def describe(training: Training, plan: Plan) -> str:
                 "as instructions and responses, for the vocabulary has no chat template"
             lines.append(f"{cached.name}: {cached.conversations:,} of {cached.documents:,} examples are conversations, "
                          f"{form}.")
-        if cached.cut or cached.left_out:
+        if cached.loss:
+            counted = "all of their" if cached.loss == "all" else \
+                f"the answers alone, {cached.tokens - cached.uncounted:,} of {cached.tokens:,}"
+            lines.append(f"{cached.name}: {cached.documents - cached.left_out:,} instructions are documents here, of "
+                         f"which the loss counts {counted} tokens." + (
+                             f" {cached.left_out:,} without an answer are left out." if cached.left_out else ""))
+        elif cached.cut or cached.left_out:
             lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
                          f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "
                          "would be left.")

@@ -19,7 +19,8 @@ import tasks
 from codellm_jax import cli
 from codellm_jax.mixture import rows, shards
 from codellm_jax.mixture.mixture import Mixture, open_mixture
-from codellm_jax.mixture.rows import cache_place, cached_rows
+from codellm_jax.mixture.places import cache_place
+from codellm_jax.mixture.rows import cached_rows
 from codellm_jax.training.cache import cache
 from codellm_jax.vocabulary import load_vocabulary
 
