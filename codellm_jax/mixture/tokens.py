@@ -364,4 +364,4 @@ def require_registered(name: str) -> None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)[:8]
         raise ValueError(
             f"No SeqIO task or mixture is named {name!r}; nearest: {', '.join(near)}. "
-            "Modules that register others are listed in TASK_MODULES.")
+            "Modules that register others, such as tasks.tuning, are listed in TASK_MODULES.")

@@ -281,34 +281,27 @@ def test_records_are_prompt_answer_and_end(tmp_path):
     assert len(prompt) > LENGTH and (first < 0).all()  # all of it prompt
 
 
-@pytest.mark.parametrize("loss", ["all", "answers"])
-def test_registered_tasks_of_tuning(tmp_path, loss):
-    """By their own names, for which no spec tells what they are, and by another with `loss`."""
-    corpora = {"code.answers": {"task": "code.python_instructions", "loss": loss}}
+def test_registered_tasks_of_tuning(tmp_path, monkeypatch):
+    """By their own names, for which no spec tells what they are, and by another with `loss`; then without SeqIO."""
+    corpora = {"code.answers": {"task": "code.python_instructions", "loss": "answers"}}
     definitions = defined(corpora, ("tasks.pretraining", "tasks.tuning"))
-    vocabulary = load_vocabulary()
-    named, alias = (cached_rows(name, definitions, vocabulary, 64, str(tmp_path), silent)["train"]
-                    for name in ("code.python_instructions", "code.answers"))
-    assert (named.loss, alias.loss) == ("all", loss) and named.documents == alias.documents > 100
+    vocabulary, names = load_vocabulary(), ("code.python_instructions", "code.answers", "code.python")
+    named, alias, python = (cached_rows(name, definitions, vocabulary, 64, str(tmp_path), silent)["train"]
+                            for name in names)
+    assert (named.loss, alias.loss, python.loss) == ("all", "answers", None)
+    assert named.documents == alias.documents > 100 and alias.uncounted > named.uncounted == 0
     one, other = (all_rows(rows, vocabulary.end_of_document_id) for rows in (named, alias))
     np.testing.assert_array_equal(one.inputs, other.inputs)
     np.testing.assert_array_equal(one.positions, other.positions)
-    assert one.weights.min() == 1 and (other.weights.min() == 1) == (loss == "all")
-    assert (alias.uncounted > 0) == (loss == "answers")
+    assert one.weights.min() == 1 and 0 < other.weights.mean() < 1
 
+    def fail(*_: object) -> None:
+        raise AssertionError("the rows are cached already")
 
-def test_cached_rows_are_found_without_seqio(tmp_path, monkeypatch):
-    definitions = defined({}, ("tasks.pretraining", "tasks.tuning"))
-    for name in ("code.python_instructions", "code.python"):
-        cached_rows(name, definitions, load_vocabulary(), 64, str(tmp_path), silent)
-
-        def fail(*_: object) -> None:
-            raise AssertionError("the rows are cached already")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("codellm_jax.mixture.places.open_task", fail)
-            patch.setattr(rows_module, "open_task", fail)
-            assert cached_rows(name, definitions, load_vocabulary(), 64, str(tmp_path), silent)["train"].count
+    monkeypatch.setattr("codellm_jax.mixture.places.open_task", fail)
+    monkeypatch.setattr(rows_module, "open_task", fail)
+    for name in names:
+        assert cached_rows(name, definitions, vocabulary, 64, str(tmp_path), silent)["train"].count
 
 
 def test_the_key_knows_loss_and_template_and_documents_keep_theirs(tmp_path):

@@ -131,13 +131,14 @@ def test_rows_are_those_of_a_run_whatever_the_runner_and_workers(corpora, unaske
 
 def mixture_of_both(corpora, cache_dir: Path, names: tuple[str, ...] = ()) -> Mixture:
     """Documents and instructions among them: records and conversations, divisible and not, and an alias."""
-    asked = Path(corpora["text.asked"]["instructions"])
+    folder = Path(corpora["text.asked"]["instructions"]).parent / "chat"
+    folder.mkdir(exist_ok=True)
     chat = [{"messages": [{"role": role, "content": f"{number} {role} " * (1 + number % 7)} for role in (
         "user", "assistant", "user", "assistant")]} for number in range(300)]
     for number in range(3):
-        (asked.parent / f"chat{number}.jsonl").write_text("\n".join(map(json.dumps, chat[number::3])))
+        (folder / f"{number}.jsonl").write_text("\n".join(map(json.dumps, chat[number::3])))
     both = {name: corpora[name] for name in ("text.many", "text.asked", "code.sampled")} | {
-        "text.chat": {"instructions": str(asked.parent / "chat*.jsonl"), "holdout": 0.05, "loss": "answers"},
+        "text.chat": {"instructions": str(folder / "*.jsonl"), "holdout": 0.05, "loss": "answers"},
         "code.answers": {"task": "text.asked", "loss": "answers"}}
     return Mixture(list(names or both), tasks.Definitions(("tasks.pretraining", "tasks.tuning"), both), {"targets": 13},
                    0.5, cache_dir=str(cache_dir))
