@@ -13,10 +13,10 @@ from codellm_jax.mixture.examples import (
     WIDTH_BESIDE_TOKENS,
     arrays_of_examples,
     ids_of,
+    marked_ids,
     pack,
     sizes_drawn,
     unpacked,
-    with_ends,
 )
 from codellm_jax.mixture.order import Draw, Order
 from codellm_jax.mixture.rows import Rows
@@ -48,7 +48,7 @@ def batch_of_rows(rows: np.ndarray, sources: np.ndarray, end_of_document_id: int
     ids = ids_of(rows)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     begins = np.zeros_like(inputs)
-    begins[:, 1:] = with_ends(rows[:, :-2]) == end_of_document_id
+    begins[:, 1:] = marked_ids(rows[:, :-2]) == end_of_document_id
     index = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
     return Batch(
         inputs=inputs,

@@ -1,5 +1,5 @@
-"""Instruction examples as rows, and rows of examples as batches: what the second stage trains on; and as documents
-among others, which pre-training joins and cuts.
+"""Instruction examples as rows, and rows of examples as batches, which tuning trains on; and examples as documents,
+which pre-training joins and cuts.
 
 An example is a prompt (`inputs`) followed by its answer (`targets`) and the end token; the loss counts the answer and
 the end token alone. A conversation goes on: the loss counts its other answers, too, and not what stands between them.
@@ -14,8 +14,8 @@ each with positions and attention of its own. So packing changes the cost of a s
 step has, and the loss and gradient they give, are the same to float32 rounding.
 
 As a document an example is prompt, answer and end token. The loss counts all of it or, if the corpus says so, what it
-counts in tuning; the other tokens are complements there, too. An end token within an example, as behind each answer of
-a conversation, is no end of the document: it has `WITHIN` added.
+counts in tuning; the tokens that it does not count are complements. An end token within an example, as behind each
+answer of a conversation, does not end the document: it has `WITHIN` added.
 """
 
 import dataclasses
@@ -117,19 +117,19 @@ def documents(examples: Iterable[Tokens], loss: str | None, end: int, found: Fou
 
 
 def as_document(example: Tokens, loss: str, end: int) -> np.ndarray:
-    """An example as one document; empty where it has no answer. `loss` and `end` as for `documents`.
+    """An example as one document, int32; empty where it has no answer. `loss` and `end` as for `documents`.
 
-    The document ends with its only end token without `WITHIN`. Where the answer does not end with it, it is added, and
-    counts as no part of the answer. What a chat template has behind the last answer is dropped.
+    What a chat template has behind the last answer is dropped. Where the answer does not end with the end token itself,
+    that is added, and is not counted as part of the answer.
     """
     answers = np.flatnonzero(example.targets >= 0)
     if not len(answers):
         return np.zeros(0, np.int32)
     targets = example.targets[: answers[-1] + 1]
     tokens = np.concatenate([~example.inputs, targets] if targets[-1] == end else [~example.inputs, targets, [~end]])
-    # In a complement the bit is set, and is cleared here.
+    # ~(id + WITHIN) is ~id without the bit.
     tokens[:-1] ^= np.where(ids_of(tokens[:-1]) == end, WITHIN, 0)
-    return (tokens if loss == "answers" else with_ends(tokens)).astype(np.int32)
+    return (tokens if loss == "answers" else marked_ids(tokens)).astype(np.int32)
 
 
 class Sizes(NamedTuple):
@@ -151,14 +151,14 @@ def example_sizes(examples: Readable) -> Sizes:
     return Sizes(tokens - 1, tokens - np.maximum(prompts, 1) - between)
 
 
-def with_ends(tokens: np.ndarray) -> np.ndarray:
-    """Tokens as they are cached, whether the loss counts them or not: ids, but for end tokens within an example."""
+def marked_ids(tokens: np.ndarray) -> np.ndarray:
+    """As `ids_of`, but end tokens within an example keep `WITHIN`."""
     return np.where(tokens < 0, ~tokens, tokens)
 
 
 def ids_of(tokens: np.ndarray) -> np.ndarray:
     """The ids of tokens as they are cached, whether the loss counts them or not."""
-    return with_ends(tokens) & (WITHIN - 1)
+    return marked_ids(tokens) & (WITHIN - 1)
 
 
 def sizes_drawn(examples: Sequence[Readable], source: np.ndarray, row: np.ndarray) -> Sizes:

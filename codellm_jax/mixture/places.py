@@ -53,12 +53,12 @@ def cache_place(
     asked = definitions.loss(task)
     if stage == "tuning":
         if asked == "all":
-            raise ValueError(f"{task}: 'loss': 'all' is of pre-training; in tuning the loss counts answers alone.")
+            raise ValueError(f"{task}: 'loss': 'all' is for pre-training; in tuning the loss counts answers alone.")
         return place({"examples": EXAMPLES_VERSION} | template)
     loss = asked or "all"
     of_documents, of_instructions = place({}), place({"instructions": [DOCUMENTS_VERSION, loss]} | template, loss)
     is_instructions = definitions.is_instructions(task)
-    if is_instructions is None:  # what is cached tells, or else SeqIO's task, which would be opened to write it anyhow
+    if is_instructions is None:  # told by what is cached, or else by SeqIO's task, which is then opened anyhow
         is_instructions = not of_documents.is_whole() and (
             of_instructions.is_whole() or "inputs" in open_task(task, definitions, stage).output_features)
     if asked and not is_instructions:

@@ -2,7 +2,7 @@
 
 In pre-training a row is `length` + 1 consecutive tokens of one source: `length` inputs and, shifted by one, as many
 targets. Documents end with the end-of-document token and are joined in the task's own order; what is left after the
-last full row is not trained on, and is recorded. Instructions are documents, too (`examples.py`). In tuning a row is
+last full row is not trained on, and is recorded. Instructions may be documents too (`examples.py`). In tuning a row is
 one example. One cache holds one split of one task under one vocabulary and length:
 
   CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of 16 or 32 bits, of instructions signed, [rows, width], with checksums
@@ -245,7 +245,7 @@ def summary(task: str, split: str, found: Found, length: int, stage: str) -> str
     rest = found.tokens - found.count * (length + 1)
     return (f"tokenized {task} {split}: {found.documents:,} documents, {found.tokens:,} tokens, {found.count:,} "
             f"rows of {length}; {rest:,} tokens after the last full row are left out"
-            + f"; {found.left_out:,} documents are, as they have no answer" * bool(found.left_out))
+            + f"; {found.left_out:,} examples without an answer are left out" * bool(found.left_out))
 
 
 def unit_of(stage: str) -> str:
@@ -311,7 +311,7 @@ def hash_of_digests(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def document_rows(documents: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+def document_rows(each_document: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
     """Joins the tokens of documents and cuts them into blocks of rows, int32 [rows, length + 1]."""
     width = length + 1
     waiting: list[np.ndarray] = []  # documents not yet cut, the rest of the last block first
@@ -323,7 +323,7 @@ def document_rows(documents: Iterable[np.ndarray], length: int) -> Iterator[np.n
         waiting, tokens = [joined[rows * width :]], len(joined) - rows * width
         return joined[: rows * width].reshape(rows, width)
 
-    for document in documents:
+    for document in each_document:
         tokens += len(document)
         waiting.append(document)
         while tokens >= ROWS_A_SHARD * width:

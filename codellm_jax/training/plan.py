@@ -205,11 +205,12 @@ def describe(training: Training, plan: Plan) -> str:
             lines.append(f"{cached.name}: {cached.conversations:,} of {cached.documents:,} examples are conversations, "
                          f"{form}.")
         if cached.loss:
-            counted = "all of their" if cached.loss == "all" else \
-                f"the answers alone, {cached.tokens - cached.uncounted:,} of {cached.tokens:,}"
-            lines.append(f"{cached.name}: {cached.documents - cached.left_out:,} instructions are documents here, of "
-                         f"which the loss counts {counted} tokens." + (
-                             f" {cached.left_out:,} without an answer are left out." if cached.left_out else ""))
+            examples = cached.documents - cached.left_out
+            counted = f"all of their {cached.tokens:,} tokens" if cached.loss == "all" else \
+                f"their answers, {cached.tokens - cached.uncounted:,} of {cached.tokens:,} tokens"
+            lines.append(
+                f"{cached.name}: {examples:,} instructions stand among the documents; the loss counts {counted}."
+                + f" {cached.left_out:,} without an answer are left out." * bool(cached.left_out))
         elif cached.cut or cached.left_out:
             lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
                          f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "

@@ -1,7 +1,7 @@
 """Where the documents of pre-training come from: users' files, and what every Python holds.
 
 A corpus is described by a *spec*, a mapping with exactly one kind key and that kind's options (those
-of instructions, for tuning and to stand among documents, are in `instruction_sets.instructions`):
+of instructions, which may stand among documents, are in `instruction_sets.instructions`):
 
   {"python": "text"}                       prose of the running Python's standard library; or "code"
   {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    JSON lines, or a list

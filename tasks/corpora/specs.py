@@ -41,7 +41,7 @@ _INSTRUCTION_OPTIONS = {
     "official": ("data_dir", "loss", "rate"),
 }
 _OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTIONS, "task": ("loss", "rate")}
-OF_USE = ("loss", "rate")  # options that change what is done with the texts, and not the texts
+OF_USE = ("loss", "rate")  # options that change what is done with the texts, not the texts
 DOCUMENT_KINDS = tuple(_DOCUMENT_OPTIONS)
 INSTRUCTION_KINDS = tuple(_INSTRUCTION_OPTIONS)
 DOCUMENT_FILE_KINDS = ("json_lines", "text_files", "notebooks", "commits", "threads", "tfrecords")

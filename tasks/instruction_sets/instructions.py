@@ -19,10 +19,10 @@ first) puts a hundredth of the records into "validation" and a hundredth into "t
 prompt each. MBPP has its official splits instead: "train" is 601 to 974, "validation" 511 to 600. Of both, the problems
 of the sanitized set, which are evaluated on, are left out; `keep_sanitized` keeps them.
 
-In tuning each is an example, and the loss counts its answers alone. In pre-training, among documents, each is a
-document of prompt, answer and end token, and a `rate` counts all its tokens; the loss counts them all, too, as most do
-who mix instructions into pre-training, or with "loss": "answers" the answers alone. A name of another task takes
-`loss`, too: {"task": "code.python_instructions", "loss": "answers"}.
+In tuning each is an example, and the loss counts its answers alone. In pre-training each is a document among the
+others, of prompt, answer and end token. A `rate` counts all its tokens, and so does the loss, as is usual where
+instructions are mixed into pre-training; with "loss": "answers" the loss counts the answers alone. The kind "task" has
+this option too: {"task": "code.python_instructions", "loss": "answers"}.
 
 Nothing is lost silently: records that cannot be read are counted, and reported in one warning a reading, with the
 place of the first of each kind. A file that is no JSON is refused.
