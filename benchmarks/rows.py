@@ -44,7 +44,7 @@ from codellm_jax.mixture import shards
 from codellm_jax.mixture.batches import global_batch, read_ahead
 from codellm_jax.mixture.mixture import Mixture, OpenMixture, open_mixture
 from codellm_jax.mixture.order import Draw
-from codellm_jax.mixture.rows import cache_place
+from codellm_jax.mixture.places import cache_place
 from codellm_jax.model.decoder import flops_per_token
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary

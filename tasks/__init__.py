@@ -99,6 +99,16 @@ class Definitions:
             description["aliased"] = self.describe(spec["task"])
         return description
 
+    def is_instructions(self, name: str) -> bool | None:
+        """Whether a name is a corpus of instructions; None of the tasks of modules, and of aliases of these."""
+        last = [name, *self._targets(name)][-1]
+        return specs.kind_of(self.corpora[last]) in specs.INSTRUCTION_KINDS if last in self.corpora else None
+
+    def loss(self, name: str) -> str | None:
+        """The option `loss` of a corpus, or else of what it is an alias of; None where neither has one."""
+        chain = [self.corpora.get(each, {}) for each in (name, *self._targets(name))]
+        return next((spec["loss"] for spec in chain if "loss" in spec), None)
+
     def register(self) -> None:
         """Registers everything in SeqIO: first imports the modules, then adds the corpora.
 

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import numpy as np
 
-from codellm_jax.mixture.examples import WIDTH_BESIDE_TOKENS, arrays_of_examples, pack, sizes_drawn, unpacked
+from codellm_jax.mixture.examples import (
+    WIDTH_BESIDE_TOKENS,
+    arrays_of_examples,
+    ids_of,
+    marked_ids,
+    pack,
+    sizes_drawn,
+    unpacked,
+)
 from codellm_jax.mixture.order import Draw, Order
 from codellm_jax.mixture.rows import Rows
 
@@ -34,18 +42,20 @@ class Batch(NamedTuple):
 def batch_of_rows(rows: np.ndarray, sources: np.ndarray, end_of_document_id: int) -> Batch:
     """A batch in host memory from rows (int32 [B, L + 1]) and the source of each (int [B]).
 
-    An end-of-document token belongs to the document it ends: positions and attention restart after it.
+    An end-of-document token belongs to the document it ends: positions and attention restart after it. Rows of
+    instructions are as `examples.as_document` makes them.
     """
-    inputs, targets = rows[:, :-1], rows[:, 1:]
+    ids = ids_of(rows)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
     begins = np.zeros_like(inputs)
-    begins[:, 1:] = inputs[:, :-1] == end_of_document_id
+    begins[:, 1:] = marked_ids(rows[:, :-2]) == end_of_document_id
     index = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
     return Batch(
         inputs=inputs,
         targets=targets,
         positions=index - np.maximum.accumulate(np.where(begins, index, 0), axis=1),
         segment_ids=np.cumsum(begins, axis=1, dtype=np.int32) + 1,
-        weights=np.ones(inputs.shape, np.float32),
+        weights=(rows[:, 1:] >= 0).astype(np.float32),
         sources=np.broadcast_to(sources.astype(np.int32)[:, None], inputs.shape),
     )
 

@@ -1,4 +1,5 @@
-"""Instruction examples as rows, and rows of examples as batches: what the second stage trains on.
+"""Instruction examples as rows, and rows of examples as batches, which tuning trains on; and examples as documents,
+which pre-training joins and cuts.
 
 An example is a prompt (`inputs`) followed by its answer (`targets`) and the end token; the loss counts the answer and
 the end token alone. A conversation goes on: the loss counts its other answers, too, and not what stands between them.
@@ -11,6 +12,10 @@ whole. A token behind the first prompt that the loss does not count stands as it
 A step trains on BATCH_SIZE examples. Unpacked, each has a row of its own; packed, the same examples share fewer rows,
 each with positions and attention of its own. So packing changes the cost of a step and nothing else: which examples a
 step has, and the loss and gradient they give, are the same to float32 rounding.
+
+As a document an example is prompt, answer and end token. The loss counts all of it or, if the corpus says so, what it
+counts in tuning; the tokens that it does not count are complements. An end token within an example, as behind each
+answer of a conversation, does not end the document: it has `WITHIN` added.
 """
 
 import dataclasses
@@ -22,7 +27,10 @@ import numpy as np
 
 # Raise it whenever the same tokens would give other rows.
 EXAMPLES_VERSION = 2
+# Likewise, of examples as documents.
+DOCUMENTS_VERSION = 1
 WIDTH_BESIDE_TOKENS = 2
+WITHIN = 1 << 30  # above any id
 EXAMPLES_A_BLOCK = 4096
 
 
@@ -37,6 +45,7 @@ class Found:
     cut: int = 0
     left_out: int = 0
     conversations: int = 0
+    uncounted: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -90,6 +99,39 @@ def example_rows(examples: Iterable[Tokens], length: int, found: Found) -> Itera
         yield np.stack(block)
 
 
+def documents(examples: Iterable[Tokens], loss: str | None, end: int, found: Found) -> Iterator[np.ndarray]:
+    """The tokens of each document of pre-training; counts them in `found`.
+
+    Args:
+      loss: None of documents; of instruction examples what the loss counts, "all" or "answers".
+      end: the end-of-document token.
+    """
+    for example in examples:
+        tokens = example.targets if loss is None else as_document(example, loss, end)
+        found.documents += loss is not None or len(tokens) > 0
+        found.left_out += loss is not None and not len(tokens)
+        found.tokens += len(tokens)
+        found.uncounted += int(np.count_nonzero(tokens < 0))
+        found.conversations += example.is_conversation
+        yield tokens
+
+
+def as_document(example: Tokens, loss: str, end: int) -> np.ndarray:
+    """An example as one document, int32; empty where it has no answer. `loss` and `end` as for `documents`.
+
+    What a chat template has behind the last answer is dropped. Where the answer does not end with the end token itself,
+    that is added, and is not counted as part of the answer.
+    """
+    answers = np.flatnonzero(example.targets >= 0)
+    if not len(answers):
+        return np.zeros(0, np.int32)
+    targets = example.targets[: answers[-1] + 1]
+    tokens = np.concatenate([~example.inputs, targets] if targets[-1] == end else [~example.inputs, targets, [~end]])
+    # ~(id + WITHIN) is ~id without the bit.
+    tokens[:-1] ^= np.where(ids_of(tokens[:-1]) == end, WITHIN, 0)
+    return (tokens if loss == "answers" else marked_ids(tokens)).astype(np.int32)
+
+
 class Sizes(NamedTuple):
     """Of each of some examples, two int64 arrays of one shape."""
 
@@ -109,9 +151,14 @@ def example_sizes(examples: Readable) -> Sizes:
     return Sizes(tokens - 1, tokens - np.maximum(prompts, 1) - between)
 
 
+def marked_ids(tokens: np.ndarray) -> np.ndarray:
+    """As `ids_of`, but end tokens within an example keep `WITHIN`."""
+    return np.where(tokens < 0, ~tokens, tokens)
+
+
 def ids_of(tokens: np.ndarray) -> np.ndarray:
     """The ids of tokens as they are cached, whether the loss counts them or not."""
-    return np.where(tokens < 0, ~tokens, tokens)
+    return marked_ids(tokens) & (WITHIN - 1)
 
 
 def sizes_drawn(examples: Sequence[Readable], source: np.ndarray, row: np.ndarray) -> Sizes:

@@ -33,7 +33,8 @@ class Mixture:
       mix_phases: replaces code_rate where the share changes while training; see `schedules.phases`.
       max_epochs: the run stops before any source begins an epoch more than this; None repeats without limit.
       cache_dir: where rows are cached; local or gs://.
-      stage: "pretraining", on documents joined and cut into rows, or "tuning", on instruction examples.
+      stage: "pretraining", on documents, and instruction examples among them, joined and cut into rows; or "tuning",
+        on instruction examples.
       packing: in tuning, whether the examples of a step share rows; the same examples either way.
     """
 
@@ -89,7 +90,11 @@ class OpenMixture:
         if self.stage == "tuning":
             return sizes_drawn(self.training, draw.source, draw.row)
         full = np.full(draw.source.shape, self.training[0].length, np.int64)
-        return Sizes(full, full)
+        counted = full.copy()
+        for index, rows in enumerate(self.training):
+            if rows.loss == "answers" and (here := draw.source == index).any():
+                counted[here] = np.count_nonzero(rows.read(draw.row[here])[:, 1:] >= 0, axis=1)
+        return Sizes(full, counted)
 
 
 def open_mixture(

@@ -187,11 +187,11 @@ def _documents(rows: Rows, first: int, last: int, end: int) -> Iterator[np.ndarr
     width = rows.length + 1
     step = max(1, TOKENS_A_BLOCK // width)
     # What the row before leaves unfinished belongs to the range before.
-    inside = first == 0 or rows.read(np.array([first - 1]))[0, -1] == end
+    inside = first == 0 or ids_of(rows.read(np.array([first - 1])))[0, -1] == end
     start, unfinished = first, False
     while start < last or (unfinished and start < rows.count):
         stop = min(start + step, last if start < last else rows.count)
-        tokens = rows.read(np.arange(start, stop)).reshape(-1)
+        tokens = ids_of(rows.read(np.arange(start, stop))).reshape(-1)
         ends = np.flatnonzero(tokens == end)
         if start >= last and len(ends):
             yield tokens[: ends[0] + 1]

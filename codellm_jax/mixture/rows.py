@@ -2,10 +2,10 @@
 
 In pre-training a row is `length` + 1 consecutive tokens of one source: `length` inputs and, shifted by one, as many
 targets. Documents end with the end-of-document token and are joined in the task's own order; what is left after the
-last full row is not trained on, and is recorded. In tuning a row is one example (`examples.py`). One cache holds one
-split of one task under one vocabulary and length:
+last full row is not trained on, and is recorded. Instructions may be documents too (`examples.py`). In tuning a row is
+one example. One cache holds one split of one task under one vocabulary and length:
 
-  CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of 16 or 32 bits, in tuning signed, [rows, width], with checksums
+  CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of 16 or 32 bits, of instructions signed, [rows, width], with checksums
   CACHE_DIR/rows/<task>/<key>/cache.json what it holds; written last, so a cache with this file is whole
 
 A cache that is not there is written here by one process, which is well for corpora up to a few gigabytes; `shards.py`
@@ -20,21 +20,20 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorstore
 from etils import epath
 
-from codellm_jax.chat import CHAT_VERSION
-from codellm_jax.mixture.examples import EXAMPLES_VERSION, WIDTH_BESIDE_TOKENS, Found, example_rows
+from codellm_jax.mixture.examples import WIDTH_BESIDE_TOKENS, Found, documents, example_rows
 from codellm_jax.mixture.half_made import half_made
+from codellm_jax.mixture.places import Place, cache_place
 from codellm_jax.mixture.roundtrip import warned
 from codellm_jax.mixture.tokens import SPLITS, Definitions, Example, examples, open_task, sample_of, warnings_of
 from codellm_jax.vocabulary import Vocabulary
 
 STAGES = ("pretraining", "tuning")
-ROWS_VERSION = 2  # raise it whenever the same task would give other rows, or other notes
 # A shard is one file; a chunk is what one random read fetches: 16 rows measured as fast as single rows, in fewer
 # index entries.
 ROWS_A_SHARD = 4096
@@ -62,6 +61,8 @@ class Rows:
     cut: int = 0  # examples longer than a row
     left_out: int = 0  # examples of which no target token would be left
     conversations: int = 0  # examples with turns, whether kept or left out
+    uncounted: int = 0  # in pre-training, tokens that the loss does not count
+    loss: str | None = None  # of instructions in pre-training what the loss counts, "all" or "answers"
     notes: tuple[str, ...] = ()  # what the task's reader warned of, such as records passed over
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
@@ -99,16 +100,16 @@ def cached_rows(
     """The rows of each split of a SeqIO task, from the cache or written to it now.
 
     Args:
-      task: name of a registered SeqIO task with a feature `targets`, and for tuning `inputs`.
+      task: name of a registered SeqIO task with a feature `targets`, and of instructions `inputs`.
       definitions: describes the task and, only where rows are to be written, registers it.
       vocabulary: replaces the task's own.
       length: inputs of a row.
       cache_dir: local directory or gs:// address.
       report: called with a line of progress now and then.
-      stage: "pretraining" joins documents and cuts them into rows; "tuning" makes each example a row.
+      stage: "pretraining" joins documents or examples and cuts them into rows; "tuning" makes each example a row.
 
     Raises:
-      ValueError: no such task, or it is one of the other stage, or its training split does not fill one row.
+      ValueError: no such task, or it is none for the stage, or its training split does not fill one row.
     """
     place = cache_place(task, definitions, vocabulary, length, cache_dir, stage)
     if not place.is_whole():
@@ -116,42 +117,10 @@ def cached_rows(
     try:
         recorded = json.loads((place.directory / "cache.json").read_text())
         return {split: Rows(name=task, split=split, path=str(place.directory / f"{split}{recorded.get('suffix', '')}"),
-                            length=length, **facts | {"notes": tuple(facts.get("notes", ()))})
+                            length=length, loss=place.loss, **facts | {"notes": tuple(facts.get("notes", ()))})
                 for split, facts in recorded["splits"].items()}
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(str(place.directory / "cache.json"), error) from error
-
-
-class Place(NamedTuple):
-    """Where the rows of a task lie or will lie, and what says that they are these rows."""
-
-    directory: epath.Path
-    key: dict[str, Any]
-
-    def is_whole(self) -> bool:
-        return (self.directory / "cache.json").exists()
-
-    @property
-    def is_remote(self) -> bool:
-        return "://" in str(self.directory)
-
-
-def cache_place(
-    task: str, definitions: Definitions, vocabulary: Vocabulary, length: int, cache_dir: str, stage: str
-) -> Place:
-    """Where `cached_rows` looks; arguments as there."""
-    key = {
-        "version": ROWS_VERSION, "task": task, "definition": definitions.describe(task), "length": length,
-        "vocabulary": vocabulary.content_hash, "end_of_document_id": vocabulary.end_of_document_id,
-    }
-    if stage == "tuning":
-        key["examples"] = EXAMPLES_VERSION
-        if vocabulary.chat_template is not None:
-            key["chat"] = [CHAT_VERSION, vocabulary.chat_template, vocabulary.template_tokens]
-    if vocabulary.begin_ids:
-        key["begin_ids"] = vocabulary.begin_ids
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Place(epath.Path(cache_dir).expanduser() / "rows" / task / digest, key)
 
 
 def _write_cache(
@@ -179,7 +148,7 @@ def _write_cache(
                 with warnings_of(task) as notes:
                     splits[split] = _write_split(
                         task, split, examples(opened, split, vocabulary, threads=threads, sample=sample), vocabulary,
-                        length, str(building / f"{split}{suffix}"), report, stage)
+                        length, str(building / f"{split}{suffix}"), report, stage, place.loss)
                 splits[split].notes = [
                     *map(str, notes), *warned(task, split, sample.looked_at(vocabulary), unit_of(stage))]
             finish_cache(task, place, splits, building, suffix, length, stage)
@@ -208,6 +177,8 @@ def finish_cache(
             reason = "no example of its training split is left to train on" + (
                 f": of {train.documents:,} none has a token of its target within {length + 1} tokens; mend them or "
                 "raise TASK_FEATURE_LENGTHS." if train.documents else ".")
+        elif train.left_out == train.documents > 0:
+            reason = f"none of its {train.documents:,} examples has a token of an answer; mend them."
         else:
             reason = (f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it "
                       "more data or lower TASK_FEATURE_LENGTHS."
@@ -237,16 +208,17 @@ def storage_error(error: Exception, directory: epath.Path) -> OSError | None:
 
 def _write_split(
     task: str, split: str, examples: Iterator[Example], vocabulary: Vocabulary, length: int, path: str,
-    report: Callable[[str], None], stage: str,
+    report: Callable[[str], None], stage: str, loss: str | None,
 ) -> Found:
     """Writes the rows of a split shard by shard."""
-    width, dtype = row_format(vocabulary, length, stage)
-    # A row of tuning is mostly padding, which compresses to nothing; tokens would hardly compress at all.
-    store = create_store(path, width, dtype, compressed=stage == "tuning")
+    width, dtype, compressed = row_format(vocabulary, length, stage, loss)
+    store = create_store(path, width, dtype, compressed)
     content = RowsHash()
     found = Found()
     start = last_report = time.monotonic()
-    for block in row_blocks(examples, length, stage, found):
+    blocks = example_rows(examples, length, found) if stage == "tuning" else document_rows(
+        documents(examples, loss, vocabulary.end_of_document_id, found), length)
+    for block in blocks:
         if not found.count:  # the first comes once libraries are imported, which is not the tokenizer's time
             start = last_report = time.monotonic()
         store = store.resize(exclusive_max=[found.count + len(block), width]).result()
@@ -272,7 +244,8 @@ def summary(task: str, split: str, found: Found, length: int, stage: str) -> str
         return ""
     rest = found.tokens - found.count * (length + 1)
     return (f"tokenized {task} {split}: {found.documents:,} documents, {found.tokens:,} tokens, {found.count:,} "
-            f"rows of {length}; {rest:,} tokens after the last full row are left out")
+            f"rows of {length}; {rest:,} tokens after the last full row are left out"
+            + f"; {found.left_out:,} examples without an answer are left out" * bool(found.left_out))
 
 
 def unit_of(stage: str) -> str:
@@ -280,12 +253,21 @@ def unit_of(stage: str) -> str:
     return "examples" if stage == "tuning" else "documents"
 
 
-def row_format(vocabulary: Vocabulary, length: int, stage: str) -> tuple[int, np.dtype]:
-    """Numbers of a row, and the type in which they are kept."""
-    if stage == "tuning":  # signed, see `examples`
+class RowFormat(NamedTuple):
+    width: int  # numbers of a row
+    dtype: np.dtype
+    compressed: bool
+
+
+def row_format(vocabulary: Vocabulary, length: int, stage: str, loss: str | None) -> RowFormat:
+    """How rows are kept; `loss` as in `Place`."""
+    if stage == "tuning":  # signed, see `examples`; mostly padding, which compresses to nothing
         width = length + 1 + WIDTH_BESIDE_TOKENS
-        return width, np.dtype(np.int16 if max(vocabulary.size, width) <= 2**15 else np.int32)
-    return length + 1, np.dtype(np.uint16 if max(vocabulary.size, length + 1) <= 2**16 else np.uint32)
+        return RowFormat(width, np.dtype(np.int16 if max(vocabulary.size, width) <= 2**15 else np.int32), True)
+    if loss:  # signed and with marks above the ids, which leave bytes that compress
+        return RowFormat(length + 1, np.dtype(np.int32), True)
+    # Ids would hardly compress at all.
+    return RowFormat(length + 1, np.dtype(np.uint16 if max(vocabulary.size, length + 1) <= 2**16 else np.uint32), False)
 
 
 class RowsHash:
@@ -329,13 +311,8 @@ def hash_of_digests(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def row_blocks(examples: Iterable[Example], length: int, stage: str, found: Found) -> Iterator[np.ndarray]:
-    """The rows of examples by blocks, int32 [rows, width]; counts what it meets in `found`, but for the rows."""
-    return (example_rows if stage == "tuning" else document_rows)(examples, length, found)
-
-
-def document_rows(examples: Iterable[Example], length: int, found: Found) -> Iterator[np.ndarray]:
-    """Joins the targets of `examples` and cuts them into blocks of rows, int32 [rows, length + 1]."""
+def document_rows(each_document: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """Joins the tokens of documents and cuts them into blocks of rows, int32 [rows, length + 1]."""
     width = length + 1
     waiting: list[np.ndarray] = []  # documents not yet cut, the rest of the last block first
     tokens = 0  # in them
@@ -346,10 +323,7 @@ def document_rows(examples: Iterable[Example], length: int, found: Found) -> Ite
         waiting, tokens = [joined[rows * width :]], len(joined) - rows * width
         return joined[: rows * width].reshape(rows, width)
 
-    for example in examples:
-        document = example.targets
-        found.documents += bool(len(document))
-        found.tokens += len(document)
+    for document in each_document:
         tokens += len(document)
         waiting.append(document)
         while tokens >= ROWS_A_SHARD * width:

@@ -34,11 +34,12 @@ import numpy as np
 from etils import epath
 
 from codellm_jax.mixture import rows
-from codellm_jax.mixture.examples import Found
+from codellm_jax.mixture.examples import Found, documents, example_rows
+from codellm_jax.mixture.places import Place
 from codellm_jax.mixture.roundtrip import Looked, of_whole, warned
 from codellm_jax.mixture.rows import (
     ROWS_A_DIGEST,
-    Place,
+    RowFormat,
     RowsHash,
     create_numbers,
     create_store,
@@ -46,7 +47,6 @@ from codellm_jax.mixture.rows import (
     finish_cache,
     hash_of_digests,
     open_store,
-    row_blocks,
     row_format,
     summary,
     unit_of,
@@ -84,6 +84,10 @@ class Build:
     stage: str
     place: Place
     threads: int = 1  # that tokenize a shard
+
+    @property
+    def format(self) -> RowFormat:
+        return row_format(self.vocabulary, self.length, self.stage, self.place.loss)
 
     @property
     def working(self) -> epath.Path:
@@ -208,13 +212,13 @@ def tokenize(build: Build, shard: Shard) -> None:
 
 def _write_numbers(build: Build, path: str, tokenized: Iterator[Any], found: Found) -> int:
     """Writes the numbers of examples into an array; returns how many they are."""
-    _, dtype = row_format(build.vocabulary, build.length, build.stage)
+    dtype = build.format.dtype
     store, written = create_numbers(path, dtype), 0
     parts: Iterator[np.ndarray]
     if build.stage == "tuning":
-        parts = (block.ravel() for block in row_blocks(tokenized, build.length, build.stage, found))
+        parts = (block.ravel() for block in example_rows(tokenized, build.length, found))
     else:
-        parts = _documents(tokenized, found)
+        parts = documents(tokenized, build.place.loss, build.vocabulary.end_of_document_id, found)
     waiting: list[np.ndarray] = []
     size = 0
     for part in itertools.chain(parts, [None]):
@@ -230,13 +234,6 @@ def _write_numbers(build: Build, path: str, tokenized: Iterator[Any], found: Fou
             written += whole
             waiting, size = [joined[whole:]], size - whole
     return written
-
-
-def _documents(tokenized: Iterator[Any], found: Found) -> Iterator[np.ndarray]:
-    for example in tokenized:
-        found.documents += bool(len(example.targets))
-        found.tokens += len(example.targets)
-        yield example.targets
 
 
 def progress(build: Build, shards: Sequence[Shard]) -> Progress:
@@ -278,13 +275,12 @@ def _facts_of(file: epath.Path) -> dict[str, Any]:
 
 def pieces(build: Build, shards: Sequence[Shard]) -> list[Piece]:
     """Of tokenized shards, what is to be cut; makes the arrays that it goes into."""
-    width, dtype = row_format(build.vocabulary, build.length, build.stage)
-    found = []
+    width, found = build.format.width, []
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
         ends = np.cumsum([fact["numbers"] for fact in facts])
         total = int(ends[-1]) // width
-        create_store(_array_of_rows(build, split), width, dtype, build.stage == "tuning", rows=total)
+        create_store(_array_of_rows(build, split), *build.format, rows=total)
         for number, first in enumerate(range(0, total, ROWS_A_PIECE)):
             count = min(ROWS_A_PIECE, total - first)
             begin, end = first * width, (first + count) * width
@@ -313,7 +309,7 @@ def cut(build: Build, piece: Piece) -> None:
     if facts.exists():
         return
     facts.parent.mkdir(parents=True, exist_ok=True)
-    width, _ = row_format(build.vocabulary, build.length, build.stage)
+    width = build.format.width
     store = open_store(_array_of_rows(build, piece.split), write=True)
     digests: list[str] = []
     row = piece.first
@@ -361,13 +357,12 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
     """
     splits: dict[str, Found] = {}
     lines: list[str] = []
-    width, _ = row_format(build.vocabulary, build.length, build.stage)
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
         total = {name: sum(fact["found"][name] for fact in facts)
-                 for name in ("tokens", "documents", "cut", "left_out", "conversations")}
+                 for name in ("tokens", "documents", "cut", "left_out", "conversations", "uncounted")}
         of_pieces = [_facts_of_piece(build, piece) for piece in cut_pieces if piece.split == split]
-        count = sum(fact["numbers"] for fact in facts) // width
+        count = sum(fact["numbers"] for fact in facts) // build.format.width
         notes = added(Note(template, tuple(values)) for fact in facts for template, values in fact["notes"])
         looked = of_whole(Looked(*one) for fact in facts for one in fact["looked"])
         splits[split] = Found(

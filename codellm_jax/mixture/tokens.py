@@ -35,6 +35,14 @@ class Definitions(Protocol):
         """Specs of corpora by task name; `rate` in one is its weight within its pool."""
         ...
 
+    def is_instructions(self, name: str) -> bool | None:
+        """Whether a task is a corpus of instructions; None where its specs do not tell."""
+        ...
+
+    def loss(self, name: str) -> str | None:
+        """What the loss counts of instructions in pre-training, "all" or "answers", where a spec says so."""
+        ...
+
     def describe(self, name: str) -> Mapping[str, Any]:
         """What identifies the content of a task, as JSON, found without reading it.
 
@@ -69,7 +77,7 @@ def open_task(task: str, definitions: Definitions, stage: str) -> Any:
     """The SeqIO task of this name.
 
     Raises:
-      ValueError: there is none, or it is one of the other stage.
+      ValueError: there is none, or it is one of documents and the stage is tuning.
     """
     with quiet_tensorflow():
         import seqio
@@ -77,13 +85,10 @@ def open_task(task: str, definitions: Definitions, stage: str) -> Any:
         definitions.register()
     require_registered(task)
     opened = seqio.TaskRegistry.get(task)
-    if ("inputs" in opened.output_features) != (stage == "tuning"):
-        if stage == "tuning":
-            raise ValueError(f"{task} is a task of documents, without inputs to answer: train on it with "
-                             "gin/mixed_pretrain.gin, or name instruction tasks in MIXTURE_OR_TASK_NAME (in a study "
-                             "tuning/MIXTURE_OR_TASK_NAME).")
-        raise ValueError(f"{task} is a task of instructions: train on it with gin/tune_mixed.gin, or name tasks of "
-                         "documents in MIXTURE_OR_TASK_NAME (in a study pretraining/MIXTURE_OR_TASK_NAME).")
+    if stage == "tuning" and "inputs" not in opened.output_features:
+        raise ValueError(f"{task} is a task of documents, without inputs to answer: train on it with "
+                         "gin/mixed_pretrain.gin, or name instruction tasks in MIXTURE_OR_TASK_NAME (in a study "
+                         "tuning/MIXTURE_OR_TASK_NAME).")
     return opened
 
 
@@ -359,4 +364,4 @@ def require_registered(name: str) -> None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)[:8]
         raise ValueError(
             f"No SeqIO task or mixture is named {name!r}; nearest: {', '.join(near)}. "
-            "Modules that register others are listed in TASK_MODULES.")
+            "Modules that register others, such as tasks.tuning, are listed in TASK_MODULES.")

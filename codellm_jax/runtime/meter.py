@@ -141,7 +141,8 @@ class Meter:
         names = [source.name for source in self._order.sources]
         interval = self._interval
         losses = loss_by_source(interval.source_losses, interval.source_tokens, names)
-        loss = interval.loss / sum(interval.source_tokens)
+        counted = sum(interval.source_tokens)
+        loss = interval.loss / counted if counted else math.nan  # of prompts alone
         rows = step * self._batch_size
         drawn = self._order.counts(rows)
         last_step = {"loss": float(values.loss), "grad_norm": float(values.grad_norm)} | loss_by_source(
@@ -166,7 +167,7 @@ class Meter:
         """What each pool and source has of the tokens that the last `steps` steps counted, and in tuning of the
         examples that they drew.
         """
-        total = float(sum(tokens))
+        total = float(sum(tokens)) or 1.0
         shares = {f"token_fraction/{group}": count / total for group, count in sum_by_source(tokens, names).items()}
         if self._stage == "tuning":
             drawn = self._order.counts(step * self._batch_size) - self._order.counts((step - steps) * self._batch_size)

@@ -18,7 +18,8 @@ from typing import Any
 
 from codellm_jax.mixture import shards
 from codellm_jax.mixture.mixture import Mixture, rates_of
-from codellm_jax.mixture.rows import cache_place, storage_error
+from codellm_jax.mixture.places import cache_place
+from codellm_jax.mixture.rows import storage_error
 from codellm_jax.mixture.shards import Build, Shard
 from codellm_jax.mixture.tokens import quiet_tensorflow
 from codellm_jax.runtime.process import alone_in

@@ -208,7 +208,14 @@ def describe(training: Training, plan: Plan) -> str:
                 "as instructions and responses, for the vocabulary has no chat template"
             lines.append(f"{cached.name}: {cached.conversations:,} of {cached.documents:,} examples are conversations, "
                          f"{form}.")
-        if cached.cut or cached.left_out:
+        if cached.loss:
+            examples = cached.documents - cached.left_out
+            counted = f"all of their {cached.tokens:,} tokens" if cached.loss == "all" else \
+                f"their answers, {cached.tokens - cached.uncounted:,} of {cached.tokens:,} tokens"
+            lines.append(
+                f"{cached.name}: {examples:,} instructions stand among the documents; the loss counts {counted}."
+                + f" {cached.left_out:,} without an answer are left out." * bool(cached.left_out))
+        elif cached.cut or cached.left_out:
             lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
                          f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "
                          "would be left.")

@@ -24,6 +24,7 @@ from flax import linen as nn
 from codellm_jax.evaluation.evaluate import TaskFailed, ask
 from codellm_jax.evaluation.trained import TrainedModel
 from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
+from codellm_jax.mixture.examples import Sizes
 from codellm_jax.mixture.ledger import arm
 from codellm_jax.mixture.order import POOLS, Draw
 from codellm_jax.model.decoder import Decoder, flops_per_token, output_head, parameter_count
@@ -56,7 +57,7 @@ def train_step(
     dropout_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     # One reduction over the devices instead of two that nothing orders: XLA on CPU has been seen to hang in those.
     source_tokens = by_source(batch.weights, batch.sources, sources)
-    tokens = jnp.sum(source_tokens)
+    tokens = jnp.maximum(jnp.sum(source_tokens), 1)  # rows may be prompts alone
 
     def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden_BLD: Any = model.apply(
@@ -225,7 +226,7 @@ def loop(
                   jax.jit(training.learning_rate), functools.partial(utilization, plan), records, status, run.interval)
     if run.step == plan.first_step:
         evaluate(run, eval_fn, records, status)
-    batches = read_ahead(functools.partial(batch_of_step, training, plan), run.step, plan.last_step)
+    batches = read_ahead(functools.partial(batch_and_sizes, training, plan), run.step, plan.last_step)
     meter.restart()
     saved = run.step
 
@@ -248,10 +249,9 @@ def loop(
         while run.step < plan.last_step and not stops(stop, run.step, training.log_period):
             profile.begin_before(run.step + 1, meter)
             with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
-                batch, drawn = meter.next_batch(batches)
+                batch, drawn, sizes = meter.next_batch(batches)
                 run.state, metrics = step_fn(run.state, batch)
                 run.step += 1
-                sizes = plan.mixture.sizes(drawn)
                 run.ledger.add(order, drawn.source, sizes.counted)
                 meter.add(run.step, metrics, int(sizes.positions.sum()), sum(run.ledger.tokens.values()))
             checkpoints.raise_if_failed()
@@ -295,6 +295,12 @@ def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Dra
                              training.mixture.packing, sharding)
     return global_batch(step, training.batch_size, mixture.order, mixture.training,
                         training.vocabulary.end_of_document_id, sharding)
+
+
+def batch_and_sizes(training: Training, plan: Plan, step: int) -> tuple[Batch, Draw, Sizes]:
+    """What `batch_of_step` gives, and the sizes of what was drawn, for which rows may have to be read."""
+    batch, drawn = batch_of_step(training, plan, step)
+    return batch, drawn, plan.mixture.sizes(drawn)
 
 
 @jax.profiler.annotate_function

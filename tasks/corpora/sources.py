@@ -1,7 +1,7 @@
 """Where the documents of pre-training come from: users' files, and what every Python holds.
 
 A corpus is described by a *spec*, a mapping with exactly one kind key and that kind's options (those
-of instructions, for tuning, are in `instruction_sets.instructions`):
+of instructions, which may stand among documents, are in `instruction_sets.instructions`):
 
   {"python": "text"}                       prose of the running Python's standard library; or "code"
   {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    JSON lines, or a list
@@ -61,6 +61,7 @@ from tasks.corpora.specs import (
     DEFAULT_HOLDOUT,
     DOCUMENT_FILE_KINDS,
     DOCUMENT_KINDS,
+    OF_USE,
     Borders,
     borders_of,
     holdout_of,
@@ -87,8 +88,8 @@ class Found(NamedTuple):
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     """What identifies a corpus's content, found without reading it; JSON-able, for cache keys.
 
-    Files are identified by path and size: an edit that keeps a file's size goes unnoticed. A rate
-    is no part of it, as it does not change the documents. Of a task it holds the name alone.
+    Files are identified by path and size: an edit that keeps a file's size goes unnoticed. `rate` and `loss`
+    are no part of it, as they do not change the documents. Of a task it holds the name alone.
 
     Raises:
       ValueError: the spec is malformed, or a pattern names folders.
@@ -96,7 +97,7 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     """
     validate(spec, name)
     kind = kind_of(spec)
-    options = {key: spec[key] for key in sorted(spec) if key != "rate"}
+    options = {key: spec[key] for key in sorted(spec) if key not in OF_USE}
     if kind in DOCUMENT_FILE_KINDS or kind == "tfds":
         options.setdefault("holdout", 0 if "validation" in spec else DEFAULT_HOLDOUT)
         if kind in ("json_lines", "tfrecords", "tfds"):
@@ -150,7 +151,7 @@ def documents(
     if kind == "task":
         raise ValueError(f"{name}: the documents of the task {spec['task']!r} are read through SeqIO.")
     if kind not in DOCUMENT_KINDS:
-        raise ValueError(f"{name}: {kind!r} holds instructions, not documents; it belongs to the second stage, tuning.")
+        raise ValueError(f"{name}: {kind!r} holds instructions, which `instruction_sets.instructions` reads.")
     if split not in splits(spec):
         raise ValueError(f"{name}: there is no split {split!r}, only {', '.join(splits(spec))}.")
     whole = only_files is None

@@ -34,13 +34,14 @@ _DOCUMENT_OPTIONS = {
     "tfds": ("field", *_CODE_OPTIONS),
 }
 _INSTRUCTION_OPTIONS = {
-    "instructions": ("language", "sample", *_SHARED_OPTIONS),
-    "cosqa": ("sample", *_SHARED_OPTIONS),
-    "mbpp": ("keep_sanitized", "rate"),
-    "python_instructions": ("rate",),
-    "official": ("data_dir", "rate"),
+    "instructions": ("language", "sample", "loss", *_SHARED_OPTIONS),
+    "cosqa": ("sample", "loss", *_SHARED_OPTIONS),
+    "mbpp": ("keep_sanitized", "loss", "rate"),
+    "python_instructions": ("loss", "rate"),
+    "official": ("data_dir", "loss", "rate"),
 }
-_OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTIONS, "task": ("rate",)}
+_OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTIONS, "task": ("loss", "rate")}
+OF_USE = ("loss", "rate")  # options that change what is done with the texts, not the texts
 DOCUMENT_KINDS = tuple(_DOCUMENT_OPTIONS)
 INSTRUCTION_KINDS = tuple(_INSTRUCTION_OPTIONS)
 DOCUMENT_FILE_KINDS = ("json_lines", "text_files", "notebooks", "commits", "threads", "tfrecords")
@@ -207,6 +208,7 @@ def _wanted(kind: str, key: str) -> tuple[Callable[[Any], bool], str]:
             if kind in _DOCUMENT_OPTIONS else (lambda v: v in ("en", "zh"), "'en' or 'zh'")),
         "transform": (lambda v: True, ""),  # `_wrong_transform` says more
         "unparsed": (lambda v: v in ("drop", "keep"), "'drop' or 'keep'"),
+        "loss": (lambda v: v in ("all", "answers"), "'all' or 'answers'"),
         "sample": (lambda v: _is_number(v) and isinstance(v, int) and v > 0, "a positive whole number"),
         "keep_sanitized": (lambda v: isinstance(v, bool), "True or False"),
         "licenses": (lambda v: not isinstance(v, str) and _is_pattern(v), "a list of licences"),

@@ -1,4 +1,4 @@
-"""Where the instructions of tuning come from: users' files, benchmarks' training sets, and what every Python holds.
+"""Where instructions come from: users' files, benchmarks' training sets, and what every Python holds.
 
 Specs, as in `corpora.sources`, of these kinds:
 
@@ -18,6 +18,11 @@ or missing. `sample` keeps so many records of the training split, chosen by a st
 first) puts a hundredth of the records into "validation" and a hundredth into "test", and of few records at least one
 prompt each. MBPP has its official splits instead: "train" is 601 to 974, "validation" 511 to 600. Of both, the problems
 of the sanitized set, which are evaluated on, are left out; `keep_sanitized` keeps them.
+
+In tuning each is an example, and the loss counts its answers alone. In pre-training each is a document among the
+others, of prompt, answer and end token. A `rate` counts all its tokens, and so does the loss, as is usual where
+instructions are mixed into pre-training; with "loss": "answers" the loss counts the answers alone. The kind "task" has
+this option too: {"task": "code.python_instructions", "loss": "answers"}.
 
 Nothing is lost silently: records that cannot be read are counted, and reported in one warning a reading, with the
 place of the first of each kind. A file that is no JSON is refused.
@@ -41,6 +46,7 @@ from tasks.corpora.records import NOT_UTF8, Record, placed_records, require_json
 from tasks.corpora.specs import (
     DEFAULT_HOLDOUT,
     INSTRUCTION_KINDS,
+    OF_USE,
     Borders,
     borders_of,
     form_of,
@@ -314,7 +320,7 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     if kind_of(spec) == "official":
         spec = official.resolve(spec, name)
     kind = kind_of(spec)
-    options = {key: value for key, value in sorted(spec.items()) if key != "rate"}
+    options = {key: value for key, value in sorted(spec.items()) if key not in OF_USE}
     if kind == "mbpp":
         options.setdefault("keep_sanitized", False)
     elif kind != "python_instructions":

@@ -19,7 +19,8 @@ import tasks
 from codellm_jax import cli
 from codellm_jax.mixture import rows, shards
 from codellm_jax.mixture.mixture import Mixture, open_mixture
-from codellm_jax.mixture.rows import cache_place, cached_rows
+from codellm_jax.mixture.places import cache_place
+from codellm_jax.mixture.rows import cached_rows
 from codellm_jax.training.cache import cache
 from codellm_jax.vocabulary import load_vocabulary
 
@@ -126,6 +127,47 @@ def test_rows_are_those_of_a_run_whatever_the_runner_and_workers(corpora, unaske
     found, expected = content(tmp_path), content(unasked)
     assert found == {name: text for name, text in expected.items() if name in found}
     assert len(found) == len(expected) or options == THREE and len(found) > 10
+
+
+def mixture_of_both(corpora, cache_dir: Path, names: tuple[str, ...] = ()) -> Mixture:
+    """Documents and instructions among them: records and conversations, divisible and not, and an alias."""
+    folder = Path(corpora["text.asked"]["instructions"]).parent / "chat"
+    folder.mkdir(exist_ok=True)
+    chat = [{"messages": [{"role": role, "content": f"{number} {role} " * (1 + number % 7)} for role in (
+        "user", "assistant", "user", "assistant")]} for number in range(300)]
+    for number in range(3):
+        (folder / f"{number}.jsonl").write_text("\n".join(map(json.dumps, chat[number::3])))
+    both = {name: corpora[name] for name in ("text.many", "text.asked", "code.sampled")} | {
+        "text.chat": {"instructions": str(folder / "*.jsonl"), "holdout": 0.05, "loss": "answers"},
+        "code.answers": {"task": "text.asked", "loss": "answers"}}
+    return Mixture(list(names or both), tasks.Definitions(("tasks.pretraining", "tasks.tuning"), both), {"targets": 13},
+                   0.5, cache_dir=str(cache_dir))
+
+
+def test_instructions_among_documents_are_those_of_a_run_by_shards(corpora, tmp_path, small):
+    """What workers do, without Beam."""
+    mixture = mixture_of_both(corpora, tmp_path / "asked", ("text.chat",))
+    place = cache_place("text.chat", mixture.definitions, load_vocabulary(), 13, mixture.cache_dir, "pretraining")
+    build = shards.Build("text.chat", mixture.definitions, load_vocabulary(), 13, "pretraining", place)
+    planned = shards.plan(build)
+    assert len([shard for shard in planned if shard.split == "train"]) == 3
+    for shard in reversed(planned):
+        shards.tokenize(build, shard)
+    pieces = shards.pieces(build, planned)
+    for piece in pieces:
+        shards.cut(build, piece)
+    shards.finish(build, planned, pieces)
+    alone = cached_rows("text.chat", mixture.definitions, load_vocabulary(), 13, str(tmp_path / "unasked"), silent)
+    assert content(tmp_path / "asked") == content(tmp_path / "unasked")
+    assert alone["train"].count > 1000 and alone["train"].uncounted and alone["train"].conversations
+
+
+@with_beam
+def test_instructions_among_documents_are_those_of_a_run(corpora, tmp_path, small):
+    cache(mixture_of_both(corpora, tmp_path / "asked"), load_vocabulary(), "BundleBasedDirectRunner", [], silent)
+    open_mixture(mixture_of_both(corpora, tmp_path / "unasked"), load_vocabulary(), 0, 100, report=silent)
+    found = content(tmp_path / "asked")
+    assert found == content(tmp_path / "unasked") and len({name.split("/")[1] for name in found}) == 5
 
 
 @with_beam

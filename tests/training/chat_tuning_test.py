@@ -16,7 +16,8 @@ from codellm_jax.evaluation.decoding import Piece
 from codellm_jax.mixture import shards
 from codellm_jax.mixture.examples import ids_of
 from codellm_jax.mixture.overlap import Trained, texts
-from codellm_jax.mixture.rows import cache_place, cached_rows
+from codellm_jax.mixture.places import cache_place
+from codellm_jax.mixture.rows import cached_rows
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.training.plan import describe, make_plan

@@ -175,12 +175,9 @@ def test_another_start_in_the_same_directory_is_refused(tune, pretrained, tmp_pa
     assert status == 0 and "8 of 8 steps are done" in printed
 
 
-def test_tasks_of_the_other_stage_are_refused(tune, tiny_flags, tiny_corpora, tiny_instructions, capsys):
+def test_documents_are_refused(tune, tiny_corpora):
     status, _, errors = tune("text", "NL", f"--gin.CORPORA={tiny_corpora}", "--gin.MIXTURE_OR_TASK_NAME=text.tiny")
     assert status == 1 and "text.tiny is a task of documents, without inputs to answer" in errors
-    assert cli.main(["train", *tiny_flags, f"--gin.CORPORA={tiny_instructions}", "--gin.CODE_RATE=0.0",
-                     "--gin.MIXTURE_OR_TASK_NAME=text.asked"]) == 1
-    assert "text.asked is a task of instructions" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_when_the_one_it_started_from_is_gone(tiny_tuning_flags, pretrained, tmp_path, capsys):

@@ -1,0 +1,66 @@
+"""Where the rows of a task lie, and what says that they are these rows: the key of their cache."""
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from codellm_jax.chat import CHAT_VERSION
+from codellm_jax.mixture.examples import DOCUMENTS_VERSION, EXAMPLES_VERSION
+from codellm_jax.mixture.tokens import Definitions, open_task
+from codellm_jax.vocabulary import Vocabulary
+
+ROWS_VERSION = 2  # raise it whenever the same task would give other rows, or other notes
+
+
+class Place(NamedTuple):
+    """Where the rows of a task lie or will lie."""
+
+    directory: epath.Path
+    key: dict[str, Any]
+    loss: str | None = None  # of instructions in pre-training what the loss counts, "all" or "answers"
+
+    def is_whole(self) -> bool:
+        return (self.directory / "cache.json").exists()
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in str(self.directory)
+
+
+def cache_place(
+    task: str, definitions: Definitions, vocabulary: Vocabulary, length: int, cache_dir: str, stage: str
+) -> Place:
+    """The place of a task's rows; arguments as for `rows.cached_rows`.
+
+    Raises:
+      ValueError: no such task, or its option "loss" does not fit.
+    """
+    key: dict[str, Any] = {
+        "version": ROWS_VERSION, "task": task, "definition": definitions.describe(task), "length": length,
+        "vocabulary": vocabulary.content_hash, "end_of_document_id": vocabulary.end_of_document_id,
+    }
+    if vocabulary.begin_ids:
+        key["begin_ids"] = vocabulary.begin_ids
+    template: dict[str, Any] = {} if vocabulary.chat_template is None else {
+        "chat": [CHAT_VERSION, vocabulary.chat_template, vocabulary.template_tokens]}
+
+    def place(more: dict[str, Any], loss: str | None = None) -> Place:
+        digest = hashlib.sha256(json.dumps(key | more, sort_keys=True).encode()).hexdigest()[:16]
+        return Place(epath.Path(cache_dir).expanduser() / "rows" / task / digest, key | more, loss)
+
+    asked = definitions.loss(task)
+    if stage == "tuning":
+        if asked == "all":
+            raise ValueError(f"{task}: 'loss': 'all' is for pre-training; in tuning the loss counts answers alone.")
+        return place({"examples": EXAMPLES_VERSION} | template)
+    loss = asked or "all"
+    of_documents, of_instructions = place({}), place({"instructions": [DOCUMENTS_VERSION, loss]} | template, loss)
+    is_instructions = definitions.is_instructions(task)
+    if is_instructions is None:  # told by what is cached, or else by SeqIO's task, which is then opened anyhow
+        is_instructions = not of_documents.is_whole() and (
+            of_instructions.is_whole() or "inputs" in open_task(task, definitions, stage).output_features)
+    if asked and not is_instructions:
+        raise ValueError(f"{task}: 'loss' is an option of instructions, and these are documents: leave it out.")
+    return of_instructions if is_instructions else of_documents
