@@ -43,7 +43,7 @@ class Losses(NamedTuple):
 
     Attributes:
       mean: [c] over seeds; 0 where there are none.
-      count: [c] runs.
+      count: [c] runs; several lengths of one run count as one together, for their noise is the run's.
       squares: [c] sum of squares about the mean.
       variance: [c] of one run's noise, relative to the mean of all; 1 where it is the same everywhere.
       degrees: [c] of freedom that `variance` was told by; infinite where it is the same everywhere.
@@ -66,7 +66,6 @@ class Family:
       axes: grids of theta.
       features: (points, thetas [T, k]) -> [T, n, p].
       precision: thetas -> [T, p], of the coefficients' normal prior about 0, relative to the noise's; None for none.
-      nests: there is nothing in it that a richer candidate beside it does not have.
     """
 
     name: str
@@ -244,7 +243,7 @@ def with_scale(family: Family, axes: int) -> Family:
         powers = points.scale[None] ** -thetas[:, None, own:]  # [T, n, a]
         return np.concatenate([found, *(found * powers[:, :, [a]] for a in range(axes))], axis=2)
 
-    grids = (*(axis[:: max(1, len(axis) // 16)] for axis in family.axes), *[np.linspace(0.05, 1.2, 7)] * axes)
+    grids = (*(axis[:: max(1, len(axis) // 12)] for axis in family.axes), *[np.linspace(0.05, 1.2, 7)] * axes)
     return dataclasses.replace(family, name=family.name, formula=f"{family.formula}, by scale",
                                parameters=family.parameters * (1 + axes) + axes, axes=grids, features=features)
 
@@ -270,15 +269,12 @@ def candidates(points: Points, groups: np.ndarray) -> list[Family]:
     distinct, sources = len(np.unique(groups)), points.shares.shape[1]
     scales = points.scale.shape[1]
     shares = points.shares[np.unique(groups, return_index=True)[1]]
-    families = [constant(), linear(sources)]
-    if sources == 2:
-        families += [exponential(), power(2, 0), power(2, 1)]
+    families = [constant(), linear(sources), exponential() if sources == 2 else exponentials(sources)]
     if not scales:
-        families += [exponentials(sources), gaussian_process(_process_points(shares), distinct > sources + 1)]
-        if sources > 2:
-            families.append(power(sources))
+        families += [power(2, 0), power(2, 1), exponentials(2)] if sources == 2 else [power(sources)]
         if np.ptp(points.waste) > 0:
-            families += [with_repetition(family) for family in families[1:] if family.precision is None]
+            families += [with_repetition(family) for family in families[1:]]
+        families.append(gaussian_process(_process_points(shares), distinct > sources + 1))
     kept = [family for family in families if family.parameters < distinct or family.name == "constant"]
     return [with_scale(family, scales) for family in kept] if scales else kept
 

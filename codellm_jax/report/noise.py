@@ -10,6 +10,7 @@ from codellm_jax.report.laws import Family, Law, Losses, Points, fit_law
 LEVEL = 0.01  # chance of naming an outlier in one loss of a study without one
 TEST_LEVEL = 0.05  # of the tests that noise differs between shares
 MOST_OUTLIERS = 0.1  # of a loss's runs
+FEWEST = 4  # runs, of which none is called an outlier
 SUSPECTS = 3  # runs that are tried at a time
 
 
@@ -22,19 +23,22 @@ class Outlier(NamedTuple):
     p_value: float  # Bonferroni's, over the runs
 
 
-def cells_of(values: np.ndarray, cell: np.ndarray, shares: np.ndarray) -> Losses:
-    """The runs' losses in cells.
+def cells_of(values: np.ndarray, cell: np.ndarray, shares: np.ndarray, weights: np.ndarray) -> Losses:
+    """The losses in cells.
 
     Args:
       values: [n]; NaN where there is none.
-      cell: [n] of each run.
+      cell: [n] of each line.
       shares: [c, S] of each cell.
+      weights: [n], one over the number of lines of the same run.
     """
     number, there = len(shares), ~np.isnan(values)
-    count = np.bincount(cell[there], minlength=number).astype(float)
-    mean = np.bincount(cell[there], values[there], number) / np.maximum(count, 1)
-    squares = np.bincount(cell[there], (values[there] - mean[cell[there]]) ** 2, number)
-    return Losses(mean, count, squares, *moderated(squares, count - 1, shares))
+    lines = np.bincount(cell[there], minlength=number)
+    mean = np.bincount(cell[there], values[there], number) / np.maximum(lines, 1)
+    squares = (values[there] - mean[cell[there]]) ** 2
+    variance, degrees = moderated(np.bincount(cell[there], squares, number), lines - 1, shares)
+    return Losses(mean, np.bincount(cell[there], weights[there], number),
+                  np.bincount(cell[there], weights[there] * squares, number), variance, degrees)
 
 
 def moderated(squares: np.ndarray, degrees: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,6 +94,7 @@ def _left(design: np.ndarray, values: np.ndarray, variances: np.ndarray) -> floa
 
 def fit_without_outliers(
     families: list[Family], points: Points, groups: np.ndarray, cell: np.ndarray, values: np.ndarray,
+    weights: np.ndarray,
 ) -> tuple[Law, Losses, list[Outlier]]:
     """A law of one loss, fitted without the runs that it names.
 
@@ -100,16 +105,17 @@ def fit_without_outliers(
       families: the candidates.
       points, groups: of the cells.
       cell: [n] of each run.
-      values: [n] the runs' losses; NaN where there is none.
+      values: [n] the losses; NaN where there is none.
+      weights: [n], one over the number of lines of the same run.
     """
     def fitted(values: np.ndarray) -> tuple[Law, Losses]:
-        losses = cells_of(values, cell, points.shares)
+        losses = cells_of(values, cell, points.shares, weights)
         return fit_law(families, points, groups, losses), losses
 
     values, found = values.copy(), []
     law, losses = fitted(values)
     runs = int((~np.isnan(values)).sum())
-    while len(found) < max(1, int(MOST_OUTLIERS * runs)) and runs - len(found) > 4:
+    while len(found) < max(1, int(MOST_OUTLIERS * runs)) and runs - len(found) > FEWEST:
         best: tuple[float, int, float, Law, Losses] | None = None
         for run in _suspects(law, losses, points, cell, values):
             without = np.where(np.arange(len(values)) == run, np.nan, values)
@@ -129,8 +135,8 @@ def fit_without_outliers(
 
 def _suspects(law: Law, losses: Losses, points: Points, cell: np.ndarray, values: np.ndarray) -> list[int]:
     """The runs farthest from the others of their cell, or alone in it from the law of the other shares."""
-    others = np.where(losses.count[cell] > 1, (losses.count[cell] * losses.mean[cell] - values) / np.maximum(
-        losses.count[cell] - 1, 1), law.left_out[cell])
+    lines = np.bincount(cell[~np.isnan(values)], minlength=len(losses.mean))[cell]
+    others = np.where(lines > 1, (lines * losses.mean[cell] - values) / np.maximum(lines - 1, 1), law.left_out[cell])
     fitted = law.mean(points)[cell]
     off = np.abs(np.nan_to_num(values - others)) + np.abs(np.nan_to_num(values - fitted))
     return [int(run) for run in np.argsort(-off, kind="stable")[:SUSPECTS] if not np.isnan(values[run])]
