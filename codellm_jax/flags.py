@@ -82,6 +82,19 @@ def parser() -> argparse.ArgumentParser:
                                    description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
     report.add_argument("directory", metavar="DIR")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    laws = subparsers.add_parser(
+        "laws", help="which share is best: laws of a sweep's losses", allow_abbrev=False,
+        description="Fits laws of held-out losses to a sweep of shares and tells the best share with its interval, or "
+                    "that the runs cannot tell it and which further runs would. Writes DIR/report/laws.json.")
+    laws.add_argument("directory", metavar="DIR", help="a study's, or one with Olmix's ratios.csv and metrics.csv")
+    laws.add_argument("--objective", metavar="LOSS:WEIGHT,...",
+                      help="what to make small, such as text:0.5,code:0.5 (default: as much of each pool)")
+    laws.add_argument("--size", metavar="PARAMETERS", help="of the model to answer for, such as 125M (default: the "
+                      "largest of the runs)")
+    laws.add_argument("--tokens", help="to be trained on, such as 2.5B (default: as the runs at their end)")
+    laws.add_argument("--predict", metavar="FILE", help="shares in the columns of ratios.csv: writes their predicted "
+                      "losses to DIR/report/predictions.csv")
+    laws.add_argument("--debug", action="store_true", help="show the traceback of an error")
     explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
     explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
     vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",

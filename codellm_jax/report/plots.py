@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from codellm_jax.report.pages import Figure
 from codellm_jax.results.statistics import Interval
 
@@ -67,6 +69,16 @@ class SweepPanel(NamedTuple):
     points: Sequence[tuple[float, float, Interval | None]]
     chance: float | None
     majority: float | None
+
+
+class LawPanel(NamedTuple):
+    """One loss against a share, in nats a token."""
+
+    title: str
+    shares: np.ndarray  # [m]
+    predicted: np.ndarray  # [m]
+    intervals: np.ndarray  # [m, 2]
+    points: Sequence[tuple[float, float, int | None, bool]]  # share, loss, seed, and whether it is an outlier
 
 
 def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]], arms: Sequence[str]) -> Figure:
@@ -204,6 +216,32 @@ def _legend_of_levels(figure: Any, panels: Sequence[Panel | SweepPanel]) -> None
         figure.legend([Line2D([], [], color=GREY, linestyle=LINES[2]),
                        Line2D([], [], color=COLOURS[6], linestyle=LINES[3], linewidth=1.1)],
                       ["chance", "always the commonest answer"], loc="outside upper right", ncols=2, frameon=False)
+
+
+def law(name: str, caption: str, source: str, panels: Sequence[LawPanel], best: float,
+        interval: tuple[float, float]) -> Figure:
+    """Losses against a share with their laws, and the best share; a panel for each loss."""
+    plt = _pyplot()
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 0.6 + 2.9 * lines), squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        axis.axvspan(*interval, color=COLOURS[5], alpha=0.22, linewidth=0, label="best share, 95% interval")
+        axis.axvline(best, color=COLOURS[1], linestyle=LINES[4], linewidth=1.3, label="best share")
+        axis.fill_between(panel.shares, *panel.intervals.T, color=COLOURS[4], alpha=0.35, linewidth=0,
+                          label="law, 95% interval")
+        axis.plot(panel.shares, panel.predicted, color=COLOURS[0], label="law")
+        seeds = sorted({seed for *_, seed, _ in panel.points if seed is not None})
+        for share, loss, seed, outlier in panel.points:
+            marker = "x" if outlier else MARKERS[seeds.index(seed) % len(MARKERS)] if seed in seeds else "o"
+            axis.plot(share, loss, linestyle="none", marker=marker, markersize=7 if outlier else 4, color=COLOURS[6],
+                      markerfacecolor="none", markeredgewidth=1.6 if outlier else 0.8)
+        axis.set(title=panel.title, xlabel=f"Share of {source}", ylabel="Loss, nats a token")
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    return _saved(plt, figure, name, caption)
 
 
 def _label_ends(axis: Any, ends: Mapping[str, tuple[float, float]], arms: Sequence[str]) -> None:

@@ -1,0 +1,108 @@
+"""`t5x laws`: the laws of a study's mixture, from the losses of its runs.
+
+    t5x laws studies/first --objective=text:0.5,code:0.5
+
+Prints the best mixture and the laws, and writes into DIR/report:
+
+  laws.json            every number: laws, intervals, outliers, predictions
+  laws.svg, laws.png   loss against share, where there are two sources
+  ratios.csv, metrics.csv   the runs, as Olmix reads them
+  predictions.csv      of the mixtures of --predict=FILE, which has the columns of ratios.csv
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from codellm_jax.report.law_page import as_json, blocks, plain, predictions
+from codellm_jax.report.mixing import Analysis, analyse, parse_objective
+from codellm_jax.report.pages import Figure, comma_separated
+from codellm_jax.report.sweeps import as_files, read_sweep
+from codellm_jax.results.files import write_whole
+from codellm_jax.runtime.progress import StatusLine
+
+
+def laws(directory: str, objective: str | None = None, size: str | None = None, tokens: str | None = None,
+         mixtures: str | None = None) -> str:
+    """Writes DIR/report/laws.json and what else is named above; returns the page as text.
+
+    Args:
+      directory: of a study, of any run directories, or of ratios.csv and metrics.csv.
+      objective: weights of losses, as "text:0.5,code:0.5"; as much of each pool where it is None.
+      size: parameters to answer for, as "125M"; tokens: trained on, as "2.5B".
+      mixtures: a file of shares to predict the losses of.
+
+    Raises:
+      FileNotFoundError: there is no such directory or file, or no sweep in it.
+      ValueError: in one line; runs that make no sweep, an objective or a number that is none.
+    """
+    asked = _number("size", size), _number("tokens", tokens)
+    sweep = read_sweep(directory)
+    weights = parse_objective(objective, sweep.losses)
+    shares = None if mixtures is None else _mixtures(epath.Path(mixtures).expanduser(), sweep.sources)
+    status = StatusLine(0, 1, active=True, unit="fit")
+
+    def told(done: int, total: int, text: str) -> None:
+        status.total = total
+        status.show(done, text)
+
+    analysis = analyse(sweep, weights, *asked, told)
+    status.close()
+    page = blocks(analysis)
+    folder = epath.Path(directory).expanduser() / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"laws.json": json.dumps(as_json(analysis), indent=1) + "\n"} | as_files(sweep)
+    if shares is not None:
+        files["predictions.csv"] = _predicted(analysis, shares)
+    for name, text in files.items():
+        write_whole(folder / name, text)
+    for block in page:
+        if isinstance(block, Figure):
+            (folder / f"{block.name}.png").write_bytes(block.png)
+            (folder / f"{block.name}.svg").write_bytes(block.svg)
+    return f"{plain(page)}\n\nAll numbers: {folder / 'laws.json'}"
+
+
+def _number(flag: str, text: str | None) -> float:
+    """A number such as 125M, 2.5B or 3e8; NaN for None."""
+    if text is None:
+        return math.nan
+    scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower(), 1.0)
+    try:
+        value = float(text[:-1] if scale != 1.0 else text) * scale
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"--{flag} must be a number above 0, such as 125M or 3e8, found {text!r}.")
+    return value
+
+
+def _mixtures(path: epath.Path, sources: Sequence[str]) -> np.ndarray:
+    """[m, S] the shares of a file with a column for each source."""
+    if not path.exists():
+        raise FileNotFoundError(f"--predict: there is no file {path}.")
+    lines = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"))))
+    if not lines or (missing := [name for name in sources if name not in lines[0]]):
+        raise ValueError(f"--predict: {path} has no column {missing[0] if lines else sources[0]}; each source of the "
+                         f"sweep needs one: {', '.join(sources)}.")
+    try:
+        shares = np.array([[float(line[name]) for name in sources] for line in lines])
+    except (TypeError, ValueError):
+        raise ValueError(f"--predict: {path} has a share that is no number.") from None
+    if (shares < 0).any() or not np.allclose(shares.sum(axis=1), 1, atol=0.02):
+        raise ValueError(f"--predict: the shares of each line of {path} must sum to 1, none below 0.")
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def _predicted(analysis: Analysis, shares: np.ndarray) -> str:
+    columns = [*analysis.sweep.sources]
+    for name in analysis.sweep.losses:
+        columns += [name, f"{name} low", f"{name} high", f"{name} run low", f"{name} run high"]
+    rows = [[*line["shares"].values(), *(value for found in line["losses"].values() for value in (
+        found["loss"], *found["interval"], *found["run_interval"]))] for line in predictions(analysis, shares)]
+    return comma_separated(columns, rows)

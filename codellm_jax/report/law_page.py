@@ -1,0 +1,270 @@
+"""What is said of the laws of a sweep: blocks of a report, the same as plain text, and a file of all numbers."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from codellm_jax.report import plots
+from codellm_jax.report.mixing import Analysis
+from codellm_jax.report.optimum import lines_to_paste
+from codellm_jax.report.pages import Block, Figure, Heading, Items, Notice, Table, Text
+from codellm_jax.report.sweeps import describe
+
+WIDTH = 110  # of plain text
+SHOWN = 12  # mixtures of more than two sources in a table
+ENDS = {"least": "smallest", "most": "largest"}
+
+
+def blocks(analysis: Analysis) -> list[Block]:
+    """The section of a report."""
+    return [Heading(2, "Laws of the mixture"), *_answer(analysis), *_caveats(analysis), *_figures(analysis),
+            _laws(analysis), _predictions(analysis), *_misses(analysis)]
+
+
+def _answer(analysis: Analysis) -> list[Block]:
+    found, sources = analysis.best, analysis.sweep.sources
+    objective = " + ".join(f"{weight:.3g} x {name}" for name, weight in analysis.objective.items())
+    where = _where(analysis)
+    lines: list[Block] = [Text(f"The objective is {objective}: a weighted sum of held-out losses, the lower the better"
+                               f"{where}.")]
+    low, high = found.objective_interval
+    if len(sources) == 2:
+        name, swept = sources[1], analysis.fitted.points.shares[:, 1]
+        interval = f"95% interval {found.intervals[1, 0]:.3f} to {found.intervals[1, 1]:.3f}"
+        if found.verdict == "interior":
+            lines.append(Notice(f"The best share of {name} is {found.shares[1]:.3f} ({interval})."))
+        elif found.verdict == "edge":
+            assert found.edge is not None
+            end = swept.min() if found.edge[1] == "least" else swept.max()
+            beyond = "" if end in (0.0, 1.0) else " It may lie beyond, where no run was."
+            lines.append(Notice(f"There is no interior optimum: the edge is best, the {ENDS[found.edge[1]]} share of "
+                                f"{name} that was swept, {end:.3f} ({interval}).{beyond}"))
+        else:
+            lines.append(Notice(f"These runs cannot tell the best share of {name}: it is predicted at "
+                                f"{found.shares[1]:.3f}, and may be anywhere from {found.intervals[1, 0]:.3f} to "
+                                f"{found.intervals[1, 1]:.3f} (95% interval). The chance that it is the smallest share "
+                                f"that was swept is {100 * found.edges[0]:.0f}%, the largest {100 * found.edges[1]:.0f}%."))
+        if found.verdict != "interior" and sum(weight > 0 for weight in analysis.objective.values()) == 1:
+            lines.append(Text("The objective is a single loss. Where its law only falls or only rises with the share, "
+                              "it has no interior optimum, however many runs there are: name a weighted sum of "
+                              "several losses as the objective."))
+    else:
+        told = found.verdict != "cannot tell"
+        lines.append(Notice(("The best mixture is " if told else "These runs cannot tell the best mixture from their "
+                             "average; it is predicted at ") + f"{describe(sources, found.shares)}."))
+        if found.edge:
+            lines.append(Text(f"It has as much {sources[found.edge[0]]} as any run: there is no interior optimum, and "
+                              "more of it may be better still."))
+        lines.append(Table("The best mixture", ("Source", "Share", "95% interval", "Swept"), [
+            [name, f"{found.shares[n]:.3f}", f"{found.intervals[n, 0]:.3f} - {found.intervals[n, 1]:.3f}",
+             f"{analysis.fitted.points.shares[:, n].min():.3f} - {analysis.fitted.points.shares[:, n].max():.3f}"]
+            for n, name in enumerate(sources)]))
+    lines.append(Text(f"The objective there is {found.objective:.4f} ({low:.4f} to {high:.4f}), lower than at the average "
+                      f"of the runs' mixtures by {found.gain[0]:.4f} ({found.gain[1]:.4f} to {found.gain[2]:.4f})."))
+    if analysis.design is not None and len(analysis.design.shares):
+        runs = len(analysis.design.shares) * analysis.design.seeds
+        lines += [Text(f"These {runs} runs more would tell most: their interval of the best share is expected to be "
+                       f"{analysis.design.width_then:.3f} wide, instead of {analysis.design.width_now:.3f}. In the "
+                       "study's gin file:"),
+                  Items([f"`{line}`" for line in lines_to_paste(
+                      analysis.design, sources, analysis.fitted.sweep.seeds).splitlines()])]
+    return lines
+
+
+def _where(analysis: Analysis) -> str:
+    parts = [f"{_count(value)} {unit}" for value, unit in ((analysis.size, "parameters"), (analysis.tokens, "tokens"))
+             if math.isfinite(value)]
+    return f", at {' and '.join(parts)}" if parts else ""
+
+
+def _caveats(analysis: Analysis) -> list[Block]:
+    found: list[Block] = []
+    if analysis.extrapolated:
+        tested = [f"Left out, the largest {'size' if miss.axis == 'size' else 'number of tokens'} was missed by "
+                  f"{_misses_of(analysis, miss.misses)}, {miss.factor:.3g} times beyond the rest."
+                  for miss in analysis.misses if miss.axis in analysis.extrapolated]
+        names = " and the ".join({"size": "size", "tokens": "number of tokens"}[axis] for axis in analysis.extrapolated)
+        found.append(Notice(f"EXTRAPOLATED: the {names} lies beyond all runs. " + (" ".join(tested) or (
+            "The runs have too few of them to leave one out and test this: no interval covers that."))))
+    sweep = analysis.sweep
+    for name, line, outlier in analysis.outliers:
+        found.append(Text(f"Outlier, left out of the law: {sweep.runs[line]} ({describe(sweep.sources, sweep.shares[line])}"
+                          f"{_at(analysis, line)}) has a loss on {name} of {outlier.loss:.4f}, "
+                          f"{abs(outlier.deviation):.4f} {'above' if outlier.deviation > 0 else 'below'} the law of all "
+                          f"other runs (p {outlier.p_value:.2g}). Look at this run."))
+    for name, cells in zip(sweep.losses, analysis.fitted.cells, strict=True):
+        variance = cells.variance[cells.count > 0]
+        if variance.max() > 1.001 * variance.min():
+            worst = analysis.fitted.points.shares[np.flatnonzero(cells.count > 0)[variance.argmax()]]
+            found.append(Text(f"The noise of {name} differs between shares: it is largest at "
+                              f"{describe(sweep.sources, worst)}, {math.sqrt(variance.max() / variance.min()):.1f} times "
+                              "that at the most quiet share. The fits weigh runs accordingly."))
+    seeds = analysis.fitted.cells[0].count.max()
+    if seeds <= 1 and not analysis.fitted.axes:
+        found.append(Text("No share was trained with several seeds: the noise is told by how far runs lie from the law, "
+                          "and is taken to be the same at all shares."))
+    return found + [Text(note) for note in sweep.notes]
+
+
+def _at(analysis: Analysis, line: int) -> str:
+    several = [(values[line], unit) for values, unit in ((analysis.sweep.parameters, "parameters"),
+                                                         (analysis.sweep.tokens, "tokens"))
+               if np.isfinite(values).all() and np.ptp(values) > 0]
+    return "".join(f", {_count(value)} {unit}" for value, unit in several)
+
+
+def _misses_of(analysis: Analysis, misses: np.ndarray) -> str:
+    return ", ".join(f"{name} {miss:.4f}" for name, miss in zip(analysis.sweep.losses, misses, strict=True))
+
+
+def _laws(analysis: Analysis) -> Block:
+    rows = []
+    for name, law, cells in zip(analysis.sweep.losses, analysis.fitted.laws, analysis.fitted.cells, strict=True):
+        there = cells.count > 0
+        others = [f"{_named(analysis, fit.family.name)} {_error(fit.left_out, cells, there):.4f}"
+                  for fit in law.fits if fit is not law.chosen]
+        rows.append([name, f"{_named(analysis, law.chosen.family.name)}: {law.chosen.family.formula}",
+                     f"{_error(law.chosen.left_out, cells, there):.4f}", f"{_error(law.left_out, cells, there):.4f}",
+                     f"{math.sqrt(law.noise):.4f}", ", ".join(others)])
+    return Table("The law of each loss. The miss is that of shares left out, in turn, root mean square: of the law "
+                 "chosen, and of all candidates weighed together, as they are in the predictions",
+                 ("Loss", "Law", "Miss", "Of all", "Noise of a run", "Misses of the others"), rows, words=(1, 5))
+
+
+def _named(analysis: Analysis, name: str) -> str:
+    for number, source in enumerate(analysis.sweep.sources):
+        name = name.replace(f"of source {number}", f"of {source}")
+    return name
+
+
+def _error(left_out: np.ndarray, cells: Any, there: np.ndarray) -> float:
+    return float(np.sqrt(np.nanmean((left_out - cells.mean)[there] ** 2)))
+
+
+def _predictions(analysis: Analysis) -> Block:
+    two = len(analysis.sweep.sources) == 2
+    every = np.arange(0, len(analysis.shares), 10) if two else np.arange(min(SHOWN, len(analysis.shares)))
+    rows = [[f"{analysis.shares[n, 1]:.3f}" if two else describe(analysis.sweep.sources, analysis.shares[n]),
+             *(f"{analysis.predicted[d, n]:.4f} ({analysis.intervals[d, n, 0]:.4f} - {analysis.intervals[d, n, 1]:.4f})"
+               for d in range(len(analysis.sweep.losses)))] for n in every]
+    heading = f"Share of {analysis.sweep.sources[1]}" if two else "Mixture"
+    return Table("Predicted losses with the 95% intervals of the law, that is of the mean over seeds"
+                 + (", extrapolated" if analysis.extrapolated else ""), (heading, *analysis.sweep.losses), rows)
+
+
+def _misses(analysis: Analysis) -> list[Block]:
+    if not analysis.misses:
+        return []
+    return [Table("How far laws of size and length are from what was left out, root mean square", (
+        "Left out", "Beyond the rest", *analysis.sweep.losses, "Within 95% intervals"), [
+            [f"{_count(miss.left_out)} {'parameters' if miss.axis == 'size' else 'tokens'}", f"{miss.factor:.3g} times",
+             *(f"{value:.4f}" for value in miss.misses), f"{100 * miss.coverage:.0f}%"] for miss in analysis.misses])]
+
+
+def _count(value: float) -> str:
+    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def _figures(analysis: Analysis) -> list[Block]:
+    if len(analysis.sweep.sources) != 2:
+        return []
+    found, fitted = analysis.best, analysis.fitted
+    panels = []
+    named = {(name, line) for name, line, _ in analysis.outliers}
+    shown = [n for n, name in enumerate(analysis.sweep.losses) if name in analysis.objective]
+    lines = [n for n, name in enumerate(analysis.sweep.runs) if name in set(fitted.sweep.runs)
+             and (fitted.axes or analysis.sweep.tokens[n] in fitted.sweep.tokens or not analysis.sweep.final.any())]
+    lines = [] if analysis.extrapolated or fitted.axes else [n for n in lines if analysis.sweep.final[n]]
+    for place in shown:
+        name = analysis.sweep.losses[place]
+        points = [(float(analysis.sweep.shares[n, 1]), float(analysis.sweep.values[n, place]), analysis.sweep.seeds[n],
+                   (name, n) in named) for n in lines if not math.isnan(analysis.sweep.values[n, place])]
+        panels.append(plots.LawPanel(f"Held-out {name}", analysis.shares[:, 1], analysis.predicted[place],
+                                     analysis.intervals[place], points))
+    caption = (f"Held-out loss against the share of {analysis.sweep.sources[1]}: the law with its 95% interval, a mark "
+               "for each seed, and a cross for each outlier. The band of the share is the 95% interval of the best for "
+               "the objective, the dotted line the best."
+               + (" The law is extrapolated: it stands where no run was." if analysis.extrapolated else ""))
+    return [plots.law("laws", caption, analysis.sweep.sources[1], panels, float(found.shares[1]),
+                      (float(found.intervals[1, 0]), float(found.intervals[1, 1])))]
+
+
+def plain(parts: Sequence[Block]) -> str:
+    """Blocks as text for a terminal; figures are left out."""
+    lines: list[str] = []
+    for block in parts:
+        if isinstance(block, Heading):
+            lines += [block.text, "=" * len(block.text), ""]
+        elif isinstance(block, Text | Notice):
+            lines += [*textwrap.wrap(block.text, WIDTH), ""]
+        elif isinstance(block, Items):
+            lines += [*(f"    {text.strip('`')}" for text in block.texts), ""]
+        elif isinstance(block, Table):
+            lines += [*textwrap.wrap(f"{block.caption}:", WIDTH), *_plain_table(block), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _plain_table(table: Table) -> list[str]:
+    rows = [table.columns, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
+    return ["  " + "  ".join(cell.ljust(width) if column == 0 or column in table.words else cell.rjust(width)
+                             for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in rows]
+
+
+def as_json(analysis: Analysis) -> dict[str, Any]:
+    """Everything, for programs."""
+    found, sweep = analysis.best, analysis.sweep
+    return {
+        "sources": list(sweep.sources), "losses": list(sweep.losses), "objective": dict(analysis.objective),
+        "parameters": _known(analysis.size), "tokens": _known(analysis.tokens),
+        "extrapolated": list(analysis.extrapolated),
+        "best": {
+            "verdict": found.verdict, "shares": _by_name(sweep.sources, found.shares),
+            "intervals": _by_name(sweep.sources, found.intervals), "objective": found.objective,
+            "objective_interval": list(found.objective_interval),
+            "edge": None if found.edge is None else {"source": sweep.sources[found.edge[0]], "end": found.edge[1]},
+            "gain": list(found.gain)},
+        "further_runs": None if analysis.design is None else {
+            "shares": [_by_name(sweep.sources, mixture) for mixture in analysis.design.shares],
+            "seeds": analysis.design.seeds, "width_now": analysis.design.width_now,
+            "width_then": analysis.design.width_then,
+            "gin": lines_to_paste(analysis.design, sweep.sources, analysis.fitted.sweep.seeds)},
+        "laws": {name: {
+            "chosen": _named(analysis, law.chosen.family.name), "noise": math.sqrt(law.noise),
+            "candidates": {_named(analysis, fit.family.name): {
+                "weight": float(weight), "formula": fit.family.formula,
+                "miss": _error(fit.left_out, cells, cells.count > 0)}
+                for fit, weight in zip(law.fits, law.weights, strict=True)}}
+            for name, law, cells in zip(sweep.losses, analysis.fitted.laws, analysis.fitted.cells, strict=True)},
+        "outliers": [{"loss": name, "run": sweep.runs[line], "seed": sweep.seeds[line],
+                      "shares": _by_name(sweep.sources, sweep.shares[line]), "tokens": _known(sweep.tokens[line]),
+                      "value": outlier.loss, "deviation": outlier.deviation, "p_value": outlier.p_value}
+                     for name, line, outlier in analysis.outliers],
+        "left_out": [{"axis": miss.axis, "value": miss.left_out, "factor": miss.factor,
+                      "misses": _by_name(sweep.losses, miss.misses), "coverage": miss.coverage}
+                     for miss in analysis.misses],
+        "predictions": predictions(analysis, analysis.shares), "notes": list(sweep.notes)}
+
+
+def predictions(analysis: Analysis, shares: np.ndarray) -> list[dict[str, Any]]:
+    """Of each mixture [m, S] its predicted losses, their 95% intervals, and those of one further run."""
+    predicted, intervals, of_runs = analysis.predict(shares)
+    return [{"shares": _by_name(analysis.sweep.sources, mixture), "losses": {
+        name: {"loss": float(predicted[place, number]), "interval": intervals[place, number].tolist(),
+               "run_interval": of_runs[place, number].tolist()}
+        for place, name in enumerate(analysis.sweep.losses)}} for number, mixture in enumerate(shares)]
+
+
+def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, Any]:
+    return dict(zip(names, np.asarray(values).tolist(), strict=True))
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

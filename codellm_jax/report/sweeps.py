@@ -1,0 +1,316 @@
+"""A sweep of shares as a table: the runs of a study, or `ratios.csv` and `metrics.csv` as Olmix has them.
+
+Olmix (Chen et al., 2026) keeps a sweep in two files of a line for each run, joined by the column `run` or `run_id`:
+`ratios.csv` has the share of each source, `metrics.csv` the losses. Here the columns `seed`, `parameters` and `tokens`
+may be in either, and lines of several tokens of one run.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from codellm_jax.report.pages import comma_separated
+from codellm_jax.report.runs import name_and_seed, read_json
+from codellm_jax.runtime.progress import read_records
+
+SAME_SHARE = 0.002  # shares of two arms that differ by less are one: half a row more or less was drawn
+CHECKPOINTS = 5  # of a run, at most, whose losses tell how they fall with its length
+EARLIEST = 0.25  # of a run, from which on they do
+IDS = ("run", "run_id", "index")
+NO_SOURCES = ("", "run", "run_id", "name", "index", "seed", "parameters", "tokens")
+POOLS = ("text", "code")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Losses of runs, a line for each run and each length that it was evaluated at.
+
+    Attributes:
+      name: of the study.
+      runs: [n] names.
+      seeds: [n]; None where nothing tells it.
+      sources: [S] names of what the shares are of: pools where only their shares vary, else sources.
+      shares: [n, S], each line sums to 1.
+      losses: [D] names.
+      values: [n, D] nats a token, or the metric of a file; NaN where there is none.
+      parameters, tokens: [n] of the model, and trained on; NaN where nothing tells them.
+      final: [n] whether the line is of its run's end.
+      epochs: [n, S] of each source; NaN where nothing tells them.
+      notes: what a reader must know, and which runs were left out.
+    """
+
+    name: str
+    runs: Sequence[str]
+    seeds: Sequence[int | None]
+    sources: Sequence[str]
+    shares: np.ndarray
+    losses: Sequence[str]
+    values: np.ndarray
+    parameters: np.ndarray
+    tokens: np.ndarray
+    final: np.ndarray
+    epochs: np.ndarray
+    notes: Sequence[str] = ()
+
+    def only(self, lines: np.ndarray) -> "Sweep":
+        """The sweep of some lines, by a mask or numbers."""
+        numbers = np.arange(len(self.runs))[lines]
+        return dataclasses.replace(
+            self, runs=[self.runs[n] for n in numbers], seeds=[self.seeds[n] for n in numbers],
+            **{name: getattr(self, name)[numbers] for name in
+               ("shares", "values", "parameters", "tokens", "final", "epochs")})
+
+    @property
+    def groups(self) -> np.ndarray:
+        """[n] which share each line has, numbered as they come."""
+        found: list[np.ndarray] = []
+        numbers = []
+        for line in self.shares:
+            number = next((n for n, other in enumerate(found) if np.abs(line - other).max() < SAME_SHARE), len(found))
+            if number == len(found):
+                found.append(line)
+            numbers.append(number)
+        return np.array(numbers, int)
+
+
+def read_sweep(directory: str) -> Sweep:
+    """The sweep of a study's directory, of any folder of run directories, or of one with ratios.csv and metrics.csv.
+
+    Raises:
+      FileNotFoundError: there is no such directory, or nothing of a sweep in it.
+      ValueError: in one line; runs that make no sweep, or files that do not fit together.
+    """
+    folder = epath.Path(directory).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no directory {folder}: name a study's, or one that holds ratios.csv and "
+                                "metrics.csv.")
+    files = [folder / name for name in ("ratios.csv", "metrics.csv")]
+    if any(file.exists() for file in files):
+        if missing := [file for file in files if not file.exists()]:
+            raise FileNotFoundError(f"{missing[0]} is missing: a sweep in files is ratios.csv and metrics.csv.")
+        sweep = read_files(*files)
+    else:
+        sweep = read_runs(folder)
+    if len(np.unique(sweep.groups)) < 2:
+        raise ValueError(f"{folder}: all runs have the same shares, {describe(sweep.sources, sweep.shares[0])}: a law "
+                         "needs runs at several.")
+    return sweep
+
+
+def describe(sources: Sequence[str], shares: Sequence[float]) -> str:
+    """A mixture as text, as "text 0.75, code 0.25"."""
+    return ", ".join(f"{source} {share:.3g}" for source, share in zip(sources, shares, strict=True))
+
+
+def read_files(ratios: epath.Path, metrics: epath.Path) -> Sweep:
+    """Olmix's two files. Raises ValueError, in one line, where they do not fit."""
+    (by_run, sources), (losses_of, losses) = _table(ratios), _table(metrics)
+    if extra := sorted({key for key, _ in by_run} ^ {key for key, _ in losses_of}):
+        here, there = (ratios, metrics) if extra[0] in {key for key, _ in by_run} else (metrics, ratios)
+        raise ValueError(f"run {extra[0]} is in {here.name} and not in {there.name}: each run needs a line in both.")
+    lines = []
+    for key, cells in losses_of:
+        shares = next(cells for other, cells in by_run if other == key)
+        lines.append((key, shares, shares | cells))
+    shares = np.array([[_number(cells[name], ratios, name) for name in sources] for _, cells, _ in lines])
+    totals = shares.sum(axis=1)
+    if (off := np.abs(totals - 1) > 0.02).any() or (shares < 0).any():
+        wrong = int(np.argmax(off | (shares < 0).any(axis=1)))
+        raise ValueError(f"{ratios}: the shares of run {lines[wrong][0]} sum to {totals[wrong]:.4g}, which must be 1, "
+                         "and none may be negative; columns of other facts are named "
+                         f"{', '.join(name for name in NO_SOURCES if name)}.")
+    kept = (shares > 0).any(axis=0)
+    shares = shares[:, kept] / totals[:, None]
+    values = np.array([[_number(cells[name], metrics, name) for name in losses] for _, _, cells in lines])
+    facts = {name: np.array([_number(cells.get(name) or "nan", metrics, name) for _, _, cells in lines])
+             for name in ("seed", "parameters", "tokens")}
+    names = [key for key, _, _ in lines]
+    last: dict[str, float] = {}
+    for name, tokens in zip(names, facts["tokens"], strict=True):
+        last[name] = max(tokens, last.get(name, tokens))
+    return Sweep(
+        ratios.parent.name, names, [name_and_seed(name)[1] if math.isnan(seed) else int(seed)
+                                    for name, seed in zip(names, facts["seed"], strict=True)],
+        [source for source, keep in zip(sources, kept, strict=True) if keep], shares, losses, values,
+        facts["parameters"], facts["tokens"], np.array([
+            math.isnan(tokens) or tokens == last[name] for name, tokens in zip(names, facts["tokens"], strict=True)]),
+        np.full(shares.shape, np.nan))
+
+
+def _table(path: epath.Path) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
+    """(run, cells by column) of each line, and the columns that are no run's facts."""
+    lines = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"))))
+    columns = list(lines[0]) if lines else []
+    key = next((name for name in IDS if name in columns), None)
+    named = [name for name in columns if name not in NO_SOURCES]
+    if key is None or not named:
+        raise ValueError(f"{path} must have a line for each run and the columns run, or run_id, and those of its "
+                         f"sources or losses, found {', '.join(map(str, columns[:6])) or 'nothing'}.")
+    if short := [number for number, line in enumerate(lines, 2) if None in line or None in line.values()]:
+        raise ValueError(f"{path}, line {short[0]}: it has not as many cells as the first line has columns.")
+    return [(line[key], line) for line in lines], named
+
+
+def _number(text: str, path: epath.Path, column: str) -> float:
+    try:
+        return float(text) if text.strip() else math.nan
+    except ValueError:
+        raise ValueError(f"{path.parent.name}: column {column} has {text!r}, which is no number; columns of other facts "
+                         f"are named {', '.join(name for name in NO_SOURCES if name)}.") from None
+
+
+def read_runs(folder: epath.Path) -> Sweep:
+    """The runs of a study, or of a folder of run directories, that make its largest sweep: those of one stage that start
+    alike, under a mix that does not change. Raises as `read_sweep`.
+    """
+    plan = read_json(folder / "study.json")
+    below = folder / "runs" if (folder / "runs").is_dir() else folder
+    entries = {str(entry["run"]): entry for entry in (plan or {}).get("runs", [])}
+    names = list(entries) or sorted(path.name for path in below.iterdir() if (path / "metrics.jsonl").exists())
+    sweeps: dict[tuple[Any, ...], list[_Read]] = {}
+    notes = []
+    for name in names:
+        if not (below / name).is_dir():
+            continue
+        read = _read(below / name, entries.get(name, {}))
+        if isinstance(read, str):
+            notes.append(f"{name} is left out: {read}.")
+        else:
+            sweeps.setdefault(read.kind, []).append(read)
+    if not sweeps:
+        raise FileNotFoundError(f"No run in {below} has losses on held-out rows and a ledger: train a sweep, such as "
+                                "{'RATE': {'sweep': {'CODE_RATE': [0.0, 0.25, 0.5]}}}, with an EVAL_PERIOD."
+                                + (f" {notes[0]}" if notes else ""))
+    runs = max(sweeps.values(), key=lambda runs: (len({tuple(run.rows.items()) for run in runs}), len(runs)))
+    _require_alike(runs)
+    notes += [f"{other.name} is left out: it is of another stage, or starts from another arm."
+              for group in sweeps.values() if group is not runs for other in group]
+    return _sweep(folder.name, runs, notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    name: str
+    seed: int | None
+    kind: tuple[Any, ...]
+    rows: Mapping[str, int]
+    epoch_rows: Mapping[str, int]
+    tokens: float
+    parameters: float
+    evaluations: Sequence[Mapping[str, Any]]  # the last is that of the end
+    vocabulary: str
+    data: Mapping[str, str]
+
+
+def _read(path: epath.Path, entry: Mapping[str, Any]) -> _Read | str:
+    """A run, or why it is left out."""
+    provenance = read_json(path / "provenance.json") or {}
+    ledger = provenance.get("ledger") or {}
+    evaluations = [line for line in read_records(str(path)) if line["split"] == "eval"
+                   and any(name.startswith("loss/") and value is not None for name, value in line.items())]
+    if not evaluations:
+        return "it has no losses on held-out rows"
+    if not sum(ledger.get("rows", {}).values()):
+        return "its provenance.json has no ledger"
+    if provenance.get("finished") is False:
+        return "it is not trained to its end"
+    if _changes(ledger):
+        return "its mix changes while it trains"
+    parent = name_and_seed(str(entry.get("from") or "").partition("@")[0])[0]
+    before = [(stage.get("stage"), _share_of_code(stage)) for stage in ledger.get("before", [])]
+    seed = next((int(known) for known in (entry.get("seed"), provenance.get("seed"), name_and_seed(path.name)[1])
+                 if known is not None), None)
+    return _Read(path.name, seed, (ledger.get("stage"), parent, str(before)), ledger["rows"],
+                 ledger.get("epoch_rows", {}), float(sum(ledger.get("tokens", {}).values()) or math.nan),
+                 float(provenance.get("parameters") or math.nan), evaluations, str(ledger.get("vocabulary_hash")),
+                 provenance.get("data") or {})
+
+
+def _changes(ledger: Mapping[str, Any]) -> bool:
+    phases = [phase for phase in ledger.get("phases", []) if sum(phase["rows"].values())]
+    codes = [_share_of_code(phase) for phase in phases]
+    return bool(codes) and max(codes) - min(codes) > 0.02
+
+
+def _share_of_code(counts: Mapping[str, Any]) -> float:
+    rows = counts.get("rows", {})
+    return round(sum(count for name, count in rows.items() if name.startswith("code.")) / max(1, sum(rows.values())), 3)
+
+
+def _require_alike(runs: Sequence[_Read]) -> None:
+    first = runs[0]
+    for run in runs:
+        if run.vocabulary != first.vocabulary:
+            raise ValueError(f"{first.name} and {run.name} have other vocabularies, so that their losses must not stand "
+                             "in one law: leave one of them out.")
+        for source in run.data.keys() & first.data.keys():
+            if run.data[source] != first.data[source]:
+                raise ValueError(f"{first.name} and {run.name} were trained on other data of the same name, {source}: "
+                                 "leave one of them out.")
+
+
+def _sweep(name: str, runs: Sequence[_Read], notes: list[str]) -> Sweep:
+    sources = list(dict.fromkeys(source for run in runs for source in run.rows))
+    rows = np.array([[run.rows.get(source, 0) for source in sources] for run in runs], float)
+    of_epoch = np.array([[run.epoch_rows.get(source, math.nan) for source in sources] for run in runs])
+    in_pools, pools = _pools(sources, rows)
+    if pools:
+        rows, sources = rows @ in_pools, list(pools)
+        of_epoch = of_epoch @ in_pools
+    shares = rows / rows.sum(axis=1, keepdims=True)
+    losses = [loss for loss in dict.fromkeys(
+        found.removeprefix("loss/") for run in runs for found, value in run.evaluations[-1].items()
+        if found.startswith("loss/") and value is not None)]
+    losses = [loss for loss in losses if loss in POOLS or not any(  # a source that is its pool says nothing more
+        all(run.evaluations[-1].get(f"loss/{loss}") == run.evaluations[-1].get(f"loss/{pool}") for run in runs)
+        for pool in POOLS)]
+    lines: list[tuple[int, Mapping[str, Any], float]] = []
+    for number, run in enumerate(runs):
+        last = run.evaluations[-1]["step"]
+        late = [line for line in run.evaluations if line["step"] >= EARLIEST * last and line["step"] > 0]
+        chosen = {round(place) for place in np.linspace(0, len(late) - 1, min(CHECKPOINTS, len(late)))}
+        lines += [(number, late[place], run.tokens * late[place]["step"] / last) for place in sorted(chosen)]
+    of_run = np.array([number for number, _, _ in lines])
+    tokens = np.array([tokens for _, _, tokens in lines])
+    return Sweep(
+        name, [runs[number].name for number in of_run], [runs[number].seed for number in of_run], sources,
+        shares[of_run], losses, np.array([[_or_nan(line.get(f"loss/{loss}")) for loss in losses]
+                                          for _, line, _ in lines]),
+        np.array([runs[number].parameters for number in of_run]), tokens,
+        np.array([line is runs[number].evaluations[-1] for number, line, _ in lines]),
+        rows[of_run] / of_epoch[of_run], notes)
+
+
+def _or_nan(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _pools(sources: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, Sequence[str]]:
+    """Sources to pools [sources, pools] and the pools, where within each of two the sources keep their proportions."""
+    of_pool = [source.partition(".")[0] for source in sources]
+    if set(of_pool) != set(POOLS):
+        return np.zeros((0, 0)), ()
+    member = np.array([[one == pool for pool in POOLS] for one in of_pool], float)
+    totals = rows @ member
+    for place, pool in enumerate(POOLS):
+        mine = [number for number, one in enumerate(of_pool) if one == pool]
+        inside = [line[mine] / total[place] for line, total in zip(rows, totals, strict=True) if total[place] > 20]
+        if inside and np.ptp(inside, axis=0).max() > 0.02:
+            return np.zeros((0, 0)), ()
+    return member, POOLS
+
+
+def as_files(sweep: Sweep) -> dict[str, str]:
+    """ratios.csv and metrics.csv of the runs' ends, as Olmix reads them."""
+    ends = sweep.only(sweep.final)
+    return {"ratios.csv": comma_separated(["run", *sweep.sources], [
+                [run, *shares] for run, shares in zip(ends.runs, ends.shares.tolist(), strict=True)]),
+            "metrics.csv": comma_separated(["run", *sweep.losses], [
+                [run, *(None if math.isnan(value) else value for value in values)]
+                for run, values in zip(ends.runs, ends.values.tolist(), strict=True)])}
