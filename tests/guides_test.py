@@ -122,10 +122,10 @@ def test_an_arm(tiny_flags, tiny_tuning_flags, tmp_path, capsys):
     assert all(f"RATE-{rate}.seed0" in told[2] for rate in ("0.1", "0.25", "0.5"))
 
 
-def test_a_trunk_and_its_branches(tiny_flags, tmp_path, monkeypatch, capsys):
-    """Four steps in the place of 400: the branch begins after the second."""
+def test_a_trunk_and_its_branches(tiny_corpora, tiny_flags, tmp_path, monkeypatch, capsys):
+    """Four steps in the place of 400: the branches begin after the second."""
     monkeypatch.chdir(tmp_path)
-    trunk, branch, study = commands("A trunk and its branches")
+    trunk, branch, study, mixed_trunk, mixed_branch = commands("A trunk and its branches")
     for arguments in (trunk, branch):
         arguments = [argument.replace("@200", "@2") for argument in arguments]
         told = run(small(arguments, tiny_flags, (*MODEL, "--gin.CORPORA", "--gin.MIXTURE")), capsys)
@@ -136,6 +136,15 @@ def test_a_trunk_and_its_branches(tiny_flags, tmp_path, monkeypatch, capsys):
     study = [argument for argument in study if argument != "--dry_run"]
     told = run([*study, *of_stages, f"--gin.STUDY_DIR={tmp_path}/study", "--print_commands"], capsys)
     assert "BRANCH_FROM=" in told and "runs/TEXT.seed0@30" in told and "KEEP_STEPS=[6, 30, 48]" in told.replace("'", "")
+    run(small([argument.replace("[300]", "[2]") for argument in mixed_trunk], tiny_flags, (
+        *MODEL, "--gin.CORPORA", "--gin.MIXTURE")), capsys)
+    Path("asked.jsonl").write_text("".join(json.dumps(
+        {"instruction": f"Name a number above {n}.", "output": f"{n + 1} is above {n}."}) + "\n" for n in range(400)))
+    corpora = tiny_corpora | {"text.asked": {"instructions": str(tmp_path / "asked.jsonl")}}
+    told = run([*small([argument.replace("@300", "@2") for argument in mixed_branch], tiny_flags, MODEL),
+                f"--gin.CORPORA={corpora}", f"--gin.MIXTURE_OR_TASK_NAME={list(corpora)}",
+                f"--gin.MIX_PHASES={[dict.fromkeys(corpora, 1)]}"], capsys)
+    assert re.search(r"^text\.asked .* 0\.3333 ", told, re.MULTILINE)
 
 
 def test_a_pod(checkout, tiny_flags, tmp_path, monkeypatch, capsys):
