@@ -59,7 +59,8 @@ MODEL = ("--gin.CACHE_DIR", "--gin.TASK_FEATURE", "--gin.model", "--gin.WARMUP",
 
 def test_there_are_guides():
     assert titles() == ["Your own corpora", "A published model, before and after code", "An ablation by overrides",
-                        "Adding an arm to a study", "A trunk and its branches", "A TPU pod", "Adding a benchmark"]
+                        "Adding an arm to a study", "A trunk and its branches",
+                        "A study on many machines", "A TPU pod", "Adding a benchmark"]
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", GUIDES):
         assert (ROOT / "docs" / target).exists(), target
 
@@ -135,7 +136,7 @@ def test_a_trunk_and_its_branches(tiny_corpora, tiny_flags, tmp_path, monkeypatc
                  if flag.startswith(("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE", "--gin.model", "--gin.TASK"))]
     study = [argument for argument in study if argument != "--dry_run"]
     told = run([*study, *of_stages, f"--gin.STUDY_DIR={tmp_path}/study", "--print_commands"], capsys)
-    assert "BRANCH_FROM=" in told and "runs/TEXT.seed0@30" in told and "KEEP_STEPS=[6, 30, 48]" in told.replace("'", "")
+    assert "BRANCH_FROM=" in told and "runs/TEXT.seed0@30" in told and "KEEP_STEPS=[6, 30, 48, 60]" in told.replace("'", "")
     run(small([argument.replace("[300]", "[2]") for argument in mixed_trunk], tiny_flags, (
         *MODEL, "--gin.CORPORA", "--gin.MIXTURE")), capsys)
     Path("asked.jsonl").write_text("".join(json.dumps(
@@ -145,6 +146,18 @@ def test_a_trunk_and_its_branches(tiny_corpora, tiny_flags, tmp_path, monkeypatc
                 f"--gin.CORPORA={corpora}", f"--gin.MIXTURE_OR_TASK_NAME={list(corpora)}",
                 f"--gin.MIX_PHASES={[dict.fromkeys(corpora, 1)]}"], capsys)
     assert re.search(r"^text\.asked .* 0\.3333 ", told, re.MULTILINE)
+
+
+def test_a_study_on_many_machines(checkout, tmp_path, monkeypatch, capsys):
+    """On a directory instead of a bucket, and before any worker has begun: workers and jobs have tests of their own."""
+    worker, status, slurm, kubernetes, launch = commands("A study on many machines")
+    monkeypatch.chdir(checkout)
+    assert worker[-1] == "--worker" and worker[:-1] == status[:-1]
+    assert cli.main([argument.replace("gs://bucket", str(tmp_path)) for argument in status]) == 1
+    assert "no study has begun there" in capsys.readouterr().err
+    assert "#SBATCH --array=0-" in run(slurm[: slurm.index(">")], capsys)
+    assert "completionMode: Indexed" in run(kubernetes[: kubernetes.index(">")], capsys)
+    assert "queued-resources create" in run([*launch[:1], "--print_only", *launch[1:]], capsys)
 
 
 def test_a_pod(checkout, tiny_flags, tmp_path, monkeypatch, capsys):
