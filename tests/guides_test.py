@@ -136,7 +136,8 @@ def test_a_trunk_and_its_branches(tiny_corpora, tiny_flags, tmp_path, monkeypatc
                  if flag.startswith(("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE", "--gin.model", "--gin.TASK"))]
     study = [argument for argument in study if argument != "--dry_run"]
     told = run([*study, *of_stages, f"--gin.STUDY_DIR={tmp_path}/study", "--print_commands"], capsys)
-    assert "BRANCH_FROM=" in told and "runs/TEXT.seed0@30" in told and "KEEP_STEPS=[6, 30, 48, 60]" in told.replace("'", "")
+    assert "BRANCH_FROM=" in told and "runs/TEXT.seed0@30" in told
+    assert "KEEP_STEPS=[6, 30, 48, 60]" in told.replace("'", "")
     run(small([argument.replace("[300]", "[2]") for argument in mixed_trunk], tiny_flags, (
         *MODEL, "--gin.CORPORA", "--gin.MIXTURE")), capsys)
     Path("asked.jsonl").write_text("".join(json.dumps(
