@@ -162,7 +162,7 @@ def test_sanitized_ids() -> None:
         ({"instructions": "*", "sample": 0.5}, "'sample' must be a positive whole number, found 0.5"),
         ({"instructions": "*", "sample": True}, "'sample' must be a positive whole number"),
         ({"mbpp": "*", "keep_sanitized": 1}, "'keep_sanitized' must be True or False, found 1"),
-        ({"mbpp": "*", "holdout": 0.1}, "unknown option 'holdout' of mbpp; it has keep_sanitized, rate"),
+        ({"mbpp": "*", "holdout": 0.1}, "unknown option 'holdout' of mbpp; it has keep_sanitized, loss, rate"),
         ({"cosqa": 3}, "must be a glob"),
         ({"python_instructions": "prose"}, "must be 'text' or 'code'"),
         ({"official": "text.pclu", "data_dir": "x"}, "must be one of .*Did you mean 'text.pclue'"),
@@ -178,7 +178,7 @@ def test_malformed_specs(spec: dict, message: str) -> None:
 def test_documents_are_no_instructions() -> None:
     with pytest.raises(ValueError, match="text.mine: 'text_files' holds no instructions; those kinds are "):
         instructions.pairs({"text_files": "*"}, "train", "text.mine")
-    with pytest.raises(ValueError, match="text.mine: 'mbpp' holds instructions, not documents"):
+    with pytest.raises(ValueError, match="text.mine: 'mbpp' holds instructions, which `instruction_sets.instructions` reads"):
         tasks.corpora.sources.documents({"mbpp": "*"}, "train", "text.mine")
 
 
