@@ -2,7 +2,8 @@
 
     t5x compare runs/tune_text runs/tune_mixed
 
-Beside an accuracy its question's other measures are compared (`results.measures`), which tell small models apart sooner.
+Beside an accuracy stand the other measures of the same questions (`results.measures`), which tell small models apart
+where right and wrong do not.
 
 Only tasks that both runs were evaluated on are compared, and only where the questions were the very same, template and
 data included. The stages of the runs are told beside, for a difference is due to one of them only where the others are
@@ -118,16 +119,17 @@ def _measures(lines: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, 
 
 def _corrected(found: Sequence[Comparison | NotMeasured]) -> list[Comparison | NotMeasured]:
     """The same with p-values corrected for being of several tasks, those of each measure by themselves."""
-    every = [comparison for comparison in found if isinstance(comparison, Comparison)]
-    corrected: dict[str, dict[str, float]] = {}  # measure -> task -> p
-    for name in ("", *(measure.name for measure in MEASURES)):
-        p_values = {comparison.task: p for comparison in every for p in (
-            [comparison.p_value] if not name else [one.found.p_value for one in comparison.measures if one.name == name])}
-        corrected[name] = dict(zip(p_values, holm(list(p_values.values())), strict=True)) if p_values else {}
-    return [comparison if isinstance(comparison, NotMeasured) else comparison._replace(
-        corrected=corrected[""][comparison.task], measures=tuple(
-            one._replace(corrected=corrected[one.name][comparison.task]) for one in comparison.measures))
-        for comparison in found]
+    told = [one for one in found if isinstance(one, Comparison)]
+    scores = _holm_by_task({one.task: one.p_value for one in told})
+    beside = {measure.name: _holm_by_task({one.task: of.found.p_value for one in told for of in one.measures
+                                           if of.name == measure.name}) for measure in MEASURES}
+    return [one if isinstance(one, NotMeasured) else one._replace(
+        corrected=scores[one.task],
+        measures=tuple(of._replace(corrected=beside[of.name][one.task]) for of in one.measures)) for one in found]
+
+
+def _holm_by_task(p_values: Mapping[str, float]) -> dict[str, float]:
+    return dict(zip(p_values, holm(list(p_values.values())), strict=True)) if p_values else {}
 
 
 def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[dict[str, Any]]]]:
@@ -168,9 +170,9 @@ def table(comparisons: Sequence[Comparison | NotMeasured], first: str, second: s
             lines.append(f"  ties, which count 1 / k: {one.ties[0]:,} in A and {one.ties[1]:,} in B")
     told = [one for one in comparisons if isinstance(one, Comparison)]
     beside = any(one.measures for one in told) * [
-        "", "Below an accuracy, of the right answer: bits per byte, of which fewer are better; its margin over the best "
-        "wrong one; its probability among the candidates, in per cent. p: of a paired bootstrap; Holm: each measure by "
-        "itself."]
+        "", "Below an accuracy, of the right answer: bits per byte, of which fewer are better; the margin over the best "
+        "wrong answer; the probability among the candidates, in per cent. Their p is of a paired bootstrap, and Holm's "
+        "correction takes each measure by itself."]
     return "\n".join([
         *lines, *beside, "", "p: McNemar's exact test on the questions that one run alone has right; with ties, of the "
         "differences against random signs; where answers are more or less right, of a paired bootstrap. Holm: "
