@@ -170,9 +170,9 @@ def table(comparisons: Sequence[Comparison | NotMeasured], first: str, second: s
             lines.append(f"  ties, which count 1 / k: {one.ties[0]:,} in A and {one.ties[1]:,} in B")
     told = [one for one in comparisons if isinstance(one, Comparison)]
     beside = any(one.measures for one in told) * [
-        "", "Below an accuracy, of the right answer: bits per byte, of which fewer are better; the margin over the best "
-        "wrong answer; the probability among the candidates, in per cent. Their p is of a paired bootstrap, and Holm's "
-        "correction takes each measure by itself."]
+        "", "Below an accuracy, of the right answer: bits per byte, the fewer the better; the margin over the best "
+        "wrong answer; the probability among the candidates, in per cent. Their p is that of Student's "
+        "test of the questions' differences, and Holm's correction takes each measure by itself."]
     return "\n".join([
         *lines, *beside, "", "p: McNemar's exact test on the questions that one run alone has right; with ties, of the "
         "differences against random signs; where answers are more or less right, of a paired bootstrap. Holm: "

@@ -18,10 +18,10 @@ from codellm_jax.results.statistics import Interval, bootstrap, mcnemar, mean_in
 
 Lines = Sequence[Mapping[str, Any]]
 NGRAMS = 4
-ROUNDING = 1e-12  # no larger is the standard error of a bootstrap whose draws are all the same
 POWER_QUANTILE = NormalDist().inv_cdf(0.8)
 METRICS = {"accuracy": "accuracy", "pass@1": "pass@1", "bleu": "BLEU", "exact_match": "exact match", "f1": "F1"}
-RANGES = {measure.name: Interval(measure.lowest, measure.highest) for measure in MEASURES}  # of others it is 0 to 1
+# What stands beside an accuracy. Of a few questions a bootstrap would be too sure of these: theirs is Student's test.
+BESIDE = {measure.name: measure for measure in MEASURES if measure.name != "accuracy"}
 
 
 class Estimate(NamedTuple):
@@ -54,8 +54,8 @@ TESTS = {
     "sign flips": "one seed each, questions of which some are ties and count 1 / k: the sum of the differences against "
                   "that with random signs; the interval is a bootstrap over questions",
     "bootstrap": "one seed each, more or less right: a bootstrap over the questions that both answered",
-    "questions": "an arm of one seed alone against several: the difference of the means over seeds, between questions; "
-                 "what another seed would change is left out",
+    "questions": "an arm of one seed alone, against several or in a measure beside the accuracy: Student's test of the "
+                 "questions' differences, means over seeds; what another seed would change is left out",
     "seeds": "several seeds each: the variance of the difference is that between the seeds' means, over their number, "
              "plus that between the questions' means, over theirs; the interval is Banerjee's, which weighs each by "
              "its own quantile of Student's distribution and errs towards finding nothing; seeds of either arm that "
@@ -118,20 +118,19 @@ def estimate(seeds: Sequence[np.ndarray], metric: str) -> Estimate:
     """The mean score of an arm's seeds; of each `values_of`, or what `measures.values` has and is not NaN, of the same
     questions and this metric or measure.
 
-    Of one seed, accuracies and other shares of questions get Wilson's interval and others a bootstrap's, over
-    questions; of several seeds the interval is that of `contrast`, over seeds and questions.
+    Of one seed, accuracies and other shares of questions get Wilson's interval, measures beside an accuracy Student's
+    and others a bootstrap's, over questions; of several seeds it is that of `contrast`, over seeds and questions.
     """
     n, value = len(seeds[0]), float(np.mean([score_of(values) for values in seeds]))
-    low, high = RANGES.get(metric, Interval(0.0, 1.0))
-    shares = (low, high) == (0.0, 1.0) and (
-        metric == "accuracy" or all(_all_or_nothing(values) for values in seeds))
+    low, high = (BESIDE[metric].lowest, BESIDE[metric].highest) if metric in BESIDE else (0.0, 1.0)
+    shares = metric not in BESIDE and (metric == "accuracy" or all(_all_or_nothing(values) for values in seeds))
     interval = None
-    if len(seeds) > 1 and n > 1:
-        found = contrast([linear(seeds)], estimate=value)
+    if n > 1 and (len(seeds) > 1 or metric in BESIDE):
+        found = contrast([linear(seeds)], estimate=value, seeds=len(seeds) > 1)
         interval = found.interval if found.standard_error else None
-    elif len(seeds) == 1 and not shares:
+    elif len(seeds) == 1 and not shares and metric not in BESIDE:
         drawn = bootstrap(seeds[0], _from_sums(seeds[0]))
-        interval = drawn.interval if drawn.standard_error > ROUNDING else None
+        interval = drawn.interval if drawn.standard_error else None
     if interval is None and shares:  # Wilson's is never a point
         interval = mean_interval(value, n)
     return Estimate(value, interval and Interval(max(low, interval.low), min(high, interval.high)), n, len(seeds))
@@ -144,7 +143,7 @@ def summaries(lines: Lines, scoring: str) -> dict[str, dict[str, Any]]:
     found, by_measure = {}, values_by_measure(lines, scoring)
     for measure in MEASURES:
         values = by_measure[measure.name][np.isfinite(by_measure[measure.name])]
-        if measure.name == "accuracy" or not len(values):
+        if measure.name not in BESIDE or not len(values):
             continue
         one = estimate([values], measure.name)
         found[measure.name] = {"value": one.value, "n": one.n, "interval": one.interval and list(one.interval),
@@ -159,14 +158,14 @@ def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], metric: 
     """
     ours, theirs, n = first[0], second[0], len(first[0])
     difference = float(np.mean([score_of(values) for values in first]) - np.mean([score_of(v) for v in second]))
-    if len(first) == len(second) == 1:
+    if len(first) == len(second) == 1 and metric not in BESIDE:
         drawn = paired_bootstrap(ours, theirs, _from_sums(ours))
-        interval = drawn.interval if drawn.standard_error > ROUNDING else None
+        interval = drawn.interval if drawn.standard_error else None
         if _all_or_nothing(ours) and _all_or_nothing(theirs):
             test = mcnemar(ours, theirs)
             return Compared(difference, interval, test.p_value, "McNemar",
                             detectable_paired(n, (test.only_first + test.only_second) / n))
-        detectable = detectable_by_error(drawn.standard_error) if drawn.standard_error > ROUNDING else None
+        detectable = detectable_by_error(drawn.standard_error) if drawn.standard_error else None
         if metric == "accuracy":
             return Compared(difference, interval, sign_flips(ours, theirs), "sign flips", detectable)
         return Compared(difference, interval, drawn.p_value, "bootstrap", detectable)

@@ -91,9 +91,9 @@ def _measures(result: Mapping[str, Any]) -> list[str]:
         half = f" \u00b1 {scale * (interval[1] - interval[0]) / 2:.{digits}f}" if interval else ""
         return f"{scale * value:.{digits}f}{half}"
 
-    margin = f"margin {told('margin', 3)} {measures['margin']['unit']}, " if "margin" in measures else ""
-    return [f"right answer: {told('bits_per_byte', 3)} bits per byte, {margin}"
-            f"probability {told('probability', 1, 100)}%"]
+    margin = (f"margin {told('margin', 3)} {measures['margin']['unit'].replace(' per ', '/')}, "
+              if "margin" in measures else "")
+    return [f"right answer: {told('bits_per_byte', 3)} bits/byte, {margin}probability {told('probability', 1, 100)}%"]
 
 
 def _ties(result: Mapping[str, Any]) -> list[str]:

@@ -316,8 +316,10 @@ def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: St
     """Held-out losses and benchmarks, recorded and shown."""
     losses, (scores, failures) = held_out(run, eval_fn), ask_benchmarks(run)
     if losses or scores:
-        records.write(run.step, "eval", losses | {
-            name: result["value"] for name, result in scores.items() if result.get("measured", True)})
+        measured = {name: result for name, result in scores.items() if result.get("measured", True)}
+        records.write(run.step, "eval", losses | {name: result["value"] for name, result in measured.items()} | {
+            f"answer_{measure}/{name.removeprefix('score/')}": found["value"] for name, result in measured.items()
+            for measure, found in result.get("measures", {}).items()})
     if losses:
         nats, bits = (", ".join(f"{pool} {losses[f'{measure}/{pool}']:.4f}" for pool in POOLS
                                 if f"{measure}/{pool}" in losses) for measure in ("loss", "bits_per_byte"))

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from scipy import stats
 
 from codellm_jax import cli
 from codellm_jax.configuration import build, read_configuration
@@ -27,7 +28,7 @@ from codellm_jax.model.decoder import Decoder
 from codellm_jax.results import tables
 from codellm_jax.results.answers import corpus_bleu
 from codellm_jax.results.files import as_lines, lines_written
-from codellm_jax.results.statistics import holm, paired_bootstrap, sign_flips
+from codellm_jax.results.statistics import holm, sign_flips
 from codellm_jax.runtime.checkpoints import restore_parameters
 from codellm_jax.runtime.partitioning import make_mesh
 from codellm_jax.runtime.progress import read_records
@@ -183,6 +184,8 @@ def test_benchmarks_are_asked_while_training(tiny_flags, tmp_path, capsys):
         (afterwards, lines), (then, lines_then) = (
             read(tmp_path / "run" / "results" / folder, task) for folder in ("", "in_training/4"))
         assert evaluations[-1][f"score/{task}_sample"] == afterwards["value"] == then["value"]
+        for measure in ("bits_per_byte", "margin", "probability"):
+            assert evaluations[-1][f"answer_{measure}/{task}_sample"] == then["measures"][measure]["value"]
         assert [line["id"] for line in lines[1:]] == [line["id"] for line in lines_then[1:]]
         for line, line_then in zip(lines[1:], lines_then[1:], strict=True):
             assert [c["log_likelihood"] for c in line["candidates"]] == pytest.approx(
@@ -467,9 +470,10 @@ def test_measures_of_the_right_answer_are_compared(tmp_path):
     sizes = {run: np.array([-line["candidates"][line["answer"]]["log_likelihood"] / 9 / math.log(2)
                             for line in of_run]) for run, of_run in lines.items()}
     assert (bits.first, bits.second) == pytest.approx((sizes["A"].mean(), sizes["B"].mean()))
-    drawn = paired_bootstrap(sizes["B"], sizes["A"])
-    assert bits.found.difference == pytest.approx(drawn.difference) == pytest.approx(bits.second - bits.first)
-    assert bits.found.p_value == drawn.p_value and bits.found.interval == pytest.approx(drawn.interval)
+    paired = stats.ttest_rel(sizes["B"], sizes["A"])
+    assert bits.found.difference == pytest.approx(bits.second - bits.first)
+    assert bits.found.p_value == pytest.approx(paired.pvalue)
+    assert bits.found.interval == pytest.approx(tuple(paired.confidence_interval()))
     # In a planted line the candidate that is chosen has 1 nat less than the others, which are 9 bytes each.
     margins = {run: np.array([1 / 9 if line["correct"] else -1 / 9 for line in lines[run]]) for run in "AB"}
     margins["B"][0] -= 2 / 9

@@ -8,7 +8,6 @@ from scipy import stats
 
 from codellm_jax.results.answers import compared, estimate, summaries
 from codellm_jax.results.measures import MEASURES, signal_over_noise, values
-from codellm_jax.results.statistics import bootstrap, paired_bootstrap
 from codellm_jax.results.tables import table_rows
 
 
@@ -72,9 +71,10 @@ def test_the_summary_of_a_result():
     by_hand = values(LINES, "per_byte")
     for name, unit, n in (
             ("bits_per_byte", "bits per byte", 4), ("margin", "nats per byte", 3), ("probability", "", 4)):
-        drawn = bootstrap(by_hand[name][:n])
-        assert found[name] == {"value": pytest.approx(np.mean(by_hand[name][:n])), "n": n,
-                               "interval": list(drawn.interval), "unit": unit}
+        some = by_hand[name][:n]
+        low, high = stats.t.interval(0.95, n - 1, some.mean(), stats.sem(some))
+        assert found[name] == {"value": pytest.approx(some.mean()), "n": n, "unit": unit, "interval": pytest.approx([
+            low if name == "margin" else max(low, 0.0), min(high, 1.0) if name == "probability" else high])}
     # Of a single question nothing is certain, and the one without a wrong answer has no margin.
     alone = summaries(LINES[3:], "sum")
     assert "margin" not in alone and alone["bits_per_byte"]["interval"] is None
@@ -88,8 +88,8 @@ def test_a_row_of_the_table_and_of_an_older_result():
         "bits_per_byte": {"value": 1.62, "n": 4, "interval": [1.5, 1.7], "unit": "bits per byte"},
         "margin": {"value": -0.5, "n": 3, "interval": None, "unit": "nats per byte"},
         "probability": {"value": 0.25, "n": 4, "interval": [0.2, 0.3], "unit": ""}}})
-    assert newer.splitlines() == [older, "  right answer: 1.620 \u00b1 0.100 bits per byte, margin -0.500 nats per "
-                                         "byte, probability 25.0 \u00b1 5.0%"]
+    assert newer.splitlines() == [older, "  right answer: 1.620 \u00b1 0.100 bits/byte, margin -0.500 nats/byte, "
+                                         "probability 25.0 \u00b1 5.0%"]
     unmeasured = table_rows(result | {
         "measured": False, "ties": 3, "ties_of_all": 3, "measures": summaries(LINES, "sum")})
     assert "right answer" not in unmeasured
@@ -106,8 +106,9 @@ def test_estimates_are_not_cut_to_shares():
     assert estimate([np.array([0.9, 0.0]), np.array([0.8, 0.1])], "probability").interval == (0.0, 1.0)
     assert estimate([np.array([0.1, 3.0]), np.array([0.2, 2.0])], "bits_per_byte").interval.low == 0.0
     found = compared(seeds[:1], seeds[1:], "bits_per_byte", paired=False)
-    drawn = paired_bootstrap(seeds[0], seeds[1])
-    assert (found.test, found.p_value, found.interval) == ("bootstrap", drawn.p_value, drawn.interval)
+    student = stats.ttest_rel(seeds[0], seeds[1])
+    assert found.test == "questions" and found.p_value == pytest.approx(student.pvalue)
+    assert found.interval == pytest.approx(tuple(student.confidence_interval()))
 
 
 def simulated(generator: np.random.Generator, means: dict[str, float], noise: float, seeds: int):
