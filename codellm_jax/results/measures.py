@@ -1,6 +1,6 @@
-"""What a question adds beside right or wrong: measures that move long before the accuracy of a small model does.
+"""Measures of each question beside right or wrong, which move long before the accuracy of a small model does.
 
-All come of the log-likelihoods that TASK.jsonl holds, so that results of any age have them. Of a question with
+All are computed from the log-likelihoods in TASK.jsonl, so that older results have them too. Of a question with
 candidates, whose scores s are those that choose (by default the mean log-likelihood of a token):
 
   accuracy       1, 0, or 1 / k where k candidates tie
@@ -9,8 +9,8 @@ candidates, whose scores s are those that choose (by default the mean log-likeli
   probability    of the right candidate: exp(s) over the sum of exp(s) of all candidates
 
 A score is a mean over questions. The template says what is scored of a candidate: its own text, or the question behind
-it. A candidate that is cut counts as it was scored, in nats and in bytes. Runs of different vocabularies are compared
-by bits per byte: what a score of a token is depends on the tokens.
+it. A candidate that is cut counts as it was scored, in nats and in bytes. Compare runs of different vocabularies by bits
+per byte: scores of tokens depend on the vocabulary.
 
 Bits per byte of the right answer are the task loss of Bhagia et al. (2024, "Establishing Task Scaling Laws via
 Compute-Efficient Model Ladders"); margin and probability are after Magnusson et al. (2025, "DataDecide"), where the
@@ -54,7 +54,7 @@ def values(lines: Lines, scoring: str = "per_token") -> dict[str, np.ndarray]:
     """What each question adds under each measure, by its name: float64 [n].
 
     NaN where a question does not have it: a margin where there is no wrong candidate, and all but the accuracy of
-    answers that are written, of which accuracy is pass@1, exact match or F1.
+    answers that are written, whose accuracy is pass@1 or F1.
 
     Args:
       lines: of a result, without the header.

@@ -248,6 +248,8 @@ def test_real_tokenizers_on_real_texts(name: str) -> None:
         assert ids == library.encode(text, add_special_tokens=False).ids
         whole = b"".join(table[token] for token in ids).decode()
         assert own.decode(ids) == whole == library.decode(ids, skip_special_tokens=False)
+        joined = np.array([own.end_of_document_id, *ids, own.end_of_document_id])
+        assert own.bytes_behind(joined[:-1], joined[1:]).sum() == len(whole.encode())
         lost += whole != text
         cut = len(ids) // 2
         assert own.decode(ids[:cut]).rstrip("\ufffd") + own.decode_after(ids[:cut], ids[cut:]) == whole
