@@ -9,8 +9,8 @@ candidates, whose scores s are those that choose (by default the mean log-likeli
   probability    of the right candidate: exp(s) over the sum of exp(s) of all candidates
 
 A score is a mean over questions. The template says what is scored of a candidate: its own text, or the question behind
-it. A candidate that is cut counts as it was scored, in nats and in bytes. Compare runs of different vocabularies by bits
-per byte: scores of tokens depend on the vocabulary.
+it. A candidate that is cut counts as it was scored, in nats and in bytes. Compare runs of different vocabularies by
+bits per byte: scores of tokens depend on the vocabulary.
 
 Bits per byte of the right answer are the task loss of Bhagia et al. (2024, "Establishing Task Scaling Laws via
 Compute-Efficient Model Ladders"); margin and probability are after Magnusson et al. (2025, "DataDecide"), where the
