@@ -95,7 +95,12 @@ class Group:
 
     @functools.cached_property
     def design(self) -> Design:
-        return design_of(self.stages, self.levels)
+        return self.design_of(frozenset(self.shares))
+
+    @functools.cache  # noqa: B019  # as long as the study
+    def design_of(self, labels: frozenset[str]) -> Design:
+        """What some of the arms can tell, such as those that were asked a benchmark."""
+        return design_of(self.stages, {label: levels for label, levels in self.levels.items() if label in labels})
 
     @functools.cached_property
     def sweeps(self) -> list[Sweep]:
@@ -121,26 +126,30 @@ class Group:
 
     @functools.cached_property
     def roots(self) -> dict[str, dict[int | None, str]]:
-        return {label: {run.seed: _root(run, self.study) for run in self.study.arms[label]} for label in self.shares}
+        return {label: {run.seed: _root(run, self.study) for run in _finished(self.study, label)}
+                for label in self.shares}
 
     @functools.cached_property
     def measures(self) -> list[Measure]:
         """Held-out losses first, then benchmarks, without questions that overlap with what was trained on."""
-        runs = {label: [run for run in self.study.arms[label] if _finished(run)] for label in self.shares}
+        runs = {label: _finished(self.study, label) for label in self.shares}
         return [*_losses(runs), *(measure for task in self.study.tasks for measure in _of_task(self.study, runs, task))]
 
 
 def groups(study: Study) -> list[Group]:
-    """The arms that may be compared, those with most stages first; arms that stand alone are in none."""
+    """The arms that may be compared, those with most stages first; arms that stand alone, or of which no run is trained
+    to its end, are in none.
+    """
     lines: dict[tuple[Any, ...], list[str]] = {}
-    for label, runs in study.arms.items():
-        if runs[0].stages:
+    for label in study.arms:
+        runs = _finished(study, label)
+        if runs and runs[0].stages:
             names = _names(runs[0])
             model = runs[0].parameters, runs[0].ledger.get("vocabulary_hash")
             lines.setdefault((model, runs[0].stage, tuple(names)), []).append(label)
     merged: list[tuple[tuple[Any, ...], list[str], list[str], float]] = []
     for (model, kind, names), labels in lines.items():
-        runs = [study.arms[label][0] for label in labels]
+        runs = [_finished(study, label)[0] for label in labels]
         key = model, kind, sum(stage["stage"] == "tuning" for stage in stages_of(runs[0].ledger))
         length = statistics.median(map(_document_tokens, runs))
         near = next((place for place, other in enumerate(merged) if other[0] == key
@@ -156,15 +165,17 @@ def groups(study: Study) -> list[Group]:
 def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
     shares: dict[str, list[float | None]] = {}
     facts: dict[str, list[Facts]] = {}
+    tokens: dict[str, int] = {}
     by_name = {run.name: run for run in study.runs}
     for label in labels:
-        run = study.arms[label][0]
+        run = _finished(study, label)[0]
+        tokens[label] = _document_tokens(run)
         own = dict(zip(_names(run), zip(run.stages, stages_of(run.ledger), strict=True), strict=True))
         shares[label] = [_share(own[name][1], by_name.get(own[name][0].run)) if name in own else None
                          for name in stages]
         facts[label] = [_facts(own[name][1], by_name.get(own[name][0].run), study.comparison) if name in own else {}
                         for name in stages]
-    return Group(study, stages, shares, facts, {label: _document_tokens(study.arms[label][0]) for label in labels})
+    return Group(study, stages, shares, facts, tokens)
 
 
 def _names(run: Run) -> list[str]:
@@ -226,8 +237,9 @@ def _root(run: Run, study: Study) -> str:
     return run.name
 
 
-def _finished(run: Run) -> bool:
-    return (run.provenance or {}).get("finished") is not False
+def _finished(study: Study, label: str) -> list[Run]:
+    """The runs of an arm that are trained to their end, or of which nothing says that they are not."""
+    return [run for run in study.arms[label] if (run.provenance or {}).get("finished") is not False]
 
 
 def _losses(runs: Mapping[str, Sequence[Run]]) -> list[Measure]:

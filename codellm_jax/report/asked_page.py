@@ -17,7 +17,7 @@ EFFECT_COLUMNS = ("after", "effect", "measure", "task", "metric", "unit", "bette
 SWEEP_COLUMNS = ("after", "stage", "share", "arm", "measure", "task", "metric", "unit", "better", "seeds", "value",
                  "low", "high", "against", "difference", "difference_low", "difference_high", "p", "p_holm")
 HELPS, HARMS, OPEN, UNTOLD = "helps", "harms", "no effect told", "cannot be told"
-TOGETHER = {HELPS: "more together", HARMS: "less together"}
+TOGETHER = {HELPS: "helps more together", HARMS: "helps less together"}
 
 
 class Judged(NamedTuple):
@@ -77,7 +77,8 @@ def is_tree(group: Group) -> bool:
 
 def judge(trees: Sequence[Group]) -> list[list[Judged]]:
     """Every effect on every measure, of each group; corrected for all of them together."""
-    found = [[(effect, measure, one) for measure in group.measures for effect in group.design.effects
+    found = [[(effect, measure, one) for measure in group.measures
+              for effect in group.design_of(frozenset(label for label, of_arm in measure.samples.items() if of_arm)).effects
               if (one := told(effect.weights, measure.samples, group.roots)) is not None] for group in trees]
     p_values = [one.contrast.p_value for of_group in found for _, _, one in of_group if one.contrast]
     corrected = iter(holm(p_values) if p_values else [])

@@ -82,9 +82,11 @@ def losses(study: Study) -> Section:
     notes = [Items([f"{', '.join(names)}: {note}" for note, names in warned.items()])] if warned else []
     if not rows:
         return Section([*blocks, Text("No run has recorded a loss."), *notes], [])
+    shown = [place for place in range(6) if any(row[place] != "-" for row in rows)]
     blocks.append(Table("At the end of each arm's runs, in nats a token: the mean over seeds, and the standard "
                         "deviation between them; perplexity is that of the mean",
-                        ("Arm", "Stage", "Seeds", "Held-out text", "Held-out code", "Training"), rows, words=(1,)))
+                        [("Arm", "Stage", "Seeds", "Held-out text", "Held-out code", "Training")[n] for n in shown],
+                        [[row[n] for n in shown] for row in rows], words=(1,)))
     columns = ("run", "arm", "seed", "stage", "pool", "step", "tokens", "loss")
     return Section([*blocks, *notes], [("losses", columns, numbers)])
 

@@ -56,7 +56,7 @@ class Effect(NamedTuple):
     @property
     def name(self) -> str:
         return {"code": f"code in {self.stages[0]}", "more": f"10 points more of code in {self.stages[0]}",
-                "together": f"code in {' and '.join(self.stages)} together, beyond each alone"}[self.kind]
+                "together": f"interaction of code in {' and '.join(self.stages)}"}[self.kind]
 
 
 class Design(NamedTuple):

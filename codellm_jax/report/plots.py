@@ -256,8 +256,8 @@ def runs(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for place, line in enumerate(lines):
             style = _style(place)
-            if line.trunk:
-                axis.plot(*zip(*line.trunk, strict=True), color=style["color"], linestyle=LINES[4], linewidth=1.1)
+            if line.trunk:  # to its branch
+                axis.plot(*zip(*line.trunk, *line.points[:1], strict=True), color=style["color"], linestyle=LINES[4], linewidth=1.1)
             if line.points:
                 axis.plot(*zip(*line.points, strict=True), **style, markerfacecolor="white", label=line.name,
                           markevery=max(1, len(line.points) // 6))

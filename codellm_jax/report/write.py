@@ -46,6 +46,7 @@ from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import StatusLine, read_records
 
 Told = Callable[[str], None]
+OF_LAWS = ("laws.svg", "laws.png", "ratios.csv", "metrics.csv", "predictions.csv")  # that `t5x laws` writes beside
 
 
 def report(directory: str, say: Told = print) -> str:
@@ -84,7 +85,7 @@ def report(directory: str, say: Told = print) -> str:
     status.close()
     blocks = [*sections.opening(study), *(block for section in made for block in section.blocks)]
     title = f"Report of {study.name}"
-    tables = [*(table for section in made for table in section.tables), sections.questions(study)]
+    tables = [*(table for section in made for table in section.tables), *[sections.questions(study)] * bool(study.tasks)]
     files: dict[str, str | bytes] = {f"{name}.csv": comma_separated(columns, rows) for name, columns, rows in tables}
     for block in blocks:
         if isinstance(block, Figure):
@@ -108,7 +109,7 @@ def write(folder: epath.Path, files: Mapping[str, str | bytes]) -> None:
         else:
             (folder / name).write_bytes(content)
     for path in files_of(folder, ".csv", ".png", ".svg"):
-        if path.name not in files:
+        if path.name not in (*files, *OF_LAWS):
             path.unlink()
 
 
@@ -158,7 +159,8 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str
         try:
             step, record = newest_record(str(path))
         except (FileNotFoundError, ValueError) as error:
-            say(f"WARNING: {path.name}: {error}")
+            if results or not (provenance or {}).get("ledger"):
+                say(f"WARNING: {path.name}: {error}")
     settings = resolve(record.get("settings", {}))
     ledger = record.get("ledger") or (provenance or {}).get("ledger") or {}
     label, seed = name_and_seed(path.name)
