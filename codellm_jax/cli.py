@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] in (["launch"], ["cache"]) and "--" in given:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report, "laws": _laws,
-        "plot": _plot,
+        "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
+        "plot": _plot, "laws": _laws,
         "explain": _explain, "contamination": _contamination, "cache": _cache,
         "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:

@@ -27,7 +27,8 @@ OF_THE_MIX = ("mixture.code_rate", "mixture.mix_phases", "mixture.stage")
 ABSENT = "without the stage"
 
 
-class Measure(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed as the object it is
+class Measure:
     """What is told of each arm of a group.
 
     Attributes:
@@ -49,6 +50,11 @@ class Measure(NamedTuple):
     scale: float
     first: bool
     samples: Mapping[str, Mapping[int | None, Sample]]
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """The arms that have it."""
+        return frozenset(label for label, of_arm in self.samples.items() if of_arm)
 
 
 class Sweep(NamedTuple):

@@ -17,7 +17,6 @@ from codellm_jax.report.runs import read_json
 from codellm_jax.runtime.progress import read_records
 
 PANELS = {"Training": ("train", "loss"), "Held-out text": ("eval", "loss/text"), "Held-out code": ("eval", "loss/code")}
-UNITS = {"steps": "Step", "tokens": "Tokens that the loss has counted"}
 Points = list[tuple[float, float, float]]
 
 
@@ -48,7 +47,7 @@ def plot(runs: Sequence[str], output: str | None = None, against: str = "steps")
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"--output must end in .png or .svg, found {output}.")
     names = [folder.name for folder in folders]
-    column = 1 if against == "tokens" else 0
+    column = ("steps", "tokens").index(against)
     lines: dict[str, list[plots.Line]] = {}
     notes: list[str] = []
     for folder, name in zip(folders, names, strict=True):
@@ -61,8 +60,8 @@ def plot(runs: Sequence[str], output: str | None = None, against: str = "steps")
                 lines.setdefault(title, []).append(plots.Line(
                     name if names.count(name) == 1 else str(folder), points, trunk))
     if not lines:
-        raise ValueError(f"{', '.join(runs)}: no loss is recorded yet; LOG_PERIOD and EVAL_PERIOD say how often one is.")
-    figure = plots.runs({title: lines[title] for title in PANELS if title in lines}, UNITS[against])
+        raise ValueError(f"{', '.join(runs)}: no loss is recorded yet: train with a LOG_PERIOD or an EVAL_PERIOD.")
+    figure = plots.runs({title: lines[title] for title in PANELS if title in lines}, against)
     path.write_bytes(figure.png if path.suffix == ".png" else figure.svg)
     return "\n".join([*notes, f"Losses of {', '.join(names)}: {path}"])
 
@@ -70,7 +69,7 @@ def plot(runs: Sequence[str], output: str | None = None, against: str = "steps")
 def read_curves(folder: epath.Path) -> Curves:
     """The losses of a run directory, and of what it branches from. Raises FileNotFoundError where there are none."""
     if not (folder / "metrics.jsonl").exists():
-        raise FileNotFoundError(f"There is no {folder / 'metrics.jsonl'}: name the MODEL_DIR of a run that was trained.")
+        raise FileNotFoundError(f"There is no {folder / 'metrics.jsonl'}: name a run that was trained.")
     records = read_records(str(folder))
     ledger = (read_json(folder / "provenance.json") or {}).get("ledger") or {}
     step, before, notes = 0.0, None, []
@@ -83,12 +82,15 @@ def read_curves(folder: epath.Path) -> Curves:
         else:
             notes = [f"{folder.name} is drawn without its trunk {named}, which is not there."]
     counted = [point for point in before.counted if point[0] <= step] if before else []
-    so_far = float(np.interp(step, *zip(*before.counted, strict=True))) if before else 0.0
+    so_far = _at(step, before.counted) if before else 0.0
     counted = [*counted, (step, so_far), *((line["step"], so_far + line["tokens"]) for line in records
                                            if line["split"] == "train" and line.get("tokens") is not None)]
-    steps, tokens = zip(*counted, strict=True)
-    own = {title: [(line["step"], float(np.interp(line["step"], steps, tokens)), line[name]) for line in records
+    own = {title: [(line["step"], _at(line["step"], counted), line[name]) for line in records
                    if line["split"] == split and line.get(name) is not None] for title, (split, name) in PANELS.items()}
     trunk = {title: [*before.trunk[title], *(point for point in before.own[title] if point[0] <= step)]
              for title in PANELS} if before else {title: [] for title in PANELS}
     return Curves(own, trunk, counted, [*notes, *(before.notes if before else ())])
+
+
+def _at(step: float, counted: Sequence[tuple[float, float]]) -> float:
+    return float(np.interp(step, [at for at, _ in counted], [tokens for _, tokens in counted]))

@@ -49,14 +49,9 @@ class Level(NamedTuple):
 class Effect(NamedTuple):
     """A contrast as a weighted sum of arms."""
 
-    kind: str  # "code", "more" or "together"
-    stages: tuple[str, ...]  # one, or the two that are together
+    kind: str  # "code", "more", "together", or of a sweep "share"
+    name: str
     weights: Mapping[str, float]  # of the arms that count, by label
-
-    @property
-    def name(self) -> str:
-        return {"code": f"code in {self.stages[0]}", "more": f"10 points more of code in {self.stages[0]}",
-                "together": f"interaction of code in {' and '.join(self.stages)}"}[self.kind]
 
 
 class Design(NamedTuple):
@@ -117,19 +112,21 @@ def design_of(stages: Sequence[str], arms: Mapping[str, Sequence[Level]]) -> Des
         for kind, wanted in _contrasts(k, levels[k]):
             weights = weights_of(wanted, kept)
             if weights is not None:
-                effects.append(Effect(kind, (stages[k],), _named(labels, weights)))
+                effects.append(Effect(kind, f"{'10 points more of ' * (kind == 'more')}code in {stages[k]}",
+                                      _named(labels, weights)))
             elif kind == "code":
                 confounded.append(k)
     for pair, weights in together.items():
         if weights is not None:
-            effects.append(Effect("together", tuple(stages[k] for k in pair), _named(labels, weights)))
+            effects.append(Effect("together", f"interaction of code in {listed([stages[k] for k in pair])}",
+                                  _named(labels, weights)))
         elif not set(pair) <= set(confounded):
-            holes.append(f"Whether {_listed([f'code in {stages[k]}' for k in pair])} need each other cannot be told: "
+            holes.append(f"Whether {listed([f'code in {stages[k]}' for k in pair])} need each other cannot be told: "
                          f"{_missing([pair], stages, arms)}. The effects suppose that they do not.")
     if confounded:
         others = [k for k in varying if k not in confounded] if len(confounded) == 1 else []
         names = [f"code in {stages[k]}" for k in (*confounded, *others)]
-        holes.append(f"The effects of {_listed(names)} cannot be told from each other: "
+        holes.append(f"The effects of {listed(names)} cannot be told from each other: "
                      f"{_missing(list(itertools.combinations([*confounded, *others], 2)), stages, arms)}.")
     return Design(effects, holes)
 
@@ -235,5 +232,5 @@ def _shares(levels: Sequence[Level]) -> str:
     return f"{shares[0]:g}%" if len(shares) == 1 else f"{shares[0]:g}% to {shares[-1]:g}%"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

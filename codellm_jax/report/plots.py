@@ -87,6 +87,9 @@ class Line(NamedTuple):
     points: Sequence[tuple[float, float]]
     trunk: Sequence[tuple[float, float]] = ()
 
+    def scaled(self, scale: float) -> "Line":
+        return Line(self.name, *([(x / scale, loss) for x, loss in part] for part in (self.points, self.trunk)))
+
 
 class LawPanel(NamedTuple):
     """One loss against a share, in nats a token."""
@@ -249,15 +252,20 @@ def effects(name: str, caption: str, panels: Sequence[EffectsPanel]) -> Figure:
     return _saved(plt, figure, name, caption)
 
 
-def runs(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
-    """Losses of runs, a panel for each kind of loss; dotted lines are of the trunk, before a run branches from it."""
+def runs(panels: Mapping[str, Sequence[Line]], against: str) -> Figure:
+    """Losses of runs against "steps" or "tokens", a panel for each kind of loss; dotted lines are of the trunk, before
+    a run branches from it.
+    """
     plt = _pyplot()
+    scale, unit = _tokens_unit(max(x for lines in panels.values() for line in lines for x, _ in [
+        *line.trunk, *line.points])) if against == "tokens" else (1.0, "")
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 0.6, 3.9), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        for place, line in enumerate(lines):
+        for place, line in enumerate([line.scaled(scale) for line in lines]):
             style = _style(place)
             if line.trunk:  # to its branch
-                axis.plot(*zip(*line.trunk, *line.points[:1], strict=True), color=style["color"], linestyle=LINES[4], linewidth=1.1)
+                axis.plot(*zip(*line.trunk, *line.points[:1], strict=True), color=style["color"], linestyle=LINES[4],
+                          linewidth=1.1)
             if line.points:
                 axis.plot(*zip(*line.points, strict=True), **style, markerfacecolor="white", label=line.name,
                           markevery=max(1, len(line.points) // 6))
@@ -265,7 +273,8 @@ def runs(panels: Mapping[str, Sequence[Line]], unit: str) -> Figure:
         late = [loss for points in whole for _, loss in points[len(points) // 10:]]
         margin = 0.05 * (max(late) - min(late) or 1)
         axis.set_ylim(min(late) - margin, max(late) + margin)
-        axis.set(title=title, xlabel=unit, ylabel="Loss, nats a token")
+        axis.set(title=title, xlabel=f"Tokens trained on{unit}" if against == "tokens" else "Step",
+                 ylabel="Loss, nats a token")
         axis.set_xlim(left=0)
     handles: dict[str, Any] = {}
     for axis in axes[0]:

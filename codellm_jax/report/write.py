@@ -24,7 +24,7 @@ from etils import epath
 
 from codellm_jax.mixture.ledger import arm, rows_of_code, stages_of
 from codellm_jax.mixture.schedules import Schedule, constant, phases
-from codellm_jax.report import asked, asked_page, background, plots, sections
+from codellm_jax.report import asked, background, effects_page, plots, sections, sweep_page
 from codellm_jax.report.conclusions import has_papers_arms, judge
 from codellm_jax.report.pages import Figure, comma_separated, markdown, page
 from codellm_jax.report.runs import (
@@ -64,9 +64,10 @@ def report(directory: str, say: Told = print) -> str:
     results = sum(len(run.results) for run in study.runs)
     say(f"{len(study.runs)} runs of {len(study.arms)} arms, {results} results.")
     compared = asked.groups(study)
-    effects, words = asked_page.effects(study, compared)
+    effects, words = effects_page.effects(compared)
+    swept, of_sweeps = sweep_page.sweeps(compared)
     parts: dict[str, Callable[[Study], sections.Section]] = {
-        "effects of stages": lambda study: effects, "sweeps": lambda study: asked_page.sweeps(study, compared),
+        "effects of stages": lambda study: effects, "sweeps": lambda study: swept,
         "held-out loss": background.losses}
     if study.tasks:
         parts |= {"plots of scores": background.score_plots, "differences between arms": sections.differences,
@@ -85,7 +86,9 @@ def report(directory: str, say: Told = print) -> str:
     status.close()
     blocks = [*sections.opening(study), *(block for section in made for block in section.blocks)]
     title = f"Report of {study.name}"
-    tables = [*(table for section in made for table in section.tables), *[sections.questions(study)] * bool(study.tasks)]
+    tables = [table for section in made for table in section.tables]
+    if study.tasks:
+        tables.append(sections.questions(study))
     files: dict[str, str | bytes] = {f"{name}.csv": comma_separated(columns, rows) for name, columns, rows in tables}
     for block in blocks:
         if isinstance(block, Figure):
@@ -94,7 +97,7 @@ def report(directory: str, say: Told = print) -> str:
     write(folder / "report", files)
     return "\n".join([
         *filter(None, [study.warning()]),
-        *words,
+        *words, *of_sweeps,
         *(f"{conclusion.number}. {conclusion.claim} {verdict.upper()}"
           for conclusion, verdict, _ in (judge(study) if papers else ())),
         f"The report: {folder / 'report' / 'report.html'}"])
