@@ -25,6 +25,7 @@ SAME_LENGTH = 0.02  # of all tokens of documents
 SAME_SHARE = 0.01  # a share that is asked is told instead of the one that was drawn, where they are this close
 OF_THE_MIX = ("mixture.code_rate", "mixture.mix_phases", "mixture.stage")
 ABSENT = "without the stage"
+TITLES = {"bits_per_byte": "bits per byte of the right answer"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed as the object it is
@@ -280,7 +281,7 @@ def _of_task(study: Study, runs: Mapping[str, Sequence[Run]], task: str) -> list
         return []
     found, sample = [], " (sample)" * study.is_sample(task)
     for metric in metrics_of(lines[0]):
-        found.append(Measure(f"{task}, {METRICS[metric]}{sample}", "points", "higher", task, metric, 100.0, True, {
+        found.append(Measure(f"{task} {METRICS[metric]}{sample}", "points", "higher", task, metric, 100.0, True, {
             label: {seed: Sample(score_of(values), linear([values])[0]) for seed, values in (
                 (seed, values_of(result.lines, metric)[kept]) for seed, result in of_arm.items())}
             for label, of_arm in asked.items()}))
@@ -297,7 +298,7 @@ def _of_task(study: Study, runs: Mapping[str, Sequence[Run]], task: str) -> list
         if whole.sum() > 1:
             unit = measures.UNITS[scoring] if measure.name == "margin" else measure.unit
             found.append(Measure(
-                f"{task}, {measure.title}{sample}", unit or "points", measure.better, task, measure.name,
+                f"{task} {TITLES.get(measure.name, measure.title)}{sample}", unit or "points", measure.better, task, measure.name,
                 1.0 if unit else 100.0, measure.name == "bits_per_byte", {
                     label: {seed: Sample(float(one[measure.name][whole].mean()), one[measure.name][whole])
                             for seed, one in of_arm.items()} for label, of_arm in values.items()}))

@@ -25,7 +25,7 @@ between questions, where there are any.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,13 +95,11 @@ def design_of(stages: Sequence[str], arms: Mapping[str, Sequence[Level]]) -> Des
     products = {pair: np.array([np.prod([0.5 if arms[label][k].code else -0.5 for k in pair]) for label in labels])
                 for pair in pairs}
 
-    def weights_of(wanted: Mapping[object, float], kept: Sequence[tuple[int, int]]) -> np.ndarray | None:
+    def weights_of(wanted: Mapping[Any, float], kept: Sequence[tuple[int, int]]) -> np.ndarray | None:
         """Of each arm, [A]; None where the contrast is not estimable."""
-        names = ["", *columns, *kept]
         matrix = np.stack([np.ones(len(labels)), *columns.values(), *(products[pair] for pair in kept)], axis=1)
-        contrast = np.array([wanted.get(name, 0.0) for name in names])
-        inverse = np.linalg.pinv(matrix, rcond=SMALL)
-        weights = contrast @ inverse
+        contrast = np.array([0.0, *(wanted.get(name, 0.0) for name in (*columns, *kept))])
+        weights = contrast @ np.linalg.pinv(matrix, rcond=SMALL)
         return weights if np.abs(weights @ matrix - contrast).max() < 1e-6 else None
 
     together = {pair: weights_of({pair: 1.0}, pairs) for pair in pairs}
@@ -147,29 +145,29 @@ def told(weights: Mapping[str, float], samples: Mapping[str, Mapping[int | None,
     labels = [label for label, weight in weights.items() if abs(weight) > SMALL]
     if not labels or any(not samples.get(label) for label in labels):
         return None
-    estimate, seeds, questions, spreads = 0.0, [], 0.0, {}
+    estimate, seeds, questions = 0.0, [], np.zeros(1)
+    spreads: dict[tuple[float, ...], list[tuple[float, np.ndarray]]] = {}
     for family in _families(labels, samples, roots):
         common = [seed for seed in samples[family[0]] if all(seed in samples[label] for label in family)]
         if not common:
             return None
         own = np.array([weights[label] for label in family])
         scores = np.array([[samples[label][seed].score for label in family] for seed in common]) @ own  # [S]
-        values = sum(weight * np.stack([samples[label][seed].values for seed in common])
-                     for weight, label in zip(own, family, strict=True))  # [S, n]
+        values = np.einsum("a,asn->sn", own, [[samples[label][seed].values for seed in common] for label in family])
         estimate += float(scores.mean())
-        questions = questions + np.asarray(values).mean(axis=0)
+        questions = questions + values.mean(axis=0)
         seeds.append(len(common))
         # Families that are weighted alike are taken to vary equally, but for the size of their weights.
         size = float(np.linalg.norm(own))
         kind = tuple(np.round(np.sort(np.abs(own)) / size, 6))
-        spreads.setdefault(kind, []).append((size, np.asarray(values).mean(axis=1) / size))
+        spreads.setdefault(kind, []).append((size, values.mean(axis=1) / size))
     parts = []
     if min(seeds) > 1:
         for families in spreads.values():
             degrees = sum(len(of_seeds) - 1 for _, of_seeds in families)
             pooled = sum(float(((of_seeds - of_seeds.mean()) ** 2).sum()) for _, of_seeds in families) / degrees
             parts.append((pooled * sum(size**2 / len(of_seeds) for size, of_seeds in families), degrees))
-    if np.size(questions) > 1:
+    if len(questions) > 1:
         sampled = questions if np.std(questions) > 1e-12 else np.append(questions, 0.0)
         parts.append((float(np.var(sampled, ddof=1)) / len(sampled), len(sampled) - 1))
     return Told(estimate, by_parts(estimate, parts, level) if parts else None, min(seeds))
@@ -195,10 +193,10 @@ def _columns(labels: Sequence[str], arms: Mapping[str, Sequence[Level]], levels:
             for k in varying for level in levels[k][1:]}
 
 
-def _contrasts(k: int, levels: Sequence[Level]) -> list[tuple[str, dict[object, float]]]:
+def _contrasts(k: int, levels: Sequence[Level]) -> list[tuple[str, Mapping[Any, float]]]:
     """(kind, coefficients by column) of a stage with these levels."""
     code, none = [level for level in levels if level.code], [level for level in levels if not level.code]
-    found: list[tuple[str, dict[object, float]]] = []
+    found: list[tuple[str, Mapping[Any, float]]] = []
     if code and none:
         found.append(("code", {(k, level): 1 / len(code) for level in code}
                       | {(k, level): -1 / len(none) for level in none}))
