@@ -113,10 +113,12 @@ class Group:
     def sweeps(self) -> list[Sweep]:
         found: dict[frozenset[str], Sweep] = {}
         for k, stage in enumerate(self.stages):
-            for base in self.shares:
+            for base, of_base in self.shares.items():
+                if not 0 < (of_base[k] or 0.0) < 1:
+                    continue  # without code, or without text, it does not say which
                 members: dict[float, str] = {}
                 for label, shares in self.shares.items():
-                    if self.shares[base][k] is not None and self._alike(base, label, k):
+                    if self._alike(base, label, k):
                         members.setdefault(shares[k] or 0.0, label)
                 if len(members) >= FEWEST_SHARES:
                     found.setdefault(frozenset(members.values()), Sweep(stage, sorted(members.items())))
@@ -298,8 +300,8 @@ def _of_task(study: Study, runs: Mapping[str, Sequence[Run]], task: str) -> list
         if whole.sum() > 1:
             unit = measures.UNITS[scoring] if measure.name == "margin" else measure.unit
             found.append(Measure(
-                f"{task} {TITLES.get(measure.name, measure.title)}{sample}", unit or "points", measure.better, task, measure.name,
-                1.0 if unit else 100.0, measure.name == "bits_per_byte", {
+                f"{task} {TITLES.get(measure.name, measure.title)}{sample}", unit or "points", measure.better, task,
+                measure.name, 1.0 if unit else 100.0, measure.name == "bits_per_byte", {
                     label: {seed: Sample(float(one[measure.name][whole].mean()), one[measure.name][whole])
                             for seed, one in of_arm.items()} for label, of_arm in values.items()}))
     return found
