@@ -13,12 +13,16 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from codellm_jax import contents
 from codellm_jax.tokenizing import files, training
 from codellm_jax.tokenizing.backend import TEXT_FORMS, Backend, read_backend
 from codellm_jax.tokenizing.published import published
 from codellm_jax.tokenizing.sentence_pieces import SentencePieces
+
+if TYPE_CHECKING:
+    import numpy as np  # whoever only describes a vocabulary does without
 
 SHIPPED = pathlib.Path(__file__).parent / "vocabularies"
 
@@ -147,6 +151,19 @@ class Vocabulary:
         """Bytes of UTF-8 that token ids in [0, pieces) stand for, those of a character that is cut included."""
         table = _bytes_of_ids(self)
         return sum(len(table[token]) for token in ids)
+
+    def bytes_behind(self, before: "np.ndarray", ids: "np.ndarray") -> "np.ndarray":
+        """Bytes of UTF-8 that each token adds to the text, behind the token before it: int64, like the two int arrays.
+
+        A text's bytes are those that `decode` gives, so that a space which a file puts before a text is none of it. Its
+        tokens' bytes sum up to them also where they cut a character; special tokens, the end of a document among them,
+        have 0. What a file loses (T5's line ends) has no bytes: of such a file they are those of the text that is left.
+        """
+        import numpy as np
+
+        counts, dropped = _counts_of_ids(self)
+        begins = np.isin(before, (self.end_of_document_id, *self.begin_ids))
+        return counts[ids] - begins * dropped[ids]
 
     def bytes_of_ids(self) -> list[bytes]:
         """For each id in [0, pieces) the bytes of UTF-8 that it stands for; joined, they are the text.
@@ -283,6 +300,23 @@ def _backend(path: str, content_hash: str, text_form: str, special: tuple[str, .
 @functools.lru_cache(maxsize=8)
 def _bytes_of_ids(vocabulary: Vocabulary) -> tuple[bytes, ...]:
     return vocabulary._backend.bytes_of_ids()
+
+
+@functools.lru_cache(maxsize=8)
+def _counts_of_ids(vocabulary: Vocabulary) -> "tuple[np.ndarray, np.ndarray]":
+    """Of each id in [0, size) its bytes, and how many of them are no text where a text begins; both int64."""
+    import numpy as np
+
+    table, backend = _bytes_of_ids(vocabulary), vocabulary._backend
+    counts, dropped = np.zeros((2, vocabulary.size), np.int64)
+    counts[: len(table)] = list(map(len, table))
+    for token, piece in enumerate(table):
+        if piece.startswith(b" "):
+            within, first = (len(backend.decode([token], begins).encode()) for begins in (False, True))
+            dropped[token] = within - first
+    for token in (vocabulary.end_of_document_id, *vocabulary.begin_ids):  # which a file may take for text
+        counts[token] = dropped[token] = 0
+    return counts, dropped
 
 
 def _version(text_form: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import io
+import itertools
 import os
 import pathlib
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -203,6 +205,41 @@ def test_answers_of_files_that_squeeze_blanks_are_parted_from_their_prompts(othe
 def test_bytes_of_a_cut_character_are_counted(shipped: vocabulary.Vocabulary) -> None:
     ids = shipped.encode("a\U0001f389")
     assert [shipped.byte_count(ids[:cut]) for cut in range(len(ids) + 1)] == [0, 1, 2, 3, 4, 5]
+
+
+CORPUS = ["def f(x):\n    return x + 1\n", "\u6211\u4eec\u8bfb\u4e66\u3002\n", "  blanks  \n\n",
+          "party \U0001f389\U0001f469\u200d\U0001f4bb!", "", " x", "\u00e9\u2581\t\r\n"]
+
+
+@pytest.mark.parametrize("name", ["python_8k", "llama"])
+def test_bytes_of_joined_documents_are_those_of_their_texts(name: str, other_vocabularies: dict[str, str]) -> None:
+    """As rows have them: each document ended, and tokens counted behind those before them."""
+    own = vocabulary.load_vocabulary(other_vocabularies.get(name, name))
+    documents = [[*own.begin_ids, *own.encode(text), own.end_of_document_id] for text in CORPUS]
+    ids = np.array([own.end_of_document_id, *itertools.chain(*documents)])
+    counts = own.bytes_behind(ids[:-1], ids[1:])
+    ends = np.cumsum([0, *map(len, documents)])
+    for start, end, tokens in zip(ends, ends[1:], documents, strict=False):
+        assert counts[start:end].sum() == len(own.decode(tokens).encode())
+    assert counts.sum() == sum(len(text.replace("\u2581", " " if name == "llama" else "\u2581").encode())
+                               for text in CORPUS)
+    assert counts[ids[1:] == own.end_of_document_id].tolist() == [0] * len(CORPUS)
+
+
+def test_bytes_of_an_answer_behind_its_prompt(other_vocabularies: dict[str, str]) -> None:
+    for name in ("python_8k", other_vocabularies["llama"]):
+        own = vocabulary.load_vocabulary(name)
+        prompt = own.encode_prompt("def f(x):\n")
+        for answer in ("    return x", " \u4e66", "\U0001f389"):
+            ids = np.array([*prompt, *own.encode_after(prompt, answer)])
+            here = slice(len(prompt) - 1, None)
+            assert own.bytes_behind(ids[:-1], ids[1:])[here].sum() == len(answer.encode())
+
+
+def test_bytes_of_what_a_file_loses_are_not_counted(other_vocabularies: dict[str, str]) -> None:
+    t5 = vocabulary.load_vocabulary(other_vocabularies["t5"])
+    ids = np.array([t5.end_of_document_id, *t5.encode("the row\n  is   read"), t5.end_of_document_id])
+    assert t5.bytes_behind(ids[:-1], ids[1:]).sum() == len("the row is read")
 
 
 def test_bytes_that_are_no_text(shipped: vocabulary.Vocabulary) -> None:

@@ -2,6 +2,9 @@
 
     t5x compare runs/tune_text runs/tune_mixed
 
+Beside an accuracy stand the other measures of the same questions (`results.measures`), which tell small models apart
+where right and wrong do not.
+
 Only tasks that both runs were evaluated on are compared, and only where the questions were the very same, template and
 data included. The stages of the runs are told beside, for a difference is due to one of them only where the others are
 equal.
@@ -12,13 +15,27 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from codellm_jax.mixture.ledger import rows_of_code, stages_of
-from codellm_jax.results.answers import is_measured, ties_of
+from codellm_jax.results.answers import Compared, compared, is_measured, ties_of
 from codellm_jax.results.files import files_of, finished_lines
 from codellm_jax.results.levels import detectable_by_error, detectable_paired
+from codellm_jax.results.measures import MEASURES, UNITS, values
 from codellm_jax.results.statistics import Interval, holm, mcnemar, paired_bootstrap, sign_flips
+
+
+class OfMeasure(NamedTuple):
+    """One of `results.measures` beside an accuracy, in its unit; the second run's minus the first's."""
+
+    name: str
+    unit: str
+    n: int  # questions that have it
+    first: float
+    second: float
+    found: Compared
+    corrected: float  # p by Holm's method, over the tasks that have this measure
 
 
 class Comparison(NamedTuple):
@@ -35,6 +52,7 @@ class Comparison(NamedTuple):
     corrected: float  # by Holm's method, over the tasks
     detectable: float | None  # the smallest difference that these questions show
     ties: tuple[int, int] = (0, 0)  # of either run, which count 1 / k
+    measures: tuple[OfMeasure, ...] = ()  # beside an accuracy
 
 
 class NotMeasured(NamedTuple):
@@ -69,22 +87,49 @@ def compare(first: str, second: str) -> list[Comparison | NotMeasured]:
             found.append(NotMeasured(task, len(lines), ties))
             continue
         metric = "correct" if one["metric"] == "accuracy" else one["metric"]
-        values, other_values = ([float(line[metric]) for line in each] for each in (lines, other_lines))
-        n, difference = len(values), paired_bootstrap(other_values, values)
-        if set(values) | set(other_values) <= {0.0, 1.0}:
-            test = mcnemar([value == 1 for value in values], [value == 1 for value in other_values])
+        ours, theirs = ([float(line[metric]) for line in each] for each in (lines, other_lines))
+        n, difference = len(ours), paired_bootstrap(theirs, ours)
+        measures = _measures(lines, other_lines, one["settings"].get("scoring", "per_token"))
+        if set(ours) | set(theirs) <= {0.0, 1.0}:
+            test = mcnemar([value == 1 for value in ours], [value == 1 for value in theirs])
             found.append(Comparison(
                 task, n, one["value"], other["value"], difference.interval, test.only_first, test.only_second,
-                test.p_value, 1.0, detectable_paired(n, (test.only_first + test.only_second) / n), ties))
+                test.p_value, 1.0, detectable_paired(n, (test.only_first + test.only_second) / n), ties, measures))
         else:
-            p_value = sign_flips(other_values, values) if metric == "correct" else difference.p_value
+            p_value = sign_flips(theirs, ours) if metric == "correct" else difference.p_value
             found.append(Comparison(
                 task, n, one["value"], other["value"], difference.interval, None, None, p_value, 1.0,
-                detectable_by_error(difference.standard_error), ties))
-    p_values = [comparison.p_value for comparison in found if isinstance(comparison, Comparison)]
-    corrected = iter(holm(p_values) if p_values else [])
-    return [comparison._replace(corrected=next(corrected)) if isinstance(comparison, Comparison) else comparison
-            for comparison in found]
+                detectable_by_error(difference.standard_error), ties, measures))
+    return _corrected(found)
+
+
+def _measures(lines: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]],
+              scoring: str) -> tuple[OfMeasure, ...]:
+    """What stands beside the accuracy of two runs, of the same questions; nothing of written answers."""
+    ours, theirs = (values(each, scoring) for each in (lines, others))
+    found = []
+    for measure in MEASURES:
+        one, other = (of_run[measure.name][np.isfinite(of_run[measure.name])] for of_run in (ours, theirs))
+        if measure.name != "accuracy" and len(one):
+            unit = UNITS[scoring] if measure.name == "margin" else measure.unit
+            found.append(OfMeasure(measure.name, unit, len(one), one.mean(), other.mean(),
+                                   compared([other], [one], measure.name, paired=False), 1.0))
+    return tuple(found)
+
+
+def _corrected(found: Sequence[Comparison | NotMeasured]) -> list[Comparison | NotMeasured]:
+    """The same with p-values corrected for being of several tasks, those of each measure by themselves."""
+    told = [one for one in found if isinstance(one, Comparison)]
+    scores = _holm_by_task({one.task: one.p_value for one in told})
+    beside = {measure.name: _holm_by_task({one.task: of.found.p_value for one in told for of in one.measures
+                                           if of.name == measure.name}) for measure in MEASURES}
+    return [one if isinstance(one, NotMeasured) else one._replace(
+        corrected=scores[one.task],
+        measures=tuple(of._replace(corrected=beside[of.name][one.task]) for of in one.measures)) for one in found]
+
+
+def _holm_by_task(p_values: Mapping[str, float]) -> dict[str, float]:
+    return dict(zip(p_values, holm(list(p_values.values())), strict=True)) if p_values else {}
 
 
 def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[dict[str, Any]]]]:
@@ -120,13 +165,29 @@ def table(comparisons: Sequence[Comparison | NotMeasured], first: str, second: s
             f"{one.task:<24} {one.n:>6,} {100 * one.first:>7.2f} {100 * one.second:>7.2f} "
             f"{100 * (one.second - one.first):>+7.2f} {f'{low:+.1f} - {high:+.1f}':>15} {only[0]:>7} "
             f"{only[1]:>7} {one.p_value:>8.4f} {one.corrected:>8.4f} {detectable:>11}")
+        lines += [_row_of_measure(measure) for measure in one.measures]
         if any(one.ties):
             lines.append(f"  ties, which count 1 / k: {one.ties[0]:,} in A and {one.ties[1]:,} in B")
-    compared = sum(isinstance(one, Comparison) for one in comparisons)
+    told = [one for one in comparisons if isinstance(one, Comparison)]
+    beside = any(one.measures for one in told) * [
+        "", "Below an accuracy, of the right answer: bits per byte, the fewer the better; the margin over the best "
+        "wrong answer; the probability among the candidates, in per cent. Their p is that of Student's "
+        "test of the questions' differences, and Holm's correction takes each measure by itself."]
     return "\n".join([
-        *lines, "", "p: McNemar's exact test on the questions that one run alone has right; with ties, of the "
+        *lines, *beside, "", "p: McNemar's exact test on the questions that one run alone has right; with ties, of the "
         "differences against random signs; where answers are more or less right, of a paired bootstrap. Holm: "
-        f"corrected for {compared} tasks."])
+        f"corrected for {len(told)} tasks."])
+
+
+def _row_of_measure(one: OfMeasure) -> str:
+    """Its line of the table; a probability in per cent, the others in their unit."""
+    name, scale, digits = {"bits_per_byte": ("bits per byte", 1, 3), "probability": ("probability", 100, 2)}.get(
+        one.name, (f"{one.name}, {one.unit}", 1, 3))
+    interval = one.found.interval and " - ".join(f"{scale * bound:+.{digits}f}" for bound in one.found.interval)
+    detectable = "-" if one.found.detectable is None else f"{scale * one.found.detectable:.{digits}f}"
+    first, second, difference = (scale * value for value in (one.first, one.second, one.found.difference))
+    return (f"  {name:<22} {one.n:>6,} {first:>7.{digits}f} {second:>7.{digits}f} {difference:>+7.{digits}f} "
+            f"{interval or '-':>15} {'':>7} {'':>7} {one.found.p_value:>8.4f} {one.corrected:>8.4f} {detectable:>11}")
 
 
 def stages(first: str, second: str) -> str:

@@ -14,7 +14,8 @@ All four are written down for every candidate; one of them decides. Where k cand
 the right one is among them, and a task of which most questions are ties is not measured. `cuts` says what is scored of
 a question that is longer than the model. Results lie in RUN/results:
 
-  TASK.json   value, n, interval, chance, majority, ties, settings, checkpoint, fingerprint of the data
+  TASK.json   value, n, interval, chance, majority, ties, settings, checkpoint, fingerprint of the data; beside an
+              accuracy, the "measures" of `results.measures`
   TASK.jsonl  a line for each question: every candidate's log-likelihood, tokens and bytes; prediction and answer
 
 An evaluation that was interrupted goes on after the questions it has written. A task that fails leaves the others as
@@ -37,9 +38,10 @@ from codellm_jax.evaluation.sampling import PAPER_SAMPLING, Sampling
 from codellm_jax.evaluation.scoring import Request, fault
 from codellm_jax.evaluation.trained import Checkpoint, TrainedModel, trained_model
 from codellm_jax.mixture.ledger import arm
-from codellm_jax.results.answers import is_measured
+from codellm_jax.results.answers import is_measured, summaries
 from codellm_jax.results.files import as_lines, encoded, lines_written, write_result, write_whole
 from codellm_jax.results.levels import AccuracySummary, accuracy_summary, score_summary
+from codellm_jax.results.measures import score
 from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_rows, told_from_chance
 from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.distributed import agreed, require_agreement, wait_for_all
@@ -232,7 +234,7 @@ def ask_choices(
     if answered is None:
         return None
     lines = answered.lines
-    losses = {scoring: [[_loss(candidate, scoring) for candidate in line["candidates"]] for line in lines]
+    losses = {scoring: [[-score(candidate, scoring) for candidate in line["candidates"]] for line in lines]
               for scoring in SCORINGS}
     answers = [line["answer"] for line in lines]
     outcomes = {scoring: evaluation.benchmarks.accuracy(losses[scoring], answers) for scoring in SCORINGS}
@@ -247,6 +249,7 @@ def ask_choices(
         "measured": is_measured(lines), **_levels(summary), "ties": chosen.ties,
         "ties_of_all": sum(len(line["tied"]) == len(line["candidates"]) for line in lines),
         "accuracy_by_scoring": {scoring: outcome.accuracy for scoring, outcome in outcomes.items()},
+        "measures": summaries(lines, evaluation.scoring),
         "prompts_cut": sum(candidate["prompt_tokens_cut"] > 0 for candidate in candidates),
         "continuations_cut": sum(candidate["continuation_tokens_cut"] > 0 for candidate in candidates),
         **_data(loaded), "questions_per_second": answered.rate, "provenance": dict(provenance),
@@ -420,14 +423,6 @@ def _texts_scored(question: Any, model: TrainedModel) -> Iterator[tuple[str, str
     for candidate in _fitted(question, model):
         yield (model.vocabulary.decode(candidate.prompt),
                model.vocabulary.decode_after(candidate.prompt, candidate.continuation))
-
-
-def _loss(candidate: Mapping[str, Any], scoring: str) -> float:
-    """What is lowest for the candidate that is chosen."""
-    if scoring == "released":
-        return -candidate["released"] / candidate["released_tokens"]
-    divisor = {"per_token": candidate["tokens"], "per_byte": candidate["bytes"], "sum": 1}[scoring]
-    return -candidate["log_likelihood"] / divisor
 
 
 def _levels(summary: AccuracySummary) -> dict[str, Any]:

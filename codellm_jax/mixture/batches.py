@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import functools
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -20,9 +21,11 @@ from codellm_jax.mixture.examples import (
 )
 from codellm_jax.mixture.order import Draw, Order
 from codellm_jax.mixture.rows import Rows
+from codellm_jax.vocabulary import Vocabulary
 
 # Examples of which the packing is worked out at once: a few megabytes.
 EXAMPLES_AT_ONCE = 1 << 17
+ROWS_COUNTED_AT_ONCE = 256  # held-out ones
 
 Item = TypeVar("Item")
 Array: TypeAlias = Any  # np.ndarray on the host before it is placed, jax.Array on devices after
@@ -186,6 +189,26 @@ def held_out_batches(
             return batch._replace(weights=batch.weights * (numbers < count)[:, None].astype(np.float32))
 
         yield place(read, (batch_size, rows.length), sharding)
+
+
+@functools.lru_cache(maxsize=256)
+def held_out_bytes(rows: Rows, limit: int, vocabulary: Vocabulary, stage: str = "pretraining") -> int:
+    """Bytes of UTF-8 of what the loss counts in all `held_out_batches` of these rows; read once a process.
+
+    Tokens that are no text, such as the end of a document, count in the loss and have no bytes.
+    """
+    total = 0
+    for start in range(0, min(limit, rows.count), ROWS_COUNTED_AT_ONCE):
+        numbers = np.arange(start, min(start + ROWS_COUNTED_AT_ONCE, limit, rows.count))
+        source = np.zeros_like(numbers)
+        if stage == "tuning":
+            shape = len(numbers), rows.length
+            batch = _batch_of_examples([rows], source, numbers, np.arange(len(numbers)), source, shape)
+        else:
+            batch = batch_of_rows(rows.read(numbers), source, vocabulary.end_of_document_id)
+        counted = batch.weights > 0
+        total += int(vocabulary.bytes_behind(batch.inputs[counted], batch.targets[counted]).sum())
+    return total
 
 
 def read_ahead(

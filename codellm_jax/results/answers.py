@@ -1,6 +1,7 @@
 """What each question adds to a score, of each seed of an arm; scores and differences of scores from that alone.
 
-Scores are fractions of 1, BLEU too. To an accuracy a question adds its credit: 1, 0, or 1 / k where k candidates tie.
+Scores are fractions of 1, BLEU too, but for some of `measures.MEASURES`. To an accuracy a question adds its credit: 1,
+0, or 1 / k where k candidates tie.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codellm_jax.results.levels import chance_level, detectable_by_error, detectable_paired, majority_level
+from codellm_jax.results.measures import MEASURES, UNITS
+from codellm_jax.results.measures import values as values_by_measure
 from codellm_jax.results.seeds import FromSums, contrast, pseudo_values
 from codellm_jax.results.statistics import Interval, bootstrap, mcnemar, mean_interval, paired_bootstrap, sign_flips
 
@@ -17,6 +20,8 @@ Lines = Sequence[Mapping[str, Any]]
 NGRAMS = 4
 POWER_QUANTILE = NormalDist().inv_cdf(0.8)
 METRICS = {"accuracy": "accuracy", "pass@1": "pass@1", "bleu": "BLEU", "exact_match": "exact match", "f1": "F1"}
+# What stands beside an accuracy. Of a few questions a bootstrap would be too sure of these: theirs is Student's test.
+BESIDE = {measure.name: measure for measure in MEASURES if measure.name != "accuracy"}
 
 
 class Estimate(NamedTuple):
@@ -49,8 +54,8 @@ TESTS = {
     "sign flips": "one seed each, questions of which some are ties and count 1 / k: the sum of the differences against "
                   "that with random signs; the interval is a bootstrap over questions",
     "bootstrap": "one seed each, more or less right: a bootstrap over the questions that both answered",
-    "questions": "an arm of one seed alone against several: the difference of the means over seeds, between questions; "
-                 "what another seed would change is left out",
+    "questions": "an arm of one seed alone, against several or in a measure beside the accuracy: Student's test of the "
+                 "questions' differences, means over seeds; what another seed would change is left out",
     "seeds": "several seeds each: the variance of the difference is that between the seeds' means, over their number, "
              "plus that between the questions' means, over theirs; the interval is Banerjee's, which weighs each by "
              "its own quantile of Student's distribution and errs towards finding nothing; seeds of either arm that "
@@ -110,33 +115,50 @@ def score_of(values: np.ndarray) -> float:
 
 
 def estimate(seeds: Sequence[np.ndarray], metric: str) -> Estimate:
-    """The mean score of an arm's seeds; `values_of` each, of the same questions and this metric.
+    """The mean score of an arm's seeds; of each `values_of`, or what `measures.values` has and is not NaN, of the same
+    questions and this metric or measure.
 
-    Of one seed, accuracies and other shares of questions get Wilson's interval and others a bootstrap's, over
-    questions; of several seeds the interval is that of `contrast`, over seeds and questions.
+    Of one seed, accuracies and other shares of questions get Wilson's interval, measures beside an accuracy Student's
+    and others a bootstrap's, over questions; of several seeds it is that of `contrast`, over seeds and questions.
     """
     n, value = len(seeds[0]), float(np.mean([score_of(values) for values in seeds]))
-    shares = metric == "accuracy" or all(_all_or_nothing(values) for values in seeds)
+    low, high = (BESIDE[metric].lowest, BESIDE[metric].highest) if metric in BESIDE else (0.0, 1.0)
+    shares = metric not in BESIDE and (metric == "accuracy" or all(_all_or_nothing(values) for values in seeds))
     interval = None
-    if len(seeds) > 1 and n > 1:
-        found = contrast([linear(seeds)], estimate=value)
+    if n > 1 and (len(seeds) > 1 or metric in BESIDE):
+        found = contrast([linear(seeds)], estimate=value, seeds=len(seeds) > 1)
         interval = found.interval if found.standard_error else None
-    elif len(seeds) == 1 and not shares:
+    elif len(seeds) == 1 and not shares and metric not in BESIDE:
         drawn = bootstrap(seeds[0], _from_sums(seeds[0]))
         interval = drawn.interval if drawn.standard_error else None
     if interval is None and shares:  # Wilson's is never a point
         interval = mean_interval(value, n)
-    return Estimate(value, interval and Interval(max(0.0, interval.low), min(1.0, interval.high)), n, len(seeds))
+    return Estimate(value, interval and Interval(max(low, interval.low), min(high, interval.high)), n, len(seeds))
+
+
+def summaries(lines: Lines, scoring: str) -> dict[str, dict[str, Any]]:
+    """What stands beside the accuracy of a result, as JSON by the name of each measure that it has: value, interval,
+    the number of questions that have it, and its unit. `scoring` as for `measures.values`.
+    """
+    found, by_measure = {}, values_by_measure(lines, scoring)
+    for measure in MEASURES:
+        values = by_measure[measure.name][np.isfinite(by_measure[measure.name])]
+        if measure.name not in BESIDE or not len(values):
+            continue
+        one = estimate([values], measure.name)
+        found[measure.name] = {"value": one.value, "n": one.n, "interval": one.interval and list(one.interval),
+                               "unit": UNITS[scoring] if measure.name == "margin" else measure.unit}
+    return found
 
 
 def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], metric: str, paired: bool) -> Compared:
-    """The first arm's score minus the second's; `values_of` each seed of either, of the same questions and this metric.
+    """The first arm's score minus the second's; of each seed of either what `estimate` takes, of the same questions.
 
     `paired`: both arms have the same seeds, in the same order.
     """
     ours, theirs, n = first[0], second[0], len(first[0])
     difference = float(np.mean([score_of(values) for values in first]) - np.mean([score_of(v) for v in second]))
-    if len(first) == len(second) == 1:
+    if len(first) == len(second) == 1 and metric not in BESIDE:
         drawn = paired_bootstrap(ours, theirs, _from_sums(ours))
         interval = drawn.interval if drawn.standard_error else None
         if _all_or_nothing(ours) and _all_or_nothing(theirs):

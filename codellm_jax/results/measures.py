@@ -1,21 +1,24 @@
-"""What a question adds beside right or wrong: measures that move long before the accuracy of a small model does.
+"""Measures of each question beside right or wrong, which move long before the accuracy of a small model does.
 
-All are computed from the log-likelihoods that TASK.jsonl holds, so that results of any age have them. Of a question
-with candidates, whose scores s are those that choose (by default the mean log-likelihood of a token):
+All are computed from the log-likelihoods in TASK.jsonl, so that older results have them too. Of a question with
+candidates, whose scores s are those that choose (by default the mean log-likelihood of a token):
 
   accuracy       1, 0, or 1 / k where k candidates tie
   bits_per_byte  -log-likelihood of what is scored of the right candidate, over ln 2, over its bytes of UTF-8
-  margin         s of the right candidate minus the highest s of a wrong one: positive where the answer is right
+  margin         s of the right candidate minus the highest s of a wrong one: not negative where the answer is right
   probability    of the right candidate: exp(s) over the sum of exp(s) of all candidates
 
-What is scored of a candidate depends on the template: its own text, or the question behind it. A candidate that is cut
-counts as it was scored, in nats and in bytes. DataDecide (Magnusson et al., 2025, section 3.4) finds that such measures
-rank models of 150M parameters as accuracy ranks large ones; there the probability is "norm correct prob".
+A score is a mean over questions. The template says what is scored of a candidate: its own text, or the question behind
+it. A candidate that is cut counts as it was scored, in nats and in bytes. Compare runs of different vocabularies by
+bits per byte: scores of tokens depend on the vocabulary.
 
-How well a measure tells arms apart is its signal over its noise (Heineman et al., 2025, "Signal and Noise", section 3):
-how far the arms' means lie apart, in standard deviations between seeds.
+Bits per byte of the right answer are the task loss of Bhagia et al. (2024, "Establishing Task Scaling Laws via
+Compute-Efficient Model Ladders"); margin and probability are after Magnusson et al. (2025, "DataDecide"), where the
+margin is one of probabilities, and the probability among the candidates is "norm correct prob".
 """
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,16 +27,16 @@ import numpy as np
 Lines = Sequence[Mapping[str, Any]]
 # Of each scoring what a score is in.
 UNITS = {"per_token": "nats per token", "sum": "nats", "per_byte": "nats per byte", "released": "nats per token"}
-# Of answers that are written: the first that a line has is what the question adds.
-WRITTEN = ("pass@1", "exact_match", "f1")
+# Of answers that are written: the first that a line has is what the question adds to the result's own score.
+WRITTEN = ("pass@1", "f1")
 
 
 class Measure(NamedTuple):
-    """What is told of a measure; its values are fractions where its unit is ""."""
+    """What is told of a measure."""
 
     name: str
     title: str
-    unit: str  # of margins under the default scoring; see UNITS
+    unit: str  # "" of fractions of 1; of margins that under the default scoring, see UNITS
     better: str  # "higher" or "lower"
     lowest: float
     highest: float
@@ -51,7 +54,7 @@ def values(lines: Lines, scoring: str = "per_token") -> dict[str, np.ndarray]:
     """What each question adds under each measure, by its name: float64 [n].
 
     NaN where a question does not have it: a margin where there is no wrong candidate, and all but the accuracy of
-    answers that are written, of which accuracy is pass@1, exact match or F1.
+    answers that are written, whose accuracy is pass@1 or F1.
 
     Args:
       lines: of a result, without the header.
@@ -66,7 +69,8 @@ def values(lines: Lines, scoring: str = "per_token") -> dict[str, np.ndarray]:
         candidates, right = line["candidates"], line["answer"]
         found["bits_per_byte"][place] = -candidates[right]["log_likelihood"] / np.log(2) / candidates[right]["bytes"]
         scores = np.array([score(candidate, scoring) for candidate in candidates])
-        found["probability"][place] = 1 / np.exp(scores - scores[right]).sum()
+        shares = np.exp(scores - scores.max())
+        found["probability"][place] = shares[right] / shares.sum()
         if len(scores) > 1:
             found["margin"][place] = scores[right] - np.delete(scores, right).max()
     return found
@@ -78,3 +82,60 @@ def score(candidate: Mapping[str, Any], scoring: str) -> float:
         return candidate["released"] / candidate["released_tokens"]
     return candidate["log_likelihood"] / {"per_token": candidate["tokens"], "per_byte": candidate["bytes"],
                                           "sum": 1}[scoring]
+
+
+class Separation(NamedTuple):
+    """How well a measure tells arms apart whose seeds it was taken of."""
+
+    measure: str
+    arms: tuple[str, str]  # those whose means lie farthest apart, the higher first
+    signal: float  # the difference of these two means, in the measure's unit
+    noise: float  # standard deviation between the seeds of an arm, pooled over arms
+    ratio: float  # signal over noise; NaN where no two seeds of an arm differ
+    by_chance: float  # the ratio that arms without any difference exceed once in 20
+
+
+def signal_over_noise(arms: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> list[Separation]:
+    """Which measure tells arms apart best: a row for each, the highest ratio first and those without one last.
+
+    After Heineman et al. (2025, "Signal and Noise: A Framework for Reducing Uncertainty in Language Model
+    Evaluation"): the largest difference of two means over the noise, which there is taken between the last checkpoints
+    of a run and here between seeds. Of many arms some lie apart by chance, so that a ratio is read against
+    `by_chance`, Tukey's studentized range with Kramer's correction for unequal numbers of seeds.
+
+    Args:
+      arms: of each arm its seeds, of each of them [n] by measure, as `values` gives them of one task; [1] of a held-out
+        loss. Questions that are NaN are left out, and so are measures that an arm does not have.
+
+    Returns:
+      Nothing where there are fewer than two arms, or no arm has two seeds.
+    """
+    degrees = sum(len(seeds) - 1 for seeds in arms.values())
+    if len(arms) < 2 or degrees < 1 or not all(arms.values()):
+        return []
+    every = [seed for seeds in arms.values() for seed in seeds]
+    names = [name for name in every[0] if all(name in seed and np.isfinite(seed[name]).any() for seed in every)]
+    rows = [_separation(name, {arm: np.array([np.nanmean(seed[name]) for seed in seeds])
+                               for arm, seeds in arms.items()}, degrees) for name in names]
+    return sorted(rows, key=lambda row: -row.ratio if np.isfinite(row.ratio) else np.inf)
+
+
+def _separation(measure: str, scores: Mapping[str, np.ndarray], degrees: int) -> Separation:
+    """Of an arm's scores, [seeds] each."""
+    means = {arm: float(of_seeds.mean()) for arm, of_seeds in scores.items()}
+    high, low = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+    if high == low:  # all means are equal
+        high, low = list(means)[:2]
+    signal = means[high] - means[low]
+    noise = math.sqrt(sum(((of_seeds - of_seeds.mean()) ** 2).sum() for of_seeds in scores.values()) / degrees)
+    unequal = math.sqrt((1 / len(scores[high]) + 1 / len(scores[low])) / 2)
+    return Separation(measure, (high, low), signal, noise, signal / noise if noise > 1e-12 else np.nan,
+                      _studentized_range(len(scores), degrees) * unequal)
+
+
+@functools.lru_cache(maxsize=256)
+def _studentized_range(arms: int, degrees: int) -> float:
+    """Its quantile of 95%, which takes a tenth of a second."""
+    from scipy import stats
+
+    return float(stats.studentized_range.ppf(0.95, arms, degrees))

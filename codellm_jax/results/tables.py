@@ -16,7 +16,7 @@ def told_from_chance(result: Mapping[str, Any]) -> bool:
 def table_rows(result: Mapping[str, Any]) -> str:
     """A result's lines of the table, in per cent, one for each metric, and raw outputs where it holds some."""
     rows = [_row_of_accuracy(result)] if result["metric"] == "accuracy" else _rows_of_texts(result)
-    notes = [*_ties(result), *_cut(result), *result.get("raw_outputs", ())]
+    notes = [*_measures(result), *_ties(result), *_cut(result), *result.get("raw_outputs", ())]
     return "\n".join([*rows, *(f"  {note}" for note in notes)])
 
 
@@ -76,6 +76,24 @@ def _row_of_accuracy(result: Mapping[str, Any]) -> str:
         note = "  not told from chance"
     return (f"{_name(result):<28} {result['n']:>6,} {score:>9} {interval:>15} {100 * result['chance']:>7.1f} "
             f"{100 * result['majority']:>9.1f}{note}")
+
+
+def _measures(result: Mapping[str, Any]) -> list[str]:
+    """A line of what stands beside an accuracy, with half the width of each 95% interval; none for older results, and
+    where nothing is measured.
+    """
+    measures = result.get("measures")
+    if not measures or not result.get("measured", True):
+        return []
+
+    def told(name: str, digits: int, scale: int = 1) -> str:
+        value, interval = measures[name]["value"], measures[name]["interval"]
+        half = f" \u00b1 {scale * (interval[1] - interval[0]) / 2:.{digits}f}" if interval else ""
+        return f"{scale * value:.{digits}f}{half}"
+
+    margin = (f"margin {told('margin', 3)} {measures['margin']['unit'].replace(' per ', '/')}, "
+              if "margin" in measures else "")
+    return [f"right answer: {told('bits_per_byte', 3)} bits/byte, {margin}probability {told('probability', 1, 100)}%"]
 
 
 def _ties(result: Mapping[str, Any]) -> list[str]:

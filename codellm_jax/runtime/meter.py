@@ -196,6 +196,18 @@ def sum_by_source(values: Array, names: Sequence[str]) -> dict[str, float]:
 
 def loss_by_source(losses: Array, tokens: Array, names: Sequence[str]) -> dict[str, float]:
     """Mean loss of each pool and source that has tokens: {"loss/text": 4.1, "loss/text.python": 4.1, ...}."""
-    counts = sum_by_source(tokens, names)
-    return {f"loss/{group}": loss / counts[group] for group, loss in sum_by_source(losses, names).items()
-            if counts[group] > 0}
+    return _means_by_source("loss", losses, tokens, names)
+
+
+def bits_per_byte_by_source(losses: Array, sizes: Array, names: Sequence[str]) -> dict[str, float]:
+    """Loss of each pool and source that has bytes, in bits for each byte of its text: {"bits_per_byte/text": 1.9, ...}.
+
+    Unlike a loss of tokens it compares vocabularies. `losses` are sums in nats, `sizes` bytes.
+    """
+    return _means_by_source("bits_per_byte", np.asarray(losses) / np.log(2), sizes, names)
+
+
+def _means_by_source(measure: str, sums: Array, counts: Array, names: Sequence[str]) -> dict[str, float]:
+    by_group = sum_by_source(counts, names)
+    return {f"{measure}/{group}": total / by_group[group] for group, total in sum_by_source(sums, names).items()
+            if by_group[group] > 0}

@@ -23,7 +23,15 @@ from flax import linen as nn
 
 from codellm_jax.evaluation.evaluate import TaskFailed, ask
 from codellm_jax.evaluation.trained import TrainedModel
-from codellm_jax.mixture.batches import Array, Batch, example_batch, global_batch, held_out_batches, read_ahead
+from codellm_jax.mixture.batches import (
+    Array,
+    Batch,
+    example_batch,
+    global_batch,
+    held_out_batches,
+    held_out_bytes,
+    read_ahead,
+)
 from codellm_jax.mixture.examples import Sizes
 from codellm_jax.mixture.ledger import arm
 from codellm_jax.mixture.order import POOLS, Draw
@@ -34,7 +42,7 @@ from codellm_jax.results.tables import short_score
 from codellm_jax.runtime.checkpoints import Checkpoints, resolved
 from codellm_jax.runtime.compiler import compiler_options
 from codellm_jax.runtime.distributed import first_process_first, gathered, require_agreement
-from codellm_jax.runtime.meter import Meter, Metrics, loss_by_source
+from codellm_jax.runtime.meter import Meter, Metrics, bits_per_byte_by_source, loss_by_source
 from codellm_jax.runtime.partitioning import batch_sharding
 from codellm_jax.runtime.process import alone_in, stop_on_signal
 from codellm_jax.runtime.profiles import Profile, ProfileSteps
@@ -308,11 +316,14 @@ def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: St
     """Held-out losses and benchmarks, recorded and shown."""
     losses, (scores, failures) = held_out(run, eval_fn), ask_benchmarks(run)
     if losses or scores:
-        records.write(run.step, "eval", losses | {
-            name: result["value"] for name, result in scores.items() if result.get("measured", True)})
+        measured = {name: result for name, result in scores.items() if result.get("measured", True)}
+        records.write(run.step, "eval", losses | {name: result["value"] for name, result in measured.items()} | {
+            f"answer_{measure}/{name.removeprefix('score/')}": found["value"] for name, result in measured.items()
+            for measure, found in result.get("measures", {}).items()})
     if losses:
-        pools = ", ".join(f"{pool} {losses[f'loss/{pool}']:.4f}" for pool in POOLS if f"loss/{pool}" in losses)
-        status.say(f"held-out loss after step {run.step}: {pools}")
+        nats, bits = (", ".join(f"{pool} {losses[f'{measure}/{pool}']:.4f}" for pool in POOLS
+                                if f"{measure}/{pool}" in losses) for measure in ("loss", "bits_per_byte"))
+        status.say(f"held-out loss after step {run.step}: {nats}" + f"; in bits per byte: {bits}" * bool(bits))
     if scores:
         shown = [f"{name.removeprefix('score/')} {short_score(result)}" for name, result in scores.items()]
         status.say(f"benchmarks after step {run.step}, in per cent: {', '.join(shown)}")
@@ -321,9 +332,14 @@ def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: St
 
 
 def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
-    """Loss of each source and each pool on the first rows of its validation split; empty where there are none."""
+    """Loss of each source and each pool on the first rows of its validation split, in nats a token and in bits per
+    byte; empty where there are none.
+
+    Bits per byte are the nats of all tokens that the loss counts, ends of documents too, over ln 2, over the bytes of
+    the text that they are (`Vocabulary.bytes_behind`).
+    """
     training, plan, order = run.training, run.plan, run.plan.mixture.order
-    losses, tokens = np.zeros(len(order.sources)), np.zeros(len(order.sources))
+    losses, tokens, sizes = np.zeros((3, len(order.sources)))
     for index, rows in enumerate(plan.mixture.validation):
         if rows is None:
             continue
@@ -332,10 +348,12 @@ def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
                                       plan.mixture.stage):
             loss, count = jax.device_get(eval_fn(run.state.params, batch))
             losses, tokens = losses + loss, tokens + count
+        sizes[index] = held_out_bytes(rows, training.eval_rows, training.vocabulary, plan.mixture.stage)
     if not tokens.sum():
         return {}
+    names = [source.name for source in order.sources]
     return {"loss": losses.sum() / tokens.sum(), "tokens": tokens.sum()} | loss_by_source(
-        losses, tokens, [source.name for source in order.sources])
+        losses, tokens, names) | bits_per_byte_by_source(losses, sizes, names)
 
 
 def ask_benchmarks(run: Run) -> tuple[dict[str, dict[str, Any]], list[TaskFailed]]:
@@ -372,6 +390,8 @@ def summary(run: Run) -> str:
                      f"{'step ' + str(last['step']):>12}")
         lines += [f"  {pool:<26} {first[f'loss/{pool}']:>12.4f} {last[f'loss/{pool}']:>12.4f}"
                   for pool in POOLS if f"loss/{pool}" in last]
+        lines += [f"  {pool + ', bits per byte':<26} {first[name]:>12.4f} {last[name]:>12.4f}"
+                  for pool in POOLS if (name := f"bits_per_byte/{pool}") in last and name in first]
         lines += [f"  {name.removeprefix('score/') + ', %':<26} {100 * first[name]:>12.2f} {100 * last[name]:>12.2f}"
                   for name in last if name.startswith("score/") and name in first]
         lines.append("")

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from scipy import stats
 
 from codellm_jax import cli
 from codellm_jax.configuration import build, read_configuration
@@ -27,7 +28,7 @@ from codellm_jax.model.decoder import Decoder
 from codellm_jax.results import tables
 from codellm_jax.results.answers import corpus_bleu
 from codellm_jax.results.files import as_lines, lines_written
-from codellm_jax.results.statistics import sign_flips
+from codellm_jax.results.statistics import holm, sign_flips
 from codellm_jax.runtime.checkpoints import restore_parameters
 from codellm_jax.runtime.partitioning import make_mesh
 from codellm_jax.runtime.progress import read_records
@@ -122,6 +123,18 @@ def test_a_result_says_what_it_is(evaluated):
     assert set(result["accuracy_by_scoring"]) == set(evaluate.SCORINGS)
     assert {name: result[name] for name in header} == header
     assert result["settings"]["data"] == load("logic", None).sha256
+    # Of the right answers, from the candidates as they stand in the lines.
+    losses = [[-one["log_likelihood"] / one["tokens"] for one in line["candidates"]] for line in lines]
+    margins = [min(of[:line["answer"]] + of[line["answer"] + 1:]) - of[line["answer"]]
+               for of, line in zip(losses, lines, strict=True)]
+    shares = [math.exp(-of[line["answer"]]) / sum(math.exp(-loss) for loss in of)
+              for of, line in zip(losses, lines, strict=True)]
+    bits = [-line["candidates"][line["answer"]]["log_likelihood"] / math.log(2)
+            / line["candidates"][line["answer"]]["bytes"] for line in lines]
+    for name, values in (("bits_per_byte", bits), ("margin", margins), ("probability", shares)):
+        measure = result["measures"][name]
+        assert measure["value"] == pytest.approx(np.mean(values)) and measure["n"] == len(lines)
+        assert measure["interval"][0] < measure["value"] < measure["interval"][1]
 
 
 def test_a_score_at_chance_shows_what_was_scored(evaluated, capsys):
@@ -138,8 +151,8 @@ def test_a_score_at_chance_shows_what_was_scored(evaluated, capsys):
     result = dict(result, prompts_cut=0, continuations_cut=0)
     right = dict(result, value=1.0, chance_p_value=0.001)
     right.pop("raw_outputs")
-    assert len(tables.table_rows(right).splitlines()) == 1 and "not told" not in tables.table_rows(right)
-    assert len(tables.table_rows(result).splitlines()) == 4
+    assert len(tables.table_rows(right).splitlines()) == 2 and "not told" not in tables.table_rows(right)
+    assert len(tables.table_rows(result).splitlines()) == 5
 
 
 def test_a_subset_is_the_same_whoever_asks(evaluated, run_dir, tmp_path):
@@ -171,6 +184,8 @@ def test_benchmarks_are_asked_while_training(tiny_flags, tmp_path, capsys):
         (afterwards, lines), (then, lines_then) = (
             read(tmp_path / "run" / "results" / folder, task) for folder in ("", "in_training/4"))
         assert evaluations[-1][f"score/{task}_sample"] == afterwards["value"] == then["value"]
+        for measure in ("bits_per_byte", "margin", "probability"):
+            assert evaluations[-1][f"answer_{measure}/{task}_sample"] == then["measures"][measure]["value"]
         assert [line["id"] for line in lines[1:]] == [line["id"] for line in lines_then[1:]]
         for line, line_then in zip(lines[1:], lines_then[1:], strict=True):
             assert [c["log_likelihood"] for c in line["candidates"]] == pytest.approx(
@@ -431,6 +446,48 @@ def test_ties_are_compared_in_part_or_not_at_all(tmp_path):
     assert next(line for line in printed if line.startswith("logic")).split(maxsplit=2)[2] == (
         "not measured: most questions are ties, 0 in A and 12 in B")
     assert "  ties, which count 1 / k: 3 in A and 0 in B" in printed and printed[-1].endswith("for 2 tasks.")
+
+
+def test_measures_of_the_right_answer_are_compared(tmp_path):
+    """Of results without the new keys, from their lines; of two tasks, so that Holm's correction is of two."""
+    for run, skill in (("A", 0.0), ("B", 1.0)):
+        for task in ("logic", "cosqa", "mbpp"):
+            planted.write_task(tmp_path / run, task, 120, skill, "NL", settings={"scoring": "per_byte"})
+    assert "measures" not in json.loads((tmp_path / "A" / "results" / "logic.json").read_text())
+    # In one question of run B the right answer costs 2 nats more.
+    path = tmp_path / "B" / "results" / "logic.jsonl"
+    header, first, *rest = path.read_text().splitlines()
+    line = json.loads(first)
+    line["candidates"][line["answer"]]["log_likelihood"] -= 2
+    path.write_text("\n".join([header, json.dumps(line), *rest]) + "\n")
+    found = {one.task: one for one in compare(str(tmp_path / "A"), str(tmp_path / "B"))}
+    assert found["mbpp"].measures == ()
+    bits, margin, probability = found["logic"].measures
+    assert (bits.name, bits.unit, bits.n) == ("bits_per_byte", "bits per byte", 120)
+    assert (margin.unit, probability.unit) == ("nats per byte", "")
+    lines = {run: [json.loads(text) for text in (
+        tmp_path / run / "results" / "logic.jsonl").read_text().splitlines()[1:]] for run in "AB"}
+    sizes = {run: np.array([-line["candidates"][line["answer"]]["log_likelihood"] / 9 / math.log(2)
+                            for line in of_run]) for run, of_run in lines.items()}
+    assert (bits.first, bits.second) == pytest.approx((sizes["A"].mean(), sizes["B"].mean()))
+    paired = stats.ttest_rel(sizes["B"], sizes["A"])
+    assert bits.found.difference == pytest.approx(bits.second - bits.first)
+    assert bits.found.p_value == pytest.approx(paired.pvalue)
+    assert bits.found.interval == pytest.approx(tuple(paired.confidence_interval()))
+    # In a planted line the candidate that is chosen has 1 nat less than the others, which are 9 bytes each.
+    margins = {run: np.array([1 / 9 if line["correct"] else -1 / 9 for line in lines[run]]) for run in "AB"}
+    margins["B"][0] -= 2 / 9
+    assert (margin.first, margin.second) == pytest.approx((margins["A"].mean(), margins["B"].mean()))
+    for number, name in enumerate(("bits_per_byte", "margin", "probability")):
+        of_tasks = [found[task].measures[number] for task in ("logic", "cosqa")]
+        assert [of.corrected for of in of_tasks] == holm([of.found.p_value for of in of_tasks])
+        assert [of.name for of in of_tasks] == [name, name]
+    printed = table(list(found.values()), "A", "B").splitlines()
+    at = next(number for number, row in enumerate(printed) if row.startswith("logic"))
+    assert printed[at + 1].split()[:7] == ["bits", "per", "byte", "120", f"{bits.first:.3f}", f"{bits.second:.3f}",
+                                           f"{bits.found.difference:+.3f}"]
+    assert printed[at + 2].startswith("  margin, nats per byte") and printed[at + 3].startswith("  probability")
+    assert printed[-1].endswith("for 3 tasks.")
 
 
 def test_results_of_other_versions_are_not_compared(tmp_path):

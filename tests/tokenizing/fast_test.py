@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -82,6 +83,21 @@ def test_bytes_of_ids_joined_are_the_text(kind: str, facts: Any, write: Callable
         assert joined == " " * (kind == "byte_fallback" and bool(text)) + read_back(kind, text)
         assert own.byte_count(own.encode(text)) == len(joined.encode())
     assert all(table[token] == b"" for name, token in own.special_tokens if name != "<unk>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_documents_are_those_of_the_decoded_text(
+    kind: str, facts: Any, write: Callable[..., str], learned: list[str]
+) -> None:
+    own, _ = loaded(write, facts[kind])
+    for text in (*AWKWARD, *learned[:20]):
+        encoded = own.encode(text)
+        ids = np.array([own.end_of_document_id, *own.begin_ids, *encoded, own.end_of_document_id])
+        counts = own.bytes_behind(ids[:-1], ids[1:])
+        if own.end_of_document_id not in encoded:  # in "unigram" it is a piece as others are
+            assert counts.sum() == len(own.decode(encoded).encode()) and counts[-1] == 0
+        if kind == "byte_level":
+            assert counts.sum() == len(text.encode())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,6 +248,8 @@ def test_real_tokenizers_on_real_texts(name: str) -> None:
         assert ids == library.encode(text, add_special_tokens=False).ids
         whole = b"".join(table[token] for token in ids).decode()
         assert own.decode(ids) == whole == library.decode(ids, skip_special_tokens=False)
+        joined = np.array([own.end_of_document_id, *ids, own.end_of_document_id])
+        assert own.bytes_behind(joined[:-1], joined[1:]).sum() == len(whole.encode())
         lost += whole != text
         cut = len(ids) // 2
         assert own.decode(ids[:cut]).rstrip("\ufffd") + own.decode_after(ids[:cut], ids[cut:]) == whole

@@ -4,6 +4,7 @@ import io
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from codellm_jax.vocabulary import load_vocabulary
@@ -44,6 +45,8 @@ def test_texts_come_back(file: str, text: str) -> None:
     ids = own.encode(text)
     assert own.decode(ids) == text
     assert b"".join(own.bytes_of_ids()[token] for token in ids).decode() == text
+    joined = np.array([own.end_of_document_id, *ids])
+    assert own.bytes_behind(joined[:-1], joined[1:]).sum() == len(text.encode())
     context = own.encode("a row\n")
     assert own.decode_after(context, own.encode_after(context, text)) == text
     for cut in range(len(ids)):

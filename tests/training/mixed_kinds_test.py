@@ -115,6 +115,16 @@ def test_held_out_losses_are_of_what_counts(mixed, trained):
                   for rows in make_plan(mixed).mixture.validation if rows)
     assert [line["tokens"] for line in evaluated] == [counted] * 3
     assert {"loss/text.chat", "loss/code.asked", "loss/text.tiny"} <= evaluated[0].keys()
+    # Bytes of the tokens that count, one by one; a pool's are those of its sources together.
+    pieces, nats, sizes = mixed.vocabulary.bytes_of_ids(), 0.0, 0
+    for rows in make_plan(mixed).mixture.validation:
+        counts = [number & ((1 << 30) - 1) for row in rows.read(np.arange(min(8, rows.count))).tolist()
+                  for number in row[1:] if number >= 0]
+        size, loss = sum(len(pieces[token]) for token in counts), evaluated[1][f"loss/{rows.name}"] * len(counts)
+        assert evaluated[1][f"bits_per_byte/{rows.name}"] == pytest.approx(loss / np.log(2) / size)
+        if rows.name.startswith("text."):
+            nats, sizes = nats + loss, sizes + size
+    assert evaluated[1]["bits_per_byte/text"] == pytest.approx(nats / np.log(2) / sizes)
 
 
 def test_the_plan_says_what_stands_where(mixed):

@@ -133,8 +133,28 @@ def test_a_run_leaves_what_the_contract_says(make_training):
     assert [note.split(" (")[0] for note in notes] == ["text: held-out documents: 4", "code: held-out documents: 4"]
     assert all(f"WARNING: {note}" in describe(training, run.plan).splitlines() for note in notes)
     text = summary(run)
-    for words in ("held-out loss", "text.tiny", "code.tiny", "share asked"):
+    for words in ("held-out loss", "text, bits per byte", "text.tiny", "code.tiny", "share asked"):
         assert words in text
+
+
+@pytest.mark.parametrize("stage", ["pretraining", "tuning"])
+def test_bits_per_byte_are_of_the_text_that_is_held_out(make_training, stage):
+    """Nats of all counted tokens over the bytes of their text; a row may end within a character."""
+    training = make_training(stage=stage, train_steps=1, eval_period=1)
+    plan, pieces = train(training).plan, training.vocabulary.bytes_of_ids()
+    evaluated = [line for line in read_records(training.model_dir) if line["split"] == "eval"]
+    assert [line["step"] for line in evaluated] == [0, 1]
+    for source, rows in zip(plan.mixture.order.sources, plan.mixture.validation, strict=True):
+        assert rows is not None
+        tokens = size = 0
+        for row in rows.read(np.arange(min(training.eval_rows, rows.count))).tolist():
+            counted = row[1:] if stage == "pretraining" else row[max(1, row[-2]): row[-1]]
+            tokens, size = tokens + len(counted), size + len(b"".join(pieces[token] for token in counted))
+        assert 0 < size
+        for line in evaluated:
+            expected = line[f"loss/{source.name}"] * tokens / np.log(2) / size
+            assert line[f"bits_per_byte/{source.name}"] == pytest.approx(expected)
+            assert line[f"bits_per_byte/{source.pool}"] == pytest.approx(expected)  # each pool has one source
 
 
 def test_realised_shares_are_those_asked_for(make_training):
