@@ -1,4 +1,4 @@
-"""What a report begins with, for studies of every kind: run directories without checkpoints, as training writes them."""
+"""What a report begins with, for studies of every kind: run directories as training leaves them."""
 
 import csv
 import json
@@ -175,7 +175,7 @@ def test_a_sweep_is_found_behind_its_stage_and_kinds_of_code_are_none(tmp_path):
 
 
 def test_branches_stand_beside_their_trunk_where_they_end_with_it(tmp_path):
-    """A trunk to its end is the arm without mid-training; what goes on after its end is longer, and is compared apart."""
+    """A trunk to its end is the arm without mid-training; what goes on after that is longer, and is compared apart."""
     arms = {"TEXT": Arm("pretraining", 0.0)}
     for at in (50, 80):
         for share in (0.2, 0.6):
