@@ -30,7 +30,7 @@ def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
         blocks += [Heading(2, "At which stage code helps" + f", after {after}" * (number > 1)),
                    Text(f"Arms after {after}: {', '.join(group.shares)}."), *map(Notice, said)]
         first, others = ([one for one in found if one.measure.first is kind] for kind in (True, False))
-        if found:
+        if first:
             blocks += [_figure(first, number, after), _table(first, total)]
         if group.design.holes:
             blocks += [Text("These arms cannot tell:"), Items(group.design.holes)]
