@@ -54,7 +54,7 @@ def is_tree(group: Group) -> bool:
 def sentences(found: Sequence[Judged]) -> list[str]:
     """What the effects of a group come to, in words."""
     if not found:
-        return ["Nothing was measured of arms that differ in code."]
+        return ["These arms cannot tell at which stage code helps."]
     said, untold = [], []
     for name in dict.fromkeys(one.effect.name for one in found):
         own = [one for one in found if one.effect.name == name]

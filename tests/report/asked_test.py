@@ -136,6 +136,14 @@ def test_a_missing_arm_is_a_hole(tmp_path):
     assert not any("interaction" in row["effect"] for row in table(tmp_path, "effects"))
 
 
+def test_arms_with_code_everywhere_or_nowhere_tell_no_stage(tmp_path):
+    arms = {name: arm for name, arm in SQUARE.items() if name not in ("TEXT-c", "HALF-t")}
+    said, page = told(write_study(tmp_path, arms))
+    assert "After tuning: These arms cannot tell at which stage code helps." in said
+    assert "no arm has code in pretraining but not in tuning" in page
+    assert {row["after"] for row in table(tmp_path, "effects")} == {"pretraining"}
+
+
 SHARES = {0.0: (3.0, 2.0), 0.2: (3.0, 1.7), 0.5: (3.1, 1.5)}
 
 
