@@ -24,7 +24,7 @@ from codellm_jax.flags import overrides_of, parser, without
 from codellm_jax.runtime.terminal import escape_what_cannot_be_encoded, outlive_the_terminal, to_nowhere
 
 # What they do is kept in files, and goes on where nobody reads what they print.
-LASTING = ("train", "eval", "study", "cache", "report", "laws", "vocabulary", "launch", "import", "export")
+LASTING = ("train", "eval", "study", "cache", "report", "laws", "plot", "vocabulary", "launch", "import", "export")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] in (["launch"], ["cache"]) and "--" in given:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report, "laws": _laws,
+        "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
+        "plot": _plot, "laws": _laws,
         "explain": _explain, "contamination": _contamination, "cache": _cache,
         "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
@@ -235,6 +236,13 @@ def _laws(flags: argparse.Namespace) -> int:
     from codellm_jax.report.law_files import laws
 
     print(laws(flags.directory, flags.objective, flags.size, flags.tokens, flags.predict))
+    return 0
+
+
+def _plot(flags: argparse.Namespace) -> int:
+    from codellm_jax.report.curves import plot
+
+    print(plot(flags.runs, flags.output, flags.against))
     return 0
 
 

@@ -82,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
                                    description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
     report.add_argument("directory", metavar="DIR")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    plot = subparsers.add_parser(
+        "plot", help="a figure of the losses of runs", allow_abbrev=False,
+        description="Draws training and held-out losses of runs, each branch behind its trunk.")
+    plot.add_argument("runs", metavar="RUN", nargs="+", help="a run directory")
+    plot.add_argument("--output", metavar="FILE", help="ends in .png or .svg (default: RUN/losses.png of one run, else "
+                      "losses.png)")
+    plot.add_argument("--against", choices=("steps", "tokens"), default="steps")
+    plot.add_argument("--debug", action="store_true", help="show the traceback of an error")
     laws = subparsers.add_parser(
         "laws", help="which share is best: laws of a sweep's losses", allow_abbrev=False,
         description="Fits laws of held-out losses to a sweep of shares and tells the best share with its interval, or "

@@ -10,12 +10,11 @@ from codellm_jax.report import plots
 from codellm_jax.report.pages import Block, Figure, Heading, Items, Table, Text
 from codellm_jax.report.runs import Run, Stage
 from codellm_jax.report.sections import Rows, Section
-from codellm_jax.report.study import Study, code_rate, pretraining_tokens
+from codellm_jax.report.study import Study, pretraining_tokens
 from codellm_jax.results.answers import METRICS, is_measured, metrics_of, ties_of
 
 STAGES = {"pretraining": "pre-training", "tuning": "tuning"}
 POOLS = ("text", "code")
-FEWEST_RATES = 3  # of a sweep
 IDS_SHOWN = 20
 SHORT = 12  # characters of a hash
 RESULT_COLUMNS = ("run", "task", "sample", "n", "ties", "measured", "data", "questions", "template", "few_shot",
@@ -25,7 +24,7 @@ HASH = 40
 
 
 def score_plots(study: Study) -> Section:
-    """Scores by arm, and against the rate of code where rates were swept."""
+    """Scores by arm."""
     panels = []
     for task in study.tasks:
         for metric in study.metrics(task):
@@ -40,36 +39,7 @@ def score_plots(study: Study) -> Section:
     blocks += plots.scores(
         "scores", "Scores by arm, in per cent, with 95% intervals. The dotted line is chance, the other always the "
         "commonest answer: a score whose interval reaches one is not told from it.", panels)
-    for stage, points_of in _sweeps(study).items():
-        swept = []
-        for task in study.tasks:
-            for metric in study.metrics(task):
-                at = [(rate, study.estimate(label, task, metric)) for rate, label in points_of]
-                points_at = [(rate, 100 * one.value, one.interval and plots.Interval(
-                    *(100 * bound for bound in one.interval))) for rate, one in at if one]
-                if len(points_at) >= FEWEST_RATES:
-                    swept.append(plots.SweepPanel(_title(study, task, metric), points_at, *_levels(study, task)))
-        if swept:
-            arms = ", ".join(f"{label} at {rate:g}" for rate, label in points_of)
-            blocks += [Heading(3, f"Scores against the rate of code in {STAGES[stage]}"),
-                       plots.sweep(f"sweep_{stage}", f"Scores in per cent against the share of code in "
-                                   f"{STAGES[stage]}, with 95% intervals: {arms}.", swept)]
     return Section(blocks, [])
-
-
-def _sweeps(study: Study) -> dict[str, list[tuple[float, str]]]:
-    """For each stage whose runs have several constant rates, from the same kind of run, these with their arms."""
-    found: dict[tuple[str, str], dict[float, str]] = {}
-    for label, runs in study.arms.items():
-        rate = code_rate(runs[0])
-        if rate is not None:
-            before = runs[0].arm[:-1] if runs[0].stage == "tuning" else ""  # the letters of what it started from
-            found.setdefault((runs[0].stage, before), {}).setdefault(rate, label)
-    best: dict[str, list[tuple[float, str]]] = {}
-    for (stage, _), rates in found.items():
-        if len(rates) >= FEWEST_RATES and len(rates) > len(best.get(stage, [])):
-            best[stage] = sorted(rates.items())
-    return best
 
 
 def losses(study: Study) -> Section:
@@ -98,21 +68,25 @@ def losses(study: Study) -> Section:
             "off, it is in the first tenth of training.", panels, list(study.arms)))
     rows = []
     for label, runs in study.arms.items():
-        ends = {pool: [of_run[-1].values[-1] for run in runs if (of_run := [
-            curve for curve in curves.get(run.stage, {}).get(pool, [])
-            if (curve.arm, curve.seed) == (run.label, run.seed)])] for pool in POOLS}
-        if any(ends.values()):
-            rows.append([label, STAGES[runs[0].stage], f"{len(runs)}",
-                         *(_mean_and_spread(ends[pool]) for pool in POOLS)])
+        held_out, training = ([line for run in runs if (lines := [
+            line for line in run.records if line["split"] == split])
+            for line in lines[-1:]] for split in ("eval", "train"))
+        cells = [*(_end(held_out, pool) for pool in POOLS),
+                 _mean_and_spread([line["loss"] for line in training if line.get("loss") is not None])]
+        if set(cells) != {"-"}:
+            rows.append([label, STAGES[runs[0].stage], f"{len(runs)}", *cells])
     warned: dict[str, list[str]] = {}
     for run in study.runs:
         for note in (run.provenance or {}).get("notes", ()):
             warned.setdefault(note, []).append(f"`{run.name}`")
     notes = [Items([f"{', '.join(names)}: {note}" for note, names in warned.items()])] if warned else []
     if not rows:
-        return Section([*blocks, Text("No run has recorded a loss on held-out rows."), *notes], [])
-    blocks.append(Table("At the end of each arm's runs: the mean over seeds, and the standard deviation between them",
-                        ("Arm", "Stage", "Seeds", "Text", "Code"), rows, words=(1,)))
+        return Section([*blocks, Text("No run has recorded a loss."), *notes], [])
+    shown = [place for place in range(6) if any(row[place] != "-" for row in rows)]
+    blocks.append(Table("At the end of each arm's runs, in nats a token: the mean over seeds, and the standard "
+                        "deviation between them; perplexity is that of the mean",
+                        [("Arm", "Stage", "Seeds", "Held-out text", "Held-out code", "Training")[n] for n in shown],
+                        [[row[n] for n in shown] for row in rows], words=(1,)))
     columns = ("run", "arm", "seed", "stage", "pool", "step", "tokens", "loss")
     return Section([*blocks, *notes], [("losses", columns, numbers)])
 
@@ -318,6 +292,16 @@ def _levels(study: Study, task: str) -> tuple[float | None, float | None]:
 
 def _sampling(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in (settings.get("sampling") or {}).items())
+
+
+def _end(lines: Sequence[Mapping[str, Any]], pool: str) -> str:
+    """The held-out loss of a pool at the end of an arm's runs, its perplexity, and bits per byte where known."""
+    losses, bits = ([line[f"{name}/{pool}"] for line in lines if line.get(f"{name}/{pool}") is not None]
+                    for name in ("loss", "bits_per_byte"))
+    if not losses:
+        return "-"
+    return f"{_mean_and_spread(losses)}\nperplexity {np.exp(np.mean(losses)):.4g}" + (
+        f"\n{np.mean(bits):.4f} bits per byte" if len(bits) == len(losses) else "")
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:

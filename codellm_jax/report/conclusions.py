@@ -92,6 +92,13 @@ def judge(study: Study) -> list[tuple[Conclusion, str, list[Judged]]]:
             for conclusion, each in zip(CONCLUSIONS, judged, strict=True)]
 
 
+def has_papers_arms(study: Study) -> bool:
+    """Whether the arms of any contrast are there, and were asked something."""
+    asked = {label for label, runs in study.arms.items() if any(run.results for run in runs)}
+    return any({study.find(*planned.first), study.find(*planned.second)} <= asked
+               for conclusion in CONCLUSIONS for planned in conclusion.contrasts)
+
+
 def overall(verdicts: Sequence[str]) -> str:
     """A conclusion's verdict from those of its contrasts."""
     if CONTRADICTED in verdicts:

@@ -63,12 +63,32 @@ class Panel(NamedTuple):
 
 
 class SweepPanel(NamedTuple):
-    """The scores of one task against the rate of code: (rate, value, interval), in per cent but for the rate."""
+    """One measure against the share of code: (share, value, interval), in its unit."""
 
     title: str
+    unit: str
     points: Sequence[tuple[float, float, Interval | None]]
-    chance: float | None
-    majority: float | None
+    chance: float | None = None
+    majority: float | None = None
+
+
+class EffectsPanel(NamedTuple):
+    """Effects on measures of one unit; each measure is a row, and each effect has a point in it or None."""
+
+    unit: str
+    rows: Sequence[str]
+    effects: Mapping[str, Sequence[tuple[float, Interval | None] | None]]
+
+
+class Line(NamedTuple):
+    """The losses of one run: (x, loss) of itself, and of what it branches from up to there."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    trunk: Sequence[tuple[float, float]] = ()
+
+    def scaled(self, scale: float) -> "Line":
+        return Line(self.name, *([(x / scale, loss) for x, loss in part] for part in (self.points, self.trunk)))
 
 
 class LawPanel(NamedTuple):
@@ -178,28 +198,90 @@ def _scores(
 
 
 def sweep(name: str, caption: str, panels: Sequence[SweepPanel]) -> Figure:
-    """A panel for each task: the score against the rate of code."""
+    """A panel for each measure against the share of code."""
     plt = _pyplot()
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, 0.7 + 1.9 * lines), squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
-        rates, values = [point[0] for point in panel.points], [point[1] for point in panel.points]
-        for rate, value, interval in panel.points:
+        shares, values = [point[0] for point in panel.points], [point[1] for point in panel.points]
+        for share, value, interval in panel.points:
             low, high = interval or (value, value)
-            axis.plot([rate, rate], [low, high], color=COLOURS[0], linewidth=1.5)
-        axis.plot(rates, values, color=COLOURS[0], marker="o", markerfacecolor="white")
+            axis.plot([share, share], [low, high], color=COLOURS[0], linewidth=1.5)
+        axis.plot(shares, values, color=COLOURS[0], marker="o", markerfacecolor="white")
         _levels(axis.axhline, panel.chance, panel.majority)
-        axis.set_title(panel.title, loc="left")
-        axis.set_xlim(-0.03, max(rates) + 0.03)
+        axis.set_title(panel.title, loc="left", fontsize=8.5)
+        axis.set_ylabel(panel.unit)
+        axis.set_xlim(-0.03, max(shares) + 0.03)
     for place, axis in enumerate(axes.flat):
         axis.set_visible(place < len(panels))
         if place + columns >= len(panels):
-            axis.set_xlabel("Rate of code")
-        if place % columns == 0:
-            axis.set_ylabel("Per cent")
+            axis.set_xlabel("Share of code")
     _legend_of_levels(figure, panels)
     return _saved(plt, figure, name, caption)
+
+
+def effects(name: str, caption: str, panels: Sequence[EffectsPanel]) -> Figure:
+    """A point and an interval for each effect on each measure, a panel for each unit."""
+    plt = _pyplot()
+    names = list(dict.fromkeys(effect for panel in panels for effect in panel.effects))
+    heights = [0.35 + len(panel.rows) * (0.14 + 0.13 * len(names)) for panel in panels]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 0.5 + 0.25 * len(names) / 2 + sum(heights) + 0.35 * len(
+        panels)), squeeze=False, height_ratios=heights)
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        axis.axvline(0.0, color=COLOURS[6], linewidth=0.9, zorder=1)
+        for number, effect in enumerate(names):
+            style = _style(number)
+            for row, point in enumerate(panel.effects.get(effect, ())):
+                if point is not None:
+                    value, interval = point
+                    at = row + (number - (len(names) - 1) / 2) * 0.8 / len(names)
+                    axis.plot(interval or (value, value), [at, at], color=style["color"], linewidth=1.6)
+                    axis.plot(value, at, linestyle="none", marker=style["marker"], color=style["color"], markersize=5,
+                              markerfacecolor=style["color"] if interval else "white", markeredgecolor=style["color"])
+        for row in range(1, len(panel.rows)):
+            axis.axhline(row - 0.5, color="#e3e3e3", linewidth=0.7)
+        axis.grid(axis="y", visible=False)
+        axis.set_yticks(range(len(panel.rows)), panel.rows)
+        axis.set_ylim(len(panel.rows) - 0.5, -0.5)
+        axis.set_xlabel(f"Effect, {panel.unit}")
+    from matplotlib.lines import Line2D
+
+    figure.legend([Line2D([], [], color=_style(number)["color"], marker=_style(number)["marker"])
+                   for number in range(len(names))], names, loc="outside upper left", ncols=2, frameon=False)
+    return _saved(plt, figure, name, caption)
+
+
+def runs(panels: Mapping[str, Sequence[Line]], against: str) -> Figure:
+    """Losses of runs against "steps" or "tokens", a panel for each kind of loss; dotted lines are of the trunk, before
+    a run branches from it.
+    """
+    plt = _pyplot()
+    scale, unit = _tokens_unit(max(x for lines in panels.values() for line in lines for x, _ in [
+        *line.trunk, *line.points])) if against == "tokens" else (1.0, "")
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 0.6, 3.9), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for place, line in enumerate([line.scaled(scale) for line in lines]):
+            style = _style(place)
+            if line.trunk:  # to its branch
+                axis.plot(*zip(*line.trunk, *line.points[:1], strict=True), color=style["color"], linestyle=LINES[4],
+                          linewidth=1.1)
+            if line.points:
+                axis.plot(*zip(*line.points, strict=True), **style, markerfacecolor="white", label=line.name,
+                          markevery=max(1, len(line.points) // 6))
+        whole = [[*line.trunk, *line.points] for line in lines]
+        late = [loss for points in whole for _, loss in points[len(points) // 10:]]
+        margin = 0.05 * (max(late) - min(late) or 1)
+        axis.set_ylim(min(late) - margin, max(late) + margin)
+        axis.set(title=title, xlabel=f"Tokens trained on{unit}" if against == "tokens" else "Step",
+                 ylabel="Loss, nats a token")
+        axis.set_xlim(left=0)
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)),
+                  frameon=False)
+    return _saved(plt, figure, "losses", "")
 
 
 def _levels(draw: Any, chance: float | None, majority: float | None) -> None:

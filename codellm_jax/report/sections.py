@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from codellm_jax.report.conclusions import LEVEL, RULES, judge
 from codellm_jax.report.pages import Block, Heading, Items, Notice, Table, Text
 from codellm_jax.report.paper import QUESTIONS, TABLE_3, TABLES, Column, PaperTable, Row, paper_interval
-from codellm_jax.report.study import MIXES, Study
+from codellm_jax.report.study import MIXES, PAPER_ARMS, Study
 from codellm_jax.results.answers import METRICS, TESTS, Compared, Estimate
 from codellm_jax.results.statistics import Interval, holm
 
@@ -32,19 +32,20 @@ DIFFERENCE_COLUMNS = ("first", "second", "task", "metric", "first_seeds", "secon
 
 
 NOT_MEASURED = "not measured: ties"
-PAPER_ARMS = ("NL", "CODE", "NN", "NC", "CN", "CC")
 
 
 def opening(study: Study) -> list[Block]:
     """What must be known first, and what there is."""
     blocks: list[Block] = []
     if warning := study.warning():
-        blocks.append(Notice(f"{warning} What follows shows that the machinery works, and nothing else."))
+        blocks.append(Notice(f"{warning} " + (
+            "What scores follow show that the machinery works, and nothing else." if study.tasks else
+            "Losses are those of such models, and say nothing of others.")))
     counts = [f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})" for label, runs in study.arms.items()]
-    longer = any(runs[0].arm not in PAPER_ARMS for runs in study.arms.values())
-    blocks.append(Text(f"Arms: {', '.join(counts)}. N is natural language alone and C is with code; the first letter "
-                       "stands for pre-training, the second for tuning, and NL and CODE are pre-trained only."
-                       + " Other arms are none of the paper's: the stages of each are in the table of mixes." * longer))
+    named = any(label.partition("-")[0] in PAPER_ARMS for label in study.arms)
+    names = (" N is natural language alone and C is with code; the first letter stands for pre-training, the second "
+             "for tuning, and NL and CODE are pre-trained only.") * named
+    blocks.append(Text(f"Arms: {', '.join(counts)}.{names} The stages of each are in the table of mixes."))
     matched = {"compute-matched": "compute-matched: all arms are trained on equally many tokens, and code takes the "
                                   "place of text",
                "data-matched": "data-matched: all arms see the same text, and code comes on top of it, so that arms "
@@ -52,6 +53,8 @@ def opening(study: Study) -> list[Block]:
     blocks.append(Text(f"The comparison is {matched.get(study.comparison or '', study.comparison)}."
                        if study.comparison else "Nothing here says whether arms are matched in compute or in data: "
                        "compare the tokens that each was trained on, in the table of provenance."))
+    if unfinished := [f"`{run.name}`" for run in study.runs if (run.provenance or {}).get("finished") is False]:
+        blocks.append(Text(f"Not trained to its end, and in no effect and no sweep: {', '.join(unfinished)}."))
     if study.pending:
         blocks.append(Text(f"Planned and without results yet: {', '.join(f'`{name}`' for name in study.pending)}."))
     return blocks
@@ -86,6 +89,8 @@ def paper_tables(study: Study) -> Section:
     tables: list[tuple[str, Sequence[str], Rows]] = []
     for table in TABLES:
         made, rows = _paper_table(study, table)
+        if all(row[5] is None for row in rows):
+            continue  # none of ours stands in it
         blocks += [Heading(3, f"Table {table.number}: {table.title}"), made]
         tables.append((f"table_{table.number}", PAPER_COLUMNS, rows))
     return Section(blocks, tables)

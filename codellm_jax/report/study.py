@@ -17,7 +17,10 @@ FEWEST_TOKENS = 1_000_000_000
 UNKNOWN = "the size or training"
 TASKS = ("logic", "jecqa", "scienceqa", "ekar", "cosqa", "mbpp", "scienceqa_cot", "ekar_cot", "c3", "ocnli", "cmnli",
          "dureader")  # in the paper's order; others follow
-PAPER_RATE = 1 / 3  # of code in the paper's pre-training: 50 GB beside 100 GB of text
+PAPER_ARMS = ("NL", "CODE", "NN", "NC", "CN", "CC")
+# The paper's shares of code: in pre-training 50 GB beside 100 GB of text, in tuning 150,000 examples of 400,000.
+PAPER_RATES = {"pretraining": 1 / 3, "tuning": 3 / 8}
+SAME_RATE = 0.02
 MIXES = ("decrease", "uniform", "increase")  # the paper's tables without a mix have the first of them
 
 
@@ -50,14 +53,14 @@ class Study:
                       key=lambda task: (ranks.get(task, len(ranks)), task))
 
     def find(self, arm: str, mix: str | None = None) -> str | None:
-        """The label of one of the paper's arms: the label that is its name, else of its mixes the first of MIXES, of
-        its rates the nearest to the paper's, else the first; None where there is none. With a mix, of that mix alone.
+        """The label of one of the paper's arms: the label that is its name, else of its mixes the first of MIXES, else
+        the first; None where there is none. With a mix, of that mix alone.
         """
-        labels = [label for label, runs in self.arms.items() if runs[0].arm == arm and mix in (None, runs[0].mix)]
+        labels = [label for label, runs in self.arms.items()
+                  if runs[0].arm == arm and mix in (None, runs[0].mix) and is_papers(runs[0])]
         ranks = {mix: rank for rank, mix in enumerate(MIXES)}
         return min(labels, key=lambda label: (
-            label != arm, ranks.get(self.arms[label][0].mix or "", len(MIXES)),
-            abs((code_rate(self.arms[label][0]) or 0.0) - PAPER_RATE)), default=None)
+            label != arm, ranks.get(self.arms[label][0].mix or "", len(MIXES))), default=None)
 
     def is_sample(self, task: str) -> bool:
         return bool(self.result(task).result["sample"])
@@ -160,6 +163,17 @@ class Study:
     def _kept(self, task: str, clean: bool) -> np.ndarray:
         ids, gone = self.result(task).ids, self.overlapping(task) if clean else frozenset()
         return np.array([id_ not in gone for id_ in ids])
+
+
+def is_papers(run: Run) -> bool:
+    """Whether an arm is one of the paper's: pre-training, tuning behind it or none, and the paper's shares of code
+    where it has some. One that its study calls by the paper's name, and whose ledger agrees, may have other shares.
+    """
+    if run.arm not in PAPER_ARMS or [stage.name for stage in run.stages] not in (
+            [], ["pretraining"], ["pretraining", "tuning"]):
+        return False
+    return run.label in (run.arm, f"{run.arm}-{run.mix}") or all(
+        not stage.code or abs(stage.code - PAPER_RATES[stage.name]) < SAME_RATE for stage in run.stages)
 
 
 def code_rate(run: Run) -> float | None:

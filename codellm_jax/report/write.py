@@ -1,9 +1,9 @@
-"""The report of a study: the paper's tables with ours beside, and what may be concluded, from the files of its runs.
+"""The report of a study: what it asks, answered first, then all that there is, from the files of its runs.
 
     t5x report studies/first
 
-DIR holds study.json and runs/NAME, or is any folder of evaluated run directories. What is written, all of it at the
-end, into DIR/report:
+DIR holds study.json and runs/NAME, or is any folder of run directories; of those without results the losses are told.
+What is written, all of it at the end, into DIR/report:
 
   report.html       one page that needs nothing else
   report.md         the same as Markdown, with its plots beside it
@@ -24,8 +24,8 @@ from etils import epath
 
 from codellm_jax.mixture.ledger import arm, rows_of_code, stages_of
 from codellm_jax.mixture.schedules import Schedule, constant, phases
-from codellm_jax.report import background, plots, sections
-from codellm_jax.report.conclusions import judge
+from codellm_jax.report import asked, background, effects_page, plots, sections, sweep_page
+from codellm_jax.report.conclusions import has_papers_arms, judge
 from codellm_jax.report.pages import Figure, comma_separated, markdown, page
 from codellm_jax.report.runs import (
     Run,
@@ -46,13 +46,14 @@ from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import StatusLine, read_records
 
 Told = Callable[[str], None]
+OF_LAWS = ("laws.svg", "laws.png", "ratios.csv", "metrics.csv", "predictions.csv")  # that `t5x laws` writes beside
 
 
 def report(directory: str, say: Told = print) -> str:
     """Writes DIR/report; returns what it came to, as lines of text.
 
     Raises:
-      FileNotFoundError: there is no such directory, or no run in it has results.
+      FileNotFoundError: there is no such directory, or no run in it has results or losses.
       ValueError: in one line; results that must not stand in one table, or files that are not what they should be.
     """
     folder = epath.Path(directory).expanduser()
@@ -62,13 +63,22 @@ def report(directory: str, say: Told = print) -> str:
     require_same_measurement(study.runs)
     results = sum(len(run.results) for run in study.runs)
     say(f"{len(study.runs)} runs of {len(study.arms)} arms, {results} results.")
+    compared = asked.groups(study)
+    effects, words = effects_page.effects(compared)
+    swept, of_sweeps = sweep_page.sweeps(compared)
     parts: dict[str, Callable[[Study], sections.Section]] = {
-        "conclusions": sections.conclusions, "the paper's tables": sections.paper_tables,
-        "plots of scores": background.score_plots, "differences between arms": sections.differences,
-        "all scores": sections.scores, "held-out loss": background.losses,
-        "mix of text and code": lambda study: background.mixes(study, mix_figure(study)),
-        "contamination": background.contamination, "what was asked": background.asked,
-        "provenance": background.provenance}
+        "effects of stages": lambda study: effects, "sweeps": lambda study: swept,
+        "held-out loss": background.losses}
+    if study.tasks:
+        parts |= {"plots of scores": background.score_plots, "differences between arms": sections.differences,
+                  "all scores": sections.scores}
+    papers = has_papers_arms(study)
+    if papers:
+        parts |= {"conclusions": sections.conclusions, "the paper's tables": sections.paper_tables}
+    parts["mix of text and code"] = lambda study: background.mixes(study, mix_figure(study))
+    if study.tasks:
+        parts |= {"contamination": background.contamination, "what was asked": background.asked}
+    parts["provenance"] = background.provenance
     status, made = StatusLine(0, len(parts), active=True, unit="section"), []
     for number, (name, make) in enumerate(parts.items()):
         status.show(number, name)
@@ -76,7 +86,9 @@ def report(directory: str, say: Told = print) -> str:
     status.close()
     blocks = [*sections.opening(study), *(block for section in made for block in section.blocks)]
     title = f"Report of {study.name}"
-    tables = [*(table for section in made for table in section.tables), sections.questions(study)]
+    tables = [table for section in made for table in section.tables]
+    if study.tasks:
+        tables.append(sections.questions(study))
     files: dict[str, str | bytes] = {f"{name}.csv": comma_separated(columns, rows) for name, columns, rows in tables}
     for block in blocks:
         if isinstance(block, Figure):
@@ -85,7 +97,9 @@ def report(directory: str, say: Told = print) -> str:
     write(folder / "report", files)
     return "\n".join([
         *filter(None, [study.warning()]),
-        *(f"{conclusion.number}. {conclusion.claim} {verdict.upper()}" for conclusion, verdict, _ in judge(study)),
+        *words, *of_sweeps,
+        *(f"{conclusion.number}. {conclusion.claim} {verdict.upper()}"
+          for conclusion, verdict, _ in (judge(study) if papers else ())),
         f"The report: {folder / 'report' / 'report.html'}"])
 
 
@@ -98,7 +112,7 @@ def write(folder: epath.Path, files: Mapping[str, str | bytes]) -> None:
         else:
             (folder / name).write_bytes(content)
     for path in files_of(folder, ".csv", ".png", ".svg"):
-        if path.name not in files:
+        if path.name not in (*files, *OF_LAWS):
             path.unlink()
 
 
@@ -106,7 +120,7 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
     """A study's directory, or any folder of run directories, as a report needs it.
 
     Raises:
-      FileNotFoundError: there is no such directory, or no run in it has results.
+      FileNotFoundError: there is no such directory, or no run in it has results or losses.
       ValueError: files that are not what they should be.
     """
     if not folder.is_dir():
@@ -114,7 +128,8 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
     plan = read_json(folder / "study.json")
     if plan is None:
         below = folder / "runs" if (folder / "runs").is_dir() else folder
-        entries = [{"run": path.name} for path in sorted(below.iterdir()) if (path / "results").is_dir()]
+        entries = [{"run": path.name} for path in sorted(below.iterdir())
+                   if (path / "results").is_dir() or (path / "metrics.jsonl").exists()]
     else:
         below = folder / "runs"
         listed = plan.get("runs") if isinstance(plan, dict) else None
@@ -125,13 +140,12 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
     names = {str(entry["run"]): str(entry["stage"]) for entry in entries if entry.get("stage")}
     for entry in entries:
         run = read_run(below / str(entry["run"]), entry, names, say)
-        if run.results:
+        if run.results or run.records:
             runs.append(run)
         else:
             pending.append(run.name)
     if not runs:
-        raise FileNotFoundError(f"No run in {below} has results: evaluate some, as t5x eval --gin_file=gin/eval.gin "
-                                "--gin.CHECKPOINT_PATH=RUN does.")
+        raise FileNotFoundError(f"No run in {below} has results or losses: train some, or name another folder.")
     if plan is None:
         runs = list(_labelled(runs))
     return Study(folder.name, runs, pending, (plan or {}).get("comparison"), read_contamination(folder))
@@ -143,19 +157,20 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str
     """
     results = read_results(path, path.name)
     record: Mapping[str, Any] = {}
-    step = None
-    if results:
+    step, records, provenance = None, read_records(str(path)), read_json(path / "provenance.json")
+    if results or records:
         try:
             step, record = newest_record(str(path))
         except (FileNotFoundError, ValueError) as error:
-            say(f"WARNING: {path.name}: {error}")
-    settings, ledger = resolve(record.get("settings", {})), record.get("ledger", {})
+            if results or not (provenance or {}).get("ledger"):
+                say(f"WARNING: {path.name}: {error}")
+    settings = resolve(record.get("settings", {}))
+    ledger = record.get("ledger") or (provenance or {}).get("ledger") or {}
     label, seed = name_and_seed(path.name)
     told = [result.result["checkpoint"].get("arm") for result in results.values()]
     letters = arm(ledger) if ledger else str((told or [entry.get("arm")])[0])
     stage = ledger.get("stage") or entry.get("kind") or entry.get("stage") or (
         "pretraining" if letters.endswith(("NL", "CODE")) else "tuning")
-    provenance = read_json(path / "provenance.json")
     for known in (entry.get("seed"), seed, _number(settings.get("train.seed")), (provenance or {}).get("seed")):
         if known is not None:
             seed = int(known)
@@ -165,7 +180,7 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str
     return Run(path.name, label, letters, _mix(stage, letters, entry.get("mix"), settings), seed, stage,
                entry.get("from") or _parent(ledger), settings, ledger,
                _parameters(record) or (provenance or {}).get("parameters"), step, results, provenance,
-               read_records(str(path)) if results else [], list(_stages(ledger, path.name, names)))
+               records, list(_stages(ledger, path.name, names)))
 
 
 def _stages(ledger: Mapping[str, Any], own: str, names: Mapping[str, str]) -> Iterator[Stage]:

@@ -234,8 +234,8 @@ def _ask(processes: Commands, request: Mapping[str, Any], answer: str) -> None:
 
 def _report(processes: Commands, chosen: Sequence[Planned], asked: Study, leases: Leases) -> list[str]:
     """STUDY_DIR/report, of what there is; a line where that failed."""
-    if not any(one.tasks and standing(one, {}, None).evaluated for one in chosen):
-        return []  # each of the failures that are told says why, or no benchmark is asked
+    if not any(standing(one, {}, None).evaluated for one in chosen):  # without benchmarks: trained
+        return []  # each of the failures that are told says why
     with leases.held("report", processes.kill) as lease:
         if lease is None:
             processes.report("Another worker writes the report.")

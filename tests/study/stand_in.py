@@ -3,6 +3,7 @@
     python stand_in.py study FLAGS...    `t5x study`, whose commands are those below
     python -m stand_in train FLAGS...    the lock, steps, a checkpoint at every fifth, and the files that tell of them
     python -m stand_in eval FLAGS...     nothing is asked
+    python -m stand_in report DIR        nothing is written
 
 Every step and every end is a line of STUDY_DIR/log: run, step, process. A loss is a hash of all that the run and what
 it starts from were trained on, so that a run that is resumed amiss, or trained from an unfinished one, has another.
@@ -95,4 +96,4 @@ def worker() -> None:
 
 
 if __name__ == "__main__":
-    {"train": train, "study": worker, "eval": lambda: None}[sys.argv[1]]()
+    {"train": train, "study": worker, "eval": lambda: None, "report": lambda: None}[sys.argv[1]]()

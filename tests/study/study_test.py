@@ -325,6 +325,7 @@ def test_without_benchmarks_a_study_gives_losses(study_flags, tmp_path, capsys):
     last = [line for line in records if line["split"] == "eval"][-1]
     assert row.split()[1:] == ["4", f"{last['loss/text']:.4f}", f"{last['loss/code']:.4f}"]
     assert not (tmp_path / "runs" / "NL.seed0" / "results").exists()
+    assert "perplexity" in (tmp_path / "report" / "report.md").read_text()
     assert cli.main([*flags, "--print_commands"]) == 0
     assert "t5x eval" not in capsys.readouterr().out
     assert cli.main(flags) == 0 and "[1/1] NL.seed0: done before" in capsys.readouterr().out

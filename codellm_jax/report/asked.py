@@ -1,0 +1,307 @@
+"""What a study asks, told from its arms: which of them may be compared, sweeps of a share, and trees of stages.
+
+Arms are compared after the same stages. An arm that goes without a stage stands beside those that have it where both
+were trained on as many tokens of documents: a trunk to its end, and what branched from it to the same end.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from codellm_jax.mixture.ledger import rows_of_code, stages_of
+from codellm_jax.report.effects import Design, Level, Sample, design_of
+from codellm_jax.report.runs import Run, of_an_arm
+from codellm_jax.report.study import Study, code_rate
+from codellm_jax.results import measures
+from codellm_jax.results.answers import METRICS, linear, metrics_of, score_of, values_of
+
+POOLS = ("text", "code")
+FEWEST_SHARES = 3  # of a sweep
+SAME_LENGTH = 0.02  # of all tokens of documents
+SAME_SHARE = 0.01  # a share that is asked is told instead of the one that was drawn, where they are this close
+OF_THE_MIX = ("mixture.code_rate", "mixture.mix_phases", "mixture.stage")
+ABSENT = "without the stage"
+TITLES = {"bits_per_byte": "bits per byte of the right answer"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed as the object it is
+class Measure:
+    """What is told of each arm of a group.
+
+    Attributes:
+      title: for a person.
+      unit: of what is shown, "points" of 100 for fractions.
+      better: "higher" or "lower".
+      task: the benchmark; None for held-out losses.
+      metric: of the benchmark, or the pool of a loss.
+      scale: from values to what is shown.
+      first: whether it belongs into the first table.
+      samples: of each arm and seed.
+    """
+
+    title: str
+    unit: str
+    better: str
+    task: str | None
+    metric: str
+    scale: float
+    first: bool
+    samples: Mapping[str, Mapping[int | None, Sample]]
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """The arms that have it."""
+        return frozenset(label for label, of_arm in self.samples.items() if of_arm)
+
+
+class Sweep(NamedTuple):
+    """Arms that differ in the share of code at one stage alone, by share."""
+
+    stage: str
+    arms: Sequence[tuple[float, str]]
+
+
+Facts = dict[str, str]  # what tells arms apart at a stage besides the share; what an arm cannot have is not there
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Arms that may be compared.
+
+    Attributes:
+      stages: all that any of them went through, in order.
+      shares: of each arm, of code at each stage; None where it goes without the stage.
+      facts: of each arm and stage.
+      tokens: of each arm, of documents that the loss counted, in all stages.
+    """
+
+    study: Study
+    stages: Sequence[str]
+    shares: Mapping[str, Sequence[float | None]]
+    facts: Mapping[str, Sequence[Facts]]
+    tokens: Mapping[str, int]
+
+    @functools.cached_property
+    def levels(self) -> dict[str, list[Level]]:
+        """Of each arm; facts are told where arms differ in them."""
+        found: dict[str, list[Level]] = {label: [] for label in self.shares}
+        for k in range(len(self.stages)):
+            present = [facts[k] for label, facts in self.facts.items() if self.shares[label][k] is not None]
+            differing = [name for name in dict.fromkeys(name for facts in present for name in facts)
+                         if len({facts[name] for facts in present if name in facts}) > 1]
+            for label, shares in self.shares.items():
+                own = self.facts[label][k]
+                other = ABSENT if shares[k] is None else "; ".join(
+                    f"{name} {own[name]}" for name in differing if name in own)
+                found[label].append(Level(shares[k] or 0.0, other))
+        return found
+
+    @functools.cached_property
+    def design(self) -> Design:
+        return self.design_of(frozenset(self.shares))
+
+    @functools.cache  # noqa: B019  # as long as the study
+    def design_of(self, labels: frozenset[str]) -> Design:
+        """What some of the arms can tell, such as those that were asked a benchmark."""
+        return design_of(self.stages, {label: levels for label, levels in self.levels.items() if label in labels})
+
+    @functools.cached_property
+    def sweeps(self) -> list[Sweep]:
+        found: dict[frozenset[str], Sweep] = {}
+        for k, stage in enumerate(self.stages):
+            for base, of_base in self.shares.items():
+                if not 0 < (of_base[k] or 0.0) < 1:
+                    continue  # without code, or without text, it does not say which
+                members: dict[float, str] = {}
+                for label, shares in self.shares.items():
+                    if self._alike(base, label, k):
+                        members.setdefault(shares[k] or 0.0, label)
+                if len(members) >= FEWEST_SHARES:
+                    found.setdefault(frozenset(members.values()), Sweep(stage, sorted(members.items())))
+        return [sweep for arms, sweep in found.items() if not any(arms < others for others in found)]
+
+    def _alike(self, one: str, other: str, k: int) -> bool:
+        """Whether two arms differ in nothing but the share at a stage."""
+        for j, (first, second) in enumerate(zip(self.facts[one], self.facts[other], strict=True)):
+            if j != k and self.shares[one][j] != self.shares[other][j]:
+                return False
+            if any(first[name] != second[name] for name in first.keys() & second.keys()):
+                return False
+        return True
+
+    @functools.cached_property
+    def roots(self) -> dict[str, dict[int | None, str]]:
+        return {label: {run.seed: _root(run, self.study) for run in _finished(self.study, label)}
+                for label in self.shares}
+
+    @functools.cached_property
+    def measures(self) -> list[Measure]:
+        """Held-out losses first, then benchmarks, without questions that overlap with what was trained on."""
+        runs = {label: _finished(self.study, label) for label in self.shares}
+        return [*_losses(runs), *(measure for task in self.study.tasks for measure in _of_task(self.study, runs, task))]
+
+
+def groups(study: Study) -> list[Group]:
+    """The arms that may be compared, those with most stages first; arms that stand alone, or of which no run is trained
+    to its end, are in none.
+    """
+    lines: dict[tuple[Any, ...], list[str]] = {}
+    for label in study.arms:
+        runs = _finished(study, label)
+        if runs and runs[0].stages:
+            names = _names(runs[0])
+            model = runs[0].parameters, runs[0].ledger.get("vocabulary_hash")
+            lines.setdefault((model, runs[0].stage, tuple(names)), []).append(label)
+    merged: list[tuple[tuple[Any, ...], list[str], list[str], float]] = []
+    for (model, kind, names), labels in lines.items():
+        runs = [_finished(study, label)[0] for label in labels]
+        key = model, kind, sum(stage["stage"] == "tuning" for stage in stages_of(runs[0].ledger))
+        length = statistics.median(map(_document_tokens, runs))
+        near = next((place for place, other in enumerate(merged) if other[0] == key
+                     and abs(other[3] - length) <= SAME_LENGTH * max(length, other[3])), None)
+        if near is None:
+            merged.append((key, list(names), labels, length))
+        else:
+            merged[near] = key, _in_order(merged[near][1], names), merged[near][2] + labels, merged[near][3]
+    found = [_group(study, stages, labels) for _, stages, labels, _ in merged if len(labels) > 1]
+    return sorted(found, key=lambda group: -len(group.stages))
+
+
+def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
+    shares: dict[str, list[float | None]] = {}
+    facts: dict[str, list[Facts]] = {}
+    tokens: dict[str, int] = {}
+    by_name = {run.name: run for run in study.runs}
+    for label in labels:
+        run = _finished(study, label)[0]
+        tokens[label] = _document_tokens(run)
+        own = dict(zip(_names(run), zip(run.stages, stages_of(run.ledger), strict=True), strict=True))
+        shares[label] = [_share(own[name][1], by_name.get(own[name][0].run)) if name in own else None
+                         for name in stages]
+        facts[label] = [_facts(own[name][1], by_name.get(own[name][0].run), study.comparison) if name in own else {}
+                        for name in stages]
+    return Group(study, stages, shares, facts, tokens)
+
+
+def _names(run: Run) -> list[str]:
+    """The stages of a run, numbered where it went through several of one name."""
+    names: list[str] = []
+    for stage in run.stages:
+        again = sum(name.partition(" ")[0] == stage.name for name in names)
+        names.append(f"{stage.name} {again + 1}" if again else stage.name)
+    return names
+
+
+def _in_order(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """The stages of two lines: each of the second that the first lacks before the one that follows it there."""
+    found = list(first)
+    for place, name in enumerate(second):
+        if name not in found:
+            following = [found.index(later) for later in second[place + 1:] if later in found]
+            found.insert(following[0] if following else len(found), name)
+    return found
+
+
+def _document_tokens(run: Run) -> int:
+    return sum(sum(stage["tokens"].values()) for stage in stages_of(run.ledger) if stage["stage"] != "tuning")
+
+
+def _share(ledger: Mapping[str, Any], run: Run | None) -> float:
+    """Of code at a stage: what its run asked for, where that is constant and was drawn; else what was drawn."""
+    drawn = rows_of_code(ledger) / max(1, sum(ledger["rows"].values()))
+    asked = code_rate(run) if run else None
+    return asked if asked is not None and abs(asked - drawn) < SAME_SHARE else round(drawn, 3)
+
+
+def _facts(ledger: Mapping[str, Any], run: Run | None, comparison: str | None) -> Facts:
+    """What else tells arms apart at a stage. What only code has is not there without code, and likewise of text."""
+    facts: Facts = {}
+    if branch := ledger.get("branch"):
+        facts["from step"] = str(branch["step"])
+    trained = [name for name, rows in ledger["rows"].items() if rows]
+    for pool in POOLS:
+        if sources := sorted(name for name in trained if name.startswith(f"{pool}.")):
+            facts[f"{pool} of"] = ", ".join(name.partition(".")[2] for name in sources)
+    if rows_of_code(ledger):
+        drawn = [rows_of_code(phase) / rows for phase in ledger.get("phases", [])
+                 if (rows := sum(phase["rows"].values()))]
+        changes = drawn and max(drawn) - min(drawn) > 2 * SAME_SHARE
+        facts["mix"] = " ".join(f"{100 * share:.0f}%" for share in drawn) if changes else "constant"
+    lengths = ("train.train_steps",) if comparison == "data-matched" else ()
+    if run:
+        facts |= {name: value for name, value in of_an_arm(run.settings).items() if name not in (*OF_THE_MIX, *lengths)}
+    return facts
+
+
+def _root(run: Run, study: Study) -> str:
+    """The first run of its line that no other seed stands on."""
+    for stage in run.stages:
+        seeds = {other.seed for other in study.runs if any(one.run == stage.run for one in other.stages)}
+        if stage.run and seeds == {run.seed}:
+            return stage.run
+    return run.name
+
+
+def _finished(study: Study, label: str) -> list[Run]:
+    """The runs of an arm that are trained to their end, or of which nothing says that they are not."""
+    return [run for run in study.arms[label] if (run.provenance or {}).get("finished") is not False]
+
+
+def _losses(runs: Mapping[str, Sequence[Run]]) -> list[Measure]:
+    """Of each pool at the runs' ends, in bits per byte where all runs have recorded them, else in nats a token."""
+    ends = {label: {run.seed: evaluations[-1] for run in of_arm if (evaluations := [
+        line for line in run.records if line["split"] == "eval"])} for label, of_arm in runs.items()}
+    found = []
+    for pool in POOLS:
+        lines = [line for of_arm in ends.values() for line in of_arm.values()]
+        known = {name: [line.get(f"{name}/{pool}") is not None for line in lines] for name in ("bits_per_byte", "loss")}
+        name = "bits_per_byte" if lines and known["bits_per_byte"] == known["loss"] else "loss"
+        if any(known[name]):
+            found.append(Measure(
+                f"held-out loss on {pool}", "bits per byte" if name == "bits_per_byte" else "nats a token", "lower",
+                None, pool, 1.0, True, {label: {
+                    seed: Sample(line[f"{name}/{pool}"], np.array([line[f"{name}/{pool}"]]))
+                    for seed, line in of_arm.items() if line.get(f"{name}/{pool}") is not None}
+                    for label, of_arm in ends.items()}))
+    return found
+
+
+def _of_task(study: Study, runs: Mapping[str, Sequence[Run]], task: str) -> list[Measure]:
+    """What a benchmark's questions say under each metric and measure, of the arms that were asked and measured."""
+    asked = {label: {run.seed: run.results[task] for run in of_arm
+                     if task in run.results and run.results[task].measured} for label, of_arm in runs.items()}
+    lines = [result.lines for of_arm in asked.values() for result in of_arm.values()]
+    if not lines:
+        return []
+    ids = study.result(task).ids
+    kept = np.array([id_ not in study.overlapping(task) for id_ in ids])
+    if kept.sum() < 2:
+        return []
+    found, sample = [], " (sample)" * study.is_sample(task)
+    for metric in metrics_of(lines[0]):
+        found.append(Measure(f"{task} {METRICS[metric]}{sample}", "points", "higher", task, metric, 100.0, True, {
+            label: {seed: Sample(score_of(values), linear([values])[0]) for seed, values in (
+                (seed, values_of(result.lines, metric)[kept]) for seed, result in of_arm.items())}
+            for label, of_arm in asked.items()}))
+    if "candidates" not in lines[0][0]:
+        return found
+    scoring = str(study.result(task).result["settings"].get("scoring", "per_token"))
+    values = {label: {seed: measures.values(result.lines, scoring) for seed, result in of_arm.items()}
+              for label, of_arm in asked.items()}
+    for measure in measures.MEASURES:
+        if measure.name == "accuracy":
+            continue
+        every = np.stack([one[measure.name] for of_arm in values.values() for one in of_arm.values()])
+        whole = kept & np.isfinite(every).all(axis=0)
+        if whole.sum() > 1:
+            unit = measures.UNITS[scoring] if measure.name == "margin" else measure.unit
+            found.append(Measure(
+                f"{task} {TITLES.get(measure.name, measure.title)}{sample}", unit or "points", measure.better, task,
+                measure.name, 1.0 if unit else 100.0, measure.name == "bits_per_byte", {
+                    label: {seed: Sample(float(one[measure.name][whole].mean()), one[measure.name][whole])
+                            for seed, one in of_arm.items()} for label, of_arm in values.items()}))
+    return found

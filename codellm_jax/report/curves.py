@@ -1,0 +1,96 @@
+"""`t5x plot`: training and held-out losses of any runs in one figure.
+
+    t5x plot runs/NL.seed0 runs/MID.seed0 --output=losses.svg
+
+A run that branched is drawn behind its trunk, which is dotted up to the branch. Steps of a branch count on from its
+trunk's, and so do its tokens here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from codellm_jax.report import plots
+from codellm_jax.report.runs import read_json
+from codellm_jax.runtime.progress import read_records
+
+PANELS = {"Training": ("train", "loss"), "Held-out text": ("eval", "loss/text"), "Held-out code": ("eval", "loss/code")}
+Points = list[tuple[float, float, float]]
+
+
+class Curves(NamedTuple):
+    """The losses of a run: points (step, tokens, loss) of each panel, those of its trunks apart."""
+
+    own: Mapping[str, Points]
+    trunk: Mapping[str, Points]
+    counted: Sequence[tuple[float, float]]  # (step, tokens) from the first step of its first trunk on
+    notes: Sequence[str]
+
+
+def plot(runs: Sequence[str], output: str | None = None, against: str = "steps") -> str:
+    """Draws the losses of runs; returns a line that says where.
+
+    Args:
+      runs: run directories.
+      output: a file that ends in .png or .svg; by default RUN/losses.png of one run, else losses.png.
+      against: "steps" or "tokens".
+
+    Raises:
+      FileNotFoundError: a run, or its records, are not there.
+      ValueError: in one line; an output of another kind, or no run with a loss.
+    """
+    folders = [epath.Path(run).expanduser() for run in runs]
+    path = epath.Path(output).expanduser() if output else folders[0] / "losses.png" if len(runs) == 1 else epath.Path(
+        "losses.png")
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--output must end in .png or .svg, found {output}.")
+    names = [folder.name for folder in folders]
+    column = ("steps", "tokens").index(against)
+    lines: dict[str, list[plots.Line]] = {}
+    notes: list[str] = []
+    for folder, name in zip(folders, names, strict=True):
+        curves = read_curves(folder)
+        notes += curves.notes
+        for title in PANELS:
+            points, trunk = ([(point[column], point[2]) for point in part.get(title, [])]
+                             for part in (curves.own, curves.trunk))
+            if points or trunk:
+                lines.setdefault(title, []).append(plots.Line(
+                    name if names.count(name) == 1 else str(folder), points, trunk))
+    if not lines:
+        raise ValueError(f"{', '.join(runs)}: no loss is recorded yet: train with a LOG_PERIOD or an EVAL_PERIOD.")
+    figure = plots.runs({title: lines[title] for title in PANELS if title in lines}, against)
+    path.write_bytes(figure.png if path.suffix == ".png" else figure.svg)
+    return "\n".join([*notes, f"Losses of {', '.join(names)}: {path}"])
+
+
+def read_curves(folder: epath.Path) -> Curves:
+    """The losses of a run directory, and of what it branches from. Raises FileNotFoundError where there are none."""
+    if not (folder / "metrics.jsonl").exists():
+        raise FileNotFoundError(f"There is no {folder / 'metrics.jsonl'}: name a run that was trained.")
+    records = read_records(str(folder))
+    ledger = (read_json(folder / "provenance.json") or {}).get("ledger") or {}
+    step, before, notes = 0.0, None, []
+    if branch := ledger.get("branch"):
+        step = float(branch["step"])
+        named = epath.Path(ledger["before"][-1]["model_dir"])
+        found = [path for path in (named, folder.parent / named.name) if (path / "metrics.jsonl").exists()]
+        if found:  # the second is of a study that was moved
+            before = read_curves(found[0])
+        else:
+            notes = [f"{folder.name} is drawn without its trunk {named}, which is not there."]
+    counted = [point for point in before.counted if point[0] <= step] if before else []
+    so_far = _at(step, before.counted) if before else 0.0
+    counted = [*counted, (step, so_far), *((line["step"], so_far + line["tokens"]) for line in records
+                                           if line["split"] == "train" and line.get("tokens") is not None)]
+    own = {title: [(line["step"], _at(line["step"], counted), line[name]) for line in records
+                   if line["split"] == split and line.get(name) is not None] for title, (split, name) in PANELS.items()}
+    trunk = {title: [*before.trunk[title], *(point for point in before.own[title] if point[0] <= step)]
+             for title in PANELS} if before else {title: [] for title in PANELS}
+    return Curves(own, trunk, counted, [*notes, *(before.notes if before else ())])
+
+
+def _at(step: float, counted: Sequence[tuple[float, float]]) -> float:
+    return float(np.interp(step, [at for at, _ in counted], [tokens for _, tokens in counted]))

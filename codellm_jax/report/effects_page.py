@@ -1,0 +1,133 @@
+"""The effects of stages as a report tells them first: in words, in a picture, in a table, and what is missing."""
+
+from collections.abc import Sequence
+
+from codellm_jax.report import plots
+from codellm_jax.report.asked import SAME_LENGTH, Group
+from codellm_jax.report.effects import listed
+from codellm_jax.report.pages import Block, Heading, Items, Notice, Table, Text
+from codellm_jax.report.sections import Rows, Section
+from codellm_jax.report.verdicts import HARMS, HELPS, OPEN, TOGETHER, Judged, bounds, judge, shown_p
+
+EFFECT_COLUMNS = ("after", "effect", "measure", "task", "metric", "unit", "better", "estimate", "low", "high", "p",
+                  "p_holm", "seeds", "verdict", "why", "weights")
+
+VERBS = {verdict: f"adds {verdict} than apart to" for verdict in TOGETHER.values()}
+
+
+def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
+    """The effects of stages in every group of arms that is a tree, and what they come to, in words."""
+    trees = [group for group in compared if is_tree(group)]
+    judged = judge([(group, None) for group in trees])
+    total = sum(one.corrected is not None for found in judged for one in found)
+    blocks: list[Block] = []
+    rows: Rows = []
+    words: list[str] = []
+    for number, (group, found) in enumerate(zip(trees, judged, strict=True), 1):
+        after = group.stages[-1]
+        said = sentences(found)
+        words += [f"After {after}: {sentence}" for sentence in said]
+        blocks += [Heading(2, "At which stage code helps" + f", after {after}" * (number > 1)),
+                   Text(f"Arms after {after}: {', '.join(group.shares)}."), *map(Notice, said)]
+        first, others = ([one for one in found if one.measure.first is kind] for kind in (True, False))
+        if first:
+            blocks += [_figure(first, number, after), _table(first, total)]
+        if group.design.holes:
+            blocks += [Text("These arms cannot tell:"), Items(group.design.holes)]
+        if notes := notes_of(group):
+            blocks.append(Items(notes))
+        if others:
+            blocks += [Heading(3, f"Effects on other measures, after {after}"), _table(others, total)]
+        rows += [[after, one.effect.name, one.measure.title, one.measure.task, one.measure.metric, one.measure.unit,
+                  one.measure.better, one.estimate, *(one.interval or (None, None)),
+                  one.told.contrast and one.told.contrast.p_value, one.corrected, one.told.seeds, one.verdict, one.why,
+                  " ".join(f"{weight:+.6g}*{label}" for label, weight in one.effect.weights.items())] for one in found]
+    return Section(blocks, [("effects", EFFECT_COLUMNS, rows)] if rows else []), words
+
+
+def is_tree(group: Group) -> bool:
+    """Whether stages have effects here that no sweep shows: several stages differ, or the one has few shares."""
+    varying = [k for k in range(len(group.stages)) if len({levels[k].share for levels in group.levels.values()}) > 1]
+    return len(varying) > 1 or len(varying) == 1 and not group.sweeps
+
+
+def sentences(found: Sequence[Judged]) -> list[str]:
+    """What the effects of a group come to, in words."""
+    if not found:
+        return ["These arms cannot tell at which stage code helps."]
+    said, untold = [], []
+    for name in dict.fromkeys(one.effect.name for one in found):
+        own = [one for one in found if one.effect.name == name]
+        sure = [f"{VERBS.get(verdict, verdict)} {'; '.join(_in_words(one) for one in of_verdict)}"
+                for verdict in (HELPS, HARMS, *TOGETHER.values())
+                if (of_verdict := [one for one in own if one.verdict == verdict and one.measure.first])]
+        quiet = sum(one.verdict == OPEN for one in own)
+        if sure:
+            said.append(f"{_capital(name.removeprefix('interaction of '))} {', and '.join(sure)}.")
+        elif quiet:
+            said.append(f"{_capital(name)}: no effect is told on any of {quiet} measures.")
+        else:
+            untold.append(name)
+    unsure = [one for one in found if one.why]
+    if unsure:
+        reasons = "; ".join(dict.fromkeys(reason for one in unsure for reason in one.why.split("; ")))
+        what = f"What {listed(untold)} does" if untold else \
+            f"What code does to {listed(list(dict.fromkeys(one.measure.title for one in unsure)))}"
+        said.append(f"{what} cannot be told: {reasons}.")
+    return said
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _in_words(one: Judged) -> str:
+    return f"{one.measure.title} ({one.estimate:+.3g} {one.measure.unit}, {bounds(one.interval)})"
+
+
+def _table(found: Sequence[Judged], total: int) -> Table:
+    names = list(dict.fromkeys(one.effect.name for one in found))
+    rows = []
+    for title in dict.fromkeys(one.measure.title for one in found):
+        own = {one.effect.name: one for one in found if one.measure.title == title}
+        measure = next(iter(own.values())).measure
+        rows.append([f"{title}\n{measure.unit}, {measure.better} is better",
+                     *(_cell(own[name]) if name in own else "-" for name in names)])
+    return Table("The effect with its 95% interval, whether it helps, and its p-value, corrected by Holm's method for "
+                 f"all {total} effects that have one. Effects are differences between arms with code and without, "
+                 "midway between code and none in the other stages", ("Measure", *map(_capital, names)), rows)
+
+
+def _cell(one: Judged) -> str:
+    p_value = "" if one.corrected is None else f", p {shown_p(one.corrected)}"
+    return f"{one.estimate:+.3g} [{bounds(one.interval)}]\n{one.verdict}{p_value}"
+
+
+def _figure(found: Sequence[Judged], number: int, after: str) -> plots.Figure:
+    panels = []
+    for unit, better in dict.fromkeys((one.measure.unit, one.measure.better) for one in found):
+        own = [one for one in found if (one.measure.unit, one.measure.better) == (unit, better)]
+        rows = list(dict.fromkeys(one.measure.title for one in own))
+        points = {(one.effect.name, one.measure.title): (one.estimate, one.interval) for one in own}
+        panels.append(plots.EffectsPanel(f"{unit} ({better} is better)", rows, {
+            name: [points.get((name, row)) for row in rows]
+            for name in dict.fromkeys(one.effect.name for one in found)}))
+    return plots.effects(f"effects_{number}" if number > 1 else "effects", "What code adds at each stage, after "
+                         f"{after}, with 95% intervals over seeds and questions; an open point has none.", panels)
+
+
+def notes_of(group: Group) -> list[str]:
+    """What goes along with code in these arms besides code."""
+    notes = []
+    for k, stage in enumerate(group.stages):
+        with_code = {shares[k] is None for shares in group.shares.values() if not shares[k]}
+        if with_code == {True} and any(shares[k] for shares in group.shares.values()):
+            notes.append(f"Arms without code in {stage} go without that stage: what it adds is that of the stage with "
+                         "its code, beside going on as before.")
+    least, most = min(group.tokens.values()), max(group.tokens.values())
+    if most > (1 + SAME_LENGTH) * least:
+        notes.append(f"These arms were trained on {least:,} to {most:,} tokens of documents: what code adds may be due "
+                     "to more training.")
+    return notes
+
+
