@@ -45,14 +45,15 @@ def laws(directory: str, objective: str | None = None, size: str | None = None, 
     sweep = read_sweep(directory)
     weights = parse_objective(objective, sweep.losses)
     shares = None if mixtures is None else _mixtures(epath.Path(mixtures).expanduser(), sweep.sources)
-    status = StatusLine(0, 1, active=True, unit="fit")
+    status: list[StatusLine] = []
 
     def told(done: int, total: int, text: str) -> None:
-        status.total = total
-        status.show(done, text)
+        if not status:
+            status.append(StatusLine(0, total, active=True, unit="fit"))
+        status[0].show(done, text)
 
     analysis = analyse(sweep, weights, *asked, told)
-    status.close()
+    status[0].close()
     page = blocks(analysis)
     folder = epath.Path(directory).expanduser() / "report"
     folder.mkdir(parents=True, exist_ok=True)

@@ -124,14 +124,15 @@ def _laws(analysis: Analysis) -> Block:
     rows = []
     for name, law, cells in zip(analysis.sweep.losses, analysis.fitted.laws, analysis.fitted.cells, strict=True):
         there = cells.count > 0
-        others = [f"{_named(analysis, fit.family.name)} {_error(fit.left_out, cells, there):.4f}"
-                  for fit in law.fits if fit is not law.chosen]
+        others = sorted((_error(fit.left_out, cells, there), _named(analysis, fit.family.name))
+                        for fit in law.fits if fit is not law.chosen)
         rows.append([name, f"{_named(analysis, law.chosen.family.name)}: {law.chosen.family.formula}",
                      f"{_error(law.chosen.left_out, cells, there):.4f}", f"{_error(law.left_out, cells, there):.4f}",
-                     f"{math.sqrt(law.noise):.4f}", ", ".join(others)])
+                     f"{math.sqrt(law.noise):.4f}",
+                     ", ".join(f"{other} {miss:.4f}" for miss, other in others[:2])])
     return Table("The law of each loss. The miss is that of shares left out, in turn, root mean square: of the law "
                  "chosen, and of all candidates weighed together, as they are in the predictions",
-                 ("Loss", "Law", "Miss", "Of all", "Noise of a run", "Misses of the others"), rows, words=(1, 5))
+                 ("Loss", "Law", "Miss", "Of all", "Noise of a run", "Next best"), rows, words=(1, 5))
 
 
 def _named(analysis: Analysis, name: str) -> str:

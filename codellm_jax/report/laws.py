@@ -25,6 +25,8 @@ LEAST_WEIGHT = 1e-5
 RESAMPLES = 500  # of shares, for the weights of families
 DRAWS = 1000
 LIMIT = 20.0  # of |t| in exp(t r)
+REPEATED = 0.25  # epochs wasted, from which on repetition may matter: about four epochs
+LARGE = 5.0  # times the losses' range
 SINGULAR = 1e-9  # relative to the trace
 
 
@@ -177,7 +179,9 @@ def power(sources: int, source: int | None = None) -> Family:
 
     def features(points: Points, thetas: np.ndarray) -> np.ndarray:
         shares = points.shares if source is None else points.shares[:, [source]]
-        return _with_constant((shares[None] + thetas[:, :1, None]) ** -thetas[:, 1:2, None])
+        least, power = thetas[:, :1, None], -thetas[:, 1:2, None]
+        high, low = least**power, (1 + least) ** power  # so that features go from 1 to 0
+        return _with_constant(((shares[None] + least) ** power - low) / (high - low))
 
     name = "power law" if source is None else f"power law of source {source}"
     return Family(name, "c + sum_j k_j (r_j + e)^-a" if source is None else "c + k (r + e)^-a",
@@ -222,11 +226,11 @@ def gaussian_process(shares: np.ndarray, with_linear: bool = True) -> Family:
                   precision)
 
 
-def with_repetition(family: Family) -> Family:
-    """The family and a term for what repetition wastes."""
+def with_repetition(family: Family, most: float) -> Family:
+    """The family and a term for what repetition wastes; `most` of it in any run."""
     def features(points: Points, thetas: np.ndarray) -> np.ndarray:
         found = family.features(points, thetas)
-        return np.concatenate([found, np.broadcast_to(points.waste[:, None], (*found.shape[:2], 1))], axis=2)
+        return np.concatenate([found, np.broadcast_to(points.waste[:, None] / most, (*found.shape[:2], 1))], axis=2)
 
     return dataclasses.replace(family, name=f"{family.name}, repetition", formula=f"{family.formula} + w waste",
                                parameters=family.parameters + 1, features=features)
@@ -272,8 +276,8 @@ def candidates(points: Points, groups: np.ndarray) -> list[Family]:
     families = [constant(), linear(sources), exponential() if sources == 2 else exponentials(sources)]
     if not scales:
         families += [power(2, 0), power(2, 1), exponentials(2)] if sources == 2 else [power(sources)]
-        if np.ptp(points.waste) > 0:
-            families += [with_repetition(family) for family in families[1:]]
+        if points.waste.max() > REPEATED and np.ptp(points.waste) > 0:
+            families += [with_repetition(family, float(points.waste.max())) for family in families[1:]]
         families.append(gaussian_process(_process_points(shares), distinct > sources + 1))
     kept = [family for family in families if family.parameters < distinct or family.name == "constant"]
     return [with_scale(family, scales) for family in kept] if scales else kept
@@ -302,6 +306,7 @@ def fit_law(families: Sequence[Family], points: Points, groups: np.ndarray, loss
     densities = np.stack([fit.densities[~np.isnan(fit.densities)] for fit in fits])  # [F, G]
     resampled = np.random.default_rng(seed).dirichlet(np.ones(densities.shape[1]), RESAMPLES) * densities.shape[1]
     weights = special.softmax(resampled @ densities.T, axis=1).mean(axis=0)
+    weights *= [fit.family.name not in ("constant", "linear") for fit in fits]
     weights[weights < 0.005] = 0.0
     return Law(fits, weights / weights.sum())
 
@@ -327,6 +332,11 @@ def _closer(axis: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.nda
     return np.where(grid == 0, 1e-6, grid)
 
 
+def spans(points: Points) -> float:
+    """How far the shares go that were swept most, of 1."""
+    return float(np.ptp(points.shares, axis=0).max())
+
+
 def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray, losses: Losses) -> Fit | None:
     there = losses.count > 0
     root = np.sqrt(losses.count / losses.variance)[there]
@@ -336,19 +346,24 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
     y = root * (losses.mean[there] - level)
     x = family.features(points, thetas)[:, there] * root[:, None]  # [T, c, p]
     width = x.shape[2]
-    prior = np.zeros((len(thetas), width)) if family.precision is None else family.precision(thetas)
+    known = family.precision is not None
+    prior = family.precision(thetas) if family.precision else np.zeros((len(thetas), width))
     degrees = float(runs.sum() - (prior[0] == 0).sum())
     gram = np.einsum("tcp,tcq->tpq", x, x, optimize=True)
-    diagonal = np.arange(width)
-    gram[:, diagonal, diagonal] += prior + SINGULAR * np.trace(gram, axis1=1, axis2=2)[:, None] / width
-    factors = np.linalg.cholesky(gram)
     moments = np.einsum("tcp,c->tp", x, y)
+    smallest = 1e-14 * float(y @ y) + 1e-24
+    diagonal = np.arange(width)
+    gram[:, diagonal, diagonal] += SINGULAR * np.trace(gram, axis1=1, axis2=2)[:, None] / width
+    if not known:  # coefficients far larger than all that was seen are taken for unlikely
+        left = y @ y - np.einsum("tp,tp->t", moments, np.linalg.solve(gram, moments[..., None])[..., 0])
+        noise = (np.maximum(left.min(), smallest) + within.sum()) / max(degrees, 1.0)
+        prior[:, 1:] = noise / (LARGE * np.ptp(losses.mean[there]) / spans(points)) ** 2
+    gram[:, diagonal, diagonal] += prior
+    factors = np.linalg.cholesky(gram)
     coefficients = np.linalg.solve(gram, moments[..., None])[..., 0]
     error = y - np.einsum("tcp,tp->tc", x, coefficients)
-    smallest = 1e-14 * float(y @ y) + 1e-24
     squares = (error**2).sum(axis=1) + (prior * coefficients**2).sum(axis=1) + within.sum() + smallest
     half = np.linalg.solve(factors, np.swapaxes(x, 1, 2))  # [T, p, c]
-    known = family.precision is not None
     volume = -np.log(factors[:, diagonal, diagonal]).sum(axis=1) + 0.5 * np.log(np.where(prior > 0, prior, 1)).sum(
         axis=1) if known else np.zeros(len(thetas))
     weights = special.softmax(volume - degrees / 2 * np.log(squares))

@@ -296,19 +296,31 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
         known = sweep.parameters if missing[0] == "size" else sweep.tokens
         raise ValueError(f"--{missing[0]} asks for another {'size' if missing[0] == 'size' else 'number of tokens'} than "
                          f"the runs have, {_span(known)}: that takes runs of several.")
-    joint = fit_sweep(sweep, axes, lambda name: progress(f"{name}, by {' and '.join(axes)}")) if axes else None
-    outliers = _outliers(joint, np.arange(len(sweep.runs))) if joint else []
-    values = sweep.values.copy()  # what all sizes and lengths together show to be an outlier is left out of each
-    for name, line, _ in outliers:
-        values[line, sweep.losses.index(name)] = np.nan
-    if direct or joint is None:
-        fitted = fit_sweep(dataclasses.replace(sweep, values=values).only(lines), (), progress)
-        outliers += _outliers(fitted, np.flatnonzero(lines))
-    else:
-        fitted = joint
-    for name, line, _ in outliers:
-        values[line, sweep.losses.index(name)] = np.nan
-    misses = left_out(dataclasses.replace(joint, sweep=dataclasses.replace(sweep, values=values)), progress) if joint else []
+    values = sweep.values.copy()
+    without = dataclasses.replace(sweep, values=values)
+    outliers: list[tuple[str, int, Outlier]] = []
+
+    def leave_out(found: Fitted, numbers: np.ndarray, whole_runs: bool) -> bool:
+        """Leaves out the outliers of laws of these lines; whether there are some."""
+        more = [(name, int(numbers[outlier.run]), outlier) for name, named in zip(
+            sweep.losses, found.outliers, strict=True) for outlier in named]
+        for name, line, _ in more:
+            of_run = np.array([run == sweep.runs[line] for run in sweep.runs])
+            values[of_run if whole_runs else line, sweep.losses.index(name)] = np.nan
+        outliers.extend(more)
+        return any(lines[line] for _, line, _ in more)
+
+    joint = None
+    if direct or not axes:
+        fitted = fit_sweep(without.only(lines), (), progress)
+        leave_out(fitted, np.flatnonzero(lines), whole_runs=True)
+    if axes:
+        joint = fit_sweep(without, axes, lambda name: progress(f"{name}, by {' and '.join(axes)}"))
+        # What stands out among all sizes and lengths is left out of the laws at one of them, too.
+        if leave_out(joint, np.arange(len(sweep.runs)), whole_runs=False) and direct:
+            fitted = fit_sweep(without.only(lines), (), lambda name: None)
+        fitted = fitted if direct else joint
+    misses = left_out(dataclasses.replace(joint, sweep=without), progress) if joint else []
     known_size, known_tokens = (float(np.max(values[lines])) if lines.any() else math.nan
                                 for values in (sweep.parameters, sweep.tokens))
     size = size if math.isfinite(size) else known_size if math.isfinite(known_size) else float(sweep.parameters.max())
@@ -337,12 +349,6 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
     predicted = predict(fitted, fitted.at(shown, size, tokens), widen)
     told(total, total, "done")
     return Analysis(sweep, fitted, size, tokens, extrapolated, objective, shown, *predicted, found, more, misses, outliers)
-
-
-def _outliers(fitted: Fitted, lines: np.ndarray) -> list[tuple[str, int, Outlier]]:
-    """(loss, line, outlier), where `lines` are the numbers of the fitted lines."""
-    return [(name, int(lines[outlier.run]), outlier)
-            for name, named in zip(fitted.sweep.losses, fitted.outliers, strict=True) for outlier in named]
 
 
 def _span(values: np.ndarray) -> str:

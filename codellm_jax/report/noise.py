@@ -11,6 +11,7 @@ LEVEL = 0.01  # chance of naming an outlier in one loss of a study without one
 TEST_LEVEL = 0.05  # of the tests that noise differs between shares
 MOST_OUTLIERS = 0.1  # of a loss's runs
 FEWEST = 4  # runs, of which none is called an outlier
+SUSPICIOUS = 3.5  # times the median distance from the law, from which on a run is tried
 SUSPECTS = 3  # runs that are tried at a time
 
 
@@ -138,8 +139,10 @@ def _suspects(law: Law, losses: Losses, points: Points, cell: np.ndarray, values
     lines = np.bincount(cell[~np.isnan(values)], minlength=len(losses.mean))[cell]
     others = np.where(lines > 1, (lines * losses.mean[cell] - values) / np.maximum(lines - 1, 1), law.left_out[cell])
     fitted = law.mean(points)[cell]
-    off = np.abs(np.nan_to_num(values - others)) + np.abs(np.nan_to_num(values - fitted))
-    return [int(run) for run in np.argsort(-off, kind="stable")[:SUSPECTS] if not np.isnan(values[run])]
+    off = (np.abs(values - others) + np.abs(values - fitted)) / np.sqrt(losses.variance[cell])
+    off = np.where(np.isnan(off), 0.0, off)
+    least = SUSPICIOUS * np.median(off[~np.isnan(values)])
+    return [int(run) for run in np.argsort(-off, kind="stable")[:SUSPECTS] if off[run] > least]
 
 
 def _unlikely(law: Law, losses: Losses, points: Points, cell: int, value: float) -> tuple[float, float]:
