@@ -22,6 +22,7 @@ from scipy import linalg, special, stats
 FINE_ENOUGH = 12.0  # points of a grid that share its weight; below, the grid is laid again around them
 ZOOMS = 4
 LEAST_WEIGHT = 1e-5
+TEMPER = 0.5  # of the densities: families that differ by chance alone shall not be told apart
 RESAMPLES = 500  # of shares, for the weights of families
 DRAWS = 1000
 LIMIT = 20.0  # of |t| in exp(t r)
@@ -305,7 +306,7 @@ def fit_law(families: Sequence[Family], points: Points, groups: np.ndarray, loss
     fits = [fit for family in families if (fit := fit_family(family, points, groups, losses)) is not None]
     densities = np.stack([fit.densities[~np.isnan(fit.densities)] for fit in fits])  # [F, G]
     resampled = np.random.default_rng(seed).dirichlet(np.ones(densities.shape[1]), RESAMPLES) * densities.shape[1]
-    weights = special.softmax(resampled @ densities.T, axis=1).mean(axis=0)
+    weights = special.softmax(TEMPER * resampled @ densities.T, axis=1).mean(axis=0)
     weights *= [fit.family.name not in ("constant", "linear") for fit in fits]
     weights[weights < 0.005] = 0.0
     return Law(fits, weights / weights.sum())
@@ -392,9 +393,10 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
         predicted = level + (y[here] - off) / root[here]
         left_out[np.flatnonzero(there)[here]] = np.exp(of_others) @ predicted
     coefficients[:, 0] += level
+    told = degrees if known else max(degrees - len(family.axes), 1.0)
     keep = weights > LEAST_WEIGHT * weights.max()
     return Fit(family, thetas[keep], weights[keep] / weights[keep].sum(), coefficients[keep], factors[keep],
-               squares[keep], degrees, min(degrees, float(np.average(losses.degrees[there], weights=runs))), densities,
+               squares[keep], told, min(told, float(np.average(losses.degrees[there], weights=runs))), densities,
                left_out)
 
 

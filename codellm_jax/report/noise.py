@@ -139,7 +139,7 @@ def _suspects(law: Law, losses: Losses, points: Points, cell: np.ndarray, values
     lines = np.bincount(cell[~np.isnan(values)], minlength=len(losses.mean))[cell]
     others = np.where(lines > 1, (lines * losses.mean[cell] - values) / np.maximum(lines - 1, 1), law.left_out[cell])
     fitted = law.mean(points)[cell]
-    off = (np.abs(values - others) + np.abs(values - fitted)) / np.sqrt(losses.variance[cell])
+    off = np.abs(values - others) + np.abs(values - fitted)
     off = np.where(np.isnan(off), 0.0, off)
     least = SUSPICIOUS * np.median(off[~np.isnan(values)])
     return [int(run) for run in np.argsort(-off, kind="stable")[:SUSPECTS] if off[run] > least]
