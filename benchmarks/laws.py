@@ -7,8 +7,8 @@ Simulated are studies whose laws, noise and best share are known. Of each kind a
 the predicted loss holds the true one, over all shares; how often that of the best share does; what is said where the
 best share is inside of the sweep and where it is at its edge; which planted outliers are named, and how many others.
 
-Published sweeps are `pile_two_domains.csv`, `pile_three_domains.csv` (Data Mixing Laws) and `regmix_*` (RegMix), each of
-which is passed over where it is absent. Beside our laws stand a constant, straight interpolation, and the papers' fits:
+Published sweeps are `pile_two_domains.csv`, `pile_three_domains.csv` (Data Mixing Laws) and `regmix_*` (RegMix); one
+that is absent is passed over. Beside our laws stand a constant, straight interpolation, and the papers' fits:
 c + k exp(sum t r) by least squares from several starts, and linear regression.
 """
 
@@ -23,9 +23,7 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, stats
 
-from codellm_jax.report.laws import candidates, fit_law
 from codellm_jax.report.mixing import Fitted, fit_sweep, predict
-from codellm_jax.report.noise import cells_of
 from codellm_jax.report.optimum import Best, best, mixtures, weigh
 from codellm_jax.report.sweeps import Sweep
 
@@ -127,6 +125,11 @@ def truth_of(kind: Kind, dice: np.random.Generator) -> Truth:
     return losses
 
 
+def deviation_of(kind: Kind, shares: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """[n] the standard deviation of runs at these shares; `last` where it is the largest of the study."""
+    return kind.noise * kind.loud ** shares[:, 1] * np.where(last, kind.loud_last, 1)
+
+
 def simulated(kind: Kind, dice: np.random.Generator) -> tuple[Sweep, Truth, list[set[int]]]:
     """A study, its truth, and the lines of the outliers of each loss."""
     truth = truth_of(kind, dice)
@@ -136,7 +139,7 @@ def simulated(kind: Kind, dice: np.random.Generator) -> tuple[Sweep, Truth, list
         mixes = np.stack([1 - np.array(kind.shares), np.array(kind.shares)], axis=1)
     shares = np.repeat(mixes, kind.seeds, axis=0)
     last = shares[:, 1] == shares[:, 1].max()
-    deviation = kind.noise * kind.loud ** shares[:, 1] * np.where(last, kind.loud_last, 1)
+    deviation = deviation_of(kind, shares, last)
     values = truth(shares).T
     values = values + dice.normal(size=values.shape) * deviation[:, None]
     planted = []
@@ -144,11 +147,7 @@ def simulated(kind: Kind, dice: np.random.Generator) -> tuple[Sweep, Truth, list
         lines = dice.choice(len(shares), kind.outliers, replace=False)
         values[lines, loss] += dice.choice([-1, 1], len(lines)) * dice.uniform(8, 20, len(lines)) * deviation[lines]
         planted.append({int(line) for line in lines})
-    n, nothing = len(shares), np.full(len(shares), np.nan)
-    return Sweep("simulated", [f"run{number}" for number in range(n)], [None] * n,
-                 [f"source{number}" for number in range(shares.shape[1])], shares,
-                 [f"source{number}" for number in range(shares.shape[1])], values, nothing, nothing, np.ones(n, bool),
-                 np.full(shares.shape, np.nan)), truth, planted
+    return sweep_of(shares, values), truth, planted
 
 
 def answer(sweep: Sweep) -> tuple[Fitted, np.ndarray, Best]:
@@ -174,8 +173,8 @@ def tally(kind: Kind, studies: int, seed: int = 0) -> Tally:
         true = truth(asked)
         _, intervals, of_runs = predict(fitted, fitted.at(asked), np.zeros(len(sweep.losses)))
         found.law.append(float(np.mean((intervals[..., 0] <= true) & (true <= intervals[..., 1]))))
-        loud = kind.noise * kind.loud ** asked[:, 1] * np.where(asked[:, 1] >= sweep.shares[:, 1].max(), kind.loud_last, 1)
-        run = true + dice.normal(size=true.shape) * loud
+        last = asked[:, 1] >= sweep.shares[:, 1].max()
+        run = true + dice.normal(size=true.shape) * deviation_of(kind, asked, last)
         found.run.append(float(np.mean((of_runs[..., 0] <= run) & (run <= of_runs[..., 1]))))
         place = int(truth(space).mean(axis=0).argmin())
         low, high = answered.intervals.T
@@ -183,7 +182,7 @@ def tally(kind: Kind, studies: int, seed: int = 0) -> Tally:
         found.best.append(float(np.mean((low - step <= space[place]) & (space[place] <= high + step))))
         found.width.append(float((high - low).mean()))
         found.inside.append(kind.truth != "flat" and (len(sweep.sources) > 2 or 0 < place < len(space) - 1))
-        found.verdicts.append(answered.verdict)
+        found.verdicts.append(answered.verdict.replace("told", "interior"))
         for mine, named in zip(planted, fitted.outliers, strict=True):
             lines = {outlier.run for outlier in named}
             found.planted, found.named = found.planted + len(mine), found.named + len(lines & mine)
@@ -193,11 +192,11 @@ def tally(kind: Kind, studies: int, seed: int = 0) -> Tally:
 
 def coverage(studies: int, only: str = "") -> None:
     """Prints a line for each kind of study."""
-    print(f"{studies} simulated studies of each kind. Coverage of 95% intervals, in per cent: of a predicted loss, of one\n"
-          "further run, and of the best share. 'inside' and 'edge': what was said where the best share is inside of\n"
-          "the sweep, and where it is at its edge or there is none: interior / edge / cannot tell.\n")
-    print(f"{'kind':<30} {'loss':>5} {'run':>5} {'best':>5} {'width':>6}  {'inside':>14} {'edge':>14}  outliers named, falsely"
-          "   s")
+    print(f"{studies} simulated studies of each kind. Coverage of 95% intervals, in per cent: of a predicted loss, of\n"
+          "one further run, and of the best share. 'inside' and 'edge': what was said where the best share is inside\n"
+          "of the sweep, and where it is at its edge or there is none: interior / edge / cannot tell.\n")
+    print(f"{'kind':<30} {'loss':>5} {'run':>5} {'best':>5} {'width':>6}  {'inside':>14} {'edge':>14}  "
+          "outliers named, falsely   s")
     for kind in KINDS:
         if only not in kind.name:
             continue
@@ -211,11 +210,19 @@ def coverage(studies: int, only: str = "") -> None:
               f"  {(time.perf_counter() - begin) / studies:.2f}", flush=True)
 
 
+def sweep_of(shares: np.ndarray, values: np.ndarray) -> Sweep:
+    """A sweep of one seed each: shares [n, S], losses [n, D]."""
+    n, sources, losses = len(shares), shares.shape[1], values.shape[1]
+    nothing = np.full(n, np.nan)
+    return Sweep("", [f"run{number}" for number in range(n)], [None] * n,
+                 [f"source{place}" for place in range(sources)], shares,
+                 [f"loss{place}" for place in range(losses)], values, nothing, nothing, np.ones(n, bool),
+                 np.full(shares.shape, np.nan))
+
+
 def left_out(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
     """[n] predictions of our laws, each mixture left out."""
-    nothing = np.full(len(shares), np.nan)
-    sweep = Sweep("", [str(n) for n in range(len(shares))], [None] * len(shares), [str(n) for n in range(shares.shape[1])],
-                  shares, ["loss"], values[:, None], nothing, nothing, np.ones(len(shares), bool), shares * np.nan)
+    sweep = sweep_of(shares, values[:, None])
     found = np.empty(len(values))
     for out in range(len(values)):
         fitted = fit_sweep(sweep.only(np.arange(len(values)) != out), (), lambda name: None)
@@ -230,8 +237,8 @@ def mixing_law(shares: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.
     for c, t in itertools.product((values.min() - 0.05, values.min() - 0.5), (-3.0, -0.5, 0.5, 3.0)):
         start = np.concatenate([[c, np.log(max(values.mean() - c, 1e-3))], np.full(free.shape[1], t)])
         try:
-            fit = optimize.least_squares(
-                lambda p: p[0] + np.exp(np.minimum(p[1] + free @ p[2:], 50)) - values, start, method="trf", max_nfev=300)
+            fit = optimize.least_squares(lambda p: p[0] + np.exp(np.minimum(p[1] + free @ p[2:], 50)) - values, start,
+                                         method="trf", max_nfev=300)
         except ValueError:
             continue
         if fit.cost < best_cost:
@@ -283,8 +290,9 @@ def published(folder: Path) -> None:
             misses["ours"].append(left_out(shares, values) - values)
             for fit, function in fits.items():
                 if function:
-                    misses[fit].append(np.concatenate([function(np.delete(shares, n, 0), np.delete(values, n), shares[[n]])
-                                                       for n in range(len(values))]) - values)
+                    misses[fit].append(np.concatenate([
+                        function(np.delete(shares, n, 0), np.delete(values, n), shares[[n]])
+                        for n in range(len(values))]) - values)
         print(f"\n{name}: a mixture left out, {len(chosen)} groups of size, step and domain")
         for fit, errors in misses.items():
             every = np.abs(np.concatenate(errors))
@@ -293,29 +301,28 @@ def published(folder: Path) -> None:
 
 
 def _regmix(folder: Path) -> None:
-    files = [folder / f"regmix_{part}_{what}.csv" for part in ("train", "test") for what in ("mixture_1m", "pile_loss_1m")]
+    files = [folder / f"regmix_{part}_{what}.csv"
+             for part in ("train", "test") for what in ("mixture_1m", "pile_loss_1m")]
     if not all(file.exists() for file in files):
         print(f"\nregmix_* are not in {folder}: passed over.")
         return
     shares, values, asked, true = (np.loadtxt(file, delimiter=",", skiprows=1)[:, 1:] for file in files)
     shares, asked = (part / part.sum(axis=1, keepdims=True) for part in (shares, asked))
-    nothing = np.full(len(shares), np.nan)
     for runs in (40, 128, 512):
         losses = range(0, values.shape[1], 3)
-        sweep = Sweep("", [str(n) for n in range(runs)], [None] * runs, [str(n) for n in range(shares.shape[1])],
-                      shares[:runs], [str(n) for n in losses], values[:runs, ::3], nothing[:runs], nothing[:runs],
-                      np.ones(runs, bool), shares[:runs] * np.nan)
+        sweep = sweep_of(shares[:runs], values[:runs, ::3])
         fitted = fit_sweep(sweep, (), lambda name: None)
         predicted, _, intervals = predict(fitted, fitted.at(asked), np.zeros(len(sweep.losses)))
         seen = true[:, ::3].T
         inside = ((intervals[..., 0] <= seen) & (seen <= intervals[..., 1])).mean()
-        print(f"\nRegMix, {runs} runs, {len(asked)} others predicted: means over {len(losses)} losses; runs within their "
-              f"95% intervals {100 * inside:.1f}%")
+        print(f"\nRegMix, {runs} runs, {len(asked)} others predicted: means over {len(losses)} losses; runs within "
+              f"their 95% intervals {100 * inside:.1f}%")
         rows = {"ours": predicted, "constant": np.repeat(values[:runs, ::3].mean(axis=0)[:, None], len(asked), axis=1),
                 "linear": np.stack([linear_fit(shares[:runs], values[:runs, n], asked) for n in losses]),
                 "c + k exp(t r)": np.stack([mixing_law(shares[:runs], values[:runs, n], asked) for n in losses])}
         for fit, found in rows.items():
-            ranks = [stats.spearmanr(one, two)[0] if np.ptp(one) > 0 else 0.0 for one, two in zip(found, seen, strict=True)]
+            ranks = [stats.spearmanr(one, two)[0] if np.ptp(one) > 0 else 0.0
+                     for one, two in zip(found, seen, strict=True)]
             print(f"  {fit:<16} root mean square {np.sqrt(((found - seen) ** 2).mean()):.4f}, rank correlation "
                   f"{np.mean(ranks):.3f}", flush=True)
 

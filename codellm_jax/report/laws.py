@@ -1,13 +1,14 @@
 """Laws of the mixture: a held-out loss as a function of the shares that a run was trained on.
 
-A candidate is a family of curves that are linear but for one or two parameters, such as c + k exp(t r). These few lie on
-a grid; for each of its points the rest is linear least squares, in closed form (variable projection; Golub and Pereyra,
-1973). So a family is a weighted set of linear fits, the weight of each its likelihood, and nothing depends on a start.
+A candidate is a family of curves that are linear but for one or two parameters, such as c + k exp(t r). These few lie
+on a grid; for each of its points the rest is linear least squares, in closed form (variable projection; Golub and
+Pereyra, 1973). So a family is a weighted set of linear fits, the weight of each its likelihood, and nothing depends
+on a start.
 
 Families are compared by the log density of each share's losses under the law fitted to all other shares, which is in
 closed form too, and are averaged with the weights that these densities give them under resampled shares (pseudo-BMA+;
-Yao et al., 2018, section 3.4). An interval is that of draws of a family, of a point of its grid, of the noise's variance
-and of the coefficients.
+Yao et al., 2018, section 3.4). An interval is that of draws of a family, of a point of its grid, of the noise's
+variance and of the coefficients.
 """
 
 import dataclasses
@@ -21,8 +22,10 @@ from scipy import linalg, special, stats
 
 FINE_ENOUGH = 12.0  # points of a grid that share its weight; below, the grid is laid again around them
 ZOOMS = 4
-LEAST_WEIGHT = 1e-5
+LEAST_WEIGHT = 1e-5  # of a point of a grid, over the largest
+LEAST_FAMILY = 0.005
 TEMPER = 0.5  # of the densities: families that differ by chance alone shall not be told apart
+PLAIN = ("constant", "linear")  # which the others hold, too: averaged with them, intervals would be too narrow
 RESAMPLES = 500  # of shares, for the weights of families
 DRAWS = 1000
 LIMIT = 20.0  # of |t| in exp(t r)
@@ -32,8 +35,8 @@ SINGULAR = 1e-9  # relative to the trace
 
 
 class Points(NamedTuple):
-    """Where a law is asked: shares [n, S] of S sources that sum to 1; `scale` [n, a], powers' bases (parameters, tokens)
-    over their geometric means, of those that vary; `waste` [n], what repetition wastes of the scarcest source.
+    """Where a law is asked: shares [n, S] of S sources that sum to 1; `scale` [n, a], parameters and tokens over their
+    geometric means, those that vary; `waste` [n], the epochs that repetition wastes of the scarcest source.
     """
 
     shares: np.ndarray
@@ -46,14 +49,14 @@ class Losses(NamedTuple):
 
     Attributes:
       mean: [c] over seeds; 0 where there are none.
-      count: [c] runs; several lengths of one run count as one together, for their noise is the run's.
+      runs: [c]; several lengths of one run count as one together, for their noise is the run's.
       squares: [c] sum of squares about the mean.
       variance: [c] of one run's noise, relative to the mean of all; 1 where it is the same everywhere.
       degrees: [c] of freedom that `variance` was told by; infinite where it is the same everywhere.
     """
 
     mean: np.ndarray
-    count: np.ndarray
+    runs: np.ndarray
     squares: np.ndarray
     variance: np.ndarray
     degrees: np.ndarray
@@ -157,7 +160,8 @@ def exponential() -> Family:
 
     def features(points: Points, thetas: np.ndarray) -> np.ndarray:
         # From 0 at r = 0 to 1 at r = 1 for every t, so that the fit stays well conditioned.
-        return _with_constant((np.expm1(thetas[:, :1] * points.shares[None, :, 1]) / np.expm1(thetas[:, :1]))[..., None])
+        risen = np.expm1(thetas[:, :1] * points.shares[None, :, 1]) / np.expm1(thetas[:, :1])
+        return _with_constant(risen[..., None])
 
     return Family("exponential", "c + k exp(t r)", 3, (axis,), features)
 
@@ -278,7 +282,8 @@ def candidates(points: Points, groups: np.ndarray) -> list[Family]:
     if not scales:
         families += [power(2, 0), power(2, 1), exponentials(2)] if sources == 2 else [power(sources)]
         if points.waste.max() > REPEATED and np.ptp(points.waste) > 0:
-            families += [with_repetition(family, float(points.waste.max())) for family in families[1:]]
+            most = float(points.waste.max())
+            families += [with_repetition(family, most) for family in families[1:]]
         families.append(gaussian_process(_process_points(shares), distinct > sources + 1))
     kept = [family for family in families if family.parameters < distinct or family.name == "constant"]
     return [with_scale(family, scales) for family in kept] if scales else kept
@@ -299,16 +304,18 @@ def fit_law(families: Sequence[Family], points: Points, groups: np.ndarray, loss
     """Fits every family to one loss and weighs them.
 
     Raises:
-      ValueError: fewer than two shares have a run.
+      ValueError: fewer than three shares have a run.
     """
-    if len(np.unique(groups[losses.count > 0])) < 2:
-        raise ValueError("a law needs runs at two shares or more.")
+    shares, runs = len(np.unique(groups[losses.runs > 0])), losses.runs.sum()
     fits = [fit for family in families if (fit := fit_family(family, points, groups, losses)) is not None]
+    rich = np.array([fit.family.name not in PLAIN for fit in fits])
+    if shares < 3 or not rich.any():
+        raise ValueError(f"a law needs runs at three shares or more, found {runs:.0f} runs at {shares}.")
     densities = np.stack([fit.densities[~np.isnan(fit.densities)] for fit in fits])  # [F, G]
     resampled = np.random.default_rng(seed).dirichlet(np.ones(densities.shape[1]), RESAMPLES) * densities.shape[1]
     weights = special.softmax(TEMPER * resampled @ densities.T, axis=1).mean(axis=0)
-    weights *= [fit.family.name not in ("constant", "linear") for fit in fits]
-    weights[weights < 0.005] = 0.0
+    weights *= rich / (weights @ rich)
+    weights[weights < LEAST_FAMILY] = 0.0
     return Law(fits, weights / weights.sum())
 
 
@@ -339,10 +346,10 @@ def spans(points: Points) -> float:
 
 
 def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray, losses: Losses) -> Fit | None:
-    there = losses.count > 0
-    root = np.sqrt(losses.count / losses.variance)[there]
+    there = losses.runs > 0
+    root = np.sqrt(losses.runs / losses.variance)[there]
     within = losses.squares[there] / losses.variance[there]
-    runs = losses.count[there]
+    runs = losses.runs[there]
     level = float(np.average(losses.mean[there], weights=root**2))
     y = root * (losses.mean[there] - level)
     x = family.features(points, thetas)[:, there] * root[:, None]  # [T, c, p]

@@ -188,9 +188,10 @@ def headline(sweep: Sweep, size: float, tokens: float) -> np.ndarray:
     """[n] the lines of one size and length: those asked for, else the largest size at its runs' ends."""
     lines = np.ones(len(sweep.runs), bool)
     if np.isfinite(sweep.parameters).all():
-        lines &= np.abs(np.log(sweep.parameters / (size if math.isfinite(size) else sweep.parameters.max()))) < SAME_SCALE
-    if math.isfinite(tokens):
-        return lines & (np.abs(np.log(sweep.tokens / tokens)) < SAME_SCALE) if np.isfinite(sweep.tokens).all() else lines
+        asked = size if math.isfinite(size) else sweep.parameters.max()
+        lines &= np.abs(np.log(sweep.parameters / asked)) < SAME_SCALE
+    if math.isfinite(tokens) and np.isfinite(sweep.tokens).all():
+        return lines & (np.abs(np.log(sweep.tokens / tokens)) < SAME_SCALE)
     lines &= sweep.final
     if lines.any() and np.isfinite(sweep.tokens).all():
         numbers, groups = _clusters(sweep.tokens), sweep.groups
@@ -251,14 +252,14 @@ def left_out(fitted: Fitted, told: Callable[[str], None]) -> list[Miss]:
             continue
         last = numbers == numbers.max()
         rest = sweep.only(~last)
-        if len(np.unique(rest.groups)) < 2:
+        if len(np.unique(rest.groups)) < 3:
             continue
-        others = fit_sweep(rest, tuple(name for name in fitted.axes if name in scales(rest)),
-                           lambda name, axis=axis: told(f"{name}, the largest {axis} left out"))
+        told(f"the largest {axis} left out")
+        others = fit_sweep(rest, tuple(name for name in fitted.axes if name in scales(rest)), lambda name: None)
         errors, inside = [], []
-        for size, tokens in sorted(set(zip(sweep.parameters[last], sweep.tokens[last], strict=True))):
-            here = last & (np.nan_to_num(sweep.parameters) == np.nan_to_num(size)) & (
-                np.nan_to_num(sweep.tokens) == np.nan_to_num(tokens))
+        facts = np.nan_to_num(np.stack([sweep.parameters, sweep.tokens], axis=1))
+        for size, tokens in np.unique(facts[last], axis=0):
+            here = last & (facts == (size, tokens)).all(axis=1)
             predicted, _, intervals = predict(others, others.at(sweep.shares[here], size, tokens),
                                               np.zeros(len(sweep.losses)))
             seen = sweep.values[here].T
@@ -282,7 +283,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
       ValueError: in one line; a size or length is asked for that the sweep cannot tell.
     """
     axes, done = scales(sweep), 0
-    total = len(sweep.losses) * (1 + (1 + len(axes) if axes else 0)) + 2
+    total = len(sweep.losses) * (1 + bool(axes)) + len(axes) + 2
 
     def progress(text: str) -> None:
         nonlocal done
@@ -294,8 +295,9 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
     asked = [axis for axis, value in (("size", size), ("tokens", tokens)) if math.isfinite(value)]
     if not direct and (missing := [axis for axis in asked if axis not in axes]):
         known = sweep.parameters if missing[0] == "size" else sweep.tokens
-        raise ValueError(f"--{missing[0]} asks for another {'size' if missing[0] == 'size' else 'number of tokens'} than "
-                         f"the runs have, {_span(known)}: that takes runs of several.")
+        what = "size" if missing[0] == "size" else "number of tokens"
+        raise ValueError(f"--{missing[0]} asks for another {what} than the runs have, {_span(known)}: that takes runs "
+                         "of several.")
     values = sweep.values.copy()
     without = dataclasses.replace(sweep, values=values)
     outliers: list[tuple[str, int, Outlier]] = []
@@ -348,7 +350,8 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
     widen = _widening(misses, extrapolated, fitted, size, tokens)
     predicted = predict(fitted, fitted.at(shown, size, tokens), widen)
     told(total, total, "done")
-    return Analysis(sweep, fitted, size, tokens, extrapolated, objective, shown, *predicted, found, more, misses, outliers)
+    return Analysis(sweep, fitted, size, tokens, extrapolated, objective, shown, *predicted, found, more, misses,
+                    outliers)
 
 
 def _span(values: np.ndarray) -> str:

@@ -113,7 +113,8 @@ def fit_without_outliers(
         losses = cells_of(values, cell, points.shares, weights)
         return fit_law(families, points, groups, losses), losses
 
-    values, found = values.copy(), []
+    found: list[Outlier] = []
+    values = values.copy()
     law, losses = fitted(values)
     runs = int((~np.isnan(values)).sum())
     while len(found) < max(1, int(MOST_OUTLIERS * runs)) and runs - len(found) > FEWEST:
@@ -156,7 +157,8 @@ def _unlikely(law: Law, losses: Losses, points: Points, cell: int, value: float)
         centre = (features * fit.coefficients).sum(axis=1)
         half = np.linalg.solve(fit.factors, features[..., None])[..., 0]
         scale = np.sqrt(fit.squares / fit.degrees * (losses.variance[cell] + (half**2).sum(axis=1)))
-        tail += weight * float(fit.weights @ stats.t.sf(np.abs(value - centre) / scale, min(fit.degrees, losses.degrees[cell])))
+        degrees = min(fit.degrees, losses.degrees[cell])
+        tail += weight * float(fit.weights @ stats.t.sf(np.abs(value - centre) / scale, degrees))
     return value - mean, 2 * tail
 
 
