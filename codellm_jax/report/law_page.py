@@ -95,8 +95,8 @@ def _caveats(analysis: Analysis) -> list[Block]:
         mixture = describe(sweep.sources, sweep.shares[line])
         side = "above" if outlier.deviation > 0 else "below"
         found.append(Text(
-            f"Outlier, left out of the law: {sweep.runs[line]} ({mixture}{_at(analysis, line)}) has a loss on {name} of "
-            f"{outlier.loss:.4f}, {abs(outlier.deviation):.4f} {side} the law of all other runs (p "
+            f"Outlier, left out of the law: {sweep.runs[line]} ({mixture}{_at(analysis, line)}) has a loss on {name} "
+            f"of {outlier.loss:.4f}, {abs(outlier.deviation):.4f} {side} the law of all other runs (p "
             f"{outlier.p_value:.2g}). Look at this run."))
     for name, cells in zip(sweep.losses, analysis.fitted.cells, strict=True):
         variance = cells.variance[cells.runs > 0]

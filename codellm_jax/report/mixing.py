@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from codellm_jax.report.laws import Law, Losses, Points, candidates, draws
+from codellm_jax.report.families import Losses, Points, candidates
+from codellm_jax.report.laws import Law, draws
 from codellm_jax.report.noise import Outlier, correlation, fit_without_outliers
 from codellm_jax.report.optimum import INTERVAL, Best, Design, best, design, mixtures, weigh
 from codellm_jax.report.sweeps import POOLS, Sweep
@@ -317,11 +318,18 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
         fitted = fit_sweep(without.only(lines), (), progress)
         leave_out(fitted, np.flatnonzero(lines), whole_runs=True)
     if axes:
-        joint = fit_sweep(without, axes, lambda name: progress(f"{name}, by {' and '.join(axes)}"))
+        try:
+            joint = fit_sweep(without, axes, lambda name: progress(f"{name}, by {' and '.join(axes)}"))
+        except ValueError as error:
+            if not direct:
+                raise
+            note = f"There are no laws of {' and '.join(axes)}: {error}"
+            sweep = dataclasses.replace(sweep, notes=[*sweep.notes, note])
         # What stands out among all sizes and lengths is left out of the laws at one of them, too.
-        if leave_out(joint, np.arange(len(sweep.runs)), whole_runs=False) and direct:
+        if joint and leave_out(joint, np.arange(len(sweep.runs)), whole_runs=False) and direct:
             fitted = fit_sweep(without.only(lines), (), lambda name: None)
-        fitted = fitted if direct else joint
+        if joint and not direct:
+            fitted = joint
     misses = left_out(dataclasses.replace(joint, sweep=without), progress) if joint else []
     known_size, known_tokens = (float(np.max(values[lines])) if lines.any() else math.nan
                                 for values in (sweep.parameters, sweep.tokens))

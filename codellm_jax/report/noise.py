@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, special, stats
 
-from codellm_jax.report.laws import Family, Law, Losses, Points, fit_law
+from codellm_jax.report.families import Family, Losses, Points
+from codellm_jax.report.laws import Law, fit_law
 
 LEVEL = 0.01  # chance of naming an outlier in one loss of a study without one
 TEST_LEVEL = 0.05  # of the tests that noise differs between shares
