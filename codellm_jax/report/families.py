@@ -32,7 +32,7 @@ class Losses(NamedTuple):
 
     Attributes:
       mean: [c] over seeds; 0 where there are none.
-      runs: [c]; several lengths of one run count as one together, for their noise is the run's.
+      runs: [c]; several lengths of one run count as fewer, as far as their noise is alike.
       squares: [c] sum of squares about the mean.
       variance: [c] of one run's noise, relative to the mean of all; 1 where it is the same everywhere.
       degrees: [c] of freedom that `variance` was told by; infinite where it is the same everywhere.
@@ -89,8 +89,8 @@ def exponential() -> Family:
 
 
 def exponential_of_all(sources: int) -> Family:
-    """c + k exp(sum_j t_j r_j) over all sources (Ye et al., 2024, equation 2); theta is (log k, t) of least squares, and
-    the coefficients are those of the tangents there.
+    """c + k exp(sum_j t_j r_j) over all sources (Ye et al., 2024, equation 2). Theta is (log k, t) of least squares,
+    and the coefficients are those of the tangents there.
     """
     def features(points: Points, thetas: np.ndarray) -> np.ndarray:
         free = points.shares[:, 1:]
@@ -204,7 +204,8 @@ def with_scale(family: Family, axes: int) -> Family:
 
     def features(points: Points, thetas: np.ndarray) -> np.ndarray:
         found = family.features(points, thetas[:, :own])
-        powers = points.scale[None] ** -thetas[:, None, own:]  # [T, n, a]
+        exponent = -thetas[:, None, own:]
+        powers = (points.scale[None] ** exponent - 1) / exponent  # [T, n, a]; near the logarithm for small exponents
         return np.concatenate([found, *(found * powers[:, :, [a]] for a in range(axes))], axis=2)
 
     grids = (*(axis[:: max(1, len(axis) // 12)] for axis in family.axes), *[np.linspace(0.05, 1.2, 7)] * axes)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from codellm_jax.report.families import Losses, Points, candidates
-from codellm_jax.report.laws import Law, draws
-from codellm_jax.report.noise import Outlier, correlation, fit_without_outliers
+from codellm_jax.report.laws import Law, draws, fit_law
+from codellm_jax.report.noise import Outlier, cells_of, correlation, fit_without_outliers, line_weights
 from codellm_jax.report.optimum import INTERVAL, Best, Design, best, design, mixtures, weigh
 from codellm_jax.report.sweeps import POOLS, Sweep
 
@@ -155,13 +155,16 @@ def fit_sweep(sweep: Sweep, axes: Sequence[str], told: Callable[[str], None]) ->
     of_group = np.stack([sweep.shares[groups == group].mean(axis=0) for group in range(groups.max() + 1)])
     points = Points(of_group[groups[first]], np.stack(scale, axis=1) if axes else np.zeros((len(first), 0)), wasted)
     families = candidates(points, groups[first])
-    _, of_run, lines = np.unique(np.array(sweep.runs), return_inverse=True, return_counts=True)
+    of_run = np.unique(np.array(sweep.runs), return_inverse=True)[1]
     laws, cells, outliers = [], [], []
     for place, name in enumerate(sweep.losses):
         told(name)
         try:
-            law, losses, named = fit_without_outliers(families, points, groups[first], cell, sweep.values[:, place],
-                                                       1 / lines[of_run])
+            values, weights = sweep.values[:, place], np.ones(len(sweep.runs))
+            if axes:
+                apart = fit_law(families, points, groups[first], cells_of(values, cell, points.shares, weights))
+                weights = line_weights(apart, points, cell, values, of_run)
+            law, losses, named = fit_without_outliers(families, points, groups[first], cell, values, weights)
         except ValueError as error:
             raise ValueError(f"the loss of {name}: {error}") from None
         laws.append(law)
