@@ -181,13 +181,10 @@ def _count(value: float) -> str:
 def _figures(analysis: Analysis) -> list[Block]:
     if len(analysis.sweep.sources) != 2:
         return []
-    found, fitted = analysis.best, analysis.fitted
-    panels = []
+    found, panels = analysis.best, []
     named = {(name, line) for name, line, _ in analysis.outliers}
     shown = [n for n, name in enumerate(analysis.sweep.losses) if name in analysis.objective]
-    lines = [n for n, name in enumerate(analysis.sweep.runs) if name in set(fitted.sweep.runs)
-             and (fitted.axes or analysis.sweep.tokens[n] in fitted.sweep.tokens or not analysis.sweep.final.any())]
-    lines = [] if analysis.extrapolated or fitted.axes else [n for n in lines if analysis.sweep.final[n]]
+    lines = np.flatnonzero(analysis.lines)
     for place in shown:
         name = analysis.sweep.losses[place]
         points = [(float(analysis.sweep.shares[n, 1]), float(analysis.sweep.values[n, place]), analysis.sweep.seeds[n],

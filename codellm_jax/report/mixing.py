@@ -70,6 +70,7 @@ class Analysis:
     """Attributes:
       sweep: all of it.
       fitted: the laws that answer.
+      lines: [n] those that they are fitted to, where these are of one size and length; else none.
       size, tokens: of what is answered; NaN where nothing tells them.
       extrapolated: what lies beyond all runs, as "size" and "tokens"; both may be.
       objective: weights by the names of losses.
@@ -83,6 +84,7 @@ class Analysis:
 
     sweep: Sweep
     fitted: Fitted
+    lines: np.ndarray
     size: float
     tokens: float
     extrapolated: Sequence[str]
@@ -98,7 +100,8 @@ class Analysis:
 
     def predict(self, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The predicted losses [D, m] of mixtures [m, S], their 95% intervals, and those of one further run."""
-        return predict(self.fitted, self.fitted.at(shares, self.size, self.tokens), widening(self))
+        return predict(self.fitted, self.fitted.at(shares, self.size, self.tokens), _widening(
+            self.misses, self.extrapolated, self.fitted, self.size, self.tokens))
 
 
 def parse_objective(text: str | None, losses: Sequence[str]) -> dict[str, float]:
@@ -183,9 +186,11 @@ def _clusters(values: np.ndarray) -> np.ndarray:
 
 
 def scales(sweep: Sweep) -> tuple[str, ...]:
-    """The scales of which a sweep has several values."""
+    """The scales of which a sweep has several values at one share, and so can tell them from the share."""
+    groups = sweep.groups
     return tuple(axis for axis, values in (("size", sweep.parameters), ("tokens", sweep.tokens))
-                 if np.isfinite(values).all() and _clusters(values).max() > 0)
+                 if np.isfinite(values).all() and any(np.ptp(_clusters(values)[groups == group]) > 0
+                                                      for group in range(groups.max() + 1)))
 
 
 def headline(sweep: Sweep, size: float, tokens: float) -> np.ndarray:
@@ -226,10 +231,6 @@ def _variance(cells: Losses, fitted: Fitted, points: Points) -> np.ndarray:
     """[m] the variance of a run relative to the mean of all, as at the nearest share that was swept."""
     distance = np.abs(points.shares[:, None] - fitted.points.shares[None]).sum(axis=2)
     return cells.variance[distance.argmin(axis=1)]
-
-
-def widening(analysis: Analysis) -> np.ndarray:
-    return _widening(analysis.misses, analysis.extrapolated, analysis.fitted, analysis.size, analysis.tokens)
 
 
 def _widening(misses: Sequence[Miss], extrapolated: Sequence[str], fitted: Fitted, size: float,
@@ -295,7 +296,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
         done += 1
 
     lines = headline(sweep, size, tokens)
-    direct = len(np.unique(sweep.groups[lines])) >= 2
+    direct = len(np.unique(sweep.groups[lines])) >= 3
     asked = [axis for axis, value in (("size", size), ("tokens", tokens)) if math.isfinite(value)]
     if not direct and (missing := [axis for axis in asked if axis not in axes]):
         known = sweep.parameters if missing[0] == "size" else sweep.tokens
@@ -331,6 +332,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
         # What stands out among all sizes and lengths is left out of the laws at one of them, too.
         if joint and leave_out(joint, np.arange(len(sweep.runs)), whole_runs=False) and direct:
             fitted = fit_sweep(without.only(lines), (), lambda name: None)
+            leave_out(fitted, np.flatnonzero(lines), whole_runs=False)
         if joint and not direct:
             fitted = joint
     misses = left_out(dataclasses.replace(joint, sweep=without), progress) if joint else []
@@ -357,12 +359,12 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
                                                                          for name in sweep.losses]),
                       np.sqrt([law.noise for law in fitted.laws]), seeds,
                       lambda shares: fitted.curves(fitted.at(shares, size, tokens), scatter=False))
-    shown = space[:: 4] if len(sweep.sources) == 2 else np.unique(fitted.points.shares, axis=0)
+    shown = space[::4] if len(sweep.sources) == 2 else np.unique(fitted.points.shares, axis=0)
     widen = _widening(misses, extrapolated, fitted, size, tokens)
     predicted = predict(fitted, fitted.at(shown, size, tokens), widen)
     told(total, total, "done")
-    return Analysis(sweep, fitted, size, tokens, extrapolated, objective, shown, *predicted, found, more, misses,
-                    outliers)
+    return Analysis(sweep, fitted, lines & (not fitted.axes), size, tokens, extrapolated, objective, shown, *predicted,
+                    found, more, misses, outliers)
 
 
 def _span(values: np.ndarray) -> str:
