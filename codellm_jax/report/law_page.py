@@ -184,7 +184,7 @@ def _figures(analysis: Analysis) -> list[Block]:
     found, panels = analysis.best, []
     named = {(name, line) for name, line, _ in analysis.outliers}
     shown = [n for n, name in enumerate(analysis.sweep.losses) if name in analysis.objective]
-    lines = np.flatnonzero(analysis.lines)
+    lines = np.flatnonzero(analysis.lines).tolist()
     for place in shown:
         name = analysis.sweep.losses[place]
         points = [(float(analysis.sweep.shares[n, 1]), float(analysis.sweep.values[n, place]), analysis.sweep.seeds[n],
