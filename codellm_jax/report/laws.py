@@ -23,6 +23,7 @@ FINE_ENOUGH = 12.0  # points of a grid that share its weight; below, the grid is
 ZOOMS = 4
 LEAST_WEIGHT = 1e-5  # of a point of a grid, over the largest
 LEAST_FAMILY = 0.005
+FEWEST_DEGREES = 1.5  # of freedom that a family leaves: with one, an interval is as good as none
 TEMPER = 0.5  # of the densities: families that differ by chance alone shall not be told apart
 PLAIN = ("constant", "linear")  # which the others hold, too: averaged with them, intervals would be too narrow
 RESAMPLES = 500  # of shares, for the weights of families
@@ -103,8 +104,10 @@ def fit_law(families: Sequence[Family], points: Points, groups: np.ndarray, loss
     shares, runs = len(np.unique(groups[losses.runs > 0])), losses.runs.sum()
     fits = [fit for family in families if (fit := fit_family(family, points, groups, losses)) is not None]
     rich = np.array([fit.family.name not in PLAIN for fit in fits])
-    if shares < 3 or not rich.any():
-        raise ValueError(f"a law needs runs at three shares or more, found {runs:.0f} runs at {shares}.")
+    if shares < 3:
+        raise ValueError(f"a law needs runs at three shares or more, found {shares}.")
+    if not rich.any():
+        raise ValueError(f"{runs:.1f} runs at {shares} shares are too few for a law.")
     densities = np.stack([fit.densities[~np.isnan(fit.densities)] for fit in fits])  # [F, G]
     resampled = np.random.default_rng(seed).dirichlet(np.ones(densities.shape[1]), RESAMPLES) * densities.shape[1]
     weights = special.softmax(TEMPER * resampled @ densities.T, axis=1).mean(axis=0)
@@ -153,6 +156,9 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
     known = family.precision is not None
     prior = family.precision(thetas) if family.precision else np.zeros((len(thetas), width))
     degrees = float(runs.sum() - (prior[0] == 0).sum())
+    told = degrees if known else degrees - len(family.axes)
+    if not known and told < FEWEST_DEGREES:
+        return None
     gram = np.einsum("tcp,tcq->tpq", x, x, optimize=True)
     moments = np.einsum("tcp,c->tp", x, y)
     smallest = 1e-14 * float(y @ y) + 1e-24
@@ -196,7 +202,6 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
         predicted = level + (y[here] - off) / root[here]
         left_out[np.flatnonzero(there)[here]] = np.exp(of_others) @ predicted
     coefficients[:, 0] += level
-    told = degrees if known else max(degrees - len(family.axes), 1.0)
     keep = weights > LEAST_WEIGHT * weights.max()
     return Fit(family, thetas[keep], weights[keep] / weights[keep].sum(), coefficients[keep], factors[keep],
                squares[keep], told, min(told, float(np.average(losses.degrees[there], weights=runs))), densities,
