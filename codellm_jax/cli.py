@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
-        "plot": _plot, "laws": _laws,
-        "explain": _explain, "contamination": _contamination, "cache": _cache,
+        "plot": _plot, "laws": _laws, "explain": _explain, "contamination": _contamination, "cache": _cache,
         "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch, "precompile": _precompile}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)

@@ -21,7 +21,7 @@ from etils import epath
 
 from codellm_jax.report.law_page import as_json, blocks, plain, predictions
 from codellm_jax.report.mixing import Analysis, analyse, parse_objective
-from codellm_jax.report.pages import Figure, comma_separated
+from codellm_jax.report.pages import Block, Figure, Heading, Text, comma_separated
 from codellm_jax.report.sweeps import as_files, read_sweep
 from codellm_jax.results.files import write_whole
 from codellm_jax.runtime.progress import StatusLine
@@ -45,14 +45,15 @@ def laws(directory: str, objective: str | None = None, size: str | None = None, 
     sweep = read_sweep(directory)
     weights = parse_objective(objective, sweep.losses)
     shares = None if mixtures is None else _mixtures(epath.Path(mixtures).expanduser(), sweep.sources)
-    status = StatusLine(0, 1, active=True, unit="fit")
+    status: list[StatusLine] = []
 
     def told(done: int, total: int, text: str) -> None:
-        status.total = total
-        status.show(done, text)
+        if not status:
+            status.append(StatusLine(0, total, active=True, unit="fit"))
+        status[0].show(done, text)
 
     analysis = analyse(sweep, weights, *asked, told)
-    status.close()
+    status[0].close()
     page = blocks(analysis)
     folder = epath.Path(directory).expanduser() / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,15 @@ def laws(directory: str, objective: str | None = None, size: str | None = None, 
             (folder / f"{block.name}.png").write_bytes(block.png)
             (folder / f"{block.name}.svg").write_bytes(block.svg)
     return f"{plain(page)}\n\nAll numbers: {folder / 'laws.json'}"
+
+
+def section(directory: str) -> list[Block]:
+    """The laws of a study as a section of its report; where it is no sweep, why there are none."""
+    try:
+        sweep = read_sweep(directory)
+        return blocks(analyse(sweep, parse_objective(None, sweep.losses)))
+    except (FileNotFoundError, ValueError) as error:
+        return [Heading(2, "Laws of the mixture"), Text(f"There are none: {error}")]
 
 
 def _number(flag: str, text: str | None) -> float:

@@ -9,8 +9,8 @@ import numpy as np
 
 from codellm_jax.report import plots
 from codellm_jax.report.mixing import Analysis
-from codellm_jax.report.optimum import lines_to_paste
-from codellm_jax.report.pages import Block, Figure, Heading, Items, Notice, Table, Text
+from codellm_jax.report.optimum import lines_to_paste, weigh
+from codellm_jax.report.pages import Block, Heading, Items, Notice, Table, Text
 from codellm_jax.report.sweeps import describe
 
 WIDTH = 110  # of plain text
@@ -46,7 +46,7 @@ def _answer(analysis: Analysis) -> list[Block]:
             lines.append(Notice(f"These runs cannot tell the best share of {name}: it is predicted at "
                                 f"{found.shares[1]:.3f}, and may be anywhere from {found.intervals[1, 0]:.3f} to "
                                 f"{found.intervals[1, 1]:.3f} (95% interval). The chance that it is the smallest share "
-                                f"that was swept is {100 * found.edges[0]:.0f}%, the largest {100 * found.edges[1]:.0f}%."))
+                                f"swept is {100 * found.edges[0]:.0f}%, the largest {100 * found.edges[1]:.0f}%."))
         if found.verdict != "interior" and sum(weight > 0 for weight in analysis.objective.values()) == 1:
             lines.append(Text("The objective is a single loss. Where its law only falls or only rises with the share, "
                               "it has no interior optimum, however many runs there are: name a weighted sum of "
@@ -62,8 +62,9 @@ def _answer(analysis: Analysis) -> list[Block]:
             [name, f"{found.shares[n]:.3f}", f"{found.intervals[n, 0]:.3f} - {found.intervals[n, 1]:.3f}",
              f"{analysis.fitted.points.shares[:, n].min():.3f} - {analysis.fitted.points.shares[:, n].max():.3f}"]
             for n, name in enumerate(sources)]))
-    lines.append(Text(f"The objective there is {found.objective:.4f} ({low:.4f} to {high:.4f}), lower than at the average "
-                      f"of the runs' mixtures by {found.gain[0]:.4f} ({found.gain[1]:.4f} to {found.gain[2]:.4f})."))
+    lines.append(Text(f"The objective there is {found.objective:.4f} ({low:.4f} to {high:.4f}), lower than at the "
+                      f"average of the runs' mixtures by {found.gain[0]:.4f} ({found.gain[1]:.4f} to "
+                      f"{found.gain[2]:.4f})."))
     if analysis.design is not None and len(analysis.design.shares):
         runs = len(analysis.design.shares) * analysis.design.seeds
         lines += [Text(f"These {runs} runs more would tell most: their interval of the best share is expected to be "
@@ -91,21 +92,24 @@ def _caveats(analysis: Analysis) -> list[Block]:
             "The runs have too few of them to leave one out and test this: no interval covers that."))))
     sweep = analysis.sweep
     for name, line, outlier in analysis.outliers:
-        found.append(Text(f"Outlier, left out of the law: {sweep.runs[line]} ({describe(sweep.sources, sweep.shares[line])}"
-                          f"{_at(analysis, line)}) has a loss on {name} of {outlier.loss:.4f}, "
-                          f"{abs(outlier.deviation):.4f} {'above' if outlier.deviation > 0 else 'below'} the law of all "
-                          f"other runs (p {outlier.p_value:.2g}). Look at this run."))
+        mixture = describe(sweep.sources, sweep.shares[line])
+        side = "above" if outlier.deviation > 0 else "below"
+        found.append(Text(
+            f"Outlier, left out of the law: {sweep.runs[line]} ({mixture}{_at(analysis, line)}) has a loss on {name} "
+            f"of {outlier.loss:.4f}, {abs(outlier.deviation):.4f} {side} the law of all other runs (p "
+            f"{outlier.p_value:.2g}). Look at this run."))
     for name, cells in zip(sweep.losses, analysis.fitted.cells, strict=True):
-        variance = cells.variance[cells.count > 0]
+        variance = cells.variance[cells.runs > 0]
         if variance.max() > 1.001 * variance.min():
-            worst = analysis.fitted.points.shares[np.flatnonzero(cells.count > 0)[variance.argmax()]]
+            worst = analysis.fitted.points.shares[np.flatnonzero(cells.runs > 0)[variance.argmax()]]
+            times = math.sqrt(variance.max() / variance.min())
             found.append(Text(f"The noise of {name} differs between shares: it is largest at "
-                              f"{describe(sweep.sources, worst)}, {math.sqrt(variance.max() / variance.min()):.1f} times "
-                              "that at the most quiet share. The fits weigh runs accordingly."))
-    seeds = analysis.fitted.cells[0].count.max()
+                              f"{describe(sweep.sources, worst)}, {times:.1f} times that at the most quiet share. The "
+                              "fits weigh runs accordingly."))
+    seeds = analysis.fitted.cells[0].runs.max()
     if seeds <= 1 and not analysis.fitted.axes:
-        found.append(Text("No share was trained with several seeds: the noise is told by how far runs lie from the law, "
-                          "and is taken to be the same at all shares."))
+        found.append(Text("No share was trained with several seeds: the noise is told by how far runs lie from the "
+                          "law, and is taken to be the same at all shares."))
     return found + [Text(note) for note in sweep.notes]
 
 
@@ -123,15 +127,16 @@ def _misses_of(analysis: Analysis, misses: np.ndarray) -> str:
 def _laws(analysis: Analysis) -> Block:
     rows = []
     for name, law, cells in zip(analysis.sweep.losses, analysis.fitted.laws, analysis.fitted.cells, strict=True):
-        there = cells.count > 0
-        others = [f"{_named(analysis, fit.family.name)} {_error(fit.left_out, cells, there):.4f}"
-                  for fit in law.fits if fit is not law.chosen]
+        there = cells.runs > 0
+        others = sorted((_error(fit.left_out, cells, there), _named(analysis, fit.family.name))
+                        for fit in law.fits if fit is not law.chosen)
         rows.append([name, f"{_named(analysis, law.chosen.family.name)}: {law.chosen.family.formula}",
                      f"{_error(law.chosen.left_out, cells, there):.4f}", f"{_error(law.left_out, cells, there):.4f}",
-                     f"{math.sqrt(law.noise):.4f}", ", ".join(others)])
+                     f"{math.sqrt(law.noise):.4f}",
+                     ", ".join(f"{other} {miss:.4f}" for miss, other in others[:2])])
     return Table("The law of each loss. The miss is that of shares left out, in turn, root mean square: of the law "
                  "chosen, and of all candidates weighed together, as they are in the predictions",
-                 ("Loss", "Law", "Miss", "Of all", "Noise of a run", "Misses of the others"), rows, words=(1, 5))
+                 ("Loss", "Law", "Miss", "Of all", "Noise of a run", "Next best"), rows, words=(1, 5))
 
 
 def _named(analysis: Analysis, name: str) -> str:
@@ -146,13 +151,15 @@ def _error(left_out: np.ndarray, cells: Any, there: np.ndarray) -> float:
 
 def _predictions(analysis: Analysis) -> Block:
     two = len(analysis.sweep.sources) == 2
-    every = np.arange(0, len(analysis.shares), 10) if two else np.arange(min(SHOWN, len(analysis.shares)))
+    objective = weigh(analysis.objective, analysis.sweep.losses, analysis.predicted)
+    every = np.arange(0, len(analysis.shares), 10) if two else np.argsort(objective, kind="stable")[:SHOWN]
     rows = [[f"{analysis.shares[n, 1]:.3f}" if two else describe(analysis.sweep.sources, analysis.shares[n]),
              *(f"{analysis.predicted[d, n]:.4f} ({analysis.intervals[d, n, 0]:.4f} - {analysis.intervals[d, n, 1]:.4f})"
                for d in range(len(analysis.sweep.losses)))] for n in every]
+    which = "" if two or len(analysis.shares) <= SHOWN else f", of the {SHOWN} best mixtures of runs"
     heading = f"Share of {analysis.sweep.sources[1]}" if two else "Mixture"
     return Table("Predicted losses with the 95% intervals of the law, that is of the mean over seeds"
-                 + (", extrapolated" if analysis.extrapolated else ""), (heading, *analysis.sweep.losses), rows)
+                 + (", extrapolated" if analysis.extrapolated else "") + which, (heading, *analysis.sweep.losses), rows)
 
 
 def _misses(analysis: Analysis) -> list[Block]:
@@ -174,13 +181,10 @@ def _count(value: float) -> str:
 def _figures(analysis: Analysis) -> list[Block]:
     if len(analysis.sweep.sources) != 2:
         return []
-    found, fitted = analysis.best, analysis.fitted
-    panels = []
+    found, panels = analysis.best, []
     named = {(name, line) for name, line, _ in analysis.outliers}
     shown = [n for n, name in enumerate(analysis.sweep.losses) if name in analysis.objective]
-    lines = [n for n, name in enumerate(analysis.sweep.runs) if name in set(fitted.sweep.runs)
-             and (fitted.axes or analysis.sweep.tokens[n] in fitted.sweep.tokens or not analysis.sweep.final.any())]
-    lines = [] if analysis.extrapolated or fitted.axes else [n for n in lines if analysis.sweep.final[n]]
+    lines = np.flatnonzero(analysis.lines).tolist()
     for place in shown:
         name = analysis.sweep.losses[place]
         points = [(float(analysis.sweep.shares[n, 1]), float(analysis.sweep.values[n, place]), analysis.sweep.seeds[n],
@@ -240,7 +244,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
             "chosen": _named(analysis, law.chosen.family.name), "noise": math.sqrt(law.noise),
             "candidates": {_named(analysis, fit.family.name): {
                 "weight": float(weight), "formula": fit.family.formula,
-                "miss": _error(fit.left_out, cells, cells.count > 0)}
+                "miss": _error(fit.left_out, cells, cells.runs > 0)}
                 for fit, weight in zip(law.fits, law.weights, strict=True)}}
             for name, law, cells in zip(sweep.losses, analysis.fitted.laws, analysis.fitted.cells, strict=True)},
         "outliers": [{"loss": name, "run": sweep.runs[line], "seed": sweep.seeds[line],

@@ -1,79 +1,35 @@
 """Laws of the mixture: a held-out loss as a function of the shares that a run was trained on.
 
-A candidate is a family of curves that are linear but for one or two parameters, such as c + k exp(t r). These few lie on
-a grid; for each of its points the rest is linear least squares, in closed form (variable projection; Golub and Pereyra,
-1973). So a family is a weighted set of linear fits, the weight of each its likelihood, and nothing depends on a start.
+A candidate is a family of curves that are linear but for one or two parameters (`families`). These few lie on a grid;
+for each of its points the rest is linear least squares, in closed form (variable projection; Golub and Pereyra, 1973).
+So a family is a weighted set of linear fits, the weight of each its likelihood, and nothing depends on a start.
 
 Families are compared by the log density of each share's losses under the law fitted to all other shares, which is in
 closed form too, and are averaged with the weights that these densities give them under resampled shares (pseudo-BMA+;
-Yao et al., 2018, section 3.4). An interval is that of draws of a family, of a point of its grid, of the noise's variance
-and of the coefficients.
+Yao et al., 2018, section 3.4). An interval is that of draws of a family, of a point of its grid, of the noise's
+variance and of the coefficients.
 """
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import linalg, special, stats
 
+from codellm_jax.report.families import Family, Losses, Points
+
 FINE_ENOUGH = 12.0  # points of a grid that share its weight; below, the grid is laid again around them
 ZOOMS = 4
-LEAST_WEIGHT = 1e-5
+LEAST_WEIGHT = 1e-5  # of a point of a grid, over the largest
+LEAST_FAMILY = 0.005
+FEWEST_DEGREES = 1.5  # of freedom that a family leaves: with one, an interval is as good as none
+TEMPER = 0.5  # of the densities: families that differ by chance alone shall not be told apart
+PLAIN = ("constant", "linear")  # which the others hold, too: averaged with them, intervals would be too narrow
 RESAMPLES = 500  # of shares, for the weights of families
 DRAWS = 1000
-LIMIT = 20.0  # of |t| in exp(t r)
+LARGE = 5.0  # times the losses' range
 SINGULAR = 1e-9  # relative to the trace
-
-
-class Points(NamedTuple):
-    """Where a law is asked: shares [n, S] of S sources that sum to 1; `scale` [n, a], powers' bases (parameters, tokens)
-    over their geometric means, of those that vary; `waste` [n], what repetition wastes of the scarcest source.
-    """
-
-    shares: np.ndarray
-    scale: np.ndarray
-    waste: np.ndarray
-
-
-class Losses(NamedTuple):
-    """One loss in cells, that is of all seeds under the same shares, size and length.
-
-    Attributes:
-      mean: [c] over seeds; 0 where there are none.
-      count: [c] runs; several lengths of one run count as one together, for their noise is the run's.
-      squares: [c] sum of squares about the mean.
-      variance: [c] of one run's noise, relative to the mean of all; 1 where it is the same everywhere.
-      degrees: [c] of freedom that `variance` was told by; infinite where it is the same everywhere.
-    """
-
-    mean: np.ndarray
-    count: np.ndarray
-    squares: np.ndarray
-    variance: np.ndarray
-    degrees: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """Curves sum_p b_p features_p(x; theta).
-
-    Attributes:
-      name, formula: for a person.
-      parameters: of one curve, all together.
-      axes: grids of theta.
-      features: (points, thetas [T, k]) -> [T, n, p].
-      precision: thetas -> [T, p], of the coefficients' normal prior about 0, relative to the noise's; None for none.
-    """
-
-    name: str
-    formula: str
-    parameters: int
-    axes: tuple[np.ndarray, ...]
-    features: Callable[[Points, np.ndarray], np.ndarray]
-    precision: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,175 +95,31 @@ class Law:
         return float(self.weights @ [fit.noise for fit in self.fits])
 
 
-def constant() -> Family:
-    return Family("constant", "c", 1, (), lambda points, thetas: np.ones((len(thetas), len(points.shares), 1)))
-
-
-def linear(sources: int) -> Family:
-    return Family("linear", "c + sum_j b_j r_j", sources, (), lambda points, thetas: np.broadcast_to(
-        _with_constant(points.shares[:, 1:]), (len(thetas), len(points.shares), sources)))
-
-
-def exponential() -> Family:
-    """c + k exp(t r) of the second of two sources (Ye et al., 2024, equation 1, for two domains)."""
-    axis = 2 * np.sinh(np.linspace(-np.arcsinh(LIMIT / 2), np.arcsinh(LIMIT / 2), 60))  # never 0: that is linear
-
-    def features(points: Points, thetas: np.ndarray) -> np.ndarray:
-        # From 0 at r = 0 to 1 at r = 1 for every t, so that the fit stays well conditioned.
-        return _with_constant((np.expm1(thetas[:, :1] * points.shares[None, :, 1]) / np.expm1(thetas[:, :1]))[..., None])
-
-    return Family("exponential", "c + k exp(t r)", 3, (axis,), features)
-
-
-def exponentials(sources: int) -> Family:
-    """c + sum_j k_j exp(-t_j r_j) over sources; of more than two with one t for all."""
-    axis = np.geomspace(0.3, 2 * LIMIT, 14 if sources == 2 else 20)
-    own = sources == 2
-
-    def features(points: Points, thetas: np.ndarray) -> np.ndarray:
-        return _with_constant(np.exp(-thetas[:, None, :] * points.shares[None]))
-
-    return Family("sum of exponentials", "c + sum_j k_j exp(-t_j r_j)" if own else "c + sum_j k_j exp(-t r_j)",
-                  1 + sources + (sources if own else 1), (axis, axis) if own else (axis,), features)
-
-
-def power(sources: int, source: int | None = None) -> Family:
-    """c + k (r + e)^-a of one source, or c + sum_j k_j (r_j + e)^-a over all; e keeps it finite without the source."""
-    axes = np.geomspace(0.003, 0.5, 8), np.linspace(0.1, 1.5, 8)
-
-    def features(points: Points, thetas: np.ndarray) -> np.ndarray:
-        shares = points.shares if source is None else points.shares[:, [source]]
-        return _with_constant((shares[None] + thetas[:, :1, None]) ** -thetas[:, 1:2, None])
-
-    name = "power law" if source is None else f"power law of source {source}"
-    return Family(name, "c + sum_j k_j (r_j + e)^-a" if source is None else "c + k (r + e)^-a",
-                  3 + (sources if source is None else 1), axes, features)
-
-
-def gaussian_process(shares: np.ndarray, with_linear: bool = True) -> Family:
-    """A Gaussian process with Matern's kernel of smoothness 5/2 about a linear mean; theta is (length, amplitude over
-    the noise's standard deviation).
-
-    Args:
-      shares: [g, S], where the process is; between them it is interpolated, so that they hold all that is observed.
-    """
-    base = _place(shares)
-    length = float(np.median([np.linalg.norm(one - other) for one, other in itertools.combinations(base[:64], 2)]))
-    few = len(base) > 150
-    axes = length * np.geomspace(0.4, 8, 5 if few else 8), np.geomspace(1, 1000, 6 if few else 10)
-
-    def kernel(points: np.ndarray, length: float) -> np.ndarray:
-        distance = np.sqrt(5.0) / length * np.sqrt(np.maximum(
-            (points**2).sum(1)[:, None] + (base**2).sum(1) - 2 * points @ base.T, 0))
-        return (1 + distance + distance**2 / 3) * np.exp(-distance)
-
-    @functools.lru_cache(maxsize=64)
-    def factor(length: float) -> np.ndarray:
-        return linalg.cholesky(kernel(base, length) + 1e-8 * np.eye(len(base)), lower=True)
-
-    def mean_of(shares: np.ndarray) -> np.ndarray:
-        return _with_constant(shares[:, 1:] if with_linear else shares[:, :0])
-
-    def features(points: Points, thetas: np.ndarray) -> np.ndarray:
-        place, mean = _place(points.shares), mean_of(points.shares)
-        found = {length: np.concatenate([mean, linalg.solve_triangular(
-            factor(length), kernel(place, length).T, lower=True).T], axis=1) for length in set(thetas[:, 0])}
-        return np.stack([found[length] for length in thetas[:, 0]])
-
-    def precision(thetas: np.ndarray) -> np.ndarray:
-        of_process = np.repeat(thetas[:, 1:] ** -2, len(base), axis=1)
-        return np.concatenate([np.zeros((len(thetas), mean_of(shares).shape[1])), of_process], axis=1)
-
-    return Family("Gaussian process", "a linear mean and Matern's kernel", mean_of(shares).shape[1] + 1, axes, features,
-                  precision)
-
-
-def with_repetition(family: Family) -> Family:
-    """The family and a term for what repetition wastes."""
-    def features(points: Points, thetas: np.ndarray) -> np.ndarray:
-        found = family.features(points, thetas)
-        return np.concatenate([found, np.broadcast_to(points.waste[:, None], (*found.shape[:2], 1))], axis=2)
-
-    return dataclasses.replace(family, name=f"{family.name}, repetition", formula=f"{family.formula} + w waste",
-                               parameters=family.parameters + 1, features=features)
-
-
-def with_scale(family: Family, axes: int) -> Family:
-    """The family with each coefficient b + sum_a b_a s_a^-p_a of the scales s: parameters, tokens (as of Ye et al.,
-    2024, section 4, laws of steps and of sizes below that of the mixture).
-    """
-    own = len(family.axes)
-
-    def features(points: Points, thetas: np.ndarray) -> np.ndarray:
-        found = family.features(points, thetas[:, :own])
-        powers = points.scale[None] ** -thetas[:, None, own:]  # [T, n, a]
-        return np.concatenate([found, *(found * powers[:, :, [a]] for a in range(axes))], axis=2)
-
-    grids = (*(axis[:: max(1, len(axis) // 12)] for axis in family.axes), *[np.linspace(0.05, 1.2, 7)] * axes)
-    return dataclasses.replace(family, name=family.name, formula=f"{family.formula}, by scale",
-                               parameters=family.parameters * (1 + axes) + axes, axes=grids, features=features)
-
-
-def _with_constant(features: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.ones((*features.shape[:-1], 1)), features], axis=-1)
-
-
-def _place(shares: np.ndarray) -> np.ndarray:
-    """Where a mixture lies for the Gaussian process: two that differ by one part in a hundred are the further apart the
-    scarcer the source (as in Hellinger's distance); of two sources the share itself.
-    """
-    return shares[:, 1:] if shares.shape[1] == 2 else np.sqrt(np.maximum(shares, 0))
-
-
-def candidates(points: Points, groups: np.ndarray) -> list[Family]:
-    """The families that so many shares can tell: each leaves a share over when another is left out.
-
-    Args:
-      points: the cells' [c].
-      groups: [c] which share each has.
-    """
-    distinct, sources = len(np.unique(groups)), points.shares.shape[1]
-    scales = points.scale.shape[1]
-    shares = points.shares[np.unique(groups, return_index=True)[1]]
-    families = [constant(), linear(sources), exponential() if sources == 2 else exponentials(sources)]
-    if not scales:
-        families += [power(2, 0), power(2, 1), exponentials(2)] if sources == 2 else [power(sources)]
-        if np.ptp(points.waste) > 0:
-            families += [with_repetition(family) for family in families[1:]]
-        families.append(gaussian_process(_process_points(shares), distinct > sources + 1))
-    kept = [family for family in families if family.parameters < distinct or family.name == "constant"]
-    return [with_scale(family, scales) for family in kept] if scales else kept
-
-
-def _process_points(shares: np.ndarray) -> np.ndarray:
-    """The shares observed and, of two sources, a grid between them."""
-    if shares.shape[1] > 2:
-        return shares
-    own = shares[:, 1]
-    grid = np.linspace(own.min(), own.max(), 21)
-    apart = np.abs(grid[:, None] - own).min(axis=1) > 0.2 * (np.ptp(own) / 20)
-    second = np.concatenate([own, grid[apart]])
-    return np.stack([1 - second, second], axis=1)
-
-
 def fit_law(families: Sequence[Family], points: Points, groups: np.ndarray, losses: Losses, seed: int = 0) -> Law:
     """Fits every family to one loss and weighs them.
 
     Raises:
-      ValueError: fewer than two shares have a run.
+      ValueError: fewer than three shares have a run.
     """
-    if len(np.unique(groups[losses.count > 0])) < 2:
-        raise ValueError("a law needs runs at two shares or more.")
+    shares, runs = len(np.unique(groups[losses.runs > 0])), losses.runs.sum()
     fits = [fit for family in families if (fit := fit_family(family, points, groups, losses)) is not None]
+    rich = np.array([fit.family.name not in PLAIN for fit in fits])
+    if shares < 3:
+        raise ValueError(f"a law needs runs at three shares or more, found {shares}.")
+    if not rich.any():
+        raise ValueError(f"{runs:.1f} runs at {shares} shares are too few for a law.")
     densities = np.stack([fit.densities[~np.isnan(fit.densities)] for fit in fits])  # [F, G]
     resampled = np.random.default_rng(seed).dirichlet(np.ones(densities.shape[1]), RESAMPLES) * densities.shape[1]
-    weights = special.softmax(resampled @ densities.T, axis=1).mean(axis=0)
-    weights[weights < 0.005] = 0.0
+    weights = special.softmax(TEMPER * resampled @ densities.T, axis=1).mean(axis=0)
+    weights *= rich / (weights @ rich)
+    weights[weights < LEAST_FAMILY] = 0.0
     return Law(fits, weights / weights.sum())
 
 
 def fit_family(family: Family, points: Points, groups: np.ndarray, losses: Losses) -> Fit | None:
     """A family fitted to one loss; None where too few runs are there."""
+    if family.mode is not None:
+        return _fit(family, family.mode(points, losses), points, groups, losses)
     axes = family.axes
     for _ in range(ZOOMS):
         thetas = np.array(list(itertools.product(*axes)), np.float64)
@@ -327,28 +139,41 @@ def _closer(axis: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.nda
     return np.where(grid == 0, 1e-6, grid)
 
 
+def spans(points: Points) -> float:
+    """How far the shares go that were swept most, of 1."""
+    return float(np.ptp(points.shares, axis=0).max())
+
+
 def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray, losses: Losses) -> Fit | None:
-    there = losses.count > 0
-    root = np.sqrt(losses.count / losses.variance)[there]
+    there = losses.runs > 0
+    root = np.sqrt(losses.runs / losses.variance)[there]
     within = losses.squares[there] / losses.variance[there]
-    runs = losses.count[there]
+    runs = losses.runs[there]
     level = float(np.average(losses.mean[there], weights=root**2))
     y = root * (losses.mean[there] - level)
     x = family.features(points, thetas)[:, there] * root[:, None]  # [T, c, p]
     width = x.shape[2]
-    prior = np.zeros((len(thetas), width)) if family.precision is None else family.precision(thetas)
+    known = family.precision is not None
+    prior = family.precision(thetas) if family.precision else np.zeros((len(thetas), width))
     degrees = float(runs.sum() - (prior[0] == 0).sum())
+    told = degrees if known else degrees - len(family.axes)
+    if not known and told < FEWEST_DEGREES:
+        return None
     gram = np.einsum("tcp,tcq->tpq", x, x, optimize=True)
-    diagonal = np.arange(width)
-    gram[:, diagonal, diagonal] += prior + SINGULAR * np.trace(gram, axis1=1, axis2=2)[:, None] / width
-    factors = np.linalg.cholesky(gram)
     moments = np.einsum("tcp,c->tp", x, y)
+    smallest = 1e-14 * float(y @ y) + 1e-24
+    diagonal = np.arange(width)
+    gram[:, diagonal, diagonal] += SINGULAR * np.trace(gram, axis1=1, axis2=2)[:, None] / width
+    if not known:  # coefficients far larger than all that was seen are taken for unlikely
+        left = y @ y - np.einsum("tp,tp->t", moments, np.linalg.solve(gram, moments[..., None])[..., 0])
+        noise = (np.maximum(left.min(), smallest) + within.sum()) / max(degrees, 1.0)
+        prior[:, 1:] = noise / (LARGE * np.ptp(losses.mean[there]) / spans(points)) ** 2
+    gram[:, diagonal, diagonal] += prior
+    factors = np.linalg.cholesky(gram)
     coefficients = np.linalg.solve(gram, moments[..., None])[..., 0]
     error = y - np.einsum("tcp,tp->tc", x, coefficients)
-    smallest = 1e-14 * float(y @ y) + 1e-24
     squares = (error**2).sum(axis=1) + (prior * coefficients**2).sum(axis=1) + within.sum() + smallest
     half = np.linalg.solve(factors, np.swapaxes(x, 1, 2))  # [T, p, c]
-    known = family.precision is not None
     volume = -np.log(factors[:, diagonal, diagonal]).sum(axis=1) + 0.5 * np.log(np.where(prior > 0, prior, 1)).sum(
         axis=1) if known else np.zeros(len(thetas))
     weights = special.softmax(volume - degrees / 2 * np.log(squares))
@@ -358,7 +183,7 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
     for group in np.unique(of_cells):
         here = np.flatnonzero(of_cells == group)
         left = degrees - runs[here].sum()
-        if left < 1:
+        if left < 0.5:
             return None
         hat = np.einsum("tpc,tpd->tcd", half[:, :, here], half[:, :, here])
         rest = np.eye(len(here)) - hat
@@ -379,7 +204,7 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
     coefficients[:, 0] += level
     keep = weights > LEAST_WEIGHT * weights.max()
     return Fit(family, thetas[keep], weights[keep] / weights[keep].sum(), coefficients[keep], factors[keep],
-               squares[keep], degrees, min(degrees, float(np.average(losses.degrees[there], weights=runs))), densities,
+               squares[keep], told, min(told, float(np.average(losses.degrees[there], weights=runs))), densities,
                left_out)
 
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from codellm_jax.report.laws import Law, Losses, Points, candidates, draws
-from codellm_jax.report.noise import Outlier, correlation, fit_without_outliers
+from codellm_jax.report.families import Losses, Points, candidates
+from codellm_jax.report.laws import Law, draws, fit_law
+from codellm_jax.report.noise import Outlier, cells_of, correlation, fit_without_outliers, line_weights
 from codellm_jax.report.optimum import INTERVAL, Best, Design, best, design, mixtures, weigh
 from codellm_jax.report.sweeps import POOLS, Sweep
 
@@ -69,6 +70,7 @@ class Analysis:
     """Attributes:
       sweep: all of it.
       fitted: the laws that answer.
+      lines: [n] those that they are fitted to, where these are of one size and length; else none.
       size, tokens: of what is answered; NaN where nothing tells them.
       extrapolated: what lies beyond all runs, as "size" and "tokens"; both may be.
       objective: weights by the names of losses.
@@ -82,6 +84,7 @@ class Analysis:
 
     sweep: Sweep
     fitted: Fitted
+    lines: np.ndarray
     size: float
     tokens: float
     extrapolated: Sequence[str]
@@ -97,7 +100,8 @@ class Analysis:
 
     def predict(self, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The predicted losses [D, m] of mixtures [m, S], their 95% intervals, and those of one further run."""
-        return predict(self.fitted, self.fitted.at(shares, self.size, self.tokens), widening(self))
+        return predict(self.fitted, self.fitted.at(shares, self.size, self.tokens), _widening(
+            self.misses, self.extrapolated, self.fitted, self.size, self.tokens))
 
 
 def parse_objective(text: str | None, losses: Sequence[str]) -> dict[str, float]:
@@ -154,13 +158,16 @@ def fit_sweep(sweep: Sweep, axes: Sequence[str], told: Callable[[str], None]) ->
     of_group = np.stack([sweep.shares[groups == group].mean(axis=0) for group in range(groups.max() + 1)])
     points = Points(of_group[groups[first]], np.stack(scale, axis=1) if axes else np.zeros((len(first), 0)), wasted)
     families = candidates(points, groups[first])
-    _, of_run, lines = np.unique(np.array(sweep.runs), return_inverse=True, return_counts=True)
+    of_run = np.unique(np.array(sweep.runs), return_inverse=True)[1]
     laws, cells, outliers = [], [], []
     for place, name in enumerate(sweep.losses):
         told(name)
         try:
-            law, losses, named = fit_without_outliers(families, points, groups[first], cell, sweep.values[:, place],
-                                                       1 / lines[of_run])
+            values, weights = sweep.values[:, place], np.ones(len(sweep.runs))
+            if axes:
+                apart = fit_law(families, points, groups[first], cells_of(values, cell, points.shares, weights))
+                weights = line_weights(apart, points, cell, values, of_run)
+            law, losses, named = fit_without_outliers(families, points, groups[first], cell, values, weights)
         except ValueError as error:
             raise ValueError(f"the loss of {name}: {error}") from None
         laws.append(law)
@@ -179,18 +186,21 @@ def _clusters(values: np.ndarray) -> np.ndarray:
 
 
 def scales(sweep: Sweep) -> tuple[str, ...]:
-    """The scales of which a sweep has several values."""
+    """The scales of which a sweep has several values at one share, and so can tell them from the share."""
+    groups = sweep.groups
     return tuple(axis for axis, values in (("size", sweep.parameters), ("tokens", sweep.tokens))
-                 if np.isfinite(values).all() and _clusters(values).max() > 0)
+                 if np.isfinite(values).all() and any(np.ptp(_clusters(values)[groups == group]) > 0
+                                                      for group in range(groups.max() + 1)))
 
 
 def headline(sweep: Sweep, size: float, tokens: float) -> np.ndarray:
     """[n] the lines of one size and length: those asked for, else the largest size at its runs' ends."""
     lines = np.ones(len(sweep.runs), bool)
     if np.isfinite(sweep.parameters).all():
-        lines &= np.abs(np.log(sweep.parameters / (size if math.isfinite(size) else sweep.parameters.max()))) < SAME_SCALE
-    if math.isfinite(tokens):
-        return lines & (np.abs(np.log(sweep.tokens / tokens)) < SAME_SCALE) if np.isfinite(sweep.tokens).all() else lines
+        asked = size if math.isfinite(size) else sweep.parameters.max()
+        lines &= np.abs(np.log(sweep.parameters / asked)) < SAME_SCALE
+    if math.isfinite(tokens) and np.isfinite(sweep.tokens).all():
+        return lines & (np.abs(np.log(sweep.tokens / tokens)) < SAME_SCALE)
     lines &= sweep.final
     if lines.any() and np.isfinite(sweep.tokens).all():
         numbers, groups = _clusters(sweep.tokens), sweep.groups
@@ -223,10 +233,6 @@ def _variance(cells: Losses, fitted: Fitted, points: Points) -> np.ndarray:
     return cells.variance[distance.argmin(axis=1)]
 
 
-def widening(analysis: Analysis) -> np.ndarray:
-    return _widening(analysis.misses, analysis.extrapolated, analysis.fitted, analysis.size, analysis.tokens)
-
-
 def _widening(misses: Sequence[Miss], extrapolated: Sequence[str], fitted: Fitted, size: float,
               tokens: float) -> np.ndarray:
     """[D] the misses of what was left out, growing with the logarithm of how far is extrapolated."""
@@ -251,14 +257,14 @@ def left_out(fitted: Fitted, told: Callable[[str], None]) -> list[Miss]:
             continue
         last = numbers == numbers.max()
         rest = sweep.only(~last)
-        if len(np.unique(rest.groups)) < 2:
+        if len(np.unique(rest.groups)) < 3:
             continue
-        others = fit_sweep(rest, tuple(name for name in fitted.axes if name in scales(rest)),
-                           lambda name, axis=axis: told(f"{name}, the largest {axis} left out"))
+        told(f"the largest {axis} left out")
+        others = fit_sweep(rest, tuple(name for name in fitted.axes if name in scales(rest)), lambda name: None)
         errors, inside = [], []
-        for size, tokens in sorted(set(zip(sweep.parameters[last], sweep.tokens[last], strict=True))):
-            here = last & (np.nan_to_num(sweep.parameters) == np.nan_to_num(size)) & (
-                np.nan_to_num(sweep.tokens) == np.nan_to_num(tokens))
+        facts = np.nan_to_num(np.stack([sweep.parameters, sweep.tokens], axis=1))
+        for size, tokens in np.unique(facts[last], axis=0):
+            here = last & (facts == (size, tokens)).all(axis=1)
             predicted, _, intervals = predict(others, others.at(sweep.shares[here], size, tokens),
                                               np.zeros(len(sweep.losses)))
             seen = sweep.values[here].T
@@ -282,7 +288,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
       ValueError: in one line; a size or length is asked for that the sweep cannot tell.
     """
     axes, done = scales(sweep), 0
-    total = len(sweep.losses) * (1 + (1 + len(axes) if axes else 0)) + 2
+    total = len(sweep.losses) * (1 + bool(axes)) + len(axes) + 2
 
     def progress(text: str) -> None:
         nonlocal done
@@ -290,25 +296,46 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
         done += 1
 
     lines = headline(sweep, size, tokens)
-    direct = len(np.unique(sweep.groups[lines])) >= 2
+    direct = len(np.unique(sweep.groups[lines])) >= 3
     asked = [axis for axis, value in (("size", size), ("tokens", tokens)) if math.isfinite(value)]
     if not direct and (missing := [axis for axis in asked if axis not in axes]):
         known = sweep.parameters if missing[0] == "size" else sweep.tokens
-        raise ValueError(f"--{missing[0]} asks for another {'size' if missing[0] == 'size' else 'number of tokens'} than "
-                         f"the runs have, {_span(known)}: that takes runs of several.")
-    joint = fit_sweep(sweep, axes, lambda name: progress(f"{name}, by {' and '.join(axes)}")) if axes else None
-    outliers = _outliers(joint, np.arange(len(sweep.runs))) if joint else []
-    values = sweep.values.copy()  # what all sizes and lengths together show to be an outlier is left out of each
-    for name, line, _ in outliers:
-        values[line, sweep.losses.index(name)] = np.nan
-    if direct or joint is None:
-        fitted = fit_sweep(dataclasses.replace(sweep, values=values).only(lines), (), progress)
-        outliers += _outliers(fitted, np.flatnonzero(lines))
-    else:
-        fitted = joint
-    for name, line, _ in outliers:
-        values[line, sweep.losses.index(name)] = np.nan
-    misses = left_out(dataclasses.replace(joint, sweep=dataclasses.replace(sweep, values=values)), progress) if joint else []
+        what = "size" if missing[0] == "size" else "number of tokens"
+        raise ValueError(f"--{missing[0]} asks for another {what} than the runs have, {_span(known)}: that takes runs "
+                         "of several.")
+    values = sweep.values.copy()
+    without = dataclasses.replace(sweep, values=values)
+    outliers: list[tuple[str, int, Outlier]] = []
+
+    def leave_out(found: Fitted, numbers: np.ndarray, whole_runs: bool) -> bool:
+        """Leaves out the outliers of laws of these lines; whether there are some."""
+        more = [(name, int(numbers[outlier.run]), outlier) for name, named in zip(
+            sweep.losses, found.outliers, strict=True) for outlier in named]
+        for name, line, _ in more:
+            of_run = np.array([run == sweep.runs[line] for run in sweep.runs])
+            values[of_run if whole_runs else line, sweep.losses.index(name)] = np.nan
+        outliers.extend(more)
+        return any(lines[line] for _, line, _ in more)
+
+    joint = None
+    if direct or not axes:
+        fitted = fit_sweep(without.only(lines), (), progress)
+        leave_out(fitted, np.flatnonzero(lines), whole_runs=True)
+    if axes:
+        try:
+            joint = fit_sweep(without, axes, lambda name: progress(f"{name}, by {' and '.join(axes)}"))
+        except ValueError as error:
+            if not direct:
+                raise
+            note = f"There are no laws of {' and '.join(axes)}: {error}"
+            sweep = dataclasses.replace(sweep, notes=[*sweep.notes, note])
+        # What stands out among all sizes and lengths is left out of the laws at one of them, too.
+        if joint and leave_out(joint, np.arange(len(sweep.runs)), whole_runs=False) and direct:
+            fitted = fit_sweep(without.only(lines), (), lambda name: None)
+            leave_out(fitted, np.flatnonzero(lines), whole_runs=False)
+        if joint and not direct:
+            fitted = joint
+    misses = left_out(dataclasses.replace(joint, sweep=without), progress) if joint else []
     known_size, known_tokens = (float(np.max(values[lines])) if lines.any() else math.nan
                                 for values in (sweep.parameters, sweep.tokens))
     size = size if math.isfinite(size) else known_size if math.isfinite(known_size) else float(sweep.parameters.max())
@@ -332,17 +359,12 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
                                                                          for name in sweep.losses]),
                       np.sqrt([law.noise for law in fitted.laws]), seeds,
                       lambda shares: fitted.curves(fitted.at(shares, size, tokens), scatter=False))
-    shown = space[:: 4] if len(sweep.sources) == 2 else np.unique(fitted.points.shares, axis=0)
+    shown = space[::4] if len(sweep.sources) == 2 else np.unique(fitted.points.shares, axis=0)
     widen = _widening(misses, extrapolated, fitted, size, tokens)
     predicted = predict(fitted, fitted.at(shown, size, tokens), widen)
     told(total, total, "done")
-    return Analysis(sweep, fitted, size, tokens, extrapolated, objective, shown, *predicted, found, more, misses, outliers)
-
-
-def _outliers(fitted: Fitted, lines: np.ndarray) -> list[tuple[str, int, Outlier]]:
-    """(loss, line, outlier), where `lines` are the numbers of the fitted lines."""
-    return [(name, int(lines[outlier.run]), outlier)
-            for name, named in zip(fitted.sweep.losses, fitted.outliers, strict=True) for outlier in named]
+    return Analysis(sweep, fitted, lines & (not fitted.axes), size, tokens, extrapolated, objective, shown, *predicted,
+                    found, more, misses, outliers)
 
 
 def _span(values: np.ndarray) -> str:

@@ -5,12 +5,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, special, stats
 
-from codellm_jax.report.laws import Family, Law, Losses, Points, fit_law
+from codellm_jax.report.families import Family, Losses, Points
+from codellm_jax.report.laws import Law, fit_law
 
 LEVEL = 0.01  # chance of naming an outlier in one loss of a study without one
 TEST_LEVEL = 0.05  # of the tests that noise differs between shares
 MOST_OUTLIERS = 0.1  # of a loss's runs
 FEWEST = 4  # runs, of which none is called an outlier
+SUSPICIOUS = 3.5  # times the median distance from the law, from which on a run is tried
 SUSPECTS = 3  # runs that are tried at a time
 
 
@@ -30,7 +32,7 @@ def cells_of(values: np.ndarray, cell: np.ndarray, shares: np.ndarray, weights: 
       values: [n]; NaN where there is none.
       cell: [n] of each line.
       shares: [c, S] of each cell.
-      weights: [n], one over the number of lines of the same run.
+      weights: [n] of each line, as `line_weights` has them.
     """
     number, there = len(shares), ~np.isnan(values)
     lines = np.bincount(cell[there], minlength=number)
@@ -106,13 +108,14 @@ def fit_without_outliers(
       points, groups: of the cells.
       cell: [n] of each run.
       values: [n] the losses; NaN where there is none.
-      weights: [n], one over the number of lines of the same run.
+      weights: [n] of each line, as `line_weights` has them.
     """
     def fitted(values: np.ndarray) -> tuple[Law, Losses]:
         losses = cells_of(values, cell, points.shares, weights)
         return fit_law(families, points, groups, losses), losses
 
-    values, found = values.copy(), []
+    found: list[Outlier] = []
+    values = values.copy()
     law, losses = fitted(values)
     runs = int((~np.isnan(values)).sum())
     while len(found) < max(1, int(MOST_OUTLIERS * runs)) and runs - len(found) > FEWEST:
@@ -122,7 +125,8 @@ def fit_without_outliers(
             if len(np.unique(groups[cell[~np.isnan(without)]])) < 3:
                 continue
             other, others = fitted(without)
-            deviation, p_value = _unlikely(other, others, points, cell[run], values[run])
+            deviation, p_value = _unlikely(other, others, points, cell[run], values[run],
+                                          int((~np.isnan(without)).sum()))
             if best is None or p_value < best[0]:
                 best = p_value, run, deviation, other, others
         if best is None or best[0] * runs > LEVEL:
@@ -133,27 +137,56 @@ def fit_without_outliers(
     return law, losses, found
 
 
+def line_weights(law: Law, points: Points, cell: np.ndarray, values: np.ndarray, run: np.ndarray) -> np.ndarray:
+    """[n] by how much each line counts among the others of its run, whose noise is alike: 1 / (1 + (m - 1) rho) of m
+    lines with correlation rho, which an analysis of variance tells (Kish, 1965, on the effect of clusters).
+
+    Args:
+      law: fitted to all lines as if they were of different runs.
+      run: [n] the number of the run of each line.
+    """
+    there = ~np.isnan(values)
+    residuals = np.where(there, values - law.mean(points)[cell], 0.0)
+    lines = np.bincount(run[there], minlength=run.max() + 1)
+    means = np.bincount(run, residuals) / np.maximum(lines, 1)
+    runs, several = int((lines > 0).sum()), float(lines[lines > 0].mean())
+    if several < 1.5:
+        return np.ones(len(values))
+    within = ((residuals - means[run])[there] ** 2).sum() / max(int(lines.sum()) - runs, 1)
+    # What the law has fitted is missing between runs.
+    between = (lines * means**2).sum() / max(runs - law.chosen.coefficients.shape[1], 1)
+    alike = float(np.clip((between - within) / (between + (several - 1) * within), 0, 1))
+    return 1 / (1 + (np.maximum(lines[run], 1) - 1) * alike)
+
+
 def _suspects(law: Law, losses: Losses, points: Points, cell: np.ndarray, values: np.ndarray) -> list[int]:
     """The runs farthest from the others of their cell, or alone in it from the law of the other shares."""
     lines = np.bincount(cell[~np.isnan(values)], minlength=len(losses.mean))[cell]
     others = np.where(lines > 1, (lines * losses.mean[cell] - values) / np.maximum(lines - 1, 1), law.left_out[cell])
     fitted = law.mean(points)[cell]
-    off = np.abs(np.nan_to_num(values - others)) + np.abs(np.nan_to_num(values - fitted))
-    return [int(run) for run in np.argsort(-off, kind="stable")[:SUSPECTS] if not np.isnan(values[run])]
+    off = np.abs(values - others) + np.abs(values - fitted)
+    off = np.where(np.isnan(off), 0.0, off)
+    least = SUSPICIOUS * np.median(off[~np.isnan(values)])
+    return [int(run) for run in np.argsort(-off, kind="stable")[:SUSPECTS] if off[run] > least]
 
 
-def _unlikely(law: Law, losses: Losses, points: Points, cell: int, value: float) -> tuple[float, float]:
-    """How far a further run of a cell is from the law, and how likely it is to be that far, at least."""
+def _unlikely(law: Law, losses: Losses, points: Points, cell: int, value: float, lines: int) -> tuple[float, float]:
+    """How far a further line of a cell is from the law, and how likely it is to be that far, at least. Here the `lines`
+    that the law was fitted to count one by one, those of a run too: what is looked for is one that is unlike them.
+    """
     point = Points(*(part[[cell]] for part in points))
     tail, mean = 0.0, float(law.mean(point)[0])
+    of_run = lines / losses.runs.sum()
     for weight, fit in zip(law.weights, law.fits, strict=True):
         if weight == 0:
             continue
         features = fit.family.features(point, fit.thetas)[:, 0]  # [T, p]
         centre = (features * fit.coefficients).sum(axis=1)
         half = np.linalg.solve(fit.factors, features[..., None])[..., 0]
-        scale = np.sqrt(fit.squares / fit.degrees * (losses.variance[cell] + (half**2).sum(axis=1)))
-        tail += weight * float(fit.weights @ stats.t.sf(np.abs(value - centre) / scale, min(fit.degrees, losses.degrees[cell])))
+        degrees = lines - (losses.runs.sum() - fit.degrees)
+        scale = np.sqrt(fit.squares * of_run / degrees * (losses.variance[cell] + (half**2).sum(axis=1) / of_run))
+        degrees = min(degrees, losses.degrees[cell])
+        tail += weight * float(fit.weights @ stats.t.sf(np.abs(value - centre) / scale, degrees))
     return value - mean, 2 * tail
 
 

@@ -29,7 +29,8 @@ class Best:
       shares: [S] with the lowest predicted objective.
       intervals: [S, 2], 95%, of each source's share.
       objective: predicted there; its interval.
-      verdict: "interior", "edge", or "cannot tell".
+      verdict: "interior", "edge" or "cannot tell"; of more than two sources "told" (it is better than the average),
+        "edge" (with as much of one source as any run) or "cannot tell".
       edge: the source whose share is at an end of the sweep, and which end, "least" or "most"; None for none.
       edges: how probable it is that the best share is the least that was swept, and the most; of two sources.
       gain: by how much the objective is lower there than at the average of the runs' mixtures, with its 95% interval.
@@ -91,8 +92,8 @@ def best(shares: np.ndarray, predicted: np.ndarray, curves: np.ndarray, average:
     lowest = curves.argmin(axis=1)
     place = int(predicted.argmin())
     found = shares[lowest]  # [B, S]
-    intervals = np.quantile(found, INTERVAL, axis=0).T
-    intervals = np.stack([np.minimum(intervals[:, 0], shares[place]), np.maximum(intervals[:, 1], shares[place])], axis=1)
+    low, high = np.quantile(found, INTERVAL, axis=0)
+    intervals = np.stack([np.minimum(low, shares[place]), np.maximum(high, shares[place])], axis=1)
     gains = curves[:, average] - curves[np.arange(len(curves)), place]
     gain = (float(predicted[average] - predicted[place]), *np.quantile(gains, INTERVAL).tolist())
     least, most = shares.min(axis=0), shares.max(axis=0)
@@ -109,8 +110,9 @@ def best(shares: np.ndarray, predicted: np.ndarray, curves: np.ndarray, average:
                 for source, (low, high) in enumerate(zip(at_least, at_most, strict=True))]
         top = max((one for one in sure if one[2] == "most"), default=None)
         edge = (top[1], top[2]) if top and top[0] >= SURE else None
-        verdict = "edge" if edge else "interior" if gain[1] > 0 else "cannot tell"
-    return Best(shares[place], intervals, float(predicted[place]), tuple(np.quantile(curves[:, place], INTERVAL)),
+        verdict = "edge" if edge else "told" if gain[1] > 0 else "cannot tell"
+    low, high = np.quantile(curves[:, place], INTERVAL).tolist()
+    return Best(shares[place], intervals, float(predicted[place]), (low, high),
                 verdict, edge, (float(at_least[1]), float(at_most[1])), gain)
 
 
@@ -118,9 +120,9 @@ def design(sources: int, swept: np.ndarray, weights: np.ndarray, noise: np.ndarr
            curves_at: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> Design:
     """The mixtures whose runs are expected to narrow the best share's interval most, one after the other.
 
-    Each possible curve is taken for the truth in turn: runs at a mixture would show its losses and noise, and make other
-    curves less likely the farther they are from it. What is made small is the variance of the best share that is left
-    on average, which is Bayesian experimental design (Chaloner and Verdinelli, 1995, section 4) by the draws themselves.
+    Each possible curve is taken for the truth in turn: runs at a mixture would show its losses and noise, and make
+    other curves less likely the farther they are from it. What is made small is the variance of the best share that is
+    left on average: Bayesian experimental design (Chaloner and Verdinelli, 1995, section 4) by the draws themselves.
 
     Args:
       sources: S.
@@ -165,7 +167,7 @@ def design(sources: int, swept: np.ndarray, weights: np.ndarray, noise: np.ndarr
             more = log.copy()
             for loss in used:
                 seen = at_tried[loss, :, place]
-                error = np.random.default_rng([seed, place, loss]).standard_normal(len(seen)) * spread[loss]
+                error = np.random.default_rng([seed, place, int(loss)]).standard_normal(len(seen)) * spread[loss]
                 more -= ((seen + error)[:, None] - seen) ** 2 / (2 * spread[loss] ** 2)
             options.append((squares_left(more), place, more))
         if not options:
@@ -180,7 +182,8 @@ def design(sources: int, swept: np.ndarray, weights: np.ndarray, noise: np.ndarr
 def lines_to_paste(found: Design, sources: Sequence[str], seeds: Sequence[int | None]) -> str:
     """The further runs as lines of a study's gin file."""
     if list(sources) == ["text", "code"]:
-        arms: dict[str, Any] = {"MORE": {"sweep": {"CODE_RATE": [round(float(share), 4) for share in found.shares[:, 1]]}}}
+        rates = [round(float(share), 4) for share in found.shares[:, 1]]
+        arms: dict[str, Any] = {"MORE": {"sweep": {"CODE_RATE": rates}}}
         lines = f"MORE_ARMS = {arms}"
     else:
         arms = {f"MORE-{number}": {"MIX_PHASES": [{source: round(float(share), 4) for source, share in zip(

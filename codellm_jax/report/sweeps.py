@@ -97,13 +97,14 @@ def read_sweep(directory: str) -> Sweep:
         sweep = read_files(*files)
     else:
         sweep = read_runs(folder)
-    if len(np.unique(sweep.groups)) < 2:
-        raise ValueError(f"{folder}: all runs have the same shares, {describe(sweep.sources, sweep.shares[0])}: a law "
-                         "needs runs at several.")
+    if (number := len(np.unique(sweep.groups))) < 3:
+        found = [describe(sweep.sources, line) for line in sweep.shares[np.unique(sweep.groups, return_index=True)[1]]]
+        raise ValueError(f"{folder}: the runs have {'one share alone' if number == 1 else 'two shares alone'} "
+                         f"({'; '.join(found)}): a law needs three or more.")
     return sweep
 
 
-def describe(sources: Sequence[str], shares: Sequence[float]) -> str:
+def describe(sources: Sequence[str], shares: np.ndarray) -> str:
     """A mixture as text, as "text 0.75, code 0.25"."""
     return ", ".join(f"{source} {share:.3g}" for source, share in zip(sources, shares, strict=True))
 
@@ -116,12 +117,13 @@ def read_files(ratios: epath.Path, metrics: epath.Path) -> Sweep:
         raise ValueError(f"run {extra[0]} is in {here.name} and not in {there.name}: each run needs a line in both.")
     lines = []
     for key, cells in losses_of:
-        shares = next(cells for other, cells in by_run if other == key)
-        lines.append((key, shares, shares | cells))
+        of_run = next(cells for other, cells in by_run if other == key)
+        lines.append((key, of_run, of_run | cells))
     shares = np.array([[_number(cells[name], ratios, name) for name in sources] for _, cells, _ in lines])
     totals = shares.sum(axis=1)
-    if (off := np.abs(totals - 1) > 0.02).any() or (shares < 0).any():
-        wrong = int(np.argmax(off | (shares < 0).any(axis=1)))
+    off = (np.abs(totals - 1) > 0.02) | (shares < 0).any(axis=1)
+    if off.any():
+        wrong = int(np.argmax(off))
         raise ValueError(f"{ratios}: the shares of run {lines[wrong][0]} sum to {totals[wrong]:.4g}, which must be 1, "
                          "and none may be negative; columns of other facts are named "
                          f"{', '.join(name for name in NO_SOURCES if name)}.")
@@ -137,7 +139,7 @@ def read_files(ratios: epath.Path, metrics: epath.Path) -> Sweep:
     return Sweep(
         ratios.parent.name, names, [name_and_seed(name)[1] if math.isnan(seed) else int(seed)
                                     for name, seed in zip(names, facts["seed"], strict=True)],
-        [source for source, keep in zip(sources, kept, strict=True) if keep], shares, losses, values,
+        [sources[place] for place in np.flatnonzero(kept)], shares, losses, values,
         facts["parameters"], facts["tokens"], np.array([
             math.isnan(tokens) or tokens == last[name] for name, tokens in zip(names, facts["tokens"], strict=True)]),
         np.full(shares.shape, np.nan))
@@ -161,13 +163,13 @@ def _number(text: str, path: epath.Path, column: str) -> float:
     try:
         return float(text) if text.strip() else math.nan
     except ValueError:
-        raise ValueError(f"{path.parent.name}: column {column} has {text!r}, which is no number; columns of other facts "
-                         f"are named {', '.join(name for name in NO_SOURCES if name)}.") from None
+        raise ValueError(f"{path}: column {column} has {text!r}, which is no number; columns of other facts are named "
+                         f" {', '.join(name for name in NO_SOURCES if name)}.") from None
 
 
 def read_runs(folder: epath.Path) -> Sweep:
-    """The runs of a study, or of a folder of run directories, that make its largest sweep: those of one stage that start
-    alike, under a mix that does not change. Raises as `read_sweep`.
+    """The runs of a study, or of a folder of run directories, that make its largest sweep: those of one stage that
+    start alike, under a mix that does not change. Raises as `read_sweep`.
     """
     plan = read_json(folder / "study.json")
     below = folder / "runs" if (folder / "runs").is_dir() else folder
@@ -247,8 +249,8 @@ def _require_alike(runs: Sequence[_Read]) -> None:
     first = runs[0]
     for run in runs:
         if run.vocabulary != first.vocabulary:
-            raise ValueError(f"{first.name} and {run.name} have other vocabularies, so that their losses must not stand "
-                             "in one law: leave one of them out.")
+            raise ValueError(f"{first.name} and {run.name} have other vocabularies, so that their losses must not "
+                             "stand in one law: leave one of them out.")
         for source in run.data.keys() & first.data.keys():
             if run.data[source] != first.data[source]:
                 raise ValueError(f"{first.name} and {run.name} were trained on other data of the same name, {source}: "

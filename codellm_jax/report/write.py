@@ -24,7 +24,7 @@ from etils import epath
 
 from codellm_jax.mixture.ledger import arm, rows_of_code, stages_of
 from codellm_jax.mixture.schedules import Schedule, constant, phases
-from codellm_jax.report import asked, background, effects_page, plots, sections, sweep_page
+from codellm_jax.report import asked, background, effects_page, law_files, plots, sections, sweep_page
 from codellm_jax.report.conclusions import has_papers_arms, judge
 from codellm_jax.report.pages import Figure, comma_separated, markdown, page
 from codellm_jax.report.runs import (
@@ -69,6 +69,8 @@ def report(directory: str, say: Told = print) -> str:
     parts: dict[str, Callable[[Study], sections.Section]] = {
         "effects of stages": lambda study: effects, "sweeps": lambda study: swept,
         "held-out loss": background.losses}
+    if of_sweeps:
+        parts["laws"] = lambda study: sections.Section(law_files.section(str(folder)), [])
     if study.tasks:
         parts |= {"plots of scores": background.score_plots, "differences between arms": sections.differences,
                   "all scores": sections.scores}
