@@ -71,6 +71,14 @@ def test_readme_commands_are_accepted(
                              "--gin.TASKS=['logic']"]) == 0
         runs = [str(tmp_path / "NL"), str(tmp_path / "CODE")]
         arguments = ["compare", *runs] if arguments[0] == "compare" else ["report", str(tmp_path)]
+    if arguments[0] == "laws":
+        (tmp_path / "ratios.csv").write_text("run,text,code\n" + "".join(
+            f"{code},{1 - code},{code}\n" for code in (0.0, 0.25, 0.5, 0.75)))
+        (tmp_path / "metrics.csv").write_text("run,text,code\n0.0,3.0,4.1\n0.25,3.1,3.4\n0.5,3.3,3.2\n0.75,3.8,3.1\n")
+        arguments[1] = str(tmp_path)
+    if arguments[0] == "plot":
+        monkeypatch.chdir(tmp_path)
+        arguments = [flag.replace("runs/text_pretrain", str(pretrained / "NL")) for flag in arguments]
     if arguments[0] == "launch":
         monkeypatch.chdir(checkout)
         arguments.insert(1, "--print_only")
