@@ -24,7 +24,7 @@ from etils import epath
 
 from codellm_jax.mixture.ledger import arm, rows_of_code, stages_of
 from codellm_jax.mixture.schedules import Schedule, constant, phases
-from codellm_jax.report import asked, background, effects_page, law_files, plots, sections, sweep_page
+from codellm_jax.report import asked, background, effects_page, law_files, plots, sections, signal_page, sweep_page
 from codellm_jax.report.conclusions import has_papers_arms, judge
 from codellm_jax.report.pages import Figure, comma_separated, markdown, page
 from codellm_jax.report.runs import (
@@ -71,6 +71,7 @@ def report(directory: str, say: Told = print) -> str:
         "held-out loss": background.losses}
     if of_sweeps:
         parts["laws"] = lambda study: sections.Section(law_files.section(str(folder)), [])
+    parts["signal over noise"] = lambda study: signal_page.signals(compared)
     if study.tasks:
         parts |= {"plots of scores": background.score_plots, "differences between arms": sections.differences,
                   "all scores": sections.scores}

@@ -162,6 +162,17 @@ def test_a_sweep_begins_with_its_shares(tmp_path):
                 assert float(row["difference_low"]) < truth < float(row["difference_high"])
     assert rows["code", 0.0]["difference"] == "" and rows["code", 0.5]["verdict"] == "helps"
     assert rows["text", 0.5]["verdict"] == "harms" and rows["text", 0.2]["verdict"] == "no effect told"
+    # Signal over noise, counted again from the last losses.
+    ends: dict[str, list[float]] = {}
+    for row in table(tmp_path, "losses"):
+        if row["pool"] == "code" and row["step"] == "100":
+            ends.setdefault(row["arm"], []).append(float(row["loss"]) / 3)
+    means = sorted(map(np.mean, ends.values()))
+    noise = np.sqrt(sum(np.sum((np.array(of_arm) - np.mean(of_arm)) ** 2) for of_arm in ends.values())
+                    / sum(len(of_arm) - 1 for of_arm in ends.values()))
+    [signal] = [row for row in table(tmp_path, "signals") if row["measure"] == "held-out loss on code"]
+    assert float(signal["ratio"]) == pytest.approx((means[-1] - means[0]) / noise, rel=1e-3)
+    assert float(signal["ratio"]) > float(signal["by_chance"]) and "## Which measures tell arms apart" in page
     [line] = [line for line in said if "Against 0 of code" in line]
     assert "held-out loss on code: code helps at 0.2, 0.5, most at 0.5 (-0.1" in line
 
