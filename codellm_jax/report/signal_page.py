@@ -30,8 +30,9 @@ def signals(compared: Sequence[Group]) -> Section:
              f"{measure.scale * row.signal:.4g} {measure.unit}", f"{measure.scale * row.noise:.4g}",
              f"{row.ratio:.1f}" if math.isfinite(row.ratio) else "-", f"{row.by_chance:.1f}"]
             for stage, measure, row in found]
-    numbers: Rows = [[stage, measure.title, *row.arms, measure.scale * row.signal, measure.unit, measure.scale * row.noise,
-                row.ratio, row.by_chance] for stage, measure, row in found]
+    numbers: Rows = [[
+        stage, measure.title, *row.arms, measure.scale * row.signal, measure.unit, measure.scale * row.noise, row.ratio,
+        row.by_chance] for stage, measure, row in found]
     return Section([
         Heading(2, "Which measures tell arms apart"),
         Text("Signal is the difference between the two arms whose means lie farthest apart, noise the standard "
