@@ -376,6 +376,12 @@ def _pyplot() -> Any:
 
 
 def _saved(plt: Any, figure: Any, name: str, caption: str) -> Figure:
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        # The layout's solver orders its sums by addresses in memory: without rounding, the last bits (and with them
+        # the names of clip paths) differ between two drawings of the same values.
+        axes.set_position([round(bound, 6) for bound in axes.get_position().bounds])
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=200)
     figure.savefig(svg, format="svg", metadata={"Date": None})
