@@ -15,8 +15,8 @@
 'from' names an arm, a run directory, or published weights: a folder of them (a path has a slash in it) or
 hf://ORG/NAME. What starts from something is tuned, unless its 'stage' says otherwise: "pretraining", "tuning" or
 another that the study has (`Study.stages`). What an arm has besides WORDS are settings, as on the command line. An arm
-that starts from a swept one is swept with it; a sweep of several settings takes each value of one with each of the
-others.
+that starts from a swept one is swept with it, and one that starts from a point of it ('from': 'RATE-0.1') is not; a
+sweep of several settings takes each value of one with each of the others.
 
 An arm that branches ('from': 'NL@0.5', or 'at' beside 'from'; a part of the trunk's steps, or a step as a whole number)
 goes on from that step with the optimizer and the data, and has the stage, the settings and the gin file of its trunk
@@ -180,19 +180,23 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
         _require_arm(name, facts, given, study.stage_names)
     arms: dict[str, Arm] = {}
     families: dict[str, list[tuple[str, str]]] = {}  # of a name, the suffixes of its arms and the arms
+    points: dict[str, list[tuple[str, str]]] = {}  # likewise of one point of a sweep, by its full name
     told: list[str] = []
     waiting = dict(given)
     while waiting:
-        ready = [name for name, facts in waiting.items()
-                 if (start := _start(facts, given)[0]) not in given or start in families]
+        starts = {name: _start(facts, given) for name, facts in waiting.items()}
+        ready = [name for name, (start, _) in starts.items()
+                 if start in families or start in points or not _of_the_study(start, given)]
         if not ready:
+            if strange := next((name for name, (start, _) in starts.items() if start not in given), None):
+                raise ValueError(_no_arm(strange, starts[strange][0], dict.fromkeys([*given, *points])))
             raise ValueError(f"ARMS goes round in a circle: {', '.join(waiting)} start from each other.")
         for name in ready:
             facts = waiting.pop(name)
             families[name] = []
-            start, at = _start(facts, given)
-            for suffix, arm in _members(name, dict(facts) | {"from": start, "at": at},
-                                        families.get(str(start), [("", "")]), arms):
+            start, at = starts[name]
+            parents = families.get(str(start)) or points.get(str(start)) or [("", "")]
+            for suffix, arm in _members(name, dict(facts) | {"from": start, "at": at}, parents, arms):
                 same = next((other.name for other in arms.values() if other[1:] == arm[1:]), None)
                 if same:
                     told.append(f"{arm.name} is {same}, which is trained once.")
@@ -201,6 +205,7 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
                 else:
                     arms[arm.name] = arm
                 families[name].append((suffix, same or arm.name))
+                points[arm.name] = [("", same or arm.name)]
     # As they are listed, but for each after what it starts from.
     listed = [member for name in given for _, member in families[name]]
     ordered: dict[str, Arm] = {}
@@ -235,11 +240,10 @@ def _require_arm(name: str, facts: Any, given: Mapping[str, Any], stages: Sequen
                                       and (isinstance(place, int) or place < 1)):
             raise ValueError(f"ARMS lets {name} branch at {place!r}, which must be a part of the trunk's steps, such "
                              "as 0.5, or a step of it.")
-        if place is not None and start not in given:
+        if place is not None and not _of_the_study(start, given):
             raise ValueError(f"ARMS lets {name} branch at {place!r}, and names no arm of the study in 'from'.")
-    if start is not None and start not in given and not (isinstance(start, str) and "/" in start):
-        raise ValueError(f"ARMS lets {name} start from {start!r}, which is no arm: {', '.join(given)} are there. A run "
-                         "directory or published weights are named by a path with a slash, or as hf://ORG/NAME.")
+    if start is not None and not _of_the_study(start, given) and not (isinstance(start, str) and "/" in start):
+        raise ValueError(_no_arm(name, start, given))
     if facts.get("stage", STAGES[0]) not in stages:
         raise ValueError(f"ARMS gives {name} the stage {facts['stage']!r}; a stage is {', '.join(stages[:-1])} or "
                          f"{stages[-1]}. STAGES adds others, with the gin files of each.")
@@ -252,11 +256,22 @@ def _require_arm(name: str, facts: Any, given: Mapping[str, Any], stages: Sequen
         raise ValueError(f"ARMS must give {name} a gin_file that is one file's name, found {facts['gin_file']!r}.")
 
 
+def _of_the_study(start: Any, given: Mapping[str, Any]) -> bool:
+    """Whether this names an arm of the study, or may name one point of a swept arm, such as RATE-0.1."""
+    return start in given or isinstance(start, str) and "/" not in start and any(
+        start.startswith(f"{name}-") for name in given)
+
+
+def _no_arm(name: str, start: Any, there: Iterable[str]) -> str:
+    return (f"ARMS lets {name} start from {start!r}, which is no arm: {', '.join(there)} are there. A run "
+            "directory or published weights are named by a path with a slash, or as hf://ORG/NAME.")
+
+
 def _start(facts: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Any, Any]:
     """What an arm starts from, and where it branches from that, or None."""
     start, at = facts.get("from"), facts.get("at")
     trunk, mark, place = start.rpartition("@") if isinstance(start, str) else ("", "", "")
-    if start in given or trunk not in given or not mark:
+    if start in given or not _of_the_study(trunk, given) or not mark:
         return start, at
     try:
         return trunk, int(place) if place.isdigit() else float(place)

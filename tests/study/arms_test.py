@@ -94,6 +94,19 @@ def test_more_arms_come_after_or_in_the_place_of_others():
     assert [arm.name for arm in arms][-2:] == ["CN", "XX"] and arms[-2].settings == {"CODE_RATE": 0.1}
 
 
+def test_an_arm_starts_from_one_point_of_a_sweep():
+    sweep = {"NL": {"CODE_RATE": 0.0}, "TUNED": {"from": "RATE-0.5", "CODE_RATE": 0.0},
+             "FIRST": {"from": "RATE-0.0"}, "MID": {"from": "RATE-0.5@0.5", "sweep": {"CODE_RATE": [0.1, 0.2]}},
+             "LATE": {"from": "MID-0.1", "at": 0.8}, "RATE": {"sweep": {"CODE_RATE": [0.0, 0.5]}}}
+    arms, told = expand(make_study(sweep))
+    assert [(arm.name, arm.parent, arm.at) for arm in arms] == [
+        ("NL", None, None), ("RATE-0.5", None, None), ("TUNED", "RATE-0.5", None), ("FIRST", "NL", None),
+        ("MID-0.1", "RATE-0.5", 0.5), ("MID-0.2", "RATE-0.5", 0.5), ("LATE", "MID-0.1", 0.8)]
+    assert told == ["RATE-0.0 is NL, which is trained once."]
+    with pytest.raises(ValueError, match="lets TUNED start from 'RATE-0.4', which is no arm: NL, .*RATE-0.5, .* are there"):
+        expand(make_study(sweep | {"TUNED": {"from": "RATE-0.4"}}))
+
+
 def test_select_takes_what_it_stands_on():
     runs = runs_of(make_study(PAPER, seeds=[0, 1]))
     assert names(select(runs, ["NC-uniform"], [1])) == ["NL.seed1", "NC-uniform.seed1"]
