@@ -1,7 +1,8 @@
 """What a study asks, told from its arms: which of them may be compared, sweeps of a share, and trees of stages.
 
 Arms are compared after the same stages. An arm that goes without a stage stands beside those that have it where both
-were trained on as many tokens of documents: a trunk to its end, and what branched from it to the same end.
+were trained on as many tokens of documents and belong to one tree: a trunk to its end, and what branched from it to the
+same end. While others are in that stage, it goes on with its own share of code.
 """
 
 import dataclasses
@@ -74,14 +75,16 @@ class Group:
 
     Attributes:
       stages: all that any of them went through, in order.
-      shares: of each arm, of code at each stage; None where it goes without the stage.
+      shares: of each arm, of code at each stage; that of the stage before where it goes without the stage.
+      absent: of each arm, the places of the stages that it goes without.
       facts: of each arm and stage.
       tokens: of each arm, of documents that the loss counted, in all stages.
     """
 
     study: Study
     stages: Sequence[str]
-    shares: Mapping[str, Sequence[float | None]]
+    shares: Mapping[str, Sequence[float]]
+    absent: Mapping[str, frozenset[int]]
     facts: Mapping[str, Sequence[Facts]]
     tokens: Mapping[str, int]
 
@@ -90,14 +93,14 @@ class Group:
         """Of each arm; facts are told where arms differ in them."""
         found: dict[str, list[Level]] = {label: [] for label in self.shares}
         for k in range(len(self.stages)):
-            present = [facts[k] for label, facts in self.facts.items() if self.shares[label][k] is not None]
+            present = [facts[k] for label, facts in self.facts.items() if k not in self.absent[label]]
             differing = [name for name in dict.fromkeys(name for facts in present for name in facts)
                          if len({facts[name] for facts in present if name in facts}) > 1]
             for label, shares in self.shares.items():
                 own = self.facts[label][k]
-                other = ABSENT if shares[k] is None else "; ".join(
+                other = ABSENT if k in self.absent[label] else "; ".join(
                     f"{name} {own[name]}" for name in differing if name in own)
-                found[label].append(Level(shares[k] or 0.0, other))
+                found[label].append(Level(shares[k], other))
         return found
 
     @functools.cached_property
@@ -114,12 +117,12 @@ class Group:
         found: dict[frozenset[str], Sweep] = {}
         for k, stage in enumerate(self.stages):
             for base, of_base in self.shares.items():
-                if not 0 < (of_base[k] or 0.0) < 1:
+                if not 0 < of_base[k] < 1 or k in self.absent[base]:
                     continue  # without code, or without text, it does not say which
                 members: dict[float, str] = {}
                 for label, shares in self.shares.items():
                     if self._alike(base, label, k):
-                        members.setdefault(shares[k] or 0.0, label)
+                        members.setdefault(shares[k], label)
                 if len(members) >= FEWEST_SHARES:
                     found.setdefault(frozenset(members.values()), Sweep(stage, sorted(members.items())))
         return [sweep for arms, sweep in found.items() if not any(arms < others for others in found)]
@@ -156,7 +159,7 @@ def groups(study: Study) -> list[Group]:
             names = _names(runs[0])
             model = runs[0].parameters, runs[0].ledger.get("vocabulary_hash")
             lines.setdefault((model, runs[0].stage, tuple(names)), []).append(label)
-    merged: list[tuple[tuple[Any, ...], list[str], list[str], float]] = []
+    merged: list[tuple[tuple[Any, ...], list[str], list[list[str]], float]] = []
     for (model, kind, names), labels in lines.items():
         runs = [_finished(study, label)[0] for label in labels]
         key = model, kind, sum(stage["stage"] == "tuning" for stage in stages_of(runs[0].ledger))
@@ -164,27 +167,56 @@ def groups(study: Study) -> list[Group]:
         near = next((place for place, other in enumerate(merged) if other[0] == key
                      and abs(other[3] - length) <= SAME_LENGTH * max(length, other[3])), None)
         if near is None:
-            merged.append((key, list(names), labels, length))
+            merged.append((key, list(names), [labels], length))
         else:
-            merged[near] = key, _in_order(merged[near][1], names), merged[near][2] + labels, merged[near][3]
-    found = [_group(study, stages, labels) for _, stages, labels, _ in merged if len(labels) > 1]
-    return sorted(found, key=lambda group: -len(group.stages))
+            merged[near] = key, _in_order(merged[near][1], names), [*merged[near][2], labels], merged[near][3]
+    found = []
+    for _, stages, parts, _ in merged:
+        tree = _tree(study, [label for part in parts for label in part], len(stages))
+        found.append((stages, tree))
+        # A sweep whose points are trunks is seen whole beside the tree that stands on some of them.
+        found += [(_names(_finished(study, part[0])[0]), part) for part in parts if not set(part) <= set(tree)]
+    return sorted((_group(study, stages, labels) for stages, labels in found if len(labels) > 1),
+                  key=lambda group: -len(group.stages))
+
+
+def _tree(study: Study, labels: Sequence[str], stages: int) -> list[str]:
+    """The arms that went through all stages, through several, or that another of them branches from."""
+    runs = {label: _finished(study, label) for label in labels}
+    trunks = {stage.run for of_arm in runs.values() for run in of_arm for stage in run.stages[:-1]}
+    return [label for label, of_arm in runs.items()
+            if len(of_arm[0].stages) > 1 or stages == 1 or any(run.name in trunks for run in of_arm)]
 
 
 def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
-    shares: dict[str, list[float | None]] = {}
+    shares: dict[str, list[float]] = {}
     facts: dict[str, list[Facts]] = {}
-    tokens: dict[str, int] = {}
+    absent: dict[str, frozenset[int]] = {}
     by_name = {run.name: run for run in study.runs}
     for label in labels:
         run = _finished(study, label)[0]
-        tokens[label] = _document_tokens(run)
         own = dict(zip(_names(run), zip(run.stages, stages_of(run.ledger), strict=True), strict=True))
-        shares[label] = [_share(own[name][1], by_name.get(own[name][0].run)) if name in own else None
-                         for name in stages]
-        facts[label] = [_facts(own[name][1], by_name.get(own[name][0].run), study.comparison) if name in own else {}
-                        for name in stages]
-    return Group(study, stages, shares, facts, tokens)
+        absent[label] = frozenset(k for k, name in enumerate(stages) if name not in own)
+        shares[label], facts[label] = [], []
+        for name in stages:
+            if name in own:
+                share = _share(own[name][1], by_name.get(own[name][0].run))
+                facts[label].append(_facts(own[name][1], by_name.get(own[name][0].run), study.comparison))
+            else:
+                share = shares[label][-1] if shares[label] else 0.0
+                facts[label].append({})
+            shares[label].append(share)
+    # A branch of its trunk's own share is that trunk again, and bound to be as good.
+    again = {label for label in labels if absent[label] and any(
+        shares[other] == shares[label] and not absent[other] and _stands_on(study, other, label) for other in labels)}
+    kept = [label for label in labels if label not in again]
+    return Group(study, stages, *({label: of[label] for label in kept} for of in (shares, absent, facts)),
+                 {label: _document_tokens(_finished(study, label)[0]) for label in kept})
+
+
+def _stands_on(study: Study, label: str, trunk: str) -> bool:
+    trunks = {run.name for run in _finished(study, trunk)}
+    return any(stage.run in trunks for run in _finished(study, label) for stage in run.stages[:-1])
 
 
 def _names(run: Run) -> list[str]:

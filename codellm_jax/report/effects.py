@@ -38,7 +38,7 @@ STEP = 0.1  # of a share, that a slope is told for
 class Level(NamedTuple):
     """What an arm has at a stage; arms of equal levels everywhere are repetitions of each other."""
 
-    share: float  # of code; 0 too where the arm goes without the stage
+    share: float  # of code; where the arm goes without the stage, that of its stage before
     other: str = ""  # what else tells arms apart: the order of the mix, sources, where it begins, settings
 
     @property

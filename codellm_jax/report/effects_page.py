@@ -120,8 +120,8 @@ def notes_of(group: Group) -> list[str]:
     """What goes along with code in these arms besides code."""
     notes = []
     for k, stage in enumerate(group.stages):
-        with_code = {shares[k] is None for shares in group.shares.values() if not shares[k]}
-        if with_code == {True} and any(shares[k] for shares in group.shares.values()):
+        absent = {k in group.absent[label] for label, shares in group.shares.items() if not shares[k]}
+        if absent == {True} and any(shares[k] for shares in group.shares.values()):
             notes.append(f"Arms without code in {stage} go without that stage: what it adds is that of the stage with "
                          "its code, beside going on as before.")
     least, most = min(group.tokens.values()), max(group.tokens.values())

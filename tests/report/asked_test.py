@@ -212,6 +212,25 @@ def test_branches_stand_beside_their_trunk_where_they_end_with_it(tmp_path):
     assert "Arms without code in midtraining go without that stage" in page
 
 
+def test_a_tree_on_points_of_a_sweep_is_told_from_the_sweep(tmp_path):
+    """Points that nothing branches from are no part of the tree; a branch of its trunk's share stands for the trunk."""
+    arms = {f"RATE-{share}": Arm("pretraining", share) for share in (0.0, 0.2, 0.5)}
+    arms |= {f"MID-{trunk}-{share}": Arm("midtraining", share, f"RATE-{trunk}", 50, rows=ROWS // 2)
+             for trunk in (0.0, 0.5) for share in (0.0, 0.5)}
+    tree, sweep = groups(read_study(epath.Path(write_study(tmp_path / "full", arms, seeds=1))))
+    assert set(tree.shares) == {label for label in arms if label.startswith("MID")} and not any(tree.absent.values())
+    assert [effect.name for effect in tree.design.effects] == [
+        "code in pretraining", "code in midtraining", "interaction of code in pretraining and midtraining"]
+    assert tree.design.effects[0].weights == pytest.approx({
+        "MID-0.5-0.0": 0.5, "MID-0.5-0.5": 0.5, "MID-0.0-0.0": -0.5, "MID-0.0-0.5": -0.5})
+    assert sweep.stages == ["pretraining"] and set(sweep.shares) == {"RATE-0.0", "RATE-0.2", "RATE-0.5"}
+    # Where no branch goes on with half code, the trunk is that arm, with its own share in the second half.
+    del arms["MID-0.5-0.5"]
+    tree, sweep = groups(read_study(epath.Path(write_study(tmp_path / "trunk", arms, seeds=1))))
+    assert set(tree.shares) == {"RATE-0.5", "MID-0.0-0.0", "MID-0.0-0.5", "MID-0.5-0.0"}
+    assert tree.levels["RATE-0.5"] == [(0.5, ""), (0.5, "without the stage")]
+
+
 def test_arms_that_are_not_the_papers_are_not_called_so(tmp_path):
     """NL and CODE by their letters, and neither by its share; then by its share."""
     for share, papers in ((0.5, None), (1 / 3, "B")):
