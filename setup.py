@@ -38,6 +38,8 @@ setup(
     description="At which training stage does code data help a language model reason? A JAX system to find out.",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=find_packages(include=["codellm_jax*", "tasks*"]),
     package_data={"codellm_jax": ["vocabularies/*.model", "py.typed"],
                   "tasks.benchmarks": ["samples/*", "samples/*/*"]},

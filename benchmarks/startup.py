@@ -14,8 +14,7 @@ The default run of gin/mixed_pretrain.gin, its evaluation before the first step 
 A run of that size that goes on from its checkpoint of step 2, warm, to the end of its step 3:
 
   resume   by the same command
-  branch   in a run that branches from it, with another share of code; its held-out losses before the first step are
-           of one batch a source, where the default run has eight
+  branch   in a run that branches from it, with another share of code
 """
 
 import argparse
@@ -56,8 +55,8 @@ def seconds_to_first_step(cache: str, compiled: str) -> float:
 
 def resume_and_branch(size: str, cache: str, rounds: int) -> dict[str, list[float]]:
     command = [*TRAIN, f"--gin_file=gin/models/{size}.gin", f"--gin.CACHE_DIR={cache}", "--gin.TRAIN_STEPS=4",
-               "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=1", "--gin.CHECKPOINT_PERIOD=2", "--gin.EVAL_PERIOD=4",
-               "--gin.train.eval_rows=1"]
+               "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=1", "--gin.CHECKPOINT_PERIOD=4", "--gin.KEEP_STEPS=[2]",
+               "--gin.EVAL_PERIOD=4"]
     figures: dict[str, list[float]] = {"resume": [], "branch": []}
     with tempfile.TemporaryDirectory() as folder:
         trunk, resumed, branch = (f"{folder}/{name}" for name in ("trunk", "resumed", "branch"))

@@ -351,7 +351,7 @@ def _require_known_selector(selector: str, setting: Setting, configuration: Conf
         name = selector.removeprefix("optax.")
         if name in CONFIGURABLES:
             raise ValueError(f"{setting.where}: optax's own {name} takes other arguments than an optimizer here is "
-                             f"given; use @{name}, or @chain with chain.transformations (see README).")
+                             f"given; use @{name}, or @chain with chain.transformations (see docs/settings.md).")
         if not hasattr(optax, name):
             raise ValueError(f"{setting.where}: optax has no {name!r}" + nearest(name, dir(optax)))
     elif selector not in CONFIGURABLES and not configuration.imports:

@@ -79,6 +79,7 @@ class Group:
       absent: of each arm, the places of the stages that it goes without.
       facts: of each arm and stage.
       tokens: of each arm, of documents that the loss counted, in all stages.
+      parameters: of their model; None where nothing tells them.
     """
 
     study: Study
@@ -87,6 +88,7 @@ class Group:
     absent: Mapping[str, frozenset[int]]
     facts: Mapping[str, Sequence[Facts]]
     tokens: Mapping[str, int]
+    parameters: int | None
 
     @functools.cached_property
     def levels(self) -> dict[str, list[Level]]:
@@ -211,7 +213,14 @@ def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
         shares[other] == shares[label] and not absent[other] and _stands_on(study, other, label) for other in labels)}
     kept = [label for label in labels if label not in again]
     return Group(study, stages, *({label: of[label] for label in kept} for of in (shares, absent, facts)),
-                 {label: _document_tokens(_finished(study, label)[0]) for label in kept})
+                 {label: _document_tokens(_finished(study, label)[0]) for label in kept},
+                 _finished(study, labels[0])[0].parameters)
+
+
+def models_of(group: Group, among: Sequence[Group]) -> str:
+    """The size of a group's model as the end of a title, where those of other groups are of other sizes."""
+    sizes = {other.parameters for other in among}
+    return f", {group.parameters:,} parameters" if len(sizes) > 1 and group.parameters else ""
 
 
 def _stands_on(study: Study, label: str, trunk: str) -> bool:

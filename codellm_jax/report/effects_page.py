@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from codellm_jax.report import plots
-from codellm_jax.report.asked import SAME_LENGTH, Group
+from codellm_jax.report.asked import SAME_LENGTH, Group, models_of
 from codellm_jax.report.effects import listed
 from codellm_jax.report.pages import Block, Heading, Items, Notice, Table, Text
 from codellm_jax.report.sections import Rows, Section
@@ -24,7 +24,7 @@ def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
     rows: Rows = []
     words: list[str] = []
     for number, (group, found) in enumerate(zip(trees, judged, strict=True), 1):
-        after = group.stages[-1]
+        after = group.stages[-1] + models_of(group, compared)
         said = sentences(found)
         words += [f"After {after}: {sentence}" for sentence in said]
         blocks += [Heading(2, "At which stage code helps" + f", after {after}" * (number > 1)),
@@ -38,8 +38,8 @@ def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
             blocks.append(Items(notes))
         if others:
             blocks += [Heading(3, f"Effects on other measures, after {after}"), _table(others, total)]
-        rows += [[after, one.effect.name, one.measure.title, one.measure.task, one.measure.metric, one.measure.unit,
-                  one.measure.better, one.estimate, *(one.interval or (None, None)),
+        rows += [[group.stages[-1], one.effect.name, one.measure.title, one.measure.task, one.measure.metric,
+                  one.measure.unit, one.measure.better, one.estimate, *(one.interval or (None, None)),
                   one.told.contrast and one.told.contrast.p_value, one.corrected, one.told.seeds, one.verdict, one.why,
                   " ".join(f"{weight:+.6g}*{label}" for label, weight in one.effect.weights.items())] for one in found]
     return Section(blocks, [("effects", EFFECT_COLUMNS, rows)] if rows else []), words
@@ -65,7 +65,7 @@ def sentences(found: Sequence[Judged]) -> list[str]:
         if sure:
             said.append(f"{_capital(name.removeprefix('interaction of '))} {', and '.join(sure)}.")
         elif quiet:
-            said.append(f"{_capital(name)}: no effect is told on any of {quiet} measures.")
+            said.append(f"{_capital(name)}: no effect is shown on any of {quiet} measures.")
         else:
             untold.append(name)
     unsure = [one for one in found if one.why]

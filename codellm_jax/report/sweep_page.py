@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from codellm_jax.report import plots
-from codellm_jax.report.asked import Group, Measure, Sweep
+from codellm_jax.report.asked import Group, Measure, Sweep, models_of
 from codellm_jax.report.effects import Effect, listed, told
 from codellm_jax.report.effects_page import notes_of
 from codellm_jax.report.pages import Block, Heading, Items, Notice, Table
@@ -28,7 +28,8 @@ def sweeps(compared: Sequence[Group]) -> tuple[Section, list[str]]:
         after = group.stages[-1]
         number = numbers[sweep.stage] = numbers.get(sweep.stage, 0) + 1
         name = f"sweep_{sweep.stage.replace(' ', '_')}" + f"_{number}" * (number > 1)
-        title = f"How much code in {sweep.stage}" + f", after {after}" * (after != sweep.stage)
+        title = f"How much code in {sweep.stage}" + f", after {after}" * (after != sweep.stage) \
+            + models_of(group, compared)
         by_place = {(one.measure, label): one for one in of_sweep for label in one.effect.weights
                     if label != sweep.arms[0][1]}
         lines, panels = [], []
@@ -79,7 +80,8 @@ def sentences(found: Sequence[Judged], sweep: Sweep) -> list[str]:
             (untold if all(one.why for one in own) else quiet).append(measure)
     lines = [f"Against {sweep.arms[0][0]:g} of code: {'; '.join(said)}."] if said else []
     if quiet:
-        lines.append(f"No share is told from {sweep.arms[0][0]:g} on {listed([measure.title for measure in quiet])}.")
+        lines.append(f"No share shows a difference from {sweep.arms[0][0]:g} on "
+                     f"{listed([measure.title for measure in quiet])}.")
     if untold:
         reasons = "; ".join(dict.fromkeys(reason for one in found if one.measure in untold
                                           for reason in one.why.split("; ")))

@@ -22,6 +22,7 @@ from codellm_jax.runtime.progress import read_records
 SAME_SHARE = 0.002  # shares of two arms that differ by less are one: half a row more or less was drawn
 CHECKPOINTS = 5  # of a run, at most, whose losses tell how they fall with its length
 EARLIEST = 0.25  # of a run, from which on they do
+NAMED = 3  # of the runs that are left out
 IDS = ("run", "run_id", "index")
 NO_SOURCES = ("", "run", "run_id", "name", "index", "seed", "parameters", "tokens")
 POOLS = ("text", "code")
@@ -191,8 +192,9 @@ def read_runs(folder: epath.Path) -> Sweep:
                                 + (f" {notes[0]}" if notes else ""))
     runs = max(sweeps.values(), key=lambda runs: (len({tuple(run.rows.items()) for run in runs}), len(runs)))
     _require_alike(runs)
-    notes += [f"{other.name} is left out: it is of another stage, or starts from another arm."
-              for group in sweeps.values() if group is not runs for other in group]
+    if others := [other.name for group in sweeps.values() if group is not runs for other in group]:
+        named = f"{', '.join(others[:NAMED])}{f' and {len(others) - NAMED} more' * (len(others) > NAMED)}"
+        notes.append(f"Left out, as they are of another stage or start from another arm: {named}.")
     return _sweep(folder.name, runs, notes)
 
 

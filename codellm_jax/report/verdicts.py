@@ -8,7 +8,7 @@ from codellm_jax.report.effects import Effect, Told, told
 from codellm_jax.results.statistics import Interval, holm
 
 LEVEL = 0.05  # of a p-value, corrected
-HELPS, HARMS, OPEN, UNTOLD = "helps", "harms", "no effect told", "cannot be told"
+HELPS, HARMS, OPEN, UNTOLD = "helps", "harms", "no effect shown", "cannot be told"
 TOGETHER = {HELPS: "more together", HARMS: "less together"}
 
 

@@ -104,6 +104,7 @@ class Run:
     ledger: Ledger
     step: int
     interval: Mapping[str, Any] | None = None  # of the checkpoint: see `meter.Interval`
+    held_out: Mapping[str, Any] | None = None  # the newest losses on held-out rows; see `train.evaluate`
 
 
 def begin_or_resume(training: "Training", plan: "Plan", checkpoints: Checkpoints, settings: Mapping[str, str]) -> Run:
@@ -124,7 +125,7 @@ def begin_or_resume(training: "Training", plan: "Plan", checkpoints: Checkpoints
         ledger, step = Ledger.from_json(record["ledger"]), int(state.step)
         ledger.check(order, step * training.batch_size)
         say(f"Resuming {training.model_dir} after step {step}.")
-        return Run(training, plan, state, ledger, step, record.get("interval"))
+        return Run(training, plan, state, ledger, step, record.get("interval"), record.get("held_out"))
     begun = functools.partial(
         Ledger.begin, plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length,
         conversations=any(rows.conversations for rows in plan.mixture.training))
@@ -139,7 +140,8 @@ def begin_or_resume(training: "Training", plan: "Plan", checkpoints: Checkpoints
         require_memory(plan.state, STATE)
         state, record = restore_state(trunk.run, trunk.step, plan.state, say)
         branch = {"step": trunk.step} | record["place"]
-        return Run(training, plan, state, begun(_parent(record, trunk.run), branch=branch), trunk.step)
+        return Run(training, plan, state, begun(_parent(record, trunk.run), branch=branch), trunk.step,
+                   held_out=record.get("held_out"))
     if path:  # before anything is allocated for a model that may be far too large
         same_model(start.newest_record(path)[1])
     require_memory(plan.state, STATE)

@@ -242,7 +242,8 @@ def loop(
         nonlocal saved
         meter.settle()
         checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json(),
-                                               "interval": meter.interval, "place": place(training, plan, run.step)})
+                                               "interval": meter.interval, "place": place(training, plan, run.step),
+                                               "held_out": run.held_out})
         saved = run.step
         meter.restart()
 
@@ -264,7 +265,7 @@ def loop(
                 meter.add(run.step, metrics, int(sizes.positions.sum()), sum(run.ledger.tokens.values()))
             checkpoints.raise_if_failed()
             profile.end_after(run.step, meter)
-            if run.step % training.eval_period == 0 or run.step == plan.last_step:
+            if run.step % training.eval_period == 0 or run.step == plan.last_step or run.step in keep_steps:
                 meter.settle()
                 evaluate(run, eval_fn, records, status)
                 meter.restart()
@@ -313,8 +314,11 @@ def batch_and_sizes(training: Training, plan: Plan, step: int) -> tuple[Batch, D
 
 @jax.profiler.annotate_function
 def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: StatusLine) -> None:
-    """Held-out losses and benchmarks, recorded and shown."""
-    losses, (scores, failures) = held_out(run, eval_fn), ask_benchmarks(run)
+    """Held-out losses and benchmarks, recorded and shown. A branch has its trunk's losses of the step it begins at."""
+    found, of_what = run.held_out, held_out_rows(run)
+    if not found or (found["step"], found["of"]) != (run.step, of_what):
+        found = run.held_out = {"step": run.step, "of": of_what, "losses": held_out(run, eval_fn)}
+    losses, (scores, failures) = dict(found["losses"]), ask_benchmarks(run)
     if losses or scores:
         measured = {name: result for name, result in scores.items() if result.get("measured", True)}
         records.write(run.step, "eval", losses | {name: result["value"] for name, result in measured.items()} | {
@@ -329,6 +333,13 @@ def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: St
         status.say(f"benchmarks after step {run.step}, in per cent: {', '.join(shown)}")
     for failure in failures:
         status.say(f"WARNING: a benchmark failed after step {run.step}: {failure}")
+
+
+def held_out_rows(run: Run) -> dict[str, Any]:
+    """What held-out losses depend on besides the parameters, as JSON."""
+    rows = zip(run.plan.mixture.order.sources, run.plan.mixture.validation, strict=True)
+    return {"eval_rows": run.training.eval_rows, "rows": {
+        source.name: of_source and of_source.content_hash for source, of_source in rows}}
 
 
 def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:

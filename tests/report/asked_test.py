@@ -97,7 +97,7 @@ def test_a_tree_begins_with_the_effects_of_its_stages(tmp_path):
         assert float(row["estimate"]) == pytest.approx(truth, abs=0.01) and row["unit"] == "bits per byte"
         assert float(row["low"]) < truth < float(row["high"])
         assert row["verdict"] == ("less together" if "interaction" in effect else "helps")
-        assert rows["tuning", effect, "text"]["verdict"] == "no effect told"
+        assert rows["tuning", effect, "text"]["verdict"] == "no effect shown"
     assert rows["pretraining", "code in pretraining", "text"]["verdict"] == "harms"
     # First of all after the arms, in words and as a picture; no word of the paper, whose arms these are not.
     first = page.index("## At which stage code helps")
@@ -161,7 +161,7 @@ def test_a_sweep_begins_with_its_shares(tmp_path):
                 truth = (losses[place] - SHARES[0.0][place]) / 3
                 assert float(row["difference_low"]) < truth < float(row["difference_high"])
     assert rows["code", 0.0]["difference"] == "" and rows["code", 0.5]["verdict"] == "helps"
-    assert rows["text", 0.5]["verdict"] == "harms" and rows["text", 0.2]["verdict"] == "no effect told"
+    assert rows["text", 0.5]["verdict"] == "harms" and rows["text", 0.2]["verdict"] == "no effect shown"
     # Signal over noise, counted again from the last losses.
     ends: dict[str, list[float]] = {}
     for row in table(tmp_path, "losses"):

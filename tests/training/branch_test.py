@@ -11,10 +11,10 @@ import pytest
 
 from codellm_jax import cli
 from codellm_jax.mixture.schedules import constant
-from codellm_jax.runtime.checkpoints import newest_record, record_of
+from codellm_jax.runtime.checkpoints import newest_record, record_of, restore_state
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.training.plan import describe, make_plan
-from codellm_jax.training.train import train
+from codellm_jax.training.train import held_out, train
 
 STEPS = 12
 
@@ -55,6 +55,30 @@ def test_a_branch_under_the_trunks_own_settings_is_the_trunk(trunk, tmp_path):
     assert ledger["before"][-1]["digest"] == record_of(trunk.model_dir, 5)["digest"]
     for name, count in ends[0]["ledger"]["rows"].items():
         assert count == ledger["rows"][name] + ledger["before"][-1]["rows"][name]
+
+
+def test_a_branch_takes_over_the_held_out_losses_of_its_first_step(trunk, tmp_path, monkeypatch):
+    """Those that it would compute; and it computes them where other rows are asked for."""
+
+    def first_of(name: str, **changes) -> tuple[list[int], dict]:
+        branch = dataclasses.replace(branch_of(trunk, tmp_path, 5, train_steps=6, **changes),
+                                     model_dir=str(tmp_path / name))
+        computed = []
+        monkeypatch.setattr("codellm_jax.training.train.held_out",
+                            lambda run, eval_fn: computed.append(run.step) or held_out(run, eval_fn))
+        train(branch)
+        line = next(line for line in read_records(branch.model_dir) if line["split"] == "eval")
+        return computed, {name: value for name, value in line.items() if name != "time"}
+
+    [trunks] = [line for line in read_records(trunk.model_dir) if (line["step"], line["split"]) == (5, "eval")]
+    computed, taken = first_of("taken")
+    assert computed == [6] and taken == {name: value for name, value in trunks.items() if name != "time"}
+    computed, other = first_of("other", eval_rows=trunk.eval_rows - 1)
+    assert computed == [5, 6] and other["tokens"] < taken["tokens"]
+    without = record_of(trunk.model_dir, 5) | {"held_out": None}  # as a version that did not keep them saved it
+    monkeypatch.setattr("codellm_jax.training.begin.restore_state",
+                        lambda *arguments: (restore_state(*arguments)[0], without))
+    assert first_of("again") == ([5, 6], taken)
 
 
 def test_a_killed_branch_goes_on_without_its_trunk(trunk, tmp_path):
