@@ -39,7 +39,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["codellm_jax*", "tasks*"]),
-    package_data={"codellm_jax": ["vocabularies/*.model", "py.typed"],
+    package_data={"codellm_jax": ["vocabularies/*.model", "fetching/*.toml", "py.typed"],
                   "tasks.benchmarks": ["samples/*", "samples/*/*"]},
     cmdclass={"build_py": BuildWithGinFiles},
     python_requires=">=3.11",

@@ -43,6 +43,7 @@ def tops(found: set[str]) -> set[str]:
 ROOMS: dict[str, set[str]] = {
     "flags": set(),
     "contents": set(),
+    "fetching": set(),
     "hub": set(),
     "settings": set(),
     "tokenizing": {"contents", "hub"},

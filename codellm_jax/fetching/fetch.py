@@ -1,0 +1,202 @@
+"""`t5x fetch`: official files into the folder that DATA_DIR names, where the readers look for them.
+
+    t5x fetch mbpp logic --data_dir=/data
+
+SHA256SUMS in that folder, in the form of `sha256sum --check`, has the SHA-256 of each file at its first download. Where
+nobody publishes a digest, later downloads are compared with it.
+"""
+
+import contextlib
+import fcntl
+import os
+import shlex
+import shutil
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from codellm_jax.fetching.download import Refused, Unreachable, digest_of, download, matches, partial
+from codellm_jax.fetching.releases import File, Release, listing, release
+
+SUMS, LOCK = "SHA256SUMS", ".fetch.lock"
+
+
+class NeedsSignature(ValueError):
+    """Its publisher gives a file on request alone."""
+
+
+def fetch(names: Sequence[str], data_dir: str | None, say: Callable[[str], None] = print) -> None:
+    """Brings the files of releases below a folder. What is there already is checked and stays.
+
+    Args:
+      names: as `releases.release` takes them; of none, says which there are.
+      data_dir: a local folder, which is made.
+      say: is given lines that tell what is done.
+
+    Raises:
+      ValueError: a name or the folder is wrong, before anything is done; or a publisher gives the files on request
+        alone.
+      OSError: some files are not to be had, or another process fetches into the same folder. All others are fetched
+        first, unless there is no network.
+    """
+    if not names:
+        say(listing())
+        return
+    wanted = {each.name: each for each in map(release, names)}.values()
+    if not data_dir:
+        raise ValueError("no --data_dir is given: the folder that the other commands know as --gin.DATA_DIR.")
+    if "://" in data_dir:
+        raise ValueError(f"{data_dir} is no local folder; fetch into one, and copy it there.")
+    top = Path(data_dir).expanduser()
+    top.mkdir(parents=True, exist_ok=True)
+    failures: list[OSError | ValueError] = []
+    with _alone(top):
+        for each in wanted:
+            say(f"{each.name}: {each.title}. Licence: {each.licence}. {each.homepage}")
+            try:
+                _fetch_release(each, top, say)
+            except NeedsSignature as error:
+                failures.append(ValueError(f"{each.name}: {error}"))
+            except Unreachable as error:
+                failures.append(OSError(f"{each.name}: {error} Where there is no network, copy into {top} what this "
+                                        "command fetches on a machine that has one."))
+                break
+            except Refused as error:
+                failures.append(OSError(f"{each.name}: {error} See {each.homepage} for where its files are now, and "
+                                        f"put them at {_places(each.files, top)}."))
+            except OSError as error:
+                failures.append(OSError(f"{each.name}: {error}"))
+    if failures:
+        raise type(failures[0])(" ".join(map(str, failures)))
+    say(f"Read them with --gin.DATA_DIR={shlex.quote(str(top))}")
+
+
+def _fetch_release(each: Release, top: Path, say: Callable[[str], None]) -> None:
+    missing = [file for file in each.files if not all((top / place).exists() for place in file.places)]
+    if each.ask and missing:
+        raise NeedsSignature(f"its publisher gives the files on request alone: ask for them at {each.ask}, and put them "
+                             f"at {_places(missing, top)}.")
+    for file in each.files:
+        _fetch_file(file, top, say)
+
+
+def _places(files: Sequence[File], top: Path) -> str:
+    return " and ".join(str(top / place) for file in files for place in file.places)
+
+
+def _fetch_file(file: File, top: Path, say: Callable[[str], None]) -> None:
+    recorded = _recorded(top)
+    missing = [place for place in file.places if not (top / place).exists()]
+    for place in file.places:
+        if place not in missing:
+            say(f"  {place} is there already, {_checked(file, place, top, recorded.get(place))}")
+    if not missing:
+        return
+    assert file.url is not None
+    first, start = top / missing[0], time.monotonic()
+    for place in missing:
+        (top / place).parent.mkdir(parents=True, exist_ok=True)
+    is_archive = file.places[missing[0]] is not None
+    # An archive lies beside the files that it holds, under the name that it has where it comes from.
+    target = first.with_name(file.url.rpartition("/")[2]) if is_archive else first
+    say(f"  {target.name}: downloading {file.url}")
+    part = download(file.url, target, file.size, file.digest)
+    size, seconds = part.stat().st_size, time.monotonic() - start
+    say(f"  {target.name}: {size:,} bytes in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-3):.1f} MB/s), "
+        + ("as published" if file.digest else f"of which nobody publishes a digest; {SUMS} has it from now on"))
+    whole = {missing[0]: part}
+    if is_archive:
+        whole = _members(part, {place: str(file.places[place]) for place in missing}, top)
+        part.unlink()
+    for place, content in whole.items():
+        found = digest_of(content)
+        if recorded.get(place, found) != found:
+            for left in whole.values():
+                left.unlink()
+            raise OSError(f"{file.url} gives another {place} than at its first download: sha256 {found} instead of "
+                          f"{recorded[place]}, which {top / SUMS} has. Remove that line to take the new one.")
+        recorded[place] = found
+    _record(top, recorded)  # before the files, so that a file is never there unrecorded
+    for place, content in whole.items():
+        os.replace(content, top / place)
+
+
+def _checked(file: File, place: str, top: Path, recorded: str | None) -> str:
+    """How a file that is there was checked. Raises OSError where it is another one."""
+    digest = file.digest if file.places[place] is None and file.digest else recorded and f"sha256:{recorded}"
+    if not digest:
+        return "and is not checked: nobody publishes a digest of it, and it was not fetched here"
+    if not matches(top / place, digest):
+        raise OSError(f"{top / place} is not the official file: it has another digest than {digest}. Remove it, or "
+                      "move it elsewhere, to fetch the official one.")
+    return "as published" if digest == file.digest else "as it was fetched"
+
+
+def _members(archive: Path, members: dict[str, str], top: Path) -> dict[str, Path]:
+    """Unpacks members of a zip or tar archive beside their places; returns where each lies, by its place.
+
+    Raises:
+      OSError: it is no archive, is damaged, or lacks one.
+    """
+    found = {place: partial(top / place) for place in members}
+    try:
+        with _opened(archive) as opened:
+            for place, member in members.items():
+                with opened(member) as source, found[place].open("wb") as stream:
+                    shutil.copyfileobj(source, stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+    except (KeyError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+        for left in [archive, *found.values()]:
+            left.unlink(missing_ok=True)
+        raise OSError(f"{archive.name[1:].removesuffix('.part')} is no archive with {' and '.join(members.values())}: "
+                      f"{error}.") from error
+    return found
+
+
+@contextlib.contextmanager
+def _opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
+    """What opens a member of an archive by its name."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as zipped:
+            yield zipped.open
+        return
+    with tarfile.open(archive) as tape:
+        def member(name: str) -> IO[bytes]:
+            stream = tape.extractfile(name)
+            if stream is None:
+                raise KeyError(f"{name} is no file")
+            return stream
+
+        yield member
+
+
+def _recorded(top: Path) -> dict[str, str]:
+    """SHA-256 by path, as SHA256SUMS has them."""
+    try:
+        lines = (top / SUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    return {path: digits for digits, _, path in (line.partition("  ") for line in lines) if path}
+
+
+def _record(top: Path, recorded: dict[str, str]) -> None:
+    draft = top / f".{SUMS}"
+    draft.write_text("".join(f"{digits}  {path}\n" for path, digits in sorted(recorded.items())), encoding="utf-8")
+    os.replace(draft, top / SUMS)
+
+
+@contextlib.contextmanager
+def _alone(top: Path) -> Iterator[None]:
+    """Keeps another process from fetching into the same folder at the same time."""
+    with (top / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another process is fetching into {top}; wait for its end.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
