@@ -19,6 +19,7 @@ TIMEOUT = 20.0  # seconds for a connection, and for the next bytes of an answer
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 30.0
 PIECE = 1 << 16
+LOG_EVERY = 10.0  # seconds between lines of progress, where stderr is no terminal
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of a server that may answer later
 WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE)
 
@@ -191,7 +192,8 @@ def _opened(url: str, headers: dict[str, str], part: Path) -> Any:
                    410: "it is not there any more"}.get(error.code, error.reason)
         raise Refused(f"the server refuses {url} (HTTP {error.code}: {meaning}).") from None
     except urllib.error.URLError as error:
-        raise Unreachable(f"there is no connection to {urllib.parse.urlsplit(url).hostname} ({error.reason}).") from error
+        host = urllib.parse.urlsplit(url).hostname
+        raise Unreachable(f"there is no connection to {host} ({error.reason}).") from error
     except (OSError, http.client.HTTPException) as error:
         raise _Interrupted(_what(error)) from None
 
@@ -207,12 +209,26 @@ def _what(error: Exception) -> str:
     return f"gives nothing for {TIMEOUT:g} seconds" if isinstance(error, TimeoutError) else "breaks off the connection"
 
 
+class _Log:
+    """Takes what a progress bar draws, and prints it as lines."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
 def _bar(name: str, begin: int, total: int | None) -> Any:
-    """Bytes, rate and time left, where someone looks at a terminal."""
+    """Bytes, rate and time left: a bar on a terminal, elsewhere a line every `LOG_EVERY` seconds."""
     from tqdm import tqdm
 
-    return tqdm(desc=name, initial=begin, total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True,
-                disable=None, file=sys.stderr)
+    shared: dict[str, Any] = dict(desc=name, initial=begin, total=total, unit="B", unit_scale=True, leave=False)
+    if sys.stderr.isatty():
+        return tqdm(**shared, dynamic_ncols=True)
+    return tqdm(**shared, file=_Log(), mininterval=LOG_EVERY, delay=LOG_EVERY, bar_format=(
+        "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}B, {rate_fmt}, {remaining} left"))
 
 
 def _wrong(part: Path, size: int | None, digest: str | None) -> str | None:

@@ -75,12 +75,28 @@ def fetch(names: Sequence[str], data_dir: str | None, say: Callable[[str], None]
 
 
 def _fetch_release(each: Release, top: Path, say: Callable[[str], None]) -> None:
+    for file in each.files:
+        _refuse_twice(file, top)
     missing = [file for file in each.files if not all((top / place).exists() for place in file.places)]
     if each.ask and missing:
-        raise NeedsSignature(f"its publisher gives the files on request alone: ask for them at {each.ask}, and put them "
-                             f"at {_places(missing, top)}.")
+        raise NeedsSignature(f"its publisher gives the files on request alone: ask for them at {each.ask}, and put "
+                             f"them at {_places(missing, top)}.")
     for file in each.files:
         _fetch_file(file, top, say)
+
+
+def _refuse_twice(file: File, top: Path) -> None:
+    """Raises OSError where a file would be there a second time, which readers refuse.
+
+    Names that many benchmarks have, such as dev.json, are told apart by their folders, and are not looked for.
+    """
+    for place in file.places:
+        name = Path(place).name
+        if (top / place).exists() or name in ("train.json", "dev.json", "test.json"):
+            continue
+        others = [found for found in top.rglob(name) if found.is_file()]
+        if others:
+            raise OSError(f"{others[0]} is there already. Move it to {top / place}, where it is checked, or remove it.")
 
 
 def _places(files: Sequence[File], top: Path) -> str:
@@ -159,16 +175,16 @@ def _members(archive: Path, members: dict[str, str], top: Path) -> dict[str, Pat
 
 @contextlib.contextmanager
 def _opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
-    """What opens a member of an archive by its name."""
+    """What opens a member of an archive by its path."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             yield zipped.open
         return
     with tarfile.open(archive) as tape:
-        def member(name: str) -> IO[bytes]:
-            stream = tape.extractfile(name)
+        def member(path: str) -> IO[bytes]:
+            stream = tape.extractfile(path)
             if stream is None:
-                raise KeyError(f"{name} is no file")
+                raise KeyError(f"{path} is no file")
             return stream
 
         yield member

@@ -1,6 +1,7 @@
 """A publisher on loopback, and the table of releases with its addresses there."""
 
 import dataclasses
+import gzip
 import hashlib
 import io
 import os
@@ -34,13 +35,15 @@ INSTRUCTIONS = b'[{"instruction": "Name a colour.", "input": "", "output": "Gree
 
 def official(place: str) -> bytes:
     """A small file in the official form of a path below DATA_DIR."""
+    if place.endswith(".gz"):
+        return gzip.compress(official(place.removesuffix(".gz")))
     name = place.replace("ekar_chinese", "ekar").replace("dureader_robust", "dureader").replace("train.50k", "train")
     for sample in (Path(SAMPLES, name), Path(SAMPLES, Path(name).name)):
         if sample.is_file():
             return sample.read_bytes()
     if place.startswith("pclue/"):
         return b'{"input": "%s", "target": "yes"}\n' % place.encode()
-    assert place.startswith(("alpaca_gpt4/", "codealpaca/", "jecqa/")), place
+    assert place.startswith(("alpaca_gpt4/", "codealpaca/", "humaneval/")), place
     return INSTRUCTIONS
 
 
