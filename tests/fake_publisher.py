@@ -2,15 +2,29 @@
 
     with fake_publisher({"/a.json": b"[]"}) as publisher:
         download(publisher.address + "/a.json", ...)
+
+    with official_publisher():  # small files in official form, in the place of all releases
+        cli.main(["fetch", "mbpp", "--data_dir=..."])
 """
 
 import contextlib
+import dataclasses
+import gzip
 import hashlib
+import io
+import os
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from codellm_jax.fetching import download, releases
+from tasks.benchmarks.locating import SAMPLES
 
 
 @dataclass
@@ -102,3 +116,74 @@ def fake_publisher(files: dict[str, bytes]) -> Iterator[Publisher]:
         server.shutdown()
         serving.join()
         server.server_close()
+
+
+# ---- Official files ------------------------------------------------------------------------------
+
+INSTRUCTIONS = b'[{"instruction": "Name a colour.", "input": "", "output": "Green."},' + b"\n" * 200_000 + (
+    b'{"instruction": "Name a town.", "input": "", "output": "Ulm."}]')
+
+
+def official(place: str) -> bytes:
+    """A small file in the official form of a path below DATA_DIR."""
+    if place.endswith(".gz"):
+        return gzip.compress(official(place.removesuffix(".gz")))
+    name = place.replace("ekar_chinese", "ekar").replace("dureader_robust", "dureader").replace("train.50k", "train")
+    for sample in (Path(SAMPLES, name), Path(SAMPLES, Path(name).name)):
+        if sample.is_file():
+            return sample.read_bytes()
+    if place.startswith("pclue/"):
+        return b'{"input": "%s", "target": "yes"}\n' % place.encode()
+    assert place.startswith(("alpaca_gpt4/", "codealpaca/", "humaneval/")), place
+    return INSTRUCTIONS
+
+
+def archived(url: str, members: dict[str, bytes]) -> bytes:
+    """A zip or tar archive, as the address's suffix says, with a member beside those that are wanted."""
+    made = io.BytesIO()
+    members = members | {"README.md": b"Cite us."}
+    if url.endswith(".zip"):
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for name, content in members.items():
+                zipped.writestr(name, content)
+    else:
+        with tarfile.open(fileobj=made, mode="w:gz") as tape:
+            for name, content in members.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tape.addfile(entry, io.BytesIO(content))
+    return made.getvalue()
+
+
+DIGESTS: dict[str, Any] = {
+    "sha256": lambda content: hashlib.sha256(content).hexdigest(),
+    "md5": lambda content: hashlib.md5(content).hexdigest(),
+    "git": lambda content: hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+
+
+@contextlib.contextmanager
+def official_publisher() -> Iterator[Publisher]:
+    """Serves small files in official form where the table of releases has the official ones, but for the host.
+
+    Sizes and digests are stated where the table states them, and of the same kinds.
+    """
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.lower().endswith("_proxy") and name != "HF_ENDPOINT"}
+    with (fake_publisher({}) as publisher, mock.patch.dict(os.environ, environment, clear=True),
+          mock.patch.object(download, "TIMEOUT", 1.0), mock.patch.object(download, "FIRST_WAIT", 0.01)):
+        table = {name: dataclasses.replace(each, files=tuple(_served(file, publisher) for file in each.files))
+                 for name, each in releases.releases().items()}
+        with mock.patch.object(releases, "releases", lambda: table):
+            yield publisher
+
+
+def _served(file: releases.File, publisher: Publisher) -> releases.File:
+    if file.url is None:
+        return file
+    path = "/" + file.url.split("/", 3)[3]
+    members = {member: official(place) for place, member in file.places.items() if member}
+    content = archived(file.url, members) if members else official(next(iter(file.places)))
+    publisher.files[path] = content
+    kind = file.digest and file.digest.partition(":")[0]
+    return dataclasses.replace(file, url=publisher.address + path, size=file.size and len(content),
+                               digest=kind and f"{kind}:{DIGESTS[kind](content)}")

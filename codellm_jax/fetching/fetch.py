@@ -2,6 +2,8 @@
 
     t5x fetch mbpp logic --data_dir=/data
 
+Addresses at huggingface.co are taken from the mirror that HF_ENDPOINT names, as that company's libraries do it.
+
 SHA256SUMS in that folder, in the form of `sha256sum --check`, has the SHA-256 of each file at its first download. Where
 nobody publishes a digest, later downloads are compared with it.
 """
@@ -9,12 +11,13 @@ nobody publishes a digest, later downloads are compared with it.
 import contextlib
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -54,10 +57,11 @@ def fetch(names: Sequence[str], data_dir: str | None, say: Callable[[str], None]
     top.mkdir(parents=True, exist_ok=True)
     failures: list[OSError | ValueError] = []
     with _alone(top):
+        present = {name: os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names}
         for each in wanted:
             say(f"{each.name}: {each.title}. Licence: {each.licence}. {each.homepage}")
             try:
-                _fetch_release(each, top, say)
+                _fetch_release(each, top, present, say)
             except NeedsSignature as error:
                 failures.append(ValueError(f"{each.name}: {error}"))
             except Unreachable as error:
@@ -74,29 +78,20 @@ def fetch(names: Sequence[str], data_dir: str | None, say: Callable[[str], None]
     say(f"Read them with --gin.DATA_DIR={shlex.quote(str(top))}")
 
 
-def _fetch_release(each: Release, top: Path, say: Callable[[str], None]) -> None:
-    for file in each.files:
-        _refuse_twice(file, top)
+def _fetch_release(each: Release, top: Path, present: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Brings the files of one; `present` has by its name one of each that was below the folder before."""
+    for place in (place for file in each.files for place in file.places):
+        name = Path(place).name
+        # What many benchmarks have is told apart by folders; of others readers refuse two.
+        if name in present and not (top / place).exists() and name not in ("train.json", "dev.json", "test.json"):
+            raise OSError(f"{present[name]} is there already. Move it to {top / place}, where it is checked, or remove "
+                          "it.")
     missing = [file for file in each.files if not all((top / place).exists() for place in file.places)]
     if each.ask and missing:
         raise NeedsSignature(f"its publisher gives the files on request alone: ask for them at {each.ask}, and put "
                              f"them at {_places(missing, top)}.")
     for file in each.files:
         _fetch_file(file, top, say)
-
-
-def _refuse_twice(file: File, top: Path) -> None:
-    """Raises OSError where a file would be there a second time, which readers refuse.
-
-    Names that many benchmarks have, such as dev.json, are told apart by their folders, and are not looked for.
-    """
-    for place in file.places:
-        name = Path(place).name
-        if (top / place).exists() or name in ("train.json", "dev.json", "test.json"):
-            continue
-        others = [found for found in top.rglob(name) if found.is_file()]
-        if others:
-            raise OSError(f"{others[0]} is there already. Move it to {top / place}, where it is checked, or remove it.")
 
 
 def _places(files: Sequence[File], top: Path) -> str:
@@ -112,14 +107,16 @@ def _fetch_file(file: File, top: Path, say: Callable[[str], None]) -> None:
     if not missing:
         return
     assert file.url is not None
+    url = re.sub("^https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"),
+                 file.url)
     first, start = top / missing[0], time.monotonic()
     for place in missing:
         (top / place).parent.mkdir(parents=True, exist_ok=True)
     is_archive = file.places[missing[0]] is not None
     # An archive lies beside the files that it holds, under the name that it has where it comes from.
-    target = first.with_name(file.url.rpartition("/")[2]) if is_archive else first
-    say(f"  {target.name}: downloading {file.url}")
-    part = download(file.url, target, file.size, file.digest)
+    target = first.with_name(url.rpartition("/")[2]) if is_archive else first
+    say(f"  {target.name}: downloading {url}")
+    part = download(url, target, file.size, file.digest)
     size, seconds = part.stat().st_size, time.monotonic() - start
     say(f"  {target.name}: {size:,} bytes in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-3):.1f} MB/s), "
         + ("as published" if file.digest else f"of which nobody publishes a digest; {SUMS} has it from now on"))
@@ -132,7 +129,7 @@ def _fetch_file(file: File, top: Path, say: Callable[[str], None]) -> None:
         if recorded.get(place, found) != found:
             for left in whole.values():
                 left.unlink()
-            raise OSError(f"{file.url} gives another {place} than at its first download: sha256 {found} instead of "
+            raise OSError(f"{url} gives another {place} than at its first download: sha256 {found} instead of "
                           f"{recorded[place]}, which {top / SUMS} has. Remove that line to take the new one.")
         recorded[place] = found
     _record(top, recorded)  # before the files, so that a file is never there unrecorded

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,10 @@ def releases() -> dict[str, Release]:
         corpora=tuple(row.pop("corpora")), **row) for name, row in table.items()}
 
 
-def _file(entry: Mapping[str, object]) -> File:
+def _file(entry: Mapping[str, Any]) -> File:
     kind = next((kind for kind in ("sha256", "md5", "git") if kind in entry), None)
     places = entry["members"] if "members" in entry else {entry["path"]: None}
-    return File(entry.get("url"), places, entry.get("bytes"),  # type: ignore[arg-type]
-                kind and f"{kind}:{entry[kind]}")
+    return File(entry.get("url"), places, entry.get("bytes"), kind and f"{kind}:{entry[kind]}")
 
 
 def release(name: str) -> Release:

@@ -1,5 +1,6 @@
 """Official files come to where the readers find them, are checked, and nothing half stands under their names."""
 
+import dataclasses
 import json
 import os
 import re
@@ -152,8 +153,8 @@ def test_what_is_no_archive(published: Publisher, tmp_path: Path, name: str, mon
     for path in published.files:
         published.files[path] = b"no archive"
     [file] = releases.releases()[name].files
-    monkeypatch.setitem(releases.releases(), name, releases.Release(**{
-        **vars(releases.releases()[name]), "files": (releases.File(file.url, file.places),)}))
+    monkeypatch.setitem(releases.releases(), name, dataclasses.replace(
+        releases.releases()[name], files=(releases.File(file.url, file.places),)))
     with pytest.raises(OSError, match=f"{name}: .* is no archive with .*"):
         run([name], tmp_path)
     assert tree(tmp_path) == set()
@@ -214,6 +215,18 @@ def test_slips_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert message in line
     assert cli.main(["fetch"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(releases.releases())
+
+
+def test_a_mirror_of_the_hub(published: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_ENDPOINT", published.address + "/mirror/")
+    [file] = releases.releases()["logic"].files
+    path = str(file.url).removeprefix(published.address)
+    official = dataclasses.replace(file, url="https://huggingface.co" + path)
+    monkeypatch.setitem(releases.releases(), "logic", dataclasses.replace(
+        releases.releases()["logic"], files=(official,)))
+    published.files["/mirror" + path] = published.files.pop(path)
+    run(["logic"], tmp_path)
+    assert load("logic", str(tmp_path)).questions == load("logic", None).questions
 
 
 def test_two_at_once(published: Publisher, tmp_path: Path):
