@@ -115,11 +115,11 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--runner", default="DirectRunner", help="Beam's: DirectRunner on this machine, DataflowRunner, "
                        "SparkRunner, FlinkRunner or another (default: %(default)s)")
     fetch = subparsers.add_parser(
-        "fetch", help="bring official files of benchmarks and instruction sets", allow_abbrev=False,
-        description="Downloads the files that publishers offer to where DATA_DIR is searched, checks them, and goes on "
-                    "where it was stopped. Without a name it lists what there is.")
+        "fetch", help="download official files of benchmarks and instruction sets", allow_abbrev=False,
+        description="Downloads the publishers' files to where DATA_DIR is searched, and checks them. The same command "
+                    "resumes an interrupted download. Without names it lists what there is.")
     fetch.add_argument("names", metavar="NAME", nargs="*", help="such as mbpp, logic or pclue")
-    fetch.add_argument("--data_dir", "--gin.DATA_DIR", metavar="DIR", help="the folder that holds them, which is made")
+    fetch.add_argument("--data_dir", "--gin.DATA_DIR", metavar="DIR", help="the folder, created if needed")
     fetch.add_argument("--debug", action="store_true", help="show the traceback of an error")
     import_ = subparsers.add_parser(
         "import", help="make a run of published weights", allow_abbrev=False,

@@ -43,7 +43,7 @@ class OfficialBenchmarks(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         task = self.builder_config.name
-        sample = _example(task, read_items(task, None)[0][0])  # of our own items, which have the same fields
+        sample = _example(task, read_items(task, None)[0][0])  # our own sample items have the same fields
         return _info(self, release(task), {key: _feature(value) for key, value in sample.items()})
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
@@ -52,7 +52,7 @@ class OfficialBenchmarks(tfds.core.GeneratorBasedBuilder):
         items = {"test": read_items(task, folder)[0], "train": _worked_examples(task, folder)}
         return {split: _numbered(_example(task, item) for item in found) for split, found in items.items() if found}
 
-    def _generate_examples(self) -> None:  # `_split_generators` gives them
+    def _generate_examples(self) -> None:  # TFDS wants the method; `_split_generators` gives the examples
         raise NotImplementedError
 
 
@@ -92,21 +92,21 @@ def _info(builder: Any, of: Release, features: Mapping[str, Any]) -> tfds.core.D
 
 
 def _folder(of: Release, dl_manager: tfds.download.DownloadManager, locate_in: Callable[[str], object]) -> str:
-    """The manual folder if it holds the files, else one into which they are fetched."""
+    """The manual folder if it holds the files, else a folder into which they are downloaded."""
     try:
         manual = str(dl_manager.manual_dir)
         locate_in(manual)
-    except (AssertionError, FileNotFoundError):  # there is no such folder; it lacks them
+    except (AssertionError, FileNotFoundError):  # TFDS has no such folder; it lacks the files
         manual = str(Path(dl_manager.download_dir) / "official")
         try:
             fetch([of.name], manual)
         except (OSError, ValueError) as error:
-            raise type(error)(f"{error} Or name a folder that holds them by --manual_dir.") from error
+            raise type(error)(f"{error} A folder that holds them can be given by --manual_dir.") from error
     return manual
 
 
 def _worked_examples(task: str, folder: str) -> list[Item]:
-    """Those of few-shot prompts; none where there is no file of them, or they are the questions."""
+    """The worked examples of few-shot prompts; none if no file has them, or the file holds the questions."""
     benchmark = BENCHMARKS[task]
     try:
         files = locate(task, benchmark.shot_forms, folder)

@@ -1,4 +1,4 @@
-"""A file from an HTTP address: resumed after a break, checked, and complete before anything else sees it."""
+"""Downloads a file over HTTP: resumes after a break, checks the content, and never shows a part of it."""
 
 import hashlib
 import http.client
@@ -25,15 +25,15 @@ WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE)
 
 
 class Unreachable(OSError):
-    """There is no connection to a server at all."""
+    """No connection to the server can be made."""
 
 
 class Refused(OSError):
-    """A server does not give the file."""
+    """The server does not give the file."""
 
 
 class _Interrupted(Exception):
-    """An answer broke off, or none came; the next may be whole."""
+    """The answer broke off or did not come; another attempt may succeed."""
 
     def __init__(self, what: str, wait: float = 0.0) -> None:
         super().__init__(what)
@@ -41,15 +41,15 @@ class _Interrupted(Exception):
 
 
 def partial(target: Path) -> Path:
-    """Where a file lies until it is whole: beside its place, so that moving it there takes no copying."""
+    """Where a file lies until it is complete: beside its final place, so that a rename moves it there."""
     return target.with_name(f".{target.name}.part")
 
 
 def download(url: str, target: Path, size: int | None = None, digest: str | None = None) -> Path:
-    """Downloads a file to `partial(target)`, from where its caller moves it.
+    """Downloads a file to `partial(target)`; the caller moves it to its place.
 
-    What an earlier attempt left there is gone on with, where the server gives parts and the rest is sure to belong to
-    it: the digest will tell, or the server's ETag does.
+    Resumes what an earlier attempt left there, if the server gives ranges and either the digest or the server's ETag
+    ensures that both parts are of the same file.
 
     Args:
       url: http or https; redirects are followed.
@@ -57,12 +57,12 @@ def download(url: str, target: Path, size: int | None = None, digest: str | None
       digest: as `matches` takes it, where it is known.
 
     Returns:
-      `partial(target)`, whole.
+      `partial(target)`, which is complete.
 
     Raises:
-      Unreachable: there is no connection to the server; in one line, as the others.
+      Unreachable: no connection to the server can be made. All errors are one line.
       Refused: the server does not give the file.
-      OSError: it breaks off again and again, or gives another file than the size or digest say; or the disk is full.
+      OSError: the connection breaks repeatedly, the file does not match its size or digest, or the disk is full.
     """
     part = partial(target)
     attempts, most = 0, 0
@@ -79,18 +79,20 @@ def download(url: str, target: Path, size: int | None = None, digest: str | None
             attempts = 1 if found >= most + PROGRESS else attempts + 1
             most = max(most, found)
             if attempts >= ATTEMPTS:
-                raise OSError(f"{url}: {error}, {attempts} times in a row, with {found:,} bytes here; the same command "
-                              "goes on from there.") from None
+                raise OSError(f"{url}: {error}, {attempts} times in a row; {found:,} bytes are here, and the same "
+                              "command resumes from there.") from None
             asked = error.wait if isinstance(error, _Interrupted) else 0.0
-            time.sleep(max(asked, min(FIRST_WAIT * 2 ** (attempts - 1), LONGEST_WAIT)))
+            wait = max(asked, min(FIRST_WAIT * 2 ** (attempts - 1), LONGEST_WAIT))
+            print(f"  {target.name}: {error}; trying again in {wait:.0f} s.", file=sys.stderr, flush=True)
+            time.sleep(wait)
             continue
         wrong = _wrong(part, size, digest)
         if wrong is None:
             _origin(part).unlink(missing_ok=True)
             return part
         part.unlink()
-        if not begun:  # else the beginning may have been that of another file
-            raise OSError(f"{url} gives another file than the published one: {wrong}. Nothing of it is kept.")
+        if not begun:  # else the first part may have been damaged, and is downloaded again
+            raise OSError(f"{url} is not the published file: {wrong}. Nothing of it is kept.")
 
 
 def matches(file: Path, digest: str) -> bool:
@@ -121,13 +123,13 @@ def _origin(part: Path) -> Path:
 
 
 def _left_over(part: Path, url: str, digest: str | None) -> tuple[int, str | None]:
-    """How many bytes of an earlier attempt can be gone on with, and the ETag of the file that they are of."""
+    """How many bytes of an earlier attempt can be resumed from, and the ETag of their file."""
     try:
         origin = json.loads(_origin(part).read_text())
         if origin["url"] == url and (digest or origin["etag"]):
             return _size(part), origin["etag"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none, or it was killed while it was written: begin anew
+        pass  # there is none, or a kill left it incomplete: start from the beginning
     return 0, None
 
 
@@ -135,12 +137,12 @@ def _left_over(part: Path, url: str, digest: str | None) -> tuple[int, str | Non
 
 
 def _append(url: str, part: Path, begin: int, etag: str | None, size: int | None, name: str) -> None:
-    """Asks for what is missing behind the first `begin` bytes, and writes it there.
+    """Requests the bytes from `begin` on, and appends them to the partial file.
 
     Raises:
-      _Interrupted: there is more to come.
+      _Interrupted: the rest is still missing.
       Unreachable, Refused: as `download`.
-      OSError: a full disk, or another file than the size says.
+      OSError: the disk is full, or the file is not of the given size.
     """
     headers = {"User-Agent": "codellm_jax", "Accept-Encoding": "identity"}
     if begin:
@@ -150,50 +152,50 @@ def _append(url: str, part: Path, begin: int, etag: str | None, size: int | None
             found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
             if not found or int(found[1]) != begin or (etag and answer.headers.get("ETag", etag) != etag):
                 part.unlink(missing_ok=True)
-                raise _Interrupted("gives another part than was asked for")
+                raise _Interrupted("the server gives another range than requested")
             total = None if found[2] == "*" else int(found[2])
         else:
             begin, length = 0, answer.headers.get("Content-Length", "")
             total = int(length) if length.isdecimal() else None
         if size is not None and total is not None and total != size:
             part.unlink(missing_ok=True)
-            raise OSError(f"{url} gives another file than the published one: {total:,} bytes instead of {size:,}.")
+            raise OSError(f"{url} is not the published file: {total:,} bytes instead of {size:,}.")
         if not begin:
-            part.unlink(missing_ok=True)  # before what says whose beginning it is
+            part.unlink(missing_ok=True)  # first, so that the next line never describes an older part
             given = answer.headers.get("ETag")
-            strong = given if given and given.startswith('"') else None  # W/"..." stands for several contents
+            strong = given if given and given.startswith('"') else None  # a weak one, W/"...", does not fix the bytes
             _origin(part).write_text(json.dumps({"url": url, "etag": strong}))
         with part.open("r+b" if begin else "wb") as stream, _bar(name, begin, total) as bar:
             stream.seek(begin)
             while piece := _next(answer):
                 if not stream.tell() and WEB_PAGE.match(piece):
-                    raise Refused(f"{url} gives a web page instead of the file.")
+                    raise Refused(f"{url} is a web page instead of the file.")
                 stream.write(piece)
                 bar.update(len(piece))
             stream.flush()
             os.fsync(stream.fileno())
     if total is not None and _size(part) < total:
-        raise _Interrupted("breaks off the connection")
+        raise _Interrupted("the connection broke")
 
 
 def _opened(url: str, headers: dict[str, str], part: Path) -> Any:
-    """The answer to a request; raises as `_append` does."""
+    """Opens the answer to a request; raises as `_append` does."""
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # what lies here is no beginning of what lies there
+        if error.code == 416:  # the partial file is not the beginning of the server's
             part.unlink(missing_ok=True)
-            raise _Interrupted("has no such part") from None
+            raise _Interrupted("the server has no such range") from None
         if error.code in PASSING:
             asked = error.headers.get("Retry-After", "")
             wait = min(float(asked), LONGEST_WAIT) if asked.isdecimal() else 0.0
-            raise _Interrupted(f"answers with HTTP {error.code}", wait) from None
-        meaning = {401: "it asks for a login", 403: "it is forbidden", 404: "it is not there any more",
-                   410: "it is not there any more"}.get(error.code, error.reason)
-        raise Refused(f"the server refuses {url} (HTTP {error.code}: {meaning}).") from None
+            raise _Interrupted(f"the server answers with HTTP {error.code}", wait) from None
+        meaning = {401: "it requires a login", 403: "forbidden", 404: "not found", 410: "no longer there"}
+        raise Refused(f"the server refuses {url} (HTTP {error.code}: {meaning.get(error.code, error.reason)})."
+                      ) from None
     except urllib.error.URLError as error:
         host = urllib.parse.urlsplit(url).hostname
-        raise Unreachable(f"there is no connection to {host} ({error.reason}).") from error
+        raise Unreachable(f"no connection to {host} ({error.reason}).") from error
     except (OSError, http.client.HTTPException) as error:
         raise _Interrupted(_what(error)) from None
 
@@ -206,11 +208,11 @@ def _next(answer: Any) -> bytes:
 
 
 def _what(error: Exception) -> str:
-    return f"gives nothing for {TIMEOUT:g} seconds" if isinstance(error, TimeoutError) else "breaks off the connection"
+    return f"no data for {TIMEOUT:g} seconds" if isinstance(error, TimeoutError) else "the connection broke"
 
 
 class _Log:
-    """Takes what a progress bar draws, and prints it as lines."""
+    """Prints what a progress bar draws as lines."""
 
     def write(self, text: str) -> None:
         if line := text.strip():
@@ -232,7 +234,7 @@ def _bar(name: str, begin: int, total: int | None) -> Any:
 
 
 def _wrong(part: Path, size: int | None, digest: str | None) -> str | None:
-    """What is wrong with a file that is whole; None if nothing is."""
+    """Why a complete file is not the expected one; None if it is."""
     if size is not None and _size(part) != size:
         return f"{_size(part):,} bytes instead of {size:,}"
     if digest is None or matches(part, digest):

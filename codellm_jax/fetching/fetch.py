@@ -1,22 +1,24 @@
-"""`t5x fetch`: official files into the folder that DATA_DIR names, where the readers look for them.
+"""`t5x fetch`: downloads official files into the folder that DATA_DIR names, where the readers look for them.
 
     t5x fetch mbpp logic --data_dir=/data
 
-Addresses at huggingface.co are taken from the mirror that HF_ENDPOINT names, as that company's libraries do it.
+HF_ENDPOINT names a mirror of huggingface.co, as it does for Hugging Face's libraries.
 
-SHA256SUMS in that folder, in the form of `sha256sum --check`, has the SHA-256 of each file at its first download. Where
-nobody publishes a digest, later downloads are compared with it.
+SHA256SUMS in that folder, which `sha256sum --check` reads, records the SHA-256 of each file at its first download.
+Files without a published digest are checked against it from then on.
 """
 
 import contextlib
+import errno
 import fcntl
+import gzip
 import os
-import re
 import shlex
 import shutil
 import tarfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -25,24 +27,25 @@ from codellm_jax.fetching.download import Refused, Unreachable, digest_of, downl
 from codellm_jax.fetching.releases import File, Release, listing, release
 
 SUMS, LOCK = "SHA256SUMS", ".fetch.lock"
+HUB = "https://huggingface.co"
 
 
 class NeedsSignature(ValueError):
-    """Its publisher gives a file on request alone."""
+    """The publisher gives the files on request only."""
 
 
 def fetch(names: Sequence[str], data_dir: str | None, say: Callable[[str], None] = print) -> None:
-    """Brings the files of releases below a folder. What is there already is checked and stays.
+    """Downloads the files of releases into a folder. Files that are there already are checked and kept.
 
     Args:
-      names: as `releases.release` takes them; of none, says which there are.
-      data_dir: a local folder, which is made.
-      say: is given lines that tell what is done.
+      names: as `releases.release` takes them; without any, the releases are listed.
+      data_dir: a local folder, which is created if needed.
+      say: prints a line of what is done.
 
     Raises:
-      ValueError: a name or the folder is wrong, before anything is done; or a publisher gives the files on request
-        alone.
-      OSError: some files are not to be had, or another process fetches into the same folder. All others are fetched
+      ValueError: a name or the folder is wrong, and nothing was done; or the publisher gives the files on request
+        only.
+      OSError: some files cannot be had, or another process fetches into the same folder. The other files are fetched
         first, unless there is no network.
     """
     if not names:
@@ -59,37 +62,37 @@ def fetch(names: Sequence[str], data_dir: str | None, say: Callable[[str], None]
     with _alone(top):
         present = {name: os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names}
         for each in wanted:
-            say(f"{each.name}: {each.title}. Licence: {each.licence}. {each.homepage}")
+            say(f"{each.name}: {each.title} (licence: {each.licence}; {each.homepage})")
             try:
                 _fetch_release(each, top, present, say)
             except NeedsSignature as error:
                 failures.append(ValueError(f"{each.name}: {error}"))
             except Unreachable as error:
-                failures.append(OSError(f"{each.name}: {error} Where there is no network, copy into {top} what this "
-                                        "command fetches on a machine that has one."))
+                failures.append(OSError(f"{each.name}: {error} Without a network, run this command elsewhere and "
+                                        f"copy its folder to {top}."))
                 break
             except Refused as error:
-                failures.append(OSError(f"{each.name}: {error} See {each.homepage} for where its files are now, and "
-                                        f"put them at {_places(each.files, top)}."))
+                failures.append(OSError(f"{each.name}: {error} Look at {each.homepage} for where the files are now, "
+                                        f"and put them at {_places(each.files, top)}."))
             except OSError as error:
                 failures.append(OSError(f"{each.name}: {error}"))
     if failures:
         raise type(failures[0])(" ".join(map(str, failures)))
-    say(f"Read them with --gin.DATA_DIR={shlex.quote(str(top))}")
+    say(f"Use them with --gin.DATA_DIR={shlex.quote(str(top))}")
 
 
 def _fetch_release(each: Release, top: Path, present: Mapping[str, str], say: Callable[[str], None]) -> None:
-    """Brings the files of one; `present` has by its name one of each that was below the folder before."""
+    """Downloads the files of a release; `present` maps the names of files below the folder to one path each."""
     for place in (place for file in each.files for place in file.places):
         name = Path(place).name
-        # What many benchmarks have is told apart by folders; of others readers refuse two.
+        # Readers refuse two files of a name, except for these, which they tell apart by their folders.
         if name in present and not (top / place).exists() and name not in ("train.json", "dev.json", "test.json"):
-            raise OSError(f"{present[name]} is there already. Move it to {top / place}, where it is checked, or remove "
-                          "it.")
+            raise OSError(f"{present[name]} is there already. Move it to {top / place}, where it is checked, or "
+                          "remove it.")
     missing = [file for file in each.files if not all((top / place).exists() for place in file.places)]
     if each.ask and missing:
-        raise NeedsSignature(f"its publisher gives the files on request alone: ask for them at {each.ask}, and put "
-                             f"them at {_places(missing, top)}.")
+        raise NeedsSignature(f"the publisher gives the files on request only. Ask for them at {each.ask} and put them "
+                             f"at {_places(missing, top)}.")
     for file in each.files:
         _fetch_file(file, top, say)
 
@@ -107,52 +110,51 @@ def _fetch_file(file: File, top: Path, say: Callable[[str], None]) -> None:
     if not missing:
         return
     assert file.url is not None
-    url = re.sub("^https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"),
-                 file.url)
+    url = file.url.replace(HUB, os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB)
     first, start = top / missing[0], time.monotonic()
     for place in missing:
         (top / place).parent.mkdir(parents=True, exist_ok=True)
     is_archive = file.places[missing[0]] is not None
-    # An archive lies beside the files that it holds, under the name that it has where it comes from.
+    # An archive lies beside its members until they are unpacked.
     target = first.with_name(url.rpartition("/")[2]) if is_archive else first
     say(f"  {target.name}: downloading {url}")
     part = download(url, target, file.size, file.digest)
     size, seconds = part.stat().st_size, time.monotonic() - start
     say(f"  {target.name}: {size:,} bytes in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-3):.1f} MB/s), "
-        + ("as published" if file.digest else f"of which nobody publishes a digest; {SUMS} has it from now on"))
+        + ("matches the published digest" if file.digest else f"no digest is published; recorded in {SUMS}"))
     whole = {missing[0]: part}
     if is_archive:
         whole = _members(part, {place: str(file.places[place]) for place in missing}, top)
         part.unlink()
     for place, content in whole.items():
         found = digest_of(content)
-        if recorded.get(place, found) != found:
+        if not file.digest and recorded.get(place, found) != found:
             for left in whole.values():
                 left.unlink()
-            raise OSError(f"{url} gives another {place} than at its first download: sha256 {found} instead of "
-                          f"{recorded[place]}, which {top / SUMS} has. Remove that line to take the new one.")
+            raise OSError(f"{url} has changed since its first download: the sha256 of {place} is {found} instead of "
+                          f"{recorded[place]}. Remove its line in {top / SUMS} to accept the change.")
         recorded[place] = found
-    _record(top, recorded)  # before the files, so that a file is never there unrecorded
+    _record(top, recorded)  # before the renames, so that no file is ever there unrecorded
     for place, content in whole.items():
         os.replace(content, top / place)
 
 
 def _checked(file: File, place: str, top: Path, recorded: str | None) -> str:
-    """How a file that is there was checked. Raises OSError where it is another one."""
+    """Says how a file that is there was checked. Raises OSError if it is not the expected one."""
     digest = file.digest if file.places[place] is None and file.digest else recorded and f"sha256:{recorded}"
     if not digest:
-        return "and is not checked: nobody publishes a digest of it, and it was not fetched here"
+        return "not checked: no digest is published, and it was not fetched here"
     if not matches(top / place, digest):
-        raise OSError(f"{top / place} is not the official file: it has another digest than {digest}. Remove it, or "
-                      "move it elsewhere, to fetch the official one.")
-    return "as published" if digest == file.digest else "as it was fetched"
+        raise OSError(f"{top / place} is not the official file: its digest is not {digest}. Move it elsewhere or "
+                      "remove it to fetch the official one.")
+    return "matches the published digest" if digest == file.digest else "unchanged since it was fetched"
 
 
 def _members(archive: Path, members: dict[str, str], top: Path) -> dict[str, Path]:
-    """Unpacks members of a zip or tar archive beside their places; returns where each lies, by its place.
+    """Unpacks members of a zip or tar archive beside their places; returns the path of each by its place.
 
     Raises:
-      OSError: it is no archive, is damaged, or lacks one.
+      OSError: the file is no archive, is damaged, or lacks a member.
     """
     found = {place: partial(top / place) for place in members}
     try:
@@ -162,7 +164,7 @@ def _members(archive: Path, members: dict[str, str], top: Path) -> dict[str, Pat
                     shutil.copyfileobj(source, stream)
                     stream.flush()
                     os.fsync(stream.fileno())
-    except (KeyError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (KeyError, EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
         for left in [archive, *found.values()]:
             left.unlink(missing_ok=True)
         raise OSError(f"{archive.name[1:].removesuffix('.part')} is no archive with {' and '.join(members.values())}: "
@@ -172,7 +174,7 @@ def _members(archive: Path, members: dict[str, str], top: Path) -> dict[str, Pat
 
 @contextlib.contextmanager
 def _opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
-    """What opens a member of an archive by its path."""
+    """A function that opens a member of an archive by its path."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             yield zipped.open
@@ -210,6 +212,7 @@ def _alone(top: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"another process is fetching into {top}; wait for its end.") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                raise
         yield

@@ -11,13 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class File:
-    """A file that a publisher offers.
+    """A file, or an archive of files, as published.
 
     Attributes:
-      url: its address; None where the publisher gives it on request alone.
-      places: paths below DATA_DIR, each with the member of the archive that belongs there, or None for the file itself.
-      size: in bytes; None where it is not known.
-      digest: "sha256:", "md5:" or "git:" and hexadecimal digits; None where nobody states one.
+      url: None if the publisher gives it on request only.
+      places: paths below DATA_DIR, each with the archive's member that belongs there, or None for the file itself.
+      size: in bytes; None if unknown.
+      digest: "sha256:", "md5:" or "git:" and hexadecimal digits; None if none is published.
     """
 
     url: str | None
@@ -28,7 +28,7 @@ class File:
 
 @dataclass(frozen=True)
 class Release:
-    """A benchmark or an instruction set as published; `tasks` and `corpora` are names of what reads it."""
+    """A benchmark or an instruction set as published; `tasks` and `corpora` name its readers."""
 
     name: str
     title: str
@@ -38,7 +38,7 @@ class Release:
     tasks: tuple[str, ...]
     corpora: tuple[str, ...]
     files: tuple[File, ...]
-    ask: str | None = None  # the address to ask at, where files are given on request alone
+    ask: str | None = None  # where to ask for files that are given on request only
 
 
 @functools.cache
@@ -57,16 +57,16 @@ def _file(entry: Mapping[str, Any]) -> File:
 
 
 def release(name: str) -> Release:
-    """The release of a name, which may also be that of a task or corpus that reads it, such as "code.mbpp".
+    """Finds a release by its name, or by that of a task or corpus that reads it, such as "code.mbpp".
 
     Raises:
-      ValueError: there is none; in one line that lists those there are.
+      ValueError: there is none; lists all names in one line.
     """
     by_name = {alias: each for each in releases().values() for alias in (*each.tasks, *each.corpora)} | releases()
     if name not in by_name:
         near = difflib.get_close_matches(name, by_name, n=1)
-        raise ValueError(f"there are no official files of the name {name!r}" + (f"; nearest: {near[0]}" if near else "")
-                         + f". There are those of {', '.join(releases())}.")
+        raise ValueError(f"there are no official files named {name!r}" + (f"; nearest: {near[0]}" if near else "")
+                         + f". The names are {', '.join(releases())}.")
     return by_name[name]
 
 

@@ -78,8 +78,8 @@ def test_the_second_time_nothing_is_downloaded(all_fetched: Path, published: Pub
     said = run(NAMES, all_fetched)
     assert not published.asked
     assert sum(EXISTING in line for line in said) == len(tree(all_fetched)) - 1
-    assert any("cosqa-train.json is there already, as published" in line for line in said)
-    assert any("ekar_chinese/test.json is there already, as it was fetched" in line for line in said)
+    assert any("cosqa-train.json is there already, matches the published digest" in line for line in said)
+    assert any("ekar_chinese/test.json is there already, unchanged since it was fetched" in line for line in said)
 
 
 def test_only_what_is_missing_is_downloaded(all_fetched: Path, published: Publisher):
@@ -104,18 +104,18 @@ def test_a_file_that_a_user_brought_is_not_taken_for_checked(published: Publishe
     (tmp_path / "ekar_chinese").mkdir()
     (tmp_path / "ekar_chinese/test.json").write_text("{}")
     said = run(["ekar"], tmp_path)
-    assert any("test.json is there already, and is not checked" in line for line in said)
+    assert any("test.json is there already, not checked" in line for line in said)
     assert "ekar_chinese/test.json" not in (tmp_path / fetch.SUMS).read_text()
 
 
 def test_where_nobody_publishes_a_digest_the_first_download_is_recorded(published: Publisher, tmp_path: Path):
     said = run(["ekar"], tmp_path)
-    assert any("of which nobody publishes a digest; SHA256SUMS has it from now on" in line for line in said)
+    assert any("no digest is published; recorded in SHA256SUMS" in line for line in said)
     before = (tmp_path / "ekar_chinese/train.json").read_bytes()
     (tmp_path / "ekar_chinese/train.json").unlink()
     [path] = [path for path in published.files if "ekar_chinese" in path and path.endswith("/train.json")]
     published.files[path] = b'{"other": 1}'
-    with pytest.raises(OSError, match="gives another ekar_chinese/train.json than at its first download: sha256"):
+    with pytest.raises(OSError, match="has changed since its first download: the sha256 of ekar_chinese/train.json is"):
         run(["ekar"], tmp_path)
     assert tree(tmp_path) == {"ekar_chinese/test.json", fetch.SUMS}
     published.files[path] = before
@@ -131,8 +131,8 @@ def test_one_that_fails_leaves_the_others_to_be_fetched(published: Publisher, tm
     with pytest.raises(OSError) as error:
         run(["c3", "scienceqa", "mbpp"], tmp_path)
     told = str(error.value)
-    assert "c3: http" in told and "gives another file than the published one" in told
-    assert "scienceqa: the server refuses" in told and "See https://scienceqa.github.io for where" in told
+    assert "c3: http" in told and "is not the published file: " in told
+    assert "scienceqa: the server refuses" in told and "Look at https://scienceqa.github.io for where" in told
     assert tree(tmp_path) == {"mbpp/mbpp.jsonl", "mbpp/sanitized-mbpp.json", "scienceqa/problems.json", fetch.SUMS}
 
 
@@ -170,8 +170,8 @@ def test_a_file_that_would_be_there_twice(published: Publisher, tmp_path: Path):
 
 
 def test_what_needs_a_signature_is_refused_with_the_address(published: Publisher, tmp_path: Path):
-    with pytest.raises(ValueError, match="^jecqa: its publisher gives the files on request alone: ask for them at "
-                                         "https://jecqa.thunlp.org/, and put them at .*/jecqa/0_train.json and "):
+    with pytest.raises(ValueError, match="^jecqa: the publisher gives the files on request only. Ask for them at "
+                                         "https://jecqa.thunlp.org/ and put them at .*/jecqa/0_train.json and "):
         run(["jecqa", "c3"], tmp_path)
     assert "c3/c3-d-dev.json" in tree(tmp_path)
 
@@ -193,21 +193,21 @@ def test_no_network_is_one_line(published: Publisher, tmp_path: Path, monkeypatc
     monkeypatch.setattr(socket, "create_connection", refuses)
     assert cli.main(["fetch", "mbpp", "logic", f"--data_dir={tmp_path}"]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("t5x fetch: error: mbpp: there is no connection to 127.0.0.1 (") and "copy into" in line
+    assert line.startswith("t5x fetch: error: mbpp: no connection to 127.0.0.1 (") and "copy its folder" in line
 
 
 def test_the_command(published: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["fetch", "mbpp", "code.mbpp", f"--gin.DATA_DIR={tmp_path}/new/data"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("mbpp: MBPP") and "Licence: CC BY 4.0" in told[0]
-    assert told[-1] == f"Read them with --gin.DATA_DIR={tmp_path}/new/data"
+    assert told[0].startswith("mbpp: MBPP") and "licence: CC BY 4.0" in told[0]
+    assert told[-1] == f"Use them with --gin.DATA_DIR={tmp_path}/new/data"
     assert len(published.asked) == 2
     assert load("mbpp", f"{tmp_path}/new/data").questions == load("mbpp", None).questions
 
 
 def test_slips_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, message in (
-            (["mbppp"], "there are no official files of the name 'mbppp'; nearest: mbpp"),
+            (["mbppp"], "there are no official files named 'mbppp'; nearest: mbpp"),
             (["mbpp"], "no --data_dir is given"),
             (["mbpp", "--data_dir=gs://bucket/data"], "gs://bucket/data is no local folder")):
         assert cli.main(["fetch", *arguments]) == 1

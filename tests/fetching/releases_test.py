@@ -49,7 +49,7 @@ def test_names_of_readers_lead_to_a_release(name: str, found: str):
 
 
 def test_a_wrong_name_lists_what_there_is():
-    with pytest.raises(ValueError, match="'mbppp'; nearest: mbpp. There are those of logic, jecqa, .*codealpaca.$"):
+    with pytest.raises(ValueError, match="'mbppp'; nearest: mbpp. The names are logic, jecqa, .*codealpaca.$"):
         release("mbppp")
 
 
