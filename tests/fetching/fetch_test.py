@@ -123,6 +123,13 @@ def test_where_nobody_publishes_a_digest_the_first_download_is_recorded(publishe
     assert (tmp_path / "ekar_chinese/train.json").read_bytes() == before
 
 
+def test_a_newly_published_digest_wins_over_an_older_record(published: Publisher, tmp_path: Path):
+    (tmp_path / fetch.SUMS).write_text(f"{'0' * 64}  mbpp/mbpp.jsonl\n{'0' * 64}  other/file\n")
+    run(["mbpp"], tmp_path)
+    lines = (tmp_path / fetch.SUMS).read_text().splitlines()
+    assert len(lines) == 3 and f"{'0' * 64}  other/file" in lines and f"{'0' * 64}  mbpp/mbpp.jsonl" not in lines
+
+
 def test_one_that_fails_leaves_the_others_to_be_fetched(published: Publisher, tmp_path: Path):
     [wrong] = [path for path in published.files if path.endswith("/c3-d-dev.json")]
     published.files[wrong] += b" "
