@@ -25,6 +25,9 @@ STORAGE = ["google-cloud-storage>=3.0", "google-cloud-storage-control>=1.0"]
 # where a vocabulary has too few documents to be trained on. So the tests of Beam alone want it: '.[test,beam]'.
 BEAM = ["apache-beam>=2.70", "sentencepiece>=0.2.1,<0.2.3"]
 
+# What TensorFlow Datasets' command `tfds` imports and does not install.
+TFDS_COMMAND = [*BEAM, "mlcroissant>=1.1"]
+
 # Transforms of code that is not Python.
 TREE_SITTER = ["tree-sitter>=0.25", "tree-sitter-c>=0.24", "tree-sitter-go>=0.25", "tree-sitter-java>=0.23.5",
                "tree-sitter-javascript>=0.25"]
@@ -41,7 +44,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["codellm_jax*", "tasks*"]),
-    package_data={"codellm_jax": ["vocabularies/*.model", "py.typed"],
+    package_data={"codellm_jax": ["vocabularies/*.model", "fetching/*.toml", "py.typed"],
                   "tasks.benchmarks": ["samples/*", "samples/*/*"]},
     cmdclass={"build_py": BuildWithGinFiles},
     python_requires=">=3.11",
@@ -80,6 +83,7 @@ setup(
                  "safetensors>=0.5", "scikit-learn>=1.6", "setuptools>=77", "statsmodels>=0.14"],
         "harness": ["lm-eval>=0.4.10"],
         "beam": BEAM,
+        "tfds": TFDS_COMMAND,
         "gcs": STORAGE,
         "hf": HUB,
         "tree_sitter": TREE_SITTER,

@@ -24,7 +24,8 @@ from codellm_jax.flags import overrides_of, parser, without
 from codellm_jax.runtime.terminal import escape_what_cannot_be_encoded, outlive_the_terminal, to_nowhere
 
 # What they do is kept in files, and goes on where nobody reads what they print.
-LASTING = ("train", "eval", "study", "cache", "report", "laws", "plot", "vocabulary", "launch", "import", "export")
+LASTING = ("train", "eval", "study", "cache", "report", "laws", "plot", "vocabulary", "launch", "import", "export",
+           "fetch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
         "plot": _plot, "laws": _laws, "explain": _explain, "contamination": _contamination, "cache": _cache,
-        "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch, "precompile": _precompile}
+        "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch, "precompile": _precompile,
+        "fetch": _fetch}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -290,6 +292,13 @@ def _cache(flags: argparse.Namespace) -> int:
 
     training = build(configuration, "train")
     cache(training.mixture, training.vocabulary, flags.runner, flags.job, lambda line: print(line, flush=True))
+    return 0
+
+
+def _fetch(flags: argparse.Namespace) -> int:
+    from codellm_jax.fetching.fetch import fetch
+
+    fetch(flags.names, flags.data_dir, lambda line: print(line, flush=True))
     return 0
 
 

@@ -114,6 +114,13 @@ def parser() -> argparse.ArgumentParser:
                 "where it was stopped. What follows -- goes to Beam: t5x cache ... -- --direct_num_workers=8")
     cache.add_argument("--runner", default="DirectRunner", help="Beam's: DirectRunner on this machine, DataflowRunner, "
                        "SparkRunner, FlinkRunner or another (default: %(default)s)")
+    fetch = subparsers.add_parser(
+        "fetch", help="download official files of benchmarks and instruction sets", allow_abbrev=False,
+        description="Downloads the publishers' files to where DATA_DIR is searched, and checks them. The same command "
+                    "resumes an interrupted download. Without names it lists what there is.")
+    fetch.add_argument("names", metavar="NAME", nargs="*", help="such as mbpp, logic or pclue")
+    fetch.add_argument("--data_dir", "--gin.DATA_DIR", metavar="DIR", help="the folder, created if needed")
+    fetch.add_argument("--debug", action="store_true", help="show the traceback of an error")
     import_ = subparsers.add_parser(
         "import", help="make a run of published weights", allow_abbrev=False,
         description="Reads a published model, tensor by tensor, into a run directory: a run like any other, at step 0.")
