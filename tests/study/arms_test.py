@@ -103,7 +103,7 @@ def test_an_arm_starts_from_one_point_of_a_sweep():
         ("NL", None, None), ("RATE-0.5", None, None), ("TUNED", "RATE-0.5", None), ("FIRST", "NL", None),
         ("MID-0.1", "RATE-0.5", 0.5), ("MID-0.2", "RATE-0.5", 0.5), ("LATE", "MID-0.1", 0.8)]
     assert told == ["RATE-0.0 is NL, which is trained once."]
-    with pytest.raises(ValueError, match="lets TUNED start from 'RATE-0.4', which is no arm: NL, .*RATE-0.5, .* are there"):
+    with pytest.raises(ValueError, match="TUNED start from 'RATE-0.4', which is no arm: NL, .*RATE-0.5, .* are there"):
         expand(make_study(sweep | {"TUNED": {"from": "RATE-0.4"}}))
 
 
