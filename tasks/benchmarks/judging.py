@@ -98,7 +98,7 @@ class Benchmarks:
         self, loaded: Loaded, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]
     ) -> Judged:
         questions: Any = loaded.questions
-        tests = [programs.program_tests({**question.extra, "code": question.references[0]}) for question in questions]
+        tests = [programs.problem_tests({**question.extra, "code": question.references[0]}) for question in questions]
         outcomes = iter(sandbox.run_programs(
             [test.of(text) for test, answers in zip(tests, texts, strict=True) for text in answers],
             insist=self.unconfined, progress=loaded.name))

@@ -13,6 +13,7 @@ Tasks:
   cosqa                 CosQA, development split
   mbpp                  MBPP, sanitized set, zero-shot
   mbpp_three_shot       MBPP, problems 11 to 510 with their tests, after three solved ones
+  humaneval             HumanEval, zero-shot
   c3, ocnli, cmnli      development splits
   dureader              DuReader-robust, development split
 
@@ -25,7 +26,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tasks.benchmarks import c3, cosqa, dureader, ekar, jecqa, logic, mbpp, nli, scienceqa, templates
+from tasks.benchmarks import c3, cosqa, dureader, ekar, humaneval, jecqa, logic, mbpp, nli, scienceqa, templates
 from tasks.benchmarks.locating import SAMPLES, Form, content_hash, is_sample, locate
 from tasks.benchmarks.questions import BAD_TEXT, Item, Loaded, Prompt, Question, is_valid_text
 from tasks.benchmarks.templates import RELEASED, Template
@@ -76,6 +77,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mbpp": Benchmark(mbpp.SANITIZED_FORMS, mbpp.read, mbpp.FULL_FORMS, mbpp.read_train),
     "mbpp_three_shot": Benchmark(
         mbpp.FULL_FORMS, mbpp.read_test, mbpp.FULL_FORMS, mbpp.read_shown, own_shots=len(mbpp.SHOWN)),
+    "humaneval": Benchmark(humaneval.FORMS, humaneval.read),
     "c3": _benchmark(c3.FORMS, c3.SHOT_FORMS, c3.read),
     "ocnli": _benchmark(nli.OCNLI_FORMS, nli.OCNLI_SHOT_FORMS, nli.read),
     "cmnli": _benchmark(nli.CMNLI_FORMS, nli.CMNLI_SHOT_FORMS, nli.read),
@@ -86,7 +88,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 # How the next worked example begins, behind the separator: a model that goes on with one has ended its answer.
 NEXT_EXAMPLE = {"mbpp": "Write ", "dureader": ""}
 # Those that are answered by writing a program, and by writing; their questions are `Prompt`s.
-PROGRAMS = frozenset({"mbpp", "mbpp_three_shot"})
+PROGRAMS = frozenset({"mbpp", "mbpp_three_shot", "humaneval"})
 GENERATED = PROGRAMS | {"dureader"}
 
 
@@ -167,6 +169,8 @@ def _check_few_shot(task: str, benchmark: Benchmark, few_shot: int) -> None:
     if few_shot and benchmark.own_shots:
         raise ValueError(f"{task}: its prompt shows {benchmark.own_shots} solved problems of its own; set few_shot to "
                          "0, or evaluate mbpp.")
+    if few_shot and benchmark.read_shots is None:
+        raise ValueError(f"{task}: it has no worked examples; set few_shot to 0.")
 
 
 def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[list[Item], Counts]:

@@ -116,6 +116,8 @@ TEMPLATES: dict[str, dict[str, Template]] = {
         RELEASED: Template("You are an expert Python programmer, and here is your task: {text} Your code should pass "
                            f"these tests:\n\n{{tests}}\n{BEGIN}\n", f"{{code}}\n{DONE}", "\n\n"),
     },
+    # The study has none; the problem is its own prompt.
+    "humaneval": {RELEASED: Template("{prompt}", "{code}", "\n\n")},
     "dureader": {
         RELEASED: Template("阅读文章:{context}\n问：{question}\n答：", "{answer}"),
         PAPER: Template("Read document: {context}\n Question:{question} \n Answer:", " {answer}"),

@@ -26,6 +26,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "cosqa": ("doc", "code"),
     "mbpp": ("text", "code"),
     "mbpp_three_shot": ("text", "code"),
+    "humaneval": ("prompt", "code"),
     "c3": ("context", *_CHOICES),
     "ocnli": _SENTENCES,
     "cmnli": _SENTENCES,
