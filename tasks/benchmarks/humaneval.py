@@ -1,7 +1,7 @@
 """HumanEval (Chen et al., 2021): go on with a Python function from its signature and docstring.
 
-JSON lines of {task_id, prompt, entry_point, canonical_solution, test}, where `test` defines `check(candidate)`. A program
-is the prompt and what is written behind it, up to the first line that begins something else.
+JSON lines of {task_id, prompt, entry_point, canonical_solution, test}, where `test` defines `check(candidate)`. A
+program is the prompt and what is written behind it, up to the first line that begins something else.
 """
 
 import re

@@ -34,6 +34,11 @@ class ProgramTests:
         return sandbox.Program(self.begin + source, self.tests, self.defined, self.entry_point)
 
 
+def is_problem(record: Mapping[str, Any]) -> bool:
+    """Whether a record has tests for programs."""
+    return "test_list" in record or "entry_point" in record
+
+
 def problem_tests(record: Mapping[str, Any]) -> ProgramTests:
     """The tests of a record of HumanEval, which has an `entry_point`, or else of MBPP; raises as these do."""
     return check_tests(record) if "entry_point" in record else program_tests(record)

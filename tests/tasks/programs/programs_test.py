@@ -82,11 +82,25 @@ def test_reference_solutions_pass():
 
 # ---- HumanEval ---------------------------------------------------------------------------------
 
-CHECKED = {"task_id": "h/1", "entry_point": "halve", "prompt": "def double(x):\n    return 2 * x\n\n\ndef halve(x):\n    "
-           '"""Half of x; ValueError of a text."""\n',
-           "test": "import math\n\n\ndef check(candidate):\n    for x in range(5):\n        assert double(candidate(x)) == x\n"
-                   "    assert math.isclose(candidate(x=0.2), 0.1) and halve(6) == 3\n    try:\n        candidate('x')\n"
-                   "    except ValueError:\n        return\n    assert False, 'no error'\n"}
+CHECKED = {"task_id": "h/1", "entry_point": "halve", "prompt": '''def double(x):
+    return 2 * x
+
+
+def halve(x):
+    """Half of x; ValueError of a text."""
+''', "test": """import math
+
+
+def check(candidate):
+    for x in range(5):
+        assert double(candidate(x)) == x
+    assert math.isclose(candidate(x=0.2), 0.1) and halve(6) == 3
+    try:
+        candidate('x')
+    except ValueError:
+        return
+    assert False, 'no error'
+"""}
 RIGHT = "    if isinstance(x, str):\n        raise ValueError\n    return x / 2\n"
 
 
@@ -109,7 +123,7 @@ def test_check_as_plain_exec_would():
 
 
 @pytest.mark.parametrize("attack", [
-    "    import sys\n    for name in ('check', 'double'):\n        setattr(sys.modules['__main__'], name, lambda *a: 0)\n",
+    "    import sys\n    sys.modules['__main__'].check = sys.modules['program'].double = lambda *a: 0\n",
     "    import os\n    os._exit(0)\n", "    raise SystemExit(0)\n", "    raise AssertionError\n",
     "    class Any:\n        def __eq__(self, other): return True\n        def __rmul__(self, other): return self\n"
     "        def __float__(self): return 0.1\n    return Any()\n",
