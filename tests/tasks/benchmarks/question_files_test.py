@@ -119,6 +119,16 @@ def test_functions_of_humanevals_form(lines: Callable[..., str]) -> None:
     assert isinstance(first, Prompt) and first.prompt == FUNCTION["prompt"] and "\ndef" in first.extra["stop"]
 
 
+def test_samples_of_humaneval_are_judged_by_pass_at_k() -> None:
+    benchmarks = Benchmarks(unconfined=True)
+    loaded = benchmarks.load("humaneval")
+    answers = [[question.references[0], "    return None\n"] for question in loaded.questions
+               if isinstance(question, Prompt)]
+    judged = benchmarks.judge(loaded, answers, lambda text: [ord(letter) for letter in text])
+    assert judged.values == {"pass@1": [0.5] * 5} and not judged.rule
+    assert all(right == "passed" and wrong.startswith("failed: ") for right, wrong in judged.notes)
+
+
 def test_judged_by_the_rule(lines: Callable[..., str]) -> None:
     numbers = Benchmarks().load(lines(SUM, SUM | {"id": "b"}))
     judged = Benchmarks().judge(numbers, [["so 7.0", "8"], ["none", "#### 7 then 9"]], lambda text: [])
