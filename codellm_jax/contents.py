@@ -105,9 +105,13 @@ def require_file(file: str, what: str = "file") -> None:
       what: what to call it where it is not there, such as "vocabulary file".
     """
     if "://" in file:
-        if _remote(file).is_dir():
+        try:
+            is_folder, is_there = _remote(file).is_dir(), _remote(file).exists()
+        except Exception as error:  # services have errors of their own
+            raise cannot_be_read(file, error) from error
+        if is_folder:
             raise UnreadableFile(f"{file} is a folder; give a file.")
-        if not _remote(file).exists():
+        if not is_there:
             raise FileNotFoundError(f"There is no {what} {file}.")
         return
     try:

@@ -71,6 +71,8 @@ class QuestionFile:
             path = getattr(self, option)
             if not (isinstance(path, str) and path.strip()) and not (option == "worked_examples" and path is None):
                 raise ValueError(f"{self.name}: {option} must be the path of a file, found {path!r}.")
+            if path and "://" in path and not path.startswith("gs://"):
+                raise ValueError(f"{self.name}: {option} must be a local path or an address of gs://, found {path!r}.")
         for option, values in (("answers", tuple(OF_FILES)), ("answer_is", READINGS)):
             if (value := getattr(self, option)) is not None and value not in values:
                 raise ValueError(f"{self.name}: {option} must be one of {', '.join(values)}, found {value!r}."

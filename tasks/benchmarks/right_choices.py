@@ -80,7 +80,8 @@ def _readings(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> dic
     """The position of the choice that an answer names, by each way in which it names one."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return {}
-    text, found = str(answer).strip(), {}
+    text = str(answer).strip()
+    found: dict[str, int] = {}
     if re.fullmatch("[0-9]{1,3}", text):
         found |= {INDEX: int(text), ORDINAL: int(text) - 1}
     names = [label.strip().casefold() for label in labels]

@@ -43,8 +43,9 @@ class Ended(Exception):
         """What the program raised, if that is an exception of Python's own; None else."""
         name, text = self.raised
         kind = getattr(builtins, name, None)
-        is_plain = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
-        return kind(text) if is_plain else None
+        if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
+            return None
+        return kind(text)
 
 
 def main() -> None:

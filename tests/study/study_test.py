@@ -415,17 +415,29 @@ def test_four_workers_of_whom_two_are_killed_train_what_one_trains(study_flags, 
 
 
 def test_results_of_a_file_of_questions(tmp_path, monkeypatch):
-    """They are those of the file that TASKS names, and not of one of the same name elsewhere."""
+    """They are those of the file that TASKS names, or of the options in BENCHMARKS; what others say is free."""
     monkeypatch.chdir(tmp_path)
-    configuration = read_configuration(["gin/study.gin"], [
-        ("STUDY_DIR", str(tmp_path)), ("evaluation/TASKS", "['my-questions.jsonl']")])
-    one = next(iter(planned_runs(build(configuration, "study"), configuration, [])[0]))
-    results = Path(one.folder) / "results"
-    results.mkdir(parents=True)
-    for file, evaluated in ((tmp_path / "my-questions.jsonl", True), (tmp_path / "other" / "my-questions.jsonl", False)):
-        (results / "my_questions.json").write_text(json.dumps({
-            "checkpoint": {"digest": "d"}, "files": [str(file)], "provenance": {"asked": dict(one.evaluation.asked)}}))
-        assert planned_results(one, "d") == ([], evaluated)
+
+    def planned(task: str, specs: dict) -> Any:
+        configuration = read_configuration(["gin/study.gin"], [
+            ("STUDY_DIR", str(tmp_path)), ("evaluation/TASKS", str([task])), ("BENCHMARKS", str(specs))])
+        return next(iter(planned_runs(build(configuration, "study"), configuration, [])[0]))
+
+    def write(name: str, file: str, specs: dict) -> None:
+        one = planned(name, specs)
+        results = Path(one.folder) / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        (results / f"{name}.json").write_text(json.dumps({
+            "checkpoint": {"digest": "d"}, "files": [file], "provenance": {"asked": dict(one.evaluation.asked)}}))
+
+    mine, other = ({"mine": {"file": file}} for file in ("a.jsonl", "b.jsonl"))
+    write("my_questions", str(tmp_path / "my-questions.jsonl"), {})
+    assert planned_results(planned("my-questions.jsonl", mine), "d") == ([], True)
+    write("my_questions", str(tmp_path / "other" / "my-questions.jsonl"), {})
+    assert planned_results(planned("my-questions.jsonl", {}), "d") == ([], False)
+    write("mine", str(tmp_path / "a.jsonl"), mine)
+    assert planned_results(planned("mine", mine), "d") == ([], True)
+    assert planned_results(planned("mine", other), "d") == ([], False)
 
 
 @pytest.mark.slow

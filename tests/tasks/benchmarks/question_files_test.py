@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tasks.benchmarks.judging import Benchmarks
-from tasks.benchmarks.loading import BENCHMARKS, load
+from tasks.benchmarks.loading import BENCHMARKS, load, read_items
 from tasks.benchmarks.questions import Prompt, Question
+from tasks.benchmarks.templates import TEMPLATES
 from tasks.programs import sandbox
 from tasks.programs.programs import problem_tests
 
@@ -60,6 +61,18 @@ def test_choices(lines: Callable[..., str]) -> None:
     assert first.candidates[1] == ("Question: What is blue?\nA. grass\nB. sky\nAnswer:", " sky")
     own = {"prompt": "{passage}{question} {letter}", "continuation": "{choice}"}
     assert questions_of(path, own)[1].candidates[0] == ("One and one.Two? A", "1")
+
+
+@pytest.mark.parametrize("task", ["logic", "jecqa", "scienceqa_text_only", "ekar", "c3"])
+@pytest.mark.parametrize("template", ["released", "multiple_choice"])
+def test_published_benchmarks_as_files(task: str, template: str, write: Write) -> None:
+    """Their questions, written as lines under their templates, are the same questions."""
+    records = [{"id": item.id, "question": item.candidates[0]["question"], "passage": item.candidates[0].get("context"),
+                "choices": [fields["choice"] for fields in item.candidates], "answer": item.answer[0]}
+               for item in read_items(task, None)[0]]
+    path = write("copy.jsonl", json_lines(*records))
+    own = {key: text.replace("{context}", "{passage}") for key, text in TEMPLATES[task][template]._asdict().items()}
+    assert load(path, None, own).questions == load(task, None, template).questions
 
 
 def test_the_same_questions_in_other_forms(lines: Callable[..., str], write: Write) -> None:
@@ -332,6 +345,7 @@ def test_a_file_and_its_line_of_benchmarks(write: Write) -> None:
     ({"mine": "x.jsonl"}, "^mine: BENCHMARKS must give at least a file"), ({"mine": {}}, "must give at least a file"),
     ({"mine": {"file": "x", "field": {}}}, "has no option 'field', only file, answers, .* Did you mean 'fields'"),
     ({"mine": {"file": 3}}, "file must be the path of a file, found 3"),
+    ({"mine": {"file": "hf://a/b/c.jsonl"}}, "file must be a local path or an address of gs://, found 'hf://a/b/c"),
     ({"mine": {"file": "x", "worked_examples": ""}}, "worked_examples must be the path of a file"),
     ({"mine": {"file": "x", "answers": "choice"}}, "answers must be one of choices, .* Did you mean 'choices'"),
     ({"mine": {"file": "x", "answer_is": "number"}}, "answer_is must be one of index, ordinal, letter, text"),
