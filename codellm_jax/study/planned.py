@@ -316,7 +316,7 @@ def _results(one: Planned, checkpoint: str | None) -> tuple[list[str], bool]:
     folder, changed, missing = epath.Path(one.folder).expanduser() / "results", [], False
     specs = ast.literal_eval(one.evaluation.resolved("benchmarks.specs") or "{}")
     for task in one.tasks:
-        name = word_of(task)
+        name = word_of(str(task))
         found = [result for each in (name, f"{name}_sample") if (result := _json(folder / f"{each}.json"))]
         found = [result for result in found if result["checkpoint"].get("digest") == checkpoint
                  and (task == name or absolute(task) in result["files"])]  # a file of this name in another folder

@@ -17,7 +17,7 @@ from tasks.programs.programs import check_tests
 FORMS = (Form(("humaneval.json",)),)
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al., 2021, section 3.2
-KEYS = ("prompt", "entry_point", "test")
+_KEYS = ("prompt", "entry_point", "test")
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
@@ -30,16 +30,17 @@ def item(record: Mapping[str, Any]) -> Item | Lost:
     code = record.get("canonical_solution")
     if not code:
         return Lost(NO_ANSWER)
-    if lost := is_blank([code, *(record.get(key) for key in KEYS)]):
+    if lost := is_blank([code, *(record.get(key) for key in _KEYS)]):
         return lost
     if not record["entry_point"].isidentifier():
         return Lost("whose entry_point is no name of a function")
-    texts = {key: re.sub("\r\n?", "\n", record[key]) for key in KEYS}
+    code, *texts = (re.sub("\r\n?", "\n", text) for text in (code, *(record[key] for key in _KEYS)))
     own = str(record.get("task_id", ""))
-    extra = {"task_id": own, **texts, "stop": STOP}
+    extra: dict[str, Any] = {"task_id": own, **dict(zip(_KEYS, texts, strict=True)), "stop": STOP}
     try:
-        check_tests(extra)
+        check_tests({**extra, "code": code})
     except assertions.Unjudged as error:
         return Lost(f"with tests {error.reason}")
-    fields = {"prompt": texts["prompt"], "code": re.sub("\r\n?", "\n", code)}
-    return Item(own, (fields,), (0,), (fields["code"],), extra)
+    except ValueError:
+        return Lost("whose solution is not Python")
+    return Item(own, ({"prompt": extra["prompt"], "code": code},), (0,), (code,), extra)

@@ -39,7 +39,7 @@ class Record:
             found = ", ".join(map(repr, self.values)) or "no fields"
             option = f"'fields': {{{field!r}: ...}}"
             raise self.fault(f"there is no {self._name(field)!r}, only {found}; if the {field} has another name, set "
-                             f"{self.of.line(option)}.")
+                             f"{self.of.setting(option)}.")
         return value
 
     def text(self, field: str) -> str:

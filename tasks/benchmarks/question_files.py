@@ -88,9 +88,11 @@ class QuestionFile:
                 isinstance(text, str) and text for text in self.stop)):
             raise ValueError(f"{self.name}: stop must be a list of texts such as ['\\n'], found {self.stop!r}.")
 
-    def line(self, option: str) -> str:
-        """The line of BENCHMARKS that sets an option, for messages."""
-        return f"BENCHMARKS = {{{self.name!r}: {{'file': {self.file!r}, {option}}}}}"
+    def setting(self, option: str) -> str:
+        """How to set an option, for messages."""
+        if self == QuestionFile(self.name, self.file):
+            return f"BENCHMARKS = {{{self.name!r}: {{'file': {self.file!r}, {option}}}}}"
+        return f"{option} in BENCHMARKS for {self.name!r}"
 
     def require_fields_of(self, answers: str) -> None:
         """Raises ValueError where `fields` names some of ours that questions of a kind do not have."""

@@ -1,5 +1,6 @@
 """The records of a question file as items; `question_files` says what forms they have."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -88,13 +89,9 @@ def _text_item(record: Record, match: str = TEXT) -> Item:
         if match == NUMBER and matching.number_in(reference) is None:
             option = "'answers': 'text'"
             raise record.fault(f"the answer {shown(reference)} holds no number; to compare answers as text, set "
-                               f"{record.of.line(option)}.")
+                               f"{record.of.setting(option)}.")
     fields = {**record.for_templates(), **record.passage(), "answer": references[0]}
     return Item("", (fields,), (0,), references, {"match": match, "stop": _stop(record, match)})
-
-
-def _number_item(record: Record) -> Item:
-    return _text_item(record, NUMBER)
 
 
 def _program_item(record: Record) -> Item:
@@ -123,7 +120,8 @@ def _function_item(record: Record) -> Item:
 
 
 _MAKERS: dict[str, Callable[[Record], Item]] = {
-    TEXT: _text_item, NUMBER: _number_item, PROGRAMS: _program_item, FUNCTIONS: _function_item}
+    TEXT: _text_item, NUMBER: functools.partial(_text_item, match=NUMBER), PROGRAMS: _program_item,
+    FUNCTIONS: _function_item}
 
 
 def _stop(record: Record, answers: str) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ def _positions(one: _Asked, readings: Sequence[str], answer_is: str | None) -> s
         option = f"'answer_is': {here[0]!r}"
         raise one.record.fault(
             f"the answer {one.answer!r} may be {one.told(here[0])}, or {one.told(other)}; say which: "
-            f"{one.record.of.line(option)}, or {other!r}.")
+            f"{one.record.of.setting(option)}, or {other!r}.")
     return positions
 
 
@@ -130,6 +130,6 @@ def _outside(one: _Asked, answer_is: str | None) -> str:
             LETTER: f"a letter from {one.labels[0]} to {one.labels[-1]}", TEXT: "the text of one"}
     wanted = ways[answer_is] if answer_is else f"{ways[INDEX]}, {ways[LETTER]} or {ways[TEXT]}"
     option = "'answer_is': 'ordinal'"
-    hint = (f" If the file counts from 1, set {one.record.of.line(option)}."
+    hint = (f" If the file counts from 1, set {one.record.of.setting(option)}."
             if answer_is in (None, INDEX) and str(one.answer).strip() == str(count) else "")
     return f"the answer {shown(one.answer)} is none of the {count} choices; it must be {wanted}.{hint}"

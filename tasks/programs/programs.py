@@ -47,16 +47,23 @@ def problem_tests(record: Mapping[str, Any]) -> ProgramTests:
 def check_tests(record: Mapping[str, Any]) -> ProgramTests:
     """The tests of a HumanEval record.
 
-    What its `prompt` defines before the function that is asked for stands before `check` too, which uses some of it
-    (problems 32, 38 and 50): there it is as the problem has it, whatever a program makes of these names.
+    The problem, solved, stands before `check` too, which uses functions that its prompt defines (problems 32, 38 and
+    50): there they are as the problem has them, whatever a program makes of these names.
 
     Args:
-      record: a record with `task_id`, `prompt`, `test` and `entry_point`, all of them texts.
+      record: a record with `task_id`, `prompt`, `code` that goes on behind the prompt, `test` and `entry_point`, all of
+        them texts.
 
     Raises:
       assertions.Unjudged: its tests cannot be judged.
+      ValueError: prompt and code are not Python.
     """
-    tests = (record["prompt"], record["test"])
+    solved = record["prompt"] + record["code"]
+    try:
+        assertions.parse(solved)
+    except assertions.Unjudged as error:
+        raise ValueError(f"{record['task_id']}: the solution is not Python: {solved!r:.300}") from error
+    tests = (solved, record["test"])
     assertions.check_steps(tests, record["entry_point"])
     return ProgramTests(record["task_id"], tests, begin=record["prompt"], entry_point=record["entry_point"])
 

@@ -148,9 +148,11 @@ def test_real_functions() -> None:
     """The solution of each of HumanEval's problems passes, and a function that returns nothing passes none."""
     questions = load("humaneval", str(DATA.parent)).questions
     assert [question.id for question in questions] == [f"HumanEval/{number}" for number in range(164)]
-    solved = [problem_tests(question.extra).of(question.references[0]) for question in questions]
-    empty = [problem_tests(question.extra).of("    return None\n") for question in questions]
-    outcomes = sandbox.run_programs(solved + empty)
+    solutions = [question.references[0] for question in questions if isinstance(question, Prompt)]
+    tests = [problem_tests({**question.extra, "code": code})
+             for question, code in zip(questions, solutions, strict=True) if isinstance(question, Prompt)]
+    outcomes = sandbox.run_programs([test.of(code) for test, code in zip(tests, solutions, strict=True)]
+                                    + [test.of("    return None\n") for test in tests])
     assert [outcome.passed for outcome in outcomes] == [True] * 164 + [False] * 164
 
 

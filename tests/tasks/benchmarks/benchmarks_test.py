@@ -221,7 +221,7 @@ BROKEN: dict[str, tuple[str, Any, dict[str, int]]] = {
             FUNCTION, FUNCTION | {"canonical_solution": ""}, FUNCTION | {"prompt": " "}, FUNCTION | {"test": None},
             FUNCTION | {"entry_point": "f(); g"}, FUNCTION | {"test": "def check(candidate):\n    candidate()"},
             FUNCTION | {"test": "assert f()"}, FUNCTION | {"prompt": "def f("}, {"task_id": 1}]).encode(), mtime=0),
-        {NO_ANSWER: 2, "empty": 2, "whose entry_point is no name of a function": 1, "with tests that are not Python": 1,
+        {NO_ANSWER: 2, "empty": 2, "whose entry_point is no name of a function": 1, "whose solution is not Python": 1,
          "with tests that define no function check(candidate)": 1,
          "with tests that assert nothing of the program, and so pass anything": 1}),
 }

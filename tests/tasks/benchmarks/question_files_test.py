@@ -4,10 +4,13 @@ import gzip
 import json
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tasks.benchmarks.judging import Benchmarks
 from tasks.benchmarks.loading import BENCHMARKS, load, read_items
@@ -276,6 +279,28 @@ def test_what_is_wrong_with_one_record(record: dict, told: str, write: Write) ->
     with pytest.raises(ValueError) as error:
         load(path, None)
     assert str(error.value) == f"{path}, line 1: {told.replace('FILE', path)}"
+
+
+NAMES = ("id", "question", "passage", "choices", "answer", "tests", "code", "setup", "entry_point", "test", "prompt")
+PLAIN = (st.none() | st.booleans() | st.integers(-3, 30) | st.floats() | st.text(max_size=3)
+         | st.sampled_from(["", " ", "A", "b", "0", "x", "#### 7"]))
+JSON = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+    st.sampled_from(["A", "text", "label"]) | st.text(max_size=2), inner, max_size=3), max_leaves=6)
+BROKEN = st.tuples(st.sampled_from([SKY, SUM, HALVE, FUNCTION, CITY]), st.sampled_from(NAMES), JSON)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, JSON)) | BROKEN.map(
+    lambda changed: {**changed[0], changed[1]: changed[2]}), max_size=3))
+def test_whatever_stands_in_a_file(records: list[dict[str, Any]]) -> None:
+    """It is read, or refused in one line that can be printed."""
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+        file.flush()
+        try:
+            assert len(load("mine", None, specs={"mine": {"file": file.name}}).questions) == len(records)
+        except ValueError as error:
+            assert file.name in str(error) and str(error).isprintable()
 
 
 # ---- Files -------------------------------------------------------------------------------------

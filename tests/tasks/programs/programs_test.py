@@ -82,7 +82,7 @@ def test_reference_solutions_pass():
 
 # ---- HumanEval ---------------------------------------------------------------------------------
 
-CHECKED = {"task_id": "h/1", "entry_point": "halve", "prompt": '''def double(x):
+CHECKED = {"task_id": "h/1", "entry_point": "halve", "code": "    return x / 2\n", "prompt": '''def double(x):
     return 2 * x
 
 
@@ -146,3 +146,10 @@ def test_a_test_that_catches_everything_hides_no_crash():
 def test_checks_that_cannot_be_judged(test, reason):
     with pytest.raises(ValueError, match=reason):
         check_tests(CHECKED | {"test": test})
+    with pytest.raises(ValueError, match="^h/1: the solution is not Python: "):
+        check_tests(CHECKED | {"code": "    return x /"})
+
+
+def test_a_prompt_that_is_no_program_by_itself():
+    assert outcome_of("    return x / 2\n", CHECKED | {
+        "prompt": "def halve(x):\n    # Half of x.\n", "test": "def check(f):\n    assert f(3) == 1.5"}).passed
