@@ -83,6 +83,20 @@ def without_compression(name: str) -> str:
     return re.sub(r"\.(gz|gzip|bz2|xz|zst|zstd)$", "", name, flags=re.IGNORECASE)
 
 
+def word_of(file: str) -> str:
+    """A file's name as one plain word: without folders, compression and .json, and "_" for all but letters and digits.
+
+    A word stays as it is.
+    """
+    name = without_compression(file.rpartition("/")[2])
+    return re.sub(r"[\W_]+", "_", re.sub(r"\.(jsonl?|ndjson)$", "", name, flags=re.IGNORECASE)).strip("_")
+
+
+def absolute(file: str) -> str:
+    """A path from the root; an address stays as it is."""
+    return file if "://" in file else os.path.abspath(os.path.expanduser(file))
+
+
 def require_file(file: str, what: str = "file") -> None:
     """Raises OSError or UnreadableFile, in one line, unless there is such a file, local or gs://.
 
@@ -91,9 +105,13 @@ def require_file(file: str, what: str = "file") -> None:
       what: what to call it where it is not there, such as "vocabulary file".
     """
     if "://" in file:
-        if _remote(file).is_dir():
+        try:
+            is_folder, is_there = _remote(file).is_dir(), _remote(file).exists()
+        except Exception as error:  # services have errors of their own
+            raise cannot_be_read(file, error) from error
+        if is_folder:
             raise UnreadableFile(f"{file} is a folder; give a file.")
-        if not _remote(file).exists():
+        if not is_there:
             raise FileNotFoundError(f"There is no {what} {file}.")
         return
     try:

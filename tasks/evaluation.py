@@ -26,7 +26,7 @@ import tensorflow as tf
 from tasks import pretraining
 from tasks.benchmarks import metrics
 from tasks.benchmarks.judging import Benchmarks
-from tasks.benchmarks.loading import BENCHMARKS, GENERATED, load
+from tasks.benchmarks.loading import BENCHMARKS, GENERATED, NO_SPECS, load
 from tasks.benchmarks.questions import Loaded, Prompt, Question
 from tasks.benchmarks.templates import RELEASED
 
@@ -49,8 +49,9 @@ def register(
     few_shot: int = 0,
     seed: int = 0,
     prefix: str = "",
+    specs: Mapping[str, Mapping[str, Any]] = NO_SPECS,
 ) -> list[str]:
-    """Registers every benchmark as a SeqIO task; nothing is read yet, and errors come when it is.
+    """Registers every benchmark as a SeqIO task; nothing is read yet but for `specs`, and errors come when it is.
 
     Again replaces what was registered before, so that the last arguments hold.
 
@@ -58,22 +59,26 @@ def register(
       data_dir, template, few_shot, seed: as `tasks.benchmarks.loading.load` takes them. Tasks that lack the template,
         or whose prompt shows examples of its own, say so when they are read.
       prefix: before each name.
+      specs: benchmarks by files of one's own, likewise. Whether answers are written is seen in the files.
 
     Returns:
       The names registered.
 
     Raises:
-      ValueError: a name is a task or mixture of another origin.
+      ValueError: a name is a task or mixture of another origin, or a file of one's own is not what it should be.
+      OSError: such a file cannot be read.
     """
-    names = [prefix + benchmark for benchmark in BENCHMARKS]
+    written = {name: isinstance(load(name, None, specs=specs).questions[0], Prompt) for name in specs}
+    generated = {benchmark: benchmark in GENERATED for benchmark in BENCHMARKS} | written
+    names = [prefix + benchmark for benchmark in generated]
     for name in names:
         taken = name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names()
         if taken and name not in _added:
             raise ValueError(f"{name} is already a task of its own; give the benchmarks a prefix.")
-    for name, benchmark in zip(names, BENCHMARKS, strict=True):
-        read = functools.partial(load, benchmark, data_dir, template, few_shot, seed)
+    for name, (benchmark, is_written) in zip(names, generated.items(), strict=True):
+        read = functools.partial(load, benchmark, data_dir, template, few_shot, seed, specs)
         seqio.TaskRegistry.remove(name)
-        seqio.TaskRegistry.add_provider(name, _task(name, read, generated=benchmark in GENERATED))
+        seqio.TaskRegistry.add_provider(name, _task(name, read, generated=is_written))
         _added.add(name)
     return names
 

@@ -59,7 +59,7 @@ ROOMS: dict[str, set[str]] = {
                    "vocabulary", "contents"},
     "training": {"evaluation", "weights", "runtime", "mixture", "model", "results", "vocabulary"},
     "study": {"training", "evaluation", "configuration", "settings", "weights", "runtime", "mixture", "model",
-              "results"},
+              "results", "contents"},
     "report": {"runtime", "mixture", "results"},
     "pods": {"training", "evaluation", "runtime", "mixture", "model"},
 }

@@ -4,6 +4,7 @@ TensorStore is told where the service is; Orbax's client is told by the fake its
 reads and writes, knows the real hosts alone: its requests go through a proxy here, which answers in their name.
 """
 
+import gzip
 import json
 import os
 import re
@@ -219,6 +220,27 @@ from codellm_jax.weights import exporting
 exporting._arrays = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 cli.main(sys.argv[1:])
 """
+
+
+QUESTIONS = """
+import sys
+from tasks.benchmarks.loading import load
+for name in ("questions.jsonl.gz", "nothing.jsonl"):
+    try:
+        print("READ", load(f"{sys.argv[1]}/{name}", None, few_shot=1).questions)
+    except (ValueError, OSError) as error:
+        print("REFUSED", str(error).replace(sys.argv[1], "FOLDER"))
+"""
+
+
+def test_a_file_of_questions_in_the_bucket_is_that_on_disk(bucket, tmp_path):
+    records = [{"question": f"{number}?", "choices": ["no", "yes"], "answer": number % 2} for number in range(3)]
+    lines = "".join(f"{json.dumps(record)}\n" for record in records)
+    (tmp_path / "questions.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    bucket("-c", COPY, str(tmp_path), "gs://bucket/questions")
+    on_disk, there = ([line for line in bucket("-c", QUESTIONS, folder).splitlines() if line.startswith("RE")]
+                      for folder in (str(tmp_path), "gs://bucket/questions"))
+    assert on_disk == there and there[1] == "REFUSED nothing: There is no file of questions FOLDER/nothing.jsonl."
 
 
 def test_an_export_in_the_bucket_is_the_export_on_disk(bucket, runs):

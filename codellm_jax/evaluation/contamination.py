@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 
 from codellm_jax.configuration import build, read_configuration
+from codellm_jax.evaluation.evaluate import require_names
 from codellm_jax.mixture.examples import example_sizes
 from codellm_jax.mixture.ledger import stages_of
 from codellm_jax.mixture.mixture import Mixture, training_rows
@@ -52,7 +53,7 @@ class Contamination:
     """What is looked for.
 
     Attributes:
-      tasks: names of benchmarks.
+      tasks: names of benchmarks, or files of questions.
       benchmarks: reads their questions.
       ngram: words of an n-gram.
       minimum: words that a shorter part of a question must have to be looked for as a whole.
@@ -130,8 +131,9 @@ def measure(
     Raises:
       ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit.
     """
-    loaded = {f"{task.name}_sample" if task.is_sample else task.name: task
-              for task in map(contamination.benchmarks.texts, contamination.tasks)}
+    found_texts = [contamination.benchmarks.texts(task) for task in dict.fromkeys(contamination.tasks)]
+    require_names([task.name for task in found_texts])
+    loaded = {f"{task.name}_sample" if task.is_sample else task.name: task for task in found_texts}
     sources = list({rows.path: Trained(rows, vocabulary, mixture.stage) for mixture, vocabulary in mixtures
                     for rows in training_rows(mixture, vocabulary, report)}.values())
     asked = {"version": CONTAMINATION_VERSION, "n": contamination.ngram, "minimum": contamination.minimum,

@@ -81,7 +81,7 @@ class Evaluation:
     """What is asked, and how the answers are taken.
 
     Attributes:
-      tasks: names of benchmarks.
+      tasks: names of benchmarks, or files of questions.
       benchmarks: reads them.
       questions: at most so many of each task, drawn by a hash of the seed and their ids; None for all.
       scoring: which of SCORINGS decides.
@@ -114,7 +114,9 @@ class Evaluation:
 
     def load(self) -> list[Any]:
         """The questions of each task, a `tasks.benchmarks.questions.Loaded` each; all mistakes come out here."""
-        return [self._drawn(self.benchmarks.load(task)) for task in dict.fromkeys(self.tasks)]
+        loaded = [self._drawn(self.benchmarks.load(task)) for task in dict.fromkeys(self.tasks)]
+        require_names([one.name for one in loaded])
+        return loaded
 
     def _drawn(self, loaded: Any) -> Any:
         if self.questions is None or len(loaded.questions) <= self.questions:
@@ -124,6 +126,13 @@ class Evaluation:
         drawn = {question.id for question in by_hash[: self.questions]}
         return dataclasses.replace(
             loaded, questions=tuple(question for question in loaded.questions if question.id in drawn))
+
+
+def require_names(names: Sequence[str]) -> None:
+    """Raises ValueError where two tasks have one name, as two files of questions in different folders may have."""
+    if twice := [name for number, name in enumerate(names) if name.casefold() in map(str.casefold, names[:number])]:
+        raise ValueError(f"TASKS names two files of one name, {twice[0]!r}: give one of them another by "
+                         "BENCHMARKS = {'mine': {'file': ...}}, and 'mine' in TASKS.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +313,7 @@ def ask_texts(
     result = answered.header | {
         "task": loaded.name, "sample": loaded.is_sample, "metric": main, "n": len(lines), **scores[main],
         "scores": scores | {metric: {"value": value} for metric, value in judged.fixed.items()},
+        **({"rule": judged.rule} if judged.rule else {}),
         "prompts_cut": sum(line["prompt_tokens_cut"] > 0 for line in lines),
         **_data(loaded), "questions_per_second": answered.rate, "provenance": dict(provenance),
     }

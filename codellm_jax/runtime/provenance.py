@@ -36,7 +36,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tens
 # elsewhere; that they are the same is seen by their hashes.
 FREE_ON_RESUME = frozenset("""
     MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH PACKING
-    EVAL_TASKS EVAL_QUESTIONS train.evaluation EXPORT_PERIOD train.export_period
+    EVAL_TASKS EVAL_QUESTIONS BENCHMARKS train.evaluation EXPORT_PERIOD train.export_period
     MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA DATA_DIR mixture.name tasks.modules tasks.corpora tasks.data_dir
     train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
     train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir mixture.packing
@@ -45,7 +45,7 @@ FREE_ON_RESUME = frozenset("""
     """.split())
 # Likewise of an evaluation: a task's data and questions are known by their hashes.
 FREE_IN_EVALUATION = FREE_ON_RESUME | frozenset("""
-    CHECKPOINT_PATH checkpoint.path TASKS evaluation.tasks benchmarks.data_dir evaluate.results_dir
+    CHECKPOINT_PATH checkpoint.path TASKS evaluation.tasks benchmarks.data_dir benchmarks.specs evaluate.results_dir
     evaluation.batch_tokens
     """.split())
 

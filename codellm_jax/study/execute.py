@@ -256,7 +256,7 @@ def _contamination(
     """
     evaluation = planned[0].evaluation
     settings = {macro: evaluation.resolved(name) for macro, name in (
-        ("TASKS", "evaluation.tasks"), ("DATA_DIR", "benchmarks.data_dir"))}
+        ("TASKS", "evaluation.tasks"), ("DATA_DIR", "benchmarks.data_dir"), ("BENCHMARKS", "benchmarks.specs"))}
     with leases.held("contamination", processes.kill) as lease:
         if lease is not None:
             _ask(processes, {"runs": [one.request() for one in planned], "search_paths": options.search_paths,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from codellm_jax.configuration import read_configuration
+from codellm_jax.contents import absolute, word_of
 from codellm_jax.results.files import files_of, write_whole
 from codellm_jax.runtime.compatibility import FREE_OF_MODEL
 from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
@@ -23,6 +24,7 @@ from codellm_jax.weights.start import newest_settings
 
 # Where a result was looked for or what else was asked with it makes no other result of it.
 FREE_OF_RESULTS = frozenset(("CHECKPOINT_PATH", "TASKS", "evaluate.results_dir"))
+OF_FILES = frozenset(("BENCHMARKS", "benchmarks.specs"))  # likewise of a task that has no line there
 
 
 class Planned(NamedTuple):
@@ -312,11 +314,15 @@ def standing(one: Planned, facts: Mapping[str, Any], parent: Standing | None) ->
 def _results(one: Planned, checkpoint: str | None) -> tuple[list[str], bool]:
     """What differs between results that are there and the plan, and whether all are there."""
     folder, changed, missing = epath.Path(one.folder).expanduser() / "results", [], False
+    specs = ast.literal_eval(one.evaluation.resolved("benchmarks.specs") or "{}")
     for task in one.tasks:
-        found = [result for name in (task, f"{task}_sample") if (result := _json(folder / f"{name}.json"))]
-        found = [result for result in found if result["checkpoint"].get("digest") == checkpoint]
+        name = word_of(str(task))
+        found = [result for each in (name, f"{name}_sample") if (result := _json(folder / f"{each}.json"))]
+        found = [result for result in found if result["checkpoint"].get("digest") == checkpoint
+                 and (task == name or absolute(task) in result["files"])]  # a file of this name in another folder
         asked = [result.get("provenance", {}).get("asked", {}) for result in found]
-        if any(not differences(each, one.evaluation.asked, FREE_OF_RESULTS.__contains__) for each in asked):
+        free = FREE_OF_RESULTS if name in specs else FREE_OF_RESULTS | OF_FILES
+        if any(not differences(each, one.evaluation.asked, free.__contains__) for each in asked):
             continue
         missing = True
         changed += [difference for each in asked if each

@@ -203,4 +203,7 @@ def main(request: str, answer: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (ValueError, OSError) as user_error:
+        sys.exit(f"error: {' '.join(str(user_error).split())}")

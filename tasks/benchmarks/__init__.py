@@ -1,1 +1,4 @@
-"""The study's ten benchmarks as questions, independent of any model: `loading.load` reads them."""
+"""Benchmarks as questions, independent of any model: the study's ten, a few beside them, and files of one's own.
+
+`loading.load` reads them.
+"""

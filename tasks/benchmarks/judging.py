@@ -5,9 +5,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tasks.benchmarks import metrics, templates
-from tasks.benchmarks.loading import PROGRAMS, load
-from tasks.benchmarks.questions import Loaded
+from codellm_jax.contents import word_of
+from tasks.benchmarks import matching, metrics, question_files, templates
+from tasks.benchmarks.loading import BENCHMARKS, load
+from tasks.benchmarks.questions import Loaded, Prompt
 from tasks.benchmarks.texts import Texts, read_texts
 from tasks.programs import programs, sandbox
 
@@ -20,12 +21,14 @@ class Judged(NamedTuple):
       corpus: for each metric that is no mean its counts a question [questions, k], and the function of their sums.
       fixed: scores that nothing can be resampled of.
       notes: for each question and answer what there is to say of it.
+      rule: when an answer counts as right, in a sentence for the result; empty where the name of the task tells.
     """
 
     values: dict[str, list[float]]
     corpus: dict[str, tuple[list[list[int]], Callable[[Any], Any]]]
     fixed: dict[str, float]
     notes: list[list[str]]
+    rule: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +39,22 @@ class Benchmarks:
       data_dir: a folder below which their files are found by name, local or gs://; None for the items of our own.
       template: "released", "paper", "multiple_choice", or {"prompt": ..., "continuation": ...} with fields in braces.
         Or one of these for each task, {"mbpp": "paper", "default": "multiple_choice"}, where "default" stands for all
-        that are not named, and is "released" where it is left out.
+        that are not named, and is "released" where it is left out. A file of one's own is named as in TASKS.
       few_shot: worked examples before each prompt.
       seed: of the choice of worked examples.
-      unconfined: run programs of MBPP even where the sandbox cannot give its guarantees (see `programs.sandbox`).
+      specs: benchmarks by files of one's own, by name; see `question_files`.
+      unconfined: run written programs even where the sandbox cannot give its guarantees (see `programs.sandbox`).
     """
 
     data_dir: str | None = None
     template: str | Mapping[str, Any] = "released"
     few_shot: int = 0
     seed: int = 0
+    specs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     unconfined: bool = False
+
+    def __post_init__(self) -> None:
+        question_files.parsed(self.specs, BENCHMARKS)
 
     def load(self, task: str) -> Loaded:
         """The questions of a task; see `tasks.benchmarks.loading.load`.
@@ -54,14 +62,15 @@ class Benchmarks:
         Raises:
           SandboxError: its answers are programs that cannot be confined here, and `unconfined` is False.
         """
-        loaded = load(task, self.data_dir, templates.of_task(task, self.template), self.few_shot, self.seed)
-        if task in PROGRAMS and not self.unconfined:
+        loaded = load(task, self.data_dir, self._template(task), self.few_shot, self.seed, self.specs)
+        [first, *_] = loaded.questions
+        if isinstance(first, Prompt) and programs.is_problem(first.extra) and not self.unconfined:
             sandbox.require_guarantees()
         return loaded
 
     def texts(self, task: str) -> Texts:
         """The texts of a task's questions as the record has them; see `tasks.benchmarks.texts.read_texts`."""
-        return read_texts(task, self.data_dir)
+        return read_texts(task, self.data_dir, self.specs)
 
     def accuracy(self, losses: Sequence[Sequence[float]], answers: Sequence[int]) -> metrics.Accuracy:
         """See `tasks.benchmarks.metrics.accuracy`."""
@@ -69,12 +78,21 @@ class Benchmarks:
 
     def settings(self, task: str) -> dict[str, Any]:
         """The choices that make other questions of a task's files, as JSON."""
-        template = templates.of_task(task, self.template)
+        template = self._template(task)
         return {"template": template if isinstance(template, str) else dict(template), "few_shot": self.few_shot,
                 "seed": self.seed}
 
+    def _template(self, task: str) -> str | Mapping[str, str]:
+        """What holds for a task, by its name or as TASKS names it."""
+        if not isinstance(self.template, Mapping):
+            return self.template
+        files = {key: word_of(key) for key in self.template if isinstance(key, str) and question_files.is_file(key)}
+        by_name = {files.get(key, key): value for key, value in self.template.items()}
+        return templates.of_task(word_of(task), by_name, [*self.specs, *files.values()])
+
     def judge(self, loaded: Loaded, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]) -> Judged:
-        """Judges what was written: MBPP by running it, and by BLEU; DuReader by exact match and F1.
+        """Judges what was written: programs by running them, and by BLEU; DuReader by exact match and F1; answers to
+        files of one's own by `matching.RULES`.
 
         Args:
           loaded: the questions.
@@ -88,6 +106,8 @@ class Benchmarks:
         texts = [[text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for text in answers]
                  for answers in texts]
         first = [answers[0] for answers in texts]
+        if match := loaded.questions[0].extra.get("match"):  # type: ignore[union-attr]
+            return _matched(loaded, texts, match)
         if loaded.name == "dureader":
             found = metrics.dureader(first, [question.references for question in loaded.questions])  # type: ignore[union-attr]
             return Judged({"f1": found.f1s, "exact_match": [float(match) for match in found.exact_matches]}, {}, {},
@@ -98,7 +118,7 @@ class Benchmarks:
         self, loaded: Loaded, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]
     ) -> Judged:
         questions: Any = loaded.questions
-        tests = [programs.program_tests({**question.extra, "code": question.references[0]}) for question in questions]
+        tests = [programs.problem_tests({**question.extra, "code": question.references[0]}) for question in questions]
         outcomes = iter(sandbox.run_programs(
             [test.of(text) for test, answers in zip(tests, texts, strict=True) for text in answers],
             insist=self.unconfined, progress=loaded.name))
@@ -117,3 +137,12 @@ class Benchmarks:
                          metrics.bleu_of_counts, smoothing="exponential"))},
             {"bleu_released": metrics.bleu(predictions, references, released=True).score},
             [[f"{one.verdict}: {one.detail}".removesuffix(": ") for one in each] for each in judged])
+
+
+def _matched(loaded: Loaded, texts: Sequence[Sequence[str]], match: str) -> Judged:
+    """Answers to questions with references, by a rule; of several answers the share that is right."""
+    right = [[matching.is_right(match, text, question.references) for text in answers]
+             for question, answers in zip(loaded.questions, texts, strict=True) if isinstance(question, Prompt)]
+    read = [[matching.MATCHES[match](text) for text in answers] for answers in texts]
+    notes = [["no number" if one is None else f"read as {one}" for one in each] for each in read]
+    return Judged({"exact_match": [sum(each) / len(each) for each in right]}, {}, {}, notes, matching.RULES[match])

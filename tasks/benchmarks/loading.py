@@ -13,8 +13,11 @@ Tasks:
   cosqa                 CosQA, development split
   mbpp                  MBPP, sanitized set, zero-shot
   mbpp_three_shot       MBPP, problems 11 to 510 with their tests, after three solved ones
+  humaneval             HumanEval, zero-shot
   c3, ocnli, cmnli      development splits
   dureader              DuReader-robust, development split
+
+Or the path of a file of one's own, or a line of BENCHMARKS; see `question_files`.
 
 Importing this module imports neither TensorFlow nor SeqIO.
 """
@@ -25,10 +28,26 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tasks.benchmarks import c3, cosqa, dureader, ekar, jecqa, logic, mbpp, nli, scienceqa, templates
+from codellm_jax.contents import absolute
+from tasks.benchmarks import (
+    c3,
+    cosqa,
+    dureader,
+    ekar,
+    humaneval,
+    jecqa,
+    logic,
+    mbpp,
+    nli,
+    question_files,
+    question_records,
+    scienceqa,
+    templates,
+)
 from tasks.benchmarks.locating import SAMPLES, Form, content_hash, is_sample, locate
+from tasks.benchmarks.question_files import QuestionFile
 from tasks.benchmarks.questions import BAD_TEXT, Item, Loaded, Prompt, Question, is_valid_text
-from tasks.benchmarks.templates import RELEASED, Template
+from tasks.benchmarks.templates import OF_FILES, RELEASED, Template
 from tasks.corpora.files import Counts, Lost, in_name_of
 
 Reader = Callable[[Sequence[str]], Iterator[Item | Lost]]
@@ -76,6 +95,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mbpp": Benchmark(mbpp.SANITIZED_FORMS, mbpp.read, mbpp.FULL_FORMS, mbpp.read_train),
     "mbpp_three_shot": Benchmark(
         mbpp.FULL_FORMS, mbpp.read_test, mbpp.FULL_FORMS, mbpp.read_shown, own_shots=len(mbpp.SHOWN)),
+    "humaneval": Benchmark(humaneval.FORMS, humaneval.read),
     "c3": _benchmark(c3.FORMS, c3.SHOT_FORMS, c3.read),
     "ocnli": _benchmark(nli.OCNLI_FORMS, nli.OCNLI_SHOT_FORMS, nli.read),
     "cmnli": _benchmark(nli.CMNLI_FORMS, nli.CMNLI_SHOT_FORMS, nli.read),
@@ -86,8 +106,33 @@ BENCHMARKS: dict[str, Benchmark] = {
 # How the next worked example begins, behind the separator: a model that goes on with one has ended its answer.
 NEXT_EXAMPLE = {"mbpp": "Write ", "dureader": ""}
 # Those that are answered by writing a program, and by writing; their questions are `Prompt`s.
-PROGRAMS = frozenset({"mbpp", "mbpp_three_shot"})
+PROGRAMS = frozenset({"mbpp", "mbpp_three_shot", "humaneval"})
 GENERATED = PROGRAMS | {"dureader"}
+NO_SPECS: Mapping[str, Mapping[str, Any]] = {}
+
+
+class _Source(NamedTuple):
+    """What a task's questions are made of, and those of its worked examples.
+
+    Attributes:
+      name: the task's.
+      templates: those that it has by name.
+      items, skipped, files: the questions, what of the files is none, and the files.
+      shots, shots_skipped, shot_files: likewise the worked examples; empty where none are asked for.
+      own_shots: as in `Benchmark`.
+      next_example: as in NEXT_EXAMPLE; None where an answer does not end by it.
+    """
+
+    name: str
+    templates: Mapping[str, Template]
+    items: list[Item]
+    skipped: Counts
+    files: list[str]
+    shots: list[Item]
+    shots_skipped: Counts
+    shot_files: list[str]
+    own_shots: int = 0
+    next_example: str | None = None
 
 
 def load(
@@ -96,32 +141,90 @@ def load(
     template: str | Mapping[str, str] = RELEASED,
     few_shot: int = 0,
     seed: int = 0,
+    specs: Mapping[str, Mapping[str, Any]] = NO_SPECS,
 ) -> Loaded:
     """Reads a benchmark.
 
     Args:
-      task: one of `BENCHMARKS`.
+      task: one of `BENCHMARKS` or of `specs`, or the path of a file.
       data_dir: a folder, local or gs://, below which its files are looked for by their names; None for the handful of
-        sample items of our own.
+        sample items of our own. Files of one's own lie where their paths say.
       template: a name, see `tasks.benchmarks.templates`, or {"prompt": "...{field}...", "continuation": "..."}.
       few_shot: how many worked examples precede each prompt. They come from the training split (C-Eval's development
-        split), are drawn by a stable hash of the seed and the question's id, and are never the question itself.
+        split; of a file of one's own from that of its worked examples, or from itself), are drawn by a stable hash of
+        the seed and the question's id, and are never the question itself.
       seed: of that draw.
+      specs: benchmarks by files of one's own, as `question_files` describes them.
 
     Raises:
       ValueError: one line; there is no such task or template, a template names an unknown field, a file lacks what the
-        task needs or is there twice, no question is left of the files, or there are too few worked examples.
+        task needs or is there twice, no question is left of the files, there are too few worked examples, or anything
+        in a file of one's own is wrong.
       OSError: one line; the folder or the files are not there, or cannot be read.
     """
-    benchmark = _known(task)
-    form = templates.resolve(task, template)
+    own = _own_file(task, specs)
+    source = _source_of_file(own, few_shot) if own else _source(task, data_dir, few_shot)
+    name, items = source.name, source.items
+    form = templates.resolve(name, template, source.templates)
+    contexts = _contexts(name, form, items, source.shots, few_shot or source.own_shots, seed, bool(source.own_shots))
+    # Either kind alone, as a reader makes items of one kind.
+    if few_shot and source.next_example is not None and (stop := form.separator + source.next_example):
+        items = [item._replace(extra={**item.extra, "stop": (stop,)}) for item in items]
+    made: tuple[Any, ...] = tuple(
+        _question(name, form, item, context) for item, context in zip(items, contexts, strict=True))
+    files = list(dict.fromkeys([*source.files, *source.shot_files]))
+    return Loaded(
+        name=name, questions=made, sha256=content_hash(files), read=len(items) + source.skipped.total(),
+        skipped=dict(source.skipped), is_sample=not own and data_dir is None or is_sample(files), files=tuple(files),
+        worked_examples=len(source.shots), worked_examples_skipped=dict(source.shots_skipped),
+    )
+
+
+def read_items(
+    task: str, data_dir: str | None, specs: Mapping[str, Mapping[str, Any]] = NO_SPECS
+) -> tuple[list[Item], str, list[str]]:
+    """What `load` makes a task's questions of, in their order and with their ids; the task's name; and the files.
+    Arguments and errors are those of `load`.
+    """
+    own = _own_file(task, specs)
+    source = _source_of_file(own, 0) if own else _source(task, data_dir, 0)
+    return source.items, source.name, source.files
+
+
+def _own_file(task: str, specs: Mapping[str, Mapping[str, Any]]) -> QuestionFile | None:
+    """The file of a task, if it is none of BENCHMARKS."""
+    files = question_files.parsed(specs, BENCHMARKS)
+    own = question_files.find(task, files, BENCHMARKS) if isinstance(task, str) else None
+    if own is None and task not in BENCHMARKS:
+        known = [*BENCHMARKS, *files]
+        hint = templates.nearest(task, known) if isinstance(task, str) else ""
+        raise ValueError(f"There is no benchmark {task!r}, only {', '.join(known)}, or a file such as "
+                         f"'questions.jsonl'.{hint}")
+    return own
+
+
+def _source_of_file(own: QuestionFile, few_shot: int) -> _Source:
+    _require_few_shot(own.name, few_shot)
+    questions = question_records.read(own, own.file)
+    shots = questions
+    if few_shot and own.worked_examples is not None:
+        shots = question_records.read(own, own.worked_examples, like=questions)
+    shot_file = absolute(own.worked_examples or own.file)
+    return _Source(
+        own.name, OF_FILES[questions.answers], questions.items, Counts(), [absolute(own.file)],
+        shots.items if few_shot else [], Counts(), [shot_file] if few_shot else [])
+
+
+def _source(task: str, data_dir: str | None, few_shot: int) -> _Source:
+    benchmark = BENCHMARKS[task]
     _check_few_shot(task, benchmark, few_shot)
     folder = SAMPLES if data_dir is None else data_dir
-    items, skipped, files = read_items(task, data_dir)
+    files = locate(task, benchmark.forms, folder)
+    items, skipped = _read(task, benchmark.read, files, "questions")
     shot_files: list[str] = []
     shots: list[Item] = []
     shots_skipped = Counts()
-    if wanted := few_shot or benchmark.own_shots:
+    if few_shot or benchmark.own_shots:
         assert benchmark.read_shots is not None
         shot_files = locate(task, benchmark.shot_forms, folder, "for worked examples; set few_shot to 0")
         if shot_files == files and benchmark.read_shots == benchmark.read:
@@ -131,42 +234,22 @@ def load(
     if benchmark.own_shots and len(shots) != benchmark.own_shots:
         raise ValueError(f"{task}: {', '.join(shot_files)} holds {len(shots)} of the {benchmark.own_shots} problems "
                          f"that its prompt shows ({shots_skipped}).")
-    contexts = _contexts(task, form, items, shots, wanted, seed, fixed=bool(benchmark.own_shots))
-    # Either kind alone, as a reader makes items of one kind.
-    if few_shot and task in NEXT_EXAMPLE and (stop := form.separator + NEXT_EXAMPLE[task]):
-        items = [item._replace(extra={**item.extra, "stop": (stop,)}) for item in items]
-    made: tuple[Any, ...] = tuple(
-        _question(task, form, item, context) for item, context in zip(items, contexts, strict=True))
-    all_files = list(dict.fromkeys([*files, *shot_files]))
-    return Loaded(
-        name=task, questions=made, sha256=content_hash(all_files), read=len(items) + skipped.total(),
-        skipped=dict(skipped), is_sample=data_dir is None or is_sample(all_files), files=tuple(all_files),
-        worked_examples=len(shots), worked_examples_skipped=dict(shots_skipped),
-    )
+    return _Source(task, templates.TEMPLATES[task], items, skipped, files, shots, shots_skipped, shot_files,
+                   benchmark.own_shots, NEXT_EXAMPLE.get(task))
 
 
-def read_items(task: str, data_dir: str | None) -> tuple[list[Item], Counts, list[str]]:
-    """What `load` makes questions of, in their order and with their ids; how many records are none for which reason;
-    and the files. Arguments and errors are those of `load`.
-    """
-    benchmark = _known(task)
-    files = locate(task, benchmark.forms, SAMPLES if data_dir is None else data_dir)
-    return *_read(task, benchmark.read, files, "questions"), files
-
-
-def _known(task: str) -> Benchmark:
-    if task not in BENCHMARKS:
-        hint = templates.nearest(task, BENCHMARKS) if isinstance(task, str) else ""
-        raise ValueError(f"There is no benchmark {task!r}, only {', '.join(BENCHMARKS)}.{hint}")
-    return BENCHMARKS[task]
+def _require_few_shot(task: str, few_shot: int) -> None:
+    if not isinstance(few_shot, int) or isinstance(few_shot, bool) or few_shot < 0:
+        raise ValueError(f"{task}: few_shot must be a whole number, 0 or more; found {few_shot!r}.")
 
 
 def _check_few_shot(task: str, benchmark: Benchmark, few_shot: int) -> None:
-    if not isinstance(few_shot, int) or isinstance(few_shot, bool) or few_shot < 0:
-        raise ValueError(f"{task}: few_shot must be a whole number, 0 or more; found {few_shot!r}.")
+    _require_few_shot(task, few_shot)
     if few_shot and benchmark.own_shots:
         raise ValueError(f"{task}: its prompt shows {benchmark.own_shots} solved problems of its own; set few_shot to "
                          "0, or evaluate mbpp.")
+    if few_shot and benchmark.read_shots is None:
+        raise ValueError(f"{task}: it has no worked examples; set few_shot to 0.")
 
 
 def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[list[Item], Counts]:

@@ -10,13 +10,15 @@ In English the space before what is scored belongs to it, since a token does.
 
 import difflib
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from tasks.benchmarks.mbpp import BEGIN, DONE
 from tasks.benchmarks.questions import Candidate, Item
 
 RELEASED, PAPER, MULTIPLE_CHOICE = "released", "paper", "multiple_choice"
+# How the questions of a file of one's own are answered.
+CHOICES, TEXT, NUMBER, PROGRAMS, FUNCTIONS = "choices", "text", "number", "programs", "functions"
 DEFAULT = "default"  # in a mapping of templates by tasks, all that are not named
 
 
@@ -116,15 +118,41 @@ TEMPLATES: dict[str, dict[str, Template]] = {
         RELEASED: Template("You are an expert Python programmer, and here is your task: {text} Your code should pass "
                            f"these tests:\n\n{{tests}}\n{BEGIN}\n", f"{{code}}\n{DONE}", "\n\n"),
     },
+    # The study has none; the problem is its own prompt.
+    "humaneval": {RELEASED: Template("{prompt}", "{code}", "\n\n")},
     "dureader": {
         RELEASED: Template("阅读文章:{context}\n问：{question}\n答：", "{answer}"),
         PAPER: Template("Read document: {context}\n Question:{question} \n Answer:", " {answer}"),
     },
 }
 
+_ANSWER = Template("{passage_line}Question: {question}\nAnswer:", " {answer}", "\n\n")
+# Of files of one's own, by how their questions are answered.
+OF_FILES: dict[str, dict[str, Template]] = {
+    CHOICES: {
+        RELEASED: Template("{passage_line}Question: {question}\nAnswer:", " {choice}", "\n\n"),
+        MULTIPLE_CHOICE: Template("{passage_line}Question: {question}\n{options}\nAnswer:", " {choice}", "\n\n"),
+    },
+    TEXT: {RELEASED: _ANSWER},
+    NUMBER: {RELEASED: _ANSWER},
+    # As mbpp_three_shot.
+    PROGRAMS: {
+        RELEASED: Template("You are an expert Python programmer, and here is your task: {question} Your code should "
+                           f"pass these tests:\n\n{{tests}}\n{BEGIN}\n", f"{{code}}\n{DONE}", "\n\n"),
+    },
+    FUNCTIONS: TEMPLATES["humaneval"],
+}
 
-def of_task(task: str, template: str | Mapping[str, Any]) -> str | Mapping[str, str]:
+
+def of_task(
+    task: str, template: str | Mapping[str, Any], others: Collection[str] = ()
+) -> str | Mapping[str, str]:
     """What holds for one task: a template for all, or that of a mapping by tasks, in which "default" names the rest.
+
+    Args:
+      task: its name.
+      template: what the user asks for.
+      others: names of tasks beside `TEMPLATES`.
 
     Raises:
       ValueError: one line; the mapping names what is no task.
@@ -132,17 +160,19 @@ def of_task(task: str, template: str | Mapping[str, Any]) -> str | Mapping[str, 
     if not isinstance(template, Mapping) or not template or template.keys() & set(Template._fields):
         return template
     for name in template:
-        if name not in TEMPLATES and name != DEFAULT:
+        if name not in TEMPLATES and name not in others and name != DEFAULT:
             raise ValueError(f"TEMPLATE names {name!r}, which is neither a benchmark, nor {DEFAULT!r}, nor one of a "
-                             f"template's parts, {', '.join(Template._fields)}.{nearest(str(name), TEMPLATES)}")
+                             f"template's parts, {', '.join(Template._fields)}."
+                             f"{nearest(str(name), [*TEMPLATES, *others])}")
     return template.get(task, template.get(DEFAULT, RELEASED))
 
 
-def resolve(task: str, template: str | Mapping[str, str]) -> Template:
+def resolve(task: str, template: str | Mapping[str, str], named: Mapping[str, Template]) -> Template:
     """The template of a name, or a user's own.
 
     Args:
-      task: one of `TEMPLATES`.
+      task: its name, for messages.
+      named: the templates that it has by name.
       template: a name, or {"prompt": ..., "continuation": ...} and perhaps "separator". Where the answer is written,
         the continuation is needed for worked examples alone.
 
@@ -150,7 +180,6 @@ def resolve(task: str, template: str | Mapping[str, str]) -> Template:
       ValueError: one line; there is no such template, or the mapping is malformed.
     """
     if isinstance(template, str):
-        named = TEMPLATES[task]
         if template in named:
             return named[template]
         raise ValueError(f"{task}: there is no template {template!r}, only {', '.join(named)}; or give your own as "

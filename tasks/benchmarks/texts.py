@@ -6,9 +6,10 @@ nothing; answers that are the same few words in all questions, such as "correct"
 belong to no question.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from tasks.benchmarks.loading import read_items
+from tasks.benchmarks.loading import NO_SPECS, read_items
 from tasks.benchmarks.locating import content_hash, is_sample
 
 _CHOICES = ("question", "choice")
@@ -26,11 +27,14 @@ PARTS: dict[str, tuple[str, ...]] = {
     "cosqa": ("doc", "code"),
     "mbpp": ("text", "code"),
     "mbpp_three_shot": ("text", "code"),
+    "humaneval": ("prompt", "code"),
     "c3": ("context", *_CHOICES),
     "ocnli": _SENTENCES,
     "cmnli": _SENTENCES,
     "dureader": ("context", "question", "answer"),
 }
+# Of files of one's own: those that an item has.
+OF_FILES = ("passage", "prompt", "question", "choice", "answer", "code")
 
 
 class Texts(NamedTuple):
@@ -49,11 +53,11 @@ class Texts(NamedTuple):
     parts: dict[str, tuple[str, ...]]
 
 
-def read_texts(task: str, data_dir: str | None) -> Texts:
+def read_texts(task: str, data_dir: str | None, specs: Mapping[str, Mapping[str, Any]] = NO_SPECS) -> Texts:
     """Reads the texts of a task's questions, whose ids are those of `load`; arguments and errors are its too."""
-    items, _, files = read_items(task, data_dir)
+    items, name, files = read_items(task, data_dir, specs)
     parts = {}
     for item in items:
         right = item.candidates[item.answer[0]]
-        parts[item.id] = tuple(right[field] for field in PARTS[task])
-    return Texts(task, data_dir is None or is_sample(files), content_hash(files), parts)
+        parts[item.id] = tuple(right[field] for field in PARTS.get(name, OF_FILES) if right.get(field))
+    return Texts(name, name in PARTS and data_dir is None or is_sample(files), content_hash(files), parts)

@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 ASK = "__ask__"  # the judge's function: ASK(i, *values) has the program compute the i-th call
 
 # ("import", source): for the judge and for the program; ("run", source): for the program;
-# ("judge", source of the assert, its condition with ASK in it, the program's parts of it as sources of functions)
-Step = tuple[str, str] | tuple[str, str, str, list[str]]
+# ("judge", source of the assert, its condition with ASK in it, the program's parts of it as sources of functions);
+# ("check", source of a module that defines `check`, name of the program's function that `check` is given)
+Step = tuple[str, str] | tuple[str, str, str] | tuple[str, str, str, list[str]]
 
 # Functions that the program may compute where all of their arguments are its own: what comes of them is data.
 _COMPUTED = frozenset("""
@@ -64,6 +65,28 @@ def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
     if not any(step[0] == "judge" for step in found):
         raise Unjudged("that hold no assert, and so pass anything", "\n".join(tests))
     return found
+
+
+def check_steps(tests: Sequence[str], entry_point: str) -> list[Step]:
+    """Tests in HumanEval's form as a step that the judge runs by itself.
+
+    Args:
+      tests: Python that, joined, defines `check(candidate)` and all that it uses; none of it is the program's.
+      entry_point: the name of the program's function that becomes `candidate`.
+
+    Raises:
+      Unjudged: it is not Python, defines no such function, or one that holds no assert or does not use its argument.
+    """
+    source = "\n\n".join(tests)
+    checks = [node for node in parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    if not checks or len(checks[-1].args.args) != 1:
+        raise Unjudged("that define no function check(candidate)", source)
+    inner = list(ast.walk(checks[-1]))
+    candidate = checks[-1].args.args[0].arg
+    if not any(isinstance(node, ast.Assert) for node in inner) or not any(
+            isinstance(node, ast.Name) and node.id == candidate for node in inner):
+        raise Unjudged("that assert nothing of the program, and so pass anything", source)
+    return [("check", source, entry_point)]
 
 
 def parse(source: str) -> ast.Module:

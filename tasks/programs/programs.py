@@ -1,4 +1,7 @@
-"""MBPP by running its programs: what the sandbox needs of a record. For pass@k see `tasks.benchmarks.metrics`."""
+"""MBPP and HumanEval by running their programs: what the sandbox needs of a record.
+
+For pass@k see `tasks.benchmarks.metrics`.
+"""
 
 import ast
 import dataclasses
@@ -13,18 +16,56 @@ class ProgramTests:
     """What makes programs of a problem into what the sandbox runs.
 
     Attributes:
-      task_id: the problem's number.
-      tests: imports, preparations and asserts, in order.
+      task_id: the problem's number or name.
+      tests: imports, preparations and asserts, in order; or what defines HumanEval's `check`.
       defined: names of builtins that the problem has a program define.
+      begin: what the problem gives of a program: what is generated goes on behind it.
+      entry_point: the function that `check` is given.
     """
 
-    task_id: int
+    task_id: int | str
     tests: tuple[str, ...]
-    defined: frozenset[str]
+    defined: frozenset[str] = frozenset()
+    begin: str = ""
+    entry_point: str = ""
 
     def of(self, source: str) -> sandbox.Program:
         """A program, as generated, with these tests."""
-        return sandbox.Program(source, self.tests, self.defined)
+        return sandbox.Program(self.begin + source, self.tests, self.defined, self.entry_point)
+
+
+def is_problem(record: Mapping[str, Any]) -> bool:
+    """Whether a record has tests for programs."""
+    return "test_list" in record or "entry_point" in record
+
+
+def problem_tests(record: Mapping[str, Any]) -> ProgramTests:
+    """The tests of a record of HumanEval, which has an `entry_point`, or else of MBPP; raises as these do."""
+    return check_tests(record) if "entry_point" in record else program_tests(record)
+
+
+def check_tests(record: Mapping[str, Any]) -> ProgramTests:
+    """The tests of a HumanEval record.
+
+    The problem, solved, stands before `check` too, which uses functions that its prompt defines (problems 32, 38 and
+    50): there they are as the problem has them, whatever a program makes of these names.
+
+    Args:
+      record: a record with `task_id`, `prompt`, `code` that goes on behind the prompt, `test` and `entry_point`, all of
+        them texts.
+
+    Raises:
+      assertions.Unjudged: its tests cannot be judged.
+      ValueError: prompt and code are not Python.
+    """
+    solved = record["prompt"] + record["code"]
+    try:
+        assertions.parse(solved)
+    except assertions.Unjudged as error:
+        raise ValueError(f"{record['task_id']}: the solution is not Python: {solved!r:.300}") from error
+    tests = (solved, record["test"])
+    assertions.check_steps(tests, record["entry_point"])
+    return ProgramTests(record["task_id"], tests, begin=record["prompt"], entry_point=record["entry_point"])
 
 
 def program_tests(record: Mapping[str, Any], challenge: bool = False) -> ProgramTests:

@@ -25,7 +25,8 @@ Success cannot be claimed, only had. Each `assert` is taken apart (`assertions`)
 for the values of its own calls and answers in plain data (`values`). The comparison is evaluated in another
 process (`trial`), which the program cannot see, signal or write to, and which reads the tests only when the
 program's process already runs in another memory. So neither the expected values nor the verdict are within its reach,
-whatever it does to builtins, frames, exceptions, descriptors, its exit, or its objects' `__eq__`.
+whatever it does to builtins, frames, exceptions, descriptors, its exit, or its objects' `__eq__`. Tests in HumanEval's
+form, a function `check(candidate)`, run in that other process as a whole; each call of `candidate` is asked likewise.
 
 A verdict is that of plain `exec` of program and tests, but for:
   - objects of the program's own that claim to be equal to, or less than, an expected value that is none; subclasses of
@@ -34,7 +35,7 @@ A verdict is that of plain `exec` of program and tests, but for:
     is a copy here;
   - tests that look names up by their texts: `eval`, `globals`; names assigned within an assert and used outside of one;
   - values of more than 8 MiB as JSON, and values of libraries beyond the standard one: NumPy is not there;
-  - asserts within other statements, which are not judged: a record that has one is no question;
+  - asserts within other statements, but for those of a `check`, are not judged: a record that has one is no question;
   - an iterator that is asked for more than 100 items, which runs ahead of what is asked, to twice as many;
   - what the sandbox withholds: input, files, sockets, further programs, record locks (SQLite on files needs them).
 
@@ -98,11 +99,19 @@ class Program:
       source: its text, run as a module whose `__name__` is "program".
       tests: Python statements as `assertions.steps` takes them, run after it in this order.
       defined: names of builtins that the tests mean as the program's own, such as a function called `sum`.
+      entry_point: where it is given, tests are as `assertions.check_steps` takes them: a function `check`, which is
+        given the program's function of this name.
     """
 
     source: str
     tests: tuple[str, ...]
     defined: Collection[str] = ()
+    entry_point: str = ""
+
+    def steps(self) -> list[assertions.Step]:
+        """What the judge goes through. Raises `assertions.Unjudged`, a ValueError, where it cannot."""
+        return assertions.check_steps(self.tests, self.entry_point) if self.entry_point else assertions.steps(
+            self.tests, self.defined)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +168,7 @@ def run_programs(programs: Sequence[Program], *, workers: int | None = None, lim
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    jobs = [json.dumps({"source": program.source, "steps": assertions.steps(program.tests, program.defined)}).encode()
-            for program in programs]
+    jobs = [json.dumps({"source": program.source, "steps": program.steps()}).encode() for program in programs]
     if jobs and not insist:
         require_guarantees()
     return [outcome for outcome, _ in _run(jobs, workers, limits or Limits(), insist, progress)]

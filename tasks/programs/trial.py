@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -37,6 +38,14 @@ class Ended(Exception):
         super().__init__(verdict, detail)
         self.verdict, self.detail = verdict, detail
         self.raised = raised  # the exception's name and text
+
+    def as_builtin(self) -> Exception | None:
+        """What the program raised, if that is an exception of Python's own; None else."""
+        name, text = self.raised
+        kind = getattr(builtins, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
+            return None
+        return kind(text)
 
 
 def main() -> None:
@@ -131,11 +140,13 @@ def _go_through(job: dict[str, Any], conversation: "_Conversation") -> None:
     conversation.ask({"run": job["source"]})
     names: dict[str, Any] = {}
     for kind, source, *rest in job["steps"]:
-        if kind != "judge":
+        if kind in ("import", "run"):
             conversation.ask({"run": source})
         try:
             if kind == "import":
                 exec(source, names)
+            elif kind == "check":
+                _check(source, rest[0], conversation)
             elif kind == "judge":
                 _judge_assert(source, rest[0], rest[1], names, conversation)
         except Ended:
@@ -157,6 +168,36 @@ def _judge_assert(source: str, condition: str, parts: list[str], names: dict[str
     names[assertions.ASK] = ask
     if not eval(condition, names):
         raise Ended("failed", f"AssertionError: {source} (got {reprlib.repr(got[-1]) if got else 'nothing'})")
+
+
+def _check(source: str, entry_point: str, conversation: "_Conversation") -> None:
+    """Runs `check` of a module with a stand-in of the program's function; returns if it did."""
+    ended: list[Ended] = []  # which a test that catches all exceptions must not hide
+
+    def candidate(*arguments: Any, **named: Any) -> Any:
+        try:
+            return conversation.value(
+                {"call": f"lambda arguments, named: {entry_point}(*arguments, **named)"}, (arguments, named))
+        except Ended as error:
+            if raised := error.as_builtin():
+                raise raised from None
+            ended.append(error)
+            raise
+
+    names: dict[str, Any] = {"__name__": "tests"}
+    exec(compile(source, "tests", "exec", dont_inherit=True), names)
+    names[entry_point] = candidate  # which some tests call by its own name
+    try:
+        names["check"](candidate)
+    except (Ended, MemoryError):
+        raise
+    except Exception as error:
+        lines = [frame.lineno or 1 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "tests"]
+        where = source.split("\n")[lines[-1] - 1].strip()
+        what = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise (ended[0] if ended else Ended("failed", f"{what} (in {where})")) from None
+    if ended:
+        raise ended[0]
 
 
 class _Conversation:
@@ -185,11 +226,9 @@ class _Conversation:
         try:
             return self.value({"use": how, "object": number}, arguments)
         except Ended as ended:
-            name, text = ended.raised
-            kind = getattr(builtins, name, None)
-            if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
-                raise
-            raise kind(text) from None
+            if raised := ended.as_builtin():
+                raise raised from None
+            raise
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """What the program's process answers.

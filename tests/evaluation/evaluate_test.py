@@ -1,5 +1,6 @@
 """`t5x eval`: against the plain computation of every candidate, through interruptions, and after slips."""
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -515,3 +516,69 @@ def test_slips_get_one_line(capsys, run_dir, more, message):
     assert cli.main(flags(run_dir, *more)) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], lines
+
+
+# ---- Files of questions ------------------------------------------------------------------------
+
+
+def write_lines(path: Path, *records: dict) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_files_of_questions(run_dir, tmp_path, capsys, monkeypatch):
+    """Choices and numbers of files of one's own, asked as any benchmark is, compared, and gone on from."""
+    monkeypatch.chdir(tmp_path)
+    choices = write_lines(tmp_path / "my-questions.jsonl", *(
+        {"question": f"{number}?", "choices": ["no", "yes", "perhaps"], "answer": "ABC"[number % 3]}
+        for number in range(9)))
+    write_lines(tmp_path / "sums.jsonl", {"stem": "3 + 4?", "answer": "#### 7"}, {"stem": "2 + 2?", "answer": "#### 4"})
+    more = ["--gin.TASKS=['my-questions.jsonl', 'sums', 'logic']", "--gin.FEW_SHOT=1",
+            "--gin.sampling.max_new_tokens=4",
+            "--gin.BENCHMARKS={'sums': {'file': 'sums.jsonl', 'fields': {'question': 'stem'}}}"]
+    for results in ("A/results", "B/results"):
+        assert cli.main(flags(run_dir, *more, f"--gin.evaluate.results_dir={tmp_path}/{results}")) == 0
+    printed = capsys.readouterr().out
+    assert "my_questions" in printed and "sums exact_match" in printed
+    folder = tmp_path / "A" / "results"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "logic_sample.json", "logic_sample.jsonl", "my_questions.json", "my_questions.jsonl", "sums.json", "sums.jsonl"]
+    result = json.loads((folder / "my_questions.json").read_text())
+    assert (result["n"], result["chance"], result["sample"]) == (9, pytest.approx(1 / 3), False)
+    assert result["interval"][0] <= result["value"] <= result["interval"][1]
+    assert result["files"] == [str(choices)] and result["settings"]["few_shot"] == 1
+    assert result["settings"]["data"] == hashlib.sha256(choices.read_bytes()).hexdigest()
+    numbers = json.loads((folder / "sums.json").read_text())
+    assert numbers["metric"] == "exact_match" and "GSM8K" in numbers["rule"]
+    assert {one.task for one in compare(str(tmp_path / "A"), str(tmp_path / "B"))} == {
+        "my_questions", "sums", "logic_sample"}
+    # Asked again there is nothing to do; of other questions under the same name, all of it.
+    before = (folder / "my_questions.jsonl").stat().st_mtime_ns, (folder / "my_questions.jsonl").read_text()
+    write_lines(choices, {"question": "9?", "choices": ["no", "yes"], "answer": 1})
+    assert cli.main(flags(run_dir, *more[:1], *more[2:], f"--gin.evaluate.results_dir={folder}")) == 0
+    assert json.loads((folder / "my_questions.json").read_text())["n"] == 1
+    assert (folder / "my_questions.jsonl").read_text() != before[1]
+
+
+def test_files_that_are_refused_before_a_model_is_loaded(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "trained_model", lambda *_: pytest.fail("a model is loaded"))
+    broken = write_lines(tmp_path / "q.jsonl", {"question": "1?", "choices": ["no", "yes"]})
+    assert cli.main(flags(run_dir, f"--gin.TASKS=['logic', '{broken}']")) == 1
+    assert f"error: {broken}, line 1: there is no 'answer', only 'question', 'choices'; if " in capsys.readouterr().err
+    record = {"question": "1?", "choices": ["no", "yes"], "answer": 1}
+    files = [str(write_lines(tmp_path / folder / "q.jsonl", record)) for folder in ("a", "b")]
+    assert cli.main(flags(run_dir, f"--gin.TASKS={files}")) == 1
+    assert "error: TASKS names two files of one name, 'q': give one of them another by" in capsys.readouterr().err
+    assert not (run_dir / "results" / "q.json").exists()
+
+
+def test_files_of_questions_while_training(run_dir, tmp_path):
+    """EVAL_TASKS takes them in every stage."""
+    path = write_lines(tmp_path / "q.jsonl", {"stem": "1?", "choices": ["no", "yes"], "answer": 1})
+    asked = [("EVAL_TASKS", "['mine', 'logic']"),
+             ("BENCHMARKS", str({"mine": {"file": str(path), "fields": {"question": "stem"}}}))]
+    start = [("MODEL_DIR", str(tmp_path)), ("INITIAL_CHECKPOINT_PATH", str(run_dir))]
+    for file, more in (("gin/mixed_pretrain.gin", []), ("gin/tune.gin", start), ("gin/continue_pretrain.gin", start)):
+        evaluation = build(read_configuration([file], asked + more), "evaluation")
+        assert [one.name for one in evaluation.load()] == ["mine", "logic"]

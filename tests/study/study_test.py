@@ -15,6 +15,7 @@ import pytest
 from codellm_jax import cli
 from codellm_jax.configuration import build, read_configuration
 from codellm_jax.runtime.provenance import package_versions
+from codellm_jax.study.planned import _results as planned_results
 from codellm_jax.study.planned import planned_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -411,3 +412,49 @@ def test_four_workers_of_whom_two_are_killed_train_what_one_trains(study_flags, 
         assert all(end is None and after[0] % 40 == 0 for (_, end), after in zip(ends, ends[1:], strict=False))
         killed += len(ends) - 1
     assert killed <= 2
+
+
+def test_results_of_a_file_of_questions(tmp_path, monkeypatch):
+    """They are those of the file that TASKS names, or of the options in BENCHMARKS; what others say is free."""
+    monkeypatch.chdir(tmp_path)
+
+    def planned(task: str, specs: dict) -> Any:
+        configuration = read_configuration(["gin/study.gin"], [
+            ("STUDY_DIR", str(tmp_path)), ("evaluation/TASKS", str([task])), ("BENCHMARKS", str(specs))])
+        return next(iter(planned_runs(build(configuration, "study"), configuration, [])[0]))
+
+    def write(name: str, file: str, specs: dict) -> None:
+        one = planned(name, specs)
+        results = Path(one.folder) / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        (results / f"{name}.json").write_text(json.dumps({
+            "checkpoint": {"digest": "d"}, "files": [file], "provenance": {"asked": dict(one.evaluation.asked)}}))
+
+    mine, other = ({"mine": {"file": file}} for file in ("a.jsonl", "b.jsonl"))
+    write("my_questions", str(tmp_path / "my-questions.jsonl"), {})
+    assert planned_results(planned("my-questions.jsonl", mine), "d") == ([], True)
+    write("my_questions", str(tmp_path / "other" / "my-questions.jsonl"), {})
+    assert planned_results(planned("my-questions.jsonl", {}), "d") == ([], False)
+    write("mine", str(tmp_path / "a.jsonl"), mine)
+    assert planned_results(planned("mine", mine), "d") == ([], True)
+    assert planned_results(planned("mine", other), "d") == ([], False)
+
+
+@pytest.mark.slow
+def test_a_study_on_files_of_questions(study_flags, tmp_path, capfd):
+    """Searched for, asked and reported like the others, by a name of BENCHMARKS and by the path itself."""
+    record = {"stem": "Which?", "choices": ["one", "two"], "answer": 1}
+    (tmp_path / "own.jsonl").write_text(f"{json.dumps(record)}\n" * 5)
+    (tmp_path / "sums.jsonl").write_text('{"question": "3 + 4?", "answer": "#### 7"}\n')
+    specs = {"mine": {"file": f"{tmp_path}/own.jsonl", "fields": {"question": "stem"}}}
+    flags = [*study_flags[:-1], f"--gin.evaluation/TASKS=['mine', '{tmp_path}/sums.jsonl']",
+             "--gin.evaluation/sampling.max_new_tokens=4", f"--gin.BENCHMARKS={specs}"]
+    assert cli.main(command(tmp_path / "study", flags, {"NL": NL})) == 0
+    results = tmp_path / "study" / "runs" / "NL.seed0" / "results"
+    assert {path.name for path in results.glob("*.json")} == {"mine.json", "sums.json"}
+    assert read(tmp_path / "study" / "contamination.json")["tasks"].keys() == {"mine", "sums"}
+    report = "".join(path.read_text() for path in (tmp_path / "study" / "report").glob("*.md"))
+    assert "mine" in report and "sums" in report
+    capfd.readouterr()
+    assert cli.main(command(tmp_path / "study", flags, {"NL": NL})) == 0
+    assert "evaluat" not in capfd.readouterr().out.replace("trained and evaluated", "")

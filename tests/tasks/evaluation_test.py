@@ -119,6 +119,19 @@ def test_registered_again_for_other_data() -> None:
         _examples("again.cosqa")
 
 
+def test_files_of_ones_own(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "sky.jsonl").write_text('{"question": "Blue?", "choices": ["sky", "grass"], "answer": "sky"}')
+    (tmp_path / "sums.jsonl").write_text('{"question": "3 + 4?", "answer": "#### 7"}\n{"question": "1?", "answer": 1}')
+    names = evaluation.register(None, prefix="own.", specs={
+        name: {"file": f"{tmp_path}/{name}.jsonl"} for name in ("sky", "sums")})
+    assert names == [f"own.{benchmark}" for benchmark in (*BENCHMARKS, "sky", "sums")]
+    [first, second] = _examples("own.sky")
+    assert [one["targets_pretokenized"].decode() for one in (first, second)] == [" sky", " grass"]
+    assert first["answer"] == second["answer"] == 0
+    task = seqio.get_mixture_or_task("own.sums")
+    assert task.metric_fns[0]([0, 1], ["so #### 7", "2"]) == {"exact_match": 0.5}
+
+
 def test_another_vocabulary() -> None:
     task = seqio.get_mixture_or_task("sample.logic")
     features = {name: seqio.Feature(seqio.ByteVocabulary(), add_eos=False) for name in ("inputs", "targets")}

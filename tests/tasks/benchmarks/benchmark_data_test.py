@@ -14,6 +14,8 @@ import pytest
 from tasks.benchmarks import locating
 from tasks.benchmarks.loading import BENCHMARKS, GENERATED, load
 from tasks.benchmarks.questions import Loaded, Prompt, Question
+from tasks.programs import sandbox
+from tasks.programs.programs import problem_tests
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 DATA = ROOT.parent / "shared" / "data" / "benchmarks"
@@ -36,7 +38,7 @@ def test_samples(task: str) -> None:
     assert not answers or collections.Counter(answers).most_common(1)[0][1] <= len(answers) * 0.6
 
 
-@pytest.mark.parametrize("task", [task for task in BENCHMARKS if task != "mbpp_three_shot"])
+@pytest.mark.parametrize("task", [task for task in BENCHMARKS if task not in ("mbpp_three_shot", "humaneval")])
 def test_samples_have_worked_examples(task: str) -> None:
     loaded = load(task, None, few_shot=2)
     assert loaded.worked_examples >= 2 and loaded.is_sample
@@ -64,6 +66,14 @@ def test_sample_programs_pass_their_tests(file: str) -> None:
         for line in [*problem.get("test_imports", []), problem.get("test_setup_code", ""), problem["code"],
                      *problem["test_list"]]:
             exec(line, scope)  # Our own programs.
+
+
+def test_sample_functions_pass_their_checks() -> None:
+    """As HumanEval's own harness runs them: prompt, function and check, one behind the other."""
+    for line in (pathlib.Path(locating.SAMPLES) / "HumanEval.jsonl").read_text().splitlines():
+        problem, scope = json.loads(line), {}
+        exec(problem["prompt"] + problem["canonical_solution"] + problem["test"], scope)
+        scope["check"](scope[problem["entry_point"]])  # Our own programs.
 
 
 def test_sample_answers_are_in_their_texts() -> None:
@@ -130,6 +140,20 @@ def test_real_prompts() -> None:
                and len(prompt.extra["test_list"]) == 3 and prompt.extra["stop"] == ("[DONE]",)
                for prompt in three_shot.questions)
     assert not any("\r" in prompt.prompt for prompt in three_shot.questions if isinstance(prompt, Prompt))
+
+
+@real
+@pytest.mark.skipif(not all(sandbox.guarantees().values()), reason="this host lacks namespaces")
+def test_real_functions() -> None:
+    """The solution of each of HumanEval's problems passes, and a function that returns nothing passes none."""
+    questions = load("humaneval", str(DATA.parent)).questions
+    assert [question.id for question in questions] == [f"HumanEval/{number}" for number in range(164)]
+    solutions = [question.references[0] for question in questions if isinstance(question, Prompt)]
+    tests = [problem_tests({**question.extra, "code": code})
+             for question, code in zip(questions, solutions, strict=True) if isinstance(question, Prompt)]
+    outcomes = sandbox.run_programs([test.of(code) for test, code in zip(tests, solutions, strict=True)]
+                                    + [test.of("    return None\n") for test in tests])
+    assert [outcome.passed for outcome in outcomes] == [True] * 164 + [False] * 164
 
 
 @real

@@ -80,6 +80,7 @@ GOLDEN = {
     ("mbpp_three_shot", RELEASED): (
         SHOWN + "You are an expert Python programmer, and here is your task: Task 11. Your code should pass these "
         "tests:\n\nassert f11()\nassert not f11()\n[BEGIN]\n",),
+    ("humaneval", RELEASED): ('def f(x):\n    """Twice x."""\n',),
     ("dureader", RELEASED): ("阅读文章:文章\n问：问题\n答：",),
     ("dureader", PAPER): ("Read document: 文章\n Question:问题 \n Answer:",),
 }
@@ -102,6 +103,9 @@ def data_dir(write: Callable[..., str], tmp_path: pathlib.Path) -> str:
     write("sanitized-mbpp.json", [{"task_id": 12, "prompt": "Write f.", "code": "def f(): ...",
                                    "test_list": ["assert f()"]}])
     write("mbpp.jsonl", "".join(json.dumps(record) + "\n" for record in MBPP))
+    write("human-eval/data/HumanEval.jsonl", json.dumps({
+        "task_id": "HumanEval/0", "prompt": 'def f(x):\r\n    """Twice x."""\r\n', "entry_point": "f",
+        "canonical_solution": "    return 2 * x\n", "test": "def check(candidate):\n    assert candidate(1) == 2\n"}))
     write("dureader/dev.json", [{"text_a": "文章", "text_b": "问题", "label": "文"}])
     return str(tmp_path)
 

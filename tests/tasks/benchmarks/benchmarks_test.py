@@ -43,6 +43,8 @@ PARAGRAPH = {"context": " 文章 ", "qas": [{"id": "7", "question": "问题", "a
 READING = {"id": 7, "text_a": " 文章 ", "text_b": "问题", "text_c": "", "label": "文"}
 PROGRAM = {"task_id": 7, "prompt": "Write f.", "code": "def f():\r\n    pass", "test_imports": [],
            "test_list": ["assert f() is None"]}
+FUNCTION = {"task_id": "h/7", "prompt": 'def f():\r\n    """One."""\r\n', "entry_point": "f",
+            "canonical_solution": "    return 1\r\n", "test": "def check(candidate):\n    assert candidate() == 1\n"}
 C3: list[Any] = [["男：甲", "女：乙"], [{"question": "谁？", "choice": ["丙", "丁"], "answer": "丁"}], "7"]
 
 
@@ -213,6 +215,15 @@ BROKEN: dict[str, tuple[str, Any, dict[str, int]]] = {
          "with tests that have an assert within another statement": 1,
          "with tests that hold no assert, and so pass anything": 1,
          "with tests that import names without telling them": 1, "whose solution is not Python": 1}),
+    "humaneval": (
+        "HumanEval.jsonl.gz",
+        gzip.compress(json_lines([
+            FUNCTION, FUNCTION | {"canonical_solution": ""}, FUNCTION | {"prompt": " "}, FUNCTION | {"test": None},
+            FUNCTION | {"entry_point": "f(); g"}, FUNCTION | {"test": "def check(candidate):\n    candidate()"},
+            FUNCTION | {"test": "assert f()"}, FUNCTION | {"prompt": "def f("}, {"task_id": 1}]).encode(), mtime=0),
+        {NO_ANSWER: 2, "empty": 2, "whose entry_point is no name of a function": 1, "whose solution is not Python": 1,
+         "with tests that define no function check(candidate)": 1,
+         "with tests that assert nothing of the program, and so pass anything": 1}),
 }
 
 
@@ -389,3 +400,8 @@ def test_worked_programs_are_no_questions(write: Write, tmp_path: pathlib.Path) 
     [question] = loaded.questions
     assert isinstance(question, Prompt) and question.prompt.endswith("\n\nWrite f.")
     assert sorted(question.prompt.split("\n")[1::3]) == ["program 601", "program 609"]
+
+
+def test_humaneval_has_no_worked_examples() -> None:
+    with pytest.raises(ValueError, match="^humaneval: it has no worked examples; set few_shot to 0.$"):
+        load("humaneval", None, few_shot=1)

@@ -1,4 +1,4 @@
-"""MBPP's records as programs with tests."""
+"""The records of MBPP and HumanEval as programs with tests."""
 
 import json
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from tasks.programs import sandbox
-from tasks.programs.programs import program_tests
+from tasks.programs.programs import check_tests, program_tests
 
 DATA = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data" / "benchmarks" / "mbpp"
 needs_sandbox = pytest.mark.skipif(not all(sandbox.guarantees().values()), reason="this host lacks namespaces")
@@ -78,3 +78,78 @@ def test_reference_solutions_pass():
     outcomes = sandbox.run_programs([program_tests(record, challenge=True).of(record["code"]) for record in chosen])
     pairs = zip(chosen, outcomes, strict=True)
     assert not [(record["task_id"], outcome) for record, outcome in pairs if not outcome.passed]
+
+
+# ---- HumanEval ---------------------------------------------------------------------------------
+
+CHECKED = {"task_id": "h/1", "entry_point": "halve", "code": "    return x / 2\n", "prompt": '''def double(x):
+    return 2 * x
+
+
+def halve(x):
+    """Half of x; ValueError of a text."""
+''', "test": """import math
+
+
+def check(candidate):
+    for x in range(5):
+        assert double(candidate(x)) == x
+    assert math.isclose(candidate(x=0.2), 0.1) and halve(6) == 3
+    try:
+        candidate('x')
+    except ValueError:
+        return
+    assert False, 'no error'
+"""}
+RIGHT = "    if isinstance(x, str):\n        raise ValueError\n    return x / 2\n"
+
+
+def outcome_of(source: str, record: dict = CHECKED) -> sandbox.Outcome:
+    return sandbox.run_programs([check_tests(record).of(source)], insist=True)[0]
+
+
+def test_check_as_plain_exec_would():
+    """The same programs with `exec` of prompt, program, tests and a call of check, as HumanEval's own harness does."""
+    for source in (RIGHT, "    return x / 2\n", RIGHT.replace("/ 2", "/ 3"), RIGHT.replace("ValueError", "KeyError"),
+                   "    return None\n", "    return x /\n", "", RIGHT + "\n\nhalve = None\n"):
+        names: dict = {}
+        try:
+            exec(CHECKED["prompt"] + source + CHECKED["test"] + "\ncheck(halve)", names)
+            wanted = True
+        except Exception:
+            wanted = False
+        assert outcome_of(source).passed == wanted, source
+    assert outcome_of(RIGHT.replace("/ 2", "/ 3")).detail == "AssertionError (in assert double(candidate(x)) == x)"
+
+
+@pytest.mark.parametrize("attack", [
+    "    import sys\n    sys.modules['__main__'].check = sys.modules['program'].double = lambda *a: 0\n",
+    "    import os\n    os._exit(0)\n", "    raise SystemExit(0)\n", "    raise AssertionError\n",
+    "    class Any:\n        def __eq__(self, other): return True\n        def __rmul__(self, other): return self\n"
+    "        def __float__(self): return 0.1\n    return Any()\n",
+    "    return None\ndef double(x):\n    return x\ndef check(candidate):\n    pass\n"])
+def test_check_is_not_fooled(attack):
+    assert not outcome_of(attack).passed
+
+
+def test_a_test_that_catches_everything_hides_no_crash():
+    swallows = CHECKED | {"test": "def check(candidate):\n    try:\n        candidate(1)\n    except BaseException:\n"
+                                  "        pass\n    assert True\n"}
+    assert outcome_of("    raise ValueError\n", swallows).passed  # as plain `exec`
+    assert outcome_of("    import os\n    os._exit(0)\n", swallows).verdict == "crashed"
+
+
+@pytest.mark.parametrize("test,reason", [
+    ("def check(candidate): pass", "that assert nothing of the program"), ("x = 1", "that define no function check"),
+    ("def check(a, b):\n    assert a", "that define no function check"), ("def check(candidate", "that are not Python"),
+    ("def check(candidate):\n    assert 1 == 1", "that assert nothing of the program")])
+def test_checks_that_cannot_be_judged(test, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_tests(CHECKED | {"test": test})
+    with pytest.raises(ValueError, match="^h/1: the solution is not Python: "):
+        check_tests(CHECKED | {"code": "    return x /"})
+
+
+def test_a_prompt_that_is_no_program_by_itself():
+    assert outcome_of("    return x / 2\n", CHECKED | {
+        "prompt": "def halve(x):\n    # Half of x.\n", "test": "def check(f):\n    assert f(3) == 1.5"}).passed

@@ -1,0 +1,116 @@
+"""The records of a question file by our names of their fields; what is wrong with one is said with its place."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tasks.benchmarks.question_files import OUR_FIELDS, QuestionFile
+from tasks.corpora.files import Lost
+from tasks.corpora.records import placed_records
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A record.
+
+    Attributes:
+      of: its file.
+      place: such as "questions.jsonl, line 3".
+      values: as the file has them.
+    """
+
+    of: QuestionFile
+    place: str
+    values: Mapping[str, Any]
+
+    def fault(self, what: str) -> ValueError:
+        """What is wrong with the record, to be raised."""
+        return ValueError(f"{self.place}: {what}")
+
+    def get(self, field: str) -> Any:
+        """The value of a field; None if there is none."""
+        path = self._name(field)
+        return self.values[path] if path in self.values else _at(self.values, path.split("."))
+
+    def value(self, field: str) -> Any:
+        """The value of a field that must be there."""
+        value = self.get(field)
+        if value is None:
+            found = ", ".join(map(repr, self.values)) or "no fields"
+            option = f"'fields': {{{field!r}: ...}}"
+            raise self.fault(f"there is no {self._name(field)!r}, only {found}; if the {field} has another name, set "
+                             f"{self.of.setting(option)}.")
+        return value
+
+    def text(self, field: str) -> str:
+        """The text of a field that must be there."""
+        return self.as_text(field, self.value(field))
+
+    def optional(self, field: str) -> Any:
+        """The value of a field that must be there only if the file's name for it was given; None if it is not."""
+        return self.value(field) if field in self.of.fields else self.get(field)
+
+    def as_text(self, field: str, value: Any, numbers: bool = False) -> str:
+        """A value of a field that must be text and not blank; with `numbers` a number is taken as text, too."""
+        if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise self.fault(f"{self._name(field)!r} must hold text, found {shown(value)}.")
+        if not value.strip():
+            raise self.fault(f"{self._name(field)!r} is empty.")
+        return value
+
+    def own_id(self, number: int) -> str:
+        """The record's `id` or `task_id`, else its number in the file."""
+        value = self.optional("id")
+        value = self.get("task_id") if value is None else value
+        return str(number) if value is None else self.as_text("id", value, numbers=True)
+
+    def for_templates(self) -> dict[str, str]:
+        """The question, and the fields that are the file's own."""
+        own = {field: self.text(field) for field in self.of.fields if field not in OUR_FIELDS}
+        return {"question": self.text("question"), **own}
+
+    def passage(self) -> dict[str, str]:
+        """The passage, which may be missing or empty."""
+        value = self.optional("passage")
+        if value is not None and not isinstance(value, str):
+            raise self.fault(f"{self._name('passage')!r} must hold text, found {shown(value)}.")
+        return {"passage": value or "", "passage_line": f"{value}\n" if value else ""}
+
+    def _name(self, field: str) -> str:
+        return self.of.fields.get(field, field)
+
+
+def records(of: QuestionFile, path: str) -> Iterator[Record]:
+    """The records of a file in order.
+
+    Raises:
+      ValueError: one line; what stands in the file is no record, or it holds none.
+      OSError: one line; it cannot be read.
+    """
+    is_empty = True
+    for place, record in placed_records(path):
+        if isinstance(record, Lost):
+            raise ValueError(f"{place or path}: {record.reason}; a file of questions holds a JSON object in each line, "
+                             "in UTF-8.")
+        is_empty = False
+        yield Record(of, place, record)
+    if is_empty:
+        raise ValueError(f"{path} holds no questions.")
+
+
+def shown(value: Any) -> str:
+    """A value for messages."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _at(value: Any, path: Sequence[str]) -> Any:
+    """What lies at the end of a path of names, of a list for each of its values; None where nothing does."""
+    if not path:
+        return value
+    if isinstance(value, list):
+        found = [_at(one, path) for one in value]
+        return None if None in found else found
+    return _at(value[path[0]], path[1:]) if isinstance(value, Mapping) and path[0] in value else None

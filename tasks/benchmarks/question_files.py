@@ -1,0 +1,167 @@
+"""Benchmarks by files of one's own: JSON lines, or a JSON list, with a question in each record.
+
+    TASKS = ['questions.jsonl', 'physics']
+    BENCHMARKS = {'physics': {'file': 'data/physics.jsonl.gz', 'fields': {'question': 'stem', 'answer': 'key'}}}
+
+TASKS names a file, or a line of BENCHMARKS. Such a line has these options:
+
+  file             the path, local or gs://; the file may be compressed
+  answers          how questions are answered; by default the records tell
+                     'choices'    one of the `choices` is right, and they are scored
+                     'number'     a number is written (`matching.RULES`); the default where all answers are numbers,
+                                  alone or behind GSM8K's "####"
+                     'text'       a text is written (`matching.RULES`)
+                     'programs'   a Python program is written, which must pass `tests`, as in MBPP
+                     'functions'  likewise, of records in HumanEval's own form, with an `entry_point`
+  fields           what the file calls our fields (below). A dot leads into an object, and into each of a list:
+                   {'choices': 'question.choices.text'}. A name that is none of ours becomes a field of templates:
+                   {'subject': 'topic'}
+  answer_is        how the right choice is named: 'index' (from 0), 'ordinal' (from 1), 'letter' (one of `labels`,
+                   else A, B, C ...) or 'text'; by default the way that fits all records. An answer that may name two
+                   choices is refused
+  worked_examples  a file of the same form for FEW_SHOT; by default they are drawn from the other questions
+  stop             texts that end a written answer; by default a line end for 'text', "\\nQuestion:" for 'number',
+                   [DONE] for 'programs', and the stop sequences of HumanEval for 'functions'
+
+Fields of questions with choices: question, choices (a list, or an object with a letter for each), answer, and
+optionally passage, labels and id. Of questions with a written answer: question, answer (a reference, or a list of
+them), and optionally passage and id. Of programs: question, tests (asserts: a text, or a list), code (a program that
+passes them), and optionally setup and id. Templates name these fields, {passage_line} (the passage and a line end, or
+nothing), and for choices {choice}, {letter} and {options}.
+
+A file with anything wrong in it is refused as a whole, in a line that names the record.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from codellm_jax.contents import absolute, without_compression, word_of
+from tasks.benchmarks.templates import CHOICES, FUNCTIONS, NUMBER, OF_FILES, PROGRAMS, TEXT, nearest
+
+INDEX, ORDINAL, LETTER = "index", "ordinal", "letter"
+READINGS = (INDEX, ORDINAL, LETTER, TEXT)
+# The fields of each kind of answer.
+FIELDS: dict[str, tuple[str, ...]] = {
+    CHOICES: ("id", "question", "passage", "choices", "labels", "answer"),
+    TEXT: ("id", "question", "passage", "answer"),
+    NUMBER: ("id", "question", "passage", "answer"),
+    PROGRAMS: ("id", "question", "tests", "setup", "code"),
+    FUNCTIONS: (),
+}
+OUR_FIELDS = frozenset(field for fields in FIELDS.values() for field in fields)
+_MADE = {"passage_line", "choice", "letter", "options"}  # of the fields above
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionFile:
+    """A line of BENCHMARKS, or a file that TASKS names. Raises ValueError, one line, where an option is malformed."""
+
+    name: str
+    file: str
+    answers: str | None = None
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    answer_is: str | None = None
+    worked_examples: str | None = None
+    stop: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("file", "worked_examples"):
+            path = getattr(self, option)
+            if not (isinstance(path, str) and path.strip()) and not (option == "worked_examples" and path is None):
+                raise ValueError(f"{self.name}: {option} must be the path of a file, found {path!r}.")
+            if path and "://" in path and not path.startswith("gs://"):
+                raise ValueError(f"{self.name}: {option} must be a local path or an address of gs://, found {path!r}.")
+        for option, values in (("answers", tuple(OF_FILES)), ("answer_is", READINGS)):
+            if (value := getattr(self, option)) is not None and value not in values:
+                raise ValueError(f"{self.name}: {option} must be one of {', '.join(values)}, found {value!r}."
+                                 f"{nearest(str(value), values)}")
+        if not isinstance(self.fields, Mapping) or not all(
+                isinstance(name, str) and name.isidentifier() and isinstance(path, str) and path
+                for name, path in self.fields.items()):
+            raise ValueError(f"{self.name}: fields must map our names to those of the file, such as "
+                             f"{{'question': 'stem'}}, found {self.fields!r}.")
+        if made := sorted(_MADE & self.fields.keys()):
+            raise ValueError(f"{self.name}: fields cannot set {made[0]!r}, which is made of other fields.")
+        if self.stop is not None and (not isinstance(self.stop, list | tuple) or not all(
+                isinstance(text, str) and text for text in self.stop)):
+            raise ValueError(f"{self.name}: stop must be a list of texts such as ['\\n'], found {self.stop!r}.")
+
+    def setting(self, option: str) -> str:
+        """How to set an option, for messages."""
+        if self == QuestionFile(self.name, self.file):
+            return f"BENCHMARKS = {{{self.name!r}: {{'file': {self.file!r}, {option}}}}}"
+        return f"{option} in BENCHMARKS for {self.name!r}"
+
+    def require_fields_of(self, answers: str) -> None:
+        """Raises ValueError where `fields` names some of ours that questions of a kind do not have."""
+        for field in self.fields:
+            if answers == FUNCTIONS or field in OUR_FIELDS and field not in FIELDS[answers]:
+                known = ", ".join(FIELDS[answers]) or "those of HumanEval, under their own names"
+                raise ValueError(f"{self.name}: fields names {field!r}, but the fields of {answers} are {known}.")
+
+
+def is_file(task: str) -> bool:
+    """Whether a name of TASKS is that of a file."""
+    return "/" in task or bool(re.search(r"\.(jsonl?|ndjson)$", without_compression(task), re.IGNORECASE))
+
+
+def parsed(specs: Mapping[str, Mapping[str, Any]], taken: Collection[str]) -> dict[str, QuestionFile]:
+    """The lines of BENCHMARKS, by name.
+
+    Args:
+      specs: as above.
+      taken: names of other tasks.
+
+    Raises:
+      ValueError: one line; a name or an option is malformed, or a name is taken.
+    """
+    if not isinstance(specs, Mapping):
+        raise ValueError("BENCHMARKS must map names to options such as {'file': 'questions.jsonl'}, found "
+                         f"{specs!r}.")
+    options = [field.name for field in dataclasses.fields(QuestionFile) if field.name != "name"]
+    found = {}
+    for name, spec in specs.items():
+        if not isinstance(name, str) or not name or word_of(name) != name:
+            raise ValueError("BENCHMARKS: a name is a word of letters and digits, with single '_' between; found "
+                             f"{name!r}.")
+        if _is_taken(name, taken):
+            raise ValueError(f"BENCHMARKS: {name!r} is a benchmark of this package; give yours another name.")
+        if not isinstance(spec, Mapping) or "file" not in spec:
+            raise ValueError(f"{name}: BENCHMARKS must give at least a file, such as {{'file': 'questions.jsonl'}}; "
+                             f"found {spec!r}.")
+        for option in spec:
+            if option not in options:
+                raise ValueError(f"{name}: BENCHMARKS has no option {option!r}, only {', '.join(options)}."
+                                 f"{nearest(str(option), options)}")
+        found[name] = QuestionFile(name, **spec)
+    return found
+
+
+def find(task: str, files: Mapping[str, QuestionFile], taken: Collection[str]) -> QuestionFile | None:
+    """The file of a task; None where the task is neither a line of BENCHMARKS nor a file.
+
+    Args:
+      task: as TASKS names it.
+      files: as `parsed` gives them.
+      taken: names of other tasks.
+
+    Raises:
+      ValueError: one line; results of the file would lie under the name of another task.
+    """
+    if task in files or not is_file(task):
+        return files.get(task)
+    name = word_of(task)
+    if name in files and absolute(files[name].file) == absolute(task):
+        return files[name]
+    if not name or name in files or _is_taken(name, taken):
+        whose = f"{name!r}, the name of another benchmark" if name else "no name"
+        raise ValueError(f"The results of {task!r} would lie under {whose}; set TASKS = ['mine'] and "
+                         f"BENCHMARKS = {{'mine': {{'file': {task!r}}}}}.")
+    return QuestionFile(name, task)
+
+
+def _is_taken(name: str, taken: Collection[str]) -> bool:
+    """Case makes no other file on every disk, and NAME_sample holds results on our sample items."""
+    return name.casefold().removesuffix("_sample") in {other.casefold() for other in taken}
