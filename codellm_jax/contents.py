@@ -15,6 +15,7 @@ Needs the standard library alone, and so may be known by everything, `tasks` too
 
 import bz2
 import codecs
+import contextlib
 import itertools
 import lzma
 import os
@@ -242,6 +243,19 @@ def require_text(file: str) -> bytes:
 def head(file: str) -> bytes:
     """The first bytes of a file as they lie there; raises OSError."""
     return next(_from_head(_raw(file)))
+
+
+@contextlib.contextmanager
+def open_binary(file: str) -> Iterator[Any]:
+    """A file as it lies there, local or remote, as a binary stream that can be sought in; raises OSError."""
+    try:
+        stream = _remote(file).open("rb") if "://" in file else open(file, "rb")
+    except Exception as error:
+        if isinstance(error, OSError) or "://" in file:
+            raise cannot_be_read(file, error) from error
+        raise
+    with stream:
+        yield stream
 
 
 def content(file: str) -> bytes:

@@ -4,11 +4,12 @@ import collections
 import contextlib
 import fnmatch
 import functools
+import importlib
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from codellm_jax.contents import UnreadableFile, cannot_be_read, require_file, without_compression
 
@@ -16,9 +17,18 @@ _WILDCARD = re.compile(r"[*?[]")
 
 
 class Lost(NamedTuple):
-    """What a reader yields in place of a record that it cannot give."""
+    """What a reader yields in place of a record that it cannot give, or of several that one damage took."""
 
     reason: str
+    records: int = 1
+
+
+class Found(NamedTuple):
+    """What a reader finds: a document or why there is none, and its place, such as "a.jsonl, line 3"."""
+
+    place: str
+    content: str | bytes | Lost
+    language: str | None = None  # what its file says, in whatever way
 
 
 class Counts(collections.Counter[str]):
@@ -31,15 +41,28 @@ class Counts(collections.Counter[str]):
 class PassedOver(dict[str, tuple[int, str]]):
     """Of records that were lost, by reason: how many, and where the first is; told as a line of text."""
 
-    def add(self, reason: str, place: str) -> None:
-        """Counts one more; `place` is such as "a.jsonl, line 3", or "" where the reason says it."""
+    def add(self, reason: str, place: str, records: int = 1) -> None:
+        """Counts more; `place` is such as "a.jsonl, line 3", or "" where the reason says it."""
         count, first = self.get(reason, (0, place))
-        self[reason] = (count + 1, first)
+        self[reason] = (count + records, first)
 
     def __str__(self) -> str:
         told = (f"{count} {reason}" + (f" (first: {place})" if place else "")
                 for reason, (count, place) in sorted(self.items()))
         return ", ".join(told) or "there are no records"
+
+
+def library(module: str, file: str, what: str, extra: str = "readers") -> Any:
+    """A module of a library that reads some kind of files.
+
+    Raises:
+      ValueError: it is not installed; in a line that says how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UnreadableFile(f"{file}: {what} is read by {package}: pip install 'codellm_jax[{extra}]'.") from None
 
 
 @contextlib.contextmanager

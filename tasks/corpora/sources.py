@@ -5,6 +5,7 @@ of instructions, which may stand among documents, are in `instruction_sets.instr
 
   {"python": "text"}                       prose of the running Python's standard library; or "code"
   {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    JSON lines, or a list
+  {"parquet": PATTERN, "field": "text"}    a document a row; only the columns that are asked for are read
   {"text_files": PATTERN}                  one document a file
   {"tfrecords": PATTERN, "field": "text"}  tf.train.Example, plain or compressed by gzip
   {"notebooks": PATTERN}                   Jupyter's, one document a file; the text forms of these three are in
@@ -21,6 +22,14 @@ Where documents come from files or TFDS, a stable hash of each text puts a hundr
 the texts of lowest hash, at least one each (`specs.borders_of`).
 `validation`, a pattern (for TFDS a split) of its own, leaves the main one wholly to "train". `rate`
 is the corpus's weight within its pool and does not change what is read.
+
+Of records `field` names the text, also within others by dots, as in "meta.text"; `text` puts one together of several
+fields, and `where` takes some records alone; both are described in `fields`:
+
+  {"parquet": PATTERN, "text": "{title}\n\n{meta.body}", "where": {"language": ["en"], "score": {"at_least": 3}}}
+
+`sample`, a fraction, reads that part of the documents of any kind, each by a hash of its text that is independent of
+its split's: a larger sample holds a smaller one, and equal texts are in it together.
 
 `transform` changes the documents of any kind but "task": a list of names, described in `transforms`, applied in turn:
 
@@ -40,8 +49,8 @@ Importing this module imports neither TensorFlow nor SeqIO.
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from codellm_jax.contents import (
     BrokenFile,
@@ -54,17 +63,20 @@ from codellm_jax.contents import (
     size,
     without_compression,
 )
-from tasks.corpora import adjacent, transforms
-from tasks.corpora.files import Lost, PassedOver, in_name_of, matches, real, require_readable
+from tasks.corpora import adjacent, fields, transforms
+from tasks.corpora.columns import parquet_records, require_parquet
+from tasks.corpora.files import Found, Lost, PassedOver, in_name_of, matches, real, require_readable
 from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
 from tasks.corpora.specs import (
     DEFAULT_HOLDOUT,
     DOCUMENT_FILE_KINDS,
     DOCUMENT_KINDS,
     OF_USE,
+    TEXT_FIELDS,
     Borders,
     borders_of,
     holdout_of,
+    is_sampled,
     kind_of,
     position,
     split_of,
@@ -75,14 +87,6 @@ from tasks.corpora.standard_library import python_corpus, python_documents
 
 # Part of every cache key; raise it whenever the same files would give other documents.
 READER_VERSION = 2
-
-
-class Found(NamedTuple):
-    """What a reader finds: a document or why there is none, and its place, such as "a.jsonl, line 3"."""
-
-    place: str
-    content: str | bytes | Lost
-    language: str | None = None  # what its file says, in whatever way
 
 
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
@@ -100,8 +104,8 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     options = {key: spec[key] for key in sorted(spec) if key not in OF_USE}
     if kind in DOCUMENT_FILE_KINDS or kind == "tfds":
         options.setdefault("holdout", 0 if "validation" in spec else DEFAULT_HOLDOUT)
-        if kind in ("json_lines", "tfrecords", "tfds"):
-            options.setdefault("field", "text")
+        if kind in TEXT_FIELDS and "text" not in spec:
+            options.setdefault("field", TEXT_FIELDS[kind])
     if "transform" in spec:
         options |= {"transform": transforms.steps_of(spec["transform"]), "unparsed": spec.get("unparsed", "drop")}
     description = {
@@ -156,9 +160,12 @@ def documents(
         raise ValueError(f"{name}: there is no split {split!r}, only {', '.join(splits(spec))}.")
     whole = only_files is None
     if kind == "python":
-        if "transform" not in spec:
+        if "transform" not in spec and "sample" not in spec:
             return python_documents(spec["python"], split)
-        held = (Found(each.name, each.text, "python") for each in python_corpus(spec["python"]) if each.split == split)
+        held = (Found(each.name, each.text, "python") for each in python_corpus(spec["python"])
+                if each.split == split and is_sampled(each.text.encode(), spec))
+        if "transform" not in spec:
+            return (str(document.content) for document in held)
         return _transformed(held, spec, split, name, whole)
     if kind == "tfds":
         usable = _usable(_tfds_records(spec, split), spec, split, name, borders)
@@ -181,7 +188,7 @@ def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | Non
         return None
     records = _tfds_records(spec, "train") if kind == "tfds" else _file_records(
         kind, spec, files(spec, "train", name), name)
-    return borders_of((position(content) for content, _ in _texts(records, PassedOver())), holdout)
+    return borders_of((position(content) for content, _ in _texts(records, spec, PassedOver())), holdout)
 
 
 def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str]:
@@ -215,7 +222,7 @@ def _usable(
     lost = PassedOver()
     kept = 0
     try:
-        for content, document in _texts(records, lost):
+        for content, document in _texts(records, spec, lost):
             kept += 1
             if borders is None or split_of(content, borders) == split:
                 yield document
@@ -233,12 +240,12 @@ def _usable(
         raise ValueError(f"{name}: no document is left of {source!r} ({lost}).")
 
 
-def _texts(records: Iterator[Found], lost: PassedOver) -> Iterator[tuple[bytes, Found]]:
+def _texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -> Iterator[tuple[bytes, Found]]:
     """The records that are documents, as bytes and with their text; counts the others, by their places."""
     for found in records:
         place, record, _ = found
         if isinstance(record, Lost):
-            lost.add(record.reason, place)
+            lost.add(record.reason, place, record.records)
             continue
         try:
             content = record.encode() if isinstance(record, str) else record
@@ -248,6 +255,9 @@ def _texts(records: Iterator[Found], lost: PassedOver) -> Iterator[tuple[bytes, 
             continue
         if not text.strip():
             lost.add("empty", place)
+            continue
+        if not is_sampled(content, spec):
+            lost.add("outside of the sample", place)
             continue
         yield content, found._replace(content=text)
 
@@ -301,7 +311,8 @@ def _transformed(
 def _file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> Iterator[Found]:
     """The records of files with their places, such as "a.jsonl, line 3"."""
     read, require = {
-        "json_lines": (_json_records, require_json), "text_files": (_text_records, require_text),
+        "json_lines": (_fields_of(lambda file, _: placed_records(file)), require_json),
+        "parquet": (_fields_of(parquet_records), require_parquet), "text_files": (_text_records, require_text),
         "notebooks": (_notebooks, require_text), "commits": (_commits, require_json),
         "threads": (_threads, require_json), "tfrecords": (_tf_records, _require_tfrecords)}[kind]
     with in_name_of(name):
@@ -313,19 +324,12 @@ def _file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], nam
                 yield Found("", broken_rest(file))
 
 
-def _json_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-    field = spec.get("field", "text")
-    for place, record in placed_records(file):
-        if isinstance(record, Lost):
-            yield Found(place, record)
-        elif "licenses" in spec and record.get("license") not in spec["licenses"]:
-            yield Found(place, Lost("of other licences"))
-        elif not isinstance(record.get(field), str):
-            has = ", ".join(map(repr, list(record)[:5])) + ", ..." * (len(record) > 5)
-            yield Found(f"{place}, whose fields are {has or 'none'}", Lost(f"without text in field {field!r}"))
-        else:
-            language = record.get("language")
-            yield Found(place, record[field], language if isinstance(language, str) else None)
+def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., Iterator[Found]]:
+    """A reader of documents, from one of records with their places."""
+    def documents_of(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
+        return (fields.found(place, record, spec, TEXT_FIELDS[kind_of(spec)]) for place, record in read(file, spec))
+
+    return documents_of
 
 
 def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
@@ -339,20 +343,25 @@ def _notebooks(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _commits(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-    for place, record in placed_records(file):
-        yield Found(place, record if isinstance(record, Lost) else adjacent.commit(record))
+    return _made_of(adjacent.commit, file, spec)
 
 
 def _threads(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
+    return _made_of(adjacent.thread, file, spec)
+
+
+def _made_of(text: Callable[[Mapping[str, Any]], str | Lost], file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
     for place, record in placed_records(file):
-        yield Found(place, record if isinstance(record, Lost) else adjacent.thread(record))
+        if isinstance(record, Lost):
+            yield Found(place, record)
+        else:
+            yield Found(place, fields.unlike(record, spec.get("where", {})) or text(record))
 
 
 def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
     import tensorflow as tf
     from google.protobuf import message
 
-    field = spec.get("field", "text")
     by = _require_tfrecords(file)
     number = 0
     try:
@@ -364,14 +373,19 @@ def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
             except message.DecodeError:
                 yield Found(place, Lost("broken tf.train.Example"))
                 continue
-            values = features[field].bytes_list.value if field in features else []
-            yield Found(place, values[0] if len(values) == 1 else Lost(f"without text in field {field!r}"))
+            yield fields.found(place, {name: _value_of(feature) for name, feature in features.items()}, spec)
     except tf.errors.DataLossError as error:
         if not number:
             raise UnreadableFile(f"{file} is no TFRecord file, or is damaged from its first record on.") from error
         raise BrokenFile(str(error)) from error
     if not number:
         yield Found(file, Lost(EMPTY_FILE))
+
+
+def _value_of(feature: Any) -> Any:
+    """The value of a feature of a tf.train.Example; a list where it has not just one."""
+    values = getattr(feature, feature.WhichOneof("kind") or "bytes_list").value
+    return values[0] if len(values) == 1 else list(values)
 
 
 def _require_tfrecords(file: str) -> str | None:
@@ -389,9 +403,6 @@ def _require_tfrecords(file: str) -> str | None:
 def _tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[Found]:
     import tensorflow_datasets as tfds
 
-    field = spec.get("field", "text")
     source = spec.get("validation", "train") if split == "validation" else "train"
     for number, record in enumerate(tfds.as_numpy(tfds.load(spec["tfds"], split=source)), 1):
-        value = record.get(field)
-        yield Found(f"{spec['tfds']}, record {number}",
-                    value if isinstance(value, bytes) else Lost(f"without text in field {field!r}"))
+        yield fields.found(f"{spec['tfds']}, record {number}", record, spec)

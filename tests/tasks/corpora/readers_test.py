@@ -1,0 +1,253 @@
+"""Readers of the formats in which corpora are published, and what is chosen of them."""
+
+import hashlib
+import json
+import logging
+import pathlib
+import random
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tasks.corpora import fields, sources, specs
+
+WHOLE = {"holdout": 0}  # Everything is "train".
+
+
+def _told(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+def _read(spec: dict[str, Any], split: str = "train") -> list[str]:
+    return list(sources.documents(spec, split, "text.mine"))
+
+
+# ---- Fields ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("record", "name", "expected"), [
+    ({"a": {"b": {"c": 1}}}, "a.b.c", 1),
+    ({"a.b": 2, "a": {"b": 3}}, "a.b", 2),  # the whole name comes first
+    ({"a.b": {"c": 4}}, "a.b.c", 4),
+    ({"a": "text"}, "a.b", None),
+    ({"a": {"b": 5}}, "b", None),
+])
+def test_fields_are_found_by_dots(record: dict[str, Any], name: str, expected: Any) -> None:
+    assert fields.value(record, name) == expected
+
+
+@pytest.mark.parametrize(("condition", "good", "bad"), [
+    (["Python", "Go"], ["Python", "Go", ["C", "Go"]], ["python", "", ["C"], []]),
+    ("Python", ["Python"], ["Go"]),
+    ([3], [3, 3.0, "3", "3.0"], [4, "4", True, "three"]),
+    (True, [True, "true"], [False, 1, "1"]),
+    ({"at_least": 3}, [3, 4.5, "3"], [2.9, "2", "many", float("nan"), True]),
+    ({"at_least": 3, "at_most": 5}, [3, 5], [2, 6]),
+    ({"at_least": "2023-06"}, ["2023-07-01"], ["2023-05-31", 2024]),
+])
+def test_where(condition: Any, good: list[Any], bad: list[Any]) -> None:
+    where = {"meta.asked": condition}
+    assert fields.wrong_where(where) is None
+    for value in good:
+        assert fields.unlike({"meta": {"asked": value}}, where) is None, value
+    for value in bad:
+        assert fields.unlike({"meta": {"asked": value}}, where) is not None, value
+    assert "without the field 'meta.asked'" in fields.unlike({"meta": {}}, where).reason  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"where": ["Python"]}, "'where' must be a mapping from fields to conditions"),
+    ({"where": {}}, "'where' must be a mapping"),
+    ({"where": {"a": {"least": 3}}}, "has for 'a' the condition {'least': 3}; give 'at_least', 'at_most' or both"),
+    ({"where": {"a": {"at_least": [3]}}}, "a bound that is neither a number nor a text"),
+    ({"where": {"a": []}}, "no list of texts and numbers"),
+    ({"where": {"a": None}}, "the condition None"),
+    ({"text": "no field"}, "'text' must be a template .* names no field"),
+    ({"text": "{a"}, "'text' must be a template"),
+    ({"text": "{a!r}"}, "'text' must be a template .* something else than the name"),
+    ({"text": "{}"}, "'text' must be a template"),
+    ({"text": "{a}", "field": "a"}, "'text' puts several fields together, 'field' names one"),
+    ({"sample": 0}, r"'sample' must be the fraction of documents to read, in \(0, 1\], found 0"),
+    ({"sample": 2}, "'sample' must be the fraction"),
+])
+def test_malformed_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^text.mine: .*{message}") as error:
+        specs.validate({"parquet": "*", **options}, "text.mine")
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_of_several_fields(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{"title": "One", "meta": {"body": "first", "year": 1999}}, {"title": None, "meta": {"body": "second"}},
+               {"title": "Three"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    template = "# {title} ({meta.year})\n\n{meta.body} {{braces}}"
+    assert _read({"json_lines": str(tmp_path / "*"), "text": template, **WHOLE}) == [
+        "# One (1999)\n\nfirst {braces}"]
+    assert "1 without text in field 'meta.year'" in _told(caplog)
+    assert "1 without text in field 'title'" in _told(caplog)
+
+
+def test_a_sample_is_chosen_by_text_and_not_by_the_hash_of_splits(tmp_path: pathlib.Path) -> None:
+    texts = [f"document {number}" for number in range(4000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    spec = {"json_lines": str(tmp_path / "*"), "holdout": 0.1}
+    whole = {split: set(_read(spec, split)) for split in specs.SPLITS}
+    for fraction in (0.5, 0.1):
+        found = {split: set(_read({**spec, "sample": fraction}, split)) for split in specs.SPLITS}
+        chosen = {text for text in texts
+                  if int.from_bytes(hashlib.sha256(text.encode()).digest()[8:16], "big") < fraction * 2**64}
+        assert set.union(*found.values()) == chosen
+        assert abs(len(chosen) / len(texts) - fraction) < 0.03
+        for split in specs.SPLITS:
+            assert found[split] <= whole[split]
+            assert abs(len(found[split]) / len(whole[split]) - fraction) < 0.1
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in reversed(texts)))
+    assert set(_read({**spec, "sample": 0.1})) == found["train"]
+
+
+def test_a_sample_of_what_python_holds() -> None:
+    whole, half = ({text for split in specs.SPLITS for text in _read({"python": "text", **options}, split)}
+                   for options in ({}, {"sample": 0.5}))
+    assert half < whole
+    assert 0.4 < len(half) / len(whole) < 0.6
+
+
+def test_options_are_part_of_a_caches_key(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    spec = {"json_lines": str(tmp_path / "a.jsonl")}
+    kinds: list[dict[str, Any]] = [
+        {}, {"where": {"a": [1]}}, {"where": {"a": [2]}}, {"sample": 0.5}, {"text": "{text}"}, {"field": "other"}]
+    keys = [json.dumps(sources.describe({**spec, **options})) for options in kinds]
+    assert len(set(keys)) == len(keys)
+    # As it was before these options: no cache that is there is made anew.
+    assert sources.describe(spec) == {
+        "kind": "json_lines", "options": {"field": "text", "holdout": 0.01, "json_lines": str(tmp_path / "a.jsonl")},
+        "reader": 2, "train_files": [[str(tmp_path / "a.jsonl"), 14]]}
+
+
+# ---- Parquet -----------------------------------------------------------------------------------
+
+
+def _rows(count: int = 50) -> list[dict[str, Any]]:
+    dice = random.Random(3)
+    return [{"text": f"text {number} é", "meta": {"language": dice.choice(["Python", "Go"]), "score": number % 7},
+             "unused": "x" * 100} for number in range(count)]
+
+
+def _parquet(file: pathlib.Path, rows: list[dict[str, Any]], group: int = 7, **options: Any) -> str:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=group, **options)
+    return str(file)
+
+
+def test_parquet(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = _rows()
+    _parquet(tmp_path / "a.parquet", rows[:30])
+    _parquet(tmp_path / "b.parquet", rows[30:], compression="zstd")
+    spec = {"parquet": str(tmp_path / "*.parquet"), **WHOLE}
+    assert _read(spec) == [row["text"] for row in rows]
+    where = {"meta.language": ["Python"], "meta.score": {"at_least": 3, "at_most": 5}}
+    expected = [row for row in rows if row["meta"]["language"] == "Python" and 3 <= row["meta"]["score"] <= 5]
+    assert _read({**spec, "where": where}) == [row["text"] for row in expected]
+    of_language = sum(row["meta"]["language"] == "Go" for row in rows)
+    assert f"{of_language} not 'where' by field 'meta.language'" in _told(caplog)
+    assert f"{50 - len(expected) - of_language} not 'where' by field 'meta.score'" in _told(caplog)
+    assert _read({**spec, "text": "{meta.language}: {text}"})[0] == f"{rows[0]['meta']['language']}: text 0 é"
+
+
+def test_parquet_reads_the_asked_columns_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    whole = pyarrow.parquet.ParquetFile.iter_batches
+
+    def seen(self: Any, rows: int, groups: list[int], columns: list[str]) -> Any:
+        asked.append(columns)
+        return whole(self, rows, groups, columns)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", seen)
+    _read({"parquet": _parquet(tmp_path / "a", _rows()), "field": "meta.language", "where": {"text": ["text 3 é"]},
+           **WHOLE})
+    assert asked[0] == ["meta.language", "text"]
+
+
+def test_a_column_that_is_not_there(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = _parquet(tmp_path / "a.parquet", _rows())
+    with pytest.raises(ValueError, match="no document is left .*50 without text in field 'body'.*a.parquet, whose "
+                                         "fields are 'text', 'meta', 'unused'"):
+        _read({"parquet": file, "field": "body", **WHOLE})
+    with pytest.raises(ValueError, match="50 without the field 'meta.size' of 'where'"):
+        _read({"parquet": file, "where": {"meta.size": [1]}, **WHOLE})
+
+
+def test_nulls_and_other_types_are_counted(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": "a", "n": 1}, {"text": None, "n": 2}, {"text": " ", "n": 3}]
+    file = _parquet(tmp_path / "a.parquet", rows)
+    assert _read({"parquet": file, **WHOLE}) == ["a"]
+    assert "1 empty (first: " in _told(caplog) and "a.parquet, row 3)" in _told(caplog)
+    assert "1 without text in field 'text'" in _told(caplog)
+    with pytest.raises(ValueError, match="3 without text in field 'n'"):
+        _read({"parquet": file, "field": "n", **WHOLE})
+
+
+def test_a_damaged_row_group_is_counted_by_its_rows(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": hashlib.sha256(str(number).encode()).hexdigest() * 20} for number in range(40)]
+    file = tmp_path / "a.parquet"
+    _parquet(file, rows, group=10, write_page_checksum=True, use_dictionary=False)
+    column = pyarrow.parquet.ParquetFile(file).metadata.row_group(1).column(0)
+    content = bytearray(file.read_bytes())
+    end = column.data_page_offset + column.total_compressed_size  # of the page, which statistics come before
+    content[end - 60 : end - 20] = bytes(40)
+    file.write_bytes(content)
+    assert _read({"parquet": str(file), **WHOLE}) == [row["text"] for row in rows[:10] + rows[20:]]
+    assert "30 records are documents, passed over: 10 in a damaged row group" in _told(caplog)
+    assert "a.parquet, row group 2" in _told(caplog)
+
+
+def test_text_that_is_no_utf8_is_counted(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = pyarrow.array([b"good", b"\xff\xfe", b"too"], pyarrow.binary())
+    for name, column in (("a", values.view(pyarrow.string())), ("b", values)):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / name)
+    assert _read({"parquet": str(tmp_path / "*"), **WHOLE}) == ["good", "too"] * 2
+    assert "2 not valid UTF-8" in _told(caplog)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b'{"text": "a"}\n', "a.parquet is no Parquet file, where Parquet is wanted"),
+    (b"", "a.parquet is no Parquet file"),
+    (b"PAR1", "damaged or breaks off, for its footer cannot be read"),
+    (b"PK\x03\x04aaaa\0", "a.parquet is a zip archive, where Parquet is wanted"),
+])
+def test_what_is_no_parquet_is_refused(tmp_path: pathlib.Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        _read({"parquet": str(tmp_path / "*"), **WHOLE})
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_that_breaks_off_is_refused(tmp_path: pathlib.Path) -> None:
+    file = pathlib.Path(_parquet(tmp_path / "a.parquet", _rows()))
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"text.mine: .*a.parquet is damaged or breaks off, .* bring it anew\.$"):
+        _read({"parquet": str(file), **WHOLE})
+
+
+def test_a_missing_library_is_named_with_its_extra(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _parquet(tmp_path / "a.parquet", _rows())
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"Parquet is read by pyarrow: pip install 'codellm_jax\[readers\]'"):
+        _read({"parquet": file, **WHOLE})
+
+
+def test_files_of_parquet_read_by_themselves_have_the_splits_of_the_whole(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = _rows()
+    names = [_parquet(tmp_path / f"{letter}.parquet", rows[start : start + 10]) for letter, start in
+             zip("abcde", range(0, 50, 10), strict=True)]
+    spec = {"parquet": str(tmp_path / "*.parquet"), "holdout": 0.1, "sample": 0.8}
+    assert specs.is_divisible(spec, "train")
+    borders = sources.find_borders(spec)
+    for split in specs.SPLITS:
+        parts = [text for name in names for text in sources.documents(spec, split, "text.mine", [name], borders)]
+        assert parts == _read(spec, split) and parts
+    caplog.set_level(logging.WARNING)
