@@ -112,6 +112,11 @@ def require_file(file: str, what: str = "file") -> None:
         raise UnreadableFile(f"{file} is a pipe, a socket or a device; write what it gives to a file.")
 
 
+def is_file(file: str) -> bool:
+    """Whether there is such a file, local or remote."""
+    return _remote(file).exists() if "://" in file else os.path.isfile(file)
+
+
 def cannot_be_read(file: str, error: Exception) -> OSError:
     """Of what the file system or a storage service says, the line that names the file."""
     reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]

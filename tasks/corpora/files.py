@@ -106,11 +106,16 @@ def require_readable(files: Sequence[str], require: Callable[[str], object]) -> 
 # ---- Finding -----------------------------------------------------------------------------------
 
 
-def matches(patterns: str | Sequence[str], name: str) -> list[str]:
+def matches(
+    patterns: str | Sequence[str], name: str, files_of: Callable[[str], list[str] | None] = lambda folder: None
+) -> list[str]:
     """The files that a glob or several match, sorted, each once; absolute paths, or gs:// ones.
 
     `*`, `?` and `[...]` match within a name, but not a dot at its beginning; `**` any folders, links to folders among
     them, each once. A name that is there is taken as it stands, whatever brackets it holds.
+
+    Args:
+      files_of: gives the files of a folder that stands for them; None of any other folder.
 
     Raises:
       OSError: a pattern matches no file, a link to nothing, or what cannot be read.
@@ -118,7 +123,7 @@ def matches(patterns: str | Sequence[str], name: str) -> list[str]:
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     with in_name_of(name):
-        found = {file for pattern in patterns for file in _matched(pattern)}
+        found = {file for pattern in patterns for file in _matched(pattern, files_of)}
     # Through links a file may have many names. The first stands for all, and for what a cache is known by.
     once: dict[str, str] = {}
     for file in sorted(found):
@@ -140,11 +145,11 @@ def _tell(warning: str) -> None:
     logging.warning(warning)
 
 
-def _matched(pattern: str) -> set[str]:
+def _matched(pattern: str, files_of: Callable[[str], list[str] | None]) -> set[str]:
     """The files that one glob matches; raises as `matches` does."""
     candidates = set(_remote_matches(pattern) if "://" in pattern else _local_matches(pattern))
     folders = {found for found in candidates if _is_folder(found)}
-    files = candidates - folders
+    files = candidates - folders | {file for folder in folders for file in files_of(folder) or ()}
     if "://" not in pattern:
         for file in sorted(files):
             require_file(file)

@@ -6,6 +6,8 @@ of instructions, which may stand among documents, are in `instruction_sets.instr
   {"python": "text"}                       prose of the running Python's standard library; or "code"
   {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    JSON lines, or a list
   {"parquet": PATTERN, "field": "text"}    a document a row; only the columns that are asked for are read
+  {"arrow": PATTERN, "field": "text"}      Arrow's files and streams, and folders of `save_to_disk`
+  {"csv": PATTERN, "field": "text"}        CSV and TSV; `separator`, `columns` and `quotes` are in `separated`
   {"text_files": PATTERN}                  one document a file
   {"tfrecords": PATTERN, "field": "text"}  tf.train.Example, plain or compressed by gzip
   {"notebooks": PATTERN}                   Jupyter's, one document a file; the text forms of these three are in
@@ -26,7 +28,7 @@ is the corpus's weight within its pool and does not change what is read.
 Of records `field` names the text, also within others by dots, as in "meta.text"; `text` puts one together of several
 fields, and `where` takes some records alone; both are described in `fields`:
 
-  {"parquet": PATTERN, "text": "{title}\n\n{meta.body}", "where": {"language": ["en"], "score": {"at_least": 3}}}
+  {"parquet": PATTERN, "text": "{title}: {meta.body}", "where": {"language": ["en"], "score": {"at_least": 3}}}
 
 `sample`, a fraction, reads that part of the documents of any kind, each by a hash of its text that is independent of
 its split's: a larger sample holds a smaller one, and equal texts are in it together.
@@ -64,9 +66,10 @@ from codellm_jax.contents import (
     without_compression,
 )
 from tasks.corpora import adjacent, fields, transforms
-from tasks.corpora.columns import parquet_records, require_parquet
+from tasks.corpora.columns import arrow_records, dataset_files, parquet_records, require_arrow, require_parquet
 from tasks.corpora.files import Found, Lost, PassedOver, in_name_of, matches, real, require_readable
 from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
+from tasks.corpora.separated import separated_records
 from tasks.corpora.specs import (
     DEFAULT_HOLDOUT,
     DOCUMENT_FILE_KINDS,
@@ -200,10 +203,13 @@ def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str
       OSError: a pattern matches no file, or a link to nothing.
       ValueError: a pattern names folders, or a file is matched both by the main pattern and by `validation`.
     """
-    main = matches(spec[kind_of(spec)], name)
+    def found(patterns: str | Sequence[str]) -> list[str]:
+        return matches(patterns, name, dataset_files) if kind_of(spec) == "arrow" else matches(patterns, name)
+
+    main = found(spec[kind_of(spec)])
     if "validation" not in spec:
         return main
-    held_out = matches(spec["validation"], name)
+    held_out = found(spec["validation"])
     if both := sorted({*map(real, main)} & {*map(real, held_out)}):
         raise ValueError(f"{name}: {both[0]} would be in train and validation; narrow a pattern.")
     return held_out if split == "validation" else main
@@ -312,7 +318,8 @@ def _file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], nam
     """The records of files with their places, such as "a.jsonl, line 3"."""
     read, require = {
         "json_lines": (_fields_of(lambda file, _: placed_records(file)), require_json),
-        "parquet": (_fields_of(parquet_records), require_parquet), "text_files": (_text_records, require_text),
+        "parquet": (_fields_of(parquet_records), require_parquet), "arrow": (_fields_of(arrow_records), require_arrow),
+        "csv": (_fields_of(separated_records), require_text), "text_files": (_text_records, require_text),
         "notebooks": (_notebooks, require_text), "commits": (_commits, require_json),
         "threads": (_threads, require_json), "tfrecords": (_tf_records, _require_tfrecords)}[kind]
     with in_name_of(name):

@@ -29,6 +29,8 @@ _DOCUMENT_OPTIONS = {
     "python": (*_TRANSFORM_OPTIONS, "sample", "rate"),
     "json_lines": ("licenses", *_RECORD_OPTIONS),
     "parquet": _RECORD_OPTIONS,
+    "arrow": _RECORD_OPTIONS,
+    "csv": ("separator", "columns", "quotes", *_RECORD_OPTIONS),
     "text_files": _CODE_OPTIONS,
     "notebooks": _TEXT_OPTIONS,
     "commits": ("where", *_TEXT_OPTIONS),
@@ -37,7 +39,8 @@ _DOCUMENT_OPTIONS = {
     "tfds": _RECORD_OPTIONS,
 }
 # The field of a record that holds its text, where the spec names none.
-TEXT_FIELDS = {"json_lines": "text", "parquet": "text", "tfrecords": "text", "tfds": "text"}
+TEXT_FIELDS = {"json_lines": "text", "parquet": "text", "arrow": "text", "csv": "text", "tfrecords": "text",
+               "tfds": "text"}
 _INSTRUCTION_OPTIONS = {
     "instructions": ("language", "sample", "loss", *_SHARED_OPTIONS),
     "cosqa": ("sample", "loss", *_SHARED_OPTIONS),
@@ -228,6 +231,10 @@ def _wanted(kind: str, key: str) -> tuple[Callable[[Any], bool], str]:
         "official": (lambda v: isinstance(v, str) and v in OFFICIAL, f"one of {', '.join(OFFICIAL)}"),
         "data_dir": (_is_text, "a folder"),
         "field": (_is_text, "the name of a field"),
+        "separator": (lambda v: isinstance(v, str) and len(v) == 1 and v not in "\r\n\"", "one character, such as '\\t'"),
+        "columns": (lambda v: not isinstance(v, str) and _is_pattern(v) and len(set(v)) == len(v),
+                    "a list of names, each once"),
+        "quotes": (lambda v: isinstance(v, bool), "True or False"),
         "language": (
             (lambda v: v in transforms.LANGUAGES, f"one of {', '.join(transforms.LANGUAGES)}")
             if kind in _DOCUMENT_OPTIONS else (lambda v: v in ("en", "zh"), "'en' or 'zh'")),

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tasks.corpora import fields, sources, specs
+from tasks.corpora import fields, separated, sources, specs
 
 WHOLE = {"holdout": 0}  # Everything is "train".
 
@@ -251,3 +251,127 @@ def test_files_of_parquet_read_by_themselves_have_the_splits_of_the_whole(
         parts = [text for name in names for text in sources.documents(spec, split, "text.mine", [name], borders)]
         assert parts == _read(spec, split) and parts
     caplog.set_level(logging.WARNING)
+
+
+# ---- Arrow -------------------------------------------------------------------------------------
+
+
+def _arrow(file: pathlib.Path, rows: list[dict[str, Any]], stream: bool = False, batch: int = 7) -> str:
+    table = pyarrow.Table.from_pylist(rows)
+    new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with new(str(file), table.schema) as writer:
+        writer.write_table(table, max_chunksize=batch)
+    return str(file)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_arrow(tmp_path: pathlib.Path, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    rows = _rows()
+    _arrow(tmp_path / "a.arrow", rows[:30], stream)
+    _arrow(tmp_path / "b.arrow", rows[30:], stream)
+    spec = {"arrow": str(tmp_path / "*.arrow"), **WHOLE}
+    assert _read(spec) == [row["text"] for row in rows]
+    assert _read({**spec, "where": {"meta.score": {"at_least": 6}}, "text": "{meta.language} {text}"}) == [
+        f"{row['meta']['language']} {row['text']}" for row in rows if row["meta"]["score"] >= 6]
+    with pytest.raises(ValueError, match=r"50 without text in field 'meta.body' \(first: .*/a.arrow, whose fields are"):
+        _read({**spec, "field": "meta.body"})
+
+
+def test_a_folder_of_save_to_disk(tmp_path: pathlib.Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = _rows()
+    folder = tmp_path / "saved"
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(str(folder), num_shards=3)
+    _arrow(folder / "data-00003-of-00004.arrow", [{"text": "of a dataset that was here before"}], stream=True)
+    assert _read({"arrow": str(folder), **WHOLE}) == [row["text"] for row in rows]
+    assert _read({"arrow": f"{tmp_path}/sav*", **WHOLE}) == [row["text"] for row in rows]
+    assert [pathlib.Path(file).name for file, _ in sources.describe({"arrow": str(folder)})["train_files"]] == [
+        f"data-0000{number}-of-00003.arrow" for number in range(3)]
+
+    both = datasets.DatasetDict({"train": whole.select(range(40)), "test": whole.select(range(40, 50))})
+    both.save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(ValueError, match="both holds a dataset for each of the splits train, test; name one"):
+        _read({"arrow": str(tmp_path / "both")})
+    spec = {"arrow": str(tmp_path / "both" / "train"), "validation": str(tmp_path / "both" / "test")}
+    assert _read(spec) == [row["text"] for row in rows[:40]]
+    assert _read(spec, "validation") == [row["text"] for row in rows[40:]]
+
+    (folder / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(FileNotFoundError, match="no file .*data-00001-of-00003.arrow"):
+        _read({"arrow": str(folder), **WHOLE})
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="saved/state.json lists no files"):
+        _read({"arrow": str(folder), **WHOLE})
+    (folder / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="saved/state.json is no JSON"):
+        _read({"arrow": str(folder), **WHOLE})
+
+
+def test_arrow_that_breaks_off(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"text {number} " * 99} for number in range(70)]
+    file = pathlib.Path(_arrow(tmp_path / "a", rows, stream=True))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    found = _read({"arrow": str(file), **WHOLE})
+    assert 20 < len(found) < 40 and found == [row["text"] for row in rows[: len(found)]]
+    assert "1 broken rest of a" in _told(caplog)
+    _arrow(file, rows)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="a is damaged or breaks off .* bring it anew"):
+        _read({"arrow": str(file), **WHOLE})
+    file.write_bytes(b"PAR1\xff\0")
+    with pytest.raises(ValueError, match="a is a Parquet file, where an Arrow file or stream is wanted"):
+        _read({"arrow": str(file), **WHOLE})
+
+
+def test_damage_within_arrow_ends_no_process(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Lengths of texts that lead beyond their buffer would be followed by a library that trusts them."""
+    rows = [{"text": f"text {number}"} for number in range(21)]
+    file = pathlib.Path(_arrow(tmp_path / "a", rows))
+    content = bytearray(file.read_bytes())
+    offsets = b"".join(int(each).to_bytes(4, "little") for each in (0, 6, 12))
+    at = content.find(offsets, content.find(b"text 0"))  # of the second batch
+    content[at + 8 : at + 12] = (1 << 30).to_bytes(4, "little")
+    file.write_bytes(content)
+    found = _read({"arrow": str(file), **WHOLE})
+    assert set(found) < {row["text"] for row in rows} and len(found) == 19
+    assert "2 in a damaged batch" in _told(caplog)
+
+
+# ---- CSV ---------------------------------------------------------------------------------------
+
+
+def test_csv(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"\xef\xbb\xbfid,text,score\r\n1,\"two\r\nlines, \"\"quoted\"\"\",5\r\n\r\n2,short\r\n3,\xff,9\r\n4,last,1")
+    assert _read({"csv": str(file), **WHOLE}) == ['two\r\nlines, "quoted"', "last"]
+    assert "1 not valid UTF-8 (first: " in _told(caplog)
+    assert f"1 with another number of cells than there are names (first: {file}, line 5, 2 in the place of 3)" in _told(
+        caplog)
+    assert _read({"csv": str(file), "where": {"score": {"at_least": 5}, "id": [1]}, "text": "{id}", **WHOLE}) == ["1"]
+
+
+def test_tsv(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "a.tsv.gz"
+    file.write_bytes(__import__("gzip").compress('7\t"open quote\n8\tno "quote"\n'.encode()))
+    assert _read({"csv": str(file), "columns": ["id", "title"], "quotes": False, "field": "title", **WHOLE}) == [
+        '"open quote', 'no "quote"']
+    (tmp_path / "b.txt").write_text("a;b\n1;2\n")
+    assert _read({"csv": str(tmp_path / "b.txt"), "separator": ";", "field": "b", **WHOLE}) == ["2"]
+
+
+def test_a_quote_that_is_not_closed_takes_no_more_than_a_cell(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(separated, "LONGEST_CELL", 100)
+    (tmp_path / "a.csv").write_text('text\ngood\n"open\n' + "row\n" * 200 + "last\n")
+    found = _read({"csv": str(tmp_path / "a.csv"), **WHOLE})
+    assert found[0] == "good" and found[-1] == "last"
+    assert "1 broken rows" in _told(caplog)
+
+
+def test_empty_csv(tmp_path: pathlib.Path) -> None:
+    for content in ("", "text\n"):
+        (tmp_path / "a.csv").write_text(content)
+        with pytest.raises(ValueError, match="no document is left .*1 empty file"):
+            _read({"csv": str(tmp_path / "a.csv"), **WHOLE})
