@@ -32,8 +32,8 @@ TREE_SITTER = ["tree-sitter>=0.25", "tree-sitter-c>=0.24", "tree-sitter-go>=0.25
 # hf:// names.
 HUB = ["huggingface_hub>=1.31"]
 
-# Readers of corpora. The first two come with tensorflow-datasets, on Linux.
-READERS = ["array_record>=0.8; sys_platform == 'linux'", "pyarrow>=20", "warcio>=1.7.5"]
+# Readers of corpora; all but warcio come with tensorflow-datasets (on Linux) and sacrebleu, too.
+READERS = ["array_record>=0.8; sys_platform == 'linux'", "lxml>=5.3", "pyarrow>=20", "warcio>=1.7.5"]
 
 setup(
     name="codellm_jax",

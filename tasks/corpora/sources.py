@@ -8,6 +8,9 @@ of instructions, which may stand among documents, are in `instruction_sets.instr
   {"parquet": PATTERN, "field": "text"}    a document a row; only the columns that are asked for are read
   {"arrow": PATTERN, "field": "text"}      Arrow's files and streams, and folders of `save_to_disk`
   {"csv": PATTERN, "field": "text"}        CSV and TSV; `separator`, `columns` and `quotes` are in `separated`
+  {"webdataset": PATTERN, "field": "txt"}  tars, of whose members the field is one, or a field of one of JSON; this kind
+  {"warc": PATTERN}                        and the next two are described in `archives`
+  {"array_record": PATTERN, "field": "text"}
   {"text_files": PATTERN}                  one document a file
   {"tfrecords": PATTERN, "field": "text"}  tf.train.Example, plain or compressed by gzip
   {"notebooks": PATTERN}                   Jupyter's, one document a file; the text forms of these three are in
@@ -66,6 +69,15 @@ from codellm_jax.contents import (
     without_compression,
 )
 from tasks.corpora import adjacent, fields, transforms
+from tasks.corpora.archives import (
+    array_records,
+    example_record,
+    require_array_record,
+    require_tar,
+    require_warc,
+    warc_records,
+    webdataset_records,
+)
 from tasks.corpora.columns import arrow_records, dataset_files, parquet_records, require_arrow, require_parquet
 from tasks.corpora.files import Found, Lost, PassedOver, in_name_of, matches, real, require_readable
 from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
@@ -316,12 +328,7 @@ def _transformed(
 
 def _file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> Iterator[Found]:
     """The records of files with their places, such as "a.jsonl, line 3"."""
-    read, require = {
-        "json_lines": (_fields_of(lambda file, _: placed_records(file)), require_json),
-        "parquet": (_fields_of(parquet_records), require_parquet), "arrow": (_fields_of(arrow_records), require_arrow),
-        "csv": (_fields_of(separated_records), require_text), "text_files": (_text_records, require_text),
-        "notebooks": (_notebooks, require_text), "commits": (_commits, require_json),
-        "threads": (_threads, require_json), "tfrecords": (_tf_records, _require_tfrecords)}[kind]
+    read, require = _READERS[kind]
     with in_name_of(name):
         require_readable(chosen, require)
         for file in chosen:
@@ -367,32 +374,19 @@ def _made_of(text: Callable[[Mapping[str, Any]], str | Lost], file: str, spec: M
 
 def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
     import tensorflow as tf
-    from google.protobuf import message
 
     by = _require_tfrecords(file)
     number = 0
     try:
         records = tf.data.TFRecordDataset(file, "GZIP" if by else "").as_numpy_iterator()
         for number, content in enumerate(records, 1):
-            place = f"{file}, record {number}"
-            try:
-                features = tf.train.Example.FromString(content).features.feature
-            except message.DecodeError:
-                yield Found(place, Lost("broken tf.train.Example"))
-                continue
-            yield fields.found(place, {name: _value_of(feature) for name, feature in features.items()}, spec)
+            yield fields.found(f"{file}, record {number}", example_record(content), spec)
     except tf.errors.DataLossError as error:
         if not number:
             raise UnreadableFile(f"{file} is no TFRecord file, or is damaged from its first record on.") from error
         raise BrokenFile(str(error)) from error
     if not number:
         yield Found(file, Lost(EMPTY_FILE))
-
-
-def _value_of(feature: Any) -> Any:
-    """The value of a feature of a tf.train.Example; a list where it has not just one."""
-    values = getattr(feature, feature.WhichOneof("kind") or "bytes_list").value
-    return values[0] if len(values) == 1 else list(values)
 
 
 def _require_tfrecords(file: str) -> str | None:
@@ -413,3 +407,20 @@ def _tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[Found]:
     source = spec.get("validation", "train") if split == "validation" else "train"
     for number, record in enumerate(tfds.as_numpy(tfds.load(spec["tfds"], split=source)), 1):
         yield fields.found(f"{spec['tfds']}, record {number}", record, spec)
+
+
+# Of each kind of files, what reads the documents of one, and what refuses one that is of another kind.
+_READERS: dict[str, tuple[Callable[..., Iterator[Found]], Callable[[str], object]]] = {
+    "json_lines": (_fields_of(lambda file, _: placed_records(file)), require_json),
+    "parquet": (_fields_of(parquet_records), require_parquet),
+    "arrow": (_fields_of(arrow_records), require_arrow),
+    "csv": (_fields_of(separated_records), require_text),
+    "webdataset": (_fields_of(webdataset_records), require_tar),
+    "warc": (_fields_of(warc_records), require_warc),
+    "array_record": (_fields_of(array_records), require_array_record),
+    "text_files": (_text_records, require_text),
+    "notebooks": (_notebooks, require_text),
+    "commits": (_commits, require_json),
+    "threads": (_threads, require_json),
+    "tfrecords": (_tf_records, _require_tfrecords),
+}

@@ -31,6 +31,9 @@ _DOCUMENT_OPTIONS = {
     "parquet": _RECORD_OPTIONS,
     "arrow": _RECORD_OPTIONS,
     "csv": ("separator", "columns", "quotes", *_RECORD_OPTIONS),
+    "webdataset": _RECORD_OPTIONS,
+    "warc": ("text", "where", *_TEXT_OPTIONS),
+    "array_record": _RECORD_OPTIONS,
     "text_files": _CODE_OPTIONS,
     "notebooks": _TEXT_OPTIONS,
     "commits": ("where", *_TEXT_OPTIONS),
@@ -39,8 +42,8 @@ _DOCUMENT_OPTIONS = {
     "tfds": _RECORD_OPTIONS,
 }
 # The field of a record that holds its text, where the spec names none.
-TEXT_FIELDS = {"json_lines": "text", "parquet": "text", "arrow": "text", "csv": "text", "tfrecords": "text",
-               "tfds": "text"}
+TEXT_FIELDS = {"json_lines": "text", "parquet": "text", "arrow": "text", "csv": "text", "webdataset": "txt",
+               "warc": "text", "array_record": "text", "tfrecords": "text", "tfds": "text"}
 _INSTRUCTION_OPTIONS = {
     "instructions": ("language", "sample", "loss", *_SHARED_OPTIONS),
     "cosqa": ("sample", "loss", *_SHARED_OPTIONS),
@@ -210,7 +213,7 @@ def _wrong_transform(kind: str, spec: Mapping[str, Any]) -> str | None:
     of_code = [step.name for step in steps if step.reads_code]
     if of_notebooks := [step.name for step in steps if step.name in transforms.OF_NOTEBOOKS and kind != "notebooks"]:
         return f"{of_notebooks[0]!r} reads 'notebooks', not {kind!r}."
-    if of_code and kind in ("commits", "threads"):
+    if of_code and kind in ("commits", "threads", "warc"):
         return f"{of_code[0]!r} reads code, which the text of {kind!r} is not."
     if of_code and kind in ("tfrecords", "tfds") and "language" not in spec:
         return f"{of_code[0]!r} asks for a 'language', one of {', '.join(transforms.LANGUAGES)}."
