@@ -16,6 +16,7 @@ Needs the standard library alone, and so may be known by everything, `tasks` too
 import bz2
 import codecs
 import contextlib
+import hashlib
 import itertools
 import lzma
 import os
@@ -127,6 +128,18 @@ def cannot_be_read(file: str, error: Exception) -> OSError:
 def size(file: str) -> int:
     """Bytes of a file as it lies there, compressed or not."""
     return _remote(file).stat().length if "://" in file else os.path.getsize(file)
+
+
+def glance(file: str) -> str:
+    """A hash of 32 pieces of a file, evenly spread, in hexadecimal: by which another content of the same size is told
+    without reading it all.
+    """
+    digest, length = hashlib.sha256(), size(file)
+    with open_binary(file) as stream:
+        for part in range(33):
+            stream.seek(min(part * (length // 32), max(0, length - 4096)))
+            digest.update(stream.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def compression(head: bytes) -> str | None:

@@ -29,6 +29,7 @@ class Found(NamedTuple):
     place: str
     content: str | bytes | Lost
     language: str | None = None  # what its file says, in whatever way
+    ids: Any = None  # of tokens already made, those of the document
 
 
 class Counts(collections.Counter[str]):

@@ -11,6 +11,8 @@ of instructions, which may stand among documents, are in `instruction_sets.instr
   {"webdataset": PATTERN, "field": "txt"}  tars, of whose members the field is one, or a field of one of JSON; this kind
   {"warc": PATTERN}                        and the next two are described in `archives`
   {"array_record": PATTERN, "field": "text"}
+  {"megatron": PATTERN, "vocabulary": V}   tokens already made; these two are described in `token_arrays`
+  {"tokens": PATTERN, "vocabulary": V}
   {"text_files": PATTERN}                  one document a file
   {"tfrecords": PATTERN, "field": "text"}  tf.train.Example, plain or compressed by gzip
   {"notebooks": PATTERN}                   Jupyter's, one document a file; the text forms of these three are in
@@ -61,6 +63,7 @@ from codellm_jax.contents import (
     BrokenFile,
     UnreadableFile,
     compression,
+    glance,
     head,
     kind,
     lines,
@@ -88,6 +91,7 @@ from tasks.corpora.specs import (
     DOCUMENT_KINDS,
     OF_USE,
     TEXT_FIELDS,
+    TOKEN_KINDS,
     Borders,
     borders_of,
     holdout_of,
@@ -140,6 +144,9 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
             description[f"{split}_files"] = [
                 [file, size(file)] for file in files(spec, split, name)
             ]
+    if kind in TOKEN_KINDS:  # which keep their size where another vocabulary of as many bits makes them anew
+        description["contents"] = [
+            glance(file) for split in ("train", "validation") for file, _ in description.get(f"{split}_files", ())]
     return description
 
 
@@ -173,7 +180,13 @@ def documents(
         raise ValueError(f"{name}: {kind!r} holds instructions, which `instruction_sets.instructions` reads.")
     if split not in splits(spec):
         raise ValueError(f"{name}: there is no split {split!r}, only {', '.join(splits(spec))}.")
+    if kind in TOKEN_KINDS:
+        raise ValueError(f"{name}: {kind!r} holds tokens, which `token_arrays.documents` reads.")
     whole = only_files is None
+
+    def find() -> Borders | None:
+        return borders or find_borders(spec, name)
+
     if kind == "python":
         if "transform" not in spec and "sample" not in spec:
             return python_documents(spec["python"], split)
@@ -183,14 +196,14 @@ def documents(
             return (str(document.content) for document in held)
         return _transformed(held, spec, split, name, whole)
     if kind == "tfds":
-        usable = _usable(_tfds_records(spec, split), spec, split, name, borders)
+        found = usable(_tfds_records(spec, split), spec, split, name, find)
     else:
         chosen = files(spec, split, name) if only_files is None else only_files
         _require_languages(kind, spec, chosen, name)
-        usable = _usable(_file_records(kind, spec, chosen, name), spec, split, name, borders, whole)
+        found = usable(_file_records(kind, spec, chosen, name), spec, split, name, find, whole)
     if "transform" in spec:
-        return _transformed(usable, spec, split, name, whole)
-    return (str(document.content) for document in usable)
+        return _transformed(found, spec, split, name, whole)
+    return (str(document.content) for document in found)
 
 
 def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | None:
@@ -203,7 +216,7 @@ def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | Non
         return None
     records = _tfds_records(spec, "train") if kind == "tfds" else _file_records(
         kind, spec, files(spec, "train", name), name)
-    return borders_of((position(content) for content, _ in _texts(records, spec, PassedOver())), holdout)
+    return borders_of((position(content) for content, _ in texts(records, spec, PassedOver())), holdout)
 
 
 def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str]:
@@ -227,20 +240,21 @@ def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str
     return held_out if split == "validation" else main
 
 
-def _usable(
-    records: Iterator[Found],
-    spec: Mapping[str, Any],
-    split: str,
-    name: str,
-    borders: Borders | None,
+def usable(
+    records: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, find: Callable[[], Borders | None],
     whole: bool = True,
 ) -> Iterator[Found]:
-    """The records that are documents of the split; reports the others, by their places, when reading ends."""
-    borders = borders or find_borders(spec, name)
+    """The records that are documents of the split; reports the others, by their places, when reading ends.
+
+    Args:
+      find: gives what divides the corpus into splits.
+      whole: whether these are all records of the split, of which none must not be left.
+    """
+    borders = find()
     lost = PassedOver()
     kept = 0
     try:
-        for content, document in _texts(records, spec, lost):
+        for content, document in texts(records, spec, lost):
             kept += 1
             if borders is None or split_of(content, borders) == split:
                 yield document
@@ -258,10 +272,10 @@ def _usable(
         raise ValueError(f"{name}: no document is left of {source!r} ({lost}).")
 
 
-def _texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -> Iterator[tuple[bytes, Found]]:
+def texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -> Iterator[tuple[bytes, Found]]:
     """The records that are documents, as bytes and with their text; counts the others, by their places."""
     for found in records:
-        place, record, _ = found
+        place, record = found.place, found.content
         if isinstance(record, Lost):
             lost.add(record.reason, place, record.records)
             continue
@@ -293,14 +307,14 @@ def _require_languages(kind: str, spec: Mapping[str, Any], chosen: Sequence[str]
 
 
 def _transformed(
-    usable: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, whole: bool
+    documents_of_split: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, whole: bool
 ) -> Iterator[str]:
     """The documents of a split after the transforms; reports those that are not, by their places."""
     steps = transforms.steps_of(spec["transform"])
     reads_code = any(step.reads_code for step in steps)
     not_so, given, kept = PassedOver(), 0, 0
     try:
-        for place, text, told in usable:
+        for place, text, told, _ in documents_of_split:
             language = spec.get("language")
             if reads_code and language is None:
                 if told is None:

@@ -34,6 +34,8 @@ _DOCUMENT_OPTIONS = {
     "webdataset": _RECORD_OPTIONS,
     "warc": ("text", "where", *_TEXT_OPTIONS),
     "array_record": _RECORD_OPTIONS,
+    "megatron": ("vocabulary", "end", "sample", *_SHARED_OPTIONS),
+    "tokens": ("vocabulary", "dtype", "end", "sample", *_SHARED_OPTIONS),
     "text_files": _CODE_OPTIONS,
     "notebooks": _TEXT_OPTIONS,
     "commits": ("where", *_TEXT_OPTIONS),
@@ -41,6 +43,7 @@ _DOCUMENT_OPTIONS = {
     "tfrecords": _RECORD_OPTIONS,
     "tfds": _RECORD_OPTIONS,
 }
+TOKEN_KINDS = ("megatron", "tokens")
 # The field of a record that holds its text, where the spec names none.
 TEXT_FIELDS = {"json_lines": "text", "parquet": "text", "arrow": "text", "csv": "text", "webdataset": "txt",
                "warc": "text", "array_record": "text", "tfrecords": "text", "tfds": "text"}
@@ -198,6 +201,9 @@ def validate(spec: Mapping[str, Any], name: str = "corpus") -> None:
         raise ValueError(f"{name}: 'text' puts several fields together, 'field' names one; drop one of the two.")
     if wrong := _wrong_transform(kind, spec):
         raise ValueError(f"{name}: {wrong}")
+    if kind in TOKEN_KINDS and "vocabulary" not in spec:
+        raise ValueError(f"{name}: {kind!r} needs 'vocabulary', the one that its tokens were made with, named as in "
+                         "VOCABULARY.")
     if kind == "official" and "data_dir" not in spec:
         raise ValueError(f"{name}: official corpora need 'data_dir', the folder to look in.")
 
@@ -234,6 +240,9 @@ def _wanted(kind: str, key: str) -> tuple[Callable[[Any], bool], str]:
         "official": (lambda v: isinstance(v, str) and v in OFFICIAL, f"one of {', '.join(OFFICIAL)}"),
         "data_dir": (_is_text, "a folder"),
         "field": (_is_text, "the name of a field"),
+        "vocabulary": (_is_text, "the name or path of a vocabulary, as in VOCABULARY"),
+        "dtype": (lambda v: v in ("uint16", "uint32"), "'uint16' or 'uint32'"),
+        "end": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "the id that ends a document"),
         "separator": (lambda v: isinstance(v, str) and len(v) == 1 and v not in "\r\n\"", "one character, such as '\\t'"),
         "columns": (lambda v: not isinstance(v, str) and _is_pattern(v) and len(set(v)) == len(v),
                     "a list of names, each once"),
