@@ -10,7 +10,8 @@ What a file is, its content says, never its name:
 Other bytes that are no UTF-8 are given on as they are: a reader of records counts them, `whole_text` refuses them. A
 mark at the beginning of a later line, where files were joined, is dropped as the first one is.
 
-Needs the standard library alone, and so may be known by everything, `tasks` too; etils for gs://, and zstandard.
+Needs the standard library alone, and so may be known by everything, `tasks` too; etils for gs://, huggingface_hub for
+hf://, and zstandard.
 """
 
 import bz2
@@ -25,6 +26,8 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from codellm_jax import hub
 
 PIECE = 1 << 18  # bytes that are read at once
 HEAD = 1 << 13  # bytes by which a file is told
@@ -93,9 +96,9 @@ def require_file(file: str, what: str = "file") -> None:
       what: what to call it where it is not there, such as "vocabulary file".
     """
     if "://" in file:
-        if _remote(file).is_dir():
+        if remote(file).is_dir():
             raise UnreadableFile(f"{file} is a folder; give a file.")
-        if not _remote(file).exists():
+        if not remote(file).exists():
             raise FileNotFoundError(f"There is no {what} {file}.")
         return
     try:
@@ -115,7 +118,7 @@ def require_file(file: str, what: str = "file") -> None:
 
 def is_file(file: str) -> bool:
     """Whether there is such a file, local or remote."""
-    return _remote(file).exists() if "://" in file else os.path.isfile(file)
+    return remote(file).exists() if "://" in file else os.path.isfile(file)
 
 
 def cannot_be_read(file: str, error: Exception) -> OSError:
@@ -127,7 +130,7 @@ def cannot_be_read(file: str, error: Exception) -> OSError:
 
 def size(file: str) -> int:
     """Bytes of a file as it lies there, compressed or not."""
-    return _remote(file).stat().length if "://" in file else os.path.getsize(file)
+    return remote(file).stat().length if "://" in file else os.path.getsize(file)
 
 
 def glance(file: str) -> str:
@@ -267,7 +270,7 @@ def head(file: str) -> bytes:
 def open_binary(file: str) -> Iterator[Any]:
     """A file as it lies there, local or remote, as a binary stream that can be sought in; raises OSError."""
     try:
-        stream = _remote(file).open("rb") if "://" in file else open(file, "rb")
+        stream = remote(file).open("rb") if "://" in file else open(file, "rb")
     except Exception as error:
         if isinstance(error, OSError) or "://" in file:
             raise cannot_be_read(file, error) from error
@@ -283,7 +286,7 @@ def content(file: str) -> bytes:
 
 def _raw(file: str) -> Iterator[bytes]:
     try:
-        with _remote(file).open("rb") if "://" in file else open(file, "rb") as stream:
+        with remote(file).open("rb") if "://" in file else open(file, "rb") as stream:
             while piece := stream.read(PIECE):
                 yield piece
     except Exception as error:
@@ -353,7 +356,22 @@ def _without_marks(line: bytes) -> bytes:
     return line
 
 
-def _remote(file: str) -> Any:
+def remote(file: str) -> Any:
+    """A file or folder that lies elsewhere, gs:// or hf://datasets/, with the methods of etils' paths that read."""
+    if hub.is_hub_name(file):
+        return hub.DatasetFile(file)
     from etils import epath
 
     return epath.Path(file)
+
+
+def pinned(pattern: str) -> str:
+    """A pattern of remote files whose content stays: of hf:// with the commit that its branch is at now.
+
+    Raises:
+      UnreadableFile, OSError: the hub does not give it.
+    """
+    try:
+        return hub.pinned(pattern) if hub.is_hub_name(pattern) else pattern
+    except ValueError as error:
+        raise UnreadableFile(str(error)) from error

@@ -42,8 +42,8 @@ def tops(found: set[str]) -> set[str]:
 # The rooms of the library and those that each may know. `cli` may know all of them.
 ROOMS: dict[str, set[str]] = {
     "flags": set(),
-    "contents": set(),
     "hub": set(),
+    "contents": {"hub"},
     "settings": set(),
     "tokenizing": {"contents", "hub"},
     "vocabulary": {"tokenizing", "contents"},

@@ -1,4 +1,4 @@
-"""Finding corpus files, local or gs://; and what is said of those that cannot be read, and of what they lose."""
+"""Finding corpus files, local, gs:// or hf://datasets/; and what is said of those that cannot be read, and of what they lose."""
 
 import collections
 import contextlib
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from codellm_jax.contents import UnreadableFile, cannot_be_read, require_file, without_compression
+from codellm_jax.contents import UnreadableFile, cannot_be_read, pinned, remote, require_file, without_compression
 
 _WILDCARD = re.compile(r"[*?[]")
 
@@ -110,7 +110,8 @@ def require_readable(files: Sequence[str], require: Callable[[str], object]) -> 
 def matches(
     patterns: str | Sequence[str], name: str, files_of: Callable[[str], list[str] | None] = lambda folder: None
 ) -> list[str]:
-    """The files that a glob or several match, sorted, each once; absolute paths, or gs:// ones.
+    """The files that a glob or several match, sorted, each once; absolute paths, or gs:// ones, or
+    hf:// ones, which then name the commit that the data set is at.
 
     `*`, `?` and `[...]` match within a name, but not a dot at its beginning; `**` any folders, links to folders among
     them, each once. A name that is there is taken as it stands, whatever brackets it holds.
@@ -179,9 +180,7 @@ def _advice(pattern: str, folder: str) -> str:
 def _is_folder(found: str) -> bool:
     if "://" not in found:
         return os.path.isdir(found)
-    from etils import epath
-
-    return epath.Path(found).is_dir()
+    return bool(remote(found).is_dir())
 
 
 def _local_matches(pattern: str) -> Iterator[str]:
@@ -236,13 +235,12 @@ def _folders(top: str) -> Iterator[str]:
 
 
 def _remote_matches(pattern: str) -> list[str]:
-    from etils import epath
-
+    pattern = pinned(pattern)
     parts = pattern.split("/")
     fixed = next((i for i, part in enumerate(parts) if _WILDCARD.search(part)), len(parts))
-    if fixed == len(parts) or ("[" in pattern and epath.Path(pattern).exists()):
-        return [os.fspath(epath.Path(pattern))] if epath.Path(pattern).exists() else []
-    return [os.fspath(file) for file in epath.Path("/".join(parts[:fixed])).glob("/".join(parts[fixed:]))]
+    if fixed == len(parts) or ("[" in pattern and remote(pattern).exists()):
+        return [os.fspath(remote(pattern))] if remote(pattern).exists() else []
+    return [os.fspath(file) for file in remote("/".join(parts[:fixed])).glob("/".join(parts[fixed:]))]
 
 
 def below(folder: str) -> list[str]:
@@ -254,12 +252,10 @@ def below(folder: str) -> list[str]:
       OSError: there is no such folder, or one of them cannot be read.
     """
     if "://" in folder:
-        from etils import epath
-
-        walk = ((os.fspath(root), folders, names) for root, folders, names in epath.Path(folder).walk())
+        walk = ((os.fspath(root), folders, names) for root, folders, names in remote(folder).walk())
         files = [f"{root.rstrip('/')}/{name}" for root, _, names in walk for name in names]
         files = [file for file in files if "/." not in file.removeprefix(folder)]
-        if not files and not epath.Path(folder).exists():
+        if not files and not remote(folder).exists():
             raise FileNotFoundError(f"there is no folder {folder!r}")
         return sorted(files)
     top = os.path.abspath(os.path.expanduser(folder))

@@ -22,7 +22,7 @@ of instructions, which may stand among documents, are in `instruction_sets.instr
   {"task": "name"}                         another SeqIO task, under this corpus's name
 
 PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current
-directory) or gs://. Each file is read once, whatever links lead to it. How it is compressed and
+directory), gs://, or hf://datasets/ORG/NAME[@REVISION]/... on Hugging Face's hub. Each file is read once, whatever links lead to it. How it is compressed and
 encoded its content says (`codellm_jax.contents`); one that is something else is refused by name.
 Where documents come from files or TFDS, a stable hash of each text puts a hundredth of them into
 "validation" and a hundredth into "test"; `holdout` sets another fraction. Of a small corpus they are
