@@ -18,6 +18,7 @@ import bz2
 import codecs
 import contextlib
 import hashlib
+import io
 import itertools
 import lzma
 import os
@@ -30,6 +31,9 @@ from typing import Any
 from codellm_jax import hub
 
 PIECE = 1 << 18  # bytes that are read at once
+SMALL = 1 << 8  # bytes that are uncompressed at once, of which Zstandard may make 30,000 times as many
+LARGEST = 1 << 30  # bytes of one line or text that readers of corpora hold
+TOO_LARGE = "longer than 1 GiB"
 HEAD = 1 << 13  # bytes by which a file is told
 
 READ_IS = ("text is read in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, plain or compressed by gzip, bz2, xz "
@@ -207,8 +211,11 @@ def pieces(file: str) -> Iterator[bytes]:
     yield from _uncompressed(whole, _COMPRESSIONS[name][1]) if name else whole
 
 
-def lines(file: str) -> Iterator[bytes]:
+def lines(file: str, longest: int | None = None) -> Iterator[bytes]:
     """The lines of a file, with their ends, as UTF-8 where its bytes are what they should be.
+
+    Args:
+      longest: bytes that are held of a line; one that is longer is given as b"". None holds any.
 
     Raises:
       OSError: the file cannot be read.
@@ -216,18 +223,27 @@ def lines(file: str) -> Iterator[bytes]:
       BrokenFile: it breaks off or is damaged; after all that can be had.
     """
     waiting: list[bytes] = []  # of a line that has not ended yet
+    held, is_longer = 0, False
     broken = None
     try:
         for piece in _as_utf8(file):
             ended, end, rest = piece.rpartition(b"\n")
             if end:
                 for line in b"".join([*waiting, ended]).split(b"\n"):
-                    yield _without_marks(line) + b"\n"
-                waiting = []
-            waiting.append(rest)
+                    is_longer |= longest is not None and len(line) > longest
+                    yield b"" if is_longer else _without_marks(line) + b"\n"
+                    is_longer = False
+                waiting, held = [], 0
+            if not is_longer:
+                waiting.append(rest)
+                held += len(rest)
+                if longest is not None and held > longest:
+                    waiting, held, is_longer = [], 0, True
     except BrokenFile as error:
         broken = error
-    if line := _without_marks(b"".join(waiting)):
+    if is_longer:
+        yield b""
+    elif line := _without_marks(b"".join(waiting)):
         yield line
     if broken:
         raise broken
@@ -268,15 +284,52 @@ def head(file: str) -> bytes:
 
 @contextlib.contextmanager
 def open_binary(file: str) -> Iterator[Any]:
-    """A file as it lies there, local or remote, as a binary stream that can be sought in; raises OSError."""
-    try:
-        stream = remote(file).open("rb") if "://" in file else open(file, "rb")
-    except Exception as error:
-        if isinstance(error, OSError) or "://" in file:
+    """A file as it lies there, local or remote, as a binary stream that can be sought in; all raise OSError."""
+    if "://" not in file:
+        try:
+            stream = open(file, "rb")
+        except OSError as error:
             raise cannot_be_read(file, error) from error
-        raise
-    with stream:
-        yield stream
+        with stream:
+            yield stream
+        return
+    with _RemoteStream(file) as remote_stream:
+        yield remote_stream
+
+
+class _RemoteStream(io.RawIOBase):
+    """A remote file as Python has streams, with errors in one line whatever service has it."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._stream = self._done(lambda: remote(file).open("rb"))
+
+    def _done(self, does: Callable[[], Any]) -> Any:
+        try:
+            return does()
+        except Exception as error:  # each service has its own
+            raise cannot_be_read(self._file, error) from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return bytes(self._done(lambda: self._stream.read(size)))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._done(lambda: self._stream.seek(offset, whence))
+        return self.tell()
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
 
 
 def content(file: str) -> bytes:
@@ -285,14 +338,14 @@ def content(file: str) -> bytes:
 
 
 def _raw(file: str) -> Iterator[bytes]:
-    try:
-        with remote(file).open("rb") if "://" in file else open(file, "rb") as stream:
+    with open_binary(file) as stream:
+        try:
             while piece := stream.read(PIECE):
                 yield piece
-    except Exception as error:
-        if isinstance(error, OSError) or "://" in file:  # services have errors of their own
+        except OSError as error:
+            if "://" in file:
+                raise
             raise cannot_be_read(file, error) from error
-        raise
 
 
 def _from_head(found: Iterator[bytes]) -> Iterator[bytes]:
@@ -311,21 +364,42 @@ def _from_head(found: Iterator[bytes]) -> Iterator[bytes]:
 
 def _uncompressed(whole: Iterable[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
     """The content of members that follow one another, perhaps with zeros between, as tapes have them."""
-    member = None
-    for piece in whole:
-        while piece := piece if member else piece.lstrip(b"\0"):
-            member = member or new()
-            try:
-                found = member.decompress(piece)
-            except MemoryError:
-                raise
-            except Exception as error:  # each library has its own
-                raise BrokenFile(" ".join(str(error).split())) from error
-            if found:
-                yield found
-            piece, member = (member.unused_data, None) if member.eof else (b"", member)
-    if member:
-        raise BrokenFile("the compressed file breaks off")
+    member, held, size = None, list[bytes](), 0
+    small = (piece[start : start + SMALL] for piece in whole for start in range(0, len(piece), SMALL))
+    try:
+        for piece in small:
+            while piece := piece if member else piece.lstrip(b"\0"):
+                member = member or new()
+                for found in _of_member(member, piece):
+                    held.append(found)
+                    size += len(found)
+                    if size >= PIECE:
+                        yield b"".join(held)
+                        held, size = [], 0
+                piece, member = (member.unused_data, None) if member.eof else (b"", member)
+        if member:
+            raise BrokenFile("the compressed file breaks off")
+    except BrokenFile:
+        if size:
+            yield b"".join(held)
+        raise
+    if size:
+        yield b"".join(held)
+
+
+def _of_member(member: Any, piece: bytes) -> Iterator[bytes]:
+    """What a few bytes of a member are, a piece at a time where its library can give them so."""
+    try:
+        if not hasattr(member, "needs_input"):
+            yield member.decompress(piece)
+            return
+        yield member.decompress(piece, PIECE)
+        while not member.eof and not member.needs_input:
+            yield member.decompress(b"", PIECE)
+    except MemoryError:
+        raise
+    except Exception as error:  # each library has its own
+        raise BrokenFile(" ".join(str(error).split())) from error
 
 
 def _as_utf8(file: str) -> Iterator[bytes]:

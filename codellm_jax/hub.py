@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -203,7 +202,8 @@ class Length(NamedTuple):
 class DatasetFile:
     """A file or folder of a data set on the hub, with those methods of etils' paths that readers use.
 
-    Each raises ValueError or OSError, in one line, where the hub refuses or cannot be reached.
+    Each raises ValueError or OSError, in one line, where the hub refuses or cannot be reached; what `open` gives raises
+    what the library does.
 
     Attributes:
       path: hf://datasets/ORG/NAME[@REVISION][/FILE].
@@ -229,7 +229,7 @@ class DatasetFile:
 
     def open(self, mode: str = "rb") -> Any:
         with _in_one_line(self.path):
-            return _Reading(self.path, _file_system().open(self.path, mode, block_size=BYTES_A_REQUEST))
+            return _file_system().open(self.path, mode, block_size=BYTES_A_REQUEST)
 
     def glob(self, pattern: str) -> "list[DatasetFile]":
         with _in_one_line(self.path):
@@ -250,34 +250,6 @@ class DatasetFile:
                 return None
 
 
-class _Reading(io.RawIOBase):
-    """A file that is read from the hub, whose errors are one line."""
-
-    def __init__(self, path: str, file: Any) -> None:
-        self._path, self._file = path, file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        with _in_one_line(self._path):
-            found: bytes = self._file.read(size)
-            return found
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 def pinned(path: str) -> str:
     """A path of a data set, or a pattern of such, with the commit that its branch or tag is at now as its revision.
 
@@ -286,7 +258,8 @@ def pinned(path: str) -> str:
       OSError: the hub cannot be reached.
     """
     part = r"\w[\w.-]*"
-    found = re.fullmatch(rf"hf://datasets/({part}/{part})(?:@(refs/(?:convert|pr)/[\w.-]+|[^/@]+))?(/.*)?", path, re.ASCII)
+    revision = r"refs/(?:convert|pr)/[\w.-]+|[^/@]+"
+    found = re.fullmatch(rf"hf://datasets/({part}/{part})(?:@({revision}))?(/.*)?", path, re.ASCII)
     if not found:
         raise ValueError(f"{path} names no files of a data set on the hub; give {DATASET_FORM}.")
     with _in_one_line(f"{HUB}datasets/{found[1]}@{found[2] or 'main'}"):

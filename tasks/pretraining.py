@@ -118,7 +118,7 @@ class CorpusSource(seqio.FunctionDataSource):
     ) -> Iterator[token_arrays.Document]:
         """The documents of a split of a corpus of tokens; arguments as for `texts`."""
         return token_arrays.documents(self._spec, split, self._name, _known(str(self.vocabulary)), files,
-                                      borders and specs.Borders(*borders))
+                                      specs.Borders(*borders) if borders else None)
 
     def find_borders(self) -> specs.Borders | None:
         """What divides the whole corpus into splits, for those who read it file by file; None where no hash does."""

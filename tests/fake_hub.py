@@ -1,6 +1,6 @@
 """A stand-in for the hub on loopback: what huggingface_hub asks of one, and the faults that a test wants.
 
-    with fake_hub(folder) as hub:                     # folder/ORG/NAME/... are the repositories' files, of models or data
+    with fake_hub(folder) as hub:                     # folder/ORG/NAME/... are the repositories' files
         environment = {**os.environ, **hub.environment(cache)}
 
 The branch main is the folder's own content, and a commit's name a hash of it. Other commits lie in

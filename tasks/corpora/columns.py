@@ -53,6 +53,7 @@ def parquet_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, R
                         given += 1
                         yield f"{file}, row {row + given}", record
             except _damages() as error:
+                _require_damage(error, file)
                 yield f"{file}, row group {group + 1}: {_reason(error)}", Lost(
                     "in a damaged row group", max(1, rows - given))
             row += rows
@@ -71,6 +72,7 @@ def _parquet(file: str) -> Iterator[Any]:
             # Buffered, so that a column is read piece by piece; checksums are verified where a file has them.
             opened = pyarrow_parquet.ParquetFile(stream, buffer_size=1 << 20, page_checksum_verification=True)
         except _damages() as error:
+            _require_damage(error, file)
             raise UnreadableFile(f"{file} is damaged or breaks off, for its footer cannot be read ({_reason(error)}); "
                                  "bring it anew.") from None
         yield opened
@@ -137,34 +139,38 @@ def _batches(file: str) -> Iterator[tuple[Any, Iterator[Any]]]:
     pyarrow = library("pyarrow", file, "Arrow")
     beginning = head(file)
     if not beginning.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        raise UnreadableFile(f"{file} is {kind(beginning) or 'no Arrow file'}, where an Arrow file or stream is wanted.")
+        raise UnreadableFile(f"{file} is {kind(beginning) or 'no Arrow file'}, where an Arrow file or stream is "
+                             "wanted.")
     with contextlib.ExitStack() as opened:
         # Mapped, a file's batches may be large without being in memory.
         source = opened.enter_context(open_binary(file) if "://" in file else pyarrow.memory_map(file))
         try:
             if beginning.startswith(b"ARROW1"):
                 reader = opened.enter_context(pyarrow.ipc.open_file(source))
-                batches = _of_file(reader)
+                batches = _of_file(reader, file)
             else:
                 reader = opened.enter_context(pyarrow.ipc.open_stream(source))
-                batches = _of_stream(reader)
+                batches = _of_stream(reader, file)
         except _damages() as error:
+            _require_damage(error, file)
             raise UnreadableFile(f"{file} is damaged or breaks off ({_reason(error)}); bring it anew.") from None
         yield reader.schema, batches
 
 
-def _of_file(reader: Any) -> Iterator[Any]:
+def _of_file(reader: Any, file: str) -> Iterator[Any]:
     for number in range(reader.num_record_batches):
         try:
             yield reader.get_batch(number)
-        except _damages():
+        except _damages() as error:
+            _require_damage(error, file)
             yield Lost("damaged record batches")
 
 
-def _of_stream(reader: Any) -> Iterator[Any]:
+def _of_stream(reader: Any, file: str) -> Iterator[Any]:
     try:
         yield from reader
     except _damages() as error:
+        _require_damage(error, file)
         raise BrokenFile(_reason(error)) from error
 
 
@@ -229,6 +235,12 @@ def _damages() -> tuple[type[Exception], ...]:
     import pyarrow
 
     return pyarrow.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError
+
+
+def _require_damage(error: Exception, file: str) -> None:
+    """Raises an error again that is not of a file's content, but of a disk or a connection."""
+    if isinstance(error, OSError) and (error.errno is not None or str(error).startswith(f"{file} cannot be read")):
+        raise error
 
 
 def _reason(error: Exception) -> str:

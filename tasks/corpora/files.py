@@ -1,4 +1,6 @@
-"""Finding corpus files, local, gs:// or hf://datasets/; and what is said of those that cannot be read, and of what they lose."""
+"""Finding corpus files, local, gs:// or hf://datasets/; and what is said of those that cannot be read, and of what they
+lose.
+"""
 
 import collections
 import contextlib

@@ -9,6 +9,7 @@ import csv
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from codellm_jax import contents
 from codellm_jax.contents import lines, without_compression
 from tasks.corpora.files import Lost
 from tasks.corpora.records import EMPTY_FILE
@@ -26,8 +27,16 @@ def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str,
     """
     tabs = without_compression(file).lower().endswith((".tsv", ".tab"))
     csv.field_size_limit(LONGEST_CELL)
-    # Bytes that are no UTF-8 become lone surrogates, by which a text that holds them is known.
-    rows = csv.reader((line.decode(errors="surrogateescape") for line in lines(file)),
+    longer = 0
+
+    def decoded() -> Iterator[str]:
+        nonlocal longer
+        for line in lines(file, contents.LARGEST):
+            longer += not line
+            # Bytes that are no UTF-8 become lone surrogates, by which a text that holds them is known.
+            yield line.decode(errors="surrogateescape")
+
+    rows = csv.reader(decoded(),
                       delimiter=spec.get("separator", "\t" if tabs else ","),
                       quoting=csv.QUOTE_MINIMAL if spec.get("quotes", True) else csv.QUOTE_NONE)
     names, number = spec.get("columns"), 0
@@ -51,5 +60,7 @@ def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str,
                    Lost("with another number of cells than there are names"))
         else:
             yield f"{file}, line {rows.line_num}", dict(zip(names, row, strict=True))
-    if not number:
+    if longer:
+        yield file, Lost(contents.TOO_LARGE, longer)
+    elif not number:
         yield file, Lost(EMPTY_FILE)

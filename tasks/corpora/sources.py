@@ -22,8 +22,9 @@ of instructions, which may stand among documents, are in `instruction_sets.instr
   {"task": "name"}                         another SeqIO task, under this corpus's name
 
 PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current
-directory), gs://, or hf://datasets/ORG/NAME[@REVISION]/... on Hugging Face's hub. Each file is read once, whatever links lead to it. How it is compressed and
-encoded its content says (`codellm_jax.contents`); one that is something else is refused by name.
+directory), gs://, or hf://datasets/ORG/NAME[@REVISION]/... on Hugging Face's hub. Each file is read once,
+whatever links lead to it. How it is compressed and encoded its content says (`codellm_jax.contents`); one that is something else is
+refused by name.
 Where documents come from files or TFDS, a stable hash of each text puts a hundredth of them into
 "validation" and a hundredth into "test"; `holdout` sets another fraction. Of a small corpus they are
 the texts of lowest hash, at least one each (`specs.borders_of`).
@@ -59,6 +60,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from codellm_jax import contents
 from codellm_jax.contents import (
     BrokenFile,
     UnreadableFile,
@@ -361,7 +363,15 @@ def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., 
 
 
 def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-    yield Found(file, b"".join(lines(file)), transforms.language_of_file(without_compression(file)))
+    parts: list[bytes] = []
+    held = 0
+    for line in lines(file, contents.LARGEST):
+        parts.append(line)
+        held += len(line)
+        if not line or held > contents.LARGEST:
+            yield Found(file, Lost(contents.TOO_LARGE))
+            return
+    yield Found(file, b"".join(parts), transforms.language_of_file(without_compression(file)))
 
 
 def _notebooks(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:

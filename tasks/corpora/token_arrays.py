@@ -3,14 +3,15 @@
   {"megatron": PATTERN, "vocabulary": "gpt2/tokenizer.json"}     names the .bin files; each has its .idx beside
   {"tokens": PATTERN, "vocabulary": "...", "dtype": "uint16"}    documents one after the other, ended by a token
 
-`vocabulary` names the one that they were made with, as VOCABULARY does; a run has to have the same. `end` is the id that
-ends a document in these files, where it is not the vocabulary's own. `dtype` ("uint16" or "uint32", little-endian) is by
-default the smaller one that holds all ids; a file of NumPy's .npy says it itself.
+`vocabulary` names the one that they were made with, as VOCABULARY does; a run has to have the same. `end` is the id
+that ends a document in these files, where it is not the vocabulary's own. `dtype` ("uint16" or "uint32", little-endian)
+is by default the smaller one that holds all ids; a file of NumPy's .npy says it itself.
 
 Nothing is tokenized: the ids become rows as they are. What is decoded is the text of each document, by a table of the
-bytes of each id, for splits and `sample` go by the hash of the text: so a corpus has the same splits as text and as
-tokens, and, where the ids are those that the vocabulary gives, the same rows. An id that the vocabulary does not have is
-refused, and so are files of whose first documents none is encoded again as it stands there.
+bytes of each id, for splits and `sample` go by the hash of the text. So a corpus has the same splits as text and as
+tokens, and the same rows where the ids are those that the vocabulary gives the text. An id that the vocabulary does not
+have is refused. The first documents are encoded again: where none comes to its own ids the corpus is refused, and where
+some do not, a warning says how many.
 """
 
 import dataclasses
@@ -246,8 +247,9 @@ def _read_index(file: str) -> _Index:
                              "numbers is read.")
     found = _Index(np.dtype(_TYPES[code]), sequences, documents, 34)
     if size(index) < found.documents_at + 8 * documents:
-        raise UnreadableFile(f"{index} breaks off: it has {size(index)} bytes, and {found.documents_at + 8 * documents} "
-                             f"by its own counts of {sequences} sequences and {documents} documents; bring it anew.")
+        raise UnreadableFile(f"{index} breaks off: it has {size(index)} bytes, and "
+                             f"{found.documents_at + 8 * documents} by its own counts of {sequences} sequences and "
+                             f"{documents} documents; bring it anew.")
     return found
 
 

@@ -1,22 +1,27 @@
 """Readers of the formats in which corpora are published, and what is chosen of them."""
 
+import bz2
 import gzip
 import hashlib
 import io
 import json
 import logging
+import lzma
 import pathlib
 import random
 import sys
 import tarfile
 import time
+import tracemalloc
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 from warcio import statusandheaders, warcwriter
 
+from codellm_jax import contents
 from tasks.corpora import archives, fields, pages, separated, sources, specs
 
 WHOLE = {"holdout": 0}  # Everything is "train".
@@ -349,7 +354,8 @@ def test_damage_within_arrow_ends_no_process(tmp_path: pathlib.Path, caplog: pyt
 
 def test_csv(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "a.csv"
-    file.write_bytes(b"\xef\xbb\xbfid,text,score\r\n1,\"two\r\nlines, \"\"quoted\"\"\",5\r\n\r\n2,short\r\n3,\xff,9\r\n4,last,1")
+    file.write_bytes(b"\xef\xbb\xbfid,text,score\r\n1,\"two\r\nlines, \"\"quoted\"\"\",5\r\n\r\n2,short\r\n"
+                     b"3,\xff,9\r\n4,last,1")
     assert _read({"csv": str(file), **WHOLE}) == ['two\r\nlines, "quoted"', "last"]
     assert "1 not valid UTF-8 (first: " in _told(caplog)
     assert f"1 with another number of cells than there are names (first: {file}, line 5, 2 in the place of 3)" in _told(
@@ -359,7 +365,7 @@ def test_csv(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_tsv(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "a.tsv.gz"
-    file.write_bytes(gzip.compress('7\t"open quote\n8\tno "quote"\n'.encode()))
+    file.write_bytes(gzip.compress(b'7\t"open quote\n8\tno "quote"\n'))
     assert _read({"csv": str(file), "columns": ["id", "title"], "quotes": False, "field": "title", **WHOLE}) == [
         '"open quote', 'no "quote"']
     (tmp_path / "b.txt").write_text("a;b\n1;2\n")
@@ -481,7 +487,8 @@ HTML = ("<html><head><title>Über &amp; mehr</title><style>p {}</style></head><b
 @pytest.mark.parametrize("compressed", [False, True])
 def test_wet(tmp_path: pathlib.Path, compressed: bool) -> None:
     records = [("warcinfo", "", {}, b"software: none")] + [
-        ("conversion", f"http://{number}.org/", {"WARC-Identified-Content-Language": language}, f"Text {number} é\n".encode())
+        ("conversion", f"http://{number}.org/", {"WARC-Identified-Content-Language": language},
+         f"Text {number} é\n".encode())
         for number, language in enumerate(["eng", "deu", "eng"])]
     spec = {"warc": _warc(tmp_path / "a.wet", records, compressed), **WHOLE}
     assert _read(spec) == [f"Text {number} é\n" for number in range(3)]
@@ -589,3 +596,39 @@ def test_array_records_of_examples(tmp_path: pathlib.Path) -> None:
         for number in range(10)]
     spec = {"array_record": _array_record(tmp_path / "a", records), "where": {"score": {"at_most": 3}}, **WHOLE}
     assert _read(spec) == [f"text {number} é" for number in range(4)]
+
+
+# ---- Lines that are too long -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
+def test_a_line_that_is_too_long_is_counted_in_bounded_memory(
+    tmp_path: pathlib.Path, suffix: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(contents, "LARGEST", 1 << 20)
+    content = b'{"text": "good"}\n{"text": "' + b"x" * (1 << 27) + b'"}\n{"text": "too"}\n'
+    compress = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+                ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(content))
+    del content
+    tracemalloc.start()
+    found = _read({"json_lines": str(tmp_path / "*"), **WHOLE})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == ["good", "too"] and peak < 1 << 26
+    assert f"1 longer than 1 GiB (first: {tmp_path}/a.jsonl{suffix}, line 2)" in _told(caplog)
+
+
+def test_what_is_held_at_once_is_bounded(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(contents, "LARGEST", 1 << 19)
+    text = "x" * (1 << 20)
+    for content in (text, json.dumps([{"text": text}])):
+        (tmp_path / "a").write_text(content)
+        for kind in ("json_lines", "text_files", "csv"):
+            with pytest.raises(ValueError, match="no document is left of .* longer than 1 GiB"):
+                _read({kind: str(tmp_path / "a"), **WHOLE})
+    (tmp_path / "a").write_text(json.dumps([{"text": "x" * 100}] * 6000, indent=1))
+    with pytest.raises(ValueError, match="a is a JSON list, .* longer than 1 GiB, .* write it as JSON lines"):
+        _read({"json_lines": str(tmp_path / "a"), **WHOLE})
