@@ -21,10 +21,9 @@ of instructions, which may stand among documents, are in `instruction_sets.instr
   {"tfds": "name:1.0.0", "field": "text"}  TensorFlow Datasets; its split "train"
   {"task": "name"}                         another SeqIO task, under this corpus's name
 
-PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current
-directory), gs://, or hf://datasets/ORG/NAME[@REVISION]/... on Hugging Face's hub. Each file is read once,
-whatever links lead to it. How it is compressed and encoded its content says (`codellm_jax.contents`); one that is something else is
-refused by name.
+PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current directory), gs://, or
+hf://datasets/ORG/NAME[@REVISION]/... on Hugging Face's hub. Each file is read once, whatever links lead to it. How it
+is compressed and encoded its content says (`codellm_jax.contents`); one that is something else is refused by name.
 Where documents come from files or TFDS, a stable hash of each text puts a hundredth of them into
 "validation" and a hundredth into "test"; `holdout` sets another fraction. Of a small corpus they are
 the texts of lowest hash, at least one each (`specs.borders_of`).
