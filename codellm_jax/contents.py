@@ -17,7 +17,6 @@ hf://, and zstandard.
 import bz2
 import codecs
 import contextlib
-import hashlib
 import io
 import itertools
 import lzma
@@ -72,7 +71,7 @@ def _zstd() -> Any:
 # By name: how it begins, what makes an object that uncompresses one member, and how many bytes that is given at once:
 # gzip makes at most 1,000 times as many of them and Zstandard 30,000 times; the others give what they make in pieces.
 _COMPRESSIONS: dict[str, tuple[bytes, Callable[[], Any], int]] = {
-    "gzip": (rb"\x1f\x8b", lambda: zlib.decompressobj(31), 1 << 15),
+    "gzip": (rb"\x1f\x8b", lambda: zlib.decompressobj(31), 1 << 14),
     "bz2": (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.BZ2Decompressor, PIECE),
     "xz": (rb"\xfd7zXZ\x00", lzma.LZMADecompressor, PIECE),
     "Zstandard": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", _zstd, 1 << 10),
@@ -135,18 +134,6 @@ def cannot_be_read(file: str, error: Exception) -> OSError:
 def size(file: str) -> int:
     """Bytes of a file as it lies there, compressed or not."""
     return remote(file).stat().length if "://" in file else os.path.getsize(file)
-
-
-def glance(file: str) -> str:
-    """A hash of 32 pieces of a file, evenly spread, in hexadecimal: by which another content of the same size is told
-    without reading it all.
-    """
-    digest, length = hashlib.sha256(), size(file)
-    with open_binary(file) as stream:
-        for part in range(33):
-            stream.seek(min(part * (length // 32), max(0, length - 4096)))
-            digest.update(stream.read(4096))
-    return digest.hexdigest()[:16]
 
 
 def compression(head: bytes) -> str | None:

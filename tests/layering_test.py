@@ -80,6 +80,9 @@ ONLY_IMPORTERS = {
     "jieba": {"codellm_jax.tokenizing.pangu"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
     "huggingface_hub": {"codellm_jax.hub"},
+    "pyarrow": {"tasks.corpora.columns"},
+    "warcio": {"tasks.corpora.archives"},
+    "lxml": {"tasks.corpora.pages"},
     "tree_sitter": {"tasks.corpora.tree_code"},
 }
 

@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from codellm_jax import contents
-from codellm_jax.contents import READ_IS, BrokenFile, UnreadableFile, lines, require_text
+from codellm_jax.contents import LARGEST, READ_IS, TOO_LARGE, BrokenFile, UnreadableFile, lines, require_text
 from tasks.corpora.files import Lost
 
 BROKEN_JSON = "broken JSON"
@@ -95,9 +94,9 @@ def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
     opening, is_lines, number, held = b"", False, 0, 0
     ending: list[Lost] = []
     try:
-        for number, line in enumerate(lines(file, contents.LARGEST), 1):
+        for number, line in enumerate(lines(file, LARGEST), 1):
             if not line:
-                yield f"{file}, line {number}", Lost(contents.TOO_LARGE), True
+                yield f"{file}, line {number}", Lost(TOO_LARGE), True
                 continue
             is_first, opening = not opening, opening or line.strip()[:1]
             if not is_lines and opening != b"[" and (is_first or line.startswith(b"{")):
@@ -108,9 +107,9 @@ def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
             if not is_lines:
                 waiting.append(line)
                 held += len(line)
-                if held > contents.LARGEST:
+                if held > LARGEST:
                     raise UnreadableFile(f"{file} is a JSON list, or of records over several lines, and "
-                                         f"{contents.TOO_LARGE}, all of which would be held at once; write it as JSON "
+                                         f"{TOO_LARGE}, all of which would be held at once; write it as JSON "
                                          "lines, one object a line.")
             elif line.strip():
                 yield f"{file}, line {number}", _record_of(_parsed(line)), line.isascii()

@@ -9,8 +9,7 @@ import csv
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from codellm_jax import contents
-from codellm_jax.contents import lines, without_compression
+from codellm_jax.contents import LARGEST, TOO_LARGE, lines, without_compression
 from tasks.corpora.files import Lost
 from tasks.corpora.records import EMPTY_FILE
 
@@ -31,7 +30,7 @@ def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str,
 
     def decoded() -> Iterator[str]:
         nonlocal longer
-        for line in lines(file, contents.LARGEST):
+        for line in lines(file, LARGEST):
             longer += not line
             # Bytes that are no UTF-8 become lone surrogates, by which a text that holds them is known.
             yield line.decode(errors="surrogateescape")
@@ -61,6 +60,6 @@ def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str,
         else:
             yield f"{file}, line {rows.line_num}", dict(zip(names, row, strict=True))
     if longer:
-        yield file, Lost(contents.TOO_LARGE, longer)
+        yield file, Lost(TOO_LARGE, longer)
     elif not number:
         yield file, Lost(EMPTY_FILE)

@@ -59,12 +59,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from codellm_jax import contents
 from codellm_jax.contents import (
+    LARGEST,
+    TOO_LARGE,
     BrokenFile,
     UnreadableFile,
     compression,
-    glance,
     head,
     kind,
     lines,
@@ -83,7 +83,7 @@ from tasks.corpora.archives import (
     webdataset_records,
 )
 from tasks.corpora.columns import arrow_records, dataset_files, parquet_records, require_arrow, require_parquet
-from tasks.corpora.files import Found, Lost, PassedOver, in_name_of, matches, real, require_readable
+from tasks.corpora.files import Found, Lost, PassedOver, glance, in_name_of, matches, real, require_readable
 from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
 from tasks.corpora.separated import separated_records
 from tasks.corpora.specs import (
@@ -145,7 +145,7 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
             description[f"{split}_files"] = [
                 [file, size(file)] for file in files(spec, split, name)
             ]
-    if kind in TOKEN_KINDS:  # which keep their size where another vocabulary of as many bits makes them anew
+    if kind in TOKEN_KINDS:  # these files keep their size where another vocabulary of as many bits makes them anew
         description["contents"] = [
             glance(file) for split in ("train", "validation") for file, _ in description.get(f"{split}_files", ())]
     return description
@@ -364,11 +364,11 @@ def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., 
 def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
     parts: list[bytes] = []
     held = 0
-    for line in lines(file, contents.LARGEST):
+    for line in lines(file, LARGEST):
         parts.append(line)
         held += len(line)
-        if not line or held > contents.LARGEST:
-            yield Found(file, Lost(contents.TOO_LARGE))
+        if not line or held > LARGEST:
+            yield Found(file, Lost(TOO_LARGE))
             return
     yield Found(file, b"".join(parts), transforms.language_of_file(without_compression(file)))
 

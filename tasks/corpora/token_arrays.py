@@ -10,8 +10,8 @@ is by default the smaller one that holds all ids; a file of NumPy's .npy says it
 Nothing is tokenized: the ids become rows as they are. What is decoded is the text of each document, by a table of the
 bytes of each id, for splits and `sample` go by the hash of the text. So a corpus has the same splits as text and as
 tokens, and the same rows where the ids are those that the vocabulary gives the text. An id that the vocabulary does not
-have is refused. The first documents are encoded again: where none comes to its own ids the corpus is refused, and where
-some do not, a warning says how many.
+have is refused. The first 8 documents of each file are encoded again: where none comes to its own ids the corpus is
+refused, and where some do not, a warning says how many.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from tasks.corpora.specs import Borders, borders_of, holdout_of, kind_of, positi
 BYTES_AT_ONCE = 1 << 22
 LONGEST = 1 << 28  # tokens of a document
 ENDLESS = 1 << 22  # tokens among which at least one document ends
-CHECKED, CHECKED_TOKENS = 32, 256  # documents that are encoded again, and of each the first tokens
+CHECKED, CHECKED_TOKENS = 8, 256  # documents of a file that are encoded again, and of each the first tokens
 _TOO_LONG = "longer than 2**28 tokens"
 _MEGATRON = b"MMIDIDX\0\0"
 _TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # by Megatron's numbers; floats are no tokens
@@ -66,9 +66,19 @@ def documents(
     validate(spec, name)
     whole = only_files is None
     chosen = sources.files(spec, split, name) if only_files is None else only_files
-    records = _records(spec, chosen, name, known, split)
+    differing = PassedOver()
+    records = _records(spec, chosen, name, known, differing)
     usable = sources.usable(records, spec, split, name, lambda: borders or find_borders(spec, name, known), whole)
-    return (Document(found.ids, str(found.content)) for found in usable)
+    return _told((Document(found.ids, str(found.content)) for found in usable), differing, split, name, whole)
+
+
+def _told(
+    found: Iterator[Document], differing: PassedOver, split: str, name: str, whole: bool
+) -> Iterator[Document]:
+    """The same documents; tells at the end what was found different."""
+    yield from found
+    if differing or not whole:  # a part where nothing was, too, so that parts add up to the whole
+        logging.warning("%s, read for %s: of the first documents of each file %s.", name, split, differing)
 
 
 def find_borders(spec: Mapping[str, Any], name: str, known: Known) -> Borders | None:
@@ -81,31 +91,40 @@ def find_borders(spec: Mapping[str, Any], name: str, known: Known) -> Borders | 
 
 
 def _records(
-    spec: Mapping[str, Any], chosen: Sequence[str], name: str, known: Known, split: str | None = None
+    spec: Mapping[str, Any], chosen: Sequence[str], name: str, known: Known, differing: PassedOver | None = None
 ) -> Iterator[Found]:
-    """The documents of files, as text and ids. Of a split the first are checked."""
+    """The documents of files, as text and ids.
+
+    Args:
+      differing: where the first documents of each file are to be checked, takes those that are encoded otherwise.
+    """
     end = spec.get("end", known.end)
     read = _megatron if kind_of(spec) == "megatron" else _flat
-    checked = different = 0
     with in_name_of(name):
         for file in chosen:
+            checked = different = 0
             try:
                 for place, found in read(file, spec, known, end):
                     if isinstance(found, Lost):
                         yield Found(place, found)
                         continue
-                    found = _bare(found, known, end, place)
-                    if not len(found):
+                    ids = _bare(found, known, end, place)
+                    if not len(ids):
                         continue
-                    if split and checked < CHECKED:
-                        checked, different = checked + 1, different + (not _comes_back(found, known))
-                        if checked == CHECKED:
-                            _tell(name, split, known, checked, different)
-                    yield Found(place, known.text(found), ids=found)
+                    if differing is not None and checked < CHECKED:
+                        checked += 1
+                        if not _comes_back(ids, known):
+                            different += 1
+                            differing.add(
+                                f"have other tokens than {known.name} gives their text, and are taken as they are",
+                                place)
+                        if different == CHECKED:
+                            raise UnreadableFile(
+                                f"{file}: none of its first {CHECKED} documents has the tokens that {known.name} gives "
+                                "its text. They were made with another vocabulary: name that one as 'vocabulary'.")
+                    yield Found(place, known.text(ids), ids=ids)
             except BrokenFile:
                 yield Found("", broken_rest(file))
-        if split and 0 < checked < CHECKED:
-            _tell(name, split, known, checked, different)
 
 
 def _bare(ids: np.ndarray, known: Known, end: int, place: str) -> np.ndarray:
@@ -126,15 +145,6 @@ def _comes_back(ids: np.ndarray, known: Known) -> bool:
     text = known.text(some).decode(errors="ignore")
     sure = len(some) if len(some) == len(ids) else len(some) * 3 // 4
     return list(known.encode(text))[:sure] == some[:sure].tolist()
-
-
-def _tell(name: str, split: str, known: Known, checked: int, different: int) -> None:
-    if different == checked:
-        raise UnreadableFile(f"of the first {checked} documents none has the tokens that {known.name} gives its text: "
-                             "they were made with another vocabulary; name that one as 'vocabulary'.")
-    if different:
-        logging.warning("%s, read for %s: of %d documents looked at, %d have other tokens than %s gives their text; "
-                        "all are taken as they are.", name, split, checked, different, known.name)
 
 
 # ---- Flat arrays -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from fake_hub import Hub, fake_hub
 
+from codellm_jax import contents
 from tasks.corpora import sources
 
 DATA = "hf://datasets/org/data"
@@ -38,6 +39,27 @@ def hub(tmp_path: pathlib.Path) -> Iterator[Hub]:
 
 def _read(spec: dict[str, Any]) -> list[str]:
     return list(sources.documents({**spec, "holdout": 0}, "train", "text.mine"))
+
+
+def test_streams_of_tensorflow_are_read_as_files(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """etils reads gs:// through TensorFlow, whose streams lack what pyarrow asks of one."""
+    gfile = pytest.importorskip("tensorflow").io.gfile
+
+    class Remote:
+        def __init__(self, file: str) -> None:
+            self.file = str(tmp_path / file.removeprefix("gs://bucket/"))
+
+        def open(self, mode: str) -> Any:
+            return gfile.GFile(self.file, mode)
+
+    monkeypatch.setattr(contents, "remote", Remote)
+    table = pyarrow.table({"text": TEXTS})
+    pyarrow.parquet.write_table(table, tmp_path / "parquet", row_group_size=9)
+    with pyarrow.ipc.new_file(str(tmp_path / "arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for kind in ("parquet", "arrow"):
+        spec = {kind: "gs://bucket/*", "holdout": 0}
+        assert list(sources.documents(spec, "train", only_files=[f"gs://bucket/{kind}"])) == TEXTS
 
 
 @pytest.mark.parametrize(("kind", "pattern", "expected"), [

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import tasks
+from codellm_jax.mixture import shards
+from codellm_jax.mixture.places import cache_place
 from codellm_jax.mixture.rows import cached_rows
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 from tasks.corpora import sources, specs, token_arrays
@@ -112,7 +114,7 @@ def test_another_vocabulary_than_the_runs_is_refused(
     with pytest.raises(ValueError, match="text.mine: its tokens were made with .*llama.model.* set VOCABULARY to"):
         _rows({"tokens": file, "vocabulary": other.path}, ours, tmp_path / "cache")
     # Stated as what they are not: their ids are there, but stand for other texts.
-    with pytest.raises(ValueError, match="text.mine: of the first 32 documents none has the tokens that python_8k"):
+    with pytest.raises(ValueError, match="text.mine: .*a.bin: none of its first 8 documents has the tokens that"):
         _rows({"tokens": file, "vocabulary": "python_8k", "end": other.end_of_document_id}, ours, tmp_path / "cache")
 
 
@@ -147,6 +149,44 @@ def test_what_is_wrong_with_flat_arrays(
     file.write_bytes(b"")
     with pytest.raises(ValueError, match="no document is left .*1 empty file"):
         _read({"tokens": str(file)}, ours)
+
+
+def test_documents_with_other_tokens_are_told_and_taken(
+    tmp_path: pathlib.Path, ours: Vocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As some tokenizers leave out merges at random."""
+    texts = _texts(20)
+    documents = [ours.encode(text) for text in texts]
+    documents[2] = [token for letter in texts[2] for token in ours.encode(letter)]
+    file = _flat(tmp_path / "a.bin", documents, ours.end_of_document_id)
+    assert _read({"tokens": file}, ours) == texts
+    assert "of the first documents of each file 1 have other tokens than python_8k gives their text" in caplog.text
+
+
+def test_by_shards_the_cache_is_the_same(tmp_path: pathlib.Path, ours: Vocabulary, monkeypatch: Any) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
+    texts = _texts()
+    documents = [[ours.encode(text)] for text in texts]
+    documents[101] = [[token for letter in texts[101] for token in ours.encode(letter)]]  # the second of its file
+    for number in range(4):
+        _megatron(tmp_path / f"{number}.bin", documents[number * 100 : (number + 1) * 100])
+    spec = {"megatron": str(tmp_path / "*.bin"), "vocabulary": "python_8k", "sample": 0.9}
+    definitions = tasks.Definitions(corpora={NAME: spec})
+    alone = cached_rows(NAME, definitions, ours, LENGTH, str(tmp_path / "alone"), report=lambda line: None)
+    place = cache_place(NAME, definitions, ours, LENGTH, str(tmp_path / "parts"), "pretraining")
+    build = shards.Build(NAME, definitions, ours, LENGTH, "pretraining", place)
+    planned = shards.plan(build)
+    assert len(planned) == 4 * 3
+    for shard in reversed(planned):
+        shards.tokenize(build, shard)
+    pieces = shards.pieces(build, planned)
+    for piece in pieces:
+        shards.cut(build, piece)
+    shards.finish(build, planned, pieces)
+    parts = cached_rows(NAME, definitions, ours, LENGTH, str(tmp_path / "parts"), report=lambda line: None)
+    for split, rows in alone.items():
+        assert rows.content_hash == parts[split].content_hash and rows.notes == parts[split].notes
+    assert any("1 have other tokens" in note for note in alone["train"].notes)
 
 
 def test_documents_across_blocks(tmp_path: pathlib.Path, ours: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
