@@ -69,8 +69,9 @@ def _parquet(file: str) -> Iterator[Any]:
         raise UnreadableFile(f"{file} is {kind(beginning) or 'no Parquet file'}, where Parquet is wanted.")
     with open_binary(file) as stream:
         try:
-            # Buffered, so that a column is read piece by piece; checksums are verified where a file has them.
-            opened = pyarrow_parquet.ParquetFile(stream, buffer_size=1 << 20, page_checksum_verification=True)
+            # By a buffer, so that a row group's column is not read as a whole; checksums are verified where it has them.
+            opened = pyarrow_parquet.ParquetFile(
+                stream, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         except _damages() as error:
             _require_damage(error, file)
             raise UnreadableFile(f"{file} is damaged or breaks off, for its footer cannot be read ({_reason(error)}); "

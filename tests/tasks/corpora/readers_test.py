@@ -180,6 +180,21 @@ def test_parquet_reads_the_asked_columns_alone(tmp_path: pathlib.Path, monkeypat
     assert asked[0] == ["meta.language", "text"]
 
 
+def test_memory_does_not_grow_with_a_row_group(tmp_path: pathlib.Path) -> None:
+    dice = random.Random(3)
+    rows = [{"text": dice.randbytes(5000).hex()} for _ in range(4000)]
+    file = _parquet(tmp_path / "a", rows, 4000, use_dictionary=False)
+    del rows
+    size = pathlib.Path(file).stat().st_size
+    tracemalloc.start()
+    before = pyarrow.default_memory_pool().max_memory()
+    assert sum(1 for _ in sources.documents({"parquet": file, **WHOLE}, "train")) == 4000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Of Python's own bytes, and, where writing the file took no more already, of pyarrow's.
+    assert peak < 24 << 20 < size and pyarrow.default_memory_pool().max_memory() - before < size // 2
+
+
 def test_a_column_that_is_not_there(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     file = _parquet(tmp_path / "a.parquet", _rows())
     with pytest.raises(ValueError, match="no document is left .*50 without text in field 'body'.*a.parquet, whose "
