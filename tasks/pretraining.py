@@ -179,12 +179,17 @@ def _known(path: str) -> token_arrays.Known:
     """What is asked of the vocabulary that tokens were made with."""
     of = vocabulary.load_vocabulary(path)
     bytes_of_ids = of.bytes_of_ids()
-    end = np.array([of.end_of_document_id])
+    table = np.frombuffer(b"".join(bytes_of_ids), np.uint8)
+    counts = np.array([len(piece) for piece in bytes_of_ids])
+    starts, every = np.cumsum(counts) - counts, np.arange(of.pieces)
+    # A file may put a blank before a text, which is then bytes of its first id.
+    before = counts - of.bytes_behind(np.full(of.pieces, of.end_of_document_id), every)
 
     def text(ids: np.ndarray) -> bytes:
-        joined = b"".join(map(bytes_of_ids.__getitem__, ids.tolist()))
-        # The first may have a blank that a file puts before a text.
-        return joined[len(bytes_of_ids[ids[0]]) - int(of.bytes_behind(end, ids[:1])[0]) :]
+        counted = counts[ids]
+        ends = np.cumsum(counted)
+        joined = table[np.arange(ends[-1]) + np.repeat(starts[ids] - ends + counted, counted)].tobytes()
+        return joined[before[ids[0]] :]
 
     return token_arrays.Known(path, of.pieces, of.end_of_document_id, of.begin_ids, text, of.encode)
 

@@ -50,7 +50,7 @@ class _Stream:
         found = self._waiting[self._at : self._at + size]
         self._at += len(found)
         self.position += len(found)
-        self.last = (self.last + found)[-(1 << 16) :]
+        self.last = (self.last + found)[-(1 << 15) :]
         return found
 
 

@@ -45,7 +45,7 @@ def parquet_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, R
         chosen = [name for name in fields.wanted(spec, "text") if _has(schema, name)]
         for group in range(opened.num_row_groups):
             facts = opened.metadata.row_group(group)
-            rows, given = facts.num_rows, 0
+            rows, given, reason = facts.num_rows, 0, ""
             try:
                 at_once = BYTES_AT_ONCE * max(1, rows) // max(1, facts.total_byte_size)
                 for batch in opened.iter_batches(max(1, min(at_once, MOST_ROWS_AT_ONCE)), [group], chosen):
@@ -54,8 +54,10 @@ def parquet_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, R
                         yield f"{file}, row {row + given}", record
             except _damages() as error:
                 _require_damage(error, file)
-                yield f"{file}, row group {group + 1}: {_reason(error)}", Lost(
-                    "in a damaged row group", max(1, rows - given))
+                reason = _reason(error)
+            if reason or given < rows:
+                yield (f"{file}, row group {group + 1}: {reason or 'fewer rows than it says'}",
+                       Lost("in a damaged row group", max(1, rows - given)))
             row += rows
         if not row:
             yield file, Lost(EMPTY_FILE)
@@ -69,7 +71,7 @@ def _parquet(file: str) -> Iterator[Any]:
         raise UnreadableFile(f"{file} is {kind(beginning) or 'no Parquet file'}, where Parquet is wanted.")
     with open_binary(file) as stream:
         try:
-            # By a buffer, so that a row group's column is not read as a whole; checksums are verified where it has them.
+            # By a buffer, so that no column of a row group is read as a whole. Checksums are verified where a file has any.
             opened = pyarrow_parquet.ParquetFile(
                 stream, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         except _damages() as error:

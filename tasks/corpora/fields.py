@@ -126,7 +126,7 @@ def unlike(record: Mapping[str, Any], where: Mapping[str, Any]) -> Lost | None:
         if asked is None:
             return Lost(_LACKING.format(name))
         if not _holds(asked, condition):
-            return Lost(f"not 'where' by field {name!r}")
+            return Lost(f"not matching 'where' in field {name!r}")
     return None
 
 

@@ -290,7 +290,7 @@ def texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -
             lost.add("empty", place)
             continue
         if not is_sampled(content, spec):
-            lost.add("outside of the sample", place)
+            lost.add("outside the sample", place)
             continue
         yield content, found._replace(content=text)
 

@@ -161,8 +161,8 @@ def test_parquet(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> No
     expected = [row for row in rows if row["meta"]["language"] == "Python" and 3 <= row["meta"]["score"] <= 5]
     assert _read({**spec, "where": where}) == [row["text"] for row in expected]
     of_language = sum(row["meta"]["language"] == "Go" for row in rows)
-    assert f"{of_language} not 'where' by field 'meta.language'" in _told(caplog)
-    assert f"{50 - len(expected) - of_language} not 'where' by field 'meta.score'" in _told(caplog)
+    assert f"{of_language} not matching 'where' in field 'meta.language'" in _told(caplog)
+    assert f"{50 - len(expected) - of_language} not matching 'where' in field 'meta.score'" in _told(caplog)
     assert _read({**spec, "text": "{meta.language}: {text}"})[0] == f"{rows[0]['meta']['language']}: text 0 é"
 
 
@@ -608,8 +608,13 @@ def test_array_records_of_examples(tmp_path: pathlib.Path) -> None:
     records = [tf.train.Example(features=tf.train.Features(feature={
         "text": feature(text=f"text {number} é".encode()), "score": feature(number=number)})).SerializeToString()
         for number in range(10)]
-    spec = {"array_record": _array_record(tmp_path / "a", records), "where": {"score": {"at_most": 3}}, **WHOLE}
-    assert _read(spec) == [f"text {number} é" for number in range(4)]
+    with tf.io.TFRecordWriter(str(tmp_path / "b")) as writer:
+        for record in records:
+            writer.write(record)
+    for of_kind in ({"array_record": _array_record(tmp_path / "a", records)}, {"tfrecords": str(tmp_path / "b")}):
+        spec = {**of_kind, "where": {"score": {"at_most": 3}}, **WHOLE}
+        assert _read(spec) == [f"text {number} é" for number in range(4)]
+        assert _read({**spec, "text": "{score}: {text}"})[3] == "3: text 3 é"
 
 
 # ---- Lines that are too long -------------------------------------------------------------------
