@@ -71,7 +71,7 @@ def _parquet(file: str) -> Iterator[Any]:
         raise UnreadableFile(f"{file} is {kind(beginning) or 'no Parquet file'}, where Parquet is wanted.")
     with open_binary(file) as stream:
         try:
-            # By a buffer, so that no column of a row group is read as a whole. Checksums are verified where it has some.
+            # By a buffer, so that no column of a row group is read as a whole; checksums are verified if it has some.
             opened = pyarrow_parquet.ParquetFile(
                 stream, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         except _damages() as error:
