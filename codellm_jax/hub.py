@@ -1,4 +1,5 @@
-"""Files of published models: hf://ORG/NAME[@REVISION], downloaded by huggingface_hub (extra `hf`).
+"""Files of a hub, by huggingface_hub (extra `hf`): of published models, hf://ORG/NAME[@REVISION], which are downloaded;
+and of data sets, hf://datasets/ORG/NAME[@REVISION]/FILE, which are read as they come.
 
 The cache, the server and the access are that library's, with its variables: HF_HOME, HF_ENDPOINT, HF_TOKEN,
 HF_HUB_OFFLINE. It is imported, and reads them, only where a name is used. It resumes a download that breaks off, and
@@ -6,6 +7,7 @@ checks the size of what it downloads, but not the content; that is done here, on
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -14,14 +16,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 HUB = "hf://"
 FORM = "hf://ORG/NAME or hf://ORG/NAME@REVISION"
+DATASET_FORM = "hf://datasets/ORG/NAME/FILES or hf://datasets/ORG/NAME@REVISION/FILES"
 ATTEMPTS = 5  # of a download whose connection is reset; what ends early, the library resumes as often by itself
 LONGEST_WAIT = 60.0  # seconds for the next bytes of an answer, where the library would wait without an end
+BYTES_A_REQUEST = 1 << 20  # of a file that is read as it comes, at least: columns lie apart from each other
 CHECKED = "checked"  # folder, beside the library's own: which files of a commit have the content they should have
 
 
@@ -187,6 +191,103 @@ def _remove(file: Path) -> None:
     file.unlink(missing_ok=True)
 
 
+# ---- Data sets ---------------------------------------------------------------------------------
+
+
+class Length(NamedTuple):
+    length: int  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetFile:
+    """A file or folder of a data set on the hub, with those methods of etils' paths that readers use.
+
+    Each raises ValueError or OSError, in one line, where the hub refuses or cannot be reached; what `open` gives raises
+    what the library does.
+
+    Attributes:
+      path: hf://datasets/ORG/NAME[@REVISION][/FILE].
+    """
+
+    path: str
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def exists(self) -> bool:
+        return self._info() is not None
+
+    def is_dir(self) -> bool:
+        found = self._info()
+        return found is not None and found["type"] == "directory"
+
+    def stat(self) -> Length:
+        found = self._info()
+        if found is None:
+            raise FileNotFoundError(f"There is no {self.path}.")
+        return Length(found["size"])
+
+    def open(self, mode: str = "rb") -> Any:
+        with _in_one_line(self.path):
+            return _file_system().open(self.path, mode, block_size=BYTES_A_REQUEST)
+
+    def glob(self, pattern: str) -> "list[DatasetFile]":
+        with _in_one_line(self.path):
+            found = _file_system().glob(f"{self.path.rstrip('/')}/{pattern}")
+            return [DatasetFile(f"{HUB}{name}") for name in sorted(found)]
+
+    def walk(self) -> "list[tuple[DatasetFile, list[str], list[str]]]":
+        with _in_one_line(self.path):
+            return [(DatasetFile(f"{HUB}{root}"), list(folders), list(names))
+                    for root, folders, names in _file_system().walk(self.path)]
+
+    def _info(self) -> dict[str, Any] | None:
+        with _in_one_line(self.path):
+            try:
+                found: dict[str, Any] = _file_system().info(self.path)
+                return found
+            except FileNotFoundError:
+                return None
+
+
+def pinned(path: str) -> str:
+    """A path of a data set, or a pattern of such, with the commit that its branch or tag is at now as its revision.
+
+    Raises:
+      ValueError: it is no such path; or there is no such data set, or it may not be read without a token.
+      OSError: the hub cannot be reached.
+    """
+    part = r"\w[\w.-]*"
+    revision = r"refs/(?:convert|pr)/[\w.-]+|[^/@]+"
+    found = re.fullmatch(rf"hf://datasets/({part}/{part})(?:@({revision}))?(/.*)?", path, re.ASCII)
+    if not found:
+        raise ValueError(f"{path} names no files of a data set on the hub; give {DATASET_FORM}.")
+    with _in_one_line(f"{HUB}datasets/{found[1]}@{found[2] or 'main'}"):
+        _file_system()  # which needs the library
+        from huggingface_hub import HfApi
+
+        revision = (found[2] or "main").replace("%2F", "/")
+        commit = HfApi(_endpoint()).dataset_info(found[1], revision=revision).sha
+    return f"{HUB}datasets/{found[1]}@{commit}{found[3] or ''}"
+
+
+def _file_system() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError(f"Names that begin with {HUB} need huggingface_hub: pip install 'codellm_jax[hf]'.") from None
+    _bound_waits()
+    return huggingface_hub.HfFileSystem(endpoint=_endpoint())  # which is the same one each time
+
+
+@contextlib.contextmanager
+def _in_one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _refuse(name, error, "read")
+
+
 # ---- Errors ------------------------------------------------------------------------------------
 
 
@@ -210,8 +311,10 @@ def _was_reset(error: Exception) -> bool:
     return "NetworkError" in kinds and "ConnectError" not in kinds
 
 
-def _refuse(name: str, error: Exception) -> NoReturn:
+def _refuse(name: str, error: Exception, done: str = "downloaded") -> NoReturn:
     """Raises, in one line, what an error of the library means."""
+    if isinstance(error, ValueError | OSError) and str(error).startswith((name, "Names that begin with")):  # our own
+        raise error
     from huggingface_hub import errors
 
     causes = _causes(error)
@@ -220,7 +323,7 @@ def _refuse(name: str, error: Exception) -> NoReturn:
     repository = name.partition("@")[0]
     token = "set HF_TOKEN to a token that may read it"
     if isinstance(error, errors.GatedRepoError):
-        raise ValueError(f"{repository} is gated: accept its terms on the page of the model, and {token}.") from error
+        raise ValueError(f"{repository} is gated: accept its terms on its page, and {token}.") from error
     if isinstance(error, errors.RepositoryNotFoundError):
         raise ValueError(f"{_endpoint()} has no {repository}, or it is private: check the name, or {token}."
                          ) from error
@@ -240,6 +343,4 @@ def _refuse(name: str, error: Exception) -> NoReturn:
                       "where a mirror is used, set HF_ENDPOINT to it.") from error
     if status is not None:
         raise OSError(f"{_endpoint()} answers {name} with an error (HTTP {status}): {first_line}") from error
-    if isinstance(error, ValueError | OSError) and str(error).startswith(name):  # our own
-        raise error
-    raise OSError(f"{name} cannot be downloaded: {first_line}") from error
+    raise OSError(f"{name} cannot be {done}: {first_line}") from error

@@ -17,11 +17,12 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from codellm_jax import vocabulary
-from tasks.corpora import sources, specs
+from tasks.corpora import sources, specs, token_arrays
 from tasks.scheduling import add_scheduled_mixture
 
 DEFAULT_VOCABULARY = vocabulary.load_vocabulary("python_8k")
@@ -88,12 +89,16 @@ class CorpusSource(seqio.FunctionDataSource):
         of a conversation its messages and turns beside them.
       find_borders: called with spec and name; what divides the corpus into splits, as JSON, where a hash does.
       features: the names of those features.
+
+    Attributes:
+      vocabulary: of a corpus of tokens the name of the vocabulary that they were made with; else None.
     """
 
     def __init__(
         self, texts: Callable[..., Iterator[dict[str, Any]]], features: Iterable[str], spec: Mapping[str, Any],
         name: str, find_borders: Callable[..., specs.Borders | None],
     ) -> None:
+        self.vocabulary: str | None = spec.get("vocabulary")
         self._texts, self._features, self._spec, self._name = texts, tuple(features), dict(spec), name
         self._find_borders = find_borders
         super().__init__(self._dataset, splits=specs.splits(spec))
@@ -107,6 +112,13 @@ class CorpusSource(seqio.FunctionDataSource):
           borders: what `find_borders` gives, where it is known; else documents are read for it.
         """
         return self._texts(self._spec, split, self._name, files, borders and specs.Borders(*borders))
+
+    def tokens(
+        self, split: str, files: Sequence[str] | None = None, borders: Sequence[float] | None = None
+    ) -> Iterator[token_arrays.Document]:
+        """The documents of a split of a corpus of tokens; arguments as for `texts`."""
+        return token_arrays.documents(self._spec, split, self._name, _known(str(self.vocabulary)), files,
+                                      specs.Borders(*borders) if borders else None)
 
     def find_borders(self) -> specs.Borders | None:
         """What divides the whole corpus into splits, for those who read it file by file; None where no hash does."""
@@ -145,7 +157,41 @@ def make_task(
 
 
 def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
+    if specs.kind_of(spec) in specs.TOKEN_KINDS:
+        return make_task(name, spec, _texts_of_tokens, output_features(), _borders_of_tokens)
     return make_task(name, spec, _texts, output_features(), sources.find_borders)
+
+
+def _texts_of_tokens(
+    spec: Mapping[str, Any], split: str, name: str, files: Sequence[str] | None, borders: specs.Borders | None
+) -> Iterator[dict[str, str]]:
+    """As `_texts`: for plain SeqIO, which tokenizes them again."""
+    found = token_arrays.documents(spec, split, name, _known(spec["vocabulary"]), files, borders)
+    return ({"targets": document.text} for document in found)
+
+
+def _borders_of_tokens(spec: Mapping[str, Any], name: str) -> specs.Borders | None:
+    return token_arrays.find_borders(spec, name, _known(spec["vocabulary"]))
+
+
+@functools.cache
+def _known(path: str) -> token_arrays.Known:
+    """What is asked of the vocabulary that tokens were made with."""
+    of = vocabulary.load_vocabulary(path)
+    bytes_of_ids = of.bytes_of_ids()
+    table = np.frombuffer(b"".join(bytes_of_ids), np.uint8)
+    counts = np.array([len(piece) for piece in bytes_of_ids])
+    starts, every = np.cumsum(counts) - counts, np.arange(of.pieces)
+    # A file may put a blank before a text, which is then bytes of its first id.
+    before = counts - of.bytes_behind(np.full(of.pieces, of.end_of_document_id), every)
+
+    def text(ids: np.ndarray) -> bytes:
+        counted = counts[ids]
+        ends = np.cumsum(counted)
+        joined = table[np.arange(ends[-1]) + np.repeat(starts[ids] - ends + counted, counted)].tobytes()
+        return joined[before[ids[0]] :]
+
+    return token_arrays.Known(path, of.pieces, of.end_of_document_id, of.begin_ids, text, of.encode)
 
 
 def _texts(

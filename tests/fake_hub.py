@@ -46,6 +46,7 @@ class Hub:
     listed_besides: list[str] = field(default_factory=list)  # names of files that every repository claims to have
     silent: bool = False  # takes requests and answers none
     ranges: bool = True  # whether a part of a file may be asked for
+    handler: Any = None  # the class that answers
 
     def environment(self, cache: Path) -> dict[str, str]:
         """Variables by which a process asks this hub, with a cache of its own."""
@@ -103,11 +104,14 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
                 self.close_connection = True
                 return
             parts = path.strip("/").split("/")
-            if parts[0] == "api":
+            if parts[:2] == ["api", "datasets"]:
+                self._api("/".join(parts[2:4]), parts[4], parts[5], "/".join(parts[6:]))
+            elif parts[0] == "api":
                 self._api("/".join(parts[2:4]), parts[4], "/".join(parts[5:]) or "main")
             elif parts[0] == "large":
                 self._give("/".join(parts[4:]), hub.files("/".join(parts[1:3]), parts[3])["/".join(parts[4:])])
             else:
+                parts = parts[1:] if parts[0] == "datasets" else parts
                 self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
 
         def _refused(self, refused: tuple[int, str] | None) -> bool:
@@ -116,7 +120,8 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
                 return True
             return False
 
-        def _api(self, repository: str, what: str, revision: str) -> None:
+        def _api(self, repository: str, what: str, revision: str, folder: str | None = None) -> None:
+            """Answers of a repository, or, of a data set's, what lies in a folder."""
             if self._refused(hub.refuse.get(repository)):
                 return
             if not (hub.folder / repository).is_dir():
@@ -136,6 +141,14 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
             entries += [{"type": "file", "path": name, "size": 4, "oid": git_name(b"evil")}
                         for name in hub.listed_besides]
             siblings = [{"rfilename": entry["path"]} for entry in entries]
+            if folder is not None and "recursive=true" not in self.path.lower():
+                within = f"{folder}/" if folder else ""
+                entries = [entry for entry in entries if entry["path"].startswith(within)]
+                deeper = {entry["path"][len(within) :].partition("/")[0] for entry in entries
+                          if "/" in entry["path"][len(within) :]}
+                entries = [entry for entry in entries if "/" not in entry["path"][len(within) :]] + [
+                    {"type": "directory", "path": f"{within}{name}", "oid": git_name(name.encode()), "size": 0}
+                    for name in sorted(deeper)]
             found: Any = entries if what == "tree" else {"id": repository, "sha": commit, "siblings": siblings}
             self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
@@ -162,8 +175,10 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
             status, begin, headers = 200, 0, dict(headers or {})
             asked = self.headers.get("Range")
             if asked and hub.ranges:
-                status, begin = 206, int(asked.removeprefix("bytes=").split("-")[0])
-                headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                status, begin, whole = 206, int(first), len(content)
+                content = content[: int(last) + 1] if last else content
+                headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{whole}"
             most = None
             if self.command == "GET":
                 most = hub.drop_always.get(name)
@@ -190,6 +205,7 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
                 self.connection.close()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    hub.handler = Answer
     hub.address, hub.elsewhere = (f"http://{host}:{server.server_port}" for host in ("127.0.0.1", "localhost"))
     serving = threading.Thread(target=server.serve_forever, args=(0.05,))
     serving.start()

@@ -42,9 +42,9 @@ def tops(found: set[str]) -> set[str]:
 # The rooms of the library and those that each may know. `cli` may know all of them.
 ROOMS: dict[str, set[str]] = {
     "flags": set(),
-    "contents": set(),
     "fetching": set(),
     "hub": set(),
+    "contents": {"hub"},
     "settings": set(),
     "tokenizing": {"contents", "hub"},
     "vocabulary": {"tokenizing", "contents"},
@@ -81,6 +81,9 @@ ONLY_IMPORTERS = {
     "jieba": {"codellm_jax.tokenizing.pangu"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
     "huggingface_hub": {"codellm_jax.hub"},
+    "pyarrow": {"tasks.corpora.columns"},
+    "warcio": {"tasks.corpora.archives"},
+    "lxml": {"tasks.corpora.pages"},
     "tree_sitter": {"tasks.corpora.tree_code"},
 }
 

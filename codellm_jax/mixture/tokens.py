@@ -21,7 +21,7 @@ import numpy as np
 
 from codellm_jax import chat
 from codellm_jax.mixture.roundtrip import SAMPLED, Sample
-from codellm_jax.vocabulary import Vocabulary
+from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 
 SPLITS = ("train", "validation", "test")
 CHARACTERS_AT_ONCE = 1 << 20
@@ -123,6 +123,12 @@ def examples(
       ValueError: the source cannot be read; in the line of its reader.
     """
     with quiet_tensorflow():
+        if _is_plain(task) and task.source.vocabulary is not None:
+            _require_same(task, vocabulary)
+            for ids, text in task.source.tokens(split, files, borders):
+                joined = np.concatenate([vocabulary.begin_ids, ids, [vocabulary.end_of_document_id]])
+                yield Example(NOTHING, joined.astype(np.int32), len(text.encode()))
+            return
         if _is_plain(task):
             texts = task.source.texts(split, files, borders)
             texts = texts if sample is None else _sampled(texts, sample)
@@ -148,6 +154,15 @@ def examples(
             if len(targets):
                 targets = np.append(targets, vocabulary.end_of_document_id)
             yield Example(NOTHING if inputs is None else inputs, targets, text_bytes=0)
+
+
+def _require_same(task: Any, vocabulary: Vocabulary) -> None:
+    """Raises ValueError unless the tokens of a task were made with the vocabulary of the run."""
+    made_with = load_vocabulary(task.source.vocabulary)
+    if made_with.content_hash != vocabulary.content_hash:
+        raise ValueError(f"{task.name}: its tokens were made with {task.source.vocabulary!r} (hash "
+                         f"{made_with.content_hash[:12]}), and the run has {vocabulary.path} (hash "
+                         f"{vocabulary.content_hash[:12]}): set VOCABULARY to the former, or give the corpus as text.")
 
 
 def _for_seqio(vocabulary: Vocabulary) -> Any:

@@ -1,24 +1,47 @@
-"""Finding corpus files, local or gs://; and what is said of those that cannot be read, and of what they lose."""
+"""Finding corpus files, local, gs:// or hf://datasets/; and what is said of those that cannot be read, and of what they
+lose.
+"""
 
 import collections
 import contextlib
 import fnmatch
 import functools
+import hashlib
+import importlib
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from codellm_jax.contents import UnreadableFile, cannot_be_read, require_file, without_compression
+from codellm_jax.contents import (
+    UnreadableFile,
+    cannot_be_read,
+    open_binary,
+    pinned,
+    remote,
+    require_file,
+    size,
+    without_compression,
+)
 
 _WILDCARD = re.compile(r"[*?[]")
 
 
 class Lost(NamedTuple):
-    """What a reader yields in place of a record that it cannot give."""
+    """What a reader yields in place of a record that it cannot give, or of several that one damage took."""
 
     reason: str
+    records: int = 1
+
+
+class Found(NamedTuple):
+    """What a reader finds: a document or why there is none, and its place, such as "a.jsonl, line 3"."""
+
+    place: str
+    content: str | bytes | Lost
+    language: str | None = None  # what its file says, in whatever way
+    ids: Any = None  # of tokens already made, those of the document
 
 
 class Counts(collections.Counter[str]):
@@ -31,15 +54,28 @@ class Counts(collections.Counter[str]):
 class PassedOver(dict[str, tuple[int, str]]):
     """Of records that were lost, by reason: how many, and where the first is; told as a line of text."""
 
-    def add(self, reason: str, place: str) -> None:
-        """Counts one more; `place` is such as "a.jsonl, line 3", or "" where the reason says it."""
+    def add(self, reason: str, place: str, records: int = 1) -> None:
+        """Counts more; `place` is such as "a.jsonl, line 3", or "" where the reason says it."""
         count, first = self.get(reason, (0, place))
-        self[reason] = (count + 1, first)
+        self[reason] = (count + records, first)
 
     def __str__(self) -> str:
         told = (f"{count} {reason}" + (f" (first: {place})" if place else "")
                 for reason, (count, place) in sorted(self.items()))
         return ", ".join(told) or "there are no records"
+
+
+def library(module: str, file: str, what: str, extra: str = "readers") -> Any:
+    """A module of a library that reads some kind of files.
+
+    Raises:
+      ValueError: it is not installed; in a line that says how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UnreadableFile(f"{file}: {what} is read by {package}: pip install 'codellm_jax[{extra}]'.") from None
 
 
 @contextlib.contextmanager
@@ -83,11 +119,17 @@ def require_readable(files: Sequence[str], require: Callable[[str], object]) -> 
 # ---- Finding -----------------------------------------------------------------------------------
 
 
-def matches(patterns: str | Sequence[str], name: str) -> list[str]:
-    """The files that a glob or several match, sorted, each once; absolute paths, or gs:// ones.
+def matches(
+    patterns: str | Sequence[str], name: str, files_of: Callable[[str], list[str] | None] = lambda folder: None
+) -> list[str]:
+    """The files that a glob or several match, sorted, each once; absolute paths, or gs:// ones, or
+    hf:// ones, which then name the commit that the data set is at.
 
     `*`, `?` and `[...]` match within a name, but not a dot at its beginning; `**` any folders, links to folders among
     them, each once. A name that is there is taken as it stands, whatever brackets it holds.
+
+    Args:
+      files_of: gives the files of a folder that stands for them; None of any other folder.
 
     Raises:
       OSError: a pattern matches no file, a link to nothing, or what cannot be read.
@@ -95,7 +137,7 @@ def matches(patterns: str | Sequence[str], name: str) -> list[str]:
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     with in_name_of(name):
-        found = {file for pattern in patterns for file in _matched(pattern)}
+        found = {file for pattern in patterns for file in _matched(pattern, files_of)}
     # Through links a file may have many names. The first stands for all, and for what a cache is known by.
     once: dict[str, str] = {}
     for file in sorted(found):
@@ -117,11 +159,11 @@ def _tell(warning: str) -> None:
     logging.warning(warning)
 
 
-def _matched(pattern: str) -> set[str]:
+def _matched(pattern: str, files_of: Callable[[str], list[str] | None]) -> set[str]:
     """The files that one glob matches; raises as `matches` does."""
     candidates = set(_remote_matches(pattern) if "://" in pattern else _local_matches(pattern))
     folders = {found for found in candidates if _is_folder(found)}
-    files = candidates - folders
+    files = candidates - folders | {file for folder in folders for file in files_of(folder) or ()}
     if "://" not in pattern:
         for file in sorted(files):
             require_file(file)
@@ -150,9 +192,7 @@ def _advice(pattern: str, folder: str) -> str:
 def _is_folder(found: str) -> bool:
     if "://" not in found:
         return os.path.isdir(found)
-    from etils import epath
-
-    return epath.Path(found).is_dir()
+    return bool(remote(found).is_dir())
 
 
 def _local_matches(pattern: str) -> Iterator[str]:
@@ -207,13 +247,24 @@ def _folders(top: str) -> Iterator[str]:
 
 
 def _remote_matches(pattern: str) -> list[str]:
-    from etils import epath
-
+    pattern = pinned(pattern)
     parts = pattern.split("/")
     fixed = next((i for i, part in enumerate(parts) if _WILDCARD.search(part)), len(parts))
-    if fixed == len(parts) or ("[" in pattern and epath.Path(pattern).exists()):
-        return [os.fspath(epath.Path(pattern))] if epath.Path(pattern).exists() else []
-    return [os.fspath(file) for file in epath.Path("/".join(parts[:fixed])).glob("/".join(parts[fixed:]))]
+    if fixed == len(parts) or ("[" in pattern and remote(pattern).exists()):
+        return [os.fspath(remote(pattern))] if remote(pattern).exists() else []
+    return [os.fspath(file) for file in remote("/".join(parts[:fixed])).glob("/".join(parts[fixed:]))]
+
+
+def glance(file: str) -> str:
+    """A hash of 32 pieces of a file, evenly spread, in hexadecimal: by which another content of the same size is told
+    without reading it all.
+    """
+    digest, length = hashlib.sha256(), size(file)
+    with open_binary(file) as stream:
+        for part in range(33):
+            stream.seek(min(part * (length // 32), max(0, length - 4096)))
+            digest.update(stream.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def below(folder: str) -> list[str]:
@@ -225,12 +276,10 @@ def below(folder: str) -> list[str]:
       OSError: there is no such folder, or one of them cannot be read.
     """
     if "://" in folder:
-        from etils import epath
-
-        walk = ((os.fspath(root), folders, names) for root, folders, names in epath.Path(folder).walk())
+        walk = ((os.fspath(root), folders, names) for root, folders, names in remote(folder).walk())
         files = [f"{root.rstrip('/')}/{name}" for root, _, names in walk for name in names]
         files = [file for file in files if "/." not in file.removeprefix(folder)]
-        if not files and not epath.Path(folder).exists():
+        if not files and not remote(folder).exists():
             raise FileNotFoundError(f"there is no folder {folder!r}")
         return sorted(files)
     top = os.path.abspath(os.path.expanduser(folder))

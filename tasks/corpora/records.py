@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from codellm_jax.contents import READ_IS, BrokenFile, UnreadableFile, lines, require_text
+from codellm_jax.contents import LARGEST, READ_IS, TOO_LARGE, BrokenFile, UnreadableFile, lines, require_text
 from tasks.corpora.files import Lost
 
 BROKEN_JSON = "broken JSON"
@@ -91,10 +91,13 @@ def broken_rest(file: str) -> Lost:
 def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
     """Records with their places, and whether they are written in ASCII."""
     waiting: list[bytes] = []  # of a file that is read as a whole, or may have to be
-    opening, is_lines, number = b"", False, 0
+    opening, is_lines, number, held = b"", False, 0, 0
     ending: list[Lost] = []
     try:
-        for number, line in enumerate(lines(file), 1):
+        for number, line in enumerate(lines(file, LARGEST), 1):
+            if not line:
+                yield f"{file}, line {number}", Lost(TOO_LARGE), True
+                continue
             is_first, opening = not opening, opening or line.strip()[:1]
             if not is_lines and opening != b"[" and (is_first or line.startswith(b"{")):
                 # A record spread over several lines has none that is an object and begins where lines do.
@@ -103,6 +106,11 @@ def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
                     waiting = []
             if not is_lines:
                 waiting.append(line)
+                held += len(line)
+                if held > LARGEST:
+                    raise UnreadableFile(f"{file} is a JSON list, or of records over several lines, and "
+                                         f"{TOO_LARGE}, all of which would be held at once; write it as JSON "
+                                         "lines, one object a line.")
             elif line.strip():
                 yield f"{file}, line {number}", _record_of(_parsed(line)), line.isascii()
     except BrokenFile:

@@ -5,6 +5,14 @@ of instructions, which may stand among documents, are in `instruction_sets.instr
 
   {"python": "text"}                       prose of the running Python's standard library; or "code"
   {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    JSON lines, or a list
+  {"parquet": PATTERN, "field": "text"}    a document a row; only the columns that are asked for are read
+  {"arrow": PATTERN, "field": "text"}      Arrow's files and streams, and folders of `save_to_disk`
+  {"csv": PATTERN, "field": "text"}        CSV and TSV; `separator`, `columns` and `quotes` are in `separated`
+  {"webdataset": PATTERN, "field": "txt"}  tars, of whose members the field is one, or a field of one of JSON; this kind
+  {"warc": PATTERN}                        and the next two are described in `archives`
+  {"array_record": PATTERN, "field": "text"}
+  {"megatron": PATTERN, "vocabulary": V}   tokens already made; these two are described in `token_arrays`
+  {"tokens": PATTERN, "vocabulary": V}
   {"text_files": PATTERN}                  one document a file
   {"tfrecords": PATTERN, "field": "text"}  tf.train.Example, plain or compressed by gzip
   {"notebooks": PATTERN}                   Jupyter's, one document a file; the text forms of these three are in
@@ -13,14 +21,22 @@ of instructions, which may stand among documents, are in `instruction_sets.instr
   {"tfds": "name:1.0.0", "field": "text"}  TensorFlow Datasets; its split "train"
   {"task": "name"}                         another SeqIO task, under this corpus's name
 
-PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current
-directory) or gs://. Each file is read once, whatever links lead to it. How it is compressed and
-encoded its content says (`codellm_jax.contents`); one that is something else is refused by name.
+PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current directory), gs://, or
+hf://datasets/ORG/NAME[@REVISION]/... on Hugging Face's hub. Each file is read once, whatever links lead to it. How it
+is compressed and encoded its content says (`codellm_jax.contents`); one that is something else is refused by name.
 Where documents come from files or TFDS, a stable hash of each text puts a hundredth of them into
 "validation" and a hundredth into "test"; `holdout` sets another fraction. Of a small corpus they are
 the texts of lowest hash, at least one each (`specs.borders_of`).
 `validation`, a pattern (for TFDS a split) of its own, leaves the main one wholly to "train". `rate`
 is the corpus's weight within its pool and does not change what is read.
+
+Of records `field` names the text, also within others by dots, as in "meta.text"; `text` puts one together of several
+fields, and `where` takes some records alone; both are described in `fields`:
+
+  {"parquet": PATTERN, "text": "{title}: {meta.body}", "where": {"language": ["en"], "score": {"at_least": 3}}}
+
+`sample`, a fraction, reads that part of the documents of any kind, each by a hash of its text that is independent of
+its split's: a larger sample holds a smaller one, and equal texts are in it together.
 
 `transform` changes the documents of any kind but "task": a list of names, described in `transforms`, applied in turn:
 
@@ -40,10 +56,12 @@ Importing this module imports neither TensorFlow nor SeqIO.
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from codellm_jax.contents import (
+    LARGEST,
+    TOO_LARGE,
     BrokenFile,
     UnreadableFile,
     compression,
@@ -54,17 +72,31 @@ from codellm_jax.contents import (
     size,
     without_compression,
 )
-from tasks.corpora import adjacent, transforms
-from tasks.corpora.files import Lost, PassedOver, in_name_of, matches, real, require_readable
+from tasks.corpora import adjacent, fields, transforms
+from tasks.corpora.archives import (
+    array_records,
+    example_record,
+    require_array_record,
+    require_tar,
+    require_warc,
+    warc_records,
+    webdataset_records,
+)
+from tasks.corpora.columns import arrow_records, dataset_files, parquet_records, require_arrow, require_parquet
+from tasks.corpora.files import Found, Lost, PassedOver, glance, in_name_of, matches, real, require_readable
 from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
+from tasks.corpora.separated import separated_records
 from tasks.corpora.specs import (
     DEFAULT_HOLDOUT,
     DOCUMENT_FILE_KINDS,
     DOCUMENT_KINDS,
     OF_USE,
+    TEXT_FIELDS,
+    TOKEN_KINDS,
     Borders,
     borders_of,
     holdout_of,
+    is_sampled,
     kind_of,
     position,
     split_of,
@@ -75,14 +107,6 @@ from tasks.corpora.standard_library import python_corpus, python_documents
 
 # Part of every cache key; raise it whenever the same files would give other documents.
 READER_VERSION = 2
-
-
-class Found(NamedTuple):
-    """What a reader finds: a document or why there is none, and its place, such as "a.jsonl, line 3"."""
-
-    place: str
-    content: str | bytes | Lost
-    language: str | None = None  # what its file says, in whatever way
 
 
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
@@ -100,8 +124,8 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     options = {key: spec[key] for key in sorted(spec) if key not in OF_USE}
     if kind in DOCUMENT_FILE_KINDS or kind == "tfds":
         options.setdefault("holdout", 0 if "validation" in spec else DEFAULT_HOLDOUT)
-        if kind in ("json_lines", "tfrecords", "tfds"):
-            options.setdefault("field", "text")
+        if kind in TEXT_FIELDS and "text" not in spec:
+            options.setdefault("field", TEXT_FIELDS[kind])
     if "transform" in spec:
         options |= {"transform": transforms.steps_of(spec["transform"]), "unparsed": spec.get("unparsed", "drop")}
     description = {
@@ -121,6 +145,9 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
             description[f"{split}_files"] = [
                 [file, size(file)] for file in files(spec, split, name)
             ]
+    if kind in TOKEN_KINDS:  # these files keep their size where another vocabulary of as many bits makes them anew
+        description["contents"] = [
+            glance(file) for split in ("train", "validation") for file, _ in description.get(f"{split}_files", ())]
     return description
 
 
@@ -154,21 +181,30 @@ def documents(
         raise ValueError(f"{name}: {kind!r} holds instructions, which `instruction_sets.instructions` reads.")
     if split not in splits(spec):
         raise ValueError(f"{name}: there is no split {split!r}, only {', '.join(splits(spec))}.")
+    if kind in TOKEN_KINDS:
+        raise ValueError(f"{name}: {kind!r} holds tokens, which `token_arrays.documents` reads.")
     whole = only_files is None
+
+    def find() -> Borders | None:
+        return borders or find_borders(spec, name)
+
     if kind == "python":
-        if "transform" not in spec:
+        if "transform" not in spec and "sample" not in spec:
             return python_documents(spec["python"], split)
-        held = (Found(each.name, each.text, "python") for each in python_corpus(spec["python"]) if each.split == split)
+        held = (Found(each.name, each.text, "python") for each in python_corpus(spec["python"])
+                if each.split == split and is_sampled(each.text.encode(), spec))
+        if "transform" not in spec:
+            return (str(document.content) for document in held)
         return _transformed(held, spec, split, name, whole)
     if kind == "tfds":
-        usable = _usable(_tfds_records(spec, split), spec, split, name, borders)
+        found = usable(_tfds_records(spec, split), spec, split, name, find)
     else:
         chosen = files(spec, split, name) if only_files is None else only_files
         _require_languages(kind, spec, chosen, name)
-        usable = _usable(_file_records(kind, spec, chosen, name), spec, split, name, borders, whole)
+        found = usable(_file_records(kind, spec, chosen, name), spec, split, name, find, whole)
     if "transform" in spec:
-        return _transformed(usable, spec, split, name, whole)
-    return (str(document.content) for document in usable)
+        return _transformed(found, spec, split, name, whole)
+    return (str(document.content) for document in found)
 
 
 def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | None:
@@ -181,7 +217,7 @@ def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | Non
         return None
     records = _tfds_records(spec, "train") if kind == "tfds" else _file_records(
         kind, spec, files(spec, "train", name), name)
-    return borders_of((position(content) for content, _ in _texts(records, PassedOver())), holdout)
+    return borders_of((position(content) for content, _ in texts(records, spec, PassedOver())), holdout)
 
 
 def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str]:
@@ -193,29 +229,33 @@ def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str
       OSError: a pattern matches no file, or a link to nothing.
       ValueError: a pattern names folders, or a file is matched both by the main pattern and by `validation`.
     """
-    main = matches(spec[kind_of(spec)], name)
+    def found(patterns: str | Sequence[str]) -> list[str]:
+        return matches(patterns, name, dataset_files) if kind_of(spec) == "arrow" else matches(patterns, name)
+
+    main = found(spec[kind_of(spec)])
     if "validation" not in spec:
         return main
-    held_out = matches(spec["validation"], name)
+    held_out = found(spec["validation"])
     if both := sorted({*map(real, main)} & {*map(real, held_out)}):
         raise ValueError(f"{name}: {both[0]} would be in train and validation; narrow a pattern.")
     return held_out if split == "validation" else main
 
 
-def _usable(
-    records: Iterator[Found],
-    spec: Mapping[str, Any],
-    split: str,
-    name: str,
-    borders: Borders | None,
+def usable(
+    records: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, find: Callable[[], Borders | None],
     whole: bool = True,
 ) -> Iterator[Found]:
-    """The records that are documents of the split; reports the others, by their places, when reading ends."""
-    borders = borders or find_borders(spec, name)
+    """The records that are documents of the split; reports the others, by their places, when reading ends.
+
+    Args:
+      find: gives what divides the corpus into splits.
+      whole: whether these are all records of the split, of which none must not be left.
+    """
+    borders = find()
     lost = PassedOver()
     kept = 0
     try:
-        for content, document in _texts(records, lost):
+        for content, document in texts(records, spec, lost):
             kept += 1
             if borders is None or split_of(content, borders) == split:
                 yield document
@@ -233,12 +273,12 @@ def _usable(
         raise ValueError(f"{name}: no document is left of {source!r} ({lost}).")
 
 
-def _texts(records: Iterator[Found], lost: PassedOver) -> Iterator[tuple[bytes, Found]]:
+def texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -> Iterator[tuple[bytes, Found]]:
     """The records that are documents, as bytes and with their text; counts the others, by their places."""
     for found in records:
-        place, record, _ = found
+        place, record = found.place, found.content
         if isinstance(record, Lost):
-            lost.add(record.reason, place)
+            lost.add(record.reason, place, record.records)
             continue
         try:
             content = record.encode() if isinstance(record, str) else record
@@ -248,6 +288,9 @@ def _texts(records: Iterator[Found], lost: PassedOver) -> Iterator[tuple[bytes, 
             continue
         if not text.strip():
             lost.add("empty", place)
+            continue
+        if not is_sampled(content, spec):
+            lost.add("outside the sample", place)
             continue
         yield content, found._replace(content=text)
 
@@ -265,14 +308,14 @@ def _require_languages(kind: str, spec: Mapping[str, Any], chosen: Sequence[str]
 
 
 def _transformed(
-    usable: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, whole: bool
+    documents_of_split: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, whole: bool
 ) -> Iterator[str]:
     """The documents of a split after the transforms; reports those that are not, by their places."""
     steps = transforms.steps_of(spec["transform"])
     reads_code = any(step.reads_code for step in steps)
     not_so, given, kept = PassedOver(), 0, 0
     try:
-        for place, text, told in usable:
+        for place, text, told, _ in documents_of_split:
             language = spec.get("language")
             if reads_code and language is None:
                 if told is None:
@@ -300,10 +343,7 @@ def _transformed(
 
 def _file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> Iterator[Found]:
     """The records of files with their places, such as "a.jsonl, line 3"."""
-    read, require = {
-        "json_lines": (_json_records, require_json), "text_files": (_text_records, require_text),
-        "notebooks": (_notebooks, require_text), "commits": (_commits, require_json),
-        "threads": (_threads, require_json), "tfrecords": (_tf_records, _require_tfrecords)}[kind]
+    read, require = _READERS[kind]
     with in_name_of(name):
         require_readable(chosen, require)
         for file in chosen:
@@ -313,23 +353,24 @@ def _file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], nam
                 yield Found("", broken_rest(file))
 
 
-def _json_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-    field = spec.get("field", "text")
-    for place, record in placed_records(file):
-        if isinstance(record, Lost):
-            yield Found(place, record)
-        elif "licenses" in spec and record.get("license") not in spec["licenses"]:
-            yield Found(place, Lost("of other licences"))
-        elif not isinstance(record.get(field), str):
-            has = ", ".join(map(repr, list(record)[:5])) + ", ..." * (len(record) > 5)
-            yield Found(f"{place}, whose fields are {has or 'none'}", Lost(f"without text in field {field!r}"))
-        else:
-            language = record.get("language")
-            yield Found(place, record[field], language if isinstance(language, str) else None)
+def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., Iterator[Found]]:
+    """A reader of documents, from one of records with their places."""
+    def documents_of(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
+        return (fields.found(place, record, spec, TEXT_FIELDS[kind_of(spec)]) for place, record in read(file, spec))
+
+    return documents_of
 
 
 def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-    yield Found(file, b"".join(lines(file)), transforms.language_of_file(without_compression(file)))
+    parts: list[bytes] = []
+    held = 0
+    for line in lines(file, LARGEST):
+        parts.append(line)
+        held += len(line)
+        if not line or held > LARGEST:
+            yield Found(file, Lost(TOO_LARGE))
+            return
+    yield Found(file, b"".join(parts), transforms.language_of_file(without_compression(file)))
 
 
 def _notebooks(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
@@ -339,33 +380,30 @@ def _notebooks(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _commits(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-    for place, record in placed_records(file):
-        yield Found(place, record if isinstance(record, Lost) else adjacent.commit(record))
+    return _made_of(adjacent.commit, file, spec)
 
 
 def _threads(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
+    return _made_of(adjacent.thread, file, spec)
+
+
+def _made_of(text: Callable[[Mapping[str, Any]], str | Lost], file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
     for place, record in placed_records(file):
-        yield Found(place, record if isinstance(record, Lost) else adjacent.thread(record))
+        if isinstance(record, Lost):
+            yield Found(place, record)
+        else:
+            yield Found(place, fields.unlike(record, spec.get("where", {})) or text(record))
 
 
 def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
     import tensorflow as tf
-    from google.protobuf import message
 
-    field = spec.get("field", "text")
     by = _require_tfrecords(file)
     number = 0
     try:
         records = tf.data.TFRecordDataset(file, "GZIP" if by else "").as_numpy_iterator()
         for number, content in enumerate(records, 1):
-            place = f"{file}, record {number}"
-            try:
-                features = tf.train.Example.FromString(content).features.feature
-            except message.DecodeError:
-                yield Found(place, Lost("broken tf.train.Example"))
-                continue
-            values = features[field].bytes_list.value if field in features else []
-            yield Found(place, values[0] if len(values) == 1 else Lost(f"without text in field {field!r}"))
+            yield fields.found(f"{file}, record {number}", example_record(content), spec)
     except tf.errors.DataLossError as error:
         if not number:
             raise UnreadableFile(f"{file} is no TFRecord file, or is damaged from its first record on.") from error
@@ -389,9 +427,23 @@ def _require_tfrecords(file: str) -> str | None:
 def _tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[Found]:
     import tensorflow_datasets as tfds
 
-    field = spec.get("field", "text")
     source = spec.get("validation", "train") if split == "validation" else "train"
     for number, record in enumerate(tfds.as_numpy(tfds.load(spec["tfds"], split=source)), 1):
-        value = record.get(field)
-        yield Found(f"{spec['tfds']}, record {number}",
-                    value if isinstance(value, bytes) else Lost(f"without text in field {field!r}"))
+        yield fields.found(f"{spec['tfds']}, record {number}", record, spec)
+
+
+# Of each kind of files, what reads the documents of one, and what refuses one that is of another kind.
+_READERS: dict[str, tuple[Callable[..., Iterator[Found]], Callable[[str], object]]] = {
+    "json_lines": (_fields_of(lambda file, _: placed_records(file)), require_json),
+    "parquet": (_fields_of(parquet_records), require_parquet),
+    "arrow": (_fields_of(arrow_records), require_arrow),
+    "csv": (_fields_of(separated_records), require_text),
+    "webdataset": (_fields_of(webdataset_records), require_tar),
+    "warc": (_fields_of(warc_records), require_warc),
+    "array_record": (_fields_of(array_records), require_array_record),
+    "text_files": (_text_records, require_text),
+    "notebooks": (_notebooks, require_text),
+    "commits": (_commits, require_json),
+    "threads": (_threads, require_json),
+    "tfrecords": (_tf_records, _require_tfrecords),
+}

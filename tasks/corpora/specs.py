@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tasks.corpora import transforms
+from tasks.corpora import fields, transforms
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_HOLDOUT = 0.01
@@ -22,17 +22,31 @@ COPIES = 10
 
 _SHARED_OPTIONS = ("validation", "holdout", "rate")
 _TRANSFORM_OPTIONS = ("transform", "unparsed")
-_CODE_OPTIONS = (*_TRANSFORM_OPTIONS, "language", *_SHARED_OPTIONS)
+_TEXT_OPTIONS = (*_TRANSFORM_OPTIONS, "sample", *_SHARED_OPTIONS)
+_CODE_OPTIONS = ("language", *_TEXT_OPTIONS)
+_RECORD_OPTIONS = ("field", "text", "where", *_CODE_OPTIONS)
 _DOCUMENT_OPTIONS = {
-    "python": (*_TRANSFORM_OPTIONS, "rate"),
-    "json_lines": ("field", "licenses", *_CODE_OPTIONS),
+    "python": (*_TRANSFORM_OPTIONS, "sample", "rate"),
+    "json_lines": ("licenses", *_RECORD_OPTIONS),
+    "parquet": _RECORD_OPTIONS,
+    "arrow": _RECORD_OPTIONS,
+    "csv": ("separator", "columns", "quotes", *_RECORD_OPTIONS),
+    "webdataset": _RECORD_OPTIONS,
+    "warc": ("text", "where", *_TEXT_OPTIONS),
+    "array_record": _RECORD_OPTIONS,
+    "megatron": ("vocabulary", "end", "sample", *_SHARED_OPTIONS),
+    "tokens": ("vocabulary", "dtype", "end", "sample", *_SHARED_OPTIONS),
     "text_files": _CODE_OPTIONS,
-    "notebooks": (*_TRANSFORM_OPTIONS, *_SHARED_OPTIONS),
-    "commits": (*_TRANSFORM_OPTIONS, *_SHARED_OPTIONS),
-    "threads": (*_TRANSFORM_OPTIONS, *_SHARED_OPTIONS),
-    "tfrecords": ("field", *_CODE_OPTIONS),
-    "tfds": ("field", *_CODE_OPTIONS),
+    "notebooks": _TEXT_OPTIONS,
+    "commits": ("where", *_TEXT_OPTIONS),
+    "threads": ("where", *_TEXT_OPTIONS),
+    "tfrecords": _RECORD_OPTIONS,
+    "tfds": _RECORD_OPTIONS,
 }
+TOKEN_KINDS = ("megatron", "tokens")
+# The field of a record that holds its text, where the spec names none.
+TEXT_FIELDS = {"json_lines": "text", "parquet": "text", "arrow": "text", "csv": "text", "webdataset": "txt",
+               "warc": "text", "array_record": "text", "tfrecords": "text", "tfds": "text"}
 _INSTRUCTION_OPTIONS = {
     "instructions": ("language", "sample", "loss", *_SHARED_OPTIONS),
     "cosqa": ("sample", "loss", *_SHARED_OPTIONS),
@@ -44,7 +58,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTI
 OF_USE = ("loss", "rate")  # options that change what is done with the texts, not the texts
 DOCUMENT_KINDS = tuple(_DOCUMENT_OPTIONS)
 INSTRUCTION_KINDS = tuple(_INSTRUCTION_OPTIONS)
-DOCUMENT_FILE_KINDS = ("json_lines", "text_files", "notebooks", "commits", "threads", "tfrecords")
+DOCUMENT_FILE_KINDS = tuple(kind for kind in _DOCUMENT_OPTIONS if kind not in ("python", "tfds"))
 _KINDS_OF_FILES = (*DOCUMENT_FILE_KINDS, "instructions", "cosqa", "mbpp")
 
 # The corpora that `corpora.official` finds by their publishers' file names: their specs but for the files.
@@ -59,6 +73,10 @@ OFFICIAL: dict[str, dict[str, Any]] = {
 }
 
 
+# What is wrong with the value of an option, for those that say more than whether it is good.
+_WRONG = {"where": fields.wrong_where, "text": fields.wrong_template}
+
+
 def kind_of(spec: Mapping[str, Any]) -> str:
     """The kind of a valid spec, such as "json_lines"."""
     return next(key for key in spec if key in _OPTIONS)
@@ -69,7 +87,9 @@ def is_divisible(spec: Mapping[str, Any], split: str) -> bool:
     gives; else the split is read as a whole.
     """
     spec = form_of(spec)
-    return kind_of(spec) in _KINDS_OF_FILES and not ("sample" in spec and split == "train")
+    kind = kind_of(spec)
+    # A sample of documents is by hash; one of instructions chooses from all.
+    return kind in DOCUMENT_FILE_KINDS or (kind in _KINDS_OF_FILES and not ("sample" in spec and split == "train"))
 
 
 def splits(spec: Mapping[str, Any]) -> tuple[str, ...]:
@@ -107,6 +127,16 @@ class Borders(NamedTuple):
 def position(content: bytes) -> float:
     """The hash of a text, a number in [0, 1]."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
+
+
+def is_sampled(content: bytes, spec: Mapping[str, Any]) -> bool:
+    """Whether a text is in the sample of a spec of documents, by a part of its hash that `position` does not use.
+
+    So equal texts are in it together, a larger sample holds a smaller one, and of each split it is the same fraction.
+    """
+    if "sample" not in spec:
+        return True
+    return int.from_bytes(hashlib.sha256(content).digest()[8:16], "big") < spec["sample"] * 2**64
 
 
 def borders_of(positions: Iterable[float], holdout: float) -> Borders:
@@ -159,14 +189,21 @@ def validate(spec: Mapping[str, Any], name: str = "corpus") -> None:
             hint = _nearest(str(key), _OPTIONS[kind])
             raise ValueError(f"{name}: unknown option {key!r} of {kind}; it has {allowed}.{hint}")
     for key, value in spec.items():
+        if wrong := _WRONG[key](value) if key in _WRONG else None:
+            raise ValueError(f"{name}: {key!r} {wrong}.")
         is_good, wanted = _wanted(kind, key)
         if not is_good(value):
             hint = _nearest(value, OFFICIAL) if key == "official" and isinstance(value, str) else ""
             raise ValueError(f"{name}: {key!r} must be {wanted}, found {value!r}.{hint}")
     if "validation" in spec and "holdout" in spec:
         raise ValueError(f"{name}: 'validation' leaves nothing to hold out; drop it or 'holdout'.")
+    if "field" in spec and "text" in spec:
+        raise ValueError(f"{name}: 'text' puts several fields together, 'field' names one; drop one of the two.")
     if wrong := _wrong_transform(kind, spec):
         raise ValueError(f"{name}: {wrong}")
+    if kind in TOKEN_KINDS and "vocabulary" not in spec:
+        raise ValueError(f"{name}: {kind!r} needs 'vocabulary', the one that its tokens were made with, named as in "
+                         "VOCABULARY.")
     if kind == "official" and "data_dir" not in spec:
         raise ValueError(f"{name}: official corpora need 'data_dir', the folder to look in.")
 
@@ -182,7 +219,7 @@ def _wrong_transform(kind: str, spec: Mapping[str, Any]) -> str | None:
     of_code = [step.name for step in steps if step.reads_code]
     if of_notebooks := [step.name for step in steps if step.name in transforms.OF_NOTEBOOKS and kind != "notebooks"]:
         return f"{of_notebooks[0]!r} reads 'notebooks', not {kind!r}."
-    if of_code and kind in ("commits", "threads"):
+    if of_code and kind in ("commits", "threads", "warc"):
         return f"{of_code[0]!r} reads code, which the text of {kind!r} is not."
     if of_code and kind in ("tfrecords", "tfds") and "language" not in spec:
         return f"{of_code[0]!r} asks for a 'language', one of {', '.join(transforms.LANGUAGES)}."
@@ -203,13 +240,26 @@ def _wanted(kind: str, key: str) -> tuple[Callable[[Any], bool], str]:
         "official": (lambda v: isinstance(v, str) and v in OFFICIAL, f"one of {', '.join(OFFICIAL)}"),
         "data_dir": (_is_text, "a folder"),
         "field": (_is_text, "the name of a field"),
+        "vocabulary": (_is_text, "the name or path of a vocabulary, as in VOCABULARY"),
+        "dtype": (lambda v: v in ("uint16", "uint32"), "'uint16' or 'uint32'"),
+        "end": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "the id that ends a document"),
+        "separator": (lambda v: isinstance(v, str) and len(v) == 1 and v not in "\r\n\"",
+                      "one character, such as '\\t'"),
+        "columns": (lambda v: not isinstance(v, str) and _is_pattern(v) and len(set(v)) == len(v),
+                    "a list of names, each once"),
+        "quotes": (lambda v: isinstance(v, bool), "True or False"),
         "language": (
             (lambda v: v in transforms.LANGUAGES, f"one of {', '.join(transforms.LANGUAGES)}")
             if kind in _DOCUMENT_OPTIONS else (lambda v: v in ("en", "zh"), "'en' or 'zh'")),
         "transform": (lambda v: True, ""),  # `_wrong_transform` says more
         "unparsed": (lambda v: v in ("drop", "keep"), "'drop' or 'keep'"),
         "loss": (lambda v: v in ("all", "answers"), "'all' or 'answers'"),
-        "sample": (lambda v: _is_number(v) and isinstance(v, int) and v > 0, "a positive whole number"),
+        "where": (lambda v: True, ""),  # `_WRONG` says more
+        "text": (lambda v: True, ""),
+        "sample": (
+            (lambda v: _is_number(v) and 0 < v <= 1, "the fraction of documents to read, in (0, 1]")
+            if kind in _DOCUMENT_OPTIONS else
+            (lambda v: _is_number(v) and isinstance(v, int) and v > 0, "a positive whole number")),
         "keep_sanitized": (lambda v: isinstance(v, bool), "True or False"),
         "licenses": (lambda v: not isinstance(v, str) and _is_pattern(v), "a list of licences"),
         "rate": (lambda v: _is_number(v) and 0 < v < math.inf, "a positive number"),

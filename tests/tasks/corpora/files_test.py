@@ -140,7 +140,7 @@ def test_all_that_is_something_else_is_named_before_anything_is_read(
     for name in "bcd":
         (tmp_path / name).write_bytes(content)
     (tmp_path / "a").write_text('{"text": "good"}' if kind != "tfrecords" else "")
-    monkeypatch.setattr(sources, "_json_records", lambda *_: pytest.fail("a file is read"))
+    monkeypatch.setattr(sources, "placed_records", lambda *_: pytest.fail("a file is read"))
     monkeypatch.setattr(sources, "_text_records", lambda *_: pytest.fail("a file is read"))
     told = refused(str(tmp_path / "*"), kind)
     assert told.startswith(f"{tmp_path}/b is {what}")

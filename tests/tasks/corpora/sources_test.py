@@ -1,12 +1,14 @@
 """Readers of corpora: what every Python holds, users' files, and what is said of broken ones."""
 
 import ast
+import bz2
 import gzip
 import hashlib
 import io
 import itertools
 import json
 import logging
+import lzma
 import os
 import pathlib
 import subprocess
@@ -218,10 +220,12 @@ def _write_lines(file: pathlib.Path, records: list[object]) -> None:
         content = gzip.compress(content)
     elif file.suffix == ".zst":
         content = pytest.importorskip("zstandard").compress(content)
+    elif file.suffix in (".bz2", ".xz"):
+        content = (bz2 if file.suffix == ".bz2" else lzma).compress(content)
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
 def test_json_lines(tmp_path: pathlib.Path, suffix: str) -> None:
     texts = [f"document {i}\r\n\u2028\u00e9" for i in range(5)]
     _write_lines(tmp_path / f"b.jsonl{suffix}", [{"text": text} for text in texts[2:]])
@@ -449,7 +453,7 @@ def test_tfrecords(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> 
     assert list(sources.documents(spec, "train")) == ["gut \u00fc"] * 2
     first = tmp_path / "a.tfrecord"
     assert f"2 broken tf.train.Example (first: {first}, record 3), 2 without text in field 'text' (first: {first}, " \
-        "record 2)" in caplog.text
+        "record 2, whose fields are 'body')" in caplog.text
     broken = tmp_path / "a.tfrecord"
     broken.write_bytes(broken.read_bytes()[:-3])
     assert list(sources.documents(spec, "train")) == ["gut \u00fc"] * 2

@@ -1,0 +1,250 @@
+"""Records of columnar files: Parquet, and Arrow's files and streams. Needs pyarrow (extra `readers`).
+
+Of a file only the columns that are asked for are read, a few megabytes of rows at a time, so that memory does not grow
+with a file or its row groups. What is damaged within a file is counted by rows where the file says how many there are;
+a file that cannot be read at all is refused by name.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from codellm_jax.contents import BrokenFile, UnreadableFile, content, head, is_file, kind, open_binary
+from tasks.corpora import fields
+from tasks.corpora.files import Lost, library
+from tasks.corpora.records import EMPTY_FILE, NOT_UTF8
+
+BYTES_AT_ONCE = 8 << 20  # of uncompressed columns
+MOST_ROWS_AT_ONCE = 1024
+
+Record = Mapping[str, Any] | Lost
+
+
+# ---- Parquet -----------------------------------------------------------------------------------
+
+
+def require_parquet(file: str) -> None:
+    """Raises UnreadableFile or OSError unless a file is whole Parquet by its first bytes and its footer."""
+    with _parquet(file):
+        pass
+
+
+def parquet_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
+    """The rows of a Parquet file, with the fields that a spec asks for, and their places.
+
+    Raises:
+      UnreadableFile: it is no Parquet, or its footer is damaged.
+      OSError: it cannot be read.
+    """
+    with _parquet(file) as opened:
+        schema, row = opened.schema_arrow, 0
+        if lost := fields.lacking(lambda name: _has(schema, name), spec, "text"):
+            yield f"{file}, {fields.named(schema.names)}", Lost(lost, opened.metadata.num_rows)
+            return
+        chosen = [name for name in fields.wanted(spec, "text") if _has(schema, name)]
+        for group in range(opened.num_row_groups):
+            facts = opened.metadata.row_group(group)
+            rows, given, reason = facts.num_rows, 0, ""
+            try:
+                at_once = BYTES_AT_ONCE * max(1, rows) // max(1, facts.total_byte_size)
+                for batch in opened.iter_batches(max(1, min(at_once, MOST_ROWS_AT_ONCE)), [group], chosen):
+                    for record in _rows(batch):
+                        given += 1
+                        yield f"{file}, row {row + given}", record
+            except _damages() as error:
+                _require_damage(error, file)
+                reason = _reason(error)
+            if reason or given < rows:
+                yield (f"{file}, row group {group + 1}: {reason or 'fewer rows than it says'}",
+                       Lost("in a damaged row group", max(1, rows - given)))
+            row += rows
+        if not row:
+            yield file, Lost(EMPTY_FILE)
+
+
+@contextlib.contextmanager
+def _parquet(file: str) -> Iterator[Any]:
+    pyarrow_parquet = library("pyarrow.parquet", file, "Parquet")
+    beginning = head(file)
+    if not beginning.startswith(b"PAR1"):
+        raise UnreadableFile(f"{file} is {kind(beginning) or 'no Parquet file'}, where Parquet is wanted.")
+    with open_binary(file) as stream:
+        try:
+            # By a buffer, so that no column of a row group is read as a whole; checksums are verified if it has some.
+            opened = pyarrow_parquet.ParquetFile(
+                stream, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+        except _damages() as error:
+            _require_damage(error, file)
+            raise UnreadableFile(f"{file} is damaged or breaks off, for its footer cannot be read ({_reason(error)}); "
+                                 "bring it anew.") from None
+        yield opened
+
+
+def _has(schema: Any, name: str) -> bool:
+    """Whether a schema, or the type of a struct, has a field of this name, or one to which its dots lead."""
+    import pyarrow
+
+    if schema.get_field_index(name) >= 0:
+        return True
+    for at in (at for at, letter in enumerate(name) if letter == "."):
+        if (index := schema.get_field_index(name[:at])) >= 0:
+            inner = schema.field(index).type
+            return pyarrow.types.is_struct(inner) and _has(inner, name[at + 1 :])
+    return False
+
+
+# ---- Arrow -------------------------------------------------------------------------------------
+
+
+def require_arrow(file: str) -> None:
+    """Raises UnreadableFile or OSError unless a file begins as Arrow's files or streams do, and a file has its end."""
+    with _batches(file):
+        pass
+
+
+def arrow_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
+    """The rows of an Arrow file or stream (IPC), with the fields that a spec asks for, and their places.
+
+    Raises:
+      UnreadableFile: it is neither, or damaged as a whole.
+      OSError: it cannot be read.
+      BrokenFile: a stream breaks off; after all that can be had.
+    """
+    with _batches(file) as (schema, batches):
+        if lost := fields.lacking(lambda name: _has(schema, name), spec, "text"):
+            # How many rows there are a stream tells only by its batches.
+            rows = sum(1 if isinstance(batch, Lost) else batch.num_rows for batch in batches)
+            yield (f"{file}, {fields.named(schema.names)}", Lost(lost, rows)) if rows else (file, Lost(EMPTY_FILE))
+            return
+        asked = fields.wanted(spec, "text")
+        columns = [name for name in schema.names if any(_begins(name, field) for field in asked)]
+        row = 0
+        for number, batch in enumerate(batches, 1):
+            if isinstance(batch, Lost):
+                yield f"{file}, record batch {number}", batch
+                continue
+            for start in range(0, batch.num_rows, MOST_ROWS_AT_ONCE):
+                for record in _rows(batch.select(columns).slice(start, MOST_ROWS_AT_ONCE)):
+                    row += 1
+                    yield f"{file}, row {row}", record
+        if not row:
+            yield file, Lost(EMPTY_FILE)
+
+
+def _begins(column: str, field: str) -> bool:
+    return field == column or field.startswith(f"{column}.")
+
+
+@contextlib.contextmanager
+def _batches(file: str) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """The schema of an Arrow file or stream, and its record batches; a `Lost` for each of a file that is damaged."""
+    pyarrow = library("pyarrow", file, "Arrow")
+    beginning = head(file)
+    if not beginning.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        raise UnreadableFile(f"{file} is {kind(beginning) or 'no Arrow file'}, where an Arrow file or stream is "
+                             "wanted.")
+    with contextlib.ExitStack() as opened:
+        # Mapped, a file's batches may be large without being in memory.
+        source = opened.enter_context(open_binary(file) if "://" in file else pyarrow.memory_map(file))
+        try:
+            if beginning.startswith(b"ARROW1"):
+                reader = opened.enter_context(pyarrow.ipc.open_file(source))
+                batches = _of_file(reader, file)
+            else:
+                reader = opened.enter_context(pyarrow.ipc.open_stream(source))
+                batches = _of_stream(reader, file)
+        except _damages() as error:
+            _require_damage(error, file)
+            raise UnreadableFile(f"{file} is damaged or breaks off ({_reason(error)}); bring it anew.") from None
+        yield reader.schema, batches
+
+
+def _of_file(reader: Any, file: str) -> Iterator[Any]:
+    for number in range(reader.num_record_batches):
+        try:
+            yield reader.get_batch(number)
+        except _damages() as error:
+            _require_damage(error, file)
+            yield Lost("damaged record batches")
+
+
+def _of_stream(reader: Any, file: str) -> Iterator[Any]:
+    try:
+        yield from reader
+    except _damages() as error:
+        _require_damage(error, file)
+        raise BrokenFile(_reason(error)) from error
+
+
+def dataset_files(folder: str) -> list[str] | None:
+    """The files of a folder that Hugging Face's `Dataset.save_to_disk` wrote; None of any other folder.
+
+    They are those that its state.json lists: others may lie there of a dataset that was there before.
+
+    Raises:
+      UnreadableFile: it holds several datasets, by split, or its state.json is damaged.
+    """
+    state, splits = (_json_in(folder, name) for name in ("state.json", "dataset_dict.json"))
+    if splits is not None:
+        named = ", ".join(map(str, splits.get("splits", []))) if isinstance(splits, dict) else ""
+        raise UnreadableFile(f"{folder} holds a dataset for each of the splits {named or '(none)'}; name one of these "
+                             "folders, and give another one as 'validation' if it is held out.")
+    if state is None:
+        return None
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    names = [each.get("filename") if isinstance(each, dict) else None for each in listed or ()]
+    if not names or not all(isinstance(name, str) and name and "/" not in name for name in names):
+        raise UnreadableFile(f"{folder}/state.json lists no files of the dataset ('_data_files'); save it anew.")
+    if isinstance(state, dict) and state.get("_indices_data_files"):
+        raise UnreadableFile(f"{folder} holds a dataset with indices into its files; save `flatten_indices()` of it.")
+    return [f"{folder.rstrip('/')}/{name}" for name in names]
+
+
+def _json_in(folder: str, name: str) -> Any:
+    """What a file of a folder holds as JSON; None where there is no such file."""
+    file = f"{folder.rstrip('/')}/{name}"
+    if not is_file(file):
+        return None
+    try:
+        return json.loads(content(file))
+    except ValueError:
+        raise UnreadableFile(f"{file} is no JSON; save the dataset anew.") from None
+
+
+# ---- Rows --------------------------------------------------------------------------------------
+
+
+def _rows(batch: Any) -> Iterator[Record]:
+    """The rows of a batch; one by one where some of it is not what it should be."""
+    try:
+        batch.validate(full=True)
+        yield from batch.to_pylist()
+        return
+    except _damages():
+        pass
+    for row in range(batch.num_rows):
+        try:
+            one = batch.slice(row, 1)
+            one.validate(full=True)
+            record = one.to_pylist()[0]
+        except _damages() as error:
+            record = Lost(NOT_UTF8 if "UTF" in str(error).upper() else "in a damaged batch")
+        yield record
+
+
+def _damages() -> tuple[type[Exception], ...]:
+    """What pyarrow raises of a file that is not what it should be."""
+    import pyarrow
+
+    return pyarrow.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError
+
+
+def _require_damage(error: Exception, file: str) -> None:
+    """Raises an error again that is not of a file's content, but of a disk or a connection."""
+    if isinstance(error, OSError) and (error.errno is not None or str(error).startswith(f"{file} cannot be read")):
+        raise error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

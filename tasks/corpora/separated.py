@@ -1,0 +1,65 @@
+"""Records of CSV and TSV: one a row, with the names of the first row as fields.
+
+What stands between cells the option `separator` says, else the name of a file: a tab for .tsv and .tab, a comma for
+others. Cells may be quoted, and then hold line ends; `'quotes': False` takes quotes for text, as many TSVs mean them.
+Files without a row of names get them by `columns`. All values are text.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from codellm_jax.contents import LARGEST, TOO_LARGE, lines, without_compression
+from tasks.corpora.files import Lost
+from tasks.corpora.records import EMPTY_FILE
+
+LONGEST_CELL = 1 << 26  # characters; a quote that is not closed would take in the rest of a file
+
+
+def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any] | Lost]]:
+    """The rows of a file as records, with their places.
+
+    Raises:
+      OSError: the file cannot be read.
+      UnreadableFile: it is no text.
+      BrokenFile: it breaks off or is damaged; after all that can be had.
+    """
+    tabs = without_compression(file).lower().endswith((".tsv", ".tab"))
+    csv.field_size_limit(LONGEST_CELL)
+    longer = 0
+
+    def decoded() -> Iterator[str]:
+        nonlocal longer
+        for line in lines(file, LARGEST):
+            longer += not line
+            # Bytes that are no UTF-8 become lone surrogates, by which a text that holds them is known.
+            yield line.decode(errors="surrogateescape")
+
+    rows = csv.reader(decoded(),
+                      delimiter=spec.get("separator", "\t" if tabs else ","),
+                      quoting=csv.QUOTE_MINIMAL if spec.get("quotes", True) else csv.QUOTE_NONE)
+    names, number = spec.get("columns"), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            number += 1
+            yield f"{file}, line {rows.line_num}: {error}", Lost("broken rows")
+            continue
+        if row is None:
+            break
+        if not row:  # an empty line
+            continue
+        number += 1
+        if names is None:
+            names = row
+            number = 0
+        elif len(row) != len(names):
+            yield (f"{file}, line {rows.line_num}, {len(row)} in the place of {len(names)}",
+                   Lost("with another number of cells than there are names"))
+        else:
+            yield f"{file}, line {rows.line_num}", dict(zip(names, row, strict=True))
+    if longer:
+        yield file, Lost(TOO_LARGE, longer)
+    elif not number:
+        yield file, Lost(EMPTY_FILE)
