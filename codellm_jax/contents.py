@@ -40,6 +40,7 @@ COMPRESSED = ".gz, .bz2, .xz or .zst"  # for messages: how such files are mostly
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MARKS_OF_LINE = re.compile(rb"^(?:\xef\xbb\xbf)+")
 
 # What begins so, from the byte of the first number on, and is no UTF-8 without zeros.
 _KINDS = (
@@ -92,10 +93,7 @@ def without_compression(name: str) -> str:
 
 
 def word_of(file: str) -> str:
-    """A file's name as one plain word: without folders, compression and .json, and "_" for all but letters and digits.
-
-    A word stays as it is.
-    """
+    """A file's name as one plain word, as a word stays: without folders, compression and .json, "_" for other signs."""
     name = without_compression(file.rpartition("/")[2])
     return re.sub(r"[\W_]+", "_", re.sub(r"\.(jsonl?|ndjson)$", "", name, flags=re.IGNORECASE)).strip("_")
 
@@ -236,7 +234,7 @@ def lines(file: str, longest: int | None = None) -> Iterator[bytes]:
             if end:
                 for line in b"".join([*waiting, ended]).split(b"\n"):
                     is_longer |= longest is not None and len(line) > longest
-                    yield b"" if is_longer else _without_marks(line) + b"\n"
+                    yield b"" if is_longer else _MARKS_OF_LINE.sub(b"", line) + b"\n"
                     is_longer = False
                 waiting, held = [], 0
             if not is_longer:
@@ -248,7 +246,7 @@ def lines(file: str, longest: int | None = None) -> Iterator[bytes]:
         broken = error
     if is_longer:
         yield b""
-    elif line := _without_marks(b"".join(waiting)):
+    elif line := _MARKS_OF_LINE.sub(b"", b"".join(waiting)):
         yield line
     if broken:
         raise broken
@@ -427,12 +425,6 @@ def _as_utf8(file: str) -> Iterator[bytes]:
         if "\ufffe" in decoded:
             raise UnreadableFile(f"{file} is joined of {encoding.upper()} in both orders of bytes; {READ_IS}.")
         yield decoded.encode("utf-8", "surrogatepass")
-
-
-def _without_marks(line: bytes) -> bytes:
-    while line.startswith(codecs.BOM_UTF8):
-        line = line[3:]
-    return line
 
 
 def remote(file: str) -> Any:
