@@ -6,22 +6,26 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 """
 
 import argparse
-import contextlib
 import difflib
-import logging
 import os
-import re
 import shlex
 import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from codellm_jax.flags import overrides_of, parser, without
-from codellm_jax.runtime.terminal import escape_what_cannot_be_encoded, outlive_the_terminal, to_nowhere
+from codellm_jax.runtime.terminal import (
+    escape_what_cannot_be_encoded,
+    interruptible,
+    one_line,
+    outlive_the_terminal,
+    quiet_libraries,
+    to_nowhere,
+)
 
 # What they do is kept in files, and goes on where nobody reads what they print.
 LASTING = ("train", "eval", "study", "cache", "report", "laws", "plot", "vocabulary", "launch", "import", "export",
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = _with_others(flags)
             if status is not None:
                 return status
-        with _interruptible():
+        with interruptible():
             return _leave(commands[flags.command](flags))
     except BrokenPipeError:  # of a command whose output is all it is for, such as explain ... | head
         to_nowhere(1)
@@ -73,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if flags.debug:
             traceback.print_exc()
-        return _leave(_fail(f"t5x {flags.command}", _one_line(error), 1))
+        return _leave(_fail(f"t5x {flags.command}", one_line(error), 1))
 
 
 def _with_others(flags: argparse.Namespace) -> int | None:
@@ -128,7 +132,7 @@ def _train(flags: argparse.Namespace) -> int:
 
     use_compilation_cache()
     if not flags.debug:
-        _quiet_libraries()
+        quiet_libraries()
     training = build(configuration, "train")
     if flags.dry_run:
         plan = make_plan(training)
@@ -159,7 +163,7 @@ def _eval(flags: argparse.Namespace) -> int:
 
     use_compilation_cache()
     if not flags.debug:
-        _quiet_libraries()
+        quiet_libraries()
     evaluation = build(configuration, "evaluate")
     evaluate(evaluation, settings=lambda: operative(configuration)[1], asked=configuration.asked)
     return 0
@@ -193,7 +197,7 @@ def _infer(flags: argparse.Namespace) -> int:
 
     use_compilation_cache()
     if not flags.debug:
-        _quiet_libraries()
+        quiet_libraries()
     answer(build(configuration, "infer"), flags.prompts, flags.output)
     return 0
 
@@ -228,7 +232,7 @@ def _report(flags: argparse.Namespace) -> int:
     from codellm_jax.report.write import report
 
     if not flags.debug:
-        _quiet_libraries()
+        quiet_libraries()
     print(report(flags.directory))
     return 0
 
@@ -307,7 +311,7 @@ def _export(flags: argparse.Namespace) -> int:
     from codellm_jax.weights.exporting import export
 
     if not flags.debug:
-        _quiet_libraries()
+        quiet_libraries()
     export(flags.run, flags.output, flags.dtype, flags.max_shard_size, flags.vocabulary)
     return 0
 
@@ -318,7 +322,7 @@ def _import(flags: argparse.Namespace) -> int:
     from codellm_jax.weights.importing import import_run
 
     if not flags.debug:
-        _quiet_libraries()
+        quiet_libraries()
     if flags.check:
         require_transformers()  # before hours of reading
     source = import_run(flags.source, flags.output, flags.vocabulary)
@@ -403,41 +407,6 @@ def _precompile(flags: argparse.Namespace) -> int:
     if flags.report:
         Path(flags.report).expanduser().write_text(page)
     return 0 if fits else _fail("t5x precompile", f"the run does not fit {topology.name}.", 1)
-
-
-def _quiet_libraries() -> None:
-    """A failed save is raised and told in one line. Orbax logs its traceback besides, and each of its other writes
-    that finds the event loop closed prints one of its own, where no `except` can reach it.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    told, told_unraisable = sys.excepthook, sys.unraisablehook
-    late = "Event loop is closed"
-    sys.excepthook = lambda kind, error, trace: None if str(error) == late else told(kind, error, trace)
-    sys.unraisablehook = lambda found: None if str(found.exc_value) == late else told_unraisable(found)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Until steps are taken there is nothing to save: Ctrl-C ends the process at once, even inside a library that would
-    swallow Python's KeyboardInterrupt.
-    """
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r" In call to configurable '.*$", "", text)  # gin's postscript, with addresses of functions
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
-        return text
-    if "Gloo" in text or "another task" in text:  # a collective that found the other end closed
-        return ("another process of this run failed or is gone. Start the same command again on all: it goes on from "
-                f"the newest checkpoint. ({text[:200]})")
-    return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def _fail(command: str, message: str, status: int) -> int:

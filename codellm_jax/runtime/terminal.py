@@ -1,10 +1,16 @@
-"""What a command prints, where nobody may be left to read it: a closed pipe, a terminal that is gone, a full disk."""
+"""What a command prints, where nobody may be left to read it: a closed pipe, a terminal that is gone, a full disk. And
+its errors in one line, without what libraries print besides.
+"""
 
+import contextlib
 import errno
 import io
+import logging
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
 
 NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
@@ -70,3 +76,39 @@ def ending_signals() -> list[signal.Signals]:
     """
     gone = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
     return [signal.SIGTERM, signal.SIGINT, *gone]
+
+
+def quiet_libraries() -> None:
+    """A failed save is raised and told in one line. Orbax logs its traceback besides, and each of its other writes
+    that finds the event loop closed prints one of its own, where no `except` can reach it.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    told, told_unraisable = sys.excepthook, sys.unraisablehook
+    late = "Event loop is closed"
+    sys.excepthook = lambda kind, error, trace: None if str(error) == late else told(kind, error, trace)
+    sys.unraisablehook = lambda found: None if str(found.exc_value) == late else told_unraisable(found)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Until steps are taken there is nothing to save: Ctrl-C ends the process at once, even inside a library that would
+    swallow Python's KeyboardInterrupt.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, for the end of a command."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r" In call to configurable '.*$", "", text)  # gin's postscript, with addresses of functions
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return text
+    if "Gloo" in text or "another task" in text:  # a collective that found the other end closed
+        return ("another process of this run failed or is gone. Start the same command again on all: it goes on from "
+                f"the newest checkpoint. ({text[:200]})")
+    return f"{type(error).__name__}: {text} (--debug shows where)"
