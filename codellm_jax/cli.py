@@ -28,8 +28,8 @@ from codellm_jax.runtime.terminal import (
 )
 
 # What they do is kept in files, and goes on where nobody reads what they print.
-LASTING = ("train", "eval", "study", "cache", "report", "laws", "plot", "vocabulary", "launch", "import", "export",
-           "fetch")
+LASTING = ("train", "eval", "study", "cache", "prepare", "report", "laws", "plot", "vocabulary", "launch", "import",
+           "export", "fetch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = ["--print_commands=shell" if argument == "--print_commands" else argument
              for argument in (sys.argv[1:] if arguments is None else arguments)]
     job: list[str] = []
-    if given[:1] in (["launch"], ["cache"]) and "--" in given:
+    if given[:1] in (["launch"], ["cache"], ["prepare"]) and "--" in given:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
         "plot": _plot, "laws": _laws, "explain": _explain, "contamination": _contamination, "cache": _cache,
-        "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch, "precompile": _precompile,
-        "fetch": _fetch}
+        "prepare": _prepare, "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch,
+        "precompile": _precompile, "fetch": _fetch}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -106,7 +106,7 @@ def _configuration(flags: argparse.Namespace) -> Any:
     from codellm_jax.configuration import read_configuration, read_settings
 
     if not flags.gin_file:
-        if flags.command in ("study", "eval", "infer"):
+        if flags.command in ("study", "eval", "infer", "prepare"):
             raise ValueError(f"no --gin_file is given; gin/{flags.command}.gin is the one to begin with.")
         raise ValueError("no --gin_file is given; gin/mixed_pretrain.gin trains on data that is always there.")
     read = read_settings if getattr(flags, "status", False) else read_configuration
@@ -303,6 +303,14 @@ def _fetch(flags: argparse.Namespace) -> int:
     from codellm_jax.fetching.fetch import fetch
 
     fetch(flags.names, flags.data_dir, lambda line: print(line, flush=True))
+    return 0
+
+
+def _prepare(flags: argparse.Namespace) -> int:
+    configuration = _configuration(flags)
+    from codellm_jax.configuration import build
+
+    build(configuration, "prepare").run(flags.workers, flags.runner, flags.job)
     return 0
 
 

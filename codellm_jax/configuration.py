@@ -37,6 +37,8 @@ CONFIGURABLES = {
     "checkpoint": "codellm_jax.evaluation.trained:Checkpoint",
     "infer": "codellm_jax.evaluation.infer:Inference",
     "contamination": "codellm_jax.evaluation.contamination:Contamination",
+    "prepare": "codellm_jax.prepare.preparation:Preparation",
+    "inputs": "tasks.corpora.inputs:Inputs",
     "instruction_prompt": "tasks.instruction_sets.prompts:alpaca_prompt",
     "conversation_turns": "tasks.instruction_sets.prompts:conversation_turns",
     "sampling": "codellm_jax.evaluation.sampling:Sampling",

@@ -305,7 +305,8 @@ class _RemoteStream(io.RawIOBase):
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._stream = self._done(lambda: remote(file).open("rb"))
+        self._held = contextlib.ExitStack()  # of gs:// what opens is no stream but gives one
+        self._stream = self._done(lambda: self._held.enter_context(remote(file).open("rb")))
 
     def _done(self, does: Callable[[], Any]) -> Any:
         try:
@@ -330,8 +331,7 @@ class _RemoteStream(io.RawIOBase):
         return int(self._stream.tell())
 
     def close(self) -> None:
-        if not self.closed:
-            self._stream.close()
+        self._held.close()
         super().close()
 
 

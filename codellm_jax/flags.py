@@ -121,6 +121,12 @@ def parser() -> argparse.ArgumentParser:
     fetch.add_argument("names", metavar="NAME", nargs="*", help="such as mbpp, logic or pclue")
     fetch.add_argument("--data_dir", "--gin.DATA_DIR", metavar="DIR", help="the folder, created if needed")
     fetch.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    prepare = add("prepare", "clean documents, remove duplicates and benchmarks, and sample them",
+                  "Takes the documents of CORPORA through STEPS into Parquet files in OUTPUT, with a data card. The "
+                  "same command goes on where it was stopped. What follows -- goes to Beam.")
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: its cores where "
+                         "Apache Beam is installed, else 1)")
+    prepare.add_argument("--runner", default="DirectRunner", help="Beam's, as of `t5x cache` (default: %(default)s)")
     import_ = subparsers.add_parser(
         "import", help="make a run of published weights", allow_abbrev=False,
         description="Reads a published model, tensor by tensor, into a run directory: a run like any other, at step 0.")

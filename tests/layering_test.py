@@ -61,6 +61,7 @@ ROOMS: dict[str, set[str]] = {
     "study": {"training", "evaluation", "configuration", "settings", "weights", "runtime", "mixture", "model",
               "results", "contents"},
     "report": {"runtime", "mixture", "results"},
+    "prepare": {"report", "runtime", "mixture", "results", "settings"},
     "pods": {"training", "evaluation", "runtime", "mixture", "model"},
 }
 # Rooms of `tasks`, likewise; the modules that define SeqIO tasks stand above them.
@@ -76,12 +77,12 @@ ONLY_IMPORTERS = {
     "gin": {"codellm_jax.configuration"},
     "matplotlib": {"codellm_jax.report.plots"},
     "orbax": {"codellm_jax.runtime.checkpoints", "codellm_jax.runtime.parts"},
-    "apache_beam": {"codellm_jax.training.cache"},
+    "apache_beam": {"codellm_jax.runtime.beam"},
     "tokenizers": {"codellm_jax.tokenizing.fast"},
     "jieba": {"codellm_jax.tokenizing.pangu"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
     "huggingface_hub": {"codellm_jax.hub"},
-    "pyarrow": {"tasks.corpora.columns"},
+    "pyarrow": {"tasks.corpora.columns", "codellm_jax.prepare.job"},
     "warcio": {"tasks.corpora.archives"},
     "lxml": {"tasks.corpora.pages"},
     "tree_sitter": {"tasks.corpora.tree_code"},

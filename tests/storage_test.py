@@ -400,3 +400,36 @@ def test_a_study_in_the_bucket_is_found_and_redone(bucket, tiny_flags, tiny_cach
     said = bucket(*command, "--gin.pretraining/LEARNING_RATE=0.5", "--redo")
     assert "LEARNING_RATE was 0.001, is 0.5" in said and "NL.seed0: done, train" in said
     assert "what was there is in gs://bucket/study/replaced/NL.seed0-1" in said
+
+
+LEFT = """
+import io, sys
+import pyarrow.parquet as pq
+from etils import epath
+output = epath.Path(sys.argv[1])
+names = sorted(path.name for path in output.iterdir())
+texts = [text for name in names if name.endswith(".parquet")
+         for text in pq.read_table(io.BytesIO((output / name).read_bytes()))["text"].to_pylist()]
+print("LEFT", names, texts, epath.Path(sys.argv[1] + ".building").exists())
+"""
+
+
+def test_a_preparation_in_the_bucket_is_that_on_disk(bucket, tmp_path):
+    (tmp_path / "data").mkdir()
+    texts = [f"Document {number % 20} tells of what is {number % 20} times as long as it is wide, and of no more." * 3
+             for number in range(30)]
+    for name, own in (("a", texts[:15]), ("b", texts[15:])):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in own))
+    bucket("-c", COPY, str(tmp_path / "data"), "gs://bucket/unprepared")
+    found = []
+    for data, output in ((tmp_path / "data", tmp_path / "out"), ("gs://bucket/unprepared", "gs://bucket/prepared")):
+        corpora = f"--gin.CORPORA={{'text.a': {{'json_lines': '{data}/*.jsonl'}}}}"
+        command = t5x("prepare", "--gin_file=gin/prepare.gin", corpora, f"--gin.OUTPUT={output}", "--workers=1",
+                      "--gin.prepare.part_bytes=1", "--gin.STEPS=['minimum_length', 'exact_duplicates', "
+                      "{'name': 'near_duplicates', 'similarity': 0.9}, 'duplicated_paragraphs', "
+                      "{'name': 'sample', 'budgets': {'text.a': 3000}}]")
+        bucket(*command)
+        assert "holds this already" in bucket(*command)
+        told = bucket("-c", LEFT, str(output)).splitlines()
+        found.append(next(line for line in told if line.startswith("LEFT ")))
+    assert found[0] == found[1] and "Document" in found[0] and found[0].endswith("False")

@@ -348,6 +348,16 @@ def warnings_of(task: str) -> Iterator[list[Note]]:
 @contextlib.contextmanager
 def quiet_tensorflow() -> Iterator[None]:
     """Keeps TensorFlow off accelerators, and its C++ log off the terminal; what Python writes to stderr still shows."""
+    with quiet_stderr():
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")
+        yield
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Keeps off the terminal what libraries and the processes that are started write to stderr past this Python."""
     if getattr(sys.stderr, "name", None) == "<stderr>" and sys.stderr.fileno() == 2:
         # Python's own way to the terminal, kept for good: logging handlers made inside hold on to it, and those made
         # before are given it.
@@ -361,9 +371,6 @@ def quiet_tensorflow() -> Iterator[None]:
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)
     try:
-        import tensorflow as tf
-
-        tf.config.set_visible_devices([], "GPU")
         yield
     finally:
         os.dup2(saved, 2)

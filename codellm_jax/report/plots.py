@@ -101,6 +101,14 @@ class LawPanel(NamedTuple):
     points: Sequence[tuple[float, float, int | None, bool]]  # share, loss, seed, and whether it is an outlier
 
 
+class Profile(NamedTuple):
+    """Values in per cent at named places that follow one another, of several things."""
+
+    title: str
+    places: Sequence[str]
+    values: Mapping[str, Sequence[float]]
+
+
 def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]], arms: Sequence[str]) -> Figure:
     """Held-out loss against tokens, a panel for each kind of held-out text. `arms` are all that any plot has, so that
     each looks the same in all.
@@ -218,6 +226,27 @@ def sweep(name: str, caption: str, panels: Sequence[SweepPanel]) -> Figure:
         if place + columns >= len(panels):
             axis.set_xlabel("Share of code")
     _legend_of_levels(figure, panels)
+    return _saved(plt, figure, name, caption)
+
+
+def profiles(name: str, caption: str, panels: Sequence[Profile]) -> Figure:
+    """Values in per cent against places that are written along the left side, a panel beside the other."""
+    plt = _pyplot()
+    rows = max(len(panel.places) for panel in panels)
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 1.1 + 0.2 * rows), squeeze=False)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.values))
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for one, values in panel.values.items():
+            axis.plot(values, range(len(values)), markerfacecolor="white", **_style(names.index(one)))
+        axis.set_yticks(range(len(panel.places)), panel.places)
+        axis.set_ylim(len(panel.places) - 0.5, -0.5)
+        axis.set_xlim(0, 1.05 * max(max(values) for values in panel.values.values()))
+        axis.set_title(panel.title, loc="left")
+        axis.set_xlabel("%")
+    from matplotlib.lines import Line2D
+
+    figure.legend([Line2D([], [], **_style(number)) for number in range(len(names))], names, loc="outside upper left",
+                  ncols=3, frameon=False)
     return _saved(plt, figure, name, caption)
 
 

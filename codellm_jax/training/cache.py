@@ -8,9 +8,7 @@ that dies or does its work twice does no harm; and the same command goes on wher
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +20,11 @@ from codellm_jax.mixture.places import cache_place
 from codellm_jax.mixture.rows import storage_error
 from codellm_jax.mixture.shards import Build, Shard
 from codellm_jax.mixture.tokens import quiet_tensorflow
+from codellm_jax.runtime.beam import LOCAL, require_beam, run
 from codellm_jax.runtime.process import alone_in
 from codellm_jax.runtime.progress import StatusLine, duration
 from codellm_jax.vocabulary import Vocabulary
 
-LOCAL = "DirectRunner"
 SECONDS_BETWEEN_LOOKS = 2.0  # at a CACHE_DIR on disk; at one in gs:// ten times as long
 
 
@@ -46,7 +44,8 @@ def cache(
       ValueError: Beam is not installed, a setting is wrong, or a source has nothing to train on.
       OSError: a file cannot be read or written.
     """
-    _require_beam()
+    require_beam("t5x cache needs Apache Beam, which is not installed: pip install '.[beam]'. Without it t5x train "
+                 "writes the same rows, by one process.")
     tasks = list(rates_of(mixture))
     places = {task: cache_place(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, mixture.stage)
               for task in tasks}
@@ -90,19 +89,6 @@ def _write(builds: list[Build], runner: str, options: Sequence[str], report: Cal
             report(line)
 
 
-def _require_beam() -> None:
-    logging.disable(logging.WARNING)  # of clients that it could have and that nobody needs here
-    try:
-        import apache_beam  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "apache_beam":
-            raise
-        raise ValueError("t5x cache needs Apache Beam, which is not installed: pip install '.[beam]'. Without it "
-                         "t5x train writes the same rows, by one process.") from None
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _require_reach(runner: str, task: str, definition: dict[str, Any], cache_dir: str) -> None:
     """Raises ValueError where workers of Dataflow would look for files of this machine."""
     if not runner.lower().startswith("dataflow"):
@@ -118,50 +104,13 @@ def _require_reach(runner: str, task: str, definition: dict[str, Any], cache_dir
 
 def _run(builds: Sequence[Build], todo: Sequence[str], runner: str, options: Sequence[str]) -> None:
     """Has a runner do what each text says, in any order, in bundles of any size."""
-    if not todo:
-        return
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-
-    if runner not in (known := StandardOptions.KNOWN_RUNNER_NAMES) and "." not in runner:
-        raise ValueError(f"--runner={runner} is no runner of Beam's; it has {', '.join(known)}.")
-    workers = min(len(os.sched_getaffinity(0)), len(todo))
-    if runner == LOCAL and workers > 1:
-        options = [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing", *options]
-    # Of workers on this machine warnings would be seen several times.
-    parsed = PipelineOptions(["--default_sdk_harness_log_level=ERROR", *options])
     try:
-        with (quiet_tensorflow() if runner == LOCAL else contextlib.nullcontext(),
-              beam.Pipeline(runner=_local_runner(parsed) if runner == LOCAL else runner, options=parsed) as pipeline):
-            # Reshuffling lets other workers than the one that lists them do the work.
-            _ = (pipeline | "parts" >> beam.Create(list(todo)) | "spread" >> beam.Reshuffle()
-                 | "rows" >> beam.Map(functools.partial(shards.do, builds)))
+        with quiet_tensorflow() if runner == LOCAL else contextlib.nullcontext():
+            run(functools.partial(shards.do, builds), todo, runner, options)
     except Exception as error:
-        told = _reason(error)
-        raise storage_error(told, builds[0].place.directory) or told from error
-
-
-def _local_runner(options: Any) -> Any:
-    """What Beam's DirectRunner comes to, without the program (Prism) that it would first download to try."""
-    from apache_beam.portability.api import beam_provision_api_pb2
-    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-    from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
-    from apache_beam.runners.portability.portable_runner import JobServiceHandle
-
-    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
-    return FnApiRunner(provision_info=ExtendedProvisionInfo(
-        beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)))
-
-
-def _reason(error: Exception) -> Exception:
-    """What went wrong in a worker, out of the page that Beam makes of it."""
-    own = re.findall(r"^(?:RuntimeError: )?(?:\w+\.)*(\w*Error): (?!Traceback)(.+?)(?: \[while running .*)?$",
-                     str(error), flags=re.MULTILINE)
-    if not own:
-        return error
-    name, line = own[-1]
-    kind = {"ValueError": ValueError, "OSError": OSError, "FileNotFoundError": OSError, "PermissionError": OSError}
-    return kind.get(name, RuntimeError)(line.strip())
+        if told := storage_error(error, builds[0].place.directory):
+            raise told from error
+        raise
 
 
 @contextlib.contextmanager

@@ -94,13 +94,15 @@ def found(place: str, record: Mapping[str, Any] | Lost, spec: Mapping[str, Any],
         return Found(place, lost)
     language = record.get("language")
     language = language if isinstance(language, str) else None
+    licence = record.get("license")
+    licence = licence if isinstance(licence, str) else None
     if "text" in spec:
-        return Found(place, _filled(spec["text"], record), language)
+        return Found(place, _filled(spec["text"], record), language, licence=licence)
     field = spec.get("field", default)
     text = value(record, field)
     if not isinstance(text, str | bytes):
         return Found(f"{place}, {named(list(record))}", Lost(_TEXTLESS.format(field)))
-    return Found(place, text, language)
+    return Found(place, text, language, licence=licence)
 
 
 def _filled(template: str, record: Mapping[str, Any]) -> str | Lost:

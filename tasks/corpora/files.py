@@ -42,6 +42,7 @@ class Found(NamedTuple):
     content: str | bytes | Lost
     language: str | None = None  # what its file says, in whatever way
     ids: Any = None  # of tokens already made, those of the document
+    licence: str | None = None  # of the record's field "license"
 
 
 class Counts(collections.Counter[str]):

@@ -197,11 +197,11 @@ def documents(
             return (str(document.content) for document in held)
         return _transformed(held, spec, split, name, whole)
     if kind == "tfds":
-        found = usable(_tfds_records(spec, split), spec, split, name, find)
+        found = usable(tfds_records(spec, split), spec, split, name, find)
     else:
         chosen = files(spec, split, name) if only_files is None else only_files
         _require_languages(kind, spec, chosen, name)
-        found = usable(_file_records(kind, spec, chosen, name), spec, split, name, find, whole)
+        found = usable(file_records(kind, spec, chosen, name), spec, split, name, find, whole)
     if "transform" in spec:
         return _transformed(found, spec, split, name, whole)
     return (str(document.content) for document in found)
@@ -215,7 +215,7 @@ def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | Non
     holdout, kind = holdout_of(spec), kind_of(spec)
     if not holdout:
         return None
-    records = _tfds_records(spec, "train") if kind == "tfds" else _file_records(
+    records = tfds_records(spec, "train") if kind == "tfds" else file_records(
         kind, spec, files(spec, "train", name), name)
     return borders_of((position(content) for content, _ in texts(records, spec, PassedOver())), holdout)
 
@@ -315,7 +315,7 @@ def _transformed(
     reads_code = any(step.reads_code for step in steps)
     not_so, given, kept = PassedOver(), 0, 0
     try:
-        for place, text, told, _ in documents_of_split:
+        for place, text, told, *_ in documents_of_split:
             language = spec.get("language")
             if reads_code and language is None:
                 if told is None:
@@ -341,7 +341,7 @@ def _transformed(
         raise ValueError(f"{name}: the transforms leave no document to train on ({not_so}).")
 
 
-def _file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> Iterator[Found]:
+def file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> Iterator[Found]:
     """The records of files with their places, such as "a.jsonl, line 3"."""
     read, require = _READERS[kind]
     with in_name_of(name):
@@ -424,7 +424,7 @@ def _require_tfrecords(file: str) -> str | None:
     return by
 
 
-def _tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[Found]:
+def tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[Found]:
     import tensorflow_datasets as tfds
 
     source = spec.get("validation", "train") if split == "validation" else "train"

@@ -1,0 +1,209 @@
+"""A preparation as workers are told of it: where its files lie, and what is done with each part in each stage.
+
+A part is some files of one corpus. Stages are parted by the steps that need all documents:
+
+  STAGE 0     each part is read; the rules before the first such step are applied; documents are written, and beside
+              them what that step needs of each (a hash, a signature)
+  reduction   finds out which documents go, for some range of hashes each
+  STAGE 1     each part's documents are read again, without those that go; the next rules are applied; and so on
+
+What is done leaves a file of facts, written last, and is not done again. All is the same in whatever order, by however
+many processes it is done, for a document is known by its place: its part, and its number among the part's documents.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from codellm_jax.prepare.preparation import Inputs
+from codellm_jax.prepare.steps import Step
+
+SAMPLES = 5  # removed documents of each step and part whose beginnings are kept
+SAMPLE_CHARACTERS = 400
+REASONS = 1000  # of a step and part, that are counted by name; licences may be many
+BYTES_A_GROUP = 8 << 20  # of text in a row group of Parquet
+
+DOCUMENT = pa.schema([
+    ("text", pa.large_string()), ("source", pa.string()), ("file", pa.string()), ("row", pa.int64()),
+    ("sha256", pa.string()), ("licence", pa.string()), ("language", pa.string()), ("bytes_read", pa.int64()),
+    ("changed_by", pa.list_(pa.string()))])
+REMOVED = pa.schema([
+    ("source", pa.string()), ("file", pa.string()), ("row", pa.int64()), ("sha256", pa.string()),
+    ("number", pa.int64()),  # of the step, from 1; 0 is the reading
+    ("step", pa.string()), ("reason", pa.string()),
+    ("records", pa.int64()),  # 1, but where a damaged file lost several
+    ("bytes", pa.int64()), ("copy_source", pa.string()), ("copy_sha256", pa.string()), ("similarity", pa.float32())])
+
+
+class Part(NamedTuple):
+    """Some files of a corpus, with size and time of the last change; None for a corpus that is read as a whole."""
+
+    source: str
+    files: tuple[tuple[str, int, int], ...] | None
+
+
+class Stage(NamedTuple):
+    """What is done between two steps that need all documents: these, and the rules between them, by their numbers."""
+
+    before: int | None
+    rules: tuple[int, ...]
+    after: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What each worker is given.
+
+    Attributes:
+      inputs: reads the corpora.
+      steps: all of them.
+      parts: in the order of the output.
+      folder: where files lie until the end.
+      hashes: of the plan, which stands in the output's files: {"steps": ..., "inputs": ...}.
+    """
+
+    inputs: Inputs
+    steps: tuple[Step, ...]
+    parts: tuple[Part, ...]
+    folder: str
+    hashes: Mapping[str, str]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The steps in stages, one more than there are steps that need all documents."""
+        found: list[Stage] = []
+        before: int | None = None
+        rules: list[int] = []
+        for number, step in enumerate(self.steps):
+            if step.needs_all:
+                found.append(Stage(before, tuple(rules), number))
+                before, rules = number, []
+            else:
+                rules.append(number)
+        return [*found, Stage(before, tuple(rules), None)]
+
+    def path(self, stage: int, kind: str, number: int, suffix: str) -> epath.Path:
+        """Of a file of a stage: such as stage0/documents-00003.parquet."""
+        return epath.Path(self.folder) / f"stage{stage}" / f"{kind}-{number:05d}{suffix}"
+
+    def facts(self, stage: int, part: int) -> dict[str, Any] | None:
+        """What a finished part wrote of itself; None where it is not done."""
+        path = self.path(stage, "facts", part, ".json")
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+class Count:
+    """What a step did to the documents of a part."""
+
+    def __init__(self) -> None:
+        self.documents = self.bytes = self.removed = self.removed_bytes = self.changed = self.bytes_dropped = 0
+        self.reasons: dict[str, int] = {}
+        self.copies: dict[str, int] = {}
+        self.samples: list[tuple[str, dict[str, Any]]] = []
+
+    def remove(self, reason: str, size: int, sample: dict[str, Any]) -> None:
+        """Counts a removed document; of its samples those of lowest hash are kept."""
+        self.removed += 1
+        self.removed_bytes += size
+        counted = reason if reason in self.reasons or len(self.reasons) < REASONS else "others"
+        self.reasons[counted] = self.reasons.get(counted, 0) + 1
+        if "copy_source" in sample:
+            self.copies[sample["copy_source"]] = self.copies.get(sample["copy_source"], 0) + 1
+        key = f"{sample['sha256']} {sample['file']} {sample['row']:012d}"
+        if len(self.samples) < SAMPLES or key < self.samples[-1][0]:
+            sample |= {"reason": reason, "text": sample["text"][:SAMPLE_CHARACTERS]}
+            self.samples = sorted([*self.samples, (key, sample)], key=lambda each: each[0])[:SAMPLES]
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"documents": self.documents, "bytes": self.bytes, "removed": self.removed,
+                "removed_bytes": self.removed_bytes, "changed": self.changed, "bytes_dropped": self.bytes_dropped,
+                "reasons": dict(sorted(self.reasons.items())), "copies": dict(sorted(self.copies.items())),
+                "samples": [sample for _, sample in self.samples]}
+
+
+class Table:
+    """A Parquet file that is written row group by row group, under another name until it is whole."""
+
+    def __init__(self, path: epath.Path, schema: pa.Schema, hashes: Mapping[str, str]) -> None:
+        self._path, self._schema = path, schema.with_metadata({f"codellm_jax.{key}": value
+                                                               for key, value in hashes.items()})
+        self._building = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        # What reads and writes gs:// is no file to Parquet's library: there it goes by way of this machine's disk.
+        self._is_remote = "://" in os.fspath(path)
+        self._file: Any = tempfile.TemporaryFile() if self._is_remote else open(self._building, "wb")
+        self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd")
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = self.count = 0
+
+    def add(self, row: dict[str, Any], size: int) -> None:
+        """Adds a row; `size` is its text's in bytes."""
+        self._rows.append(row)
+        self._bytes += size + 200
+        self.count += 1
+        if self._bytes >= BYTES_A_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+        self._rows, self._bytes = [], 0
+
+    def close(self) -> None:
+        """Ends the file and puts it in its place."""
+        self._flush()
+        self._writer.close()
+        if self._is_remote:
+            self._file.seek(0)
+            with self._building.open("wb") as file:
+                shutil.copyfileobj(self._file, file, 1 << 20)
+        self._file.close()
+        self._building.replace(self._path)
+
+    def discard(self) -> None:
+        """Removes what is there of a file that will not be whole."""
+        with contextlib.suppress(OSError):  # of what is thrown away
+            self._writer.close()
+        self._file.close()
+        self._building.unlink(missing_ok=True)
+
+
+def read_rows(path: epath.Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, a few at a time in memory."""
+    with contextlib.ExitStack() as held:
+        if "://" in os.fspath(path):
+            file: Any = held.enter_context(tempfile.TemporaryFile())
+            with path.open("rb") as remote:
+                shutil.copyfileobj(remote, file, 1 << 20)
+        else:
+            file = held.enter_context(open(path, "rb"))
+        reader = pq.ParquetFile(file)
+        for group in range(reader.num_row_groups):
+            yield from reader.read_row_group(group).to_pylist()
+
+
+DROPPED = np.dtype([("document", "<u8"), ("place", "<u4"), ("copy", "<u8"), ("rank", "<u8"), ("similarity", "<f4")])
+EQUAL = np.dtype([("high", "<u8"), ("low", "<u8"), ("rank", "<u8"), ("document", "<u8"), ("place", "<u4")])
+BAND = np.dtype([("key", "<u8"), ("document", "<u8")])
+EDGE = np.dtype([("first", "<u8"), ("second", "<u8"), ("similarity", "<f4"), ("first_bytes", "<u8"),
+                 ("first_rank", "<u8"), ("second_bytes", "<u8"), ("second_rank", "<u8")])
+DRAWN = np.dtype([("bin", "<u8"), ("bytes", "<u8")])
+PART_BITS = 32  # of a document's number, below those of its part
+
+
+def signed(count: int) -> np.dtype:
+    """What is kept of a document to compare it: its number in its part, the first 8 bytes of its hash, its length in
+    bytes, and its signature of `count` hashes.
+    """
+    return np.dtype([("place", "<u8"), ("rank", "<u8"), ("bytes", "<u8"), ("signature", "<u4", (count,))])

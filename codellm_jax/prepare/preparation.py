@@ -1,0 +1,73 @@
+"""What a gin file says of a preparation; needs none of the libraries that the work itself needs."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Inputs(Protocol):
+    """The corpora, and how they are read. `tasks.corpora.inputs.Inputs` is one."""
+
+    @property
+    def corpora(self) -> Mapping[str, Mapping[str, Any]]:
+        """Their specs by name."""
+        ...
+
+    def files(self, name: str) -> list[tuple[str, int, int]] | None:
+        """The `state` of each file of a corpus; None where it is read as a whole."""
+        ...
+
+    def state(self, file: str) -> tuple[str, int, int]:
+        """Path, size in bytes, and time of the last change in nanoseconds of a file."""
+        ...
+
+    def documents(self, name: str, files: Sequence[str] | None) -> Iterator[Any]:
+        """A `tasks.corpora.inputs.Input` of each record of some files of a corpus, or of all of it."""
+        ...
+
+
+class Benchmarks(Protocol):
+    """Where the texts of questions come from. `tasks.benchmarks.judging.Benchmarks` is one."""
+
+    def texts(self, task: str) -> Any:
+        """A `tasks.benchmarks.texts.Texts`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What a gin file says of a preparation.
+
+    Attributes:
+      inputs: the corpora.
+      steps: names or mappings, as `prepare.steps` describes them.
+      output: a folder that is not there yet, local or gs://.
+      benchmarks, tasks: of which benchmarks the questions are looked for by the step "decontaminate".
+      part_bytes: files of one corpus are joined into parts of about so many bytes, which are worked on one by one.
+    """
+
+    inputs: Inputs
+    steps: Sequence[Any]
+    output: str
+    benchmarks: Benchmarks | None = None
+    tasks: Sequence[str] = ()
+    part_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        if not self.output.strip():
+            raise ValueError("OUTPUT must name a folder.")
+        if self.part_bytes < 1:
+            raise ValueError(f"prepare.part_bytes must be at least 1, found {self.part_bytes}.")
+
+    def run(self, workers: int | None, runner: str, options: Sequence[str]) -> None:
+        """Prepares the documents; arguments and errors are those of `prepare.prepare.prepare`.
+
+        Raises:
+          ValueError: a library is missing that preparations need and nothing else does.
+        """
+        if missing := [name for name in ("pyarrow", "xxhash") if importlib.util.find_spec(name) is None]:
+            raise ValueError(f"t5x prepare needs {' and '.join(missing)}: pip install '.[prepare]'.")
+        from codellm_jax.prepare.prepare import prepare
+
+        prepare(self, workers, runner, options, lambda line: print(line, flush=True))

@@ -1,0 +1,283 @@
+"""`t5x prepare`: documents of CORPORA, through the steps of STEPS, into Parquet files that CORPORA reads again.
+
+OUTPUT holds in the end
+
+  documents-00000-of-00007.parquet   what is left; each with the file and row that it was read from, and its hash there
+  removed/                           of each document that is not: the same, and which step removed it and why
+  manifest.json                      inputs with sizes and times of change, steps with all options, counts, and the
+                                     files' hashes
+  README.md, card.html, steps.png    the data card
+
+Until then everything lies in OUTPUT.building, and the same command goes on from what is done there. Beam carries names
+of parts alone (`runtime.beam`); with one worker on this machine the same is done without Beam.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from codellm_jax.mixture.tokens import quiet_stderr
+from codellm_jax.prepare import parts, reduction
+from codellm_jax.prepare.card import write_card
+from codellm_jax.prepare.job import Job, Part
+from codellm_jax.prepare.preparation import Preparation
+from codellm_jax.prepare.steps import Step, described, hash_of, steps_of
+from codellm_jax.results.files import write_whole
+from codellm_jax.runtime import beam
+from codellm_jax.runtime.process import alone_in
+
+
+def prepare(
+    preparation: Preparation, workers: int | None = None, runner: str = beam.LOCAL, options: Sequence[str] = (),
+    report: Callable[[str], None] = print,
+) -> None:
+    """Prepares the documents, or goes on where that was interrupted.
+
+    Args:
+      preparation: what is prepared, and how.
+      workers: processes on this machine; None for as many as it has cores where Beam is installed, else 1.
+      runner: Beam's: DirectRunner, DataflowRunner, SparkRunner, FlinkRunner, PortableRunner.
+      options: Beam's own, as on its command lines.
+      report: called with a line at a time.
+
+    Raises:
+      ValueError: a setting is wrong, Beam is wanted and not installed, or OUTPUT holds something else.
+      OSError: a file cannot be read or written.
+    """
+    work = _worker(workers, runner, options)
+    output = preparation.output if "://" in preparation.output else os.path.abspath(
+        os.path.expanduser(preparation.output))
+    steps = steps_of(preparation.steps, list(preparation.inputs.corpora))
+    questions = _questions(preparation, steps)
+    plan = _plan(preparation, steps, questions)
+    hashes = {"steps_sha256": plan["steps_sha256"], "inputs_sha256": plan["inputs_sha256"]}
+    if _is_done(epath.Path(output), plan):
+        report(f"{output} holds this already.")
+        return
+    _require_reach(runner, output, plan)
+    folder = f"{output.rstrip('/')}.building"
+    with alone_in(folder, "OUTPUT", "preparing documents"):
+        of_parts = tuple(Part(source, None if files is None else tuple(map(tuple, files)))
+                         for source, files in plan["parts"])
+        job = Job(preparation.inputs, tuple(steps), of_parts, folder, hashes)
+        _begin(job, plan, questions)
+        _run(job, work, report)
+        _finish(job, plan, epath.Path(output), report)
+
+
+# ---- Planning ----------------------------------------------------------------------------------
+
+
+def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[Any]) -> dict[str, Any]:
+    """What is to be done, as JSON: all that the output depends on."""
+    inputs: list[Any] = []
+    changed: dict[str, int] = {}
+    of_parts: list[Any] = []
+    for source, spec in preparation.inputs.corpora.items():
+        files = preparation.inputs.files(source)
+        inputs.append({"source": source, "spec": spec, "files": files and [[name, size] for name, size, _ in files]})
+        if files is None:
+            of_parts.append([source, None])
+            continue
+        changed |= {name: time for name, _, time in files}
+        part: list[tuple[str, int, int]] = []
+        for file in files:
+            if part and sum(size for _, size, _ in part) + file[1] > preparation.part_bytes:
+                of_parts.append([source, part])
+                part = []
+            part.append(file)
+        of_parts.append([source, part])
+    text = json.dumps(questions, ensure_ascii=False)
+    plan = {"inputs": inputs, "inputs_sha256": _hash(inputs), "changed": changed, "steps": described(steps),
+            "steps_sha256": hash_of(steps),
+            "questions_sha256": hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest(),
+            "tasks": Counter(task for task, _, _ in questions), "parts": of_parts}
+    return json.loads(json.dumps(plan))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(
+        "utf-8", "backslashreplace")).hexdigest()
+
+
+def _questions(preparation: Preparation, steps: Sequence[Step]) -> list[Any]:
+    """The questions of all benchmarks, [task, id, texts] each, where a step looks for them."""
+    if not any(step.name == "decontaminate" for step in steps):
+        return []
+    if preparation.benchmarks is None or not preparation.tasks:
+        raise ValueError("the step 'decontaminate' needs benchmarks: name them in TASKS.")
+    found = []
+    for name in preparation.tasks:
+        task = preparation.benchmarks.texts(name)
+        found += [[f"{task.name}_sample" if task.is_sample else task.name, own, list(texts)]
+                  for own, texts in task.parts.items()]
+    return found
+
+
+_KINDS = {"steps": "STEPS", "inputs": "files of CORPORA", "changed": "contents of files of CORPORA",
+          "questions_sha256": "questions of TASKS", "parts": "files of CORPORA, or prepare.part_bytes,"}
+
+
+def _difference(before: Mapping[str, Any], plan: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """What of a plan is not as it was, in words; None where all is."""
+    return next((_KINDS[key] for key in keys if before.get(key) != plan[key]), None)
+
+
+def _is_done(output: epath.Path, plan: Mapping[str, Any]) -> bool:
+    """Whether an output is that of the plan. Raises ValueError where it is another one, or something else."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"OUTPUT {output} is a file: name a folder.")
+    manifest = output / "manifest.json"
+    if manifest.exists():
+        before = json.loads(manifest.read_text())
+        if (differs := _difference(before, plan, ("steps", "inputs", "changed", "questions_sha256"))) is None:
+            return True
+        raise ValueError(f"OUTPUT {output} was prepared from other {differs}: set another, or remove it.")
+    if output.exists() and not epath.Path(f"{output}.building").exists() and any(output.iterdir()):
+        raise ValueError(f"OUTPUT {output} is there and holds something else: set another.")
+    return False
+
+
+def _require_reach(runner: str, output: str, plan: Mapping[str, Any]) -> None:
+    """Raises ValueError where workers of Dataflow would look for files of this machine."""
+    if not runner.lower().startswith("dataflow"):
+        return
+    names = [output, *(file for one in plan["inputs"] for file, _ in one["files"] or ())]
+    if local := [name for name in names if "://" not in name]:
+        raise ValueError(f"Dataflow's workers do not see this machine's disk, where {local[0]} lies: use gs://.")
+
+
+def _begin(job: Job, plan: Mapping[str, Any], questions: Sequence[Any]) -> None:
+    """Writes down what is to be done, or compares it with what was begun."""
+    path = epath.Path(job.folder) / "plan.json"
+    if path.exists():
+        if differs := _difference(json.loads(path.read_text()), plan, tuple(_KINDS)):
+            raise ValueError(f"{job.folder} was begun with other {differs}: remove it to begin anew, or set another "
+                             "OUTPUT.")
+        return
+    if "://" not in job.folder:
+        left = sorted(name for name in os.listdir(job.folder) if name not in (".lock", "questions.json"))
+        if left and not all(name.startswith(".") for name in left):
+            raise ValueError(f"{job.folder} is there and holds something else, {left[0]}: remove it, or set another "
+                             "OUTPUT.")
+    write_whole(epath.Path(job.folder) / "questions.json", json.dumps(questions, ensure_ascii=False))
+    write_whole(path, json.dumps(plan, ensure_ascii=False))
+
+
+# ---- Working -----------------------------------------------------------------------------------
+
+
+def _worker(workers: int | None, runner: str, options: Sequence[str]) -> Callable[[Job, Sequence[str]], None]:
+    """What does a job's work: Beam, or without it this process."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be at least 1, found {workers}.")
+    if workers is None and runner == beam.LOCAL and not options and importlib.util.find_spec("apache_beam") is None:
+        workers = 1
+    if workers == 1 and runner == beam.LOCAL and not options:
+        return _alone
+    beam.require_beam("more than one worker, and other runners, need Apache Beam, which is not installed: pip install "
+                      "'.[beam]'. --workers=1 does without it.")
+    if workers is not None:
+        mode = ["--direct_running_mode=multi_processing"] * (workers > 1)
+        options = [f"--direct_num_workers={workers}", *mode, *options]
+
+    def by_beam(job: Job, todo: Sequence[str]) -> None:
+        if runner == beam.LOCAL and len(todo) == 1:
+            _alone(job, todo)  # starting workers would take longer
+        else:
+            with quiet_stderr() if runner == beam.LOCAL else contextlib.nullcontext():
+                beam.run(functools.partial(do, job), todo, runner, options)
+
+    return by_beam
+
+
+def _alone(job: Job, todo: Sequence[str]) -> None:
+    for text in todo:
+        do(job, text)
+
+
+def do(job: Job, text: str) -> None:
+    """Does what a text names: a part in a stage, or a bucket behind one."""
+    what, *numbers = json.loads(text)
+    if what == "part":
+        parts.process(job, *numbers)
+    else:
+        reduction.reduce(job, *numbers)
+
+
+def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[[str], None]) -> None:
+    """Does all stages that are not done."""
+    stages = job.stages
+    for stage, of_stage in enumerate(stages):
+        (epath.Path(job.folder) / f"stage{stage}").mkdir(parents=True, exist_ok=True)
+        todo = [part for part in range(len(job.parts)) if not job.path(stage, "facts", part, ".json").exists()]
+        names = [job.steps[number].name for number in (of_stage.before, *of_stage.rules) if number is not None]
+        told = f"stage {stage + 1} of {len(stages)} ({', '.join(names) or 'reading'}): "
+        if not todo:
+            report(f"{told}done before.")
+            continue
+        if stage:
+            count = reduction.buckets(job, stage - 1)
+            work(job, [json.dumps(["bucket", stage - 1, bucket, count]) for bucket in range(count)])
+            reduction.finish(job, stage - 1)
+        work(job, [json.dumps(["part", stage, part]) for part in todo])
+        left = sum((job.facts(stage, part) or {})["documents"] for part in range(len(job.parts)))
+        report(f"{told}{left:,} documents left, in {len(job.parts):,} part{'s' * (len(job.parts) > 1)}.")
+        if stage:
+            _forget(job, stage - 1)
+
+
+def _forget(job: Job, stage: int) -> None:
+    """Removes the documents of a stage, and what was found of them, once the next one is done."""
+    for kind in ("documents", "keys", "signed", "edges", "found"):
+        for path in reduction.files(job, stage, kind):
+            path.unlink()
+
+
+# ---- The end -----------------------------------------------------------------------------------
+
+
+def _finish(job: Job, plan: Mapping[str, Any], output: epath.Path, report: Callable[[str], None]) -> None:
+    """Puts everything in its place, the manifest last."""
+    facts = [[job.facts(stage, part) or {} for part in range(len(job.parts))] for stage in range(len(job.stages))]
+    last = len(job.stages) - 1
+    (output / "removed").mkdir(parents=True, exist_ok=True)
+    written = []
+    for part, of_part in enumerate(facts[last]):
+        if of_part["documents"]:
+            name = f"documents-{part:05d}-of-{len(job.parts):05d}.parquet"
+            _move(job.path(last, "documents", part, ".parquet"), output / name)
+            written.append({"file": name, "source": job.parts[part].source, "documents": of_part["documents"],
+                            "bytes": of_part["shape"]["bytes"], "sha256": of_part["sha256"]})
+    for stage, of_stage in enumerate(facts):
+        for part, of_part in enumerate(of_stage):
+            if of_part["removed"]:
+                _move(job.path(stage, "removed", part, ".parquet"),
+                      output / "removed" / f"stage{stage}-{part:05d}.parquet")
+    manifest = {key: plan[key] for key in ("inputs", "inputs_sha256", "changed", "steps", "steps_sha256", "tasks",
+                                           "questions_sha256")}
+    sources = list(dict.fromkeys(part.source for part in job.parts))
+    counted = write_card(output, manifest, job, facts, sources)
+    write_whole(output / "manifest.json", json.dumps(
+        manifest | {"counts": counted, "outputs": written}, indent=2, ensure_ascii=False) + "\n")
+    if "://" not in job.folder:
+        shutil.rmtree(job.folder)
+    else:
+        epath.Path(job.folder).rmtree()
+    documents, size = sum(one["documents"] for one in written), sum(one["bytes"] for one in written)
+    report(f"{documents:,} documents, {size / 1e6:,.1f} MB of text in {output}; README.md there tells of them.")
+
+
+def _move(path: epath.Path, to: epath.Path) -> None:
+    """Moves a file, unless that is done."""
+    if path.exists():
+        path.replace(to)

@@ -1,0 +1,194 @@
+"""Published rules of quality for English web text: Gopher's, C4's and FineWeb's, with their thresholds.
+
+  Gopher   Rae et al. (2021), arXiv:2112.11446, appendix A.1.1: `gopher_quality` and, of its table A1,
+           `gopher_repetition`
+  C4       Raffel et al. (2020), JMLR 21(140), section 2.2, as TensorFlow Datasets' `c4_utils.py` does it
+  FineWeb  Penedo et al. (2024), arXiv:2406.17557, section 3.6
+
+A filter gives the reason why a text is removed, or None. An edit gives the text that is left of it. The papers do not
+say what a word is. Here, nearly as spaCy parts English and so as datatrove counts, it is a run of letters, digits and
+underscores; "don't" is "do" and "n't", "3.5" and "U.S." are one, and each other sign but white space is a word of its
+own, not counted where it says so.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_WORD = re.compile(
+    r"(?:[^\W\d_]\.){2,}|\d+(?:[.,]\d+)*|\w+?(?=n['’]t\b)|n['’]t\b|\w+|['’]\w+|\.{3}|-{2,}|[^\w\s]")
+STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+_POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+_CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
+_SENTENCE_END = re.compile(r"[.!?。！？]+[\"'”’)]*(?=\s|$)|[。！？]")
+TERMINAL = tuple(".?!。！？…．｡؟۔।‼⁇⁈⁉‽։።၊။។")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, signs among them."""
+    return _WORD.findall(text)
+
+
+def gopher_quality(
+    text: str, fewest_words: int = 50, most_words: int = 100_000, shortest_mean: float = 3, longest_mean: float = 10,
+    symbols: float = 0.1, bullets: float = 0.9, ellipses: float = 0.3, alphabetic: float = 0.8,
+    stop_words: Sequence[str] = STOP_WORDS, fewest_stop_words: int = 2,
+) -> str | None:
+    """Gopher's rules of quality (arXiv:2112.11446, A.1.1 "Quality Filtering").
+
+    Args:
+      fewest_words, most_words: of words that are no signs.
+      shortest_mean, longest_mean: of their mean length in characters.
+      symbols: the most of "#", and the most of "..." and "…", for each word.
+      bullets, ellipses: the most of lines that begin with a bullet or a dash, and that end with an ellipsis.
+      alphabetic: the least share of words with a letter.
+      stop_words, fewest_stop_words: so many different ones must occur, as they are written.
+    """
+    found = words(text)
+    plain = [word for word in found if word[0].isalnum() or word[-1].isalnum()]
+    if len(plain) < fewest_words:
+        return f"Gopher: under {fewest_words} words"
+    if len(plain) > most_words:
+        return f"Gopher: over {most_words} words"
+    mean = sum(map(len, plain)) / len(plain)
+    if mean < shortest_mean or mean > longest_mean:
+        return f"Gopher: mean word length {'under' if mean < shortest_mean else 'over'} " + (
+            f"{shortest_mean if mean < shortest_mean else longest_mean:g}")
+    if text.count("#") / len(found) > symbols:
+        return f"Gopher: over {symbols:g} hashes a word"
+    if (text.count("...") + text.count("…")) / len(found) > symbols:
+        return f"Gopher: over {symbols:g} ellipses a word"
+    lines = text.splitlines()
+    if sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines) > bullets:
+        return f"Gopher: over {bullets:.0%} of lines are bullets"
+    if sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines) > ellipses:
+        return f"Gopher: over {ellipses:.0%} of lines end with an ellipsis"
+    if sum(any(map(str.isalpha, word)) for word in found) / len(found) < alphabetic:
+        return f"Gopher: under {alphabetic:.0%} of words have a letter"
+    if len(set(stop_words).intersection(found)) < fewest_stop_words:
+        return f"Gopher: under {fewest_stop_words} stop words"
+    return None
+
+
+def gopher_repetition(
+    text: str, lines: float = 0.3, paragraphs: float = 0.3, line_characters: float = 0.2,
+    paragraph_characters: float = 0.2, top: Sequence[float] = (0.2, 0.18, 0.16),
+    repeated: Sequence[float] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
+) -> str | None:
+    """Gopher's rules of repetition (arXiv:2112.11446, table A1).
+
+    Args:
+      lines, paragraphs: the most of lines and paragraphs that stood before in the text.
+      line_characters, paragraph_characters: the most of characters in such.
+      top: the most of characters in the commonest n-gram of words, for n = 2, 3, 4.
+      repeated: the most of characters in n-grams that stood before, none counted twice, for n = 5 ... 10.
+    """
+    of_text = max(len(text), 1)
+    for name, parts, most, most_characters in (
+            ("paragraphs", re.split(r"\n{2,}", text.strip()), paragraphs, paragraph_characters),
+            ("lines", re.split(r"\n+", text), lines, line_characters)):
+        again, characters = _repeated(parts)
+        if again / len(parts) > most:
+            return f"Gopher: over {most:.0%} of {name} are repeated"
+        if characters / of_text > most_characters:
+            return f"Gopher: over {most_characters:.0%} of characters are in repeated {name}"
+    found = words(text)
+    for n, most in enumerate(top, 2):
+        grams = Counter(zip(*(found[offset:] for offset in range(n)), strict=False))
+        if grams:
+            gram, count = grams.most_common(1)[0]
+            # The blanks between the words are counted, as the n-gram stands in the text.
+            if count > 1 and (sum(map(len, gram)) + n - 1) * count / of_text > most:
+                return f"Gopher: over {most:.0%} of characters are in one {n}-gram"
+    for n, most in enumerate(repeated, 5):
+        if _in_repeated(found, n) / of_text > most:
+            return f"Gopher: over {most:.0%} of characters are in repeated {n}-grams"
+    return None
+
+
+def _repeated(parts: Sequence[str]) -> tuple[int, int]:
+    """How many parts stood before, and their characters."""
+    seen: set[str] = set()
+    count = characters = 0
+    for part in parts:
+        if part in seen:
+            count, characters = count + 1, characters + len(part)
+        seen.add(part)
+    return count, characters
+
+
+def _in_repeated(found: Sequence[str], n: int) -> int:
+    """Characters in n-grams of words that stood before, found from the left, none within another."""
+    seen: set[tuple[str, ...]] = set()
+    characters = position = 0
+    while position + n <= len(found):
+        gram = tuple(found[position : position + n])
+        if gram in seen:
+            characters += sum(map(len, gram))
+            position += n
+        else:
+            seen.add(gram)
+            position += 1
+    return characters
+
+
+def repeated_share(text: str) -> float:
+    """The share of a text's characters that is in lines which stood before in it."""
+    return _repeated(re.split(r"\n+", text))[1] / max(len(text), 1)
+
+
+def c4_lines(text: str, fewest_words: int = 5, longest_word: int = 1000) -> str:
+    """C4's rules for lines: keeps those that end a sentence and have enough words.
+
+    Dropped are lines with a word of over `longest_word` characters, with "javascript", and with phrases of cookies and
+    policies; marks of citations, [1] and [edit], are cut out.
+    """
+    kept = []
+    for line in text.splitlines():
+        if any(len(word) > longest_word for word in line.split()):
+            continue
+        line = _CITATION.sub("", line.strip())
+        if not line.endswith((".", "?", "!", '"')) or line.endswith("...") or len(line.split()) < fewest_words:
+            continue
+        lower = line.lower()
+        if "javascript" not in lower and not any(phrase in lower for phrase in _POLICY):
+            kept.append(line)
+    return "\n".join(kept).strip()
+
+
+def c4_page(text: str, fewest_sentences: int = 3) -> str | None:
+    """C4's rules for pages: none with a curly bracket, with "lorem ipsum", or with fewer sentences.
+
+    C4 counts sentences after its rules for lines: put `c4_lines` before. A sentence ends with . ! or ? before a blank.
+    """
+    if "{" in text:
+        return "C4: a curly bracket"
+    if "lorem ipsum" in text.lower():
+        return "C4: lorem ipsum"
+    return f"C4: under {fewest_sentences} sentences" if len(_SENTENCE_END.findall(text)) < fewest_sentences else None
+
+
+def fineweb_quality(
+    text: str, punctuated: float = 0.12, short_lines: float = 0.67, short: int = 30, repeated: float = 0.01,
+    line_ends: float = 0.3,
+) -> str | None:
+    """FineWeb's rules (arXiv:2406.17557, section 3.6), empty lines left out.
+
+    Args:
+      punctuated: the least share of lines that end a sentence.
+      short_lines, short: the most of lines with at most `short` characters.
+      repeated: the most of characters in lines that stood before.
+      line_ends: the most of line ends for each word.
+    """
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        return "FineWeb: empty"
+    if sum(line.endswith(TERMINAL) for line in lines) / len(lines) < punctuated:
+        return f"FineWeb: under {punctuated:.0%} of lines end a sentence"
+    if sum(len(line) <= short for line in lines) / len(lines) > short_lines:
+        return f"FineWeb: over {short_lines:.0%} of lines are short"
+    if _repeated(lines)[1] / len(text.replace("\n", "")) > repeated:
+        return f"FineWeb: over {repeated:.0%} of characters are in repeated lines"
+    if text.count("\n") / max(len(words(text)), 1) > line_ends:
+        return f"FineWeb: over {line_ends:g} line ends a word"
+    return None

@@ -1,0 +1,172 @@
+"""Which documents go where that depends on all of them: for ranges of hashes each by itself, then together."""
+
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from codellm_jax.prepare import ranged
+from codellm_jax.prepare.duplicates import components, groups, similar_pairs
+from codellm_jax.prepare.job import BAND, DRAWN, DROPPED, EDGE, EQUAL, PART_BITS, Job, signed
+from codellm_jax.prepare.keys import BINS, RANGES
+from codellm_jax.prepare.steps import Step
+
+BYTES_A_BUCKET = 64 << 20  # of keys that are held at once
+
+
+def files(job: Job, stage: int, kind: str) -> list[epath.Path]:
+    """The files of a kind in a stage, sorted."""
+    folder = epath.Path(job.folder) / f"stage{stage}"
+    return sorted(path for path in folder.iterdir() if path.name.startswith(f"{kind}-"))
+
+
+def buckets(job: Job, stage: int) -> int:
+    """Into how many jobs the ranges of hashes are shared out: by the keys' size alone, whatever is killed."""
+    step = _step(job, stage)
+    if step.name == "sample":
+        return 0
+    size = sum(path.stat().length for path in files(job, stage, "keys"))
+    wanted = max(min(len(job.parts), 16), size // BYTES_A_BUCKET + 1)
+    return min(RANGES, 1 << math.ceil(math.log2(wanted)))
+
+
+def _step(job: Job, stage: int) -> Step:
+    number = job.stages[stage].after
+    assert number is not None
+    return job.steps[number]
+
+
+def reduce(job: Job, stage: int, bucket: int, count: int) -> None:
+    """Does one of `count` buckets behind a stage, unless it is done."""
+    step = _step(job, stage)
+    near = step.name == "near_duplicates"
+    path = job.path(stage, "edges" if near else "found", bucket, ".bin")
+    if path.exists():
+        return
+    first, last = bucket * RANGES // count, (bucket + 1) * RANGES // count
+    keys = files(job, stage, "keys")
+    if near:
+        bands = np.sort(ranged.read(keys, BAND, RANGES, first, last), order=["key", "document"])
+        edges = _edges(job, stage, step, bands)
+        ranged.write(path, edges, np.zeros(len(edges), np.int64), 1)
+        return
+    found = np.sort(ranged.read(keys, EQUAL, RANGES, first, last),
+                    order=["high", "low", "rank", "document", "place"])
+    _write_dropped(job, path, _equal(found, step.name == "exact_duplicates"))
+
+
+def _equal(found: np.ndarray, whole: bool) -> np.ndarray:
+    """Of sorted hashes the documents, or lines, that are equal to an earlier one; of lines not within one document."""
+    same = (found["high"][1:] == found["high"][:-1]) & (found["low"][1:] == found["low"][:-1])
+    starts = np.flatnonzero(np.concatenate([[True], ~same])[: len(found)])
+    first = np.repeat(starts, np.diff(np.append(starts, len(found))))
+    kept = found[first]
+    again = np.arange(len(found)) != first
+    if not whole:
+        again &= found["document"] != kept["document"]
+    dropped = np.zeros(int(again.sum()), DROPPED)
+    dropped["document"], dropped["place"] = found["document"][again], found["place"][again]
+    dropped["copy"], dropped["rank"], dropped["similarity"] = kept["document"][again], kept["rank"][again], 1
+    return dropped
+
+
+def _write_dropped(job: Job, path: epath.Path, dropped: np.ndarray) -> None:
+    dropped = np.sort(dropped, order=["document", "place"])
+    ranged.write(path, dropped, (dropped["document"] >> np.uint64(PART_BITS)).astype(np.int64), len(job.parts))
+
+
+# ---- Near duplicates -----------------------------------------------------------------------------
+
+
+def _edges(job: Job, stage: int, step: Step, bands: np.ndarray) -> np.ndarray:
+    """The pairs that agree in a band of some range and are similar."""
+    found = groups(bands["key"]) if len(bands) else []
+    if not found:
+        return np.zeros(0, EDGE)
+    numbers = np.unique(bands["document"][np.concatenate(found)])
+    signatures = _signatures(job, stage, step, numbers)
+    pairs: dict[tuple[int, int], float] = {}
+    for group in found:
+        at = np.searchsorted(numbers, np.unique(bands["document"][group]))
+        for first, second, similarity in similar_pairs(signatures["signature"][at], step.options["similarity"]):
+            pairs[at[first], at[second]] = similarity
+    edges = np.zeros(len(pairs), EDGE)
+    for side, name in enumerate(("first", "second")):
+        at = np.fromiter((pair[side] for pair in pairs), np.int64, len(pairs))
+        edges[name] = numbers[at]
+        edges[f"{name}_bytes"], edges[f"{name}_rank"] = signatures["bytes"][at], signatures["rank"][at]
+    edges["similarity"] = list(pairs.values())
+    return edges
+
+
+def _signatures(job: Job, stage: int, step: Step, numbers: np.ndarray) -> np.ndarray:
+    """What is kept of documents, by their numbers, ascending."""
+    dtype = signed(step.options["bands"] * step.options["rows"])
+    found = np.zeros(len(numbers), dtype)
+    of_part = (numbers >> np.uint64(PART_BITS)).astype(np.int64)
+    for path in files(job, stage, "signed"):
+        part = int(path.name.split("-")[1])
+        mine = np.flatnonzero(of_part == part)
+        if not len(mine):
+            continue
+        places = ranged.column(path, dtype, "place")
+        wanted = numbers[mine] & np.uint64((1 << PART_BITS) - 1)
+        at = np.minimum(np.searchsorted(places, wanted), len(places) - 1)
+        here = places[at] == wanted
+        found[mine[here]] = ranged.rows(path, dtype, at[here])
+    return found
+
+
+def finish(job: Job, stage: int) -> None:
+    """What is left once all buckets behind a stage are done; of near duplicates and of samples it is the choice itself.
+
+    Of documents that pairs join the longest stays, of equally long ones that with the lowest hash, of equal ones the
+    first.
+    """
+    step = _step(job, stage)
+    if step.name == "near_duplicates":
+        edges = ranged.read(files(job, stage, "edges"), EDGE, 1, 0, 1)
+        _write_dropped(job, job.path(stage, "found", 0, ".bin"), _joined(edges))
+    elif step.name == "sample":
+        text = json.dumps(_borders(job, stage, step))
+        ranged.write_bytes(job.path(stage, "found", 0, ".json"), text.encode())
+
+
+def _joined(edges: np.ndarray) -> np.ndarray:
+    """Of all pairs the documents that go."""
+    if not len(edges):
+        return np.zeros(0, DROPPED)
+    numbers, label = components(edges["first"], edges["second"])
+    size, rank = np.zeros(len(numbers), np.uint64), np.zeros(len(numbers), np.uint64)
+    similarity = np.zeros(len(numbers), np.float32)
+    for name in ("first", "second"):
+        at = np.searchsorted(numbers, edges[name])
+        size[at], rank[at] = edges[f"{name}_bytes"], edges[f"{name}_rank"]
+        np.maximum.at(similarity, at, edges["similarity"])
+    order = np.lexsort((numbers, rank, ~size, label))  # the longest of each component first
+    leads = np.concatenate([[True], np.diff(label[order]) != 0])
+    kept = order[np.maximum.accumulate(np.where(leads, np.arange(len(order)), 0))]
+    gone = order[~leads]
+    dropped = np.zeros(len(gone), DROPPED)
+    dropped["document"], dropped["copy"] = numbers[gone], numbers[kept[~leads]]
+    dropped["rank"], dropped["similarity"] = rank[kept[~leads]], similarity[gone]
+    return dropped
+
+
+def _borders(job: Job, stage: int, step: Step) -> dict[str, int]:
+    """For each corpus with a budget the first bin that is beyond it."""
+    borders = {}
+    keys = files(job, stage, "keys")
+    for source, budget in step.options["budgets"].items():
+        sizes = np.zeros(BINS, np.uint64)
+        for path in _of_source(job, keys, source):
+            drawn = ranged.read([path], DRAWN, RANGES, 0, RANGES)
+            np.add.at(sizes, drawn["bin"].astype(np.int64), drawn["bytes"])
+        borders[source] = int(np.searchsorted(np.cumsum(sizes), np.uint64(budget), "right"))
+    return borders
+
+
+def _of_source(job: Job, paths: Sequence[epath.Path], source: str) -> list[epath.Path]:
+    return [path for path in paths if job.parts[int(path.name.split("-")[1])].source == source]

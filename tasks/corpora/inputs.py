@@ -1,0 +1,128 @@
+"""The corpora of `CORPORA` as `t5x prepare` reads them: all documents with their places, whatever their split."""
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from codellm_jax.contents import size
+from tasks.corpora import sources, specs
+from tasks.corpora.files import Found, Lost
+from tasks.corpora.standard_library import python_corpus
+
+_NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
+_NUMBER = re.compile(r"(?:line|record|row) (\d+)(?!\d)")
+_KINDS = [kind for kind in specs.DOCUMENT_KINDS if kind not in specs.TOKEN_KINDS]
+_OF_TRAINING = ("transform", "validation")
+
+
+class Input(NamedTuple):
+    """A document as it is read.
+
+    Attributes:
+      file: its file, or the name that the publisher has for it.
+      row: its line or record in the file, from 1; where the reader tells none, counted by reading.
+      text: None where the record holds no document.
+      reason: why it holds none; else "".
+      records: 1, or of a damage how many records it took.
+    """
+
+    file: str
+    row: int
+    text: str | None
+    reason: str
+    language: str | None
+    licence: str | None
+    records: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Corpora of documents by name, `text.NAME` or `code.NAME`, as `corpora.sources` describes them.
+
+    Raises:
+      ValueError: a name or a spec is malformed, or a corpus is not one of documents.
+    """
+
+    corpora: Mapping[str, Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.corpora, Mapping) or not self.corpora:
+            raise ValueError(f"CORPORA must map names to specs, found {self.corpora!r}.")
+        for name, spec in self.corpora.items():
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ValueError("A corpus is named text.NAME or code.NAME, NAME of letters, digits and underscores; "
+                                 f"found {name!r}.")
+            specs.validate(spec, name)
+            if (kind := specs.kind_of(spec)) not in _KINDS:
+                raise ValueError(f"{name}: t5x prepare reads documents, and {kind!r} is none of their kinds; they are "
+                                 f"{', '.join(_KINDS)}.")
+            if found := [option for option in _OF_TRAINING if option in spec]:
+                raise ValueError(f"{name}: {found[0]!r} is for training on a corpus: give it where what is prepared is "
+                                 "read.")
+
+    def files(self, name: str) -> list[tuple[str, int, int]] | None:
+        """The `state` of each file of a corpus, sorted; None where it is not files that can be read one by one.
+
+        Raises:
+          OSError: a pattern matches no file, or a link to nothing.
+        """
+        spec = self.corpora[name]
+        if not specs.is_divisible(spec, "train"):
+            return None
+        return [self.state(file) for file in sources.files(spec, "train", name)]
+
+    def documents(self, name: str, files: Sequence[str] | None) -> Iterator[Input]:
+        """The records of some files of a corpus in their order, or of all of it.
+
+        Raises:
+          ValueError, OSError: a file is not of its kind, or cannot be read.
+        """
+        row, before = 0, ""
+        for found in _records(self.corpora[name], name, files):
+            file, at = _place(found.place, itertools.chain([before] if before else (), files or ()))
+            row = row + 1 if file == before else 1
+            before = file
+            text, reason = _text(found.content, self.corpora[name])
+            yield Input(file, at or row, text, reason, found.language, found.licence,
+                        found.content.records if isinstance(found.content, Lost) else 1)
+
+    def state(self, file: str) -> tuple[str, int, int]:
+        """Path, size in bytes, and time of the last change in nanoseconds (0 on gs://) of a file."""
+        return file, size(file), 0 if "://" in file else os.stat(file).st_mtime_ns
+
+
+def _records(spec: Mapping[str, Any], name: str, files: Sequence[str] | None) -> Iterator[Found]:
+    """All records of a corpus, those that hold no document too."""
+    kind = specs.kind_of(spec)
+    if kind == "python":
+        language = "python" if spec["python"] == "code" else None
+        return (Found(each.name, each.text, language) for each in python_corpus(spec["python"]))
+    if kind == "tfds":
+        return sources.tfds_records(spec, "train")
+    return sources.file_records(kind, spec, files or (), name)
+
+
+def _place(place: str, files: Iterable[str]) -> tuple[str, int | None]:
+    """The file of a reader's place, such as "a.jsonl, line 3", and the number, where it tells one."""
+    file = next((file for file in files if place == file or place.startswith((f"{file}, ", f"{file}: "))), None)
+    if file is None:
+        file = place.rpartition(", ")[0] if _NUMBER.fullmatch(place.rpartition(", ")[2]) else place
+    found = _NUMBER.match(place[len(file) + 2 :])
+    return file, int(found[1]) if found else None
+
+
+def _text(content: str | bytes | Lost, spec: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The text of a document, or None and why there is none."""
+    if isinstance(content, Lost):
+        return None, content.reason
+    try:
+        encoded = content.encode() if isinstance(content, str) else content
+        text = encoded.decode()
+    except UnicodeError:
+        return None, "not valid UTF-8"
+    if not text.strip():
+        return None, "empty"
+    return (text, "") if specs.is_sampled(encoded, spec) else (None, "outside of the sample")

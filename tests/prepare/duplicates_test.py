@@ -1,0 +1,121 @@
+"""Signatures and groups of near duplicates, against sets of shingles that are counted one by one."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from codellm_jax.mixture.ngrams import words
+from codellm_jax.prepare import duplicates
+from codellm_jax.prepare.prepare import Preparation, prepare
+from tasks.corpora.inputs import Inputs
+
+COUNT = 112
+
+
+def exact(one: str, other: str, n: int) -> float:
+    """The Jaccard similarity of two texts' n-grams of words."""
+    first, second = ({tuple(found[at : at + n]) for at in range(max(1, len(found) - n + 1))}
+                     for found in (words(one), words(other)))
+    return len(first & second) / len(first | second)
+
+
+def signature(text: str) -> np.ndarray:
+    return duplicates.signature(duplicates.shingles(text, 5), COUNT)
+
+
+def changed(text: list[str], share: float, dice: random.Random) -> list[str]:
+    return [word if dice.random() >= share else f"new{dice.randrange(10**6)}" for word in text]
+
+
+def test_normalised_texts():
+    assert duplicates.normalised("Ａ  b\n\tC ") == "a b c"
+    assert duplicates.text_hash("One  TWO\n") == duplicates.text_hash("one two")
+    assert duplicates.text_hash("one two") != duplicates.text_hash("onetwo")
+
+
+def test_shingles_are_those_of_words_and_of_chinese_characters():
+    assert len(duplicates.shingles("a b c d e f", 5)) == 2
+    assert len(duplicates.shingles("人工智能改变世界", 5)) == 4
+    assert len(duplicates.shingles("a b", 5)) == 1
+    assert not len(duplicates.shingles("... !", 5))
+    assert np.array_equal(duplicates.shingles("A, b; c d e", 5), duplicates.shingles("a b c d e", 5))
+    a, b = duplicates.shingles("a b c d e a b c d e", 5)[[0, 5]]
+    assert a == b
+    assert len(set(duplicates.shingles("a b c d e d c b a", 5).tolist())) == 5  # their order counts
+
+
+def test_what_signatures_estimate():
+    dice = random.Random(0)
+    texts = [[f"w{dice.randrange(5000)}" for _ in range(300)] for _ in range(120)]
+    deviations = []
+    for text in texts:
+        other = changed(text, dice.random() * 0.1, dice)
+        truth = exact(" ".join(text), " ".join(other), 5)
+        found = (signature(" ".join(text)) == signature(" ".join(other))).mean()
+        deviations.append((found - truth) / max(np.sqrt(truth * (1 - truth) / COUNT), 1e-3))
+    assert abs(np.mean(deviations)) < 0.3 and 0.7 < np.std(deviations) < 1.3
+
+
+def test_long_texts_are_hashed_in_blocks():
+    dice = random.Random(1)
+    hashes = duplicates.shingles(" ".join(f"w{dice.randrange(9**9)}" for _ in range(5000)), 5)
+    whole = duplicates.signature(hashes, COUNT)
+    parts = [duplicates.signature(hashes[at : at + 1000], COUNT) for at in range(0, len(hashes), 1000)]
+    assert np.array_equal(whole, np.min(parts, axis=0))
+
+
+def test_bands_differ_by_their_number():
+    keys = duplicates.band_keys(np.zeros((1, 8), np.uint32), 4, 2)
+    assert len(set(keys.ravel().tolist())) == 4
+    one, other = np.arange(8, dtype=np.uint32), np.arange(8, dtype=np.uint32)
+    other[5] = 99
+    same = duplicates.band_keys(np.stack([one, other]), 4, 2)
+    assert (same[0] == same[1]).tolist() == [True, True, False, True]
+
+
+def test_how_often_pairs_meet_in_a_band():
+    """1 - (1 - s^8)^14, of signatures of random numbers that agree with the chance s in each."""
+    dice = np.random.default_rng(0)
+    for similarity in (0.6, 0.75, 0.9):
+        first = dice.integers(0, 1 << 32, (4000, COUNT), np.uint32)
+        second = np.where(dice.random(first.shape) < similarity, first, first + np.uint32(1))
+        met = (duplicates.band_keys(first, 14, 8) == duplicates.band_keys(second, 14, 8)).any(axis=1).mean()
+        assert met == pytest.approx(1 - (1 - similarity**8) ** 14, abs=0.03)
+
+
+def test_pairs_join_what_is_similar():
+    base = np.zeros(10, np.uint32)
+    close, far = base.copy(), np.arange(10, dtype=np.uint32) + 5
+    close[:2] = 7
+    found = duplicates.similar_pairs(np.stack([base, far, close, far]), 0.7)
+    assert found == [(0, 2, 0.8), (1, 3, 1.0)]
+    assert len(duplicates.similar_pairs(np.stack([base, far, close]), 0)) == 2
+
+
+def test_groups_and_components():
+    assert [found.tolist() for found in duplicates.groups(np.array([1, 1, 2, 3, 3, 3]))] == [[0, 1], [3, 4, 5]]
+    numbers, label = duplicates.components(np.array([9, 3, 7], np.uint64), np.array([3, 5, 8], np.uint64))
+    assert numbers.tolist() == [3, 5, 7, 8, 9]
+    assert label[0] == label[1] == label[4] != label[2] == label[3]
+
+
+def test_planted_near_duplicates_are_found(tmp_path: Path):
+    """Of pairs above 0.85, where 14 x 8 bands find 0.99, nearly all; of pairs below 0.6 hardly any."""
+    dice = random.Random(11)
+    bases = [[f"w{dice.randrange(20_000)}" for _ in range(dice.randrange(100, 300))] for _ in range(800)]
+    pairs = [(" ".join(base), " ".join(changed(base, share, dice)))
+             for base, share in zip(bases, [0.01] * 400 + [0.09] * 400, strict=True)]
+    similar = [exact(one, other, 5) for one, other in pairs]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for pair in pairs for text in pair))
+    inputs = Inputs({"text.a": {"json_lines": str(tmp_path / "a.jsonl")}})
+    prepare(Preparation(inputs, ["near_duplicates"], str(tmp_path / "out")), 1, report=lambda line: None)
+    removed = pq.read_table(tmp_path / "out" / "removed" / "stage1-00000.parquet").to_pylist()
+    gone = {(row["row"] - 1) // 2 for row in removed}
+    above = [number for number, value in enumerate(similar) if value >= 0.85]
+    assert len(above) > 300
+    assert sum(number in gone for number in above) / len(above) >= 0.98
+    assert sum(similar[number] >= 0.65 for number in gone) / len(gone) >= 0.98
