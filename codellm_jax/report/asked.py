@@ -212,9 +212,10 @@ def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
     again = {label for label in labels if absent[label] and any(
         shares[other] == shares[label] and not absent[other] and _stands_on(study, other, label) for other in labels)}
     kept = [label for label in labels if label not in again]
-    return Group(study, stages, *({label: of[label] for label in kept} for of in (shares, absent, facts)),
-                 {label: _document_tokens(_finished(study, label)[0]) for label in kept},
-                 _finished(study, labels[0])[0].parameters)
+    return Group(
+        study, stages, {label: shares[label] for label in kept}, {label: absent[label] for label in kept},
+        {label: facts[label] for label in kept}, {label: _document_tokens(_finished(study, label)[0]) for label in kept},
+        _finished(study, labels[0])[0].parameters)
 
 
 def models_of(group: Group, among: Sequence[Group]) -> str:
