@@ -214,7 +214,8 @@ def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
     kept = [label for label in labels if label not in again]
     return Group(
         study, stages, {label: shares[label] for label in kept}, {label: absent[label] for label in kept},
-        {label: facts[label] for label in kept}, {label: _document_tokens(_finished(study, label)[0]) for label in kept},
+        {label: facts[label] for label in kept},
+        {label: _document_tokens(_finished(study, label)[0]) for label in kept},
         _finished(study, labels[0])[0].parameters)
 
 
