@@ -1,4 +1,4 @@
-"""README's commands work as they stand there, and its installed form needs no checkout."""
+"""The commands of README and docs/settings.md work as they stand there, and the installed form needs no checkout."""
 
 import ast
 import contextlib
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import fake_hub
+from fake_publisher import official_publisher
 from published import write_llama
 
 from codellm_jax import cli
@@ -23,13 +24,15 @@ from codellm_jax.pods.topologies import has_libtpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+SETTINGS = (ROOT / "docs" / "settings.md").read_text()
 
 
 def commands() -> list[str]:
-    """Every line of README's shell blocks that runs t5x, and the inline ones."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+    """Every line of their shell blocks that runs t5x, and the inline ones that have flags."""
+    both = README + SETTINGS
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", both, flags=re.DOTALL))
     lines = [line[line.index("t5x "):] for line in blocks.splitlines() if re.search(r"\bt5x ", line)]
-    return list(dict.fromkeys([*lines, *re.findall(r"`(t5x [^`]*)`", README)]))
+    return list(dict.fromkeys([*lines, *re.findall(r"`(t5x [^`]* [^`]*)`", both)]))
 
 
 def test_there_are_commands():
@@ -49,6 +52,14 @@ def test_readme_commands_are_accepted(
         command, capsys, tmp_path, tiny_flags, tiny_tuning_flags, pretrained, checkout, monkeypatch, of_test):
     """Run on the tiny corpora and without training: what the flags of README mean is resolved to the last one."""
     arguments = [flag.replace("runs/mixed_pretrain", str(pretrained / "CODE")) for flag in shlex.split(command)[1:]]
+    if "--gin_file=mine.gin" in arguments:
+        [mine] = re.findall(r"Write `mine.gin`:\n\n```text\n(.*?)```", README, flags=re.DOTALL)
+        for pool, suffix in (("text", "txt"), ("code", "py")):
+            (tmp_path / pool / "deep").mkdir(parents=True)
+            for number in range(60):
+                (tmp_path / pool / "deep" / f"{number}.{suffix}").write_text(f"The {pool} of file {number}. " * 40)
+        (tmp_path / "mine.gin").write_text(mine.replace("/data/", f"{tmp_path}/"))
+        monkeypatch.chdir(tmp_path)
     if arguments[0] == "train":
         kept = ("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE")
         flags = tiny_tuning_flags if "gin/tune_" in command else tiny_flags
@@ -60,7 +71,9 @@ def test_readme_commands_are_accepted(
         kept = ("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE")
         arguments += [flag for flag in tiny_flags if flag.startswith(kept)]
     if arguments[0] == "study":
-        kept = ("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE", "--gin.model", "--gin.TASK_FEATURE")
+        kept = ("--gin.CACHE_DIR", "--gin.model", "--gin.TASK_FEATURE")
+        if "--gin_file=mine.gin" not in arguments:
+            kept += ("--gin.CORPORA", "--gin.MIXTURE")
         arguments += [flag.replace("--gin.", f"--gin.{stage}/", 1) for stage, flags in (
             ("pretraining", tiny_flags), ("tuning", tiny_tuning_flags)) for flag in flags if flag.startswith(kept)]
         arguments += [f"--gin.STUDY_DIR={tmp_path}/study", "--print_commands"]
@@ -79,6 +92,12 @@ def test_readme_commands_are_accepted(
     if arguments[0] == "plot":
         monkeypatch.chdir(tmp_path)
         arguments = [flag.replace("runs/text_pretrain", str(pretrained / "NL")) for flag in arguments]
+    if arguments[0] == "prepare":
+        arguments += ["--gin.CORPORA={'text.python': {'python': 'text'}}", f"--gin.OUTPUT={tmp_path}/prepared",
+                      "--gin.TASKS=['logic']", "--workers=1"]
+    if arguments[0] == "fetch":
+        of_test.enter_context(official_publisher())
+        arguments = [flag.replace("/data", str(tmp_path)) for flag in arguments]
     if arguments[0] == "launch":
         monkeypatch.chdir(checkout)
         arguments.insert(1, "--print_only")
@@ -110,30 +129,33 @@ def test_readme_commands_are_accepted(
     assert cli.main(arguments) == 0, capsys.readouterr().err
 
 
-def test_the_optimizer_of_readme(capsys, tmp_path, tiny_flags):
-    flags = re.findall(r"`(--gin\.[^`]+)`", README[README.index("**Another optimizer**"):README.index("**A pod**")])
+def test_the_optimizer_of_the_settings(capsys, tmp_path, tiny_flags):
+    optimizer = SETTINGS[SETTINGS.index("The optimizer is"):SETTINGS.index("## Your own data")]
+    flags = re.findall(r"`(--gin\.[^`]+)`", optimizer)
     assert len(flags) == 3
     arguments = [argument for flag in flags for argument in shlex.split(flag)]
     assert cli.main(["train", *tiny_flags, *arguments, f"--gin.MODEL_DIR={tmp_path}/run", "--dry_run"]) == 0, \
         capsys.readouterr().err
 
 
-def test_the_mixes_of_readme():
-    values = [re.split(r"\s{2,}", value)[0] for value in re.findall(r"^MIX_PHASES = (.*)$", README, flags=re.MULTILINE)]
-    values += re.findall(r"whole numbers are steps: (\{.*\})", README)
+def test_the_mixes_of_the_settings():
+    lines = re.findall(r"^MIX_PHASES = (.*)$", SETTINGS, flags=re.MULTILINE)
+    values = [re.split(r"\s{2,}", line)[0] for line in lines]
+    values += re.findall(r"whole numbers are steps: (\{.*\})", SETTINGS)
     assert len(values) == 5
     for value in values:
         assert phases(ast.literal_eval(value), 100_000, 8).asked(100_000) > 0
 
 
-def test_files_of_readme_exist():
+def test_files_that_are_named_exist():
     tree = README[README.index("## What is where"):]
     for name in re.findall(r"^  (\w+(?:\.py|/))", tree, flags=re.MULTILINE):
         assert (ROOT / "codellm_jax" / name).exists(), name
     for name in re.findall(r"^(\w+/)", tree, flags=re.MULTILINE):
         assert (ROOT / name).exists(), name
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for text, folder in ((README, ROOT), (SETTINGS, ROOT / "docs")):
+        for target in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+            assert (folder / target).exists(), target
 
 
 def test_an_installed_package_finds_its_files_from_any_directory(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from fake_publisher import Publisher
 from codellm_jax.fetching import download as module
 from codellm_jax.fetching.download import Refused, Unreachable, digest_of, download, matches, partial
 
-CONTENT = os.urandom(3 << 20)
+CONTENT = random.Random(0).randbytes(3 << 20)
 SHA = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
 PATH = "/files/a.bin"
 
