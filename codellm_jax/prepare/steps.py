@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from codellm_jax.prepare import code, quality, web
+from codellm_jax.prepare.language import language
 from codellm_jax.settings import nearest
 
 # Part of every step's hash; raise it whenever the same steps would leave other documents.
@@ -24,7 +25,7 @@ STEPS_VERSION = 1
 # Each takes a text, and what else its parameters name of `FIELDS`.
 FILTERS: dict[str, Callable[..., str | None]] = {
     "chinese_share": web.chinese_share, "minimum_length": web.minimum_length, "title_only": web.title_only,
-    "advertising": web.advertising, "gopher_quality": quality.gopher_quality,
+    "advertising": web.advertising, "language": language, "gopher_quality": quality.gopher_quality,
     "gopher_repetition": quality.gopher_repetition, "c4_page": quality.c4_page,
     "fineweb_quality": quality.fineweb_quality, "licence": code.licence, "generated": code.generated,
     "minified": code.minified, "line_lengths": code.line_lengths, "alphanumeric_share": code.alphanumeric_share,

@@ -3,6 +3,7 @@
 import pytest
 
 from codellm_jax.prepare import code, quality, web
+from codellm_jax.prepare.language import language
 from codellm_jax.prepare.steps import EDITS, FILTERS, GLOBAL, apply, hash_of, steps_of
 
 SENTENCE = "The grey cat sat with another dog and that was the end. "  # 12 words and a sign, 4 stop words
@@ -221,6 +222,20 @@ def test_steps_have_their_pools_and_all_options():
     assert hash_of(found) != hash_of(steps_of([{"name": "minimum_length", "characters": 149}], ["text.a"]))
     assert hash_of(steps_of(["minimum_length"], [])) == hash_of(
         steps_of([{"name": "minimum_length", "characters": 150}], []))
+
+
+def test_languages():
+    english = "The bill was read a second time and sent to a committee."
+    chinese = "委员会在第二次审议后通过了这项法案，并送交表决。"
+    german = "Der Entwurf wurde in zweiter Lesung beraten und an den Ausschuss verwiesen."
+    assert language(english) is None and language(chinese) is None and language(german) == "language de"
+    assert language(german, ["de"]) is None and language(english, ["de"]) == "language en"
+    assert language(english, at_least=1.1) == "language en with a probability under 1.1"
+    with pytest.raises(ValueError, match="py3langid does not know 'english'"):
+        language(english, ["english"])
+    [step] = steps_of([{"name": "language", "languages": ["en"]}], ["text.a"])
+    assert step.options == {"languages": ["en"], "at_least": 0.65} and step.sources == ("text",)
+    assert apply(step, {"text": german, "licence": None, "language": None, "file": ""}) == (german, "language de")
 
 
 @pytest.mark.parametrize(("steps", "told"), [
