@@ -254,10 +254,11 @@ def test_training_records_no_score_of_ties(monkeypatch):
                "score/cosqa": {"metric": "accuracy", "value": 0.5, "interval": [0.2, 0.8], "n": 4, "ties": 2,
                                "measured": True}}
     monkeypatch.setattr(train, "held_out", lambda run, eval_fn: {})
+    monkeypatch.setattr(train, "held_out_rows", lambda run: {})
     monkeypatch.setattr(train, "ask_benchmarks", lambda run: (results, ["mbpp: no judge"]))
     written: list[Any] = []
     told: list[str] = []
-    run: Any = types.SimpleNamespace(step=4)
+    run: Any = types.SimpleNamespace(step=4, held_out=None)
     records: Any = types.SimpleNamespace(write=lambda *values: written.append(values))
     train.evaluate(run, lambda: None, records, types.SimpleNamespace(say=told.append))  # type: ignore[arg-type]
     assert written == [(4, "eval", {"score/cosqa": 0.5})]
