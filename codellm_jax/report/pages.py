@@ -21,7 +21,6 @@ code { font: .87em ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans
 .notice { border-left: 5px solid #D55E00; background: #fdf3ec; padding: .75rem 1rem; max-width: none; }
 .wide { overflow-x: auto; margin: .75rem 0 1.25rem; }
 table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-caption { caption-side: top; text-align: left; padding-bottom: .4rem; color: #444; }
 th, td { padding: .3rem .5rem; text-align: right; vertical-align: top; white-space: nowrap; }
 th { border-bottom: 2px solid #333; vertical-align: bottom; font-weight: 600; }
 tbody tr { border-bottom: 1px solid #ddd; }
@@ -31,7 +30,8 @@ td code { white-space: nowrap; overflow-wrap: normal; }
 td .second { color: #595959; } th .second { font-weight: 400; }
 figure { margin: 1rem 0 1.75rem; }
 figure img { max-width: 100%; height: auto; }
-figcaption { color: #444; font-size: .9rem; max-width: 46rem; }
+figcaption, .caption { color: #444; font-size: .9rem; max-width: 46rem; }
+.caption { margin-bottom: -.5rem; break-after: avoid; }
 nav { font-size: .9rem; } nav a { margin-right: 1rem; white-space: nowrap; }
 a { color: #0058a3; }
 @page { size: A4 landscape; margin: 12mm; }
@@ -153,8 +153,9 @@ def _html(block: Block) -> str:
                    for name, kind in zip(block.columns, classes, strict=True))
     rows = "".join("<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, classes, strict=True))
                    + "</tr>\n" for row in block.rows)
-    caption = f"<caption>{_inline(block.caption)}</caption>" if block.caption else ""
-    return (f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>')
+    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>'
+    # Not in the table, which scrolls where it is wider than the page.
+    return f'<p class="caption">{_inline(block.caption)}</p>{table}' if block.caption else table
 
 
 def _is_words(table: Table, column: int) -> bool:
