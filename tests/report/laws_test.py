@@ -136,6 +136,7 @@ def test_intervals_hold_the_truth(name, studies):
     assert found.falsely <= stats.binom.isf(0.001, 2 * studies, 0.02)
 
 
+@pytest.mark.slow
 def test_an_edge_is_called_one_and_no_difference_cannot_be_told():
     edge, flat = (simulation.tally(KINDS[name], 20) for name in ("best at the edge", "no difference"))
     assert edge.said("interior", False) <= 0.08 and edge.said("edge", False) > 0.5
