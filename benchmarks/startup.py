@@ -56,7 +56,7 @@ def seconds_to_first_step(cache: str, compiled: str) -> float:
 def resume_and_branch(size: str, cache: str, rounds: int) -> dict[str, list[float]]:
     command = [*TRAIN, f"--gin_file=gin/models/{size}.gin", f"--gin.CACHE_DIR={cache}", "--gin.TRAIN_STEPS=4",
                "--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=1", "--gin.CHECKPOINT_PERIOD=4", "--gin.KEEP_STEPS=[2]",
-               "--gin.EVAL_PERIOD=4"]
+               "--gin.EVAL_PERIOD=4", "--gin.train.eval_rows=8"]
     figures: dict[str, list[float]] = {"resume": [], "branch": []}
     with tempfile.TemporaryDirectory() as folder:
         trunk, resumed, branch = (f"{folder}/{name}" for name in ("trunk", "resumed", "branch"))
