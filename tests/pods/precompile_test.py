@@ -34,7 +34,7 @@ needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not instal
 
 SHIPPED = list(shipped_gin_files())
 SHARED = ("gin/pretrain.gin", "gin/tune.gin")  # included by the arms, not to be run alone
-OTHERS = [f"gin/{name}.gin" for name in ("eval", "infer", "study", "contamination", "continue_pretrain")]
+OTHERS = [f"gin/{name}.gin" for name in ("eval", "infer", "study", "contamination", "continue_pretrain", "prepare")]
 ARMS = [file for file in SHIPPED if file.count("/") == 1 and file not in (*SHARED, *OTHERS)]
 # Where each size is meant to run. The arms are of the tiny size.
 PODS = {"125m": "v4-16", "350m": "v4-32", "1_3b": "v4-64", "2_6b": "v4-128", "13b": "v5p-256", "llama_125m": "v4-16",

@@ -133,7 +133,9 @@ def test_a_study_starts_from_published_weights(published, imported, own_data, ti
                  "--gin.evaluation/TASKS=[]", f"--gin.CACHE_DIR={tmp_path / 'rows'}", *of_stages, *short]
     assert cli.main([*arguments, "--dry_run"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert str(imported)[:10] in printed and "MC-0.5.seed0" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["MORE-0.5", "pretraining", str(imported)] in [words[:3] for words in lines]
+    assert ["MC-0.5", "tuning", "MORE-0.5"] in [words[:3] for words in lines]
     assert cli.main(arguments) == 0, capsys.readouterr().err
     runs = tmp_path / "study" / "runs"
     arms_of_runs = {run: json.loads((runs / f"{run}.seed0" / "provenance.json").read_text())["arm"]
