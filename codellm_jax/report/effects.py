@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codellm_jax.results.seeds import Contrast, by_parts
+from codellm_jax.results.statistics import without_rounding
 
 SMALL = 1e-9
 STEP = 0.1  # of a share, that a slope is told for
@@ -145,22 +146,24 @@ def told(weights: Mapping[str, float], samples: Mapping[str, Mapping[int | None,
     labels = [label for label, weight in weights.items() if abs(weight) > SMALL]
     if not labels or any(not samples.get(label) for label in labels):
         return None
-    estimate, seeds, questions = 0.0, [], np.zeros(1)
+    estimate, size_of_parts, seeds, questions = 0.0, 0.0, [], np.zeros(1)
     spreads: dict[tuple[float, ...], list[tuple[float, np.ndarray]]] = {}
     for family in _families(labels, samples, roots):
         common = [seed for seed in samples[family[0]] if all(seed in samples[label] for label in family)]
         if not common:
             return None
         own = np.array([weights[label] for label in family])
-        scores = np.array([[samples[label][seed].score for label in family] for seed in common]) @ own  # [S]
+        parts_of_sum = own * [[samples[label][seed].score for label in family] for seed in common]  # [S, A]
         values = np.einsum("a,asn->sn", own, [[samples[label][seed].values for seed in common] for label in family])
-        estimate += float(scores.mean())
+        estimate += float(parts_of_sum.sum(axis=1).mean())
+        size_of_parts += float(np.abs(parts_of_sum).sum(axis=1).mean())
         questions = questions + values.mean(axis=0)
         seeds.append(len(common))
         # Families that are weighted alike are taken to vary equally, but for the size of their weights.
         size = float(np.linalg.norm(own))
         kind = tuple(np.round(np.sort(np.abs(own)) / size, 6))
         spreads.setdefault(kind, []).append((size, values.mean(axis=1) / size))
+    estimate = without_rounding(estimate, size_of_parts)
     parts = []
     if min(seeds) > 1:
         for families in spreads.values():

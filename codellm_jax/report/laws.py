@@ -23,12 +23,12 @@ FINE_ENOUGH = 12.0  # points of a grid that share its weight; below, the grid is
 ZOOMS = 4
 LEAST_WEIGHT = 1e-5  # of a point of a grid, over the largest
 LEAST_FAMILY = 0.005
-FEWEST_DEGREES = 1.5  # of freedom that a family leaves: with one, an interval is as good as none
+FEWEST_DEGREES = 1.0  # of freedom that a family leaves; of fewer nothing tells its noise
 TEMPER = 0.5  # of the densities: families that differ by chance alone shall not be told apart
 PLAIN = ("constant", "linear")  # which the others hold, too: averaged with them, intervals would be too narrow
 RESAMPLES = 500  # of shares, for the weights of families
 DRAWS = 1000
-LARGE = 5.0  # times the losses' range
+LARGE = 2.0  # times the change that the losses show: standard deviation of a coefficient before any run
 SINGULAR = 1e-9  # relative to the trace
 
 

@@ -125,6 +125,14 @@ def test_of_one_seed_a_loss_has_no_interval_and_of_none_nothing_is_told():
     assert told({"NC": 1.0, "NN": -1.0}, other_seed, roots) is None
 
 
+def test_what_only_rounding_makes_an_effect_is_none():
+    """Thirds of equal scores do not cancel in floating point."""
+    values = samples_of({label: np.full((3, 7), 0.1) for label in SQUARE})
+    for effect in design_of(STAGES, SQUARE).effects:
+        found = told({label: weight / 3 for label, weight in effect.weights.items()}, values, roots_of(SQUARE, range(3)))
+        assert found.estimate == 0 and found.contrast.p_value == 1 and f"{found.estimate:+.3g}" == "+0"
+
+
 TRUTH = {"code in pretraining": 0.3, "code in tuning": 0.0, "interaction of code in pretraining and tuning": -0.2}
 
 
