@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codellm_jax.mixture.ledger import rows_of_code, stages_of
+from codellm_jax.report import questions
 from codellm_jax.report.effects import Design, Level, Sample, design_of
 from codellm_jax.report.runs import Run, of_an_arm
 from codellm_jax.report.study import Study, code_rate
-from codellm_jax.results import measures
-from codellm_jax.results.answers import METRICS, linear, metrics_of, score_of, values_of
+from codellm_jax.results.answers import METRICS
 
 POOLS = ("text", "code")
 FEWEST_SHARES = 3  # of a sweep
@@ -26,7 +26,6 @@ SAME_LENGTH = 0.02  # of all tokens of documents
 SAME_SHARE = 0.01  # a share that is asked is told instead of the one that was drawn, where they are this close
 OF_THE_MIX = ("mixture.code_rate", "mixture.mix_phases", "mixture.stage")
 ABSENT = "without the stage"
-TITLES = {"bits_per_byte": "bits per byte of the right answer"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed as the object it is
@@ -315,36 +314,14 @@ def _losses(runs: Mapping[str, Sequence[Run]]) -> list[Measure]:
 
 def _of_task(study: Study, runs: Mapping[str, Sequence[Run]], task: str) -> list[Measure]:
     """What a benchmark's questions say under each metric and measure, of the arms that were asked and measured."""
-    asked = {label: {run.seed: run.results[task] for run in of_arm
-                     if task in run.results and run.results[task].measured} for label, of_arm in runs.items()}
-    lines = [result.lines for of_arm in asked.values() for result in of_arm.values()]
-    if not lines:
-        return []
-    ids = study.result(task).ids
-    kept = np.array([id_ not in study.overlapping(task) for id_ in ids])
-    if kept.sum() < 2:
-        return []
+    results = {(label, run.seed): run.results[task] for label, of_arm in runs.items() for run in of_arm
+               if task in run.results}
     found, sample = [], " (sample)" * study.is_sample(task)
-    for metric in metrics_of(lines[0]):
-        found.append(Measure(f"{task} {METRICS[metric]}{sample}", "points", "higher", task, metric, 100.0, True, {
-            label: {seed: Sample(score_of(values), linear([values])[0]) for seed, values in (
-                (seed, values_of(result.lines, metric)[kept]) for seed, result in of_arm.items())}
-            for label, of_arm in asked.items()}))
-    if "candidates" not in lines[0][0]:
-        return found
-    scoring = str(study.result(task).result["settings"].get("scoring", "per_token"))
-    values = {label: {seed: measures.values(result.lines, scoring) for seed, result in of_arm.items()}
-              for label, of_arm in asked.items()}
-    for measure in measures.MEASURES:
-        if measure.name == "accuracy":
-            continue
-        every = np.stack([one[measure.name] for of_arm in values.values() for one in of_arm.values()])
-        whole = kept & np.isfinite(every).all(axis=0)
-        if whole.sum() > 1:
-            unit = measures.UNITS[scoring] if measure.name == "margin" else measure.unit
-            found.append(Measure(
-                f"{task} {TITLES.get(measure.name, measure.title)}{sample}", unit or "points", measure.better, task,
-                measure.name, 1.0 if unit else 100.0, measure.name == "bits_per_byte", {
-                    label: {seed: Sample(float(one[measure.name][whole].mean()), one[measure.name][whole])
-                            for seed, one in of_arm.items()} for label, of_arm in values.items()}))
+    for one in questions.asked(results, study.overlapping(task)):
+        samples: dict[str, dict[int | None, Sample]] = {label: {} for label in runs}
+        for (label, seed), values in one.values.items():
+            samples[label][seed] = Sample(one.scores[label, seed], values)
+        found.append(Measure(
+            f"{task} {one.title}{sample}", one.unit or "points", one.better, task, one.metric,
+            1.0 if one.unit else 100.0, one.metric in (*METRICS, "bits_per_byte"), samples))
     return found

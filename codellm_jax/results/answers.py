@@ -62,8 +62,8 @@ TESTS = {
                "the interval is a bootstrap over questions",
     "sign flips": "one seed each, questions of which some are ties and count 1 / k: the sum of the differences against "
                   "that with random signs; the interval is a bootstrap over questions",
-    "exchanges": "one seed each, more or less right: the difference against that with the two arms' answers exchanged at "
-                 "random, question by question; the interval is Student's over questions",
+    "exchanges": "one seed each, more or less right: the difference against that with the two arms' answers exchanged "
+                 "at random, question by question; the interval is Student's over questions",
     "questions": "an arm of one seed alone, against several or in a measure beside the accuracy: Student's test of the "
                  "questions' differences, means over seeds; what another seed would change is left out",
     "seeds": "several seeds each: the variance of the difference is that between the seeds' means, over their number, "

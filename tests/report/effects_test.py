@@ -129,7 +129,8 @@ def test_what_only_rounding_makes_an_effect_is_none():
     """Thirds of equal scores do not cancel in floating point."""
     values = samples_of({label: np.full((3, 7), 0.1) for label in SQUARE})
     for effect in design_of(STAGES, SQUARE).effects:
-        found = told({label: weight / 3 for label, weight in effect.weights.items()}, values, roots_of(SQUARE, range(3)))
+        thirds = {label: weight / 3 for label, weight in effect.weights.items()}
+        found = told(thirds, values, roots_of(SQUARE, range(3)))
         assert found.estimate == 0 and found.contrast.p_value == 1 and f"{found.estimate:+.3g}" == "+0"
 
 

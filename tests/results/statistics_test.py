@@ -220,7 +220,7 @@ def test_exchanges_of_a_mean_are_sign_flips_and_few_questions_prove_nothing():
 
     def apart(signs):
         change = np.array(signs)[:, None] == 1
-        return abs(ratio(np.where(change, theirs, ours).sum(axis=0)) - ratio(np.where(change, ours, theirs).sum(axis=0)))
+        return abs(ratio(np.where(change, theirs, ours).sum(0)) - ratio(np.where(change, ours, theirs).sum(0)))
 
     ways = [apart(signs) for signs in itertools.product((0, 1), repeat=4)]
     exact = np.mean([way >= ways[0] - 1e-12 for way in ways])
