@@ -137,8 +137,7 @@ def _measure(group: Group, sweep: Sweep, measure: Measure, by_place: Mapping[tup
 
 
 def _level(group: Group, measure: Measure, label: str) -> tuple[float, Interval | None, int] | None:
-    """The mean of an arm over its seeds, its interval, and how many seeds; of a benchmark as the table of scores has it,
-    within what a score can be.
+    """The mean of an arm over its seeds, its interval, and how many seeds; a benchmark's as the table of scores has it.
     """
     samples = measure.samples.get(label)
     if not samples:

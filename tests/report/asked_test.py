@@ -12,8 +12,8 @@ from etils import epath
 
 from codellm_jax import cli
 from codellm_jax.report.asked import groups
-from codellm_jax.report.effects_page import titles
 from codellm_jax.report.curves import read_curves
+from codellm_jax.report.effects_page import titles
 from codellm_jax.report.write import read_study, report
 
 ROWS = 1000
