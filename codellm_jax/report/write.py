@@ -41,7 +41,7 @@ from codellm_jax.report.runs import (
     resolve,
 )
 from codellm_jax.report.study import Study
-from codellm_jax.results.files import files_of, write_whole
+from codellm_jax.results.files import Damaged, files_of, read_provenance, write_whole
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import StatusLine, read_records
 
@@ -160,7 +160,11 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str
     """
     results = read_results(path, path.name)
     record: Mapping[str, Any] = {}
-    step, records, provenance = None, read_records(str(path)), read_json(path / "provenance.json")
+    step, records, provenance = None, read_records(str(path)), None
+    try:
+        provenance = read_provenance(path)
+    except Damaged as error:
+        say(f"WARNING: {error}")
     if results or records:
         try:
             step, record = newest_record(str(path))

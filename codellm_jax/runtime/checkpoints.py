@@ -77,7 +77,7 @@ class Checkpoints:
     @jax.profiler.annotate_function
     def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Begins to save; returns when the state is copied, so that its buffers may be donated."""
-        record = dict(record) | {"checksums": checksums(state)}
+        record = dict(record) | {"checksums": checksums(state), "step": step}
         record["digest"] = digest(record)
         self._saving = True
         with self._one_line():
@@ -93,6 +93,15 @@ class Checkpoints:
         if self._saving and not self._manager.is_saving_in_progress():
             self._saving = False
             self.wait()
+
+    def is_there(self, step: int) -> bool:
+        """Whether a whole checkpoint of a step lies in its place now."""
+        return (self._directory / str(step) / "record").exists() and (self._directory / str(step) / "state").exists()
+
+    def reload(self) -> None:
+        """Reads again which steps are there, where others may have removed some."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._manager.reload()
 
     def newest_step(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -119,8 +128,8 @@ class Checkpoints:
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON saved at a step, without the state. Raises ValueError where it is not what was saved."""
-        return _require_digest(
-            self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record)
+        return _require_undamaged(
+            self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record, step)
 
     def restore_newest(
         self, abstract: Any, check: Callable[[dict[str, Any]], None], report: Callable[[str], None] = print
@@ -142,6 +151,8 @@ class Checkpoints:
                 state, error = _tried(self._state, step, abstract)
             if error is None:
                 _, error = _tried(_verify, record["checksums"], state)
+            if error is None:
+                _, error = _tried(_require_step, getattr(state, "step", None), step)
             if error is not None:
                 damaged.append((step, error))
                 continue
@@ -152,6 +163,13 @@ class Checkpoints:
                 f"All checkpoints in {self._directory} are damaged ({first_line(damaged[0][1])}): "
                 "restore one from a copy, or start again in another MODEL_DIR.")
         return None
+
+    def set_aside_from(self, step: int, report: Callable[[str], None]) -> None:
+        """Moves checkpoints of this step and later ones to MODEL_DIR/damaged_checkpoints, for they give no finite loss;
+        those before it stay.
+        """
+        self._set_aside([(found, ValueError("its parameters give a loss that is not finite"))
+                         for found in self._manager.all_steps() if found >= step], report)
 
     def _state(self, step: int, abstract: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
@@ -287,7 +305,7 @@ def _why_none(directory: epath.Path) -> str:
 
 
 def _whole_record(path: epath.Path) -> dict[str, Any]:
-    return _require_digest(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record"))
+    return _require_undamaged(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record"), int(path.name))
 
 
 def _tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
@@ -364,10 +382,17 @@ def digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _require_digest(record: Mapping[str, Any]) -> dict[str, Any]:
+def _require_undamaged(record: Mapping[str, Any], step: int) -> dict[str, Any]:
     if record.get("digest") != digest(record):
         raise ValueError("its record differs from what was saved")
+    _require_step(record.get("step"), step)
     return dict(record)
+
+
+def _require_step(found: Any, step: int) -> None:
+    """Raises ValueError where a checkpoint lies under another number; None says nothing, as in earlier versions."""
+    if found is not None and int(found) != step:
+        raise ValueError(f"it is the checkpoint of step {int(found)} under another number")
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from codellm_jax.runtime.files import is_still_at
 from codellm_jax.runtime.terminal import ending_signals
 
 
@@ -52,8 +53,13 @@ def require_plain_name(setting: str, directory: str) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training") -> Iterator[None]:
+def alone_in(
+    directory: str, setting: str = "MODEL_DIR", doing: str = "training"
+) -> Iterator[Callable[[], None]]:
     """Holds a directory against other processes; a killed one lets go of it by itself.
+
+    What it gives raises OSError, when it is called, where the directory was moved or removed meanwhile: another process
+    may then be at work in one of the same name.
 
     It is held by a lock of the file system, and so against other containers and, by NFS, other machines. Not held are
     remote ones, and those on a file system that knows no locks.
@@ -66,13 +72,13 @@ def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training"
       ValueError: another process holds it.
     """
     if "://" in directory:
-        yield
+        yield lambda: None
         return
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{setting} {directory} cannot be made: {error.strerror}. Set another.") from error
-    with open(Path(directory) / ".lock", "w") as lock:
+    with open(os.path.abspath(os.path.join(directory, ".lock")), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,7 +87,14 @@ def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training"
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        yield
+
+        def require_held() -> None:
+            if not is_still_at(lock, lock.name):
+                raise OSError(f"{setting} {directory} was moved, removed or replaced during {doing}: this process "
+                              "stops, for what it writes would be lost.")
+
+        require_held()  # another may have removed it between opening and locking
+        yield require_held
 
 
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
