@@ -138,7 +138,7 @@ def test_arrows_point_down(name: str):
         assert tops(found) <= sys.stdlib_module_names | {"codellm_jax"}
     if name in ("codellm_jax.weights.families", "codellm_jax.weights.layouts"):
         assert rooms(found, package) <= {"model", "weights"}
-    if name in ("codellm_jax.study.leases", "codellm_jax.study.pace", "codellm_jax.study.status"):
+    if name in ("codellm_jax.runtime.leases", "codellm_jax.study.pace", "codellm_jax.study.status"):
         assert "jax" not in tops(found)
     if name in PURE:
         assert not tops(found) & ({"jax", "gin"} | HEAVY)

@@ -26,6 +26,11 @@ ROWS_A_FILE = 4096  # as `rows` writes them
 ROWS_OF_HEAD = 16  # one chunk
 BYTES_READ_WHOLE = 32 << 20
 FILES_AT_ONCE = 256
+# Errors of TensorFlow's, Google's and Python's clients of remote storage.
+OF_STORAGE = frozenset((
+    "UnavailableError", "DeadlineExceededError", "ResourceExhaustedError", "AbortedError", "PermissionDeniedError",
+    "ServerError", "TooManyRequests", "RetryError", "ConnectionError", "TimeoutError", "PermissionError",
+    "TransportError"))
 
 
 class DamagedRows(ValueError):
@@ -143,5 +148,6 @@ def _facts(split: str, facts: Any) -> dict[str, Any]:
 
 def is_transient(error: Exception) -> bool:
     """Whether storage could not be read just now, which says nothing of what lies there."""
-    return any(word in str(error) for word in (
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & OF_STORAGE) or any(word in str(error) for word in (
         "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "CANCELLED"))

@@ -2,9 +2,10 @@
 with a header and a line for each question.
 """
 
+import contextlib
 import json
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -133,10 +134,23 @@ def write_result(
 
 def write_whole(path: epath.Path, text: str) -> None:
     """Whole or not at all, as UTF-8; see `encoded`. Of several that write at the same time one is whole there."""
-    building = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.building")
+    building, content = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.building"), encoded(text)
     try:
-        building.write_bytes(encoded(text))
-        building.replace(path)
+        with named(path, len(content)):
+            building.write_bytes(content)
+            building.replace(path)
     except BaseException:
         building.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def named(path: epath.Path, size: int) -> Iterator[None]:
+    """Errors of a disk within say which file was written, and how many bytes. Raises OSError, in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"{path} cannot be written ({size:,} bytes): {error.strerror}. Mend it and give the same command "
+                      "again: it goes on from what is whole.") from error

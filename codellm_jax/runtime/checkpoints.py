@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -22,10 +23,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from codellm_jax.mixture.checked import is_transient
 from codellm_jax.runtime.distributed import gathered, wait_for_all
+from codellm_jax.runtime.terminal import is_of_peers
 
 WEIGHTS_OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
+SECONDS_BETWEEN_TRIES = (1, 4, 16)  # to read from storage that does not answer
 SAVE_TIMEOUT = datetime.timedelta(minutes=20)
+FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 CHUNKS = (2**20, 2**26)  # bytes of an array that are stored, and read, as one: at least, at most
 
 
@@ -54,6 +59,7 @@ class Checkpoints:
                                  "google-cloud-storage-control, or this package with [gcs] or [tpu].") from None
         self._directory = _absolute(directory)  # Orbax refuses relative paths, and only when it saves
         self._saving = False
+        self._bytes = 0  # of what is saved
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -80,6 +86,7 @@ class Checkpoints:
         record = dict(record) | {"checksums": checksums(state), "step": step}
         record["digest"] = digest(record)
         self._saving = True
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with self._one_line():
             saves = self._manager.save(
                 step, args=ocp.args.Composite(
@@ -121,10 +128,16 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            full = "No space left on device" in str(error)
+            if is_of_peers(error):  # nothing here is to be mended
+                raise
             raise OSError(
-                f"Saving to {self._directory} failed: {'No space left on device' if full else first_line(error)}. "
-                "Mend it and give the same command again: it goes on from the last whole checkpoint.") from error
+                f"Saving to {self._directory} failed: {self._why(error)}. Mend it and give the same command again: it "
+                "goes on from the last whole checkpoint.") from error
+
+    def _why(self, error: Exception) -> str:
+        if not any(reason in str(error) for reason in FULL):
+            return first_line(error)
+        return f"No space left on device. The checkpoint takes {self._bytes / 1e6:,.1f} MB"
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON saved at a step, without the state. Raises ValueError where it is not what was saved."""
@@ -311,15 +324,27 @@ def _whole_record(path: epath.Path) -> dict[str, Any]:
 def _tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
     """What a reading gave, and None; or None and the error, on every process where it failed on one: processes that
     took different checkpoints for the newest would wait for each other for ever.
+
+    Raises:
+      OSError: storage does not answer, which says nothing of the checkpoint, and was asked several times.
     """
-    found, error = None, None
-    try:
-        found = read(*arguments)
-    except Exception as failure:
-        error = failure
-    if gathered(np.array([error is not None])).any():
-        return None, error or OSError("another process could not read it")
-    return found, None
+    for seconds in (*SECONDS_BETWEEN_TRIES, None):
+        found, error = None, None
+        try:
+            found = read(*arguments)
+        except Exception as failure:
+            error = failure
+        failed = gathered(np.array([2 if error is not None and is_transient(error) else error is not None])).max()
+        if failed < 1:
+            return found, None
+        if failed < 2:
+            break
+        if seconds is None:
+            raise OSError("A checkpoint cannot be read now, and is left as it is: "
+                          f"{first_line(error) if error else 'another process could not read it'}. Give the same "
+                          "command again once it can.")
+        time.sleep(seconds)
+    return None, error or OSError("another process could not read it")
 
 
 def _absolute(path: str) -> epath.Path:

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,24 @@ from typing import Any
 from codellm_jax.runtime.files import is_still_at
 from codellm_jax.runtime.terminal import ending_signals
 
+ONE_CTRL_C = 1.0  # seconds within which further SIGINTs are the first one, as a terminal and a parent both send it
+
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM (a preemption), SIGHUP (a terminal that goes away) or a first SIGINT sets; a second SIGINT
-    interrupts at once.
+    """An event that SIGTERM (a preemption), SIGHUP (a terminal that goes away) or a first SIGINT sets; a second SIGINT,
+    a second later or more, interrupts at once.
     """
     stop = threading.Event()
 
+    first = 0.0
+
     def handle(number: int, _: Any) -> None:
-        if number == signal.SIGINT and stop.is_set():
+        nonlocal first
+        if number == signal.SIGINT and stop.is_set() and time.monotonic() - first > ONE_CTRL_C:
             raise KeyboardInterrupt
+        if not stop.is_set():
+            first = time.monotonic()
         stop.set()
 
     before = {}
@@ -61,8 +69,8 @@ def alone_in(
     What it gives raises OSError, when it is called, where the directory was moved or removed meanwhile: another process
     may then be at work in one of the same name.
 
-    It is held by a lock of the file system, and so against other containers and, by NFS, other machines. Not held are
-    remote ones, and those on a file system that knows no locks.
+    It is held by a lock of the file system, and so against other containers and, by NFS, other machines; in gs:// by a
+    lease, see `leases`. Not held is one on a file system that knows no locks.
 
     Args:
       setting: that names the directory.
@@ -71,6 +79,12 @@ def alone_in(
     Raises:
       ValueError: another process holds it.
     """
+    if directory.startswith("gs://"):
+        from codellm_jax.runtime.leases import leased  # which wants TensorStore
+
+        with leased(directory, setting, doing, lambda line: print(line, flush=True)) as lease:
+            yield lease.require
+        return
     if "://" in directory:
         yield lambda: None
         return

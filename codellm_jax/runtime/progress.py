@@ -1,18 +1,17 @@
 """What a run tells while it trains: a status line, JSON lines, TensorBoard events, and its use of the hardware."""
 
 import concurrent.futures
-import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tqdm
 from etils import epath
 
-from codellm_jax.results.files import write_whole
+from codellm_jax.results.files import named, write_whole
 from codellm_jax.runtime.events import Events
 from codellm_jax.runtime.files import is_still_at, set_aside
 
@@ -63,7 +62,8 @@ class Records:
                  f"{aside}, and the other lines are taken over.")
         # A run without a checkpoint begins anew, its evaluation before the first step included.
         kept = "".join(json.dumps(record) + "\n" for record in found if step and record["step"] <= step)
-        self._lines = (_RemoteLines if "://" in model_dir else _Lines)(self._path, kept)
+        with named(self._path, len(kept)):
+            self._lines = (_RemoteLines if "://" in model_dir else _Lines)(self._path, kept)
         self._events = Events(f"{model_dir.rstrip('/')}/tensorboard", step + 1 if step else None, warn)
 
     def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
@@ -78,35 +78,23 @@ class Records:
         known = {name: float(value) for name, value in values.items() if value is not None}
         line = {"step": step, "split": split} | {
             name: value if math.isfinite(value) else None for name, value in known.items()}
-        with _named(self._path):
+        text = json.dumps(line) + "\n"
+        with named(self._path, len(text)):
             if self._lines.is_gone():
                 self._lines.write_anew()
                 self._warn(f"WARNING: {self._path} was removed or replaced; it is written again, with all its lines.")
-            self._lines.add(json.dumps(line) + "\n")
+            self._lines.add(text)
         self._events.write(step, {f"{split}/{name}": value for name, value in known.items()})
 
     def settle(self) -> None:
         """Returns when all lines are stored, as a checkpoint that is saved now expects of a resume."""
         if self._lines is not None:
-            with _named(self._path):
-                self._lines.settle()
+            self._lines.settle()
 
     def close(self) -> None:
         if self._lines is not None:
-            with _named(self._path):
-                self._lines.close()
+            self._lines.close()
             self._events.close()
-
-
-@contextlib.contextmanager
-def _named(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(f"{path} cannot be written: {error.strerror}. Mend it and give the same command again: it goes "
-                      "on from the last whole checkpoint.") from error
 
 
 class _Lines:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from codellm_jax.results.files import Damaged, read_object, read_provenance
+from codellm_jax.runtime.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.runtime.progress import duration, read_records
 from codellm_jax.settings import Configuration
-from codellm_jax.study.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
 
 

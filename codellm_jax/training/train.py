@@ -36,6 +36,7 @@ from codellm_jax.mixture.ledger import arm
 from codellm_jax.mixture.order import POOLS, Draw
 from codellm_jax.model.decoder import Decoder, flops_per_token, output_head
 from codellm_jax.model.losses import chunk_of, cross_entropy
+from codellm_jax.results.files import write_whole
 from codellm_jax.results.tables import short_score
 from codellm_jax.runtime.checkpoints import Checkpoints, resolved
 from codellm_jax.runtime.compiler import compiler_options
@@ -162,7 +163,7 @@ def train(
         if first_process and not run.resumed:
             set_earlier_aside(model_dir, say)
         if first_process and text:
-            (model_dir / "config.gin").write_text(text)
+            write_whole(model_dir / "config.gin", text)
         provenance = Provenance(run, values, asked or {}, active=first_process)
         status = StatusLine(run.step, plan.last_step, active=first_process)
         records = Records(str(model_dir), run.step, first_process, require_held, status.say)
