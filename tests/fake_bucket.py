@@ -41,7 +41,8 @@ class FakeBucket:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 with bucket.lock:
                     failure = bucket.failures.pop(0) if bucket.failures else None
-                    status, generation, content = (failure, 0, b"") if failure else ask(name, dict(urllib.parse.parse_qsl(parts.query)), body)
+                    status, generation, content = (failure, 0, b"") if failure else ask(
+                        name, dict(urllib.parse.parse_qsl(parts.query)), body)
                 self.send_response(status)
                 self.send_header("x-goog-generation", str(generation))
                 self.send_header("Content-Length", str(len(content)))

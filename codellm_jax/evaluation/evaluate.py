@@ -377,9 +377,7 @@ def _answered(
                 if file is not None:
                     with named(path, len(text := encoded(as_lines([line])))):
                         file.write(text)
-            if file is not None:
-                with named(path, 0):
-                    file.flush()
+                        file.flush()
             done = min(start + at_once, total)
             rate = (done - before) / (time.monotonic() - began)
             status.show(done, f"{name} | {rate:,.1f} questions/s | {duration((total - done) / rate)} left")
