@@ -39,6 +39,7 @@ from codellm_jax.model.losses import chunk_of, cross_entropy
 from codellm_jax.results.files import write_whole
 from codellm_jax.results.tables import short_score
 from codellm_jax.runtime.checkpoints import Checkpoints, resolved
+from codellm_jax.runtime.compatibility import vocabulary_facts
 from codellm_jax.runtime.compiler import compiler_options
 from codellm_jax.runtime.distributed import agreed, first_process_first, gathered, require_agreement
 from codellm_jax.runtime.meter import Meter, Metrics, NotFinite, bits_per_byte_by_source, loss_by_source
@@ -222,7 +223,8 @@ def loop(
         records.settle()
         checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json(),
                                                "interval": meter.interval, "place": place(training, plan, run.step),
-                                               "held_out": run.held_out})
+                                               "held_out": run.held_out,
+                                               "vocabulary": vocabulary_facts(training.vocabulary)})
         saved = run.step
         meter.restart()
 
