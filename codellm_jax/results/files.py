@@ -5,7 +5,7 @@ with a header and a line for each question.
 import contextlib
 import json
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -55,6 +55,14 @@ def require_members(found: Any, members: Members, required: Collection[str], wha
         value = found.get(name)
         if name in found and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise Damaged(f"{what} is damaged: {name!r} is {' '.join(repr(value).split())[:60]}.")
+
+
+def require_plain_runs(path: epath.Path, entries: Iterable[Any]) -> None:
+    """Raises Damaged where study.json names a run that is no folder below `runs`."""
+    for entry in entries:
+        name = entry.get("run") if isinstance(entry, dict) else entry
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0\n"):
+            raise Damaged(f"{path} is damaged: it names the run {name!r}.")
 
 
 def read_provenance(run: epath.Path, required: Collection[str] = ()) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from etils import epath
 
 from codellm_jax.mixture.checked import is_transient
 from codellm_jax.runtime.distributed import gathered, wait_for_all
+from codellm_jax.runtime.files import is_step
 from codellm_jax.runtime.terminal import is_of_peers
 
 WEIGHTS_OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
@@ -286,7 +287,7 @@ def undamaged_records(
     told and passed over.
     """
     checkpoints = _absolute(model_dir) / "checkpoints"
-    steps = sorted((int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), reverse=True) \
+    steps = sorted((int(path.name) for path in checkpoints.iterdir() if is_step(path.name)), reverse=True) \
         if checkpoints.exists() else []
     if not steps:
         raise FileNotFoundError(f"{_why_none(_absolute(model_dir))}: name the MODEL_DIR of a run that saved one.")

@@ -28,3 +28,8 @@ def set_aside(paths: Iterable[epath.Path], directory: epath.Path) -> epath.Path:
         if path.exists():
             path.rename(aside / path.name)
     return aside
+
+
+def is_step(name: str) -> bool:
+    """Whether the name of a folder of checkpoints is the number of a step, as a save writes it."""
+    return name.isascii() and name.isdigit() and str(int(name)) == name

@@ -17,6 +17,7 @@ from codellm_jax.configuration import read_configuration
 from codellm_jax.contents import absolute, word_of
 from codellm_jax.results.files import Damaged, files_of, finished_lines, read_provenance, read_result, write_whole
 from codellm_jax.runtime.compatibility import FREE_OF_MODEL
+from codellm_jax.runtime.files import is_step
 from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
 from codellm_jax.settings import Configuration
 from codellm_jax.study.arms import Arm, Asked, Run, Study, expand, plan_runs, without_mix
@@ -310,7 +311,7 @@ def standing(one: Planned, facts: Mapping[str, Any], parent: Standing | None) ->
         changed.append(f"{one.run.parent}, which it started from, was trained again")
     results_changed, evaluated = _results(one, provenance["checkpoint"])
     checkpoints = epath.Path(one.folder).expanduser() / "checkpoints"
-    steps = [int(path.name) for path in (checkpoints.iterdir() if checkpoints.exists() else []) if path.name.isdigit()]
+    steps = [int(path.name) for path in (checkpoints.iterdir() if checkpoints.exists() else []) if is_step(path.name)]
     trained = provenance["finished"] and bool(evaluated or steps)  # to be evaluated it needs a checkpoint
     return Standing(max(steps, default=0), trained, evaluated and trained,
                     provenance["checkpoint"], provenance.get("kept", {}), tuple(changed), tuple(results_changed),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from codellm_jax.results.files import Damaged, read_object, read_provenance
+from codellm_jax.results.files import Damaged, read_object, read_provenance, require_plain_runs
 from codellm_jax.runtime.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.runtime.progress import duration, read_records
 from codellm_jax.settings import Configuration
@@ -56,6 +56,7 @@ def status(directory: str, now: float | None = None) -> str:
     plan = read_object(root / "study.json", {"runs": list}, ("runs",))
     if plan is None:
         raise FileNotFoundError(f"{directory} holds no study.json: no study has begun there.")
+    require_plain_runs(root / "study.json", plan["runs"])
     state = State(directory)
     runs = {run["run"]: run for run in plan["runs"]}
     holders = {name: holder for name, (value, _) in state.read_all(state.names(LEASE), LEASE).items()

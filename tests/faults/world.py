@@ -165,7 +165,8 @@ def kill(process: "subprocess.Popen[str]") -> None:
 def steps_of(run: Path) -> list[int]:
     """The steps of a run's whole checkpoints."""
     folder = run / "checkpoints"
-    return sorted(int(path.name) for path in (folder.iterdir() if folder.exists() else ()) if path.name.isdigit())
+    names = [path.name for path in (folder.iterdir() if folder.exists() else ())]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def of_run(out: Path) -> Any:
