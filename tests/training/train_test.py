@@ -220,7 +220,8 @@ def test_a_checkpoint_whose_parameters_give_the_loss_is_set_aside(make_training,
 
 @pytest.mark.slow
 def test_what_no_later_step_proves_is_proven_at_its_save(make_training):
-    training = make_training(learning_rate=lambda step: jnp.where(step >= 11, jnp.inf, 1e-3), eval_period=100)
+    last_is_infinite = optax.scale_by_schedule(lambda count: jnp.where(count >= 11, jnp.inf, 1.0))
+    training = make_training(eval_period=100, optimizer=lambda schedule: optax.chain(adamw(schedule), last_is_infinite))
     with pytest.raises(FloatingPointError, match=r"at step 12\. The last good checkpoint is step 8 in"):
         train(training)
 
