@@ -4,7 +4,6 @@ Times are told by this machine's clock beside the workers' own, so that they are
 """
 
 import ast
-import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from codellm_jax.results.files import Damaged, read_object, read_provenance, require_plain_runs
+from codellm_jax.runtime.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.runtime.progress import duration, read_records
 from codellm_jax.settings import Configuration
-from codellm_jax.study.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
 
 
@@ -53,9 +53,10 @@ def status(directory: str, now: float | None = None) -> str:
     """
     now = time.time() if now is None else now
     root = epath.Path(directory).expanduser()
-    if not (root / "study.json").exists():
+    plan = read_object(root / "study.json", {"runs": list}, ("runs",))
+    if plan is None:
         raise FileNotFoundError(f"{directory} holds no study.json: no study has begun there.")
-    plan = json.loads((root / "study.json").read_text())
+    require_plain_runs(root / "study.json", plan["runs"])
     state = State(directory)
     runs = {run["run"]: run for run in plan["runs"]}
     holders = {name: holder for name, (value, _) in state.read_all(state.names(LEASE), LEASE).items()
@@ -92,10 +93,9 @@ class _Files(NamedTuple):
 
 
 def _read(folder: epath.Path) -> _Files:
-    path = folder / "provenance.json"
     try:
-        provenance = json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError:  # a kill left half of it
+        provenance = read_provenance(folder, ("finished",))
+    except Damaged:  # the run sets it aside when it goes on
         provenance = None
     return _Files(provenance is not None, bool(provenance and provenance["finished"]),
                   max((line["step"] for line in read_records(str(folder))), default=0))
