@@ -341,7 +341,6 @@ def _settings(evaluation: Evaluation, loaded: Any, model: TrainedModel) -> dict[
             **({"begin_ids": vocabulary.begin_ids} if vocabulary.begin_ids else {}),
             "dtype": config.dtype, "activation": config.activation, "length": config.length,
             **evaluation.benchmarks.settings(loaded.name), "data": loaded.sha256,
-            # Of the texts that are scored, and so of data, template and examples together.
             "questions": hashlib.sha256(encoded(json.dumps(loaded.questions, ensure_ascii=False))).hexdigest()}
 
 

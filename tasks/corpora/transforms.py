@@ -33,7 +33,7 @@ TRANSFORMS_VERSION = 1
 DESCRIPTIONS: dict[str, str] = {
     "strip_comments": "Leaves comments and docstrings out; the rest of Python's syntax tree stays.",
     "comments_only": "Keeps comments and docstrings alone; docstrings of Python become comments.",
-    "rename_identifiers": "Renames what the file itself binds to v0, v1 ... in order of appearance, the same everywhere.",
+    "rename_identifiers": "Renames what the file itself binds to v0, v1 ... in order of appearance, alike everywhere.",
     "rename_identifiers_randomly": "Gives each occurrence of such a name a name of its own; has a seed.",
     "pseudocode": "Writes operators and keywords as words, and sets tokens apart by a blank.",
     "shuffle_lines": "Puts the lines into another order; has a seed.",

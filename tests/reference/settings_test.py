@@ -16,7 +16,7 @@ BY_NAME = {setting.name: setting for setting in settings()}
 
 
 def test_a_docstring_is_read_item_by_item():
-    text = "What it is.\n\nAttributes:\n  a, b: two of them,\n    on two lines.\n\n  c: one: of many.\n\nRaises:\n  E: no"
+    text = "It is.\n\nAttributes:\n  a, b: two of them,\n    on two lines.\n\n  c: one: of many.\n\nRaises:\n  E: no"
     assert described(text) == {"a": "two of them, on two lines.", "b": "two of them, on two lines.",
                                "c": "one: of many."}
     assert described("Args:\n  a: of one.") == {"a": "of one."}
