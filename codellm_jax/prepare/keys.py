@@ -44,7 +44,8 @@ class Keys:
                     self._found.append((*text_hash(line), rank, number, line_number))
         elif step.name == "sample":
             if document["source"] in step.options["budgets"]:
-                self._found.append((bin_of(document["sha256"], step.options["seed"]), size))
+                drawn = document["tokens"] if step.options["unit"] == "tokens" else size
+                self._found.append((bin_of(document["sha256"], step.options["seed"]), drawn))
         else:
             hashes = shingles(document["text"], step.options["ngram"])
             if len(hashes):
@@ -70,7 +71,7 @@ class Keys:
             bins, at = np.unique(drawn["bin"], return_inverse=True)
             records = np.zeros(len(bins), DRAWN)
             records["bin"] = bins
-            np.add.at(records["bytes"], at, drawn["bytes"])
+            np.add.at(records["size"], at, drawn["size"])
             ranges = records["bin"] << np.uint64(64 - 20)
         else:
             signatures = np.array([(number & (1 << PART_BITS) - 1, *rest) for number, *rest in found],

@@ -51,7 +51,7 @@ def _processed(job: Job, stage: int, part: int, documents: Table, removed: Table
     before = None if of_stage.before is None else job.steps[of_stage.before]
     counts = {number: Count() for number in (of_stage.before, *of_stage.rules) if number is not None}
     after = None if of_stage.after is None else job.steps[of_stage.after]
-    read = {"documents": 0, "bytes": 0}
+    read = {"documents": 0, "bytes": 0, "tokens": 0}
     keys = Keys(job, stage, part, after if after and after.looks_at(source) else None)
     shape = Shape() if after is None else None
     lost: dict[str, int] = {}
@@ -61,26 +61,27 @@ def _processed(job: Job, stage: int, part: int, documents: Table, removed: Table
         kept = {} if copy is None else _copy(job, copy)
         row = {key: document[key] for key in ("source", "file", "row", "sha256")}
         told = {"number": number + 1, "step": job.steps[number].name, "reason": reason, "records": 1,
-                "bytes": size}
+                "bytes": size, "tokens": document["tokens"]}
         removed.add({**row, **told, **kept}, len(reason))
-        counts[number].remove(reason, size, {**row, "text": document["text"], **kept})
+        counts[number].remove(reason, size, document["tokens"], {**row, "text": document["text"], **kept})
 
     found = _read(job, part, lost, removed) if before is None else _left(job, stage, part)
     gone = _Gone(job, stage, part, before)
     for place, document in enumerate(found):
         size = len(document["text"].encode())
-        read = {"documents": read["documents"] + 1, "bytes": read["bytes"] + size}
+        read = {"documents": read["documents"] + 1, "bytes": read["bytes"] + size,
+                "tokens": read["tokens"] + (document["tokens"] or 0)}
         if before is not None and of_stage.before is not None:
             count = counts[of_stage.before]
-            count.documents, count.bytes = count.documents + 1, count.bytes + size
+            count.see(size, document["tokens"])
             reason, copy, text = gone.of(place, document)
             if reason is not None:
                 remove(document, of_stage.before, reason, size, copy)
                 continue
-            size = _changed(document, before, text, size, count)
+            size = _changed(job, document, before, text, size, count)
         for number, step in rules:
             count = counts[number]
-            count.documents, count.bytes = count.documents + 1, count.bytes + size
+            count.see(size, document["tokens"])
             if step.name == "decontaminate":
                 text, reason = document["text"], _overlap(job, step, document["text"], overlaps)
             else:
@@ -88,7 +89,7 @@ def _processed(job: Job, stage: int, part: int, documents: Table, removed: Table
             if reason is not None:
                 remove(document, number, reason, size)
                 break
-            size = _changed(document, step, text, size, count)
+            size = _changed(job, document, step, text, size, count)
         else:
             keys.add(documents.count, document, size)
             documents.add(document, size)
@@ -109,14 +110,15 @@ def file_hash(path: epath.Path) -> str:
     return found.hexdigest()
 
 
-def _changed(document: dict[str, Any], step: Step, text: str, size: int, count: Count) -> int:
+def _changed(job: Job, document: dict[str, Any], step: Step, text: str, size: int, count: Count) -> int:
     """Puts the text that a step gives into a document; the document's bytes from now on."""
     if text == document["text"]:
         return size
     document["text"] = text
     document["changed_by"].append(step.name)
-    now = len(text.encode())
-    count.changed, count.bytes_dropped = count.changed + 1, count.bytes_dropped + size - now
+    now, tokens = len(text.encode()), job.tokens(text)
+    count.change(size - now, (document["tokens"] or 0) - (tokens or 0))
+    document["tokens"] = tokens
     return now
 
 
@@ -145,7 +147,8 @@ def _read(job: Job, part: int, lost: dict[str, int], removed: Table) -> Iterator
             continue
         content = each.text.encode()
         yield {**row, "text": each.text, "sha256": hashlib.sha256(content).hexdigest(), "licence": each.licence,
-               "language": each.language, "bytes_read": len(content), "changed_by": []}
+               "language": each.language, "bytes_read": len(content), "tokens": job.tokens(each.text),
+               "changed_by": []}
 
 
 def _left(job: Job, stage: int, part: int) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,8 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from codellm_jax.vocabulary import Vocabulary
+
 
 class Inputs(Protocol):
     """The corpora, and how they are read. `tasks.corpora.inputs.Inputs` is one."""
@@ -44,6 +46,7 @@ class Preparation:
       steps: names or mappings, as `prepare.steps` describes them.
       output: a folder that is not there yet, local or gs://.
       benchmarks, tasks: of which benchmarks the questions are looked for by the step "decontaminate".
+      vocabulary: in whose tokens documents and budgets are counted; None for no count.
       part_bytes: files of one corpus are joined into parts of about so many bytes, which are worked on one by one.
     """
 
@@ -52,6 +55,7 @@ class Preparation:
     output: str
     benchmarks: Benchmarks | None = None
     tasks: Sequence[str] = ()
+    vocabulary: Vocabulary | None = None
     part_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:

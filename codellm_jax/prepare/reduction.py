@@ -163,7 +163,7 @@ def _borders(job: Job, stage: int, step: Step) -> dict[str, int]:
         sizes = np.zeros(BINS, np.uint64)
         for path in _of_source(job, keys, source):
             drawn = ranged.read([path], DRAWN, RANGES, 0, RANGES)
-            np.add.at(sizes, drawn["bin"].astype(np.int64), drawn["bytes"])
+            np.add.at(sizes, drawn["bin"].astype(np.int64), drawn["size"])
         borders[source] = int(np.searchsorted(np.cumsum(sizes), np.uint64(budget), "right"))
     return borders
 

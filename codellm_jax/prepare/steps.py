@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from codellm_jax.prepare import code, quality, web
-from codellm_jax.prepare.language import language
+from codellm_jax.prepare.language import language, require_known
 from codellm_jax.settings import nearest
 
 # Part of every step's hash; raise it whenever the same steps would leave other documents.
@@ -37,6 +37,7 @@ EDITS: dict[str, Callable[..., str]] = {
     "mask_secrets": code.mask_secrets,
 }
 FIELDS = ("text", "licence", "language", "file")
+UNITS = ("bytes", "tokens")  # of budgets
 _OF_CODE = ("licence", "generated", "minified", "line_lengths", "alphanumeric_share", "parses", "test_files")
 _OF_BOTH = ("mask_e_mails", "mask_secrets")
 
@@ -96,11 +97,12 @@ def near_duplicates(ngram: int = 5, bands: int = 14, rows: int = 8, similarity: 
     """
 
 
-def sample(budgets: Mapping[str, float], seed: int = 0) -> None:
-    """Keeps documents of each corpus, drawn by a hash of their text, as long as its budget of bytes of UTF-8 lasts.
+def sample(budgets: Mapping[str, float], unit: str = "bytes", seed: int = 0) -> None:
+    """Keeps documents of each corpus, drawn by a hash of their text, as long as its budget lasts.
 
     Args:
-      budgets: bytes by corpus; one that is not named stays whole.
+      budgets: how much of each corpus; one that is not named stays whole.
+      unit: "bytes" of UTF-8, or "tokens" of the preparation's vocabulary, those that begin and end a document included.
       seed: another draws others.
     """
 
@@ -168,7 +170,9 @@ def _options(name: str, given: dict[str, Any], sources: Sequence[str]) -> dict[s
             raise ValueError(f"{name} needs the option {key!r}.")
     options = {key: given.get(key, parameter.default) for key, parameter in parameters.items()}
     if name == "sample":
-        _require_budgets(options["budgets"], sources)
+        _require_budgets(options, sources)
+    if name == "language":
+        require_known(options["languages"])
     return json.loads(json.dumps(options, ensure_ascii=False))
 
 
@@ -194,15 +198,18 @@ def _require(name: str, key: str, value: Any, default: Any) -> None:
         raise ValueError(f"{name}: {key!r} must be {wanted}, found {value!r}.")
 
 
-def _require_budgets(budgets: Any, sources: Sequence[str]) -> None:
+def _require_budgets(options: Mapping[str, Any], sources: Sequence[str]) -> None:
+    budgets, unit = options["budgets"], options["unit"]
+    if unit not in UNITS:
+        raise ValueError(f"sample: 'unit' must be one of {', '.join(UNITS)}, found {unit!r}.")
     if not isinstance(budgets, Mapping) or not budgets:
-        raise ValueError(f"sample: 'budgets' maps corpora to bytes, such as {{'text.web': 1e9}}, found {budgets!r}.")
+        raise ValueError(f"sample: 'budgets' maps corpora to {unit}, such as {{'text.web': 1e9}}, found {budgets!r}.")
     for source, value in budgets.items():
         if source not in sources:
             raise ValueError(f"sample: 'budgets' names {source!r}, which is no corpus of CORPORA"
                              + nearest(str(source), sources))
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"sample: the budget of {source} must be a positive number of bytes, found {value!r}.")
+            raise ValueError(f"sample: the budget of {source} must be a positive number of {unit}, found {value!r}.")
 
 
 def described(steps: Sequence[Step]) -> list[dict[str, Any]]:
@@ -210,9 +217,17 @@ def described(steps: Sequence[Step]) -> list[dict[str, Any]]:
     return [{"name": step.name, **step.options, "sources": list(step.sources)} for step in steps]
 
 
-def hash_of(steps: Sequence[Step]) -> str:
-    """SHA-256 of the steps, their options and the version of their rules, in hexadecimal."""
-    text = json.dumps([STEPS_VERSION, described(steps)], sort_keys=True, ensure_ascii=False)
+def counts_tokens(steps: Sequence[Step]) -> bool:
+    """Whether what a step leaves depends on a vocabulary."""
+    return any(step.options.get("unit") == "tokens" for step in steps)
+
+
+def hash_of(steps: Sequence[Step], vocabulary: str | None = None) -> str:
+    """SHA-256 of the steps, their options and the version of their rules, in hexadecimal; of steps that count tokens
+    also of the vocabulary's own hash.
+    """
+    counted = [vocabulary] if counts_tokens(steps) else []
+    text = json.dumps([STEPS_VERSION, described(steps), *counted], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

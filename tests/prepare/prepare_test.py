@@ -18,6 +18,7 @@ import pytest
 
 from codellm_jax import cli
 from codellm_jax.prepare import keys, parts, prepare, reduction
+from codellm_jax.vocabulary import load_vocabulary
 from tasks.benchmarks.judging import Benchmarks
 from tasks.corpora import sources
 from tasks.corpora.inputs import Inputs
@@ -72,7 +73,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_each_document_is_left_or_removed_and_all_are_counted(folder: Path):
-    prepare.prepare(preparation(folder), 1, report=silent)
+    vocabulary = load_vocabulary()
+    prepare.prepare(preparation(folder, vocabulary=vocabulary), 1, report=silent)
     out = folder / "out"
     left, removed = rows(out), rows(out / "removed")
     read = {(row["file"], row["row"]) for row in left + removed}
@@ -88,12 +90,18 @@ def test_each_document_is_left_or_removed_and_all_are_counted(folder: Path):
             assert one["removed"] == by_step[step["name"], source] == sum(one["reasons"].values())
             assert one["removed_bytes"] == sum(
                 row["bytes"] for row in removed if (row["step"], row["source"]) == (step["name"], source))
+            assert one["removed_tokens"] == sum(
+                row["tokens"] for row in removed if (row["step"], row["source"]) == (step["name"], source))
             assert one["changed"] >= sum(step["name"] in row["changed_by"] for row in left if row["source"] == source)
     for source, one in sources.items():
         mine = [row for row in left if row["source"] == source]
         assert one["left"]["documents"] == len(mine) == one["documents"] - sum(
             step["sources"].get(source, {"removed": 0})["removed"] for step in steps)
         assert one["left"]["bytes"] == sum(len(row["text"].encode()) for row in mine)
+        assert all(row["tokens"] == len(vocabulary.encode(row["text"])) + 1 for row in mine)
+        assert one["left"]["tokens"] == sum(row["tokens"] for row in mine) == one["tokens"] - sum(
+            step["sources"].get(source, {"removed_tokens": 0, "tokens_dropped": 0})[key]
+            for step in steps for key in ("removed_tokens", "tokens_dropped"))
         assert sum(one["left"]["characters"].values()) == sum(one["left"]["chinese"].values()) == len(mine)
     assert sources["text.web"]["lost"] == Counter(row["reason"] for row in removed if row["step"] == "reading")
     for one in manifest["outputs"]:
@@ -220,6 +228,21 @@ def test_a_budget_is_kept_and_drawn_by_the_text(folder: Path):
     assert small < large < whole and texts(20_000, seed=1) != small
     longest = max(len(text.encode()) for text in whole)
     assert 20_000 - longest < sum(len(text.encode()) for text in small) <= 20_000
+
+
+def test_a_budget_of_tokens_is_that_of_its_vocabulary(folder: Path):
+    steps = ["exact_duplicates", {"name": "sample", "budgets": {"text.web": 9000}, "unit": "tokens"}]
+    vocabulary = load_vocabulary()
+    prepare.prepare(preparation(folder, steps=steps, vocabulary=vocabulary), 1, report=silent)
+    counted = [len(vocabulary.encode(row["text"])) + 1 for row in rows(folder / "out") if row["source"] == "text.web"]
+    assert 9000 - 1500 < sum(counted) <= 9000
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    assert manifest["vocabulary_sha256"] == vocabulary.content_hash
+    assert vocabulary.content_hash[:16] in (folder / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match="set VOCABULARY"):
+        prepare.prepare(preparation(folder, "none", steps), 1, report=silent)
+    with pytest.raises(ValueError, match="from other STEPS"):
+        prepare.prepare(preparation(folder, steps=["exact_duplicates", steps[1] | {"unit": "bytes"}]), 1, report=silent)
 
 
 def test_what_is_prepared_is_a_corpus_again(folder: Path):
