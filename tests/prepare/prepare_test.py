@@ -258,6 +258,44 @@ def test_what_is_prepared_is_a_corpus_again(folder: Path):
     assert [row["row"] for row in found[:2]] == [1, 2] and found[0]["file"].endswith("documents-00000-of-00003.parquet")
 
 
+def test_a_corpus_says_how_it_was_prepared(folder: Path):
+    prepare.prepare(preparation(folder), 1, report=silent)
+    out = folder / "out"
+    manifest = json.loads((out / "manifest.json").read_text())
+    spec = {"parquet": str(out / "*.parquet")}
+    assert sources.describe(spec)["prepared"] == [{
+        "folder": str(out), "steps_sha256": manifest["steps_sha256"], "inputs_sha256": manifest["inputs_sha256"],
+        "inputs": {"text.web": [str(folder / "a.jsonl"), str(folder / "b.jsonl")],
+                   "code.own": [str(folder / "c.jsonl")]}}]
+    (out / "manifest.json").write_text(json.dumps(manifest | {"inputs": [
+        {"source": "text.web", "spec": {}, "files": [[f"/data/{number % 2}/{number}.jsonl", 9] for number in range(30)]},
+        {"source": "code.python", "spec": {"python": "code"}, "files": None}]}))
+    assert sources.describe(spec)["prepared"][0]["inputs"] == {
+        "text.web": ["/data/0: 15 files", "/data/1: 15 files"], "code.python": ['{"python": "code"}']}
+    for other in ("no JSON", '{"steps_sha256": 3}', "[]"):  # of another program
+        (out / "manifest.json").write_text(other)
+        assert "prepared" not in sources.describe(spec)
+
+
+@pytest.mark.slow
+def test_a_run_names_how_its_data_were_prepared(folder: Path):
+    prepare.prepare(preparation(folder, steps=["exact_duplicates"]), 1, report=silent)
+    run, corpora = folder / "run", {"text.clean": {"parquet": str(folder / "out" / "*.parquet")}}
+    done = subprocess.run([
+        sys.executable, "-m", "codellm_jax.cli", "train", "--gin_file=gin/text_pretrain.gin",
+        "--gin_file=gin/models/tiny.gin", f"--gin.CORPORA={corpora}", "--gin.MIXTURE_OR_TASK_NAME=['text.clean']",
+        "--gin.TRAIN_STEPS=2", "--gin.WARMUP_STEPS=0", "--gin.BATCH_SIZE=2", "--gin.TASK_FEATURE_LENGTHS={'targets': 64}",
+        f"--gin.MODEL_DIR={run}", f"--gin.CACHE_DIR={folder / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    provenance = json.loads((run / "provenance.json").read_text())
+    [told] = provenance["prepared"]["text.clean"]
+    assert told["steps_sha256"] == manifest["steps_sha256"] and told["inputs_sha256"] == manifest["inputs_sha256"]
+    assert str(folder / "a.jsonl") in told["inputs"]["text.web"]
+    assert provenance["ledger"]["prepared"] == provenance["prepared"]
+    assert manifest["steps_sha256"][:12] in done.stdout
+
+
 def test_where_documents_stand(tmp_path: Path):
     (tmp_path / "a, b.txt").write_text("One file is one document.")
     (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{broken\n{"text": "fourth", "license": "mit"}\n')
