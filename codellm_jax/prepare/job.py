@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from codellm_jax.prepare.examples import Records
 from codellm_jax.prepare.preparation import Inputs
 from codellm_jax.prepare.steps import Step
 from codellm_jax.vocabulary import Vocabulary
@@ -37,7 +38,7 @@ BYTES_A_GROUP = 8 << 20  # of text in a row group of Parquet
 
 DOCUMENT = pa.schema([
     ("text", pa.large_string()), ("source", pa.string()), ("file", pa.string()), ("row", pa.int64()),
-    ("sha256", pa.string()), ("licence", pa.string()), ("language", pa.string()), ("bytes_read", pa.int64()),
+    ("sha256", pa.string()), ("license", pa.string()), ("language", pa.string()), ("bytes_read", pa.int64()),
     ("tokens", pa.int64()),  # of the text as it stands, under the preparation's vocabulary; null without one
     ("changed_by", pa.list_(pa.string()))])
 REMOVED = pa.schema([
@@ -74,6 +75,7 @@ class Job:
       folder: where files lie until the end.
       hashes: of the plan, which stands in the output's files: {"steps": ..., "inputs": ...}.
       vocabulary: in whose tokens documents are counted; None for no count.
+      format: of the output's documents, one of `preparation.FORMATS`.
     """
 
     inputs: Inputs
@@ -82,6 +84,16 @@ class Job:
     folder: str
     hashes: Mapping[str, str]
     vocabulary: Vocabulary | None = None
+    format: str = "parquet"
+
+    def documents(self, stage: int, part: int) -> "Table | Records":
+        """What the documents that a part in a stage leaves are written to: behind the last stage the output's form."""
+        path = self.documents_path(stage, part)
+        return Table(path, DOCUMENT, self.hashes) if path.suffix == ".parquet" else Records(path)
+
+    def documents_path(self, stage: int, part: int) -> epath.Path:
+        """Where they lie."""
+        return self.path(stage, "documents", part, f".{self.format}" if self.stages[stage].after is None else ".parquet")
 
     def tokens(self, text: str) -> int | None:
         """Tokens of a document, those that begin and end it included, as rows for training have them."""
@@ -170,12 +182,13 @@ class Table:
         self._file: Any = tempfile.TemporaryFile() if self._is_remote else open(self._building, "wb")
         self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd")
         self._rows: list[dict[str, Any]] = []
-        self._bytes = self.count = 0
+        self._bytes = self.count = self.bytes = 0
 
     def add(self, row: dict[str, Any], size: int) -> None:
         """Adds a row; `size` is its text's in bytes."""
         self._rows.append(row)
         self._bytes += size + 200
+        self.bytes += size
         self.count += 1
         if self._bytes >= BYTES_A_GROUP:
             self._flush()

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from codellm_jax.mixture.ngrams import NGrams, Question, index, words
+from codellm_jax.mixture.ngrams import Lengths, NGrams, Question, index, words
 from codellm_jax.prepare import ranged
-from codellm_jax.prepare.job import DOCUMENT, DROPPED, PART_BITS, REMOVED, Count, Job, Table, read_rows
+from codellm_jax.prepare.examples import Records
+from codellm_jax.prepare.job import DROPPED, PART_BITS, REMOVED, Count, Job, Table, read_rows
 from codellm_jax.prepare.keys import Keys, bin_of
 from codellm_jax.prepare.shapes import Shape
 from codellm_jax.prepare.steps import Step, apply
@@ -28,7 +29,7 @@ def process(job: Job, stage: int, part: int) -> None:
     """
     if job.facts(stage, part) is not None:
         return
-    documents = Table(job.path(stage, "documents", part, ".parquet"), DOCUMENT, job.hashes)
+    documents = job.documents(stage, part)
     removed = Table(job.path(stage, "removed", part, ".parquet"), REMOVED, job.hashes)
     try:
         facts = _processed(job, stage, part, documents, removed)
@@ -39,12 +40,12 @@ def process(job: Job, stage: int, part: int) -> None:
     removed.close()
     documents.close()
     if facts["shape"]:
-        facts["sha256"] = file_hash(job.path(stage, "documents", part, ".parquet"))
+        facts["sha256"] = file_hash(job.documents_path(stage, part))
     ranged.write_bytes(job.path(stage, "facts", part, ".json"),
                        json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
-def _processed(job: Job, stage: int, part: int, documents: Table, removed: Table) -> dict[str, Any]:
+def _processed(job: Job, stage: int, part: int, documents: Table | Records, removed: Table) -> dict[str, Any]:
     """Writes the documents that are left and those that are removed; gives the facts."""
     of_stage, source = job.stages[stage], job.parts[part].source
     rules = [(number, job.steps[number]) for number in of_stage.rules if job.steps[number].looks_at(source)]
@@ -96,7 +97,7 @@ def _processed(job: Job, stage: int, part: int, documents: Table, removed: Table
             if shape:
                 shape.add(document, size)
     keys.close()
-    return {"read": read, "documents": documents.count, "removed": removed.count, "lost": dict(sorted(lost.items())),
+    return {"read": read, "documents": documents.count, "bytes": documents.bytes, "removed": removed.count, "lost": dict(sorted(lost.items())),
             "overlaps": overlaps, "shape": shape and shape.facts(),
             "steps": {str(number): count.facts() for number, count in counts.items()}}
 
@@ -146,7 +147,7 @@ def _read(job: Job, part: int, lost: dict[str, int], removed: Table) -> Iterator
             removed.add({**row, **told}, len(each.reason))
             continue
         content = each.text.encode()
-        yield {**row, "text": each.text, "sha256": hashlib.sha256(content).hexdigest(), "licence": each.licence,
+        yield {**row, "text": each.text, "sha256": hashlib.sha256(content).hexdigest(), "license": each.licence,
                "language": each.language, "bytes_read": len(content), "tokens": job.tokens(each.text),
                "changed_by": []}
 
@@ -199,10 +200,13 @@ class _Gone:
 
 
 @functools.lru_cache(maxsize=2)
-def _questions(path: str, ngram: int, minimum: int, most: int) -> tuple[NGrams, list[Question], np.ndarray]:
+def _questions(
+    path: str, ngram: int, minimum: int, characters: int, minimum_characters: int, most: int
+) -> tuple[NGrams, list[Question], np.ndarray]:
     """The n-grams of the benchmarks' questions, whose they are, and that none of them is left out."""
     questions = [Question(task, own, tuple(parts)) for task, own, parts in json.loads(epath.Path(path).read_text())]
-    return index(questions, ngram, minimum, most), questions, np.zeros(len(questions), bool)
+    ngrams = index(questions, ngram, minimum, most, Lengths(characters, minimum_characters))
+    return ngrams, questions, np.zeros(len(questions), bool)
 
 
 def _overlap(job: Job, step: Step, text: str, overlaps: dict[str, dict[str, str]]) -> str | None:

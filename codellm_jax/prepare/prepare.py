@@ -2,7 +2,9 @@
 
 OUTPUT holds in the end
 
-  documents-00000-of-00007.parquet   what is left; each with the file and row that it was read from, and its hash there
+  documents-00000-of-00007.parquet   what is left; each with the file and row that it was read from, and its hash there;
+                                     or documents-train.tfrecord-00000-of-00007 (or array_record), a TFDS dataset by
+                                     features.json and dataset_info.json
   removed/                           of each document that is not: the same, and which step removed it and why
   manifest.json                      inputs with sizes and times of change, steps with all options, counts, and the
                                      files' hashes
@@ -26,7 +28,7 @@ from typing import Any
 from etils import epath
 
 from codellm_jax.mixture.tokens import quiet_stderr
-from codellm_jax.prepare import parts, reduction
+from codellm_jax.prepare import examples, parts, reduction
 from codellm_jax.prepare.card import write_card
 from codellm_jax.prepare.job import Job, Part
 from codellm_jax.prepare.preparation import Preparation
@@ -70,7 +72,8 @@ def prepare(
     with alone_in(folder, "OUTPUT", "preparing documents"):
         of_parts = tuple(Part(source, None if files is None else tuple(map(tuple, files)))
                          for source, files in plan["parts"])
-        job = Job(preparation.inputs, tuple(steps), of_parts, folder, hashes, preparation.vocabulary)
+        job = Job(preparation.inputs, tuple(steps), of_parts, folder, hashes, preparation.vocabulary,
+                  preparation.format)
         _begin(job, plan, questions)
         _run(job, work, report)
         _finish(job, plan, epath.Path(output), report)
@@ -102,7 +105,7 @@ def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[A
     vocabulary = preparation.vocabulary and preparation.vocabulary.content_hash
     plan = {"inputs": inputs, "inputs_sha256": _hash(inputs), "changed": changed, "steps": described(steps),
             "steps_sha256": hash_of(steps, vocabulary), "vocabulary_sha256": vocabulary,
-            "vocabulary": preparation.vocabulary and preparation.vocabulary.path,
+            "format": preparation.format, "vocabulary": preparation.vocabulary and preparation.vocabulary.path,
             "questions_sha256": hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest(),
             "tasks": Counter(task for task, _, _ in questions), "parts": of_parts}
     return json.loads(json.dumps(plan))
@@ -128,7 +131,7 @@ def _questions(preparation: Preparation, steps: Sequence[Step]) -> list[Any]:
 
 
 _KINDS = {"steps": "STEPS", "inputs": "files of CORPORA", "changed": "contents of files of CORPORA",
-          "vocabulary_sha256": "VOCABULARY", "questions_sha256": "questions of TASKS", "parts": "files of CORPORA, or prepare.part_bytes,"}
+          "format": "FORMAT", "vocabulary_sha256": "VOCABULARY", "questions_sha256": "questions of TASKS", "parts": "files of CORPORA, or prepare.part_bytes,"}
 
 
 def _difference(before: Mapping[str, Any], plan: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -144,7 +147,7 @@ def _is_done(output: epath.Path, plan: Mapping[str, Any]) -> bool:
     if manifest.exists():
         before = json.loads(manifest.read_text())
         if (differs := _difference(before, plan, (
-                "steps", "inputs", "changed", "vocabulary_sha256", "questions_sha256"))) is None:
+                "steps", "inputs", "changed", "format", "vocabulary_sha256", "questions_sha256"))) is None:
             return True
         raise ValueError(f"OUTPUT {output} was prepared from other {differs}: set another, or remove it.")
     if output.exists() and not epath.Path(f"{output}.building").exists() and any(output.iterdir()):
@@ -245,7 +248,7 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
 
 def _forget(job: Job, stage: int) -> None:
     """Removes the documents of a stage, and what was found of them, once the next one is done."""
-    for kind in ("documents", "keys", "signed", "edges", "found"):
+    for kind in ("documents", "keys", "signed", "shingles", "edges", "found"):
         for path in reduction.files(job, stage, kind):
             path.unlink()
 
@@ -259,18 +262,25 @@ def _finish(job: Job, plan: Mapping[str, Any], output: epath.Path, report: Calla
     last = len(job.stages) - 1
     (output / "removed").mkdir(parents=True, exist_ok=True)
     written = []
-    for part, of_part in enumerate(facts[last]):
-        if of_part["documents"]:
-            name = f"documents-{part:05d}-of-{len(job.parts):05d}.parquet"
-            _move(job.path(last, "documents", part, ".parquet"), output / name)
-            written.append({"file": name, "source": job.parts[part].source, "documents": of_part["documents"],
-                            "bytes": of_part["shape"]["bytes"], "tokens": of_part["shape"]["tokens"], "sha256": of_part["sha256"]})
+    filled = [part for part, of_part in enumerate(facts[last]) if of_part["documents"]]
+    for number, part in enumerate(filled):
+        name = f"documents-{part:05d}-of-{len(job.parts):05d}.parquet" if job.format == "parquet" else \
+            examples.shard(job.format, number, len(filled))
+        _move(job.documents_path(last, part), output / name)
+        of_part, shape = facts[last][part], facts[last][part]["shape"]
+        written.append({"file": name, "source": job.parts[part].source, "documents": of_part["documents"],
+                        "bytes": shape["bytes"], "tokens": shape["tokens"], "sha256": of_part["sha256"]})
     for stage, of_stage in enumerate(facts):
         for part, of_part in enumerate(of_stage):
             if of_part["removed"]:
                 _move(job.path(stage, "removed", part, ".parquet"),
                       output / "removed" / f"stage{stage}-{part:05d}.parquet")
-    manifest = {key: plan[key] for key in ("inputs", "inputs_sha256", "changed", "steps", "steps_sha256", "vocabulary",
+    if job.format != "parquet":
+        size = sum(facts[last][part]["bytes"] for part in filled)
+        for name, text in examples.descriptions(
+                job.format, [one["documents"] for one in written], size, job.vocabulary is not None):
+            write_whole(output / name, text)
+    manifest = {key: plan[key] for key in ("inputs", "inputs_sha256", "changed", "steps", "steps_sha256", "format", "vocabulary",
                                            "vocabulary_sha256", "tasks", "questions_sha256")}
     sources = list(dict.fromkeys(part.source for part in job.parts))
     counted = write_card(output, manifest, job, facts, sources)

@@ -15,7 +15,8 @@ class Shape:
     """Counts documents as they come.
 
     Facts are {"documents", "bytes", "tokens" (0 without a vocabulary), "characters": {exponent: documents of 2^exponent
-    characters and more, under twice as many}, "chinese" and "repeated": {bin: documents}, "licences", "languages": {name or "": documents}}.
+    characters and more, under twice as many}, "chinese" and "repeated": {bin: documents}, "licences", "languages":
+    {name or "": documents}}.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Shape:
         self._counts["characters"][str(len(text).bit_length() - 1)] += 1
         self._counts["chinese"][str(min(int(share_of_chinese(text) * SHARES), SHARES - 1))] += 1
         self._counts["repeated"][str(min(int(repeated_share(text) * SHARES), SHARES - 1))] += 1
-        for name, value in (("licences", document["licence"]), ("languages", document["language"])):
+        for name, value in (("licences", document["license"]), ("languages", document["language"])):
             of = self._counts[name]
             value = value or ""
             of[value if value in of or len(of) < LICENCES else "others"] += 1

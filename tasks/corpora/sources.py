@@ -130,11 +130,7 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
             options.setdefault("field", TEXT_FIELDS[kind])
     if "transform" in spec:
         options |= {"transform": transforms.steps_of(spec["transform"]), "unparsed": spec.get("unparsed", "drop")}
-    description = {
-        "kind": kind,
-        "options": json.loads(json.dumps(options, sort_keys=True)),
-        "reader": READER_VERSION,
-    }
+    description = {"kind": kind, "options": json.loads(json.dumps(options, sort_keys=True)), "reader": READER_VERSION}
     if kind == "python":
         # Two builds of one version can hold different files.
         description |= {"python": sys.version, "prefix": sys.base_prefix}

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -53,7 +54,8 @@ def folder(tmp_path: Path) -> Path:
     written(tmp_path / "b.jsonl", [*texts[60:], texts[61], f"See here: {question} And more of it stands here."])
     with (tmp_path / "b.jsonl").open("a") as file:
         file.write('{broken\n{"text": ""}\n')
-    written(tmp_path / "c.jsonl", [{"text": texts[5], "license": "mit"}, "x = 1  # " + "y" * 50])
+    written(tmp_path / "c.jsonl", [{"text": texts[5], "license": "mit"},
+                                {"text": "x = 1  # " + "y" * 50, "license": "mit"}])
     return tmp_path
 
 
@@ -134,9 +136,10 @@ def test_what_was_planted_is_found(folder: Path):
     assert "| logic_sample |" in card and "holds a question of logic" in card and "Jaccard" in card
 
 
-def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch):
+@pytest.mark.parametrize("form", ["parquet", "array_record", "tfrecord"])
+def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch, form: str):
     monkeypatch.setattr(keys, "DOCUMENTS_A_CHUNK", 7)
-    prepare.prepare(preparation(folder), 1, report=silent)
+    prepare.prepare(preparation(folder, format=form), 1, report=silent)
     wanted = contents(folder / "out")
     (folder / "out").rename(folder / "first")
 
@@ -155,7 +158,7 @@ def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch):
     monkeypatch.setattr(prepare, "_worker", lambda *_: in_another_order)
     for _ in range(100):
         try:
-            prepare.prepare(preparation(folder), 1, report=silent)
+            prepare.prepare(preparation(folder, format=form), 1, report=silent)
             break
         except KeyboardInterrupt:
             pass
@@ -254,8 +257,41 @@ def test_what_is_prepared_is_a_corpus_again(folder: Path):
     again = prepare.Preparation(Inputs({"text.again": spec}), [], str(folder / "again"))
     prepare.prepare(again, 1, report=silent)
     found = rows(folder / "again")
-    assert [(row["text"], row["licence"]) for row in found] == [(row["text"], None) for row in left]
+    assert [(row["text"], row["license"]) for row in found] == [(row["text"], row["license"]) for row in left]
+    assert "mit" in {row["license"] for row in found}
     assert [row["row"] for row in found[:2]] == [1, 2] and found[0]["file"].endswith("documents-00000-of-00003.parquet")
+
+
+@pytest.mark.parametrize(("form", "kind"), [("tfrecord", "tfrecords"), ("array_record", "array_record")])
+def test_what_tfds_opens(folder: Path, form: str, kind: str):
+    import tensorflow_datasets as tfds
+
+    prepare.prepare(preparation(folder, "parquet"), 1, report=silent)
+    prepare.prepare(preparation(folder, format=form), 1, report=silent)
+    left, out = rows(folder / "parquet"), folder / "out"
+    made = tfds.builder_from_directory(out)
+    assert made.info.splits["train"].num_examples == len(left)
+    read = list(tfds.as_numpy(made.as_dataset("train")) if form == "tfrecord" else made.as_data_source("train"))
+
+    def plain(value: Any) -> Any:
+        return value.decode() if isinstance(value, bytes) else [each.decode() for each in value] if isinstance(
+            value, np.ndarray | list) else int(value)
+
+    assert [{key: plain(value) for key, value in row.items()} for row in read] == [
+        {key: value or "" if key in ("license", "language") else value for key, value in row.items()
+         if key != "tokens"} for row in left]
+    assert sorted(made.info.features) == sorted(key for key in left[0] if key != "tokens")
+    spec = {kind: str(out / f"*.{form}-*"), "holdout": 0, "where": {"source": "text.web"}}
+    assert list(sources.documents(spec, "train")) == [row["text"] for row in left if row["source"] == "text.web"]
+    assert sources.describe(spec)["prepared"][0]["folder"] == str(out)
+    again = [(each.text, each.licence) for each in Inputs({"text.a": spec}).documents(
+        "text.a", sources.files(spec, "train"))]
+    assert again == [(row["text"], row["license"]) if row["source"] == "text.web" else (None, None) for row in left]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert all(hashlib.sha256((out / one["file"]).read_bytes()).hexdigest() == one["sha256"]
+               for one in manifest["outputs"])
+    with pytest.raises(ValueError, match="from other FORMAT"):
+        prepare.prepare(preparation(folder), 1, report=silent)
 
 
 def test_a_corpus_says_how_it_was_prepared(folder: Path):
@@ -284,8 +320,8 @@ def test_a_run_names_how_its_data_were_prepared(folder: Path):
     done = subprocess.run([
         sys.executable, "-m", "codellm_jax.cli", "train", "--gin_file=gin/text_pretrain.gin",
         "--gin_file=gin/models/tiny.gin", f"--gin.CORPORA={corpora}", "--gin.MIXTURE_OR_TASK_NAME=['text.clean']",
-        "--gin.TRAIN_STEPS=2", "--gin.WARMUP_STEPS=0", "--gin.BATCH_SIZE=2", "--gin.TASK_FEATURE_LENGTHS={'targets': 64}",
-        f"--gin.MODEL_DIR={run}", f"--gin.CACHE_DIR={folder / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
+        "--gin.TRAIN_STEPS=2", "--gin.WARMUP_STEPS=0", "--gin.BATCH_SIZE=8",
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 64}", f"--gin.MODEL_DIR={run}", f"--gin.CACHE_DIR={folder / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((folder / "out" / "manifest.json").read_text())
     provenance = json.loads((run / "provenance.json").read_text())

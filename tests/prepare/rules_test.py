@@ -207,7 +207,7 @@ def test_secrets(text: str, masked: str):
 
 def test_every_rule_takes_every_text():
     for text in ("", " ", "\n\n", "中", "\x00", "a" * 5000, "[" * 2000, "# \n" * 300, "\ufffd\U0010ffff"):
-        fields = {"text": text, "licence": None, "language": "python", "file": "a.py"}
+        fields = {"text": text, "license": None, "language": "python", "file": "a.py"}
         for step in steps_of([*FILTERS, *EDITS], ["text.a"]):
             left, reason = apply(step, fields)
             assert isinstance(left, str) and (reason is None or reason), step.name
@@ -235,7 +235,7 @@ def test_languages():
         steps_of([{"name": "language", "languages": ["english"]}], ["text.a"])
     [step] = steps_of([{"name": "language", "languages": ["en"]}], ["text.a"])
     assert step.options == {"languages": ["en"], "at_least": 0.65} and step.sources == ("text",)
-    assert apply(step, {"text": german, "licence": None, "language": None, "file": ""}) == (german, "language de")
+    assert apply(step, {"text": german, "license": None, "language": None, "file": ""}) == (german, "language de")
 
 
 @pytest.mark.parametrize(("steps", "told"), [
