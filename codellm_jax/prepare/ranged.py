@@ -12,6 +12,11 @@ import numpy as np
 from etils import epath
 
 
+def index_bytes(count: int) -> int:
+    """Bytes that a file of so many ranges has before its records."""
+    return 8 * (count + 1)
+
+
 def write(path: epath.Path, records: np.ndarray, ranges: np.ndarray, count: int) -> None:
     """Writes records.
 
@@ -39,7 +44,7 @@ def read(paths: Iterable[epath.Path], dtype: np.dtype, count: int, first: int, l
         with path.open("rb") as file:
             file.seek(8 * first)
             head = np.frombuffer(file.read(8 * (last - first + 1)), np.uint64)
-            file.seek(8 * (count + 1) + int(head[0]) * dtype.itemsize)
+            file.seek(index_bytes(count) + int(head[0]) * dtype.itemsize)
             found.append(np.frombuffer(file.read(int(head[-1] - head[0]) * dtype.itemsize), dtype))
     return np.concatenate(found)
 
