@@ -61,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
     "study": {"training", "evaluation", "configuration", "settings", "weights", "runtime", "mixture", "model",
               "results", "contents"},
     "report": {"runtime", "mixture", "results"},
-    "prepare": {"report", "runtime", "mixture", "results", "settings"},
+    "prepare": {"report", "runtime", "mixture", "results", "settings", "vocabulary"},
     "pods": {"training", "evaluation", "runtime", "mixture", "model"},
 }
 # Rooms of `tasks`, likewise; the modules that define SeqIO tasks stand above them.

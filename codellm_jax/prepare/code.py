@@ -30,21 +30,21 @@ _TEST_FILE = re.compile(
 
 
 def licence(
-    text: str, licence: str | None, allowed: Sequence[str] = PERMISSIVE, unknown: bool = False
+    text: str, license: str | None, allowed: Sequence[str] = PERMISSIVE, unknown: bool = False
 ) -> str | None:
     """Removes files whose licence is not among those allowed, as StarCoder does (section 3.1); case does not count.
 
     Args:
-      licence: of the record; where it has none, of the line "SPDX-License-Identifier:" in the first 2,000 characters.
+      license: the record's; where it has none, of the line "SPDX-License-Identifier:" in the first 2,000 characters.
       allowed: SPDX identifiers.
       unknown: whether files that tell no licence stay.
     """
-    if not licence:
+    if not license:
         found = _SPDX.search(text[:2000])
-        licence = found[1] if found else None
-    if licence is None:
+        license = found[1] if found else None
+    if license is None:
         return None if unknown else "licence: none told"
-    return None if licence.lower() in {each.lower() for each in allowed} else f"licence: {licence}"
+    return None if license.lower() in {each.lower() for each in allowed} else f"licence: {license}"
 
 
 def generated(text: str, lines: int = 5) -> str | None:

@@ -5,6 +5,11 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from codellm_jax.vocabulary import Vocabulary
+
+
+FORMATS = {"parquet": "pyarrow", "array_record": "array_record", "tfrecord": "google_crc32c"}  # and what writes them
+
 
 class Inputs(Protocol):
     """The corpora, and how they are read. `tasks.corpora.inputs.Inputs` is one."""
@@ -44,6 +49,8 @@ class Preparation:
       steps: names or mappings, as `prepare.steps` describes them.
       output: a folder that is not there yet, local or gs://.
       benchmarks, tasks: of which benchmarks the questions are looked for by the step "decontaminate".
+      vocabulary: in whose tokens documents and budgets are counted; None for no count.
+      format: of the documents that are written, one of `FORMATS`; the latter two are a dataset of TensorFlow Datasets.
       part_bytes: files of one corpus are joined into parts of about so many bytes, which are worked on one by one.
     """
 
@@ -52,11 +59,15 @@ class Preparation:
     output: str
     benchmarks: Benchmarks | None = None
     tasks: Sequence[str] = ()
+    vocabulary: Vocabulary | None = None
+    format: str = "parquet"
     part_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         if not self.output.strip():
             raise ValueError("OUTPUT must name a folder.")
+        if self.format not in FORMATS:
+            raise ValueError(f"FORMAT must be one of {', '.join(FORMATS)}, found {self.format!r}.")
         if self.part_bytes < 1:
             raise ValueError(f"prepare.part_bytes must be at least 1, found {self.part_bytes}.")
 
@@ -66,7 +77,8 @@ class Preparation:
         Raises:
           ValueError: a library is missing that preparations need and nothing else does.
         """
-        if missing := [name for name in ("pyarrow", "xxhash") if importlib.util.find_spec(name) is None]:
+        needed = dict.fromkeys(["pyarrow", "xxhash", FORMATS[self.format]])
+        if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             raise ValueError(f"t5x prepare needs {' and '.join(missing)}: pip install '.[prepare]'.")
         from codellm_jax.prepare.prepare import prepare
 

@@ -1,19 +1,22 @@
 """Which documents go where that depends on all of them: for ranges of hashes each by itself, then together."""
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
 
 from codellm_jax.prepare import ranged
-from codellm_jax.prepare.duplicates import components, groups, similar_pairs
+from codellm_jax.prepare.duplicates import components, groups, jaccard, similar_pairs
 from codellm_jax.prepare.job import BAND, DRAWN, DROPPED, EDGE, EQUAL, PART_BITS, Job, signed
 from codellm_jax.prepare.keys import BINS, RANGES
 from codellm_jax.prepare.steps import Step
 
 BYTES_A_BUCKET = 64 << 20  # of keys that are held at once
+SETS_HELD = 1 << 10  # of shingles, of documents that are compared
+SHINGLE = np.dtype("<u4")
 
 
 def files(job: Job, stage: int, kind: str) -> list[epath.Path]:
@@ -86,12 +89,20 @@ def _edges(job: Job, stage: int, step: Step, bands: np.ndarray) -> np.ndarray:
     if not found:
         return np.zeros(0, EDGE)
     numbers = np.unique(bands["document"][np.concatenate(found)])
-    signatures = _signatures(job, stage, step, numbers)
+    signatures, sets = _signatures(job, stage, step, numbers)
+
+    @functools.lru_cache(maxsize=1 << 16)
+    def exact(first: int, second: int) -> float:
+        return jaccard(sets(first), sets(second))
+
     pairs: dict[tuple[int, int], float] = {}
     for group in found:
         at = np.searchsorted(numbers, np.unique(bands["document"][group]))
-        for first, second, similarity in similar_pairs(signatures["signature"][at], step.options["similarity"]):
-            pairs[at[first], at[second]] = similarity
+        at = at[np.argsort(signatures["rank"][at], kind="stable")]  # which are compared depends on the texts alone
+        for first, second, similarity in similar_pairs(
+                signatures["signature"][at], step.options["similarity"],
+                lambda first, second, at=at: exact(*sorted((int(at[first]), int(at[second]))))):
+            pairs[min(at[first], at[second]), max(at[first], at[second])] = similarity
     edges = np.zeros(len(pairs), EDGE)
     for side, name in enumerate(("first", "second")):
         at = np.fromiter((pair[side] for pair in pairs), np.int64, len(pairs))
@@ -101,10 +112,13 @@ def _edges(job: Job, stage: int, step: Step, bands: np.ndarray) -> np.ndarray:
     return edges
 
 
-def _signatures(job: Job, stage: int, step: Step, numbers: np.ndarray) -> np.ndarray:
-    """What is kept of documents, by their numbers, ascending."""
+def _signatures(
+    job: Job, stage: int, step: Step, numbers: np.ndarray
+) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+    """What is kept of documents, by their numbers, ascending; and what reads the shingles of one by its place there."""
     dtype = signed(step.options["bands"] * step.options["rows"])
     found = np.zeros(len(numbers), dtype)
+    paths, files_of, rows = [], np.zeros(len(numbers), np.int64), np.zeros(len(numbers), np.int64)
     of_part = (numbers >> np.uint64(PART_BITS)).astype(np.int64)
     for path in files(job, stage, "signed"):
         part = int(path.name.split("-")[1])
@@ -116,7 +130,15 @@ def _signatures(job: Job, stage: int, step: Step, numbers: np.ndarray) -> np.nda
         at = np.minimum(np.searchsorted(places, wanted), len(places) - 1)
         here = places[at] == wanted
         found[mine[here]] = ranged.rows(path, dtype, at[here])
-    return found
+        files_of[mine[here]], rows[mine[here]] = len(paths), at[here]
+        paths.append((path.with_name(path.name.replace("signed", "shingles", 1)), len(places)))
+
+    @functools.lru_cache(maxsize=SETS_HELD)
+    def sets(at: int) -> np.ndarray:
+        path, count = paths[files_of[at]]
+        return ranged.read([path], SHINGLE, count, int(rows[at]), int(rows[at]) + 1)
+
+    return found, sets
 
 
 def finish(job: Job, stage: int) -> None:
@@ -163,7 +185,7 @@ def _borders(job: Job, stage: int, step: Step) -> dict[str, int]:
         sizes = np.zeros(BINS, np.uint64)
         for path in _of_source(job, keys, source):
             drawn = ranged.read([path], DRAWN, RANGES, 0, RANGES)
-            np.add.at(sizes, drawn["bin"].astype(np.int64), drawn["bytes"])
+            np.add.at(sizes, drawn["bin"].astype(np.int64), drawn["size"])
         borders[source] = int(np.searchsorted(np.cumsum(sizes), np.uint64(budget), "right"))
     return borders
 

@@ -218,8 +218,8 @@ def _json_in(folder: str, name: str) -> Any:
 def _rows(batch: Any, is_trusted: bool = False) -> Iterator[Record]:
     """The rows of a batch; one by one where some of it is not what it should be.
 
-    Of a batch to be trusted the offsets were made by pyarrow, as those out of Parquet: texts that are not UTF-8 it tells
-    of while it makes them.
+    Of a batch to be trusted the offsets were made by pyarrow, as those out of Parquet: it tells of texts that are not
+    UTF-8 while it makes them.
     """
     try:
         batch.validate(full=not is_trusted)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from codellm_jax.contents import size
-from tasks.corpora import sources, specs
+from tasks.corpora import fields, sources, specs
 from tasks.corpora.files import Found, Lost
 from tasks.corpora.standard_library import python_corpus
 
@@ -80,7 +80,8 @@ class Inputs:
           ValueError, OSError: a file is not of its kind, or cannot be read.
         """
         row, before = 0, ""
-        for found in _records(self.corpora[name], name, files):
+        told = {fields.BESIDE: ["license", "language"]}  # of columns no others are read
+        for found in _records({**self.corpora[name], **told}, name, files):
             file, at = _place(found.place, before, files or ())
             row = row + 1 if file == before else 1
             before = file
