@@ -125,13 +125,13 @@ def _signatures(
         mine = np.flatnonzero(of_part == part)
         if not len(mine):
             continue
-        places = ranged.column(path, dtype, "place")
-        wanted = numbers[mine] & np.uint64((1 << PART_BITS) - 1)
-        at = np.minimum(np.searchsorted(places, wanted), len(places) - 1)
-        here = places[at] == wanted
+        count = path.stat().length // dtype.itemsize
+        first = int(ranged.rows(path, dtype, np.zeros(1, np.int64))["place"][0])
+        at = (numbers[mine] & np.uint64((1 << PART_BITS) - 1)).astype(np.int64) - first
+        here = (at >= 0) & (at < count)
         found[mine[here]] = ranged.rows(path, dtype, at[here])
         files_of[mine[here]], rows[mine[here]] = len(paths), at[here]
-        paths.append((path.with_name(path.name.replace("signed", "shingles", 1)), len(places)))
+        paths.append((path.with_name(path.name.replace("signed", "shingles", 1)), count))
 
     @functools.lru_cache(maxsize=SETS_HELD)
     def sets(at: int) -> np.ndarray:
