@@ -48,7 +48,7 @@ def measure(most: float) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     for step in steps_of([name for name in (*EDITS, *FILTERS) if name != "licence"], ["text.web"]):
         pool = "code" if step.sources == ("code",) else "text"
-        fields = [{"text": text, "file": "a.py", "language": None, "license": None, "licence": None}
+        fields = [{"text": text, "file": "a.py", "language": "python" if pool == "code" else None, "license": None}
                   for text in texts[pool]]
         apply(step, fields[0])  # loads what it needs
         seconds[step.name] = min(_taken(step, fields) for _ in range(ROUNDS)) / sizes[pool]

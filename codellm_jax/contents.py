@@ -214,11 +214,12 @@ def pieces(file: str) -> Iterator[bytes]:
     yield from _uncompressed(whole, *_COMPRESSIONS[name][1:]) if name else whole
 
 
-def lines(file: str, longest: int | None = None) -> Iterator[bytes]:
+def lines(file: str, longest: int | None = None, source: Iterable[bytes] | None = None) -> Iterator[bytes]:
     """The lines of a file, with their ends, as UTF-8 where its bytes are what they should be.
 
     Args:
       longest: bytes that are held of a line; one that is longer is given as b"". None holds any.
+      source: a part of its bytes, in UTF-8, to be read in their place.
 
     Raises:
       OSError: the file cannot be read.
@@ -229,7 +230,7 @@ def lines(file: str, longest: int | None = None) -> Iterator[bytes]:
     held, is_longer = 0, False
     broken = None
     try:
-        for piece in _as_utf8(file):
+        for piece in _as_utf8(file) if source is None else source:
             ended, end, rest = piece.rpartition(b"\n")
             if end:
                 for line in b"".join([*waiting, ended]).split(b"\n"):

@@ -1,6 +1,6 @@
 """A preparation as workers are told of it: where its files lie, and what is done with each part in each stage.
 
-A part is some files of one corpus. Stages are parted by the steps that need all documents:
+A part is some files of one corpus, or a piece of a large one. Stages are parted by the steps that need all documents:
 
   STAGE 0     each part is read; the rules before the first such step are applied; documents are written, and beside
               them what that step needs of each (a hash, a signature)
@@ -50,10 +50,13 @@ REMOVED = pa.schema([
 
 
 class Part(NamedTuple):
-    """Some files of a corpus, with size and time of the last change; None for a corpus that is read as a whole."""
+    """Some files of a corpus, with size and time of the last change; None for a corpus that is read as a whole. Or a
+    piece of one file, from its first byte or row group up to the next piece's.
+    """
 
     source: str
     files: tuple[tuple[str, int, int], ...] | None
+    piece: tuple[int, int] | None = None
 
 
 class Stage(NamedTuple):

@@ -134,12 +134,13 @@ def _copy(job: Job, dropped: np.void) -> dict[str, Any]:
 
 def _read(job: Job, part: int, lost: dict[str, int], removed: Table) -> Iterator[dict[str, Any]]:
     """The documents of a part as its files have them; counts and writes down records that hold none."""
-    source, files = job.parts[part]
+    source, files, piece = job.parts[part]
     for file in files or ():
         if job.inputs.state(file[0]) != file:
             raise ValueError(f"{source}: {file[0]} is not what it was when this preparation began. Remove {job.folder} "
                              "and start again.")
-    for each in job.inputs.documents(source, None if files is None else [file for file, _, _ in files]):
+    names = None if files is None else [file for file, _, _ in files]
+    for each in job.inputs.documents(source, names, piece, _rows_before(job, part)):
         row = {"source": source, "file": each.file, "row": each.row}
         if each.text is None:
             lost[each.reason] = lost.get(each.reason, 0) + each.records
@@ -150,6 +151,23 @@ def _read(job: Job, part: int, lost: dict[str, int], removed: Table) -> Iterator
         yield {**row, "text": each.text, "sha256": hashlib.sha256(content).hexdigest(), "license": each.licence,
                "language": each.language, "bytes_read": len(content), "tokens": job.tokens(each.text),
                "changed_by": []}
+
+
+def count_rows(job: Job, part: int) -> None:
+    """Writes down how many rows a part has that is a piece of a file, unless that is done."""
+    path = job.path(0, "rows", part, ".json")
+    source, files, piece = job.parts[part]
+    if files and piece and not path.exists():
+        ranged.write_bytes(path, json.dumps(job.inputs.rows(source, files[0][0], piece)).encode())
+
+
+def _rows_before(job: Job, part: int) -> int:
+    """Of a part that is a piece of a file, how many rows the pieces before it have."""
+    if not job.parts[part].piece:
+        return 0
+    before = (other for other in range(part) if job.parts[other].files == job.parts[part].files
+              and job.parts[other].source == job.parts[part].source)
+    return sum(json.loads(job.path(0, "rows", other, ".json").read_text()) for other in before)
 
 
 def _left(job: Job, stage: int, part: int) -> Iterator[dict[str, Any]]:

@@ -27,8 +27,18 @@ class Inputs(Protocol):
         """Path, size in bytes, and time of the last change in nanoseconds of a file."""
         ...
 
-    def documents(self, name: str, files: Sequence[str] | None) -> Iterator[Any]:
-        """A `tasks.corpora.inputs.Input` of each record of some files of a corpus, or of all of it."""
+    def pieces(self, name: str, file: str, at_most: int) -> list[tuple[int, int]] | None:
+        """The pieces, of about so many bytes, that a file can be read in; None where it is read as a whole."""
+        ...
+
+    def rows(self, name: str, file: str, piece: tuple[int, int]) -> int:
+        """How many lines or rows a piece of a file has."""
+        ...
+
+    def documents(
+        self, name: str, files: Sequence[str] | None, piece: tuple[int, int] | None = None, rows_before: int = 0
+    ) -> Iterator[Any]:
+        """A `tasks.corpora.inputs.Input` of each record of some files of a corpus, of a piece of a file, or of all."""
         ...
 
 
@@ -51,7 +61,8 @@ class Preparation:
       benchmarks, tasks: of which benchmarks the questions are looked for by the step "decontaminate".
       vocabulary: in whose tokens documents and budgets are counted; None for no count.
       format: of the documents that are written, one of `FORMATS`; the latter two are a dataset of TensorFlow Datasets.
-      part_bytes: files of one corpus are joined into parts of about so many bytes, which are worked on one by one.
+      part_bytes: files of one corpus are joined into parts of about so many bytes, which are worked on one by one; of
+        JSON lines and Parquet larger files are parted.
     """
 
     inputs: Inputs

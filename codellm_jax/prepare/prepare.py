@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -70,8 +70,8 @@ def prepare(
     _require_reach(runner, output, plan)
     folder = f"{output.rstrip('/')}.building"
     with alone_in(folder, "OUTPUT", "preparing documents"):
-        of_parts = tuple(Part(source, None if files is None else tuple(map(tuple, files)))
-                         for source, files in plan["parts"])
+        of_parts = tuple(Part(source, None if files is None else tuple(map(tuple, files)), piece and tuple(piece))
+                         for source, files, piece in plan["parts"])
         job = Job(preparation.inputs, tuple(steps), of_parts, folder, hashes, preparation.vocabulary,
                   preparation.format)
         _begin(job, plan, questions)
@@ -91,16 +91,10 @@ def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[A
         files = preparation.inputs.files(source)
         inputs.append({"source": source, "spec": spec, "files": files and [[name, size] for name, size, _ in files]})
         if files is None:
-            of_parts.append([source, None])
+            of_parts.append([source, None, None])
             continue
         changed |= {name: time for name, _, time in files}
-        part: list[tuple[str, int, int]] = []
-        for file in files:
-            if part and sum(size for _, size, _ in part) + file[1] > preparation.part_bytes:
-                of_parts.append([source, part])
-                part = []
-            part.append(file)
-        of_parts.append([source, part])
+        of_parts += _parts(preparation, source, files)
     text = json.dumps(questions, ensure_ascii=False)
     vocabulary = preparation.vocabulary and preparation.vocabulary.content_hash
     plan = {"inputs": inputs, "inputs_sha256": _hash(inputs), "changed": changed, "steps": described(steps),
@@ -109,6 +103,25 @@ def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[A
             "questions_sha256": hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest(),
             "tasks": Counter(task for task, _, _ in questions), "parts": of_parts}
     return json.loads(json.dumps(plan))
+
+
+def _parts(preparation: Preparation, source: str, files: Sequence[tuple[str, int, int]]) -> Iterator[list[Any]]:
+    """The parts of a corpus, each its name, files, and of a file that is parted the piece."""
+    part: list[tuple[str, int, int]] = []
+    held = 0
+    for file in files:
+        name, size, _ = file
+        if part and held + size > preparation.part_bytes:
+            yield [source, part, None]
+            part, held = [], 0
+        if size > preparation.part_bytes and (found := preparation.inputs.pieces(
+                source, name, preparation.part_bytes)):
+            yield from ([source, [file], piece] for piece in found)
+            continue
+        part.append(file)
+        held += size
+    if part:
+        yield [source, part, None]
 
 
 def _hash(value: Any) -> str:
@@ -216,10 +229,12 @@ def _alone(job: Job, todo: Sequence[str]) -> None:
 
 
 def do(job: Job, text: str) -> None:
-    """Does what a text names: a part in a stage, or a bucket behind one."""
+    """Does what a text names: a part in a stage, a bucket behind one, or the rows of a piece of a file."""
     what, *numbers = json.loads(text)
     if what == "part":
         parts.process(job, *numbers)
+    elif what == "rows":
+        parts.count_rows(job, *numbers)
     else:
         reduction.reduce(job, *numbers)
 
@@ -239,6 +254,8 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
             count = reduction.buckets(job, stage - 1)
             work(job, [json.dumps(["bucket", stage - 1, bucket, count]) for bucket in range(count)])
             reduction.finish(job, stage - 1)
+        else:
+            work(job, [json.dumps(["rows", part]) for part, one in enumerate(job.parts) if one.piece])
         work(job, [json.dumps(["part", stage, part]) for part in todo])
         left = sum((job.facts(stage, part) or {})["documents"] for part in range(len(job.parts)))
         report(f"{told}{left:,} documents left, in {len(job.parts):,} part{'s' * (len(job.parts) > 1)}.")

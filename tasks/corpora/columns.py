@@ -30,20 +30,36 @@ def require_parquet(file: str) -> None:
         pass
 
 
-def parquet_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
+def group_facts(file: str) -> list[tuple[int, int]]:
+    """Of each row group of a Parquet file its rows and bytes in the file; raises as `parquet_records` does."""
+    with _parquet(file) as opened:
+        groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
+        return [(group.num_rows, sum(group.column(number).total_compressed_size for number in range(group.num_columns)))
+                for group in groups]
+
+
+def parquet_records(
+    file: str, spec: Mapping[str, Any], groups: tuple[int, int] | None = None, before: int = 0
+) -> Iterator[tuple[str, Record]]:
     """The rows of a Parquet file, with the fields that a spec asks for, and their places.
+
+    Args:
+      groups: reads the row groups from the first of these numbers up to the second alone, which have `before` rows
+        before them; None reads all.
 
     Raises:
       UnreadableFile: it is no Parquet, or its footer is damaged.
       OSError: it cannot be read.
     """
     with _parquet(file) as opened:
-        schema, row = opened.schema_arrow, 0
+        schema, row = opened.schema_arrow, before
+        numbers = range(*(groups or (0, opened.num_row_groups)))
         if lost := fields.lacking(lambda name: _has(schema, name), spec, "text"):
-            yield f"{file}, {fields.named(schema.names)}", Lost(lost, opened.metadata.num_rows)
+            rows = sum(opened.metadata.row_group(group).num_rows for group in numbers)
+            yield f"{file}, {fields.named(schema.names)}", Lost(lost, rows)
             return
         chosen = [name for name in fields.wanted(spec, "text") if _has(schema, name)]
-        for group in range(opened.num_row_groups):
+        for group in numbers:
             facts = opened.metadata.row_group(group)
             rows, given, reason = facts.num_rows, 0, ""
             try:
@@ -59,7 +75,7 @@ def parquet_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, R
                 yield (f"{file}, row group {group + 1}: {reason or 'fewer rows than it says'}",
                        Lost("in a damaged row group", max(1, rows - given)))
             row += rows
-        if not row:
+        if not row and groups is None:
             yield file, Lost(EMPTY_FILE)
 
 

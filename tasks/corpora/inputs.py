@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from codellm_jax.contents import size
-from tasks.corpora import fields, sources, specs
+from tasks.corpora import fields, pieces, sources, specs
 from tasks.corpora.files import Found, Lost
+from tasks.corpora.pieces import Piece
 from tasks.corpora.standard_library import python_corpus
 
 _NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
@@ -73,15 +74,34 @@ class Inputs:
             return None
         return [self.state(file) for file in sources.files(spec, "train", name)]
 
-    def documents(self, name: str, files: Sequence[str] | None) -> Iterator[Input]:
+    def pieces(self, name: str, file: str, at_most: int) -> list[Piece] | None:
+        """The pieces, of about so many bytes, that a file of a corpus can be read in; None where it is read as a whole.
+
+        Raises:
+          ValueError, OSError: the file is not of its kind, or cannot be read.
+        """
+        return pieces.pieces(file, self.corpora[name], name, at_most)
+
+    def rows(self, name: str, file: str, piece: Piece) -> int:
+        """How many lines or rows a piece of a file has."""
+        return pieces.rows(file, self.corpora[name], name, piece)
+
+    def documents(
+        self, name: str, files: Sequence[str] | None, piece: Piece | None = None, rows_before: int = 0
+    ) -> Iterator[Input]:
         """The records of some files of a corpus in their order, or of all of it.
+
+        Args:
+          files: None for all.
+          piece: of the only file, that alone is read; `rows_before` lines or rows come before it.
 
         Raises:
           ValueError, OSError: a file is not of its kind, or cannot be read.
         """
-        row, before = 0, ""
+        row, before = rows_before, files[0] if piece and files else ""
         told = {fields.BESIDE: ["license", "language"]}  # of columns no others are read
-        for found in _records({**self.corpora[name], **told}, name, files):
+        spec = {**self.corpora[name], **told}
+        for found in pieces.records(before, spec, name, piece, rows_before) if piece else _records(spec, name, files):
             file, at = _place(found.place, before, files or ())
             row = row + 1 if file == before else 1
             before = file

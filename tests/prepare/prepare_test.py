@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,7 +22,7 @@ from codellm_jax import cli
 from codellm_jax.prepare import keys, parts, prepare, reduction
 from codellm_jax.vocabulary import load_vocabulary
 from tasks.benchmarks.judging import Benchmarks
-from tasks.corpora import sources
+from tasks.corpora import pieces, sources
 from tasks.corpora.inputs import Inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,6 +165,30 @@ def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch, 
             pass
     assert contents(folder / "out") == wanted
     assert max(done[text] for text in done if text.startswith('["part"')) == 1
+
+
+def test_large_files_are_shared_out_in_pieces(folder: Path, monkeypatch):
+    corpora = {"text.web": {"json_lines": str(folder / "[ab].jsonl")},
+               "text.table": {"parquet": str(folder / "table.parquet")}}
+    pq.write_table(pa.table({"text": [f"Row {number} " + "of a table " * 9 for number in range(500)]}),
+                   folder / "table.parquet", row_group_size=50)
+
+    def prepared(name: str, part_bytes: int) -> Path:
+        steps = ["exact_duplicates", "near_duplicates", {"name": "sample", "budgets": {"text.web": 60_000}}]
+        prepare.prepare(prepare.Preparation(Inputs(corpora), steps, str(folder / name), part_bytes=part_bytes), 1,
+                        report=silent)
+        return folder / name
+
+    whole = prepared("whole", 10**9)
+    monkeypatch.setattr(pieces, "LEAST", 5000)
+    parted = prepared("parted", 5000)
+    assert len(list(whole.glob("*.parquet"))) == 2 and len(list(parted.glob("*.parquet"))) > 12
+    assert rows(parted) == rows(whole)
+
+    def removed(folder: Path) -> list[str]:
+        return sorted(json.dumps(row, sort_keys=True) for row in rows(folder / "removed"))
+
+    assert removed(parted) == removed(whole)
 
 
 def test_a_kill_within_a_part_leaves_nothing_half(folder: Path, monkeypatch):
