@@ -5,8 +5,8 @@ a text with fewer words is one shingle. The signature of a text is, for each of 
 hash of its shingles (Broder 1997). The share of hashes in which two signatures agree estimates the Jaccard similarity s
 of their sets of shingles, with a standard error of sqrt(s (1 - s) / (bands x rows)). Two texts are compared where they
 agree in all rows of any band, which happens with the chance that `chance_to_meet` gives: of 14 x 8, which FineWeb uses,
-0.77 at s = 0.75, 0.92 at 0.8, 0.988 at 0.85, 0.9995 at 0.9. Those that meet are compared by the shingles themselves, so
-that what counts as similar does not depend on luck: at 0.85, the default, 98.8% of the pairs are found, and no pair below.
+0.77 at s = 0.75, 0.92 at 0.8, 0.988 at 0.85, 0.9996 at 0.9. Those that meet are compared by the shingles themselves: of
+the pairs that are as similar as the default, 0.85, 98.8% are found, of more similar ones more, and no pair below it.
 """
 
 import functools

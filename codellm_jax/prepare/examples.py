@@ -1,7 +1,8 @@
 """Documents as ArrayRecord or TFRecord files, which `tfds.builder_from_directory(OUTPUT)` opens as a dataset.
 
-Of ArrayRecord TensorFlow Datasets makes a data source, of TFRecord a tf.data.Dataset, too. A record is a tf.train.Example in protobuf's wire format, written here, so that workers do without TensorFlow and the
-bytes are always the same (protobuf's own order of a map's entries is not). A text that is missing is empty.
+Of ArrayRecord TensorFlow Datasets makes a data source, of TFRecord a tf.data.Dataset, too. A record is a
+tf.train.Example in protobuf's wire format, written here, so that workers do without TensorFlow and the bytes are always
+the same (protobuf's own order of a map's entries is not). A text that is missing is empty.
 """
 
 import contextlib

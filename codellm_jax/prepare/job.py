@@ -46,7 +46,8 @@ REMOVED = pa.schema([
     ("number", pa.int64()),  # of the step, from 1; 0 is the reading
     ("step", pa.string()), ("reason", pa.string()),
     ("records", pa.int64()),  # 1, but where a damaged file lost several
-    ("bytes", pa.int64()), ("tokens", pa.int64()), ("copy_source", pa.string()), ("copy_sha256", pa.string()), ("similarity", pa.float32())])
+    ("bytes", pa.int64()), ("tokens", pa.int64()), ("copy_source", pa.string()), ("copy_sha256", pa.string()),
+    ("similarity", pa.float32())])  # the highest to any document that it was joined with
 
 
 class Part(NamedTuple):
@@ -96,7 +97,8 @@ class Job:
 
     def documents_path(self, stage: int, part: int) -> epath.Path:
         """Where they lie."""
-        return self.path(stage, "documents", part, f".{self.format}" if self.stages[stage].after is None else ".parquet")
+        is_last = self.stages[stage].after is None
+        return self.path(stage, "documents", part, f".{self.format if is_last else 'parquet'}")
 
     def tokens(self, text: str) -> int | None:
         """Tokens of a document, those that begin and end it included, as rows for training have them."""

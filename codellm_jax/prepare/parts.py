@@ -97,8 +97,8 @@ def _processed(job: Job, stage: int, part: int, documents: Table | Records, remo
             if shape:
                 shape.add(document, size)
     keys.close()
-    return {"read": read, "documents": documents.count, "bytes": documents.bytes, "removed": removed.count, "lost": dict(sorted(lost.items())),
-            "overlaps": overlaps, "shape": shape and shape.facts(),
+    return {"read": read, "documents": documents.count, "bytes": documents.bytes, "removed": removed.count,
+            "lost": dict(sorted(lost.items())), "overlaps": overlaps, "shape": shape and shape.facts(),
             "steps": {str(number): count.facts() for number, count in counts.items()}}
 
 

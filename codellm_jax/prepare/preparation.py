@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from codellm_jax.vocabulary import Vocabulary
 
-
 FORMATS = {"parquet": "pyarrow", "array_record": "array_record", "tfrecord": "google_crc32c"}  # and what writes them
 
 

@@ -144,7 +144,8 @@ def _questions(preparation: Preparation, steps: Sequence[Step]) -> list[Any]:
 
 
 _KINDS = {"steps": "STEPS", "inputs": "files of CORPORA", "changed": "contents of files of CORPORA",
-          "format": "FORMAT", "vocabulary_sha256": "VOCABULARY", "questions_sha256": "questions of TASKS", "parts": "files of CORPORA, or prepare.part_bytes,"}
+          "format": "FORMAT", "vocabulary_sha256": "VOCABULARY", "questions_sha256": "questions of TASKS",
+          "parts": "files of CORPORA, or prepare.part_bytes,"}
 
 
 def _difference(before: Mapping[str, Any], plan: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -229,12 +230,16 @@ def _alone(job: Job, todo: Sequence[str]) -> None:
 
 
 def do(job: Job, text: str) -> None:
-    """Does what a text names: a part in a stage, a bucket behind one, or the rows of a piece of a file."""
+    """Does what a text names: a part in a stage, a bucket behind one or of a round of joining, or counting of rows."""
     what, *numbers = json.loads(text)
     if what == "part":
         parts.process(job, *numbers)
     elif what == "rows":
         parts.count_rows(job, *numbers)
+    elif what == "star":
+        reduction.star(job, *numbers)
+    elif what == "joined":
+        reduction.drop_joined(job, *numbers)
     else:
         reduction.reduce(job, *numbers)
 
@@ -253,7 +258,7 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
         if stage:
             count = reduction.buckets(job, stage - 1)
             work(job, [json.dumps(["bucket", stage - 1, bucket, count]) for bucket in range(count)])
-            reduction.finish(job, stage - 1)
+            reduction.finish(job, stage - 1, functools.partial(work, job))
         else:
             work(job, [json.dumps(["rows", part]) for part, one in enumerate(job.parts) if one.piece])
         work(job, [json.dumps(["part", stage, part]) for part in todo])
@@ -265,7 +270,7 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
 
 def _forget(job: Job, stage: int) -> None:
     """Removes the documents of a stage, and what was found of them, once the next one is done."""
-    for kind in ("documents", "keys", "signed", "shingles", "edges", "found"):
+    for kind in ("documents", "keys", "signed", "shingles", "edges", "star", "found"):
         for path in reduction.files(job, stage, kind):
             path.unlink()
 
@@ -297,8 +302,8 @@ def _finish(job: Job, plan: Mapping[str, Any], output: epath.Path, report: Calla
         for name, text in examples.descriptions(
                 job.format, [one["documents"] for one in written], size, job.vocabulary is not None):
             write_whole(output / name, text)
-    manifest = {key: plan[key] for key in ("inputs", "inputs_sha256", "changed", "steps", "steps_sha256", "format", "vocabulary",
-                                           "vocabulary_sha256", "tasks", "questions_sha256")}
+    manifest = {key: plan[key] for key in ("inputs", "inputs_sha256", "changed", "steps", "steps_sha256", "format",
+                                           "vocabulary", "vocabulary_sha256", "tasks", "questions_sha256")}
     sources = list(dict.fromkeys(part.source for part in job.parts))
     counted = write_card(output, manifest, job, facts, sources)
     write_whole(output / "manifest.json", json.dumps(

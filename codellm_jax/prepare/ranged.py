@@ -13,6 +13,11 @@ from etils import epath
 BYTES_BETWEEN = 64 << 10  # of records that nobody wants: reading them takes less than asking once more
 
 
+def index_bytes(count: int) -> int:
+    """Bytes that a file of so many ranges has before its records."""
+    return 8 * (count + 1)
+
+
 def write(path: epath.Path, records: np.ndarray, ranges: np.ndarray, count: int) -> None:
     """Writes records.
 
@@ -40,7 +45,7 @@ def read(paths: Iterable[epath.Path], dtype: np.dtype, count: int, first: int, l
         with path.open("rb") as file:
             file.seek(8 * first)
             head = np.frombuffer(file.read(8 * (last - first + 1)), np.uint64)
-            file.seek(8 * (count + 1) + int(head[0]) * dtype.itemsize)
+            file.seek(index_bytes(count) + int(head[0]) * dtype.itemsize)
             found.append(np.frombuffer(file.read(int(head[-1] - head[0]) * dtype.itemsize), dtype))
     return np.concatenate(found)
 

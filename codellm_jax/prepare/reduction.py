@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from codellm_jax.prepare import ranged
-from codellm_jax.prepare.duplicates import components, groups, jaccard, similar_pairs
+from codellm_jax.prepare import joining, ranged
+from codellm_jax.prepare.duplicates import groups, jaccard, similar_pairs
 from codellm_jax.prepare.job import BAND, DRAWN, DROPPED, EDGE, EQUAL, PART_BITS, Job, signed
 from codellm_jax.prepare.keys import BINS, RANGES
 from codellm_jax.prepare.steps import Step
@@ -30,9 +30,14 @@ def buckets(job: Job, stage: int) -> int:
     step = _step(job, stage)
     if step.name == "sample":
         return 0
-    size = sum(path.stat().length for path in files(job, stage, "keys"))
+    size = _size(files(job, stage, "keys"))
     wanted = max(min(len(job.parts), 16), size // BYTES_A_BUCKET + 1)
     return min(RANGES, 1 << math.ceil(math.log2(wanted)))
+
+
+def _size(paths: Sequence[epath.Path]) -> int:
+    """Bytes of all records of some files."""
+    return sum(path.stat().length - ranged.index_bytes(RANGES) for path in paths)
 
 
 def _step(job: Job, stage: int) -> Step:
@@ -52,8 +57,7 @@ def reduce(job: Job, stage: int, bucket: int, count: int) -> None:
     keys = files(job, stage, "keys")
     if near:
         bands = np.sort(ranged.read(keys, BAND, RANGES, first, last), order=["key", "document"])
-        edges = _edges(job, stage, step, bands)
-        ranged.write(path, edges, np.zeros(len(edges), np.int64), 1)
+        _write_edges(path, _edges(job, stage, step, bands))
         return
     found = np.sort(ranged.read(keys, EQUAL, RANGES, first, last),
                     order=["high", "low", "rank", "document", "place"])
@@ -141,40 +145,70 @@ def _signatures(
     return found, sets
 
 
-def finish(job: Job, stage: int) -> None:
+def finish(job: Job, stage: int, work: Callable[[Sequence[str]], None]) -> None:
     """What is left once all buckets behind a stage are done; of near duplicates and of samples it is the choice itself.
 
-    Of documents that pairs join the longest stays, of equally long ones that with the lowest hash, of equal ones the
-    first.
+    Args:
+      work: has others do what texts name, as `prepare.do` does it.
     """
     step = _step(job, stage)
     if step.name == "near_duplicates":
-        edges = ranged.read(files(job, stage, "edges"), EDGE, 1, 0, 1)
-        _write_dropped(job, job.path(stage, "found", 0, ".bin"), _joined(edges))
+        edges = files(job, stage, "edges")
+        size = _size(edges)
+        if size <= BYTES_A_BUCKET:
+            found = ranged.read(edges, EDGE, RANGES, 0, RANGES)
+            _write_dropped(job, job.path(stage, "found", 0, ".bin"), joining.joined(found))
+        else:
+            count = min(RANGES, 1 << math.ceil(math.log2(size // BYTES_A_BUCKET + 1)))
+            _join_in_rounds(job, stage, count, work)
     elif step.name == "sample":
         text = json.dumps(_borders(job, stage, step))
         ranged.write_bytes(job.path(stage, "found", 0, ".json"), text.encode())
 
 
-def _joined(edges: np.ndarray) -> np.ndarray:
-    """Of all pairs the documents that go."""
-    if not len(edges):
-        return np.zeros(0, DROPPED)
-    numbers, label = components(edges["first"], edges["second"])
-    size, rank = np.zeros(len(numbers), np.uint64), np.zeros(len(numbers), np.uint64)
-    similarity = np.zeros(len(numbers), np.float32)
-    for name in ("first", "second"):
-        at = np.searchsorted(numbers, edges[name])
-        size[at], rank[at] = edges[f"{name}_bytes"], edges[f"{name}_rank"]
-        np.maximum.at(similarity, at, edges["similarity"])
-    order = np.lexsort((numbers, rank, ~size, label))  # the longest of each component first
-    leads = np.concatenate([[True], np.diff(label[order]) != 0])
-    kept = order[np.maximum.accumulate(np.where(leads, np.arange(len(order)), 0))]
-    gone = order[~leads]
-    dropped = np.zeros(len(gone), DROPPED)
-    dropped["document"], dropped["copy"] = numbers[gone], numbers[kept[~leads]]
-    dropped["rank"], dropped["similarity"] = rank[kept[~leads]], similarity[gone]
-    return dropped
+def _write_edges(path: epath.Path, edges: np.ndarray) -> None:
+    """Writes pairs both ways, by ranges of a hash of the first document."""
+    edges = joining.both_ways(edges)
+    ranges = (joining.hashed(edges) >> np.uint64(64 - 12)).astype(np.int64)
+    order = np.argsort(ranges, kind="stable")
+    ranged.write(path, edges[order], ranges[order], RANGES)
+
+
+def _join_in_rounds(job: Job, stage: int, count: int, work: Callable[[Sequence[str]], None]) -> None:
+    """Joins pairs by `count` buckets of documents, round after round, until nothing changes."""
+    number, quiet = 0, 0
+    while quiet < 2:  # a large star and a small one
+        number += 1
+        work([json.dumps(["star", stage, number, bucket, count]) for bucket in range(count)])
+        told = [path for path in files(job, stage, "star") if path.name.endswith(f"-{number}.json")]
+        quiet = 0 if any(json.loads(path.read_text()) for path in told) else quiet + 1
+    work([json.dumps(["joined", stage, number, bucket, count]) for bucket in range(count)])
+
+
+def star(job: Job, stage: int, number: int, bucket: int, count: int) -> None:
+    """Does one bucket of a round, of which those of odd numbers are large stars, unless it is done."""
+    told = job.path(stage, "star", bucket, f"-{number}.json")
+    if told.exists():
+        return
+    before = _edges_of_bucket(job, stage, number - 1, bucket, count)
+    edges, changed = joining.star(before, large=number % 2 == 1)
+    _write_edges(job.path(stage, "star", bucket, f"-{number}.bin"), edges)
+    ranged.write_bytes(told, json.dumps(changed).encode())
+
+
+def drop_joined(job: Job, stage: int, number: int, bucket: int, count: int) -> None:
+    """Of the documents of a bucket, writes those that go by the last round, of that number, unless that is done."""
+    path = job.path(stage, "found", bucket, ".bin")
+    if not path.exists():
+        stars, edges = (_edges_of_bucket(job, stage, each, bucket, count) for each in (number, 0))
+        _write_dropped(job, path, joining.dropped_by_stars(stars, edges))
+
+
+def _edges_of_bucket(job: Job, stage: int, number: int, bucket: int, count: int) -> np.ndarray:
+    """The pairs that a round left, of number 0 those that were found, whose first document is in a bucket."""
+    paths = [path for path in files(job, stage, "star") if path.name.endswith(f"-{number}.bin")] if number else \
+        files(job, stage, "edges")
+    return ranged.read(paths, EDGE, RANGES, bucket * RANGES // count, (bucket + 1) * RANGES // count)
 
 
 def _borders(job: Job, stage: int, step: Step) -> dict[str, int]:

@@ -77,8 +77,8 @@ def decontaminate(
     Args:
       ngram: words of an n-gram.
       minimum: words that a shorter part of a question must have to be looked for as a whole.
-      characters, minimum_characters: the same of Chinese and other scripts without spaces, of which a word has about two
-        characters. 13 and 8 of them are common phrases: "the Standing Committee of the National People's Congress" is 13.
+      characters, minimum_characters: the same of Chinese and other scripts without spaces, of which a word has about
+        two. So few as 13 are common phrases: "Standing Committee of the National People's Congress" has as many.
       most: questions of one task that may have an n-gram; of more it is the task's manner of asking.
     """
 

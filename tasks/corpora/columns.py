@@ -2,7 +2,8 @@
 
 Of a file only the columns that are asked for are read, a few megabytes of rows at a time, so that memory does not grow
 with a file or its row groups. What is damaged within a file is counted by rows where the file says how many there are;
-a file that cannot be read at all is refused by name.
+a file that cannot be read at all is refused by name. Of an Arrow stream that lacks its last mark a broken rest is
+counted, for it may have been cut between two batches.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from codellm_jax.contents import BrokenFile, UnreadableFile, content, head, is_file, kind, open_binary
+from codellm_jax.contents import BrokenFile, UnreadableFile, content, head, is_file, kind, open_binary, size
 from tasks.corpora import fields
 from tasks.corpora.files import Lost, library
 from tasks.corpora.records import EMPTY_FILE, NOT_UTF8
@@ -19,6 +20,7 @@ BYTES_AT_ONCE = 8 << 20  # of uncompressed columns
 MOST_ROWS_AT_ONCE = 1024
 
 Record = Mapping[str, Any] | Lost
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 # ---- Parquet -----------------------------------------------------------------------------------
@@ -39,11 +41,12 @@ def group_facts(file: str) -> list[tuple[int, int]]:
 
 
 def parquet_records(
-    file: str, spec: Mapping[str, Any], groups: tuple[int, int] | None = None, before: int = 0
+    file: str, spec: Mapping[str, Any] | None, groups: tuple[int, int] | None = None, before: int = 0
 ) -> Iterator[tuple[str, Record]]:
     """The rows of a Parquet file, with the fields that a spec asks for, and their places.
 
     Args:
+      spec: None asks for all fields.
       groups: reads the row groups from the first of these numbers up to the second alone, which have `before` rows
         before them; None reads all.
 
@@ -54,11 +57,11 @@ def parquet_records(
     with _parquet(file) as opened:
         schema, row = opened.schema_arrow, before
         numbers = range(*(groups or (0, opened.num_row_groups)))
-        if lost := fields.lacking(lambda name: _has(schema, name), spec, "text"):
+        if spec is not None and (lost := fields.lacking(lambda name: _has(schema, name), spec, "text")):
             rows = sum(opened.metadata.row_group(group).num_rows for group in numbers)
             yield f"{file}, {fields.named(schema.names)}", Lost(lost, rows)
             return
-        chosen = [name for name in fields.wanted(spec, "text") if _has(schema, name)]
+        chosen = None if spec is None else [name for name in fields.wanted(spec, "text") if _has(schema, name)]
         for group in numbers:
             facts = opened.metadata.row_group(group)
             rows, given, reason = facts.num_rows, 0, ""
@@ -191,6 +194,11 @@ def _of_stream(reader: Any, file: str) -> Iterator[Any]:
     except _damages() as error:
         _require_damage(error, file)
         raise BrokenFile(_reason(error)) from error
+    # A stream that is cut between two batches ends like a whole one, but for the mark that writers put behind the last.
+    with open_binary(file) as stream:
+        stream.seek(max(0, size(file) - len(_END_OF_STREAM)))
+        if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
+            raise BrokenFile("it ends without the mark that ends a stream")
 
 
 def dataset_files(folder: str) -> list[str] | None:

@@ -1,7 +1,7 @@
 """Large files read in pieces, so that several workers share one: JSON lines by ranges of bytes, Parquet by row groups.
 
-The pieces of a file give, one after the other, the records and places that the whole file gives. What makes a whole file
-refused, that most of its records are no UTF-8 or none is JSON, is counted of pieces.
+The pieces of a file give, one after the other, the records and places that the whole file gives. For what a whole file
+is refused, that most of its records are no UTF-8 or none is JSON, is counted of pieces.
 """
 
 import json

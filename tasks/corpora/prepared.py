@@ -15,9 +15,9 @@ def prepared(files: Iterable[str]) -> list[dict[str, Any]]:
     """For each folder of some files in which `t5x prepare` left its manifest, what that says.
 
     Returns:
-      As JSON: "folder", "steps_sha256" (of the steps with all options), "inputs_sha256" (of the inputs' specs, names and
-      sizes), and "inputs": of each corpus that was prepared its files, or, of more than 20, their folders with how many
-      lie in each.
+      As JSON: "folder", "steps_sha256" (of the steps with all options), "inputs_sha256" (of the inputs' specs, names
+      and sizes), and "inputs": of each corpus that was prepared its files, or, of more than 20, their folders with how
+      many lie in each.
 
     Raises:
       OSError: a manifest cannot be read.

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from codellm_jax.mixture.ngrams import words
-from codellm_jax.prepare import duplicates, keys
+from codellm_jax.prepare import duplicates, joining, keys
+from codellm_jax.prepare.job import EDGE
 from codellm_jax.prepare.prepare import Preparation, prepare
 from tasks.corpora.inputs import Inputs
 
@@ -117,6 +118,43 @@ def test_groups_and_components():
     numbers, label = duplicates.components(np.array([9, 3, 7], np.uint64), np.array([3, 5, 8], np.uint64))
     assert numbers.tolist() == [3, 5, 7, 8, 9]
     assert label[0] == label[1] == label[4] != label[2] == label[3]
+
+
+def random_edges(dice: np.random.Generator, documents: int, count: int) -> np.ndarray:
+    """Pairs of different documents, each with a length of few values and a rank."""
+    size, rank = dice.integers(5, 9, documents), dice.integers(0, 3, documents)
+    ends = dice.integers(0, documents, (2, count))
+    ends = ends[:, ends[0] != ends[1]]
+    edges = np.zeros(ends.shape[1], EDGE)
+    for side, name in zip(ends, ("first", "second"), strict=True):
+        edges[name], edges[f"{name}_bytes"], edges[f"{name}_rank"] = side, size[side], rank[side]
+    edges["similarity"] = dice.random(len(edges))
+    return edges
+
+
+def joined_in_rounds(edges: np.ndarray, buckets: int) -> np.ndarray:
+    """As workers do it, each with the documents of its bucket alone."""
+    first = now = joining.both_ways(edges)
+    number = quiet = 0
+    while quiet < 2:
+        number += 1
+        found = [joining.star(now[now["first"] % buckets == bucket], number % 2 == 1) for bucket in range(buckets)]
+        now = joining.both_ways(np.concatenate([edges for edges, _ in found]))
+        quiet = 0 if any(changed for _, changed in found) else quiet + 1
+    return np.concatenate([joining.dropped_by_stars(
+        now[now["first"] % buckets == bucket], first[first["first"] % buckets == bucket]) for bucket in range(buckets)])
+
+
+def test_pairs_joined_in_rounds_are_those_joined_at_once():
+    dice = np.random.default_rng(3)
+    for documents, count in ((1000, 400), (1000, 900), (300, 2000), (5, 30)):
+        edges = random_edges(dice, documents, count)
+        for buckets in (1, 7):
+            assert np.array_equal(np.sort(joined_in_rounds(edges, buckets)), np.sort(joining.joined(edges)))
+    chain = np.resize(np.zeros(1, EDGE), 1999)
+    chain["first"], chain["second"] = np.arange(1999), np.arange(1, 2000)
+    assert np.array_equal(np.sort(joined_in_rounds(chain, 4)), np.sort(joining.joined(chain)))
+    assert not len(joining.joined(chain[:0])) and not len(joined_in_rounds(chain[:0], 2))
 
 
 @pytest.mark.parametrize(("similarity", "bands", "shares"), [

@@ -219,6 +219,29 @@ def test_a_kill_within_a_part_leaves_nothing_half(folder: Path, monkeypatch):
     assert contents(folder / "out") == contents(folder / "other")
 
 
+def test_many_pairs_are_joined_by_rounds_of_workers(folder: Path, monkeypatch):
+    dice = random.Random(8)
+    texts = [[f"word{dice.randrange(3000)}" for _ in range(150)] for _ in range(30)]
+    for text in texts[:]:
+        for _ in range(dice.randrange(5)):  # copies of copies, so that they are chains
+            text = [word if dice.random() > 0.01 else "other" for word in text] + ["end"]
+            texts.append(text)
+    written(folder / "a.jsonl", [" ".join(text) for text in texts])
+    prepare.prepare(preparation(folder, "once", ["near_duplicates"]), 1, report=silent)
+    monkeypatch.setattr(reduction, "BYTES_A_BUCKET", 1000)
+    real, done = prepare.do, Counter[str]()
+
+    def counted(job, text: str) -> None:
+        real(job, text)
+        done[json.loads(text)[0]] += 1
+
+    monkeypatch.setattr(prepare, "do", counted)
+    prepare.prepare(preparation(folder, "out", ["near_duplicates"]), 1, report=silent)
+    assert done["star"] > 20 and done["joined"] > 3
+    assert contents(folder / "out") == contents(folder / "once")
+    assert sum(row["step"] == "near_duplicates" for row in rows(folder / "out" / "removed")) > 40
+
+
 def test_which_copy_stays_depends_on_the_texts_alone(folder: Path):
     steps = ["exact_duplicates", "near_duplicates", {"name": "duplicated_paragraphs", "characters": 30},
              {"name": "sample", "budgets": {"text.web": 30_000}}]
@@ -328,8 +351,9 @@ def test_a_corpus_says_how_it_was_prepared(folder: Path):
         "folder": str(out), "steps_sha256": manifest["steps_sha256"], "inputs_sha256": manifest["inputs_sha256"],
         "inputs": {"text.web": [str(folder / "a.jsonl"), str(folder / "b.jsonl")],
                    "code.own": [str(folder / "c.jsonl")]}}]
+    many = [[f"/data/{number % 2}/{number}.jsonl", 9] for number in range(30)]
     (out / "manifest.json").write_text(json.dumps(manifest | {"inputs": [
-        {"source": "text.web", "spec": {}, "files": [[f"/data/{number % 2}/{number}.jsonl", 9] for number in range(30)]},
+        {"source": "text.web", "spec": {}, "files": many},
         {"source": "code.python", "spec": {"python": "code"}, "files": None}]}))
     assert sources.describe(spec)["prepared"][0]["inputs"] == {
         "text.web": ["/data/0: 15 files", "/data/1: 15 files"], "code.python": ['{"python": "code"}']}
@@ -346,7 +370,8 @@ def test_a_run_names_how_its_data_were_prepared(folder: Path):
         sys.executable, "-m", "codellm_jax.cli", "train", "--gin_file=gin/text_pretrain.gin",
         "--gin_file=gin/models/tiny.gin", f"--gin.CORPORA={corpora}", "--gin.MIXTURE_OR_TASK_NAME=['text.clean']",
         "--gin.TRAIN_STEPS=2", "--gin.WARMUP_STEPS=0", "--gin.BATCH_SIZE=8",
-        "--gin.TASK_FEATURE_LENGTHS={'targets': 64}", f"--gin.MODEL_DIR={run}", f"--gin.CACHE_DIR={folder / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 64}", f"--gin.MODEL_DIR={run}",
+        f"--gin.CACHE_DIR={folder / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((folder / "out" / "manifest.json").read_text())
     provenance = json.loads((run / "provenance.json").read_text())
