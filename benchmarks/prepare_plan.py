@@ -34,6 +34,7 @@ SHIPPED = {
     "code": ("generated", "minified", "line_lengths", "alphanumeric_share", "parses", "test_files"),
     "both": ("mask_secrets", "mask_e_mails", "exact_duplicates", "near_duplicates", "decontaminate")}
 OF_ALL = ("exact_duplicates", "near_duplicates")
+BANDS, ROWS = 14, 8
 TASKS = ("logic", "jecqa", "scienceqa", "ekar", "cosqa", "c3", "ocnli", "cmnli", "mbpp", "dureader")
 PARAGRAPHS = "duplicated_paragraphs"
 
@@ -129,11 +130,14 @@ def plan(records: Mapping[str, Any], flags: argparse.Namespace, terabytes: float
     hours = text / 1e6 * core_seconds(records, flags.code) / flags.speed / 3600
     parts = text / flags.part_bytes
     buckets = min(RANGES, 2 ** math.ceil(math.log2(documents * of_documents["keys"] / BYTES_A_BUCKET + 1)))
-    # Two stages are written and read again; keys are written once, and read once.
-    moved = text * stored * 2 * 2 + text * stored + 2 * between
+    # Each stage but the last writes documents that the next one reads; keys are written once, and read once.
+    moved = text * stored * (2 * len(OF_ALL) + 1) + 2 * between
+    # Of each part's keys and signatures a bucket asks for an index, a range, a size, a first row, and its own rows.
+    of_files = parts * buckets * 5
+    # A near duplicate meets its like in some bands, in each of which its shingles are asked for: where, and which.
+    of_shingles = documents * flags.duplicates * BANDS * flags.similarity**ROWS * 2
     return {"documents": documents, "core_hours": hours, "between": between, "stored": text * stored, "moved": moved,
-            "parts": parts, "buckets": buckets, "opened": parts * buckets,
-            "compared": documents * flags.duplicates}
+            "parts": parts, "buckets": buckets, "of_files": of_files, "of_shingles": of_shingles}
 
 
 def tables(records: Mapping[str, Any], flags: argparse.Namespace) -> str:
@@ -161,7 +165,8 @@ def tables(records: Mapping[str, Any], flags: argparse.Namespace) -> str:
         ["written and read between stages, GB", *(f"{one['moved'] / 1e9:,.0f}" for one in plans)],
         ["parts", *(f"{one['parts']:,.0f}" for one in plans)],
         ["buckets of near duplicates", *(f"{one['buckets']:,.0f}" for one in plans)],
-        ["files of keys opened, millions (parts x buckets)", *(f"{one['opened'] / 1e6:,.1f}" for one in plans)]])
+        ["requests for keys and signatures, millions", *(f"{one['of_files'] / 1e6:,.1f}" for one in plans)],
+        ["requests for shingles, millions", *(f"{one['of_shingles'] / 1e6:,.1f}" for one in plans)]])
     systems = {"Dataflow": flags.vcpu_hour + flags.memory * flags.gigabyte_hour,
                "Spark": flags.vm_hour + flags.spark_hour}
     rows = []
@@ -169,7 +174,7 @@ def tables(records: Mapping[str, Any], flags: argparse.Namespace) -> str:
         for size, one in zip(sizes, plans, strict=True):
             computing = one["core_hours"] * rate
             storing = (one["stored"] * 2 + one["between"]) / 1e9 * flags.gigabyte_month * flags.days / 30
-            asking = one["opened"] * 2 / 1e6 * flags.million_reads
+            asking = (one["of_files"] + one["of_shingles"]) / 1e6 * flags.million_reads
             hours = one["core_hours"] / flags.cores + flags.start / 60
             rows.append([system, size, f"{hours:,.1f}", f"{computing:,.0f}", f"{storing:,.0f}", f"{asking:,.0f}",
                          f"{computing + storing + asking:,.0f}"])
@@ -187,6 +192,7 @@ def parser() -> argparse.ArgumentParser:
             ("code", 1 / 3, "the share of the text that is code"),
             ("bytes_a_document", 4000, "of UTF-8, on average"),
             ("duplicates", 0.2, "the share of documents that have near duplicates"),
+            ("similarity", 0.95, "of near duplicates, on average"),
             ("part_bytes", 64 << 20, "prepare.part_bytes"),
             ("speed", 1.0, "of a core there, of one here"),
             ("cores", 256, "vCPUs"),

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from codellm_jax.mixture.ngrams import words
-from codellm_jax.prepare import duplicates, joining, keys
+from codellm_jax.prepare import duplicates, joining, keys, reduction
 from codellm_jax.prepare.job import EDGE
 from codellm_jax.prepare.prepare import Preparation, prepare
 from tasks.corpora.inputs import Inputs
@@ -182,6 +182,7 @@ def test_planted_near_duplicates_are_found(tmp_path: Path, similarity: float, ba
 def test_texts_without_words_lie_between(tmp_path: Path, monkeypatch):
     """Such texts have no shingles; pairs on either side of them, and of chunks of nothing else, are found."""
     monkeypatch.setattr(keys, "DOCUMENTS_A_CHUNK", 3)
+    monkeypatch.setattr(reduction, "DOCUMENTS_HELD", 2)
     dice = random.Random(5)
     own = [" ".join(f"w{dice.randrange(9**9)}" for _ in range(60)) for _ in range(4)]
     texts = ["...", own[0], "!", "?", "; ;", ". .", ", ,", "- -", own[1], own[0] + " more", "* *", own[2], own[3],
