@@ -96,6 +96,7 @@ setup(
         "hf": HUB,
         "readers": READERS,
         "tree_sitter": TREE_SITTER,
+        "completion": ["argcomplete>=3.6"],
         "pangu": ["jieba>=0.42"],
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],

@@ -2,12 +2,55 @@
 
 import argparse
 import difflib
+import textwrap
 from collections.abc import Sequence
 
+WIDTH = 100  # of descriptions
 GIN_FLAGS = """gin flags:
   --gin_file=FILE          settings; repeatable, later ones win. Shipped files are found from any directory
   --gin.NAME=VALUE         one setting; a bare word is a string. --gin.CODE_RATE=0.5, --gin.MODEL_DIR=runs/first
   --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
+
+EXAMPLES = {
+    "train": ("t5x train --gin_file=gin/mixed_pretrain.gin --gin.CODE_RATE=0.5 --gin.MODEL_DIR=runs/half",
+              "t5x train --gin_file=gin/tune_mixed.gin --gin.INITIAL_CHECKPOINT_PATH=runs/half --dry_run"),
+    "eval": ("t5x eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH=runs/half",
+             "t5x eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH=runs/half \"--gin.TASKS=['logic', 'mbpp']\""),
+    "study": ("t5x study --gin_file=gin/study.gin --dry_run",
+              "t5x study --gin_file=gin/study.gin --gin_file=mine.gin --devices_per_run=1"),
+    "infer": ("t5x infer --gin_file=gin/infer.gin --gin.CHECKPOINT_PATH=runs/half",
+              "t5x infer --gin_file=gin/infer.gin --gin.CHECKPOINT_PATH=runs/half --prompts=prompts.txt "
+              "--output=answers.jsonl"),
+    "compare": ("t5x compare runs/text runs/half",
+                "t5x compare studies/first/runs/NC-uniform.seed0 studies/first/runs/NN.seed0"),
+    "contamination": ("t5x contamination --gin_file=gin/mixed_pretrain.gin",
+                      "t5x contamination --gin_file=gin/mixed_pretrain.gin --output=found.json "
+                      "\"--gin.TASKS=['mbpp']\""),
+    "report": ("t5x report studies/first", "t5x report runs"),
+    "plot": ("t5x plot runs/half", "t5x plot runs/text runs/half --output=losses.svg --against=tokens"),
+    "laws": ("t5x laws studies/first", "t5x laws studies/first --objective=text:0.5,code:0.5 --tokens=2.5B"),
+    "show": ("t5x show runs/half", "t5x show gs://BUCKET/studies/first"),
+    "explain": ("t5x explain BATCH_SIZE --gin_file=gin/mixed_pretrain.gin",
+                "t5x explain --gin_file=gin/mixed_pretrain.gin"),
+    "vocabulary": ("t5x vocabulary --gin_file=gin/mixed_pretrain.gin --output=my.model",
+                   "t5x vocabulary --gin_file=gin/mixed_pretrain.gin --gin_file=mine.gin --size=32768 "
+                   "--output=my.model"),
+    "cache": ("t5x cache --gin_file=gin/mixed_pretrain.gin",
+              "t5x cache --gin_file=gin/mixed_pretrain.gin -- --direct_num_workers=8"),
+    "fetch": ("t5x fetch", "t5x fetch mbpp logic --data_dir=data"),
+    "prepare": ("t5x prepare --gin_file=gin/prepare.gin --gin_file=mine.gin",
+                "t5x prepare --gin_file=gin/prepare.gin --gin_file=mine.gin --workers=8"),
+    "import": ("t5x import hf://Qwen/Qwen3-0.6B --output=runs/qwen3",
+               "t5x import models/llama --output=runs/llama --check"),
+    "export": ("t5x export runs/half --output=exported", "t5x export runs/half@200 --output=exported --dtype=bfloat16"),
+    "launch": ("t5x launch --tpu=v5e-16 --zone=us-west4-a -- train --gin_file=gin/mixed_pretrain.gin "
+               "--gin.MODEL_DIR=gs://BUCKET/half",
+               "t5x launch --tpu=v4-8 --zone=us-central2-b --print_only -- study --gin_file=gin/study.gin "
+               "--gin.STUDY_DIR=gs://BUCKET/first"),
+    "precompile": ("t5x precompile --gin_file=gin/mixed_pretrain.gin --topology=v5e-16",
+                   "t5x precompile --gin_file=gin/mixed_pretrain.gin --gin_file=gin/models/2_6b.gin "
+                   "--topology=v4-128"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,8 +146,16 @@ def parser() -> argparse.ArgumentParser:
     laws.add_argument("--predict", metavar="FILE", help="shares in the columns of ratios.csv: writes their predicted "
                       "losses to DIR/report/predictions.csv")
     laws.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
-    explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
+    show = subparsers.add_parser(
+        "show", help="a run, a study or a folder of runs as it stands now", allow_abbrev=False,
+        description="Prints state, last losses, speed, what was trained on, checkpoints and the next step of a "
+                    "run; the arms of a study with what is done, running, failed and left; a folder of runs as a table.")
+    show.add_argument("path", metavar="DIR", help="a run, a study or a folder of runs, local or gs://")
+    show.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    explain = add("explain", "tell which file or flag set a value",
+                  "Prints what set NAME and what that overrode; without a name, everything that the files and flags "
+                  "set.")
+    explain.add_argument("name", metavar="NAME", nargs="?", help="a setting such as BATCH_SIZE or model.layers")
     vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
                      "Trains a byte-fallback BPE vocabulary on the mixture's training documents.")
     vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
@@ -172,6 +223,11 @@ def parser() -> argparse.ArgumentParser:
     precompile.add_argument("--no_search", action="store_true",
                             help="search neither for the largest batch nor for what would make the run fit")
     precompile.add_argument("--report", help="also write what is told into this file, as Markdown")
+    for name, command in subparsers.choices.items():
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.description = textwrap.fill(command.description or "", WIDTH)
+        examples = "\n".join(f"  {example}" for example in EXAMPLES[name])
+        command.epilog = "\n\n".join(filter(None, [command.epilog, f"examples:\n{examples}"]))
     return whole
 
 

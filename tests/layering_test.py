@@ -61,6 +61,8 @@ ROOMS: dict[str, set[str]] = {
     "study": {"training", "evaluation", "configuration", "settings", "weights", "runtime", "mixture", "model",
               "results", "contents"},
     "report": {"runtime", "mixture", "results"},
+    "completion": {"settings"},
+    "watching": {"study", "report", "runtime", "mixture", "results"},
     "prepare": {"report", "runtime", "mixture", "results", "settings"},
     "pods": {"training", "evaluation", "runtime", "mixture", "model"},
 }
@@ -82,6 +84,7 @@ ONLY_IMPORTERS = {
     "jieba": {"codellm_jax.tokenizing.pangu"},
     "lm_eval": {"codellm_jax.evaluation.harness"},
     "huggingface_hub": {"codellm_jax.hub"},
+    "argcomplete": {"codellm_jax.completion"},
     "pyarrow": {"tasks.corpora.columns", "codellm_jax.prepare.job"},
     "warcio": {"tasks.corpora.archives"},
     "lxml": {"tasks.corpora.pages"},
