@@ -244,6 +244,11 @@ def _contamination(flags: argparse.Namespace) -> int:
 
 
 def _report(flags: argparse.Namespace) -> int:
+    if flags.serve:
+        from codellm_jax.watching.serve import serve
+
+        serve(flags.directory, flags.host, flags.port, lambda line: print(line, flush=True))
+        return 0
     from codellm_jax.report.write import report
 
     if not flags.debug:

@@ -26,7 +26,7 @@ EXAMPLES = {
     "contamination": ("t5x contamination --gin_file=gin/mixed_pretrain.gin",
                       "t5x contamination --gin_file=gin/mixed_pretrain.gin --output=found.json "
                       "\"--gin.TASKS=['mbpp']\""),
-    "report": ("t5x report studies/first", "t5x report runs"),
+    "report": ("t5x report studies/first", "t5x report studies/first --serve"),
     "plot": ("t5x plot runs/half", "t5x plot runs/text runs/half --output=losses.svg --against=tokens"),
     "laws": ("t5x laws studies/first", "t5x laws studies/first --objective=text:0.5,code:0.5 --tokens=2.5B"),
     "show": ("t5x show runs/half", "t5x show gs://BUCKET/studies/first"),
@@ -123,7 +123,12 @@ def parser() -> argparse.ArgumentParser:
     contamination.add_argument("--output", metavar="FILE", help="write what is found there, as JSON, ids and all")
     report = subparsers.add_parser("report", help="tables, plots and conclusions of a study", allow_abbrev=False,
                                    description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
-    report.add_argument("directory", metavar="DIR")
+    report.add_argument("directory", metavar="DIR", help="a study, a run or a folder of runs, local or gs://")
+    report.add_argument("--serve", action="store_true",
+                        help="show a page on this machine that follows a study while it runs; write nothing")
+    report.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s, this machine "
+                        "alone); at another one everybody who reaches it can read the page")
+    report.add_argument("--port", type=int, help="default: 8000, or a free one where that is taken; 0: a free one")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
     plot = subparsers.add_parser(
         "plot", help="a figure of the losses of runs", allow_abbrev=False,
@@ -149,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
     show = subparsers.add_parser(
         "show", help="a run, a study or a folder of runs as it stands now", allow_abbrev=False,
         description="Prints state, last losses, speed, what was trained on, checkpoints and the next step of a "
-                    "run; the arms of a study with what is done, running, failed and left; a folder of runs as a table.")
+                    "run; the arms of a study, and what is running or failed; a folder of runs as a table.")
     show.add_argument("path", metavar="DIR", help="a run, a study or a folder of runs, local or gs://")
     show.add_argument("--debug", action="store_true", help="show the traceback of an error")
     explain = add("explain", "tell which file or flag set a value",

@@ -9,33 +9,43 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1a1a1a;
-  background: #fff; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0; }
-h2 { font-size: 1.3rem; margin: 2.75rem 0 .75rem; padding-top: .5rem; border-top: 1px solid #bbb; }
+:root { color-scheme: light dark; --text: #1a1a1a; --paper: #fff; --quiet: #595959; --rule: #ddd; --line: #333;
+  --link: #0058a3; --notice: #fdf3ec; --edge: #D55E00; --done: #0072B2; --work: #E69F00; --bad: #D55E00;
+  --c0: #0072B2; --c1: #D55E00; --c2: #009E73; --c3: #CC79A7; --c4: #56B4E9; --c5: #E69F00; --c6: #000; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --paper: #16181b; --quiet: #a8a8a8; --rule: #3a3d42;
+  --line: #bbb; --link: #7ab8ff; --notice: #33231a; --done: #56B4E9; --c0: #56B4E9; --c4: #9ecbff; --c6: #fff; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--text);
+  background: var(--paper); margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.3rem; margin: 2.75rem 0 .75rem; padding-top: .5rem; border-top: 1px solid var(--rule); }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
-p, li { max-width: 46rem; }
+p, li { max-width: 46rem; overflow-wrap: break-word; }
 code { font: .87em ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   overflow-wrap: anywhere; }
-.notice { border-left: 5px solid #D55E00; background: #fdf3ec; padding: .75rem 1rem; max-width: none; }
+.notice { border-left: 5px solid var(--edge); background: var(--notice); padding: .75rem 1rem; max-width: none; }
 .wide { overflow-x: auto; margin: .75rem 0 1.25rem; }
-table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; font-variant-numeric: tabular-nums;
+  border-top: 2px solid var(--line); border-bottom: 2px solid var(--line); }
 th, td { padding: .3rem .5rem; text-align: right; vertical-align: top; white-space: nowrap; }
-th { border-bottom: 2px solid #333; vertical-align: bottom; font-weight: 600; }
-tbody tr { border-bottom: 1px solid #ddd; }
+th { border-bottom: 1px solid var(--line); vertical-align: bottom; font-weight: 600; }
+tbody tr + tr { border-top: 1px solid var(--rule); }
 th:first-child, td:first-child, .text { text-align: left; }
 td.text { white-space: normal; min-width: 4.5rem; max-width: 26rem; } td:first-child { min-width: 8.5rem; }
 td code { white-space: nowrap; overflow-wrap: normal; }
-td .second { color: #595959; } th .second { font-weight: 400; }
+td .second { color: var(--quiet); } th .second { font-weight: 400; }
 figure { margin: 1rem 0 1.75rem; }
-figure img { max-width: 100%; height: auto; }
-figcaption, .caption { color: #444; font-size: .9rem; max-width: 46rem; }
+figure img { max-width: 100%; height: auto; background: #fff; }
+figcaption, .caption { color: var(--quiet); font-size: .9rem; max-width: 46rem; }
 .caption { margin-bottom: -.5rem; break-after: avoid; }
-nav { font-size: .9rem; } nav a { margin-right: 1rem; white-space: nowrap; }
-a { color: #0058a3; }
+nav { font-size: .9rem; } nav a { display: inline-block; margin-right: 1rem; }
+a { color: var(--link); }
+@media (max-width: 40rem) { body { padding: .75rem .75rem 3rem; } h1 { font-size: 1.35rem; } table { font-size: .8rem; }
+  th, td { padding: .25rem .4rem; } td:first-child { min-width: 6rem; } td.text { min-width: 8rem; } }
+@media (prefers-color-scheme: dark) { figure img { padding: .5rem; border-radius: 4px; } }
 @page { size: A4 landscape; margin: 12mm; }
-@media print { body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; }
+@media print { :root { color-scheme: light; --text: #000; --paper: #fff; --quiet: #444; --rule: #ccc; --line: #000; }
+  body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .15rem .35rem; } figure, tr { break-inside: avoid; }
   figure img { max-height: 165mm; width: auto; }
   h2, h3 { break-after: avoid; } nav { display: none; } }
@@ -101,6 +111,11 @@ def page(title: str, blocks: Sequence[Block]) -> str:
     return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n")
+
+
+def fragment(blocks: Sequence[Block]) -> str:
+    """Blocks as HTML within a page of another."""
+    return "\n".join(_html(block) for block in blocks)
 
 
 def comma_separated(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
