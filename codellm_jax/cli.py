@@ -49,10 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
-        "plot": _plot, "laws": _laws, "explain": _explain, "contamination": _contamination, "cache": _cache,
+        "explain": _explain, "contamination": _contamination, "cache": _cache,
         "prepare": _prepare, "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch,
         "precompile": _precompile, "fetch": _fetch,
-        "show": lambda flags: _print("watching.show", "show", flags.path, _tool("t5x"))}
+        "show": lambda flags: _print("watching.show", "show", flags.path, _tool("t5x")),
+        "laws": lambda flags: _print("report.law_files", "laws", flags.directory, flags.objective, flags.size,
+                                     flags.tokens, flags.predict),
+        "plot": lambda flags: _print("report.curves", "plot", flags.runs, flags.output, flags.against),
+        "list": lambda flags: _print("reference.printed", "listing", flags.kind),
+        "settings": lambda flags: _print("reference.printed", "settings_page", flags.word)}
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -247,28 +252,10 @@ def _report(flags: argparse.Namespace) -> int:
     if flags.serve:
         from codellm_jax.watching.serve import serve
 
-        serve(flags.directory, flags.host, flags.port, lambda line: print(line, flush=True))
-        return 0
-    from codellm_jax.report.write import report
-
+        return serve(flags.directory, flags.host, flags.port)
     if not flags.debug:
         quiet_libraries()
-    print(report(flags.directory))
-    return 0
-
-
-def _laws(flags: argparse.Namespace) -> int:
-    from codellm_jax.report.law_files import laws
-
-    print(laws(flags.directory, flags.objective, flags.size, flags.tokens, flags.predict))
-    return 0
-
-
-def _plot(flags: argparse.Namespace) -> int:
-    from codellm_jax.report.curves import plot
-
-    print(plot(flags.runs, flags.output, flags.against))
-    return 0
+    return _print("report.write", "report", flags.directory)
 
 
 def _tool(name: str) -> str:

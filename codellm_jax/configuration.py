@@ -248,7 +248,7 @@ def _register(configuration: Configuration) -> None:
         module, attribute = target.split(":")
         if name not in _registered:
             scope, _, short = name.rpartition(".")
-            gin.external_configurable(getattr(_imported(module), attribute), short, module=scope or None)
+            gin.external_configurable(getattr(imported(module), attribute), short, module=scope or None)
             _registered.add(name)
 
 
@@ -402,10 +402,10 @@ def _types(configurable: str) -> Mapping[str, Any]:
 
 def _target(configurable: str) -> Callable[..., Any]:
     module, attribute = CONFIGURABLES[configurable].split(":")
-    return getattr(_imported(module), attribute)
+    return getattr(imported(module), attribute)
 
 
-def _imported(module: str) -> types.ModuleType:
+def imported(module: str) -> types.ModuleType:
     """A module by name. Raises ValueError where another module of the name `tasks` stands in the way of ours."""
     if module.split(".")[0] == "tasks":
         own = Path(__file__).resolve().parent.parent / "tasks"

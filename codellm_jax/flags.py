@@ -29,6 +29,8 @@ EXAMPLES = {
     "report": ("t5x report studies/first", "t5x report studies/first --serve"),
     "plot": ("t5x plot runs/half", "t5x plot runs/text runs/half --output=losses.svg --against=tokens"),
     "laws": ("t5x laws studies/first", "t5x laws studies/first --objective=text:0.5,code:0.5 --tokens=2.5B"),
+    "list": ("t5x list models", "t5x list corpora"),
+    "settings": ("t5x settings CODE_RATE", "t5x settings dropout"),
     "show": ("t5x show runs/half", "t5x show gs://BUCKET/studies/first"),
     "explain": ("t5x explain BATCH_SIZE --gin_file=gin/mixed_pretrain.gin",
                 "t5x explain --gin_file=gin/mixed_pretrain.gin"),
@@ -157,6 +159,18 @@ def parser() -> argparse.ArgumentParser:
                     "run; the arms of a study, and what is running or failed; a folder of runs as a table.")
     show.add_argument("path", metavar="DIR", help="a run, a study or a folder of runs, local or gs://")
     show.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    list_ = subparsers.add_parser(
+        "list", help="shipped models, studies, kinds of corpora, benchmarks and more", allow_abbrev=False,
+        description="Lists what there is of a kind: models, studies, arms, corpora, transforms, benchmarks, templates, "
+                    "schedules and others. Without a kind it lists the kinds.")
+    list_.add_argument("kind", metavar="KIND", nargs="?", help="such as models or corpora")
+    list_.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    settings = subparsers.add_parser(
+        "settings", help="every setting: meaning, type, default", allow_abbrev=False,
+        description="Prints every setting of gin files and flags in a line; with a word those of this name or that "
+                    "speak of it, with type, default, meaning, and where the shipped files set it.")
+    settings.add_argument("word", metavar="WORD", nargs="?", help="a name such as CODE_RATE, or a word such as dropout")
+    settings.add_argument("--debug", action="store_true", help="show the traceback of an error")
     explain = add("explain", "tell which file or flag set a value",
                   "Prints what set NAME and what that overrode; without a name, everything that the files and flags "
                   "set.")

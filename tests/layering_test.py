@@ -54,6 +54,7 @@ ROOMS: dict[str, set[str]] = {
     "model": set(),
     "weights": {"runtime", "mixture", "model", "vocabulary", "tokenizing", "contents", "hub"},
     "configuration": {"settings", "runtime", "weights", "contents"},
+    "reference": {"configuration", "settings", "flags", "fetching", "mixture", "prepare", "weights"},
     "runtime": {"mixture", "model", "vocabulary"},
     "evaluation": {"chat", "configuration", "settings", "weights", "runtime", "mixture", "model", "results",
                    "vocabulary", "contents"},

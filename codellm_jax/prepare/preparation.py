@@ -41,10 +41,11 @@ class Preparation:
 
     Attributes:
       inputs: the corpora.
-      steps: names or mappings, as `prepare.steps` describes them.
+      steps: names of steps, or mappings of a name and options, in the order in which they are applied.
       output: a folder that is not there yet, local or gs://.
-      benchmarks, tasks: of which benchmarks the questions are looked for by the step "decontaminate".
-      part_bytes: files of one corpus are joined into parts of about so many bytes, which are worked on one by one.
+      benchmarks: reads the questions that the step "decontaminate" looks for.
+      tasks: the benchmarks whose questions the step "decontaminate" looks for.
+      part_bytes: files of one corpus are joined into parts of about so many bytes; workers take one part at a time.
     """
 
     inputs: Inputs

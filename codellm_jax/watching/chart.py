@@ -8,7 +8,7 @@ WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 150, 12, 40  # margins in pixels; the names of the curves stand in the right one
 COLOURS = 7
 DASHES = ("", "7 3", "2 2", "7 3 2 3", "1 3")
-CUT = 0.1  # of the longest curve, whose fall from new parameters would leave no room for the rest
+CUT = 0.1  # of the steps, whose fall from new parameters would leave no room for the rest
 MOST_POINTS = 200  # of a curve
 
 
@@ -23,13 +23,14 @@ def curves(title: str, unit: str, lines: Mapping[str, Sequence[tuple[float, floa
     lines = {name: _thinned(points) for name, points in lines.items() if len(points) > 1}
     if not lines:
         return ""
-    most = max(points[-1][0] for points in lines.values())
-    late = [value for points in lines.values() for step, value in points if step >= CUT * most or step == points[-1][0]]
+    least, most = min(points[0][0] for points in lines.values()), max(points[-1][0] for points in lines.values())
+    from_on = least + CUT * (most - least)
+    late = [value for points in lines.values() for step, value in points if step >= from_on or step == points[-1][0]]
     low, high = min(late), max(late)
     low, high = low - 0.04 * (high - low or 1), high + 0.04 * (high - low or 1)
 
     def x(step: float) -> float:
-        return LEFT + step / (most or 1) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (step - least) / (most - least or 1) * (WIDTH - LEFT - RIGHT)
 
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
@@ -39,14 +40,14 @@ def curves(title: str, unit: str, lines: Mapping[str, Sequence[tuple[float, floa
     for value in _ticks(low, high, 5):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
                      f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-    for step in _ticks(0, most, 5):
+    for step in _ticks(least, most, 5):
         parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{step:,.0f}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">step</text>'
                  f'<text transform="translate(12 {HEIGHT / 2:.0f}) rotate(-90)" text-anchor="middle">'
                  f'{html.escape(unit)}</text>')
     ends = _apart({name: y(min(high, max(low, points[-1][1]))) for name, points in lines.items()})
     for number, (name, points) in enumerate(lines.items()):
-        shown = [(step, value) for step, value in points if low <= value <= high or step >= CUT * most]
+        shown = [(step, value) for step, value in points if low <= value <= high]
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in shown)
         kind, dash = f"c{number % COLOURS}", DASHES[number // COLOURS % len(DASHES)]
         parts.append(f'<polyline class="{kind}" stroke-dasharray="{dash or "none"}" points="{path}"/>'

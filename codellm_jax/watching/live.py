@@ -23,7 +23,7 @@ const shown = {};
 async function refresh() {
   const notice = document.getElementById("notice");
   try {
-    for (const name of ["now", "told"]) {
+    for (const name of ["now", "told", "losses"]) {
       const answer = await fetch("/" + name, {cache: "no-store"});
       if (!answer.ok) throw new Error("status " + answer.status);
       const text = await answer.text();
@@ -45,7 +45,8 @@ LIVE_STYLE = STYLE + """
 .left { fill: var(--rule); }
 .legend span { margin-right: 1.25rem; white-space: nowrap; }
 .legend svg { width: .8rem; height: .8rem; vertical-align: -1px; margin-right: .35rem; }
-svg.chart { width: 100%; max-width: 46rem; height: auto; font: 11px system-ui, sans-serif; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); gap: 0 2rem; }
+svg.chart { width: 100%; height: auto; font: 11px system-ui, sans-serif; }
 svg.chart text { fill: var(--text); } svg.chart .grid { stroke: var(--rule); stroke-width: 1; }
 svg.chart polyline, svg.chart line { fill: none; stroke-width: 2; }
 svg.chart .c0 { stroke: var(--c0); } svg.chart .c1 { stroke: var(--c1); } svg.chart .c2 { stroke: var(--c2); }
@@ -64,7 +65,7 @@ def page(name: str) -> str:
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
             f'<link rel="stylesheet" href="/page.css">\n<script src="/page.js" defer></script>\n</head>\n<body>\n'
             f'<h1>{title}</h1>\n<p id="notice" class="notice" role="status"></p>\n<main id="now"></main>\n'
-            f'<section id="told"></section>\n<noscript><p>This page needs JavaScript to refresh itself. '
+            f'<section id="told"></section>\n<section id="losses"></section>\n<noscript><p>This page needs JavaScript to refresh itself. '
             f'<a href="/now">What there is now</a></p></noscript>\n</body>\n</html>\n')
 
 
@@ -73,8 +74,8 @@ def notice(text: str) -> str:
     return f'<p class="notice">{html.escape(text)}</p>{END_OF_NOTICE}'
 
 
-def study_now(study: OfStudy, runs: Sequence[OfRun], report_at: float | None) -> str:
-    """A study as it stands now.
+def study_now(study: OfStudy, runs: Sequence[OfRun], report_at: float | None) -> dict[str, str]:
+    """A study as it stands now: the parts of the page "now" and "losses", between which its effects and laws stand.
 
     Args:
       study: how far it is.
@@ -94,11 +95,11 @@ def study_now(study: OfStudy, runs: Sequence[OfRun], report_at: float | None) ->
         parts.append(f'<p><a href="/report/report.html">The report</a> of '
                      f'{time.strftime("%Y-%m-%d %H:%M", time.localtime(report_at))}</p>')
     parts += [f"<p>{html.escape(line)}.</p>" for line in study.others]
-    parts += [*_at_work(study, by_name), *_failed(study), *_charts(_by_arm(study, by_name)), *_plan(study, by_name)]
-    return "\n".join([*parts, _footer(study.read_at)])
+    return {"now": "\n".join([*parts, *_at_work(study, by_name), *_failed(study)]),
+            "losses": "\n".join([*_charts(_by_arm(study, by_name)), *_plan(study, by_name), _footer(study.read_at)])}
 
 
-def runs_now(runs: Sequence[OfRun], now: float) -> str:
+def runs_now(runs: Sequence[OfRun], now: float) -> dict[str, str]:
     """A folder of runs as it stands now."""
     rows = []
     for run in runs:
@@ -106,22 +107,23 @@ def runs_now(runs: Sequence[OfRun], now: float) -> str:
         rows.append([run.name, describe_state(run, now), *map(_loss, [
             train.get("loss"), *(held_out.get(f"loss/{pool}") for pool in POOLS)]), _rate(run)])
     text = "A row for each run: how far it is, its last losses in nats a token, and its speed."
-    table = _table(text, ("Run", "State", "Training loss", "Held-out text", "Held-out code", "Tokens/s"), rows, words=(1,))
-    return "\n".join([table, *_charts({run.name: [run] for run in runs}), _footer(now)])
+    table = _table(text, ("Run", "State", "Training loss", "Held-out text", "Held-out code", "Tokens/s"), rows,
+                   words=(1,))
+    return {"now": table, "losses": "\n".join([*_charts({run.name: [run] for run in runs}), _footer(now)])}
 
 
-def run_now(run: OfRun, now: float) -> str:
+def run_now(run: OfRun, now: float) -> dict[str, str]:
     """One run as it stands now."""
     ledger = "\n".join(ledger_lines(run.provenance.get("ledger") or {}))
     held_out = run.last("eval")
     rows = [["Training", f"{run.last('train').get('step', 0):,}", _loss(run.last("train").get("loss"))],
             *([f"Held-out {pool}", f"{held_out.get('step', 0):,}", _loss(held_out.get(f"loss/{pool}"))]
               for pool in POOLS)]
-    return "\n".join([
-        f"<p>{html.escape(describe_state(run, now))}; {_rate(run)} tokens/s.</p>",
-        _table("The last losses of the run, in nats a token.", ("Loss", "Step", "Value"), rows),
-        *_charts({run.name: [run]}), "<p>What it was trained on, as of its last start or end:</p>" * bool(ledger),
-        f"<pre>{html.escape(ledger)}</pre>" * bool(ledger), _footer(now)])
+    state = f"<p>{html.escape(describe_state(run, now))}; {_rate(run)} tokens/s.</p>"
+    table = _table("The last losses of the run, in nats a token.", ("Loss", "Step", "Value"), rows)
+    trained_on = [f"<p>What it was trained on, as of its last start or end:</p><pre>{html.escape(ledger)}</pre>"]
+    return {"now": f"{state}\n{table}", "losses": "\n".join([
+        *_charts({run.name: [run]}), *trained_on * bool(ledger), _footer(now)])}
 
 
 def _bar(counts: Mapping[str, int]) -> str:
@@ -199,7 +201,7 @@ def _charts(arms: Mapping[str, Sequence[OfRun]]) -> list[str]:
         arm: _mean([[(line["step"], line[name]) for line in run.records
                      if line["split"] == split and line.get(name) is not None] for run in of_arm])
         for arm, of_arm in shown.items()}) for title, (split, name) in titles.items()]
-    return ["<h2>Losses</h2>", *found] if any(found) else []
+    return [f'<h2>Losses</h2><div class="charts">{"".join(found)}</div>'] if any(found) else []
 
 
 def _mean(seeds: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -44,7 +44,7 @@ class Watched:
 
     def __init__(self, directory: str) -> None:
         self.folder = epath.Path(directory).expanduser()
-        self.parts = {"now": "<p>Reading …</p>", "told": ""}
+        self.parts = {"now": "<p>Reading …</p>", "told": "", "losses": ""}
         self._directory = directory
         self._done: frozenset[str] = frozenset()  # runs that the last effects and laws are of
         self._process: subprocess.Popen[str] | None = None
@@ -54,14 +54,14 @@ class Watched:
         while True:
             began = time.monotonic()
             try:
-                self.parts["now"] = self._read()
+                self.parts |= self._read()
             except Exception as error:  # a bucket that does not answer, files that are being replaced
                 notice = live.notice(f"The directory could not be read ({one_line(error)}). What follows is older.")
                 self.parts["now"] = notice + self.parts["now"].rpartition(live.END_OF_NOTICE)[2]
             if ended.wait(max(PERIOD, REST * (time.monotonic() - began))):
                 break
 
-    def _read(self) -> str:
+    def _read(self) -> dict[str, str]:
         if (self.folder / "study.json").exists():
             study = read_status(self._directory)
             report = self.folder / "report" / "report.html"
@@ -73,7 +73,7 @@ class Watched:
             return live.run_now(read_run(self.folder), time.time())
         if runs := read_runs(self.folder):
             return live.runs_now(runs, time.time())
-        return "<p>There is no run here yet.</p>"
+        return {"now": "<p>There is no run here yet.</p>"}
 
     def _tell(self, done: frozenset[str]) -> None:
         """Has effects and laws worked out, where more runs are done than at the last time, and nobody is at it."""
@@ -101,14 +101,13 @@ class Watched:
             process.kill()
 
 
-def serve(directory: str, host: str, port: int | None, report: Callable[[str], None] = print) -> None:
-    """Serves the page until the process is interrupted.
+def serve(directory: str, host: str, port: int | None) -> int:
+    """Serves the page until the process is interrupted; returns the exit status.
 
     Args:
       directory: of a study, a run or any folder of runs, local or gs://.
       host: address to listen at.
       port: None for 8000, or a free one where that is taken; 0 for a free one.
-      report: told where the page is.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -116,8 +115,9 @@ def serve(directory: str, host: str, port: int | None, report: Callable[[str], N
     """
     with started(directory, host, port) as server:
         address = f"[{host}]" if ":" in host else host
-        report(f"Following {directory} at http://{address}:{server.server_address[1]}/  (Ctrl-C ends it)")
+        print(f"Following {directory} at http://{address}:{server.server_address[1]}/  (Ctrl-C ends it)", flush=True)
         server.serve_forever()
+    return 0
 
 
 @contextlib.contextmanager
@@ -163,10 +163,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send("This page is for this machine alone.", "text/plain", HTTPStatus.MISDIRECTED_REQUEST)
             return
         path = self.path.partition("?")[0]
-        parts, name = self.watched.parts, path.rpartition("/")[2]
+        name = path.rpartition("/")[2]
         fixed = {"/": (live.page(self.watched.folder.name), TYPES[".html"]),
                  "/page.css": (live.LIVE_STYLE, "text/css"), "/page.js": (live.SCRIPT, "text/javascript"),
-                 "/now": (parts["now"], TYPES[".html"]), "/told": (parts["told"], TYPES[".html"])}
+                 **{f"/{part}": (text, TYPES[".html"]) for part, text in self.watched.parts.items()}}
         if path in fixed:
             self._send(*fixed[path])
         elif path == f"/report/{name}" and (content := self._of_report(name)) is not None:

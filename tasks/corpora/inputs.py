@@ -40,7 +40,11 @@ class Input(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Corpora of documents by name, `text.NAME` or `code.NAME`, as `corpora.sources` describes them.
+    """The corpora of a preparation.
+
+    Attributes:
+      corpora: corpora of documents by name, text.NAME or code.NAME, each with its kind and options, as
+        `corpora.sources` describes them.
 
     Raises:
       ValueError: a name or a spec is malformed, or a corpus is not one of documents.
