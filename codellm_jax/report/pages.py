@@ -41,7 +41,7 @@ figcaption, .caption { color: var(--quiet); font-size: .9rem; max-width: 46rem; 
 nav { font-size: .9rem; } nav a { display: inline-block; margin-right: 1rem; }
 a { color: var(--link); }
 @media (max-width: 40rem) { body { padding: .75rem .75rem 3rem; } h1 { font-size: 1.35rem; } table { font-size: .8rem; }
-  th, td { padding: .25rem .4rem; } td:first-child { min-width: 6rem; } td.text { min-width: 8rem; } }
+  th, td { padding: .25rem .4rem; } td:first-child { min-width: 6rem; } td.text { min-width: 5rem; } }
 @media (prefers-color-scheme: dark) { figure img { padding: .5rem; border-radius: 4px; } }
 @page { size: A4 landscape; margin: 12mm; }
 @media print { :root { color-scheme: light; --text: #000; --paper: #fff; --quiet: #444; --rule: #ccc; --line: #000; }

@@ -52,6 +52,7 @@ svg.chart polyline, svg.chart line { fill: none; stroke-width: 2; }
 svg.chart .c0 { stroke: var(--c0); } svg.chart .c1 { stroke: var(--c1); } svg.chart .c2 { stroke: var(--c2); }
 svg.chart .c3 { stroke: var(--c3); } svg.chart .c4 { stroke: var(--c4); } svg.chart .c5 { stroke: var(--c5); }
 svg.chart .c6 { stroke: var(--c6); }
+@media (max-width: 40rem) { .charts figure { overflow-x: auto; } svg.chart { min-width: 30rem; } }
 figure figcaption { margin-bottom: .25rem; }
 pre { overflow-x: auto; font: .82rem ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { color: var(--quiet); font-size: .85rem; margin-top: 3rem; }
@@ -65,8 +66,9 @@ def page(name: str) -> str:
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
             f'<link rel="stylesheet" href="/page.css">\n<script src="/page.js" defer></script>\n</head>\n<body>\n'
             f'<h1>{title}</h1>\n<p id="notice" class="notice" role="status"></p>\n<main id="now"></main>\n'
-            f'<section id="told"></section>\n<section id="losses"></section>\n<noscript><p>This page needs JavaScript to refresh itself. '
-            f'<a href="/now">What there is now</a></p></noscript>\n</body>\n</html>\n')
+            f'<section id="told"></section>\n<section id="losses"></section>\n'
+            f'<noscript><p>This page needs JavaScript to refresh itself. <a href="/now">What there is now</a></p>'
+            f'</noscript>\n</body>\n</html>\n')
 
 
 def notice(text: str) -> str:

@@ -224,6 +224,7 @@ def study_page(study: OfStudy, runs: Sequence[OfRun], command: str = "t5x") -> s
     if any(of_run.state == "failed" for of_run in study.runs.values()):
         lines.append("Mend:        once its cause is gone, the same `t5x study` command tries a failed run again; its "
                      f"log lies in {study.directory}/runs/RUN/train.log or eval.log")
+    lines.append(f"Watch:       {command} report {place} --serve")
     report = epath.Path(study.directory).expanduser() / "report" / "report.html"
     lines.append(f"Report:      {report}" if report.exists() else f"Report:      {command} report {place}")
     return "\n".join(lines)

@@ -1,36 +1,15 @@
 """`t5x show` on directories that are written here by hand: what it prints of a run, a study and a folder of runs."""
 
 import fcntl
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from etils import epath
+from written_runs import write_run, write_study
 
 from codellm_jax.watching.runs import is_held, read_run
 from codellm_jax.watching.show import describe_state, show
-
-LEDGER = {"stage": "pretraining", "rows": {"text.a": 30, "code.a": 10}, "tokens": {"text.a": 300, "code.a": 100},
-          "epoch_rows": {"text.a": 60, "code.a": 5}, "phases": [], "before": []}
-
-
-def write_run(path: Path, step: int, last_step: int, ended: bool = True, **facts) -> Path:
-    """A run directory of ten tokens a row and four rows a step, recorded every second step."""
-    path.mkdir(parents=True)
-    session = {"from_step": 0, "to_step": step if ended else None, "seconds": 90.0 if ended else None}
-    (path / "provenance.json").write_text(json.dumps({
-        "arm": "CODE", "seed": 3, "parameters": 1234567, "ledger": LEDGER, "sessions": [session],
-        "devices": {"kind": "cpu", "count": 2}, "step": step if ended else 0, "last_step": last_step,
-        "finished": step == last_step, "notes": []} | facts))
-    lines = [{"step": n, "split": "train", "loss": 9 - n / 10, "tokens": 40 * n, "tokens_per_second": 8.0}
-             for n in range(2, step + 1, 2)]
-    lines.append({"step": step, "split": "eval", "loss": 7.0, "loss/text": 6.5, "loss/code": 7.5})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "config.gin").write_text("")
-    (path / "checkpoints" / str(step)).mkdir(parents=True)
-    return path
 
 
 def test_a_run_that_is_trained(tmp_path):
@@ -87,16 +66,7 @@ def test_a_folder_of_runs_is_a_table(tmp_path):
 
 
 def test_a_study_tells_arms_failures_and_what_to_do(tmp_path):
-    plan = [{"run": f"{arm}.seed{seed}", "arm": arm, "stage": stage, "from": start and f"{start}.seed{seed}",
-             "steps": 10, "seed": seed} for arm, stage, start in (
-                 ("NL", "pretraining", None), ("NC", "tuning", "NL")) for seed in (0, 1)]
-    (tmp_path / "state").mkdir()
-    (tmp_path / "study.json").write_text(json.dumps({"runs": plan}))
-    for seed in (0, 1):
-        write_run(tmp_path / "runs" / f"NL.seed{seed}", 10, 10)
-    (tmp_path / "state" / "NL.seed0.json").write_text('{"state": "done"}')
-    (tmp_path / "state" / "NL.seed1.json").write_text(
-        '{"state": "failed", "why": "train ended with status 1", "worker": "host:7", "when": 0}')
+    write_study(tmp_path)
     text = show(str(tmp_path), "bin/t5x")
     lines = [line.split() for line in text.splitlines()]
     assert "1 of 4 runs are done, 2 failed or stand on one that did, 1 are left; no workers at work." in text
