@@ -96,6 +96,8 @@ setup(
         "hf": HUB,
         "readers": READERS,
         "tree_sitter": TREE_SITTER,
+        "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow-skinny>=3.17"],
         "completion": ["argcomplete>=3.6"],
         "pangu": ["jieba>=0.42"],
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],

@@ -177,15 +177,20 @@ def _train(flags: argparse.Namespace) -> int:
 
 def _eval(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
+    import jax
+
     from codellm_jax.configuration import build, operative
     from codellm_jax.evaluation.evaluate import evaluate
     from codellm_jax.runtime.process import use_compilation_cache
+    from codellm_jax.tracking.trackers import catch_up
 
     use_compilation_cache()
     if not flags.debug:
         quiet_libraries()
     evaluation = build(configuration, "evaluate")
     evaluate(evaluation, settings=lambda: operative(configuration)[1], asked=configuration.asked)
+    if jax.process_index() == 0:
+        catch_up(evaluation.checkpoint.path)
     return 0
 
 
@@ -255,7 +260,11 @@ def _report(flags: argparse.Namespace) -> int:
         return serve(flags.directory, flags.host, flags.port)
     if not flags.debug:
         quiet_libraries()
-    return _print("report.write", "report", flags.directory)
+    from codellm_jax.tracking.trackers import catch_up
+
+    _print("report.write", "report", flags.directory)
+    catch_up(flags.directory)
+    return 0
 
 
 def _tool(name: str) -> str:

@@ -34,17 +34,13 @@ class Records:
     written again with the same values.
     """
 
-    def __init__(self, model_dir: str, step: int, active: bool) -> None:
+    def __init__(self, model_dir: str, step: int, active: bool, tensorboard: bool = True) -> None:
         self._path = epath.Path(model_dir) / "metrics.jsonl"
         self._open = contextlib.ExitStack()
         self._lines: Any = None
         self._events: Any = None
         if not active:
             return
-        from tensorboardX import SummaryWriter, record_writer
-
-        # Its own way to gs:// wants another client of the storage service than the one that all else here uses.
-        record_writer.register_writer_factory("gs", _RemoteEvents)
         # A run without a checkpoint begins anew, its evaluation before the first step included.
         kept = [line for line in read_records(model_dir) if line["step"] <= step] if step else []
         building = self._path.with_name(f".{self._path.name}")
@@ -52,7 +48,12 @@ class Records:
         building.replace(self._path)  # a kill in between loses no line
         # etils gives a context and no file where the path is remote.
         self._lines = self._open.enter_context(self._path.open("a"))
-        self._events = SummaryWriter(logdir=str(epath.Path(model_dir) / "tensorboard"), purge_step=step + bool(step))
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            use_remote_events()
+            self._events = SummaryWriter(logdir=str(epath.Path(model_dir) / "tensorboard"),
+                                         purge_step=step + bool(step))
 
     def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
         """Adds one line; values that are not known are left out, and those not finite become null."""
@@ -63,14 +64,23 @@ class Records:
             name: value if math.isfinite(value) else None for name, value in known.items()}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
-        for name, value in known.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
-        self._events.flush()
+        if self._events is not None:
+            for name, value in known.items():
+                self._events.add_scalar(f"{split}/{name}", value, step)
+            self._events.flush()
 
     def close(self) -> None:
         if self._lines is not None:
             self._open.close()
+        if self._events is not None:
             self._events.close()
+
+
+def use_remote_events() -> None:
+    """Has events be written to gs:// by the client of the storage service that all else here uses."""
+    from tensorboardX import record_writer
+
+    record_writer.register_writer_factory("gs", _RemoteEvents)
 
 
 class _RemoteEvents:

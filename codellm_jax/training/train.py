@@ -49,6 +49,7 @@ from codellm_jax.runtime.profiles import Profile, ProfileSteps
 from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
 from codellm_jax.runtime.provenance import software, training_hash
 from codellm_jax.runtime.state import TrainState
+from codellm_jax.tracking.trackers import Trackers
 from codellm_jax.training.begin import Run, begin_or_resume, place
 from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, kept_steps, make_plan
 from codellm_jax.weights.exporting import export_while_training
@@ -164,8 +165,9 @@ def train(
         if first_process and text:
             (model_dir / "config.gin").write_text(text)
         provenance = Provenance(run, values, asked or {}, active=first_process)
-        records = Records(str(model_dir), run.step, active=first_process)
+        records = Records(str(model_dir), run.step, first_process, "tensorboard" in training.trackers)
         status = StatusLine(run.step, plan.last_step, active=first_process)
+        trackers = Trackers(str(model_dir), training.trackers if first_process else (), status.say)
         profile = Profile(profile_steps, run.step, str(model_dir), status.say)
         try:
             loop(run, checkpoints, records, status, values, stop, profile)
@@ -183,6 +185,7 @@ def train(
         finally:
             status.close()
             records.close()
+            trackers.close()
     return run
 
 
