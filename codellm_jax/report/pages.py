@@ -41,7 +41,8 @@ figcaption, .caption { color: var(--quiet); font-size: .9rem; max-width: 46rem; 
 nav { font-size: .9rem; } nav a { display: inline-block; margin-right: 1rem; }
 a { color: var(--link); }
 @media (max-width: 40rem) { body { padding: .75rem .75rem 3rem; } h1 { font-size: 1.35rem; } table { font-size: .8rem; }
-  th, td { padding: .25rem .4rem; } td:first-child { min-width: 6rem; } td.text { min-width: 5rem; } }
+  th, td { padding: .25rem .4rem; } td:first-child { min-width: 6rem; } td.text { min-width: 5rem; }
+  figure { overflow-x: auto; } figure img { max-width: none; width: 36rem; } }
 @media (prefers-color-scheme: dark) { figure img { padding: .5rem; border-radius: 4px; } }
 @page { size: A4 landscape; margin: 12mm; }
 @media print { :root { color-scheme: light; --text: #000; --paper: #fff; --quiet: #444; --rule: #ccc; --line: #000; }
@@ -76,19 +77,25 @@ class Items(NamedTuple):
 class Table(NamedTuple):
     """Cells are text; lines of a cell after its first are told apart. Columns of words are aligned to the left."""
 
-    caption: str
+    caption: str  # a sentence or more that says what the table shows, and how to read it
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = ()  # columns of words, by number; the first always is
 
 
 class Figure(NamedTuple):
-    """A plot, as NAME.svg and NAME.png."""
+    """A plot, as NAME.svg, NAME.pdf and NAME.png."""
 
     name: str
     caption: str
     png: bytes
     svg: bytes
+    pdf: bytes
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Its content by the names of its files."""
+        return {f"{self.name}.png": self.png, f"{self.name}.svg": self.svg, f"{self.name}.pdf": self.pdf}
 
 
 Block = Heading | Text | Notice | Items | Table | Figure
@@ -137,7 +144,7 @@ def _markdown(block: Block) -> str:
         return "\n".join(f"- {_plain(text)}" for text in block.texts)
     if isinstance(block, Figure):
         return f"![{block.name}]({block.name}.png)\n\n{_plain(block.caption)}"
-    align = [" --- " if _is_words(block, column) else " ---: " for column in range(len(block.columns))]
+    align = [" --- " if is_words(block, column) else " ---: " for column in range(len(block.columns))]
     lines = [block.columns, *block.rows]
     cells = [" | ".join(_plain(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line) for line in lines]
     caption = [_plain(block.caption), ""] if block.caption else []
@@ -163,7 +170,7 @@ def _html(block: Block) -> str:
         image = base64.b64encode(block.svg).decode()
         return (f'<figure><img alt="{html.escape(block.caption)}" src="data:image/svg+xml;base64,{image}">'
                 f"<figcaption>{_inline(block.caption)}</figcaption></figure>")
-    classes = [' class="text"' if _is_words(block, column) else "" for column in range(len(block.columns))]
+    classes = [' class="text"' if is_words(block, column) else "" for column in range(len(block.columns))]
     head = "".join(f'<th scope="col"{kind}>{_cell(name)}</th>'
                    for name, kind in zip(block.columns, classes, strict=True))
     rows = "".join("<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, classes, strict=True))
@@ -173,11 +180,14 @@ def _html(block: Block) -> str:
     return f'<p class="caption">{_inline(block.caption)}</p>{table}' if block.caption else table
 
 
-def _is_words(table: Table, column: int) -> bool:
+def is_words(table: Table, column: int) -> bool:
+    """Whether a column is of words, which are aligned to the left."""
     return column == 0 or column in table.words
 
 
 def _cell(text: str) -> str:
+    # As numbers are set in print: a minus sign, and a dash between the ends of a range.
+    text = re.sub(r"(?<![\w.)`-])-(?=\d)", "\N{MINUS SIGN}", re.sub(r"(?<=\d) - (?=\d)", "\N{EN DASH}", text))
     first, *others = text.split("\n")
     return "<br>".join([_inline(first), *(f'<span class="second">{_inline(other)}</span>' for other in others)])
 

@@ -58,6 +58,7 @@ class Training:
       evaluation: benchmarks that are asked at each evaluation; None for none.
       export_period: after every so many steps, and the last one, the parameters are written to MODEL_DIR/exports/STEP
         as a folder for Hugging Face's libraries, in float32; None for never.
+      trackers: where records go besides MODEL_DIR/metrics.jsonl, some of "tensorboard", "wandb" and "mlflow".
       seed: seed of the parameters, the order of the data and dropout.
     """
 
