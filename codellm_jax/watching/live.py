@@ -149,8 +149,8 @@ def _at_work(study: OfStudy, runs: Mapping[str, OfRun]) -> list[str]:
             continue
         run = runs.get(name)
         rows.append([
-            name, of_run.state, f"{of_run.step:,} of {of_run.steps:,}", _loss(run and run.last("train").get("loss")),
-            _rate(run), "-" if of_run.left is None else duration(of_run.left),
+            name, of_run.state, f"{of_run.step:,} of {of_run.steps:,}",
+            _loss(run.last("train").get("loss") if run else None), _rate(run), "-" if of_run.left is None else duration(of_run.left),
             f"{of_run.holder.worker}, since {duration(study.read_at - of_run.holder.since)}" if of_run.holder else "-"])
     return [f"<h2>Running</h2>{table}" for table in [_table(
         "The runs that somebody works at, or that wait for somebody to go on with them.",

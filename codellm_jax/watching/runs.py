@@ -102,7 +102,7 @@ def read_run(path: epath.Path) -> OfRun:
                for file in files_of(path / "results", ".json")
                if (result := read_json(file)) and {"task", "n", "value"} <= result.keys()}
     return OfRun(path, read_json(path / "provenance.json"), _sound(read_records(str(path))), results,
-                 *(_steps(path / name) for name in ("checkpoints", "exports", "damaged_checkpoints")),
+                 _steps(path / "checkpoints"), _steps(path / "exports"), _steps(path / "damaged_checkpoints"),
                  is_held(path), float(metrics.stat().mtime) if metrics.exists() else None)
 
 

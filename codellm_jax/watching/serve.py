@@ -82,7 +82,7 @@ class Watched:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "codellm_jax.watching.told", self._directory], stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-                env=os.environ | {"JAX_PLATFORMS": "cpu"}, preexec_fn=lambda: os.nice(10))
+                env=os.environ | {"JAX_PLATFORMS": "cpu"})
             threading.Thread(target=self._take, args=(self._process, len(done)), daemon=True).start()
 
     def _take(self, process: subprocess.Popen[str], done: int) -> None:

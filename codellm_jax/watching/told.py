@@ -6,6 +6,7 @@ It prints a part of a page. Fits and figures take seconds to minutes, in which t
 """
 
 import html
+import os
 import sys
 
 from etils import epath
@@ -46,4 +47,5 @@ def main(directory: str) -> int:
 
 
 if __name__ == "__main__":
+    os.nice(10)
     sys.exit(main(sys.argv[1]))
