@@ -186,14 +186,18 @@ def is_words(table: Table, column: int) -> bool:
 
 
 def _cell(text: str) -> str:
-    # As numbers are set in print: a minus sign, and a dash between the ends of a range.
-    text = re.sub(r"(?<![\w.)`-])-(?=\d)", "\N{MINUS SIGN}", re.sub(r"(?<=\d) - (?=\d)", "\N{EN DASH}", text))
     first, *others = text.split("\n")
     return "<br>".join([_inline(first), *(f'<span class="second">{_inline(other)}</span>' for other in others)])
 
 
 def _inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    """Text as HTML. Numbers are set as in print, with a minus sign, and a dash between the ends of a range; code is not.
+    """
+    def plain(part: str) -> str:
+        return re.sub(r"(?<![\w.)-])-(?=\d)", "\N{MINUS SIGN}", re.sub(r"(?<=\d) - (?=\d)", "\N{EN DASH}", part))
+
+    return "".join(f"<code>{html.escape(part[1:-1], quote=False)}</code>" if re.fullmatch("`[^`]+`", part) else
+                   plain(html.escape(part, quote=False)) for part in re.split(r"(`[^`]+`)", text))
 
 
 def _anchor(text: str) -> str:

@@ -65,6 +65,14 @@ class OfStudy(NamedTuple):
     read_at: float
 
     @property
+    def arms(self) -> dict[str, list[str]]:
+        """The names of the runs of each arm."""
+        found: dict[str, list[str]] = {}
+        for name, planned in self.plan.items():
+            found.setdefault(str(planned.get("arm", name)), []).append(name)
+        return found
+
+    @property
     def summary(self) -> str:
         """How far the study is, in a line."""
         states = [of_run.state for of_run in self.runs.values()]

@@ -106,7 +106,12 @@ def catch_up(directory: str, report: Told = print) -> None:
     """Sends what is new of a run, or the report of a study, to the trackers that follow it already."""
     if "://" in directory and not directory.startswith("gs://"):
         return
-    if names := _following(epath.Path(directory).expanduser()):
+    try:
+        names = _following(epath.Path(directory).expanduser())
+    except OSError as error:  # what was asked for is done
+        report(f"WARNING: what trackers follow {directory} cannot be read: {one_line(error)}")
+        return
+    if names:
         Trackers(directory, names, report).close()
 
 

@@ -165,7 +165,8 @@ def train(
         if first_process and text:
             (model_dir / "config.gin").write_text(text)
         provenance = Provenance(run, values, asked or {}, active=first_process)
-        records = Records(str(model_dir), run.step, first_process, "tensorboard" in training.trackers)
+        records = Records(str(model_dir), run.step, active=first_process,
+                          tensorboard="tensorboard" in training.trackers)
         status = StatusLine(run.step, plan.last_step, active=first_process)
         trackers = Trackers(str(model_dir), training.trackers if first_process else (), status.say)
         profile = Profile(profile_steps, run.step, str(model_dir), status.say)

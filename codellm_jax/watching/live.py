@@ -97,8 +97,10 @@ def study_now(study: OfStudy, runs: Sequence[OfRun], report_at: float | None) ->
         parts.append(f'<p><a href="/report/report.html">The report</a> of '
                      f'{time.strftime("%Y-%m-%d %H:%M", time.localtime(report_at))}</p>')
     parts += [f"<p>{html.escape(line)}.</p>" for line in study.others]
+    of_arms = {arm: found for arm, names in study.arms.items()
+               if (found := [by_name[name] for name in names if name in by_name])}
     return {"now": "\n".join([*parts, *_at_work(study, by_name), *_failed(study)]),
-            "losses": "\n".join([*_charts(_by_arm(study, by_name)), *_plan(study, by_name), _footer(study.read_at)])}
+            "losses": "\n".join([*_charts(of_arms), *_plan(study, by_name), _footer(study.read_at)])}
 
 
 def runs_now(runs: Sequence[OfRun], now: float) -> dict[str, str]:
@@ -150,27 +152,25 @@ def _at_work(study: OfStudy, runs: Mapping[str, OfRun]) -> list[str]:
         run = runs.get(name)
         rows.append([
             name, of_run.state, f"{of_run.step:,} of {of_run.steps:,}",
-            _loss(run.last("train").get("loss") if run else None), _rate(run), "-" if of_run.left is None else duration(of_run.left),
+            _loss(run.last("train").get("loss") if run else None), _rate(run),
+            "-" if of_run.left is None else duration(of_run.left),
             f"{of_run.holder.worker}, since {duration(study.read_at - of_run.holder.since)}" if of_run.holder else "-"])
-    return [f"<h2>Running</h2>{table}" for table in [_table(
-        "The runs that somebody works at, or that wait for somebody to go on with them.",
-        ("Run", "State", "Step", "Training loss", "Tokens/s", "Left", "Worker"), rows, words=(1, 6))] if rows]
+    return ["<h2>Running</h2>", _table(
+        "The runs that a worker trains or evaluates, and those that are begun and wait for one.",
+        ("Run", "State", "Step", "Training loss", "Tokens/s", "Left", "Worker"), rows, words=(1, 6))] if rows else []
 
 
 def _failed(study: OfStudy) -> list[str]:
     rows = [[name, of_run.state, of_run.note] for name, of_run in study.runs.items()
             if of_run.state in ("failed", "skipped")]
-    return [f"<h2>Failed</h2>{table}" for table in [_table(
+    return ["<h2>Failed</h2>", _table(
         "The runs that failed, and those that start from one of them. The same t5x study command tries them again.",
-        ("Run", "State", "Why"), rows, words=(1, 2))] if rows]
+        ("Run", "State", "Why"), rows, words=(1, 2))] if rows else []
 
 
 def _plan(study: OfStudy, runs: Mapping[str, OfRun]) -> list[str]:
-    arms: dict[str, list[str]] = {}
-    for name, planned in study.plan.items():
-        arms.setdefault(str(planned.get("arm", name)), []).append(name)
     rows = []
-    for arm, names in arms.items():
+    for arm, names in study.arms.items():
         states = [study.runs[name].state for name in names]
         ended = [runs[name].last("eval") for name in names if study.runs[name].state == "done" and name in runs]
         planned = study.plan[names[0]]
@@ -182,14 +182,6 @@ def _plan(study: OfStudy, runs: Mapping[str, OfRun]) -> list[str]:
         "A row for each arm: its stage, what its first seed starts from, how far its seeds are, and the mean of the "
         "last held-out losses of those that are done, in nats a token.",
         ("Arm", "Stage", "Starts from", "Steps", "Seeds", "Held-out text", "Held-out code"), rows, words=(1, 2, 4))]
-
-
-def _by_arm(study: OfStudy, runs: Mapping[str, OfRun]) -> dict[str, list[OfRun]]:
-    arms: dict[str, list[OfRun]] = {}
-    for name, planned in study.plan.items():
-        if name in runs:
-            arms.setdefault(str(planned.get("arm", name)), []).append(runs[name])
-    return arms
 
 
 def _charts(arms: Mapping[str, Sequence[OfRun]]) -> list[str]:

@@ -90,9 +90,11 @@ class Watched:
             text, _ = process.communicate(timeout=TOLD_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            text = ""
-        if text:
-            self.parts["told"] = f'<p class="caption">Of the {done} runs that are done:</p>\n{text}'
+            text, _ = process.communicate()
+        if process.returncode:
+            text = live.notice(f"The process that works out effects and laws ended with status {process.returncode}. "
+                               "It is started again once more runs are done.")
+        self.parts["told"] = f'<p class="caption">Of the {done} runs that are done:</p>\n{text}'
         self._process = None
 
     def close(self) -> None:

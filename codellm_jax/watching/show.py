@@ -232,9 +232,7 @@ def study_page(study: OfStudy, runs: Sequence[OfRun], command: str = "t5x") -> s
 
 def arms_table(study: OfStudy, runs: Mapping[str, OfRun]) -> list[str]:
     """A line for each arm: how many of its seeds are done, and the mean of their last held-out losses."""
-    arms: dict[str, list[str]] = {}
-    for name, planned in study.plan.items():
-        arms.setdefault(str(planned.get("arm", name)), []).append(name)
+    arms = study.arms
     width = max([len("arm"), *map(len, arms)])
     stages = {arm: str(study.plan[names[0]].get("stage", "-")) for arm, names in arms.items()}
     stage_width = max([len("stage"), *map(len, stages.values())])

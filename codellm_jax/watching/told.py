@@ -15,6 +15,7 @@ from codellm_jax.report import asked, effects_page, law_files, sweep_page
 from codellm_jax.report.pages import fragment
 from codellm_jax.report.runs import require_same_arm, require_same_measurement, require_same_sources
 from codellm_jax.report.write import read_study
+from codellm_jax.runtime.supervision import die_with_parent
 from codellm_jax.runtime.terminal import one_line
 
 
@@ -47,5 +48,6 @@ def main(directory: str) -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     os.nice(10)
     sys.exit(main(sys.argv[1]))
