@@ -191,8 +191,7 @@ def _cell(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text as HTML. Numbers are set as in print, with a minus sign, and a dash between the ends of a range, but in code.
-    """
+    """Text as HTML; but in code, numbers are set as in print: a minus sign, and a dash between the ends of a range."""
     def plain(part: str) -> str:
         return re.sub(r"(?<![\w.)-])-(?=\d)", "\N{MINUS SIGN}", re.sub(r"(?<=\d) - (?=\d)", "\N{EN DASH}", part))
 
