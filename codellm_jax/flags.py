@@ -146,7 +146,8 @@ def parser() -> argparse.ArgumentParser:
                     "that the runs cannot tell it and which further runs would. Writes DIR/report/laws.json.")
     laws.add_argument("directory", metavar="DIR", help="a study's, or one with Olmix's ratios.csv and metrics.csv")
     laws.add_argument("--objective", metavar="LOSS:WEIGHT,...",
-                      help="what to make small, such as text:0.5,code:0.5 (default: as much of each pool)")
+                      help="what to make small, such as text:0.5,code:0.5, or of a benchmark ekar/bits_per_byte:1; "
+                      "measures of which more is better count with a minus (default: as much of each pool)")
     laws.add_argument("--size", metavar="PARAMETERS", help="of the model to answer for, such as 125M (default: the "
                       "largest of the runs)")
     laws.add_argument("--tokens", help="to be trained on, such as 2.5B (default: as the runs at their end)")

@@ -47,9 +47,12 @@ def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
 
 
 def is_tree(group: Group) -> bool:
-    """Whether stages have effects here that no sweep shows: several stages differ, or the one has few shares."""
-    varying = [k for k in range(len(group.stages)) if len({levels[k].share for levels in group.levels.values()}) > 1]
-    return len(varying) > 1 or len(varying) == 1 and not group.sweeps
+    """Whether stages have effects here that no sweep shows: several stages differ, or the one has few shares, or also
+    differs in the weights of sources.
+    """
+    varying = [k for k in range(len(group.stages)) if len({levels[k].share for levels in group.levels.values()}) > 1
+               or k in group.by_source]
+    return len(varying) > 1 or len(varying) == 1 and (not group.sweeps or varying[0] in group.by_source)
 
 
 def sentences(found: Sequence[Judged]) -> list[str]:

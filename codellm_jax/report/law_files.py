@@ -43,7 +43,7 @@ def laws(directory: str, objective: str | None = None, size: str | None = None, 
     """
     asked = _number("size", size), _number("tokens", tokens)
     sweep = read_sweep(directory)
-    weights = parse_objective(objective, sweep.losses)
+    weights = parse_objective(objective, sweep)
     shares = None if mixtures is None else _mixtures(epath.Path(mixtures).expanduser(), sweep.sources)
     status: list[StatusLine] = []
 
@@ -73,7 +73,7 @@ def section(directory: str) -> list[Block]:
     """The laws of a study as a section of its report; where it is no sweep, why there are none."""
     try:
         sweep = read_sweep(directory)
-        return blocks(analyse(sweep, parse_objective(None, sweep.losses)))
+        return blocks(analyse(sweep, parse_objective(None, sweep)))
     except (FileNotFoundError, ValueError) as error:
         return [Heading(2, "Laws of the mixture"), Text(f"There are none: {error}")]
 

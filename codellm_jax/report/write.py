@@ -72,7 +72,7 @@ def report(directory: str, say: Told = print) -> str:
     study = read_study(folder, say)
     require_same_arm(study.runs)
     require_same_sources(study.runs)
-    require_same_measurement(study.runs)
+    require_same_measurement(run.results for run in study.runs)
     results = sum(len(run.results) for run in study.runs)
     say(f"{len(study.runs)} runs of {len(study.arms)} arms, {results} results.")
     compared = asked.groups(study)
