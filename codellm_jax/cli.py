@@ -108,7 +108,7 @@ def _with_others(flags: argparse.Namespace) -> int | None:
     if status is None:
         from codellm_jax.runtime.distributed import join
 
-        join(*given)
+        join(*given, flags.heartbeat_seconds)
     return status
 
 

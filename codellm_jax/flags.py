@@ -76,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of the first process")
         group.add_argument("--process_count", type=int, metavar="N", help="of all")
         group.add_argument("--process_index", type=int, metavar="I", help="of this one, from 0")
+        group.add_argument("--heartbeat_seconds", type=int, metavar="SECONDS",
+                           help="a process that gives no sign of life for so long counts as gone, which ends the run; "
+                                "30 by default")
         group.add_argument("--local_processes", type=int, metavar="N",
                            help="start so many on this machine's processor, to try")
 

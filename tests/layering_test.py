@@ -52,10 +52,10 @@ ROOMS: dict[str, set[str]] = {
     "chat": {"vocabulary"},
     "mixture": {"chat", "vocabulary"},
     "model": set(),
-    "weights": {"runtime", "mixture", "model", "vocabulary", "tokenizing", "contents", "hub"},
+    "weights": {"runtime", "results", "mixture", "model", "vocabulary", "tokenizing", "contents", "hub"},
     "configuration": {"settings", "runtime", "weights", "contents"},
     "reference": {"configuration", "settings", "flags", "fetching", "mixture", "prepare", "weights"},
-    "runtime": {"mixture", "model", "vocabulary"},
+    "runtime": {"mixture", "model", "results", "vocabulary"},
     "evaluation": {"chat", "configuration", "settings", "weights", "runtime", "mixture", "model", "results",
                    "vocabulary", "contents"},
     "training": {"tracking", "evaluation", "weights", "runtime", "mixture", "model", "results", "vocabulary"},
@@ -145,7 +145,7 @@ def test_arrows_point_down(name: str):
         assert tops(found) <= sys.stdlib_module_names | {"codellm_jax"}
     if name in ("codellm_jax.weights.families", "codellm_jax.weights.layouts"):
         assert rooms(found, package) <= {"model", "weights"}
-    if name in ("codellm_jax.study.leases", "codellm_jax.study.pace", "codellm_jax.study.status"):
+    if name in ("codellm_jax.runtime.leases", "codellm_jax.study.pace", "codellm_jax.study.status"):
         assert "jax" not in tops(found)
     if name in PURE:
         assert not tops(found) & ({"jax", "gin"} | HEAVY)

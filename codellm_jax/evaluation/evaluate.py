@@ -39,7 +39,7 @@ from codellm_jax.evaluation.scoring import Request, fault
 from codellm_jax.evaluation.trained import Checkpoint, TrainedModel, trained_model
 from codellm_jax.mixture.ledger import arm
 from codellm_jax.results.answers import is_measured, summaries
-from codellm_jax.results.files import as_lines, encoded, lines_written, write_result, write_whole
+from codellm_jax.results.files import as_lines, encoded, lines_written, named, write_result, write_whole
 from codellm_jax.results.levels import AccuracySummary, accuracy_summary, score_summary
 from codellm_jax.results.measures import score
 from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_rows, told_from_chance
@@ -380,9 +380,9 @@ def _answered(
             for line in answer(loaded.questions[start : start + at_once]):
                 lines.append(line)
                 if file is not None:
-                    file.write(encoded(as_lines([line])))
-            if file is not None:
-                file.flush()
+                    with named(path, len(text := encoded(as_lines([line])))):
+                        file.write(text)
+                        file.flush()
             done = min(start + at_once, total)
             rate = (done - before) / (time.monotonic() - began)
             status.show(done, f"{name} | {rate:,.1f} questions/s | {duration((total - done) / rate)} left")

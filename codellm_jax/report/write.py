@@ -52,7 +52,7 @@ from codellm_jax.report.runs import (
     resolve,
 )
 from codellm_jax.report.study import Study
-from codellm_jax.results.files import files_of, write_whole
+from codellm_jax.results.files import Damaged, files_of, read_provenance, require_plain_runs, write_whole
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import StatusLine, read_records
 
@@ -154,6 +154,7 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
         entries = [entry for entry in listed or [] if isinstance(entry, dict) and entry.get("run")]
         if not entries or len(entries) != len(listed or []):
             raise ValueError(f"{folder / 'study.json'} lists no runs: make it again with t5x study.")
+        require_plain_runs(folder / "study.json", entries)
     runs, pending = [], []
     names = {str(entry["run"]): str(entry["stage"]) for entry in entries if entry.get("stage")}
     for entry in entries:
@@ -175,7 +176,11 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str
     """
     results = read_results(path, path.name)
     record: Mapping[str, Any] = {}
-    step, records, provenance = None, read_records(str(path)), read_json(path / "provenance.json")
+    step, records, provenance = None, read_records(str(path)), None
+    try:
+        provenance = read_provenance(path)
+    except Damaged as error:
+        say(f"WARNING: {error}")
     if results or records:
         try:
             step, record = newest_record(str(path))

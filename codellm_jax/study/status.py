@@ -4,7 +4,6 @@ Times are told by this machine's clock beside the workers' own, so that they are
 """
 
 import ast
-import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from codellm_jax.results.files import Damaged, read_object, read_provenance, require_plain_runs
+from codellm_jax.runtime.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.runtime.progress import duration, read_records
 from codellm_jax.settings import Configuration
-from codellm_jax.study.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
 
 ENDED = ("done", "failed", "skipped")
@@ -98,12 +98,11 @@ def read_status(directory: str, now: float | None = None) -> OfStudy:
     """
     now = time.time() if now is None else now
     root = epath.Path(directory).expanduser()
-    if not (root / "study.json").exists():
+    found_plan = read_object(root / "study.json", {"runs": list}, ("runs",))
+    if found_plan is None:
         raise FileNotFoundError(f"{directory} holds no study.json: no study has begun there.")
-    try:
-        plan = {str(run["run"]): run for run in json.loads((root / "study.json").read_text())["runs"]}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{root / 'study.json'} lists no runs: make it again with t5x study.") from None
+    require_plain_runs(root / "study.json", found_plan["runs"])
+    plan = {str(run["run"]): run for run in found_plan["runs"]}
     state = State(directory)
     holders = {name: holder for name, (value, _) in state.read_all(state.names(LEASE), LEASE).items()
                if (holder := as_holder(value))}
@@ -150,10 +149,9 @@ class _Files(NamedTuple):
 
 
 def _read(folder: epath.Path) -> _Files:
-    path = folder / "provenance.json"
     try:
-        provenance = json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError:  # a kill left half of it
+        provenance = read_provenance(folder, ("finished",))
+    except Damaged:  # the run sets it aside when it goes on
         provenance = None
     return _Files(provenance is not None, bool(provenance and provenance["finished"]),
                   max((line["step"] for line in read_records(str(folder))), default=0))

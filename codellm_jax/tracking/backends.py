@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from codellm_jax.runtime.events import Events
+
 PROJECT = "codellm_jax"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME name no other
 LONGEST = 6000  # characters of a parameter in MLflow
 
@@ -53,26 +55,21 @@ class Tracker:
 
 
 def open_tensorboard(run: Tracked) -> Tracker:
-    """Configuration, ledger and scores beside the events of the records, which the run itself writes."""
-    from tensorboardX import SummaryWriter
+    """Configuration, ledger and scores, in a file beside the events that the run itself writes of its records."""
+    def fail(why: str) -> None:
+        raise OSError(why)
 
-    from codellm_jax.runtime.progress import use_remote_events
-
-    use_remote_events()
-    writer = SummaryWriter(logdir=f"{run.directory}/tensorboard")
+    events = Events(f"{run.directory}/tensorboard", None, fail, "summary")
     if run.configuration and run.id is None:
         rows = "\n".join(f"| {name} | `{value}` |" for name, value in sorted(run.configuration.items()))
-        writer.add_text("configuration", f"| setting | value |\n|---|---|\n{rows}")
-
-    def summary(values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
+        events.write_text("configuration", f"| setting | value |\n|---|---|\n{rows}")
 
     def file(path: Path, kind: str) -> None:
         if path.name == "report.md":
-            writer.add_text("report", path.read_text(encoding="utf-8"))
+            events.write_text("report", path.read_text(encoding="utf-8"))
 
-    return Tracker("tensorboard", lambda step, values: None, summary, file, lambda finished: writer.close())
+    return Tracker("tensorboard", lambda step, values: None, lambda values, step: events.write(step, values), file,
+                   lambda finished: events.close())
 
 
 def open_wandb(run: Tracked) -> Tracker:

@@ -101,7 +101,7 @@ def read_run(path: epath.Path) -> OfRun:
     results = {str(result["task"]) + "_sample" * bool(result.get("sample")): result
                for file in files_of(path / "results", ".json")
                if (result := read_json(file)) and {"task", "n", "value"} <= result.keys()}
-    return OfRun(path, read_json(path / "provenance.json"), _sound(read_records(str(path))), results,
+    return OfRun(path, read_json(path / "provenance.json"), read_records(str(path)), results,
                  _steps(path / "checkpoints"), _steps(path / "exports"), _steps(path / "damaged_checkpoints"),
                  is_held(path), float(metrics.stat().mtime) if metrics.exists() else None)
 
@@ -113,16 +113,6 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _sound(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The records without what is no number where one has to be; whole lines where that is their step."""
-    return [{name: value for name, value in line.items() if name == "split" or value is None or _is_number(value)}
-            for line in records if _is_number(line["step"])]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _steps(folder: epath.Path) -> list[int]:

@@ -28,7 +28,7 @@ def told(directory: str) -> str:
     study = read_study(epath.Path(directory).expanduser(), lambda line: None)
     require_same_arm(study.runs)
     require_same_sources(study.runs)
-    require_same_measurement(study.runs)
+    require_same_measurement(run.results for run in study.runs)
     compared = asked.groups(study)
     effects, _ = effects_page.effects(compared)
     swept, said = sweep_page.sweeps(compared)

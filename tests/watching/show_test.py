@@ -82,7 +82,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run and no study"):
         show(str(tmp_path))
     (tmp_path / "study.json").write_text('{"runs": 3}')
-    with pytest.raises(ValueError, match="lists no runs"):
+    with pytest.raises(ValueError, match="study.json is damaged"):
         show(str(tmp_path))
 
 
