@@ -15,7 +15,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from etils import epath
 
 import gin
 from codellm_jax.contents import whole_text
-from codellm_jax.settings import Configuration, Setting, nearest, references
+from codellm_jax.settings import SHIPPED, Configuration, Setting, nearest, references, shipped_gin_files
 from gin import config_parser
 
 # The schedules that train.learning_rate may be.
@@ -52,11 +52,6 @@ CONFIGURABLES = {
     "chain": "codellm_jax.runtime.optimization:chain",
     **{name: f"codellm_jax.runtime.optimization:{name}" for name in LEARNING_RATES},
 }
-
-# What holds the shipped gin/ folder: the checkout, or in an installation the package. (The folder beside an installed
-# package is the library of that name.)
-SHIPPED = next(folder for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent)
-               if (folder / "gin" / "pretrain.gin").is_file())
 
 
 class _Reference:
@@ -207,12 +202,6 @@ def _find(file: str, search_paths: Sequence[str]) -> epath.Path:
             return candidate
     near = difflib.get_close_matches(file, list(shipped_gin_files()), n=3, cutoff=0.4)
     raise FileNotFoundError(f"No gin file {file}" + (f"; nearest shipped: {', '.join(near)}." if near else "."))
-
-
-def shipped_gin_files() -> Iterator[str]:
-    """Names of the gin files that come with the package, such as gin/models/tiny.gin."""
-    for path in sorted((SHIPPED / "gin").rglob("*.gin")):
-        yield path.relative_to(SHIPPED).as_posix()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,12 +2,57 @@
 
 import argparse
 import difflib
+import textwrap
 from collections.abc import Sequence
 
+WIDTH = 100  # of descriptions
 GIN_FLAGS = """gin flags:
   --gin_file=FILE          settings; repeatable, later ones win. Shipped files are found from any directory
   --gin.NAME=VALUE         one setting; a bare word is a string. --gin.CODE_RATE=0.5, --gin.MODEL_DIR=runs/first
   --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
+
+EXAMPLES = {
+    "train": ("t5x train --gin_file=gin/mixed_pretrain.gin --gin.CODE_RATE=0.5 --gin.MODEL_DIR=runs/half",
+              "t5x train --gin_file=gin/tune_mixed.gin --gin.INITIAL_CHECKPOINT_PATH=runs/half --dry_run"),
+    "eval": ("t5x eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH=runs/half",
+             "t5x eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH=runs/half \"--gin.TASKS=['logic', 'mbpp']\""),
+    "study": ("t5x study --gin_file=gin/study.gin --dry_run",
+              "t5x study --gin_file=gin/study.gin --gin_file=mine.gin --devices_per_run=1"),
+    "infer": ("t5x infer --gin_file=gin/infer.gin --gin.CHECKPOINT_PATH=runs/half",
+              "t5x infer --gin_file=gin/infer.gin --gin.CHECKPOINT_PATH=runs/half --prompts=prompts.txt "
+              "--output=answers.jsonl"),
+    "compare": ("t5x compare runs/text runs/half",
+                "t5x compare studies/first/runs/NC-uniform.seed0 studies/first/runs/NN.seed0"),
+    "contamination": ("t5x contamination --gin_file=gin/mixed_pretrain.gin",
+                      "t5x contamination --gin_file=gin/mixed_pretrain.gin --output=found.json "
+                      "\"--gin.TASKS=['mbpp']\""),
+    "report": ("t5x report studies/first", "t5x report studies/first --serve"),
+    "plot": ("t5x plot runs/half", "t5x plot runs/text runs/half --output=losses.svg --against=tokens"),
+    "laws": ("t5x laws studies/first", "t5x laws studies/first --objective=text:0.5,code:0.5 --tokens=2.5B"),
+    "list": ("t5x list models", "t5x list corpora"),
+    "settings": ("t5x settings CODE_RATE", "t5x settings dropout"),
+    "show": ("t5x show runs/half", "t5x show gs://BUCKET/studies/first"),
+    "explain": ("t5x explain BATCH_SIZE --gin_file=gin/mixed_pretrain.gin",
+                "t5x explain --gin_file=gin/mixed_pretrain.gin"),
+    "vocabulary": ("t5x vocabulary --gin_file=gin/mixed_pretrain.gin --output=my.model",
+                   "t5x vocabulary --gin_file=gin/mixed_pretrain.gin --gin_file=mine.gin --size=32768 "
+                   "--output=my.model"),
+    "cache": ("t5x cache --gin_file=gin/mixed_pretrain.gin",
+              "t5x cache --gin_file=gin/mixed_pretrain.gin -- --direct_num_workers=8"),
+    "fetch": ("t5x fetch", "t5x fetch mbpp logic --data_dir=data"),
+    "prepare": ("t5x prepare --gin_file=gin/prepare.gin --gin_file=mine.gin",
+                "t5x prepare --gin_file=gin/prepare.gin --gin_file=mine.gin --workers=8"),
+    "import": ("t5x import hf://Qwen/Qwen3-0.6B --output=runs/qwen3",
+               "t5x import models/llama --output=runs/llama --check"),
+    "export": ("t5x export runs/half --output=exported", "t5x export runs/half@200 --output=exported --dtype=bfloat16"),
+    "launch": ("t5x launch --tpu=v5e-16 --zone=us-west4-a -- train --gin_file=gin/mixed_pretrain.gin "
+               "--gin.MODEL_DIR=gs://BUCKET/half",
+               "t5x launch --tpu=v4-8 --zone=us-central2-b --print_only -- study --gin_file=gin/study.gin "
+               "--gin.STUDY_DIR=gs://BUCKET/first"),
+    "precompile": ("t5x precompile --gin_file=gin/mixed_pretrain.gin --topology=v5e-16",
+                   "t5x precompile --gin_file=gin/mixed_pretrain.gin --gin_file=gin/models/2_6b.gin "
+                   "--topology=v4-128"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,7 +135,12 @@ def parser() -> argparse.ArgumentParser:
                                help="write what is found into this file, as JSON with the ids of questions")
     report = subparsers.add_parser("report", help="tables, plots and conclusions of a study", allow_abbrev=False,
                                    description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
-    report.add_argument("directory", metavar="DIR")
+    report.add_argument("directory", metavar="DIR", help="a study, a run or a folder of runs, local or gs://")
+    report.add_argument("--serve", action="store_true",
+                        help="show a page on this machine that follows a study while it runs; write nothing")
+    report.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s, this machine "
+                        "alone); at another one everybody who reaches it can read the page")
+    report.add_argument("--port", type=int, help="default: 8000, or a free one where that is taken; 0: a free one")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
     plot = subparsers.add_parser(
         "plot", help="a figure of the losses of runs", allow_abbrev=False,
@@ -115,8 +165,28 @@ def parser() -> argparse.ArgumentParser:
     laws.add_argument("--predict", metavar="FILE", help="shares in the columns of ratios.csv: writes their predicted "
                       "losses to DIR/report/predictions.csv")
     laws.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    explain = add("explain", "print which file or flag sets a value", "Prints what sets NAME and what that overrides.")
-    explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
+    show = subparsers.add_parser(
+        "show", help="a run, a study or a folder of runs as it stands now", allow_abbrev=False,
+        description="Prints state, last losses, speed, what was trained on, checkpoints and the next step of a "
+                    "run; the arms of a study, and what is running or failed; a folder of runs as a table.")
+    show.add_argument("path", metavar="DIR", help="a run, a study or a folder of runs, local or gs://")
+    show.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    list_ = subparsers.add_parser(
+        "list", help="shipped models, studies, kinds of corpora, benchmarks and more", allow_abbrev=False,
+        description="Lists what there is of a kind: models, studies, arms, corpora, transforms, benchmarks, templates, "
+                    "schedules and others. Without a kind it lists the kinds.")
+    list_.add_argument("kind", metavar="KIND", nargs="?", help="such as models or corpora")
+    list_.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    settings = subparsers.add_parser(
+        "settings", help="every setting: meaning, type, default", allow_abbrev=False,
+        description="Prints every setting of gin files and flags in a line; with a word those of this name or that "
+                    "speak of it, with type, default, meaning, and where the shipped files set it.")
+    settings.add_argument("word", metavar="WORD", nargs="?", help="a name such as CODE_RATE, or a word such as dropout")
+    settings.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    explain = add("explain", "print which file or flag sets a value",
+                  "Prints what sets NAME and what that overrides; without a name, everything that the files and flags "
+                  "set.")
+    explain.add_argument("name", metavar="NAME", nargs="?", help="a setting such as BATCH_SIZE or model.layers")
     vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
                      "Trains a byte-fallback BPE vocabulary on the mixture's training documents.")
     vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
@@ -185,6 +255,11 @@ def parser() -> argparse.ArgumentParser:
     precompile.add_argument("--no_search", action="store_true",
                             help="search neither for the largest batch nor for what would make the run fit")
     precompile.add_argument("--report", help="also write the page into this file, as Markdown")
+    for name, command in subparsers.choices.items():
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.description = textwrap.fill(command.description or "", WIDTH)
+        examples = "\n".join(f"  {example}" for example in EXAMPLES[name])
+        command.epilog = "\n\n".join(filter(None, [command.epilog, f"examples:\n{examples}"]))
     return whole
 
 

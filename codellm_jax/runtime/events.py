@@ -21,9 +21,12 @@ class Events:
       folder: local or gs://.
       first_step: events of earlier sessions from this step on are no longer shown; None shows all.
       warn: told once, where events cannot be written; from then on there are none.
+      name: begins the name of the file.
     """
 
-    def __init__(self, folder: str, first_step: int | None, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: str, first_step: int | None, warn: Callable[[str], None], name: str = "events"
+    ) -> None:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import register_writer_factory
@@ -35,7 +38,7 @@ class Events:
         try:
             epath.Path(folder).mkdir(parents=True, exist_ok=True)
             # By the second and the process, lest two sessions share a file when the clock was set back.
-            self._writer = EventsWriter(f"{folder}/events", f".{os.getpid()}")
+            self._writer = EventsWriter(f"{folder}/{name}", f".{os.getpid()}")
             if first_step is not None:
                 self._writer.write_event(Event(wall_time=time.time(), step=first_step,
                                                session_log=SessionLog(status=SessionLog.START)))
@@ -52,6 +55,17 @@ class Events:
             for name, value in values.items():
                 self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
             self._writer.flush()
+        except Exception as error:
+            self._give_up(error)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Adds a text in Markdown."""
+        from tensorboardX import summary
+
+        if self._writer is None:
+            return
+        try:
+            self._writer.write_event(self._event(wall_time=time.time(), summary=summary.text(name, text)))
         except Exception as error:
             self._give_up(error)
 

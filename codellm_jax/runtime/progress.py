@@ -43,11 +43,12 @@ class Records:
       active: whether this process writes.
       require_held: called before each line; raises OSError where the directory is no longer this run's.
       warn: told a line.
+      tensorboard: whether TensorBoard's events are written, too.
     """
 
     def __init__(
         self, model_dir: str, step: int, active: bool, require_held: Callable[[], None] = lambda: None,
-        warn: Callable[[str], None] = print,
+        warn: Callable[[str], None] = print, tensorboard: bool = True,
     ) -> None:
         self._path = epath.Path(model_dir) / "metrics.jsonl"
         self._lines: _Lines | None = None
@@ -64,7 +65,8 @@ class Records:
         kept = "".join(json.dumps(record) + "\n" for record in found if step and record["step"] <= step)
         with named(self._path, len(kept)):
             self._lines = (_RemoteLines if "://" in model_dir else _Lines)(self._path, kept)
-        self._events = Events(f"{model_dir.rstrip('/')}/tensorboard", step + 1 if step else None, warn)
+        self._events = Events(f"{model_dir.rstrip('/')}/tensorboard", step + 1 if step else None,
+                              warn) if tensorboard else None
 
     def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
         """Adds one line; values that are not known are left out, and those not finite become null.
@@ -84,7 +86,8 @@ class Records:
                 self._lines.write_anew()
                 self._warn(f"WARNING: {self._path} was removed or replaced; it is written again, with all its lines.")
             self._lines.add(text)
-        self._events.write(step, {f"{split}/{name}": value for name, value in known.items()})
+        if self._events is not None:
+            self._events.write(step, {f"{split}/{name}": value for name, value in known.items()})
 
     def settle(self) -> None:
         """Returns when all lines are stored, as a checkpoint that is saved now expects of a resume."""
@@ -94,7 +97,8 @@ class Records:
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
 
 
 class _Lines:

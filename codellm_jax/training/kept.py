@@ -21,8 +21,8 @@ def set_earlier_aside(model_dir: epath.Path, report: Callable[[str], None]) -> N
     left = [path for name in ("metrics.jsonl", "results", "exports") if (path := model_dir / name).exists()]
     if left:
         steps = max((line["step"] for line in read_records(str(model_dir))), default=0)
-        aside = set_aside([*left, *(model_dir / name for name in ("provenance.json", "config.gin", "tensorboard"))],
-                          model_dir)
+        others = ("provenance.json", "config.gin", "tensorboard", "trackers")
+        aside = set_aside([*left, *(model_dir / name for name in others)], model_dir)
         report(f"WARNING: {model_dir} has records of {steps:,} steps and no checkpoint to go on from: the run begins "
                f"anew, and they are kept in {aside}.")
 

@@ -20,6 +20,7 @@ from codellm_jax.runtime.optimization import Schedule
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh, require_divisible
 from codellm_jax.runtime.process import require_plain_name
 from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_device, memory_per_device
+from codellm_jax.tracking.trackers import require_known
 from codellm_jax.training.begin import Trunk, trunk_of
 from codellm_jax.vocabulary import Vocabulary
 
@@ -57,6 +58,7 @@ class Training:
       evaluation: benchmarks that are asked at each evaluation; None for none.
       export_period: after every so many steps, and the last one, the parameters are written to MODEL_DIR/exports/STEP
         as a folder for Hugging Face's libraries, in float32; None for never.
+      trackers: where records go besides MODEL_DIR/metrics.jsonl, some of "tensorboard", "wandb" and "mlflow".
       seed: seed of the parameters, the order of the data and dropout.
     """
 
@@ -81,6 +83,7 @@ class Training:
     branch_from: str | None = None
     evaluation: Evaluation | None = None
     export_period: int | None = None
+    trackers: Sequence[str] = ("tensorboard",)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,6 +104,7 @@ class Training:
             raise ValueError("BRANCH_FROM and INITIAL_CHECKPOINT_PATH are both set: a run starts from one of them.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed!r}.")
+        require_known(self.trackers)
         if not self.model_dir.strip():
             raise ValueError("MODEL_DIR is empty: name the run's directory, such as runs/first.")
         require_plain_name("MODEL_DIR", self.model_dir)

@@ -48,6 +48,7 @@ from codellm_jax.runtime.process import alone_in, stop_on_signal
 from codellm_jax.runtime.profiles import Profile, ProfileSteps
 from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
 from codellm_jax.runtime.state import TrainState
+from codellm_jax.tracking.trackers import Trackers
 from codellm_jax.training.begin import Run, begin_or_resume, place
 from codellm_jax.training.kept import Provenance, set_earlier_aside
 from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, kept_steps, make_plan
@@ -167,7 +168,9 @@ def train(
             write_whole(model_dir / "config.gin", text)
         provenance = Provenance(run, values, asked or {}, active=first_process)
         status = StatusLine(run.step, plan.last_step, active=first_process)
-        records = Records(str(model_dir), run.step, first_process, require_held, status.say)
+        records = Records(str(model_dir), run.step, first_process, require_held, status.say,
+                          tensorboard="tensorboard" in training.trackers)
+        trackers = Trackers(str(model_dir), training.trackers if first_process else (), status.say)
         profile = Profile(profile_steps, run.step, str(model_dir), status.say)
         try:
             loop(run, checkpoints, records, status, values, stop, profile, require_held)
@@ -189,6 +192,7 @@ def train(
         finally:
             status.close()
             records.close()
+            trackers.close()
     return run
 
 
