@@ -104,9 +104,10 @@ def _table(found: Sequence[Judged], total: int) -> Table:
         measure = next(iter(own.values())).measure
         rows.append([f"{title}\n{measure.unit}, {measure.better} is better",
                      *(_cell(own[name]) if name in own else "-" for name in names)])
-    return Table("The effect with its 95% interval, whether it helps, and its p-value, corrected by Holm's method for "
-                 f"all {total} effects that have one. Effects are differences between arms with code and without, "
-                 "midway between code and none in the other stages", ("Measure", *map(_capital, names)), rows)
+    return Table("What code in a stage changes in each measure: the effect with its 95% interval, beneath it whether "
+                 f"it helps and its p-value, corrected by Holm's method for all {total} effects that have one. An "
+                 "effect is the difference between arms with code and without, midway between code and none in the "
+                 "other stages.", ("Measure", *map(_capital, names)), rows)
 
 
 def _cell(one: Judged) -> str:

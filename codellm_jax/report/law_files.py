@@ -5,7 +5,7 @@
 Prints the best mixture and the laws, and writes into DIR/report:
 
   laws.json            every number: laws, intervals, outliers, predictions
-  laws.svg, laws.png   loss against share, where there are two sources
+  laws.svg, laws.pdf, laws.png   loss against share, where there are two sources
   ratios.csv, metrics.csv   the runs, as Olmix reads them
   predictions.csv      of the mixtures of --predict=FILE, which has the columns of ratios.csv
 """
@@ -64,8 +64,8 @@ def laws(directory: str, objective: str | None = None, size: str | None = None, 
         write_whole(folder / name, text)
     for block in page:
         if isinstance(block, Figure):
-            (folder / f"{block.name}.png").write_bytes(block.png)
-            (folder / f"{block.name}.svg").write_bytes(block.svg)
+            for name, content in block.files.items():
+                (folder / name).write_bytes(content)
     return f"{plain(page)}\n\nAll numbers: {folder / 'laws.json'}"
 
 

@@ -60,8 +60,9 @@ def _answer(analysis: Analysis) -> list[Block]:
         if found.edge:
             lines.append(Text(f"It has as much {sources[found.edge[0]]} as any run: there is no interior optimum, and "
                               "more of it may be better still."))
-        lines.append(Table("The best mixture of those between the runs' (in their convex hull)", (
-            "Source", "Share", "95% interval", "Swept"), [
+        lines.append(Table("The best mixture of those between the runs' (in their convex hull): the share of each "
+                           "source with its 95% interval, beside the shares that were swept.", (
+                               "Source", "Share", "95% interval", "Swept"), [
             [name, f"{found.shares[n]:.3f}", f"{found.intervals[n, 0]:.3f} - {found.intervals[n, 1]:.3f}",
              f"{analysis.fitted.points.shares[:, n].min():.3f} - {analysis.fitted.points.shares[:, n].max():.3f}"]
             for n, name in enumerate(sources)]))
@@ -154,8 +155,8 @@ def _laws(analysis: Analysis) -> Block:
                      f"{_error(law.chosen.left_out, cells, there):.4f}", f"{_error(law.left_out, cells, there):.4f}",
                      f"{math.sqrt(law.noise):.4f}",
                      ", ".join(f"{other} {miss:.4f}" for miss, other in others[:2])])
-    return Table("The law of each loss. The miss is that of shares left out, in turn, root mean square: of the law "
-                 "chosen, and of all candidates weighed together, as they are in the predictions",
+    return Table("The law of each loss, and how well it predicts. The miss is the root mean square error of shares "
+                 "left out in turn: of the law chosen, and of all candidates weighed together, as the predictions do.",
                  ("Loss", "Law", "Miss", "Of all", "Noise of a run", "Next best"), rows, words=(1, 5))
 
 
@@ -178,14 +179,15 @@ def _predictions(analysis: Analysis) -> Block:
                for d in range(len(analysis.sweep.losses)))] for n in every]
     which = "" if two or len(analysis.shares) <= SHOWN else f", of the {SHOWN} best mixtures of runs"
     heading = f"Share of {analysis.sweep.sources[1]}" if two else "Mixture"
-    return Table("Predicted losses with the 95% intervals of the law, that is of the mean over seeds"
-                 + (", extrapolated" if analysis.extrapolated else "") + which, (heading, *analysis.sweep.losses), rows)
+    return Table("The losses that the laws predict, with 95% intervals of the mean over seeds"
+                 + (", extrapolated" if analysis.extrapolated else "") + which + ".",
+                 (heading, *analysis.sweep.losses), rows)
 
 
 def _misses(analysis: Analysis) -> list[Block]:
     if not analysis.misses:
         return []
-    return [Table("How far laws of size and length are from what was left out, root mean square", (
+    return [Table("How far laws of size and length are from runs that were left out: the root mean square error.", (
         "Left out", "Beyond the rest", *analysis.misses[0].misses, "Within 95% intervals"), [
             [f"{_count(miss.left_out)} {'parameters' if miss.axis == 'size' else 'tokens'}", f"{miss.factor:.3g} times",
              *(f"{value:.4f}" for value in miss.misses.values()), f"{100 * miss.coverage:.0f}%"]
@@ -233,7 +235,7 @@ def plain(parts: Sequence[Block]) -> str:
         elif isinstance(block, Items):
             lines += [*(f"    {text.strip('`')}" for text in block.texts), ""]
         elif isinstance(block, Table):
-            lines += [*textwrap.wrap(f"{block.caption}:", WIDTH), *_plain_table(block), ""]
+            lines += [*textwrap.wrap(block.caption, WIDTH), *_plain_table(block), ""]
     return "\n".join(lines).rstrip()
 
 
