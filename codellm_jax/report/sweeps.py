@@ -328,7 +328,7 @@ def _with_benchmarks(sweep: Sweep, runs: Sequence[_Read], contamination: Contami
         for measure in asked(results, frozenset().union(*overlaps.sources.values()) if overlaps else frozenset()):
             name, number = f"{task}/{measure.metric}", len(next(iter(measure.values.values())))
             values = np.full((len(sweep.runs), 1 + number), np.nan)
-            for line in np.flatnonzero(sweep.final):
+            for line in np.flatnonzero(sweep.final).tolist():
                 if (run := sweep.runs[line]) in measure.values:
                     values[line] = measure.scores[run], *measure.values[run]
             names.append(name)
