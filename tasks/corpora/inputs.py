@@ -17,6 +17,7 @@ _NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 _NUMBER = re.compile(r"(?:line|record|row) (\d+)(?!\d)")
 _KINDS = [kind for kind in specs.DOCUMENT_KINDS if kind not in specs.TOKEN_KINDS]
 _OF_TRAINING = ("transform", "validation")
+LARGEST_MIB = 64  # of a document: what steps hold of one, its words and hashes, is many times as much
 
 
 class Input(NamedTuple):
@@ -144,6 +145,8 @@ def _text(content: str | bytes | Lost, spec: Mapping[str, Any]) -> tuple[str | N
         text = encoded.decode()
     except UnicodeError:
         return None, "not valid UTF-8"
+    if len(encoded) > LARGEST_MIB << 20:
+        return None, f"longer than {LARGEST_MIB} MiB"
     if not text.strip():
         return None, "empty"
     return (text, "") if specs.is_sampled(encoded, spec) else (None, "outside of the sample")

@@ -195,8 +195,8 @@ def test_a_kill_within_a_part_leaves_nothing_half(folder: Path, monkeypatch):
     prepare.prepare(preparation(folder, "other"), 1, report=silent)
     real = reduction.finish
 
-    def killed(job, stage: int) -> None:
-        real(job, stage)
+    def killed(*arguments) -> None:
+        real(*arguments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reduction, "finish", killed)
