@@ -56,12 +56,13 @@ class Keys:
         self._documents += 1
         if (self._documents >= DOCUMENTS_A_CHUNK or len(self._found) >= 8 * DOCUMENTS_A_CHUNK
                 or self._shingles >= SHINGLES_A_CHUNK):
-            self._write()
+            self.close()
 
     def close(self) -> None:
         """Writes what is left."""
         if self._found:
             self._write()
+        self._found, self._documents, self._shingles = [], 0, 0
 
     def _write(self) -> None:
         step, found = self._step, self._found
@@ -77,16 +78,22 @@ class Keys:
             np.add.at(records["size"], at, drawn["size"])
             ranges = records["bin"] << np.uint64(64 - 20)
         else:
-            signatures = np.array([(number & (1 << PART_BITS) - 1, *rest) for number, *rest, _ in found],
-                                  signed(step.options["bands"] * step.options["rows"]))
+            signatures = np.array([signed_of for *_, signed_of, _ in found])
+            numbers = np.array([number for number, *_ in found], np.uint64)
+            # A row for each document from the first to the last, so that one's row follows from its number.
+            row = (numbers - numbers[0]).astype(np.int64)
+            told = np.zeros(row[-1] + 1, signed(signatures.shape[1]))
+            told["place"] = (int(numbers[0]) & (1 << PART_BITS) - 1) + np.arange(len(told))
+            for at, name in enumerate(("rank", "bytes"), 1):
+                told[name][row] = np.array([each[at] for each in found], np.uint64)
+            told["signature"][row] = signatures
             if step.options["similarity"]:
                 sets = [hashes for *_, hashes in found]
                 ranged.write(self._job.path(self._stage, "shingles", self._part, f"-{self._chunks:05d}.bin"),
-                             np.concatenate(sets), np.repeat(np.arange(len(sets)), list(map(len, sets))), len(sets))
+                             np.concatenate(sets), np.repeat(row, list(map(len, sets))), len(told))
             ranged.write_bytes(self._job.path(self._stage, "signed", self._part, f"-{self._chunks:05d}.bin"),
-                               signatures.tobytes())
-            numbers = np.array([number for number, *_ in found], np.uint64)
-            keys = band_keys(signatures["signature"], step.options["bands"], step.options["rows"])
+                               told.tobytes())
+            keys = band_keys(signatures, step.options["bands"], step.options["rows"])
             records = np.zeros(keys.size, BAND)
             records["key"], records["document"] = keys.ravel(), np.repeat(numbers, step.options["bands"])
             records = np.sort(records, order=["key", "document"])
@@ -94,4 +101,3 @@ class Keys:
         path = self._job.path(self._stage, "keys", self._part, f"-{self._chunks:05d}.bin")
         ranged.write(path, records, (ranges >> np.uint64(64 - 12)).astype(np.int64), RANGES)
         self._chunks += 1
-        self._found, self._documents, self._shingles = [], 0, 0

@@ -1,6 +1,7 @@
 """Which documents go where that depends on all of them: for ranges of hashes each by itself, then together."""
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from codellm_jax.prepare.keys import BINS, RANGES
 from codellm_jax.prepare.steps import Step
 
 BYTES_A_BUCKET = 64 << 20  # of keys that are held at once
+DOCUMENTS_HELD = 1 << 17  # whose signatures are held at once; a group of more is held whole
 SETS_HELD = 1 << 10  # of shingles, of documents that are compared
 SHINGLE = np.dtype("<u4")
 
@@ -92,7 +94,16 @@ def _edges(job: Job, stage: int, step: Step, bands: np.ndarray) -> np.ndarray:
     found = groups(bands["key"]) if len(bands) else []
     if not found:
         return np.zeros(0, EDGE)
-    numbers = np.unique(bands["document"][np.concatenate(found)])
+    ends = np.cumsum(list(map(len, found)))
+    slices = np.flatnonzero(np.diff(ends // DOCUMENTS_HELD)) + 1
+    return np.concatenate([
+        _edges_of(job, stage, step, [bands["document"][group] for group in found[first:last]])
+        for first, last in itertools.pairwise([0, *slices.tolist(), len(found)])])
+
+
+def _edges_of(job: Job, stage: int, step: Step, found: Sequence[np.ndarray]) -> np.ndarray:
+    """The similar pairs of groups of documents, by their numbers."""
+    numbers = np.unique(np.concatenate(found))
     signatures, sets = _signatures(job, stage, step, numbers)
 
     @functools.lru_cache(maxsize=1 << 16)
@@ -101,7 +112,7 @@ def _edges(job: Job, stage: int, step: Step, bands: np.ndarray) -> np.ndarray:
 
     pairs: dict[tuple[int, int], float] = {}
     for group in found:
-        at = np.searchsorted(numbers, np.unique(bands["document"][group]))
+        at = np.searchsorted(numbers, np.unique(group))
         at = at[np.argsort(signatures["rank"][at], kind="stable")]  # which are compared depends on the texts alone
         for first, second, similarity in similar_pairs(
                 signatures["signature"][at], step.options["similarity"],
@@ -129,13 +140,13 @@ def _signatures(
         mine = np.flatnonzero(of_part == part)
         if not len(mine):
             continue
-        places = ranged.column(path, dtype, "place")
-        wanted = numbers[mine] & np.uint64((1 << PART_BITS) - 1)
-        at = np.minimum(np.searchsorted(places, wanted), len(places) - 1)
-        here = places[at] == wanted
+        count = path.stat().length // dtype.itemsize
+        first = int(ranged.rows(path, dtype, np.zeros(1, np.int64))["place"][0])
+        at = (numbers[mine] & np.uint64((1 << PART_BITS) - 1)).astype(np.int64) - first
+        here = (at >= 0) & (at < count)
         found[mine[here]] = ranged.rows(path, dtype, at[here])
         files_of[mine[here]], rows[mine[here]] = len(paths), at[here]
-        paths.append((path.with_name(path.name.replace("signed", "shingles", 1)), len(places)))
+        paths.append((path.with_name(path.name.replace("signed", "shingles", 1)), count))
 
     @functools.lru_cache(maxsize=SETS_HELD)
     def sets(at: int) -> np.ndarray:

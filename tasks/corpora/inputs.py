@@ -1,7 +1,6 @@
 """The corpora of `CORPORA` as `t5x prepare` reads them: all documents with their places, whatever their split."""
 
 import dataclasses
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ _NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 _NUMBER = re.compile(r"(?:line|record|row) (\d+)(?!\d)")
 _KINDS = [kind for kind in specs.DOCUMENT_KINDS if kind not in specs.TOKEN_KINDS]
 _OF_TRAINING = ("transform", "validation")
-LARGEST_MIB = 64  # of a document: what steps hold of one, its words and hashes, is many times as much
+LARGEST = 1 << 26  # characters of a document: what steps hold of one, its words and hashes, is many times as much
 
 
 class Input(NamedTuple):
@@ -42,7 +41,11 @@ class Input(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Corpora of documents by name, `text.NAME` or `code.NAME`, as `corpora.sources` describes them.
+    """The corpora of a preparation.
+
+    Attributes:
+      corpora: corpora of documents by name, text.NAME or code.NAME, each with its kind and options, as
+        `corpora.sources` describes them.
 
     Raises:
       ValueError: a name or a spec is malformed, or a corpus is not one of documents.
@@ -104,7 +107,7 @@ class Inputs:
         told = {fields.BESIDE: ["license", "language"]}  # of columns no others are read
         spec = {**self.corpora[name], **told}
         for found in pieces.records(before, spec, name, piece, rows_before) if piece else _records(spec, name, files):
-            file, at = _place(found.place, itertools.chain([before] if before else (), files or ()))
+            file, at = _place(found.place, before, files or ())
             row = row + 1 if file == before else 1
             before = file
             text, reason = _text(found.content, self.corpora[name])
@@ -127,13 +130,20 @@ def _records(spec: Mapping[str, Any], name: str, files: Sequence[str] | None) ->
     return sources.file_records(kind, spec, files or (), name)
 
 
-def _place(place: str, files: Iterable[str]) -> tuple[str, int | None]:
-    """The file of a reader's place, such as "a.jsonl, line 3", and the number, where it tells one."""
-    file = next((file for file in files if place == file or place.startswith((f"{file}, ", f"{file}: "))), None)
+def _place(place: str, before: str, files: Iterable[str]) -> tuple[str, int | None]:
+    """The file of a reader's place, such as "a.jsonl, line 3", and the number, where it tells one.
+
+    `before` is the file of the record before, most often this one's too; "" at the first.
+    """
+    file = before if before and _is_of(place, before) else next((one for one in files if _is_of(place, one)), None)
     if file is None:
         file = place.rpartition(", ")[0] if _NUMBER.fullmatch(place.rpartition(", ")[2]) else place
     found = _NUMBER.match(place[len(file) + 2 :])
     return file, int(found[1]) if found else None
+
+
+def _is_of(place: str, file: str) -> bool:
+    return place.startswith(file) and place[len(file) : len(file) + 2] in ("", ", ", ": ")
 
 
 def _text(content: str | bytes | Lost, spec: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -141,12 +151,14 @@ def _text(content: str | bytes | Lost, spec: Mapping[str, Any]) -> tuple[str | N
     if isinstance(content, Lost):
         return None, content.reason
     try:
-        encoded = content.encode() if isinstance(content, str) else content
-        text = encoded.decode()
+        # What pyarrow made a text of was UTF-8; a text of JSON may hold half a character.
+        is_sure = isinstance(content, str) and specs.kind_of(spec) in ("parquet", "arrow") and "sample" not in spec
+        encoded = b"" if is_sure else content.encode() if isinstance(content, str) else content
+        text = content if isinstance(content, str) else content.decode()
     except UnicodeError:
         return None, "not valid UTF-8"
-    if len(encoded) > LARGEST_MIB << 20:
-        return None, f"longer than {LARGEST_MIB} MiB"
-    if not text.strip():
+    if len(text) > LARGEST:
+        return None, f"longer than {LARGEST:,} characters"
+    if not text or text.isspace():
         return None, "empty"
     return (text, "") if specs.is_sampled(encoded, spec) else (None, "outside of the sample")

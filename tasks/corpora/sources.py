@@ -280,11 +280,11 @@ def texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -
             continue
         try:
             content = record.encode() if isinstance(record, str) else record
-            text = content.decode()
+            text = record if isinstance(record, str) else content.decode()
         except UnicodeError:
             lost.add("not valid UTF-8", place)
             continue
-        if not text.strip():
+        if not text or text.isspace():
             lost.add("empty", place)
             continue
         if not is_sampled(content, spec):
@@ -354,7 +354,8 @@ def file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name
 def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., Iterator[Found]]:
     """A reader of documents, from one of records with their places."""
     def documents_of(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-        return (fields.found(place, record, spec, TEXT_FIELDS[kind_of(spec)]) for place, record in read(file, spec))
+        default = TEXT_FIELDS[kind_of(spec)]
+        return (fields.found(place, record, spec, default) for place, record in read(file, spec))
 
     return documents_of
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from codellm_jax.mixture.ngrams import words
-from codellm_jax.prepare import duplicates, joining
+from codellm_jax.prepare import duplicates, joining, keys, reduction
 from codellm_jax.prepare.job import EDGE
 from codellm_jax.prepare.prepare import Preparation, prepare
 from tasks.corpora.inputs import Inputs
@@ -178,3 +178,18 @@ def test_planted_near_duplicates_are_found(tmp_path: Path, similarity: float, ba
     if similarity:
         assert 0 < len(gone) <= len(above) and gone <= set(above)
         assert all(row["similarity"] == pytest.approx(similar[(row["row"] - 1) // 2], abs=1e-4) for row in removed)
+
+
+def test_texts_without_words_lie_between(tmp_path: Path, monkeypatch):
+    """Such texts have no shingles; pairs on either side of them, and of chunks of nothing else, are found."""
+    monkeypatch.setattr(keys, "DOCUMENTS_A_CHUNK", 3)
+    monkeypatch.setattr(reduction, "DOCUMENTS_HELD", 2)
+    dice = random.Random(5)
+    own = [" ".join(f"w{dice.randrange(9**9)}" for _ in range(60)) for _ in range(4)]
+    texts = ["...", own[0], "!", "?", "; ;", ". .", ", ,", "- -", own[1], own[0] + " more", "* *", own[2], own[3],
+             own[1] + " more"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    inputs = Inputs({"text.a": {"json_lines": str(tmp_path / "a.jsonl")}})
+    prepare(Preparation(inputs, ["near_duplicates"], str(tmp_path / "out")), 1, report=lambda line: None)
+    removed = pq.read_table(tmp_path / "out" / "removed" / "stage1-00000.parquet").to_pylist()
+    assert [row["row"] for row in removed] == [2, 9]  # the longer of each pair stays

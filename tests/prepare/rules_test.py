@@ -202,6 +202,20 @@ def test_secrets(text: str, masked: str):
     assert code.mask_secrets(masked) == masked
 
 
+@pytest.mark.parametrize("secret", [
+    *(f"{start}{'A1B2' * 4}" for start in ("AKIA", "ASIA", "AGPA", "AIDA", "AROA")),
+    *(f"{start}{'A1b2' * 13}" for start in (
+        "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xoxb-", "ya29.", "sk_live_", "rk_test_",
+        "sk-", "sk-proj-", "hf_", "pypi-", "eyJhbGciOiJIUz.eyJzdWIiOiIxMj.")),
+    f"AIza{'A1b2C' * 7}", f"npm_{'A1b2' * 9}", "-----BEGIN RSA PRIVATE KEY-----\nA1b2",
+    *(f"{name} = 'a1b2c3d4e5'" for name in (
+        "password", "PASSWD", "Secret", "api_key", "apikey", "ACCESS_KEY", "accessKey", "auth_token", "authToken",
+        "access_token", "accesstoken", "private_key", "privateKey", "client_secret", "clientsecret", "pa\u017fsword"))])
+def test_each_form_of_secret_is_masked(secret: str):
+    masked = code.mask_secrets(f"here {secret}\n")
+    assert "<KEY>" in masked and "1b2" not in masked and "A1B2" not in masked
+
+
 # ---- Steps -------------------------------------------------------------------------------------
 
 

@@ -72,10 +72,10 @@ def test_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (1 << 20, (1 << 20) + 1, 3)))
-    monkeypatch.setattr(inputs, "LARGEST_MIB", 1)
+    path.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (9, 10, 3)))
+    monkeypatch.setattr(inputs, "LARGEST", 9)
     found = Inputs({"text.a": {"json_lines": str(path)}}).documents("text.a", [str(path)])
-    assert [(each.row, each.reason) for each in found] == [(1, ""), (2, "longer than 1 MiB"), (3, "")]
+    assert [(each.row, each.reason) for each in found] == [(1, ""), (2, "longer than 9 characters"), (3, "")]
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
