@@ -1,6 +1,6 @@
 """What is data runs no code: checkpoints, records, caches, reports, tokenizers and weights.
 
-docs/architecture.md, "What is code and what is data", says which is which.
+SECURITY.md says which is which.
 """
 
 import ast
