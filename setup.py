@@ -33,7 +33,8 @@ TREE_SITTER = ["tree-sitter>=0.25", "tree-sitter-c>=0.24", "tree-sitter-go>=0.25
                "tree-sitter-javascript>=0.25"]
 
 # t5x prepare.
-PREPARE = ["py3langid>=0.4", "pyarrow>=20", "xxhash>=3.5"]
+PREPARE = ["array_record>=0.8; sys_platform == 'linux'", "google-crc32c>=1.6", "py3langid>=0.4", "pyarrow>=20",
+           "xxhash>=3.5"]
 
 # hf:// names.
 HUB = ["huggingface_hub>=1.31"]

@@ -80,8 +80,8 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument("--process_count", type=int, metavar="N", help="number of processes")
         group.add_argument("--process_index", type=int, metavar="I", help="index of this process, from 0")
         group.add_argument("--heartbeat_seconds", type=int, metavar="SECONDS",
-                           help="a process that gives no sign of life for so long counts as gone, which ends the run; "
-                                "30 by default")
+                           help="seconds without a sign of life after which a process counts as gone, which ends the "
+                                "run; 30 by default")
         group.add_argument("--local_processes", type=int, metavar="N",
                            help="start N processes on this machine's CPUs, to try it")
 
@@ -156,8 +156,9 @@ def parser() -> argparse.ArgumentParser:
                     "that the runs do not determine it, and which further runs would. Writes DIR/report/laws.json.")
     laws.add_argument("directory", metavar="DIR", help="a study's, or one with Olmix's ratios.csv and metrics.csv")
     laws.add_argument("--objective", metavar="LOSS:WEIGHT,...",
-                      help="what to make small, such as text:0.5,code:0.5, or of a benchmark ekar/bits_per_byte:1; "
-                      "measures of which more is better count with a minus (default: as much of each pool)")
+                      help="losses to minimise with their weights, such as text:0.5,code:0.5, or of a benchmark "
+                      "ekar/bits_per_byte:1; measures of which more is better have a minus (default: equal weights of "
+                      "the pools)")
     laws.add_argument("--size", metavar="PARAMETERS", help="size of the model in question, such as 125M (default: the "
                       "largest of the runs)")
     laws.add_argument("--tokens", help="tokens of its training, such as 2.5B (default: those of the runs)")

@@ -65,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
     "completion": {"settings"},
     "tracking": {"runtime", "results"},
     "watching": {"study", "report", "runtime", "mixture", "results"},
-    "prepare": {"report", "runtime", "mixture", "results", "settings"},
+    "prepare": {"report", "runtime", "mixture", "results", "settings", "vocabulary"},
     "pods": {"training", "evaluation", "runtime", "mixture", "model"},
 }
 # Rooms of `tasks`, likewise; the modules that define SeqIO tasks stand above them.

@@ -134,7 +134,7 @@ def _holm_by_task(p_values: Mapping[str, float]) -> dict[str, float]:
 def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[dict[str, Any]]]]:
     """For each task of a run its result, and the lines of its questions."""
     folder = epath.Path(run).expanduser() / "results"
-    found = {}
+    found: dict[str, tuple[Mapping[str, Any], list[dict[str, Any]]]] = {}
     for path in files_of(folder, ".json"):
         result = read_result(path)
         lines = finished_lines(path.with_suffix(".jsonl"), result)

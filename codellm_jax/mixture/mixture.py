@@ -85,6 +85,7 @@ class OpenMixture:
     validation: list[Rows | None]
     stage: str
     warnings: tuple[str, ...] = ()  # of pools with too little held out
+    prepared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # by source, of folders of `t5x prepare`
 
     def sizes(self, draw: Draw) -> Sizes:
         """How many columns each of the rows or examples drawn takes, and how many tokens of it the loss counts."""
@@ -132,6 +133,7 @@ def open_mixture(
         validation=[rows if rows and rows.count else None for rows in validation],
         stage=mixture.stage,
         warnings=tuple(held_out_warnings(dict(zip(rates, validation, strict=True)), mixture.stage)),
+        prepared={name: found for name in rates if (found := mixture.definitions.describe(name).get("prepared"))},
     )
 
 

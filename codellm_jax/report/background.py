@@ -207,6 +207,9 @@ def provenance(study: Study) -> Section:
                         json.dumps(known.get("data") or {}), json.dumps(known.get("versions") or {})])
     data = sorted({f"{source}: `{str(value)[:HASH]}`" for run in study.runs
                    for source, value in ((run.provenance or {}).get("data") or {}).items()})
+    data += sorted({f"{source} was prepared by the steps `{one['steps_sha256'][:HASH]}` of the inputs "
+                    f"`{one['inputs_sha256'][:HASH]}`: {_inputs(one)}" for run in study.runs
+                    for source, found in ((run.provenance or {}).get("prepared") or {}).items() for one in found})
     versions = sorted({", ".join(f"{name} {value}" for name, value in sorted(found.items())) for run in study.runs
                        if (found := (run.provenance or {}).get("versions"))})
     blocks: list[Block] = [Heading(2, "Provenance"), Table(
@@ -224,6 +227,11 @@ def provenance(study: Study) -> Section:
         "stages", "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary",
         "checkpoint_digest", "data", "versions"), numbers), ("results", RESULT_COLUMNS, [
             _of_result(run, task) for run in study.runs for task in run.results])])
+
+
+def _inputs(prepared: Mapping[str, Any]) -> str:
+    """The paths that a source was prepared of."""
+    return "; ".join(f"{source} `{', '.join(paths)}`" for source, paths in prepared["inputs"].items())
 
 
 def _of_result(run: Run, task: str) -> list[Any]:

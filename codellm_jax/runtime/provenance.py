@@ -6,6 +6,7 @@ MODEL_DIR/provenance.json of a run of training:
   asked         what gin files and flags said, name -> value
   arm, seed, parameters, flops_per_token
   order, vocabulary, data   fingerprints: of the order, of the vocabulary's file, of the cached rows of each source
+  prepared      of sources that `t5x prepare` wrote: its folder, the hashes of its steps and inputs, and their paths
   notes         of too little that is held out to tell a loss by, a line for each pool
   ledger        what was trained on, and in it the stages before
   code, versions, devices   what the last session computed with: this package, other packages, devices

@@ -129,7 +129,7 @@ def begin_or_resume(training: "Training", plan: "Plan", checkpoints: Checkpoints
         return Run(training, plan, state, ledger, step, record.get("interval"), True, record.get("held_out"))
     begun = functools.partial(
         Ledger.begin, plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length,
-        conversations=any(rows.conversations for rows in plan.mixture.training))
+        conversations=any(rows.conversations for rows in plan.mixture.training), prepared=plan.mixture.prepared)
     same_model = functools.partial(
         require_same_model, vocabulary=vocabulary, config=plan.model.config, model_dir=str(path))
     if trunk:

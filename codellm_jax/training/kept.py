@@ -65,7 +65,8 @@ class Provenance:
             "arm": arm(ledger), "seed": run.training.seed, "parameters": parameter_count(config),
             "flops_per_token": flops_per_token(config, causal=False), "order": order.fingerprint(),
             "vocabulary": run.training.vocabulary.content_hash,
-            "data": {source.name: source.content_hash for source in order.sources}, "ledger": ledger,
+            "data": {source.name: source.content_hash for source in order.sources},
+            "prepared": dict(run.plan.mixture.prepared), "ledger": ledger,
             "notes": list(run.plan.mixture.warnings), "sessions": self._sessions, "step": run.step,
             "last_step": run.plan.last_step, "finished": run.step == run.plan.last_step,
             "checkpoint": checkpoint, "kept": dict(kept)}

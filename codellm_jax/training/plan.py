@@ -265,6 +265,8 @@ def describe(training: Training, plan: Plan) -> str:
         "memory       " + memory_estimate(training, plan),
         f"vocabulary   {training.vocabulary.path} ({training.vocabulary.content_hash[:12]})",
         f"order        {order.fingerprint()[:12]}",
+        *(f"prepared     {name}: {one['folder']}, by the steps {one['steps_sha256'][:12]} of the inputs "
+          f"{one['inputs_sha256'][:12]}" for name, found in mixture.prepared.items() for one in found),
         *(["benchmarks   " + ", ".join(
             f"{loaded.name}{' (sample)' * loaded.is_sample} {len(loaded.questions):,}" for loaded in plan.questions)
            + f" questions, every {training.eval_period:,} steps"] if plan.questions else []),

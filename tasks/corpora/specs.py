@@ -48,7 +48,7 @@ TOKEN_KINDS = ("megatron", "tokens")
 TEXT_FIELDS = {"json_lines": "text", "parquet": "text", "arrow": "text", "csv": "text", "webdataset": "txt",
                "warc": "text", "array_record": "text", "tfrecords": "text", "tfds": "text"}
 _INSTRUCTION_OPTIONS = {
-    "instructions": ("language", "sample", "loss", *_SHARED_OPTIONS),
+    "instructions": ("language", "where", "sample", "loss", *_SHARED_OPTIONS),
     "cosqa": ("sample", "loss", *_SHARED_OPTIONS),
     "mbpp": ("keep_sanitized", "loss", "rate"),
     "python_instructions": ("loss", "rate"),

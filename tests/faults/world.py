@@ -22,7 +22,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization"}
 STEPS, PERIOD = 24, 5
-PATIENCE = 240.0  # seconds after which a command counts as one that hangs
+PATIENCE = 240.0  # seconds after which a command counts as one that hangs, or SLOWER times what it takes by itself
+SLOWER = 20
+LONGEST = 1800.0  # seconds that a command may take by itself
 SIZE = ["--gin.model.layers=1", "--gin.model.hidden=32", "--gin.model.heads=2", "--gin.model.feedforward=64"]
 PERIODS = [f"--gin.TRAIN_STEPS={STEPS}", f"--gin.CHECKPOINT_PERIOD={PERIOD}", "--gin.EVAL_PERIOD=12",
            "--gin.LOG_PERIOD=1", "--gin.WARMUP_STEPS=2", "--gin.train.eval_rows=4", "--gin.BATCH_SIZE=4"]
@@ -104,7 +106,7 @@ class World:
         """OUT of a command that nothing happened to."""
         out = self.folder / "whole" / name
         began = time.monotonic()
-        ended = self.run(name, out)
+        ended = waited_for(self.start(name, out), LONGEST)
         if ended.status != 0:
             raise RuntimeError(f"{name} fails without any fault: {ended.output[-2000:]}")
         self.seconds[name] = time.monotonic() - began
@@ -140,10 +142,19 @@ class World:
 
     def run(self, name: str, out: Path, **options: Any) -> Ended:
         """Runs a command to its end."""
-        return ended(self.start(name, out, **options))
+        return self.ended(self.start(name, out, **options))
+
+    def ended(self, process: "subprocess.Popen[str]") -> Ended:
+        """Waits for a command; one that hangs is killed."""
+        return waited_for(process, self.patience)
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a command counts as one that hangs, on this machine."""
+        return max(PATIENCE, SLOWER * max(self.seconds.values(), default=0.0))
 
 
-def ended(process: "subprocess.Popen[str]", patience: float = PATIENCE) -> Ended:
+def waited_for(process: "subprocess.Popen[str]", patience: float) -> Ended:
     """Waits for a command; one that takes too long is killed."""
     try:
         output, _ = process.communicate(timeout=patience)
