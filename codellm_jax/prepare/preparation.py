@@ -55,13 +55,14 @@ class Preparation:
 
     Attributes:
       inputs: the corpora.
-      steps: names or mappings, as `prepare.steps` describes them.
+      steps: names of steps, or mappings of a name and options, in the order in which they are applied.
       output: a folder that is not there yet, local or gs://.
-      benchmarks, tasks: of which benchmarks the questions are looked for by the step "decontaminate".
-      vocabulary: in whose tokens documents and budgets are counted; None for no count.
+      benchmarks: reads the questions that the step "decontaminate" looks for.
+      tasks: the benchmarks whose questions the step "decontaminate" looks for.
+      vocabulary: counts documents and budgets in its tokens; None for no count.
       format: of the documents that are written, one of `FORMATS`; the latter two are a dataset of TensorFlow Datasets.
-      part_bytes: files of one corpus are joined into parts of about so many bytes, which are worked on one by one; of
-        JSON lines and Parquet larger files are parted.
+      part_bytes: files of one corpus are joined into parts of about so many bytes, and larger files of JSON lines and
+        Parquet are divided; workers take one part at a time.
     """
 
     inputs: Inputs

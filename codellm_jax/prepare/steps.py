@@ -115,7 +115,7 @@ def sample(budgets: Mapping[str, float], unit: str = "bytes", seed: int = 0) -> 
 GLOBAL: dict[str, Callable[..., None]] = {
     "exact_duplicates": exact_duplicates, "duplicated_paragraphs": duplicated_paragraphs,
     "near_duplicates": near_duplicates, "sample": sample}
-_ALL: dict[str, Callable[..., Any]] = {**EDITS, **FILTERS, **GLOBAL, "decontaminate": decontaminate}
+ALL: dict[str, Callable[..., Any]] = {**EDITS, **FILTERS, **GLOBAL, "decontaminate": decontaminate}
 
 
 # ---- Reading -----------------------------------------------------------------------------------
@@ -139,8 +139,8 @@ def steps_of(asked: Sequence[Any], sources: Sequence[str]) -> list[Step]:
         name = given.pop("name", None)
         if not isinstance(name, str):
             raise ValueError(f"STEPS, number {number}: a step is a name or a mapping with a 'name', found {each!r}.")
-        if name not in _ALL:
-            raise ValueError(f"STEPS, number {number}: there is no step {name!r}" + nearest(name, _ALL))
+        if name not in ALL:
+            raise ValueError(f"STEPS, number {number}: there is no step {name!r}" + nearest(name, ALL))
         of_step = given.pop("sources", None)
         if of_step is None:
             pools: tuple[str, ...] = ("code",) if name in _OF_CODE else (
@@ -163,7 +163,7 @@ def _sources(name: str, asked: Any, sources: Sequence[str]) -> tuple[str, ...]:
 
 
 def _options(name: str, given: dict[str, Any], sources: Sequence[str]) -> dict[str, Any]:
-    parameters = {key: parameter for key, parameter in inspect.signature(_ALL[name]).parameters.items()
+    parameters = {key: parameter for key, parameter in inspect.signature(ALL[name]).parameters.items()
                   if key not in FIELDS or parameter.default is not inspect.Parameter.empty}
     for key, value in given.items():
         if key not in parameters:

@@ -38,6 +38,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tens
 FREE_ON_RESUME = frozenset("""
     MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH PACKING
     EVAL_TASKS EVAL_QUESTIONS BENCHMARKS train.evaluation EXPORT_PERIOD train.export_period
+    TRACKERS train.trackers
     MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA DATA_DIR mixture.name tasks.modules tasks.corpora tasks.data_dir
     train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
     train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir mixture.packing

@@ -16,6 +16,7 @@ _NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 _NUMBER = re.compile(r"(?:line|record|row) (\d+)(?!\d)")
 _KINDS = [kind for kind in specs.DOCUMENT_KINDS if kind not in specs.TOKEN_KINDS]
 _OF_TRAINING = ("transform", "validation")
+LARGEST = 1 << 26  # characters of a document: what steps hold of one, its words and hashes, is many times as much
 
 
 class Input(NamedTuple):
@@ -40,7 +41,11 @@ class Input(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Corpora of documents by name, `text.NAME` or `code.NAME`, as `corpora.sources` describes them.
+    """The corpora of a preparation.
+
+    Attributes:
+      corpora: corpora of documents by name, text.NAME or code.NAME, each with its kind and options, as
+        `corpora.sources` describes them.
 
     Raises:
       ValueError: a name or a spec is malformed, or a corpus is not one of documents.
@@ -152,6 +157,8 @@ def _text(content: str | bytes | Lost, spec: Mapping[str, Any], is_valid: bool) 
         text = content if isinstance(content, str) else content.decode()
     except UnicodeError:
         return None, "not valid UTF-8"
+    if len(text) > LARGEST:
+        return None, f"longer than {LARGEST:,} characters"
     if not text or text.isspace():
         return None, "empty"
     return (text, "") if specs.is_sampled(encoded, spec) else (None, "outside of the sample")
