@@ -12,7 +12,7 @@ from codellm_jax.prepare.steps import Step
 
 RANGES = 4096  # of hashes, by their first bits
 DOCUMENTS_A_CHUNK = 1 << 15
-SHINGLES_A_CHUNK = 1 << 23  # of documents that are compared by them
+SHINGLES_A_CHUNK = 1 << 22  # of documents that are compared by them
 BINS = 1 << 20  # that hashes fall into when documents are drawn
 
 

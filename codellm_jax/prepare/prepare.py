@@ -261,6 +261,7 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
             reduction.finish(job, stage - 1, functools.partial(work, job))
         else:
             work(job, [json.dumps(["rows", part]) for part, one in enumerate(job.parts) if one.piece])
+            parts.sum_rows(job)
         work(job, [json.dumps(["part", stage, part]) for part in todo])
         left = sum((job.facts(stage, part) or {})["documents"] for part in range(len(job.parts)))
         report(f"{told}{left:,} documents left, in {len(job.parts):,} part{'s' * (len(job.parts) > 1)}.")

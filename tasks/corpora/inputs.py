@@ -16,6 +16,7 @@ _NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 _NUMBER = re.compile(r"(?:line|record|row) (\d+)(?!\d)")
 _KINDS = [kind for kind in specs.DOCUMENT_KINDS if kind not in specs.TOKEN_KINDS]
 _OF_TRAINING = ("transform", "validation")
+LARGEST = 1 << 26  # characters of a document: what steps hold of one, its words and hashes, is many times as much
 
 
 class Input(NamedTuple):
@@ -156,6 +157,8 @@ def _text(content: str | bytes | Lost, spec: Mapping[str, Any]) -> tuple[str | N
         text = content if isinstance(content, str) else content.decode()
     except UnicodeError:
         return None, "not valid UTF-8"
+    if len(text) > LARGEST:
+        return None, f"longer than {LARGEST:,} characters"
     if not text or text.isspace():
         return None, "empty"
     return (text, "") if specs.is_sampled(encoded, spec) else (None, "outside of the sample")
