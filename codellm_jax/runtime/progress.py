@@ -159,7 +159,10 @@ class _RemoteLines:
     def add(self, line: str) -> None:
         self._lines.append(line)
         if self._writing is not None and self._writing.done():
-            took = self._finish()
+            try:
+                took = self._finish()
+            except OSError:  # all is written again later, and before a checkpoint at the latest, where it is raised
+                took = 0.0
             self._next = time.monotonic() + max(self.SECONDS_BETWEEN_WRITES, 50 * took)
         if self._writing is None and time.monotonic() >= self._next:
             self._begin()
@@ -187,7 +190,12 @@ class _RemoteLines:
     def _finish(self) -> float:
         writing, self._writing = self._writing, None
         assert writing is not None
-        return writing.result()
+        try:
+            return writing.result()
+        except Exception as error:  # of the client of the storage service, which has classes of its own
+            self._stored = 0
+            raise OSError(f"{self._path} cannot be written: {' '.join(str(error).split())[:200]}. Give the same "
+                          "command again once it can: it goes on from the last whole checkpoint.") from error
 
 
 def read_records(model_dir: str) -> list[dict[str, Any]]:

@@ -235,6 +235,22 @@ def test_remote_lines_are_written_at_a_rate_of_their_own_and_before_a_checkpoint
     lines.close()
 
 
+def test_remote_lines_that_cannot_be_written_are_written_later_or_end_the_save(monkeypatch):
+    now, path = [0.0], Slow()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    lines = progress._RemoteLines(path, "kept\n")
+    whole, path.write_text = path.write_text, lambda text: 1 / 0
+    for step in range(50):
+        now[0] += 5
+        lines.add(f"{step}\n")
+    with pytest.raises(OSError, match="cannot be written: division by zero. Give the same command again"):
+        lines.settle()
+    path.write_text = whole
+    lines.settle()
+    assert path.writes[-1] == "kept\n" + "".join(f"{step}\n" for step in range(50))
+    lines.close()
+
+
 @pytest.mark.slow
 def test_a_long_run_does_not_grow_in_memory(tmp_path):
     """A run of days is as one of 240 lines, but for the length of its files."""
