@@ -174,12 +174,14 @@ def tables(records: Mapping[str, Any], flags: argparse.Namespace) -> str:
         for size, one in zip(sizes, plans, strict=True):
             computing = one["core_hours"] * rate
             storing = (one["stored"] * 2 + one["between"]) / 1e9 * flags.gigabyte_month * flags.days / 30
-            asking = (one["of_files"] + one["of_shingles"]) / 1e6 * flags.million_reads
+            requests = one["of_files"] + one["of_shingles"]
+            asking = requests / 1e6 * flags.million_reads
+            waiting = requests * flags.milliseconds / 1000 / 3600 / flags.cores
             hours = one["core_hours"] / flags.cores + flags.start / 60
-            rows.append([system, size, f"{hours:,.1f}", f"{computing:,.0f}", f"{storing:,.0f}", f"{asking:,.0f}",
-                         f"{computing + storing + asking:,.0f}"])
-    costs = table(["", "text", f"hours on {flags.cores:,} vCPUs", "computing, $", "storage between, $", "requests, $",
-                   "together, $"], rows)
+            rows.append([system, size, f"{hours:,.1f}", f"{waiting:,.1f}", f"{computing:,.0f}", f"{storing:,.0f}",
+                         f"{asking:,.0f}", f"{computing + storing + asking:,.0f}"])
+    costs = table(["", "text", f"hours on {flags.cores:,} vCPUs", "and waiting in gs://, hours", "computing, $",
+                   "storage between, $", "requests, $", "together, $"], rows)
     return "\n\n".join(["Shipped steps:", of_steps, "Steps that a file may add:", others, "Amounts:", amounts,
                         "Time and cost:", costs])
 
@@ -204,7 +206,8 @@ def parser() -> argparse.ArgumentParser:
             ("vm_hour", 0.049, "$ of a vCPU with its memory under Spark"),
             ("spark_hour", 0.010, "$ of Spark's service a vCPU"),
             ("gigabyte_month", 0.02, "$ of a GB of storage"),
-            ("million_reads", 0.40, "$ of a million requests to read")):
+            ("million_reads", 0.40, "$ of a million requests to read"),
+            ("milliseconds", 20.0, "until such a request is answered")):
         made.add_argument(f"--{name}", type=type(value), default=value, help=f"{told} (default: {value:.4g})")
     made.add_argument("--terabytes", type=float, nargs="+", default=[0.15, 10], help="of text (default: 0.15 10)")
     return made
