@@ -12,6 +12,7 @@ from codellm_jax.report.verdicts import HARMS, HELPS, OPEN, TOGETHER, Judged, bo
 EFFECT_COLUMNS = ("after", "effect", "measure", "task", "metric", "unit", "better", "estimate", "low", "high", "p",
                   "p_holm", "seeds", "verdict", "why", "weights")
 
+MOST_TITLES = 5  # of measures in a sentence
 VERBS = {verdict: f"adds {verdict} than apart to" for verdict in TOGETHER.values()}
 
 
@@ -46,9 +47,12 @@ def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
 
 
 def is_tree(group: Group) -> bool:
-    """Whether stages have effects here that no sweep shows: several stages differ, or the one has few shares."""
-    varying = [k for k in range(len(group.stages)) if len({levels[k].share for levels in group.levels.values()}) > 1]
-    return len(varying) > 1 or len(varying) == 1 and not group.sweeps
+    """Whether stages have effects here that no sweep shows: several stages differ, or the one has few shares, or also
+    differs in the weights of sources.
+    """
+    varying = [k for k in range(len(group.stages)) if len({levels[k].share for levels in group.levels.values()}) > 1
+               or k in group.by_source]
+    return len(varying) > 1 or len(varying) == 1 and (not group.sweeps or varying[0] in group.by_source)
 
 
 def sentences(found: Sequence[Judged]) -> list[str]:
@@ -72,9 +76,16 @@ def sentences(found: Sequence[Judged]) -> list[str]:
     if unsure:
         reasons = "; ".join(dict.fromkeys(reason for one in unsure for reason in one.why.split("; ")))
         what = f"What {listed(untold)} does" if untold else \
-            f"What code does to {listed(list(dict.fromkeys(one.measure.title for one in unsure)))}"
+            f"What code does to {titles([one.measure.title for one in unsure])}"
         said.append(f"{what} cannot be told: {reasons}.")
     return said
+
+
+def titles(names: Sequence[str]) -> str:
+    """Titles of measures in a sentence, each once; of many the first, for the table beneath has all."""
+    once = list(dict.fromkeys(names))
+    return listed(once if len(once) <= MOST_TITLES else [*once[:MOST_TITLES - 1], f"{len(once) - MOST_TITLES + 1} "
+                                                         "other measures"])
 
 
 def _capital(text: str) -> str:
@@ -93,9 +104,10 @@ def _table(found: Sequence[Judged], total: int) -> Table:
         measure = next(iter(own.values())).measure
         rows.append([f"{title}\n{measure.unit}, {measure.better} is better",
                      *(_cell(own[name]) if name in own else "-" for name in names)])
-    return Table("The effect with its 95% interval, whether it helps, and its p-value, corrected by Holm's method for "
-                 f"all {total} effects that have one. Effects are differences between arms with code and without, "
-                 "midway between code and none in the other stages", ("Measure", *map(_capital, names)), rows)
+    return Table("What code in a stage changes in each measure: the effect with its 95% interval, and beneath it the "
+                 f"verdict and the p-value, corrected by Holm's method for all {total} effects that have one. An "
+                 "effect is the difference between arms with code and without, midway between code and none in the "
+                 "other stages.", ("Measure", *map(_capital, names)), rows)
 
 
 def _cell(one: Judged) -> str:
