@@ -3,8 +3,9 @@
 Shape suffixes are explained at the top of `decoder.py`.
 """
 
-from collections.abc import Callable
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,40 +50,72 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(array, axes)
 
 
+class Projection(NamedTuple):
+    """A kernel, float32 [I, O], and its bias if it has one, float32 [O] or heads of it."""
+
+    kernel_IO: jax.Array
+    bias_O: jax.Array | None
+
+
+def _side_by_side(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(arrays, axis=1) if len(arrays) > 1 else arrays[0]
+
+
+def _apart(array: jax.Array, like: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Undoes `_side_by_side` of arrays as wide as `like`."""
+    ends = list(itertools.accumulate(one.shape[1] for one in like))
+    return tuple(jnp.split(array, ends[:-1], axis=1))
+
+
 @jax.custom_vjp
-def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """The product with a kernel that is longer than wide, for CPU: the kernel's gradient, x^T g, is made as g^T x.
+def _products(x_NI: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Products with several kernels [I, O], for CPU; differentiated, they are one product with all of them.
 
-    XLA on CPU takes 1.5 times as long for a transposed matrix times a narrower one as for the other way round, which
-    gives the same bits. The barrier keeps it from turning the product back.
+    A kernel's gradient, x^T g, takes x^T as a copy: XLA on CPU has two cores share a product of matrices as they lie
+    in memory, and hardly one that transposes. Of a kernel longer than wide it is made as (g^T x)^T, for a longer left
+    matrix takes 1.5 times as long. The barriers keep XLA from turning it all back.
     """
-    return x_NI @ kernel_IO
+    return tuple(x_NI @ kernel_IO for kernel_IO in kernels)
 
 
-def _product_backward(kept: tuple[jax.Array, jax.Array], gradient_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_NI, kernel_IO = kept
-    kernel_gradient_OI = jax.lax.optimization_barrier(jnp.einsum("NO,NI->OI", gradient_NO, x_NI))
-    return gradient_NO @ kernel_IO.T, kernel_gradient_OI.T
+def _products_forward(x_NI: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    return _apart(x_NI @ _side_by_side(kernels), kernels), (x_NI, kernels)
 
 
-_product.defvjp(lambda x_NI, kernel_IO: (x_NI @ kernel_IO, (x_NI, kernel_IO)), _product_backward)
+def _products_backward(kept: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x_NI, kernels = kept
+    kernel_IO, gradient_NO, barrier = _side_by_side(kernels), _side_by_side(gradients), jax.lax.optimization_barrier
+    if kernel_IO.shape[0] > kernel_IO.shape[1]:
+        kernel_gradient_IO = barrier(barrier(gradient_NO.T) @ x_NI).T
+    else:
+        kernel_gradient_IO = barrier(x_NI.T) @ gradient_NO
+    return gradient_NO @ kernel_IO.T, _apart(kernel_gradient_IO, kernels)
 
 
-def _linear(x_BLI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None, name: str) -> jax.Array:
-    """The product [B, L, O] with a kernel, and its bias if it has one, [O] or heads of it; named `name` for
-    `jax.checkpoint`.
+_products.defvjp(_products_forward, _products_backward)
+
+
+def _linear(x_BLI: jax.Array, projections: Sequence[Projection], name: str) -> list[jax.Array]:
+    """Each projection's product [B, L, O], with its bias; named `name` for `jax.checkpoint`.
 
     Tokens are flattened to one axis for the product: its gradient would else contract two axes, for which XLA on CPU
     transposes both operands by a copy (33 ms against 40 for an MLP). The batch axis may be sharded; under a sharded
     length the flattening would gather. The bias is added before anything else is done, as XLA on GPU then has the
     matmul add it.
     """
-    dtype = x_BLI.dtype
-    product = _product if platform() == "cpu" and kernel_IO.shape[0] > kernel_IO.shape[1] else jnp.matmul
-    y_NO = product(x_BLI.reshape(-1, x_BLI.shape[-1]), kernel_IO.astype(dtype))
-    if bias_O is not None:
-        y_NO = y_NO + bias_O.reshape(-1).astype(dtype)
-    return checkpoint_name(y_NO, name).reshape(*x_BLI.shape[:-1], -1)
+    dtype, x_NI = x_BLI.dtype, x_BLI.reshape(-1, x_BLI.shape[-1])
+    kernels = tuple(projection.kernel_IO.astype(dtype) for projection in projections)
+    if platform() != "cpu":
+        products: Sequence[jax.Array] = [x_NI @ kernel_IO for kernel_IO in kernels]
+    elif jax.sharding.get_abstract_mesh().size > 1:  # kernels that are split over devices stay apart
+        products = [_products(x_NI, (kernel_IO,))[0] for kernel_IO in kernels]
+    else:
+        products = _products(x_NI, kernels)
+    found = []
+    for y_NO, (_, bias_O) in zip(products, projections, strict=True):
+        y_NO = y_NO if bias_O is None else y_NO + bias_O.reshape(-1).astype(dtype)
+        found.append(checkpoint_name(y_NO, name).reshape(*x_BLI.shape[:-1], -1))
+    return found
 
 
 class Attention(nn.Module):
@@ -96,9 +129,14 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Attends from projections of `query_BLD` to keys and values of `source_BLD`; returns [B, L, D]."""
         config = self.config
-        query_BLHK = self._project("query", query_BLD, config.heads, "heads", rotation)
-        key_BMGK = self._project("key", source_BLD, config.key_heads, config.key_axis, rotation)
-        value_BMGK = self._project("value", source_BLD, config.key_heads, config.key_axis)
+        query, key, value = (self._projection(name) for name in ("query", "key", "value"))
+        if query_BLD is source_BLD:
+            projected = _linear(source_BLD, (query, key, value), "projected")
+        else:
+            projected = _linear(query_BLD, (query,), "projected") + _linear(source_BLD, (key, value), "projected")
+        query_BLHK, key_BMGK, value_BMGK = (
+            self._heads(name, projected_BLQ, rotation)
+            for name, projected_BLQ in zip(("query", "key", "value"), projected, strict=True))
         if mask.query_offset is not None:
             key_BMGK = self._cached("cached_key", key_BMGK, mask)
             value_BMGK = self._cached("cached_value", value_BMGK, mask)
@@ -108,25 +146,31 @@ class Attention(nn.Module):
         kernel_QD = parameter(self, "output_kernel", (config.query_width, config.hidden), ("heads", "embed"))
         bias_D = _bias(self, "output", (config.hidden,), ("embed",))
         attended_BLQ = attended_BLHK.reshape(*query_BLD.shape[:2], config.query_width)
-        return _linear(attended_BLQ, kernel_QD, bias_D, "mixed")
+        return _linear(attended_BLQ, (Projection(kernel_QD, bias_D),), "mixed")[0]
 
-    def _project(
-        self, name: str, x_BLD: jax.Array, heads: int, axis: str, rotation: Rotation | None = None
-    ) -> jax.Array:
-        """Projects to so many heads, [B, L, heads, K]; queries and keys are then normed and turned if it is asked."""
-        config, size = self.config, self.config.size_of_head
+    def _sizes(self, name: str) -> tuple[int, str]:
+        """How many heads queries, keys or values have, and the logical axis of them."""
+        config = self.config
+        return (config.heads, "heads") if name == "query" else (config.key_heads, config.key_axis)
+
+    def _projection(self, name: str) -> Projection:
+        (heads, axis), config, size = self._sizes(name), self.config, self.config.size_of_head
         # All heads in one axis of the kernel: TPUs would pad heads of 80 to 128 each.
         kernel_DQ = parameter(self, f"{name}_kernel", (config.hidden, heads * size), ("embed", axis))
-        bias_HK = _bias(self, name, (heads, size), (axis, "kv"))
-        projected_BLQ = _linear(x_BLD, kernel_DQ, bias_HK, "projected")
-        x_BLHK = projected_BLQ.reshape(*x_BLD.shape[:2], heads, size)
+        return Projection(kernel_DQ, _bias(self, name, (heads, size), (axis, "kv")))
+
+    def _heads(self, name: str, projected_BLQ: jax.Array, rotation: Rotation | None) -> jax.Array:
+        """Of what was projected the heads, [B, L, heads, K]; queries and keys are then normed and turned if it is
+        asked."""
+        (heads, axis), config = self._sizes(name), self.config
+        x_BLHK = projected_BLQ.reshape(*projected_BLQ.shape[:2], heads, config.size_of_head)
         x_BLHK = constrain(x_BLHK, "activation_batch", "activation_length", f"activation_{axis}", "activation_kv")
         if name != "value" and config.query_key_norm != "none":
             axes, names = {"head": ((-1,), ("kv",)), "width": ((-2, -1), (axis, "kv"))}[config.query_key_norm]
             x_BLHK = nn.RMSNorm(
                 epsilon=config.norm_epsilon, dtype=config.dtype, reduction_axes=axes, feature_axes=axes,
                 scale_init=nn.with_logical_partitioning(nn.initializers.ones, names), name=f"{name}_norm")(x_BLHK)
-        return x_BLHK if rotation is None else rotate(x_BLHK, rotation)
+        return x_BLHK if rotation is None or name == "value" else rotate(x_BLHK, rotation)
 
     def _cached(self, name: str, new_BLGK: jax.Array, mask: AttentionMask) -> jax.Array:
         """Writes the new tokens into the cache at the mask's offset and returns the whole cache, [B, M, G, K].
@@ -159,15 +203,16 @@ class FeedForward(nn.Module):
         kernel_FD = parameter(self, "down_kernel", (config.feedforward, config.hidden), ("mlp", "embed"))
         bias_D = _bias(self, "down", (config.hidden,), ("embed",))
         # No gradient takes what it returns, but that of a norm: then it is kept like attention's.
-        return _linear(x_BLF, kernel_FD, bias_D, "mixed" if config.norm_place == "after" else "contracted")
+        named = "mixed" if config.norm_place == "after" else "contracted"
+        return _linear(x_BLF, (Projection(kernel_FD, bias_D),), named)[0]
 
     def _expand(self, name: str, x_BLD: jax.Array) -> jax.Array:
         """Projects to the feed-forward size."""
         config = self.config
         kernel_DF = parameter(self, f"{name}_kernel", (config.hidden, config.feedforward), ("embed", "mlp"))
         bias_F = _bias(self, name, (config.feedforward,), ("mlp",))
-        return constrain(
-            _linear(x_BLD, kernel_DF, bias_F, "expanded"), "activation_batch", "activation_length", "activation_mlp")
+        expanded_BLF = _linear(x_BLD, (Projection(kernel_DF, bias_F),), "expanded")[0]
+        return constrain(expanded_BLF, "activation_batch", "activation_length", "activation_mlp")
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ from codellm_jax.model.decoder import (
     parameter_count,
 )
 from codellm_jax.model.losses import cross_entropy
-from codellm_jax.model.parts import FeedForward, _linear
+from codellm_jax.model.parts import FeedForward, Projection, _linear
 
 TINY = DecoderConfig(layers=3, hidden=12, heads=3, feedforward=20, vocabulary_size=17, length=11)
 ARCHITECTURES = {
@@ -323,16 +323,20 @@ def test_a_gated_mlp_by_hand() -> None:
     np.testing.assert_allclose(FeedForward(config).apply({"params": p}, x_BLD), expected_BLD, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40)], ids=["long", "wide"])
-def test_a_projection_has_the_gradients_of_a_product(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("width", "widths"), [(40, (24,)), (24, (40,)), (24, (12, 6, 6)), (40, (12, 6, 6))],
+                         ids=["long", "wide", "three", "three_long"])
+def test_projections_have_the_gradients_of_products(width: int, widths: tuple[int, ...]) -> None:
     dice = np.random.default_rng(0)
-    x_BLI, kernel_IO, upstream_BLO = (dice.normal(size=size).astype(np.float32) for size in
-                                      ((2, 9, shape[0]), shape, (2, 9, shape[1])))
-    value_BLO, backward = jax.vjp(lambda x, kernel: _linear(x, kernel, None, "projected"), x_BLI, kernel_IO)
-    x_gradient, kernel_gradient = jax.jit(backward)(upstream_BLO)
-    np.testing.assert_allclose(value_BLO, x_BLI @ kernel_IO, atol=1e-4)
-    np.testing.assert_allclose(x_gradient, upstream_BLO @ kernel_IO.T, atol=1e-4)
-    np.testing.assert_allclose(kernel_gradient, np.einsum("BLI,BLO->IO", x_BLI, upstream_BLO), atol=1e-4)
+    x_BLI = dice.normal(size=(2, 9, width)).astype(np.float32)
+    kernels, upstream = ([dice.normal(size=(*sizes, one)).astype(np.float32) for one in widths]
+                         for sizes in ((width,), (2, 9)))
+    values, backward = jax.vjp(
+        lambda x, kernels: _linear(x, [Projection(kernel, None) for kernel in kernels], "projected"), x_BLI, kernels)
+    x_gradient, kernel_gradients = jax.jit(backward)(upstream)
+    np.testing.assert_allclose(x_gradient, sum(g @ k.T for g, k in zip(upstream, kernels, strict=True)), atol=1e-4)
+    for value, kernel, gradient, above in zip(values, kernels, kernel_gradients, upstream, strict=True):
+        np.testing.assert_allclose(value, x_BLI @ kernel, atol=1e-4)
+        np.testing.assert_allclose(gradient, np.einsum("BLI,BLO->IO", x_BLI, above), atol=1e-4)
 
 
 @pytest.mark.parametrize("layers", [1, 4])

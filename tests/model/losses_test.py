@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from codellm_jax.model.losses import DEFAULT_CHUNK, chunk_of, cross_entropy
+from codellm_jax.model.losses import DEFAULT_CHUNK, _transposed, chunk_of, cross_entropy
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 10, 8, 37
 
@@ -46,6 +46,12 @@ def test_equals_full_logits(chunk: int) -> None:
     undifferentiated_sum, undifferentiated_BL = jax.jit(lambda *a: cross_entropy(*a, chunk=chunk))(*inputs)
     np.testing.assert_allclose(undifferentiated_sum * 2.5, loss_sum, rtol=1e-6)
     np.testing.assert_allclose(undifferentiated_BL, loss_BL, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [37, 48])  # 48 is whole lines of a cache
+def test_the_two_copies_transpose(vocabulary: int) -> None:
+    array = np.arange(5.0 * vocabulary).reshape(5, vocabulary)
+    np.testing.assert_array_equal(_transposed(jnp.asarray(array)), array.T)
 
 
 def test_bfloat16_hidden_states() -> None:
