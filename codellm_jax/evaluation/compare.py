@@ -207,7 +207,7 @@ def stages(first: str, second: str) -> str:
 def _stages(run: str) -> list[Mapping[str, Any]]:
     """The ledgers of the stages that a run went through, its own last; empty where it has no provenance.json."""
     folder = epath.Path(run).expanduser()
-    provenance = read_provenance(folder)
+    provenance = read_provenance(folder, ("ledger",), ("stage", "rows", "tokens"))
     if provenance is None:
         return []
     *before, own = stages_of(provenance["ledger"])

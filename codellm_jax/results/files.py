@@ -65,16 +65,27 @@ def require_plain_runs(path: epath.Path, entries: Iterable[Any]) -> None:
             raise Damaged(f"{path} is damaged: it names the run {name!r}.")
 
 
-def read_provenance(run: epath.Path, required: Collection[str] = ()) -> dict[str, Any] | None:
-    """provenance.json of a run directory; None where there is none. Raises Damaged, in one line."""
+def read_provenance(
+    run: epath.Path, required: Collection[str] = (), of_ledger: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """provenance.json of a run directory; None where there is none.
+
+    Args:
+      run: the directory.
+      required: names that must be there.
+      of_ledger: names that must be in the ledger of each stage.
+
+    Raises:
+      Damaged: in one line; it is not what a run writes.
+    """
     path = run / "provenance.json"
     found = read_object(path, PROVENANCE, required)
     for session in (found or {}).get("sessions", ()):
         require_members(session, {"seconds": (int, float, type(None))}, ("seconds",), f"{path}, in a session,")
     ledger = (found or {}).get("ledger")
     for stage in [] if ledger is None else [ledger, *ledger.get("before", ())]:
-        require_members(stage, LEDGER, ("stage", "rows", "tokens"), f"{path}, in its ledger,")
-        for counts in (stage["rows"], stage["tokens"]):
+        require_members(stage, LEDGER, of_ledger, f"{path}, in its ledger,")
+        for counts in (stage.get("rows", {}), stage.get("tokens", {})):
             require_members(counts, dict.fromkeys(counts, int), (), f"{path}, in its ledger,")
     return found
 
@@ -123,10 +134,10 @@ def finished_lines(path: epath.Path, result: Mapping[str, Any]) -> list[dict[str
     return lines if len(lines) == result["n"] and ties == result.get("ties", 0) else None
 
 
-def read_result(path: epath.Path) -> dict[str, Any]:
+def read_result(path: epath.Path, required: Collection[str] = ("task", "n", "settings")) -> dict[str, Any]:
     """What TASK.json holds. Raises Damaged, in one line."""
-    found = read_object(path, {"task": str, "n": int, "settings": dict, "checkpoint": dict},
-                        ("task", "n", "settings", "checkpoint", "metric"))
+    found = read_object(path, {"task": str, "n": int, "settings": dict, "checkpoint": dict}, (
+        "checkpoint", *required))
     if found is None:
         raise Damaged(f"{path} is gone.")
     return found

@@ -296,7 +296,7 @@ def standing(one: Planned, facts: Mapping[str, Any], parent: Standing | None) ->
     """
     try:
         provenance = read_provenance(epath.Path(one.folder).expanduser(), (
-            "asked", "order", "ledger", "sessions", "step", "finished", "checkpoint"))
+            "asked", "order", "ledger", "sessions", "finished", "checkpoint"))
     except Damaged:  # the run sets it aside when it goes on
         provenance = None
     if provenance is None:
@@ -362,7 +362,7 @@ def _whole_result(path: epath.Path) -> dict[str, Any] | None:
     """A result with all its lines; None where there is none, or where it is to be evaluated again."""
     stamps = [(status.length, status.mtime) for file in (path, path.with_suffix(".jsonl")) if file.exists()
               for status in [file.stat()]]
-    return _read_result(path, *stamps) if len(stamps) == 2 else None
+    return _read_result(path, *stamps) if path.exists() else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -370,7 +370,7 @@ def _read_result(path: epath.Path, *stamps: tuple[int, Any]) -> dict[str, Any] |
     """The same, read once until a file changes."""
     del stamps
     try:
-        result = read_result(path)
+        result = read_result(path, required=())
     except Damaged:
         return None
-    return result if finished_lines(path.with_suffix(".jsonl"), result) else None
+    return result if "n" not in result or finished_lines(path.with_suffix(".jsonl"), result) is not None else None
