@@ -157,7 +157,7 @@ def main(directory: str, name: str) -> int:
     def wait_for_end() -> None:
         sys.stdin.buffer.read()
         ended.set()
-        signal.alarm(int(2 * END_SECONDS))  # nobody may be left to end this process, should the tracker hang
+        signal.alarm(int(5 * END_SECONDS))  # nobody may be left to end this process, should the tracker hang
 
     with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as told:
         _to_log(directory, name)
