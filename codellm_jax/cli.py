@@ -129,7 +129,9 @@ def _train(flags: argparse.Namespace) -> int:
     from codellm_jax.study.arms import other_arm
     from codellm_jax.training.plan import describe, make_plan
     from codellm_jax.training.train import summary, train
+    from codellm_jax.upstream.runners import runner
 
+    whose = runner(flags.runner)
     use_compilation_cache()
     if not flags.debug:
         quiet_libraries()
@@ -142,7 +144,7 @@ def _train(flags: argparse.Namespace) -> int:
         say(describe(training, plan))
         return 0
     run = train(training, settings=lambda: operative(configuration), asked=configuration.asked,
-                profile_steps=profile_steps)
+                profile_steps=profile_steps, runner=whose)
     say(summary(run))
     say(f"The run:     {training.model_dir}")
     say(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")

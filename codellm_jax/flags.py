@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
     train.add_argument("--profile_steps", metavar="FIRST:LAST",
                        help="write a trace of these steps for TensorBoard and Perfetto, such as 10:15")
+    train.add_argument("--runner", choices=("own", "t5x"), default="own",
+                       help="whose trainer takes the steps: this package's own, or upstream T5X's where that is "
+                       "installed (default: %(default)s)")
     add_processes(train)
     add_processes(add("eval", "evaluate a checkpoint on benchmarks",
                       "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted."))

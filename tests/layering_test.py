@@ -62,6 +62,7 @@ ROOMS: dict[str, set[str]] = {
               "results", "contents"},
     "report": {"runtime", "mixture", "results"},
     "prepare": {"report", "runtime", "mixture", "results", "settings"},
+    "upstream": {"training", "runtime", "mixture", "model"},
     "pods": {"training", "evaluation", "runtime", "mixture", "model"},
 }
 # Rooms of `tasks`, likewise; the modules that define SeqIO tasks stand above them.
@@ -87,6 +88,7 @@ ONLY_IMPORTERS = {
     "warcio": {"tasks.corpora.archives"},
     "lxml": {"tasks.corpora.pages"},
     "tree_sitter": {"tasks.corpora.tree_code"},
+    "t5x": {"codellm_jax.upstream.trainer", "codellm_jax.upstream.models"},
 }
 
 
