@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from codellm_jax import t5x_names
 from codellm_jax.flags import overrides_of, parser, without
 from codellm_jax.runtime.terminal import (
     escape_what_cannot_be_encoded,
@@ -29,7 +30,7 @@ from codellm_jax.runtime.terminal import (
 
 # What they do is kept in files, and goes on where nobody reads what they print.
 LASTING = ("train", "eval", "study", "cache", "prepare", "report", "laws", "plot", "vocabulary", "launch", "import",
-           "export", "fetch")
+           "export", "fetch", "adopt")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
         "plot": _plot, "laws": _laws, "explain": _explain, "contamination": _contamination, "cache": _cache,
-        "prepare": _prepare, "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch,
-        "precompile": _precompile, "fetch": _fetch}
+        "adopt": _adopt, "prepare": _prepare, "vocabulary": _vocabulary, "import": _import, "export": _export,
+        "launch": _launch, "precompile": _precompile, "fetch": _fetch}
+    if said := t5x_names.of_command(given):
+        return _fail("t5x", said, 2)
     if given and not given[0].startswith("-") and given[0] not in commands:
         near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
         return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
@@ -345,6 +348,19 @@ def _import(flags: argparse.Namespace) -> int:
     print(f"Train on:    {_tool('t5x')} train --gin_file=gin/continue_pretrain.gin "
           f"--gin.INITIAL_CHECKPOINT_PATH={shlex.quote(flags.output)}")
     print(f"Evaluate it: {_tool('t5x')} eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH={shlex.quote(flags.output)}")
+    return 0
+
+
+def _adopt(flags: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: accelerators have nothing to do
+    from codellm_jax.upstream.adopt import adopt, give
+
+    if not flags.debug:
+        quiet_libraries()
+    if flags.to == "t5x":
+        give(flags.source, flags.output)
+    else:
+        adopt(flags.source, flags.output, flags.gin_file, flags.overrides, _search_paths(flags))
     return 0
 
 

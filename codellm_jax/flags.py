@@ -4,9 +4,12 @@ import argparse
 import difflib
 from collections.abc import Sequence
 
+from codellm_jax import t5x_names
+
 GIN_FLAGS = """gin flags:
   --gin_file=FILE          settings; repeatable, later ones win. Shipped files are found from any directory
   --gin.NAME=VALUE         one setting; a bare word is a string. --gin.CODE_RATE=0.5, --gin.MODEL_DIR=runs/first
+  --gin_bindings=BINDING   the same as gin writes it, as T5X takes it. --gin_bindings='CODE_RATE = 0.5'
   --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
 
 
@@ -152,6 +155,13 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
     export.add_argument("--vocabulary", metavar="FILE", help="where the run's vocabulary lies, if it was moved")
     export.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    adopt = add("adopt", "take over a run of upstream T5X, or give it one",
+                "Makes a run directory of the newest checkpoint of one of T5X's, or with --to=t5x the other way. "
+                "Without --gin_file T5X's config.gin tells the settings, where a file of gin/t5x/ was used.")
+    adopt.add_argument("source", metavar="DIR", help="T5X's MODEL_DIR or one of its checkpoints; with --to=t5x a run "
+                       "directory or RUN@STEP")
+    adopt.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
+    adopt.add_argument("--to", choices=("run", "t5x"), default="run", help="what to make (default: %(default)s)")
     launch = subparsers.add_parser(
         "launch", help="run a command on Cloud TPU", allow_abbrev=False,
         usage="t5x launch --tpu=NAME --zone=ZONE [flags] -- COMMAND ...",
@@ -189,14 +199,28 @@ def without(arguments: Sequence[str], flag: str) -> list[str]:
 
 
 def overrides_of(rest: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, value) of each --gin.NAME=VALUE (or --gin.NAME VALUE). Raises ValueError for any other flag."""
+    """(name, value) of each --gin.NAME=VALUE (or --gin.NAME VALUE) and --gin_bindings='NAME = VALUE'. Raises
+    ValueError for any other flag.
+    """
     overrides, position = [], 0
     while position < len(rest):
         flag = rest[position]
+        if flag.split("=")[0] == "--gin_bindings":
+            _, equals, binding = flag.partition("=")
+            if not equals:
+                position += 1
+                binding = rest[position] if position < len(rest) else ""
+            name, equals, value = (part.strip() for part in binding.partition("="))
+            if not name or not value:
+                raise ValueError(f"--gin_bindings must be 'NAME = VALUE', found {binding!r}.")
+            overrides.append((name, value))
+            position += 1
+            continue
         if not flag.startswith("--gin."):
             known = ["--gin.NAME", *_flags_of(parser())]
             near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
-            raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
+            raise ValueError(f"unknown argument {flag}" + (
+                t5x_names.of_flag(flag.split("=")[0]) or (f"; nearest: {near[0]}." if near else ".")))
         name, equals, value = flag.removeprefix("--gin.").partition("=")
         if not equals:
             position += 1

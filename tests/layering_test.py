@@ -41,7 +41,8 @@ def tops(found: set[str]) -> set[str]:
 
 # The rooms of the library and those that each may know. `cli` may know all of them.
 ROOMS: dict[str, set[str]] = {
-    "flags": set(),
+    "flags": {"t5x_names"},
+    "t5x_names": set(),
     "fetching": set(),
     "hub": set(),
     "contents": {"hub"},
@@ -53,7 +54,7 @@ ROOMS: dict[str, set[str]] = {
     "mixture": {"chat", "vocabulary"},
     "model": set(),
     "weights": {"runtime", "mixture", "model", "vocabulary", "tokenizing", "contents", "hub"},
-    "configuration": {"settings", "runtime", "weights", "contents"},
+    "configuration": {"settings", "t5x_names", "runtime", "weights", "contents"},
     "runtime": {"mixture", "model", "vocabulary"},
     "evaluation": {"chat", "configuration", "settings", "weights", "runtime", "mixture", "model", "results",
                    "vocabulary", "contents"},
@@ -62,7 +63,7 @@ ROOMS: dict[str, set[str]] = {
               "results", "contents"},
     "report": {"runtime", "mixture", "results"},
     "prepare": {"report", "runtime", "mixture", "results", "settings"},
-    "upstream": {"training", "runtime", "mixture", "model"},
+    "upstream": {"training", "configuration", "settings", "weights", "runtime", "mixture", "model", "vocabulary"},
     "pods": {"training", "evaluation", "runtime", "mixture", "model"},
 }
 # Rooms of `tasks`, likewise; the modules that define SeqIO tasks stand above them.
@@ -78,7 +79,7 @@ DEFINE_TASKS = {"tasks.pretraining", "tasks.tuning", "tasks.scheduling", "tasks.
 ONLY_IMPORTERS = {
     "gin": {"codellm_jax.configuration"},
     "matplotlib": {"codellm_jax.report.plots"},
-    "orbax": {"codellm_jax.runtime.checkpoints", "codellm_jax.runtime.parts"},
+    "orbax": {"codellm_jax.runtime.checkpoints", "codellm_jax.runtime.parts", "codellm_jax.upstream.trees"},
     "apache_beam": {"codellm_jax.runtime.beam"},
     "tokenizers": {"codellm_jax.tokenizing.fast"},
     "jieba": {"codellm_jax.tokenizing.pangu"},

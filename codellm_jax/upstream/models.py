@@ -1,4 +1,4 @@
-"""This package's decoder as a model of upstream T5X, for its own commands: `python -m t5x.train`, `t5x.eval`, `t5x.infer`.
+"""This package's decoder as a model of upstream T5X, for T5X's own commands.
 
     python -m t5x.train --gin_file=gin/t5x/mixed_pretrain.gin --gin.MODEL_DIR="'runs/t5x'"
 
@@ -18,10 +18,11 @@ from flax.core import freeze
 from flax.linen.partitioning import AxisMetadata
 from t5x import adafactor, decoding, metrics, models, optimizers
 
-from codellm_jax.model.decoder import Decoder, init_cache, output_head
+from codellm_jax.model.decoder import Decoder, DecoderConfig, init_cache, output_head
 from codellm_jax.model.losses import chunk_of, cross_entropy
 from codellm_jax.runtime.partitioning import AXIS_RULES
 from codellm_jax.training.plan import Training
+from codellm_jax.vocabulary import Vocabulary
 
 
 def logical_axis_rules(fsdp: bool = True) -> list[tuple[str, str | None]]:
@@ -37,14 +38,27 @@ def logical_factor_rules() -> Any:
     return freeze({**adafactor.standard_logical_factor_rules(), "position": column, "kv_heads": column})
 
 
+def model_of_run(
+    training: Training, seqio_vocabulary: Any, feature_converter_cls: Callable[..., Any], optimizer_def: Any = None,
+    loss_normalizing_factor: float | None = None,
+) -> "DecoderModel":
+    """The decoder of a run, with the run's optimizer, or with `optimizer_def`, one of T5X's, in its place."""
+    return DecoderModel(
+        training.model, training.mixture.length, training.vocabulary, seqio_vocabulary, feature_converter_cls,
+        optimizer_def or optimizers.OptaxWrapper(training.optimizer(training.learning_rate)),
+        loss_normalizing_factor=loss_normalizing_factor)
+
+
 class DecoderModel(models.BaseTransformerModel):
-    """A run's decoder. Its loss is the mean over the tokens of a batch that count.
+    """The decoder. Its loss is the mean over the tokens of a batch that count.
 
     Args:
-      training: the run, of which the decoder's size, the vocabulary and the optimizer are taken.
-      vocabulary: the same vocabulary as SeqIO has it, `rows.seqio_vocabulary`.
+      config: makes the decoder's configuration when called with `vocabulary_size` and `length`.
+      length: inputs of a row.
+      vocabulary: its vocabulary.
+      seqio_vocabulary: the same as SeqIO has it, `rows.seqio_vocabulary`.
       feature_converter_cls: `rows.RowConverter`.
-      optimizer_def: another optimizer, one of T5X's.
+      optimizer_def: one of T5X's; None where nothing is trained.
       decode_fn: how tokens are drawn; `decoding.beam_search` does not work, as it wants a cache of another form.
       loss_normalizing_factor: what the sum of losses is divided by, in the place of the tokens that count. T5X adds up
         the gradients of microbatches, so that with several of them the mean would count each of them whole: set it to
@@ -52,18 +66,15 @@ class DecoderModel(models.BaseTransformerModel):
     """
 
     def __init__(
-        self, training: Training, vocabulary: Any, feature_converter_cls: Callable[..., Any],
-        optimizer_def: Any = None, decode_fn: Any = decoding.temperature_sample,
-        loss_normalizing_factor: float | None = None,
+        self, config: Callable[..., DecoderConfig], length: int, vocabulary: Vocabulary, seqio_vocabulary: Any,
+        feature_converter_cls: Callable[..., Any], optimizer_def: Any = None,
+        decode_fn: Any = decoding.temperature_sample, loss_normalizing_factor: float | None = None,
     ) -> None:
-        self.config = training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length)
-        super().__init__(
-            Decoder(self.config), vocabulary, vocabulary,
-            optimizer_def or optimizers.OptaxWrapper(training.optimizer(training.learning_rate)), decode_fn,
-            loss_normalizing_factor=loss_normalizing_factor)
-        self.FEATURE_CONVERTER_CLS = functools.partial(
-            feature_converter_cls, self.config.length, training.vocabulary.end_of_document_id)
-        self._drawable = training.vocabulary.pieces
+        self.config = config(vocabulary_size=vocabulary.size, length=length)
+        super().__init__(Decoder(self.config), seqio_vocabulary, seqio_vocabulary, optimizer_def, decode_fn,
+                         loss_normalizing_factor=loss_normalizing_factor)
+        self.FEATURE_CONVERTER_CLS = functools.partial(feature_converter_cls, length, vocabulary.end_of_document_id)
+        self._vocabulary = vocabulary
 
     def get_initial_variables(
         self, rng: jax.Array, input_shapes: Mapping[str, Any], input_types: Mapping[str, Any] | None = None
@@ -130,7 +141,7 @@ class DecoderModel(models.BaseTransformerModel):
         prompt = jnp.pad(tokens, ((0, 0), (1, 0)))
         rows = len(prompt)
         index = jnp.broadcast_to(jnp.arange(length), (rows, length))
-        # Slots for the prompt, then as many for what is written: all rows write the same slot at positions of their own.
+        # Slots for the prompt, then as many for what is written: rows write one slot, at positions of their own.
         # The last token of a prompt is not among them: T5X's loop begins with it.
         cache = init_cache(self.config, rows, 2 * length + 1)
         _, cache = self._append(params, cache, tokens, index, (index < counts[:, None] - 1).astype(jnp.int32))
@@ -141,10 +152,10 @@ class DecoderModel(models.BaseTransformerModel):
                                            jnp.ones_like(positions))
             logits = self.module.apply({"params": params}, hidden, method="logits")[:, 0]
             # Rows of the embedding that stand for nothing.
-            logits = jnp.where(jnp.arange(logits.shape[-1]) < self._drawable, logits, -jnp.inf)
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocabulary.pieces, logits, -jnp.inf)
             return logits, _row_index(changed, len(positions))
 
-        options.setdefault("eos_id", self.output_vocabulary.eos_id)
+        options.setdefault("eos_id", self._vocabulary.end_of_document_id)
         if rng is not None:
             options["decode_rng"] = rng
         sequences, scores = self._decode_fn(
@@ -168,7 +179,8 @@ def _prompts(batch: Mapping[str, Any], room: int) -> tuple[jax.Array, jax.Array]
     inputs, targets = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
     answers = batch["decoder_loss_weights"] > 0
     whole = jnp.concatenate([inputs[:, :1], targets], axis=1)
-    count = jnp.where(answers.any(1), jnp.argmax(answers, axis=1), jnp.sum(batch["decoder_segment_ids"] > 0, axis=1)) + 1
+    used = jnp.sum(batch["decoder_segment_ids"] > 0, axis=1)
+    count = 1 + jnp.where(answers.any(1), jnp.argmax(answers, axis=1), used)
     dropped = jnp.maximum(0, count - room)
     index = jnp.arange(inputs.shape[1]) + dropped[:, None]
     tokens = jnp.take_along_axis(whole, jnp.minimum(index, inputs.shape[1]), axis=1)

@@ -6,7 +6,7 @@ from codellm_jax.training.train import OWN, Runner
 
 # What T5X cc342d4 imports beside what this package needs anyway. Its own list would replace packages of this one.
 INSTALL = ("pip install fiddle cached_property chex grain, and pip install --no-deps T5X, AirIO and jestimator from "
-           "their sources: see docs/guides.md, \"Upstream T5X\"")
+           "their sources: see docs/t5x.md")
 
 
 def runner(name: str) -> Runner:

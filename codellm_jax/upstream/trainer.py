@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from t5x import optimizers, partitioning
 from t5x.train_state import FlaxOptimTrainState
 from t5x.trainer import Trainer
@@ -37,14 +37,15 @@ def trainer_step(training: Training, plan: Plan) -> Callable[[TrainState, Batch]
         return FlaxOptimTrainState(optimizers.Optimizer(optimizer, of_optimizer, state.params))
 
     _, dropout_rng = jax.random.split(jax.random.key(training.seed))  # as `state.initial_state` has it
+    partitioner = _OnMesh(plan.mesh, training.mesh.all_rules())
     trainer = Trainer(
-        model=_Loss(plan.model, sources), train_state=None, partitioner=_OnMesh(plan.mesh, training.mesh.all_rules()),
-        eval_names=(), summary_dir=None,
+        model=_Loss(plan.model, sources), train_state=None, partitioner=partitioner, eval_names=(), summary_dir=None,
         train_state_axes=jax.tree.map(lambda leaf: leaf.sharding.spec, theirs(plan.state)), rng=dropout_rng,
         learning_rate_fn=training.learning_rate, num_microbatches=training.microbatches,
         weight_metrics_computer=_GradientNorm())
     trainer.close()  # its writers; metrics are read and recorded like those of any run
-    features = jax.jit(lambda batch: batch._asdict() | {"tokens": _tokens_of_batch(batch, sources)})
+    features = jax.jit(lambda batch: batch._asdict() | {"tokens": _tokens_of_batch(batch, sources)},
+                       out_shardings=NamedSharding(plan.mesh, partitioner.data_partition_spec))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         changed, found = trainer._partitioned_train_step(theirs(state), features(batch))
