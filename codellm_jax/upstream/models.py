@@ -135,7 +135,7 @@ class DecoderModel(models.BaseTransformerModel):
         """
         options = dict(decoder_params or {})
         length = self.config.length
-        room = length - min(options.get("max_decode_steps", length), length // 2)
+        room = length + 1 - min(options.get("max_decode_steps", length), length // 2)
         tokens, counts = _prompts(batch, room)
         # T5X's sequences begin with a 0, so that its index i is position i - 1.
         prompt = jnp.pad(tokens, ((0, 0), (1, 0)))
