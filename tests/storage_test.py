@@ -180,6 +180,7 @@ def test_a_run_in_the_bucket_is_the_run_on_disk(bucket, runs):
     assert events == sum(len(line) - 2 for line in on_disk)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_in_the_bucket_is_set_aside_and_the_run_goes_on(bucket, runs):
     folder, flags = runs
     before = read(bucket, folder)[0]
@@ -191,6 +192,7 @@ def test_a_damaged_checkpoint_in_the_bucket_is_set_aside_and_the_run_goes_on(buc
     assert (kept, damaged) == (["4", "6"], ["6"])
 
 
+@pytest.mark.slow
 def test_evaluation_in_the_bucket(bucket, runs):
     """The benchmark's files, the checkpoint and the results there; the same scores as from disk."""
     folder, _ = runs
@@ -300,6 +302,7 @@ for path in sorted((epath.Path(sys.argv[1]) / "report").iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_a_report_in_the_bucket_is_the_report_on_disk(bucket, runs):
     folder, _ = runs
     study = folder / "reported" / "study"
@@ -339,6 +342,7 @@ print("both are whole")
 """
 
 
+@pytest.mark.slow
 def test_hosts_that_cache_the_same_rows_at_once_leave_each_other_alone(bucket, runs, tiny_corpora):
     name = Path(re.findall(r'"(/[^"]*)"', json.dumps(tiny_corpora["text.tiny"]))[0]).name
     assert "both are whole" in bucket("-c", RACE, name)
@@ -391,6 +395,7 @@ def test_rows_made_before_the_run(bucket, runs, tiny_flags):
     assert "LEFT []" in left
 
 
+@pytest.mark.slow
 def test_a_study_in_the_bucket_is_found_and_redone(bucket, tiny_flags, tiny_cache):
     flags = [flag.replace("--gin.", "--gin.pretraining/", 1) for flag in tiny_flags if flag.startswith("--gin.")]
     command = t5x("study", "--gin_file=gin/study.gin", "--gin.PRETRAINING_FILES=['gin/pretrain.gin']", *flags,

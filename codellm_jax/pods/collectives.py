@@ -215,17 +215,26 @@ def _group(line: str, mesh_shape: Mapping[str, int]) -> list[int]:
         return [int(found.group(1)), int(found.group(2))]
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return [int(device) for device in found.group(1).split(",")]
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        order = np.arange(devices).reshape([int(size) for size in found.group(3).split(",")])
-        if found.group(4):
-            order = order.transpose([int(axis) for axis in found.group(4).split(",")])
-        return order.reshape(int(found.group(1)), int(found.group(2)))[0].tolist()
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", line):
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-        grid = np.arange(devices).reshape([int(size) for size in axes.values()])
-        index = tuple(slice(None) if f"'{axis}'" in found.group(2) else 0 for axis in axes)
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
+        return _device_ids(found.group(3)).reshape(int(found.group(1)), int(found.group(2)))[0].tolist()
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}", line):
+        axes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
+        order = found.group(2) or f"[{math.prod(axes.values())}]"
+        grid = _device_ids(order).reshape(*axes.values())
+        index = tuple(slice(None) if f"'{axis}'" in found.group(3) else 0 for axis in axes)
         return np.ravel(grid[index]).tolist()
     return list(range(devices))
+
+
+def _device_ids(order: str) -> np.ndarray:
+    """Numbers of devices in the order that XLA writes as [16,16]T(1,0): counted in a grid whose axes then change
+    places; or as a list of them."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    if not found:
+        return np.array([int(device) for device in re.findall(r"\d+", order)])
+    sizes = [int(size) for size in found.group(1).split(",")]
+    grid = np.arange(math.prod(sizes)).reshape(sizes)
+    return grid.transpose([int(axis) for axis in found.group(2).split(",")]) if found.group(2) else grid
 
 
 def _axes(group: Sequence[int], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -165,9 +166,10 @@ def _compile(
 
 
 def _refusal(message: str) -> str:
-    """The compiler's words without their table of allocations."""
+    """The compiler's words without their table of allocations, which some releases of libtpu add."""
     words = " ".join(message.split()).removeprefix("RESOURCE_EXHAUSTED: ")
-    return re.split(r"(?<=[a-z)])\.(?: |$)", words)[0][:300]
+    sentences = re.split(r"Total hbm usage|Program hbm requirement|Largest program allocations", words)[0]
+    return textwrap.shorten(sentences, 300, placeholder=" ...").rstrip(".")
 
 
 def replicated_leaves(training: Training, topology: Topology) -> list[tuple[str, tuple[int, ...], str, int, int]]:

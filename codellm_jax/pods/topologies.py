@@ -35,6 +35,7 @@ class Chip:
       devices: of a chip.
       largest: chips of the largest slice.
       cube: slices are three-dimensional, made of cubes of 4 x 4 x 4 from 64 chips on; else two-dimensional.
+      ring: chips along one dimension from which on links close it to a ring.
     """
 
     memory_gib: float
@@ -45,15 +46,16 @@ class Chip:
     devices: int
     largest: int
     cube: bool
+    ring: int
 
 
 CHIPS = {
-    "v2": Chip(7.48, 350 * GIGA, 124 * GIGA, 1.6 * GIGA, 2, 2, 256, False),
-    "v3": Chip(15.48, 450 * GIGA, 164 * GIGA, 1.6 * GIGA, 2, 2, 1024, False),
-    "v4": Chip(30.75, 1200 * GIGA, 300 * GIGA, 6.25 * GIGA, 2, 1, 4096, True),
-    "v5e": Chip(15.75, 819 * GIGA, 200 * GIGA, 3.1 * GIGA, 1, 1, 256, False),
-    "v5p": Chip(95.74, 2765 * GIGA, 600 * GIGA, 6.25 * GIGA, 2, 1, 6144, True),
-    "v6e": Chip(31.25, 1640 * GIGA, 400 * GIGA, 12.5 * GIGA, 1, 1, 256, False),
+    "v2": Chip(7.48, 350 * GIGA, 124 * GIGA, 1.6 * GIGA, 2, 2, 256, False, 16),
+    "v3": Chip(15.48, 450 * GIGA, 164 * GIGA, 1.6 * GIGA, 2, 2, 1024, False, 32),
+    "v4": Chip(30.75, 1200 * GIGA, 300 * GIGA, 6.25 * GIGA, 2, 1, 4096, True, 4),
+    "v5e": Chip(15.75, 819 * GIGA, 200 * GIGA, 3.1 * GIGA, 1, 1, 256, False, 16),
+    "v5p": Chip(95.74, 2765 * GIGA, 600 * GIGA, 6.25 * GIGA, 2, 1, 6144, True, 4),
+    "v6e": Chip(31.25, 1640 * GIGA, 400 * GIGA, 12.5 * GIGA, 1, 1, 256, False, 16),
 }
 MOST_SLICES = 256
 
@@ -75,6 +77,13 @@ class Topology:
     def chips(self) -> int:
         """Of all slices."""
         return math.prod(self.shape) * self.slices
+
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Of each dimension, whether links close it to a ring: in three-dimensional slices those of whole cubes alone
+        do ("System architecture", Cloud TPU's documentation)."""
+        whole = not self.chip.cube or all(side % self.chip.ring == 0 for side in self.shape)
+        return tuple(whole and side >= self.chip.ring for side in self.shape)
 
 
 def _shape(chips: int, cube: bool) -> tuple[int, ...] | None:
@@ -154,6 +163,8 @@ def compile_only_devices(topology: Topology, report: Callable[[str], None] = pri
         options["chip_config_name"] = "megacore"  # both TensorCores of a chip are one device
     if topology.shape == (1, 1):
         options["chips_per_host_bounds"] = [1, 1, 1]
+    if any(topology.rings):
+        options["wrap"] = [*topology.rings, *[False] * (3 - len(topology.rings))]
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     layout = "x".join(map(str, topology.shape))

@@ -12,6 +12,7 @@ from codellm_jax.report.verdicts import HARMS, HELPS, OPEN, TOGETHER, Judged, bo
 EFFECT_COLUMNS = ("after", "effect", "measure", "task", "metric", "unit", "better", "estimate", "low", "high", "p",
                   "p_holm", "seeds", "verdict", "why", "weights")
 
+MOST_TITLES = 5  # of measures in a sentence
 VERBS = {verdict: f"adds {verdict} than apart to" for verdict in TOGETHER.values()}
 
 
@@ -72,9 +73,16 @@ def sentences(found: Sequence[Judged]) -> list[str]:
     if unsure:
         reasons = "; ".join(dict.fromkeys(reason for one in unsure for reason in one.why.split("; ")))
         what = f"What {listed(untold)} does" if untold else \
-            f"What code does to {listed(list(dict.fromkeys(one.measure.title for one in unsure)))}"
+            f"What code does to {titles([one.measure.title for one in unsure])}"
         said.append(f"{what} cannot be told: {reasons}.")
     return said
+
+
+def titles(names: Sequence[str]) -> str:
+    """Titles of measures in a sentence, each once; of many the first, for the table beneath has all."""
+    once = list(dict.fromkeys(names))
+    return listed(once if len(once) <= MOST_TITLES else [*once[:MOST_TITLES - 1], f"{len(once) - MOST_TITLES + 1} "
+                                                         "other measures"])
 
 
 def _capital(text: str) -> str:

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from codellm_jax.report import plots
 from codellm_jax.report.asked import Group, Measure, Sweep, models_of
-from codellm_jax.report.effects import Effect, listed, told
-from codellm_jax.report.effects_page import notes_of
+from codellm_jax.report.effects import Effect, told
+from codellm_jax.report.effects_page import notes_of, titles
 from codellm_jax.report.pages import Block, Heading, Items, Notice, Table
 from codellm_jax.report.sections import Rows, Section
 from codellm_jax.report.verdicts import HARMS, HELPS, Judged, bounds, judge, scaled, shown_p
+from codellm_jax.results.answers import METRICS, estimate
 from codellm_jax.results.statistics import Interval
 
 COLUMNS = ("after", "stage", "share", "arm", "measure", "task", "metric", "unit", "better", "seeds", "value", "low",
@@ -28,7 +29,7 @@ def sweeps(compared: Sequence[Group]) -> tuple[Section, list[str]]:
         after = group.stages[-1]
         number = numbers[sweep.stage] = numbers.get(sweep.stage, 0) + 1
         name = f"sweep_{sweep.stage.replace(' ', '_')}" + f"_{number}" * (number > 1)
-        title = f"How much code in {sweep.stage}" + f", after {after}" * (after != sweep.stage) \
+        title = f"How much code in {sweep.stage}" + _held(group, sweep) + f", after {after}" * (after != sweep.stage) \
             + models_of(group, compared)
         by_place = {(one.measure, label): one for one in of_sweep for label in one.effect.weights
                     if label != sweep.arms[0][1]}
@@ -53,6 +54,19 @@ def sweeps(compared: Sequence[Group]) -> tuple[Section, list[str]]:
         if notes := notes_of(group):
             blocks.append(Items(notes))
     return Section(blocks, [("sweeps", COLUMNS, rows)] if rows else []), words
+
+
+def _held(group: Group, sweep: Sweep) -> str:
+    """What all arms of a sweep have, where other sweeps of the same stage have something else."""
+    def at(one: Sweep, k: int) -> str:
+        level = next((group.levels[label][k] for _, label in one.arms if k not in group.absent[label]), None)
+        if level is None or group.stages[k] == sweep.stage:
+            return level.other if level else ""
+        return f"{level.share:g} in {group.stages[k]}" + f" {level.other}" * bool(level.other)
+
+    alike = [one for one in group.sweeps if one.stage == sweep.stage]
+    parts = [at(sweep, k) for k in range(len(group.stages)) if len({at(one, k) for one in alike}) > 1]
+    return f" ({', '.join(filter(None, parts))})" if any(parts) else ""
 
 
 def differences(sweep: Sweep) -> list[Effect]:
@@ -81,11 +95,11 @@ def sentences(found: Sequence[Judged], sweep: Sweep) -> list[str]:
     lines = [f"Against {sweep.arms[0][0]:g} of code: {'; '.join(said)}."] if said else []
     if quiet:
         lines.append(f"No share shows a difference from {sweep.arms[0][0]:g} on "
-                     f"{listed([measure.title for measure in quiet])}.")
+                     f"{titles([measure.title for measure in quiet])}.")
     if untold:
         reasons = "; ".join(dict.fromkeys(reason for one in found if one.measure in untold
                                           for reason in one.why.split("; ")))
-        what = listed([measure.title for measure in untold])
+        what = titles([measure.title for measure in untold])
         lines.append(f"What the share does to {what} cannot be told: {reasons}.")
     return lines
 
@@ -101,22 +115,37 @@ def _measure(group: Group, sweep: Sweep, measure: Measure, by_place: Mapping[tup
     points: list[tuple[float, float, Interval | None]] = []
     rows: Rows = []
     for share, label in sweep.arms:
-        value = told({label: 1.0}, measure.samples, group.roots)
-        if value is None:
+        found = _level(group, measure, label)
+        if found is None:
             cells.append("-")
             continue
-        estimate, interval = measure.scale * value.estimate, scaled(value, measure)
-        points.append((share, estimate, interval))
+        value, interval, seeds = found
+        points.append((share, value, interval))
         one = by_place.get((measure, label))
         within = f" [{interval.low:.4g}, {interval.high:.4g}]" if interval else ""
         difference = f"\n{one.estimate:+.3g} [{bounds(one.interval)}]" if one else ""
         if one and one.corrected is not None:
             difference += f", p {shown_p(one.corrected)}" + f", {one.verdict}" * bool(one.why)
-        cells.append(f"{estimate:.4g}{within}{difference}")
+        cells.append(f"{value:.4g}{within}{difference}")
         rows.append([group.stages[-1], sweep.stage, share, label, measure.title, measure.task, measure.metric,
-                     measure.unit, measure.better, value.seeds, estimate, *(interval or (None, None)), sweep.arms[0][0],
+                     measure.unit, measure.better, seeds, value, *(interval or (None, None)), sweep.arms[0][0],
                      *((one.estimate, *(one.interval or (None, None)), one.told.contrast and one.told.contrast.p_value,
                         one.corrected, one.verdict, one.why) if one else [None] * 7)])
     levels = group.study.levels(measure.task, clean=True) if measure.task and measure.metric == "accuracy" else None
     panel = plots.SweepPanel(measure.title, measure.unit, points, *(100 * level for level in levels or ()))
     return [f"{measure.title}\n{measure.unit}, {measure.better} is better", *cells], panel, rows
+
+
+def _level(group: Group, measure: Measure, label: str) -> tuple[float, Interval | None, int] | None:
+    """The mean of an arm over its seeds, its interval, and how many seeds; a benchmark's as the table of scores has it.
+    """
+    samples = measure.samples.get(label)
+    if not samples:
+        return None
+    if measure.task is None:
+        value = told({label: 1.0}, measure.samples, group.roots)
+        return value and (measure.scale * value.estimate, scaled(value, measure), value.seeds)
+    found = group.study.estimate(label, measure.task, measure.metric, clean=True) if measure.metric in METRICS else \
+        estimate([sample.values for sample in samples.values()], measure.metric)
+    return found and (measure.scale * found.value, found.interval and Interval(
+        *(measure.scale * bound for bound in found.interval)), found.seeds)

@@ -150,7 +150,8 @@ def test_a_loop_that_counts_by_two_turns_half_as_often():
 @pytest.mark.parametrize(("groups", "axes"), [
     ("[2,4]<=[8]", ("fsdp", "model")), ("[4,2]<=[2,4]T(1,0)", ("data",)), ("[2,4]<=[2,2,2]T(1,0,2)", ("data", "model")),
     ("{{0,2},{1,3},{4,6},{5,7}}", ("fsdp",)), ("mesh['a'=2,'b'=4] {'b'}", ("fsdp", "model")),
-    ("mesh['a'=2,'b'=4] {'a'}", ("data",)), ("{}", ("data", "fsdp", "model")),
+    ("mesh['a'=2,'b'=4] {'a'}", ("data",)), ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", ("data", "fsdp")),
+    ("mesh['a'=2,'b'=4], device_ids=(0,4,1,5,2,6,3,7) {'a'}", ("fsdp",)), ("{}", ("data", "fsdp", "model")),
 ])
 def test_ways_to_write_groups(groups, axes):
     text = ("ENTRY %main (p: f32[4]) -> f32[4] {\n"

@@ -151,6 +151,18 @@ def test_mistakes_are_told_in_one_line(flags, words, capsys):
     assert words in told and told.count("\n") == 1, told
 
 
+@pytest.mark.parametrize(("message", "refusal"), [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (50.25G) exceeds "
+     "available HBM (30.75G).", "Ran out of memory on HBM, the total memory required for HLO temporaries (50.25G) "
+     "exceeds available HBM (30.75G)"),
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 35.8G of 30.7G hbm. Exceeded hbm capacity by "
+     "5.1G.\n\nTotal hbm usage >= 36.3G:\n    reserved 530M", "Ran out of memory in memory space hbm. Used 35.8G of "
+     "30.7G hbm. Exceeded hbm capacity by 5.1G"),
+])
+def test_a_refusal_gives_the_reason_and_no_table(message, refusal):
+    assert programs._refusal(message) == refusal
+
+
 # Searching, with a compiler whose memory is known.
 
 

@@ -29,6 +29,16 @@ def test_names_mean_what_cloud_tpu_means(name, chips, shape):
     assert (topology.chips, topology.shape, topology.slices) == (chips, shape, 1)
 
 
+@pytest.mark.parametrize(("name", "rings"), [
+    ("v4-64", (False, False, False)), ("v4-128", (True, True, True)), ("v4-1536", (True, True, True)),
+    ("v5p-32", (False, False, False)), ("v5p-256", (True, True, True)), ("v5e-64", (False, False)),
+    ("v5e-128", (False, True)), ("2xv5e-256", (True, True)), ("v3-2048", (True, True)),
+])
+def test_links_that_close_rings(name, rings):
+    """By the vendor's pages: cubes of 4 x 4 x 4 and sides of a whole pod have wrap-around links."""
+    assert parse_topology(name).rings == rings
+
+
 def test_slices_and_other_spellings():
     two = parse_topology("2xv5e-256")
     assert (two.name, two.chips, two.slices, two.shape) == ("2xv5e-256", 512, 2, (16, 16))

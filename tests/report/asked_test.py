@@ -13,6 +13,7 @@ from etils import epath
 from codellm_jax import cli
 from codellm_jax.report.asked import groups
 from codellm_jax.report.curves import read_curves
+from codellm_jax.report.effects_page import titles
 from codellm_jax.report.write import read_study, report
 
 ROWS = 1000
@@ -210,6 +211,23 @@ def test_branches_stand_beside_their_trunk_where_they_end_with_it(tmp_path):
     assert {root for roots in group.roots.values() for root in roots.values()} == {"TEXT.seed0", "TEXT.seed1"}
     _, page = told(tmp_path)
     assert "Arms without code in midtraining go without that stage" in page
+    assert [line for line in page.splitlines() if line.startswith("## How much")] == [
+        "## How much code in midtraining (from step 50)", "## How much code in midtraining (from step 80)"]
+
+
+def test_sweeps_of_one_stage_say_what_each_holds_fixed(tmp_path):
+    arms = {f"RATE-{share}": Arm("pretraining", share) for share in SHARES}
+    arms |= {f"T{tuned}-{share}": Arm("tuning", tuned, f"RATE-{share}") for share in SHARES for tuned in (0.0, 0.3)}
+    _, page = told(write_study(tmp_path, arms, seeds=2))
+    assert [line for line in page.splitlines() if line.startswith("## How much")] == [
+        "## How much code in pretraining (0 in tuning), after tuning",
+        "## How much code in pretraining (0.3 in tuning), after tuning", "## How much code in pretraining"]
+
+
+def test_many_measures_are_named_in_part():
+    assert titles(["a", "b", "a"]) == "a and b"
+    assert titles(list("abcde")) == "a, b, c, d and e"
+    assert titles(list("abcdefgh")) == "a, b, c, d and 4 other measures"
 
 
 def test_a_tree_on_points_of_a_sweep_is_told_from_the_sweep(tmp_path):
