@@ -6,7 +6,6 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 """
 
 import argparse
-import difflib
 import os
 import shlex
 import shutil
@@ -17,8 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from codellm_jax import t5x_names
-from codellm_jax.flags import overrides_of, parser, without
+from codellm_jax.flags import overrides_of, parser, refusal, without
 from codellm_jax.runtime.terminal import (
     escape_what_cannot_be_encoded,
     interruptible,
@@ -48,11 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plot": _plot, "laws": _laws, "explain": _explain, "contamination": _contamination, "cache": _cache,
         "adopt": _adopt, "prepare": _prepare, "vocabulary": _vocabulary, "import": _import, "export": _export,
         "launch": _launch, "precompile": _precompile, "fetch": _fetch}
-    if said := t5x_names.of_command(given):
+    if said := refusal(given, commands):
         return _fail("t5x", said, 2)
-    if given and not given[0].startswith("-") and given[0] not in commands:
-        near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
-        return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
     flags, rest = whole.parse_known_args(given)
     if flags.command is None:
         whole.print_help()
@@ -353,14 +348,9 @@ def _import(flags: argparse.Namespace) -> int:
 
 def _adopt(flags: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: accelerators have nothing to do
-    from codellm_jax.upstream.adopt import adopt, give
+    from codellm_jax.upstream.adopt import command
 
-    if not flags.debug:
-        quiet_libraries()
-    if flags.to == "t5x":
-        give(flags.source, flags.output)
-    else:
-        adopt(flags.source, flags.output, flags.gin_file, flags.overrides, _search_paths(flags))
+    command(flags, _search_paths(flags))
     return 0
 
 

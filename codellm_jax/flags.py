@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from codellm_jax import t5x_names
 
@@ -186,6 +186,16 @@ def parser() -> argparse.ArgumentParser:
                             help="search neither for the largest batch nor for what would make the run fit")
     precompile.add_argument("--report", help="also write what is told into this file, as Markdown")
     return whole
+
+
+def refusal(arguments: Sequence[str], commands: Iterable[str]) -> str | None:
+    """Why there is no such sub-command, in a line; None where there is, or none is given."""
+    if said := t5x_names.of_command(arguments):
+        return said
+    if not arguments or arguments[0].startswith("-") or arguments[0] in commands:
+        return None
+    near = difflib.get_close_matches(arguments[0], commands, n=1, cutoff=0.0)
+    return f"there is no sub-command {arguments[0]!r}; nearest: {near[0]}. See t5x --help."
 
 
 def without(arguments: Sequence[str], flag: str) -> list[str]:

@@ -3,6 +3,8 @@
 It makes error lines useful, and nothing else: a setting has one name here, by which `t5x explain` tells what set it.
 """
 
+from collections.abc import Sequence
+
 # T5X's macros, and its parameters by class or function without the module before it.
 SETTINGS = {
     "MIXTURE_OR_TASK_MODULE": "TASK_MODULES, a list of modules",
@@ -87,7 +89,7 @@ def of_flag(flag: str) -> str | None:
     return _told(flag, FLAGS.get(flag))
 
 
-def of_command(arguments: list[str]) -> str | None:
+def of_command(arguments: Sequence[str]) -> str | None:
     """A message about one of T5X's commands; None of all others."""
     if not arguments:
         return None

@@ -7,6 +7,7 @@ An adopted run has the checkpoint, and of its ledger what its order says must ha
 record of it. Its settings are read from T5X's own config.gin, where a file of gin/t5x/ was used.
 """
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from codellm_jax.runtime.checkpoints import newest_record as newest_record_of
 from codellm_jax.runtime.compatibility import require_same_model
 from codellm_jax.runtime.partitioning import MeshShape
 from codellm_jax.runtime.progress import say
+from codellm_jax.runtime.terminal import quiet_libraries
 from codellm_jax.settings import Configuration, Setting
 from codellm_jax.training.begin import Run, place
 from codellm_jax.training.plan import Plan, Training, make_plan
@@ -34,6 +36,18 @@ OURS = {target.rpartition(":")[2]: name for name, target in CONFIGURABLES.items(
 STEPS_AT_ONCE = 1024  # of the ledger
 # What a run has of its own, wherever it was trained.
 OF_THE_FOLDER = ("train.model_dir", "train.initial_checkpoint_path")
+
+
+def command(flags: argparse.Namespace, search_paths: Sequence[str]) -> None:
+    """`t5x adopt` with its flags. Errors are those of `adopt` and `give`."""
+    if not flags.debug:
+        quiet_libraries()
+    if flags.to == "t5x":
+        if flags.gin_file or flags.overrides:
+            raise ValueError("--to=t5x takes no gin files and no settings: a checkpoint of T5X has none.")
+        give(flags.source, flags.output)
+    else:
+        adopt(flags.source, flags.output, flags.gin_file, flags.overrides, search_paths)
 
 
 def adopt(

@@ -98,8 +98,6 @@ class _GradientNorm:
 class _OnMesh(partitioning.PjitPartitioner):
     """T5X's partitioner on a mesh of this package, which has an axis `fsdp` more than T5X makes."""
 
-    mesh: Mesh = None
-
     def __init__(self, mesh: Mesh, rules: Any) -> None:
-        self.mesh = mesh
+        self.mesh = mesh  # in the place of what T5X would make at the first look
         super().__init__(num_partitions=1, logical_axis_rules=[("batch", ("data", "fsdp")), *rules])

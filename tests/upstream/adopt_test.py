@@ -152,6 +152,7 @@ def test_mistakes_are_one_line(arguments: list[str], said: str, theirs: Path, pr
 
 
 def test_a_damaged_tree_or_another_config_is_told(theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    whole = (theirs / "config.gin").read_text()
     (theirs / "config.gin").write_text("BATCH_SIZE = 8\n")
     assert cli.main(["adopt", str(theirs), f"--output={tmp_path / 'new'}"]) == 1
     assert "is not of a file of gin/t5x/" in capsys.readouterr().err
@@ -159,7 +160,7 @@ def test_a_damaged_tree_or_another_config_is_told(theirs: Path, tmp_path: Path, 
     for file in (theirs / "checkpoint_6" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    (theirs / "config.gin").write_text(config())
+    (theirs / "config.gin").write_text(whole)
     assert cli.main(["adopt", str(theirs), f"--output={tmp_path / 'new'}"]) == 1
     told = capsys.readouterr().err
     assert "checkpoint_6" in told and told.count("\n") == 1
