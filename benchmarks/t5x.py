@@ -97,7 +97,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         training = Training(
             model_dir=directory, vocabulary=load_vocabulary(), batch_size=BATCH, train_steps=10**6, eval_period=100,
-            mixture=Mixture("python_text_code", Definitions(), {"targets": LENGTH}, 1 / 3, cache_dir=directory),
+            mixture=Mixture("python_text_code", Definitions(), {"targets": LENGTH}, 1 / 3),
             model=lambda **sizes: DecoderConfig(layers=LAYERS, hidden=HIDDEN, heads=HEADS, feedforward=FEEDFORWARD,
                                                 query_layer=False, remat="none", scan_unroll=LAYERS, **sizes),
             optimizer=adamw, learning_rate=warmup_cosine(1e-3, 1e-5, 30, 10**6), mesh=MeshShape(data=1),
@@ -117,6 +117,7 @@ def main() -> None:
                     step()
                     seconds.append(time.perf_counter() - began)
                 medians[name].append(statistics.median(seconds))
+            print("  ".join(f"{name} {seconds[-1]:.3f} s" for name, seconds in medians.items()), flush=True)
     print(f"\n{'':<10}{'median step':>12}{'time / own':>12}{'spread':>16}")
     for name, seconds in medians.items():
         ratios = [one / own for one, own in zip(seconds, medians["own"], strict=True)]

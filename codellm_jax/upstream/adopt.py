@@ -33,6 +33,7 @@ from codellm_jax.weights import start
 
 # Configurables by the last part of the name that T5X's gin has for them: DecoderConfig -> model.
 OURS = {target.rpartition(":")[2]: name for name, target in CONFIGURABLES.items()}
+TUNING = "gin/tune.gin"
 STEPS_AT_ONCE = 1024  # of the ledger
 # What a run has of its own, wherever it was trained.
 OF_THE_FOLDER = ("train.model_dir", "train.initial_checkpoint_path")
@@ -71,23 +72,23 @@ def adopt(
         configuration = read_configuration(gin_files, overrides, search_paths)
     else:
         base, found = settings_of(checkpoint.parent)
+        if base == TUNING and "INITIAL_CHECKPOINT_PATH" not in dict(overrides):
+            raise ValueError(f"{source} was tuned: give --gin.INITIAL_CHECKPOINT_PATH=RUN, the run that it was tuned "
+                             "from, as it was adopted.")
         configuration = read_configuration([base], [*found, *overrides], search_paths)
     training: Training = build(configuration, "train")
-    if training.mixture.stage == "tuning" and not training.initial_checkpoint_path:
-        raise ValueError(f"{source} was tuned: give --gin.INITIAL_CHECKPOINT_PATH=RUN, the run that it was tuned from, "
-                         "as it was adopted.")
     plan = make_plan(dataclasses.replace(training, mesh=MeshShape()), say)
-    _, dropout_rng = jax.random.split(jax.random.key(training.seed))
-    state = read_state(checkpoint, step, plan.state, jax.random.key_data(dropout_rng))
     if step > plan.last_step:
         raise ValueError(f"{checkpoint} was trained for {step} steps, and the settings say {plan.last_step}: give "
                          f"--gin.TRAIN_STEPS={step} or the steps that it was to have.")
+    _, dropout_rng = jax.random.split(jax.random.key(training.seed))
+    state = read_state(checkpoint, step, plan.state, jax.random.key_data(dropout_rng))
     ledger = _ledger(training, plan, step)
-    _, values = operative(configuration)
+    text, values = operative(configuration)
     with Checkpoints(f"{output}/checkpoints") as checkpoints:
         checkpoints.save(step, state, {"settings": values, "ledger": ledger.to_json(), "held_out": None,
                                        "interval": None, "place": place(training, plan, step)})
-    (epath.Path(resolved(output)) / "config.gin").write_text(operative(configuration)[0])
+    (epath.Path(resolved(output)) / "config.gin").write_text(text)
     run = Run(training, plan, state, ledger, 0)
     provenance = Provenance(run, values, configuration.asked, "t5x", active=True)
     run.step = step
@@ -120,18 +121,27 @@ def settings_of(model_dir: epath.Path) -> tuple[str, list[tuple[str, str]]]:
     if "train.batch_size" not in theirs.effective:
         raise ValueError(f"{path} is not of a file of gin/t5x/, so that it does not tell the run's settings: name the "
                          "gin files that are like it, such as --gin_file=gin/mixed_pretrain.gin.")
-    stage = theirs.resolved("mixture.stage")
-    base = "gin/tune.gin" if stage == "'tuning'" else "gin/pretrain.gin"
+    stage = _resolved(theirs, "mixture.stage")
+    base = TUNING if stage == "'tuning'" else "gin/pretrain.gin"
     own = read_settings([base], [])
     found = {}
     for name in theirs.effective:
-        value = theirs.resolved(name)
+        value = _resolved(theirs, name)
         if "." not in name or name in OF_THE_FOLDER or name.partition(".")[0] not in CONFIGURABLES:
             continue
-        if value is not None and value != own.resolved(name):
+        if value != _resolved(own, name):
             at = own.effective[name].value if name in own.effective else ""
-            found[at[1:] if re.fullmatch(r"%\w+", at) else name] = value
+            found[at[1:] if re.fullmatch(r"%\w+", at) else name] = str(value)
     return base, list(found.items())
+
+
+def _resolved(configuration: Configuration, name: str) -> str | None:
+    """As `Configuration.resolved`, but a macro that nothing sets stands as it is."""
+    effective = configuration.effective
+    value = effective[name].value if name in effective else None
+    while value and value[0] == "%" and value[1:] in effective:
+        value = effective[value[1:]].value
+    return value
 
 
 def _ours(setting: Setting) -> Setting:

@@ -24,7 +24,7 @@ FIELDS = {"inputs": "input_tokens", "targets": "target_tokens", "positions": "po
 STEPS, BATCH = 12, 8
 
 
-@pytest.fixture(params=["pretraining", "tuning", "answers"])
+@pytest.fixture(params=["pretraining", "tuning", pytest.param("answers", marks=pytest.mark.slow)])
 def training(request: pytest.FixtureRequest, make_training: Callable[..., Any],
              tiny_instructions: dict[str, dict[str, Any]]) -> Any:
     """A run of documents; one of tuning; and one of documents in which instructions stand, whose answers count."""

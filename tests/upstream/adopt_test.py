@@ -37,7 +37,7 @@ LEARNING_RATE = 0.001
 MODEL_DIR = '/elsewhere'
 RANDOM_SEED = {seed}
 SOURCES = {sources!r}
-STAGE = 'pretraining'
+STAGE = {stage!r}
 TASK_FEATURE_LENGTHS = {lengths!r}
 TRAIN_STEPS = 4
 WARMUP_STEPS = 2
@@ -47,6 +47,7 @@ INITIAL_CHECKPOINT_PATH = '/gone/checkpoint_4'
 train/utils.DatasetConfig.batch_size = %BATCH_SIZE
 train/utils.DatasetConfig.mixture_or_task_name = @rows.ordered_rows()
 utils.RestoreCheckpointConfig.path = []
+vocabulary.load_vocabulary.path = 'python_8k'
 tasks.Definitions.corpora = %CORPORA
 tasks.Definitions.modules = ['tasks.pretraining']
 mixture.Mixture.cache_dir = %CACHE_DIR
@@ -74,7 +75,8 @@ plan.Training.train_steps = %TRAIN_STEPS
 
 def config(**values: Any) -> str:
     return CONFIG.format(**{"cache": "c", "rate": 0.5, "corpora": {}, "seed": 0, "sources": "python_text_code",
-                            "lengths": {"targets": 256}, "optimizer": "@optimization.adamw"} | values)
+                            "lengths": {"targets": 256}, "optimizer": "@optimization.adamw",
+                            "stage": "pretraining"} | values)
 
 
 @pytest.fixture
@@ -110,6 +112,15 @@ def test_settings_are_those_of_the_stage_and_what_differs(tmp_path: Path):
         "CACHE_DIR": "'c'", "CODE_RATE": "0.5", "SEED": "3", "TRAIN_STEPS": "4", "WARMUP_STEPS": "2",
         "mixture.stage": "'pretraining'", "model.activation": "'fast_gelu'", "model.feedforward": "64",
         "model.heads": "2", "model.hidden": "32", "model.layers": "3", "train.optimizer": "@optax.adafactor"}
+
+
+def test_settings_of_tuning_stand_on_what_it_takes_over(tmp_path: Path):
+    (tmp_path / "config.gin").write_text(config(stage="tuning", sources="python_instructions"))
+    base, found = settings_of(epath.Path(tmp_path))
+    assert base == "gin/tune.gin"
+    assert {"VOCABULARY": "'python_8k'", "TASK_FEATURE_LENGTHS": "{'targets': 256}", "BATCH_SIZE": "8"}.items() <= dict(
+        found).items()
+    assert not {"mixture.stage", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH", "MODEL_DIR"} & dict(found).keys()
 
 
 def test_an_adopted_run_is_the_run_itself(theirs: Path, pretrained: Path, tmp_path: Path,
@@ -160,6 +171,9 @@ def test_a_damaged_tree_or_another_config_is_told(theirs: Path, tmp_path: Path, 
     for file in (theirs / "checkpoint_6" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
+    (theirs / "config.gin").write_text(config(stage="tuning"))
+    assert cli.main(["adopt", str(theirs), f"--output={tmp_path / 'new'}"]) == 1
+    assert "was tuned: give --gin.INITIAL_CHECKPOINT_PATH=RUN" in capsys.readouterr().err
     (theirs / "config.gin").write_text(whole)
     assert cli.main(["adopt", str(theirs), f"--output={tmp_path / 'new'}"]) == 1
     told = capsys.readouterr().err
