@@ -1,5 +1,6 @@
 """This package's decoder as a model of upstream T5X: its scores and what it writes are those of this package."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,23 +74,25 @@ def test_what_is_written_greedily_is_what_this_package_writes(made: Any):
 @pytest.mark.slow
 def test_t5x_s_own_command_trains_the_same_run(tiny_corpora: Any, tiny_cache: str, tmp_path: Path):
     pytest.importorskip("t5x", reason=NEEDS_T5X)
-    root = Path(__file__).resolve().parents[2]
     sizes = {"layers": 3, "hidden": 32, "heads": 2, "feedforward": 64}
     shared = {"CORPORA": tiny_corpora, "CACHE_DIR": tiny_cache, "TASK_FEATURE_LENGTHS": {"targets": 32},
               "WARMUP_STEPS": 2, "TRAIN_STEPS": 4, "CHECKPOINT_PERIOD": 2, "EVAL_PERIOD": 2}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
+
+    def run(module: str, *arguments: str, **settings: Any) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments,
+             *(f"--gin.{name}={value!r}" for name, value in settings.items())],
+            cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+
     theirs = shared | {"SOURCES": list(tiny_corpora), "EVAL_STEPS": 1, "MODEL_DIR": str(tmp_path / "t5x")} | {
         f"decoder.DecoderConfig.{name}": size for name, size in sizes.items()}
-    command = [sys.executable, "-m", "t5x.train", "--gin_file=gin/t5x/mixed_pretrain.gin",
-               *(f"--gin.{name}={value!r}" for name, value in theirs.items())]
-    for _ in range(2):  # to the second step, and on from there
-        steps = 2 if not (tmp_path / "t5x").exists() else 4
-        done = subprocess.run([*command, f"--gin.TRAIN_STEPS={steps}", "--gin.optimization.warmup_cosine.decay_steps=4",
-                               "--gin.rows.ordered_rows.train_steps=4"], cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    ours = shared | {"MIXTURE_OR_TASK_NAME": list(tiny_corpora), "MODEL_DIR": str(tmp_path / "own")} | {
-        f"model.{name}": size for name, size in sizes.items()}
-    assert cli.main(["train", "--gin_file=gin/mixed_pretrain.gin",
-                     *(f"--gin.{name}={value!r}" for name, value in ours.items())]) == 0
+    for steps in (2, 4):  # to the second step, and on from there
+        run("t5x.train", "--gin_file=gin/t5x/mixed_pretrain.gin", **theirs | {"train_script.train.total_steps": steps})
+    run("codellm_jax.cli", "train", "--gin_file=gin/mixed_pretrain.gin", **shared | {
+        "MIXTURE_OR_TASK_NAME": list(tiny_corpora), "MODEL_DIR": str(tmp_path / "own")} | {
+        f"model.{name}": size for name, size in sizes.items()})
     assert cli.main(["adopt", str(tmp_path / "t5x"), f"--output={tmp_path / 'adopted'}"]) == 0
     own, adopted = (record_of(str(tmp_path / name), 4) for name in ("own", "adopted"))
     assert own["checksums"] == adopted["checksums"] and own["ledger"] == adopted["ledger"]
