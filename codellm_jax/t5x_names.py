@@ -96,7 +96,7 @@ def of_command(arguments: Sequence[str]) -> str | None:
     if arguments[0] == "export" and any(argument.startswith("--gin") for argument in arguments):
         return "t5x export writes for Hugging Face's libraries and takes no gin files: t5x export RUN --output=DIR."
     ours = COMMANDS.get(arguments[0])
-    return ours and f"T5X's {arguments[0]} is here {ours}."
+    return ours and f"here T5X's {arguments[0]} is {ours}."
 
 
 def of_gin_file(file: str) -> str:
@@ -106,4 +106,4 @@ def of_gin_file(file: str) -> str:
 
 
 def _told(name: str, ours: str | None) -> str | None:
-    return ours and f"; T5X's {name} is {'' if ours.startswith('not ') else 'here '}{ours}."
+    return ours and f"; here T5X's {name} is {ours}."

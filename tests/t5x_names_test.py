@@ -38,7 +38,7 @@ def test_a_setting_of_t5x_leads_to_ours(name: str, value: str, said: str):
     with pytest.raises(ValueError, match=re.escape(said)) as raised:
         read_configuration([MIXED], [(name, value)])
     told = str(raised.value)
-    assert told.startswith(f"--gin.{name}: nothing is named {name}; T5X's ") and "\n" not in told
+    assert told.startswith(f"--gin.{name}: nothing is named {name}; here T5X's ") and "\n" not in told
 
 
 def test_mixture_or_task_name_is_none_of_evaluation():
@@ -50,7 +50,7 @@ def test_mixture_or_task_name_is_none_of_evaluation():
 @pytest.mark.parametrize("flag", ["--tfds_data_dir=/data", "--multiprocess_gpu", "--alsologtostderr",
                                   "--seqio_additional_cache_dirs=/data"])
 def test_a_flag_of_t5x_leads_to_ours(flag: str):
-    with pytest.raises(ValueError, match=f"^unknown argument {flag}; T5X's {flag.split('=')[0]} is "):
+    with pytest.raises(ValueError, match=f"^unknown argument {flag}; here T5X's {flag.split('=')[0]} is "):
         overrides_of([flag])
 
 
