@@ -89,7 +89,7 @@ def test_t5x_s_own_command_trains_the_same_run(tiny_corpora: Any, tiny_cache: st
     theirs = shared | {"SOURCES": list(tiny_corpora), "EVAL_STEPS": 1, "MODEL_DIR": str(tmp_path / "t5x")} | {
         f"decoder.DecoderConfig.{name}": size for name, size in sizes.items()}
     for steps in (2, 4):  # to the second step, and on from there
-        run("t5x.train", "--gin_file=gin/t5x/mixed_pretrain.gin", **theirs | {"train_script.train.total_steps": steps})
+        run("t5x.train", "--gin_file=gin/t5x/mixed_pretrain.gin", **theirs | {"train.total_steps": steps})
     run("codellm_jax.cli", "train", "--gin_file=gin/mixed_pretrain.gin", **shared | {
         "MIXTURE_OR_TASK_NAME": list(tiny_corpora), "MODEL_DIR": str(tmp_path / "own")} | {
         f"model.{name}": size for name, size in sizes.items()})
