@@ -340,13 +340,13 @@ def _require_known_names(configuration: Configuration) -> None:
                          f"give --gin.{macro}=VALUE" + (f", or name a run in {start}." if start else "."))
     for name, setting in effective.items():
         selector, _, parameter = name.split("/")[-1].rpartition(".")
-        known = name in ever_used if _is_macro(name) else \
+        # A macro of a study: found out when its runs are read.
+        known = name in ever_used or "study.directory" in effective if _is_macro(name) else \
             selector in CONFIGURABLES and parameter in _parameters(selector)
         if not known and (theirs := t5x_names.of_setting(name)) and not configuration.imports:
             raise ValueError(f"{setting.where}: nothing is named {name}{theirs}")
         if _is_macro(name):
-            # Of a study: found out when its runs are read.
-            if name not in ever_used and "study.directory" not in effective:
+            if not known:
                 raise ValueError(f"{setting.where}: nothing uses the setting {name}" + nearest(name, used))
         elif selector in CONFIGURABLES:
             if parameter not in _parameters(selector):
