@@ -3,11 +3,11 @@
 FROM python:3.11-slim
 
 WORKDIR /opt/codellm_jax
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md requirements.lock ./
 COPY codellm_jax codellm_jax
 COPY tasks tasks
 COPY gin gin
-RUN pip install --no-cache-dir '.[tpu]'
+RUN pip install --no-cache-dir --constraint requirements.lock '.[tpu]'
 
 # A TPU's driver locks memory, which GKE grants to root alone; there the manifest says so. All else needs no root.
 RUN useradd --create-home t5x

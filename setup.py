@@ -33,13 +33,17 @@ TREE_SITTER = ["tree-sitter>=0.25", "tree-sitter-c>=0.24", "tree-sitter-go>=0.25
                "tree-sitter-javascript>=0.25"]
 
 # t5x prepare.
-PREPARE = ["py3langid>=0.4", "pyarrow>=20", "xxhash>=3.5"]
+PREPARE = ["array_record>=0.8; sys_platform == 'linux'", "google-crc32c>=1.6", "py3langid>=0.4", "pyarrow>=20",
+           "xxhash>=3.5"]
 
 # hf:// names.
 HUB = ["huggingface_hub>=1.31"]
 
 # Readers of corpora; all but warcio come with tensorflow-datasets (on Linux) and sacrebleu, too.
 READERS = ["array_record>=0.8; sys_platform == 'linux'", "lxml>=5.3", "pyarrow>=20", "warcio>=1.7.5"]
+
+# The documentation site, and the notebook of the tutorial.
+DOCS = ["mkdocs-material>=9.6", "nbclient>=0.10", "ipykernel>=6.29"]
 
 setup(
     name="codellm_jax",
@@ -49,6 +53,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["language models", "data mixtures", "code", "JAX", "TPU", "ablations"],
+    classifiers=["Development Status :: 4 - Beta", "Intended Audience :: Science/Research",
+                 "Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3",
+                 "Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12",
+                 "Programming Language :: Python :: 3.13",
+                 "Topic :: Scientific/Engineering :: Artificial Intelligence", "Typing :: Typed"],
     packages=find_packages(include=["codellm_jax*", "tasks*"]),
     package_data={"codellm_jax": ["vocabularies/*.model", "fetching/*.toml", "py.typed"],
                   "tasks.benchmarks": ["samples/*", "samples/*/*"]},
@@ -88,6 +98,9 @@ setup(
                  "jieba>=0.42", "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'",
                  "lm-eval>=0.4.10", "mypy>=1.18", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14",
                  "safetensors>=0.5", "scikit-learn>=1.6", "setuptools>=77", "statsmodels>=0.14"],
+        # Beside "test", what the slow tests of documentation and packages need, and a contributor.
+        "dev": [*DOCS, "build>=1.2", "pre-commit>=4.0", "twine>=6.1"],
+        "docs": DOCS,
         "harness": ["lm-eval>=0.4.10"],
         "beam": BEAM,
         "tfds": TFDS_COMMAND,
@@ -96,6 +109,9 @@ setup(
         "hf": HUB,
         "readers": READERS,
         "tree_sitter": TREE_SITTER,
+        "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow-skinny>=3.17"],
+        "completion": ["argcomplete>=3.6"],
         "pangu": ["jieba>=0.42"],
         "tpu": [*STORAGE, "jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],

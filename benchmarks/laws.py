@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, stats
 
-from codellm_jax.report.mixing import Fitted, fit_sweep, predict
-from codellm_jax.report.optimum import Best, best, mixtures, weigh
+from codellm_jax.report.fitted import Fitted, fit_sweep, predict
+from codellm_jax.report.mixing import objective_at
+from codellm_jax.report.optimum import Best, best, lowest
 from codellm_jax.report.sweeps import Sweep
 
 SIX = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -43,6 +44,8 @@ class Kind:
       loud: how many times the noise is larger at the largest share than at the least.
       loud_last: likewise, at the largest share alone.
       outliers: of each loss.
+      questions: of a benchmark, whose measure takes the place of each loss; 0 for losses. Some questions are harder,
+        and some gain more with the share than others; intervals are to hold what all that might be asked would say.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Kind:
     loud: float = 1.0
     loud_last: float = 1.0
     outliers: int = 0
+    questions: int = 0
 
 
 KINDS = (
@@ -72,6 +76,8 @@ KINDS = (
     Kind("an outlier, one seed", tuple(np.linspace(0, 1, 11)), 1, 0.01, outliers=1),
     Kind("noise 20 times larger", SIX, 5, 0.005, loud=20.0),
     Kind("noise 25 times at all code", SIX, 5, 0.005, loud_last=25.0),
+    Kind("a benchmark of 100 questions", SIX, 3, 0.01, questions=100),
+    Kind("a benchmark of 12 questions", SIX, 3, 0.01, questions=12),
     Kind("three sources, 20 runs", (3, 20), 1, 0.01),
     Kind("five sources, 40 runs", (5, 40), 1, 0.01),
     Kind("seven sources, 60 runs", (7, 60), 1, 0.01),
@@ -147,19 +153,31 @@ def simulated(kind: Kind, dice: np.random.Generator) -> tuple[Sweep, Truth, list
         lines = dice.choice(len(shares), kind.outliers, replace=False)
         values[lines, loss] += dice.choice([-1, 1], len(lines)) * dice.uniform(8, 20, len(lines)) * deviation[lines]
         planted.append({int(line) for line in lines})
-    return sweep_of(shares, values), truth, planted
+    sweep = sweep_of(shares, values)
+    if kind.questions:
+        sweep = asked_questions(sweep, kind.questions, dice)
+    return sweep, truth, planted
 
 
-def answer(sweep: Sweep) -> tuple[Fitted, np.ndarray, Best]:
-    """The laws, the mixtures that are looked at, and the best of them for the mean of all losses."""
+def asked_questions(sweep: Sweep, number: int, dice: np.random.Generator) -> Sweep:
+    """The sweep with as many questions in the place of each loss, which is what all that might be asked would say."""
+    questions = {}
+    for place, name in enumerate(sweep.losses):
+        hard, gain, curve = dice.normal(0, 0.5, number), dice.normal(0, 0.1, number), dice.normal(0, 0.1, number)
+        share = sweep.shares[:, 1:2]
+        questions[f"{name}/bits_per_byte"] = (
+            sweep.values[:, place, None] + hard + gain * share + curve * np.sin(3 * share)
+            + dice.normal(0, 0.05, (len(share), number)))
+    return dataclasses.replace(sweep, losses=list(questions), questions=questions, values=np.stack(
+        [values.mean(axis=1) for values in questions.values()], axis=1))
+
+
+def answer(sweep: Sweep) -> tuple[Fitted, Best]:
+    """The laws, and the best mixture for the mean of all losses."""
     fitted = fit_sweep(sweep, (), lambda name: None)
-    space = mixtures(fitted.points.shares)
-    objective = {name: 1 / len(sweep.losses) for name in sweep.losses}
-    points = fitted.at(space)
-    curves = weigh(objective, sweep.losses, fitted.curves(points, scatter=False))
-    means = weigh(objective, sweep.losses, np.stack([law.mean(points) for law in fitted.laws]))
-    return fitted, space, best(space, means, curves, int(np.abs(space - fitted.points.shares.mean(axis=0)).sum(
-        axis=1).argmin()))
+    swept = fitted.points.shares
+    curves_at = objective_at(fitted, {name: 1 / len(sweep.losses) for name in sweep.losses})
+    return fitted, best(swept, swept, swept.mean(axis=0), curves_at)
 
 
 def tally(kind: Kind, studies: int, seed: int = 0) -> Tally:
@@ -168,20 +186,23 @@ def tally(kind: Kind, studies: int, seed: int = 0) -> Tally:
     for number in range(studies):
         dice = np.random.default_rng([seed, number])
         sweep, truth, planted = simulated(kind, dice)
-        fitted, space, answered = answer(sweep)
-        asked = space[::8] if len(sweep.sources) == 2 else dice.dirichlet(np.ones(len(sweep.sources)), 50)
+        fitted, answered = answer(sweep)
+        ends = sweep.shares[:, 1].min(), sweep.shares[:, 1].max()
+        asked = np.stack([1 - (second := np.linspace(*ends, 51)), second], axis=1) if len(
+            sweep.sources) == 2 else dice.dirichlet(np.ones(len(sweep.sources)), 50)
         true = truth(asked)
         _, intervals, of_runs = predict(fitted, fitted.at(asked), np.zeros(len(sweep.losses)))
         found.law.append(float(np.mean((intervals[..., 0] <= true) & (true <= intervals[..., 1]))))
         last = asked[:, 1] >= sweep.shares[:, 1].max()
         run = true + dice.normal(size=true.shape) * deviation_of(kind, asked, last)
-        found.run.append(float(np.mean((of_runs[..., 0] <= run) & (run <= of_runs[..., 1]))))
-        place = int(truth(space).mean(axis=0).argmin())
+        if not kind.questions:  # a further run is asked the same ones, whose truth is another
+            found.run.append(float(np.mean((of_runs[..., 0] <= run) & (run <= of_runs[..., 1]))))
+        at_best = lowest(fitted.points.shares, lambda shares, truth=truth: truth(shares).mean(axis=0)[None])[0]
         low, high = answered.intervals.T
-        step = 0.5 * np.ptp(space[:, 1]) / (len(space) - 1) if len(sweep.sources) == 2 else 0.005
-        found.best.append(float(np.mean((low - step <= space[place]) & (space[place] <= high + step))))
+        step = 0.00125 * np.ptp(ends) if len(sweep.sources) == 2 else 0.005  # as fine as both are looked for
+        found.best.append(float(np.mean((low - step <= at_best) & (at_best <= high + step))))
         found.width.append(float((high - low).mean()))
-        found.inside.append(kind.truth != "flat" and (len(sweep.sources) > 2 or 0 < place < len(space) - 1))
+        found.inside.append(kind.truth != "flat" and (len(sweep.sources) > 2 or ends[0] < at_best[1] < ends[1]))
         found.verdicts.append(answered.verdict.replace("told", "interior"))
         for mine, named in zip(planted, fitted.outliers, strict=True):
             lines = {outlier.run for outlier in named}
@@ -204,7 +225,8 @@ def coverage(studies: int, only: str = "") -> None:
         found = tally(kind, studies)
         said = ["/".join(f"{100 * found.said(verdict, inside):.0f}" for verdict in ("interior", "edge", "cannot tell"))
                 if inside in found.inside else "-" for inside in (True, False)]
-        print(f"{kind.name:<30} {100 * np.mean(found.law):>5.1f} {100 * np.mean(found.run):>5.1f} "
+        print(f"{kind.name:<30} {100 * np.mean(found.law):>5.1f} "
+              f"{f'{100 * np.mean(found.run):.1f}' if found.run else '-':>5} "
               f"{100 * np.mean(found.best):>5.1f} {np.mean(found.width):>6.3f}  {said[0]:>14} {said[1]:>14}  "
               f"{found.named}/{found.planted}, {found.falsely} in {2 * studies} losses"
               f"  {(time.perf_counter() - begin) / studies:.2f}", flush=True)

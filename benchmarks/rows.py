@@ -2,6 +2,7 @@
 one run.
 
     python -m benchmarks.rows        `t5x cache` needs Beam besides: pip install '.[beam]'
+    python -m benchmarks.rows --text                            text alone
     python -m benchmarks.rows --vocabulary tokenizer.json       of that, and text alone
 
   draw     order.draw alone: which rows a batch is made of
@@ -14,6 +15,7 @@ one run.
 
   encode   documents encoded by SentencePiece, one after the other, or by `tokenizers` all at once; by one thread
   shard    what a worker of `t5x cache` does: read JSON lines, encode, write tokens; cut those into rows
+  parquet  the same, from Parquet
   cache    the whole command with one worker, the start of Beam and of TensorFlow in it
 """
 
@@ -35,6 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tokenizers
 
 from benchmarks.step import BATCH, LENGTH, ours
@@ -161,11 +165,13 @@ def tokenizing(folder: Path, vocabulary: Vocabulary, rounds: int) -> tuple[float
     texts = list(documents({"python": "code"}, "train"))
     for copy in range(COPIES):
         (folder / f"{copy}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        pq.write_table(pa.table({"text": texts}), folder / f"{copy}.parquet", compression="zstd")
     size = COPIES * sum(len(text.encode()) for text in texts) / 1e6
     if not vocabulary.is_sentence_pieces:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         library = tokenizers.Tokenizer.from_file(vocabulary.file)
-    definitions = Definitions(corpora={"code.copies": {"json_lines": str(folder / "*.jsonl"), "holdout": 0}})
+    definitions = Definitions(corpora={"code.copies": {"json_lines": str(folder / "*.jsonl"), "holdout": 0},
+                                       "code.columns": {"parquet": str(folder / "*.parquet"), "holdout": 0}})
 
     def encode(_: int) -> None:
         for _copy in range(COPIES):
@@ -175,9 +181,9 @@ def tokenizing(folder: Path, vocabulary: Vocabulary, rounds: int) -> tuple[float
             else:
                 _ = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
 
-    def shard(turn: int) -> None:
-        place = cache_place("code.copies", definitions, vocabulary, 1024, str(folder / f"s{turn}"), "pretraining")
-        made = shards.Build("code.copies", definitions, vocabulary, 1024, "pretraining", place)
+    def shard(turn: int, corpus: str = "code.copies") -> None:
+        place = cache_place(corpus, definitions, vocabulary, 1024, str(folder / f"s{turn}"), "pretraining")
+        made = shards.Build(corpus, definitions, vocabulary, 1024, "pretraining", place)
         planned = shards.plan(made)
         for each in planned:
             shards.tokenize(made, each)
@@ -194,7 +200,7 @@ def tokenizing(folder: Path, vocabulary: Vocabulary, rounds: int) -> tuple[float
             command(mixture, vocabulary, options=["--direct_running_mode=in_memory", "--direct_num_workers=1"],
                     report=lambda _: None)
 
-    contenders = {"encode": encode, "shard": shard} | (
+    contenders = {"encode": encode, "shard": shard, "parquet": functools.partial(shard, corpus="code.columns")} | (
         {"cache": cache} if importlib.util.find_spec("apache_beam") else {})
     shard(-1)  # imports TensorFlow
     figures: dict[str, list[float]] = {name: [] for name in contenders}
@@ -217,9 +223,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocabulary", help="a tokenizer.json")
+    parser.add_argument("--text", action="store_true", help="measure what is tokenized alone")
     flags = parser.parse_args()
     vocabulary = load_vocabulary(*filter(None, [flags.vocabulary]))
-    if not flags.vocabulary:
+    if not (flags.vocabulary or flags.text):
         rows(vocabulary, flags.rounds)
     with tempfile.TemporaryDirectory() as folder:
         megabytes, speeds = tokenizing(Path(folder), vocabulary, flags.rounds)

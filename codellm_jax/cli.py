@@ -6,6 +6,7 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 """
 
 import argparse
+import importlib
 import os
 import shlex
 import shutil
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
     escape_what_cannot_be_encoded()
     whole = parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may follow
+        from codellm_jax.completion import complete
+
+        complete(whole)
     # A flag whose value may be left out would take a --gin. flag with a blank in it for its value.
     given = ["--print_commands=shell" if argument == "--print_commands" else argument
              for argument in (sys.argv[1:] if arguments is None else arguments)]
@@ -43,9 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given, job = given[:given.index("--")], given[given.index("--") + 1:]
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train, "eval": _eval, "study": _study, "infer": _infer, "compare": _compare, "report": _report,
-        "plot": _plot, "laws": _laws, "explain": _explain, "contamination": _contamination, "cache": _cache,
-        "adopt": _adopt, "prepare": _prepare, "vocabulary": _vocabulary, "import": _import, "export": _export,
-        "launch": _launch, "precompile": _precompile, "fetch": _fetch}
+        "explain": _explain, "contamination": _contamination, "cache": _cache,
+        "prepare": _prepare, "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch,
+        "precompile": _precompile, "fetch": _fetch,
+        "adopt": lambda flags: _print("upstream.command", "adopt", flags, _search_paths(flags)),
+        "show": lambda flags: _print("watching.show", "show", flags.path, _tool("t5x")),
+        "laws": lambda flags: _print("report.law_files", "laws", flags.directory, flags.objective, flags.size,
+                                     flags.tokens, flags.predict),
+        "plot": lambda flags: _print("report.curves", "plot", flags.runs, flags.output, flags.against),
+        "list": lambda flags: _print("reference.printed", "listing", flags.kind),
+        "settings": lambda flags: _print("reference.printed", "settings_page", flags.word)}
     if said := refusal(given, commands):
         return _fail("t5x", said, 2)
     flags, rest = whole.parse_known_args(given)
@@ -78,6 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _leave(_fail(f"t5x {flags.command}", one_line(error), 1))
 
 
+def _print(module: str, function: str, *arguments: Any) -> int:
+    """Prints what a function of a module of this package gives."""
+    print(getattr(importlib.import_module(f"codellm_jax.{module}"), function)(*arguments))
+    return 0
+
+
 def _with_others(flags: argparse.Namespace) -> int | None:
     """Joins the other processes of a run, if it has some, in a child; the exit status in the process that watches."""
     from codellm_jax.runtime.supervision import has_others, watched
@@ -89,7 +107,7 @@ def _with_others(flags: argparse.Namespace) -> int | None:
     if status is None:
         from codellm_jax.runtime.distributed import join
 
-        join(*given)
+        join(*given, flags.heartbeat_seconds)
     return status
 
 
@@ -106,7 +124,10 @@ def _configuration(flags: argparse.Namespace) -> Any:
     if not flags.gin_file:
         if flags.command in ("study", "eval", "infer", "prepare"):
             raise ValueError(f"no --gin_file is given; gin/{flags.command}.gin is the one to begin with.")
-        raise ValueError("no --gin_file is given; gin/mixed_pretrain.gin trains on data that is always there.")
+        raise ValueError(f"no --gin_file is given. To begin: t5x {flags.command} --gin_file=gin/mixed_pretrain.gin"
+                         + (" (add --dry_run to see the plan first) trains on data that every Python has, in minutes. "
+                            "--gin.NAME=VALUE changes a setting; t5x train --help has examples."
+                            if flags.command == "train" else "."))
     read = read_settings if getattr(flags, "status", False) else read_configuration
     return read(flags.gin_file, flags.overrides, _search_paths(flags))
 
@@ -157,15 +178,20 @@ def _train(flags: argparse.Namespace) -> int:
 
 def _eval(flags: argparse.Namespace) -> int:
     configuration = _configuration(flags)
+    import jax
+
     from codellm_jax.configuration import build, operative
     from codellm_jax.evaluation.evaluate import evaluate
     from codellm_jax.runtime.process import use_compilation_cache
+    from codellm_jax.tracking.trackers import catch_up
 
     use_compilation_cache()
     if not flags.debug:
         quiet_libraries()
     evaluation = build(configuration, "evaluate")
     evaluate(evaluation, settings=lambda: operative(configuration)[1], asked=configuration.asked)
+    if jax.process_index() == 0:
+        catch_up(evaluation.checkpoint.path)
     return 0
 
 
@@ -229,25 +255,16 @@ def _contamination(flags: argparse.Namespace) -> int:
 
 
 def _report(flags: argparse.Namespace) -> int:
-    from codellm_jax.report.write import report
+    if flags.serve:
+        from codellm_jax.watching.serve import serve
 
+        return serve(flags.directory, flags.host, flags.port)
     if not flags.debug:
         quiet_libraries()
-    print(report(flags.directory))
-    return 0
+    from codellm_jax.tracking.trackers import catch_up
 
-
-def _laws(flags: argparse.Namespace) -> int:
-    from codellm_jax.report.law_files import laws
-
-    print(laws(flags.directory, flags.objective, flags.size, flags.tokens, flags.predict))
-    return 0
-
-
-def _plot(flags: argparse.Namespace) -> int:
-    from codellm_jax.report.curves import plot
-
-    print(plot(flags.runs, flags.output, flags.against))
+    _print("report.write", "report", flags.directory)
+    catch_up(flags.directory)
     return 0
 
 
@@ -260,7 +277,11 @@ def _explain(flags: argparse.Namespace) -> int:
     from codellm_jax.configuration import build, explain
 
     configuration = _configuration(flags)
-    if "study.directory" in configuration.effective:
+    if flags.name is None:
+        from codellm_jax.settings import listed
+
+        print(listed(configuration))
+    elif "study.directory" in configuration.effective:
         from codellm_jax.study.stages import explain_in_study
 
         print(explain_in_study(build(configuration, "study"), configuration, flags.name, _search_paths(flags)))
@@ -346,14 +367,6 @@ def _import(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _adopt(flags: argparse.Namespace) -> int:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: accelerators have nothing to do
-    from codellm_jax.upstream.adopt import command
-
-    command(flags, _search_paths(flags))
-    return 0
-
-
 def _launch(flags: argparse.Namespace) -> int:
     from codellm_jax.pods.job import (
         VERBS,
@@ -373,7 +386,8 @@ def _launch(flags: argparse.Namespace) -> int:
     command, rest = parser().parse_known_args(flags.job)
     command.overrides = overrides_of(rest)
     configuration = _configuration(command)
-    from codellm_jax.configuration import require_types, shipped_gin_files
+    from codellm_jax.configuration import require_types
+    from codellm_jax.settings import shipped_gin_files
 
     def reachable(verb: str, files: Sequence[str], asked: Any) -> str:
         return require_reachable(verb, files, _search_paths(command), {

@@ -15,7 +15,7 @@ import re
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from etils import epath
 import gin
 from codellm_jax import t5x_names
 from codellm_jax.contents import whole_text
-from codellm_jax.settings import Configuration, Setting, nearest, references
+from codellm_jax.settings import SHIPPED, Configuration, Setting, nearest, references, shipped_gin_files
 from gin import config_parser
 
 # The schedules that train.learning_rate may be.
@@ -53,11 +53,6 @@ CONFIGURABLES = {
     "chain": "codellm_jax.runtime.optimization:chain",
     **{name: f"codellm_jax.runtime.optimization:{name}" for name in LEARNING_RATES},
 }
-
-# What holds the shipped gin/ folder: the checkout, or in an installation the package. (The folder beside an installed
-# package is the library of that name.)
-SHIPPED = next(folder for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent)
-               if (folder / "gin" / "pretrain.gin").is_file())
 
 
 class _Reference:
@@ -217,13 +212,6 @@ def _find(file: str, search_paths: Sequence[str]) -> epath.Path:
     raise FileNotFoundError(f"No gin file {file}" + (f"; nearest shipped: {', '.join(near)}." if near else "."))
 
 
-def shipped_gin_files() -> Iterator[str]:
-    """Names of the gin files that come with the package, such as gin/models/tiny.gin, but for those of upstream T5X."""
-    for path in sorted((SHIPPED / "gin").rglob("*.gin")):
-        if path.parent.name != "t5x":
-            yield path.relative_to(SHIPPED).as_posix()
-
-
 @functools.lru_cache(maxsize=4096)
 def as_gin_value(text: str) -> str:
     """A flag's value as gin writes it: a literal or reference as it is, any other text as a string."""
@@ -268,7 +256,7 @@ def _register(configuration: Configuration) -> None:
         module, attribute = target.split(":")
         if name not in _registered:
             scope, _, short = name.rpartition(".")
-            gin.external_configurable(getattr(_imported(module), attribute), short, module=scope or None)
+            gin.external_configurable(getattr(imported(module), attribute), short, module=scope or None)
             _registered.add(name)
 
 
@@ -426,10 +414,10 @@ def _types(configurable: str) -> Mapping[str, Any]:
 
 def _target(configurable: str) -> Callable[..., Any]:
     module, attribute = CONFIGURABLES[configurable].split(":")
-    return getattr(_imported(module), attribute)
+    return getattr(imported(module), attribute)
 
 
-def _imported(module: str) -> types.ModuleType:
+def imported(module: str) -> types.ModuleType:
     """A module by name. Raises ValueError where another module of the name `tasks` stands in the way of ours."""
     if module.split(".")[0] == "tasks":
         own = Path(__file__).resolve().parent.parent / "tasks"

@@ -36,6 +36,7 @@ HEAD = 1 << 13  # bytes by which a file is told
 
 READ_IS = ("text is read in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, plain or compressed by gzip, bz2, xz "
            "or Zstandard")
+RECORDS = r"\.(jsonl?|ndjson|csv|tsv|tab|parquet)$"  # how files of records are named, by kind
 COMPRESSED = ".gz, .bz2, .xz or .zst"  # for messages: how such files are mostly named
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -93,9 +94,9 @@ def without_compression(name: str) -> str:
 
 
 def word_of(file: str) -> str:
-    """A file's name as one plain word, as a word stays: without folders, compression and .json, "_" for other signs."""
+    """A file's name as one plain word, as a word stays: without folders, compression and kind, "_" for other signs."""
     name = without_compression(file.rpartition("/")[2])
-    return re.sub(r"[\W_]+", "_", re.sub(r"\.(jsonl?|ndjson)$", "", name, flags=re.IGNORECASE)).strip("_")
+    return re.sub(r"[\W_]+", "_", re.sub(RECORDS, "", name, flags=re.IGNORECASE)).strip("_")
 
 
 def absolute(file: str) -> str:
@@ -214,11 +215,12 @@ def pieces(file: str) -> Iterator[bytes]:
     yield from _uncompressed(whole, *_COMPRESSIONS[name][1:]) if name else whole
 
 
-def lines(file: str, longest: int | None = None) -> Iterator[bytes]:
+def lines(file: str, longest: int | None = None, source: Iterable[bytes] | None = None) -> Iterator[bytes]:
     """The lines of a file, with their ends, as UTF-8 where its bytes are what they should be.
 
     Args:
       longest: bytes that are held of a line; one that is longer is given as b"". None holds any.
+      source: a part of its bytes, in UTF-8, to be read in their place.
 
     Raises:
       OSError: the file cannot be read.
@@ -229,7 +231,7 @@ def lines(file: str, longest: int | None = None) -> Iterator[bytes]:
     held, is_longer = 0, False
     broken = None
     try:
-        for piece in _as_utf8(file):
+        for piece in _as_utf8(file) if source is None else source:
             ended, end, rest = piece.rpartition(b"\n")
             if end:
                 for line in b"".join([*waiting, ended]).split(b"\n"):

@@ -2,21 +2,68 @@
 
 import argparse
 import difflib
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from codellm_jax import t5x_names
 
+WIDTH = 100  # of descriptions
 GIN_FLAGS = """gin flags:
   --gin_file=FILE          settings; repeatable, later ones win. Shipped files are found from any directory
   --gin.NAME=VALUE         one setting; a bare word is a string. --gin.CODE_RATE=0.5, --gin.MODEL_DIR=runs/first
   --gin_bindings=BINDING   the same as gin writes it, as T5X takes it. --gin_bindings='CODE_RATE = 0.5'
   --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
 
+EXAMPLES = {
+    "train": ("t5x train --gin_file=gin/mixed_pretrain.gin --gin.CODE_RATE=0.5 --gin.MODEL_DIR=runs/half",
+              "t5x train --gin_file=gin/tune_mixed.gin --gin.INITIAL_CHECKPOINT_PATH=runs/half --dry_run"),
+    "eval": ("t5x eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH=runs/half",
+             "t5x eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH=runs/half \"--gin.TASKS=['logic', 'mbpp']\""),
+    "study": ("t5x study --gin_file=gin/study.gin --dry_run",
+              "t5x study --gin_file=gin/study.gin --gin_file=mine.gin --devices_per_run=1"),
+    "infer": ("t5x infer --gin_file=gin/infer.gin --gin.CHECKPOINT_PATH=runs/half",
+              "t5x infer --gin_file=gin/infer.gin --gin.CHECKPOINT_PATH=runs/half --prompts=prompts.txt "
+              "--output=answers.jsonl"),
+    "compare": ("t5x compare runs/text runs/half",
+                "t5x compare studies/first/runs/NC-uniform.seed0 studies/first/runs/NN.seed0"),
+    "contamination": ("t5x contamination --gin_file=gin/mixed_pretrain.gin",
+                      "t5x contamination --gin_file=gin/mixed_pretrain.gin --output=found.json "
+                      "\"--gin.TASKS=['mbpp']\""),
+    "report": ("t5x report studies/first", "t5x report studies/first --serve"),
+    "plot": ("t5x plot runs/half", "t5x plot runs/text runs/half --output=losses.svg --against=tokens"),
+    "laws": ("t5x laws studies/first", "t5x laws studies/first --objective=text:0.5,code:0.5 --tokens=2.5B"),
+    "list": ("t5x list models", "t5x list corpora"),
+    "settings": ("t5x settings CODE_RATE", "t5x settings dropout"),
+    "show": ("t5x show runs/half", "t5x show gs://BUCKET/studies/first"),
+    "explain": ("t5x explain BATCH_SIZE --gin_file=gin/mixed_pretrain.gin",
+                "t5x explain --gin_file=gin/mixed_pretrain.gin"),
+    "vocabulary": ("t5x vocabulary --gin_file=gin/mixed_pretrain.gin --output=my.model",
+                   "t5x vocabulary --gin_file=gin/mixed_pretrain.gin --gin_file=mine.gin --size=32768 "
+                   "--output=my.model"),
+    "cache": ("t5x cache --gin_file=gin/mixed_pretrain.gin",
+              "t5x cache --gin_file=gin/mixed_pretrain.gin -- --direct_num_workers=8"),
+    "fetch": ("t5x fetch", "t5x fetch mbpp logic --data_dir=data"),
+    "prepare": ("t5x prepare --gin_file=gin/prepare.gin --gin_file=mine.gin",
+                "t5x prepare --gin_file=gin/prepare.gin --gin_file=mine.gin --workers=8"),
+    "import": ("t5x import hf://Qwen/Qwen3-0.6B --output=runs/qwen3",
+               "t5x import models/llama --output=runs/llama --check"),
+    "export": ("t5x export runs/half --output=exported", "t5x export runs/half@200 --output=exported --dtype=bfloat16"),
+    "launch": ("t5x launch --tpu=v5e-16 --zone=us-west4-a -- train --gin_file=gin/mixed_pretrain.gin "
+               "--gin.MODEL_DIR=gs://BUCKET/half",
+               "t5x launch --tpu=v4-8 --zone=us-central2-b --print_only -- study --gin_file=gin/study.gin "
+               "--gin.STUDY_DIR=gs://BUCKET/first"),
+    "precompile": ("t5x precompile --gin_file=gin/mixed_pretrain.gin --topology=v5e-16",
+                   "t5x precompile --gin_file=gin/mixed_pretrain.gin --gin_file=gin/models/2_6b.gin "
+                   "--topology=v4-128"),
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """What `t5x` and its sub-commands take, --gin.NAME=VALUE left out."""
     whole = argparse.ArgumentParser(
-        prog="t5x", description="Which training stage is helped by code data? Train and compare, from gin files.",
+        prog="t5x",
+        description="Finds out at which training stage code data helps a language model: trains, evaluates "
+        "and compares what gin files describe.",
         epilog=GIN_FLAGS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     subparsers = whole.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -24,21 +71,25 @@ def parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(
             name, help=text, description=description, epilog=GIN_FLAGS, allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.add_argument("--gin_file", action="append", default=[], help="see below")
-        command.add_argument("--gin_search_paths", default="", help="see below")
+        command.add_argument("--gin_file", action="append", default=[],
+                             help="settings; repeatable, later ones win (see below)")
+        command.add_argument("--gin_search_paths", default="", help="folders of gin files (see below)")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return command
 
     def add_processes(command: argparse.ArgumentParser) -> None:
         group = command.add_argument_group("several processes", "found by JAX on Cloud TPU, Slurm and Open MPI; else:")
-        group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of the first process")
-        group.add_argument("--process_count", type=int, metavar="N", help="of all")
-        group.add_argument("--process_index", type=int, metavar="I", help="of this one, from 0")
+        group.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of the first process")
+        group.add_argument("--process_count", type=int, metavar="N", help="number of processes")
+        group.add_argument("--process_index", type=int, metavar="I", help="index of this process, from 0")
+        group.add_argument("--heartbeat_seconds", type=int, metavar="SECONDS",
+                           help="seconds without a sign of life after which a process counts as gone, which ends the "
+                                "run; 30 by default")
         group.add_argument("--local_processes", type=int, metavar="N",
-                           help="start so many on this machine's processor, to try")
+                           help="start N processes on this machine's CPUs, to try it")
 
     train = add("train", "train a decoder on a text/code mixture",
-                "Trains to TRAIN_STEPS, or goes on from MODEL_DIR's newest checkpoint. SIGTERM saves and exits.")
+                "Trains to TRAIN_STEPS, from MODEL_DIR's newest checkpoint if there is one. SIGTERM saves and exits.")
     train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
     train.add_argument("--profile_steps", metavar="FIRST:LAST",
                        help="write a trace of these steps for TensorBoard and Perfetto, such as 10:15")
@@ -47,31 +98,34 @@ def parser() -> argparse.ArgumentParser:
                        "installed (default: %(default)s)")
     add_processes(train)
     add_processes(add("eval", "evaluate a checkpoint on benchmarks",
-                      "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS; goes on where it was interrupted."))
+                      "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS. The same command continues after an "
+                      "interruption."))
     study = add("study", "train and evaluate every arm of a study",
-                "Trains every arm of ARMS with every one of SEEDS, in the order in which they stand on each other, and "
-                "evaluates each. The same command goes on where it was interrupted.")
+                "Trains every arm of ARMS with every one of SEEDS, each after the arm that it starts from, and "
+                "evaluates it. The same command continues after an interruption.")
     study.add_argument("--dry_run", action="store_true", help="print the plan, its cost and its time; train nothing")
     study.add_argument("--status", action="store_true",
-                       help="print who trains what, what failed and why, and the time left")
+                       help="print which worker trains what, what failed and why, and the time left")
     study.add_argument("--print_commands", default="", metavar="FORM",
                        choices=("shell", "slurm", "kubernetes"),
-                       help="print the plan as commands, for several machines; run none. With =slurm or =kubernetes "
-                       "as a job of workers")
+                       help="print the plan as commands, or with =slurm or =kubernetes as a job of workers; run "
+                       "none")
     study.add_argument("--worker", action="store_true",
-                       help="be one of several, on any machines that see STUDY_DIR, and leave alone what failed")
+                       help="work as one of several, on any machines that see STUDY_DIR; do not retry failed runs")
     study.add_argument("--devices_per_run", type=int, metavar="N",
-                       help="share this machine's devices out to as many workers as there are times N of them")
+                       help="start a worker for each N devices of this machine")
     study.add_argument("--lease_seconds", type=float, default=120.0, metavar="S",
-                       help="without a sign of life of a worker until others may take its run (default: %(default)g)")
+                       help="seconds without a sign of life after which another worker takes a run "
+                       "(default: %(default)g)")
     study.add_argument("--arm", action="append", default=[], metavar="ARM",
-                       help="only this arm and what it stands on; NC is all of NC-...; repeatable")
+                       help="only this arm and those that it starts from; NC stands for all of NC-...; repeatable")
     study.add_argument("--seed", action="append", default=[], type=int, help="only this seed; repeatable")
     study.add_argument("--redo", action="store_true",
-                       help="train again what was trained under another configuration, and keep the old aside")
+                       help="train runs of another configuration again, and keep the old ones in replaced/")
     infer = add("infer", "write text with a checkpoint",
-                "Goes on from prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts they are typed.")
-    infer.add_argument("--prompts", metavar="FILE", help="prompts, a line each, or JSON lines where it ends in .jsonl")
+                "Continues prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts you type them.")
+    infer.add_argument("--prompts", metavar="FILE",
+                       help="a file of prompts, one a line, or JSON lines if its name ends in .jsonl")
     infer.add_argument("--output", metavar="FILE", help="write the answers there, as JSON lines")
     infer.add_argument("--instruction", action="store_true",
                        help="put each prompt into the form of tuning: a chat template, or that of instructions")
@@ -82,11 +136,17 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
     contamination = add("contamination", "search a mixture's training text for benchmarks' questions",
                         "Counts the questions of TASKS of which an n-gram of words stands in the training rows of an "
-                        "arm's sources. gin/contamination.gin has what it adds to the arm's files.")
-    contamination.add_argument("--output", metavar="FILE", help="write what is found there, as JSON, ids and all")
+                        "arm's sources. It reads gin/contamination.gin before the arm's files.")
+    contamination.add_argument("--output", metavar="FILE",
+                               help="write what is found into this file, as JSON with the ids of questions")
     report = subparsers.add_parser("report", help="tables, plots and conclusions of a study", allow_abbrev=False,
                                    description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
-    report.add_argument("directory", metavar="DIR")
+    report.add_argument("directory", metavar="DIR", help="a study, a run or a folder of runs, local or gs://")
+    report.add_argument("--serve", action="store_true",
+                        help="show a page on this machine that follows a study while it runs; write nothing")
+    report.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s, this machine "
+                        "alone); at another one everybody who reaches it can read the page")
+    report.add_argument("--port", type=int, help="default: 8000, or a free one where that is taken; 0: a free one")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
     plot = subparsers.add_parser(
         "plot", help="a figure of the losses of runs", allow_abbrev=False,
@@ -97,44 +157,67 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("--against", choices=("steps", "tokens"), default="steps")
     plot.add_argument("--debug", action="store_true", help="show the traceback of an error")
     laws = subparsers.add_parser(
-        "laws", help="which share is best: laws of a sweep's losses", allow_abbrev=False,
-        description="Fits laws of held-out losses to a sweep of shares and tells the best share with its interval, or "
-                    "that the runs cannot tell it and which further runs would. Writes DIR/report/laws.json.")
+        "laws", help="fit laws to a sweep's losses, and find the best share", allow_abbrev=False,
+        description="Fits laws of held-out losses to a sweep of shares. Prints the best share with its interval, or "
+                    "that the runs do not determine it, and which further runs would. Writes DIR/report/laws.json.")
     laws.add_argument("directory", metavar="DIR", help="a study's, or one with Olmix's ratios.csv and metrics.csv")
     laws.add_argument("--objective", metavar="LOSS:WEIGHT,...",
-                      help="what to make small, such as text:0.5,code:0.5 (default: as much of each pool)")
-    laws.add_argument("--size", metavar="PARAMETERS", help="of the model to answer for, such as 125M (default: the "
+                      help="losses to minimise with their weights, such as text:0.5,code:0.5, or of a benchmark "
+                      "ekar/bits_per_byte:1; measures of which more is better have a minus (default: equal weights of "
+                      "the pools)")
+    laws.add_argument("--size", metavar="PARAMETERS", help="size of the model in question, such as 125M (default: the "
                       "largest of the runs)")
-    laws.add_argument("--tokens", help="to be trained on, such as 2.5B (default: as the runs at their end)")
+    laws.add_argument("--tokens", help="tokens of its training, such as 2.5B (default: those of the runs)")
     laws.add_argument("--predict", metavar="FILE", help="shares in the columns of ratios.csv: writes their predicted "
                       "losses to DIR/report/predictions.csv")
     laws.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    explain = add("explain", "tell which file or flag set a value", "Tells what set NAME and what that overrode.")
-    explain.add_argument("name", metavar="NAME", help="a setting such as BATCH_SIZE or model.layers")
+    show = subparsers.add_parser(
+        "show", help="a run, a study or a folder of runs as it stands now", allow_abbrev=False,
+        description="Prints state, last losses, speed, what was trained on, checkpoints and the next step of a "
+                    "run; the arms of a study, and what is running or failed; a folder of runs as a table.")
+    show.add_argument("path", metavar="DIR", help="a run, a study or a folder of runs, local or gs://")
+    show.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    list_ = subparsers.add_parser(
+        "list", help="shipped models, studies, kinds of corpora, benchmarks and more", allow_abbrev=False,
+        description="Lists what there is of a kind: models, studies, arms, corpora, transforms, benchmarks, templates, "
+                    "schedules and others. Without a kind it lists the kinds.")
+    list_.add_argument("kind", metavar="KIND", nargs="?", help="such as models or corpora")
+    list_.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    settings = subparsers.add_parser(
+        "settings", help="every setting: meaning, type, default", allow_abbrev=False,
+        description="Prints every setting of gin files and flags in a line; with a word those of this name or that "
+                    "speak of it, with type, default, meaning, and where the shipped files set it.")
+    settings.add_argument("word", metavar="WORD", nargs="?", help="a name such as CODE_RATE, or a word such as dropout")
+    settings.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    explain = add("explain", "print which file or flag sets a value",
+                  "Prints what sets NAME and what that overrides; without a name, everything that the files and flags "
+                  "set.")
+    explain.add_argument("name", metavar="NAME", nargs="?", help="a setting such as BATCH_SIZE or model.layers")
     vocabulary = add("vocabulary", "train a SentencePiece vocabulary on a mixture",
                      "Trains a byte-fallback BPE vocabulary on the mixture's training documents.")
     vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
     vocabulary.add_argument("--size", type=int, default=8192, help="pieces (default: %(default)s)")
     cache = add("cache", "tokenize a run's data by many processes, before the run",
-                "Writes the rows that a run of these settings would cache by itself, with Apache Beam, and goes on "
-                "where it was stopped. What follows -- goes to Beam: t5x cache ... -- --direct_num_workers=8")
+                "Writes the rows that a run of these settings would cache by itself, with Apache Beam. The same "
+                "command continues after an interruption. What follows -- is for Beam: t5x cache ... -- "
+                "--direct_num_workers=8")
     cache.add_argument("--runner", default="DirectRunner", help="Beam's: DirectRunner on this machine, DataflowRunner, "
                        "SparkRunner, FlinkRunner or another (default: %(default)s)")
     fetch = subparsers.add_parser(
         "fetch", help="download official files of benchmarks and instruction sets", allow_abbrev=False,
         description="Downloads the publishers' files to where DATA_DIR is searched, and checks them. The same command "
-                    "resumes an interrupted download. Without names it lists what there is.")
+                    "resumes an interrupted download. Without names it lists them all.")
     fetch.add_argument("names", metavar="NAME", nargs="*", help="such as mbpp, logic or pclue")
     fetch.add_argument("--data_dir", "--gin.DATA_DIR", metavar="DIR", help="the folder, created if needed")
     fetch.add_argument("--debug", action="store_true", help="show the traceback of an error")
     prepare = add("prepare", "clean documents, remove duplicates and benchmarks, and sample them",
                   "Takes the documents of CORPORA through STEPS into Parquet files in OUTPUT, with a data card. The "
-                  "same command goes on where it was stopped. What follows -- goes to Beam.")
+                  "same command continues after an interruption. What follows -- is for Beam.")
     prepare.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: its cores where "
                          "Apache Beam is installed, else 1)")
-    prepare.add_argument("--runner", default="DirectRunner", help="Beam's, as of `t5x cache` (default: %(default)s)")
+    prepare.add_argument("--runner", default="DirectRunner", help="of Beam, as in `t5x cache` (default: %(default)s)")
     import_ = subparsers.add_parser(
-        "import", help="make a run of published weights", allow_abbrev=False,
+        "import", help="turn published weights into a run", allow_abbrev=False,
         description="Reads a published model, tensor by tensor, into a run directory: a run like any other, at step 0.")
     import_.add_argument("source", metavar="SOURCE",
                          help="a folder with config.json and safetensors, local or gs://, or hf://ORG/NAME[@REVISION]")
@@ -165,26 +248,31 @@ def parser() -> argparse.ArgumentParser:
     launch = subparsers.add_parser(
         "launch", help="run a command on Cloud TPU", allow_abbrev=False,
         usage="t5x launch --tpu=NAME --zone=ZONE [flags] -- COMMAND ...",
-        description="Makes a queued resource, installs this commit on it, runs `t5x COMMAND`, tells its log, goes on "
-                    "after a preemption, and deletes the resource at the end, Ctrl-C too.")
+        description="Requests a queued resource, installs this commit on it, runs `t5x COMMAND`, prints its log, "
+                    "continues after a preemption, and deletes the resource at the end or at Ctrl-C.")
     launch.add_argument("--tpu", required=True, help="such as v4-128, v5e-256, v5p-128, v6e-64, 2xv5e-256")
     launch.add_argument("--zone", required=True, help="such as us-central2-b")
-    launch.add_argument("--project", help="else gcloud's own setting")
-    launch.add_argument("--name", help="of the queued resource; else from the run directory")
+    launch.add_argument("--project", help="Google Cloud project (default: gcloud's own setting)")
+    launch.add_argument("--name", help="name of the queued resource (default: from the run directory)")
     launch.add_argument("--spot", action="store_true", help="cheaper, and may be preempted")
     launch.add_argument("--keep", action="store_true", help="do not delete the resource at the end")
     launch.add_argument("--print_only", action="store_true", help="print the commands, and run none")
     launch.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    precompile = add("precompile", "compile a run for TPUs that are not there",
-                     "Compiles the train step of a run for a TPU topology, without TPUs and without data, and tells "
-                     "memory, traffic and a bound on speed. Status 1 where it does not fit.")
+    precompile = add("precompile", "compile a run for TPUs that you do not have",
+                     "Compiles the train step of a run for a TPU topology, without TPUs and without data, and prints "
+                     "memory, traffic and a bound on speed. Status 1 if it does not fit.")
     precompile.add_argument("--topology", required=True, help="such as v4-128, v5e-256 or 2xv5e-256 (two slices)")
     precompile.add_argument("--vocabulary_size", type=int, help="stands in for the run's vocabulary file")
     precompile.add_argument("--scoring", action="store_true", help="compile the scoring of an evaluation too")
     precompile.add_argument("--decode", action="store_true", help="compile decoding too")
     precompile.add_argument("--no_search", action="store_true",
                             help="search neither for the largest batch nor for what would make the run fit")
-    precompile.add_argument("--report", help="also write what is told into this file, as Markdown")
+    precompile.add_argument("--report", help="also write the page into this file, as Markdown")
+    for name, command in subparsers.choices.items():
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.description = textwrap.fill(command.description or "", WIDTH)
+        examples = "\n".join(f"  {example}" for example in EXAMPLES[name])
+        command.epilog = "\n\n".join(filter(None, [command.epilog, f"examples:\n{examples}"]))
     return whole
 
 

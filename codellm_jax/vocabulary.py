@@ -204,9 +204,9 @@ def load_vocabulary(
       end_of_document_id: the id that ends a document.
       multiple: the embedding's size is padded up to a multiple of this, for even shards and full
         tiles.
-      size: rows of the embedding, in the place of that.
+      size: rows of the embedding, instead of what `multiple` gives.
       begin_id: the id that documents and prompts begin with; -1 for none.
-      text_form: "plain" or "pangu".
+      text_form: form that texts are brought into before they are tokenized: "plain" (as they are) or "pangu".
 
     Raises:
       FileNotFoundError: there is no such vocabulary.

@@ -32,10 +32,11 @@ class Definitions:
 
     Attributes:
       modules: importable modules that register SeqIO tasks and mixtures when imported.
-      corpora: specs as `corpora.sources` and `instruction_sets.instructions` describe them, by name: `text.NAME`
-        or `code.NAME`, the pool before the dot. Once made it also holds the official corpora.
-      data_dir: a folder, local or gs://, below which the official corpora of `corpora.official` are
-        looked for when they are used. A spec in `corpora` comes before the official one.
+      corpora: corpora of one's own by name, text.NAME or code.NAME (the pool before the dot), each with its kind and
+        options, as `corpora.sources` and `instruction_sets.instructions` describe them. Once made it also holds the
+        official corpora.
+      data_dir: a folder, local or gs://, below which the files of the official corpora are found by their names. A spec
+        in `corpora` comes before the official one.
 
     Raises:
       ValueError: a name or a spec is malformed.

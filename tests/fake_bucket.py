@@ -8,10 +8,13 @@ from typing import Any
 
 
 class FakeBucket:
-    """A context manager; `url` is for TENSORSTORE_GCS_HTTP_URL. `objects` are (generation, content) by name."""
+    """A context manager; `url` is for TENSORSTORE_GCS_HTTP_URL. `objects` are (generation, content) by name. The next
+    requests fail with the statuses in `failures`, one each.
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[int, bytes]] = {}
+        self.failures: list[int] = []
         self.refused = 0  # writes whose precondition did not hold
         self.lock = threading.Lock()
         self._last = 0
@@ -37,7 +40,9 @@ class FakeBucket:
                 name = urllib.parse.unquote(parts.path.partition("/o/")[2])
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 with bucket.lock:
-                    status, generation, content = ask(name, dict(urllib.parse.parse_qsl(parts.query)), body)
+                    failure = bucket.failures.pop(0) if bucket.failures else None
+                    status, generation, content = (failure, 0, b"") if failure else ask(
+                        name, dict(urllib.parse.parse_qsl(parts.query)), body)
                 self.send_response(status)
                 self.send_header("x-goog-generation", str(generation))
                 self.send_header("Content-Length", str(len(content)))

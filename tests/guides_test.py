@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fake_hub import fake_hub
 from published import write_llama
+from written_runs import write_run, write_study
 
 from codellm_jax import cli
 from tasks.benchmarks import loading, templates, texts
@@ -60,7 +61,7 @@ MODEL = ("--gin.CACHE_DIR", "--gin.TASK_FEATURE", "--gin.model", "--gin.WARMUP",
 def test_there_are_guides():
     assert titles() == ["Your own corpora", "A published model, before and after code", "An ablation by overrides",
                         "Adding an arm to a study", "A trunk and its branches",
-                        "A study on many machines", "A TPU pod", "Adding a benchmark"]
+                        "A study on many machines", "Watching a run and a study", "A TPU pod", "Adding a benchmark"]
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", GUIDES):
         assert (ROOT / "docs" / target).exists(), target
 
@@ -188,3 +189,22 @@ def test_a_benchmark(pretrained, tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "results" / "riddles.json").read_text())
     assert result["n"] == 2 and result["chance"] == 0.5 and not result["sample"]
     assert texts.read_texts("riddles", str(tmp_path)).parts["2"][1] == "a towel"
+
+
+def test_watching_a_run_and_a_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "first", 10, 10)
+    write_study(tmp_path / "studies" / "first")
+    served: list[tuple[object, ...]] = []
+    monkeypatch.setattr("codellm_jax.watching.serve.serve", lambda *arguments: served.append(arguments) or 0)
+    title = "Watching a run and a study"
+    told = {shlex.join(arguments): run(arguments, capsys) for arguments in commands(title)}
+    assert "gin/models/tiny.gin" in told["list models"] and "DROPOUT_RATE" in told["settings dropout"]
+    assert "--gin_file" not in told["explain --gin_file=gin/mixed_pretrain.gin"]
+    assert "trained to its end" in told["show runs/first"] and "1 of 4 runs are done" in told["show studies/first"]
+    assert told["show runs"].splitlines()[1].split()[:3] == ["first", "trained", "10/10"]
+    assert served == [("studies/first", "127.0.0.1", None)]
+    [trackers] = blocks(title, "gin")
+    Path("trackers.gin").write_text(trackers)
+    assert "['tensorboard', 'wandb', 'mlflow']" in run(
+        ["explain", "train.trackers", "--gin_file=gin/mixed_pretrain.gin", "--gin_file=trackers.gin"], capsys)

@@ -124,7 +124,8 @@ events = 0
 for path in (run / "tensorboard").iterdir():
     local = epath.Path(sys.argv[2]) / path.name
     local.write_bytes(path.read_bytes())
-    events += sum(len(event.summary.value) for event in EventFileLoader(str(local)).Load())
+    events += sum(value.tag.startswith(("train/", "eval/")) for event in EventFileLoader(str(local)).Load()
+                  for value in event.summary.value)
 print("READ " + json.dumps([read_records(run), kept, damaged, events, (run / "config.gin").exists()]))
 """
 
@@ -178,6 +179,11 @@ def test_a_run_in_the_bucket_is_the_run_on_disk(bucket, runs):
     assert losses(records) == losses(on_disk) and len(records) == 3 + 2
     assert (kept, damaged, has_config) == (["4", "6"], [], True)
     assert events == sum(len(line) - 2 for line in on_disk)
+    shown = [bucket(*t5x("show", run)) for run in (f"{folder}/run", "gs://bucket/run")]
+    assert "trained to its end, step 6 of 6" in shown[1] and "checkpoints 4, 6" in shown[1]
+    of_disk, of_bucket = ([line for line in page.splitlines() if line.startswith(("  ", "text.", "code."))]
+                          for page in shown)
+    assert of_disk == of_bucket and len(of_disk) > 4
 
 
 @pytest.mark.slow
@@ -402,6 +408,10 @@ def test_a_study_in_the_bucket_is_found_and_redone(bucket, tiny_flags, tiny_cach
                   "--gin.STUDY_DIR=gs://bucket/study", "--gin.ARMS={'NL': {'CODE_RATE': 0.0}}", "--gin.SEEDS=[0]",
                   "--gin.pretraining/TRAIN_STEPS=4", "--gin.evaluation/TASKS=['logic']")
     assert "All 1 runs are trained and evaluated: gs://bucket/study" in bucket(*command)
+    assert "1 of 1 runs are done" in bucket(*t5x("show", "gs://bucket/study"))
+    page = bucket("-c", "from codellm_jax.watching.serve import Watched; "
+                  "watched = Watched('gs://bucket/study'); print(watched._read(), watched._of_report('report.md'))")
+    assert "1 of 1 runs are done" in page and ">NL</td>" in page and "Report of study" in page
     said = bucket(*command, "--gin.pretraining/LEARNING_RATE=0.5", "--redo")
     assert "LEARNING_RATE was 0.001, is 0.5" in said and "NL.seed0: done, train" in said
     assert "what was there is in gs://bucket/study/replaced/NL.seed0-1" in said

@@ -10,7 +10,6 @@ data included. The stages of the runs are told beside, for a difference is due t
 equal.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from etils import epath
 
 from codellm_jax.mixture.ledger import rows_of_code, stages_of
 from codellm_jax.results.answers import Compared, compared, is_measured, ties_of
-from codellm_jax.results.files import files_of, finished_lines
+from codellm_jax.results.files import files_of, finished_lines, read_provenance, read_result
 from codellm_jax.results.levels import detectable_by_error, detectable_paired
 from codellm_jax.results.measures import MEASURES, UNITS, values
 from codellm_jax.results.statistics import Interval, holm, mcnemar, paired_bootstrap, sign_flips
@@ -135,9 +134,9 @@ def _holm_by_task(p_values: Mapping[str, float]) -> dict[str, float]:
 def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[dict[str, Any]]]]:
     """For each task of a run its result, and the lines of its questions."""
     folder = epath.Path(run).expanduser() / "results"
-    found = {}
+    found: dict[str, tuple[Mapping[str, Any], list[dict[str, Any]]]] = {}
     for path in files_of(folder, ".json"):
-        result = json.loads(path.read_bytes())
+        result = read_result(path)
         lines = finished_lines(path.with_suffix(".jsonl"), result)
         if lines is None:
             raise ValueError(f"{path.stem} of {run}: its lines are not those of its result; evaluate it to the end.")
@@ -208,10 +207,10 @@ def stages(first: str, second: str) -> str:
 def _stages(run: str) -> list[Mapping[str, Any]]:
     """The ledgers of the stages that a run went through, its own last; empty where it has no provenance.json."""
     folder = epath.Path(run).expanduser()
-    path = folder / "provenance.json"
-    if not path.exists():
+    provenance = read_provenance(folder)
+    if provenance is None:
         return []
-    *before, own = stages_of(json.loads(path.read_text())["ledger"])
+    *before, own = stages_of(provenance["ledger"])
     return [*before, {**own, "model_dir": run if "://" in run else os.path.realpath(folder)}]
 
 

@@ -55,10 +55,10 @@ class Contamination:
     Attributes:
       tasks: names of benchmarks, or files of questions.
       benchmarks: reads their questions.
-      ngram: words of an n-gram.
+      ngram: words of an n-gram; each Chinese character is a word.
       minimum: words that a shorter part of a question must have to be looked for as a whole.
-      most: questions of one task that may have an n-gram; of more it is the task's manner of asking.
-      processes: at most so many search at once; None for as many as there are cores.
+      most: an n-gram that more questions of one task have is the task's manner of asking, and does not count.
+      processes: at most so many processes search at once; None for as many as there are cores.
     """
 
     tasks: Sequence[str]

@@ -39,7 +39,7 @@ from codellm_jax.evaluation.scoring import Request, fault
 from codellm_jax.evaluation.trained import Checkpoint, TrainedModel, trained_model
 from codellm_jax.mixture.ledger import arm
 from codellm_jax.results.answers import is_measured, summaries
-from codellm_jax.results.files import as_lines, encoded, lines_written, write_result, write_whole
+from codellm_jax.results.files import as_lines, encoded, lines_written, named, write_result, write_whole
 from codellm_jax.results.levels import AccuracySummary, accuracy_summary, score_summary
 from codellm_jax.results.measures import score
 from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_rows, told_from_chance
@@ -82,12 +82,12 @@ class Evaluation:
 
     Attributes:
       tasks: names of benchmarks, or files of questions.
-      benchmarks: reads them.
-      questions: at most so many of each task, drawn by a hash of the seed and their ids; None for all.
-      scoring: which of SCORINGS decides.
+      benchmarks: reads their questions.
+      questions: at most so many questions of each task, drawn by a hash of the seed and their ids; None for all.
+      scoring: how candidates are compared: "per_token", "sum", "per_byte" or "released" (the study's code).
       sampling: how answers are written.
       samples: answers to each question that is answered by writing; pass@k needs k or more.
-      seed: of what is drawn.
+      seed: seed of what is drawn.
       batch_tokens: tokens scored at once, over all devices.
     """
 
@@ -137,8 +137,13 @@ def require_names(names: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointEvaluation:
-    """What a gin file says of the evaluation of a checkpoint; results go to `results_dir`, by default
-    RUN/results, or of published weights runs/NAME/results."""
+    """What a gin file says of the evaluation of a checkpoint.
+
+    Attributes:
+      checkpoint: the model that is asked.
+      evaluation: the questions that it is asked, and how its answers are taken.
+      results_dir: the folder of the results; None for RUN/results, or of published weights runs/NAME/results.
+    """
 
     checkpoint: Checkpoint
     evaluation: Evaluation
@@ -336,7 +341,7 @@ def _settings(evaluation: Evaluation, loaded: Any, model: TrainedModel) -> dict[
             **({"begin_ids": vocabulary.begin_ids} if vocabulary.begin_ids else {}),
             "dtype": config.dtype, "activation": config.activation, "length": config.length,
             **evaluation.benchmarks.settings(loaded.name), "data": loaded.sha256,
-            "questions": _fingerprint(loaded.questions)}
+            "questions": hashlib.sha256(encoded(json.dumps(loaded.questions, ensure_ascii=False))).hexdigest()}
 
 
 def _data(loaded: Any) -> dict[str, Any]:
@@ -375,9 +380,9 @@ def _answered(
             for line in answer(loaded.questions[start : start + at_once]):
                 lines.append(line)
                 if file is not None:
-                    file.write(encoded(as_lines([line])))
-            if file is not None:
-                file.flush()
+                    with named(path, len(text := encoded(as_lines([line])))):
+                        file.write(text)
+                        file.flush()
             done = min(start + at_once, total)
             rate = (done - before) / (time.monotonic() - began)
             status.show(done, f"{name} | {rate:,.1f} questions/s | {duration((total - done) / rate)} left")
@@ -443,8 +448,3 @@ def _levels(summary: AccuracySummary) -> dict[str, Any]:
         "smallest_detectable_difference": {
             "from_chance": summary.detectable_from_chance, "between_runs": summary.detectable_between},
     }
-
-
-def _fingerprint(questions: Sequence[Any]) -> str:
-    """Of the texts that are scored, and so of data, template and examples together."""
-    return hashlib.sha256(encoded(json.dumps(questions, ensure_ascii=False))).hexdigest()

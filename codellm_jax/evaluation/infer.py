@@ -36,13 +36,13 @@ class Inference:
     """What a gin file says of an inference.
 
     Attributes:
-      checkpoint: who writes.
+      checkpoint: the model that writes.
       sampling: how tokens are drawn.
-      seed: of what is drawn.
+      seed: seed of what is drawn.
       template: makes a prompt of an instruction and its input, for a model without a chat template; None where texts
-        are gone on from as they are.
+        are continued as they are.
       turns: makes prompts and answers of messages, for such a model.
-      batch_size: prompts of a file that are answered at a time.
+      batch_size: prompts of a file that are answered at once.
     """
 
     checkpoint: Checkpoint

@@ -19,9 +19,11 @@ class Sampling:
 
     Attributes:
       temperature: 0 takes the most likely token: greedy.
-      top_k: None keeps all.
-      top_p: 1 keeps all.
-      max_new_tokens: after which a generation ends.
+      top_k: how many of the most likely tokens are kept; None keeps all.
+      top_p: the probability that the kept tokens reach together; 1 keeps all.
+      frequency_penalty: subtracted from a token's logit for each time that it was generated.
+      presence_penalty: subtracted once from the logit of each token that was generated.
+      max_new_tokens: the tokens after which an answer ends.
 
     Raises:
       ValueError: in one line, if a value is out of its range.

@@ -27,10 +27,10 @@ class Checkpoint:
     """What a gin file says of a trained model.
 
     Attributes:
-      path: a run directory, whose newest undamaged checkpoint is taken, or published weights (`weights.start`).
-      vocabulary: what it was trained with.
+      path: a run directory, whose newest undamaged checkpoint is taken, or published weights.
+      vocabulary: the vocabulary that the model was trained with.
       model: makes the decoder's configuration when called with `vocabulary_size` and `length`.
-      lengths: {"targets": the model's positions}.
+      lengths: {"targets": the longest row in tokens}.
       mesh: devices along each axis.
     """
 

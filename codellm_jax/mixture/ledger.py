@@ -28,6 +28,7 @@ class Ledger:
       phases: for each phase of the schedule its first row or example, "start", and what of "rows" fell into it.
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
       branch: of a run that branched from another its "step", and what the order took over; see `order.Branch`.
+      prepared: of sources that `t5x prepare` wrote, the hashes of its steps and inputs, and the paths of these.
       epoch_rows: rows or examples of each source, all of which are an epoch; ledgers of earlier versions have none.
     """
 
@@ -42,11 +43,12 @@ class Ledger:
     conversations: bool = False
     epoch_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     branch: dict[str, Any] | None = None
+    prepared: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def begin(
         cls, stage: str, order: Order, vocabulary_hash: str, length: int, parent: Mapping[str, Any] | None = None,
-        conversations: bool = False, branch: Mapping[str, Any] | None = None,
+        conversations: bool = False, branch: Mapping[str, Any] | None = None, prepared: Mapping[str, Any] | None = None,
     ) -> "Ledger":
         """A ledger that has counted nothing yet; `parent` is the ledger, as JSON, of the run it starts from."""
         before = [*parent.get("before", []), {name: value for name, value in parent.items() if name != "before"}] \
@@ -55,7 +57,7 @@ class Ledger:
         phases = [{"start": start, "rows": dict(none)} for start in order.phase_starts]
         return cls(stage, order.fingerprint(), vocabulary_hash, length, dict(none), dict(none), phases, before,
                    conversations, {source.name: source.rows for source in order.sources},
-                   dict(branch) if branch else None)
+                   dict(branch) if branch else None, dict(prepared or {}))
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Ledger":

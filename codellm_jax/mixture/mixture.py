@@ -27,12 +27,13 @@ class Mixture:
 
     Attributes:
       name: a SeqIO mixture or task, or a list of them. Its tasks are named text.NAME or code.NAME.
-      definitions: where those names come from.
-      lengths: SeqIO's sequence lengths; {"targets": inputs of a row}.
+      definitions: the modules and corpora that those names come from.
+      lengths: {"targets": the length of a row in tokens}, SeqIO's sequence lengths.
       code_rate: share of code among the tokens (in tuning: among the examples), 0 to 1.
-      mix_phases: replaces code_rate where the share changes while training; see `schedules.phases`.
+      mix_phases: replaces code_rate where the share changes while training: phases such as '5:3' (text:code), ramps
+        such as '5:5 to 7:3', or tables of sources and weights; see `schedules.phases`.
       max_epochs: the run stops before any source begins an epoch more than this; None repeats without limit.
-      cache_dir: where rows are cached; local or gs://.
+      cache_dir: the folder where tokenized rows are cached, local or gs://.
       stage: "pretraining", on documents, and instruction examples among them, joined and cut into rows; or "tuning",
         on instruction examples.
       packing: in tuning, whether the examples of a step share rows; the same examples either way.
@@ -88,6 +89,7 @@ class OpenMixture:
     validation: list[Rows | None]
     stage: str
     warnings: tuple[str, ...] = ()  # of pools with too little held out
+    prepared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # by source, of folders of `t5x prepare`
 
     def sizes(self, draw: Draw) -> Sizes:
         """How many columns each of the rows or examples drawn takes, and how many tokens of it the loss counts."""
@@ -135,6 +137,7 @@ def open_mixture(
         validation=[rows if rows and rows.count else None for rows in validation],
         stage=mixture.stage,
         warnings=tuple(held_out_warnings(dict(zip(rates, validation, strict=True)), mixture.stage)),
+        prepared={name: found for name in rates if (found := mixture.definitions.describe(name).get("prepared"))},
     )
 
 

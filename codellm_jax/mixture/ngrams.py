@@ -25,6 +25,7 @@ _END_WORD = "\udcff"
 _UNSPACED = ("\u3005\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
              "\U00020000-\U0003ffff\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1780-\u17d3")
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|{_END_WORD}")
+_OF_UNSPACED = re.compile(f"[{_UNSPACED}]")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd; which one does not matter, as what is found is compared
 _FILTER_BITS = (16, 26)
 
@@ -110,26 +111,45 @@ class NGrams:
         return ngram
 
 
-def index(questions: Sequence[Question], n: int, minimum: int, most: int) -> NGrams:
-    """The n-grams of questions, but for those that more than `most` questions of one task have."""
+class Lengths(NamedTuple):
+    """Words of n-grams, and those that a shorter part of a question must have to be looked for as a whole."""
+
+    n: int
+    minimum: int
+
+
+def index(questions: Sequence[Question], n: int, minimum: int, most: int, unspaced: Lengths | None = None) -> NGrams:
+    """The n-grams of questions, but for those that more than `most` questions of one task have.
+
+    Args:
+      n, minimum: as `Lengths` has them.
+      unspaced: likewise, for parts of which more than half of the words are characters of scripts without spaces; None
+        for the same. Where no part is long enough, the parts joined need `minimum` words in any script.
+    """
     known: dict[str, int] = {}
     numbers: list[int] = []
-    spans: list[tuple[int, int, int]] = []  # question, start, words
-    least = min(n, minimum)
+    spans: list[tuple[int, int, int, int]] = []  # question, start, words, words of an n-gram
+    spaced = Lengths(n, minimum)
     for number, asked in enumerate(questions):
-        begin, parts = len(numbers), []
+        begin, parts, of_whole = len(numbers), [], 0
         for part in asked.parts:
-            before = len(numbers)
-            numbers += [known.setdefault(word, len(known) + 1) for word in words(part)]
-            parts.append((number, before, len(numbers) - before))
-        whole = (number, begin, len(numbers) - begin)
-        spans += [span for span in parts if span[2] >= least] or [whole] * (whole[2] >= least)
+            before, found = len(numbers), words(part)
+            numbers += [known.setdefault(word, len(known) + 1) for word in found]
+            of_part = sum(map(_is_unspaced, found)) if unspaced else 0
+            of_whole += of_part
+            lengths = unspaced if unspaced and 2 * of_part > len(found) else spaced
+            if len(found) >= min(lengths):
+                parts.append((number, before, len(found), lengths.n))
+        whole = len(numbers) - begin
+        if not parts and whole >= min(spaced):
+            parts = [(number, begin, whole, unspaced.n if unspaced and 2 * of_whole > whole else n)]
+        spans += parts
     all_numbers = np.array(numbers, np.int64)
-    owner, start, size = np.array(spans, np.int64).reshape(-1, 3).T
-    count = np.maximum(size - n, 0) + 1  # of n-grams in each
+    owner, start, size, most_words = np.array(spans, np.int64).reshape(-1, 4).T
+    count = np.maximum(size - most_words, 0) + 1  # of n-grams in each
     question = np.repeat(owner, count)
     start = np.repeat(start + count - np.cumsum(count), count) + np.arange(int(count.sum()))
-    length = np.repeat(np.minimum(size, n), count)
+    length = np.repeat(np.minimum(size, most_words), count)
     values = np.random.default_rng(0).integers(0, 2**64, len(known) + 1, np.uint64)
     hashed = values[all_numbers]
     kept, boilerplate = _rare(questions, hashed, start, length, question, most)
@@ -144,6 +164,10 @@ def index(questions: Sequence[Question], n: int, minimum: int, most: int) -> NGr
     measurable[question] = True
     return NGrams(known, all_numbers, start[order], length[order], question[order], prefix, hashes[order], values,
                   maybe, measurable, boilerplate)
+
+
+def _is_unspaced(word: str) -> bool:
+    return len(word) == 1 and _OF_UNSPACED.match(word) is not None
 
 
 def _rare(

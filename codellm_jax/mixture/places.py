@@ -1,5 +1,6 @@
 """Where the rows of a task lie, and what says that they are these rows: the key of their cache."""
 
+import contextlib
 import hashlib
 import json
 from typing import Any, NamedTuple
@@ -64,3 +65,24 @@ def cache_place(
     if asked and not is_instructions:
         raise ValueError(f"{task}: 'loss' is an option of instructions, and these are documents: leave it out.")
     return of_instructions if is_instructions else of_documents
+
+
+def move_aside(directory: epath.Path) -> str:
+    """Moves a cache on a disk to a name beside it, which it returns."""
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}.set_aside.{number}")).exists():
+        number += 1
+    with contextlib.suppress(FileNotFoundError):  # another process was here first
+        directory.rename(aside)
+    return str(aside)
+
+
+def storage_error(error: Exception, directory: epath.Path) -> OSError | None:
+    """Of an error that a full or closed disk made, one that says which disk and what to do."""
+    file = getattr(error, "filename", None)
+    if isinstance(file, str) and not file.startswith(str(directory.parent)) and not str(directory).startswith(file):
+        return None  # a file that is read
+    if isinstance(error, OSError) and error.errno or "No space left on device" in str(error):
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
+        return OSError(f"Rows cannot be cached in {directory.parent}: {reason}. Mend it or set CACHE_DIR.")
+    return None

@@ -26,9 +26,10 @@ import numpy as np
 import tensorstore
 from etils import epath
 
+from codellm_jax.mixture.checked import Heads, heads_of, is_transient, recorded_splits, require_written
 from codellm_jax.mixture.examples import WIDTH_BESIDE_TOKENS, Found, documents, example_rows
 from codellm_jax.mixture.half_made import half_made
-from codellm_jax.mixture.places import Place, cache_place
+from codellm_jax.mixture.places import Place, cache_place, move_aside, storage_error
 from codellm_jax.mixture.roundtrip import warned
 from codellm_jax.mixture.tokens import SPLITS, Definitions, Example, examples, open_task, sample_of, warnings_of
 from codellm_jax.vocabulary import Vocabulary
@@ -64,6 +65,7 @@ class Rows:
     uncounted: int = 0  # in pre-training, tokens that the loss does not count
     loss: str | None = None  # of instructions in pre-training what the loss counts, "all" or "answers"
     notes: tuple[str, ...] = ()  # what the task's reader warned of, such as records passed over
+    heads: tuple[str, ...] = ()  # a digest of the first rows of each file; see `checked`
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of these numbers (int64 [N], in any order, repeats allowed) as int32 [N, width].
@@ -80,12 +82,15 @@ class Rows:
         # Through unique sorted numbers, so that a chunk is fetched once.
         unique, inverse = np.unique(numbers, return_inverse=True)
         try:
-            reading = _opened(self.path)[unique].read()
+            store = _opened(self.path)
+            reading = store[unique].read()
+            compare = _heads_of(self).begin(store, self.count, unique)
         except Exception as error:
             raise _damaged(self.path, error) from error
 
         def rows() -> np.ndarray:
             try:
+                compare()
                 return reading.result()[inverse].astype(np.int32)
             except Exception as error:
                 raise _damaged(self.path, error) from error
@@ -115,12 +120,46 @@ def cached_rows(
     if not place.is_whole():
         _write_cache(task, definitions, vocabulary, length, place, report, stage)
     try:
-        recorded = json.loads((place.directory / "cache.json").read_text())
-        return {split: Rows(name=task, split=split, path=str(place.directory / f"{split}{recorded.get('suffix', '')}"),
-                            length=length, loss=place.loss, **facts | {"notes": tuple(facts.get("notes", ()))})
-                for split, facts in recorded["splits"].items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(str(place.directory / "cache.json"), error) from error
+        return _recorded(place, task, vocabulary, length, stage)
+    except (ValueError, IsADirectoryError) as error:  # TensorStore has no class of its own for what is damaged
+        if is_transient(error):
+            raise _damaged(str(place.directory / "cache.json"), error) from error
+        reason = _reason(error)
+    if place.is_remote:
+        (place.directory / "cache.json").unlink()
+    else:
+        reason += f"; they are kept in {move_aside(place.directory)}"
+    report(f"WARNING: the cached rows in {place.directory} are damaged and are written anew ({reason}).")
+    _write_cache(task, definitions, vocabulary, length, place, report, stage)
+    return _recorded(place, task, vocabulary, length, stage)
+
+
+def _recorded(place: Place, task: str, vocabulary: Vocabulary, length: int, stage: str) -> dict[str, Rows]:
+    """What cache.json tells. Raises ValueError where that, or what lies beside it, is not what was written."""
+    suffix, splits = recorded_splits((place.directory / "cache.json").read_bytes(), place.key)
+    found = {split: Rows(name=task, split=split, path=str(place.directory / f"{split}{suffix}"), length=length,
+                         loss=place.loss, **facts) for split, facts in splits.items()}
+    for rows in found.values():
+        _require_written(rows, row_format(vocabulary, length, stage, place.loss).width)
+    return found
+
+
+def _require_written(rows: Rows, width: int) -> None:
+    """Raises DamagedRows, or what TensorStore raises, where the array is not the one that was written; once a process,
+    for a change while a run reads it is no matter of opening it.
+    """
+    if (rows.path, rows.content_hash) in _heads:
+        return
+    _stores.pop(rows.path, None)  # of what was there before it was set aside
+
+    def hash_of(blocks: Iterable[np.ndarray]) -> str:
+        content = RowsHash()
+        for block in blocks:
+            content.update(block)
+        return content.of_all()
+
+    is_compared = require_written(open_store(rows.path), rows.count, width, rows.content_hash, hash_of)
+    _heads[rows.path, rows.content_hash] = Heads(() if is_compared else rows.heads)
 
 
 def _write_cache(
@@ -149,6 +188,8 @@ def _write_cache(
                     splits[split] = _write_split(
                         task, split, examples(opened, split, vocabulary, threads=threads, sample=sample), vocabulary,
                         length, str(building / f"{split}{suffix}"), report, stage, place.loss)
+                splits[split].heads = heads_of(
+                    open_store(str(building / f"{split}{suffix}")), splits[split].count)
                 splits[split].notes = [
                     *map(str, notes), *warned(task, split, sample.looked_at(vocabulary), unit_of(stage))]
             finish_cache(task, place, splits, building, suffix, length, stage)
@@ -191,19 +232,10 @@ def finish_cache(
         try:
             os.rename(building, place.directory)
         except OSError:
-            if not place.is_whole():  # else another process wrote the same cache first
-                raise
-
-
-def storage_error(error: Exception, directory: epath.Path) -> OSError | None:
-    """Of an error that a full or closed disk made, one that says which disk and what to do."""
-    file = getattr(error, "filename", None)
-    if isinstance(file, str) and not file.startswith(str(directory.parent)) and not str(directory).startswith(file):
-        return None  # a file that is read
-    if isinstance(error, OSError) and error.errno or "No space left on device" in str(error):
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
-        return OSError(f"Rows cannot be cached in {directory.parent}: {reason}. Mend it or set CACHE_DIR.")
-    return None
+            if place.is_whole():  # another process wrote the same cache first
+                return
+            move_aside(place.directory)  # what has no cache.json nobody reads
+            os.rename(building, place.directory)
 
 
 def _write_split(
@@ -333,9 +365,15 @@ def document_rows(each_document: Iterable[np.ndarray], length: int) -> Iterator[
 
 
 def _damaged(path: str, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return ValueError(f"The cached rows in {path} are damaged ({reason}): delete {path.rsplit('/', 1)[0]} and give the "
-                      "same command again; it writes the same rows anew.")
+    if is_transient(error):
+        return ValueError(f"The cached rows in {path} cannot be read now ({_reason(error)}): give the same command "
+                          "again once they can.")
+    return ValueError(f"The cached rows in {path} are damaged ({_reason(error)}): delete {path.rsplit('/', 1)[0]} and "
+                      "give the same command again; it writes the same rows anew.")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _kvstore(path: str) -> str | dict[str, str]:
@@ -393,6 +431,12 @@ def open_store(path: str, write: bool = False) -> tensorstore.TensorStore:
 
 
 _stores: dict[str, tensorstore.TensorStore] = {}
+_heads: dict[tuple[str, str], Heads] = {}
+
+
+def _heads_of(rows: Rows) -> Heads:
+    """Of an array that was opened by another process, as one that reads by what it was sent, nothing is known."""
+    return _heads.setdefault((rows.path, rows.content_hash), Heads(rows.heads))
 
 
 def _opened(path: str) -> tensorstore.TensorStore:

@@ -29,8 +29,15 @@ LARGEST_DENOMINATOR = 1_000_000
 COSINE_PIECES = 256
 
 HALF = Fraction(1, 2)
-FORMS = ("text:code ratios such as '5:3', ramps such as '5:5 to 7:3' or '5:5 to 7:3 cosine', or tables such as "
-         "{'text.a': 3, 'code.b': 1}")
+# A phase of MIX_PHASES by example, and what it does.
+FORMS = {
+    "'5:3'": "Five tokens of text for three of code, throughout the phase.",
+    "'5:5 to 7:3'": "From one ratio to the other in a straight line, row by row.",
+    "'5:5 to 7:3 cosine'": "From one ratio to the other along half a cosine.",
+    "{'text.a': 3, 'code.b': 1}": "Sources by weight; those that are not named have none.",
+}
+_FORMS = (f"text:code ratios such as {[*FORMS][0]}, ramps such as {[*FORMS][1]} or {[*FORMS][2]}, or tables such as "
+          f"{[*FORMS][3]}")
 
 Table = tuple[tuple[str, Fraction], ...]  # sources by name and their shares of all rows, which sum to 1
 Phase = str | Mapping[str, float]
@@ -279,14 +286,14 @@ def _ratio(text: str, phase: Any) -> Fraction:
     except (ValueError, ZeroDivisionError):
         prose = code = Fraction(0)
     if prose < 0 or code < 0 or prose + code == 0:
-        raise ValueError(f"MIX_PHASES must list {FORMS}, found {phase!r}.")
+        raise ValueError(f"MIX_PHASES must list {_FORMS}, found {phase!r}.")
     return to_share(code / (prose + code), "MIX_PHASES")
 
 
 def _ramp(phase: Any, start: int, end: int) -> list[_Piece]:
     """The pieces of a phase given as a string."""
     if not isinstance(phase, str):
-        raise ValueError(f"MIX_PHASES must list {FORMS}, found {phase!r}.")
+        raise ValueError(f"MIX_PHASES must list {_FORMS}, found {phase!r}.")
     first, arrow, second = (part.strip() for part in phase.partition(" to "))
     share = _ratio(first, phase)
     last = _ratio(second.removesuffix(" cosine"), phase) if arrow else share

@@ -34,6 +34,7 @@ import numpy as np
 from etils import epath
 
 from codellm_jax.mixture import rows
+from codellm_jax.mixture.checked import heads_of
 from codellm_jax.mixture.examples import Found, documents, example_rows
 from codellm_jax.mixture.places import Place
 from codellm_jax.mixture.roundtrip import Looked, of_whole, warned
@@ -367,7 +368,8 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
         looked = of_whole(Looked(*one) for fact in facts for one in fact["looked"])
         splits[split] = Found(
             count=count, notes=[*map(str, notes), *warned(build.task, split, looked, unit_of(build.stage))], **total,
-            content_hash=_hash_of_rows(_array_of_rows(build, split), count, of_pieces))
+            content_hash=_hash_of_rows(_array_of_rows(build, split), count, of_pieces),
+            heads=heads_of(open_store(_array_of_rows(build, split)), count))
         lines += [summary(build.task, split, splits[split], build.length, build.stage), *splits[split].notes]
     recorded = json.loads((build.working / "plan.json").read_text())
     finish_cache(build.task, build.place, splits, _cache(build), recorded["suffix"], build.length, build.stage)

@@ -47,7 +47,8 @@ class Definitions(Protocol):
         """What identifies the content of a task, as JSON, found without reading it.
 
         Of a corpus of files it has "train_files" and, where they are others, "validation_files": [[path, bytes], ...]
-        in the order in which they are read.
+        in the order in which they are read; and of files that `t5x prepare` wrote "prepared": for each of their folders
+        the hashes of its steps and inputs, "steps_sha256" and "inputs_sha256", and the paths of these inputs.
         """
         ...
 

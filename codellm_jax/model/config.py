@@ -70,38 +70,70 @@ NAMES_OF: dict[str, tuple[str, ...]] = {
 class DecoderConfig:
     """Sizes and choices of a decoder; checked when made.
 
+    Attributes:
+      layers: number of blocks, the query layer counted in.
+      hidden: width of the model.
+      heads: attention heads, those of queries.
+      feedforward: width of the MLP.
+      vocabulary_size: rows of the token embedding, padding rows counted in; the vocabulary sets it.
+      length: the longest row in tokens, and how many learned positions there are; the data set it.
+      query_layer: whether the last block is PanGu-alpha's query layer; False is a plain GPT, with a final norm there.
+      activation: of the MLP: gelu (tanh form), gelu_exact, fast_gelu, or gated swiglu, geglu.
+      dropout_rate: probability of dropout after the embedding, after attention and after the MLP.
+      dtype: of the computation: float32, bfloat16 or float16. Parameters are always float32.
+      remat: what the backward pass keeps of a block instead of computing it again: none (everything is kept), dots,
+        attention, full (only the input) or offload (the input, in the host's memory).
+      scan_unroll: blocks that are compiled out in a row; parameters have the same form whatever it is.
+      attention: implementation of attention: auto, or one of `attention.NAMES`.
+      initializer_std: standard deviation of new parameters.
+      kv_heads: heads of keys and values, each shared by a group of queries' heads; None for as many as `heads`.
+      head_size: width of a head; None for hidden / heads.
+      norm: kind of norm in the blocks and at the end: layer (LayerNorm) or rms (RMSNorm).
+      norm_epsilon: added to the variance that a norm divides by.
+      norm_place: place of a block's norms: before each sub-layer, or after it and before the sum.
+      residual: order of the sub-layers: sequential (the MLP reads the sum with attention's output) or parallel (both
+        read the same input).
+      positions: kind of positions: learned (an embedding) or rotary (queries and keys are rotated).
+      rotary_theta: base of the rotary frequencies.
+      rotary_part: the part of each head that is rotated, from its beginning.
+      rotary_scaling: changes rotary frequencies for longer rows, such as {'kind': 'yarn', 'factor': 4.0,
+        'original_length': 32768}; see `rotary.RotaryScaling`.
+      query_key_norm: RMSNorm on queries and keys: none, head (of each head) or width (of all heads as one).
+      biases: which projections have biases: all, attention, query_key_value, feedforward or none.
+      tied_head: whether logits use the token embedding; False gives them a parameter of their own.
+
     Raises:
       ValueError: in one line, if a size is not positive, the heads do not divide the hidden size or the heads of keys
         those of queries, a name is unknown, or a number is out of its range.
     """
 
-    layers: int  # blocks, the query layer counted in
+    layers: int
     hidden: int
     heads: int
     feedforward: int
-    vocabulary_size: int  # rows of the token embedding, padding rows counted in
-    length: int  # the longest row, and learned positions
-    query_layer: bool = True  # False: a plain GPT, with a final norm in its place
-    activation: str = "gelu"  # a key of ACTIVATIONS
-    dropout_rate: float = 0.0  # after the embedding, after attention and after the MLP
-    dtype: str = "float32"  # of the computation; parameters are always float32
-    remat: str = "dots"  # what the backward pass keeps of a block, a key of REMAT_POLICIES
-    scan_unroll: int = 1  # blocks compiled out in a row; parameters look the same whatever it is
-    attention: str = "auto"  # one of attention.NAMES
+    vocabulary_size: int
+    length: int
+    query_layer: bool = True
+    activation: str = "gelu"
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+    remat: str = "dots"
+    scan_unroll: int = 1
+    attention: str = "auto"
     initializer_std: float = 0.02
-    kv_heads: int | None = None  # heads of keys and values, each shared by a group of queries' heads; None: as many
-    head_size: int | None = None  # None: hidden / heads
-    norm: str = "layer"  # LayerNorm or RMSNorm, before and after the sub-layers and at the end
+    kv_heads: int | None = None
+    head_size: int | None = None
+    norm: str = "layer"
     norm_epsilon: float = 1e-5
-    norm_place: str = "before"  # a sub-layer takes what is normed, or what it returns is normed before the sum
-    residual: str = "sequential"  # the MLP takes what attention was added to; parallel: both take the same
-    positions: str = "learned"  # an embedding, or rotary queries and keys
+    norm_place: str = "before"
+    residual: str = "sequential"
+    positions: str = "learned"
     rotary_theta: float = 10_000.0
-    rotary_part: float = 1.0  # of each head, from its beginning
-    rotary_scaling: Mapping[str, Any] | RotaryScaling | None = None  # see `RotaryScaling.of`
-    query_key_norm: str = "none"  # RMSNorm on queries and keys, of each head or of all heads as one
-    biases: str = "all"  # which projections have them, a key of BIASES
-    tied_head: bool = True  # False: logits have a parameter of their own
+    rotary_part: float = 1.0
+    rotary_scaling: Mapping[str, Any] | RotaryScaling | None = None
+    query_key_norm: str = "none"
+    biases: str = "all"
+    tied_head: bool = True
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "feedforward", "vocabulary_size", "length", "scan_unroll",

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from codellm_jax.prepare import ranged
+from codellm_jax.prepare.duplicates import chance_to_meet
 from codellm_jax.prepare.job import SAMPLES, Job
 from codellm_jax.prepare.shapes import SHARES, joined
 from codellm_jax.report.pages import Block, Figure, Heading, Items, Table, Text, markdown, page
@@ -55,7 +56,8 @@ def _counts(job: Job, facts: Facts, sources: Sequence[str]) -> dict[str, Any]:
         read = [facts[0][part] for part in own]
         found["sources"][source] = {
             "documents": sum(one["read"]["documents"] for one in read),
-            "bytes": sum(one["read"]["bytes"] for one in read), "lost": _sum(one["lost"] for one in read),
+            "bytes": sum(one["read"]["bytes"] for one in read), "tokens": sum(one["read"]["tokens"] for one in read),
+            "lost": _sum(one["lost"] for one in read),
             "left": joined(facts[-1][part]["shape"] for part in own)}
     for number, step in enumerate(job.steps):
         by_source = {}
@@ -64,7 +66,8 @@ def _counts(job: Job, facts: Facts, sources: Sequence[str]) -> dict[str, Any]:
                     if str(number) in stage[part]["steps"]]
             if step.looks_at(source):
                 by_source[source] = {key: sum(one[key] for one in each) for key in (
-                    "documents", "bytes", "removed", "removed_bytes", "changed", "bytes_dropped")}
+                    "documents", "bytes", "tokens", "removed", "removed_bytes", "removed_tokens", "changed",
+                    "bytes_dropped", "tokens_dropped")}
                 by_source[source] |= {key: _sum(one[key] for one in each) for key in ("reasons", "copies")}
         found["steps"].append({"name": step.name, "sources": by_source})
     for stage in facts:
@@ -103,36 +106,58 @@ def _blocks(
     sources = counts["sources"]
     left = sum(one["left"]["documents"] for one in sources.values())
     read = sum(one["documents"] for one in sources.values())
-    corpora = [[name, _files(plan, name), f"{one['documents']:,}", f"{one['bytes']:,}", _reasons(one["lost"]),
-                f"{one['left']['documents']:,}", f"{one['left']['bytes']:,}",
-                _share(one["left"]["bytes"], one["bytes"])] for name, one in sources.items()]
-    steps = [[label, source, f"{one['documents']:,}", f"{one['bytes']:,}", f"{one['removed']:,}",
-              _share(one["removed"], one["documents"]), f"{one['removed_bytes']:,}", f"{one['changed']:,}",
-              f"{one['bytes_dropped']:,}", f"{one['documents'] - one['removed']:,}"]
+    units = ["bytes", "tokens"] if plan["vocabulary"] else ["bytes"]
+    corpora = [[name, _files(plan, name), f"{one['documents']:,}", *(f"{one[unit]:,}" for unit in units),
+                _reasons(one["lost"]), f"{one['left']['documents']:,}",
+                *(cell for unit in units for cell in (f"{one['left'][unit]:,}", _share(one["left"][unit], one[unit])))]
+               for name, one in sources.items()]
+    steps = [[label, source, f"{one['documents']:,}", f"{one['removed']:,}", _share(one["removed"], one["documents"]),
+              f"{one['documents'] - one['removed']:,}", f"{one['changed']:,}", *(
+                  cell for unit in units for cell in (
+                      f"{one[unit]:,}", f"{one[unit] - one[f'removed_{unit}'] - one[f'{unit}_dropped']:,}"))]
              for label, source, one in _by_step(counts)]
+    told = "Bytes are of text in UTF-8. A record without a document is one that cannot be read, or is empty."
+    if plan["vocabulary"]:
+        told += (f" Tokens are of {_quoted(plan['vocabulary'])}, hash `{plan['vocabulary_sha256'][:16]}`, with those "
+                 "that begin and end a document.")
     reasons = [[label, source, _quoted(reason), f"{count:,}"] for label, source, one in _by_step(counts)
                for reason, count in sorted(one["reasons"].items(), key=lambda each: -each[1])[:REASONS]]
     return [
         Text(f"Prepared by `t5x prepare`: {len(job.steps)} steps leave {left:,} of {read:,} documents. Each document "
-             "that was read is a row of `documents-*.parquet` or of `removed/*.parquet`, with the file and row that it "
+             "that was read is a row of `documents-*` or of `removed/*.parquet`, with the file and row that it "
              f"comes from, so that these counts can be counted again. Steps: `{plan['steps_sha256'][:16]}`, inputs: "
              f"`{plan['inputs_sha256'][:16]}`; `manifest.json` has both in full."),
         Heading(2, "Corpora"),
-        Table("Bytes are of text in UTF-8. A record without a document is one that cannot be read, or is empty.",
-              ["corpus", "files", "documents read", "bytes read", "records without a document", "documents left",
-               "bytes left", "of them"], corpora, words=[4]),
+        Table(told, ["corpus", "files", "documents read", *(f"{unit} read" for unit in units),
+                     "records without a document", "documents left",
+                     *(cell for unit in units for cell in (f"{unit} left", "of them"))], corpora,
+              words=[3 + len(units)]),
         Heading(2, "Steps"),
         Table("In the order in which they are done. A step that does not look at a corpus is left out there.",
-              ["step", "corpus", "documents before", "bytes before", "removed", "of them", "bytes removed", "changed",
-               "bytes dropped by changes", "documents after"], steps, words=[1]),
+              ["step", "corpus", "documents before", "removed", "of them", "documents after", "changed", *(
+                  f"{unit} {when}" for unit in units for when in ("before", "after"))], steps, words=[1]),
         *([Table(f"Why documents were removed; of each step and corpus the {REASONS} commonest reasons.",
                  ["step", "corpus", "reason", "documents"], reasons, words=[1, 2])] if reasons else []),
-        *_figures(counts), *_shape_blocks(sources), *_copies(counts), *_overlaps(plan, counts),
+        *_near_duplicates(job), *_figures(counts), *_shape_blocks(sources), *_copies(counts), *_overlaps(plan, counts),
         *_sample_blocks(job, samples),
         Heading(2, "Inputs and options"),
         Items([f"{one['source']}: {_quoted(json.dumps(one['spec'], ensure_ascii=False))}" for one in plan["inputs"]]),
         Items([f"{number}. {_quoted(json.dumps(step, ensure_ascii=False))}"
                for number, step in enumerate(plan["steps"], 1)])]
+
+
+def _near_duplicates(job: Job) -> list[Block]:
+    """What share of near duplicates is found."""
+    found = []
+    for number, step in enumerate(job.steps, 1):
+        if step.name == "near_duplicates":
+            similarity, bands, rows = (step.options[key] for key in ("similarity", "bands", "rows"))
+            told = f"joins pairs of a Jaccard similarity of at least {similarity:g}" if similarity else \
+                "joins all pairs that agree in a band"
+            chances = ", ".join(f"{chance_to_meet(value, bands, rows):.1%} at {value:g}" for value in sorted(
+                {0.7, 0.8, 0.9, similarity} - {0}) if value >= similarity)
+            found.append(f"{number}. near_duplicates {told}. With {bands} x {rows} hashes it finds of them {chances}.")
+    return [Items(found)] if found else []
 
 
 def _by_step(counts: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -233,7 +258,7 @@ def _sample_blocks(job: Job, samples: Mapping[int, Sequence[Mapping[str, Any]]])
 def _similar(sample: Mapping[str, Any]) -> str:
     if "copy_sha256" not in sample:
         return ""
-    similar = f", Jaccard similarity about {sample['similarity']:.2f}" if sample["similarity"] < 1 else ""
+    similar = f", highest Jaccard similarity {sample['similarity']:.2f}" if sample["similarity"] < 1 else ""
     return f"\ncopy in {sample['copy_source']}, SHA-256 {sample['copy_sha256']}...{similar}"
 
 

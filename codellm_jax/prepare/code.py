@@ -30,21 +30,21 @@ _TEST_FILE = re.compile(
 
 
 def licence(
-    text: str, licence: str | None, allowed: Sequence[str] = PERMISSIVE, unknown: bool = False
+    text: str, license: str | None, allowed: Sequence[str] = PERMISSIVE, unknown: bool = False
 ) -> str | None:
     """Removes files whose licence is not among those allowed, as StarCoder does (section 3.1); case does not count.
 
     Args:
-      licence: of the record; where it has none, of the line "SPDX-License-Identifier:" in the first 2,000 characters.
+      license: the record's; where it has none, of the line "SPDX-License-Identifier:" in the first 2,000 characters.
       allowed: SPDX identifiers.
       unknown: whether files that tell no licence stay.
     """
-    if not licence:
+    if not license:
         found = _SPDX.search(text[:2000])
-        licence = found[1] if found else None
-    if licence is None:
+        license = found[1] if found else None
+    if license is None:
         return None if unknown else "licence: none told"
-    return None if licence.lower() in {each.lower() for each in allowed} else f"licence: {licence}"
+    return None if license.lower() in {each.lower() for each in allowed} else f"licence: {license}"
 
 
 def generated(text: str, lines: int = 5) -> str | None:
@@ -113,6 +113,11 @@ _SECRETS = re.compile("|".join((
 _ASSIGNED = re.compile(
     r"""((?:pass(?:word|wd)|secret|api_?key|access_?key|auth_?token|access_?token|private_?key|client_?secret)"""
     r"""[\w-]{0,20}["']?\s{0,4}(?:=|:|=>)\s{0,4})(["'])(?!<)([^\s"'<>{}$%]{8,200})\2""", re.IGNORECASE)
+# One of these stands in whatever the patterns find. To look for them first takes less time than the patterns alone.
+_MARKS = ("PRIVATE KEY-----", "AKIA", "ASIA", "AGPA", "AIDA", "AROA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_",
+          "github_pat_", "glpat-", "xox", "AIza", "ya29.", "k_live_", "k_test_", "sk-", "hf_", "npm_", "pypi-", "eyJ")
+_NAMES = ("password", "passwd", "secret", "api_key", "apikey", "access_key", "accesskey", "auth_token", "authtoken",
+          "access_token", "accesstoken", "private_key", "privatekey")
 E_MAIL_MASK, SECRET_MASK = "<EMAIL>", "<KEY>"  # StarCoder, section 4
 
 
@@ -123,7 +128,11 @@ def mask_e_mails(text: str) -> str:
 
 def mask_secrets(text: str) -> str:
     """Puts <KEY> in the place of private keys, tokens of known forms, and quoted values of names such as api_key."""
-    text = _SECRETS.sub(SECRET_MASK, text)
+    if any(mark in text for mark in _MARKS):
+        text = _SECRETS.sub(SECRET_MASK, text)
+    folded = text.casefold()
+    if not any(name in folded for name in _NAMES):
+        return text
     return _ASSIGNED.sub(lambda found: f"{found[1]}{found[2]}{SECRET_MASK}{found[2]}"
                          if _looks_random(found[3]) else found[0], text)
 

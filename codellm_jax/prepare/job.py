@@ -1,6 +1,6 @@
 """A preparation as workers are told of it: where its files lie, and what is done with each part in each stage.
 
-A part is some files of one corpus. Stages are parted by the steps that need all documents:
+A part is some files of one corpus, or a piece of a large one. Stages are parted by the steps that need all documents:
 
   STAGE 0     each part is read; the rules before the first such step are applied; documents are written, and beside
               them what that step needs of each (a hash, a signature)
@@ -26,8 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from codellm_jax.prepare.examples import Records
 from codellm_jax.prepare.preparation import Inputs
 from codellm_jax.prepare.steps import Step
+from codellm_jax.vocabulary import Vocabulary
 
 SAMPLES = 5  # removed documents of each step and part whose beginnings are kept
 SAMPLE_CHARACTERS = 400
@@ -36,21 +38,26 @@ BYTES_A_GROUP = 8 << 20  # of text in a row group of Parquet
 
 DOCUMENT = pa.schema([
     ("text", pa.large_string()), ("source", pa.string()), ("file", pa.string()), ("row", pa.int64()),
-    ("sha256", pa.string()), ("licence", pa.string()), ("language", pa.string()), ("bytes_read", pa.int64()),
+    ("sha256", pa.string()), ("license", pa.string()), ("language", pa.string()), ("bytes_read", pa.int64()),
+    ("tokens", pa.int64()),  # of the text as it stands, under the preparation's vocabulary; null without one
     ("changed_by", pa.list_(pa.string()))])
 REMOVED = pa.schema([
     ("source", pa.string()), ("file", pa.string()), ("row", pa.int64()), ("sha256", pa.string()),
     ("number", pa.int64()),  # of the step, from 1; 0 is the reading
     ("step", pa.string()), ("reason", pa.string()),
     ("records", pa.int64()),  # 1, but where a damaged file lost several
-    ("bytes", pa.int64()), ("copy_source", pa.string()), ("copy_sha256", pa.string()), ("similarity", pa.float32())])
+    ("bytes", pa.int64()), ("tokens", pa.int64()), ("copy_source", pa.string()), ("copy_sha256", pa.string()),
+    ("similarity", pa.float32())])  # the highest to any document that it was joined with
 
 
 class Part(NamedTuple):
-    """Some files of a corpus, with size and time of the last change; None for a corpus that is read as a whole."""
+    """Some files of a corpus, with size and time of the last change; None for a corpus that is read as a whole. Or a
+    piece of one file, from its first byte or row group up to the next piece's.
+    """
 
     source: str
     files: tuple[tuple[str, int, int], ...] | None
+    piece: tuple[int, int] | None = None
 
 
 class Stage(NamedTuple):
@@ -71,6 +78,8 @@ class Job:
       parts: in the order of the output.
       folder: where files lie until the end.
       hashes: of the plan, which stands in the output's files: {"steps": ..., "inputs": ...}.
+      vocabulary: in whose tokens documents are counted; None for no count.
+      format: of the output's documents, one of `preparation.FORMATS`.
     """
 
     inputs: Inputs
@@ -78,6 +87,24 @@ class Job:
     parts: tuple[Part, ...]
     folder: str
     hashes: Mapping[str, str]
+    vocabulary: Vocabulary | None = None
+    format: str = "parquet"
+
+    def documents(self, stage: int, part: int) -> "Table | Records":
+        """What the documents that a part in a stage leaves are written to: behind the last stage the output's form."""
+        path = self.documents_path(stage, part)
+        return Table(path, DOCUMENT, self.hashes) if path.suffix == ".parquet" else Records(path)
+
+    def documents_path(self, stage: int, part: int) -> epath.Path:
+        """Where they lie."""
+        is_last = self.stages[stage].after is None
+        return self.path(stage, "documents", part, f".{self.format if is_last else 'parquet'}")
+
+    def tokens(self, text: str) -> int | None:
+        """Tokens of a document, those that begin and end it included, as rows for training have them."""
+        if self.vocabulary is None:
+            return None
+        return len(self.vocabulary.begin_ids) + len(self.vocabulary.encode(text)) + 1
 
     @property
     def stages(self) -> list[Stage]:
@@ -108,14 +135,28 @@ class Count:
 
     def __init__(self) -> None:
         self.documents = self.bytes = self.removed = self.removed_bytes = self.changed = self.bytes_dropped = 0
+        self.tokens = self.removed_tokens = self.tokens_dropped = 0
         self.reasons: dict[str, int] = {}
         self.copies: dict[str, int] = {}
         self.samples: list[tuple[str, dict[str, Any]]] = []
 
-    def remove(self, reason: str, size: int, sample: dict[str, Any]) -> None:
+    def see(self, size: int, tokens: int | None) -> None:
+        """Counts a document that the step looks at, of so many bytes and tokens."""
+        self.documents += 1
+        self.bytes += size
+        self.tokens += tokens or 0
+
+    def change(self, dropped: int, tokens_dropped: int) -> None:
+        """Counts a changed document, by the bytes and tokens that it lost."""
+        self.changed += 1
+        self.bytes_dropped += dropped
+        self.tokens_dropped += tokens_dropped
+
+    def remove(self, reason: str, size: int, tokens: int | None, sample: dict[str, Any]) -> None:
         """Counts a removed document; of its samples those of lowest hash are kept."""
         self.removed += 1
         self.removed_bytes += size
+        self.removed_tokens += tokens or 0
         counted = reason if reason in self.reasons or len(self.reasons) < REASONS else "others"
         self.reasons[counted] = self.reasons.get(counted, 0) + 1
         if "copy_source" in sample:
@@ -127,8 +168,9 @@ class Count:
 
     def facts(self) -> dict[str, Any]:
         """As JSON."""
-        return {"documents": self.documents, "bytes": self.bytes, "removed": self.removed,
-                "removed_bytes": self.removed_bytes, "changed": self.changed, "bytes_dropped": self.bytes_dropped,
+        return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens, "removed": self.removed,
+                "removed_bytes": self.removed_bytes, "removed_tokens": self.removed_tokens, "changed": self.changed,
+                "bytes_dropped": self.bytes_dropped, "tokens_dropped": self.tokens_dropped,
                 "reasons": dict(sorted(self.reasons.items())), "copies": dict(sorted(self.copies.items())),
                 "samples": [sample for _, sample in self.samples]}
 
@@ -145,12 +187,13 @@ class Table:
         self._file: Any = tempfile.TemporaryFile() if self._is_remote else open(self._building, "wb")
         self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd")
         self._rows: list[dict[str, Any]] = []
-        self._bytes = self.count = 0
+        self._bytes = self.count = self.bytes = 0
 
     def add(self, row: dict[str, Any], size: int) -> None:
         """Adds a row; `size` is its text's in bytes."""
         self._rows.append(row)
         self._bytes += size + 200
+        self.bytes += size
         self.count += 1
         if self._bytes >= BYTES_A_GROUP:
             self._flush()
@@ -198,7 +241,7 @@ EQUAL = np.dtype([("high", "<u8"), ("low", "<u8"), ("rank", "<u8"), ("document",
 BAND = np.dtype([("key", "<u8"), ("document", "<u8")])
 EDGE = np.dtype([("first", "<u8"), ("second", "<u8"), ("similarity", "<f4"), ("first_bytes", "<u8"),
                  ("first_rank", "<u8"), ("second_bytes", "<u8"), ("second_rank", "<u8")])
-DRAWN = np.dtype([("bin", "<u8"), ("bytes", "<u8")])
+DRAWN = np.dtype([("bin", "<u8"), ("size", "<u8")])
 PART_BITS = 32  # of a document's number, below those of its part
 
 

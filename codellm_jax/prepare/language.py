@@ -13,17 +13,17 @@ def language(text: str, languages: Sequence[str] = ("en", "zh"), at_least: float
       languages: codes of ISO 639-1.
       at_least: probability of the likeliest language; FineWeb (arXiv:2406.17557, section 3.1) has 0.65, of another
         classifier.
-
-    Raises:
-      ValueError: py3langid is not installed, or does not know one of the languages.
     """
-    identifier = _identifier()
-    if unknown := [code for code in languages if code not in identifier.labels]:
-        raise ValueError(f"language: py3langid does not know {unknown[0]!r}: give a code of two letters, such as 'en'.")
-    found, probability = identifier.classify(text)
+    found, probability = _identifier().classify(text)
     if found not in languages:
         return f"language {found}"
     return None if probability >= at_least else f"language {found} with a probability under {at_least:g}"
+
+
+def require_known(languages: Sequence[str]) -> None:
+    """Raises ValueError where py3langid is not installed, or does not know one of the languages."""
+    if unknown := [code for code in languages if code not in _identifier().labels]:
+        raise ValueError(f"language: py3langid does not know {unknown[0]!r}: give a code of two letters, such as 'en'.")
 
 
 @functools.cache

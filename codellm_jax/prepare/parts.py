@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from codellm_jax.mixture.ngrams import NGrams, Question, index, words
+from codellm_jax.mixture.ngrams import Lengths, NGrams, Question, index, words
 from codellm_jax.prepare import ranged
-from codellm_jax.prepare.job import DOCUMENT, DROPPED, PART_BITS, REMOVED, Count, Job, Table, read_rows
+from codellm_jax.prepare.examples import Records
+from codellm_jax.prepare.job import DROPPED, PART_BITS, REMOVED, Count, Job, Table, read_rows
 from codellm_jax.prepare.keys import Keys, bin_of
 from codellm_jax.prepare.shapes import Shape
 from codellm_jax.prepare.steps import Step, apply
@@ -28,7 +29,7 @@ def process(job: Job, stage: int, part: int) -> None:
     """
     if job.facts(stage, part) is not None:
         return
-    documents = Table(job.path(stage, "documents", part, ".parquet"), DOCUMENT, job.hashes)
+    documents = job.documents(stage, part)
     removed = Table(job.path(stage, "removed", part, ".parquet"), REMOVED, job.hashes)
     try:
         facts = _processed(job, stage, part, documents, removed)
@@ -39,19 +40,19 @@ def process(job: Job, stage: int, part: int) -> None:
     removed.close()
     documents.close()
     if facts["shape"]:
-        facts["sha256"] = file_hash(job.path(stage, "documents", part, ".parquet"))
+        facts["sha256"] = file_hash(job.documents_path(stage, part))
     ranged.write_bytes(job.path(stage, "facts", part, ".json"),
                        json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
-def _processed(job: Job, stage: int, part: int, documents: Table, removed: Table) -> dict[str, Any]:
+def _processed(job: Job, stage: int, part: int, documents: Table | Records, removed: Table) -> dict[str, Any]:
     """Writes the documents that are left and those that are removed; gives the facts."""
     of_stage, source = job.stages[stage], job.parts[part].source
     rules = [(number, job.steps[number]) for number in of_stage.rules if job.steps[number].looks_at(source)]
     before = None if of_stage.before is None else job.steps[of_stage.before]
     counts = {number: Count() for number in (of_stage.before, *of_stage.rules) if number is not None}
     after = None if of_stage.after is None else job.steps[of_stage.after]
-    read = {"documents": 0, "bytes": 0}
+    read = {"documents": 0, "bytes": 0, "tokens": 0}
     keys = Keys(job, stage, part, after if after and after.looks_at(source) else None)
     shape = Shape() if after is None else None
     lost: dict[str, int] = {}
@@ -61,26 +62,27 @@ def _processed(job: Job, stage: int, part: int, documents: Table, removed: Table
         kept = {} if copy is None else _copy(job, copy)
         row = {key: document[key] for key in ("source", "file", "row", "sha256")}
         told = {"number": number + 1, "step": job.steps[number].name, "reason": reason, "records": 1,
-                "bytes": size}
+                "bytes": size, "tokens": document["tokens"]}
         removed.add({**row, **told, **kept}, len(reason))
-        counts[number].remove(reason, size, {**row, "text": document["text"], **kept})
+        counts[number].remove(reason, size, document["tokens"], {**row, "text": document["text"], **kept})
 
     found = _read(job, part, lost, removed) if before is None else _left(job, stage, part)
     gone = _Gone(job, stage, part, before)
     for place, document in enumerate(found):
         size = len(document["text"].encode())
-        read = {"documents": read["documents"] + 1, "bytes": read["bytes"] + size}
+        read = {"documents": read["documents"] + 1, "bytes": read["bytes"] + size,
+                "tokens": read["tokens"] + (document["tokens"] or 0)}
         if before is not None and of_stage.before is not None:
             count = counts[of_stage.before]
-            count.documents, count.bytes = count.documents + 1, count.bytes + size
+            count.see(size, document["tokens"])
             reason, copy, text = gone.of(place, document)
             if reason is not None:
                 remove(document, of_stage.before, reason, size, copy)
                 continue
-            size = _changed(document, before, text, size, count)
+            size = _changed(job, document, before, text, size, count)
         for number, step in rules:
             count = counts[number]
-            count.documents, count.bytes = count.documents + 1, count.bytes + size
+            count.see(size, document["tokens"])
             if step.name == "decontaminate":
                 text, reason = document["text"], _overlap(job, step, document["text"], overlaps)
             else:
@@ -88,15 +90,15 @@ def _processed(job: Job, stage: int, part: int, documents: Table, removed: Table
             if reason is not None:
                 remove(document, number, reason, size)
                 break
-            size = _changed(document, step, text, size, count)
+            size = _changed(job, document, step, text, size, count)
         else:
             keys.add(documents.count, document, size)
             documents.add(document, size)
             if shape:
                 shape.add(document, size)
     keys.close()
-    return {"read": read, "documents": documents.count, "removed": removed.count, "lost": dict(sorted(lost.items())),
-            "overlaps": overlaps, "shape": shape and shape.facts(),
+    return {"read": read, "documents": documents.count, "bytes": documents.bytes, "removed": removed.count,
+            "lost": dict(sorted(lost.items())), "overlaps": overlaps, "shape": shape and shape.facts(),
             "steps": {str(number): count.facts() for number, count in counts.items()}}
 
 
@@ -109,14 +111,15 @@ def file_hash(path: epath.Path) -> str:
     return found.hexdigest()
 
 
-def _changed(document: dict[str, Any], step: Step, text: str, size: int, count: Count) -> int:
+def _changed(job: Job, document: dict[str, Any], step: Step, text: str, size: int, count: Count) -> int:
     """Puts the text that a step gives into a document; the document's bytes from now on."""
     if text == document["text"]:
         return size
     document["text"] = text
     document["changed_by"].append(step.name)
-    now = len(text.encode())
-    count.changed, count.bytes_dropped = count.changed + 1, count.bytes_dropped + size - now
+    now, tokens = len(text.encode()), job.tokens(text)
+    count.change(size - now, (document["tokens"] or 0) - (tokens or 0))
+    document["tokens"] = tokens
     return now
 
 
@@ -131,12 +134,13 @@ def _copy(job: Job, dropped: np.void) -> dict[str, Any]:
 
 def _read(job: Job, part: int, lost: dict[str, int], removed: Table) -> Iterator[dict[str, Any]]:
     """The documents of a part as its files have them; counts and writes down records that hold none."""
-    source, files = job.parts[part]
+    source, files, piece = job.parts[part]
     for file in files or ():
         if job.inputs.state(file[0]) != file:
             raise ValueError(f"{source}: {file[0]} is not what it was when this preparation began. Remove {job.folder} "
                              "and start again.")
-    for each in job.inputs.documents(source, None if files is None else [file for file, _, _ in files]):
+    names = None if files is None else [file for file, _, _ in files]
+    for each in job.inputs.documents(source, names, piece, _rows_before(job, part)):
         row = {"source": source, "file": each.file, "row": each.row}
         if each.text is None:
             lost[each.reason] = lost.get(each.reason, 0) + each.records
@@ -144,8 +148,36 @@ def _read(job: Job, part: int, lost: dict[str, int], removed: Table) -> Iterator
             removed.add({**row, **told}, len(each.reason))
             continue
         content = each.text.encode()
-        yield {**row, "text": each.text, "sha256": hashlib.sha256(content).hexdigest(), "licence": each.licence,
-               "language": each.language, "bytes_read": len(content), "changed_by": []}
+        yield {**row, "text": each.text, "sha256": hashlib.sha256(content).hexdigest(), "license": each.licence,
+               "language": each.language, "bytes_read": len(content), "tokens": job.tokens(each.text),
+               "changed_by": []}
+
+
+def count_rows(job: Job, part: int) -> None:
+    """Writes down how many rows a part has that is a piece of a file, unless that is done."""
+    path = job.path(0, "rows", part, ".json")
+    source, files, piece = job.parts[part]
+    if files and piece and not path.exists():
+        ranged.write_bytes(path, json.dumps(job.inputs.rows(source, files[0][0], piece)).encode())
+
+
+def sum_rows(job: Job) -> None:
+    """Writes down, once all are counted, how many rows of its file come before each part that is a piece of one."""
+    before, of_file = 0, None
+    found = []
+    for number, part in enumerate(job.parts):
+        before = before if (part.source, part.files) == of_file else 0
+        of_file = part.source, part.files
+        found.append(before)
+        before += json.loads(job.path(0, "rows", number, ".json").read_text()) if part.piece else 0
+    ranged.write_bytes(epath.Path(job.folder) / "stage0" / "rows_before.json", json.dumps(found).encode())
+
+
+def _rows_before(job: Job, part: int) -> int:
+    """Of a part that is a piece of a file, how many rows the pieces before it have."""
+    if not job.parts[part].piece:
+        return 0
+    return json.loads((epath.Path(job.folder) / "stage0" / "rows_before.json").read_text())[part]
 
 
 def _left(job: Job, stage: int, part: int) -> Iterator[dict[str, Any]]:
@@ -196,10 +228,13 @@ class _Gone:
 
 
 @functools.lru_cache(maxsize=2)
-def _questions(path: str, ngram: int, minimum: int, most: int) -> tuple[NGrams, list[Question], np.ndarray]:
+def _questions(
+    path: str, ngram: int, minimum: int, characters: int, minimum_characters: int, most: int
+) -> tuple[NGrams, list[Question], np.ndarray]:
     """The n-grams of the benchmarks' questions, whose they are, and that none of them is left out."""
     questions = [Question(task, own, tuple(parts)) for task, own, parts in json.loads(epath.Path(path).read_text())]
-    return index(questions, ngram, minimum, most), questions, np.zeros(len(questions), bool)
+    ngrams = index(questions, ngram, minimum, most, Lengths(characters, minimum_characters))
+    return ngrams, questions, np.zeros(len(questions), bool)
 
 
 def _overlap(job: Job, step: Step, text: str, overlaps: dict[str, dict[str, str]]) -> str | None:

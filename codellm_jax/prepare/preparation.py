@@ -5,6 +5,10 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from codellm_jax.vocabulary import Vocabulary
+
+FORMATS = {"parquet": "pyarrow", "array_record": "array_record", "tfrecord": "google_crc32c"}  # and what writes them
+
 
 class Inputs(Protocol):
     """The corpora, and how they are read. `tasks.corpora.inputs.Inputs` is one."""
@@ -22,8 +26,18 @@ class Inputs(Protocol):
         """Path, size in bytes, and time of the last change in nanoseconds of a file."""
         ...
 
-    def documents(self, name: str, files: Sequence[str] | None) -> Iterator[Any]:
-        """A `tasks.corpora.inputs.Input` of each record of some files of a corpus, or of all of it."""
+    def pieces(self, name: str, file: str, at_most: int) -> list[tuple[int, int]] | None:
+        """The pieces, of about so many bytes, that a file can be read in; None where it is read as a whole."""
+        ...
+
+    def rows(self, name: str, file: str, piece: tuple[int, int]) -> int:
+        """How many lines or rows a piece of a file has."""
+        ...
+
+    def documents(
+        self, name: str, files: Sequence[str] | None, piece: tuple[int, int] | None = None, rows_before: int = 0
+    ) -> Iterator[Any]:
+        """A `tasks.corpora.inputs.Input` of each record of some files of a corpus, of a piece of a file, or of all."""
         ...
 
 
@@ -41,10 +55,14 @@ class Preparation:
 
     Attributes:
       inputs: the corpora.
-      steps: names or mappings, as `prepare.steps` describes them.
+      steps: names of steps, or mappings of a name and options, in the order in which they are applied.
       output: a folder that is not there yet, local or gs://.
-      benchmarks, tasks: of which benchmarks the questions are looked for by the step "decontaminate".
-      part_bytes: files of one corpus are joined into parts of about so many bytes, which are worked on one by one.
+      benchmarks: reads the questions that the step "decontaminate" looks for.
+      tasks: the benchmarks whose questions the step "decontaminate" looks for.
+      vocabulary: counts documents and budgets in its tokens; None for no count.
+      format: of the documents that are written, one of `FORMATS`; the latter two are a dataset of TensorFlow Datasets.
+      part_bytes: files of one corpus are joined into parts of about so many bytes, and larger files of JSON lines and
+        Parquet are divided; workers take one part at a time.
     """
 
     inputs: Inputs
@@ -52,11 +70,15 @@ class Preparation:
     output: str
     benchmarks: Benchmarks | None = None
     tasks: Sequence[str] = ()
+    vocabulary: Vocabulary | None = None
+    format: str = "parquet"
     part_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         if not self.output.strip():
             raise ValueError("OUTPUT must name a folder.")
+        if self.format not in FORMATS:
+            raise ValueError(f"FORMAT must be one of {', '.join(FORMATS)}, found {self.format!r}.")
         if self.part_bytes < 1:
             raise ValueError(f"prepare.part_bytes must be at least 1, found {self.part_bytes}.")
 
@@ -66,7 +88,8 @@ class Preparation:
         Raises:
           ValueError: a library is missing that preparations need and nothing else does.
         """
-        if missing := [name for name in ("pyarrow", "xxhash") if importlib.util.find_spec(name) is None]:
+        needed = dict.fromkeys(["pyarrow", "xxhash", FORMATS[self.format]])
+        if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             raise ValueError(f"t5x prepare needs {' and '.join(missing)}: pip install '.[prepare]'.")
         from codellm_jax.prepare.prepare import prepare
 

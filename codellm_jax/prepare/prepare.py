@@ -2,7 +2,9 @@
 
 OUTPUT holds in the end
 
-  documents-00000-of-00007.parquet   what is left; each with the file and row that it was read from, and its hash there
+  documents-00000-of-00007.parquet   what is left; each with the file and row that it was read from, and its hash there;
+                                     or documents-train.tfrecord-00000-of-00007 (or array_record), a TFDS dataset by
+                                     features.json and dataset_info.json
   removed/                           of each document that is not: the same, and which step removed it and why
   manifest.json                      inputs with sizes and times of change, steps with all options, counts, and the
                                      files' hashes
@@ -20,17 +22,17 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from codellm_jax.mixture.tokens import quiet_stderr
-from codellm_jax.prepare import parts, reduction
+from codellm_jax.prepare import examples, parts, reduction
 from codellm_jax.prepare.card import write_card
 from codellm_jax.prepare.job import Job, Part
 from codellm_jax.prepare.preparation import Preparation
-from codellm_jax.prepare.steps import Step, described, hash_of, steps_of
+from codellm_jax.prepare.steps import Step, counts_tokens, described, hash_of, steps_of
 from codellm_jax.results.files import write_whole
 from codellm_jax.runtime import beam
 from codellm_jax.runtime.process import alone_in
@@ -57,6 +59,8 @@ def prepare(
     output = preparation.output if "://" in preparation.output else os.path.abspath(
         os.path.expanduser(preparation.output))
     steps = steps_of(preparation.steps, list(preparation.inputs.corpora))
+    if counts_tokens(steps) and preparation.vocabulary is None:
+        raise ValueError("sample: budgets of tokens need the vocabulary that counts them: set VOCABULARY.")
     questions = _questions(preparation, steps)
     plan = _plan(preparation, steps, questions)
     hashes = {"steps_sha256": plan["steps_sha256"], "inputs_sha256": plan["inputs_sha256"]}
@@ -66,9 +70,10 @@ def prepare(
     _require_reach(runner, output, plan)
     folder = f"{output.rstrip('/')}.building"
     with alone_in(folder, "OUTPUT", "preparing documents"):
-        of_parts = tuple(Part(source, None if files is None else tuple(map(tuple, files)))
-                         for source, files in plan["parts"])
-        job = Job(preparation.inputs, tuple(steps), of_parts, folder, hashes)
+        of_parts = tuple(Part(source, None if files is None else tuple(map(tuple, files)), piece and tuple(piece))
+                         for source, files, piece in plan["parts"])
+        job = Job(preparation.inputs, tuple(steps), of_parts, folder, hashes, preparation.vocabulary,
+                  preparation.format)
         _begin(job, plan, questions)
         _run(job, work, report)
         _finish(job, plan, epath.Path(output), report)
@@ -86,22 +91,37 @@ def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[A
         files = preparation.inputs.files(source)
         inputs.append({"source": source, "spec": spec, "files": files and [[name, size] for name, size, _ in files]})
         if files is None:
-            of_parts.append([source, None])
+            of_parts.append([source, None, None])
             continue
         changed |= {name: time for name, _, time in files}
-        part: list[tuple[str, int, int]] = []
-        for file in files:
-            if part and sum(size for _, size, _ in part) + file[1] > preparation.part_bytes:
-                of_parts.append([source, part])
-                part = []
-            part.append(file)
-        of_parts.append([source, part])
+        of_parts += _parts(preparation, source, files)
     text = json.dumps(questions, ensure_ascii=False)
+    vocabulary = preparation.vocabulary and preparation.vocabulary.content_hash
     plan = {"inputs": inputs, "inputs_sha256": _hash(inputs), "changed": changed, "steps": described(steps),
-            "steps_sha256": hash_of(steps),
+            "steps_sha256": hash_of(steps, vocabulary), "vocabulary_sha256": vocabulary,
+            "format": preparation.format, "vocabulary": preparation.vocabulary and preparation.vocabulary.path,
             "questions_sha256": hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest(),
             "tasks": Counter(task for task, _, _ in questions), "parts": of_parts}
     return json.loads(json.dumps(plan))
+
+
+def _parts(preparation: Preparation, source: str, files: Sequence[tuple[str, int, int]]) -> Iterator[list[Any]]:
+    """The parts of a corpus, each its name, files, and of a file that is parted the piece."""
+    part: list[tuple[str, int, int]] = []
+    held = 0
+    for file in files:
+        name, size, _ = file
+        if part and held + size > preparation.part_bytes:
+            yield [source, part, None]
+            part, held = [], 0
+        if size > preparation.part_bytes and (found := preparation.inputs.pieces(
+                source, name, preparation.part_bytes)):
+            yield from ([source, [file], piece] for piece in found)
+            continue
+        part.append(file)
+        held += size
+    if part:
+        yield [source, part, None]
 
 
 def _hash(value: Any) -> str:
@@ -124,7 +144,8 @@ def _questions(preparation: Preparation, steps: Sequence[Step]) -> list[Any]:
 
 
 _KINDS = {"steps": "STEPS", "inputs": "files of CORPORA", "changed": "contents of files of CORPORA",
-          "questions_sha256": "questions of TASKS", "parts": "files of CORPORA, or prepare.part_bytes,"}
+          "format": "FORMAT", "vocabulary_sha256": "VOCABULARY", "questions_sha256": "questions of TASKS",
+          "parts": "files of CORPORA, or prepare.part_bytes,"}
 
 
 def _difference(before: Mapping[str, Any], plan: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -139,7 +160,8 @@ def _is_done(output: epath.Path, plan: Mapping[str, Any]) -> bool:
     manifest = output / "manifest.json"
     if manifest.exists():
         before = json.loads(manifest.read_text())
-        if (differs := _difference(before, plan, ("steps", "inputs", "changed", "questions_sha256"))) is None:
+        if (differs := _difference(before, plan, (
+                "steps", "inputs", "changed", "format", "vocabulary_sha256", "questions_sha256"))) is None:
             return True
         raise ValueError(f"OUTPUT {output} was prepared from other {differs}: set another, or remove it.")
     if output.exists() and not epath.Path(f"{output}.building").exists() and any(output.iterdir()):
@@ -152,8 +174,10 @@ def _require_reach(runner: str, output: str, plan: Mapping[str, Any]) -> None:
     if not runner.lower().startswith("dataflow"):
         return
     names = [output, *(file for one in plan["inputs"] for file, _ in one["files"] or ())]
+    names += [plan["vocabulary"]] if plan["vocabulary"] else []
     if local := [name for name in names if "://" not in name]:
-        raise ValueError(f"Dataflow's workers do not see this machine's disk, where {local[0]} lies: use gs://.")
+        raise ValueError(f"Dataflow's workers do not see this machine's disk, where {local[0]} lies: use gs://"
+                         + ", or leave prepare.vocabulary = None." * (local == [plan["vocabulary"]]))
 
 
 def _begin(job: Job, plan: Mapping[str, Any], questions: Sequence[Any]) -> None:
@@ -206,10 +230,16 @@ def _alone(job: Job, todo: Sequence[str]) -> None:
 
 
 def do(job: Job, text: str) -> None:
-    """Does what a text names: a part in a stage, or a bucket behind one."""
+    """Does what a text names: a part in a stage, a bucket behind one or of a round of joining, or counting of rows."""
     what, *numbers = json.loads(text)
     if what == "part":
         parts.process(job, *numbers)
+    elif what == "rows":
+        parts.count_rows(job, *numbers)
+    elif what == "star":
+        reduction.star(job, *numbers)
+    elif what == "joined":
+        reduction.drop_joined(job, *numbers)
     else:
         reduction.reduce(job, *numbers)
 
@@ -228,7 +258,10 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
         if stage:
             count = reduction.buckets(job, stage - 1)
             work(job, [json.dumps(["bucket", stage - 1, bucket, count]) for bucket in range(count)])
-            reduction.finish(job, stage - 1)
+            reduction.finish(job, stage - 1, functools.partial(work, job))
+        else:
+            work(job, [json.dumps(["rows", part]) for part, one in enumerate(job.parts) if one.piece])
+            parts.sum_rows(job)
         work(job, [json.dumps(["part", stage, part]) for part in todo])
         left = sum((job.facts(stage, part) or {})["documents"] for part in range(len(job.parts)))
         report(f"{told}{left:,} documents left, in {len(job.parts):,} part{'s' * (len(job.parts) > 1)}.")
@@ -238,7 +271,7 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
 
 def _forget(job: Job, stage: int) -> None:
     """Removes the documents of a stage, and what was found of them, once the next one is done."""
-    for kind in ("documents", "keys", "signed", "edges", "found"):
+    for kind in ("documents", "keys", "signed", "shingles", "edges", "star", "found"):
         for path in reduction.files(job, stage, kind):
             path.unlink()
 
@@ -252,19 +285,26 @@ def _finish(job: Job, plan: Mapping[str, Any], output: epath.Path, report: Calla
     last = len(job.stages) - 1
     (output / "removed").mkdir(parents=True, exist_ok=True)
     written = []
-    for part, of_part in enumerate(facts[last]):
-        if of_part["documents"]:
-            name = f"documents-{part:05d}-of-{len(job.parts):05d}.parquet"
-            _move(job.path(last, "documents", part, ".parquet"), output / name)
-            written.append({"file": name, "source": job.parts[part].source, "documents": of_part["documents"],
-                            "bytes": of_part["shape"]["bytes"], "sha256": of_part["sha256"]})
+    filled = [part for part, of_part in enumerate(facts[last]) if of_part["documents"]]
+    for number, part in enumerate(filled):
+        name = f"documents-{part:05d}-of-{len(job.parts):05d}.parquet" if job.format == "parquet" else \
+            examples.shard(job.format, number, len(filled))
+        _move(job.documents_path(last, part), output / name)
+        of_part, shape = facts[last][part], facts[last][part]["shape"]
+        written.append({"file": name, "source": job.parts[part].source, "documents": of_part["documents"],
+                        "bytes": shape["bytes"], "tokens": shape["tokens"], "sha256": of_part["sha256"]})
     for stage, of_stage in enumerate(facts):
         for part, of_part in enumerate(of_stage):
             if of_part["removed"]:
                 _move(job.path(stage, "removed", part, ".parquet"),
                       output / "removed" / f"stage{stage}-{part:05d}.parquet")
-    manifest = {key: plan[key] for key in ("inputs", "inputs_sha256", "changed", "steps", "steps_sha256", "tasks",
-                                           "questions_sha256")}
+    if job.format != "parquet":
+        size = sum(facts[last][part]["bytes"] for part in filled)
+        for name, text in examples.descriptions(
+                job.format, [one["documents"] for one in written], size, job.vocabulary is not None):
+            write_whole(output / name, text)
+    manifest = {key: plan[key] for key in ("inputs", "inputs_sha256", "changed", "steps", "steps_sha256", "format",
+                                           "vocabulary", "vocabulary_sha256", "tasks", "questions_sha256")}
     sources = list(dict.fromkeys(part.source for part in job.parts))
     counted = write_card(output, manifest, job, facts, sources)
     write_whole(output / "manifest.json", json.dumps(

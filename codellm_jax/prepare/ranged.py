@@ -4,12 +4,18 @@ A file begins with where each range begins and the last one ends, uint64 [ranges
 behind. Files are written whole, under another name until they are.
 """
 
-import os
 import uuid
 from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
+
+BYTES_BETWEEN = 64 << 10  # of records that nobody wants: reading them takes less than asking once more
+
+
+def index_bytes(count: int) -> int:
+    """Bytes that a file of so many ranges has before its records."""
+    return 8 * (count + 1)
 
 
 def write(path: epath.Path, records: np.ndarray, ranges: np.ndarray, count: int) -> None:
@@ -39,20 +45,22 @@ def read(paths: Iterable[epath.Path], dtype: np.dtype, count: int, first: int, l
         with path.open("rb") as file:
             file.seek(8 * first)
             head = np.frombuffer(file.read(8 * (last - first + 1)), np.uint64)
-            file.seek(8 * (count + 1) + int(head[0]) * dtype.itemsize)
+            file.seek(index_bytes(count) + int(head[0]) * dtype.itemsize)
             found.append(np.frombuffer(file.read(int(head[-1] - head[0]) * dtype.itemsize), dtype))
     return np.concatenate(found)
 
 
 def rows(path: epath.Path, dtype: np.dtype, numbers: np.ndarray) -> np.ndarray:
-    """Some records of a file without ranges, by their numbers. On a disk no others are read."""
-    if "://" in os.fspath(path):
-        return np.frombuffer(path.read_bytes(), dtype)[numbers]
-    return np.memmap(path, dtype, "r")[numbers]
-
-
-def column(path: epath.Path, dtype: np.dtype, name: str) -> np.ndarray:
-    """One field of all records of a file without ranges."""
-    if "://" in os.fspath(path):
-        return np.frombuffer(path.read_bytes(), dtype)[name]
-    return np.array(np.memmap(path, dtype, "r")[name])
+    """Some records of a file without ranges, by their numbers, ascending; no more than what lies between neighbours is
+    read besides.
+    """
+    found = np.zeros(len(numbers), dtype)
+    apart = np.flatnonzero(np.diff(numbers) * dtype.itemsize > BYTES_BETWEEN) + 1
+    with path.open("rb") as file:
+        for those in np.split(np.arange(len(numbers)), apart):
+            if len(those):
+                first, last = int(numbers[those[0]]), int(numbers[those[-1]])
+                file.seek(first * dtype.itemsize)
+                read_here = np.frombuffer(file.read((last - first + 1) * dtype.itemsize), dtype)
+                found[those] = read_here[numbers[those] - first]
+    return found

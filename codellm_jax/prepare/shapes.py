@@ -14,31 +14,33 @@ LICENCES = 1000  # of a part, that are counted by name
 class Shape:
     """Counts documents as they come.
 
-    Facts are {"documents", "bytes", "characters": {exponent: documents of 2^exponent characters and more, under twice
-    as many}, "chinese" and "repeated": {bin: documents}, "licences", "languages": {name or "": documents}}.
+    Facts are {"documents", "bytes", "tokens" (0 without a vocabulary), "characters": {exponent: documents of 2^exponent
+    characters and more, under twice as many}, "chinese" and "repeated": {bin: documents}, "licences", "languages":
+    {name or "": documents}}.
     """
 
     def __init__(self) -> None:
-        self._documents = self._bytes = 0
+        self._documents = self._bytes = self._tokens = 0
         self._counts: dict[str, Counter[str]] = {
             name: Counter() for name in ("characters", "chinese", "repeated", "licences", "languages")}
 
     def add(self, document: Mapping[str, Any], size: int) -> None:
-        """Counts a document of so many bytes."""
+        """Counts a document of so many bytes; its tokens stand in it."""
         self._documents += 1
         self._bytes += size
+        self._tokens += document["tokens"] or 0
         text = document["text"]
         self._counts["characters"][str(len(text).bit_length() - 1)] += 1
         self._counts["chinese"][str(min(int(share_of_chinese(text) * SHARES), SHARES - 1))] += 1
         self._counts["repeated"][str(min(int(repeated_share(text) * SHARES), SHARES - 1))] += 1
-        for name, value in (("licences", document["licence"]), ("languages", document["language"])):
+        for name, value in (("licences", document["license"]), ("languages", document["language"])):
             of = self._counts[name]
             value = value or ""
             of[value if value in of or len(of) < LICENCES else "others"] += 1
 
     def facts(self) -> dict[str, Any]:
         """As JSON."""
-        return {"documents": self._documents, "bytes": self._bytes,
+        return {"documents": self._documents, "bytes": self._bytes, "tokens": self._tokens,
                 **{name: dict(sorted(found.items())) for name, found in self._counts.items()}}
 
 

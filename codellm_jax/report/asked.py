@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codellm_jax.mixture.ledger import rows_of_code, stages_of
-from codellm_jax.report.effects import Design, Level, Sample, design_of
+from codellm_jax.report import questions
+from codellm_jax.report.effects import SAME_WEIGHT, Design, Level, Sample, design_of
 from codellm_jax.report.runs import Run, of_an_arm
 from codellm_jax.report.study import Study, code_rate
-from codellm_jax.results import measures
-from codellm_jax.results.answers import METRICS, linear, metrics_of, score_of, values_of
+from codellm_jax.results.answers import METRICS
 
 POOLS = ("text", "code")
 FEWEST_SHARES = 3  # of a sweep
@@ -26,7 +26,7 @@ SAME_LENGTH = 0.02  # of all tokens of documents
 SAME_SHARE = 0.01  # a share that is asked is told instead of the one that was drawn, where they are this close
 OF_THE_MIX = ("mixture.code_rate", "mixture.mix_phases", "mixture.stage")
 ABSENT = "without the stage"
-TITLES = {"bits_per_byte": "bits per byte of the right answer"}
+OF_SOURCES = frozenset(f"{pool} {what}" for pool in POOLS for what in ("of", "weights"))  # facts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed as the object it is
@@ -78,6 +78,7 @@ class Group:
       shares: of each arm, of code at each stage; that of the stage before where it goes without the stage.
       absent: of each arm, the places of the stages that it goes without.
       facts: of each arm and stage.
+      sources: of each arm and stage the share of each source by name; empty where it goes without the stage.
       tokens: of each arm, of documents that the loss counted, in all stages.
       parameters: of their model; None where nothing tells them.
     """
@@ -87,6 +88,7 @@ class Group:
     shares: Mapping[str, Sequence[float]]
     absent: Mapping[str, frozenset[int]]
     facts: Mapping[str, Sequence[Facts]]
+    sources: Mapping[str, Sequence[Mapping[str, float]]]
     tokens: Mapping[str, int]
     parameters: int | None
 
@@ -95,15 +97,27 @@ class Group:
         """Of each arm; facts are told where arms differ in them."""
         found: dict[str, list[Level]] = {label: [] for label in self.shares}
         for k in range(len(self.stages)):
-            present = [facts[k] for label, facts in self.facts.items() if k not in self.absent[label]]
-            differing = [name for name in dict.fromkeys(name for facts in present for name in facts)
-                         if len({facts[name] for facts in present if name in facts}) > 1]
+            differing = self._differing(k)
             for label, shares in self.shares.items():
                 own = self.facts[label][k]
                 other = ABSENT if k in self.absent[label] else "; ".join(
                     f"{name} {own[name]}" for name in differing if name in own)
                 found[label].append(Level(shares[k], other))
         return found
+
+    def _differing(self, k: int) -> list[str]:
+        """The names of facts that arms differ in at a stage."""
+        present = [facts[k] for label, facts in self.facts.items() if k not in self.absent[label]]
+        return [name for name in dict.fromkeys(name for facts in present for name in facts)
+                if len({facts[name] for facts in present if name in facts}) > 1]
+
+    @functools.cached_property
+    def by_source(self) -> frozenset[int]:
+        """The places of stages where arms differ in the sources of a pool or their weights, and in nothing else but the
+        share: there sources have effects of their own.
+        """
+        return frozenset(k for k in range(len(self.stages))
+                         if (differing := self._differing(k)) and set(differing) <= OF_SOURCES)
 
     @functools.cached_property
     def design(self) -> Design:
@@ -112,7 +126,10 @@ class Group:
     @functools.cache  # noqa: B019  # as long as the study
     def design_of(self, labels: frozenset[str]) -> Design:
         """What some of the arms can tell, such as those that were asked a benchmark."""
-        return design_of(self.stages, {label: levels for label, levels in self.levels.items() if label in labels})
+        return design_of(
+            self.stages, {label: levels for label, levels in self.levels.items() if label in labels},
+            {k: {label: self.sources[label][k] for label in self.sources if label in labels and k not in
+                 self.absent[label]} for k in self.by_source})
 
     @functools.cached_property
     def sweeps(self) -> list[Sweep]:
@@ -193,14 +210,16 @@ def _tree(study: Study, labels: Sequence[str], stages: int) -> list[str]:
 def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
     shares: dict[str, list[float]] = {}
     facts: dict[str, list[Facts]] = {}
+    rows: dict[str, list[Mapping[str, int]]] = {}
     absent: dict[str, frozenset[int]] = {}
     by_name = {run.name: run for run in study.runs}
     for label in labels:
         run = _finished(study, label)[0]
         own = dict(zip(_names(run), zip(run.stages, stages_of(run.ledger), strict=True), strict=True))
         absent[label] = frozenset(k for k, name in enumerate(stages) if name not in own)
-        shares[label], facts[label] = [], []
+        shares[label], facts[label], rows[label] = [], [], []
         for name in stages:
+            rows[label].append(own[name][1]["rows"] if name in own else {})
             if name in own:
                 share = _share(own[name][1], by_name.get(own[name][0].run))
                 facts[label].append(_facts(own[name][1], by_name.get(own[name][0].run), study.comparison))
@@ -212,11 +231,40 @@ def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
     again = {label for label in labels if absent[label] and any(
         shares[other] == shares[label] and not absent[other] and _stands_on(study, other, label) for other in labels)}
     kept = [label for label in labels if label not in again]
+    sources: dict[str, list[dict[str, float]]] = {label: [{} for _ in stages] for label in kept}
+    for k in range(len(stages)):
+        for pool, of_pool in zip(POOLS, (lambda share: 1 - share, lambda share: share), strict=True):
+            weights = _weights({label: rows[label][k] for label in kept}, pool)
+            for label, own_weights in weights.items():
+                sources[label][k] |= {name: weight * of_pool(shares[label][k]) for name, weight in own_weights.items()}
+                if max(map(len, weights.values())) > 1:
+                    facts[label][k][f"{pool} weights"] = ", ".join(
+                        f"{name.partition('.')[2]} {100 * weight:.0f}%" for name, weight in own_weights.items())
     return Group(
         study, stages, {label: shares[label] for label in kept}, {label: absent[label] for label in kept},
-        {label: facts[label] for label in kept},
+        {label: facts[label] for label in kept}, sources,
         {label: _document_tokens(_finished(study, label)[0]) for label in kept},
         _finished(study, labels[0])[0].parameters)
+
+
+def _weights(rows: Mapping[str, Mapping[str, int]], pool: str) -> dict[str, dict[str, float]]:
+    """Of each arm that has some of a pool the weights of its sources within it; those of an arm before it where they
+    are the same but for `SAME_WEIGHT` and three rows.
+
+    Args:
+      rows: of each arm and source at a stage.
+    """
+    found: dict[str, dict[str, float]] = {}
+    totals: dict[str, int] = {}
+    for label, of_arm in rows.items():
+        mine = {name: count for name, count in sorted(of_arm.items()) if name.startswith(f"{pool}.") and count}
+        if total := sum(mine.values()):
+            own = {name: count / total for name, count in mine.items()}
+            same = next((other for other, weights in found.items() if all(
+                abs(weights.get(name, 0.0) - own.get(name, 0.0)) <= SAME_WEIGHT + 3 / min(total, totals[other])
+                for name in weights.keys() | own.keys())), None)
+            found[label], totals[label] = own if same is None else found[same], total
+    return found
 
 
 def models_of(group: Group, among: Sequence[Group]) -> str:
@@ -315,36 +363,14 @@ def _losses(runs: Mapping[str, Sequence[Run]]) -> list[Measure]:
 
 def _of_task(study: Study, runs: Mapping[str, Sequence[Run]], task: str) -> list[Measure]:
     """What a benchmark's questions say under each metric and measure, of the arms that were asked and measured."""
-    asked = {label: {run.seed: run.results[task] for run in of_arm
-                     if task in run.results and run.results[task].measured} for label, of_arm in runs.items()}
-    lines = [result.lines for of_arm in asked.values() for result in of_arm.values()]
-    if not lines:
-        return []
-    ids = study.result(task).ids
-    kept = np.array([id_ not in study.overlapping(task) for id_ in ids])
-    if kept.sum() < 2:
-        return []
+    results = {(label, run.seed): run.results[task] for label, of_arm in runs.items() for run in of_arm
+               if task in run.results}
     found, sample = [], " (sample)" * study.is_sample(task)
-    for metric in metrics_of(lines[0]):
-        found.append(Measure(f"{task} {METRICS[metric]}{sample}", "points", "higher", task, metric, 100.0, True, {
-            label: {seed: Sample(score_of(values), linear([values])[0]) for seed, values in (
-                (seed, values_of(result.lines, metric)[kept]) for seed, result in of_arm.items())}
-            for label, of_arm in asked.items()}))
-    if "candidates" not in lines[0][0]:
-        return found
-    scoring = str(study.result(task).result["settings"].get("scoring", "per_token"))
-    values = {label: {seed: measures.values(result.lines, scoring) for seed, result in of_arm.items()}
-              for label, of_arm in asked.items()}
-    for measure in measures.MEASURES:
-        if measure.name == "accuracy":
-            continue
-        every = np.stack([one[measure.name] for of_arm in values.values() for one in of_arm.values()])
-        whole = kept & np.isfinite(every).all(axis=0)
-        if whole.sum() > 1:
-            unit = measures.UNITS[scoring] if measure.name == "margin" else measure.unit
-            found.append(Measure(
-                f"{task} {TITLES.get(measure.name, measure.title)}{sample}", unit or "points", measure.better, task,
-                measure.name, 1.0 if unit else 100.0, measure.name == "bits_per_byte", {
-                    label: {seed: Sample(float(one[measure.name][whole].mean()), one[measure.name][whole])
-                            for seed, one in of_arm.items()} for label, of_arm in values.items()}))
+    for one in questions.asked(results, study.overlapping(task)):
+        samples: dict[str, dict[int | None, Sample]] = {label: {} for label in runs}
+        for (label, seed), values in one.values.items():
+            samples[label][seed] = Sample(one.scores[label, seed], values)
+        found.append(Measure(
+            f"{task} {one.title}{sample}", one.unit or "points", one.better, task, one.metric,
+            1.0 if one.unit else 100.0, one.metric in (*METRICS, "bits_per_byte"), samples))
     return found

@@ -83,8 +83,8 @@ def losses(study: Study) -> Section:
     if not rows:
         return Section([*blocks, Text("No run has recorded a loss."), *notes], [])
     shown = [place for place in range(6) if any(row[place] != "-" for row in rows)]
-    blocks.append(Table("At the end of each arm's runs, in nats a token: the mean over seeds, and the standard "
-                        "deviation between them; perplexity is that of the mean",
+    blocks.append(Table("The losses at the end of each arm's runs, in nats a token: the mean over seeds and, "
+                        "with ±, the standard deviation between them. Perplexity is that of the mean.",
                         [("Arm", "Stage", "Seeds", "Held-out text", "Held-out code", "Training")[n] for n in shown],
                         [[row[n] for n in shown] for row in rows], words=(1,)))
     columns = ("run", "arm", "seed", "stage", "pool", "step", "tokens", "loss")
@@ -98,8 +98,9 @@ def mixes(study: Study, figure: Figure | None) -> Section:
             for label, runs in study.arms.items() if runs[0].stages]
     if rows:
         blocks.append(Table(
-            "The stages of each arm, by the ledger of its first seed, and of a trunk what came before the branch: "
-            "tokens that the loss counted, and the share of code of the rows, in tuning of the examples",
+            "The stages that each arm went through, by the ledger of its first seed: the tokens that the loss counted, "
+            "and the share of code among the rows, in tuning among the examples. Of a trunk they are what came before "
+            "the branch.",
             ("Arm", "By its ledger", "Stages"), rows, words=(1, 2)))
     return Section([*blocks, figure or Text("No run has left a record of its mix.")], [])
 
@@ -135,7 +136,8 @@ def contamination(study: Study) -> Section:
             rest = len(gone) - len(shown)
             marked.append(f"{task}: {', '.join(f'`{id_}`' for id_ in shown)}"
                           + (f" and {rest:,} more, in `questions.csv`" if rest else ""))
-    blocks.append(Table("", ("Task", "Questions", "Overlapping", "Not tested", "Of them in"), rows, words=(4,)))
+    blocks.append(Table("How many questions of each task stand in what was trained on, and in which sources.",
+                        ("Task", "Questions", "Overlapping", "Not tested", "Of them in"), rows, words=(4,)))
     if marked:
         blocks += [Text("The questions that overlap:"), Items(marked)]
     return Section(blocks, [])
@@ -168,7 +170,8 @@ def asked(study: Study) -> Section:
         if tied := [f"`{name}`" for name, one in asked_of.items() if not one.measured]:
             notes.append(f"{task} is not measured of {', '.join(tied)}: most questions are ties.")
     blocks: list[Block] = [Heading(2, "What was asked"), Table(
-        "Of every run alike; hashes are of the files' content, and of the texts that were scored",
+        "The questions of each task and how they were asked, which is the same for all runs. Hashes are those of the "
+        "files and of the texts that were scored.",
         ("Task", "n", "Skipped", "Data", "Questions", "Template", "Few-shot", "Scoring", "Metrics"), rows,
         words=(3, 4, 5, 7, 8))]
     return Section([*blocks, *([Items(notes)] if notes else [])], [])
@@ -204,10 +207,14 @@ def provenance(study: Study) -> Section:
                         json.dumps(known.get("data") or {}), json.dumps(known.get("versions") or {})])
     data = sorted({f"{source}: `{str(value)[:HASH]}`" for run in study.runs
                    for source, value in ((run.provenance or {}).get("data") or {}).items()})
+    data += sorted({f"{source} was prepared by the steps `{one['steps_sha256'][:HASH]}` of the inputs "
+                    f"`{one['inputs_sha256'][:HASH]}`: {_inputs(one)}" for run in study.runs
+                    for source, found in ((run.provenance or {}).get("prepared") or {}).items() for one in found})
     versions = sorted({", ".join(f"{name} {value}" for name, value in sorted(found.items())) for run in study.runs
                        if (found := (run.provenance or {}).get("versions"))})
     blocks: list[Block] = [Heading(2, "Provenance"), Table(
-        "Tokens are those that the loss counted in the run's own stage, by the ledger of its checkpoint",
+        "What each run comes from. Tokens are those that the loss counted in the run's own stage, by the ledger of its "
+        "checkpoint; hashes are of the configuration, the order of the data and the checkpoint.",
         ("Run", "Arm", "Seed", "Step", "Parameters", "Tokens", "Configuration", "Code", "Order", "Checkpoint"), rows,
         words=(1, 5, 6, 7, 8, 9))]
     if data:
@@ -220,6 +227,11 @@ def provenance(study: Study) -> Section:
         "stages", "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary",
         "checkpoint_digest", "data", "versions"), numbers), ("results", RESULT_COLUMNS, [
             _of_result(run, task) for run in study.runs for task in run.results])])
+
+
+def _inputs(prepared: Mapping[str, Any]) -> str:
+    """The paths that a source was prepared of."""
+    return "; ".join(f"{source} `{', '.join(paths)}`" for source, paths in prepared["inputs"].items())
 
 
 def _of_result(run: Run, task: str) -> list[Any]:

@@ -11,6 +11,9 @@ and is fitted by least squares to the arms' means, each counting equally. Its co
     code in j           the mean over the levels with code minus that over those without (a main effect, midway between
                         code and none in the others)
     more code in j      the slope over the shares of the levels with code, for 10 points of 100
+    a source in j       where levels differ in the sources of a pool or their weights: the slope over the share of that
+                        source by least squares over the levels, for 10 points in place of text in its proportions, or
+                        where that is not estimable in place of the other sources of its pool
     j and k together    the coefficient of the interaction: what code in j adds where k has code, minus what it adds
                         where k has none
 
@@ -30,9 +33,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codellm_jax.results.seeds import Contrast, by_parts
+from codellm_jax.results.statistics import without_rounding
 
 SMALL = 1e-9
 STEP = 0.1  # of a share, that a slope is told for
+SAME_WEIGHT = 0.02  # of a source within its pool
 
 
 class Level(NamedTuple):
@@ -49,7 +54,7 @@ class Level(NamedTuple):
 class Effect(NamedTuple):
     """A contrast as a weighted sum of arms."""
 
-    kind: str  # "code", "more", "together", or of a sweep "share"
+    kind: str  # "code", "more", "source", "together", or of a sweep "share"
     name: str
     weights: Mapping[str, float]  # of the arms that count, by label
 
@@ -76,12 +81,15 @@ class Told(NamedTuple):
     seeds: int  # the fewest of any family
 
 
-def design_of(stages: Sequence[str], arms: Mapping[str, Sequence[Level]]) -> Design:
+def design_of(stages: Sequence[str], arms: Mapping[str, Sequence[Level]],
+              sources: Mapping[int, Mapping[str, Mapping[str, float]]] | None = None) -> Design:
     """The effects that arms can tell, and the holes.
 
     Args:
       stages: K names.
       arms: K levels of each arm, by label.
+      sources: of the stages, by place, whose sources have effects of their own: of each arm that went through it the
+        share of each source by name, "POOL.NAME". Arms of one level have the same.
     """
     labels = list(arms)
     levels = [sorted({own[k] for own in arms.values()}, key=lambda level: (level.share, level.other))
@@ -114,6 +122,15 @@ def design_of(stages: Sequence[str], arms: Mapping[str, Sequence[Level]]) -> Des
                                       _named(labels, weights)))
             elif kind == "code":
                 confounded.append(k)
+    for k, of_arms in (sources or {}).items():
+        contrasts, untold = _source_contrasts({arms[label][k]: shares for label, shares in of_arms.items()})
+        for name, wanted in contrasts:
+            weights = weights_of({(k, level): weight for level, weight in wanted.items()}, kept)
+            if weights is not None:
+                effects.append(Effect("source", f"10 points of {name} in {stages[k]}", _named(labels, weights)))
+        if untold:
+            holes.append(f"The effects of {listed(untold)} in {stages[k]} cannot be told: their shares go along with "
+                         "those of other sources.")
     for pair, weights in together.items():
         if weights is not None:
             effects.append(Effect("together", f"interaction of code in {listed([stages[k] for k in pair])}",
@@ -145,22 +162,24 @@ def told(weights: Mapping[str, float], samples: Mapping[str, Mapping[int | None,
     labels = [label for label, weight in weights.items() if abs(weight) > SMALL]
     if not labels or any(not samples.get(label) for label in labels):
         return None
-    estimate, seeds, questions = 0.0, [], np.zeros(1)
+    estimate, size_of_parts, seeds, questions = 0.0, 0.0, [], np.zeros(1)
     spreads: dict[tuple[float, ...], list[tuple[float, np.ndarray]]] = {}
     for family in _families(labels, samples, roots):
         common = [seed for seed in samples[family[0]] if all(seed in samples[label] for label in family)]
         if not common:
             return None
         own = np.array([weights[label] for label in family])
-        scores = np.array([[samples[label][seed].score for label in family] for seed in common]) @ own  # [S]
+        parts_of_sum = own * [[samples[label][seed].score for label in family] for seed in common]  # [S, A]
         values = np.einsum("a,asn->sn", own, [[samples[label][seed].values for seed in common] for label in family])
-        estimate += float(scores.mean())
+        estimate += float(parts_of_sum.sum(axis=1).mean())
+        size_of_parts += float(np.abs(parts_of_sum).sum(axis=1).mean())
         questions = questions + values.mean(axis=0)
         seeds.append(len(common))
         # Families that are weighted alike are taken to vary equally, but for the size of their weights.
         size = float(np.linalg.norm(own))
         kind = tuple(np.round(np.sort(np.abs(own)) / size, 6))
         spreads.setdefault(kind, []).append((size, values.mean(axis=1) / size))
+    estimate = without_rounding(estimate, size_of_parts)
     parts = []
     if min(seeds) > 1:
         for families in spreads.values():
@@ -206,6 +225,38 @@ def _contrasts(k: int, levels: Sequence[Level]) -> list[tuple[str, Mapping[Any, 
         found.append(("more", {(k, level): float(STEP * one / (centred**2).sum())
                                for level, one in zip(code, centred, strict=True)}))
     return found
+
+
+def _source_contrasts(levels: Mapping[Level, Mapping[str, float]]) -> tuple[
+        list[tuple[str, Mapping[Level, float]]], list[str]]:
+    """(what, weights of levels) of each source whose effect the levels of a stage can tell, and the names of others
+    whose weight within their pool differs; `levels` have the shares of the sources.
+    """
+    names = sorted({name for shares in levels.values() for name in shares})
+    shares = np.array([[own.get(name, 0.0) for name in names] for own in levels.values()])  # [L, S]
+    matrix = np.concatenate([np.ones((len(shares), 1)), shares], axis=1)
+    inverse = np.linalg.pinv(matrix, rcond=SMALL)
+    of_text = np.array([name.startswith("text.") for name in names])
+    found: list[tuple[str, Mapping[Level, float]]] = []
+    untold: list[str] = []
+    for place, name in enumerate(names):
+        others = np.arange(len(names)) != place
+        # Text that keeps its proportions has no effects of its sources: each would be that of another amount of code.
+        for what, replaced in (("text", of_text), ("the others of its pool", of_text == of_text[place])):
+            instead = np.where(replaced & others, shares.mean(axis=0), 0.0)
+            if what == "text" and of_text[place] or not instead.sum():
+                continue
+            direction = STEP * ((~others).astype(float) - instead / instead.sum())
+            contrast = np.append(0.0, direction)
+            weights = contrast @ inverse
+            if np.abs(weights @ matrix - contrast).max() < 1e-6:
+                found.append((f"{name} in place of {what}", dict(zip(levels, weights.tolist(), strict=True))))
+                break
+        else:
+            pool = shares[:, of_text == of_text[place]].sum(axis=1)
+            within = shares[pool > 0, place] / pool[pool > 0]
+            untold += [name] if np.ptp(within) > SAME_WEIGHT else []
+    return found, untold
 
 
 def _named(labels: Sequence[str], weights: np.ndarray) -> dict[str, float]:

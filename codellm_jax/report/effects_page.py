@@ -47,9 +47,12 @@ def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
 
 
 def is_tree(group: Group) -> bool:
-    """Whether stages have effects here that no sweep shows: several stages differ, or the one has few shares."""
-    varying = [k for k in range(len(group.stages)) if len({levels[k].share for levels in group.levels.values()}) > 1]
-    return len(varying) > 1 or len(varying) == 1 and not group.sweeps
+    """Whether stages have effects here that no sweep shows: several stages differ, or the one has few shares, or also
+    differs in the weights of sources.
+    """
+    varying = [k for k in range(len(group.stages)) if len({levels[k].share for levels in group.levels.values()}) > 1
+               or k in group.by_source]
+    return len(varying) > 1 or len(varying) == 1 and (not group.sweeps or varying[0] in group.by_source)
 
 
 def sentences(found: Sequence[Judged]) -> list[str]:
@@ -101,9 +104,10 @@ def _table(found: Sequence[Judged], total: int) -> Table:
         measure = next(iter(own.values())).measure
         rows.append([f"{title}\n{measure.unit}, {measure.better} is better",
                      *(_cell(own[name]) if name in own else "-" for name in names)])
-    return Table("The effect with its 95% interval, whether it helps, and its p-value, corrected by Holm's method for "
-                 f"all {total} effects that have one. Effects are differences between arms with code and without, "
-                 "midway between code and none in the other stages", ("Measure", *map(_capital, names)), rows)
+    return Table("What code in a stage changes in each measure: the effect with its 95% interval, beneath it whether "
+                 f"it helps and its p-value, corrected by Holm's method for all {total} effects that have one. An "
+                 "effect is the difference between arms with code and without, midway between code and none in the "
+                 "other stages.", ("Measure", *map(_capital, names)), rows)
 
 
 def _cell(one: Judged) -> str:

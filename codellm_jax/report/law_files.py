@@ -5,7 +5,7 @@
 Prints the best mixture and the laws, and writes into DIR/report:
 
   laws.json            every number: laws, intervals, outliers, predictions
-  laws.svg, laws.png   loss against share, where there are two sources
+  laws.svg, laws.pdf, laws.png   loss against share, where there are two sources
   ratios.csv, metrics.csv   the runs, as Olmix reads them
   predictions.csv      of the mixtures of --predict=FILE, which has the columns of ratios.csv
 """
@@ -43,7 +43,7 @@ def laws(directory: str, objective: str | None = None, size: str | None = None, 
     """
     asked = _number("size", size), _number("tokens", tokens)
     sweep = read_sweep(directory)
-    weights = parse_objective(objective, sweep.losses)
+    weights = parse_objective(objective, sweep)
     shares = None if mixtures is None else _mixtures(epath.Path(mixtures).expanduser(), sweep.sources)
     status: list[StatusLine] = []
 
@@ -64,8 +64,8 @@ def laws(directory: str, objective: str | None = None, size: str | None = None, 
         write_whole(folder / name, text)
     for block in page:
         if isinstance(block, Figure):
-            (folder / f"{block.name}.png").write_bytes(block.png)
-            (folder / f"{block.name}.svg").write_bytes(block.svg)
+            for name, content in block.files.items():
+                (folder / name).write_bytes(content)
     return f"{plain(page)}\n\nAll numbers: {folder / 'laws.json'}"
 
 
@@ -73,7 +73,7 @@ def section(directory: str) -> list[Block]:
     """The laws of a study as a section of its report; where it is no sweep, why there are none."""
     try:
         sweep = read_sweep(directory)
-        return blocks(analyse(sweep, parse_objective(None, sweep.losses)))
+        return blocks(analyse(sweep, parse_objective(None, sweep)))
     except (FileNotFoundError, ValueError) as error:
         return [Heading(2, "Laws of the mixture"), Text(f"There are none: {error}")]
 

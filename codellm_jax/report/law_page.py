@@ -2,15 +2,16 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from codellm_jax.report import plots
 from codellm_jax.report.mixing import Analysis
-from codellm_jax.report.optimum import lines_to_paste, weigh
+from codellm_jax.report.optimum import Best, lines_to_paste, weigh
 from codellm_jax.report.pages import Block, Heading, Items, Notice, Table, Text
+from codellm_jax.report.questions import task_of
 from codellm_jax.report.sweeps import describe
 
 WIDTH = 110  # of plain text
@@ -26,10 +27,11 @@ def blocks(analysis: Analysis) -> list[Block]:
 
 def _answer(analysis: Analysis) -> list[Block]:
     found, sources = analysis.best, analysis.sweep.sources
-    objective = " + ".join(f"{weight:.3g} x {name}" for name, weight in analysis.objective.items())
-    where = _where(analysis)
-    lines: list[Block] = [Text(f"The objective is {objective}: a weighted sum of held-out losses, the lower the better"
-                               f"{where}.")]
+    objective = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):.3g} x {name}" for name, weight in
+                         analysis.objective.items()).removeprefix("+ ")
+    what = "held-out losses" if not any(map(task_of, analysis.objective)) else "losses and measures of benchmarks"
+    lines: list[Block] = [Text(f"The objective is {objective}: a weighted sum of {what}, the lower the better"
+                               f"{_where(analysis)}.")]
     low, high = found.objective_interval
     if len(sources) == 2:
         name, swept = sources[1], analysis.fitted.points.shares[:, 1]
@@ -58,13 +60,17 @@ def _answer(analysis: Analysis) -> list[Block]:
         if found.edge:
             lines.append(Text(f"It has as much {sources[found.edge[0]]} as any run: there is no interior optimum, and "
                               "more of it may be better still."))
-        lines.append(Table("The best mixture", ("Source", "Share", "95% interval", "Swept"), [
+        lines.append(Table("The best mixture of those between the runs' (in their convex hull): the share of each "
+                           "source with its 95% interval, beside the shares that were swept.", (
+                               "Source", "Share", "95% interval", "Swept"), [
             [name, f"{found.shares[n]:.3f}", f"{found.intervals[n, 0]:.3f} - {found.intervals[n, 1]:.3f}",
              f"{analysis.fitted.points.shares[:, n].min():.3f} - {analysis.fitted.points.shares[:, n].max():.3f}"]
             for n, name in enumerate(sources)]))
     lines.append(Text(f"The objective there is {found.objective:.4f} ({low:.4f} to {high:.4f}), lower than at the "
                       f"average of the runs' mixtures by {found.gain[0]:.4f} ({found.gain[1]:.4f} to "
                       f"{found.gain[2]:.4f})."))
+    if analysis.beyond is not None:
+        lines.append(_beyond(analysis, analysis.beyond))
     if analysis.design is not None and len(analysis.design.shares):
         runs = len(analysis.design.shares) * analysis.design.seeds
         lines += [Text(f"These {runs} runs more would tell most: their interval of the best share is expected to be "
@@ -73,6 +79,15 @@ def _answer(analysis: Analysis) -> list[Block]:
                   Items([f"`{line}`" for line in lines_to_paste(
                       analysis.design, sources, analysis.fitted.sweep.seeds).splitlines()])]
     return lines
+
+
+def _beyond(analysis: Analysis, found: Best) -> Block:
+    low, high = found.objective_interval
+    shares = ", ".join(f"{name} {share:.3f} ({low:.3f} to {high:.3f})" for name, share, (low, high) in zip(
+        analysis.sweep.sources, found.shares, found.intervals, strict=True))
+    return Text("EXTRAPOLATED: of all mixtures, the laws predict the lowest objective beyond the runs', "
+                f"{found.objective:.4f} ({low:.4f} to {high:.4f}), at {shares}, with 95% intervals. No run is near it: "
+                "the laws are not tested there, so train one before anything rests on it.")
 
 
 def _where(analysis: Analysis) -> str:
@@ -85,7 +100,7 @@ def _caveats(analysis: Analysis) -> list[Block]:
     found: list[Block] = []
     if analysis.extrapolated:
         tested = [f"Left out, the largest {'size' if miss.axis == 'size' else 'number of tokens'} was missed by "
-                  f"{_misses_of(analysis, miss.misses)}, {miss.factor:.3g} times beyond the rest."
+                  f"{_misses_of(miss.misses)}, {miss.factor:.3g} times beyond the rest."
                   for miss in analysis.misses if miss.axis in analysis.extrapolated]
         names = " and the ".join({"size": "size", "tokens": "number of tokens"}[axis] for axis in analysis.extrapolated)
         found.append(Notice(f"EXTRAPOLATED: the {names} lies beyond all runs. " + (" ".join(tested) or (
@@ -106,6 +121,12 @@ def _caveats(analysis: Analysis) -> list[Block]:
             found.append(Text(f"The noise of {name} differs between shares: it is largest at "
                               f"{describe(sweep.sources, worst)}, {times:.1f} times that at the most quiet share. The "
                               "fits weigh runs accordingly."))
+    if of_benchmarks := [name for name in sweep.losses if task_of(name)]:
+        found.append(Text(f"{', '.join(of_benchmarks)}: measures of benchmarks at the runs' ends, TASK/MEASURE. "
+                          "A law's interval holds for all questions that might be asked: the questions are "
+                          "drawn anew with each curve, as seeds and shares are."
+                          + (f" More is better in {', '.join(sorted(more))}, which count with a minus." if (
+                              more := sweep.more_is_better & set(sweep.losses)) else "")))
     seeds = analysis.fitted.cells[0].runs.max()
     if seeds <= 1 and not analysis.fitted.axes:
         found.append(Text("No share was trained with several seeds: the noise is told by how far runs lie from the "
@@ -120,8 +141,8 @@ def _at(analysis: Analysis, line: int) -> str:
     return "".join(f", {_count(value)} {unit}" for value, unit in several)
 
 
-def _misses_of(analysis: Analysis, misses: np.ndarray) -> str:
-    return ", ".join(f"{name} {miss:.4f}" for name, miss in zip(analysis.sweep.losses, misses, strict=True))
+def _misses_of(misses: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {miss:.4f}" for name, miss in misses.items())
 
 
 def _laws(analysis: Analysis) -> Block:
@@ -134,8 +155,8 @@ def _laws(analysis: Analysis) -> Block:
                      f"{_error(law.chosen.left_out, cells, there):.4f}", f"{_error(law.left_out, cells, there):.4f}",
                      f"{math.sqrt(law.noise):.4f}",
                      ", ".join(f"{other} {miss:.4f}" for miss, other in others[:2])])
-    return Table("The law of each loss. The miss is that of shares left out, in turn, root mean square: of the law "
-                 "chosen, and of all candidates weighed together, as they are in the predictions",
+    return Table("The law of each loss, and how well it predicts. The miss is the root mean square error of shares "
+                 "left out in turn: of the law chosen, and of all candidates weighed together, as the predictions do.",
                  ("Loss", "Law", "Miss", "Of all", "Noise of a run", "Next best"), rows, words=(1, 5))
 
 
@@ -158,17 +179,19 @@ def _predictions(analysis: Analysis) -> Block:
                for d in range(len(analysis.sweep.losses)))] for n in every]
     which = "" if two or len(analysis.shares) <= SHOWN else f", of the {SHOWN} best mixtures of runs"
     heading = f"Share of {analysis.sweep.sources[1]}" if two else "Mixture"
-    return Table("Predicted losses with the 95% intervals of the law, that is of the mean over seeds"
-                 + (", extrapolated" if analysis.extrapolated else "") + which, (heading, *analysis.sweep.losses), rows)
+    return Table("The losses that the laws predict, with 95% intervals of the mean over seeds"
+                 + (", extrapolated" if analysis.extrapolated else "") + which + ".",
+                 (heading, *analysis.sweep.losses), rows)
 
 
 def _misses(analysis: Analysis) -> list[Block]:
     if not analysis.misses:
         return []
-    return [Table("How far laws of size and length are from what was left out, root mean square", (
-        "Left out", "Beyond the rest", *analysis.sweep.losses, "Within 95% intervals"), [
+    return [Table("How far laws of size and length are from runs that were left out: the root mean square error.", (
+        "Left out", "Beyond the rest", *analysis.misses[0].misses, "Within 95% intervals"), [
             [f"{_count(miss.left_out)} {'parameters' if miss.axis == 'size' else 'tokens'}", f"{miss.factor:.3g} times",
-             *(f"{value:.4f}" for value in miss.misses), f"{100 * miss.coverage:.0f}%"] for miss in analysis.misses])]
+             *(f"{value:.4f}" for value in miss.misses.values()), f"{100 * miss.coverage:.0f}%"]
+            for miss in analysis.misses])]
 
 
 def _count(value: float) -> str:
@@ -183,15 +206,17 @@ def _figures(analysis: Analysis) -> list[Block]:
         return []
     found, panels = analysis.best, []
     named = {(name, line) for name, line, _ in analysis.outliers}
-    shown = [n for n, name in enumerate(analysis.sweep.losses) if name in analysis.objective]
+    shown = [n for n, name in enumerate(analysis.sweep.losses) if name in analysis.objective or task_of(name)]
     lines = np.flatnonzero(analysis.lines).tolist()
     for place in shown:
         name = analysis.sweep.losses[place]
         points = [(float(analysis.sweep.shares[n, 1]), float(analysis.sweep.values[n, place]), analysis.sweep.seeds[n],
                    (name, n) in named) for n in lines if not math.isnan(analysis.sweep.values[n, place])]
-        panels.append(plots.LawPanel(f"Held-out {name}", analysis.shares[:, 1], analysis.predicted[place],
-                                     analysis.intervals[place], points))
-    caption = (f"Held-out loss against the share of {analysis.sweep.sources[1]}: the law with its 95% interval, a mark "
+        panels.append(plots.LawPanel(
+            name if task_of(name) else f"Held-out {name}",
+            analysis.sweep.units.get(name, "value") if task_of(name) else "Loss, nats a token", analysis.shares[:, 1],
+            analysis.predicted[place], analysis.intervals[place], points))
+    caption = (f"Losses against the share of {analysis.sweep.sources[1]}: the law with its 95% interval, a mark "
                "for each seed, and a cross for each outlier. The band of the share is the 95% interval of the best for "
                "the objective, the dotted line the best."
                + (" The law is extrapolated: it stands where no run was." if analysis.extrapolated else ""))
@@ -210,7 +235,7 @@ def plain(parts: Sequence[Block]) -> str:
         elif isinstance(block, Items):
             lines += [*(f"    {text.strip('`')}" for text in block.texts), ""]
         elif isinstance(block, Table):
-            lines += [*textwrap.wrap(f"{block.caption}:", WIDTH), *_plain_table(block), ""]
+            lines += [*textwrap.wrap(block.caption, WIDTH), *_plain_table(block), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -226,7 +251,9 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
     """Everything, for programs."""
     found, sweep = analysis.best, analysis.sweep
     return {
-        "sources": list(sweep.sources), "losses": list(sweep.losses), "objective": dict(analysis.objective),
+        "sources": list(sweep.sources), "losses": list(sweep.losses),
+        "units": {name: sweep.units[name] for name in sweep.losses if name in sweep.units},
+        "objective": dict(analysis.objective),
         "parameters": _known(analysis.size), "tokens": _known(analysis.tokens),
         "extrapolated": list(analysis.extrapolated),
         "best": {
@@ -235,6 +262,9 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
             "objective_interval": list(found.objective_interval),
             "edge": None if found.edge is None else {"source": sweep.sources[found.edge[0]], "end": found.edge[1]},
             "gain": list(found.gain)},
+        "beyond": None if (beyond := analysis.beyond) is None else {
+            "shares": _by_name(sweep.sources, beyond.shares), "intervals": _by_name(sweep.sources, beyond.intervals),
+            "objective": beyond.objective, "objective_interval": list(beyond.objective_interval)},
         "further_runs": None if analysis.design is None else {
             "shares": [_by_name(sweep.sources, mixture) for mixture in analysis.design.shares],
             "seeds": analysis.design.seeds, "width_now": analysis.design.width_now,
@@ -252,7 +282,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
                       "value": outlier.loss, "deviation": outlier.deviation, "p_value": outlier.p_value}
                      for name, line, outlier in analysis.outliers],
         "left_out": [{"axis": miss.axis, "value": miss.left_out, "factor": miss.factor,
-                      "misses": _by_name(sweep.losses, miss.misses), "coverage": miss.coverage}
+                      "misses": dict(miss.misses), "coverage": miss.coverage}
                      for miss in analysis.misses],
         "predictions": predictions(analysis, analysis.shares), "notes": list(sweep.notes)}
 

@@ -13,6 +13,7 @@ variance and of the coefficients.
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import linalg, special, stats
@@ -23,12 +24,12 @@ FINE_ENOUGH = 12.0  # points of a grid that share its weight; below, the grid is
 ZOOMS = 4
 LEAST_WEIGHT = 1e-5  # of a point of a grid, over the largest
 LEAST_FAMILY = 0.005
-FEWEST_DEGREES = 1.5  # of freedom that a family leaves: with one, an interval is as good as none
+FEWEST_DEGREES = 1.0  # of freedom that a family leaves; of fewer nothing tells its noise
 TEMPER = 0.5  # of the densities: families that differ by chance alone shall not be told apart
 PLAIN = ("constant", "linear")  # which the others hold, too: averaged with them, intervals would be too narrow
 RESAMPLES = 500  # of shares, for the weights of families
 DRAWS = 1000
-LARGE = 5.0  # times the losses' range
+LARGE = 2.0  # times the change that the losses show: standard deviation of a coefficient before any run
 SINGULAR = 1e-9  # relative to the trace
 
 
@@ -71,10 +72,18 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """The candidates fitted to one loss, and their weights [F]."""
+    """The candidates fitted to one loss.
+
+    Attributes:
+      weights: [F] of the candidates.
+      points: of the cells they were fitted to.
+      counted: [c] how much each cell counts, runs over their variance.
+    """
 
     fits: Sequence[Fit]
     weights: np.ndarray
+    points: Points
+    counted: np.ndarray
 
     @property
     def chosen(self) -> Fit:
@@ -113,7 +122,7 @@ def fit_law(families: Sequence[Family], points: Points, groups: np.ndarray, loss
     weights = special.softmax(TEMPER * resampled @ densities.T, axis=1).mean(axis=0)
     weights *= rich / (weights @ rich)
     weights[weights < LEAST_FAMILY] = 0.0
-    return Law(fits, weights / weights.sum())
+    return Law(fits, weights / weights.sum(), points, losses.runs / losses.variance)
 
 
 def fit_family(family: Family, points: Points, groups: np.ndarray, losses: Losses) -> Fit | None:
@@ -208,14 +217,26 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
                left_out)
 
 
-def draws(laws: Sequence[Law], points: Points, correlation: np.ndarray | None = None, count: int = DRAWS, seed: int = 0,
-          scatter: bool = True) -> np.ndarray:
-    """Curves that the runs leave possible, [D, count, n] for D losses.
+class Drawn(NamedTuple):
+    """Curves of one loss that the runs leave possible: those of one family and theta."""
+
+    loss: int  # its place
+    rows: np.ndarray  # numbers of the curves
+    fit: Fit
+    theta: int  # its place
+    coefficients: np.ndarray  # [p, rows]
+    deviation: np.ndarray  # [rows] of the noise of a run whose `variance` is 1
+
+
+def draw(laws: Sequence[Law], correlation: np.ndarray | None = None, count: int = DRAWS, seed: int = 0,
+         moved: Sequence[np.ndarray | None] | None = None) -> list[Drawn]:
+    """Curves that the runs leave possible, `count` of each loss; curves of one number belong together.
 
     Args:
-      laws: of each loss.
+      laws: of each of D losses.
       correlation: [D, D] of the losses' noise within a run; None for none.
-      scatter: adds, independently at each point, what a Gaussian process does not know between the shares it has seen.
+      moved: of each loss [count, c], by how much each cell's mean is another for each curve, such as under other
+        questions; None for not at all. The curve moves as its least-squares fit does.
     """
     dice = np.random.default_rng(seed)
     widths = [max(fit.coefficients.shape[1] for fit in law.fits) for law in laws]
@@ -223,24 +244,45 @@ def draws(laws: Sequence[Law], points: Points, correlation: np.ndarray | None = 
         correlation + 1e-9 * np.eye(len(laws)), lower=True)
     normal = np.einsum("de,ebp->dbp", mix, dice.standard_normal((len(laws), count, max(widths))))
     uniform = stats.norm.cdf(dice.standard_normal(count))
-    found = np.empty((len(laws), count, len(points.shares)))
+    found = []
     for place, law in enumerate(laws):
+        shift = moved[place] if moved else None
         which = dice.choice(len(law.fits), count, p=law.weights)
         for number in np.unique(which):
             fit, mine = law.fits[number], np.flatnonzero(which == number)
             theta = dice.choice(len(fit.thetas), len(mine), p=fit.weights)
+            width = fit.coefficients.shape[1]
             for one in np.unique(theta):
                 rows = mine[theta == one]
                 variance = fit.squares[one] / fit.degrees * fit.known / stats.chi2.isf(uniform[rows], fit.known)
                 deviation = np.sqrt(variance)
-                width = fit.coefficients.shape[1]
-                off = linalg.solve_triangular(fit.factors[one].T, normal[place, rows, :width].T, lower=False)
-                features = fit.family.features(points, fit.thetas[[one]])[0]
-                curves = features @ (fit.coefficients[one][:, None] + deviation * off)
-                if scatter and fit.family.precision is not None:
-                    prior = fit.family.precision(fit.thetas[[one]])[0]
-                    process = features[:, prior > 0]
-                    unknown = np.sqrt(np.maximum(1 - (process**2).sum(axis=1), 0) / prior[-1])
-                    curves += unknown[:, None] * deviation * dice.standard_normal(curves.shape)
-                found[place, rows] = curves.T
+                factor = fit.factors[one]
+                off = linalg.solve_triangular(factor.T, normal[place, rows, :width].T, lower=False)
+                coefficients = fit.coefficients[one][:, None] + deviation * off
+                if shift is not None:
+                    design = fit.family.features(law.points, fit.thetas[[one]])[0]
+                    coefficients += linalg.cho_solve((factor, True), design.T @ (law.counted * shift[rows]).T)
+                found.append(Drawn(place, rows, fit, int(one), coefficients, deviation))
+    return found
+
+
+def curves(drawn: Sequence[Drawn], points: Points, scatter: bool = True, seed: int = 0) -> np.ndarray:
+    """[D, count, n] drawn curves at points.
+
+    Args:
+      scatter: adds, independently at each point, what a Gaussian process does not know between the shares it has seen.
+    """
+    dice = np.random.default_rng(seed)
+    losses, count = (1 + max(int(np.max(part)) for part in parts) for parts in (
+        [one.loss for one in drawn], [one.rows for one in drawn]))
+    found = np.empty((losses, count, len(points.shares)))
+    for one in drawn:
+        thetas = one.fit.thetas[[one.theta]]
+        features = one.fit.family.features(points, thetas)[0]
+        values = features @ one.coefficients
+        if scatter and one.fit.family.precision is not None:
+            prior = one.fit.family.precision(thetas)[0]
+            unknown = np.sqrt(np.maximum(1 - (features[:, prior > 0] ** 2).sum(axis=1), 0) / prior[-1])
+            values += unknown[:, None] * one.deviation * dice.standard_normal(values.shape)
+        found[one.loss, one.rows] = values.T
     return found

@@ -1,21 +1,20 @@
 """The laws of a sweep: each loss against shares, sizes and lengths, the best mixture, and what cannot be told."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from codellm_jax.report.families import Losses, Points, candidates
-from codellm_jax.report.laws import Law, draws, fit_law
-from codellm_jax.report.noise import Outlier, cells_of, correlation, fit_without_outliers, line_weights
-from codellm_jax.report.optimum import INTERVAL, Best, Design, best, design, mixtures, weigh
+from codellm_jax.report.fitted import SAME_SCALE, Fitted, clusters, fit_sweep, predict, scales
+from codellm_jax.report.laws import curves
+from codellm_jax.report.noise import Outlier
+from codellm_jax.report.optimum import Best, CurvesAt, Design, best, between, design, weigh
+from codellm_jax.report.questions import task_of
 from codellm_jax.report.sweeps import POOLS, Sweep
 
-SAME_SCALE = 0.03  # sizes or lengths that differ by less, relatively, are one
-REPETITION = 15.39  # epochs after which repeated tokens have lost most of their worth (Muennighoff et al., 2023)
+SHOWN = 101  # shares of two sources that predictions are of
 Told = Callable[[int, int, str], None]
 
 
@@ -25,44 +24,8 @@ class Miss(NamedTuple):
     axis: str  # "size" or "tokens"
     left_out: float
     factor: float  # left out over the largest that stayed
-    misses: np.ndarray  # [D] root mean square over shares, nats
+    misses: Mapping[str, float]  # of each loss, root mean square over shares
     coverage: float  # part of the left-out losses within their 95% intervals
-
-
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-    """Laws of every loss of some lines of a sweep, in one set of cells."""
-
-    sweep: Sweep
-    cell: np.ndarray  # [n] of each line
-    points: Points  # of the cells
-    groups: np.ndarray  # [c] their shares
-    centres: tuple[float, ...]  # geometric means of the scales
-    axes: tuple[str, ...]  # "size", "tokens": those that the laws know
-    laws: Sequence[Law]
-    cells: Sequence[Losses]
-    outliers: Sequence[Sequence[Outlier]]
-
-    def at(self, shares: np.ndarray, size: float = math.nan, tokens: float = math.nan) -> Points:
-        """Points of these mixtures [m, S], at a size and a number of tokens where the laws know these."""
-        scale = [np.full(len(shares), {"size": size, "tokens": tokens}[axis] / centre)
-                 for axis, centre in zip(self.axes, self.centres, strict=True)]
-        return Points(shares, np.stack(scale, axis=1) if scale else np.zeros((len(shares), 0)),
-                      waste(self.sweep, shares, tokens))
-
-    @functools.cached_property
-    def correlation(self) -> np.ndarray:
-        """[D, D] of the noise within a run."""
-        residuals = np.stack([
-            (self.sweep.values[:, place] - law.mean(self.points)[self.cell]) / np.sqrt(cells.variance[self.cell])
-            for place, (law, cells) in enumerate(zip(self.laws, self.cells, strict=True))], axis=1)
-        for place, named in enumerate(self.outliers):
-            residuals[[outlier.run for outlier in named], place] = np.nan
-        return correlation(residuals, min(law.chosen.degrees for law in self.laws))
-
-    def curves(self, points: Points, scatter: bool = True) -> np.ndarray:
-        """[D, B, m] that the runs leave possible."""
-        return draws(self.laws, points, self.correlation, scatter=scatter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +39,8 @@ class Analysis:
       objective: weights by the names of losses.
       shares: [m, S] mixtures that predictions are of; of two sources a fine grid.
       predicted, intervals, run_intervals: [D, m], [D, m, 2] of the law, and of one further run.
-      best: for the objective.
+      best: for the objective, between the runs' mixtures.
+      beyond: the best of all mixtures, where it lies beyond the runs'; else None.
       design: further runs, where the best mixture is not told well; None where it is.
       misses: of laws of size and length, where there are some.
       outliers: (loss, line of the sweep, outlier); left out of the laws.
@@ -94,6 +58,7 @@ class Analysis:
     intervals: np.ndarray
     run_intervals: np.ndarray
     best: Best
+    beyond: Best | None
     design: Design | None
     misses: Sequence[Miss]
     outliers: Sequence[tuple[str, int, Outlier]]
@@ -104,15 +69,18 @@ class Analysis:
             self.misses, self.extrapolated, self.fitted, self.size, self.tokens))
 
 
-def parse_objective(text: str | None, losses: Sequence[str]) -> dict[str, float]:
-    """Weights of losses of "text:0.5,code:0.5"; without a text, as much of each pool, else of each loss.
+def parse_objective(text: str | None, sweep: Sweep) -> dict[str, float]:
+    """Weights of losses of "text:0.5,code:0.5"; without a text, as much of each pool, else of each loss. A measure of
+    which more is better gets a negative weight, so that the objective is the lower the better.
 
     Raises:
       ValueError: in one line, for a loss that is not there or a weight that is no number.
     """
+    losses = sweep.losses
     if text is None:
-        names = [name for name in losses if name in POOLS] or list(losses)
-        return {name: 1 / len(names) for name in names}
+        held_out = [name for name in losses if not task_of(name)] or list(losses)
+        names = [name for name in held_out if name in POOLS] or held_out
+        return {name: (-1 if name in sweep.more_is_better else 1) / len(names) for name in names}
     found: dict[str, float] = {}
     for part in text.split(","):
         name, colon, weight = part.strip().rpartition(":")
@@ -129,68 +97,7 @@ def parse_objective(text: str | None, losses: Sequence[str]) -> dict[str, float]
                              f"{weight!r}.")
     if not sum(found.values()):
         raise ValueError(f"--objective={text}: one weight or more must be above 0.")
-    return found
-
-
-def waste(sweep: Sweep, shares: np.ndarray, tokens: float = math.nan) -> np.ndarray:
-    """[m] how many epochs of the source that is repeated most are as good as lost: e - 1 - R (1 - exp(-(e - 1) / R))
-    of e epochs (Muennighoff et al., 2023, section 3.1); 0 where nothing tells epochs.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        per_share = np.nan_to_num(np.where(sweep.shares > 0.01, sweep.epochs / sweep.shares, np.nan))
-    longest = np.nanmax(sweep.tokens) if np.isfinite(sweep.tokens).any() else math.nan
-    factor = tokens / longest if math.isfinite(tokens / longest) else 1.0
-    extra = np.maximum((shares * per_share.max(axis=0) * factor).max(axis=1) - 1, 0)
-    return extra - REPETITION * -np.expm1(-extra / REPETITION)
-
-
-def fit_sweep(sweep: Sweep, axes: Sequence[str], told: Callable[[str], None]) -> Fitted:
-    """Laws of each loss over the lines of a sweep; `axes` are the scales that they know, of "size" and "tokens"."""
-    groups = sweep.groups
-    facts = {"size": sweep.parameters, "tokens": sweep.tokens}
-    labels = [groups, *(_clusters(facts[axis]) for axis in axes)]
-    _, first, cell = np.unique(np.stack(labels, axis=1), axis=0, return_index=True, return_inverse=True)
-    cell = cell.reshape(-1)
-    centres = tuple(float(np.exp(np.log(facts[axis][first]).mean())) for axis in axes)
-    scale = [facts[axis][first] / centre for axis, centre in zip(axes, centres, strict=True)]
-    wasted = np.array([waste(sweep, sweep.shares[[line]], float(sweep.tokens[line]))[0] for line in first])
-    # Seeds of an arm draw the same rows but for one or two: their mean stands for them.
-    of_group = np.stack([sweep.shares[groups == group].mean(axis=0) for group in range(groups.max() + 1)])
-    points = Points(of_group[groups[first]], np.stack(scale, axis=1) if axes else np.zeros((len(first), 0)), wasted)
-    families = candidates(points, groups[first])
-    of_run = np.unique(np.array(sweep.runs), return_inverse=True)[1]
-    laws, cells, outliers = [], [], []
-    for place, name in enumerate(sweep.losses):
-        told(name)
-        try:
-            values, weights = sweep.values[:, place], np.ones(len(sweep.runs))
-            if axes:
-                apart = fit_law(families, points, groups[first], cells_of(values, cell, points.shares, weights))
-                weights = line_weights(apart, points, cell, values, of_run)
-            law, losses, named = fit_without_outliers(families, points, groups[first], cell, values, weights)
-        except ValueError as error:
-            raise ValueError(f"the loss of {name}: {error}") from None
-        laws.append(law)
-        cells.append(losses)
-        outliers.append(named)
-    return Fitted(sweep, cell, points, groups[first], centres, tuple(axes), laws, cells, outliers)
-
-
-def _clusters(values: np.ndarray) -> np.ndarray:
-    """[n] numbers of groups of values that are nearly the same."""
-    order = np.argsort(values, kind="stable")
-    jumps = np.diff(np.log(values[order]), prepend=np.log(values[order[0]])) > SAME_SCALE
-    found = np.empty(len(values), int)
-    found[order] = np.cumsum(jumps)
-    return found
-
-
-def scales(sweep: Sweep) -> tuple[str, ...]:
-    """The scales of which a sweep has several values at one share, and so can tell them from the share."""
-    groups = sweep.groups
-    return tuple(axis for axis, values in (("size", sweep.parameters), ("tokens", sweep.tokens))
-                 if np.isfinite(values).all() and any(np.ptp(_clusters(values)[groups == group]) > 0
-                                                      for group in range(groups.max() + 1)))
+    return {name: -weight if name in sweep.more_is_better else weight for name, weight in found.items()}
 
 
 def headline(sweep: Sweep, size: float, tokens: float) -> np.ndarray:
@@ -203,34 +110,13 @@ def headline(sweep: Sweep, size: float, tokens: float) -> np.ndarray:
         return lines & (np.abs(np.log(sweep.tokens / tokens)) < SAME_SCALE)
     lines &= sweep.final
     if lines.any() and np.isfinite(sweep.tokens).all():
-        numbers, groups = _clusters(sweep.tokens), sweep.groups
+        numbers, groups = clusters(sweep.tokens), sweep.groups
         shares = [len(set(groups[lines & (numbers == number)])) for number in range(numbers.max() + 1)]
         most = max(shares)
         # Where length goes with the share (a data-matched study) there is nothing to choose.
         if most >= 3 or most == len(set(groups[lines])):
             lines &= numbers == max(number for number, count in enumerate(shares) if count == most)
     return lines
-
-
-def predict(fitted: Fitted, points: Points, widen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predicted losses [D, m], their 95% intervals and those of one further run, both [D, m, 2]; `widen` [D] is the
-    standard deviation of what extrapolation adds.
-    """
-    curves = fitted.curves(points)
-    dice = np.random.default_rng(1)
-    curves += widen[:, None, None] * dice.standard_normal((*curves.shape[:2], 1))
-    predicted = np.stack([law.mean(points) for law in fitted.laws])
-    intervals = np.moveaxis(np.quantile(curves, INTERVAL, axis=1), 0, -1)
-    noise = np.stack([np.sqrt(law.noise * _variance(cells, fitted, points)) for law, cells in zip(
-        fitted.laws, fitted.cells, strict=True)])
-    curves += noise[:, None] * dice.standard_normal(curves.shape)
-    return predicted, intervals, np.moveaxis(np.quantile(curves, INTERVAL, axis=1), 0, -1)
-
-
-def _variance(cells: Losses, fitted: Fitted, points: Points) -> np.ndarray:
-    """[m] the variance of a run relative to the mean of all, as at the nearest share that was swept."""
-    distance = np.abs(points.shares[:, None] - fitted.points.shares[None]).sum(axis=2)
-    return cells.variance[distance.argmin(axis=1)]
 
 
 def _widening(misses: Sequence[Miss], extrapolated: Sequence[str], fitted: Fitted, size: float,
@@ -242,7 +128,8 @@ def _widening(misses: Sequence[Miss], extrapolated: Sequence[str], fitted: Fitte
             values = fitted.sweep.parameters if miss.axis == "size" else fitted.sweep.tokens
             asked = {"size": size, "tokens": tokens}[miss.axis]
             beyond = max(math.log(asked / values.max()), math.log(values.min() / asked))
-            total += (miss.misses * max(1.0, beyond / math.log(miss.factor))) ** 2
+            factor = max(1.0, beyond / math.log(miss.factor))
+            total += (np.array([miss.misses[name] for name in fitted.sweep.losses]) * factor) ** 2
     return np.sqrt(total)
 
 
@@ -252,7 +139,7 @@ def left_out(fitted: Fitted, told: Callable[[str], None]) -> list[Miss]:
     sweep = fitted.sweep
     for axis in fitted.axes:
         values = sweep.parameters if axis == "size" else sweep.tokens
-        numbers = _clusters(values)
+        numbers = clusters(values)
         if numbers.max() < 2:
             continue
         last = numbers == numbers.max()
@@ -272,8 +159,44 @@ def left_out(fitted: Fitted, told: Callable[[str], None]) -> list[Miss]:
             inside.append(((intervals[..., 0] <= seen) & (seen <= intervals[..., 1]))[~np.isnan(seen)])
         error = np.concatenate(errors, axis=1)
         found.append(Miss(axis, float(values[last].max()), float(values[last].max() / values[~last].max()),
-                          np.sqrt(np.nanmean(error**2, axis=1)), float(np.concatenate(inside).mean())))
+                          dict(zip(sweep.losses, np.sqrt(np.nanmean(error**2, axis=1)).tolist(), strict=True)),
+                          float(np.concatenate(inside).mean())))
     return found
+
+
+def objective_at(fitted: Fitted, objective: Mapping[str, float], size: float = math.nan, tokens: float = math.nan,
+                 scatter: bool = False) -> CurvesAt:
+    """A function of mixtures [m, S] -> [1 + B, m]: the objective as predicted, and as it may be."""
+    used = fitted.only([name for name in fitted.sweep.losses if objective.get(name)])
+    drawn = used.drawn()
+
+    def at(shares: np.ndarray) -> np.ndarray:
+        points = used.at(shares, size, tokens)
+        every = np.concatenate([used.mean(points)[:, None], curves(drawn, points, scatter)], axis=1)
+        return weigh(objective, used.sweep.losses, every)
+
+    return at
+
+
+def best_of_all(fitted: Fitted, curves_at: CurvesAt) -> Best | None:
+    """The best of all mixtures; None where it lies between the runs', or the runs span all there are."""
+    swept, corners = fitted.points.shares, np.eye(fitted.points.shares.shape[1])
+    if all(between(swept, corner) for corner in corners):
+        return None
+    found = best(swept, corners, swept.mean(axis=0), curves_at)
+    return None if between(swept, found.shares) else found
+
+
+def chosen_losses(sweep: Sweep, objective: Mapping[str, float]) -> Sweep:
+    """The sweep of what laws are told of: held-out losses, what the objective asks for, and of each benchmark the bits
+    per byte of the right answer, where they are known at three shares.
+    """
+    def enough(name: str) -> bool:
+        known = ~np.isnan(sweep.values[:, sweep.losses.index(name)])
+        return len(np.unique(sweep.groups[known])) >= 3
+
+    return sweep.of([name for name in sweep.losses if name in objective or not task_of(name)
+                     or name.endswith("/bits_per_byte") and enough(name)])
 
 
 def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan, tokens: float = math.nan,
@@ -287,12 +210,13 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
     Raises:
       ValueError: in one line; a size or length is asked for that the sweep cannot tell.
     """
+    sweep = chosen_losses(sweep, objective)
     axes, done = scales(sweep), 0
-    total = len(sweep.losses) * (1 + bool(axes)) + len(axes) + 2
+    total = len(sweep.losses) * (1 + bool(axes)) + len(axes) + 3
 
     def progress(text: str) -> None:
         nonlocal done
-        told(min(done, total - 2), total, text)
+        told(min(done, total - 3), total, text)
         done += 1
 
     lines = headline(sweep, size, tokens)
@@ -303,6 +227,8 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
         what = "size" if missing[0] == "size" else "number of tokens"
         raise ValueError(f"--{missing[0]} asks for another {what} than the runs have, {_span(known)}: that takes runs "
                          "of several.")
+    if not direct:
+        sweep = _of_scales(sweep, axes, objective)
     values = sweep.values.copy()
     without = dataclasses.replace(sweep, values=values)
     outliers: list[tuple[str, int, Outlier]] = []
@@ -310,7 +236,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
     def leave_out(found: Fitted, numbers: np.ndarray, whole_runs: bool) -> bool:
         """Leaves out the outliers of laws of these lines; whether there are some."""
         more = [(name, int(numbers[outlier.run]), outlier) for name, named in zip(
-            sweep.losses, found.outliers, strict=True) for outlier in named]
+            found.sweep.losses, found.outliers, strict=True) for outlier in named]
         for name, line, _ in more:
             of_run = np.array([run == sweep.runs[line] for run in sweep.runs])
             values[of_run if whole_runs else line, sweep.losses.index(name)] = np.nan
@@ -323,7 +249,8 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
         leave_out(fitted, np.flatnonzero(lines), whole_runs=True)
     if axes:
         try:
-            joint = fit_sweep(without, axes, lambda name: progress(f"{name}, by {' and '.join(axes)}"))
+            of_scales = without.of([name for name in sweep.losses if not direct or _has_scales(sweep, name, axes)])
+            joint = fit_sweep(of_scales, axes, lambda name: progress(f"{name}, by {' and '.join(axes)}"))
         except ValueError as error:
             if not direct:
                 raise
@@ -335,7 +262,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
             leave_out(fitted, np.flatnonzero(lines), whole_runs=False)
         if joint and not direct:
             fitted = joint
-    misses = left_out(dataclasses.replace(joint, sweep=without), progress) if joint else []
+    misses = left_out(dataclasses.replace(joint, sweep=without.of(joint.sweep.losses)), progress) if joint else []
     known_size, known_tokens = (float(np.max(values[lines])) if lines.any() else math.nan
                                 for values in (sweep.parameters, sweep.tokens))
     size = size if math.isfinite(size) else known_size if math.isfinite(known_size) else float(sweep.parameters.max())
@@ -344,27 +271,47 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
     extrapolated = [] if direct else [
         axis for axis, value, values in (("size", size, sweep.parameters), ("tokens", tokens, sweep.tokens))
         if axis in axes and not values.min() / 1.03 <= value <= values.max() * 1.03]
-    told(total - 2, total, "the best mixture")
-    space = mixtures(fitted.points.shares)
-    average = int(np.abs(space - fitted.points.shares.mean(axis=0)).sum(axis=1).argmin())
-    points = fitted.at(space, size, tokens)
-    curves = weigh(objective, sweep.losses, fitted.curves(points, scatter=False))
-    means = np.stack([law.mean(points) for law in fitted.laws])
-    found = best(space, weigh(objective, sweep.losses, means), curves, average)
+    told(total - 3, total, "the best mixture")
+    swept = fitted.points.shares
+    curves_at = objective_at(fitted, objective, size, tokens)
+    found = best(swept, swept, swept.mean(axis=0), curves_at)
+    told(total - 2, total, "beyond the runs")
+    beyond = best_of_all(fitted, curves_at)
     more = None
     told(total - 1, total, "further runs")
     if found.verdict == "cannot tell":
         seeds = max(1, round(len(fitted.sweep.runs) / len(np.unique(fitted.groups))))
-        more = design(len(sweep.sources), fitted.points.shares, np.array([objective.get(name, 0.0)
-                                                                         for name in sweep.losses]),
+        drawn = fitted.drawn()
+        more = design(swept, np.array([objective.get(name, 0.0) for name in sweep.losses]),
                       np.sqrt([law.noise for law in fitted.laws]), seeds,
-                      lambda shares: fitted.curves(fitted.at(shares, size, tokens), scatter=False))
-    shown = space[::4] if len(sweep.sources) == 2 else np.unique(fitted.points.shares, axis=0)
+                      lambda shares: curves(drawn, fitted.at(shares, size, tokens), scatter=False))
+    ends = swept[:, 1].min(), swept[:, 1].max()
+    shown = np.unique(swept, axis=0) if swept.shape[1] > 2 else np.stack(
+        [1 - (second := np.linspace(*ends, SHOWN)), second], axis=1)
     widen = _widening(misses, extrapolated, fitted, size, tokens)
     predicted = predict(fitted, fitted.at(shown, size, tokens), widen)
     told(total, total, "done")
     return Analysis(sweep, fitted, lines & (not fitted.axes), size, tokens, extrapolated, objective, shown, *predicted,
-                    found, more, misses, outliers)
+                    found, beyond, more, misses, outliers)
+
+
+def _has_scales(sweep: Sweep, name: str, axes: Sequence[str]) -> bool:
+    """Whether a loss is known at several values of each scale: a benchmark may be asked at runs' ends alone."""
+    known = ~np.isnan(sweep.values[:, sweep.losses.index(name)])
+    return set(axes) <= set(scales(sweep.only(known)))
+
+
+def _of_scales(sweep: Sweep, axes: Sequence[str], objective: Mapping[str, float]) -> Sweep:
+    """The sweep of the losses that are known at several of these scales.
+
+    Raises:
+      ValueError: in one line, where the objective asks for another.
+    """
+    names = [name for name in sweep.losses if _has_scales(sweep, name, axes)]
+    if untold := [name for name in objective if name not in names]:
+        raise ValueError(f"{untold[0]} is not known at several values of {' and '.join(axes)}: leave it out of the "
+                         "objective, or ask for a size and length that was trained.")
+    return sweep.of(names)
 
 
 def _span(values: np.ndarray) -> str:

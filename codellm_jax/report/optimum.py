@@ -1,7 +1,7 @@
 """The best mixture for a weighted sum of losses, how surely, and which further runs would tell it better.
 
-All of it is read from curves that the runs leave possible (`laws.draws`): the best share of each is its lowest point,
-and the interval holds the middle 95% of these.
+All of it is read from curves that the runs leave possible (`laws.draw`): the best mixture of each is its lowest point
+between the runs' own, and the interval holds the middle 95% of these.
 """
 
 import dataclasses
@@ -9,15 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import optimize
 
 GRID = 401  # shares of two sources that are looked at
-MIXTURES = 4000  # of more than two
+STARTS = 1500  # mixtures of more than two sources that a search begins with
+ROUNDS, MOVES = 20, 150  # of the search, and how many of each kind it tries in a round
+STEPS = (0.5, 0.01)  # of the way to another mixture, in the first round and the last
+APART = 0.005  # of a share: a mixture as close as this to what the runs span is within it
 SURE = 0.95
 INTERVAL = (0.025, 0.975)
 AT_EDGE = 0.01  # of the swept range
 TRIED = 25  # shares that a further run is tried at
 POSSIBLE = 250  # curves that further runs are tried on
 MOST_ARMS = 8  # that are proposed
+CurvesAt = Callable[[np.ndarray], np.ndarray]
 ENOUGH = 0.25  # of the swept range: an interval as narrow as this is worth its runs
 
 
@@ -58,21 +63,27 @@ class Design:
     width_then: float
 
 
-def mixtures(shares: np.ndarray, seed: int = 0) -> np.ndarray:
-    """[m, S] mixtures to choose from: of two sources all between the swept ends, of more such as lie between runs.
+def mixtures(shares: np.ndarray, number: int, dice: np.random.Generator) -> np.ndarray:
+    """[m, S] mixtures between some others: of two sources a grid from end to end, of more those others and about
+    `number` random ones.
 
     Args:
-      shares: [n, S] of the runs.
+      shares: [n, S].
     """
     if shares.shape[1] == 2:
         second = np.linspace(shares[:, 1].min(), shares[:, 1].max(), GRID)
         return np.stack([1 - second, second], axis=1)
-    dice = np.random.default_rng(seed)
-    distinct = np.unique(shares.round(4), axis=0)
-    parts = [shares[np.sort(np.unique(shares.round(4), axis=0, return_index=True)[1])]]
-    for concentration in (0.1, 1.0):  # near single runs, and deep between them
-        parts.append(dice.dirichlet(np.full(len(distinct), concentration), MIXTURES // 2) @ parts[0])
-    return np.concatenate(parts)
+    distinct = _distinct(shares)
+    return np.concatenate([np.eye(len(distinct)), _random(len(distinct), number, dice)]) @ distinct
+
+
+def _distinct(shares: np.ndarray) -> np.ndarray:
+    return shares[np.sort(np.unique(shares.round(4), axis=0, return_index=True)[1])]
+
+
+def _random(corners: int, number: int, dice: np.random.Generator) -> np.ndarray:
+    """[number, corners] weights of random mixtures, half of them near single corners, half between all."""
+    return np.concatenate([dice.dirichlet(np.full(corners, size), number // 2) for size in (0.1, 1.0)])
 
 
 def weigh(objective: Mapping[str, float], losses: Sequence[str], curves: np.ndarray) -> np.ndarray:
@@ -80,43 +91,92 @@ def weigh(objective: Mapping[str, float], losses: Sequence[str], curves: np.ndar
     return np.tensordot([objective.get(name, 0.0) for name in losses], curves, axes=1)
 
 
-def best(shares: np.ndarray, predicted: np.ndarray, curves: np.ndarray, average: int) -> Best:
-    """The best of some mixtures.
+def lowest(corners: np.ndarray, curves_at: CurvesAt, seed: int = 0) -> np.ndarray:
+    """[B, S] the mixture between `corners` at which each curve is lowest.
+
+    Of two sources all shares are looked at. Of more, mixtures are weights of the corners, and a random search goes from
+    the lowest of every curve so far: towards other mixtures, in shorter and shorter steps; by giving some of one
+    corner's weight to another; and by the difference of two other curves' lowest, which lies along the face that they
+    are on (differential evolution; Storn and Price, 1997). Each curve tries what was found for others.
 
     Args:
-      shares: [m, S], as `mixtures` gives them.
-      predicted: [m] the objective.
-      curves: [B, m] of it that are possible.
-      average: the number of the mixture that gains are counted from.
+      corners: [n, S].
+      curves_at: mixtures [m, S] -> objective [B, m], the same curves at each call.
     """
-    lowest = curves.argmin(axis=1)
-    place = int(predicted.argmin())
-    found = shares[lowest]  # [B, S]
+    dice = np.random.default_rng(seed)
+    if corners.shape[1] == 2:
+        tried = mixtures(corners, 0, dice)
+        return tried[curves_at(tried).argmin(axis=1)]
+    corners = _distinct(corners)
+    number = len(corners)
+
+    def lower(weights: np.ndarray, found: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values = curves_at(weights @ corners)
+        places = values.argmin(axis=1)
+        own = values[np.arange(len(values)), places]
+        return np.where((own < least)[:, None], weights[places], found), np.minimum(own, least)
+
+    curves = len(curves_at(corners[:1]))
+    found, least = lower(np.concatenate([np.eye(number), _random(number, STARTS, dice)]),
+                         np.zeros((curves, number)), np.full(curves, np.inf))
+    for step in np.geomspace(*STEPS, ROUNDS):
+        first, second, third, fourth = (found[dice.choice(curves, MOVES)] for _ in range(4))
+        towards = np.concatenate([np.eye(number), _random(number, MOVES, dice)])
+        towards = towards[dice.choice(len(towards), MOVES, replace=False)]
+        giving, taking = (np.array([dice.choice(number, p=own) for own in weights]) for weights in (
+            first, 0.7 * second + 0.3 / number))
+        given = first.copy()
+        each = np.arange(MOVES)
+        part = dice.random(MOVES) ** 3 * first[each, giving]
+        given[each, giving] -= part
+        given[each, taking] += part
+        along = np.maximum(first + dice.random((MOVES, 1)) * (third - fourth), 0)
+        found, least = lower(np.concatenate([
+            first + step * (towards - first), given, along / along.sum(axis=1, keepdims=True)]), found, least)
+    return found @ corners
+
+
+def best(swept: np.ndarray, corners: np.ndarray, average: np.ndarray, curves_at: CurvesAt) -> Best:
+    """The best mixture between some others.
+
+    Args:
+      swept: [n, S] the runs' mixtures.
+      corners: [k, S], between which it is looked for: the runs' own, or beyond them.
+      average: [S] the mixture that gains are counted from.
+      curves_at: mixtures [m, S] -> objective [1 + B, m], the same at each call; the first is what is predicted, the
+        others are possible.
+    """
+    found = lowest(corners, curves_at)
+    place, found = found[0], found[1:]
     low, high = np.quantile(found, INTERVAL, axis=0)
-    intervals = np.stack([np.minimum(low, shares[place]), np.maximum(high, shares[place])], axis=1)
-    gains = curves[:, average] - curves[np.arange(len(curves)), place]
-    gain = (float(predicted[average] - predicted[place]), *np.quantile(gains, INTERVAL).tolist())
-    least, most = shares.min(axis=0), shares.max(axis=0)
+    intervals = np.stack([np.minimum(low, place), np.maximum(high, place)], axis=1)
+    here, there = np.moveaxis(curves_at(np.stack([place, average])), -1, 0)  # [1 + B]
+    gain = (float(there[0] - here[0]), *np.quantile((there - here)[1:], INTERVAL).tolist())
+    least, most = swept.min(axis=0), swept.max(axis=0)
     margin = AT_EDGE * (most - least)
     at_least, at_most = (found <= least + margin).mean(axis=0), (found >= most - margin).mean(axis=0)
     edge = None
-    if shares.shape[1] == 2:
+    if swept.shape[1] == 2:
         if max(at_least[1], at_most[1]) >= SURE:
             edge = 1, "least" if at_least[1] > at_most[1] else "most"
         inside = intervals[1, 0] > least[1] + margin[1] and intervals[1, 1] < most[1] - margin[1]
         verdict = "edge" if edge else "interior" if inside else "cannot tell"
     else:
-        sure = [(float(max(low, high)), source, "least" if low > high else "most")
-                for source, (low, high) in enumerate(zip(at_least, at_most, strict=True))]
-        top = max((one for one in sure if one[2] == "most"), default=None)
-        edge = (top[1], top[2]) if top and top[0] >= SURE else None
+        surest = int(at_most.argmax())
+        edge = (surest, "most") if at_most[surest] >= SURE else None
         verdict = "edge" if edge else "told" if gain[1] > 0 else "cannot tell"
-    low, high = np.quantile(curves[:, place], INTERVAL).tolist()
-    return Best(shares[place], intervals, float(predicted[place]), (low, high),
-                verdict, edge, (float(at_least[1]), float(at_most[1])), gain)
+    low, high = np.quantile(here[1:], INTERVAL).tolist()
+    return Best(place, intervals, float(here[0]), (low, high), verdict, edge,
+                (float(at_least[1]), float(at_most[1])), gain)
 
 
-def design(sources: int, swept: np.ndarray, weights: np.ndarray, noise: np.ndarray, seeds: int,
+def between(shares: np.ndarray, mixture: np.ndarray) -> bool:
+    """Whether a mixture [S] lies between others [n, S], to within `APART`: in their convex hull."""
+    weights, _ = optimize.nnls(np.concatenate([shares.T, np.ones((1, len(shares)))]), np.append(mixture, 1.0))
+    return bool(np.abs(weights @ shares - mixture).max() < APART)
+
+
+def design(swept: np.ndarray, weights: np.ndarray, noise: np.ndarray, seeds: int,
            curves_at: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> Design:
     """The mixtures whose runs are expected to narrow the best share's interval most, one after the other.
 
@@ -125,15 +185,14 @@ def design(sources: int, swept: np.ndarray, weights: np.ndarray, noise: np.ndarr
     left on average: Bayesian experimental design (Chaloner and Verdinelli, 1995, section 4) by the draws themselves.
 
     Args:
-      sources: S.
       swept: [n, S] the runs' shares.
       weights: [D] of the losses in the objective.
       noise: [D] the standard deviation of a run.
       seeds: of each mixture.
       curves_at: mixtures [m, S] -> possible losses [D, B, m], the same curves at each call.
     """
-    dice = np.random.default_rng(seed)
-    space = mixtures(swept)
+    dice, sources = np.random.default_rng(seed), swept.shape[1]
+    space = mixtures(swept, STARTS, dice)
     low, high = swept[:, 1].min(), swept[:, 1].max()
     if sources == 2:
         second = np.unique(np.linspace(low, high, TRIED).round(2))

@@ -9,33 +9,44 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1a1a1a;
-  background: #fff; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0; }
-h2 { font-size: 1.3rem; margin: 2.75rem 0 .75rem; padding-top: .5rem; border-top: 1px solid #bbb; }
+:root { color-scheme: light dark; --text: #1a1a1a; --paper: #fff; --quiet: #595959; --rule: #ddd; --line: #333;
+  --link: #0058a3; --notice: #fdf3ec; --edge: #D55E00; --done: #0072B2; --work: #E69F00; --bad: #D55E00;
+  --c0: #0072B2; --c1: #D55E00; --c2: #009E73; --c3: #CC79A7; --c4: #56B4E9; --c5: #E69F00; --c6: #000; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --paper: #16181b; --quiet: #a8a8a8; --rule: #3a3d42;
+  --line: #bbb; --link: #7ab8ff; --notice: #33231a; --done: #56B4E9; --c0: #56B4E9; --c4: #9ecbff; --c6: #fff; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--text);
+  background: var(--paper); margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.3rem; margin: 2.75rem 0 .75rem; padding-top: .5rem; border-top: 1px solid var(--rule); }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
-p, li { max-width: 46rem; }
+p, li { max-width: 46rem; overflow-wrap: break-word; }
 code { font: .87em ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   overflow-wrap: anywhere; }
-.notice { border-left: 5px solid #D55E00; background: #fdf3ec; padding: .75rem 1rem; max-width: none; }
+.notice { border-left: 5px solid var(--edge); background: var(--notice); padding: .75rem 1rem; max-width: none; }
 .wide { overflow-x: auto; margin: .75rem 0 1.25rem; }
-table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; font-variant-numeric: tabular-nums;
+  border-top: 2px solid var(--line); border-bottom: 2px solid var(--line); }
 th, td { padding: .3rem .5rem; text-align: right; vertical-align: top; white-space: nowrap; }
-th { border-bottom: 2px solid #333; vertical-align: bottom; font-weight: 600; }
-tbody tr { border-bottom: 1px solid #ddd; }
+th { border-bottom: 1px solid var(--line); vertical-align: bottom; font-weight: 600; }
+tbody tr + tr { border-top: 1px solid var(--rule); }
 th:first-child, td:first-child, .text { text-align: left; }
 td.text { white-space: normal; min-width: 4.5rem; max-width: 26rem; } td:first-child { min-width: 8.5rem; }
 td code { white-space: nowrap; overflow-wrap: normal; }
-td .second { color: #595959; } th .second { font-weight: 400; }
+td .second { color: var(--quiet); } th .second { font-weight: 400; }
 figure { margin: 1rem 0 1.75rem; }
-figure img { max-width: 100%; height: auto; }
-figcaption, .caption { color: #444; font-size: .9rem; max-width: 46rem; }
+figure img { max-width: 100%; height: auto; background: #fff; }
+figcaption, .caption { color: var(--quiet); font-size: .9rem; max-width: 46rem; }
 .caption { margin-bottom: -.5rem; break-after: avoid; }
-nav { font-size: .9rem; } nav a { margin-right: 1rem; white-space: nowrap; }
-a { color: #0058a3; }
+nav { font-size: .9rem; } nav a { display: inline-block; margin-right: 1rem; }
+a { color: var(--link); }
+@media (max-width: 40rem) { body { padding: .75rem .75rem 3rem; } h1 { font-size: 1.35rem; } table { font-size: .8rem; }
+  th, td { padding: .25rem .4rem; } td:first-child { min-width: 6rem; } td.text { min-width: 5rem; }
+  figure { overflow-x: auto; } figure img { max-width: none; width: 36rem; } }
+@media (prefers-color-scheme: dark) { figure img { padding: .5rem; border-radius: 4px; } }
 @page { size: A4 landscape; margin: 12mm; }
-@media print { body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; }
+@media print { :root { color-scheme: light; --text: #000; --paper: #fff; --quiet: #444; --rule: #ccc; --line: #000; }
+  body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .15rem .35rem; } figure, tr { break-inside: avoid; }
   figure img { max-height: 165mm; width: auto; }
   h2, h3 { break-after: avoid; } nav { display: none; } }
@@ -66,19 +77,25 @@ class Items(NamedTuple):
 class Table(NamedTuple):
     """Cells are text; lines of a cell after its first are told apart. Columns of words are aligned to the left."""
 
-    caption: str
+    caption: str  # a sentence or more that says what the table shows, and how to read it
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = ()  # columns of words, by number; the first always is
 
 
 class Figure(NamedTuple):
-    """A plot, as NAME.svg and NAME.png."""
+    """A plot, as NAME.svg, NAME.pdf and NAME.png."""
 
     name: str
     caption: str
     png: bytes
     svg: bytes
+    pdf: bytes
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Its content by the names of its files."""
+        return {f"{self.name}.png": self.png, f"{self.name}.svg": self.svg, f"{self.name}.pdf": self.pdf}
 
 
 Block = Heading | Text | Notice | Items | Table | Figure
@@ -103,6 +120,11 @@ def page(title: str, blocks: Sequence[Block]) -> str:
             f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n")
 
 
+def fragment(blocks: Sequence[Block]) -> str:
+    """Blocks as HTML within a page of another."""
+    return "\n".join(_html(block) for block in blocks)
+
+
 def comma_separated(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table as CSV; numbers in full, None as nothing."""
     text = io.StringIO()
@@ -122,7 +144,7 @@ def _markdown(block: Block) -> str:
         return "\n".join(f"- {_plain(text)}" for text in block.texts)
     if isinstance(block, Figure):
         return f"![{block.name}]({block.name}.png)\n\n{_plain(block.caption)}"
-    align = [" --- " if _is_words(block, column) else " ---: " for column in range(len(block.columns))]
+    align = [" --- " if is_words(block, column) else " ---: " for column in range(len(block.columns))]
     lines = [block.columns, *block.rows]
     cells = [" | ".join(_plain(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line) for line in lines]
     caption = [_plain(block.caption), ""] if block.caption else []
@@ -148,7 +170,7 @@ def _html(block: Block) -> str:
         image = base64.b64encode(block.svg).decode()
         return (f'<figure><img alt="{html.escape(block.caption)}" src="data:image/svg+xml;base64,{image}">'
                 f"<figcaption>{_inline(block.caption)}</figcaption></figure>")
-    classes = [' class="text"' if _is_words(block, column) else "" for column in range(len(block.columns))]
+    classes = [' class="text"' if is_words(block, column) else "" for column in range(len(block.columns))]
     head = "".join(f'<th scope="col"{kind}>{_cell(name)}</th>'
                    for name, kind in zip(block.columns, classes, strict=True))
     rows = "".join("<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, classes, strict=True))
@@ -158,7 +180,8 @@ def _html(block: Block) -> str:
     return f'<p class="caption">{_inline(block.caption)}</p>{table}' if block.caption else table
 
 
-def _is_words(table: Table, column: int) -> bool:
+def is_words(table: Table, column: int) -> bool:
+    """Whether a column is of words, which are aligned to the left."""
     return column == 0 or column in table.words
 
 
@@ -168,7 +191,12 @@ def _cell(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    """Text as HTML; but in code, numbers are set as in print: a minus sign, and a dash between the ends of a range."""
+    def plain(part: str) -> str:
+        return re.sub(r"(?<![\w.)-])-(?=\d)", "\N{MINUS SIGN}", re.sub(r"(?<=\d) - (?=\d)", "\N{EN DASH}", part))
+
+    return "".join(f"<code>{html.escape(part[1:-1], quote=False)}</code>" if re.fullmatch("`[^`]+`", part) else
+                   plain(html.escape(part, quote=False)) for part in re.split(r"(`[^`]+`)", text))
 
 
 def _anchor(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The plots of a report, each as PNG and SVG: for print, and for those who tell few colours apart.
+"""The plots of a report, each as PNG, SVG and PDF: for print, and for those who tell few colours apart.
 
 Colours are those of Okabe and Ito (2008). Arms are told apart by markers, lines and labels too.
 """
@@ -23,7 +23,7 @@ SETTINGS: Any = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#e3e3e3", "grid.linewidth": 0.7, "axes.axisbelow": True, "lines.linewidth": 1.6,
-    "lines.markersize": 5, "svg.hashsalt": "codellm_jax", "figure.constrained_layout.use": True}
+    "lines.markersize": 5, "svg.hashsalt": "codellm_jax", "pdf.fonttype": 42, "figure.constrained_layout.use": True}
 
 
 class Curve(NamedTuple):
@@ -92,9 +92,10 @@ class Line(NamedTuple):
 
 
 class LawPanel(NamedTuple):
-    """One loss against a share, in nats a token."""
+    """One loss, or measure of a benchmark, against a share."""
 
     title: str
+    label: str  # of its axis
     shares: np.ndarray  # [m]
     predicted: np.ndarray  # [m]
     intervals: np.ndarray  # [m, 2]
@@ -347,7 +348,7 @@ def law(name: str, caption: str, source: str, panels: Sequence[LawPanel], best: 
             marker = "x" if outlier else MARKERS[seeds.index(seed) % len(MARKERS)] if seed in seeds else "o"
             axis.plot(share, loss, linestyle="none", marker=marker, markersize=7 if outlier else 4, color=COLOURS[6],
                       markerfacecolor="none", markeredgewidth=1.6 if outlier else 0.8)
-        axis.set(title=panel.title, xlabel=f"Share of {source}", ylabel="Loss, nats a token")
+        axis.set(title=panel.title, xlabel=f"Share of {source}", ylabel=panel.label)
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -411,8 +412,9 @@ def _saved(plt: Any, figure: Any, name: str, caption: str) -> Figure:
         # The layout's solver orders its sums by addresses in memory: without rounding, the last bits (and with them
         # the names of clip paths) differ between two drawings of the same values.
         axes.set_position([round(bound, 6) for bound in axes.get_position().bounds])
-    png, svg = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=200)
+    png, svg, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
     figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     plt.close(figure)
-    return Figure(name, caption, png.getvalue(), svg.getvalue())
+    return Figure(name, caption, png.getvalue(), svg.getvalue(), pdf.getvalue())

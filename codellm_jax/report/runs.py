@@ -181,11 +181,13 @@ def resolve(settings: Mapping[str, str]) -> dict[str, str]:
     return {name: value(text) for name, text in settings.items()}
 
 
-def require_same_measurement(runs: Iterable[Run]) -> None:
-    """Raises ValueError, in one line, where two runs were not asked the same questions, or not scored alike."""
+def require_same_measurement(runs: Iterable[Mapping[str, Result]]) -> None:
+    """Raises ValueError, in one line, where two runs were not asked the same questions, or not scored alike; of each
+    its results by task.
+    """
     first: dict[str, Result] = {}
-    for run in runs:
-        for task, here in run.results.items():
+    for results in runs:
+        for task, here in results.items():
             other = first.setdefault(task, here)
             if other.result["sample"] != here.result["sample"]:
                 which = [f"{one.run} was asked {'our sample items' if one.result['sample'] else 'the official files'}"

@@ -68,7 +68,8 @@ def conclusions(study: Study) -> Section:
     table: Rows = []
     for conclusion, verdict, contrasts in judge(study):
         blocks += [Heading(3, f"{conclusion.number}. {conclusion.claim} {verdict.capitalize()}."), Table(
-            "", ("Contrast", "Difference", "Interval", "p", "p, Holm", "Verdict", "Why", "Tasks"),
+            "The differences that this conclusion stands on, with what the rules make of them.",
+            ("Contrast", "Difference", "Interval", "p", "p, Holm", "Verdict", "Why", "Tasks"),
             [[one.planned.name, _signed(one.estimate), _bounds(one.interval, "+"), _p(one.p_value), _p(one.corrected),
               one.verdict, one.why, ", ".join(task for task, _ in one.planned.measures)] for one in contrasts],
             words=(5, 6, 7))]
@@ -126,7 +127,8 @@ def _paper_table(study: Study, table: PaperTable) -> tuple[Table, Rows]:
     names = [column.name + (f"\nours: {label}\n{_seeds(study, label)}" if label else
                             "\nours: none" * bool(column.of_ours and column.arm))
              for column, label in zip(columns, labels, strict=True)]
-    return Table("", ("Task", "n", "Chance", "Majority", *names), rows), numbers
+    return Table(f"Table {table.number} of the paper, {table.title}: our score above, the paper's beneath.",
+                 ("Task", "n", "Chance", "Majority", *names), rows), numbers
 
 
 def _row_of_paper(study: Study, row: Row, cells: Sequence[_Cell], clean: bool) -> list[str]:
@@ -203,8 +205,8 @@ def scores(study: Study) -> Section:
                              f"{_score(clean)}, n {clean.n:,}" if clean else "-" if overlapping else "the same"
                              if study.measured(task) else "not measured"])
     return Section([Heading(2, "All scores"), Table(
-        "In per cent, with 95% intervals: Wilson's of one seed's accuracy, a bootstrap over questions of another "
-        "score; of several seeds the mean, with an interval over seeds and questions",
+        "Every score in per cent, with its 95% interval: Wilson's for one seed's accuracy, a bootstrap over questions "
+        "for other scores; for several seeds the mean, with an interval over seeds and questions.",
         ("Arm", "Task", "Metric", "Seeds", "n", "Score", "Chance", "Majority", "Without overlapping questions"), rows,
         words=(1, 2))], [("scores", SCORE_COLUMNS, numbers)])
 
@@ -266,7 +268,8 @@ def differences(study: Study) -> Section:
                             else [None] * 5)])
     for (first, second), of_pair in rows.items():
         blocks += [Heading(3, f"{first} - {second}"), Table(
-            f"{first}: {_seeds(study, first)}; {second}: {_seeds(study, second)}",
+            f"The score of {first} ({_seeds(study, first)}) minus that of {second} ({_seeds(study, second)}), in "
+            "points of 100.",
             ("Task", "Metric", "n", first, second, "Difference", "95% interval", "Test", "p", "p, Holm", "Detectable",
              "Without overlapping"), of_pair, words=(1, 7))]
     return Section(blocks, [("differences", DIFFERENCE_COLUMNS, numbers)])

@@ -38,5 +38,6 @@ def signals(compared: Sequence[Group]) -> Section:
         Text("Signal is the difference between the two arms whose means lie farthest apart, noise the standard "
              "deviation between seeds of an arm. A ratio up to the last column is as large as that of arms without any "
              "difference may be by chance (once in 20)."),
-        Table("Measures by signal over noise", ("Measure", "After", "Arms", "Signal", "Noise", "Ratio", "By chance"),
+        Table("The measures, the one that tells arms apart best first.",
+              ("Measure", "After", "Arms", "Signal", "Noise", "Ratio", "By chance"),
               rows, words=(1, 2))], [("signals", COLUMNS, numbers)])

@@ -47,9 +47,9 @@ def sweeps(compared: Sequence[Group]) -> tuple[Section, list[str]]:
         arms = ", ".join(f"{label} at {share:g}" for share, label in sweep.arms)
         blocks += [Heading(2, title), *map(Notice, said), plots.sweep(
             name, f"Against the share of code in {sweep.stage}, with 95% intervals: {arms}.", panels), Table(
-            "The mean over seeds with its 95% interval; beneath it the difference from the share "
-            f"{sweep.arms[0][0]:g}, paired where seeds stand on the same run, and its p-value, corrected by Holm's "
-            f"method for all {total} such differences",
+            "Each measure at each share: the mean over seeds with its 95% interval; beneath it the difference from the "
+            f"share {sweep.arms[0][0]:g}, paired where seeds stand on the same run, and its p-value, corrected by "
+            f"Holm's method for all {total} such differences.",
             ("Measure", *(f"{share:g}\n{label}" for share, label in sweep.arms)), lines)]
         if notes := notes_of(group):
             blocks.append(Items(notes))

@@ -16,7 +16,16 @@ import numpy as np
 from etils import epath
 
 from codellm_jax.report.pages import comma_separated
-from codellm_jax.report.runs import name_and_seed, read_json
+from codellm_jax.report.questions import asked
+from codellm_jax.report.runs import (
+    Contamination,
+    Result,
+    name_and_seed,
+    read_contamination,
+    read_json,
+    read_results,
+    require_same_measurement,
+)
 from codellm_jax.runtime.progress import read_records
 
 SAME_SHARE = 0.002  # shares of two arms that differ by less are one: half a row more or less was drawn
@@ -44,6 +53,10 @@ class Sweep:
       final: [n] whether the line is of its run's end.
       epochs: [n, S] of each source; NaN where nothing tells them.
       notes: what a reader must know, and which runs were left out.
+      units: of losses by name, for a person; of what is not there a loss's.
+      more_is_better: names of losses that are none: measures of benchmarks of which more is better.
+      questions: of measures of benchmarks by name [n, q], what each question adds to the value, their mean; NaN where
+        there is none.
     """
 
     name: str
@@ -58,14 +71,25 @@ class Sweep:
     final: np.ndarray
     epochs: np.ndarray
     notes: Sequence[str] = ()
+    units: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    more_is_better: frozenset[str] = frozenset()
+    questions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def only(self, lines: np.ndarray) -> "Sweep":
         """The sweep of some lines, by a mask or numbers."""
         numbers = np.arange(len(self.runs))[lines]
         return dataclasses.replace(
             self, runs=[self.runs[n] for n in numbers], seeds=[self.seeds[n] for n in numbers],
+            questions={name: values[numbers] for name, values in self.questions.items()},
             **{name: getattr(self, name)[numbers] for name in
                ("shares", "values", "parameters", "tokens", "final", "epochs")})
+
+    def of(self, losses: Sequence[str]) -> "Sweep":
+        """The sweep of some losses."""
+        places = [self.losses.index(name) for name in losses]
+        return dataclasses.replace(
+            self, losses=list(losses), values=self.values[:, places],
+            questions={name: values for name, values in self.questions.items() if name in losses})
 
     @property
     def groups(self) -> np.ndarray:
@@ -195,7 +219,7 @@ def read_runs(folder: epath.Path) -> Sweep:
     if others := [other.name for group in sweeps.values() if group is not runs for other in group]:
         named = f"{', '.join(others[:NAMED])}{f' and {len(others) - NAMED} more' * (len(others) > NAMED)}"
         notes.append(f"Left out, as they are of another stage or start from another arm: {named}.")
-    return _sweep(folder.name, runs, notes)
+    return _with_benchmarks(_sweep(folder.name, runs, notes), runs, read_contamination(folder))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +234,7 @@ class _Read:
     evaluations: Sequence[Mapping[str, Any]]  # the last is that of the end
     vocabulary: str
     data: Mapping[str, str]
+    results: Mapping[str, Result]
 
 
 def _read(path: epath.Path, entry: Mapping[str, Any]) -> _Read | str:
@@ -233,7 +258,7 @@ def _read(path: epath.Path, entry: Mapping[str, Any]) -> _Read | str:
     return _Read(path.name, seed, (ledger.get("stage"), parent, str(before)), ledger["rows"],
                  ledger.get("epoch_rows", {}), float(sum(ledger.get("tokens", {}).values()) or math.nan),
                  float(provenance.get("parameters") or math.nan), evaluations, str(ledger.get("vocabulary_hash")),
-                 provenance.get("data") or {})
+                 provenance.get("data") or {}, read_results(path, path.name))
 
 
 def _changes(ledger: Mapping[str, Any]) -> bool:
@@ -289,6 +314,30 @@ def _sweep(name: str, runs: Sequence[_Read], notes: list[str]) -> Sweep:
         np.array([runs[number].parameters for number in of_run]), tokens,
         np.array([line is runs[number].evaluations[-1] for number, line, _ in lines]),
         rows[of_run] / of_epoch[of_run], notes)
+
+
+def _with_benchmarks(sweep: Sweep, runs: Sequence[_Read], contamination: Contamination | None) -> Sweep:
+    """The sweep with the measures of benchmarks, TASK/MEASURE, at runs' ends; questions that training sources hold are
+    left out.
+    """
+    require_same_measurement(run.results for run in runs)
+    names, columns, questions, units, more = list(sweep.losses), [sweep.values], {}, {}, set()
+    for task in dict.fromkeys(task for run in runs for task in run.results):
+        results = {run.name: run.results[task] for run in runs if task in run.results}
+        overlaps = contamination and contamination.of(next(iter(results.values())).result)
+        for measure in asked(results, frozenset().union(*overlaps.sources.values()) if overlaps else frozenset()):
+            name, number = f"{task}/{measure.metric}", len(next(iter(measure.values.values())))
+            values = np.full((len(sweep.runs), 1 + number), np.nan)
+            for line in np.flatnonzero(sweep.final):
+                if (run := sweep.runs[line]) in measure.values:
+                    values[line] = measure.scores[run], *measure.values[run]
+            names.append(name)
+            columns.append(values[:, :1])
+            questions[name], units[name] = values[:, 1:], measure.unit or "fraction"
+            more |= {name} if measure.better == "higher" else set()
+    return dataclasses.replace(sweep, losses=names, values=np.concatenate(columns, axis=1), questions=questions,
+                               units=dict.fromkeys(sweep.losses, "nats a token") | units,
+                               more_is_better=frozenset(more))
 
 
 def _or_nan(value: Any) -> float:

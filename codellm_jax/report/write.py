@@ -8,7 +8,8 @@ What is written, all of it at the end, into DIR/report:
   report.html       one page that needs nothing else
   report.md         the same as Markdown, with its plots beside it
   *.csv             every table with all digits, and a line for each question
-  *.png, *.svg      the plots
+  tables.tex        every table of the page in LaTeX
+  *.png, *.svg, *.pdf   the plots
 
 Nothing here computes a score in another way than from the lines of the questions.
 """
@@ -24,9 +25,19 @@ from etils import epath
 
 from codellm_jax.mixture.ledger import arm, rows_of_code, stages_of
 from codellm_jax.mixture.schedules import Schedule, constant, phases
-from codellm_jax.report import asked, background, effects_page, law_files, plots, sections, signal_page, sweep_page
+from codellm_jax.report import (
+    asked,
+    background,
+    effects_page,
+    latex,
+    law_files,
+    plots,
+    sections,
+    signal_page,
+    sweep_page,
+)
 from codellm_jax.report.conclusions import has_papers_arms, judge
-from codellm_jax.report.pages import Figure, comma_separated, markdown, page
+from codellm_jax.report.pages import Figure, Text, comma_separated, markdown, page
 from codellm_jax.report.runs import (
     Run,
     Stage,
@@ -41,12 +52,13 @@ from codellm_jax.report.runs import (
     resolve,
 )
 from codellm_jax.report.study import Study
-from codellm_jax.results.files import files_of, write_whole
+from codellm_jax.results.files import Damaged, files_of, read_provenance, require_plain_runs, write_whole
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import StatusLine, read_records
 
 Told = Callable[[str], None]
-OF_LAWS = ("laws.svg", "laws.png", "ratios.csv", "metrics.csv", "predictions.csv")  # that `t5x laws` writes beside
+# That `t5x laws` writes beside.
+OF_LAWS = ("laws.svg", "laws.png", "laws.pdf", "ratios.csv", "metrics.csv", "predictions.csv")
 
 
 def report(directory: str, say: Told = print) -> str:
@@ -60,7 +72,7 @@ def report(directory: str, say: Told = print) -> str:
     study = read_study(folder, say)
     require_same_arm(study.runs)
     require_same_sources(study.runs)
-    require_same_measurement(study.runs)
+    require_same_measurement(run.results for run in study.runs)
     results = sum(len(run.results) for run in study.runs)
     say(f"{len(study.runs)} runs of {len(study.arms)} arms, {results} results.")
     compared = asked.groups(study)
@@ -87,7 +99,9 @@ def report(directory: str, say: Told = print) -> str:
         status.show(number, name)
         made.append(make(study))
     status.close()
-    blocks = [*sections.opening(study), *(block for section in made for block in section.blocks)]
+    blocks = [*sections.opening(study), *(block for section in made for block in section.blocks), Text(
+        "Beside this page lie its figures as SVG, PDF and PNG, and its tables in LaTeX (`tables.tex`) and, with all "
+        "digits, as CSV.")]
     title = f"Report of {study.name}"
     tables = [table for section in made for table in section.tables]
     if study.tasks:
@@ -95,8 +109,9 @@ def report(directory: str, say: Told = print) -> str:
     files: dict[str, str | bytes] = {f"{name}.csv": comma_separated(columns, rows) for name, columns, rows in tables}
     for block in blocks:
         if isinstance(block, Figure):
-            files |= {f"{block.name}.png": block.png, f"{block.name}.svg": block.svg}
-    files |= {"report.md": markdown(title, blocks), "report.html": page(title, blocks)}
+            files |= block.files
+    files |= {"report.md": markdown(title, blocks), "report.html": page(title, blocks),
+              "tables.tex": latex.tables(title, blocks)}
     write(folder / "report", files)
     return "\n".join([
         *filter(None, [study.warning()]),
@@ -114,7 +129,7 @@ def write(folder: epath.Path, files: Mapping[str, str | bytes]) -> None:
             write_whole(folder / name, content)
         else:
             (folder / name).write_bytes(content)
-    for path in files_of(folder, ".csv", ".png", ".svg"):
+    for path in files_of(folder, ".csv", ".png", ".svg", ".pdf"):
         if path.name not in (*files, *OF_LAWS):
             path.unlink()
 
@@ -139,6 +154,7 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
         entries = [entry for entry in listed or [] if isinstance(entry, dict) and entry.get("run")]
         if not entries or len(entries) != len(listed or []):
             raise ValueError(f"{folder / 'study.json'} lists no runs: make it again with t5x study.")
+        require_plain_runs(folder / "study.json", entries)
     runs, pending = [], []
     names = {str(entry["run"]): str(entry["stage"]) for entry in entries if entry.get("stage")}
     for entry in entries:
@@ -160,7 +176,11 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str
     """
     results = read_results(path, path.name)
     record: Mapping[str, Any] = {}
-    step, records, provenance = None, read_records(str(path)), read_json(path / "provenance.json")
+    step, records, provenance = None, read_records(str(path)), None
+    try:
+        provenance = read_provenance(path)
+    except Damaged as error:
+        say(f"WARNING: {error}")
     if results or records:
         try:
             step, record = newest_record(str(path))

@@ -14,7 +14,16 @@ from codellm_jax.results.levels import chance_level, detectable_by_error, detect
 from codellm_jax.results.measures import MEASURES, UNITS
 from codellm_jax.results.measures import values as values_by_measure
 from codellm_jax.results.seeds import FromSums, contrast, pseudo_values
-from codellm_jax.results.statistics import Interval, bootstrap, mcnemar, mean_interval, paired_bootstrap, sign_flips
+from codellm_jax.results.statistics import (
+    Interval,
+    bootstrap,
+    exchanges,
+    mcnemar,
+    mean_interval,
+    paired_bootstrap,
+    sign_flips,
+    without_rounding,
+)
 
 Lines = Sequence[Mapping[str, Any]]
 NGRAMS = 4
@@ -53,7 +62,8 @@ TESTS = {
                "the interval is a bootstrap over questions",
     "sign flips": "one seed each, questions of which some are ties and count 1 / k: the sum of the differences against "
                   "that with random signs; the interval is a bootstrap over questions",
-    "bootstrap": "one seed each, more or less right: a bootstrap over the questions that both answered",
+    "exchanges": "one seed each, more or less right: the difference against that with the two arms' answers exchanged "
+                 "at random, question by question; the interval is Student's over questions",
     "questions": "an arm of one seed alone, against several or in a measure beside the accuracy: Student's test of the "
                  "questions' differences, means over seeds; what another seed would change is left out",
     "seeds": "several seeds each: the variance of the difference is that between the seeds' means, over their number, "
@@ -157,7 +167,8 @@ def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], metric: 
     `paired`: both arms have the same seeds, in the same order.
     """
     ours, theirs, n = first[0], second[0], len(first[0])
-    difference = float(np.mean([score_of(values) for values in first]) - np.mean([score_of(v) for v in second]))
+    means = [float(np.mean([score_of(values) for values in arm])) for arm in (first, second)]
+    difference = without_rounding(means[0] - means[1], max(map(abs, means)))
     if len(first) == len(second) == 1 and metric not in BESIDE:
         drawn = paired_bootstrap(ours, theirs, _from_sums(ours))
         interval = drawn.interval if drawn.standard_error else None
@@ -168,7 +179,9 @@ def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], metric: 
         detectable = detectable_by_error(drawn.standard_error) if drawn.standard_error else None
         if metric == "accuracy":
             return Compared(difference, interval, sign_flips(ours, theirs), "sign flips", detectable)
-        return Compared(difference, interval, drawn.p_value, "bootstrap", detectable)
+        student = contrast([linear(first)], [linear(second)], seeds=False, estimate=difference) if n > 1 else None
+        return Compared(difference, student.interval if student and student.standard_error else None,
+                        exchanges(ours, theirs, _from_sums(ours)), "exchanges", detectable)
     if n < 2:
         return Compared(difference, None, 1.0, "seeds", None)
     seeds = min(len(first), len(second)) > 1

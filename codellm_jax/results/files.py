@@ -1,10 +1,82 @@
-"""The two files of a result: TASK.json, and TASK.jsonl with a header and a line for each question."""
+"""Files that commands write and later ones read: JSON objects, and the two files of a result, TASK.json and TASK.jsonl
+with a header and a line for each question.
+"""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+
+
+class Damaged(ValueError):
+    """A file that an earlier command wrote is not what it should be; the message names it."""
+
+
+Members = Mapping[str, type | tuple[type, ...]]
+# What provenance.json of a run may hold, and the ledger in it; see `runtime.provenance`.
+PROVENANCE: Members = {
+    "asked": dict, "order": str, "ledger": dict, "sessions": list, "step": int, "finished": bool, "data": dict,
+    "checkpoint": (str, type(None)), "kept": dict}
+LEDGER: Members = {"stage": str, "rows": dict, "tokens": dict, "phases": list, "before": list}
+
+
+def read_object(path: epath.Path, members: Members, required: Collection[str] = ()) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file.
+
+    Args:
+      path: of the file.
+      members: types of values by their names.
+      required: names that must be there.
+
+    Raises:
+      Damaged: in one line; it holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: it is no JSON ({' '.join(str(error).split())[:100]}).") from None
+    require_members(found, members, required, str(path))
+    return found
+
+
+def require_members(found: Any, members: Members, required: Collection[str], what: str) -> None:
+    """Raises Damaged where `found` is no object, lacks a name, or has a value of another type."""
+    if not isinstance(found, dict):
+        raise Damaged(f"{what} is damaged: it holds no JSON object.")
+    for name in required:
+        if name not in found:
+            raise Damaged(f"{what} is damaged: it has no {name!r}.")
+    for name, kind in members.items():
+        value = found.get(name)
+        if name in found and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise Damaged(f"{what} is damaged: {name!r} is {' '.join(repr(value).split())[:60]}.")
+
+
+def require_plain_runs(path: epath.Path, entries: Iterable[Any]) -> None:
+    """Raises Damaged where study.json names a run that is no folder below `runs`."""
+    for entry in entries:
+        name = entry.get("run") if isinstance(entry, dict) else entry
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0\n"):
+            raise Damaged(f"{path} is damaged: it names the run {name!r}.")
+
+
+def read_provenance(run: epath.Path, required: Collection[str] = ()) -> dict[str, Any] | None:
+    """provenance.json of a run directory; None where there is none. Raises Damaged, in one line."""
+    path = run / "provenance.json"
+    found = read_object(path, PROVENANCE, required)
+    for session in (found or {}).get("sessions", ()):
+        require_members(session, {"seconds": (int, float, type(None))}, ("seconds",), f"{path}, in a session,")
+    ledger = (found or {}).get("ledger")
+    for stage in [] if ledger is None else [ledger, *ledger.get("before", ())]:
+        require_members(stage, LEDGER, ("stage", "rows", "tokens"), f"{path}, in its ledger,")
+        for counts in (stage["rows"], stage["tokens"]):
+            require_members(counts, dict.fromkeys(counts, int), (), f"{path}, in its ledger,")
+    return found
 
 
 def files_of(folder: epath.Path, *suffixes: str) -> list[epath.Path]:
@@ -51,6 +123,15 @@ def finished_lines(path: epath.Path, result: Mapping[str, Any]) -> list[dict[str
     return lines if len(lines) == result["n"] and ties == result.get("ties", 0) else None
 
 
+def read_result(path: epath.Path) -> dict[str, Any]:
+    """What TASK.json holds. Raises Damaged, in one line."""
+    found = read_object(path, {"task": str, "n": int, "settings": dict, "checkpoint": dict},
+                        ("task", "n", "settings", "checkpoint", "metric"))
+    if found is None:
+        raise Damaged(f"{path} is gone.")
+    return found
+
+
 def write_result(
     folder: epath.Path, name: str, header: Mapping[str, Any], lines: Sequence[Any], result: Mapping[str, Any]
 ) -> None:
@@ -60,7 +141,24 @@ def write_result(
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Whole or not at all, as UTF-8; see `encoded`."""
-    building = path.with_name(f".{path.name}.building")
-    building.write_bytes(encoded(text))
-    building.replace(path)
+    """Whole or not at all, as UTF-8; see `encoded`. Of several that write at the same time one is whole there."""
+    building, content = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.building"), encoded(text)
+    try:
+        with named(path, len(content)):
+            building.write_bytes(content)
+            building.replace(path)
+    except BaseException:
+        building.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def named(path: epath.Path, size: int) -> Iterator[None]:
+    """Errors of a disk within say which file was written, and how many bytes. Raises OSError, in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"{path} cannot be written ({size:,} bytes): {error.strerror}. Mend it and give the same command "
+                      "again: it goes on from what is whole.") from error

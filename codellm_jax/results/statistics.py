@@ -16,6 +16,8 @@ import numpy as np
 # Random indices held at once while resampling: 32 MiB of them, whatever the number of questions.
 RESAMPLED_AT_ONCE = 2**22
 
+ROUNDING = 1e-12  # relative: differences that are smaller are none
+
 Values = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
 FromSums = Callable[[np.ndarray], Any]
 
@@ -125,7 +127,7 @@ def paired_bootstrap(first: Values, second: Values, from_sums: FromSums | None =
     def difference(first_sums: np.ndarray, second_sums: np.ndarray) -> np.ndarray:
         ours, theirs = score(first_sums), score(second_sums)
         # Rounding must not tell equal scores apart: they would count as evidence.
-        equal = np.abs(ours - theirs) <= 1e-12 * np.maximum(np.abs(ours), np.abs(theirs))
+        equal = np.abs(ours - theirs) <= ROUNDING * np.maximum(np.abs(ours), np.abs(theirs))
         return np.where(equal, 0.0, ours - theirs)
 
     drawn = np.concatenate([difference(counts @ table, counts @ other)
@@ -160,6 +162,32 @@ def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndar
     return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**n))
 
 
+def exchanges(first: Values, second: Values, from_sums: FromSums | None = None, *, resamples: int = 10_000,
+              seed: int = 0) -> float:
+    """p-value, two-sided, that two systems score alike, where a score is a function of sums over questions: of each
+    question the systems' answers change places at random (approximate randomization; Noreen, 1989, chapter 2). Counted
+    and valid as `sign_flips`, which it is for a mean.
+
+    Args:
+      first, second, from_sums: as in `paired_bootstrap`.
+      resamples: R.
+      seed: of the draws.
+    """
+    table, score = _score_of(first, from_sums)
+    other, _ = _score_of(second, from_sums)
+    if table.shape != other.shape:
+        raise ValueError(f"Paired questions are needed: the first system has {table.shape}, the second {other.shape}")
+    both, half = (table + other).sum(axis=0) / 2, (table - other) / 2
+    generator = np.random.default_rng(seed)
+    seen = abs(float(score(both + half.sum(axis=0)) - score(both - half.sum(axis=0))))
+    as_far, height = 0, max(1, RESAMPLED_AT_ONCE // len(table))
+    for start in range(0, resamples, height):
+        signs = 2.0 * generator.integers(2, size=(min(height, resamples - start), len(table))) - 1
+        moved = signs @ half
+        as_far += int(np.count_nonzero(np.abs(score(both + moved) - score(both - moved)) >= seen - 1e-9))
+    return (as_far + 1) / (resamples + 1)
+
+
 def sign_flips(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, *, resamples: int = 10_000,
                seed: int = 0) -> float:
     """p-value, two-sided, that two systems score alike on the same questions (Fisher's randomization test, 1935).
@@ -186,6 +214,11 @@ def sign_flips(first: Sequence[float] | np.ndarray, second: Sequence[float] | np
     drawn = np.abs((2 * positive - counts) @ sizes)
     as_far = np.count_nonzero(drawn >= abs((ours - theirs).sum()) - 1e-9)  # equal sums differ by rounding
     return (int(as_far) + 1) / (resamples + 1)
+
+
+def without_rounding(value: float, size: float) -> float:
+    """A difference of numbers of this size, or 0 where nothing but rounding makes it one."""
+    return 0.0 if abs(value) <= ROUNDING * size else value
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

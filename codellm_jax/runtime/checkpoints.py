@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -22,10 +23,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from codellm_jax.mixture.checked import is_transient
 from codellm_jax.runtime.distributed import gathered, wait_for_all
+from codellm_jax.runtime.files import is_step
+from codellm_jax.runtime.terminal import is_of_peers
 
 WEIGHTS_OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
+SECONDS_BETWEEN_TRIES = (1, 4, 16)  # to read from storage that does not answer
 SAVE_TIMEOUT = datetime.timedelta(minutes=20)
+FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 CHUNKS = (2**20, 2**26)  # bytes of an array that are stored, and read, as one: at least, at most
 
 
@@ -54,6 +60,7 @@ class Checkpoints:
                                  "google-cloud-storage-control, or this package with [gcs] or [tpu].") from None
         self._directory = _absolute(directory)  # Orbax refuses relative paths, and only when it saves
         self._saving = False
+        self._bytes = 0  # of what is saved
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -77,9 +84,10 @@ class Checkpoints:
     @jax.profiler.annotate_function
     def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
         """Begins to save; returns when the state is copied, so that its buffers may be donated."""
-        record = dict(record) | {"checksums": checksums(state)}
+        record = dict(record) | {"checksums": checksums(state), "step": step}
         record["digest"] = digest(record)
         self._saving = True
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with self._one_line():
             saves = self._manager.save(
                 step, args=ocp.args.Composite(
@@ -93,6 +101,15 @@ class Checkpoints:
         if self._saving and not self._manager.is_saving_in_progress():
             self._saving = False
             self.wait()
+
+    def is_there(self, step: int) -> bool:
+        """Whether a whole checkpoint of a step lies in its place now."""
+        return (self._directory / str(step) / "record").exists() and (self._directory / str(step) / "state").exists()
+
+    def reload(self) -> None:
+        """Reads again which steps are there, where others may have removed some."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._manager.reload()
 
     def newest_step(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -112,15 +129,21 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            full = "No space left on device" in str(error)
+            if is_of_peers(error):  # nothing here is to be mended
+                raise
             raise OSError(
-                f"Saving to {self._directory} failed: {'No space left on device' if full else first_line(error)}. "
-                "Mend it and give the same command again: it goes on from the last whole checkpoint.") from error
+                f"Saving to {self._directory} failed: {self._why(error)}. Mend it and give the same command again: it "
+                "goes on from the last whole checkpoint.") from error
+
+    def _why(self, error: Exception) -> str:
+        if not any(reason in str(error) for reason in FULL):
+            return first_line(error)
+        return f"No space left on device. The checkpoint takes {self._bytes / 1e6:,.1f} MB"
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON saved at a step, without the state. Raises ValueError where it is not what was saved."""
-        return _require_digest(
-            self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record)
+        return _require_undamaged(
+            self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record, step)
 
     def restore_newest(
         self, abstract: Any, check: Callable[[dict[str, Any]], None], report: Callable[[str], None] = print
@@ -142,6 +165,8 @@ class Checkpoints:
                 state, error = _tried(self._state, step, abstract)
             if error is None:
                 _, error = _tried(_verify, record["checksums"], state)
+            if error is None:
+                _, error = _tried(_require_step, getattr(state, "step", None), step)
             if error is not None:
                 damaged.append((step, error))
                 continue
@@ -152,6 +177,13 @@ class Checkpoints:
                 f"All checkpoints in {self._directory} are damaged ({first_line(damaged[0][1])}): "
                 "restore one from a copy, or start again in another MODEL_DIR.")
         return None
+
+    def set_aside_from(self, step: int, report: Callable[[str], None]) -> None:
+        """Moves checkpoints of this step and later ones to MODEL_DIR/damaged_checkpoints, for they give no finite loss;
+        those before it stay.
+        """
+        self._set_aside([(found, ValueError("its parameters give a loss that is not finite"))
+                         for found in self._manager.all_steps() if found >= step], report)
 
     def _state(self, step: int, abstract: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
@@ -255,7 +287,7 @@ def undamaged_records(
     told and passed over.
     """
     checkpoints = _absolute(model_dir) / "checkpoints"
-    steps = sorted((int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), reverse=True) \
+    steps = sorted((int(path.name) for path in checkpoints.iterdir() if is_step(path.name)), reverse=True) \
         if checkpoints.exists() else []
     if not steps:
         raise FileNotFoundError(f"{_why_none(_absolute(model_dir))}: name the MODEL_DIR of a run that saved one.")
@@ -287,21 +319,33 @@ def _why_none(directory: epath.Path) -> str:
 
 
 def _whole_record(path: epath.Path) -> dict[str, Any]:
-    return _require_digest(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record"))
+    return _require_undamaged(ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path / "record"), int(path.name))
 
 
 def _tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
     """What a reading gave, and None; or None and the error, on every process where it failed on one: processes that
     took different checkpoints for the newest would wait for each other for ever.
+
+    Raises:
+      OSError: storage does not answer, which says nothing of the checkpoint, and was asked several times.
     """
-    found, error = None, None
-    try:
-        found = read(*arguments)
-    except Exception as failure:
-        error = failure
-    if gathered(np.array([error is not None])).any():
-        return None, error or OSError("another process could not read it")
-    return found, None
+    for seconds in (*SECONDS_BETWEEN_TRIES, None):
+        found, error = None, None
+        try:
+            found = read(*arguments)
+        except Exception as failure:
+            error = failure
+        failed = gathered(np.array([2 if error is not None and is_transient(error) else error is not None])).max()
+        if failed < 1:
+            return found, None
+        if failed < 2:
+            break
+        if seconds is None:
+            raise OSError("A checkpoint cannot be read now, and is left as it is: "
+                          f"{first_line(error) if error else 'another process could not read it'}. Give the same "
+                          "command again once it can.")
+        time.sleep(seconds)
+    return None, error or OSError("another process could not read it")
 
 
 def _absolute(path: str) -> epath.Path:
@@ -364,17 +408,23 @@ def digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _require_digest(record: Mapping[str, Any]) -> dict[str, Any]:
+def _require_undamaged(record: Mapping[str, Any], step: int) -> dict[str, Any]:
     if record.get("digest") != digest(record):
         raise ValueError("its record differs from what was saved")
+    _require_step(record.get("step"), step)
     return dict(record)
+
+
+def _require_step(found: Any, step: int) -> None:
+    """Raises ValueError where a checkpoint lies under another number; None says nothing, as in earlier versions."""
+    if found is not None and int(found) != step:
+        raise ValueError(f"it is the checkpoint of step {int(found)} under another number")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their places in it, such as "params/blocks/attention/key_kernel"."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): leaf
-            for path, leaf in paths}
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _verify(saved: Mapping[str, list[Any]], tree: Any) -> None:

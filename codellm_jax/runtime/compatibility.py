@@ -2,9 +2,12 @@
 
 import ast
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from codellm_jax.model.decoder import DecoderConfig
 from codellm_jax.runtime.checkpoints import resolved
@@ -39,6 +42,28 @@ def literal(settings: Mapping[str, Any], name: str) -> str | None:
         return None
 
 
+def moved_along(settings: Mapping[str, str], model_dir: str) -> dict[str, str]:
+    """The settings of an imported run, whose tokenizer lies in its directory, with where that is now: a run may be
+    moved.
+    """
+    saved = literal(settings, "vocabulary.path")
+    path = ast.literal_eval(saved) if saved else None
+    if isinstance(path, str) and "://" not in path and not os.path.exists(path):
+        below = epath.Path(resolved(model_dir)) / "vocabulary"
+        for here in (below, below / os.path.basename(path)):
+            if os.path.basename(path) == here.name and here.exists():
+                return dict(settings) | {"vocabulary.path": repr(str(here))}
+    return dict(settings)
+
+
+def vocabulary_facts(vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a checkpoint keeps of the ids of its vocabulary that stand beside its file, as JSON: settings do not tell
+    those that come from a tokenizer_config.json, which may be edited.
+    """
+    return {"pad_id": vocabulary.pad_id, "end_of_document_id": vocabulary.end_of_document_id,
+            "size": vocabulary.size, "begin_ids": list(vocabulary.begin_ids)}
+
+
 def trained_vocabulary(record: Mapping[str, Any], model_dir: str, path: str | None = None) -> Vocabulary:
     """The vocabulary that a run directory's checkpoint was trained with.
 
@@ -50,7 +75,7 @@ def trained_vocabulary(record: Mapping[str, Any], model_dir: str, path: str | No
     Raises:
       ValueError, FileNotFoundError: in one line; it is not there, or is another one.
     """
-    saved = literal(record["settings"], "vocabulary.path")
+    saved = literal(moved_along(record["settings"], model_dir), "vocabulary.path")
     if path is None and saved is None:
         raise ValueError(f"The checkpoint in {model_dir} does not tell its vocabulary: name it with --vocabulary.")
     chosen = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
@@ -84,6 +109,11 @@ def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, m
     chosen: dict[str, Any] = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
               if (value := literal(record["settings"], f"vocabulary.{name}")) is not None}
     trained = load_vocabulary(vocabulary.path, **chosen)
+    for name, there in record.get("vocabulary", {}).items():
+        if vocabulary_facts(trained).get(name) != there:
+            raise ValueError(f"{model_dir} was trained with {name} = {there}, and what stands beside the tokenizer in "
+                             f"{vocabulary.path} now says {vocabulary_facts(trained).get(name)}: was "
+                             "tokenizer_config.json edited? Set it back.")
     for name, field in (("pad_id", "pad_id"), ("end_of_document_id", "end_of_document_id"),
                         ("multiple and size", "size"), ("begin_id", "begin_ids")):
         there, here = getattr(trained, field), getattr(vocabulary, field)

@@ -21,7 +21,9 @@ JOIN_TIMEOUT = 300  # seconds for all processes to come
 PATIENCE = 86_400  # seconds to wait for what one process does for all, such as the cache of rows
 
 
-def join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
+def join(
+    address: str | None = None, count: int | None = None, index: int | None = None, heartbeat: int | None = None
+) -> None:
     """Makes this process one of several; before JAX is used.
 
     Without arguments the surroundings tell: a Cloud TPU slice, Slurm, or Open MPI, as `jax.distributed` finds them.
@@ -30,6 +32,7 @@ def join(address: str | None = None, count: int | None = None, index: int | None
       address: host:port of the first process.
       count: of the processes.
       index: of this one, from 0.
+      heartbeat: seconds without a sign of life after which a process counts as gone; None for HEARTBEAT_TIMEOUT.
 
     Raises:
       ValueError: some arguments are given and others not, or do not fit; in one line.
@@ -40,9 +43,12 @@ def join(address: str | None = None, count: int | None = None, index: int | None
         if address is None or count is None or index is None or ":" not in address or not 0 <= index < count:
             raise ValueError("--coordinator_address=HOST:PORT, --process_count=N and --process_index=0 ... N - 1 go "
                              f"together; found {address}, {count}, {index}.")
+    heartbeat = HEARTBEAT_TIMEOUT if heartbeat is None else heartbeat
+    if heartbeat < 1:
+        raise ValueError(f"--heartbeat_seconds must be at least 1, found {heartbeat}.")
     try:
         jax.distributed.initialize(address, count, index, initialization_timeout=JOIN_TIMEOUT,
-                                   heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT, shutdown_timeout_seconds=60)
+                                   heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=60)
     except ValueError as error:
         if address is None and "coordinator_address" in str(error):
             return  # chips, but of no slice that JAX knows: this host is alone

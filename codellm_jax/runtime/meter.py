@@ -19,6 +19,16 @@ from codellm_jax.runtime.progress import Records, StatusLine, duration
 Array: TypeAlias = Any  # jax.Array as the step gives it, np.ndarray once it is fetched
 
 
+class NotFinite(FloatingPointError):
+    """A loss or gradient is not finite. `parameters_after` is the step after which the parameters were as they gave it:
+    checkpoints of this step and later ones are not to be trusted, and each earlier one gave a finite loss.
+    """
+
+    def __init__(self, text: str, parameters_after: int) -> None:
+        super().__init__(text)
+        self.parameters_after = parameters_after
+
+
 class Metrics(NamedTuple):
     """Float32 scalars of one step; `source_*` are [sources]."""
 
@@ -115,7 +125,7 @@ class Meter:
         """Waits for the pending step's metrics, and records them where they are due.
 
         Raises:
-          FloatingPointError: its loss or gradient is not finite.
+          NotFinite: its loss or gradient is not finite.
         """
         if self._pending is None:
             return
@@ -125,8 +135,8 @@ class Meter:
         self._blocked += time.monotonic() - began
         self._positions += positions
         if not (math.isfinite(values.loss) and math.isfinite(values.grad_norm)):
-            raise FloatingPointError(f"The loss became {float(values.loss)} and its gradient's norm "
-                                     f"{float(values.grad_norm)} at step {step}.")
+            raise NotFinite(f"The loss became {float(values.loss)} and its gradient's norm "
+                            f"{float(values.grad_norm)} at step {step}.", step - 1)
         self._interval = self._interval.add(values)
         if step % self._log_period == 0 or step == self._last:
             self._record(step, values, tokens)

@@ -29,6 +29,13 @@ def warmup_cosine(
 ) -> Schedule:
     """After the warm-up half a cosine to `final` at `decay_steps` (Table 9).
 
+    Args:
+      peak: the learning rate at the end of the warm-up.
+      final: the learning rate at the end of the decay.
+      warmup_steps: steps of the warm-up.
+      decay_steps: the step at which the decay ends.
+      begin_step: the step at which the schedule begins, as if it were step 0; %BRANCH_STEP for a branch.
+
     Raises:
       ValueError: in one line; a number is out of its range.
     """
@@ -42,6 +49,13 @@ def warmup_linear(
     peak: float, final: float, warmup_steps: int, train_steps: int, begin_step: int = 0
 ) -> Schedule:
     """After the warm-up a straight line to `final`, often 0, at the end of the run.
+
+    Args:
+      peak: the learning rate at the end of the warm-up.
+      final: the learning rate at the end of the run.
+      warmup_steps: steps of the warm-up.
+      train_steps: steps of the run.
+      begin_step: the step at which the schedule begins, as if it were step 0; %BRANCH_STEP for a branch.
 
     Raises:
       ValueError: in one line; a number is out of its range.
@@ -57,12 +71,15 @@ def warmup_stable_decay(
     """After the warm-up the peak, and at the end of the run a decay to `final` (arXiv:2404.06395, arXiv:2405.18392).
 
     Args:
-      peak, final: learning rates.
-      warmup_steps, train_steps: in steps.
+      peak: the learning rate between warm-up and decay.
+      final: the learning rate at the end of the run.
+      warmup_steps: steps of the warm-up.
+      train_steps: steps of the run.
       decay_steps: length of the decay, which ends with the run: a whole number of steps, or a part of the run that is
         not in steps, such as 0.1.
-      decay: its shape, a key of DECAYS.
-      begin_step: see above; a part of the run is one of all its steps.
+      decay: shape of the decay: "linear", "one_minus_sqrt" or "cosine".
+      begin_step: the step at which the schedule begins, as if it were step 0; %BRANCH_STEP for a branch. A
+        part of the run is one of all its steps.
 
     Raises:
       ValueError: in one line; a number is out of its range, or the shape is unknown.
@@ -89,6 +106,11 @@ def warmup_stable_decay(
 def inverse_square_root(peak: float, warmup_steps: int, begin_step: int = 0) -> Schedule:
     """After the warm-up `peak` times the square root of warmup_steps / step (T5X's default): of no length.
 
+    Args:
+      peak: the learning rate at the end of the warm-up.
+      warmup_steps: steps of the warm-up, at least 1.
+      begin_step: the step at which the schedule begins, as if it were step 0; %BRANCH_STEP for a branch.
+
     Raises:
       ValueError: in one line; a number is out of its range.
     """
@@ -101,6 +123,11 @@ def inverse_square_root(peak: float, warmup_steps: int, begin_step: int = 0) -> 
 
 def warmup_constant(peak: float, warmup_steps: int, begin_step: int = 0) -> Schedule:
     """After the warm-up the peak.
+
+    Args:
+      peak: the learning rate from the end of the warm-up on.
+      warmup_steps: steps of the warm-up.
+      begin_step: the step at which the schedule begins, as if it were step 0; %BRANCH_STEP for a branch.
 
     Raises:
       ValueError: in one line; a number is out of its range.
@@ -140,9 +167,17 @@ def adamw(
     learning_rate: Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1,
     clip_norm: float | None = 1.0, mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """The study's optimizer: Adam with decoupled weight decay after clipping to a global norm (None: no clipping).
+    """The study's optimizer: Adam with decoupled weight decay after clipping to a global norm.
 
-    The first moment may be kept in bfloat16 (`mu_dtype`), which saves a sixth of the state's 12 bytes a parameter.
+    Args:
+      learning_rate: the schedule, which `train.learning_rate` gives.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: of all parameters but biases and the scales of norms.
+      clip_norm: global norm to which gradients are clipped; None for no clipping.
+      mu_dtype: of the first moment, "float32" or "bfloat16"; the latter saves a sixth of the state's 12 bytes a
+        parameter.
     """
     if mu_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"adamw.mu_dtype must be float32 or bfloat16, found {mu_dtype!r}.")
@@ -156,5 +191,10 @@ def adamw(
 def chain(
     learning_rate: Schedule, transformations: Sequence[optax.GradientTransformation]
 ) -> optax.GradientTransformation:
-    """Any optax transformations in order, then a step of minus the learning rate."""
+    """Any optax transformations in order, then a step of minus the learning rate.
+
+    Args:
+      learning_rate: the schedule, which `train.learning_rate` gives.
+      transformations: optax's, such as @optax.clip_by_global_norm() and @optax.scale_by_lion().
+    """
     return optax.chain(*transformations, optax.scale_by_learning_rate(learning_rate))

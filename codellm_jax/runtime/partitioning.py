@@ -44,8 +44,12 @@ class MeshShape:
     """Devices along each axis; one of `data`, `fsdp`, `model` may be -1: all devices that the others leave.
 
     Attributes:
+      data: devices that each take a part of the batch and hold all parameters.
+      fsdp: devices that each take a part of the batch and hold a part of the parameters.
+      model: devices that each compute a part of each matrix product.
       slices: TPU slices joined along `data`; divides it.
-      rules: overrides of AXIS_RULES, as (logical axis, mesh axis, tuple of mesh axes or None).
+      rules: overrides of AXIS_RULES, each a logical axis and the mesh axis, tuple of mesh axes or None that it is laid
+        onto.
     """
 
     data: int = -1

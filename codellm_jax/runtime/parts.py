@@ -80,7 +80,8 @@ def save_in_parts(
         if written[leaf] != math.prod(shape):
             raise ValueError(f"{leaf} has {math.prod(shape)} numbers, and {written[leaf]} were given.")
     whole = dict(record) | {"checksums": {
-        f"params/{leaf}": [list(shape), "float32", sums[leaf] % 2**32] for leaf, shape in shapes.items()}}
+        f"params/{leaf}": [list(shape), "float32", sums[leaf] % 2**32] for leaf, shape in shapes.items()},
+        "step": int(folder.name)}
     whole["digest"] = digest(whole)
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "record", ocp.args.JsonSave(whole))
     return whole

@@ -10,23 +10,32 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from codellm_jax.runtime.files import is_still_at
 from codellm_jax.runtime.terminal import ending_signals
+
+ONE_CTRL_C = 1.0  # seconds within which further SIGINTs are the first one, as a terminal and a parent both send it
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM (a preemption), SIGHUP (a terminal that goes away) or a first SIGINT sets; a second SIGINT
-    interrupts at once.
+    """An event that SIGTERM (a preemption), SIGHUP (a terminal that goes away) or a first SIGINT sets; a second SIGINT,
+    a second later or more, interrupts at once.
     """
     stop = threading.Event()
 
+    first = 0.0
+
     def handle(number: int, _: Any) -> None:
-        if number == signal.SIGINT and stop.is_set():
+        nonlocal first
+        if number == signal.SIGINT and stop.is_set() and time.monotonic() - first > ONE_CTRL_C:
             raise KeyboardInterrupt
+        if not stop.is_set():
+            first = time.monotonic()
         stop.set()
 
     before = {}
@@ -52,11 +61,16 @@ def require_plain_name(setting: str, directory: str) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training") -> Iterator[None]:
+def alone_in(
+    directory: str, setting: str = "MODEL_DIR", doing: str = "training"
+) -> Iterator[Callable[[], None]]:
     """Holds a directory against other processes; a killed one lets go of it by itself.
 
-    It is held by a lock of the file system, and so against other containers and, by NFS, other machines. Not held are
-    remote ones, and those on a file system that knows no locks.
+    What it gives raises OSError, when it is called, where the directory was moved or removed meanwhile: another process
+    may then be at work in one of the same name.
+
+    It is held by a lock of the file system, and so against other containers and, by NFS, other machines; in gs:// by a
+    lease, see `leases`. Not held is one on a file system that knows no locks.
 
     Args:
       setting: that names the directory.
@@ -65,14 +79,20 @@ def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training"
     Raises:
       ValueError: another process holds it.
     """
+    if directory.startswith("gs://"):
+        from codellm_jax.runtime.leases import leased  # which wants TensorStore
+
+        with leased(directory, setting, doing, lambda line: print(line, flush=True)) as lease:
+            yield lease.require
+        return
     if "://" in directory:
-        yield
+        yield lambda: None
         return
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{setting} {directory} cannot be made: {error.strerror}. Set another.") from error
-    with open(Path(directory) / ".lock", "w") as lock:
+    with open(os.path.abspath(os.path.join(directory, ".lock")), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,7 +101,14 @@ def alone_in(directory: str, setting: str = "MODEL_DIR", doing: str = "training"
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        yield
+
+        def require_held() -> None:
+            if not is_still_at(lock, lock.name):
+                raise OSError(f"{setting} {directory} was moved, removed or replaced during {doing}: this process "
+                              "stops, for what it writes would be lost.")
+
+        require_held()  # another may have removed it between opening and locking
+        yield require_held
 
 
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")

@@ -1,15 +1,19 @@
 """What a run tells while it trains: a status line, JSON lines, TensorBoard events, and its use of the hardware."""
 
-import contextlib
+import concurrent.futures
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tqdm
 from etils import epath
+
+from codellm_jax.results.files import named, write_whole
+from codellm_jax.runtime.events import Events
+from codellm_jax.runtime.files import is_still_at, set_aside
 
 # Dense bfloat16 peak, FLOP/s per device, from the vendors' data sheets. A device that is not here has no utilisation.
 PEAK_FLOPS = {
@@ -32,83 +36,199 @@ class Records:
 
     Lines after `step` are left by a run that was killed after its last checkpoint; they are dropped, and will be
     written again with the same values.
+
+    Args:
+      model_dir: local or gs://.
+      step: steps that are done.
+      active: whether this process writes.
+      require_held: called before each line; raises OSError where the directory is no longer this run's.
+      warn: told a line.
+      tensorboard: whether TensorBoard's events are written, too.
     """
 
-    def __init__(self, model_dir: str, step: int, active: bool) -> None:
+    def __init__(
+        self, model_dir: str, step: int, active: bool, require_held: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = print, tensorboard: bool = True,
+    ) -> None:
         self._path = epath.Path(model_dir) / "metrics.jsonl"
-        self._open = contextlib.ExitStack()
-        self._lines: Any = None
-        self._events: Any = None
+        self._lines: _Lines | None = None
         if not active:
             return
-        from tensorboardX import SummaryWriter, record_writer
-
-        # Its own way to gs:// wants another client of the storage service than the one that all else here uses.
-        record_writer.register_writer_factory("gs", _RemoteEvents)
+        self._require_held, self._warn = require_held, warn
+        content = self._path.read_bytes() if self._path.exists() else b""
+        found, broken = parsed_records(content)
+        if broken:
+            aside = set_aside([self._path], epath.Path(model_dir))
+            warn(f"WARNING: {broken} lines of {self._path} are no records of a run; the file is kept as it was in "
+                 f"{aside}, and the other lines are taken over.")
         # A run without a checkpoint begins anew, its evaluation before the first step included.
-        kept = [line for line in read_records(model_dir) if line["step"] <= step] if step else []
-        building = self._path.with_name(f".{self._path.name}")
-        building.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        building.replace(self._path)  # a kill in between loses no line
-        # etils gives a context and no file where the path is remote.
-        self._lines = self._open.enter_context(self._path.open("a"))
-        self._events = SummaryWriter(logdir=str(epath.Path(model_dir) / "tensorboard"), purge_step=step + bool(step))
+        kept = "".join(json.dumps(record) + "\n" for record in found if step and record["step"] <= step)
+        with named(self._path, len(kept)):
+            self._lines = (_RemoteLines if "://" in model_dir else _Lines)(self._path, kept)
+        self._events = Events(f"{model_dir.rstrip('/')}/tensorboard", step + 1 if step else None,
+                              warn) if tensorboard else None
 
     def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """Adds one line; values that are not known are left out, and those not finite become null."""
+        """Adds one line; values that are not known are left out, and those not finite become null.
+
+        Raises:
+          OSError: the line cannot be written, or the directory is no longer this run's.
+        """
         if self._lines is None:
             return
+        self._require_held()
         known = {name: float(value) for name, value in values.items() if value is not None}
         line = {"step": step, "split": split} | {
             name: value if math.isfinite(value) else None for name, value in known.items()}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for name, value in known.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
-        self._events.flush()
+        text = json.dumps(line) + "\n"
+        with named(self._path, len(text)):
+            if self._lines.is_gone():
+                self._lines.write_anew()
+                self._warn(f"WARNING: {self._path} was removed or replaced; it is written again, with all its lines.")
+            self._lines.add(text)
+        if self._events is not None:
+            self._events.write(step, {f"{split}/{name}": value for name, value in known.items()})
+
+    def settle(self) -> None:
+        """Returns when all lines are stored, as a checkpoint that is saved now expects of a resume."""
+        if self._lines is not None:
+            self._lines.settle()
 
     def close(self) -> None:
         if self._lines is not None:
-            self._open.close()
-            self._events.close()
+            self._lines.close()
+            if self._events is not None:
+                self._events.close()
 
 
-class _RemoteEvents:
-    """A file of events in gs://, where nothing can be appended to: each flush writes all of it again."""
+class _Lines:
+    """The lines of a file on a disk, which begins with `kept`."""
 
-    def __init__(self, path: str) -> None:
-        self._path, self._written = epath.Path(path), bytearray()
+    def __init__(self, path: epath.Path, kept: str) -> None:
+        self._path = path
+        building = path.with_name(f".{path.name}")
+        building.write_text(kept)
+        building.replace(path)  # a kill in between loses no line
+        self._file = open(path, "a+")
 
-    @classmethod
-    def open(cls, path: str) -> "_RemoteEvents":
-        return cls(path)
+    def is_gone(self) -> bool:
+        """Whether the open file no longer lies in its place."""
+        return not is_still_at(self._file, str(self._path))
 
-    @staticmethod
-    def directory_check(path: str) -> None:
-        """There are no directories to make."""
+    def write_anew(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.close()
+        if self._path.exists():
+            set_aside([self._path], self._path.parent)
+        write_whole(self._path, content)
+        self._file = open(self._path, "a+")
 
-    def write(self, data: bytes) -> None:
-        self._written += data
+    def add(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
 
-    def flush(self) -> None:
-        self._path.write_bytes(bytes(self._written))
+    def settle(self) -> None:
+        """Each line is stored when it is added."""
 
     def close(self) -> None:
-        self.flush()
+        self._file.close()
+
+
+class _RemoteLines:
+    """The lines of a file in gs://, where nothing can be appended to: all are written again, in a thread, so often that
+    it takes a fiftieth of the time, and whenever a checkpoint is to be saved.
+    """
+
+    SECONDS_BETWEEN_WRITES = 10.0
+
+    def __init__(self, path: epath.Path, kept: str) -> None:
+        self._path, self._lines = path, [kept]
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "metrics.jsonl")
+        self._writing: concurrent.futures.Future[float] | None = None
+        self._stored, self._next = 0, -math.inf
+        self.settle()
+
+    def is_gone(self) -> bool:
+        """Never: what somebody removes is there again at the next write."""
+        return False
+
+    def write_anew(self) -> None:
+        """Nothing to do."""
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+        if self._writing is not None and self._writing.done():
+            try:
+                took = self._finish()
+            except OSError:  # all is written again later, and before a checkpoint at the latest, where it is raised
+                took = 0.0
+            self._next = time.monotonic() + max(self.SECONDS_BETWEEN_WRITES, 50 * took)
+        if self._writing is None and time.monotonic() >= self._next:
+            self._begin()
+
+    def settle(self) -> None:
+        if self._writing is not None:
+            self._finish()
+        if self._stored < len(self._lines):
+            self._begin()
+            self._finish()
+
+    def close(self) -> None:
+        self.settle()
+        self._thread.shutdown()
+
+    def _begin(self) -> None:
+        self._stored, text = len(self._lines), "".join(self._lines)
+        self._writing = self._thread.submit(self._write, text)
+
+    def _write(self, text: str) -> float:
+        began = time.monotonic()
+        self._path.write_text(text)
+        return time.monotonic() - began
+
+    def _finish(self) -> float:
+        writing, self._writing = self._writing, None
+        assert writing is not None
+        try:
+            return writing.result()
+        except Exception as error:  # of the client of the storage service, which has classes of its own
+            self._stored = 0
+            raise OSError(f"{self._path} cannot be written: {' '.join(str(error).split())[:200]}. Give the same "
+                          "command again once it can: it goes on from the last whole checkpoint.") from error
 
 
 def read_records(model_dir: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without any that a kill cut short or that are no records."""
     path = epath.Path(model_dir).expanduser() / "metrics.jsonl"
-    lines = []
-    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []:
+    return parsed_records(path.read_bytes())[0] if path.exists() else []
+
+
+def parsed_records(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The records in the content of metrics.jsonl, and how many lines are none, not counting a last one without its
+    end.
+    """
+    records, broken = [], 0
+    *lines, cut = content.decode(errors="replace").split("\n")
+    for line in [*lines, cut]:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and {"step", "split"} <= record.keys():
-            lines.append(record)
-    return lines
+        except (ValueError, RecursionError):
+            record = None
+        if _is_record(record):
+            records.append(record)
+        elif line is not cut:
+            broken += 1
+    return records, broken
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it is an object with a step, a split, and numbers; null stands for what is not finite."""
+    if not isinstance(record, dict) or not isinstance(record.get("split"), str):
+        return False
+    step = record.get("step")
+    return type(step) is int and 0 <= step < 2**53 and all(
+        value is None or type(value) in (int, float) for name, value in record.items() if name != "split")
 
 
 class StatusLine:

@@ -6,6 +6,7 @@ MODEL_DIR/provenance.json of a run of training:
   asked         what gin files and flags said, name -> value
   arm, seed, parameters, flops_per_token
   order, vocabulary, data   fingerprints: of the order, of the vocabulary's file, of the cached rows of each source
+  prepared      of sources that `t5x prepare` wrote: its folder, the hashes of its steps and inputs, and their paths
   notes         of too little that is held out to tell a loss by, a line for each pool
   ledger        what was trained on, and in it the stages before
   code, versions, devices   what the last session computed with: this package, other packages, devices
@@ -37,6 +38,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tens
 FREE_ON_RESUME = frozenset("""
     MODEL_DIR EVAL_PERIOD CHECKPOINT_PERIOD LOG_PERIOD CACHE_DIR VOCABULARY INITIAL_CHECKPOINT_PATH PACKING
     EVAL_TASKS EVAL_QUESTIONS BENCHMARKS train.evaluation EXPORT_PERIOD train.export_period
+    TRACKERS train.trackers
     MIXTURE_OR_TASK_NAME TASK_MODULES CORPORA DATA_DIR mixture.name tasks.modules tasks.corpora tasks.data_dir
     train.model_dir train.eval_period train.checkpoint_period train.log_period train.keep_last
     train.keep_every train.microbatches train.initial_checkpoint_path mixture.cache_dir mixture.packing

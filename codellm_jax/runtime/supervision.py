@@ -49,7 +49,8 @@ def watched(command: str) -> int | None:
     for number, handler in before.items():
         signal.signal(number, handler)
     if status < 0:
-        why = "as JAX does when another process of the run is gone" if status == -signal.SIGABRT else "from outside"
+        why = ("as JAX does when another process of the run is gone, or stood still for longer than "
+               "--heartbeat_seconds") if status == -signal.SIGABRT else "from outside"
         print(f"t5x {command}: error: this process was ended by {signal.Signals(-status).name} ({why}). Start the same "
               "command again on all: it goes on from the newest checkpoint.", file=sys.stderr, flush=True)
         return 1

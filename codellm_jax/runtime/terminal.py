@@ -102,13 +102,20 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def is_of_peers(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone: of a collective that found the other end closed,
+    or of the service that the processes meet at.
+    """
+    return any(word in str(error) for word in ("Gloo", "another task", "coordination service", "CoordinationService"))
+
+
 def one_line(error: Exception) -> str:
     """What an error says, for the end of a command."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r" In call to configurable '.*$", "", text)  # gin's postscript, with addresses of functions
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return text
-    if "Gloo" in text or "another task" in text:  # a collective that found the other end closed
+    if is_of_peers(error):
         return ("another process of this run failed or is gone. Start the same command again on all: it goes on from "
                 f"the newest checkpoint. ({text[:200]})")
     return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -56,13 +56,15 @@ class Study:
     """What a gin file says of a study.
 
     Attributes:
-      directory: where everything of it is kept; local or gs://.
-      arms: by name; see above.
-      more_arms: likewise; they come after, or in the place of one of the same name.
-      seeds: each arm is trained once with each.
-      comparison: one of COMPARISONS.
-      stages: of each further stage by name the gin files that its runs begin with, which say of what kind it is.
-      pretraining_files, tuning_files, evaluation_files: the gin files that a stage's runs begin with.
+      directory: the folder of the study, local or gs://.
+      arms: the settings of each arm, by the arm's name, as `study.arms` describes them.
+      more_arms: further arms; one of the same name takes the place of that in `arms`.
+      seeds: each arm is trained once with each of them.
+      comparison: "compute-matched" (every arm takes as many steps) or "data-matched" (every arm sees as much text).
+      stages: the gin files that the runs of each further stage begin with, by the name of the stage.
+      pretraining_files: the gin files that runs of pre-training begin with.
+      tuning_files: the gin files that runs of tuning begin with.
+      evaluation_files: the gin files that evaluations begin with.
     """
 
     directory: str

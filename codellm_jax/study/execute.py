@@ -20,9 +20,9 @@ from etils import epath
 
 from codellm_jax.configuration import Configuration, build
 from codellm_jax.runtime.commands import Commands
+from codellm_jax.runtime.leases import LEASE_SECONDS, RECORD, Leases, State
 from codellm_jax.study.arms import Study, select
 from codellm_jax.study.devices import run_side_by_side
-from codellm_jax.study.leases import LEASE_SECONDS, RECORD, Leases, State
 from codellm_jax.study.page import losses, page
 from codellm_jax.study.planned import (
     Planned,

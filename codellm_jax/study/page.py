@@ -12,12 +12,16 @@ NAMES_SHOWN = 12  # of a group of arms
 
 
 def losses(chosen: Sequence[Planned]) -> str:
-    """The last held-out losses of each run, as a table of text: what there is to see where no benchmark is asked."""
-    lines = [f"{'held-out loss, nats a token':<28} {'step':>8} {'text':>9} {'code':>9}"]
+    """The last held-out losses of each run, as a table of text: what there is to see where no benchmark is asked. Runs
+    of different vocabularies compare by bits per byte alone.
+    """
+    measures = [f"{name}/{pool}" for name in ("loss", "bits_per_byte") for pool in ("text", "code")]
+    lines = [f"{'':<28} {'':>8} {'nats a token':>19} {'bits per byte':>19}",
+             f"{'held-out loss':<28} {'step':>8} {'text':>9} {'code':>9} {'text':>9} {'code':>9}"]
     for one in chosen:
         found = [line for line in read_records(one.folder) if line["split"] == "eval"]
         if found:
-            values = (found[-1].get(f"loss/{pool}") for pool in ("text", "code"))
+            values = (found[-1].get(measure) for measure in measures)
             shown = " ".join(f"{'-' if value is None else format(value, '.4f'):>9}" for value in values)
             lines.append(f"{one.run.name:<28} {found[-1]['step']:>8,} {shown}")
     return "\n".join(["", *lines, ""])

@@ -6,6 +6,7 @@
 """
 
 import ast
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from etils import epath
 
 from codellm_jax.configuration import read_configuration
 from codellm_jax.contents import absolute, word_of
-from codellm_jax.results.files import files_of, write_whole
+from codellm_jax.results.files import Damaged, files_of, finished_lines, read_provenance, read_result, write_whole
 from codellm_jax.runtime.compatibility import FREE_OF_MODEL
+from codellm_jax.runtime.files import is_step
 from codellm_jax.runtime.provenance import FREE_IN_EVALUATION, differences
 from codellm_jax.settings import Configuration
 from codellm_jax.study.arms import Arm, Asked, Run, Study, expand, plan_runs, without_mix
@@ -292,21 +294,26 @@ def standing(one: Planned, facts: Mapping[str, Any], parent: Standing | None) ->
       facts: what `survey` told of it.
       parent: how far the run has come that it starts from.
     """
-    provenance = _json(epath.Path(one.folder).expanduser() / "provenance.json")
+    try:
+        provenance = read_provenance(epath.Path(one.folder).expanduser(), (
+            "asked", "order", "ledger", "sessions", "step", "finished", "checkpoint"))
+    except Damaged:  # the run sets it aside when it goes on
+        provenance = None
     if provenance is None:
         return Standing(0, False, False, None, {}, (), (), 0.0)
     changed = differences(provenance["asked"], one.training.asked)
     if not changed and facts.get("order", provenance["order"]) != provenance["order"]:
         changed = ["the data, or the order in which they are drawn, are others"]
-    before = provenance["ledger"]["before"]
+    before = provenance["ledger"].get("before")
     of_parent = parent and (parent.checkpoint if one.run.branch_step is None else
                             parent.kept.get(str(one.run.branch_step)))
     if of_parent and before and before[-1].get("digest") not in (None, of_parent):
         changed.append(f"{one.run.parent}, which it started from, was trained again")
     results_changed, evaluated = _results(one, provenance["checkpoint"])
     checkpoints = epath.Path(one.folder).expanduser() / "checkpoints"
-    steps = [int(path.name) for path in (checkpoints.iterdir() if checkpoints.exists() else []) if path.name.isdigit()]
-    return Standing(max(steps, default=0), provenance["finished"], evaluated and provenance["finished"],
+    steps = [int(path.name) for path in (checkpoints.iterdir() if checkpoints.exists() else []) if is_step(path.name)]
+    trained = provenance["finished"] and bool(evaluated or steps)  # to be evaluated it needs a checkpoint
+    return Standing(max(steps, default=0), trained, evaluated and trained,
                     provenance["checkpoint"], provenance.get("kept", {}), tuple(changed), tuple(results_changed),
                     sum(session["seconds"] or 0.0 for session in provenance["sessions"]))
 
@@ -317,7 +324,7 @@ def _results(one: Planned, checkpoint: str | None) -> tuple[list[str], bool]:
     specs = ast.literal_eval(one.evaluation.resolved("benchmarks.specs") or "{}")
     for task in one.tasks:
         name = word_of(str(task))
-        found = [result for each in (name, f"{name}_sample") if (result := _json(folder / f"{each}.json"))]
+        found = [result for each in (name, f"{name}_sample") if (result := _whole_result(folder / f"{each}.json"))]
         found = [result for result in found if result["checkpoint"].get("digest") == checkpoint
                  and (task == name or absolute(task) in result["files"])]  # a file of this name in another folder
         asked = [result.get("provenance", {}).get("asked", {}) for result in found]
@@ -333,7 +340,7 @@ def _results(one: Planned, checkpoint: str | None) -> tuple[list[str], bool]:
 def evaluation_seconds(one: Planned) -> float | None:
     """How long the questions of a run took, where results tell; without the start of the command."""
     folder = epath.Path(one.folder).expanduser() / "results"
-    results = [result for path in files_of(folder, ".json") if (result := _json(path))]
+    results = [result for path in files_of(folder, ".json") if (result := _whole_result(path))]
     rates = [(result["n"], result.get("questions_per_second")) for result in results]
     return sum(n / rate for n, rate in rates) if rates and all(rate for _, rate in rates) else None
 
@@ -351,9 +358,19 @@ def move_aside(one: Planned, directory: str, results_alone: bool) -> str:
     return str(target)
 
 
-def _json(path: epath.Path) -> dict[str, Any] | None:
-    """What a file holds; None where there is none, or a kill left half of it."""
+def _whole_result(path: epath.Path) -> dict[str, Any] | None:
+    """A result with all its lines; None where there is none, or where it is to be evaluated again."""
+    stamps = [(status.length, status.mtime) for file in (path, path.with_suffix(".jsonl")) if file.exists()
+              for status in [file.stat()]]
+    return _read_result(path, *stamps) if len(stamps) == 2 else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_result(path: epath.Path, *stamps: tuple[int, Any]) -> dict[str, Any] | None:
+    """The same, read once until a file changes."""
+    del stamps
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError:
+        result = read_result(path)
+    except Damaged:
         return None
+    return result if finished_lines(path.with_suffix(".jsonl"), result) else None

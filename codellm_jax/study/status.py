@@ -4,21 +4,23 @@ Times are told by this machine's clock beside the workers' own, so that they are
 """
 
 import ast
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from codellm_jax.results.files import Damaged, read_object, read_provenance, require_plain_runs
+from codellm_jax.runtime.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.runtime.progress import duration, read_records
 from codellm_jax.settings import Configuration
-from codellm_jax.study.leases import LEASE, RECORD, Holder, State, as_holder
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
 
+ENDED = ("done", "failed", "skipped")
 
-class _Found(NamedTuple):
+
+class OfRun(NamedTuple):
     """What the files tell of a run."""
 
     state: str  # "done", "failed", "skipped", "training", "evaluating", "no sign of life", "trained", "begun", "to do"
@@ -41,8 +43,50 @@ def directory_of(configuration: Configuration) -> str:
     return directory
 
 
-def status(directory: str, now: float | None = None) -> str:
-    """The state of a study as a page of text.
+class OfStudy(NamedTuple):
+    """What the files tell of a study.
+
+    Attributes:
+      directory: as it was given.
+      plan: of each run by name what study.json says; parents come first.
+      runs: how far each has come.
+      others: lines about work that is no run, such as the search for contamination.
+      workers: how many train or evaluate now.
+      seconds_left: with these workers; None where it cannot be known yet, or nobody works.
+      read_at: seconds of the wall clock.
+    """
+
+    directory: str
+    plan: Mapping[str, Mapping[str, Any]]
+    runs: Mapping[str, OfRun]
+    others: Sequence[str]
+    workers: int
+    seconds_left: float | None
+    read_at: float
+
+    @property
+    def arms(self) -> dict[str, list[str]]:
+        """The names of the runs of each arm."""
+        found: dict[str, list[str]] = {}
+        for name, planned in self.plan.items():
+            found.setdefault(str(planned.get("arm", name)), []).append(name)
+        return found
+
+    @property
+    def summary(self) -> str:
+        """How far the study is, in a line."""
+        states = [of_run.state for of_run in self.runs.values()]
+        failed, left = states.count("failed") + states.count("skipped"), sum(state not in ENDED for state in states)
+        return (f"{self.directory}: {states.count('done')} of {len(states)} runs are done"
+                + f", {failed} failed or stand on one that did" * bool(failed)
+                + f", {left} are left" * bool(left)
+                + (f"; {self.workers or 'no'} worker{'s' * (self.workers != 1)} at work" if left else "")
+                + (f", about {duration(self.seconds_left)} left with {self.workers}" if self.seconds_left else "")
+                + ".")
+
+
+def read_status(directory: str, now: float | None = None) -> OfStudy:
+    """How far a study is.
 
     Args:
       directory: STUDY_DIR, local or gs://.
@@ -50,28 +94,41 @@ def status(directory: str, now: float | None = None) -> str:
 
     Raises:
       FileNotFoundError: no study has begun there.
+      ValueError: study.json is not whole.
     """
     now = time.time() if now is None else now
     root = epath.Path(directory).expanduser()
-    if not (root / "study.json").exists():
+    found_plan = read_object(root / "study.json", {"runs": list}, ("runs",))
+    if found_plan is None:
         raise FileNotFoundError(f"{directory} holds no study.json: no study has begun there.")
-    plan = json.loads((root / "study.json").read_text())
+    require_plain_runs(root / "study.json", found_plan["runs"])
+    plan = {str(run["run"]): run for run in found_plan["runs"]}
     state = State(directory)
-    runs = {run["run"]: run for run in plan["runs"]}
     holders = {name: holder for name, (value, _) in state.read_all(state.names(LEASE), LEASE).items()
                if (holder := as_holder(value))}
     records = {name: value for name, (value, _) in state.read_all(state.names(RECORD), RECORD).items() if value}
     costs = records.pop("plan", {})
     with ThreadPoolExecutor(32) as pool:  # in gs:// each file takes its time
-        read = list(pool.map(lambda name: _read(root / "runs" / name), runs))
-    found: dict[str, _Found] = {}
-    for (name, run), files in zip(runs.items(), read, strict=True):  # parents come first
+        read = list(pool.map(lambda name: _read(root / "runs" / name), plan))
+    found: dict[str, OfRun] = {}
+    for (name, run), files in zip(plan.items(), read, strict=True):  # parents come first
         found[name] = _found(run, files, costs.get(name, {}), holders.get(name), records.get(name, {}),
                              found.get(_parent(run)), now)
     found = _with_time_left(found, records, costs, now)
-    others = [f"{holder.worker} has {name}" for name, holder in holders.items() if name not in runs and not
+    others = [f"{holder.worker} has {name}" for name, holder in holders.items() if name not in plan and not
               _is_silent(holder, now)]
-    return "\n".join([*_table(found, now), "", *others, _summary(found, runs, directory)])
+    workers = len({of_run.holder.worker for of_run in found.values()
+                   if of_run.holder and of_run.state in ("training", "evaluating")})
+    # Those at work first, which have their workers already.
+    to_do = [ToDo(name, _parent(plan[name]), of_run.left) for name, of_run in sorted(
+        found.items(), key=lambda item: item[1].holder is None) if of_run.state not in ENDED]
+    return OfStudy(directory, plan, found, others, workers, seconds_left(to_do, workers) if workers else None, now)
+
+
+def status(directory: str, now: float | None = None) -> str:
+    """The same as a page of text."""
+    study = read_status(directory, now)
+    return "\n".join([*_table(study.runs, study.read_at), "", *study.others, study.summary])
 
 
 def _parent(run: Mapping[str, Any]) -> str:
@@ -92,10 +149,9 @@ class _Files(NamedTuple):
 
 
 def _read(folder: epath.Path) -> _Files:
-    path = folder / "provenance.json"
     try:
-        provenance = json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError:  # a kill left half of it
+        provenance = read_provenance(folder, ("finished",))
+    except Damaged:  # the run sets it aside when it goes on
         provenance = None
     return _Files(provenance is not None, bool(provenance and provenance["finished"]),
                   max((line["step"] for line in read_records(str(folder))), default=0))
@@ -103,28 +159,28 @@ def _read(folder: epath.Path) -> _Files:
 
 def _found(
     run: Mapping[str, Any], files: _Files, cost: Mapping[str, Any], holder: Holder | None, record: Mapping[str, Any],
-    parent: _Found | None, now: float,
-) -> _Found:
+    parent: OfRun | None, now: float,
+) -> OfRun:
     """What the files tell of one run."""
     step, steps = files.step, run["steps"]
     if record.get("state") == "done" and files.begun and (holder is None or _is_silent(holder, now)):
-        return _Found("done", steps, steps)
+        return OfRun("done", steps, steps)
     if holder is not None:
         state = "evaluating" if files.finished else "training"
-        return _Found("no sign of life" if _is_silent(holder, now) else state, step, steps, holder)
+        return OfRun("no sign of life" if _is_silent(holder, now) else state, step, steps, holder)
     if record.get("state") == "failed":
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["when"]))
-        return _Found("failed", step, steps, note=f"{record['why']} ({record['worker']}, {when})")
+        return OfRun("failed", step, steps, note=f"{record['why']} ({record['worker']}, {when})")
     if parent is not None and parent.state in ("failed", "skipped"):
-        return _Found("skipped", step, steps, note=f"for {_parent(run)}, which it starts from")
+        return OfRun("skipped", step, steps, note=f"for {_parent(run)}, which it starts from")
     if "error" in cost:
-        return _Found("failed", step, steps, note=cost["error"])
-    return _Found("trained" if files.finished else "begun" if step else "to do", step, steps)
+        return OfRun("failed", step, steps, note=cost["error"])
+    return OfRun("trained" if files.finished else "begun" if step else "to do", step, steps)
 
 
 def _with_time_left(
-    found: Mapping[str, _Found], records: Mapping[str, Any], costs: Mapping[str, Any], now: float
-) -> dict[str, _Found]:
+    found: Mapping[str, OfRun], records: Mapping[str, Any], costs: Mapping[str, Any], now: float
+) -> dict[str, OfRun]:
     """The same with the seconds that are left of each run, where they can be known."""
     pace = Pace()
     for name, record in records.items():
@@ -134,8 +190,8 @@ def _with_time_left(
             pace.evaluated(record["eval_seconds"])
     evaluations = int(any(record.get("eval_seconds") for record in records.values()))
 
-    def left(name: str, of_run: _Found) -> float | None:
-        if of_run.state in ("done", "failed", "skipped"):
+    def left(name: str, of_run: OfRun) -> float | None:
+        if of_run.state in ENDED:
             return None
         to_evaluate = pace.seconds(0.0, evaluations)
         if of_run.state in ("trained", "evaluating"):
@@ -151,11 +207,11 @@ def _with_time_left(
     return {name: of_run._replace(left=left(name, of_run)) for name, of_run in found.items()}
 
 
-def _table(found: Mapping[str, _Found], now: float) -> list[str]:
+def _table(found: Mapping[str, OfRun], now: float) -> list[str]:
     width = max(map(len, ["run", *found]))
     lines = [f"{'run':<{width}}  {'state':<15} {'step':>15}  {'since':>8}  {'left':>8}  worker, or what is wrong"]
     for name, of_run in found.items():
-        holder, is_open = of_run.holder, of_run.state not in ("done", "failed", "skipped")
+        holder, is_open = of_run.holder, of_run.state not in ENDED
         step = f"{of_run.step:,}/{of_run.steps:,}" if of_run.step else f"{of_run.steps:,}"
         since = duration(now - holder.since) if holder else ""
         left = duration(of_run.left) if is_open and of_run.left is not None else ""
@@ -166,20 +222,3 @@ def _table(found: Mapping[str, _Found], now: float) -> list[str]:
                 note += ", whose process is gone" if holder.is_gone else f" for {duration(now - holder.beat_at)}"
         lines.append(f"{name:<{width}}  {of_run.state:<15} {step:>15}  {since:>8}  {left:>8}  {note}".rstrip())
     return lines
-
-
-def _summary(found: Mapping[str, _Found], runs: Mapping[str, Mapping[str, Any]], directory: str) -> str:
-    states = [of_run.state for of_run in found.values()]
-    workers = len({of_run.holder.worker for of_run in found.values()
-                   if of_run.holder and of_run.state in ("training", "evaluating")})
-    open_runs = [(name, of_run) for name, of_run in found.items() if of_run.state not in ("done", "failed", "skipped")]
-    # Those at work first, which have their workers already.
-    to_do = [ToDo(name, _parent(runs[name]), of_run.left)
-             for name, of_run in sorted(open_runs, key=lambda item: item[1].holder is None)]
-    seconds = seconds_left(to_do, workers)
-    failed = states.count("failed") + states.count("skipped")
-    return (f"{directory}: {states.count('done')} of {len(states)} runs are done"
-            + f", {failed} failed or stand on one that did" * bool(failed)
-            + f", {len(open_runs)} are left" * bool(open_runs)
-            + (f"; {workers or 'no'} worker{'s' * (workers != 1)} at work" if open_runs else "")
-            + (f", about {duration(seconds)} left with {workers}" if seconds and workers else "") + ".")

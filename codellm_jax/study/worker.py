@@ -13,9 +13,9 @@ from typing import Any
 from etils import epath
 
 from codellm_jax.runtime.commands import Commands
+from codellm_jax.runtime.leases import LEASE, RECORD, Lease, Leases
 from codellm_jax.runtime.process import alone_in
 from codellm_jax.runtime.progress import duration
-from codellm_jax.study.leases import LEASE, RECORD, Lease, Leases
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
 from codellm_jax.study.planned import Planned, Standing, evaluation_seconds, standing
 

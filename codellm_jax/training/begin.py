@@ -104,6 +104,7 @@ class Run:
     ledger: Ledger
     step: int
     interval: Mapping[str, Any] | None = None  # of the checkpoint: see `meter.Interval`
+    resumed: bool = False  # from a checkpoint of its own
     held_out: Mapping[str, Any] | None = None  # the newest losses on held-out rows; see `train.evaluate`
 
 
@@ -125,10 +126,10 @@ def begin_or_resume(training: "Training", plan: "Plan", checkpoints: Checkpoints
         ledger, step = Ledger.from_json(record["ledger"]), int(state.step)
         ledger.check(order, step * training.batch_size)
         say(f"Resuming {training.model_dir} after step {step}.")
-        return Run(training, plan, state, ledger, step, record.get("interval"), record.get("held_out"))
+        return Run(training, plan, state, ledger, step, record.get("interval"), True, record.get("held_out"))
     begun = functools.partial(
         Ledger.begin, plan.mixture.stage, order, vocabulary.content_hash, training.mixture.length,
-        conversations=any(rows.conversations for rows in plan.mixture.training))
+        conversations=any(rows.conversations for rows in plan.mixture.training), prepared=plan.mixture.prepared)
     same_model = functools.partial(
         require_same_model, vocabulary=vocabulary, config=plan.model.config, model_dir=str(path))
     if trunk:

@@ -20,6 +20,7 @@ from codellm_jax.runtime.optimization import Schedule
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh, require_divisible
 from codellm_jax.runtime.process import require_plain_name
 from codellm_jax.runtime.state import TrainState, abstract_state, bytes_per_device, memory_per_device
+from codellm_jax.tracking.trackers import require_known
 from codellm_jax.training.begin import Trunk, trunk_of
 from codellm_jax.vocabulary import Vocabulary
 
@@ -38,21 +39,27 @@ class Training:
       vocabulary: what rows are tokenized with; its padded size is the model's.
       model: makes the decoder's configuration when called with `vocabulary_size` and `length`.
       optimizer: makes the gradient transformation when called with the learning-rate schedule.
-      learning_rate: step -> learning rate.
+      learning_rate: the schedule: a function from the step to the learning rate.
       mesh: devices along each axis.
       batch_size: rows a step, over all devices; in tuning examples a step, packed or not.
       train_steps: steps of the whole run.
-      eval_period, checkpoint_period, log_period: in steps; the last step always is.
+      eval_period: steps between evaluations of held-out rows; the last step is evaluated, too.
+      checkpoint_period: steps between checkpoints; the last step has one, too.
+      log_period: steps between lines of the log.
       eval_rows: held-out rows of each source that are evaluated.
-      keep_last: newest checkpoints kept; keep_every: besides, those at its multiples; keep_steps: besides, those after
-        these steps, whole numbers or parts of train_steps, where the run saves whatever checkpoint_period is.
+      keep_last: how many of the newest checkpoints are kept.
+      keep_every: checkpoints at multiples of this step are kept, too; None for none.
+      keep_steps: checkpoints after these steps are written and kept, too; whole numbers are steps, fractions parts of
+        train_steps.
       microbatches: parts a batch is trained on in turn before one update, to save memory.
-      initial_checkpoint_path: a run directory whose parameters are started from, or published weights.
-      branch_from: RUN@STEP, a checkpoint that is gone on from with all that it has; see `begin`.
+      initial_checkpoint_path: a run directory or published weights (a folder, hf://ORG/NAME) whose parameters the run
+        starts from.
+      branch_from: RUN@STEP, a checkpoint that the run continues with its optimizer, random state and place in the data.
       evaluation: benchmarks that are asked at each evaluation; None for none.
       export_period: after every so many steps, and the last one, the parameters are written to MODEL_DIR/exports/STEP
         as a folder for Hugging Face's libraries, in float32; None for never.
-      seed: of the parameters, the order and dropout.
+      trackers: where records go besides MODEL_DIR/metrics.jsonl, some of "tensorboard", "wandb" and "mlflow".
+      seed: seed of the parameters, the order of the data and dropout.
     """
 
     model_dir: str
@@ -76,6 +83,7 @@ class Training:
     branch_from: str | None = None
     evaluation: Evaluation | None = None
     export_period: int | None = None
+    trackers: Sequence[str] = ("tensorboard",)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +104,7 @@ class Training:
             raise ValueError("BRANCH_FROM and INITIAL_CHECKPOINT_PATH are both set: a run starts from one of them.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed!r}.")
+        require_known(self.trackers)
         if not self.model_dir.strip():
             raise ValueError("MODEL_DIR is empty: name the run's directory, such as runs/first.")
         require_plain_name("MODEL_DIR", self.model_dir)
@@ -256,6 +265,8 @@ def describe(training: Training, plan: Plan) -> str:
         "memory       " + memory_estimate(training, plan),
         f"vocabulary   {training.vocabulary.path} ({training.vocabulary.content_hash[:12]})",
         f"order        {order.fingerprint()[:12]}",
+        *(f"prepared     {name}: {one['folder']}, by the steps {one['steps_sha256'][:12]} of the inputs "
+          f"{one['inputs_sha256'][:12]}" for name, found in mixture.prepared.items() for one in found),
         *(["benchmarks   " + ", ".join(
             f"{loaded.name}{' (sample)' * loaded.is_sample} {len(loaded.questions):,}" for loaded in plan.questions)
            + f" questions, every {training.eval_period:,} steps"] if plan.questions else []),

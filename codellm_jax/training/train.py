@@ -8,9 +8,8 @@ wait for the host, yet every loss is looked at before a checkpoint could keep wh
 
 import contextlib
 import functools
-import json
+import math
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,21 +34,23 @@ from codellm_jax.mixture.batches import (
 from codellm_jax.mixture.examples import Sizes
 from codellm_jax.mixture.ledger import arm
 from codellm_jax.mixture.order import POOLS, Draw
-from codellm_jax.model.decoder import Decoder, flops_per_token, output_head, parameter_count
+from codellm_jax.model.decoder import Decoder, flops_per_token, output_head
 from codellm_jax.model.losses import chunk_of, cross_entropy
 from codellm_jax.results.files import write_whole
 from codellm_jax.results.tables import short_score
 from codellm_jax.runtime.checkpoints import Checkpoints, resolved
+from codellm_jax.runtime.compatibility import vocabulary_facts
 from codellm_jax.runtime.compiler import compiler_options
-from codellm_jax.runtime.distributed import first_process_first, gathered, require_agreement
-from codellm_jax.runtime.meter import Meter, Metrics, bits_per_byte_by_source, loss_by_source
+from codellm_jax.runtime.distributed import agreed, first_process_first, gathered, require_agreement
+from codellm_jax.runtime.meter import Meter, Metrics, NotFinite, bits_per_byte_by_source, loss_by_source
 from codellm_jax.runtime.partitioning import batch_sharding
 from codellm_jax.runtime.process import alone_in, stop_on_signal
 from codellm_jax.runtime.profiles import Profile, ProfileSteps
 from codellm_jax.runtime.progress import Records, StatusLine, peak_flops, read_records, say
-from codellm_jax.runtime.provenance import software, training_hash
 from codellm_jax.runtime.state import TrainState
+from codellm_jax.tracking.trackers import Trackers
 from codellm_jax.training.begin import Run, begin_or_resume, place
+from codellm_jax.training.kept import Provenance, set_earlier_aside
 from codellm_jax.training.plan import MANY_EPOCHS, Plan, Training, describe, kept_steps, make_plan
 from codellm_jax.weights.exporting import export_while_training
 
@@ -176,7 +177,7 @@ def train(
     require_agreement("configuration", repr(sorted(values.items())))
     first_process = jax.process_index() == 0
     with (
-        alone_in(str(model_dir)) if first_process else contextlib.nullcontext(),
+        alone_in(str(model_dir)) if first_process else contextlib.nullcontext(_held_by_another) as require_held,
         stop_on_signal() as stop,
         Checkpoints(str(model_dir / "checkpoints"), training.keep_last, training.keep_every,
                     kept_steps(training)) as checkpoints,
@@ -185,72 +186,49 @@ def train(
     ):
         run = begin_or_resume(training, plan, checkpoints, values)
         require_agreement("step to go on from", str(run.step))
+        if first_process and not run.resumed:
+            set_earlier_aside(model_dir, say)
         if first_process and text:
-            (model_dir / "config.gin").write_text(text)
+            write_whole(model_dir / "config.gin", text)
         provenance = Provenance(run, values, asked or {}, runner.name, active=first_process)
-        records = Records(str(model_dir), run.step, active=first_process)
         status = StatusLine(run.step, plan.last_step, active=first_process)
+        records = Records(str(model_dir), run.step, first_process, require_held, status.say,
+                          tensorboard="tensorboard" in training.trackers)
+        trackers = Trackers(str(model_dir), training.trackers if first_process else (), status.say)
         profile = Profile(profile_steps, run.step, str(model_dir), status.say)
         try:
-            loop(run, checkpoints, records, status, values, stop, profile, runner)
+            loop(run, checkpoints, records, status, values, stop, profile, runner, require_held)
             newest = checkpoints.newest_step()
             kept = {str(step): checkpoints.record(step)["digest"] for step in kept_steps(training)
                     if step in checkpoints.steps()}
             provenance.write(run, None if newest is None else checkpoints.record(newest)["digest"], kept)
-        except FloatingPointError as error:
+        except NotFinite as error:
             checkpoints.wait()
+            checkpoints.set_aside_from(error.parameters_after, status.say)
             good = checkpoints.newest_step()
             raise FloatingPointError(
                 f"{error} " + ("No checkpoint was saved before. " if good is None else
                                f"The last good checkpoint is step {good} in {model_dir}. ")
                 + "A lower learning rate or a longer warm-up may help.") from None
+        except OSError:
+            require_held()  # what failed may follow from that alone
+            raise
         finally:
             status.close()
             records.close()
+            trackers.close()
     return run
 
 
-class Provenance:
-    """MODEL_DIR/provenance.json, written by one process at the start of a session and at its end; see
-    `runtime.provenance`. What the sessions before wrote is kept, and one that has nothing left to train writes nothing.
-    """
-
-    def __init__(
-        self, run: Run, settings: Mapping[str, str], asked: Mapping[str, str], runner: str, active: bool
-    ) -> None:
-        path = epath.Path(run.training.model_dir).expanduser() / "provenance.json"
-        before = json.loads(path.read_text()) if run.step and path.exists() else {}
-        self._path = path if active and not before.get("finished") else None
-        self._began = time.monotonic()
-        self._software = software()
-        self._session = {"from_step": run.step, "to_step": None, "seconds": None, "runner": runner} | self._software
-        self._sessions = [*before.get("sessions", []), self._session]
-        self._same = {"config_hash": training_hash(settings), "asked": dict(asked)}
-        self.write(run, before.get("checkpoint"), before.get("kept", {}), ended=False)
-
-    def write(self, run: Run, checkpoint: str | None, kept: Mapping[str, str], ended: bool = True) -> None:
-        """Writes what holds now; `checkpoint` is the digest of the newest one, `kept` those of KEEP_STEPS by step."""
-        if self._path is None:
-            return
-        if ended:
-            self._session |= {"to_step": run.step, "seconds": round(time.monotonic() - self._began, 3)}
-        order, config, ledger = run.plan.mixture.order, run.plan.model.config, run.ledger.to_json()
-        facts = self._same | self._software | {
-            "arm": arm(ledger), "seed": run.training.seed, "parameters": parameter_count(config),
-            "flops_per_token": flops_per_token(config, causal=False), "order": order.fingerprint(),
-            "vocabulary": run.training.vocabulary.content_hash,
-            "data": {source.name: source.content_hash for source in order.sources}, "ledger": ledger,
-            "notes": list(run.plan.mixture.warnings), "sessions": self._sessions, "step": run.step,
-            "last_step": run.plan.last_step, "finished": run.step == run.plan.last_step,
-            "checkpoint": checkpoint, "kept": dict(kept)}
-        write_whole(self._path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+def _held_by_another() -> None:
+    """The first process alone holds the directory."""
 
 
 def loop(
     run: Run, checkpoints: Checkpoints, records: Records, status: StatusLine, settings: Mapping[str, str],
-    stop: threading.Event, profile: Profile, runner: Runner,
+    stop: threading.Event, profile: Profile, runner: Runner, require_held: Callable[[], None] = _held_by_another,
 ) -> None:
-    """Trains `run` on to the plan's last step, in place."""
+    """Trains `run` on to the plan's last step, in place. `require_held` is called before each save."""
     training, plan, order = run.training, run.plan, run.plan.mixture.order
     sources, keep_steps = len(order.sources), kept_steps(training)
     step_fn = runner.make_step(training, plan)
@@ -267,9 +245,14 @@ def loop(
     def save() -> None:
         nonlocal saved
         meter.settle()
+        require_held()
+        if not bool(all_finite(run.state.params)):  # of the last step no loss will tell
+            raise NotFinite(f"The parameters became infinite or NaN at step {run.step}.", run.step)
+        records.settle()
         checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json(),
                                                "interval": meter.interval, "place": place(training, plan, run.step),
-                                               "held_out": run.held_out})
+                                               "held_out": run.held_out,
+                                               "vocabulary": vocabulary_facts(training.vocabulary)})
         saved = run.step
         meter.restart()
 
@@ -307,9 +290,21 @@ def loop(
         batches.close()
         profile.close(run.step)
     checkpoints.wait()
+    require_held()
+    if run.step > plan.first_step and agreed(int(not checkpoints.is_there(run.step))):
+        status.say(f"WARNING: the checkpoint of step {run.step} was removed; it is saved again.")
+        checkpoints.reload()
+        save()
+        checkpoints.wait()
     if run.step < plan.last_step:
         status.say(f"Stopped by a signal; saved after step {run.step}. The same command goes on from there." if run.step
                    else "Stopped by a signal before the first step; nothing is saved.")
+
+
+@jax.jit
+def all_finite(params: Any) -> jax.Array:
+    """Whether each number of each array is finite: a scalar of bool."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
 def stops(stop: threading.Event, step: int, log_period: int) -> bool:
@@ -344,7 +339,10 @@ def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: St
     found, of_what = run.held_out, held_out_rows(run)
     if not found or (found["step"], found["of"]) != (run.step, of_what):
         found = run.held_out = {"step": run.step, "of": of_what, "losses": held_out(run, eval_fn)}
-    losses, (scores, failures) = dict(found["losses"]), ask_benchmarks(run)
+    losses = dict(found["losses"])
+    if not math.isfinite(losses.get("loss", 0.0)):
+        raise NotFinite(f"The held-out loss became {losses['loss']} at step {run.step}.", run.step)
+    scores, failures = ask_benchmarks(run)
     if losses or scores:
         measured = {name: result for name, result in scores.items() if result.get("measured", True)}
         records.write(run.step, "eval", losses | {name: result["value"] for name, result in measured.items()} | {

@@ -7,7 +7,6 @@ An adopted run has the checkpoint, and of its ledger what its order says must ha
 record of it. Its settings are read from T5X's own config.gin, where a file of gin/t5x/ was used.
 """
 
-import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -23,11 +22,10 @@ from codellm_jax.runtime.checkpoints import newest_record as newest_record_of
 from codellm_jax.runtime.compatibility import require_same_model
 from codellm_jax.runtime.partitioning import MeshShape
 from codellm_jax.runtime.progress import say
-from codellm_jax.runtime.terminal import quiet_libraries
 from codellm_jax.settings import Configuration, Setting
 from codellm_jax.training.begin import Run, place
+from codellm_jax.training.kept import Provenance
 from codellm_jax.training.plan import Plan, Training, make_plan
-from codellm_jax.training.train import Provenance
 from codellm_jax.upstream.trees import find_checkpoint, read_arrays, read_state, write_state
 from codellm_jax.weights import start
 
@@ -39,23 +37,11 @@ STEPS_AT_ONCE = 1024  # of the ledger
 OF_THE_FOLDER = ("train.model_dir", "train.initial_checkpoint_path")
 
 
-def command(flags: argparse.Namespace, search_paths: Sequence[str]) -> None:
-    """`t5x adopt` with its flags. Errors are those of `adopt` and `give`."""
-    if not flags.debug:
-        quiet_libraries()
-    if flags.to == "t5x":
-        if flags.gin_file or flags.overrides:
-            raise ValueError("--to=t5x takes no gin files and no settings: a checkpoint of T5X has none.")
-        give(flags.source, flags.output)
-    else:
-        adopt(flags.source, flags.output, flags.gin_file, flags.overrides, search_paths)
-
-
 def adopt(
     source: str, output: str, gin_files: Sequence[str] = (), overrides: Sequence[tuple[str, str]] = (),
     search_paths: Sequence[str] = (),
-) -> None:
-    """Makes a run directory of the newest checkpoint of one of T5X's model directories.
+) -> str:
+    """Makes a run directory of the newest checkpoint of one of T5X's model directories; returns what it came to.
 
     Args:
       source: T5X's MODEL_DIR, or a checkpoint_STEP in it.
@@ -93,8 +79,7 @@ def adopt(
     provenance = Provenance(run, values, configuration.asked, "t5x", active=True)
     run.step = step
     provenance.write(run, newest_record_of(output)[1]["digest"], {}, ended=False)
-    say(f"{checkpoint} is adopted as {output}, step {step} of {plan.last_step}.")
-    say(ledger.table(plan.mixture.order))
+    return f"{checkpoint} is adopted as {output}, step {step} of {plan.last_step}.\n{ledger.table(plan.mixture.order)}"
 
 
 def _ledger(training: Training, plan: Plan, step: int) -> Ledger:
@@ -153,8 +138,9 @@ def _ours(setting: Setting) -> Setting:
     return Setting(name, value, setting.where)
 
 
-def give(source: str, output: str) -> None:
-    """Writes the newest checkpoint of a run, or that of RUN@STEP, as one of T5X's in its new MODEL_DIR `output`.
+def give(source: str, output: str) -> str:
+    """Writes the newest checkpoint of a run, or that of RUN@STEP, as one of T5X's in its new MODEL_DIR `output`;
+    returns a line about it.
 
     Raises:
       FileNotFoundError, ValueError: in one line.
@@ -170,7 +156,7 @@ def give(source: str, output: str) -> None:
     if "step" not in arrays:
         raise ValueError(f"{run} holds parameters alone, of which T5X cannot go on: train it for a step first.")
     write_state(output, step, arrays)
-    say(f"{run}, step {step}, is {output}/checkpoint_{step} to T5X.")
+    return f"{run}, step {step}, is {output}/checkpoint_{step} to T5X."
 
 
 def _require_free(output: str) -> None:

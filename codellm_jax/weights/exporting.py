@@ -30,6 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.mixture.half_made import half_made
 from codellm_jax.model.config import DecoderConfig
+from codellm_jax.results.files import read_provenance
 from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.compatibility import trained_config, trained_vocabulary
 from codellm_jax.runtime.parts import Damaged, SavedParameters, saved_parameters
@@ -277,8 +278,7 @@ def _run_and_step(source: str) -> tuple[str, int | None]:
 
 def _code_of(run: str) -> Mapping[str, Any] | None:
     """Version and commit that a run was trained with; None where it does not tell."""
-    path = epath.Path(run).expanduser() / "provenance.json"
-    return json.loads(path.read_text()).get("code") if path.exists() else None
+    return (read_provenance(epath.Path(run).expanduser()) or {}).get("code")
 
 
 def _as_json(facts: Mapping[str, Any]) -> str:

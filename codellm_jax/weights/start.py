@@ -13,6 +13,7 @@ from etils import epath
 
 from codellm_jax.hub import is_hub_name
 from codellm_jax.runtime import checkpoints
+from codellm_jax.runtime.compatibility import moved_along
 from codellm_jax.weights.importing import describe_source, open_source, parameters_on_mesh
 from codellm_jax.weights.mindspore import is_mindspore
 
@@ -50,7 +51,7 @@ def newest_settings(path: str, training: bool = False) -> tuple[int, dict[str, s
       FileNotFoundError, ValueError: as for `newest_record`.
     """
     step, record = newest_record(path)
-    settings = dict(record["settings"])
+    settings = dict(record["settings"]) if is_published(path) else moved_along(record["settings"], path)
     if training and record["ledger"]["stage"] == "imported" and record["ledger"]["length"] > LONGEST_ROWS:
         settings["mixture.lengths"] = repr({"targets": LONGEST_ROWS})
     return step, settings

@@ -36,14 +36,17 @@ class Benchmarks:
     """What a gin file says of the benchmarks.
 
     Attributes:
-      data_dir: a folder below which their files are found by name, local or gs://; None for the items of our own.
-      template: "released", "paper", "multiple_choice", or {"prompt": ..., "continuation": ...} with fields in braces.
-        Or one of these for each task, {"mbpp": "paper", "default": "multiple_choice"}, where "default" stands for all
-        that are not named, and is "released" where it is left out. A file of one's own is named as in TASKS.
-      few_shot: worked examples before each prompt.
-      seed: of the choice of worked examples.
-      specs: benchmarks by files of one's own, by name; see `question_files`.
-      unconfined: run written programs even where the sandbox cannot give its guarantees (see `programs.sandbox`).
+      data_dir: a folder, local or gs://, below which the benchmarks' files are found by name; None for the items of our
+        own.
+      template: how questions are put: "released", "paper", "multiple_choice", or {"prompt": ..., "continuation": ...}
+        with fields in braces. Or one of these for each task, {"mbpp": "paper", "default": "multiple_choice"}, where
+        "default" stands for all tasks that are not named, and is "released" where it is left out. A file of one's own
+        is named as in TASKS.
+      few_shot: how many worked examples stand before each prompt.
+      seed: seed of the choice of worked examples.
+      specs: benchmarks of one's own by name, each with its file of questions and options.
+      unconfined: whether written programs run even where the sandbox cannot give its guarantees (see
+        `programs.sandbox`).
     """
 
     data_dir: str | None = None

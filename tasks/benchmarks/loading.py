@@ -1,23 +1,7 @@
 """Reading a benchmark: `load("logic", data_dir)` gives its questions, and what was read, skipped and why.
 
-Tasks:
-
-  logic                 C-Eval's logic questions, validation split
-  jecqa                 JEC-QA, the questions with one right answer
-  jecqa_exact_set       JEC-QA, all questions; every set of choices is a candidate
-  scienceqa             ScienceQA, test questions that have a lecture and a solution, as the released system
-  scienceqa_text_only   ... that have no image, without lectures
-  scienceqa_all         ... all, with the lecture where there is one
-  scienceqa_cot         as scienceqa, with the solution given
-  ekar, ekar_cot        E-KAR, Chinese test split; with explanations given
-  cosqa                 CosQA, development split
-  mbpp                  MBPP, sanitized set, zero-shot
-  mbpp_three_shot       MBPP, problems 11 to 510 with their tests, after three solved ones
-  humaneval             HumanEval, zero-shot
-  c3, ocnli, cmnli      development splits
-  dureader              DuReader-robust, development split
-
-Or the path of a file of one's own, or a line of BENCHMARKS; see `question_files`.
+DESCRIPTIONS names the tasks. A task is also the path of a file of one's own, or a line of BENCHMARKS; see
+`question_files`.
 
 Importing this module imports neither TensorFlow nor SeqIO.
 """
@@ -100,6 +84,28 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ocnli": _benchmark(nli.OCNLI_FORMS, nli.OCNLI_SHOT_FORMS, nli.read),
     "cmnli": _benchmark(nli.CMNLI_FORMS, nli.CMNLI_SHOT_FORMS, nli.read),
     "dureader": _benchmark(dureader.FORMS, dureader.SHOT_FORMS, dureader.read),
+}
+
+
+# What each task asks, in a line.
+DESCRIPTIONS: dict[str, str] = {
+    "logic": "C-Eval's logic questions, validation split.",
+    "jecqa": "JEC-QA, the questions with one right answer.",
+    "jecqa_exact_set": "JEC-QA, all questions; every set of choices is a candidate.",
+    "scienceqa": "ScienceQA, test questions that have a lecture and a solution, as the study's released code.",
+    "scienceqa_text_only": "ScienceQA, test questions that have no image, without lectures.",
+    "scienceqa_all": "ScienceQA, all test questions, with the lecture where there is one.",
+    "scienceqa_cot": "As scienceqa, with the solution given as a chain of thought.",
+    "ekar": "E-KAR, Chinese test split.",
+    "ekar_cot": "E-KAR, Chinese test split, with explanations given.",
+    "cosqa": "CosQA, development split.",
+    "mbpp": "MBPP, sanitized set, zero-shot; the model writes programs, which are run.",
+    "mbpp_three_shot": "MBPP, problems 11 to 510 with their tests, after three solved ones.",
+    "humaneval": "HumanEval, zero-shot; the model writes programs, which are run.",
+    "c3": "C3, development split.",
+    "ocnli": "OCNLI, development split.",
+    "cmnli": "CMNLI, development split.",
+    "dureader": "DuReader-robust, development split; the model writes answers.",
 }
 
 

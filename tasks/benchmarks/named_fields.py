@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from codellm_jax.contents import BrokenFile, head, without_compression
 from tasks.benchmarks.question_files import OUR_FIELDS, QuestionFile
+from tasks.corpora.columns import parquet_records
 from tasks.corpora.files import Lost
 from tasks.corpora.records import placed_records
+from tasks.corpora.separated import separated_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,15 @@ class Record:
 
     def get(self, field: str) -> Any:
         """The value of a field; None if there is none."""
-        path = self._name(field)
+        names = self.of.fields.get(field, field)
+        if isinstance(names, str):
+            return self._named(names)
+        values = [self._named(name) for name in names]
+        while values and values[-1] in (None, ""):
+            values.pop()
+        return values or None
+
+    def _named(self, path: str) -> Any:
         return self.values[path] if path in self.values else _at(self.values, path.split("."))
 
     def value(self, field: str) -> Any:
@@ -79,7 +90,8 @@ class Record:
         return {"passage": value or "", "passage_line": f"{value}\n" if value else ""}
 
     def _name(self, field: str) -> str:
-        return self.of.fields.get(field, field)
+        names = self.of.fields.get(field, field)
+        return names if isinstance(names, str) else ", ".join(names)
 
 
 def records(of: QuestionFile, path: str) -> Iterator[Record]:
@@ -90,12 +102,20 @@ def records(of: QuestionFile, path: str) -> Iterator[Record]:
       OSError: one line; it cannot be read.
     """
     is_empty = True
-    for place, record in placed_records(path):
-        if isinstance(record, Lost):
-            raise ValueError(f"{place or path}: {record.reason}; a file of questions holds a JSON object in each line, "
-                             "in UTF-8.")
-        is_empty = False
-        yield Record(of, place, record)
+    wanted = "a JSON object in each line, in UTF-8"
+    found: Iterator[tuple[str, Mapping[str, Any] | Lost]] = placed_records(path)
+    if head(path).startswith(b"PAR1"):
+        found, wanted = parquet_records(path, None), "a question in each row of Parquet"
+    elif without_compression(path).lower().endswith((".csv", ".tsv", ".tab")):
+        found, wanted = separated_records(path, {}), "names in its first row and a question in each other"
+    try:
+        for place, record in found:
+            if isinstance(record, Lost):
+                raise ValueError(f"{place or path}: {record.reason}; a file of questions holds {wanted}.")
+            is_empty = False
+            yield Record(of, place, record)
+    except BrokenFile as error:
+        raise ValueError(f"{path} is damaged or breaks off ({error}); bring it anew.") from error
     if is_empty:
         raise ValueError(f"{path} holds no questions.")
 

@@ -1,11 +1,11 @@
-"""Benchmarks by files of one's own: JSON lines, or a JSON list, with a question in each record.
+"""Benchmarks by files of one's own: JSON lines, a JSON list, CSV or Parquet, with a question in each record.
 
     TASKS = ['questions.jsonl', 'physics']
     BENCHMARKS = {'physics': {'file': 'data/physics.jsonl.gz', 'fields': {'question': 'stem', 'answer': 'key'}}}
 
 TASKS names a file, or a line of BENCHMARKS. Such a line has these options:
 
-  file             the path, local or gs://; the file may be compressed
+  file             the path, local or gs://; JSON and CSV may be compressed. CSV and TSV are told by their names
   answers          how questions are answered; by default the records tell
                      'choices'    one of the `choices` is right, and they are scored
                      'number'     a number is written (`matching.RULES`); the default where all answers are numbers,
@@ -15,7 +15,8 @@ TASKS names a file, or a line of BENCHMARKS. Such a line has these options:
                      'functions'  likewise, of records in HumanEval's own form, with an `entry_point`
   fields           what the file calls our fields (below). A dot leads into an object, and into each of a list:
                    {'choices': 'question.choices.text'}. A name that is none of ours becomes a field of templates:
-                   {'subject': 'topic'}
+                   {'subject': 'topic'}. Choices and tests may stand in several fields, the last ones of which may
+                   be empty: {'choices': ['A', 'B', 'C', 'D']}
   answer_is        how the right choice is named: 'index' (from 0), 'ordinal' (from 1), 'letter' (one of `labels`,
                    else A, B, C ...) or 'text'; by default the way that fits all records. An answer that may name two
                    choices is refused
@@ -37,7 +38,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from codellm_jax.contents import absolute, without_compression, word_of
+from codellm_jax.contents import RECORDS, absolute, without_compression, word_of
 from tasks.benchmarks.templates import CHOICES, FUNCTIONS, NUMBER, OF_FILES, PROGRAMS, TEXT, nearest
 
 INDEX, ORDINAL, LETTER = "index", "ordinal", "letter"
@@ -50,6 +51,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     PROGRAMS: ("id", "question", "tests", "setup", "code"),
     FUNCTIONS: (),
 }
+SEVERAL = ("choices", "labels", "tests")  # fields that hold several values
 OUR_FIELDS = frozenset(field for fields in FIELDS.values() for field in fields)
 _MADE = {"passage_line", "choice", "letter", "options"}  # of the fields above
 
@@ -61,7 +63,7 @@ class QuestionFile:
     name: str
     file: str
     answers: str | None = None
-    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
     answer_is: str | None = None
     worked_examples: str | None = None
     stop: Sequence[str] | None = None
@@ -78,10 +80,11 @@ class QuestionFile:
                 raise ValueError(f"{self.name}: {option} must be one of {', '.join(values)}, found {value!r}."
                                  f"{nearest(str(value), values)}")
         if not isinstance(self.fields, Mapping) or not all(
-                isinstance(name, str) and name.isidentifier() and isinstance(path, str) and path
+                isinstance(name, str) and name.isidentifier() and (
+                    _are_names(path) if name in SEVERAL and isinstance(path, list | tuple) else _are_names([path]))
                 for name, path in self.fields.items()):
             raise ValueError(f"{self.name}: fields must map our names to those of the file, such as "
-                             f"{{'question': 'stem'}}, found {self.fields!r}.")
+                             f"{{'question': 'stem', 'choices': ['A', 'B']}}, found {self.fields!r}.")
         if made := sorted(_MADE & self.fields.keys()):
             raise ValueError(f"{self.name}: fields cannot set {made[0]!r}, which is made of other fields.")
         if self.stop is not None and (not isinstance(self.stop, list | tuple) or not all(
@@ -104,7 +107,11 @@ class QuestionFile:
 
 def is_file(task: str) -> bool:
     """Whether a name of TASKS is that of a file."""
-    return "/" in task or bool(re.search(r"\.(jsonl?|ndjson)$", without_compression(task), re.IGNORECASE))
+    return "/" in task or bool(re.search(RECORDS, without_compression(task), re.IGNORECASE))
+
+
+def _are_names(names: Sequence[Any]) -> bool:
+    return bool(names) and all(isinstance(name, str) and name for name in names)
 
 
 def parsed(specs: Mapping[str, Mapping[str, Any]], taken: Collection[str]) -> dict[str, QuestionFile]:

@@ -1,9 +1,7 @@
 """Templates: what of a question stands in the prompt, and what is scored.
 
-"released" is what the study's released system does, "paper" what the paper prints (of chains of thought it prints no
-template: that is the released one, in English), and "multiple_choice" shows the question with all choices and scores
-the choice. In the first two the choice stands in the prompt, and the same text,
-mostly the question, is scored under each. Fields are those of the benchmark's reader, named in braces.
+DESCRIPTIONS has those that have names. In the first two the choice stands in the prompt, and the same text, mostly the
+question, is scored under each. Fields are those of the benchmark's reader, named in braces.
 
 In English the space before what is scored belongs to it, since a token does.
 """
@@ -19,6 +17,11 @@ from tasks.benchmarks.questions import Candidate, Item
 RELEASED, PAPER, MULTIPLE_CHOICE = "released", "paper", "multiple_choice"
 # How the questions of a file of one's own are answered.
 CHOICES, TEXT, NUMBER, PROGRAMS, FUNCTIONS = "choices", "text", "number", "programs", "functions"
+DESCRIPTIONS: dict[str, str] = {
+    RELEASED: "What the study's released code does.",
+    PAPER: "What the paper prints. Of chains of thought it prints no template: that is the released one, in English.",
+    MULTIPLE_CHOICE: "Shows the question with all choices, and scores the choice.",
+}
 DEFAULT = "default"  # in a mapping of templates by tasks, all that are not named
 
 

@@ -12,6 +12,9 @@ and beside them "text", "url", "title" and "content_type":
                        of text as they are. A response that is an error or something else than text is counted.
   others               say something of these, and are no documents
 
+A file that is cut within a record, or within a member of gzip, is counted as broken. One that is cut between two
+records is whole by all that WARC says, for nothing ends a file: compare sizes with those of the publisher.
+
 ArrayRecord (array_record, extra `readers`): each record is a tf.train.Example or a JSON object, as its first byte says.
 A file in gs:// or on a hub is copied to a temporary one, for that library reads local files alone.
 """

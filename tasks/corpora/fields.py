@@ -23,6 +23,7 @@ from tasks.corpora.files import Found, Lost
 
 _TEXTLESS, _LACKING = "without text in field {!r}", "without the field {!r} of 'where'"
 _BOUNDS = ("at_least", "at_most")
+BESIDE = "beside"  # no option of users: fields that are read where records have them
 
 
 def value(record: Mapping[str, Any], name: str) -> Any:
@@ -59,7 +60,7 @@ def wanted(spec: Mapping[str, Any], default: str) -> list[str]:
     """The fields that are read for the documents of a spec, each once; `default` holds the text where it says none."""
     of_text = names(spec["text"]) if "text" in spec else [spec.get("field", default)]
     language = ["language"] if "transform" in spec and "language" not in spec else []
-    return list(dict.fromkeys([*of_text, *spec.get("where", ()), *language]))
+    return list(dict.fromkeys([*of_text, *spec.get("where", ()), *language, *spec.get(BESIDE, ())]))
 
 
 def lacking(present: Callable[[str], bool], spec: Mapping[str, Any], default: str) -> str | None:
@@ -92,10 +93,8 @@ def found(place: str, record: Mapping[str, Any] | Lost, spec: Mapping[str, Any],
         return Found(place, Lost("of other licences"))
     if lost := unlike(record, spec.get("where", {})):
         return Found(place, lost)
-    language = record.get("language")
-    language = language if isinstance(language, str) else None
-    licence = record.get("license")
-    licence = licence if isinstance(licence, str) else None
+    language, licence = (told if isinstance(told := _plain(record.get(name)), str) and told else None
+                         for name in ("language", "license"))
     if "text" in spec:
         return Found(place, _filled(spec["text"], record), language, licence=licence)
     field = spec.get("field", default)

@@ -1,21 +1,22 @@
 """The corpora of `CORPORA` as `t5x prepare` reads them: all documents with their places, whatever their split."""
 
 import dataclasses
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from codellm_jax.contents import size
-from tasks.corpora import sources, specs
+from tasks.corpora import fields, pieces, sources, specs
 from tasks.corpora.files import Found, Lost
+from tasks.corpora.pieces import Piece
 from tasks.corpora.standard_library import python_corpus
 
 _NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 _NUMBER = re.compile(r"(?:line|record|row) (\d+)(?!\d)")
 _KINDS = [kind for kind in specs.DOCUMENT_KINDS if kind not in specs.TOKEN_KINDS]
 _OF_TRAINING = ("transform", "validation")
+LARGEST = 1 << 26  # characters of a document: what steps hold of one, its words and hashes, is many times as much
 
 
 class Input(NamedTuple):
@@ -40,7 +41,11 @@ class Input(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Corpora of documents by name, `text.NAME` or `code.NAME`, as `corpora.sources` describes them.
+    """The corpora of a preparation.
+
+    Attributes:
+      corpora: corpora of documents by name, text.NAME or code.NAME, each with its kind and options, as
+        `corpora.sources` describes them.
 
     Raises:
       ValueError: a name or a spec is malformed, or a corpus is not one of documents.
@@ -74,15 +79,35 @@ class Inputs:
             return None
         return [self.state(file) for file in sources.files(spec, "train", name)]
 
-    def documents(self, name: str, files: Sequence[str] | None) -> Iterator[Input]:
+    def pieces(self, name: str, file: str, at_most: int) -> list[Piece] | None:
+        """The pieces, of about so many bytes, that a file of a corpus can be read in; None where it is read as a whole.
+
+        Raises:
+          ValueError, OSError: the file is not of its kind, or cannot be read.
+        """
+        return pieces.pieces(file, self.corpora[name], name, at_most)
+
+    def rows(self, name: str, file: str, piece: Piece) -> int:
+        """How many lines or rows a piece of a file has."""
+        return pieces.rows(file, self.corpora[name], name, piece)
+
+    def documents(
+        self, name: str, files: Sequence[str] | None, piece: Piece | None = None, rows_before: int = 0
+    ) -> Iterator[Input]:
         """The records of some files of a corpus in their order, or of all of it.
+
+        Args:
+          files: None for all.
+          piece: of the only file, that alone is read; `rows_before` lines or rows come before it.
 
         Raises:
           ValueError, OSError: a file is not of its kind, or cannot be read.
         """
-        row, before = 0, ""
-        for found in _records(self.corpora[name], name, files):
-            file, at = _place(found.place, itertools.chain([before] if before else (), files or ()))
+        row, before = rows_before, files[0] if piece and files else ""
+        told = {fields.BESIDE: ["license", "language"]}  # of columns no others are read
+        spec = {**self.corpora[name], **told}
+        for found in pieces.records(before, spec, name, piece, rows_before) if piece else _records(spec, name, files):
+            file, at = _place(found.place, before, files or ())
             row = row + 1 if file == before else 1
             before = file
             text, reason = _text(found.content, self.corpora[name])
@@ -105,13 +130,20 @@ def _records(spec: Mapping[str, Any], name: str, files: Sequence[str] | None) ->
     return sources.file_records(kind, spec, files or (), name)
 
 
-def _place(place: str, files: Iterable[str]) -> tuple[str, int | None]:
-    """The file of a reader's place, such as "a.jsonl, line 3", and the number, where it tells one."""
-    file = next((file for file in files if place == file or place.startswith((f"{file}, ", f"{file}: "))), None)
+def _place(place: str, before: str, files: Iterable[str]) -> tuple[str, int | None]:
+    """The file of a reader's place, such as "a.jsonl, line 3", and the number, where it tells one.
+
+    `before` is the file of the record before, most often this one's too; "" at the first.
+    """
+    file = before if before and _is_of(place, before) else next((one for one in files if _is_of(place, one)), None)
     if file is None:
         file = place.rpartition(", ")[0] if _NUMBER.fullmatch(place.rpartition(", ")[2]) else place
     found = _NUMBER.match(place[len(file) + 2 :])
     return file, int(found[1]) if found else None
+
+
+def _is_of(place: str, file: str) -> bool:
+    return place.startswith(file) and place[len(file) : len(file) + 2] in ("", ", ", ": ")
 
 
 def _text(content: str | bytes | Lost, spec: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -119,10 +151,14 @@ def _text(content: str | bytes | Lost, spec: Mapping[str, Any]) -> tuple[str | N
     if isinstance(content, Lost):
         return None, content.reason
     try:
-        encoded = content.encode() if isinstance(content, str) else content
-        text = encoded.decode()
+        # What pyarrow made a text of was UTF-8; a text of JSON may hold half a character.
+        is_sure = isinstance(content, str) and specs.kind_of(spec) in ("parquet", "arrow") and "sample" not in spec
+        encoded = b"" if is_sure else content.encode() if isinstance(content, str) else content
+        text = content if isinstance(content, str) else content.decode()
     except UnicodeError:
         return None, "not valid UTF-8"
-    if not text.strip():
+    if len(text) > LARGEST:
+        return None, f"longer than {LARGEST:,} characters"
+    if not text or text.isspace():
         return None, "empty"
     return (text, "") if specs.is_sampled(encoded, spec) else (None, "outside of the sample")

@@ -9,7 +9,7 @@ records beyond ASCII most are no UTF-8: those that are came to be by chance, and
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from codellm_jax.contents import LARGEST, READ_IS, TOO_LARGE, BrokenFile, UnreadableFile, lines, require_text
@@ -53,6 +53,15 @@ def placed_records(file: str) -> Iterator[tuple[str, Record]]:
     if lost and not found and not broken:
         raise UnreadableFile(f"{file} holds no JSON object in UTF-8, neither in a list nor in lines; it begins with "
                              f"{_beginning(file)}")
+
+
+def records_of_lines(file: str, source: Iterable[bytes], before: int) -> Iterator[tuple[str, Record]]:
+    """What `placed_records` gives of some lines of a file, each a record by itself, behind `before` others."""
+    for number, line in enumerate(lines(file, LARGEST, source), before + 1):
+        if not line:
+            yield f"{file}, line {number}", Lost(TOO_LARGE)
+        elif line.strip():
+            yield f"{file}, line {number}", _record_of(_parsed(line))
 
 
 def require_json(file: str) -> None:

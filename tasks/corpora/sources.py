@@ -84,6 +84,7 @@ from tasks.corpora.archives import (
 )
 from tasks.corpora.columns import arrow_records, dataset_files, parquet_records, require_arrow, require_parquet
 from tasks.corpora.files import Found, Lost, PassedOver, glance, in_name_of, matches, real, require_readable
+from tasks.corpora.prepared import prepared
 from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
 from tasks.corpora.separated import separated_records
 from tasks.corpora.specs import (
@@ -113,7 +114,8 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     """What identifies a corpus's content, found without reading it; JSON-able, for cache keys.
 
     Files are identified by path and size: an edit that keeps a file's size goes unnoticed. `rate` and `loss`
-    are no part of it, as they do not change the documents. Of a task it holds the name alone.
+    are no part of it, as they do not change the documents. Of a task it holds the name alone, and of files that
+    `t5x prepare` wrote what `prepared` gives.
 
     Raises:
       ValueError: the spec is malformed, or a pattern names folders.
@@ -128,11 +130,7 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
             options.setdefault("field", TEXT_FIELDS[kind])
     if "transform" in spec:
         options |= {"transform": transforms.steps_of(spec["transform"]), "unparsed": spec.get("unparsed", "drop")}
-    description = {
-        "kind": kind,
-        "options": json.loads(json.dumps(options, sort_keys=True)),
-        "reader": READER_VERSION,
-    }
+    description = {"kind": kind, "options": json.loads(json.dumps(options, sort_keys=True)), "reader": READER_VERSION}
     if kind == "python":
         # Two builds of one version can hold different files.
         description |= {"python": sys.version, "prefix": sys.base_prefix}
@@ -142,9 +140,9 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
             description["grammars"] = transforms.grammars("python" if kind == "python" else spec.get("language"))
     if kind in DOCUMENT_FILE_KINDS:
         for split in ("train", "validation") if "validation" in spec else ("train",):
-            description[f"{split}_files"] = [
-                [file, size(file)] for file in files(spec, split, name)
-            ]
+            description[f"{split}_files"] = [[file, size(file)] for file in files(spec, split, name)]
+        if found := prepared(file for file, _ in description["train_files"]):
+            description["prepared"] = found
     if kind in TOKEN_KINDS:  # these files keep their size where another vocabulary of as many bits makes them anew
         description["contents"] = [
             glance(file) for split in ("train", "validation") for file, _ in description.get(f"{split}_files", ())]
@@ -282,11 +280,11 @@ def texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -
             continue
         try:
             content = record.encode() if isinstance(record, str) else record
-            text = content.decode()
+            text = record if isinstance(record, str) else content.decode()
         except UnicodeError:
             lost.add("not valid UTF-8", place)
             continue
-        if not text.strip():
+        if not text or text.isspace():
             lost.add("empty", place)
             continue
         if not is_sampled(content, spec):
@@ -356,7 +354,8 @@ def file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name
 def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., Iterator[Found]]:
     """A reader of documents, from one of records with their places."""
     def documents_of(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-        return (fields.found(place, record, spec, TEXT_FIELDS[kind_of(spec)]) for place, record in read(file, spec))
+        default = TEXT_FIELDS[kind_of(spec)]
+        return (fields.found(place, record, spec, default) for place, record in read(file, spec))
 
     return documents_of
 

@@ -48,13 +48,39 @@ TOKEN_KINDS = ("megatron", "tokens")
 TEXT_FIELDS = {"json_lines": "text", "parquet": "text", "arrow": "text", "csv": "text", "webdataset": "txt",
                "warc": "text", "array_record": "text", "tfrecords": "text", "tfds": "text"}
 _INSTRUCTION_OPTIONS = {
-    "instructions": ("language", "sample", "loss", *_SHARED_OPTIONS),
+    "instructions": ("language", "where", "sample", "loss", *_SHARED_OPTIONS),
     "cosqa": ("sample", "loss", *_SHARED_OPTIONS),
     "mbpp": ("keep_sanitized", "loss", "rate"),
     "python_instructions": ("loss", "rate"),
     "official": ("data_dir", "loss", "rate"),
 }
-_OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTIONS, "task": ("loss", "rate")}
+# Of every kind the options.
+OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTIONS, "task": ("loss", "rate")}
+# What a corpus of each kind holds, in a line.
+DESCRIPTIONS: dict[str, str] = {
+    "python": "The running Python's standard library: its prose (\"text\") or its source code (\"code\").",
+    "json_lines": "JSON lines or JSON lists, a document a record.",
+    "parquet": "Parquet, a document a row; only the columns that are needed are read.",
+    "arrow": "Arrow files and streams, and folders of save_to_disk, a document a row.",
+    "csv": "CSV and TSV, a document a row.",
+    "webdataset": "WebDataset's tars, a document a sample.",
+    "warc": "WARC and WET of a crawl; HTML becomes text.",
+    "array_record": "ArrayRecord files, a document a record.",
+    "megatron": "Tokens already made, Megatron's .bin and .idx.",
+    "tokens": "Tokens already made, a flat array or .npy.",
+    "text_files": "Text files, a document a file.",
+    "notebooks": "Jupyter notebooks, a document a file.",
+    "commits": "JSON records of commits: before, after, message.",
+    "threads": "JSON records of threads: question, answers.",
+    "tfrecords": "TFRecord files of tf.train.Example, a document a record.",
+    "tfds": "A data set of TensorFlow Datasets, a document an example.",
+    "instructions": "JSON records of instructions {instruction, input, output}, {input, target}, or conversations.",
+    "cosqa": "CosQA's training set: does this code answer this query?",
+    "mbpp": "MBPP's problems: write the program.",
+    "python_instructions": "Instructions made from the running Python's standard library, \"text\" or \"code\".",
+    "official": "An instruction set that is found below DATA_DIR by its publisher's file name.",
+    "task": "Another SeqIO task, under this corpus's name.",
+}
 OF_USE = ("loss", "rate")  # options that change what is done with the texts, not the texts
 DOCUMENT_KINDS = tuple(_DOCUMENT_OPTIONS)
 INSTRUCTION_KINDS = tuple(_INSTRUCTION_OPTIONS)
@@ -79,7 +105,7 @@ _WRONG = {"where": fields.wrong_where, "text": fields.wrong_template}
 
 def kind_of(spec: Mapping[str, Any]) -> str:
     """The kind of a valid spec, such as "json_lines"."""
-    return next(key for key in spec if key in _OPTIONS)
+    return next(key for key in spec if key in OPTIONS)
 
 
 def is_divisible(spec: Mapping[str, Any], split: str) -> bool:
@@ -113,7 +139,7 @@ def form_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
 def holdout_of(spec: Mapping[str, Any]) -> float:
     """The fraction of a valid spec's texts that goes into validation by hash, and again into test; 0 for none."""
     spec = form_of(spec)
-    by_hash = "holdout" in _OPTIONS[kind_of(spec)] and "validation" not in spec
+    by_hash = "holdout" in OPTIONS[kind_of(spec)] and "validation" not in spec
     return spec.get("holdout", DEFAULT_HOLDOUT) if by_hash else 0
 
 
@@ -177,16 +203,16 @@ def validate(spec: Mapping[str, Any], name: str = "corpus") -> None:
     """
     if not isinstance(spec, Mapping):
         raise ValueError(f"{name}: a corpus is a mapping such as {{'text_files': '~/*.txt'}}, found {spec!r}.")
-    kinds = [key for key in spec if key in _OPTIONS]
+    kinds = [key for key in spec if key in OPTIONS]
     if len(kinds) != 1:
         found = f"{len(kinds)} ({', '.join(kinds)})" if kinds else "none"
-        hint = "".join(_nearest(str(key), _OPTIONS) for key in spec)
-        raise ValueError(f"{name}: give exactly one kind of {', '.join(_OPTIONS)}; found {found}.{hint}")
+        hint = "".join(_nearest(str(key), OPTIONS) for key in spec)
+        raise ValueError(f"{name}: give exactly one kind of {', '.join(OPTIONS)}; found {found}.{hint}")
     kind = kinds[0]
     for key in spec:
-        if key != kind and key not in _OPTIONS[kind]:
-            allowed = ", ".join(_OPTIONS[kind])
-            hint = _nearest(str(key), _OPTIONS[kind])
+        if key != kind and key not in OPTIONS[kind]:
+            allowed = ", ".join(OPTIONS[kind])
+            hint = _nearest(str(key), OPTIONS[kind])
             raise ValueError(f"{name}: unknown option {key!r} of {kind}; it has {allowed}.{hint}")
     for key, value in spec.items():
         if wrong := _WRONG[key](value) if key in _WRONG else None:

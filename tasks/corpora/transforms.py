@@ -3,15 +3,8 @@
 A corpus's option `transform` lists them, and they are applied in turn. Each is a name, or {"name": name, "seed": 1}
 where it has a seed (0 by default):
 
-  strip_comments               comments and docstrings are left out. The syntax tree of Python stays, but for docstrings
-  comments_only                comments and docstrings alone are kept; docstrings of Python become comments
-  rename_identifiers           names that the file binds itself become v0, v1 ... in the order in which they come, each
-                               the same wherever it stands (`python_names` and `tree_code` say which names these are)
-  rename_identifiers_randomly  each occurrence of such a name gets a name of its own; has a seed
-  pseudocode                   operators and keywords as words, tokens apart by a blank, as `words` has them
-  shuffle_lines                the lines in another order; has a seed
-  flatten_indentation          lines without the blanks at their beginning
-  code_cells_only, prose_only  of a notebook (`adjacent` has its form) the code alone, or the prose alone
+DESCRIPTIONS says what each does; `python_names` and `tree_code` say which names are renamed, `words` has the words of
+pseudocode, and `adjacent` the form of a notebook.
 
 They are pure functions of a text, its language and their seed. A second time changes nothing, but for those that leave
 something else behind: `rename_identifiers_randomly`, `pseudocode` and `prose_only`. In the place of a text that cannot
@@ -37,9 +30,20 @@ from tasks.corpora.renaming import consistent_names, random_names
 # Part of the key of each cache of transformed documents; raise it whenever a transform gives other texts.
 TRANSFORMS_VERSION = 1
 
+DESCRIPTIONS: dict[str, str] = {
+    "strip_comments": "Leaves comments and docstrings out; the rest of Python's syntax tree stays.",
+    "comments_only": "Keeps comments and docstrings alone; docstrings of Python become comments.",
+    "rename_identifiers": "Renames what the file itself binds to v0, v1 ... in order of appearance, alike everywhere.",
+    "rename_identifiers_randomly": "Gives each occurrence of such a name a name of its own; has a seed.",
+    "pseudocode": "Writes operators and keywords as words, and sets tokens apart by a blank.",
+    "shuffle_lines": "Puts the lines into another order; has a seed.",
+    "flatten_indentation": "Removes the blanks at the beginning of each line.",
+    "code_cells_only": "Keeps the code of a notebook alone.",
+    "prose_only": "Keeps the prose of a notebook alone.",
+}
+NAMES = tuple(DESCRIPTIONS)
 _OF_CODE = ("strip_comments", "comments_only", "rename_identifiers", "rename_identifiers_randomly", "pseudocode")
 OF_NOTEBOOKS = ("code_cells_only", "prose_only")
-NAMES = (*_OF_CODE, "shuffle_lines", "flatten_indentation", *OF_NOTEBOOKS)
 _SEEDED = ("rename_identifiers_randomly", "shuffle_lines")
 _LEAVE_NO_CODE = ("pseudocode", "shuffle_lines", "prose_only")
 

@@ -2,7 +2,8 @@
 
 Specs, as in `corpora.sources`, of these kinds:
 
-  {"instructions": PATTERN, "language": "en", "sample": 200000}    JSON list or JSON lines
+  {"instructions": PATTERN, "language": "en", "sample": 200000}    JSON list or JSON lines; "where" takes some records
+                                           alone, as `corpora.fields` describes it
   {"cosqa": PATTERN}                       CosQA's training set: does this code answer this query?
   {"mbpp": PATTERN}                        MBPP's problems, mbpp.jsonl: write the program
   {"python_instructions": "text"}          made from the running Python's standard library; or "code"
@@ -40,6 +41,7 @@ from typing import Any, NamedTuple
 
 from codellm_jax.contents import size
 from tasks.corpora import official, sources
+from tasks.corpora.fields import unlike
 from tasks.corpora.files import Lost, PassedOver, in_name_of, require_readable
 from tasks.corpora.mbpp import official_split, sanitized_ids
 from tasks.corpora.records import NOT_UTF8, Record, placed_records, require_json
@@ -206,7 +208,8 @@ def _pairs(
     """What each record is, None for one that is officially of another split; counts those that are none, by places."""
     recast = _RECAST[kind_of(spec)]
     for place, record in _records(files, name):
-        pair = record if isinstance(record, Lost) else recast(record, spec, split)
+        pair = record if isinstance(record, Lost) else unlike(record, spec.get("where", {})) or recast(
+            record, spec, split)
         if isinstance(pair, Conversation):
             pair = pair._replace(place=place)
         if isinstance(pair, Lost):

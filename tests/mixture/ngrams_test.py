@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codellm_jax.mixture.ngrams import END, NGrams, Question, index, words
+from codellm_jax.mixture.ngrams import END, Lengths, NGrams, Question, index, words
 
 
 @pytest.mark.parametrize("text, found", [
@@ -45,6 +45,25 @@ def test_n_consecutive_words_and_no_fewer():
     assert found(ngrams, f"before {numbered(3, 12)} after {numbered(0, 12)}") == set()
     assert found(ngrams, numbered(0, 6) + " other " + numbered(6, 12)) == set()
     assert found(ngrams, "W3, w4; (w5)\nw6_w7 " + numbered(8, 8)) == {0}
+
+
+def test_scripts_without_spaces_have_lengths_of_their_own():
+    def han(first: int, count: int) -> str:
+        return "".join(chr(0x4E00 + number) for number in range(first, first + count))
+
+    ngrams = index(questions(
+        han(0, 40), numbered(0, 20),
+        (han(100, 15), "no more"), (han(200, 12), han(300, 9)),  # too short; joined a whole of 21
+        f"{han(400, 10)} {numbered(40, 12)}",  # in the main words with spaces
+        (han(500, 16), "x")), 13, 8, 10, Lengths(26, 16))
+    assert ngrams.measurable.tolist() == [True] * 6
+    assert found(ngrams, han(5, 26)) == {0} and found(ngrams, han(5, 25)) == set()
+    assert found(ngrams, numbered(3, 13)) == {1}
+    assert found(ngrams, han(100, 15)) == set() and found(ngrams, f"{han(100, 15)} no more") == {2}
+    assert found(ngrams, han(200, 12)) == set() and found(ngrams, han(200, 12) + han(300, 9)) == {3}
+    assert found(ngrams, f"{han(405, 5)} {numbered(40, 8)}") == {4}
+    assert found(ngrams, f"a{han(500, 16)}b") == {5}
+    assert len(index(questions(han(0, 40)), 13, 8, 10).start) == 28
 
 
 def test_short_questions_count_as_a_whole_or_not_at_all():

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from codellm_jax.mixture.ngrams import words
-from codellm_jax.prepare import duplicates
+from codellm_jax.prepare import duplicates, joining, keys, reduction
+from codellm_jax.prepare.job import EDGE
 from codellm_jax.prepare.prepare import Preparation, prepare
 from tasks.corpora.inputs import Inputs
 
@@ -91,9 +92,25 @@ def test_pairs_join_what_is_similar():
     base = np.zeros(10, np.uint32)
     close, far = base.copy(), np.arange(10, dtype=np.uint32) + 5
     close[:2] = 7
-    found = duplicates.similar_pairs(np.stack([base, far, close, far]), 0.7)
-    assert found == [(0, 2, 0.8), (1, 3, 1.0)]
-    assert len(duplicates.similar_pairs(np.stack([base, far, close]), 0)) == 2
+    signatures, asked = np.stack([base, far, close, far]), []
+    exact = {(0, 2): 0.75, (1, 3): 1.0}
+
+    def similarity(first: int, second: int) -> float:
+        asked.append((first, second))
+        return exact[first, second]
+
+    assert duplicates.similar_pairs(signatures, 0.7, similarity) == [(0, 2, 0.75), (1, 3, 1.0)]
+    assert asked == [(0, 2), (1, 3)]  # of others the signatures say enough
+    assert duplicates.similar_pairs(signatures, 0.76, similarity) == [(1, 3, 1.0)]
+    assert len(duplicates.similar_pairs(signatures[:3], 0, similarity)) == 2
+    copies = np.zeros((1000, 10), np.uint32)
+    assert len(duplicates.similar_pairs(copies, 0.7, lambda first, second: 1.0)) == 999
+    # A chain: each is similar to the next one alone.
+    assert len(duplicates.similar_pairs(copies[:5], 0.7, lambda one, other: 1.0 * (other - one == 1))) == 4
+
+
+def test_jaccard_similarity_of_sets():
+    assert duplicates.jaccard(np.array([1, 2, 3, 4]), np.array([2, 3, 4, 9, 10])) == 3 / 6
 
 
 def test_groups_and_components():
@@ -103,19 +120,76 @@ def test_groups_and_components():
     assert label[0] == label[1] == label[4] != label[2] == label[3]
 
 
-def test_planted_near_duplicates_are_found(tmp_path: Path):
-    """Of pairs above 0.85, where 14 x 8 bands find 0.99, nearly all; of pairs below 0.6 hardly any."""
+def random_edges(dice: np.random.Generator, documents: int, count: int) -> np.ndarray:
+    """Pairs of different documents, each with a length of few values and a rank."""
+    size, rank = dice.integers(5, 9, documents), dice.integers(0, 3, documents)
+    ends = dice.integers(0, documents, (2, count))
+    ends = ends[:, ends[0] != ends[1]]
+    edges = np.zeros(ends.shape[1], EDGE)
+    for side, name in zip(ends, ("first", "second"), strict=True):
+        edges[name], edges[f"{name}_bytes"], edges[f"{name}_rank"] = side, size[side], rank[side]
+    edges["similarity"] = dice.random(len(edges))
+    return edges
+
+
+def joined_in_rounds(edges: np.ndarray, buckets: int) -> np.ndarray:
+    """As workers do it, each with the documents of its bucket alone."""
+    first = now = joining.both_ways(edges)
+    number = quiet = 0
+    while quiet < 2:
+        number += 1
+        found = [joining.star(now[now["first"] % buckets == bucket], number % 2 == 1) for bucket in range(buckets)]
+        now = joining.both_ways(np.concatenate([edges for edges, _ in found]))
+        quiet = 0 if any(changed for _, changed in found) else quiet + 1
+    return np.concatenate([joining.dropped_by_stars(
+        now[now["first"] % buckets == bucket], first[first["first"] % buckets == bucket]) for bucket in range(buckets)])
+
+
+def test_pairs_joined_in_rounds_are_those_joined_at_once():
+    dice = np.random.default_rng(3)
+    for documents, count in ((1000, 400), (1000, 900), (300, 2000), (5, 30)):
+        edges = random_edges(dice, documents, count)
+        for buckets in (1, 7):
+            assert np.array_equal(np.sort(joined_in_rounds(edges, buckets)), np.sort(joining.joined(edges)))
+    chain = np.resize(np.zeros(1, EDGE), 1999)
+    chain["first"], chain["second"] = np.arange(1999), np.arange(1, 2000)
+    assert np.array_equal(np.sort(joined_in_rounds(chain, 4)), np.sort(joining.joined(chain)))
+    assert not len(joining.joined(chain[:0])) and not len(joined_in_rounds(chain[:0], 2))
+
+
+@pytest.mark.parametrize(("similarity", "bands", "shares"), [
+    (0.85, 14, (0.002, 0.035)), pytest.param(0.8, 24, (0.002, 0.05), marks=pytest.mark.slow),
+    pytest.param(0, 14, (0.01, 0.02), marks=pytest.mark.slow)])
+def test_planted_near_duplicates_are_found(tmp_path: Path, similarity: float, bands: int, shares: tuple[float, float]):
+    """Of pairs from the stated similarity on 98%, above all of those just above it, and no pair below it."""
     dice = random.Random(11)
     bases = [[f"w{dice.randrange(20_000)}" for _ in range(dice.randrange(100, 300))] for _ in range(800)]
-    pairs = [(" ".join(base), " ".join(changed(base, share, dice)))
-             for base, share in zip(bases, [0.01] * 400 + [0.09] * 400, strict=True)]
+    pairs = [(" ".join(base), " ".join(changed(base, dice.uniform(*shares), dice))) for base in bases]
     similar = [exact(one, other, 5) for one, other in pairs]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for pair in pairs for text in pair))
     inputs = Inputs({"text.a": {"json_lines": str(tmp_path / "a.jsonl")}})
-    prepare(Preparation(inputs, ["near_duplicates"], str(tmp_path / "out")), 1, report=lambda line: None)
+    step = {"name": "near_duplicates", "similarity": similarity, "bands": bands}
+    prepare(Preparation(inputs, [step], str(tmp_path / "out")), 1, report=lambda line: None)
     removed = pq.read_table(tmp_path / "out" / "removed" / "stage1-00000.parquet").to_pylist()
     gone = {(row["row"] - 1) // 2 for row in removed}
-    above = [number for number, value in enumerate(similar) if value >= 0.85]
+    above = [number for number, value in enumerate(similar) if value >= (similarity or 0.85)]
     assert len(above) > 300
     assert sum(number in gone for number in above) / len(above) >= 0.98
-    assert sum(similar[number] >= 0.65 for number in gone) / len(gone) >= 0.98
+    if similarity:
+        assert 0 < len(gone) <= len(above) and gone <= set(above)
+        assert all(row["similarity"] == pytest.approx(similar[(row["row"] - 1) // 2], abs=1e-4) for row in removed)
+
+
+def test_texts_without_words_lie_between(tmp_path: Path, monkeypatch):
+    """Such texts have no shingles; pairs on either side of them, and of chunks of nothing else, are found."""
+    monkeypatch.setattr(keys, "DOCUMENTS_A_CHUNK", 3)
+    monkeypatch.setattr(reduction, "DOCUMENTS_HELD", 2)
+    dice = random.Random(5)
+    own = [" ".join(f"w{dice.randrange(9**9)}" for _ in range(60)) for _ in range(4)]
+    texts = ["...", own[0], "!", "?", "; ;", ". .", ", ,", "- -", own[1], own[0] + " more", "* *", own[2], own[3],
+             own[1] + " more"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    inputs = Inputs({"text.a": {"json_lines": str(tmp_path / "a.jsonl")}})
+    prepare(Preparation(inputs, ["near_duplicates"], str(tmp_path / "out")), 1, report=lambda line: None)
+    removed = pq.read_table(tmp_path / "out" / "removed" / "stage1-00000.parquet").to_pylist()
+    assert [row["row"] for row in removed] == [2, 9]  # the longer of each pair stays

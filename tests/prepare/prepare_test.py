@@ -13,13 +13,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from codellm_jax import cli
 from codellm_jax.prepare import keys, parts, prepare, reduction
+from codellm_jax.vocabulary import load_vocabulary
 from tasks.benchmarks.judging import Benchmarks
-from tasks.corpora import sources
+from tasks.corpora import pieces, sources
 from tasks.corpora.inputs import Inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +55,8 @@ def folder(tmp_path: Path) -> Path:
     written(tmp_path / "b.jsonl", [*texts[60:], texts[61], f"See here: {question} And more of it stands here."])
     with (tmp_path / "b.jsonl").open("a") as file:
         file.write('{broken\n{"text": ""}\n')
-    written(tmp_path / "c.jsonl", [{"text": texts[5], "license": "mit"}, "x = 1  # " + "y" * 50])
+    written(tmp_path / "c.jsonl", [{"text": texts[5], "license": "mit"},
+                                {"text": "x = 1  # " + "y" * 50, "license": "mit"}])
     return tmp_path
 
 
@@ -72,7 +76,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_each_document_is_left_or_removed_and_all_are_counted(folder: Path):
-    prepare.prepare(preparation(folder), 1, report=silent)
+    vocabulary = load_vocabulary()
+    prepare.prepare(preparation(folder, vocabulary=vocabulary), 1, report=silent)
     out = folder / "out"
     left, removed = rows(out), rows(out / "removed")
     read = {(row["file"], row["row"]) for row in left + removed}
@@ -88,12 +93,18 @@ def test_each_document_is_left_or_removed_and_all_are_counted(folder: Path):
             assert one["removed"] == by_step[step["name"], source] == sum(one["reasons"].values())
             assert one["removed_bytes"] == sum(
                 row["bytes"] for row in removed if (row["step"], row["source"]) == (step["name"], source))
+            assert one["removed_tokens"] == sum(
+                row["tokens"] for row in removed if (row["step"], row["source"]) == (step["name"], source))
             assert one["changed"] >= sum(step["name"] in row["changed_by"] for row in left if row["source"] == source)
     for source, one in sources.items():
         mine = [row for row in left if row["source"] == source]
         assert one["left"]["documents"] == len(mine) == one["documents"] - sum(
             step["sources"].get(source, {"removed": 0})["removed"] for step in steps)
         assert one["left"]["bytes"] == sum(len(row["text"].encode()) for row in mine)
+        assert all(row["tokens"] == len(vocabulary.encode(row["text"])) + 1 for row in mine)
+        assert one["left"]["tokens"] == sum(row["tokens"] for row in mine) == one["tokens"] - sum(
+            step["sources"].get(source, {"removed_tokens": 0, "tokens_dropped": 0})[key]
+            for step in steps for key in ("removed_tokens", "tokens_dropped"))
         assert sum(one["left"]["characters"].values()) == sum(one["left"]["chinese"].values()) == len(mine)
     assert sources["text.web"]["lost"] == Counter(row["reason"] for row in removed if row["step"] == "reading")
     for one in manifest["outputs"]:
@@ -126,9 +137,11 @@ def test_what_was_planted_is_found(folder: Path):
     assert "| logic_sample |" in card and "holds a question of logic" in card and "Jaccard" in card
 
 
-def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch):
+@pytest.mark.parametrize("form", [
+    "parquet", pytest.param("array_record", marks=pytest.mark.slow), pytest.param("tfrecord", marks=pytest.mark.slow)])
+def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch, form: str):
     monkeypatch.setattr(keys, "DOCUMENTS_A_CHUNK", 7)
-    prepare.prepare(preparation(folder), 1, report=silent)
+    prepare.prepare(preparation(folder, format=form), 1, report=silent)
     wanted = contents(folder / "out")
     (folder / "out").rename(folder / "first")
 
@@ -147,7 +160,7 @@ def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch):
     monkeypatch.setattr(prepare, "_worker", lambda *_: in_another_order)
     for _ in range(100):
         try:
-            prepare.prepare(preparation(folder), 1, report=silent)
+            prepare.prepare(preparation(folder, format=form), 1, report=silent)
             break
         except KeyboardInterrupt:
             pass
@@ -155,12 +168,36 @@ def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch):
     assert max(done[text] for text in done if text.startswith('["part"')) == 1
 
 
+def test_large_files_are_shared_out_in_pieces(folder: Path, monkeypatch):
+    corpora = {"text.web": {"json_lines": str(folder / "[ab].jsonl")},
+               "text.table": {"parquet": str(folder / "table.parquet")}}
+    pq.write_table(pa.table({"text": [f"Row {number} " + "of a table " * 9 for number in range(500)]}),
+                   folder / "table.parquet", row_group_size=50)
+
+    def prepared(name: str, part_bytes: int) -> Path:
+        steps = ["exact_duplicates", "near_duplicates", {"name": "sample", "budgets": {"text.web": 60_000}}]
+        prepare.prepare(prepare.Preparation(Inputs(corpora), steps, str(folder / name), part_bytes=part_bytes), 1,
+                        report=silent)
+        return folder / name
+
+    whole = prepared("whole", 10**9)
+    monkeypatch.setattr(pieces, "LEAST", 5000)
+    parted = prepared("parted", 5000)
+    assert len(list(whole.glob("*.parquet"))) == 2 and len(list(parted.glob("*.parquet"))) > 12
+    assert rows(parted) == rows(whole)
+
+    def removed(folder: Path) -> list[str]:
+        return sorted(json.dumps(row, sort_keys=True) for row in rows(folder / "removed"))
+
+    assert removed(parted) == removed(whole)
+
+
 def test_a_kill_within_a_part_leaves_nothing_half(folder: Path, monkeypatch):
     prepare.prepare(preparation(folder, "other"), 1, report=silent)
     real = reduction.finish
 
-    def killed(job, stage: int) -> None:
-        real(job, stage)
+    def killed(*arguments) -> None:
+        real(*arguments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reduction, "finish", killed)
@@ -181,6 +218,29 @@ def test_a_kill_within_a_part_leaves_nothing_half(folder: Path, monkeypatch):
         prepare.prepare(preparation(folder), 1, report=silent)
     prepare.prepare(preparation(folder), 1, report=silent)
     assert contents(folder / "out") == contents(folder / "other")
+
+
+def test_many_pairs_are_joined_by_rounds_of_workers(folder: Path, monkeypatch):
+    dice = random.Random(8)
+    texts = [[f"word{dice.randrange(3000)}" for _ in range(150)] for _ in range(30)]
+    for text in texts[:]:
+        for _ in range(dice.randrange(5)):  # copies of copies, so that they are chains
+            text = [word if dice.random() > 0.01 else "other" for word in text] + ["end"]
+            texts.append(text)
+    written(folder / "a.jsonl", [" ".join(text) for text in texts])
+    prepare.prepare(preparation(folder, "once", ["near_duplicates"]), 1, report=silent)
+    monkeypatch.setattr(reduction, "BYTES_A_BUCKET", 1000)
+    real, done = prepare.do, Counter[str]()
+
+    def counted(job, text: str) -> None:
+        real(job, text)
+        done[json.loads(text)[0]] += 1
+
+    monkeypatch.setattr(prepare, "do", counted)
+    prepare.prepare(preparation(folder, "out", ["near_duplicates"]), 1, report=silent)
+    assert done["star"] > 20 and done["joined"] > 3
+    assert contents(folder / "out") == contents(folder / "once")
+    assert sum(row["step"] == "near_duplicates" for row in rows(folder / "out" / "removed")) > 40
 
 
 def test_which_copy_stays_depends_on_the_texts_alone(folder: Path):
@@ -222,6 +282,21 @@ def test_a_budget_is_kept_and_drawn_by_the_text(folder: Path):
     assert 20_000 - longest < sum(len(text.encode()) for text in small) <= 20_000
 
 
+def test_a_budget_of_tokens_is_that_of_its_vocabulary(folder: Path):
+    steps = ["exact_duplicates", {"name": "sample", "budgets": {"text.web": 9000}, "unit": "tokens"}]
+    vocabulary = load_vocabulary()
+    prepare.prepare(preparation(folder, steps=steps, vocabulary=vocabulary), 1, report=silent)
+    counted = [len(vocabulary.encode(row["text"])) + 1 for row in rows(folder / "out") if row["source"] == "text.web"]
+    assert 9000 - 1500 < sum(counted) <= 9000
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    assert manifest["vocabulary_sha256"] == vocabulary.content_hash
+    assert vocabulary.content_hash[:16] in (folder / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match="set VOCABULARY"):
+        prepare.prepare(preparation(folder, "none", steps), 1, report=silent)
+    with pytest.raises(ValueError, match="from other STEPS"):
+        prepare.prepare(preparation(folder, steps=["exact_duplicates", steps[1] | {"unit": "bytes"}]), 1, report=silent)
+
+
 def test_what_is_prepared_is_a_corpus_again(folder: Path):
     """Its Parquet files are read by CORPORA, for training and for another preparation, licence and all."""
     prepare.prepare(preparation(folder), 1, report=silent)
@@ -231,8 +306,81 @@ def test_what_is_prepared_is_a_corpus_again(folder: Path):
     again = prepare.Preparation(Inputs({"text.again": spec}), [], str(folder / "again"))
     prepare.prepare(again, 1, report=silent)
     found = rows(folder / "again")
-    assert [(row["text"], row["licence"]) for row in found] == [(row["text"], None) for row in left]
+    assert [(row["text"], row["license"]) for row in found] == [(row["text"], row["license"]) for row in left]
+    assert "mit" in {row["license"] for row in found}
     assert [row["row"] for row in found[:2]] == [1, 2] and found[0]["file"].endswith("documents-00000-of-00003.parquet")
+
+
+@pytest.mark.parametrize(("form", "kind"), [("tfrecord", "tfrecords"), ("array_record", "array_record")])
+def test_what_tfds_opens(folder: Path, form: str, kind: str):
+    import tensorflow_datasets as tfds
+
+    prepare.prepare(preparation(folder, "parquet"), 1, report=silent)
+    prepare.prepare(preparation(folder, format=form), 1, report=silent)
+    left, out = rows(folder / "parquet"), folder / "out"
+    made = tfds.builder_from_directory(out)
+    assert made.info.splits["train"].num_examples == len(left)
+    read = list(tfds.as_numpy(made.as_dataset("train")) if form == "tfrecord" else made.as_data_source("train"))
+
+    def plain(value: Any) -> Any:
+        return value.decode() if isinstance(value, bytes) else [each.decode() for each in value] if isinstance(
+            value, np.ndarray | list) else int(value)
+
+    assert [{key: plain(value) for key, value in row.items()} for row in read] == [
+        {key: value or "" if key in ("license", "language") else value for key, value in row.items()
+         if key != "tokens"} for row in left]
+    assert sorted(made.info.features) == sorted(key for key in left[0] if key != "tokens")
+    spec = {kind: str(out / f"*.{form}-*"), "holdout": 0, "where": {"source": "text.web"}}
+    assert list(sources.documents(spec, "train")) == [row["text"] for row in left if row["source"] == "text.web"]
+    assert sources.describe(spec)["prepared"][0]["folder"] == str(out)
+    again = [(each.text, each.licence) for each in Inputs({"text.a": spec}).documents(
+        "text.a", sources.files(spec, "train"))]
+    assert again == [(row["text"], row["license"]) if row["source"] == "text.web" else (None, None) for row in left]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert all(hashlib.sha256((out / one["file"]).read_bytes()).hexdigest() == one["sha256"]
+               for one in manifest["outputs"])
+    with pytest.raises(ValueError, match="from other FORMAT"):
+        prepare.prepare(preparation(folder), 1, report=silent)
+
+
+def test_a_corpus_says_how_it_was_prepared(folder: Path):
+    prepare.prepare(preparation(folder), 1, report=silent)
+    out = folder / "out"
+    manifest = json.loads((out / "manifest.json").read_text())
+    spec = {"parquet": str(out / "*.parquet")}
+    assert sources.describe(spec)["prepared"] == [{
+        "folder": str(out), "steps_sha256": manifest["steps_sha256"], "inputs_sha256": manifest["inputs_sha256"],
+        "inputs": {"text.web": [str(folder / "a.jsonl"), str(folder / "b.jsonl")],
+                   "code.own": [str(folder / "c.jsonl")]}}]
+    many = [[f"/data/{number % 2}/{number}.jsonl", 9] for number in range(30)]
+    (out / "manifest.json").write_text(json.dumps(manifest | {"inputs": [
+        {"source": "text.web", "spec": {}, "files": many},
+        {"source": "code.python", "spec": {"python": "code"}, "files": None}]}))
+    assert sources.describe(spec)["prepared"][0]["inputs"] == {
+        "text.web": ["/data/0: 15 files", "/data/1: 15 files"], "code.python": ['{"python": "code"}']}
+    for other in ("no JSON", '{"steps_sha256": 3}', "[]"):  # of another program
+        (out / "manifest.json").write_text(other)
+        assert "prepared" not in sources.describe(spec)
+
+
+@pytest.mark.slow
+def test_a_run_names_how_its_data_were_prepared(folder: Path):
+    prepare.prepare(preparation(folder, steps=["exact_duplicates"]), 1, report=silent)
+    run, corpora = folder / "run", {"text.clean": {"parquet": str(folder / "out" / "*.parquet")}}
+    done = subprocess.run([
+        sys.executable, "-m", "codellm_jax.cli", "train", "--gin_file=gin/text_pretrain.gin",
+        "--gin_file=gin/models/tiny.gin", f"--gin.CORPORA={corpora}", "--gin.MIXTURE_OR_TASK_NAME=['text.clean']",
+        "--gin.TRAIN_STEPS=2", "--gin.WARMUP_STEPS=0", "--gin.BATCH_SIZE=8",
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 64}", f"--gin.MODEL_DIR={run}",
+        f"--gin.CACHE_DIR={folder / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    provenance = json.loads((run / "provenance.json").read_text())
+    [told] = provenance["prepared"]["text.clean"]
+    assert told["steps_sha256"] == manifest["steps_sha256"] and told["inputs_sha256"] == manifest["inputs_sha256"]
+    assert str(folder / "a.jsonl") in told["inputs"]["text.web"]
+    assert provenance["ledger"]["prepared"] == provenance["prepared"]
+    assert manifest["steps_sha256"][:12] in done.stdout
 
 
 def test_where_documents_stand(tmp_path: Path):

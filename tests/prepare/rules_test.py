@@ -202,12 +202,26 @@ def test_secrets(text: str, masked: str):
     assert code.mask_secrets(masked) == masked
 
 
+@pytest.mark.parametrize("secret", [
+    *(f"{start}{'A1B2' * 4}" for start in ("AKIA", "ASIA", "AGPA", "AIDA", "AROA")),
+    *(f"{start}{'A1b2' * 13}" for start in (
+        "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xoxb-", "ya29.", "sk_live_", "rk_test_",
+        "sk-", "sk-proj-", "hf_", "pypi-", "eyJhbGciOiJIUz.eyJzdWIiOiIxMj.")),
+    f"AIza{'A1b2C' * 7}", f"npm_{'A1b2' * 9}", "-----BEGIN RSA PRIVATE KEY-----\nA1b2",
+    *(f"{name} = 'a1b2c3d4e5'" for name in (
+        "password", "PASSWD", "Secret", "api_key", "apikey", "ACCESS_KEY", "accessKey", "auth_token", "authToken",
+        "access_token", "accesstoken", "private_key", "privateKey", "client_secret", "clientsecret", "pa\u017fsword"))])
+def test_each_form_of_secret_is_masked(secret: str):
+    masked = code.mask_secrets(f"here {secret}\n")
+    assert "<KEY>" in masked and "1b2" not in masked and "A1B2" not in masked
+
+
 # ---- Steps -------------------------------------------------------------------------------------
 
 
 def test_every_rule_takes_every_text():
     for text in ("", " ", "\n\n", "中", "\x00", "a" * 5000, "[" * 2000, "# \n" * 300, "\ufffd\U0010ffff"):
-        fields = {"text": text, "licence": None, "language": "python", "file": "a.py"}
+        fields = {"text": text, "license": None, "language": "python", "file": "a.py"}
         for step in steps_of([*FILTERS, *EDITS], ["text.a"]):
             left, reason = apply(step, fields)
             assert isinstance(left, str) and (reason is None or reason), step.name
@@ -231,11 +245,11 @@ def test_languages():
     assert language(english) is None and language(chinese) is None and language(german) == "language de"
     assert language(german, ["de"]) is None and language(english, ["de"]) == "language en"
     assert language(english, at_least=1.1) == "language en with a probability under 1.1"
-    with pytest.raises(ValueError, match="py3langid does not know 'english'"):
-        language(english, ["english"])
+    with pytest.raises(ValueError, match="py3langid does not know 'english'"):  # before anything is read
+        steps_of([{"name": "language", "languages": ["english"]}], ["text.a"])
     [step] = steps_of([{"name": "language", "languages": ["en"]}], ["text.a"])
     assert step.options == {"languages": ["en"], "at_least": 0.65} and step.sources == ("text",)
-    assert apply(step, {"text": german, "licence": None, "language": None, "file": ""}) == (german, "language de")
+    assert apply(step, {"text": german, "license": None, "language": None, "file": ""}) == (german, "language de")
 
 
 @pytest.mark.parametrize(("steps", "told"), [
@@ -247,6 +261,7 @@ def test_languages():
     ([{"name": "licence", "allowed": "mit"}], "must be a list of texts"),
     ([{"name": "sample", "budgets": {"text.b": 3}}], "'text.b', which is no corpus"),
     ([{"name": "sample", "budgets": {"text.a": -3}}], "must be a positive number"),
+    ([{"name": "sample", "budgets": {"text.a": 3}, "unit": "words"}], "must be one of bytes, tokens"),
     ([{"name": "near_duplicates", "bands": 0}], "'bands' must be a whole number, 1 or more"),
     ([{"name": "near_duplicates", "sources": ["web"]}], "'web', which is neither"),
     ([{"name": "near_duplicates", "sources": "text"}], "must be a list of corpora")])

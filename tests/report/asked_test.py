@@ -24,7 +24,8 @@ class Arm:
 
     def __init__(self, stage: str, share: float, parent: str | None = None, branch: int | None = None,
                  losses: tuple[float, float] = (3.0, 2.0), rows: int = ROWS, source: str = "python",
-                 finished: bool = True) -> None:
+                 finished: bool = True, weights: Mapping[str, int] | None = None) -> None:
+        self.weights = weights or {source: 1}
         self.stage, self.share, self.parent, self.branch = stage, share, parent, branch
         self.losses, self.rows, self.source, self.finished = losses, rows, source, finished
 
@@ -61,7 +62,8 @@ def ledger_of(folder: Path, arms: Mapping[str, Arm], name: str, seed: int, rows:
     arm = arms[name]
     rows = arm.rows if rows is None else rows
     code = round(arm.share * rows)
-    counts = {"text.books": rows - code, f"code.{arm.source}": code}
+    counts = {"text.books": rows - code} | {
+        f"code.{name}": code * weight // sum(arm.weights.values()) for name, weight in arm.weights.items()}
     before: list[dict[str, Any]] = []
     if arm.parent:
         upto = None if arm.branch is None else arms[arm.parent].rows * arm.branch // 100
@@ -191,7 +193,28 @@ def test_a_sweep_is_found_behind_its_stage_and_kinds_of_code_are_none(tmp_path):
             "B": Arm("pretraining", 0.5, source="java")}
     [group] = groups(read_study(epath.Path(write_study(tmp_path / "b", arms, seeds=1))))
     assert not group.sweeps and [effect.name for effect in group.design.effects] == [
-        "code in pretraining", "10 points more of code in pretraining"]
+        "code in pretraining", "10 points more of code in pretraining",
+        "10 points of code.java in place of text in pretraining",
+        "10 points of code.python in place of text in pretraining"]
+
+
+def test_arms_that_differ_in_weights_of_sources_have_effects_of_sources(tmp_path):
+    """As much code everywhere, a tree of one stage: arms are no repetitions of each other, nor points of a sweep."""
+    arms = {"TEXT": Arm("pretraining", 0.0, losses=(3.0, 2.0)),
+            "PY": Arm("pretraining", 0.4, losses=(3.0, 1.7), weights={"python": 3, "java": 1}),
+            "JAVA": Arm("pretraining", 0.4, losses=(3.0, 1.9), weights={"python": 1, "java": 3}),
+            "LESS": Arm("pretraining", 0.2, losses=(3.0, 1.95), weights={"python": 1, "java": 3})}
+    said, page = told(write_study(tmp_path, arms))
+    [group] = groups(read_study(epath.Path(tmp_path)))
+    assert group.by_source == {0} and len({levels[0] for levels in group.levels.values()}) == 4
+    assert [[label for _, label in sweep.arms] for sweep in group.sweeps] == [["TEXT", "LESS", "JAVA"]]
+    rows = {row["effect"]: row for row in table(tmp_path, "effects") if row["metric"] == "code"}
+    # By hand: -0.3 = 0.3 p + 0.1 j and -0.1 = 0.1 p + 0.3 j, of all shares of 1, thirds in bits per byte.
+    for name, truth in (("python", -1.0 / 30), ("java", 0.0)):
+        row = rows[f"10 points of code.{name} in place of text in pretraining"]
+        assert float(row["estimate"]) == pytest.approx(truth, abs=0.006)
+    assert rows["10 points of code.python in place of text in pretraining"]["verdict"] == "helps"
+    assert any("10 points of code.python in place of text in pretraining helps" in line for line in said)
 
 
 def test_branches_stand_beside_their_trunk_where_they_end_with_it(tmp_path):

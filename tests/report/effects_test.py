@@ -73,6 +73,41 @@ def test_several_shares_and_kinds_of_a_stage_are_levels():
         "10 points more of code in midtraining": 0.1 * np.polyfit(*zip(*code, strict=True), 1)[0]})
 
 
+def test_sources_have_effects_where_arms_tell_them_apart():
+    """By hand: y = 3 - 1 python - 0.5 java, of the shares of all that is drawn."""
+    mixes = {"TEXT": (0.0, 0.0), "PY": (0.2, 0.0), "JAVA": (0.0, 0.2), "BOTH": (0.3, 0.1)}
+    arms = {label: [Level(round(sum(mix), 2), label)] for label, mix in mixes.items()}
+    shares = {label: {"text.books": 0.6 * (1 - sum(mix)), "text.web": 0.4 * (1 - sum(mix)), "code.python": mix[0],
+                      "code.java": mix[1]} for label, mix in mixes.items()}
+
+    def effects_of(labels):
+        design = design_of(["pretraining"], {label: arms[label] for label in labels},
+                           {0: {label: shares[label] for label in labels}})
+        found = {effect.name.removeprefix("10 points of "): sum(
+            weight * (3 - mixes[label][0] - 0.5 * mixes[label][1]) for label, weight in effect.weights.items())
+            for effect in design.effects if effect.kind == "source"}
+        return found, design.holes
+
+    for labels in (mixes, ("TEXT", "PY", "JAVA")):
+        found, holes = effects_of(labels)
+        assert not holes and found == pytest.approx({
+            "code.python in place of text in pretraining": -0.1, "code.java in place of text in pretraining": -0.05})
+    # As much code everywhere: one kind can be told in place of the other alone.
+    found, holes = effects_of(("PY", "JAVA"))
+    assert found == pytest.approx({
+        "code.java in place of the others of its pool in pretraining": 0.05,
+        "code.python in place of the others of its pool in pretraining": -0.05})
+    assert "All arms have 20% of code in pretraining" in holes[0]
+    # Three kinds in two mixes: none of them by itself.
+    mixes |= {"A": (0.2, 0.1), "B": (0.1, 0.2)}
+    arms |= {"A": [Level(0.4, "A")], "B": [Level(0.4, "B")]}
+    shares |= {"A": {"text.books": 0.6, "code.python": 0.2, "code.java": 0.1, "code.c": 0.1},
+               "B": {"text.books": 0.6, "code.python": 0.1, "code.java": 0.2, "code.c": 0.1}}
+    found, holes = effects_of(("A", "B"))
+    assert not found and holes[-1] == ("The effects of code.java and code.python in pretraining cannot be told: their "
+                                       "shares go along with those of other sources.")
+
+
 def test_a_missing_cell_is_named_and_not_filled():
     design = design_of(STAGES, {label: SQUARE[label] for label in ("NN", "NC", "CN")})
     assert {name: effect.weights for name, effect in named(design.effects).items()} == {
@@ -123,6 +158,15 @@ def test_of_one_seed_a_loss_has_no_interval_and_of_none_nothing_is_told():
     other_seed = {"NC": {0: values["NC"][0]}, "NN": {1: values["NN"][0]}}
     roots = {"NC": {0: "trunk"}, "NN": {1: "trunk"}}
     assert told({"NC": 1.0, "NN": -1.0}, other_seed, roots) is None
+
+
+def test_what_only_rounding_makes_an_effect_is_none():
+    """Thirds of equal scores do not cancel in floating point."""
+    values = samples_of({label: np.full((3, 7), 0.1) for label in SQUARE})
+    for effect in design_of(STAGES, SQUARE).effects:
+        thirds = {label: weight / 3 for label, weight in effect.weights.items()}
+        found = told(thirds, values, roots_of(SQUARE, range(3)))
+        assert found.estimate == 0 and found.contrast.p_value == 1 and f"{found.estimate:+.3g}" == "+0"
 
 
 TRUTH = {"code in pretraining": 0.3, "code in tuning": 0.0, "interaction of code in pretraining and tuning": -0.2}

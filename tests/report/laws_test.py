@@ -1,6 +1,7 @@
 """Laws of the mixture: fits against other ways to compute them, and intervals against truths that are known."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -8,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from scipy import stats
 
 from codellm_jax import cli
 from codellm_jax.report import laws
-from codellm_jax.report.families import Losses, Points, gaussian_process, linear
+from codellm_jax.report.families import Losses, Points, exponential, gaussian_process, linear
+from codellm_jax.report.fitted import fit_sweep, predict
 from codellm_jax.report.law_files import section
 from codellm_jax.report.laws import fit_family
 from codellm_jax.report.mixing import analyse, parse_objective
 from codellm_jax.report.noise import cells_of, moderated
-from codellm_jax.report.optimum import lines_to_paste
+from codellm_jax.report.optimum import between, lines_to_paste, lowest
 from codellm_jax.report.sweeps import read_sweep
+from codellm_jax.results.files import write_result
 from codellm_jax.study.arms import Study, expand
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +196,7 @@ def test_a_size_beyond_all_runs_is_marked_and_tested(tmp_path, capsys):
 def test_further_runs_make_arms_of_a_study_and_narrow_the_interval(tmp_path):
     study = write_study(tmp_path / "study", (0.0, 0.3, 0.6, 0.9), 2, noise=0.1)
     sweep = read_sweep(str(study))
-    found = analyse(sweep, parse_objective("text:0.5,code:0.5", sweep.losses))
+    found = analyse(sweep, parse_objective("text:0.5,code:0.5", sweep))
     assert found.best.verdict == "cannot tell" and found.design is not None
     assert found.design.width_then < 0.8 * found.design.width_now
     settings: dict = {}
@@ -202,6 +206,107 @@ def test_further_runs_make_arms_of_a_study_and_narrow_the_interval(tmp_path):
                            comparison="compute-matched", pretraining_files=[], tuning_files=[], evaluation_files=[]))
     rates = [arm.settings["CODE_RATE"] for arm in arms]
     assert len(rates) == len(found.design.shares) > 0 and not set(rates) & {0.0, 0.3, 0.6, 0.9}
+
+
+def write_quiz(study: Path, questions: int = 30) -> None:
+    """What each run of a study answers to a benchmark, whose bits per byte fall with the share of code."""
+    dice = np.random.default_rng(8)
+    hard, gain = dice.normal(0, 0.3, questions), dice.normal(0, 0.1, questions)
+    for run in sorted((study / "runs").iterdir()):
+        rows = json.loads((run / "provenance.json").read_text())["ledger"]["rows"]
+        share = rows["code.github"] / sum(rows.values())
+        bits = 3 + np.exp(-3 * share) + hard + gain * share + dice.normal(0, 0.02, questions)
+        lines = [{"id": str(place), "answer": 0, "correct": float(one < 3.3), "candidates": [
+            {"log_likelihood": -np.log(2) * 4 * one, "tokens": 2, "bytes": 4},
+            {"log_likelihood": -np.log(2) * 4 * 3.3, "tokens": 2, "bytes": 4}]} for place, one in enumerate(bits)]
+        header = {"settings": {"data": "0"}, "checkpoint": {"step": 100}}
+        (run / "results").mkdir()
+        write_result(epath.Path(run / "results"), "quiz", header, lines, header | {
+            "task": "quiz", "metric": "accuracy", "sample": False, "n": questions,
+            "value": float(np.mean([line["correct"] for line in lines]))})
+
+
+def test_a_benchmarks_measure_has_a_law_whose_interval_knows_that_questions_are_few(tmp_path, capsys):
+    study = write_study(tmp_path / "study")
+    write_quiz(study)
+    assert cli.main(["laws", str(study), "--objective=text:1,quiz/accuracy:0.2"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    saved = json.loads((study / "report" / "laws.json").read_text())
+    assert saved["losses"] == ["text", "code", "quiz/accuracy", "quiz/bits_per_byte"]
+    assert saved["units"]["quiz/bits_per_byte"] == "bits per byte" and saved["units"]["quiz/accuracy"] == "fraction"
+    assert saved["objective"] == {"text": 1.0, "quiz/accuracy": -0.2}
+    assert "1 x text - 0.2 x quiz/accuracy" in told and "More is better in quiz/accuracy" in told
+    inside = []
+    for line in saved["predictions"]:
+        measure = line["losses"]["quiz/bits_per_byte"]
+        low, high = measure["interval"]
+        inside.append(low < 3 + np.exp(-3 * line["shares"]["code"]) < high)
+        # 30 questions whose deviation is 0.3 are a sample; a further run is asked the same ones.
+        assert high - low > 2 * 2 * 0.3 / np.sqrt(30) * 0.8
+        assert measure["run_interval"][1] - measure["run_interval"][0] < 0.5 * (high - low)
+    assert all(inside)
+    # Without the questions' file the same means have a law that takes them for all there are.
+    sweep = read_sweep(str(study))
+    fitted = fit_sweep(dataclasses.replace(sweep, questions={}), (), lambda name: None)
+    _, intervals, _ = predict(fitted, fitted.at(sweep.shares), np.zeros(len(sweep.losses)))
+    assert np.ptp(intervals[-1], axis=-1).max() < 0.06
+
+
+def test_overlapping_questions_are_left_out_of_a_law(tmp_path):
+    study = write_study(tmp_path / "study", seeds=1)
+    write_quiz(study)
+    whole = read_sweep(str(study))
+    (study / "contamination.json").write_text(json.dumps({"n": 13, "tasks": {"quiz": {"sources": {
+        "code.github": {"ids": ["0", "7"]}}}}}))
+    clean = read_sweep(str(study))
+    kept = [n for n in range(30) if n not in (0, 7)]
+    np.testing.assert_array_equal(clean.questions["quiz/bits_per_byte"], whole.questions["quiz/bits_per_byte"][:, kept])
+    place = clean.losses.index("quiz/bits_per_byte")
+    np.testing.assert_allclose(clean.values[:, place], whole.questions["quiz/bits_per_byte"][:, kept].mean(axis=1))
+
+
+def test_a_curve_moves_with_its_cells_as_least_squares_does():
+    dice = np.random.default_rng(4)
+    second, values, moved = np.linspace(0, 1, 8), dice.normal(size=8), dice.normal(0, 0.1, (50, 8))
+    points = points_of(second)
+    law = laws.fit_law([linear(2), exponential()], points, np.arange(8), one_seed(values))
+    still, shifted = (laws.curves(laws.draw([law], count=50, moved=[move]), points)[0] for move in (None, moved))
+    for one in laws.draw([law], count=50):
+        design = one.fit.family.features(points, one.fit.thetas[[one.theta]])[0]
+        expected = (design @ np.linalg.lstsq(design, moved[one.rows].T, rcond=None)[0]).T
+        np.testing.assert_allclose(shifted[one.rows] - still[one.rows], expected, atol=0.01)
+
+
+def test_the_best_of_three_sources_is_found_between_the_runs_and_not_only_at_them():
+    """A bowl, whose lowest point no run is near: by hand at (0.5, 0.3, 0.2)."""
+    lowest_at = np.array([0.5, 0.3, 0.2])
+    found = lowest(np.eye(3), lambda shares: ((shares - lowest_at) ** 2).sum(axis=1)[None])
+    np.testing.assert_allclose(found[0], lowest_at, atol=0.003)
+    # At an edge, between two corners; and within fewer mixtures than there are.
+    found = lowest(np.eye(3), lambda shares: ((shares - [0.7, 0.5, -0.2]) ** 2).sum(axis=1)[None])
+    np.testing.assert_allclose(found[0], [0.6, 0.4, 0.0], atol=0.003)
+    inner = 0.5 * np.eye(3) + 1 / 6
+    found = lowest(inner, lambda shares: ((shares - [1.0, 0.0, 0.0]) ** 2).sum(axis=1)[None])
+    np.testing.assert_allclose(found[0], [2 / 3, 1 / 6, 1 / 6], atol=0.003)
+    assert between(inner, found[0]) and not between(inner, np.array([0.8, 0.1, 0.1]))
+
+
+def test_a_best_mixture_beyond_the_runs_is_marked(tmp_path, capsys):
+    """Runs of little of the third source, more of which is better."""
+    dice = np.random.default_rng(6)
+    mixes = dice.dirichlet([4, 4, 1], 24)
+    mixes = mixes[mixes[:, 2] < 0.3][:20]
+    loss = 2 + np.exp(-4 * mixes[:, 2]) + 0.3 * np.exp(-5 * mixes[:, 0]) + dice.normal(0, 0.002, len(mixes))
+    (tmp_path / "ratios.csv").write_text("run,a,b,c\n" + "".join(
+        f"r{n},{a},{b},{c}\n" for n, (a, b, c) in enumerate(mixes)))
+    (tmp_path / "metrics.csv").write_text("run,loss\n" + "".join(f"r{n},{one}\n" for n, one in enumerate(loss)))
+    assert cli.main(["laws", str(tmp_path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    saved = json.loads((tmp_path / "report" / "laws.json").read_text())
+    assert "EXTRAPOLATED: of all mixtures" in told and "in their convex hull" in told
+    assert between(mixes, np.array(list(saved["best"]["shares"].values())))
+    assert saved["beyond"]["shares"]["c"] > mixes[:, 2].max()
+    assert saved["beyond"]["objective"] < saved["best"]["objective"]
 
 
 def test_a_single_loss_with_a_law_that_only_falls_has_no_interior_optimum(tmp_path, capsys):
@@ -257,7 +362,7 @@ def test_the_section_of_a_report_says_why_there_are_no_laws(tmp_path):
 
 def test_answers_are_the_same_twice(tmp_path):
     sweep = read_sweep(str(write_study(tmp_path / "study", seeds=2)))
-    first, second = (analyse(sweep, parse_objective(None, sweep.losses)) for _ in range(2))
+    first, second = (analyse(sweep, parse_objective(None, sweep)) for _ in range(2))
     assert (first.intervals == second.intervals).all() and (first.best.intervals == second.best.intervals).all()
 
 
@@ -273,6 +378,6 @@ def test_the_outlying_group_of_a_published_sweep_is_named(tmp_path):
         f"{size}-{share},{float(size[:-1]) * 1e6},{step},{cells[size, share, step, 'Pile-CC']},"
         f"{cells[size, share, step, 'Github']}\n" for size, share in shares for step in steps))
     sweep = read_sweep(str(tmp_path))
-    found = analyse(sweep, parse_objective(None, sweep.losses))
+    found = analyse(sweep, parse_objective(None, sweep))
     named = {(name, sweep.runs[line], sweep.tokens[line]): outlier.deviation for name, line, outlier in found.outliers}
     assert named["web", "160M-0.25", 10000] == pytest.approx(0.08, abs=0.02)

@@ -241,7 +241,7 @@ def test_the_page_shows_the_numbers_of_the_tables(one_seed):
         shown = f"{float(row['value']):.2f} [{float(row['low']):.1f}, {float(row['high']):.1f}]"
         assert shown in markdown and shown in page
     for row in table(one_seed, "differences"):
-        assert f"{float(row['difference']):+.2f}" in page
+        assert f"{float(row['difference']):+.2f}".replace("-", "\N{MINUS SIGN}") in page
 
 
 def test_questions_that_overlap_are_marked(one_seed, three_seeds):
@@ -358,6 +358,17 @@ def test_the_page_needs_nothing_else(one_seed):
     for name in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
         assert (one_seed / "report" / name).read_bytes().startswith(b"\x89PNG")
         assert (one_seed / "report" / name).with_suffix(".svg").exists()
+        assert (one_seed / "report" / name).with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_sentence_stands_above_each_table(one_seed):
+    page = (one_seed / "report" / "report.html").read_text()
+    above = re.findall(r'<p class="caption">([^<]*(?:<code>[^<]*</code>[^<]*)*)</p><div class="wide"><table>', page)
+    assert len(above) == page.count("<table>") > 5
+    assert all(text.endswith(".") and len(text.split()) > 6 for text in above)
+    in_latex = (one_seed / "report" / "tables.tex").read_text()
+    assert in_latex.count(r"\caption{") == in_latex.count(r"\label{tab:") == len(above)
+    assert "−" in page and not re.search(r">-\d", page)  # numbers below 0 have a minus sign
 
 
 def test_what_says_nothing_is_said_first(tmp_path, capsys):

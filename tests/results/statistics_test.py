@@ -14,6 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from codellm_jax.results import statistics
 from codellm_jax.results.statistics import (
     bootstrap,
+    exchanges,
     holm,
     mcnemar,
     mean_interval,
@@ -201,6 +202,29 @@ def test_a_paired_bootstrap_of_equal_systems_seldom_finds_a_difference():
     found = sum(paired_bootstrap(*generator.uniform(size=(2, 60)), resamples=400, seed=seed).p_value <= 0.05
                 for seed in range(400))
     assert 0.02 < found / 400 < 0.09
+
+
+def test_exchanges_of_a_mean_are_sign_flips_and_few_questions_prove_nothing():
+    generator = np.random.default_rng(12)
+    first, second = generator.uniform(size=(2, 40))
+    assert exchanges(first, second) == pytest.approx(sign_flips(first, second), abs=0.02)
+    # Five questions, all better: 2 of the 2^5 ways to exchange them are as far apart. A bootstrap would call it sure.
+    better, worse = np.array([0.5, 0.6, 0.7, 0.8, 0.9]), np.array([0.1, 0.3, 0.2, 0.5, 0.6])
+    assert exchanges(better, worse) == pytest.approx(2 / 32, abs=0.01)
+    assert paired_bootstrap(better, worse).p_value < 0.001
+    # A ratio of sums, by all 2^4 exchanges.
+    ours, theirs = generator.uniform(1, 2, (2, 4, 2))
+
+    def ratio(sums):
+        return sums[..., 0] / sums[..., 1]
+
+    def apart(signs):
+        change = np.array(signs)[:, None] == 1
+        return abs(ratio(np.where(change, theirs, ours).sum(0)) - ratio(np.where(change, ours, theirs).sum(0)))
+
+    ways = [apart(signs) for signs in itertools.product((0, 1), repeat=4)]
+    exact = np.mean([way >= ways[0] - 1e-12 for way in ways])
+    assert exchanges(ours, theirs, ratio) == pytest.approx(exact, abs=0.02)
 
 
 # McNemar

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import codellm_jax.runtime.checkpoints as checkpoints_module
-from codellm_jax.runtime.checkpoints import Checkpoints, checksums, newest_record, restore_parameters
+from codellm_jax.runtime.checkpoints import Checkpoints, checksums, newest_record, record_of, restore_parameters
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh
 
 RECORD = {"settings": {"SEED": "0"}, "ledger": {"rows": {"text.a": 3}}}
@@ -452,3 +452,48 @@ def test_what_is_no_run_directory_is_told_apart(tmp_path):
                           ("run/checkpoints/4", "checkpoints/4 is a part of the run directory .*run")):
         with pytest.raises(FileNotFoundError, match=message + ".*name the MODEL_DIR of a run that saved one"):
             newest_record(str(tmp_path / path))
+
+
+def test_a_checkpoint_under_another_number_is_set_aside(tmp_path):
+    save(tmp_path, 3, 4)
+    shutil.copytree(tmp_path / "checkpoints" / "4", tmp_path / "checkpoints" / "9")
+    with pytest.raises(ValueError, match="The record of step 9 in .* is damaged"):
+        record_of(str(tmp_path), 9)
+    restored, record, reports = restore(tmp_path)
+    assert_same_bits(restored, values(4))
+    assert record["number"] == record["step"] == 4 and len(reports) == 1
+    assert "the checkpoint of step 9 is damaged (it is the checkpoint of step 4 under another number)" in reports[0]
+    save(tmp_path, 5, keep_last=3)  # Orbax passes over a step that is not after the newest
+    assert kept(tmp_path) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("fails, is_read", [(2, True), (4, False)])
+def test_a_checkpoint_that_storage_does_not_give_now_is_left_in_its_place(tmp_path, monkeypatch, fails, is_read):
+    save(tmp_path, 3, 4)
+    left = [fails]
+    whole = Checkpoints.record
+
+    def failing(self: Checkpoints, step: int) -> dict:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("UNAVAILABLE: 503 from the service")
+        return whole(self, step)
+
+    monkeypatch.setattr(checkpoints_module, "SECONDS_BETWEEN_TRIES", (0, 0, 0))
+    monkeypatch.setattr(Checkpoints, "record", failing)
+    if is_read:
+        assert restore(tmp_path)[1]["number"] == 4
+    else:
+        with pytest.raises(OSError, match="cannot be read now, and is left as it is: UNAVAILABLE"):
+            restore(tmp_path)
+    assert kept(tmp_path) == [3, 4] and not (tmp_path / "damaged_checkpoints").exists()
+
+
+def test_a_save_that_fails_for_a_peer_names_no_disk(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    with pytest.raises(RuntimeError, match="^Gloo AllReduce failed"), checkpoints._one_line():
+        raise RuntimeError("Gloo AllReduce failed: Connection closed by peer")
+    with pytest.raises(OSError, match=r"No space left on device. The checkpoint takes 3.0 MB. Mend it"):
+        checkpoints._bytes = 3_000_000
+        with checkpoints._one_line():
+            raise RuntimeError("INTERNAL: Error writing: No space left on device [and pages more]\nof detail")

@@ -12,7 +12,14 @@ from codellm_jax.configuration import read_configuration
 from codellm_jax.model.decoder import DecoderConfig
 from codellm_jax.runtime import checkpoints
 from codellm_jax.runtime.checkpoints import newest_record
-from codellm_jax.runtime.compatibility import literal, require_same_model, require_same_settings
+from codellm_jax.runtime.compatibility import (
+    literal,
+    moved_along,
+    require_same_model,
+    require_same_settings,
+    require_same_vocabulary,
+    vocabulary_facts,
+)
 from codellm_jax.vocabulary import load_vocabulary
 
 END = 5  # of the shipped vocabulary an ordinary id
@@ -180,3 +187,24 @@ def test_a_run_of_other_parts_goes_on_and_is_read_with_them(tiny_flags, tmp_path
     assert cli.main([*flags, "--gin.TRAIN_STEPS=4", "--gin.model.rotary_scaling={'kind': 'yarn', 'factor': 2.0}"]) == 1
     error = capsys.readouterr().err
     assert "needs 'original_length'" in error and len(error.strip().splitlines()) == 1
+
+
+def test_ids_that_an_edited_configuration_changes_are_refused():
+    vocabulary = load_vocabulary("python_8k")
+    record = {"settings": {"vocabulary.path": repr(vocabulary.path)}, "vocabulary": vocabulary_facts(vocabulary),
+              "ledger": {"vocabulary_hash": vocabulary.content_hash}}
+    require_same_vocabulary(json.loads(json.dumps(record)), vocabulary, "run")
+    record["vocabulary"] = vocabulary_facts(vocabulary) | {"pad_id": 7}
+    with pytest.raises(ValueError, match="run was trained with pad_id = 7, .* tokenizer_config.json edited"):
+        require_same_vocabulary(record, vocabulary, "run")
+
+
+@pytest.mark.parametrize("name", ["vocabulary", "vocabulary/spiece.model"])
+def test_an_imported_run_that_is_moved_has_its_tokenizer_with_it(tmp_path, name):
+    (tmp_path / "now" / "vocabulary").mkdir(parents=True)
+    (tmp_path / "now" / "vocabulary" / "spiece.model").touch()
+    settings = {"vocabulary.path": "%VOCABULARY", "VOCABULARY": repr(f"/then/{name}"), "SEED": "1"}
+    found = moved_along(settings, str(tmp_path / "now"))
+    assert found == settings | {"vocabulary.path": repr(str(tmp_path / "now" / name))}
+    assert moved_along(settings, str(tmp_path)) == settings
+    assert moved_along(found, "elsewhere") == found

@@ -1,13 +1,15 @@
 """What a process asks of the C library, and how it keeps others out of a directory."""
 
 import errno
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from codellm_jax.runtime import process
-from codellm_jax.runtime.process import alone_in
+from codellm_jax.runtime.process import alone_in, stop_on_signal
 
 # As XLA does with a step's temporaries: large blocks, taken, written and freed again and again in a thread of its own.
 PROGRAM = """
@@ -62,3 +64,29 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, number,
     except OSError:
         assert raised
     assert bool(entered) != raised
+
+
+def test_two_ctrl_c_in_a_row_are_one(monkeypatch):
+    """A terminal sends it, and so does a parent that passes it on; a later one means that a person is in a hurry."""
+    with stop_on_signal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(5)
+        monkeypatch.setattr(process, "ONE_CTRL_C", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("change", ["removed", "moved", "replaced"])
+def test_a_directory_that_goes_away_is_noticed(tmp_path, change):
+    directory = tmp_path / "run"
+    with alone_in(str(directory)) as require_held:
+        require_held()
+        if change == "moved":
+            directory.rename(tmp_path / "other")
+        else:
+            (directory / ".lock").unlink()
+        if change == "replaced":
+            (directory / ".lock").touch()
+        with pytest.raises(OSError, match="MODEL_DIR .*run was moved, removed or replaced during training"):
+            require_held()

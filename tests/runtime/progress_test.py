@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,115 @@ def test_durations(seconds, text):
 
 def test_a_device_that_is_not_in_the_table_has_no_peak():
     assert peak_flops() is None  # CPU
+
+
+def test_a_clock_that_is_set_back_holds_nothing_up(tmp_path, monkeypatch):
+    """A thread that waits by the wall clock dies of a time-out too large, and a queue behind it fills."""
+    real, shift = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + shift[0])
+    records = Records(str(tmp_path), 0, active=True)
+    for step in range(1, 40):
+        shift[0] = -366 * 86_400.0 * (step > 5)
+        records.write(step, "train", {f"value/{number}": 1.0 for number in range(20)})
+    records.close()
+    assert len(read_records(str(tmp_path))) == 39
+
+
+def test_events_that_cannot_be_written_are_told_once_and_end_nothing(tmp_path):
+    told: list[str] = []
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    records = Records(str(tmp_path), 0, active=True, warn=told.append)
+    for step in (1, 2):
+        records.write(step, "train", {"loss": 1.0})
+    records.close()
+    [line] = told
+    assert line.startswith("WARNING: no more TensorBoard events are written to ")
+    assert len(read_records(str(tmp_path))) == 2
+
+
+def test_lines_that_are_no_records_are_set_aside_and_the_others_kept(tmp_path):
+    write_steps(tmp_path, 0, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    broken = whole + '{"step": null, "split": "train"}\n{"step": 4}\nnone\n'
+    path.write_text(broken)
+    told: list[str] = []
+    records = Records(str(tmp_path), 3, active=True, warn=told.append)
+    records.close()
+    assert path.read_text() == whole and (tmp_path / "set_aside" / "1" / "metrics.jsonl").read_text() == broken
+    assert len(told) == 1 and told[0].startswith(f"WARNING: 3 lines of {path} are no records of a run")
+
+
+def test_a_file_that_is_replaced_is_written_again_with_all_its_lines(tmp_path):
+    told: list[str] = []
+    records = Records(str(tmp_path), 0, active=True, warn=told.append)
+    records.write(1, "train", {"loss": 1.0})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "moved")
+    (tmp_path / "metrics.jsonl").write_text("another's\n")
+    for step in (2, 3):
+        records.write(step, "train", {"loss": 1.0})
+    records.close()
+    assert [line["step"] for line in read_records(str(tmp_path))] == [1, 2, 3] and len(told) == 1
+    assert (tmp_path / "set_aside" / "1" / "metrics.jsonl").read_text() == "another's\n"
+
+
+class Slow:
+    """A file in gs:// that counts what is written."""
+
+    def __init__(self) -> None:
+        self.name, self.writes = "metrics.jsonl", list[str]()
+
+    def write_text(self, text: str) -> None:
+        self.writes.append(text)
+
+
+def test_remote_lines_are_written_at_a_rate_of_their_own_and_before_a_checkpoint(monkeypatch):
+    now, path = [0.0], Slow()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    lines = progress._RemoteLines(path, "kept\n")
+    assert path.writes == ["kept\n"]
+    for step in range(100):  # a line a second
+        now[0] = float(step)
+        lines.add(f"{step}\n")
+    assert len(path.writes) < 15
+    lines.settle()
+    assert path.writes[-1] == "kept\n" + "".join(f"{step}\n" for step in range(100))
+    count = len(path.writes)
+    lines.settle()
+    assert len(path.writes) == count
+    lines.close()
+
+
+def test_remote_lines_that_cannot_be_written_are_written_later_or_end_the_save(monkeypatch):
+    now, path = [0.0], Slow()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    lines = progress._RemoteLines(path, "kept\n")
+    whole, path.write_text = path.write_text, lambda text: 1 / 0
+    for step in range(50):
+        now[0] += 5
+        lines.add(f"{step}\n")
+    with pytest.raises(OSError, match="cannot be written: division by zero. Give the same command again"):
+        lines.settle()
+    path.write_text = whole
+    lines.settle()
+    assert path.writes[-1] == "kept\n" + "".join(f"{step}\n" for step in range(50))
+    lines.close()
+
+
+@pytest.mark.slow
+def test_a_long_run_does_not_grow_in_memory(tmp_path):
+    """A run of days is as one of 240 lines, but for the length of its files."""
+    import tracemalloc
+
+    records = Records(str(tmp_path), 0, active=True)
+    tracemalloc.start()
+    sizes, files = [], []
+    for step in range(1, 241):
+        records.write(step, "train", {f"loss/source_{number}": step / 7 for number in range(40)})
+        if step in (80, 160, 240):
+            sizes.append(tracemalloc.get_traced_memory()[0])
+            files.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+    tracemalloc.stop()
+    records.close()
+    assert sizes[2] - sizes[1] < 100_000
+    assert files[2] - files[1] == pytest.approx(files[1] - files[0], rel=0.02)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from fake_bucket import FakeBucket
 
-from codellm_jax.study import leases as module
-from codellm_jax.study.leases import LEASE, RECORD, Leases, State
+from codellm_jax.runtime import leases as module
+from codellm_jax.runtime.leases import LEASE, RECORD, Leases, State, leased
 
 SHORT = 0.6  # seconds; six beats
 
@@ -141,7 +141,7 @@ def test_who_cannot_renew_stops_before_others_may_take_it(tmp_path, monkeypatch)
 
 
 def test_a_process_that_is_gone_from_this_machine_is_known_to_be(place):
-    script = ("import sys, time; from codellm_jax.study.leases import Leases, State\n"
+    script = ("import sys, time; from codellm_jax.runtime.leases import Leases, State\n"
               "with Leases(State(sys.argv[1])).held('A.seed0', print): print('held', flush=True); time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", script, place], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -185,3 +185,45 @@ def test_records(place, bucket):
     assert state.read("A.seed0", RECORD)[0] == {"why": "café \udc80"}
     assert state.names(RECORD) == ["A.seed0"] and state.names(LEASE) == []
     assert set(state.read_all(["A.seed0", "B.seed0"], RECORD)) == {"A.seed0", "B.seed0"}
+
+
+def test_a_second_run_is_kept_out_of_a_bucket_and_a_killed_one_is_waited_for(bucket, monkeypatch):
+    bucket.objects.clear()
+    told: list[str] = []
+    with leased("gs://bucket/run", "MODEL_DIR", "training", told.append, SHORT) as first:
+        first.require()
+        with pytest.raises(ValueError, match=r"Another process \(.*\) is training in gs://bucket/run: wait for it, or "
+                                             "use another MODEL_DIR"):
+            with leased("gs://bucket/run", "MODEL_DIR", "training", told.append, SHORT):
+                pass
+        first.require()
+    assert len(told) == 1 and not bucket.objects
+    monkeypatch.setattr(module.Lease, "_renew", lambda self: None)  # as of a machine that is gone
+    monkeypatch.setattr(module.Holder, "is_gone", False)
+    silent = leased("gs://bucket/run", "MODEL_DIR", "training", told.append, SHORT)
+    left = silent.__enter__()
+    began = time.monotonic()
+    with leased("gs://bucket/run", "MODEL_DIR", "training", told.append, SHORT):
+        assert time.monotonic() - began >= SHORT
+        with pytest.raises(OSError, match="The lease on gs://bucket/run is lost: .* took it over"):
+            left.require()
+
+
+def test_a_process_that_stood_still_looks_whether_its_lease_is_still_its_own(bucket, monkeypatch):
+    bucket.objects.clear()
+    monkeypatch.setattr(module.Lease, "_renew", lambda self: None)
+    with leased("gs://bucket/run", "MODEL_DIR", "training", print, SHORT) as lease:
+        lease._renewed -= 10 * SHORT
+        lease.require()
+        assert json.loads(bucket.objects["run/.lease/run.lease"][1])["beats"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failures", [[503, 503], [429], [504]])
+def test_storage_that_fails_for_a_while_is_asked_again(bucket, failures):
+    bucket.objects.clear()
+    state = State("gs://bucket/a study #1")
+    bucket.failures = list(failures)
+    generation = state.write("A.seed0", {"worker": "w"})
+    bucket.failures = list(failures)
+    assert state.read("A.seed0") == ({"worker": "w"}, generation) and not bucket.failures

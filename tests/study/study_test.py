@@ -324,7 +324,8 @@ def test_without_benchmarks_a_study_gives_losses(study_flags, tmp_path, capsys):
     [row] = [line for line in said.splitlines() if line.startswith("NL.seed0  ")]
     records = [json.loads(line) for line in (tmp_path / "runs/NL.seed0/metrics.jsonl").read_text().splitlines()]
     last = [line for line in records if line["split"] == "eval"][-1]
-    assert row.split()[1:] == ["4", f"{last['loss/text']:.4f}", f"{last['loss/code']:.4f}"]
+    assert row.split()[1:] == ["4", f"{last['loss/text']:.4f}", f"{last['loss/code']:.4f}",
+                               f"{last['bits_per_byte/text']:.4f}", f"{last['bits_per_byte/code']:.4f}"]
     assert not (tmp_path / "runs" / "NL.seed0" / "results").exists()
     assert "perplexity" in (tmp_path / "report" / "report.md").read_text()
     assert cli.main([*flags, "--print_commands"]) == 0

@@ -3,10 +3,12 @@
 import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,6 +18,7 @@ import codellm_jax.training.train as train_module
 import tasks
 from codellm_jax.mixture.batches import global_batch
 from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head
+from codellm_jax.runtime.checkpoints import Checkpoints, newest_record
 from codellm_jax.runtime.compatibility import require_same_settings
 from codellm_jax.runtime.optimization import adamw, decayed
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
@@ -202,6 +205,92 @@ def test_a_non_finite_loss_names_the_last_good_checkpoint(make_training):
         train(training)
     checkpoints = Path(training.model_dir) / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["4"]
+
+
+def test_a_checkpoint_whose_parameters_give_the_loss_is_set_aside(make_training, capsys):
+    """Its own step had a finite loss, which is that of the parameters before."""
+    training = make_training(learning_rate=lambda step: 1e20 * (step >= 5), checkpoint_period=3, eval_period=100)
+    with pytest.raises(FloatingPointError, match=r"at step 7\. The last good checkpoint is step 3 in"):
+        train(training)
+    model_dir = Path(training.model_dir)
+    assert [path.name for path in (model_dir / "checkpoints").iterdir()] == ["3"]
+    assert [path.name for path in (model_dir / "damaged_checkpoints").iterdir()] == ["6"]
+    assert "the checkpoint of step 6" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_no_later_step_proves_is_proven_at_its_save(make_training):
+    last_is_infinite = optax.scale_by_schedule(lambda count: jnp.where(count >= 11, jnp.inf, 1.0))
+    training = make_training(eval_period=100, optimizer=lambda schedule: optax.chain(adamw(schedule), last_is_infinite))
+    with pytest.raises(FloatingPointError, match=r"at step 12\. The last good checkpoint is step 8 in"):
+        train(training)
+
+
+def test_records_without_a_checkpoint_are_set_aside(make_training, capsys):
+    training = make_training(train_steps=4)
+    train(training)
+    model_dir = Path(training.model_dir)
+    before = {name: (model_dir / name).read_bytes() for name in ("metrics.jsonl", "provenance.json")}
+    losses = [line["loss"] for line in read_records(str(model_dir))]
+    shutil.rmtree(model_dir / "checkpoints")
+    train(training)
+    assert "records of 4 steps and no checkpoint to go on from" in capsys.readouterr().out
+    assert {name: (model_dir / "set_aside" / "1" / name).read_bytes() for name in before} == before
+    assert [line["loss"] for line in read_records(str(model_dir))] == losses
+
+
+def removed(model_dir: Path) -> None:
+    shutil.rmtree(model_dir)
+
+
+def moved(model_dir: Path) -> None:
+    model_dir.rename(model_dir.with_name("moved"))
+
+
+def replaced(model_dir: Path) -> None:
+    shutil.rmtree(model_dir)
+    (model_dir / "checkpoints").mkdir(parents=True)
+    (model_dir / ".lock").touch()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [removed, moved, replaced])
+def test_a_directory_that_goes_away_ends_the_run(make_training, tmp_path, monkeypatch, gone):
+    training = make_training(model_dir=str(tmp_path / "run"))
+    monkeypatch.setattr(train_module, "stops", lambda stop, step, period: step == 5 and gone(tmp_path / "run"))
+    with pytest.raises(OSError, match=r"^MODEL_DIR .*/run was moved, removed or replaced during training: ") as raised:
+        train(training)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_file_of_records_that_goes_away_is_written_again(make_training, tmp_path, monkeypatch, capsys):
+    whole, training = make_training(), make_training(model_dir=str(tmp_path / "run"))
+    train(whole)
+    monkeypatch.setattr(train_module, "stops", lambda stop, step, period: step == 5 and (
+        tmp_path / "run" / "metrics.jsonl").unlink())
+    train(training)
+    assert "metrics.jsonl was removed or replaced; it is written again" in capsys.readouterr().out
+    found, wanted = ([(line["step"], line["split"], line["loss"]) for line in read_records(model_dir)]
+                     for model_dir in (training.model_dir, whole.model_dir))
+    assert found == wanted
+
+
+@pytest.mark.slow
+def test_checkpoints_that_go_away_are_saved_again(make_training, tmp_path, monkeypatch, capsys):
+    training = make_training(model_dir=str(tmp_path / "run"))
+    checkpoints, gone, wait = tmp_path / "run" / "checkpoints", [], Checkpoints.wait
+
+    def remove_after_the_last(self: Checkpoints) -> None:
+        wait(self)
+        if not gone and (checkpoints / "12").exists():
+            gone.append(shutil.rmtree(checkpoints))
+
+    monkeypatch.setattr(Checkpoints, "wait", remove_after_the_last)
+    train(training)
+    assert "the checkpoint of step 12 was removed; it is saved again" in capsys.readouterr().out
+    assert [path.name for path in checkpoints.iterdir()] == ["12"] and gone
+    assert newest_record(training.model_dir)[0] == 12
 
 
 def test_warm_start_takes_parameters_alone(make_training, tmp_path):

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,7 +92,33 @@ def test_the_same_questions_in_other_forms(lines: Callable[..., str], write: Wri
                                                                  "answer": "c"}).encode())
     found = [load(path, None).questions for path in (plain, object_, packed, marked)]
     found.append(load("nested", None, specs={"nested": {"file": nested, "fields": fields}}).questions)
+    several = {"fields": {"choices": ["A", "B", "C", "D"]}}
+    separated = write("cells.csv", "question,A,B,C,D,answer\nQ,x,y,z,,C\n")
+    tabs = write("cells.tsv.gz", gzip.compress(b"question\tA\tB\tC\tD\tanswer\nQ\tx\ty\tz\t\t2\n"))
+    table = pathlib.Path(plain).with_name("table.parquet")
+    pq.write_table(pa.table({"question": ["Q"], "choices": [["x", "y", "z"]], "answer": [2]}), table)
+    columns = table.with_name("columns.parquet")
+    pq.write_table(pa.table({"question": ["Q"], "A": ["x"], "B": ["y"], "C": ["z"], "D": pa.nulls(1, pa.string()),
+                             "answer": ["C"]}), columns)
+    found += [load("cells", None, specs={"cells": {"file": str(path), **several}}).questions
+              for path in (separated, tabs, columns)]
+    assert load(str(table), None).name == "table"
+    found.append(load(str(table), None).questions)
     assert all(questions == found[0] for questions in found)
+
+
+def test_what_is_wrong_in_other_forms(write: Write) -> None:
+    for content, told in ((b"question,answer\nQ\n", "cells.csv, line 2, 1 in the place of 2: with another number of"),
+                          (b"question,answer\nQ,3\n\xff,3\n", "cells.csv, line 3: not valid UTF-8"),
+                          (gzip.compress(b"question,answer\n" + b"Q,3\n" * 999)[:-9], "damaged or breaks off"),
+                          (b"question,answer\n", "cells.csv: empty file")):
+        with pytest.raises(ValueError, match=told):
+            load(write("cells.csv", content), None)
+    with pytest.raises(ValueError, match=r"'A, B' must hold text|is empty"):
+        load("mine", None, specs={"mine": {"file": write("cells.csv", "question,A,B,answer\nQ,,y,B\n"),
+                                           "fields": {"choices": ["A", "B"]}}})
+    with pytest.raises(ValueError, match="fields must map our names"):
+        load("mine", None, specs={"mine": {"file": "x.csv", "fields": {"question": ["a", "b"]}}})
 
 
 def test_written_answers(lines: Callable[..., str]) -> None:
@@ -319,7 +347,8 @@ WANTED = "; a file of questions holds a JSON object in each line, in UTF-8."
     (json_lines(SKY | {"id": 1}, SKY), "FILE, line 2: line 1 has the id '1', too; ids must differ."),
     (json_lines(SKY, SKY | {"answer": 5}), "FILE, line 2: the answer 5 is none of the 2 choices; it must be an index "),
     (gzip.compress(json_lines(*[SKY] * 99).encode())[:-9], f"FILE: broken rest of questions.jsonl{WANTED}"),
-    (b"PAR1" + b"\0" * 99, "questions: FILE is a Parquet file; text is read in UTF-8"),
+    (b"PAR1" + b"\0" * 99, "questions: FILE is damaged or breaks off, for its footer cannot be read"),
+    (b"ARROW1\0\0" + b"\0" * 99, "questions: FILE is an Arrow file; text is read in UTF-8"),
 ])
 def test_what_is_wrong_with_a_file(content: str | bytes, told: str, write: Write) -> None:
     path = write("questions.jsonl", content)

@@ -302,6 +302,15 @@ def test_arrow(tmp_path: pathlib.Path, stream: bool, caplog: pytest.LogCaptureFi
         _read({**spec, "field": "meta.body"})
 
 
+def test_an_arrow_stream_that_is_cut_between_two_batches(tmp_path: pathlib.Path, caplog) -> None:
+    path = tmp_path / "a.arrow"
+    _arrow(path, [{"text": f"text {number}"} for number in range(4)], stream=True)
+    assert path.read_bytes().endswith(b"\xff" * 4 + b"\0" * 4)
+    assert _read({"arrow": str(path), **WHOLE}) == [f"text {number}" for number in range(4)] and not caplog.text
+    path.write_bytes(path.read_bytes()[:-8])
+    assert len(_read({"arrow": str(path), **WHOLE})) == 4 and "1 broken rest of a.arrow" in caplog.text
+
+
 def test_a_folder_of_save_to_disk(tmp_path: pathlib.Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = _rows()

@@ -73,6 +73,16 @@ def test_validation_files(write: Callable[..., str]) -> None:
         _targets(spec, "test")
 
 
+def test_some_records_alone(write: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
+    records = [_record(number) | {"score": number, "meta": {"kind": "ab"[number % 2]}} for number in range(10)]
+    spec = {"instructions": write("a.json", records), "where": {"score": {"at_least": 3}, "meta.kind": "b"}, **WHOLE}
+    assert _targets(spec) == [f"answer {number}" for number in (3, 5, 7, 9)]
+    assert all(f"3 not matching 'where' in field {field!r}" in caplog.text for field in ("meta.kind", "score"))
+    assert instructions.describe(spec) != instructions.describe(spec | {"where": {"score": {"at_least": 4}}})
+    with pytest.raises(ValueError, match="unknown option 'where' of cosqa"):
+        specs.validate({"cosqa": "a.json", "where": {"a": 1}})
+
+
 def test_samples(write: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
     records = [_record(number) for number in range(200)] + [_record(0)] * 3
     spec = {"instructions": write("a.json", records), "holdout": 0.1}

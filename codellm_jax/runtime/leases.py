@@ -1,6 +1,8 @@
-"""Leases on the parts of a study, so that several workers share it and no two do the same.
+"""Leases: on the parts of a study, so that several workers share it and no two do the same, and on a run directory in
+gs://, where nothing else keeps a second run out.
 
     STUDY_DIR/state/NAME.lease   who works at NAME: a run, or "plan", "contamination" or "report"
+    MODEL_DIR/.lease/run.lease   who trains there
 
 A lease is taken, renewed and given back by writes that succeed only where the file is still the one that was read
 before (compare-and-swap): TensorStore does that on a disk, also by NFS, under a lock of the file system, and in gs://
@@ -87,22 +89,24 @@ def _started(process: int) -> str | None:
 
 
 class State:
-    """The files of STUDY_DIR/state: leases, and records of what workers found of runs."""
+    """The files of STUDY_DIR/state: leases, and records of what workers found of runs; or those of another folder."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, setting: str = "STUDY_DIR", folder: str = "state") -> None:
         """
         Args:
-          directory: STUDY_DIR, local or gs://.
+          directory: local or gs://.
+          setting: that names it.
+          folder: below it, where the files lie.
 
         Raises:
           ValueError: it is on another kind of storage.
           OSError: it cannot be opened.
         """
         if "://" in directory and not directory.startswith("gs://"):
-            raise ValueError(f"STUDY_DIR is {directory}; workers share a folder of a disk, or one in gs://.")
-        self.directory = directory
+            raise ValueError(f"{setting} is {directory}; workers share a folder of a disk, or one in gs://.")
+        self.directory, self._setting = directory, setting
         self._timeout = 60.0  # seconds for one file
-        place = f"{directory.rstrip('/')}/state/"
+        place = f"{directory.rstrip('/')}/{folder}/"
         if place.startswith("gs://"):
             bucket, _, path = place.removeprefix("gs://").partition("/")
             spec = {"driver": "gcs", "bucket": bucket, "path": path}
@@ -115,10 +119,10 @@ class State:
         try:
             return future.result(timeout=self._timeout)
         except TimeoutError:
-            raise OSError(f"STUDY_DIR {self.directory} did not answer for {self._timeout:.0f} s.") from None
+            raise OSError(f"{self._setting} {self.directory} did not answer for {self._timeout:.0f} s.") from None
         except ValueError as error:
             reason = " ".join(str(error).replace("\\x00", "/").split())  # where it joins the parts of a path
-            raise OSError(f"STUDY_DIR {self.directory} cannot be read or written: {reason}") from None
+            raise OSError(f"{self._setting} {self.directory} cannot be read or written: {reason}") from None
 
     def within(self, seconds: float) -> "State":
         """The same, which gives up on a file after so many seconds."""
@@ -232,25 +236,39 @@ class Lease:
         # A beat reads and writes: it takes no longer than the time between two.
         self._state = state.within(max(1.0, holder.expires / BEATS / 2))
         self._holder, self._on_lost = holder, lost
+        self._renewed, self._beating = time.monotonic(), threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"lease of {name}", daemon=True)
         self._thread.start()
 
     def _renew(self) -> None:
-        renewed, problem = time.monotonic(), ""
         while not self._ended.wait(self._holder.expires / BEATS):
-            try:
-                began = time.monotonic()
-                self.lost = self._beat()
-                renewed = began
-            except OSError as error:
-                problem = str(error)
-            if time.monotonic() - renewed > self._holder.expires / 2:  # before others may take it
-                self.lost = f"it could not be renewed ({problem})"
+            self._renew_once()
             if self.lost:
                 break
         while not self._ended.wait(0.2):
             self._on_lost()
+
+    def _renew_once(self) -> None:
+        with self._beating:
+            problem, began = "", time.monotonic()
+            try:
+                self.lost = self.lost or self._beat()
+                self._renewed = began
+            except OSError as error:
+                problem = str(error)
+            if time.monotonic() - self._renewed > self._holder.expires / 2:  # before others may take it
+                self.lost = self.lost or f"it could not be renewed ({problem})"
+
+    def require(self) -> None:
+        """Raises OSError where the lease is lost; one that was not renewed for long, as of a process that was stopped,
+        is looked at first.
+        """
+        if time.monotonic() - self._renewed > self._holder.expires / 2:
+            self._renew_once()
+        if self.lost:
+            raise OSError(f"The lease on {self._state.directory} is lost: {self.lost}. This process stops, for another "
+                          "may be at work there.")
 
     def _beat(self) -> str:
         """Writes the lease anew; returns whose it is, where it is another's."""
@@ -271,3 +289,35 @@ class Lease:
         held = as_holder(value)
         if held is not None and held.token == self._holder.token:
             self._state.write(self.name, None, where=generation)
+
+
+@contextlib.contextmanager
+def leased(
+    directory: str, setting: str, doing: str, report: Callable[[str], None], lease_seconds: float = LEASE_SECONDS
+) -> Iterator[Lease]:
+    """Holds a directory in gs:// by a lease. One that a killed process left is waited for until it is over.
+
+    Args:
+      directory: that is held; setting: that names it; doing: what its holder does there.
+      report: told whose end is waited for.
+      lease_seconds: without a beat, after which a lease is over.
+
+    Raises:
+      ValueError: another process holds it, and renews its lease.
+      OSError: the directory cannot be read or written.
+    """
+    leases = Leases(State(directory, setting, ".lease"), lease_seconds)
+    first: Holder | None = None
+    while True:
+        with leases.held("run", lost=lambda: None) as lease:
+            if lease is not None:
+                yield lease
+                return
+        holder = as_holder(leases.state.read("run")[0])
+        if holder is not None and first is not None and (holder.token, holder.beats) != (first.token, first.beats):
+            raise ValueError(f"Another process ({holder.worker}) is {doing} in {directory}: wait for it, or use "
+                             f"another {setting}.")
+        if holder is not None and first is None:
+            report(f"{holder.worker} holds {directory}; waiting {holder.expires:.0f} s for a sign of life.")
+            first = holder
+        time.sleep(leases.poll_seconds)

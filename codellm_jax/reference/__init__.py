@@ -1,0 +1,1 @@
+"""What the package offers, collected from its own code: settings, sub-commands, registries."""

@@ -1,0 +1,133 @@
+"""What the files of a run directory tell while it trains and after. Nothing is written, and no device is touched."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from codellm_jax.results.files import files_of
+from codellm_jax.runtime.progress import read_records
+
+OF_A_RUN = ("provenance.json", "metrics.jsonl", "config.gin", "checkpoints")  # one of them is in every run directory
+SPEED_RECORDS = 6  # the speed now is the median of so many records
+
+
+@dataclasses.dataclass(frozen=True)
+class OfRun:
+    """A run directory.
+
+    Attributes:
+      path: the directory.
+      provenance: what provenance.json holds; empty where there is none, or a kill left half of it.
+      records: the lines of metrics.jsonl.
+      results: of each task that was evaluated after training, what TASK.json holds.
+      checkpoints, exports, damaged: steps of those that lie there.
+      is_held: whether a process of this machine trains in it; None where the system does not tell.
+      changed_at: when metrics.jsonl was last written, in seconds of its file system's clock; None where there is none.
+    """
+
+    path: epath.Path
+    provenance: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+    results: Mapping[str, Mapping[str, Any]]
+    checkpoints: Sequence[int]
+    exports: Sequence[int]
+    damaged: Sequence[int]
+    is_held: bool | None
+    changed_at: float | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def step(self) -> int:
+        """Of the last record, or of what was saved after it."""
+        return max([int(self.provenance.get("step") or 0), *(int(line["step"]) for line in self.records),
+                    *self.checkpoints])
+
+    @property
+    def last_step(self) -> int | None:
+        """Where it ends; None of a run that has not begun."""
+        return self.provenance.get("last_step")
+
+    @property
+    def state(self) -> str:
+        """In a word or two: "trained", "training", "stopped", "not ended" or "to do"."""
+        if self.provenance.get("finished"):
+            return "trained"
+        if self.is_held:
+            return "training"
+        if not self.provenance:
+            return "not ended" if self.records or self.checkpoints else "to do"
+        sessions = self.provenance.get("sessions") or [{}]
+        return "not ended" if sessions[-1].get("to_step") is None else "stopped"
+
+    def last(self, split: str) -> Mapping[str, Any]:
+        """The last record of "train" or "eval"; empty where there is none."""
+        return next((line for line in reversed(self.records) if line["split"] == split), {})
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median over the last records; None where none tells."""
+        rates = sorted(line["tokens_per_second"] for line in self.records[-2 * SPEED_RECORDS:]
+                       if line["split"] == "train" and line.get("tokens_per_second") is not None)
+        return rates[len(rates) // 2] if rates else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of training at the speed of the last records; None where it cannot be known, or nothing is left."""
+        counted = [(line["step"], line["tokens"]) for line in self.records
+                   if line["split"] == "train" and line.get("tokens") is not None]
+        rate = self.tokens_per_second
+        if self.last_step is None or len(counted) < 2 or not rate or self.step >= self.last_step:
+            return None
+        (first, before), (last, after) = counted[max(0, len(counted) - SPEED_RECORDS)], counted[-1]
+        return (after - before) / (last - first) * (self.last_step - self.step) / rate if last > first else None
+
+
+def is_run(path: epath.Path) -> bool:
+    """Whether a directory is that of a run."""
+    return any((path / name).exists() for name in OF_A_RUN)
+
+
+def read_run(path: epath.Path) -> OfRun:
+    """Reads a run directory, whatever of it is there."""
+    metrics = path / "metrics.jsonl"
+    results = {str(result["task"]) + "_sample" * bool(result.get("sample")): result
+               for file in files_of(path / "results", ".json")
+               if (result := read_json(file)) and {"task", "n", "value"} <= result.keys()}
+    return OfRun(path, read_json(path / "provenance.json"), read_records(str(path)), results,
+                 _steps(path / "checkpoints"), _steps(path / "exports"), _steps(path / "damaged_checkpoints"),
+                 is_held(path), float(metrics.stat().mtime) if metrics.exists() else None)
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """What a file holds; empty where there is none, a kill left half of it, or it is no JSON object."""
+    try:
+        value = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder.iterdir() if folder.exists() else ()) if path.name.isdigit())
+
+
+def is_held(path: epath.Path) -> bool | None:
+    """Whether a process of this machine holds the lock of a run directory (`runtime.process.alone_in`); None where the
+    system does not tell. The lock is not tried, since a run that starts at that moment would find it taken.
+    """
+    try:
+        found = os.stat(os.fspath(path / ".lock"))
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return None
+    # By the file's number: what device it is on, some file systems tell in two ways.
+    return any("FLOCK" in fields and any(field.rpartition(":")[2] == str(found.st_ino) for field in fields[5:6])
+               for line in locks.splitlines() if (fields := line.split()))

@@ -1,0 +1,124 @@
+"""Large files read in pieces, so that several workers share one: JSON lines by ranges of bytes, Parquet by row groups.
+
+The pieces of a file give, one after the other, the records and places that the whole file gives. For what a whole file
+is refused, that most of its records are no UTF-8 or none is JSON, is counted of pieces.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from codellm_jax.contents import PIECE, BrokenFile, cannot_be_read, compression, head, lines, open_binary, size
+from tasks.corpora import fields
+from tasks.corpora.columns import group_facts, parquet_records, require_parquet
+from tasks.corpora.files import Found, in_name_of
+from tasks.corpora.records import records_of_lines, require_json
+from tasks.corpora.specs import TEXT_FIELDS, kind_of
+
+LEAST = 1 << 20  # bytes of a file in a piece: of smaller ones more is done to begin than to read
+
+Piece = tuple[int, int]  # where it begins and ends, in bytes or row groups
+
+
+def pieces(file: str, spec: Mapping[str, Any], name: str, at_most: int) -> list[Piece] | None:
+    """The pieces, of about so many bytes, that a file can be read in; None where it is read as a whole.
+
+    Raises:
+      ValueError, OSError: the file is not of its kind, or cannot be read.
+    """
+    length, at_most = size(file), max(at_most, LEAST)
+    if length <= at_most or kind_of(spec) not in ("json_lines", "parquet"):
+        return None
+    with in_name_of(name):
+        if kind_of(spec) == "parquet":
+            require_parquet(file)
+            return _joined(group_facts(file), at_most)
+        require_json(file)
+        if not _is_of_lines(file):
+            return None
+    return [(begin, min(begin + at_most, length)) for begin in range(0, length, at_most)]
+
+
+def _joined(groups: list[tuple[int, int]], at_most: int) -> list[Piece] | None:
+    """Row groups that follow one another, joined as long as they are small enough."""
+    found, begin, held = [], 0, 0
+    for number, (_, group_bytes) in enumerate(groups):
+        if number > begin and held + group_bytes > at_most:
+            found.append((begin, number))
+            begin, held = number, 0
+        held += group_bytes
+    found.append((begin, len(groups)))
+    return found if len(found) > 1 else None
+
+
+def _is_of_lines(file: str) -> bool:
+    """Whether each line of a file is a record by itself, in bytes that lie there as they are read."""
+    beginning = head(file)
+    if compression(beginning) or beginning.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
+        return False
+    try:
+        first = next(lines(file, 64 * PIECE), b"")
+        return isinstance(json.loads(first.decode()), dict)
+    except (BrokenFile, ValueError, RecursionError):
+        return False
+
+
+def rows(file: str, spec: Mapping[str, Any], name: str, piece: Piece) -> int:
+    """How many lines or rows a piece has."""
+    with in_name_of(name):
+        if kind_of(spec) == "parquet":
+            return sum(count for count, _ in group_facts(file)[slice(*piece)])
+        begin, end = piece
+        found, left = int(begin == 0), end - max(begin, 1)  # line ends from the byte before the piece on
+        for read in _bytes_from(file, max(begin - 1, 0)):
+            found += read.count(b"\n", 0, left)
+            left -= len(read)
+            if left <= 0:
+                break
+        return found
+
+
+def records(file: str, spec: Mapping[str, Any], name: str, piece: Piece, before: int) -> Iterator[Found]:
+    """The records of a piece with their places, `before` being the lines or rows of the file that come before it.
+
+    Raises:
+      ValueError, OSError: the file is not of its kind, or cannot be read.
+    """
+    kind = kind_of(spec)
+    with in_name_of(name):
+        found = parquet_records(file, spec, piece, before) if kind == "parquet" else records_of_lines(
+            file, _between(file, *piece), before)
+        for place, record in found:
+            yield fields.found(place, record, spec, TEXT_FIELDS[kind])
+
+
+def _between(file: str, begin: int, end: int) -> Iterator[bytes]:
+    """The bytes of the lines of a file that begin in [begin, end)."""
+    at, is_within = max(begin - 1, 0), begin == 0  # where the next bytes stand; whether a line has begun
+    for read in _bytes_from(file, at):
+        if not is_within:
+            newline = read.find(b"\n")
+            if newline < 0 and at + len(read) < end - 1:
+                at += len(read)
+                continue
+            if newline < 0 or at + newline + 1 >= end:
+                return
+            read, at, is_within = read[newline + 1 :], at + newline + 1, True
+        last = read.find(b"\n", max(0, end - 1 - at)) if at + len(read) >= end else -1
+        if last >= 0:
+            yield read[: last + 1]
+            return
+        at += len(read)
+        yield read
+
+
+def _bytes_from(file: str, begin: int) -> Iterator[bytes]:
+    with open_binary(file) as stream:
+        try:
+            stream.seek(begin)
+            while read := stream.read(PIECE):
+                yield read
+        except OSError as error:
+            if "://" in file:
+                raise
+            raise cannot_be_read(file, error) from error

@@ -1,0 +1,378 @@
+"""Kinds of faults. Each is a function of a world, a folder OUT of its own and dice, which runs a command, injects the
+fault, lets the command go on to its end as a person would, and returns the outcome: `Outcome`.
+"""
+
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.faults.world import Ended, World, copied, kill, steps_of
+
+TRIES = 3  # of a command that goes on
+
+
+class Outcome(NamedTuple):
+    """What came of a fault."""
+
+    command: str
+    what: str  # "identical", "refused", or "WRONG"
+    told: str
+
+
+def judged(
+    world: World, name: str, out: Path, before: list[Ended], may_refuse: bool = True, records: bool = True
+) -> Outcome:
+    """Runs a command until it is done, and compares what it left with a run that nothing happened to; without its
+    records where these themselves were changed.
+    """
+    seen = list(before)
+    for _ in range(TRIES):
+        seen.append(world.run(name, out))
+        if seen[-1].status == 0 or seen[-1].fault():
+            break
+    for one in seen:
+        if wrong := one.fault():
+            return Outcome(name, "WRONG", wrong)
+    if seen[-1].status != 0:
+        return Outcome(name, "refused" if may_refuse else "WRONG", seen[-1].line[:300])
+    command = world.commands[name]
+    try:
+        found, wanted = command.signature(out), command.signature(world.whole(name))
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        return Outcome(name, "WRONG", f"done, and what it left cannot be read: {type(error).__name__}: {error}"[:300])
+    if not records:
+        found, wanted = found[1:], wanted[1:]
+    if found != wanted:
+        return Outcome(name, "WRONG", "done, and other than without the fault")
+    told = [line for one in seen for line in one.output.splitlines() if line.startswith("WARNING: ")
+            and "too few to tell" not in line]
+    return Outcome(name, "identical", told[-1][:160] if told else "")
+
+
+def any_command(world: World, dice: random.Random) -> str:
+    """A command, training more often than others."""
+    return dice.choice(["train", "train", "train", *world.commands])
+
+
+def run_of(world: World, dice: random.Random) -> str:
+    return dice.choice([name for name, command in world.commands.items() if command.trains])
+
+
+def after_a_while(world: World, name: str, dice: random.Random) -> None:
+    world.whole(name)
+    time.sleep(dice.random() * world.seconds[name])
+
+
+def killed(world: World, out: Path, dice: random.Random) -> Outcome:
+    """SIGKILL at any moment, up to three times."""
+    name = any_command(world, dice)
+    for _ in range(dice.randint(1, 2)):
+        world.whole(name)
+        process = world.start(name, out)
+        after_a_while(world, name, dice)
+        kill(process)
+    return judged(world, name, out, [], may_refuse=False)
+
+
+def killed_at_a_save(world: World, out: Path, dice: random.Random) -> Outcome:
+    """SIGKILL as soon as the folder of a save is seen."""
+    name = run_of(world, dice)
+    world.whole(name)
+    process, folder = world.start(name, out), out / "checkpoints"
+    wanted = dice.randint(1, 3)
+    seen: set[str] = set()
+    end = time.monotonic() + world.patience
+    while process.poll() is None and len(seen) < wanted and time.monotonic() < end:
+        seen |= {path.name for path in folder.iterdir() if "tmp" in path.name} if folder.exists() else set()
+    time.sleep(dice.random() * 0.05)
+    kill(process)
+    return judged(world, name, out, [], may_refuse=False)
+
+
+def signalled(world: World, out: Path, dice: random.Random) -> Outcome:
+    """SIGTERM, SIGHUP, or SIGINT once or twice in a row, at any moment."""
+    name = any_command(world, dice)
+    numbers = dice.choice([[signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT], [signal.SIGINT] * 2,
+                           [signal.SIGTERM, signal.SIGINT]])
+    process = world.start(name, out)
+    after_a_while(world, name, dice)
+    for number in numbers:
+        if process.poll() is None:
+            process.send_signal(number)
+            time.sleep(dice.choice([0, 0.01, 0.3]))
+    return judged(world, name, out, [world.ended(process)], may_refuse=False)
+
+
+def stopped(world: World, out: Path, dice: random.Random) -> Outcome:
+    """SIGSTOP and, some seconds later, SIGCONT."""
+    name = any_command(world, dice)
+    process = world.start(name, out)
+    after_a_while(world, name, dice)
+    if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(dice.choice([0.5, 3]))
+        process.send_signal(signal.SIGCONT)
+    return judged(world, name, out, [world.ended(process)], may_refuse=False)
+
+
+CLOCK = """
+import time
+real, calls = time.time, 0
+def changed():
+    global calls
+    calls += 1
+    return real() + ({shift} if calls > {calls} else 0)
+time.time = changed
+"""
+
+
+def clock(world: World, out: Path, dice: random.Random) -> Outcome:
+    """The wall clock is set, back or forth, in the middle."""
+    name = any_command(world, dice)
+    shift = dice.choice([-1, 1]) * dice.choice([3600, 86_400 * 366, 2e9])
+    program = CLOCK.format(shift=shift, calls=dice.choice([0, 100, 1000, 3000]))
+    return judged(world, name, out, [world.run(name, out, program=program)], may_refuse=False)
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def removed_meanwhile(world: World, out: Path, dice: random.Random) -> Outcome:
+    """A file or a folder of a run is removed or moved away while it trains."""
+    name = run_of(world, dice)
+    world.whole(name)
+    process = world.start(name, out)
+    try:
+        end = time.monotonic() + world.patience
+        while process.poll() is None and len(steps_of(out)) < dice.randint(0, 1) and time.monotonic() < end:
+            time.sleep(0.02)
+        while process.poll() is None and not (out / "metrics.jsonl").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        there = [path for path in (out, out / "metrics.jsonl", out / "checkpoints", out / ".lock", out / "tensorboard",
+                                   out / "provenance.json") if path.exists()]
+        if process.poll() is None and there:
+            target = dice.choice(there)
+            if dice.random() < 0.5:
+                target.rename(target.with_name(f"{target.name}.moved"))
+            elif target.is_dir():
+                shutil.rmtree(target, ignore_errors=True)
+            else:
+                target.unlink()
+    finally:
+        first = world.ended(process)
+    if first.status == 0 and not (out / "metrics.jsonl").exists():
+        return Outcome(name, "WRONG", "it says that it is done, and its records are gone")
+    return judged(world, name, out, [first])
+
+
+def junk(dice: random.Random, content: bytes) -> bytes:
+    """Content in the place of a file's."""
+    at = dice.randrange(max(1, len(content)))
+    return dice.choice([
+        lambda: b"", lambda: content[:at], lambda: bytes(len(content)), lambda: content[at:],
+        lambda: content[:at] + bytes([content[at] ^ 1 << dice.randrange(8)]) + content[at + 1:] if content else b"x",
+        lambda: dice.randbytes(len(content) or 9), lambda: b"null", lambda: b"[]", lambda: b"{}", lambda: b"[" * 99_999,
+        lambda: content + content])()
+
+
+VALUES = (None, "many", -1, 10**30, 1e308, [], {}, True, "../../../etc/passwd", "%MODEL_DIR", "@os.system()",
+          "\n\x1b[2J")
+
+
+def hostile(dice: random.Random, content: bytes) -> bytes:
+    """JSON, or a line of JSON, with one value replaced or left out."""
+    lines = content.split(b"\n")
+    place = dice.randrange(len(lines))
+    try:
+        whole = json.loads(content)
+        place = -1
+    except ValueError:
+        try:
+            whole = json.loads(lines[place])
+        except ValueError:
+            return junk(dice, content)
+    at, path = whole, []
+    while isinstance(at, (dict, list)) and at:
+        key = dice.choice(list(at)) if isinstance(at, dict) else dice.randrange(len(at))
+        path.append((at, key))
+        at = at[key]
+        if dice.random() < 0.3:
+            break
+    if path:
+        holder, key = path[-1]
+        if dice.random() < 0.3:
+            del holder[key]
+        else:
+            holder[key] = dice.choice(VALUES)
+    changed = json.dumps(whole).encode()
+    return changed if place < 0 else b"\n".join([*lines[:place], changed, *lines[place + 1:]])
+
+
+def damaged(world: World, out: Path, dice: random.Random) -> Outcome:
+    """A file of a run that was killed is damaged before it goes on."""
+    name = run_of(world, dice)
+    copied(world.half(name), out)
+    files = files_below(out)
+    some = dice.sample(files, min(len(files), dice.choice([1, 1, 1, 3])))
+    if dice.random() < 0.5:  # data files are many, others few
+        some = [dice.choice([path for path in files if path.suffix in (".json", ".jsonl", ".gin") or path.name in (
+            "metadata", "_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")])]
+    for path in some:
+        content = path.read_bytes()
+        path.write_bytes(hostile(dice, content) if dice.random() < 0.5 else junk(dice, content))
+    return judged(world, name, out, [], records="metrics.jsonl" not in {path.name for path in some})
+
+
+def rearranged(world: World, out: Path, dice: random.Random) -> Outcome:
+    """Checkpoints of a run that was killed are copied, renamed, swapped, removed or mixed with those of another."""
+    name = run_of(world, dice)
+    copied(world.half(name), out)
+    folder, steps = out / "checkpoints", steps_of(out)
+    first, last = folder / str(steps[0]), folder / str(steps[-1])
+
+    def swap(one: Path, other: Path) -> None:
+        one.rename(folder / "between")
+        other.rename(one)
+        (folder / "between").rename(other)
+
+    dice.choice([
+        lambda: shutil.copytree(last, folder / str(steps[-1] + dice.choice([1, 2, 14, 1000]))),
+        lambda: last.rename(folder / str(steps[-1] + 3)), lambda: swap(first, last),
+        lambda: shutil.rmtree(folder), lambda: shutil.rmtree(last), lambda: swap(first / "state", last / "state"),
+        lambda: swap(first / "record", last / "record"), lambda: (folder / "99").mkdir(),
+        lambda: (folder / "notes.txt").write_text("mine"), lambda: (folder / "²").mkdir()])()
+    return judged(world, name, out, [])
+
+
+def damaged_rows(world: World, out: Path, dice: random.Random) -> Outcome:
+    """A file of the cache is damaged, removed, or changes places with another, before a run begins."""
+    copied(world.whole("cache"), out)
+    shutil.rmtree(out / "run")
+    files = [path for path in files_below(out / "cache") if "rows" in path.parts]
+    one, other = dice.sample(files, 2)
+    content = one.read_bytes()
+    dice.choice([
+        one.unlink, lambda: one.write_bytes(junk(dice, content)), lambda: one.write_bytes(hostile(dice, content)),
+        lambda: (one.write_bytes(other.read_bytes()), other.write_bytes(content)),
+        lambda: shutil.rmtree(one.parent)])()
+    return judged(world, "cache", out, [])
+
+
+LIMITS = """
+import resource
+resource.setrlimit(resource.{name}, ({value}, {value}))
+"""
+
+
+def limited(world: World, out: Path, dice: random.Random) -> Outcome:
+    """Files may not grow beyond some size, or no more than some may be open."""
+    name = any_command(world, dice)
+    limit, value = dice.choice([("RLIMIT_FSIZE", 2 ** dice.randint(8, 21)), ("RLIMIT_NOFILE", 2 ** dice.randint(5, 8))])
+    program = "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)" + LIMITS.format(name=limit, value=value)
+    return judged(world, name, out, [world.run(name, out, program=program)], may_refuse=False)
+
+
+def can_mount() -> bool:
+    """Whether a disk of its own can be mounted here."""
+    return shutil.which("unshare") is not None and subprocess.run(
+        ["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+def full_disk(world: World, out: Path, dice: random.Random) -> Outcome:
+    """OUT lies on a disk that becomes full; then there is more room."""
+    name = run_of(world, dice)
+    world.whole(name)
+    size, kept = dice.choice([200, 500, 1000, 2000, 4000, 8000]), out.with_name("kept")
+    out.mkdir(parents=True)
+    script = (f"mount -t tmpfs -o size={size}k none {out} && mkdir -p {kept} && \"$@\"; status=$?; "
+              f"cp -r {out}/. {kept}; exit $status")
+    first = world.run(name, out, wrapper=["unshare", "-rm", "bash", "-c", script, "bash"])
+    out.rmdir()
+    kept.rename(out)
+    if first.status and "No space" not in first.line:
+        return Outcome(name, "WRONG", f"a full disk is not named: {first.line[:300]}")
+    return judged(world, name, out, [first], may_refuse=False)
+
+
+def second_beside(world: World, out: Path, dice: random.Random) -> Outcome:
+    """The same command a second time beside the first."""
+    name = any_command(world, dice)
+    processes = [world.start(name, out)]
+    time.sleep(dice.random() * 5)
+    processes.append(world.start(name, out))
+    return judged(world, name, out, [world.ended(process) for process in processes], may_refuse=False)
+
+
+def nobody_reads(world: World, out: Path, dice: random.Random) -> Outcome:
+    """The reader of what a command prints goes away."""
+    name = any_command(world, dice)
+    world.whole(name)
+    process = world.start(name, out)
+    assert process.stdout is not None
+    for _ in itertools.islice(process.stdout, dice.randint(0, 3)):
+        pass
+    process.stdout.close()
+    try:
+        process.wait(world.patience)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        return Outcome(name, "WRONG", "hangs")
+    return judged(world, name, out, [], may_refuse=False)
+
+
+def peer_killed(world: World, out: Path, dice: random.Random) -> Outcome:
+    """One of two processes of a run is killed; one process goes on alone."""
+    world.whole("train")
+    process = world.start("train", out, more=["--local_processes=2"])
+    end = time.monotonic() + world.patience
+    while process.poll() is None and len(steps_of(out)) < 1 and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(dice.random() * 0.5)
+    found = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if is_peer(path, out)]
+    if process.poll() is None and found:
+        try:
+            os.kill(dice.choice(found), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    first = world.ended(process)
+    for one in [first, second := world.run("train", out)]:
+        if wrong := one.fault():
+            return Outcome("train", "WRONG", wrong)
+    # Sums over two processes are those of one to rounding alone.
+    return Outcome("train", "identical" if second.status == 0 and steps_of(out) == steps_of(world.whole("train"))
+                   else "WRONG", first.line[:160])
+
+
+def is_peer(cmdline: Path, out: Path) -> bool:
+    try:
+        text = cmdline.read_bytes()
+    except OSError:
+        return False
+    return b"--process_index=" in text and str(out).encode() in text
+
+
+Kind = Callable[[World, Path, random.Random], Outcome]
+KINDS: dict[str, tuple[Kind, int]] = {kind.__name__: (kind, weight) for kind, weight in (
+    (killed, 4), (killed_at_a_save, 4), (signalled, 3), (stopped, 1), (clock, 2), (removed_meanwhile, 4), (damaged, 6),
+    (rearranged, 4), (damaged_rows, 3), (limited, 2), (full_disk, 2), (second_beside, 1), (nobody_reads, 1),
+    (peer_killed, 1))}
+if sys.platform != "linux" or resource.getrlimit(resource.RLIMIT_FSIZE)[0] == 0 or not can_mount():
+    del KINDS["full_disk"]
+
+
+def kind_of(seed: int, number: int) -> tuple[str, Any]:
+    """The kind of a trial and its dice, always the same of the same two numbers."""
+    dice = random.Random(f"{seed}.{number}")
+    names = list(KINDS)
+    return dice.choices(names, [KINDS[name][1] for name in names])[0], dice

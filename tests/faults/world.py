@@ -1,0 +1,241 @@
+"""What faults are injected into: small commands of each kind, what they leave when nothing happens, and how they end.
+
+Each command writes into one folder, OUT. `signature` says what it left there that must be the same bit for bit however
+often the command was killed: losses and arrays, and not the clock.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOCK = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization"}
+STEPS, PERIOD = 24, 5
+PATIENCE = 240.0  # seconds after which a command counts as one that hangs, or SLOWER times what it takes by itself
+SLOWER = 20
+LONGEST = 1800.0  # seconds that a command may take by itself
+SIZE = ["--gin.model.layers=1", "--gin.model.hidden=32", "--gin.model.heads=2", "--gin.model.feedforward=64"]
+PERIODS = [f"--gin.TRAIN_STEPS={STEPS}", f"--gin.CHECKPOINT_PERIOD={PERIOD}", "--gin.EVAL_PERIOD=12",
+           "--gin.LOG_PERIOD=1", "--gin.WARMUP_STEPS=2", "--gin.train.eval_rows=4", "--gin.BATCH_SIZE=4"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int | None  # None: it did not, and was killed
+    output: str
+
+    @property
+    def line(self) -> str:
+        """The last line that it wrote."""
+        return (self.output.strip().splitlines() or [""])[-1]
+
+    def fault(self) -> str:
+        """What is wrong with how it ended, whatever befell it; empty where nothing is."""
+        if self.status is None:
+            return f"hangs: {self.line[:300]}"
+        if "Traceback (most recent call last)" in self.output:
+            return f"a traceback: {self.line[:300]}"
+        refused = "t5x " in self.line and "error: " in self.line
+        if self.status > 0 and not refused and self.status != 130:
+            return f"ends with {self.status} without a word: {self.line[:300]}"
+        if refused and "(--debug shows where)" in self.line:
+            return f"an error that was not expected: {self.line[:300]}"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A kind of command; `arguments` and `signature` are given OUT."""
+
+    name: str
+    arguments: Callable[[Path], list[str]]
+    signature: Callable[[Path], Any]
+    trains: bool = False
+
+
+class World:
+    """A folder with corpora and a cache, and what each command leaves there when nothing happens to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "data").mkdir(parents=True)
+        corpora = write_corpora(folder / "data")
+        self.environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+            "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2",
+            "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        mixed = ["--gin_file=gin/mixed_pretrain.gin", f"--gin.CORPORA={corpora}", *SIZE, *PERIODS,
+                 "--gin.MIXTURE_OR_TASK_NAME=['text.a', 'code.b']", "--gin.TASK_FEATURE_LENGTHS={'targets': 32}"]
+        cached = f"--gin.CACHE_DIR={folder / 'cache'}"
+        asked = write_instructions(folder / "data")
+        run = functools.partial(self.whole, "train")
+        self.commands = {command.name: command for command in (
+            Command("train", lambda out: ["train", *mixed, cached, f"--gin.MODEL_DIR={out}"], of_run, True),
+            Command("cache", lambda out: ["train", *mixed, f"--gin.CACHE_DIR={out / 'cache'}",
+                                          f"--gin.MODEL_DIR={out / 'run'}", "--gin.TRAIN_STEPS=3"], of_rows),
+            Command("tune", lambda out: [
+                "train", "--gin_file=gin/tune_mixed.gin", f"--gin.CORPORA={asked}", cached, *PERIODS,
+                "--gin.MIXTURE_OR_TASK_NAME=['text.asked', 'code.asked']", f"--gin.MODEL_DIR={out}",
+                f"--gin.INITIAL_CHECKPOINT_PATH={run()}"], of_run, True),
+            Command("branch", lambda out: [
+                "train", *mixed, cached, f"--gin.MODEL_DIR={out}", f"--gin.TRAIN_STEPS={2 * STEPS}",
+                f"--gin.BRANCH_FROM={run()}@{STEPS - STEPS % PERIOD}", "--gin.CODE_RATE=0.1"], of_run, True),
+            Command("eval", lambda out: [
+                "eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run()}", "--gin.TASKS=['logic']",
+                f"--gin.evaluate.results_dir={out}"], of_results),
+            Command("export", lambda out: ["export", str(run()), f"--output={out / 'model'}"], of_files),
+            Command("import", lambda out: ["import", str(self.whole("export") / "model"), f"--output={out / 'run'}"],
+                    lambda out: of_run(out / "run")),
+        )}
+
+    @functools.cache  # noqa: B019
+    def whole(self, name: str) -> Path:
+        """OUT of a command that nothing happened to."""
+        out = self.folder / "whole" / name
+        began = time.monotonic()
+        ended = waited_for(self.start(name, out), LONGEST)
+        if ended.status != 0:
+            raise RuntimeError(f"{name} fails without any fault: {ended.output[-2000:]}")
+        self.seconds[name] = time.monotonic() - began
+        return out
+
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        """How long each command takes by itself."""
+        return {}
+
+    @functools.cache  # noqa: B019
+    def half(self, name: str) -> Path:
+        """OUT of a run that was killed after its second checkpoint."""
+        self.whole(name)
+        out = self.folder / "half" / name
+        process = self.start(name, out)
+        try:
+            while process.poll() is None and len(steps_of(out)) < 2:
+                time.sleep(0.02)
+        finally:
+            kill(process)
+        return out
+
+    def start(self, name: str, out: Path, more: Sequence[str] = (), wrapper: Sequence[str] = (), program: str = "",
+              **options: Any) -> "subprocess.Popen[str]":
+        """Starts a command, in a group of its own; `program` is Python that runs before it."""
+        code = f"{program}\nimport sys\nfrom codellm_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return subprocess.Popen(
+            [*wrapper, sys.executable, "-c", code, *self.commands[name].arguments(out), *more],
+            **{"env": self.environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT,
+               "stdin": subprocess.DEVNULL, "text": True, "errors": "replace", "process_group": 0} | options)
+
+    def run(self, name: str, out: Path, **options: Any) -> Ended:
+        """Runs a command to its end."""
+        return self.ended(self.start(name, out, **options))
+
+    def ended(self, process: "subprocess.Popen[str]") -> Ended:
+        """Waits for a command; one that hangs is killed."""
+        return waited_for(process, self.patience)
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a command counts as one that hangs, on this machine."""
+        return max(PATIENCE, SLOWER * max(self.seconds.values(), default=0.0))
+
+
+def waited_for(process: "subprocess.Popen[str]", patience: float) -> Ended:
+    """Waits for a command; one that takes too long is killed."""
+    try:
+        output, _ = process.communicate(timeout=patience)
+        return Ended(process.returncode, output or "")
+    except subprocess.TimeoutExpired:
+        kill(process)
+        return Ended(None, process.communicate()[0] or "")
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """Ends a command and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def steps_of(run: Path) -> list[int]:
+    """The steps of a run's whole checkpoints."""
+    folder = run / "checkpoints"
+    names = [path.name for path in (folder.iterdir() if folder.exists() else ())]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def of_run(out: Path) -> Any:
+    """Losses and all that is recorded besides, and the sums of the newest checkpoint's arrays."""
+    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+    records = [{name: value for name, value in json.loads(line).items() if name not in CLOCK} for line in lines]
+    newest = steps_of(out)[-1]
+    saved = json.loads((out / "checkpoints" / str(newest) / "record" / "metadata").read_text())
+    return records, newest, saved["checksums"], saved["ledger"]["rows"], saved["ledger"]["tokens"]
+
+
+def of_rows(out: Path) -> Any:
+    """The rows of each split, and the run that was trained on them."""
+    files = [path for path in sorted((out / "cache" / "rows").glob("*/*/*/**/*"))
+             if path.is_file() and ".set_aside." not in str(path) and not path.parent.parent.name.startswith(".")]
+    digests = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return digests, of_run(out / "run")
+
+
+def of_results(out: Path) -> Any:
+    """The value of each task, and the line of each question."""
+    return {path.name: ([json.loads(line) for line in path.read_text().splitlines()[1:]],
+                        json.loads(path.with_suffix(".json").read_text())["value"])
+            for path in sorted(out.glob("*.jsonl"))}
+
+
+def of_files(out: Path) -> Any:
+    """The content of each file but for its README, which names the folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted((out / "model").iterdir()) if path.name != "README.md"}
+
+
+WORDS = "a row of tokens is read by its number and never lost while one model learns from text and code".split()
+
+
+def write_corpora(folder: Path) -> dict[str, Any]:
+    """Two corpora of JSON lines."""
+    dice = random.Random(0)
+    for name, make in (("a", lambda: " ".join(dice.choices(WORDS, k=60)) + "."),
+                       ("b", lambda: f"def f{dice.randrange(99)}(x):\n" + "    x = x * 3\n" * dice.randrange(1, 30))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": make()}) + "\n" for _ in range(120)))
+    return {"text.a": {"json_lines": str(folder / "a.jsonl"), "holdout": 0.2},
+            "code.b": {"json_lines": str(folder / "b.jsonl"), "holdout": 0.2}}
+
+
+def write_instructions(folder: Path) -> dict[str, Any]:
+    """Two files of instructions."""
+    dice = random.Random(1)
+    for name in ("text.asked", "code.asked"):
+        (folder / f"{name}.json").write_text(json.dumps([
+            {"input": " ".join(dice.choices(WORDS, k=4)), "target": " ".join(dice.choices(WORDS, k=5))}
+            for _ in range(80)]))
+    return {name: {"instructions": str(folder / f"{name}.json"), "holdout": 0.2} for name in (
+        "text.asked", "code.asked")}
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A copy of a folder, links and all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, target, symlinks=True)
+    return target
