@@ -47,6 +47,7 @@ EXAMPLES = {
                 "t5x prepare --gin_file=gin/prepare.gin --gin_file=mine.gin --workers=8"),
     "import": ("t5x import hf://Qwen/Qwen3-0.6B --output=runs/qwen3",
                "t5x import models/llama --output=runs/llama --check"),
+    "adopt": ("t5x adopt runs/t5x --output=runs/adopted", "t5x adopt runs/half --output=runs/given --to=t5x"),
     "export": ("t5x export runs/half --output=exported", "t5x export runs/half@200 --output=exported --dtype=bfloat16"),
     "launch": ("t5x launch --tpu=v5e-16 --zone=us-west4-a -- train --gin_file=gin/mixed_pretrain.gin "
                "--gin.MODEL_DIR=gs://BUCKET/half",
