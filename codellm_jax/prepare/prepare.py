@@ -96,7 +96,7 @@ def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[A
         changed |= {name: time for name, _, time in files}
         of_parts += _parts(preparation, source, files)
     text = json.dumps(questions, ensure_ascii=False)
-    vocabulary = preparation.vocabulary and preparation.vocabulary.content_hash
+    vocabulary = preparation.vocabulary.content_hash if preparation.vocabulary else None
     plan = {"inputs": inputs, "inputs_sha256": _hash(inputs), "changed": changed, "steps": described(steps),
             "steps_sha256": hash_of(steps, vocabulary), "vocabulary_sha256": vocabulary,
             "format": preparation.format, "vocabulary": preparation.vocabulary and preparation.vocabulary.path,
