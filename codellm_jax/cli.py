@@ -6,7 +6,6 @@ T5X has no release on PyPI; this package owns the command and keeps T5X's flags.
 """
 
 import argparse
-import difflib
 import importlib
 import os
 import shlex
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from codellm_jax.flags import overrides_of, parser, without
+from codellm_jax.flags import overrides_of, parser, refusal, without
 from codellm_jax.runtime.terminal import (
     escape_what_cannot_be_encoded,
     interruptible,
@@ -30,7 +29,7 @@ from codellm_jax.runtime.terminal import (
 
 # What they do is kept in files, and goes on where nobody reads what they print.
 LASTING = ("train", "eval", "study", "cache", "prepare", "report", "laws", "plot", "vocabulary", "launch", "import",
-           "export", "fetch")
+           "export", "fetch", "adopt")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,15 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "explain": _explain, "contamination": _contamination, "cache": _cache,
         "prepare": _prepare, "vocabulary": _vocabulary, "import": _import, "export": _export, "launch": _launch,
         "precompile": _precompile, "fetch": _fetch,
+        "adopt": lambda flags: _print("upstream.command", "adopt", flags, _search_paths(flags)),
         "show": lambda flags: _print("watching.show", "show", flags.path, _tool("t5x")),
         "laws": lambda flags: _print("report.law_files", "laws", flags.directory, flags.objective, flags.size,
                                      flags.tokens, flags.predict),
         "plot": lambda flags: _print("report.curves", "plot", flags.runs, flags.output, flags.against),
         "list": lambda flags: _print("reference.printed", "listing", flags.kind),
         "settings": lambda flags: _print("reference.printed", "settings_page", flags.word)}
-    if given and not given[0].startswith("-") and given[0] not in commands:
-        near = difflib.get_close_matches(given[0], commands, n=1, cutoff=0.0)
-        return _fail("t5x", f"there is no sub-command {given[0]!r}; nearest: {near[0]}. See t5x --help.", 2)
+    if said := refusal(given, commands):
+        return _fail("t5x", said, 2)
     flags, rest = whole.parse_known_args(given)
     if flags.command is None:
         whole.print_help()
@@ -149,7 +148,9 @@ def _train(flags: argparse.Namespace) -> int:
     from codellm_jax.study.arms import other_arm
     from codellm_jax.training.plan import describe, make_plan
     from codellm_jax.training.train import summary, train
+    from codellm_jax.upstream.runners import runner
 
+    whose = runner(flags.runner)
     use_compilation_cache()
     if not flags.debug:
         quiet_libraries()
@@ -162,7 +163,7 @@ def _train(flags: argparse.Namespace) -> int:
         say(describe(training, plan))
         return 0
     run = train(training, settings=lambda: operative(configuration), asked=configuration.asked,
-                profile_steps=profile_steps)
+                profile_steps=profile_steps, runner=whose)
     say(summary(run))
     say(f"The run:     {training.model_dir}")
     say(f"Look at it:  {_tool('tensorboard')} --logdir {shlex.quote(training.model_dir)}")

@@ -22,6 +22,7 @@ from typing import Any
 from etils import epath
 
 import gin
+from codellm_jax import t5x_names
 from codellm_jax.contents import whole_text
 from codellm_jax.settings import SHIPPED, Configuration, Setting, nearest, references, shipped_gin_files
 from gin import config_parser
@@ -112,6 +113,11 @@ def read_settings(
     return Configuration(tuple(settings), tuple(dict.fromkeys(imports)))
 
 
+def settings_in(file: str) -> list[Setting]:
+    """The bindings of one gin file, whoever's, as they stand; what it includes and imports is passed over."""
+    return [statement for statement in _statements(file, whole_text(file)) if isinstance(statement, Setting)]
+
+
 def _read_file(
     file: str, search_paths: Sequence[str], settings: list[Setting], imports: list[str], included_by: str | None
 ) -> None:
@@ -124,6 +130,8 @@ def _read_file(
                                  "one level of include is all there is.")
             _read_file(statement.filename, search_paths, settings, imports, included_by=file)
         elif isinstance(statement, config_parser.ImportStatement):
+            if statement.module == "__gin__.dynamic_registration":
+                raise ValueError(t5x_names.of_gin_file(file))
             imports.append(statement.format())
 
 
@@ -293,8 +301,8 @@ def explain(configuration: Configuration, name: str) -> str:
             if default is inspect.Parameter.empty:
                 return f"{name} is not set and has no default."
             return f"{name} is not set; its default is {default!r}."
-        raise ValueError(f"Nothing is named {name!r}" + nearest(name, [
-            *configuration.effective, *(f"{c}.{p}" for c in CONFIGURABLES for p in _parameters(c))]))
+        raise ValueError(f"Nothing is named {name!r}" + (t5x_names.of_setting(name) or nearest(name, [
+            *configuration.effective, *(f"{c}.{p}" for c in CONFIGURABLES for p in _parameters(c))])))
     lines = [f"{name} = {history[-1].value}", f"  set by {history[-1].where}"]
     lines += [f"  overriding {setting.value} of {setting.where}" for setting in reversed(history[:-1])]
     for macro in references("%", history[-1].value):
@@ -320,9 +328,13 @@ def _require_known_names(configuration: Configuration) -> None:
                          f"give --gin.{macro}=VALUE" + (f", or name a run in {start}." if start else "."))
     for name, setting in effective.items():
         selector, _, parameter = name.split("/")[-1].rpartition(".")
+        # A macro of a study: found out when its runs are read.
+        known = name in ever_used or "study.directory" in effective if _is_macro(name) else \
+            selector in CONFIGURABLES and parameter in _parameters(selector)
+        if not known and (theirs := t5x_names.of_setting(name)) and not configuration.imports:
+            raise ValueError(f"{setting.where}: nothing is named {name}{theirs}")
         if _is_macro(name):
-            # Of a study: found out when its runs are read.
-            if name not in ever_used and "study.directory" not in effective:
+            if not known:
                 raise ValueError(f"{setting.where}: nothing uses the setting {name}" + nearest(name, used))
         elif selector in CONFIGURABLES:
             if parameter not in _parameters(selector):

@@ -3,12 +3,15 @@
 import argparse
 import difflib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from codellm_jax import t5x_names
 
 WIDTH = 100  # of descriptions
 GIN_FLAGS = """gin flags:
   --gin_file=FILE          settings; repeatable, later ones win. Shipped files are found from any directory
   --gin.NAME=VALUE         one setting; a bare word is a string. --gin.CODE_RATE=0.5, --gin.MODEL_DIR=runs/first
+  --gin_bindings=BINDING   the same as gin writes it, as T5X takes it. --gin_bindings='CODE_RATE = 0.5'
   --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
 
 EXAMPLES = {
@@ -44,6 +47,7 @@ EXAMPLES = {
                 "t5x prepare --gin_file=gin/prepare.gin --gin_file=mine.gin --workers=8"),
     "import": ("t5x import hf://Qwen/Qwen3-0.6B --output=runs/qwen3",
                "t5x import models/llama --output=runs/llama --check"),
+    "adopt": ("t5x adopt runs/t5x --output=runs/adopted", "t5x adopt runs/half --output=runs/given --to=t5x"),
     "export": ("t5x export runs/half --output=exported", "t5x export runs/half@200 --output=exported --dtype=bfloat16"),
     "launch": ("t5x launch --tpu=v5e-16 --zone=us-west4-a -- train --gin_file=gin/mixed_pretrain.gin "
                "--gin.MODEL_DIR=gs://BUCKET/half",
@@ -90,6 +94,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
     train.add_argument("--profile_steps", metavar="FIRST:LAST",
                        help="write a trace of these steps for TensorBoard and Perfetto, such as 10:15")
+    train.add_argument("--runner", choices=("own", "t5x"), default="own",
+                       help="whose trainer takes the steps: this package's own, or upstream T5X's where that is "
+                       "installed (default: %(default)s)")
     add_processes(train)
     add_processes(add("eval", "evaluate a checkpoint on benchmarks",
                       "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS. The same command continues after an "
@@ -232,6 +239,13 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
     export.add_argument("--vocabulary", metavar="FILE", help="where the run's vocabulary lies, if it was moved")
     export.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    adopt = add("adopt", "take over a run of upstream T5X, or give it one",
+                "Makes a run directory of the newest checkpoint of one of T5X's, or with --to=t5x the other way. "
+                "Without --gin_file T5X's config.gin tells the settings, where a file of gin/t5x/ was used.")
+    adopt.add_argument("source", metavar="DIR", help="T5X's MODEL_DIR or one of its checkpoints; with --to=t5x a run "
+                       "directory or RUN@STEP")
+    adopt.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
+    adopt.add_argument("--to", choices=("run", "t5x"), default="run", help="what to make (default: %(default)s)")
     launch = subparsers.add_parser(
         "launch", help="run a command on Cloud TPU", allow_abbrev=False,
         usage="t5x launch --tpu=NAME --zone=ZONE [flags] -- COMMAND ...",
@@ -263,6 +277,16 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def refusal(arguments: Sequence[str], commands: Iterable[str]) -> str | None:
+    """Why there is no such sub-command, in a line; None where there is, or none is given."""
+    if said := t5x_names.of_command(arguments):
+        return said
+    if not arguments or arguments[0].startswith("-") or arguments[0] in commands:
+        return None
+    near = difflib.get_close_matches(arguments[0], commands, n=1, cutoff=0.0)
+    return f"there is no sub-command {arguments[0]!r}; nearest: {near[0]}. See t5x --help."
+
+
 def without(arguments: Sequence[str], flag: str) -> list[str]:
     """The arguments but for a flag and its value."""
     kept, skip = [], False
@@ -274,14 +298,28 @@ def without(arguments: Sequence[str], flag: str) -> list[str]:
 
 
 def overrides_of(rest: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, value) of each --gin.NAME=VALUE (or --gin.NAME VALUE). Raises ValueError for any other flag."""
+    """(name, value) of each --gin.NAME=VALUE (or --gin.NAME VALUE) and --gin_bindings='NAME = VALUE'. Raises
+    ValueError for any other flag.
+    """
     overrides, position = [], 0
     while position < len(rest):
         flag = rest[position]
+        if flag.split("=")[0] == "--gin_bindings":
+            _, equals, binding = flag.partition("=")
+            if not equals:
+                position += 1
+                binding = rest[position] if position < len(rest) else ""
+            name, equals, value = (part.strip() for part in binding.partition("="))
+            if not name or not value:
+                raise ValueError(f"--gin_bindings must be 'NAME = VALUE', found {binding!r}.")
+            overrides.append((name, value))
+            position += 1
+            continue
         if not flag.startswith("--gin."):
             known = ["--gin.NAME", *_flags_of(parser())]
             near = difflib.get_close_matches(flag.split("=")[0], known, n=1, cutoff=0.4)
-            raise ValueError(f"unknown argument {flag}" + (f"; nearest: {near[0]}." if near else "."))
+            raise ValueError(f"unknown argument {flag}" + (
+                t5x_names.of_flag(flag.split("=")[0]) or (f"; nearest: {near[0]}." if near else ".")))
         name, equals, value = flag.removeprefix("--gin.").partition("=")
         if not equals:
             position += 1

@@ -69,9 +69,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shipped_gin_files() -> Iterator[str]:
-    """Names of the gin files that come with the package, such as gin/models/tiny.gin."""
+    """Names of the gin files that come with the package, such as gin/models/tiny.gin, but for those of upstream T5X."""
     for path in sorted((SHIPPED / "gin").rglob("*.gin")):
-        yield path.relative_to(SHIPPED).as_posix()
+        if path.parent.name != "t5x":
+            yield path.relative_to(SHIPPED).as_posix()
 
 
 def listed(configuration: Configuration) -> str:

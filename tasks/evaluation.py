@@ -8,7 +8,8 @@ becomes one, with the first reference as its targets and all of them as `referen
 `benchmarks.judging`, and MBPP's programs are run where the sandbox can confine them. Neither feature gets an end token,
 because a candidate's score is that of its own text.
 
-Importing this module registers our own sample items as `sample.NAME`, which cannot be taken for the benchmarks.
+Importing this module registers our own sample items as `sample.NAME`, which cannot be taken for the benchmarks, and
+the mixture of them as `sample.benchmarks`. `all_benchmarks(data_dir)` does so of the benchmarks themselves.
 
 Tokens are made by the vocabulary in the task's `output_features`, so that `task.replace(output_features=...)` tokenizes
 with another one; the texts stay beside them as `inputs_pretokenized` and `targets_pretokenized`. Each feature is
@@ -23,6 +24,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from codellm_jax.vocabulary import Vocabulary
 from tasks import pretraining
 from tasks.benchmarks import metrics
 from tasks.benchmarks.judging import Benchmarks
@@ -32,6 +34,7 @@ from tasks.benchmarks.templates import RELEASED
 
 SPLIT = "test"
 SAMPLE_PREFIX = "sample."
+MIXTURE = "benchmarks"  # of all of them
 
 # What `register` added, to tell it from what others did.
 _added: set[str] = set()
@@ -50,6 +53,7 @@ def register(
     seed: int = 0,
     prefix: str = "",
     specs: Mapping[str, Mapping[str, Any]] = NO_SPECS,
+    vocabulary: Vocabulary = pretraining.DEFAULT_VOCABULARY,
 ) -> list[str]:
     """Registers every benchmark as a SeqIO task; nothing is read yet but for `specs`, and errors come when it is.
 
@@ -60,6 +64,7 @@ def register(
         or whose prompt shows examples of its own, say so when they are read.
       prefix: before each name.
       specs: benchmarks by files of one's own, likewise. Whether answers are written is seen in the files.
+      vocabulary: what they are tokenized with, of a SentencePiece file.
 
     Returns:
       The names registered.
@@ -78,9 +83,39 @@ def register(
     for name, (benchmark, is_written) in zip(names, generated.items(), strict=True):
         read = functools.partial(load, benchmark, data_dir, template, few_shot, seed, specs)
         seqio.TaskRegistry.remove(name)
-        seqio.TaskRegistry.add_provider(name, _task(name, read, generated=is_written))
+        seqio.TaskRegistry.add_provider(name, _task(name, read, is_written, vocabulary))
         _added.add(name)
     return names
+
+
+def all_benchmarks(
+    data_dir: str | None = None, vocabulary: Vocabulary = pretraining.DEFAULT_VOCABULARY, **options: Any
+) -> str:
+    """Registers every benchmark as `register` does, and returns the name of the SeqIO mixture of them, "benchmarks".
+
+    Without `data_dir` it is that of our own sample items, "sample.benchmarks".
+    """
+    prefix = SAMPLE_PREFIX if data_dir is None else ""
+    names = register(data_dir, prefix=prefix, vocabulary=vocabulary, **options)
+    seqio.MixtureRegistry.remove(f"{prefix}{MIXTURE}")
+    seqio.MixtureRegistry.add(f"{prefix}{MIXTURE}", names, default_rate=1)
+    return f"{prefix}{MIXTURE}"
+
+
+def one_benchmark(
+    name: str, data_dir: str | None = None, vocabulary: Vocabulary = pretraining.DEFAULT_VOCABULARY, **options: Any
+) -> str:
+    """Registers every benchmark as `all_benchmarks` does, and returns the task of one of them.
+
+    Raises:
+      ValueError: there is no such benchmark.
+    """
+    mixture = all_benchmarks(data_dir, vocabulary, **options)
+    task = mixture.removesuffix(MIXTURE) + name
+    known = [task.name for task in seqio.MixtureRegistry.get(mixture).tasks]
+    if task not in known:
+        raise ValueError(f"There is no benchmark {name!r}; there are {', '.join(sorted(known))}.")
+    return task
 
 
 def examples(loaded: Loaded) -> Iterator[dict[str, Any]]:
@@ -96,13 +131,13 @@ def examples(loaded: Loaded) -> Iterator[dict[str, Any]]:
                    "candidate": place, "answer": question.answer[0], "id": question.id}
 
 
-def _task(name: str, read: functools.partial[Loaded], generated: bool) -> seqio.Task:
+def _task(name: str, read: functools.partial[Loaded], generated: bool, vocabulary: Vocabulary) -> seqio.Task:
     return seqio.Task(
         name=name,
         source=seqio.FunctionDataSource(
             functools.partial(_dataset, read=read, generated=generated), splits=(SPLIT,)),
         preprocessors=[seqio.preprocessors.tokenize],
-        output_features=output_features(),
+        output_features=output_features(vocabulary.file),
         postprocess_fn=_texts if generated else _candidate,
         metric_fns=[_judged(read) if generated else accuracy],
     )
@@ -178,4 +213,4 @@ def _dataset(
     return tf.data.Dataset.from_generator(functools.partial(examples, loaded), output_signature=signature)
 
 
-register(None, prefix=SAMPLE_PREFIX)
+all_benchmarks()

@@ -6,7 +6,7 @@ of a user's corpus.
 
 Documents are never cut here: read with `sequence_length=None` they are whole, and the training code
 joins them and cuts rows. Upstream T5X reads the same tasks with a length, to which SeqIO trims. Its
-mixture rates then count documents; where rows are full, they count tokens.
+mixture rates then count documents, not tokens: `tasks.rows` has the rows of a run for it.
 
 Tokens are made by the vocabulary in the task's `output_features`, so that
 `task.replace(output_features=...)` tokenizes with another one.
@@ -211,8 +211,10 @@ for _kind in ("text", "code"):
 
 seqio.MixtureRegistry.add("python_text_code", [("text.python", 2), ("code.python", 1)])
 
-# For plain SeqIO and upstream T5X, whose rates count examples: the same corpora as full rows, so that rates count
-# tokens, and the mixes of gin/mixed_pretrain_increase.gin and gin/mixed_pretrain_decrease.gin of them.
+# For plain SeqIO, whose rates count examples: the same corpora as full rows, so that rates count tokens, and the mixes
+# of gin/mixed_pretrain_increase.gin and gin/mixed_pretrain_decrease.gin of them. Not for runs of upstream T5X: it makes
+# its dataset anew at each start, where the mix would begin anew, and no positions part the documents of these rows.
+# `tasks.rows` has both.
 ROW_LENGTH, ROWS_OF_RUN = 256, 400 * 8
 for _kind in ("text", "code"):
     _rows = _task(f"{_kind}.python_rows", {"python": _kind})

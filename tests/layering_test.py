@@ -41,7 +41,8 @@ def tops(found: set[str]) -> set[str]:
 
 # The rooms of the library and those that each may know. `cli` may know all of them.
 ROOMS: dict[str, set[str]] = {
-    "flags": set(),
+    "flags": {"t5x_names"},
+    "t5x_names": set(),
     "fetching": set(),
     "hub": set(),
     "contents": {"hub"},
@@ -53,7 +54,7 @@ ROOMS: dict[str, set[str]] = {
     "mixture": {"chat", "vocabulary"},
     "model": set(),
     "weights": {"runtime", "results", "mixture", "model", "vocabulary", "tokenizing", "contents", "hub"},
-    "configuration": {"settings", "runtime", "weights", "contents"},
+    "configuration": {"settings", "t5x_names", "runtime", "weights", "contents"},
     "reference": {"configuration", "settings", "flags", "fetching", "mixture", "prepare", "weights"},
     "runtime": {"mixture", "model", "results", "vocabulary"},
     "evaluation": {"chat", "configuration", "settings", "weights", "runtime", "mixture", "model", "results",
@@ -62,6 +63,7 @@ ROOMS: dict[str, set[str]] = {
     "study": {"training", "evaluation", "configuration", "settings", "weights", "runtime", "mixture", "model",
               "results", "contents"},
     "report": {"runtime", "mixture", "results"},
+    "upstream": {"training", "configuration", "settings", "weights", "runtime", "mixture", "model", "vocabulary"},
     "completion": {"settings"},
     "tracking": {"runtime", "results"},
     "watching": {"study", "report", "runtime", "mixture", "results"},
@@ -75,12 +77,13 @@ TASK_ROOMS: dict[str, set[str]] = {
     "instruction_sets": {"corpora"},
     "benchmarks": {"corpora", "programs"},
 }
-DEFINE_TASKS = {"tasks.pretraining", "tasks.tuning", "tasks.scheduling", "tasks.evaluation", "tasks.builders"}
+DEFINE_TASKS = {"tasks.pretraining", "tasks.tuning", "tasks.scheduling", "tasks.evaluation", "tasks.builders",
+                "tasks.rows"}
 # Of a library, the only modules that import it.
 ONLY_IMPORTERS = {
     "gin": {"codellm_jax.configuration"},
     "matplotlib": {"codellm_jax.report.plots"},
-    "orbax": {"codellm_jax.runtime.checkpoints", "codellm_jax.runtime.parts"},
+    "orbax": {"codellm_jax.runtime.checkpoints", "codellm_jax.runtime.parts", "codellm_jax.upstream.trees"},
     "apache_beam": {"codellm_jax.runtime.beam"},
     "tokenizers": {"codellm_jax.tokenizing.fast"},
     "jieba": {"codellm_jax.tokenizing.pangu"},
@@ -93,6 +96,7 @@ ONLY_IMPORTERS = {
     "warcio": {"tasks.corpora.archives"},
     "lxml": {"tasks.corpora.pages"},
     "tree_sitter": {"tasks.corpora.tree_code"},
+    "t5x": {"codellm_jax.upstream.trainer", "codellm_jax.upstream.models"},
 }
 
 
@@ -128,6 +132,8 @@ def test_arrows_point_down(name: str):
         known: tuple[str, ...] = ("codellm_jax.vocabulary", "codellm_jax.contents")
         if name == "tasks.scheduling":  # the order of sources, which needs numpy alone
             known = ("codellm_jax.mixture.order", "codellm_jax.mixture.schedules")
+        if name == "tasks.rows":  # the rows of a run, for SeqIO
+            known = ("codellm_jax.vocabulary", "codellm_jax.mixture")
         if name == "tasks.builders":  # what is published where, and how it is fetched
             known = ("codellm_jax.fetching",)
         assert all(other.startswith(known) for other in found - {"codellm_jax"} if other.startswith("codellm_jax"))

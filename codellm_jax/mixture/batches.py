@@ -80,7 +80,7 @@ def global_batch(
     length = rows[0].length
 
     def read(local: slice) -> Batch:
-        tokens = _read(rows, draw.source[local], draw.row[local], length + 1)
+        tokens = read_drawn(rows, draw.source[local], draw.row[local], length + 1)
         return batch_of_rows(tokens, draw.source[local], end_of_document_id)
 
     return place(read, (batch_size, length), sharding), draw
@@ -139,11 +139,11 @@ def _batch_of_examples(
     shape: tuple[int, int],
 ) -> Batch:
     """Reads the examples `number` of the sources `source` and lays them out, all int64 [N]."""
-    cached = _read(examples, source, number, shape[1] + 1 + WIDTH_BESIDE_TOKENS)
+    cached = read_drawn(examples, source, number, shape[1] + 1 + WIDTH_BESIDE_TOKENS)
     return Batch(**arrays_of_examples(cached, source, row, column, shape))
 
 
-def _read(rows: Sequence[Rows], source: np.ndarray, number: np.ndarray, width: int) -> np.ndarray:
+def read_drawn(rows: Sequence[Rows], source: np.ndarray, number: np.ndarray, width: int) -> np.ndarray:
     """The rows `number` of the sources `source` (int64 [N]) as int32 [N, width]."""
     read = np.empty((len(source), width), np.int32)
     begun = [(source == index, rows[index].begin(number[source == index])) for index in np.unique(source)]

@@ -55,6 +55,10 @@ class Mixture:
         if self.stage == "tuning" and set(self.lengths) != {"targets"}:
             raise ValueError("TASK_FEATURE_LENGTHS has one length in tuning, of prompt and answer together: "
                              f"{{'targets': {self.lengths['targets']}}}; found {dict(self.lengths)}.")
+        if set(self.lengths) != {"targets"}:
+            raise ValueError("TASK_FEATURE_LENGTHS has one length in pre-training, that of a row, which documents and "
+                             f"instructions fill alike: {{'targets': {self.lengths['targets']}}}; found "
+                             f"{dict(self.lengths)}.")
         if not self.name:
             raise ValueError("MIXTURE_OR_TASK_NAME is empty: name a SeqIO mixture or tasks.")
         if self.max_epochs is not None and self.max_epochs < 1:

@@ -161,7 +161,7 @@ class Checkpoints:
             record, error = _tried(self.record, step)
             if error is None:
                 check(record)
-                _require_same_arrays(record["checksums"], abstract, step)
+                require_same_arrays(record["checksums"], abstract, step)
                 state, error = _tried(self._state, step, abstract)
             if error is None:
                 _, error = _tried(_verify, record["checksums"], state)
@@ -219,7 +219,7 @@ def restore_parameters(
     for path, record in undamaged_records(model_dir, report):
         saved = {name: facts for name, facts in record["checksums"].items() if name.startswith("params/")}
         check(record)
-        _require_same_arrays(saved, wanted, int(path.name))
+        require_same_arrays(saved, wanted, int(path.name))
         restored, error = _tried(
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore, path / "state", ocp.args.PyTreeRestore(
                 item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
@@ -243,7 +243,7 @@ def restore_state(
       ValueError: it is damaged, or of another model or optimizer.
     """
     record = record_of(model_dir, step)
-    _require_same_arrays(record["checksums"], abstract, step)
+    require_same_arrays(record["checksums"], abstract, step)
     path = _absolute(model_dir) / "checkpoints" / str(step) / "state"
     state, error = _tried(ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore, path,
                           ocp.args.StandardRestore(abstract))
@@ -360,7 +360,7 @@ def resolved(path: str) -> str:
 
 def checksums(tree: Any) -> dict[str, list[Any]]:
     """For each array its shape, dtype, and the sum of its bits as uint32, wrapping: the same on any mesh."""
-    leaves = _named_leaves(tree)
+    leaves = named_leaves(tree)
     sums = jax.device_get(_bit_sums(list(leaves.values())))
     return {name: [list(leaf.shape), str(leaf.dtype), int(sum_)]
             for (name, leaf), sum_ in zip(leaves.items(), sums, strict=True)}
@@ -421,10 +421,10 @@ def _require_step(found: Any, step: int) -> None:
         raise ValueError(f"it is the checkpoint of step {int(found)} under another number")
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their places in it, such as "params/blocks/attention/key_kernel"."""
     return {"/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): leaf
-            for path, leaf in paths}
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _verify(saved: Mapping[str, list[Any]], tree: Any) -> None:
@@ -434,9 +434,9 @@ def _verify(saved: Mapping[str, list[Any]], tree: Any) -> None:
         raise ValueError(f"{len(wrong)} arrays differ from what was saved, {wrong[0]} first")
 
 
-def _require_same_arrays(saved: Mapping[str, list[Any]], abstract: Any, step: int) -> None:
+def require_same_arrays(saved: Mapping[str, list[Any]], abstract: Any, step: int) -> None:
     """Raises ValueError where the checkpoint's arrays are not those of `abstract`: another model or optimizer."""
-    wanted = {name: list(leaf.shape) for name, leaf in _named_leaves(abstract).items()}
+    wanted = {name: list(leaf.shape) for name, leaf in named_leaves(abstract).items()}
     found = {name: list(facts[0]) for name, facts in saved.items()}
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):

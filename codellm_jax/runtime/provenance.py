@@ -10,8 +10,8 @@ MODEL_DIR/provenance.json of a run of training:
   notes         of too little that is held out to tell a loss by, a line for each pool
   ledger        what was trained on, and in it the stages before
   code, versions, devices   what the last session computed with: this package, other packages, devices
-  sessions      likewise of each start, with the steps it went from and to and its seconds; of one that was killed, the
-                last two are null
+  sessions      likewise of each start, with the steps it went from and to, its seconds and whose steps these were
+                ("runner"); of one that was killed, the steps it went to and the seconds are null
   step, last_step, finished
   checkpoint    the digest of the newest checkpoint's record, which results name too
   kept          step -> digest of the checkpoints that KEEP_STEPS keeps

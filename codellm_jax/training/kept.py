@@ -42,14 +42,14 @@ class Provenance:
     `runtime.provenance`. What the sessions before wrote is kept, and one that has nothing left to train writes nothing.
     """
 
-    def __init__(self, run: Run, settings: Mapping[str, str], asked: Mapping[str, str], active: bool,
-                 report: Callable[[str], None] = say) -> None:
+    def __init__(self, run: Run, settings: Mapping[str, str], asked: Mapping[str, str], runner: str,
+                 active: bool, report: Callable[[str], None] = say) -> None:
         path = epath.Path(run.training.model_dir).expanduser() / "provenance.json"
         before = _before(path, report) if run.resumed and active else {}
         self._path = path if active and not before.get("finished") else None
         self._began = time.monotonic()
         self._software = software()
-        self._session = {"from_step": run.step, "to_step": None, "seconds": None} | self._software
+        self._session = {"from_step": run.step, "to_step": None, "seconds": None, "runner": runner} | self._software
         self._sessions = [*before.get("sessions", []), self._session]
         self._same = {"config_hash": training_hash(settings), "asked": dict(asked)}
         self.write(run, before.get("checkpoint"), before.get("kept", {}), ended=False)

@@ -11,7 +11,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -67,16 +67,7 @@ def train_step(
     # One reduction over the devices instead of two that nothing orders: XLA on CPU has been seen to hang in those.
     source_tokens = by_source(batch.weights, batch.sources, sources)
     tokens = jnp.maximum(jnp.sum(source_tokens), 1)  # rows may be prompts alone
-
-    def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden_BLD: Any = model.apply(
-            {"params": params}, part.inputs, part.positions, part.segment_ids,
-            deterministic=model.config.dropout_rate == 0.0, rngs={"dropout": rng})
-        embedding_VD = output_head(params)
-        loss_sum, losses_BL = cross_entropy(hidden_BLD, embedding_VD, part.targets, part.weights,
-                                            chunk=chunk_of(len(part.inputs), len(embedding_VD), gradients=True))
-        return loss_sum / tokens, by_source(losses_BL * part.weights, part.sources, sources)
-
+    loss_fn = functools.partial(batch_loss, model=model, sources=sources, tokens=tokens)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if microbatches == 1:
         (loss, source_losses), grads = grad_fn(state.params, batch, dropout_rng)
@@ -98,6 +89,19 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
+def batch_loss(
+    params: Any, batch: Batch, dropout_rng: jax.Array, *, model: Decoder, sources: int, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of a batch's losses over `tokens`, and the sums of each source, float32 [sources], in nats."""
+    hidden_BLD: Any = model.apply(
+        {"params": params}, batch.inputs, batch.positions, batch.segment_ids,
+        deterministic=model.config.dropout_rate == 0.0, rngs={"dropout": dropout_rng})
+    embedding_VD = output_head(params)
+    loss_sum, losses_BL = cross_entropy(hidden_BLD, embedding_VD, batch.targets, batch.weights,
+                                        chunk=chunk_of(len(batch.inputs), len(embedding_VD), gradients=True))
+    return loss_sum / tokens, by_source(losses_BL * batch.weights, batch.sources, sources)
+
+
 def jit_train_step(
     model: Decoder, optimizer: optax.GradientTransformation, state: TrainState, sources: int, microbatches: int
 ) -> Any:
@@ -107,6 +111,25 @@ def jit_train_step(
         functools.partial(train_step, model=model, optimizer=optimizer, sources=sources, microbatches=microbatches),
         donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
         compiler_options=compiler_options(mesh, model.config))
+
+
+Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def own_step(training: Training, plan: Plan) -> Step:
+    """A run's step by this package's own trainer."""
+    return jit_train_step(plan.model, plan.optimizer, plan.state, len(plan.mixture.order.sources),
+                          training.microbatches)
+
+
+class Runner(NamedTuple):
+    """Whose steps a run takes: what it is called in provenance.json, and what makes the step."""
+
+    name: str
+    make_step: Callable[[Training, Plan], Step]
+
+
+OWN = Runner("own", own_step)
 
 
 def eval_step(params: Any, batch: Batch, *, model: Decoder, sources: int) -> tuple[jax.Array, jax.Array]:
@@ -127,7 +150,7 @@ def by_source(values_BL: Array, sources_BL: Array, sources: int) -> jax.Array:
 def train(
     training: Training, settings: Callable[[], tuple[str, Mapping[str, str]]] = lambda: ("", {}),
     asked: Mapping[str, str] | None = None,
-    profile_steps: ProfileSteps | None = None,
+    profile_steps: ProfileSteps | None = None, runner: Runner = OWN,
 ) -> Run:
     """Trains to the end, or to a SIGTERM or SIGINT, which saves and returns.
 
@@ -137,6 +160,7 @@ def train(
         goes to MODEL_DIR/config.gin, the values into every checkpoint, and a resume with others is refused.
       asked: what gin files and flags say, name -> value, for MODEL_DIR/provenance.json.
       profile_steps: steps to write a trace of, if any.
+      runner: whose steps it takes.
 
     Raises:
       ValueError: a mistake in the configuration, a MODEL_DIR of another one, or steps to profile that the run has not.
@@ -166,14 +190,14 @@ def train(
             set_earlier_aside(model_dir, say)
         if first_process and text:
             write_whole(model_dir / "config.gin", text)
-        provenance = Provenance(run, values, asked or {}, active=first_process)
+        provenance = Provenance(run, values, asked or {}, runner.name, active=first_process)
         status = StatusLine(run.step, plan.last_step, active=first_process)
         records = Records(str(model_dir), run.step, first_process, require_held, status.say,
                           tensorboard="tensorboard" in training.trackers)
         trackers = Trackers(str(model_dir), training.trackers if first_process else (), status.say)
         profile = Profile(profile_steps, run.step, str(model_dir), status.say)
         try:
-            loop(run, checkpoints, records, status, values, stop, profile, require_held)
+            loop(run, checkpoints, records, status, values, stop, profile, runner, require_held)
             newest = checkpoints.newest_step()
             kept = {str(step): checkpoints.record(step)["digest"] for step in kept_steps(training)
                     if step in checkpoints.steps()}
@@ -202,12 +226,12 @@ def _held_by_another() -> None:
 
 def loop(
     run: Run, checkpoints: Checkpoints, records: Records, status: StatusLine, settings: Mapping[str, str],
-    stop: threading.Event, profile: Profile, require_held: Callable[[], None] = _held_by_another,
+    stop: threading.Event, profile: Profile, runner: Runner, require_held: Callable[[], None] = _held_by_another,
 ) -> None:
     """Trains `run` on to the plan's last step, in place. `require_held` is called before each save."""
     training, plan, order = run.training, run.plan, run.plan.mixture.order
     sources, keep_steps = len(order.sources), kept_steps(training)
-    step_fn = jit_train_step(plan.model, plan.optimizer, plan.state, sources, training.microbatches)
+    step_fn = runner.make_step(training, plan)
     eval_fn = jax.jit(functools.partial(eval_step, model=plan.model, sources=sources),
                       compiler_options=compiler_options(plan.mesh, plan.model.config))
     meter = Meter(order, training.batch_size, plan.mixture.stage, run.step, plan.last_step, training.log_period,

@@ -145,3 +145,11 @@ def test_a_name_of_another_origin(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="^mine.cosqa is already a task of its own; give the benchmarks a prefix.$"):
         evaluation.register(None, prefix="mine.")
     assert "mine.logic" not in seqio.TaskRegistry.names()
+
+
+def test_all_benchmarks_are_one_mixture():
+    names = {task.name for task in seqio.MixtureRegistry.get("sample.benchmarks").tasks}
+    assert names == {f"sample.{name}" for name in BENCHMARKS}
+    assert evaluation.one_benchmark("logic") == "sample.logic"
+    with pytest.raises(ValueError, match="There is no benchmark 'sums'; there are sample.c3"):
+        evaluation.one_benchmark("sums")
