@@ -107,7 +107,7 @@ def _with_others(flags: argparse.Namespace) -> int | None:
     if status is None:
         from codellm_jax.runtime.distributed import join
 
-        join(*given, flags.heartbeat_seconds)
+        join(*given, heartbeat=flags.heartbeat_seconds)
     return status
 
 
