@@ -84,8 +84,8 @@ class Keys:
             row = (numbers - numbers[0]).astype(np.int64)
             told = np.zeros(row[-1] + 1, signed(signatures.shape[1]))
             told["place"] = (int(numbers[0]) & (1 << PART_BITS) - 1) + np.arange(len(told))
-            told["rank"][row] = np.array([each[1] for each in found], np.uint64)
-            told["bytes"][row] = np.array([each[2] for each in found], np.uint64)
+            for column, name in enumerate(("rank", "bytes"), 1):
+                told[name][row] = np.array([each[column] for each in found], np.uint64)
             told["signature"][row] = signatures
             if step.options["similarity"]:
                 sets = [hashes for *_, hashes in found]
