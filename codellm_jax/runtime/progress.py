@@ -51,7 +51,7 @@ class Records:
         warn: Callable[[str], None] = print, tensorboard: bool = True,
     ) -> None:
         self._path = epath.Path(model_dir) / "metrics.jsonl"
-        self._lines: _Lines | None = None
+        self._lines: _Lines | _RemoteLines | None = None
         if not active:
             return
         self._require_held, self._warn = require_held, warn
