@@ -195,7 +195,8 @@ def tally(kind: Kind, studies: int, seed: int = 0) -> Tally:
         found.law.append(float(np.mean((intervals[..., 0] <= true) & (true <= intervals[..., 1]))))
         last = asked[:, 1] >= sweep.shares[:, 1].max()
         run = true + dice.normal(size=true.shape) * deviation_of(kind, asked, last)
-        found.run.append(float(np.mean((of_runs[..., 0] <= run) & (run <= of_runs[..., 1]))))
+        if not kind.questions:  # a further run is asked the same ones, whose truth is another
+            found.run.append(float(np.mean((of_runs[..., 0] <= run) & (run <= of_runs[..., 1]))))
         at_best = lowest(fitted.points.shares, lambda shares, truth=truth: truth(shares).mean(axis=0)[None])[0]
         low, high = answered.intervals.T
         step = 0.00125 * np.ptp(ends) if len(sweep.sources) == 2 else 0.005  # as fine as both are looked for
@@ -224,7 +225,8 @@ def coverage(studies: int, only: str = "") -> None:
         found = tally(kind, studies)
         said = ["/".join(f"{100 * found.said(verdict, inside):.0f}" for verdict in ("interior", "edge", "cannot tell"))
                 if inside in found.inside else "-" for inside in (True, False)]
-        print(f"{kind.name:<30} {100 * np.mean(found.law):>5.1f} {100 * np.mean(found.run):>5.1f} "
+        print(f"{kind.name:<30} {100 * np.mean(found.law):>5.1f} "
+              f"{f'{100 * np.mean(found.run):.1f}' if found.run else '-':>5} "
               f"{100 * np.mean(found.best):>5.1f} {np.mean(found.width):>6.3f}  {said[0]:>14} {said[1]:>14}  "
               f"{found.named}/{found.planted}, {found.falsely} in {2 * studies} losses"
               f"  {(time.perf_counter() - begin) / studies:.2f}", flush=True)

@@ -201,12 +201,13 @@ def near_duplicates(folder: Path, texts: Sequence[str], rounds: int) -> None:
     print(f"    removed {len(found.results[0])} and {len(found.results[1])} of {len(texts)}")
 
 
-def removed_by_ours(folder: Path, pattern: str) -> set[int]:
-    """The numbers of the texts that `t5x prepare` removes."""
+def removed_by_ours(folder: Path, pattern: str, **options: float) -> set[int]:
+    """The numbers of the texts that the step near_duplicates of `t5x prepare` removes."""
     output = folder / "ours"
     shutil.rmtree(output, ignore_errors=True)
     inputs = Inputs({"text.benchmark": {"parquet": pattern}})
-    prepare(Preparation(inputs, ["near_duplicates"], str(output)), 1, report=lambda line: None)
+    step = {"name": "near_duplicates", **options}
+    prepare(Preparation(inputs, [step], str(output)), 1, report=lambda line: None)
     starts, begin = {}, 0
     for file in sorted((folder / "texts").iterdir()):
         starts[str(file)] = begin
@@ -251,18 +252,20 @@ def planted(folder: Path) -> None:
     texts = list(pairs(PAIRS))
     similar = [jaccard(*pair) for pair in texts]
     pattern = write(folder / "texts", [text for pair in texts for text in pair])
-    gone = [removed_by_ours(folder, pattern), removed_by_datatrove(folder)]
-    found = [{number // 2 for number in removed} for removed in gone]
-    print(f"planted: {PAIRS} pairs; 1 - (1 - s^8)^14 of those of similarity s agree in a band")
+    gone = {"ours": removed_by_ours(folder, pattern), "ours, 'similarity': 0": removed_by_ours(
+        folder, pattern, similarity=0), "datatrove": removed_by_datatrove(folder)}
+    found = {name: {number // 2 for number in removed} for name, removed in gone.items()}
+    print(f"planted: {PAIRS} pairs; of those of similarity s 1 - (1 - s^8)^14 agree in a band")
     for low, high in BANDS_OF_SIMILARITY:
         those = [number for number, value in enumerate(similar) if low <= value < high]
         expected = statistics.mean(1 - (1 - similar[number] ** 8) ** 14 for number in those)
-        shares = [sum(number in each for number in those) / len(those) for each in found]
-        print(f"    similarity {low:.2f} to {min(high, 1):.2f}: {len(those)} pairs, found {shares[0]:.3f}, datatrove "
-              f"{shares[1]:.3f}, expected of bands {expected:.3f}")
-    for least in (0.7, 0.8, 0.85):
+        shares = ", ".join(f"{name} {sum(number in each for number in those) / len(those):.3f}"
+                           for name, each in found.items())
+        print(f"    similarity {low:.2f} to {min(high, 1):.2f}, {len(those)} pairs: {shares}, expected of bands "
+              f"{expected:.3f}")
+    for least in (0.7, 0.85):
         of_least = {number for number, value in enumerate(similar) if value >= least}
-        for name, each in zip(("ours", "datatrove"), found, strict=True):
+        for name, each in found.items():
             print(f"    similarity {least} and more, {name}: recall {len(each & of_least) / len(of_least):.3f}, "
                   f"precision {len(each & of_least) / len(each):.3f}")
 

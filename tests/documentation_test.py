@@ -20,8 +20,8 @@ from codellm_jax.reference.settings import settings
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 SETTINGS = {setting.name for setting in settings()}
-# Names in the pages that look like settings: of the environment.
-FOREIGN = {"HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "JAX_COMPILATION_CACHE_DIR", "JAX_PLATFORMS"}
+# Names in the pages that look like settings: variables of the environment that libraries read.
+FOREIGN = re.compile(r"(HF|JAX|MLFLOW|WANDB|XLA)_")
 
 
 def prose(page: Path) -> str:
@@ -56,20 +56,21 @@ def test_every_page_stands_in_the_navigation():
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(named)
 
 
-def typed() -> list[str]:
-    """Commands of the pages' shell blocks and inline code, without what only hints at them."""
-    found = []
+def typed(pattern: str, of: str) -> list[str]:
+    """What a pattern finds in the pages' shell blocks ("blocks") or between them ("prose"); sketches are left out."""
+    found: set[str] = set()
     for page in PAGES:
-        text = page.read_text()
-        blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
-        lines = re.findall(r"^(?:.*&& \S*)?(t5x .*)$", blocks.replace(".venv/bin/", ""), flags=re.MULTILINE)
-        found += [*lines, *re.findall(r"`(t5x [a-z]+ [^`]*--[^`]*)`", prose(page))]
-    return sorted({line for line in found if "..." not in line and "--help" not in line})
+        text = prose(page)
+        if of == "blocks":
+            text = "\n".join(re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE))
+        found |= set(re.findall(pattern, text, flags=re.MULTILINE))
+    return sorted(line for line in found if "..." not in line and "--help" not in line)
 
 
 def test_commands_of_the_pages_are_those_of_the_parser():
-    assert len(typed()) > 40
-    for line in typed():
+    lines = typed(r"\b(t5x .*)$", "blocks")
+    assert len(lines) > 40
+    for line in lines:
         arguments = shlex.split(re.split(r" [#>] ", line)[0])[1:]
         if "--" in arguments:
             arguments = arguments[:arguments.index("--")]
@@ -78,7 +79,17 @@ def test_commands_of_the_pages_are_those_of_the_parser():
         assert known.command, line
         for name, _ in flags.overrides_of(rest):
             short = name.rpartition("/")[2]
-            assert short in SETTINGS or short.startswith("optax.") or short == "NAME", line
+            assert short in SETTINGS or short.startswith("optax."), line
+
+
+def test_flags_that_the_pages_name_are_there():
+    of_command = {command.name: " ".join(flag.name for flag in command.flags) for command in commands()}
+    lines = typed(r"`t5x ([a-z]+ [^`]*)`", "prose")
+    assert len(lines) > 10
+    for line in lines:
+        name, *rest = line.partition(" -- ")[0].split()
+        for flag in re.findall(r"--(?!gin)\w+", " ".join(rest)):
+            assert re.search(rf"{flag}\b", of_command[name]), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -91,7 +102,7 @@ def test_settings_that_the_pages_name_are_there(page):
     named = set(re.findall(r"`([A-Z][A-Z]+(?:_[A-Z]+)+)(?:=[^`]*)?`", left_out))
     blocks = "".join(re.findall(r"^```(?:gin|text)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE))
     set_there = set(re.findall(r"^([A-Z]+(?:_[A-Z]+)+) = ", blocks, flags=re.MULTILINE))
-    assert (named | set_there) - FOREIGN <= SETTINGS
+    assert {name for name in named | set_there if not FOREIGN.match(name)} <= SETTINGS
 
 
 def test_the_pictures_are_those_that_the_script_draws():

@@ -134,7 +134,7 @@ def test_arrows_point_down(name: str):
     for library, importers in ONLY_IMPORTERS.items():
         assert library not in tops(found) or name in importers
     assert not tops(imports(path, everywhere=False)) & {"matplotlib", "apache_beam"}
-    if room in ("results", "report"):
+    if room in ("results", "report", "watching", "tracking"):
         assert not tops(found) & ({"jax", "gin"} | HEAVY)
     if "seqio" in tops(found) and name.startswith("codellm_jax"):
         assert name in ("codellm_jax.mixture.tokens", "codellm_jax.mixture.mixture")

@@ -12,7 +12,7 @@ from codellm_jax.prepare.steps import Step
 
 RANGES = 4096  # of hashes, by their first bits
 DOCUMENTS_A_CHUNK = 1 << 15
-SHINGLES_A_CHUNK = 1 << 23  # of documents that are compared by them
+SHINGLES_A_CHUNK = 1 << 22  # of documents that are compared by them
 BINS = 1 << 20  # that hashes fall into when documents are drawn
 
 
@@ -84,8 +84,8 @@ class Keys:
             row = (numbers - numbers[0]).astype(np.int64)
             told = np.zeros(row[-1] + 1, signed(signatures.shape[1]))
             told["place"] = (int(numbers[0]) & (1 << PART_BITS) - 1) + np.arange(len(told))
-            for at, name in enumerate(("rank", "bytes"), 1):
-                told[name][row] = np.array([each[at] for each in found], np.uint64)
+            for column, name in enumerate(("rank", "bytes"), 1):
+                told[name][row] = np.array([each[column] for each in found], np.uint64)
             told["signature"][row] = signatures
             if step.options["similarity"]:
                 sets = [hashes for *_, hashes in found]

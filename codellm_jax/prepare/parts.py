@@ -161,13 +161,23 @@ def count_rows(job: Job, part: int) -> None:
         ranged.write_bytes(path, json.dumps(job.inputs.rows(source, files[0][0], piece)).encode())
 
 
+def sum_rows(job: Job) -> None:
+    """Writes down, once all are counted, how many rows of its file come before each part that is a piece of one."""
+    before, of_file = 0, None
+    found = []
+    for number, part in enumerate(job.parts):
+        before = before if (part.source, part.files) == of_file else 0
+        of_file = part.source, part.files
+        found.append(before)
+        before += json.loads(job.path(0, "rows", number, ".json").read_text()) if part.piece else 0
+    ranged.write_bytes(epath.Path(job.folder) / "stage0" / "rows_before.json", json.dumps(found).encode())
+
+
 def _rows_before(job: Job, part: int) -> int:
     """Of a part that is a piece of a file, how many rows the pieces before it have."""
     if not job.parts[part].piece:
         return 0
-    before = (other for other in range(part) if job.parts[other].files == job.parts[part].files
-              and job.parts[other].source == job.parts[part].source)
-    return sum(json.loads(job.path(0, "rows", other, ".json").read_text()) for other in before)
+    return json.loads((epath.Path(job.folder) / "stage0" / "rows_before.json").read_text())[part]
 
 
 def _left(job: Job, stage: int, part: int) -> Iterator[dict[str, Any]]:

@@ -96,7 +96,7 @@ def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[A
         changed |= {name: time for name, _, time in files}
         of_parts += _parts(preparation, source, files)
     text = json.dumps(questions, ensure_ascii=False)
-    vocabulary = preparation.vocabulary and preparation.vocabulary.content_hash
+    vocabulary = preparation.vocabulary.content_hash if preparation.vocabulary else None
     plan = {"inputs": inputs, "inputs_sha256": _hash(inputs), "changed": changed, "steps": described(steps),
             "steps_sha256": hash_of(steps, vocabulary), "vocabulary_sha256": vocabulary,
             "format": preparation.format, "vocabulary": preparation.vocabulary and preparation.vocabulary.path,
@@ -261,6 +261,7 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
             reduction.finish(job, stage - 1, functools.partial(work, job))
         else:
             work(job, [json.dumps(["rows", part]) for part, one in enumerate(job.parts) if one.piece])
+            parts.sum_rows(job)
         work(job, [json.dumps(["part", stage, part]) for part in todo])
         left = sum((job.facts(stage, part) or {})["documents"] for part in range(len(job.parts)))
         report(f"{told}{left:,} documents left, in {len(job.parts):,} part{'s' * (len(job.parts) > 1)}.")

@@ -6,9 +6,9 @@
   FineWeb  Penedo et al. (2024), arXiv:2406.17557, section 3.6
 
 A filter gives the reason why a text is removed, or None. An edit gives the text that is left of it. The papers do not
-say what a word is. Here, nearly as spaCy parts English and so as datatrove counts, it is a run of letters, digits and
-underscores; "don't" is "do" and "n't", "3.5" and "U.S." are one, and each other sign but white space is a word of its
-own, not counted where it says so.
+say what a word is. Here, nearly as spaCy parts English and so as datatrove counts, it is a run of letters and digits,
+with underscores and apostrophes within; "don't" is "do" and "n't", "she's" is "she" and "'s", "3.5", "U.S." and "Mr."
+are one, and each other sign but white space is a word of its own, not counted where it says so.
 """
 
 import re
@@ -16,7 +16,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 _WORD = re.compile(
-    r"(?:[^\W\d_]\.){2,}|\d+(?:[.,]\d+)*|\w+?(?=n['’]t\b)|n['’]t\b|\w+|['’]\w+|\.{3}|-{2,}|[^\w\s]")
+    r"(?:[^\W\d_]\.){2,}|\b(?:[A-Za-z]|Mrs?|Ms|Dr|St|Prof|Gen|Gov|Rev|Rep|Sen|Jr|Co|Corp|Inc|Ltd|Bros|Messrs|vs)\."
+    r"|\d+(?:[.,]\d+)*|[^\W_]+?(?=n['’]t(?![^\W_]))|n['’]t(?![^\W_])"
+    r"|[^\W_]+(?:(?:_+|['’](?!(?:s|m|d|ll|re|ve)(?![^\W_])))[^\W_]+)*"
+    r"|(?<=\w)['’](?:s|m|d|ll|re|ve)(?![^\W_])|\.{3,}|-{2,}|[^\w\s]|_")
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")

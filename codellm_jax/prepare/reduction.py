@@ -114,9 +114,12 @@ def _edges_of(job: Job, stage: int, step: Step, found: Sequence[np.ndarray]) -> 
     for group in found:
         at = np.searchsorted(numbers, np.unique(group))
         at = at[np.argsort(signatures["rank"][at], kind="stable")]  # which are compared depends on the texts alone
+
+        def of_group(first: int, second: int, at: np.ndarray = at) -> float:
+            return exact(*sorted((int(at[first]), int(at[second]))))
+
         for first, second, similarity in similar_pairs(
-                signatures["signature"][at], step.options["similarity"],
-                lambda first, second, at=at: exact(*sorted((int(at[first]), int(at[second]))))):
+                signatures["signature"][at], step.options["similarity"], of_group):
             pairs[min(at[first], at[second]), max(at[first], at[second])] = similarity
     edges = np.zeros(len(pairs), EDGE)
     for side, name in enumerate(("first", "second")):
@@ -133,7 +136,8 @@ def _signatures(
     """What is kept of documents, by their numbers, ascending; and what reads the shingles of one by its place there."""
     dtype = signed(step.options["bands"] * step.options["rows"])
     found = np.zeros(len(numbers), dtype)
-    paths, files_of, rows = [], np.zeros(len(numbers), np.int64), np.zeros(len(numbers), np.int64)
+    paths: list[tuple[epath.Path, int]] = []
+    files_of, rows = np.zeros(len(numbers), np.int64), np.zeros(len(numbers), np.int64)
     of_part = (numbers >> np.uint64(PART_BITS)).astype(np.int64)
     for path in files(job, stage, "signed"):
         part = int(path.name.split("-")[1])

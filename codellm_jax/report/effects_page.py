@@ -104,8 +104,8 @@ def _table(found: Sequence[Judged], total: int) -> Table:
         measure = next(iter(own.values())).measure
         rows.append([f"{title}\n{measure.unit}, {measure.better} is better",
                      *(_cell(own[name]) if name in own else "-" for name in names)])
-    return Table("What code in a stage changes in each measure: the effect with its 95% interval, beneath it whether "
-                 f"it helps and its p-value, corrected by Holm's method for all {total} effects that have one. An "
+    return Table("What code in a stage changes in each measure: the effect with its 95% interval, and beneath it the "
+                 f"verdict and the p-value, corrected by Holm's method for all {total} effects that have one. An "
                  "effect is the difference between arms with code and without, midway between code and none in the "
                  "other stages.", ("Measure", *map(_capital, names)), rows)
 

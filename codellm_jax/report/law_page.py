@@ -213,8 +213,9 @@ def _figures(analysis: Analysis) -> list[Block]:
         points = [(float(analysis.sweep.shares[n, 1]), float(analysis.sweep.values[n, place]), analysis.sweep.seeds[n],
                    (name, n) in named) for n in lines if not math.isnan(analysis.sweep.values[n, place])]
         panels.append(plots.LawPanel(
-            name if task_of(name) else f"Held-out {name}", analysis.sweep.units.get(name, "loss"),
-            analysis.shares[:, 1], analysis.predicted[place], analysis.intervals[place], points))
+            name if task_of(name) else f"Held-out {name}",
+            analysis.sweep.units.get(name, "value") if task_of(name) else "Loss, nats a token", analysis.shares[:, 1],
+            analysis.predicted[place], analysis.intervals[place], points))
     caption = (f"Losses against the share of {analysis.sweep.sources[1]}: the law with its 95% interval, a mark "
                "for each seed, and a cross for each outlier. The band of the share is the 95% interval of the best for "
                "the objective, the dotted line the best."

@@ -12,8 +12,9 @@ import numpy as np
 from scipy import optimize
 
 GRID = 401  # shares of two sources that are looked at
-STARTS, MOVES = 1500, 400  # mixtures of more than two sources that a search begins with, and tries in each step
-STEPS = (0.5, 0.3, 0.15, 0.15, 0.08, 0.08, 0.04, 0.04, 0.02, 0.02)  # of the way to another mixture
+STARTS = 1500  # mixtures of more than two sources that a search begins with
+ROUNDS, MOVES = 20, 150  # of the search, and how many of each kind it tries in a round
+STEPS = (0.5, 0.01)  # of the way to another mixture, in the first round and the last
 APART = 0.005  # of a share: a mixture as close as this to what the runs span is within it
 SURE = 0.95
 INTERVAL = (0.025, 0.975)
@@ -72,11 +73,17 @@ def mixtures(shares: np.ndarray, number: int, dice: np.random.Generator) -> np.n
     if shares.shape[1] == 2:
         second = np.linspace(shares[:, 1].min(), shares[:, 1].max(), GRID)
         return np.stack([1 - second, second], axis=1)
-    distinct = shares[np.sort(np.unique(shares.round(4), axis=0, return_index=True)[1])]
-    parts = [distinct]
-    for concentration in (0.1, 1.0):  # near single ones, and deep between them
-        parts.append(dice.dirichlet(np.full(len(distinct), concentration), number // 2) @ distinct)
-    return np.concatenate(parts)
+    distinct = _distinct(shares)
+    return np.concatenate([np.eye(len(distinct)), _random(len(distinct), number, dice)]) @ distinct
+
+
+def _distinct(shares: np.ndarray) -> np.ndarray:
+    return shares[np.sort(np.unique(shares.round(4), axis=0, return_index=True)[1])]
+
+
+def _random(corners: int, number: int, dice: np.random.Generator) -> np.ndarray:
+    """[number, corners] weights of random mixtures, half of them near single corners, half between all."""
+    return np.concatenate([dice.dirichlet(np.full(corners, size), number // 2) for size in (0.1, 1.0)])
 
 
 def weigh(objective: Mapping[str, float], losses: Sequence[str], curves: np.ndarray) -> np.ndarray:
@@ -87,32 +94,46 @@ def weigh(objective: Mapping[str, float], losses: Sequence[str], curves: np.ndar
 def lowest(corners: np.ndarray, curves_at: CurvesAt, seed: int = 0) -> np.ndarray:
     """[B, S] the mixture between `corners` at which each curve is lowest.
 
-    Of two sources all shares are looked at. Of more the search goes from many mixtures towards random ones between the
-    corners, from the lowest of every curve so far, in shorter and shorter steps. It stays between the corners, and each
-    curve tries what was found for others.
+    Of two sources all shares are looked at. Of more, mixtures are weights of the corners, and a random search goes from
+    the lowest of every curve so far: towards other mixtures, in shorter and shorter steps; by giving some of one
+    corner's weight to another; and by the difference of two other curves' lowest, which lies along the face that they
+    are on (differential evolution; Storn and Price, 1997). Each curve tries what was found for others.
 
     Args:
       corners: [n, S].
       curves_at: mixtures [m, S] -> objective [B, m], the same curves at each call.
     """
     dice = np.random.default_rng(seed)
-    tried = mixtures(corners, STARTS, dice)
-    values = curves_at(tried)
-    places = values.argmin(axis=1)
-    found, least = tried[places], values[np.arange(len(values)), places]
     if corners.shape[1] == 2:
-        return found
-    for step in STEPS:
-        towards = mixtures(corners, MOVES, dice)
-        towards = towards[dice.permutation(len(towards))[:MOVES]]
-        begin = found[dice.choice(len(found), len(towards))]
-        tried = begin + step * (towards - begin)
-        values = curves_at(tried)
+        tried = mixtures(corners, 0, dice)
+        return tried[curves_at(tried).argmin(axis=1)]
+    corners = _distinct(corners)
+    number = len(corners)
+
+    def lower(weights: np.ndarray, found: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values = curves_at(weights @ corners)
         places = values.argmin(axis=1)
         own = values[np.arange(len(values)), places]
-        found = np.where((own < least)[:, None], tried[places], found)
-        least = np.minimum(own, least)
-    return found
+        return np.where((own < least)[:, None], weights[places], found), np.minimum(own, least)
+
+    curves = len(curves_at(corners[:1]))
+    found, least = lower(np.concatenate([np.eye(number), _random(number, STARTS, dice)]),
+                         np.zeros((curves, number)), np.full(curves, np.inf))
+    for step in np.geomspace(*STEPS, ROUNDS):
+        first, second, third, fourth = (found[dice.choice(curves, MOVES)] for _ in range(4))
+        towards = np.concatenate([np.eye(number), _random(number, MOVES, dice)])
+        towards = towards[dice.choice(len(towards), MOVES, replace=False)]
+        giving, taking = (np.array([dice.choice(number, p=own) for own in weights]) for weights in (
+            first, 0.7 * second + 0.3 / number))
+        given = first.copy()
+        each = np.arange(MOVES)
+        part = dice.random(MOVES) ** 3 * first[each, giving]
+        given[each, giving] -= part
+        given[each, taking] += part
+        along = np.maximum(first + dice.random((MOVES, 1)) * (third - fourth), 0)
+        found, least = lower(np.concatenate([
+            first + step * (towards - first), given, along / along.sum(axis=1, keepdims=True)]), found, least)
+    return found @ corners
 
 
 def best(swept: np.ndarray, corners: np.ndarray, average: np.ndarray, curves_at: CurvesAt) -> Best:

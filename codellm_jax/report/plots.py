@@ -95,7 +95,7 @@ class LawPanel(NamedTuple):
     """One loss, or measure of a benchmark, against a share."""
 
     title: str
-    unit: str
+    label: str  # of its axis
     shares: np.ndarray  # [m]
     predicted: np.ndarray  # [m]
     intervals: np.ndarray  # [m, 2]
@@ -348,7 +348,7 @@ def law(name: str, caption: str, source: str, panels: Sequence[LawPanel], best: 
             marker = "x" if outlier else MARKERS[seeds.index(seed) % len(MARKERS)] if seed in seeds else "o"
             axis.plot(share, loss, linestyle="none", marker=marker, markersize=7 if outlier else 4, color=COLOURS[6],
                       markerfacecolor="none", markeredgewidth=1.6 if outlier else 0.8)
-        axis.set(title=panel.title, xlabel=f"Share of {source}", ylabel=panel.unit.capitalize())
+        axis.set(title=panel.title, xlabel=f"Share of {source}", ylabel=panel.label)
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()

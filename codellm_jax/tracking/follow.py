@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from codellm_jax.tracking.backends import OPEN, Tracked, Tracker
 from codellm_jax.tracking.trackers import END_SECONDS, FOLDER
 
 PERIOD, REMOTE_PERIOD = 2.0, 30.0  # seconds between two looks at a run on a disk, and in a bucket
+REST = 20.0  # and never less than so many times what a look takes, for the run wants the processor
 FILES = ("config.gin", "provenance.json")
 
 
@@ -161,10 +163,12 @@ def main(directory: str, name: str) -> int:
         _to_log(directory, name)
         threading.Thread(target=wait_for_end, daemon=True).start()
         try:
-            follower = Follower(directory, name)
+            follower, took = Follower(directory, name), 0.0
             while True:
-                last = ended.wait(REMOTE_PERIOD if "://" in directory else PERIOD)
+                last = ended.wait(max(REMOTE_PERIOD if "://" in directory else PERIOD, REST * took))
+                began = time.monotonic()
                 follower.records()
+                took = time.monotonic() - began
                 if last:
                     break
             follower.rest()

@@ -7,6 +7,7 @@ another process, each time that more runs are done.
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -139,13 +140,15 @@ def started(directory: str, host: str, port: int | None) -> Iterator[ThreadingHT
 
 
 def _listening(host: str, port: int | None, watched: Watched) -> ThreadingHTTPServer:
-    kind: Any = type("Answers", (Handler,), {"watched": watched, "host": host})
+    answers: Any = type("Answers", (Handler,), {"watched": watched, "host": host})
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server: Any = type("Server", (ThreadingHTTPServer,), {"address_family": family})
     try:
-        return ThreadingHTTPServer((host, PORT if port is None else port), kind)
+        return server((host, PORT if port is None else port), answers)
     except (OSError, OverflowError) as error:
         if port is None and isinstance(error, OSError):
             with contextlib.suppress(OSError):
-                return ThreadingHTTPServer((host, 0), kind)
+                return server((host, 0), answers)
         raise OSError(f"{host}:{PORT if port is None else port} cannot be listened at ({error}): give another "
                       "--host or --port; --port=0 takes a free one.") from None
 

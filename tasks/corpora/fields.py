@@ -93,8 +93,7 @@ def found(place: str, record: Mapping[str, Any] | Lost, spec: Mapping[str, Any],
         return Found(place, Lost("of other licences"))
     if lost := unlike(record, spec.get("where", {})):
         return Found(place, lost)
-    language, licence = (told if isinstance(told := _plain(record.get(name)), str) and told else None
-                         for name in ("language", "license"))
+    language, licence = _told(record.get("language")), _told(record.get("license"))
     if "text" in spec:
         return Found(place, _filled(spec["text"], record), language, licence=licence)
     field = spec.get("field", default)
@@ -102,6 +101,12 @@ def found(place: str, record: Mapping[str, Any] | Lost, spec: Mapping[str, Any],
     if not isinstance(text, str | bytes):
         return Found(f"{place}, {named(list(record))}", Lost(_TEXTLESS.format(field)))
     return Found(place, text, language, licence=licence)
+
+
+def _told(given: Any) -> str | None:
+    """A text that is not empty; None of anything else."""
+    given = given if given is None else _plain(given)
+    return given if isinstance(given, str) and given else None
 
 
 def _filled(template: str, record: Mapping[str, Any]) -> str | Lost:

@@ -16,6 +16,7 @@ _NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 _NUMBER = re.compile(r"(?:line|record|row) (\d+)(?!\d)")
 _KINDS = [kind for kind in specs.DOCUMENT_KINDS if kind not in specs.TOKEN_KINDS]
 _OF_TRAINING = ("transform", "validation")
+LARGEST = 1 << 26  # characters of a document: what steps hold of one, its words and hashes, is many times as much
 
 
 class Input(NamedTuple):
@@ -105,11 +106,13 @@ class Inputs:
         row, before = rows_before, files[0] if piece and files else ""
         told = {fields.BESIDE: ["license", "language"]}  # of columns no others are read
         spec = {**self.corpora[name], **told}
+        # What pyarrow made a text of was UTF-8; a text of JSON, or of a template with bytes, may hold half a character.
+        is_valid = specs.kind_of(spec) in ("parquet", "arrow") and not {"text", "sample"} & set(spec)
         for found in pieces.records(before, spec, name, piece, rows_before) if piece else _records(spec, name, files):
             file, at = _place(found.place, before, files or ())
             row = row + 1 if file == before else 1
             before = file
-            text, reason = _text(found.content, self.corpora[name])
+            text, reason = _text(found.content, self.corpora[name], is_valid)
             yield Input(file, at or row, text, reason, found.language, found.licence,
                         found.content.records if isinstance(found.content, Lost) else 1)
 
@@ -145,17 +148,17 @@ def _is_of(place: str, file: str) -> bool:
     return place.startswith(file) and place[len(file) : len(file) + 2] in ("", ", ", ": ")
 
 
-def _text(content: str | bytes | Lost, spec: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The text of a document, or None and why there is none."""
+def _text(content: str | bytes | Lost, spec: Mapping[str, Any], is_valid: bool) -> tuple[str | None, str]:
+    """The text of a document, or None and why there is none; `is_valid` says that a `str` is known to be UTF-8."""
     if isinstance(content, Lost):
         return None, content.reason
     try:
-        # What pyarrow made a text of was UTF-8; a text of JSON may hold half a character.
-        is_sure = isinstance(content, str) and specs.kind_of(spec) in ("parquet", "arrow") and "sample" not in spec
-        encoded = b"" if is_sure else content.encode() if isinstance(content, str) else content
+        encoded = content if isinstance(content, bytes) else b"" if is_valid else content.encode()
         text = content if isinstance(content, str) else content.decode()
     except UnicodeError:
         return None, "not valid UTF-8"
+    if len(text) > LARGEST:
+        return None, f"longer than {LARGEST:,} characters"
     if not text or text.isspace():
         return None, "empty"
     return (text, "") if specs.is_sampled(encoded, spec) else (None, "outside of the sample")

@@ -158,7 +158,8 @@ def test_pairs_joined_in_rounds_are_those_joined_at_once():
 
 
 @pytest.mark.parametrize(("similarity", "bands", "shares"), [
-    (0.85, 14, (0.002, 0.035)), (0.8, 24, (0.002, 0.05)), (0, 14, (0.01, 0.02))])
+    (0.85, 14, (0.002, 0.035)), pytest.param(0.8, 24, (0.002, 0.05), marks=pytest.mark.slow),
+    pytest.param(0, 14, (0.01, 0.02), marks=pytest.mark.slow)])
 def test_planted_near_duplicates_are_found(tmp_path: Path, similarity: float, bands: int, shares: tuple[float, float]):
     """Of pairs from the stated similarity on 98%, above all of those just above it, and no pair below it."""
     dice = random.Random(11)

@@ -137,7 +137,8 @@ def test_what_was_planted_is_found(folder: Path):
     assert "| logic_sample |" in card and "holds a question of logic" in card and "Jaccard" in card
 
 
-@pytest.mark.parametrize("form", ["parquet", "array_record", "tfrecord"])
+@pytest.mark.parametrize("form", [
+    "parquet", pytest.param("array_record", marks=pytest.mark.slow), pytest.param("tfrecord", marks=pytest.mark.slow)])
 def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch, form: str):
     monkeypatch.setattr(keys, "DOCUMENTS_A_CHUNK", 7)
     prepare.prepare(preparation(folder, format=form), 1, report=silent)
@@ -195,8 +196,8 @@ def test_a_kill_within_a_part_leaves_nothing_half(folder: Path, monkeypatch):
     prepare.prepare(preparation(folder, "other"), 1, report=silent)
     real = reduction.finish
 
-    def killed(job, stage: int) -> None:
-        real(job, stage)
+    def killed(*arguments) -> None:
+        real(*arguments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reduction, "finish", killed)

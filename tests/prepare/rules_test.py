@@ -202,6 +202,12 @@ def test_secrets(text: str, masked: str):
     assert code.mask_secrets(masked) == masked
 
 
+def test_words_are_parted_as_spacy_parts_them():
+    assert quality.words("'Mr. O'Neil's,' she said, _isn't_ a_b; do it... U.S. 3.5-fold, so do I.") == [
+        "'", "Mr.", "O'Neil", "'s", ",", "'", "she", "said", ",", "_", "is", "n't", "_", "a_b", ";", "do", "it", "...",
+        "U.S.", "3.5", "-", "fold", ",", "so", "do", "I."]
+
+
 @pytest.mark.parametrize("secret", [
     *(f"{start}{'A1B2' * 4}" for start in ("AKIA", "ASIA", "AGPA", "AIDA", "AROA")),
     *(f"{start}{'A1b2' * 13}" for start in (

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -137,6 +138,15 @@ def test_a_taken_port_is_one_line(tmp_path):
         with pytest.raises(OSError, match=f"127.0.0.1:{taken} cannot be listened at"):
             with started(str(tmp_path), "127.0.0.1", taken):
                 pass
+
+
+def test_an_address_of_ipv6_is_listened_at(tmp_path):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with started(str(tmp_path), "::1", 0) as server:
+        assert server.server_address[:2] == ("::1", server.server_port)
 
 
 def test_effects_that_cannot_be_told_say_why(tmp_path, capsys):

@@ -12,20 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpora import pieces
+from tasks.corpora import inputs, pieces
 from tasks.corpora.inputs import Inputs
 from tasks.corpora.pieces import _between
 
 
 def both(spec: dict[str, Any], path: Path, at_most: int) -> tuple[list[Any], list[Any], int]:
     """The documents of a file read as a whole and by its pieces, and how many pieces there are."""
-    inputs = Inputs({"text.a": spec})
-    found = inputs.pieces("text.a", str(path), at_most) or []
+    corpora = Inputs({"text.a": spec})
+    found = corpora.pieces("text.a", str(path), at_most) or []
     parted, before = [], 0
     for piece in found:
-        parted += inputs.documents("text.a", [str(path)], piece, before)
-        before += inputs.rows("text.a", str(path), piece)
-    return list(inputs.documents("text.a", [str(path)])), parted, len(found)
+        parted += corpora.documents("text.a", [str(path)], piece, before)
+        before += corpora.rows("text.a", str(path), piece)
+    return list(corpora.documents("text.a", [str(path)])), parted, len(found)
 
 
 @settings(deadline=None)
@@ -68,6 +68,14 @@ def test_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert Inputs({"text.a": {"json_lines": str(path)}}).pieces("text.a", str(path), 100) is None
     path.write_text('{"text": "a line"}\n' * 100, encoding="utf-16")
     assert Inputs({"text.a": {"json_lines": str(path)}}).pieces("text.a", str(path), 100) is None
+
+
+def test_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in (9, 10, 3)))
+    monkeypatch.setattr(inputs, "LARGEST", 9)
+    found = Inputs({"text.a": {"json_lines": str(path)}}).documents("text.a", [str(path)])
+    assert [(each.row, each.reason) for each in found] == [(1, ""), (2, "longer than 9 characters"), (3, "")]
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
