@@ -306,7 +306,8 @@ if __name__ == "__main__":
     return start
 
 
-@pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, True), (signal.SIGKILL, False)])
+@pytest.mark.parametrize("number, whole_group", [
+    (signal.SIGINT, True), pytest.param(signal.SIGKILL, False, marks=pytest.mark.slow)])
 def test_stopped_it_ends_with_its_processes(searching, number, whole_group):
     """Ctrl-C at a terminal reaches the whole group; that the first process alone is killed is noticed by the others."""
     process = searching("go on")

@@ -144,6 +144,7 @@ def test_the_plan_is_written_down(finished):
         ("NN.seed0", "NN", "tuning", 0, "NL.seed0", "constant", {"CODE_RATE": 0.0})]
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_is_refused_and_redone_only_when_asked(finished, capsys):
     directory, _, (_, *arguments) = finished
     before = fingerprint(directory)
