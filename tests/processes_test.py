@@ -117,6 +117,7 @@ def together(tiny_flags, tmp_path_factory, alone) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_losses_and_scores_are_those_of_one_process(alone, together):
     wanted, found = lines_of(alone), lines_of(together)
     assert list(found) == list(wanted)
@@ -134,6 +135,7 @@ def test_losses_and_scores_are_those_of_one_process(alone, together):
                 [c["log_likelihood"] for c in b["candidates"]], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_export_what_they_save(together, tmp_path):
     assert sorted(path.name for path in (together / "exports").iterdir()) == ["12", "6"]
     assert cli.main(["export", f"{together}@12", f"--output={tmp_path / 'out'}"]) == 0
@@ -141,6 +143,7 @@ def test_two_processes_export_what_they_save(together, tmp_path):
     assert saved.read_bytes() == exported.read_bytes()
 
 
+@pytest.mark.slow
 def test_each_process_writes_its_own_profile(together):
     folder = together / "tensorboard" / "plugins" / "profile" / "steps_8-9"
     for index in range(2):

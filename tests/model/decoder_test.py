@@ -202,6 +202,7 @@ def loss_gradients(config: DecoderConfig, params: Any, inputs: Inputs) -> Any:
     return jax.jit(jax.grad(loss))(params)
 
 
+@pytest.mark.slow
 def test_remat_and_unrolling_change_no_gradient() -> None:
     """With dropout, whose draws must come out the same the second time."""
     config = dataclasses.replace(TINY, dropout_rate=0.3, remat="none")

@@ -75,6 +75,7 @@ def test_a_resumed_run_profiles_what_is_left_and_says_so(make_training, capsys, 
     assert len(list(folder_of(training.model_dir, "").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_profile_that_cannot_be_written_does_not_end_the_run(make_training, capsys):
     training = make_training()
     blocked = folder_of(training.model_dir, "")

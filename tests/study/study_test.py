@@ -317,6 +317,7 @@ def test_explain_answers_of_a_studys_stages(capsys, name, lines):
         assert line.startswith(start), printed
 
 
+@pytest.mark.slow
 def test_without_benchmarks_a_study_gives_losses(study_flags, tmp_path, capsys):
     flags = command(tmp_path, study_flags, {"NL": NL}, "--gin.evaluation/TASKS=[]")
     assert cli.main(flags) == 0, capsys.readouterr().err

@@ -160,6 +160,7 @@ def test_bits_per_byte_are_of_the_text_that_is_held_out(make_training, stage):
             assert line[f"bits_per_byte/{source.pool}"] == pytest.approx(expected)  # each pool has one source
 
 
+@pytest.mark.slow
 def test_realised_shares_are_those_asked_for(make_training):
     for rate in (0.0, 0.1, 1 / 3, 0.9, 1.0):
         training = make_training(code_rate=rate, train_steps=5, eval_period=5, checkpoint_period=5)
