@@ -107,7 +107,7 @@ def _with_others(flags: argparse.Namespace) -> int | None:
     if status is None:
         from codellm_jax.runtime.distributed import join
 
-        join(*given, heartbeat=flags.heartbeat_seconds)
+        join(flags.coordinator_address, flags.process_count, flags.process_index, flags.heartbeat_seconds)
     return status
 
 
