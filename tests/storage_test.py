@@ -409,8 +409,9 @@ def test_a_study_in_the_bucket_is_found_and_redone(bucket, tiny_flags, tiny_cach
                   "--gin.pretraining/TRAIN_STEPS=4", "--gin.evaluation/TASKS=['logic']")
     assert "All 1 runs are trained and evaluated: gs://bucket/study" in bucket(*command)
     assert "1 of 1 runs are done" in bucket(*t5x("show", "gs://bucket/study"))
-    page = bucket("-c", "from codellm_jax.watching.serve import Watched; "
-                  "watched = Watched('gs://bucket/study'); print(watched._read(), watched._of_report('report.md'))")
+    page = bucket("-c", "from types import SimpleNamespace; from codellm_jax.watching.serve import Handler, Watched; "
+                  "watched = Watched('gs://bucket/study'); handler = SimpleNamespace(watched=watched); "
+                  "print(watched._read(), Handler._of_report(handler, 'report.md'))")
     assert "1 of 1 runs are done" in page and ">NL</td>" in page and "Report of study" in page
     said = bucket(*command, "--gin.pretraining/LEARNING_RATE=0.5", "--redo")
     assert "LEARNING_RATE was 0.001, is 0.5" in said and "NL.seed0: done, train" in said
