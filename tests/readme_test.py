@@ -84,6 +84,8 @@ def test_readme_commands_are_accepted(
                              "--gin.TASKS=['logic']"]) == 0
         runs = [str(tmp_path / "NL"), str(tmp_path / "CODE")]
         arguments = ["compare", *runs] if arguments[0] == "compare" else ["report", str(tmp_path)]
+    if arguments[0] == "show":
+        arguments[1] = str(pretrained / "CODE")
     if arguments[0] == "laws":
         (tmp_path / "ratios.csv").write_text("run,text,code\n" + "".join(
             f"{code},{1 - code},{code}\n" for code in (0.0, 0.25, 0.5, 0.75)))
