@@ -54,6 +54,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             return "tpu" if Path(file).stem in FOR_TPUS else file
 
+        def remove_node(self, node: Any) -> str | None:
+            """Returns the test that a worker died in, and hands on the tests behind it.
+
+            xdist's own method hands that test on too, so that it ends the next worker, and files that are done, for
+            which a worker waits without end.
+            """
+            units = {scope: unit for scope, unit in self.assigned_work.pop(node).items() if not all(unit.values())}
+            if not units:
+                return None
+            died_in = next(test for unit in units.values() for test, done in unit.items() if not done)
+            for scope, unit in units.items():
+                left = {test: done or test == died_in for test, done in unit.items()}
+                if not all(left.values()):
+                    self.workqueue[scope] = left
+            for other in self.assigned_work:
+                self._reschedule(other)
+            return died_in
+
     return ByFile(config, log)
 
 
