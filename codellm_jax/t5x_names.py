@@ -1,22 +1,22 @@
-"""What upstream T5X calls its settings, flags and commands, and what stands for each of them here.
+"""Upstream T5X's names of settings, flags and commands, and their equivalents here.
 
-It makes error lines useful, and nothing else: a setting has one name here, by which `t5x explain` tells what set it.
+Used only for error lines: a setting has one name here, and `t5x explain` prints what set it.
 """
 
 from collections.abc import Sequence
 
-# T5X's macros, and its parameters by class or function without the module before it.
+# T5X's macros, and its parameters by class or function without their module.
 SETTINGS = {
     "MIXTURE_OR_TASK_MODULE": "TASK_MODULES, a list of modules",
     "MIXTURE_OR_TASK_NAME": "TASKS in evaluation, a list of benchmarks",
     "RANDOM_SEED": "SEED",
     "USE_CACHED_TASKS": "not needed: rows are always cached, in CACHE_DIR",
     "SHUFFLE_TRAIN_EXAMPLES": "not needed: rows are always drawn in an order that SEED shuffles",
-    "TRAIN_STEPS_RELATIVE": "TRAIN_STEPS, which a tuned run counts from its own start",
+    "TRAIN_STEPS_RELATIVE": "TRAIN_STEPS, which a tuning run counts from its own start",
     "EVAL_OUTPUT_DIR": "evaluate.results_dir, by default CHECKPOINT_PATH/results",
     "INFER_OUTPUT_DIR": "the flag --output=FILE",
-    "USE_HARDWARE_RNG": "not there: the same seed gives the same numbers",
-    "LOSS_NORMALIZING_FACTOR": "not there: the loss is the mean over the tokens that count",
+    "USE_HARDWARE_RNG": "not supported: the same seed gives the same numbers",
+    "LOSS_NORMALIZING_FACTOR": "not supported: the loss is the mean over the tokens that count",
     "LABEL_SMOOTHING": "not there",
     "Z_LOSS": "not there",
     "MODEL": "model.layers, model.hidden and others, as the files of gin/models/ set them",
@@ -29,7 +29,7 @@ SETTINGS = {
     "DatasetConfig.pack": "PACKING in tuning; rows of documents are always full",
     "DatasetConfig.shuffle": "not needed: rows are always drawn in an order that SEED shuffles",
     "DatasetConfig.use_cached": "not needed: rows are always cached, in CACHE_DIR",
-    "DatasetConfig.split": "not there: a corpus's 'holdout' and 'validation' in CORPORA part it",
+    "DatasetConfig.split": "not supported: a corpus's 'holdout' and 'validation' in CORPORA split it",
     "Trainer.num_microbatches": "train.microbatches",
     "Trainer.learning_rate_fn": "train.learning_rate",
     "PjitPartitioner.num_partitions": "mesh.model",
@@ -38,7 +38,7 @@ SETTINGS = {
     "SaveCheckpointConfig.period": "CHECKPOINT_PERIOD",
     "SaveCheckpointConfig.keep": "train.keep_last",
     "SaveCheckpointConfig.checkpoint_steps": "KEEP_STEPS",
-    "SaveCheckpointConfig.save_dataset": "not needed: a resume finds its place in the data by the step",
+    "SaveCheckpointConfig.save_dataset": "not needed: a resumed run computes its position in the data from the step",
     "RestoreCheckpointConfig.path": "INITIAL_CHECKPOINT_PATH in training, CHECKPOINT_PATH in evaluation",
     "CheckpointConfig.save": "CHECKPOINT_PERIOD, train.keep_last and KEEP_STEPS",
     "CheckpointConfig.restore": "INITIAL_CHECKPOINT_PATH",
@@ -59,38 +59,39 @@ SETTINGS = {
     "create_learning_rate_scheduler.factors": "train.learning_rate",
 }
 FLAGS = {
-    "--tfds_data_dir": "TFDS's own variable of the environment, TFDS_DATA_DIR; --gin.DATA_DIR=DIR names the folder of "
-                       "official files",
+    "--tfds_data_dir": "TFDS's own environment variable, TFDS_DATA_DIR; --gin.DATA_DIR=DIR names the folder of "
+                       "official "
+                       "files",
     "--seqio_additional_cache_dirs": "--gin.CACHE_DIR=DIR",
-    "--multiprocess_gpu": "not needed: where JAX does not find the other processes itself, give --coordinator_address, "
+    "--multiprocess_gpu": "not needed: if JAX does not find the other processes itself, give --coordinator_address, "
                           "--process_count and --process_index",
     "--initialization_timeout": "not there",
-    "--alsologtostderr": "not needed: what happens is printed; --debug shows the traceback of an error",
-    "--logtostderr": "not needed: what happens is printed; --debug shows the traceback of an error",
+    "--alsologtostderr": "not needed: progress is printed; --debug shows the traceback of an error",
+    "--logtostderr": "not needed: progress is printed; --debug shows the traceback of an error",
     "--verbosity": "--debug, which shows the traceback of an error",
 }
 COMMANDS = {
     "pretrain": "t5x train --gin_file=gin/mixed_pretrain.gin",
     "finetune": "t5x train --gin_file=gin/tune_mixed.gin --gin.INITIAL_CHECKPOINT_PATH=RUN",
-    "inspect_checkpoint": "RUN/config.gin and RUN/provenance.json to read, and t5x export RUN --output=DIR for its "
-                          "tensors",
-    "convert_tf_checkpoint": "t5x import SOURCE --output=RUN, of weights for Hugging Face's libraries",
+    "inspect_checkpoint": "to inspect a run, RUN/config.gin and RUN/provenance.json; for its tensors, t5x export "
+                          "RUN --output=DIR",
+    "convert_tf_checkpoint": "t5x import SOURCE --output=RUN, which reads weights for Hugging Face's libraries",
 }
 
 
 def of_setting(name: str) -> str | None:
-    """The end of a message about one of T5X's settings, scope and module before it or not; None of other names."""
+    """The end of a message about one of T5X's settings, with or without scope and module; None for other names."""
     last = ".".join(name.split("/")[-1].split(".")[-2:])
     return _told(last, SETTINGS.get(last))
 
 
 def of_flag(flag: str) -> str | None:
-    """Likewise of one of T5X's flags."""
+    """The same for one of T5X's flags."""
     return _told(flag, FLAGS.get(flag))
 
 
 def of_command(arguments: Sequence[str]) -> str | None:
-    """A message about one of T5X's commands; None of all others."""
+    """A message about one of T5X's commands; None for all others."""
     if not arguments:
         return None
     if arguments[0] == "export" and any(argument.startswith("--gin") for argument in arguments):
@@ -100,9 +101,9 @@ def of_command(arguments: Sequence[str]) -> str | None:
 
 
 def of_gin_file(file: str) -> str:
-    """A message about a gin file that is T5X's, which imports what it configures."""
+    """A message about one of T5X's gin files, recognised by its imports."""
     return (f"{file} is a gin file of upstream T5X: give it to python -m t5x.train. Here gin/mixed_pretrain.gin, "
-            "gin/tune_mixed.gin and gin/eval.gin stand for T5X's; t5x train --runner=t5x trains by T5X's trainer.")
+            "gin/tune_mixed.gin and gin/eval.gin replace T5X's; t5x train --runner=t5x trains with T5X's trainer.")
 
 
 def _told(name: str, ours: str | None) -> str | None:

@@ -24,7 +24,7 @@ def refusal(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize("arguments, message", [
     (["trian"], "there is no sub-command 'trian'; nearest: train"),
     (["train"], "no --gin_file is given"),
-    (["study"], "no --gin_file is given; gin/study.gin is the one to begin with."),
+    (["study"], "no --gin_file is given; gin/study.gin is the file to start with."),
     (["train", MIXED, "--dryrun"], "unknown argument --dryrun; nearest: --dry_run"),
     (["train", MIXED, "--gin.SEED"], "--gin.SEED needs a value"),
     (["train", "--gin_file=gin/mixed_pretrian.gin"],
@@ -54,7 +54,7 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", MIXED, "--gin.MIXTURE_OR_TASK_NAME=[]"], "MIXTURE_OR_TASK_NAME is empty"),
     (["train", MIXED, "--gin.MIXTURE_OR_TASK_NAME=python_rows_increase"], "changes its mix by itself"),
     (["train", MIXED, "--gin.CODE_RATE=None"], "Neither CODE_RATE nor MIX_PHASES is set"),
-    (["train", "--gin_file=gin/tune_text.gin"], "needs INITIAL_CHECKPOINT_PATH, which no file and no flag sets"),
+    (["train", "--gin_file=gin/tune_text.gin"], "needs INITIAL_CHECKPOINT_PATH, which no file or flag sets"),
     (["train", "--gin_file=gin/tune_text.gin", "--gin.INITIAL_CHECKPOINT_PATH=nowhere"],
      "name the MODEL_DIR of a run that saved one"),
     (["train", MIXED, "--gin.train.keep_every=0"], "train.keep_every must be at least 1"),
@@ -63,7 +63,7 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", MIXED, "--gin.mesh.rules=[('embed', 'foo')]"], "mesh.rules lays embed onto 'foo'"),
     (["train", MIXED, "--gin.train.optimizer=@optax.adamw"], "use @adamw, or @chain"),
     (["train", MIXED, "--gin.train.optimizer=@optax.lio"], "optax has no 'lio'; nearest: lion"),
-    (["vocabulary", MIXED, "--output=/nowhere/my.model"], "there is no directory to write /nowhere/my.model in"),
+    (["vocabulary", MIXED, "--output=/nowhere/my.model"], "/nowhere/my.model cannot be written: its directory"),
     (["train", MIXED, "--gin.VOCABULARY=nowhere.model"], "There is no vocabulary file nowhere.model"),
     (["train", MIXED, "--gin.VOCABULARY=python_9k"], "No vocabulary 'python_9k' is shipped"),
     (["train", MIXED, "--gin.model.heads=5"], "heads must divide hidden"),
@@ -209,7 +209,7 @@ def test_a_users_own_module_named_tasks_is_named(tmp_path, what):
                           capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and done.stdout == ""
     [line] = done.stderr.strip().splitlines()
-    assert line.startswith(f"t5x explain: error: {mine} is found as the module `tasks`") and "rename it" in line
+    assert line.startswith(f"t5x explain: error: {mine} shadows this package's module `tasks`") and "rename it" in line
 
 
 def test_a_model_that_the_machine_cannot_hold_is_refused(capsys, tiny_flags, tmp_path):

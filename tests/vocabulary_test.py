@@ -308,7 +308,7 @@ def test_missing_vocabularies(tmp_path: pathlib.Path) -> None:
     (b"", ""), (b"no model at all" * 9, ""), (bytes(100), ""),
     (gzip.compress(b"x", mtime=0), " but compressed by gzip"),
     (b"PK\x03\x04" + bytes(9), " but a zip archive"),
-    (b"version https://git-lfs.github.com/spec/v1\n", " but a pointer of Git LFS in the place of the file")])
+    (b"version https://git-lfs.github.com/spec/v1\n", " but a Git LFS pointer instead of the file")])
 def test_other_files_are_refused(content: bytes, what: str, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "other.model"
     file.write_bytes(content)

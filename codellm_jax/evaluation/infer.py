@@ -149,7 +149,7 @@ def answer(inference: Inference, prompts_file: str | None, output: str | None) -
     if output and "://" not in output:
         path = pathlib.Path(output).expanduser().absolute()
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"there is no directory to write {output} in.")
+            raise FileNotFoundError(f"{output} cannot be written: its directory does not exist.")
         if prompts_file and path == pathlib.Path(prompts_file).expanduser().absolute():
             raise ValueError(f"--output and --prompts are both {output}.")
     template: Template | None = inference.template

@@ -192,7 +192,7 @@ def test_tokens_are_those_that_are_trained_on(corpora, questions, tmp_path):
     (["--gin.TASKS=[]"], "TASKS must be a list of benchmarks"),
     (["--gin.NGRAM=0"], "NGRAM must be at least 1, found 0"),
     (["--gin.DATA_DIR=/nowhere"], "/nowhere"),
-    (["--output=/nowhere/found.json"], "there is no directory to write /nowhere/found.json in"),
+    (["--output=/nowhere/found.json"], "/nowhere/found.json cannot be written: its directory"),
     (["--gin.MIXTURE_OR_TASK_NAME=['text.nothing']"], "No SeqIO task or mixture is named 'text.nothing'"),
 ])
 def test_slips_get_one_line(flags, capsys, more, message):
@@ -205,7 +205,7 @@ def test_slips_of_files(flags, capsys, tmp_path, pretrained):
     assert cli.main(["contamination"]) == 1
     assert "no --gin_file is given" in capsys.readouterr().err
     assert cli.main(["contamination", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={pretrained / 'NL'}"]) == 1
-    assert "no --gin_file names a mixture: give an arm's" in capsys.readouterr().err
+    assert "no --gin_file names a mixture: add the gin file of an arm" in capsys.readouterr().err
     (tmp_path / "metrics.json").write_text('{"a": 1}')
     assert cli.main(pretraining(flags, f"--output={tmp_path}/metrics.json")) == 1
     assert "is there and holds no contamination" in capsys.readouterr().err

@@ -380,7 +380,7 @@ def test_what_workers_can_reach(checkout):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--tpu=v4-9", "--zone=us-central2-b", "--", "train", MIXED], "nearest: v4-8"),
-    (["--tpu=v4-8", "--zone=us-central2-b"], "what TPUs are to run follows --"),
+    (["--tpu=v4-8", "--zone=us-central2-b"], "the command for the TPUs follows --"),
     (["--tpu=v4-8", "--zone=us-central2-b", "--", "tarin"], "is one of train, eval"),
     (["--tpu=v4-8", "--zone=us-central2-b", "--", "train"], "no --gin_file is given"),
     (["--tpu=v4-8", "--zone=us-central2-b", "--", "train", "--gin_file=nowhere.gin"], "No gin file nowhere.gin"),

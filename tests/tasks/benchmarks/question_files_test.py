@@ -348,7 +348,7 @@ WANTED = "; a file of questions holds a JSON object in each line, in UTF-8."
     (json_lines(SKY, SKY | {"answer": 5}), "FILE, line 2: the answer 5 is none of the 2 choices; it must be an index "),
     (gzip.compress(json_lines(*[SKY] * 99).encode())[:-9], f"FILE: broken rest of questions.jsonl{WANTED}"),
     (b"PAR1" + b"\0" * 99, "questions: FILE is damaged or breaks off, for its footer cannot be read"),
-    (b"ARROW1\0\0" + b"\0" * 99, "questions: FILE is an Arrow file; text is read in UTF-8"),
+    (b"ARROW1\0\0" + b"\0" * 99, "questions: FILE is an Arrow file; text may be UTF-8"),
 ])
 def test_what_is_wrong_with_a_file(content: str | bytes, told: str, write: Write) -> None:
     path = write("questions.jsonl", content)

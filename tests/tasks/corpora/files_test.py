@@ -250,7 +250,7 @@ def test_links_that_lead_nowhere(tmp_path: pathlib.Path, caplog: pytest.LogCaptu
     (tmp_path / "part-1.jsonl").symlink_to("/gone/blobs/abc")
     for pattern in ("*.jsonl", "**/*.jsonl", "part-1.jsonl", "part-[01].jsonl"):
         assert refused(f"{tmp_path}/{pattern}") == (
-            f"{tmp_path}/part-1.jsonl is a link to /gone/blobs/abc, which is not there; bring that back, or remove "
+            f"{tmp_path}/part-1.jsonl is a link to /gone/blobs/abc, which does not exist; restore it, or remove "
             "the link.")
     (tmp_path / "deep" / "more").symlink_to("/gone/folder")
     assert names(f"{tmp_path}/deep/**/*.jsonl", tmp_path) == ["deep/part-2.jsonl"]
@@ -279,7 +279,7 @@ def test_a_folder_in_the_place_of_a_pattern(tmp_path: pathlib.Path, monkeypatch:
 
 def test_what_is_neither_file_nor_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    told = " is a pipe, a socket or a device; write what it gives to a file."
+    told = " is a pipe, a socket or a device; write its content to a file."
     assert refused(f"{tmp_path}/*.jsonl") == f"{tmp_path}/a.jsonl{told}"
     assert refused("/dev/null") == f"/dev/null{told}"
     monkeypatch.chdir(tmp_path)  # for an address of a socket must be short
