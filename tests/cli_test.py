@@ -107,7 +107,7 @@ def test_passed_over_records_are_told_while_rows_are_cached(tmp_path):
          f"--gin.CORPORA={{'text.a': {{'json_lines': '{tmp_path}/a.jsonl', 'holdout': 0}}}}"],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert "text.a, read for train: 60 records are documents, passed over: 7 broken JSON" in done.stdout
+    assert "text.a, read for train: 60 records are documents, skipped: 7 broken JSON" in done.stdout
     assert done.stderr == ""
 
 

@@ -106,7 +106,7 @@ def test_what_breaks_off_is_read_up_to_there(tmp_path, compress):
 
 def test_utf_16_that_breaks_off(tmp_path):
     (tmp_path / "x").write_bytes("one\ntwo".encode("utf-16")[:-1])
-    with pytest.raises(UnreadableFile, match="x is damaged: no UTF-16: truncated data"):
+    with pytest.raises(UnreadableFile, match="x is damaged: not valid UTF-16: truncated data"):
         contents.whole_text(str(tmp_path / "x"))
 
 
@@ -201,8 +201,8 @@ def test_what_is_no_file_is_told(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     (tmp_path / "own").symlink_to(tmp_path / "own")
     for name, kind, told in (
-            ("link", FileNotFoundError, f"is a link to {tmp_path}/gone, which is not there"),
-            ("own", FileNotFoundError, f"is a link to {tmp_path}/own, which is not there"),
+            ("link", FileNotFoundError, f"is a link to {tmp_path}/gone, which does not exist"),
+            ("own", FileNotFoundError, f"is a link to {tmp_path}/own, which does not exist"),
             ("none", FileNotFoundError, "There is no file "), ("", UnreadableFile, "is a folder")):
         with pytest.raises(kind, match=told):
             contents.require_file(str(tmp_path / name))

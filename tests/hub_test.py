@@ -191,7 +191,7 @@ def test_another_content_is_refused_and_heals(hub: Hub, tmp_path: Path, file: st
     for _ in range(2):
         with pytest.raises(OSError) as raised:
             library.snapshot(NAME, PATTERNS)
-        assert f"{file} has the digest {found} in the place of {expected}" in str(raised.value)
+        assert f"{file} has the digest {found} instead of {expected}" in str(raised.value)
     assert not any(path.read_bytes() == hub.content[file] for path in tmp_path.glob("cache/**/*") if path.is_file())
     hub.content.clear()
     folder, _ = library.snapshot(NAME, PATTERNS)

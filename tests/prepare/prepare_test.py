@@ -442,8 +442,8 @@ def test_files_that_change_meanwhile_are_noticed(folder: Path, monkeypatch):
 @pytest.mark.parametrize(("corpora", "told"), [
     ({}, "CORPORA must map"), ({"web": {"json_lines": "a"}}, "named text.NAME"),
     ({"text.a": {"instructions": "a.json"}}, "reads documents"), ({"text.a": {"task": "x"}}, "reads documents"),
-    ({"text.a": {"json_lines": "a", "validation": "b"}}, "'validation' is for training"),
-    ({"text.a": {"python": "code", "transform": ["strip_comments"]}}, "'transform' is for training")])
+    ({"text.a": {"json_lines": "a", "validation": "b"}}, "'validation' is an option of training"),
+    ({"text.a": {"python": "code", "transform": ["strip_comments"]}}, "'transform' is an option of training")])
 def test_corpora_that_are_not_prepared(corpora, told: str):
     with pytest.raises(ValueError, match=told):
         Inputs(corpora)

@@ -109,7 +109,7 @@ def test_the_data_has_what_it_is_to_show(corpora, unasked):
     assert len([name for name in files if "/text.many/" in f"/{name}" and "/train/c/" in name]) >= 5
     [recorded] = [json.loads(text) for name, text in files.items() if "text.many" in name and "cache.json" in name]
     assert recorded["splits"]["train"]["notes"] == [
-        f"text.many, read for train: 120 records are documents, passed over: 2 broken JSON (first: {folder}/1.jsonl, "
+        f"text.many, read for train: 120 records are documents, skipped: 2 broken JSON (first: {folder}/1.jsonl, "
         f"line 31), 1 empty file (first: {folder}/2.jsonl), 2 without text in field 'text' (first: {folder}/1.jsonl, "
         "line 32, whose fields are 'other')."]
     [recorded] = [json.loads(text) for name, text in files.items() if "text.asked" in name and "cache.json" in name]
@@ -369,7 +369,7 @@ def test_broken_files_are_counted_and_nothing_left_is_an_error(tmp_path):
     defined = tasks.Definitions(corpora={"text.bad": {"json_lines": f"{tmp_path}/*.jsonl*", "holdout": 0}})
     mixture = Mixture(["text.bad"], defined, {"targets": 9}, 0.0, cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"its training split has \d tokens, fewer than the 10 of one row.*\(.*1 "
-                       r"records are documents, passed over: 2 broken JSON .first: .*b.jsonl, line 2., 1 broken rest "
+                       r"records are documents, skipped: 2 broken JSON .first: .*b.jsonl, line 2., 1 broken rest "
                        r"of a.jsonl.gz, 1 empty .first: .*b.jsonl, line 1.\.\)"):
         cache(mixture, load_vocabulary(), options=ONE, report=silent)
 
