@@ -129,7 +129,7 @@ def test_what_is_cut_and_left_out_is_told(make_training, tmp_path):
     training = make_training(stage="tuning", name="text.mine", definitions=definitions, code_rate=0.0)
     printed = describe(training, make_plan(training))
     assert "text.mine: 2 of 9 examples are cut to 33 tokens; 4 are left out" in printed
-    assert ("text.mine, read for train: 9 records are instructions, passed over: 1 empty (first: "
+    assert ("text.mine, read for train: 9 records are instructions, skipped: 1 empty (first: "
             f"{tmp_path}/mine.json, record 10).") in printed
     assert describe(training, make_plan(training)) == printed  # from the cache too
 

@@ -215,8 +215,8 @@ BROKEN: dict[str, tuple[str, Any, dict[str, int]]] = {
          PROGRAM | {"test_list": ["from math import *", "assert f()"]}, PROGRAM | {"code": "print 'Python 2'"}],
         {"without tests": 1, NO_ANSWER: 1, "without task_id": 1, NO_TEXT: 1, "with tests that are not Python": 4,
          "with tests that have an assert within another statement": 1,
-         "with tests that hold no assert, and so pass anything": 1,
-         "with tests that import names without telling them": 1, "whose solution is not Python": 1}),
+         "with tests that hold no assert, and thus pass anything": 1,
+         "with tests that import unnamed names": 1, "whose solution is not Python": 1}),
     "humaneval": (
         "HumanEval.jsonl.gz",
         gzip.compress(json_lines([
@@ -226,7 +226,7 @@ BROKEN: dict[str, tuple[str, Any, dict[str, int]]] = {
         {NO_ANSWER: 2, "empty": 2, "whose entry_point is not the name of a function": 1, "whose solution is not "
                                                                                          "Python": 1,
          "with tests that define no function check(candidate)": 1,
-         "with tests that assert nothing of the program, and so pass anything": 1}),
+         "with tests that assert nothing about the program, and thus pass anything": 1}),
 }
 
 

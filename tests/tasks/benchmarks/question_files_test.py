@@ -295,7 +295,7 @@ FIELDS = "set BENCHMARKS = {'questions': {'file': 'FILE', 'fields': {'answer': .
     ({"question": "Q", "answer": []}, "the list of answers is empty."),
     ({"question": "Q", "answer": {"text": "x"}}, "'answer' must hold text, found {'text': 'x'}."),
     ({"question": "Q"}, f"there is no 'answer', only 'question'; if the answer has another name, {FIELDS}"),
-    (HALVE | {"tests": "half(3)"}, "a program cannot be judged by tests that hold no assert, and so pass anything."),
+    (HALVE | {"tests": "half(3)"}, "a program cannot be judged by tests that hold no assert, and thus pass anything."),
     (HALVE | {"tests": [3]}, "'tests' must hold text, found 3."),
     (HALVE | {"code": "def"}, "the code is not Python."),
     (FUNCTION | {"entry_point": "f()"}, "a record whose entry_point is not the name of a function; HumanEval's form is "
