@@ -98,10 +98,10 @@ def mixtures_behind(
         try:
             record = newest_record(stage["model_dir"])[1]
         except (FileNotFoundError, ValueError) as error:
-            report(f"WARNING: not searched, as its stage cannot be read: {error}")
+            report(f"WARNING: not searched, because its stage cannot be read: {error}")
             continue
         if record["ledger"]["stage"] == "imported":
-            report(f"Not searched: what {stage['model_dir']} was trained on is not known.")
+            report(f"Not searched: the training data of {stage['model_dir']} is not known.")
             continue
         plain = {name: value for name in record["settings"] if re.fullmatch(r"(mixture|tasks|vocabulary)\.\w+", name)
                  and (value := literal(record["settings"], name)) is not None}
@@ -172,7 +172,7 @@ def measure_into(
     except ValueError:
         known = None
     if known is not None and not (isinstance(known, dict) and {"version", "n", "tasks"} <= known.keys()):
-        raise ValueError(f"{path} is there and holds no contamination: give another name.")
+        raise ValueError(f"{path} exists and is not a contamination file: choose another name.")
     measured = measure(contamination, mixtures, report, known)
     write_whole(file, json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
     return measured
@@ -232,5 +232,6 @@ def table(measured: Mapping[str, Any]) -> str:
     sources = [f"{name} {one['tokens']:,}" for name, one in measured["sources"].items()]
     return "\n".join([
         *lines, "", *examples, *([""] if examples else []), f"Searched, in tokens: {', '.join(sources)}.",
-        f"Overlap: {measured['n']} words of a question in a row, or a shorter part of it of {measured['minimum']} or "
-        "more, stand in what is trained on.", "Not tested: too short, or in words that many questions have."])
+        f"Overlap: {measured['n']} consecutive words of a question, or a shorter part of it of at least "
+        f"{measured['minimum']}, "
+        "occur in the training data.", "Not tested: too short, or in words shared by many questions."])

@@ -1,4 +1,4 @@
-"""A checkpoint of parameters that are never in memory as a whole: it is written part by part, and read so.
+"""A checkpoint whose parameters are never in memory as a whole: it is written and read part by part.
 
 It is one as `checkpoints` has them, but for the rest of a state: Orbax writes arrays of one chunk each, TensorStore
 makes them as long as they are to be and writes the parts, and the record comes last.
@@ -78,7 +78,7 @@ def save_in_parts(
         _finish(future, folder)
     for leaf, shape in shapes.items():
         if written[leaf] != math.prod(shape):
-            raise ValueError(f"{leaf} has {math.prod(shape)} numbers, and {written[leaf]} were given.")
+            raise ValueError(f"{leaf} has {math.prod(shape)} numbers, but {written[leaf]} were given.")
     whole = dict(record) | {"checksums": {
         f"params/{leaf}": [list(shape), "float32", sums[leaf] % 2**32] for leaf, shape in shapes.items()},
         "step": int(folder.name)}

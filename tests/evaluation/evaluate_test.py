@@ -569,7 +569,7 @@ def test_files_that_are_refused_before_a_model_is_loaded(run_dir, tmp_path, caps
     record = {"question": "1?", "choices": ["no", "yes"], "answer": 1}
     files = [str(write_lines(tmp_path / folder / "q.jsonl", record)) for folder in ("a", "b")]
     assert cli.main(flags(run_dir, f"--gin.TASKS={files}")) == 1
-    assert "error: TASKS names two files of one name, 'q': give one of them another by" in capsys.readouterr().err
+    assert "error: TASKS names two files of one name, 'q': give one of them another name by" in capsys.readouterr().err
     assert not (run_dir / "results" / "q.json").exists()
 
 

@@ -181,7 +181,7 @@ def test_one_record_of_several_lines(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', "a.jsonl, line 2 must be a JSON object"),
     ("a.jsonl", b'{"prompt": "x"', "a.jsonl, line 1 must be a JSON object"),
-    ("a.jsonl", b'{"instruction": "x"}', "a.jsonl, line 1 is an instruction: give --instruction"),
+    ("a.jsonl", b'{"instruction": "x"}', "a.jsonl, line 1 is an instruction: add --instruction"),
     ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}', "a.jsonl, line 2 holds half a surrogate pair"),
     ("a.json", b'[{"prompt": "x"}, {"prompt": 3}]', "a.json, record 2 must be a JSON object"),
     ("a.json", b"write a poem", "a.json, line 1 must be a JSON object"),
