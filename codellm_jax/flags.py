@@ -156,8 +156,8 @@ def parser() -> argparse.ArgumentParser:
         "plot", help="a figure of the losses of runs", allow_abbrev=False,
         description="Draws training and held-out losses of runs; each branch continues its trunk.")
     plot.add_argument("runs", metavar="RUN", nargs="+", help="a run directory")
-    plot.add_argument("--output", metavar="FILE", help="ends in .png or .svg (default: RUN/losses.png of one run, else "
-                      "losses.png)")
+    plot.add_argument("--output", metavar="FILE", help="ends in .png, .svg or .pdf (default: RUN/losses.png of one "
+                      "run, else losses.png)")
     plot.add_argument("--against", choices=("steps", "tokens"), default="steps")
     plot.add_argument("--debug", action="store_true", help="show the traceback of an error")
     laws = subparsers.add_parser(

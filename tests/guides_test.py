@@ -156,7 +156,7 @@ def test_a_study_on_many_machines(checkout, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     assert worker[-1] == "--worker" and worker[:-1] == status[:-1]
     assert cli.main([argument.replace("gs://bucket", str(tmp_path)) for argument in status]) == 1
-    assert "no study has begun there" in capsys.readouterr().err
+    assert "no study has started there" in capsys.readouterr().err
     assert "#SBATCH --array=0-" in run(slurm[: slurm.index(">")], capsys)
     assert "completionMode: Indexed" in run(kubernetes[: kubernetes.index(">")], capsys)
     assert "queued-resources create" in run([*launch[:1], "--print_only", *launch[1:]], capsys)

@@ -59,14 +59,14 @@ def adopt(
     else:
         base, found = settings_of(checkpoint.parent)
         if base == TUNING and "INITIAL_CHECKPOINT_PATH" not in dict(overrides):
-            raise ValueError(f"{source} was tuned: give --gin.INITIAL_CHECKPOINT_PATH=RUN, the run that it was tuned "
-                             "from, as it was adopted.")
+            raise ValueError(f"{source} was tuned: give --gin.INITIAL_CHECKPOINT_PATH=RUN, the adopted run from which "
+                             "it was tuned.")
         configuration = read_configuration([base], [*found, *overrides], search_paths)
     training: Training = build(configuration, "train")
     plan = make_plan(dataclasses.replace(training, mesh=MeshShape()), say)
     if step > plan.last_step:
-        raise ValueError(f"{checkpoint} was trained for {step} steps, and the settings say {plan.last_step}: give "
-                         f"--gin.TRAIN_STEPS={step} or the steps that it was to have.")
+        raise ValueError(f"{checkpoint} was trained for {step} steps, but the settings say {plan.last_step}: give "
+                         f"--gin.TRAIN_STEPS={step} or its planned steps.")
     _, dropout_rng = jax.random.split(jax.random.key(training.seed))
     state = read_state(checkpoint, step, plan.state, jax.random.key_data(dropout_rng))
     ledger = _ledger(training, plan, step)
@@ -104,8 +104,8 @@ def settings_of(model_dir: epath.Path) -> tuple[str, list[tuple[str, str]]]:
     path = model_dir / "config.gin"
     theirs = Configuration(tuple(map(_ours, settings_in(str(path)) if path.exists() else ())))
     if "train.batch_size" not in theirs.effective:
-        raise ValueError(f"{path} is not of a file of gin/t5x/, so that it does not tell the run's settings: name the "
-                         "gin files that are like it, such as --gin_file=gin/mixed_pretrain.gin.")
+        raise ValueError(f"{path} is not of a file of gin/t5x/, so it does not give the run's settings: name the "
+                         "equivalent gin files, such as --gin_file=gin/mixed_pretrain.gin.")
     stage = _resolved(theirs, "mixture.stage")
     base = TUNING if stage == "'tuning'" else "gin/pretrain.gin"
     own = read_settings([base], [])
@@ -152,9 +152,9 @@ def give(source: str, output: str) -> str:
     arrays = read_arrays(run, step)
     if wrong := [name for name, facts in checksums(arrays).items() if record["checksums"].get(name) != facts]:
         raise ValueError(f"The checkpoint of step {step} in {run} is damaged ({len(wrong)} arrays differ from what was "
-                         f"saved, {wrong[0]} first): take another step.")
+                         f"saved, {wrong[0]} first): choose another step.")
     if "step" not in arrays:
-        raise ValueError(f"{run} holds parameters alone, of which T5X cannot go on: train it for a step first.")
+        raise ValueError(f"{run} holds only parameters, from which T5X cannot continue: train it for a step first.")
     write_state(output, step, arrays)
     return f"{run}, step {step}, is {output}/checkpoint_{step} to T5X."
 
@@ -162,4 +162,4 @@ def give(source: str, output: str) -> str:
 def _require_free(output: str) -> None:
     place = epath.Path(resolved(output))
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"{place} is there already: give another --output or remove it.")
+        raise ValueError(f"{place} exists already: choose another --output or remove it.")

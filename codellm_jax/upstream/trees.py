@@ -34,7 +34,7 @@ def find_checkpoint(path: str) -> tuple[epath.Path, int]:
     if not steps:
         what = f"{given} is a run of this package already" if (given / "checkpoints").exists() else \
             f"No {PREFIX}_STEP/state in {given}"
-        raise FileNotFoundError(f"{what}: name the MODEL_DIR of `python -m t5x.train`, which saves by Orbax "
+        raise FileNotFoundError(f"{what}: name the MODEL_DIR of `python -m t5x.train`, which saves with Orbax "
                                 "(use_orbax, its default).")
     return given / f"{PREFIX}_{max(steps)}", max(steps)
 
@@ -56,14 +56,14 @@ def read_state(checkpoint: epath.Path, step: int, abstract: TrainState, rng: jax
     try:
         metadata = handler.metadata(checkpoint / "state").item_metadata.tree
     except Exception as error:
-        raise ValueError(f"{checkpoint} cannot be read ({first_line(error)}): take another step.") from None
+        raise ValueError(f"{checkpoint} cannot be read ({first_line(error)}): choose another step.") from None
     found = {name: [list(leaf.shape)] for name, leaf in named_leaves(metadata).items()}
     require_same_arrays(found, item, step)
     try:
         restored = named_leaves(handler.restore(checkpoint / "state", ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))))
     except Exception as error:
-        raise ValueError(f"{checkpoint} is damaged ({first_line(error)}): take another step.") from None
+        raise ValueError(f"{checkpoint} is damaged ({first_line(error)}): choose another step.") from None
     leaves = [rng if name == "rng" else restored[_their_name(name)] for name in named_leaves(abstract)]
     state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
     if int(state.step) != step:
@@ -90,7 +90,7 @@ def read_arrays(model_dir: str, step: int) -> dict[str, np.ndarray]:
     try:
         return {name: np.asarray(leaf) for name, leaf in named_leaves(read_on_host(path)).items()}
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}): take another step.") from None
+        raise ValueError(f"{path} is damaged ({first_line(error)}): choose another step.") from None
 
 
 def read_on_host(path: epath.Path) -> Any:

@@ -286,7 +286,7 @@ def test_a_prompt_too_long_leaves_room_for_its_answer(run_dir, tmp_path, capsys)
         if line["reasons"] == ["length"]:
             # Bytes that are no text may become fewer tokens when they are read again, hardly one.
             assert len(vocabulary.encode(line["texts"][0])) > 1
-    assert f"{result['n']} prompts were too long and lost their beginning" in capsys.readouterr().out
+    assert f"{result['n']} prompts were too long and were truncated at the beginning" in capsys.readouterr().out
     # Of fewer questions each is answered as it was: an answer does not depend on where its question stands.
     assert cli.main(flags(run_dir, "--gin.TASKS=['dureader']", "--gin.QUESTIONS=2", "--gin.SEED=1",
                           f"--gin.evaluate.results_dir={tmp_path}/some")) == 0

@@ -122,7 +122,7 @@ def test_rates_of_corpora(mixture_of, vocabulary, tiny_corpora):
 
 def test_rates_for_some_of_a_pool_are_refused(mixture_of, vocabulary, tiny_corpora):
     corpora = {"text.one": tiny_corpora["text.tiny"] | {"rate": 2}}
-    with pytest.raises(ValueError, match="ither all sources of a pool have a rate or none; without one: text.tiny") as raised:
+    with pytest.raises(ValueError, match="have a rate or none; without one: text.tiny") as raised:
         open_mixture(mixture_of(["text.tiny", "text.one", "code.tiny"], corpora), vocabulary, 0, 100, silent)
     assert "\n" not in str(raised.value)
 

@@ -161,10 +161,10 @@ def test_another_vocabulary_is_refused(tune, tmp_path):
 
 def test_a_run_directory_of_the_wrong_stage_is_refused(tune, pretrained, tiny_flags, capsys, tmp_path):
     status, _, errors = tune("text", "NL", model_dir=pretrained / "CODE")
-    assert status == 1 and "holds a run of the stage pretraining, and this one is of the stage tuning" in errors
+    assert status == 1 and "holds a run of the stage pretraining, but this one is of the stage tuning" in errors
     assert tune("text", "NL")[0] == 0
     assert cli.main(["train", *tiny_flags, f"--gin.MODEL_DIR={tmp_path / 'run'}", "--gin.TRAIN_STEPS=8"]) == 1
-    assert "holds a run of the stage tuning, and this one is of the stage pretraining" in capsys.readouterr().err
+    assert "holds a run of the stage tuning, but this one is of the stage pretraining" in capsys.readouterr().err
 
 
 def test_another_start_in_the_same_directory_is_refused(tune, pretrained, tmp_path):

@@ -407,5 +407,5 @@ def test_worked_programs_are_no_questions(write: Write, tmp_path: pathlib.Path) 
 
 
 def test_humaneval_has_no_worked_examples() -> None:
-    with pytest.raises(ValueError, match="^humaneval: it has no worked examples; set few_shot to 0.$"):
+    with pytest.raises(ValueError, match="^humaneval has no worked examples; set few_shot to 0.$"):
         load("humaneval", None, few_shot=1)

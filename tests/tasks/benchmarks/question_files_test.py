@@ -110,7 +110,7 @@ def test_the_same_questions_in_other_forms(lines: Callable[..., str], write: Wri
 def test_what_is_wrong_in_other_forms(write: Write) -> None:
     for content, told in ((b"question,answer\nQ\n", "cells.csv, line 2, 1 instead of 2: with a number of"),
                           (b"question,answer\nQ,3\n\xff,3\n", "cells.csv, line 3: not valid UTF-8"),
-                          (gzip.compress(b"question,answer\n" + b"Q,3\n" * 999)[:-9], "damaged or breaks off"),
+                          (gzip.compress(b"question,answer\n" + b"Q,3\n" * 999)[:-9], "damaged or truncated"),
                           (b"question,answer\n", "cells.csv: empty file")):
         with pytest.raises(ValueError, match=told):
             load(write("cells.csv", content), None)
@@ -273,12 +273,12 @@ FIELDS = "set BENCHMARKS = {'questions': {'file': 'FILE', 'fields': {'answer': .
      "which: BENCHMARKS = {'questions': {'file': 'FILE', 'answer_is': 'letter'}}, or 'text'."),
     (choice(1, "1", "0"), "the answer 1 may be the index of choice B, '0', or the text of choice A, '1'; say which: "
      "BENCHMARKS = {'questions': {'file': 'FILE', 'answer_is': 'index'}}, or 'text'."),
-    (choice("four"), f"the answer 'four' is none of the 3 choices; {WAYS}"),
-    (choice(3), f"the answer 3 is none of the 3 choices; {WAYS} If the file counts from 1, set BENCHMARKS = "
+    (choice("four"), f"the answer 'four' is not one of the 3 choices; {WAYS}"),
+    (choice(3), f"the answer 3 is not one of the 3 choices; {WAYS} If the file counts from 1, set BENCHMARKS = "
      "{'questions': {'file': 'FILE', 'answer_is': 'ordinal'}}."),
-    (choice(-1), f"the answer -1 is none of the 3 choices; {WAYS}"),
-    (choice(True), f"the answer True is none of the 3 choices; {WAYS}"),
-    (choice("same", "same", "same", "other"), f"the answer 'same' is none of the 3 choices; {WAYS}"),
+    (choice(-1), f"the answer -1 is not one of the 3 choices; {WAYS}"),
+    (choice(True), f"the answer True is not one of the 3 choices; {WAYS}"),
+    (choice("same", "same", "same", "other"), f"the answer 'same' is not one of the 3 choices; {WAYS}"),
     (choice(["A", "B"]), "a question must have one right choice, found ['A', 'B']."),
     (choice(0, "one"), "a question must have 2 to 26 choices, found 1."),
     (choice(0, *map(str, range(27))), "a question must have 2 to 26 choices, found 27."),
@@ -345,7 +345,7 @@ WANTED = "; a file of questions holds a JSON object in each line, in UTF-8."
     ("[" + json.dumps(SKY) + ", 3]", f"FILE, record 2: not a JSON object{WANTED}"),
     (json_lines(SKY | {"id": "x"}, SKY, SKY | {"id": "x"}), "FILE, line 3: line 1 also has the id 'x'; ids must d"),
     (json_lines(SKY | {"id": 1}, SKY), "FILE, line 2: line 1 also has the id '1'; ids must differ."),
-    (json_lines(SKY, SKY | {"answer": 5}), "FILE, line 2: the answer 5 is none of the 2 choices; it must be an index "),
+    (json_lines(SKY, SKY | {"answer": 5}), "FILE, line 2: the answer 5 is not one of the 2 choices; it must be "),
     (gzip.compress(json_lines(*[SKY] * 99).encode())[:-9], f"FILE: broken rest of questions.jsonl{WANTED}"),
     (b"PAR1" + b"\0" * 99, "questions: FILE is damaged or truncated: its footer cannot be read"),
     (b"ARROW1\0\0" + b"\0" * 99, "questions: FILE is an Arrow file; text may be UTF-8"),

@@ -70,7 +70,7 @@ def test_where(condition: Any, good: list[Any], bad: list[Any]) -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"where": ["Python"]}, "'where' must be a mapping from fields to conditions"),
     ({"where": {}}, "'where' must be a mapping"),
-    ({"where": {"a": {"least": 3}}}, "has for 'a' the condition {'least': 3}; give 'at_least', 'at_most' or both"),
+    ({"where": {"a": {"least": 3}}}, "has the condition {'least': 3} for 'a'; give 'at_least', 'at_most' or both"),
     ({"where": {"a": {"at_least": [3]}}}, "that is neither a number nor a text"),
     ({"where": {"a": []}}, "that holds more than texts and numbers"),
     ({"where": {"a": None}}, "the condition None"),
@@ -252,7 +252,7 @@ def test_what_is_no_parquet_is_refused(tmp_path: pathlib.Path, content: bytes, m
 def test_parquet_that_breaks_off_is_refused(tmp_path: pathlib.Path) -> None:
     file = pathlib.Path(_parquet(tmp_path / "a.parquet", _rows()))
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"text.mine: .*a.parquet is damaged or breaks off, .* bring it anew\.$"):
+    with pytest.raises(ValueError, match=r"text.mine: .*a.parquet is damaged or truncated, .* copy or download it again\.$"):
         _read({"parquet": str(file), **WHOLE})
 
 
@@ -338,7 +338,7 @@ def test_a_folder_of_save_to_disk(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="saved/state.json lists no files"):
         _read({"arrow": str(folder), **WHOLE})
     (folder / "state.json").write_text("{")
-    with pytest.raises(ValueError, match="saved/state.json is no JSON"):
+    with pytest.raises(ValueError, match="saved/state.json is not JSON"):
         _read({"arrow": str(folder), **WHOLE})
 
 
@@ -351,7 +351,7 @@ def test_arrow_that_breaks_off(tmp_path: pathlib.Path, caplog: pytest.LogCapture
     assert "1 broken rest of a" in _told(caplog)
     _arrow(file, rows)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match="a is damaged or breaks off .* bring it anew"):
+    with pytest.raises(ValueError, match="a is damaged or truncated .* copy or download it again"):
         _read({"arrow": str(file), **WHOLE})
     file.write_bytes(b"PAR1\xff\0")
     with pytest.raises(ValueError, match="a is a Parquet file; expected an Arrow file or stream"):
@@ -599,7 +599,7 @@ def test_array_record(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) 
     assert "1 broken JSON (first: " in _told(caplog) and "a.array_record, record 151)" in _told(caplog)
     whole = pathlib.Path(file).read_bytes()
     pathlib.Path(file).write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match="a.array_record is damaged or breaks off"):
+    with pytest.raises(ValueError, match="a.array_record is damaged or truncated"):
         _read({"array_record": file, **WHOLE})
     pathlib.Path(file).write_text("text")
     with pytest.raises(ValueError, match="a.array_record is not an ArrayRecord file"):

@@ -639,8 +639,8 @@ def test_transforms_of_a_corpus_come_in_turn_and_are_counted(
         (tmp_path / f"{name}.py").write_text(text)
     spec = {"text_files": str(tmp_path / "*.py"), "transform": ["strip_comments", "rename_identifiers"], **WHOLE}
     counted = ("code.mine, read for train: 1 documents are transformed (strip_comments, rename_identifiers), others "
-               f"not: 2 not parsed by strip_comments as python{{}} (first: {tmp_path}/b.py), "
-               f"1 left empty by strip_comments (first: {tmp_path}/c.py).")
+               f"not: 1 left empty by strip_comments (first: {tmp_path}/c.py), "
+               f"2 not parsed by strip_comments as python{{}} (first: {tmp_path}/b.py).")
     with caplog.at_level(logging.WARNING):
         assert documents(spec) == ["def v0(v1):\n    return v1\n"]
         assert documents(spec | {"unparsed": "keep"}) == ["def v0(v1):\n    return v1\n", "print 'two'\n", "def g(\n"]
@@ -681,14 +681,14 @@ def test_languages_of_records_and_files(
         documents(by_suffix)
     assert len(documents(by_suffix | {"transform": ["shuffle_lines"]})) == 3
     write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
-    with pytest.raises(ValueError, match=r"code.mine: .*a.jsonl, line 1 has no field 'language' .* as 'language'"):
+    with pytest.raises(ValueError, match=r"code.mine: .*a.jsonl, line 1 has no field 'language', .* as 'language'"):
         documents(spec)
 
 
 def test_nothing_left_by_transforms(tmp_path: pathlib.Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"text": f"x = {number}"} for number in range(3)])
     spec = {"json_lines": file, "language": "python", "transform": ["comments_only"], **WHOLE}
-    with pytest.raises(ValueError, match=r"code.mine: the transforms leave no document to train on \(3 with nothing"):
+    with pytest.raises(ValueError, match=r"code.mine: the transforms leave no document to train on \(3 left empty"):
         documents(spec)
 
 
@@ -705,12 +705,12 @@ def test_a_missing_extra_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest
 @pytest.mark.parametrize(("spec", "message"), [
     ({"python": "code", "transform": []}, "'transform' must be a list of strip_comments, .*found \\[\\]"),
     ({"python": "code", "transform": "strip_comments"}, "'transform' must be a list"),
-    ({"python": "code", "transform": ["strip"]}, "'transform' has no 'strip'; there are strip_comments"),
+    ({"python": "code", "transform": ["strip"]}, "'transform' has no transform 'strip'; there are strip_comments"),
     ({"python": "code", "transform": [3]}, "'transform' must hold names, or mappings such as .* found 3"),
     ({"python": "code", "transform": [{"name": "strip_comments", "seed": 1}]}, "which has no option 'seed'"),
     ({"python": "code", "transform": [{"name": "shuffle_lines", "sed": 1}]}, "which has no option 'sed'"),
     ({"python": "code", "transform": [{"name": "shuffle_lines", "seed": 1.5}]}, "whole numbers as seeds; found 1.5"),
-    ({"python": "code", "transform": ["pseudocode", "strip_comments"]}, "'strip_comments' behind 'pseudocode'"),
+    ({"python": "code", "transform": ["pseudocode", "strip_comments"]}, "'strip_comments' after 'pseudocode'"),
     ({"python": "code", "transform": ["prose_only"]}, "'prose_only' reads 'notebooks', not 'python'"),
     ({"notebooks": "*", "transform": ["strip_comments", "code_cells_only"]}, "must begin with 'code_cells_only'"),
     ({"commits": "*", "transform": ["strip_comments"]}, "'strip_comments' reads code, but 'commits'"),
@@ -867,7 +867,7 @@ def test_threads(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> No
         "Question: Width\n\nHow wide?\n\nAnswer: One.\n\nAnswer: Look.\n\nAnswer: Measure.\n\nAnswer: Ask.\n",
         "Question: Why?\n\nAnswer: So.\n"]
     for reason in ("1 without answers (first: {}, line 3)", "1 without text in field 'question' (first: {}, line 4)",
-                   "1 with an answer without text (first: {}, line 5)", "1 with a score that is no number"):
+                   "1 with an answer without text (first: {}, line 5)", "1 with a score that is not a number"):
         assert reason.format(file) in caplog.text
 
 
