@@ -140,7 +140,8 @@ def test_what_was_planted_is_found(folder: Path):
 @pytest.mark.parametrize("form", [
     "parquet", pytest.param("array_record", marks=pytest.mark.slow), pytest.param("tfrecord", marks=pytest.mark.slow)])
 def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch, form: str):
-    monkeypatch.setattr(keys, "DOCUMENTS_A_CHUNK", 7)
+    monkeypatch.setattr(keys, "DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(keys, "BYTES_A_FILE", 3000)
     prepare.prepare(preparation(folder, format=form), 1, report=silent)
     wanted = contents(folder / "out")
     (folder / "out").rename(folder / "first")
