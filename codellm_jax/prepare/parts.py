@@ -235,7 +235,7 @@ def _questions(
 ) -> tuple[NGrams, list[Question], np.ndarray]:
     """The n-grams of the benchmarks' questions, whose they are, and that none of them is left out."""
     questions = [Question(task, own, tuple(parts)) for task, own, parts in json.loads(epath.Path(path).read_text())]
-    ngrams = index(questions, ngram, minimum, most, Lengths(characters, minimum_characters))
+    ngrams = index(questions, Lengths(ngram, minimum), Lengths(characters, minimum_characters), most)
     return ngrams, questions, np.zeros(len(questions), bool)
 
 

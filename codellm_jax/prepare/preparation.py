@@ -62,8 +62,8 @@ class Preparation:
       vocabulary: counts documents and budgets in its tokens; None for no count.
       format: of the documents that are written, one of `FORMATS`; the latter two are a dataset of TensorFlow Datasets.
       part_bytes: files of one corpus are joined into parts of about so many bytes, and larger files of JSON lines and
-        Parquet are divided; workers take one part at a time. None for 64 MiB, or, where that would be more than 8,192
-        parts, an 8,192nd part of all files.
+        Parquet are divided; workers take one part at a time. None for 64 MiB, or for as much more as leaves 16,384
+        parts, which is beyond 1 TiB of files.
     """
 
     inputs: Inputs

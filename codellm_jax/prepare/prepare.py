@@ -37,7 +37,7 @@ from codellm_jax.results.files import write_whole
 from codellm_jax.runtime import beam
 from codellm_jax.runtime.process import alone_in
 
-LEAST_PART, MOST_PARTS = 64 << 20, 8192  # bytes; together they are `part_bytes` where that is None
+LEAST_PART, MOST_PARTS = 64 << 20, 1 << 14  # bytes; together they are `part_bytes` where that is None
 LAYOUT = 2  # of the files in OUTPUT.building; raise it whenever others would be written
 
 

@@ -58,7 +58,8 @@ class Growing:
     def __init__(self, path: epath.Path) -> None:
         self._path = path
         self._building = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        self._file: Any = self._building.open("wb")
+        self._held = contextlib.ExitStack()  # TensorFlow's file in gs:// comes as a context
+        self._file: Any = self._held.enter_context(self._building.open("wb"))
 
     def write(self, piece: bytes | np.ndarray) -> None:
         """Adds some bytes, or those of an array."""
@@ -66,12 +67,12 @@ class Growing:
 
     def close(self) -> None:
         """Ends the file and puts it in its place."""
-        self._file.close()
+        self._held.close()
         self._building.replace(self._path)
 
     def discard(self) -> None:
         """Removes what is there of a file that will not be whole."""
-        self._file.close()
+        self._held.close()
         self._building.unlink(missing_ok=True)
 
 
