@@ -62,7 +62,7 @@ def require_plain_name(setting: str, directory: str) -> None:
 
 @contextlib.contextmanager
 def alone_in(
-    directory: str, setting: str = "MODEL_DIR", doing: str = "training"
+    directory: str, setting: str = "MODEL_DIR", doing: str = "training", part: str = ""
 ) -> Iterator[Callable[[], None]]:
     """Holds a directory against other processes; a killed one lets go of it by itself.
 
@@ -75,6 +75,7 @@ def alone_in(
     Args:
       setting: that names the directory.
       doing: what another process would be doing there.
+      part: holds not all of it, but what bears this name, such as a task; in gs:// all of it is held nevertheless.
 
     Raises:
       ValueError: another process holds it.
@@ -92,7 +93,7 @@ def alone_in(
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{setting} {directory} cannot be made: {error.strerror}. Set another.") from error
-    with open(os.path.abspath(os.path.join(directory, ".lock")), "w") as lock:
+    with open(os.path.abspath(os.path.join(directory, f".{part}.lock" if part else ".lock")), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
