@@ -22,11 +22,6 @@ from codellm_jax.mixture.tokens import SPLITS
 
 BYTES_READ_WHOLE = 32 << 20
 ROWS_AT_ONCE = 4096
-# Errors of TensorFlow's, Google's and Python's clients of remote storage.
-OF_STORAGE = frozenset((
-    "UnavailableError", "DeadlineExceededError", "ResourceExhaustedError", "AbortedError", "PermissionDeniedError",
-    "ServerError", "TooManyRequests", "RetryError", "ConnectionError", "TimeoutError", "PermissionError",
-    "TransportError"))
 
 
 class DamagedRows(ValueError):
@@ -116,10 +111,3 @@ def _facts(split: str, facts: Any) -> dict[str, Any]:
             raise DamagedRows(f"its cache.json says {field.name} = {value!r} of {split}")
         found[field.name] = tuple(value) if isinstance(value, list) else value
     return found
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether storage could not be read just now, which says nothing of what lies there."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & OF_STORAGE) or any(word in str(error) for word in (
-        "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "CANCELLED"))

@@ -27,14 +27,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from codellm_jax.mixture.checked import (
-    DamagedRows,
-    is_transient,
-    recorded_splits,
-    require_rows,
-    require_written,
-    row_digests,
-)
+from codellm_jax.mixture.checked import DamagedRows, recorded_splits, require_rows, require_written, row_digests
 from codellm_jax.mixture.examples import WIDTH_BESIDE_TOKENS, Found, documents, example_rows
 from codellm_jax.mixture.half_made import half_made
 from codellm_jax.mixture.places import Place, cache_place, move_aside, storage_error
@@ -49,6 +42,7 @@ from codellm_jax.mixture.stores import (
     salt_of,
 )
 from codellm_jax.mixture.tokens import SPLITS, Definitions, Example, examples, open_task, sample_of, warnings_of
+from codellm_jax.mixture.transient import asked_again, is_transient
 from codellm_jax.vocabulary import Vocabulary
 
 STAGES = ("pretraining", "tuning")
@@ -150,7 +144,8 @@ def _recorded(
     place: Place, task: str, vocabulary: Vocabulary, length: int, stage: str, report: Callable[[str], None]
 ) -> dict[str, Rows]:
     """What cache.json tells. Raises ValueError where that, or what lies beside it, is not what was written."""
-    suffix, splits = recorded_splits((place.directory / "cache.json").read_bytes(), place.key)
+    read = (place.directory / "cache.json").read_bytes
+    suffix, splits = recorded_splits(asked_again(read) if place.is_remote else read(), place.key)
     found = {split: Rows(name=task, split=split, path=str(place.directory / f"{split}{suffix}"), length=length,
                          loss=place.loss, **facts) for split, facts in splits.items()}
     width = row_format(vocabulary, length, stage, place.loss).width

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 
 from etils import epath
 
+from codellm_jax.mixture.transient import asked_again, is_transient
+
 SECONDS_BETWEEN_UPLOADS = 60.0  # of all events so far, where nothing can be appended to
 
 
@@ -101,11 +103,15 @@ class _RemoteFile:
 
     def flush(self) -> None:
         if time.monotonic() - self._uploaded >= SECONDS_BETWEEN_UPLOADS:
-            self._upload()
+            self._uploaded = time.monotonic()
+            try:
+                self._upload()
+            except Exception as error:
+                if not is_transient(error):  # else the next one has all that this one had
+                    raise
 
     def close(self) -> None:
-        self._upload()
+        asked_again(self._upload)
 
     def _upload(self) -> None:
         self._path.write_bytes(bytes(self._written))
-        self._uploaded = time.monotonic()

@@ -56,6 +56,7 @@ def test_parts_of_a_directory_are_held_apart(tmp_path):
         with pytest.raises(ValueError, match="Another process is asking in "):
             with alone_in(str(tmp_path), doing="asking", part="cosqa"):
                 pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("number, raised", [(errno.ENOLCK, False), (errno.ENOSYS, False), (errno.EIO, True)])
