@@ -99,6 +99,8 @@ class Failing:
                     return
                 headers: list[tuple[str, str]] = []
                 content = b""
+                if not status and self.headers.get("Content-Range", "").startswith("bytes */"):
+                    status = 308  # how far is an upload whose request failed? Nothing has come, for it stopped here.
                 if not status:
                     there = http.client.HTTPConnection(target.removeprefix("http://"))
                     there.request(self.command, self.path, body, {

@@ -34,6 +34,7 @@ from codellm_jax.mixture.places import Place, cache_place, move_aside, storage_e
 from codellm_jax.mixture.roundtrip import warned
 from codellm_jax.mixture.stores import (
     BYTES_KEPT,
+    BYTES_KEPT_IN_ALL,
     ROWS_A_SHARD,
     create_digests,
     create_store,
@@ -404,5 +405,6 @@ _compared: set[tuple[str, str]] = set()  # arrays that were opened, with the has
 def _opened(path: str, kept: int = 0) -> tensorstore.TensorStore:
     """Opened once a process: opening costs far more than reading a batch. Of digests all are kept that were read."""
     if path not in _stores:
-        _stores[path] = open_store(path, kept=max(kept, BYTES_KEPT))
+        of_source = min(BYTES_KEPT, BYTES_KEPT_IN_ALL // (1 + len(_stores)))  # lest memory grow with their number
+        _stores[path] = open_store(path, kept=max(kept, of_source))
     return _stores[path]

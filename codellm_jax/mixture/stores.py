@@ -12,6 +12,7 @@ ROWS_A_CHUNK = 16
 DIGESTS_A_CHUNK = 16 * ROWS_A_SHARD
 REQUESTS_AT_ONCE = 256
 BYTES_KEPT = 64 << 20  # of each source, where its files' indices above all
+BYTES_KEPT_IN_ALL = 1 << 30  # about, of many sources
 _LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
