@@ -28,7 +28,7 @@ IMPORTED = ("codellm_jax.cli", "codellm_jax.training.train", "codellm_jax.evalua
 class Forked:
     """A context manager; the process that commands are forked from ends with it."""
 
-    def __init__(self, environment: Mapping[str, str], timeout: float = 200.0) -> None:
+    def __init__(self, environment: Mapping[str, str], timeout: float = 400.0) -> None:
         self._timeout = timeout
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
