@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +191,22 @@ def test_grouped_heads_compute_the_same_on_a_mesh(kv_heads, rules):
     with jax.set_mesh(make_mesh(shape)), nn.logical_axis_rules(shape.all_rules()):
         found = jax.jit(run)(jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, abstract))
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_programs_for_several_cpu_devices_are_compiled_anew_in_each_process(tmp_path):
+    """One read back from JAX's cache ended in a deadlock, such as that of the test before with one head of keys."""
+    script = """if True:
+        import jax, sys
+        from codellm_jax.runtime.partitioning import MeshShape, make_mesh
+        jax.jit(lambda x: x + 1)(0.0)  # JAX has looked at its setting
+        make_mesh(MeshShape(data=int(sys.argv[1])), jax.devices()[:int(sys.argv[1])])
+        jax.jit(lambda x: x + 2)(0.0)
+    """
+    for devices, kept in (("2", 1), ("1", 2)):
+        cache = tmp_path / devices
+        subprocess.run([sys.executable, "-c", script, devices], check=True, timeout=120, env=os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})
+        assert len(list(cache.glob("jit_*-cache"))) == kept
 
 
 def test_the_first_state_lies_where_it_should_and_is_the_same_on_any_mesh():
