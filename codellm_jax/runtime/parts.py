@@ -23,8 +23,7 @@ IN_FLIGHT = 2**26  # bytes that may wait to be written
 
 
 class Part(NamedTuple):
-    """Rows of an array: of a leaf such as "params/lm_head", or of one layer of a leaf in "blocks". Of a scalar the
-    scalar itself, in row 0."""
+    """Rows of an array: of a leaf such as "params/lm_head", or of one layer of a leaf in "blocks"; or a scalar."""
 
     leaf: str
     layer: int | None
@@ -236,7 +235,8 @@ def _chunk(name: str, leaf: Any) -> tuple[int, ...]:
 
 def _opened(state: epath.Path, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
     handlers = ocp.type_handlers
-    info = handlers.ParamInfo(name=name.replace("/", "."), parent_dir=state, is_ocdbt_checkpoint=True,
-                              use_zarr3=False, ts_context=context)
-    return tensorstore.open(tensorstore.Spec(handlers.get_json_tspec_read(info, use_ocdbt=True)), open=True,
+    in_one = (state / "manifest.ocdbt").exists()  # else a folder for each array, as Orbax wrote once
+    info = handlers.ParamInfo(name=name.replace("/", "."), path=state / name.replace("/", "."), parent_dir=state,
+                              is_ocdbt_checkpoint=in_one, use_zarr3=False, ts_context=context)
+    return tensorstore.open(tensorstore.Spec(handlers.get_json_tspec_read(info, use_ocdbt=in_one)), open=True,
                             context=context).result()

@@ -222,12 +222,14 @@ def as_t5x_has_it(state: TrainState) -> dict[str, Any]:
     return {"target": state.params, "state": {"step": state.step, "param_states": {"0": state.opt_state[0]}}}
 
 
-@pytest.mark.parametrize("stored", [24, 70, 10**6], ids=["a row", "some rows", "all"])
-def test_arrays_of_many_chunks_are_copied_whole(stored: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("stored", "in_one"), [(24, True), (70, True), (10**6, True), (10**6, False)],
+                         ids=["a row", "some rows", "all", "a folder each"])
+def test_arrays_of_many_chunks_are_copied_whole(
+        stored: int, in_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(parts, "CHUNK", 32)
     state = state_of(rows=5, columns=3, layers=4, arrays=1)
     tree, theirs = as_t5x_has_it(state), epath.Path(tmp_path / "checkpoint_7")
-    ocp.PyTreeCheckpointer().save(
+    ocp.PyTreeCheckpointer(use_ocdbt=in_one).save(
         theirs / "state", tree, save_args=jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=stored), tree))
     ours = epath.Path(tmp_path / "run" / "checkpoints" / "7")
     found = copy_state(theirs, 7, state, state.rng, ours)
