@@ -107,8 +107,9 @@ def test_a_run_of_t5x_s_trainer_is_evaluated_and_tuned_like_any(
                          f"--gin.INITIAL_CHECKPOINT_PATH={run}", f"--gin.MODEL_DIR={tuned}"]) == 0
         assert cli.main(["eval", "--gin_file=gin/eval.gin", "--gin.TASKS=['logic', 'ekar']",
                          f"--gin.CHECKPOINT_PATH={tuned}"]) == 0
-        scores[name] = [path.read_text() for path in sorted(Path(tuned, "results").rglob("*.jsonl"))]
-    assert scores["own"] == scores["t5x"] and scores["own"]
+        # The first line of each file names the run.
+        scores[name] = [path.read_text().splitlines()[1:] for path in sorted(Path(tuned, "results").glob("*.jsonl"))]
+    assert scores["own"] == scores["t5x"] and all(scores["own"]) and len(scores["own"]) == 2
     capsys.readouterr()
     assert cli.main(["compare", f"{tmp_path}/own_tuned", f"{tmp_path}/t5x_tuned"]) == 0
     assert "logic" in capsys.readouterr().out
