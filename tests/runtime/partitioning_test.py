@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
@@ -343,3 +344,13 @@ def test_bytes_per_device_by_hand():
               "b": jax.ShapeDtypeStruct((5,), jnp.int8, sharding=NamedSharding(mesh, PartitionSpec())),
               "c": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))}
     assert bytes_per_device(leaves) == math.prod((4, 6)) * 4 + 5 + 4
+
+
+def test_moments_of_another_shape_than_their_parameter_are_whole_on_each_device():
+    """Adafactor keeps means of rows and columns, and a single zero in the place of what it does not keep."""
+    optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=16)
+    state = abstract_state(Decoder(CONFIG), optimizer, make_mesh(MIXED), MIXED)
+    sizes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+    others = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape not in sizes]
+    assert others and all(leaf.sharding.is_fully_replicated for leaf in others)
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state))
