@@ -145,8 +145,8 @@ def is_laid_by_rows(mesh: Mesh) -> bool:
 def by_rows(names: PartitionSpec, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     """The sharding of an output or down kernel [..., heads or mlp, embed] with whole columns and its rows split by all.
 
-    By the rules `fsdp` splits its columns. On 256 devices each has 10 or 20 of them then, a small part of a tile of 128,
-    and a copy into another layout follows each gather of the kernel. Where the mesh does not
+    By the rules `fsdp` splits its columns. Of 2,560 or 5,120, 256 devices have 10 or 20 each, small parts of a tile of
+    128, and a copy into another layout follows each gather of the kernel. Where the mesh does not
     divide the rows so, the rules hold. Global shapes stay as they are, and so do checkpoints.
     """
     if tuple(names)[-2:] not in (("heads", "embed"), ("mlp", "embed")):
