@@ -268,6 +268,9 @@ def parser() -> argparse.ArgumentParser:
     precompile.add_argument("--decode", action="store_true", help="compile decoding too")
     precompile.add_argument("--no_search", action="store_true",
                             help="search neither for the largest batch nor for what would make the run fit")
+    precompile.add_argument("--compare", metavar="FLAGS",
+                            help="compile the run with these settings too, and print both in one table, such as "
+                                 "--compare='--gin.model.remat=dots'")
     precompile.add_argument("--report", help="also write the page into this file, as Markdown")
     for name, command in subparsers.choices.items():
         command.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -9,10 +9,13 @@ follow from the settings alone, so in tuning a step has BATCH_SIZE rows, the mos
 import dataclasses
 import functools
 import math
+import os
 import re
 import textwrap
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +27,9 @@ from codellm_jax.evaluation import decoding, scoring
 from codellm_jax.evaluation.sampling import PAPER_SAMPLING
 from codellm_jax.mixture.batches import Batch
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.pods.collectives import Traffic, read_traffic
+from codellm_jax.pods.collectives import Part, Program, Traffic, read_program
 from codellm_jax.pods.topologies import Topology, compile_only_devices
+from codellm_jax.runtime.compiler import compiler_options
 from codellm_jax.runtime.partitioning import batch_sharding, make_mesh, require_divisible
 from codellm_jax.runtime.state import TrainState, abstract_state
 from codellm_jax.training.plan import Training
@@ -60,6 +64,7 @@ class Outcome(NamedTuple):
       refusal: why it does not.
       traffic, unknown_loops: see `collectives.read_traffic`; what crosses slices is along "slices".
       seconds: that compiling took.
+      parts, has_kernels: see `collectives.read_program`.
     """
 
     program: str
@@ -73,6 +78,8 @@ class Outcome(NamedTuple):
     traffic: list[Traffic]
     unknown_loops: int
     seconds: float
+    parts: tuple[Part, ...] = ()
+    has_kernels: bool = False
 
 
 def with_slices(training: Training, topology: Topology) -> Training:
@@ -138,8 +145,8 @@ def _compile(
     lower: Callable[[], jax.stages.Lowered],
 ) -> Outcome:
     start = time.monotonic()
-    compiled, refusal, memory, unknown = None, "", None, 0
-    traffic: list[Traffic] = []
+    compiled, refusal, memory = None, "", None
+    found = Program([], 0, [], False)
     # Not kept in JAX's cache of programs: what is for absent devices cannot be read back.
     config_of_jax: Any = jax.config
     kept_from = config_of_jax.jax_persistent_cache_min_compile_time_secs
@@ -154,15 +161,24 @@ def _compile(
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", kept_from)
     if compiled is not None:
-        found: Any = compiled.memory_analysis()
-        memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes,
-                        found.output_size_in_bytes - found.alias_size_in_bytes, found.peak_memory_in_bytes)
+        sizes: Any = compiled.memory_analysis()
+        memory = Memory(sizes.argument_size_in_bytes, sizes.temp_size_in_bytes,
+                        sizes.output_size_in_bytes - sizes.alias_size_in_bytes, sizes.peak_memory_in_bytes)
         axes = dict(mesh.shape)
         if training.mesh.slices > 1:  # joined along `data`, slice after slice
             axes = {"slices": training.mesh.slices} | axes | {"data": axes["data"] // training.mesh.slices}
-        traffic, unknown = read_traffic(compiled.as_text() or "", axes)
-    return Outcome(program, training, topology, mesh, config, rows, memory, refusal, traffic, unknown,
-                   time.monotonic() - start)
+        found = read_program(compiled.as_text() or "", axes)
+    return Outcome(program, training, topology, mesh, config, rows, memory, refusal, found.traffic,
+                   found.unknown_loops, time.monotonic() - start, tuple(found.parts), found.has_kernels)
+
+
+def compiled_with(outcome: Outcome) -> str:
+    """Releases and options of the compiler: what the run passes to XLA, and what the environment adds."""
+    options = [f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+               for name, value in compiler_options(outcome.mesh, outcome.config).items()]
+    options += [f"{name}={os.environ[name]!r}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if os.environ.get(name)]
+    releases = [f"{name} {version(name)}" for name in ("jax", "jaxlib", "libtpu") if find_spec(name)]
+    return f"{', '.join(releases)}; " + (f"options {' '.join(options)}" if options else "no options")
 
 
 def _refusal(message: str) -> str:

@@ -36,6 +36,7 @@ class Chip:
       largest: chips of the largest slice.
       cube: slices are three-dimensional, made of cubes of 4 x 4 x 4 from 64 chips on; else two-dimensional.
       ring: chips along one dimension from which on links close it to a ring.
+      clock: cycles/s of a core: the vendor's bfloat16 peak over what its matrix units multiply and add in one cycle.
     """
 
     memory_gib: float
@@ -47,15 +48,16 @@ class Chip:
     largest: int
     cube: bool
     ring: int
+    clock: float
 
 
 CHIPS = {
-    "v2": Chip(7.48, 350 * GIGA, 124 * GIGA, 1.6 * GIGA, 2, 2, 256, False, 16),
-    "v3": Chip(15.48, 450 * GIGA, 164 * GIGA, 1.6 * GIGA, 2, 2, 1024, False, 32),
-    "v4": Chip(30.75, 1200 * GIGA, 300 * GIGA, 6.25 * GIGA, 2, 1, 4096, True, 4),
-    "v5e": Chip(15.75, 819 * GIGA, 200 * GIGA, 3.1 * GIGA, 1, 1, 256, False, 16),
-    "v5p": Chip(95.74, 2765 * GIGA, 600 * GIGA, 6.25 * GIGA, 2, 1, 6144, True, 4),
-    "v6e": Chip(31.25, 1640 * GIGA, 400 * GIGA, 12.5 * GIGA, 1, 1, 256, False, 16),
+    "v2": Chip(7.48, 350 * GIGA, 124 * GIGA, 1.6 * GIGA, 2, 2, 256, False, 16, 0.7 * GIGA),
+    "v3": Chip(15.48, 450 * GIGA, 164 * GIGA, 1.6 * GIGA, 2, 2, 1024, False, 32, 0.94 * GIGA),
+    "v4": Chip(30.75, 1200 * GIGA, 300 * GIGA, 6.25 * GIGA, 2, 1, 4096, True, 4, 1.05 * GIGA),
+    "v5e": Chip(15.75, 819 * GIGA, 200 * GIGA, 3.1 * GIGA, 1, 1, 256, False, 16, 1.5 * GIGA),
+    "v5p": Chip(95.74, 2765 * GIGA, 600 * GIGA, 6.25 * GIGA, 2, 1, 6144, True, 4, 1.75 * GIGA),
+    "v6e": Chip(31.25, 1640 * GIGA, 400 * GIGA, 12.5 * GIGA, 1, 1, 256, False, 16, 1.75 * GIGA),
 }
 MOST_SLICES = 256
 
