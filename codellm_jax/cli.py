@@ -411,9 +411,9 @@ def _launch(flags: argparse.Namespace) -> int:
 
 def _precompile(flags: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: it would look for TPUs
-    from codellm_jax.pods.topologies import parse_topology
+    from codellm_jax.pods.topologies import with_memory
 
-    topology, size, given = parse_topology(flags.topology), flags.vocabulary_size, flags.overrides
+    topology, size, given = with_memory(flags.topology, flags.memory), flags.vocabulary_size, flags.overrides
     if size is not None and size < 1:
         raise ValueError(f"--vocabulary_size must be positive, found {size}.")
     _require_directory(flags.report)

@@ -20,7 +20,7 @@ from codellm_jax.pods.programs import (
 from codellm_jax.pods.roofline import ASSUMPTIONS, ESTIMATED, Estimate, estimate, roofline
 from codellm_jax.pods.topologies import Topology, topology_names
 from codellm_jax.runtime.state import bytes_per_device
-from codellm_jax.training.plan import GIB, Training
+from codellm_jax.training.plan import GIB, Training, memory_parts
 
 FINENESS = 8  # the largest batch is searched to a part of so many
 # Compiled programs that a search for the largest batch may cost; a refused one costs seconds and is not counted.
@@ -64,12 +64,15 @@ def precompile(
     lines += [f"The {one.program} does not fit: {one.refusal}." for one in outcomes if one.memory is None]
     if other is not None and compared is not None:
         lines += [*_comparison_section(step, other[0], compared), ""]
+    if topology.generation == "gpu":
+        lines += [*_card_section(step), ""]
     if step.memory is None and search:
         lines += _changes_section(step, report)
     if step.memory is not None:
         if search:
             lines += [_largest_sentence(*largest_batch(step, report)), ""]
-        lines += [*_roofline_section(step), "", *_estimate_section(step), ""]
+        if topology.generation != "gpu":
+            lines += [*_roofline_section(step), "", *_estimate_section(step), ""]
     for one in outcomes:
         if one.memory is not None:
             lines += [*_traffic_section(one), ""]
@@ -78,7 +81,9 @@ def precompile(
 
 
 def chips_of(topology: Topology) -> str:
-    """A topology in words: 64 chips, 4 x 4 x 4."""
+    """A topology in words: 64 chips, 4 x 4 x 4; or 2 cards."""
+    if topology.generation == "gpu":
+        return f"{topology.chips} card{'s' if topology.chips > 1 else ''}"
     words = [f"{topology.chips} chip{'s' if topology.chips > 1 else ''}",
              (f"{topology.slices} slices of " if topology.slices > 1 else "") + " x ".join(map(str, topology.shape))]
     if topology.chip.devices > 1:
@@ -241,6 +246,17 @@ def _roofline_section(step: Outcome) -> list[str]:
         "peak in model FLOPs. Assumed:", "", *(f"- {assumption}" for assumption in ASSUMPTIONS)]
 
 
+def _card_section(step: Outcome) -> list[str]:
+    parts = memory_parts(step.training, lay_out(step.training, step.topology))
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return [
+        f"By arithmetic a card needs about {sum(parts.values()) / GIB:.2f} GiB: {listed}.", "",
+        "These are estimates. The table has XLA's account of the step compiled for this machine's processor, which "
+        "stands in for the cards: it has not their kernel of attention, and what their libraries, collectives and gaps "
+        "between arrays take is not counted. JAX takes three quarters of a card at the start unless "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: give --memory accordingly."]
+
+
 def _estimate(step: Outcome) -> Estimate:
     return estimate(step.config, step.rows * step.training.mixture.length, step.topology,
                     step.mesh.devices.flat[0].device_kind, step.mesh.size, step.parts, step.has_kernels)
@@ -263,16 +279,19 @@ def _comparison_section(step: Outcome, flags: str, other: Outcome) -> list[str]:
     def rows(one: Outcome) -> list[float]:
         if one.memory is None:
             return []
-        found, tokens = _estimate(one), one.rows * one.training.mixture.length
         sent, beside = (sum(getattr(traffic, name) for traffic in one.traffic) for name in ("sent", "asynchronous"))
-        return [*(size / GIB for size in (one.memory.peak, one.memory.arguments, one.memory.temporaries, sent, beside)),
-                *found[:-1], tokens / found.step / one.mesh.size, 100 * found.utilization]
+        sizes = [size / GIB for size in (one.memory.peak, one.memory.arguments, one.memory.temporaries, sent, beside)]
+        if one.topology.generation == "gpu":
+            return sizes[:-1]
+        found, tokens = _estimate(one), one.rows * one.training.mixture.length
+        return [*sizes, *found[:-1], tokens / found.step / one.mesh.size, 100 * found.utilization]
 
     names = ("peak, GiB a device", "arguments, GiB", "temporaries, GiB", "sent, GiB", "of that asynchronous, GiB",
              "computing, s", "attention, s", "waiting for links, s", "links beside computing, s", "estimated step, s",
              "tokens/s a device", "model FLOPs, % of the peak")
     lines = ["", f"| train step | this run | with `{flags}` | second / first |", "|---|---|---|---|"]
-    for name, first, second in itertools.zip_longest(names, rows(step), rows(other)):
+    compared = rows(step), rows(other)
+    for name, first, second in itertools.zip_longest(names[:max(map(len, compared)) or 1], *compared):
         cells = ["does not fit" if value is None else f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
                  for value in (first, second)]
         lines.append(f"| {name} | {' | '.join(cells)} | {f'{second / first:.2f}' if first and second else ''} |")

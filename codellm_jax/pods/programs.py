@@ -31,8 +31,8 @@ from codellm_jax.pods.collectives import Part, Program, Traffic, read_program
 from codellm_jax.pods.topologies import Topology, compile_only_devices
 from codellm_jax.runtime.compiler import compiler_options
 from codellm_jax.runtime.partitioning import batch_sharding, make_mesh, require_divisible
-from codellm_jax.runtime.state import TrainState, abstract_state
-from codellm_jax.training.plan import Training
+from codellm_jax.runtime.state import abstract_state
+from codellm_jax.training.plan import GIB, Layout, Training
 from codellm_jax.training.train import jit_train_step
 
 SOURCES = 2  # of the mixture; only two small results of a step depend on it
@@ -128,7 +128,7 @@ def compile_decoding(training: Training, topology: Topology) -> Outcome:
     return _compile("decoding", training, topology, mesh, model.config, 0, lower)
 
 
-def lay_out(training: Training, topology: Topology) -> tuple[Mesh, Decoder, TrainState, int]:
+def lay_out(training: Training, topology: Topology) -> Layout:
     """Mesh, model, abstract state, and rows of a step."""
     mesh = make_mesh(training.mesh, compile_only_devices(topology))
     packed = training.mixture.stage == "tuning" and training.mixture.packing
@@ -137,7 +137,7 @@ def lay_out(training: Training, topology: Topology) -> tuple[Mesh, Decoder, Trai
         require_divisible(training.batch_size, training.microbatches, mesh)
     model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
     state = abstract_state(model, training.optimizer(training.learning_rate), mesh, training.mesh)
-    return mesh, model, state, -(-training.batch_size // shards) * shards
+    return Layout(mesh, model, state, -(-training.batch_size // shards) * shards)
 
 
 def _compile(
@@ -168,6 +168,9 @@ def _compile(
         if training.mesh.slices > 1:  # joined along `data`, slice after slice
             axes = {"slices": training.mesh.slices} | axes | {"data": axes["data"] // training.mesh.slices}
         found = read_program(compiled.as_text() or "", axes)
+        has = topology.chip.memory_gib
+        if topology.generation == "gpu" and memory.peak > has * GIB:  # its compiler knows nothing of the cards
+            memory, refusal = None, f"by XLA's account it takes {memory.peak / GIB:.2f} of {has:.2f} GiB"
     return Outcome(program, training, topology, mesh, config, rows, memory, refusal, found.traffic,
                    found.unknown_loops, time.monotonic() - start, tuple(found.parts), found.has_kernels)
 

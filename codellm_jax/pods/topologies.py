@@ -3,7 +3,8 @@
     devices = compile_only_devices(parse_topology("v4-128"))
 
 Names are Cloud TPU's: v2, v3, v4 and v5p count TensorCores (v4-128 has 64 chips), v5e (or v5litepod) and v6e count
-chips; 2xv5e-256 are two slices.
+chips; 2xv5e-256 are two slices. `gpu:2` are two cards of one machine, whose memory is given; this machine's processor
+stands in for them.
 """
 
 import contextlib
@@ -64,15 +65,19 @@ MOST_SLICES = 256
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice, or several alike."""
+    """A slice, or several alike; or cards."""
 
     name: str
-    generation: str  # a key of CHIPS
+    generation: str  # a key of CHIPS, or "gpu"
     shape: tuple[int, ...]  # chips of a slice along each dimension
     slices: int = 1
+    memory_gib: float = math.nan  # of a card
 
     @property
     def chip(self) -> Chip:
+        """What a chip has; of a card nothing but its memory is known."""
+        if self.generation == "gpu":
+            return Chip(self.memory_gib, math.nan, math.nan, math.nan, 1, 1, 1, False, self.chips + 1, math.nan)
         return CHIPS[self.generation]
 
     @property
@@ -145,12 +150,50 @@ def parse_topology(name: str) -> Topology:
     return dataclasses.replace(topology, name=(f"{slices}x" if topology.slices > 1 else "") + one)
 
 
+def with_memory(name: str, memory: str | None) -> Topology:
+    """The topology of a name for TPUs, or of cards such as gpu:2, each of which has so much memory.
+
+    Raises:
+      ValueError: in one line; there is none of this name, or the memory is missing, malformed or given for TPUs.
+    """
+    cards = re.fullmatch(r"gpu:([1-9]\d*)", name.strip().lower())
+    if not cards:
+        if memory is not None:
+            raise ValueError(f"--memory is for cards such as --topology=gpu:2; how much {name!r} has is known.")
+        return parse_topology(name)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)?", memory or "", re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"--topology={name} needs the memory of a card, such as --memory=80GiB" + (
+            f"; found {memory!r}." if memory else "."))
+    gib = float(found[1]) * (GIGA / 2**30 if (found[2] or "").lower() == "gb" else 1)
+    return Topology(cards[0], "gpu", (int(cards[1]),), memory_gib=gib)
+
+
+def _devices_of_this_machine(count: int) -> "list[jax.Device]":
+    """So many devices of this machine's processor, which share its cores.
+
+    Raises:
+      ValueError: JAX has begun with fewer.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    import jax
+
+    devices = jax.devices("cpu")
+    os.environ["XLA_FLAGS"] = flags  # read once, at the line above
+    if len(devices) < count:
+        raise ValueError(f"{count} cards were asked for, and JAX has begun with {len(devices)} devices here.")
+    return devices[:count]
+
+
 def compile_only_devices(topology: Topology, report: Callable[[str], None] = print) -> "list[jax.Device]":
     """Devices that programs can be compiled for and not run on; waits for other processes that have some.
 
     Raises:
       ValueError: libtpu is not installed, or taken by a program that is none of this package's.
     """
+    if topology.generation == "gpu":
+        return _devices_of_this_machine(topology.chips)
     if not has_libtpu():
         raise ValueError("TPU programs are compiled by libtpu, which is not installed: pip install '.[tpu]'.")
     _wait_for_compiler(report)

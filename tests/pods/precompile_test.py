@@ -15,6 +15,7 @@ from flax import linen as nn
 from codellm_jax import cli
 from codellm_jax.configuration import build, read_configuration, shipped_gin_files
 from codellm_jax.mixture import rows as rows_of_mixture
+from codellm_jax.mixture.batches import Batch
 from codellm_jax.model.decoder import parameter_count
 from codellm_jax.pods import precompile, programs
 from codellm_jax.pods.collectives import Part, Traffic
@@ -28,9 +29,10 @@ from codellm_jax.pods.programs import (
     with_slices,
     with_vocabulary_size,
 )
-from codellm_jax.pods.topologies import Topology, has_libtpu, parse_topology
+from codellm_jax.pods.topologies import Topology, has_libtpu, parse_topology, with_memory
 from codellm_jax.runtime.partitioning import MeshShape
 from codellm_jax.runtime.progress import PEAK_FLOPS
+from codellm_jax.runtime.state import bytes_per_device
 from codellm_jax.training.plan import GIB, Training
 
 needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install '.[tpu]'")
@@ -142,6 +144,7 @@ def test_a_run_that_does_not_fit_ends_with_status_1(no_data, capsys):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--topology=v4-129"], "nearest: v4-128"),
+    (["--topology=gpu:2"], "--topology=gpu:2 needs the memory of a card"),
     (["--topology=v4-8", "--compare=--model.remat=full"], "unknown argument --model.remat=full"),
     (["--topology=v4-8", "--vocabulary_size=0"], "--vocabulary_size must be positive"),
     (["--topology=v4-8", "--report=nowhere/page.md"], "no directory to write nowhere/page.md"),
@@ -243,6 +246,25 @@ def test_two_configurations_in_one_table(monkeypatch, make_training):
     _, page = precompile.precompile(dots, parse_topology("v5e-4"), search=False, report=lambda line: None,
                                     other=("--gin.BATCH_SIZE=4096", huge))
     assert "| estimated step, s | 1.000 | does not fit |  |" in page
+
+
+@pytest.mark.slow
+def test_cards_are_judged_by_their_memory(make_training):
+    """Compiled for two of the host's devices. By hand: parameters and two moments, of which the mesh splits all but the
+    biases of projections and the norms' scales, and the batch's five arrays."""
+    training = make_training(mesh=MeshShape(fsdp=-1, data=1))
+    found = compile_train_step(training, with_memory("gpu:2", "80GiB"))
+    state = programs.lay_out(training, found.topology).state
+    assert found.memory is not None and found.memory.peak >= found.memory.arguments
+    assert found.memory.arguments == bytes_per_device(state) + len(Batch._fields) * 4 * 32 * 4
+    parts = parameter_count(found.config) * 4 / 2
+    assert 3 * parts < bytes_per_device(state) < 3.1 * parts
+    few = with_memory("gpu:2", f"{found.memory.peak / GIB / 2}GiB")
+    refused = compile_train_step(training, few)
+    assert refused.memory is None and "by XLA's account it takes" in refused.refusal
+    fits, page = precompile.precompile(training, few, search=False, report=lambda line: None)
+    assert not fits and "on gpu:2" in page and "- 2 cards; mesh data 1 x fsdp 2 x model 1" in page
+    assert "By arithmetic a card needs about" in page and "These are estimates." in page
 
 
 def test_topologies_in_words():
