@@ -250,11 +250,12 @@ def _card_section(step: Outcome) -> list[str]:
     parts = memory_parts(step.training, lay_out(step.training, step.topology))
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     return [
-        f"By arithmetic a card needs about {sum(parts.values()) / GIB:.2f} GiB: {listed}.", "",
-        "These are estimates. The table has XLA's account of the step compiled for this machine's processor, which "
-        "stands in for the cards: it has not their kernel of attention, and what their libraries, collectives and gaps "
-        "between arrays take is not counted. JAX takes three quarters of a card at the start unless "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: give --memory accordingly."]
+        f"By arithmetic, which is the peak above and decides, a card needs about {sum(parts.values()) / GIB:.2f} GiB: "
+        f"{listed}. What libraries, collectives and gaps between arrays take is not in it.", "",
+        "The other columns are XLA's account of the step compiled for this machine's processor, which stands in for "
+        "the cards: it has other attention, and computes some of bfloat16 in float32. All are estimates. JAX takes "
+        "three quarters of a card at the start unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: give --memory "
+        "accordingly."]
 
 
 def _estimate(step: Outcome) -> Estimate:

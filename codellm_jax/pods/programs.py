@@ -32,7 +32,7 @@ from codellm_jax.pods.topologies import Topology, compile_only_devices
 from codellm_jax.runtime.compiler import compiler_options
 from codellm_jax.runtime.partitioning import batch_sharding, make_mesh, require_divisible
 from codellm_jax.runtime.state import abstract_state
-from codellm_jax.training.plan import GIB, Layout, Training
+from codellm_jax.training.plan import GIB, Layout, Training, memory_parts
 from codellm_jax.training.train import jit_train_step
 
 SOURCES = 2  # of the mixture; only two small results of a step depend on it
@@ -103,13 +103,14 @@ def compile_train_step(training: Training, topology: Topology) -> Outcome:
     Raises:
       ValueError: in one line, where the settings do not fit each other or the topology.
     """
-    mesh, model, state, rows = lay_out(training, topology)
+    mesh, model, state, rows = layout = lay_out(training, topology)
     optimizer = training.optimizer(training.learning_rate)
     shape = rows, training.mixture.length
     batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32,
                                          sharding=batch_sharding(mesh)) for name in Batch._fields))
     step = jit_train_step(model, optimizer, state, SOURCES, training.microbatches)
-    return _compile("train step", training, topology, mesh, model.config, rows, lambda: step.lower(state, batch))
+    return _compile("train step", training, topology, mesh, model.config, rows, lambda: step.lower(state, batch),
+                    sum(memory_parts(training, layout).values()))
 
 
 def compile_scoring(training: Training, topology: Topology) -> Outcome:
@@ -142,8 +143,9 @@ def lay_out(training: Training, topology: Topology) -> Layout:
 
 def _compile(
     program: str, training: Training, topology: Topology, mesh: Mesh, config: DecoderConfig, rows: int,
-    lower: Callable[[], jax.stages.Lowered],
+    lower: Callable[[], jax.stages.Lowered], needed: int | None = None,
 ) -> Outcome:
+    """Compiles a program; on cards, `needed` bytes decide whether it fits, or else XLA's total."""
     start = time.monotonic()
     compiled, refusal, memory = None, "", None
     found = Program([], 0, [], False)
@@ -168,9 +170,10 @@ def _compile(
         if training.mesh.slices > 1:  # joined along `data`, slice after slice
             axes = {"slices": training.mesh.slices} | axes | {"data": axes["data"] // training.mesh.slices}
         found = read_program(compiled.as_text() or "", axes)
-        has = topology.chip.memory_gib
-        if topology.generation == "gpu" and memory.peak > has * GIB:  # its compiler knows nothing of the cards
-            memory, refusal = None, f"by XLA's account it takes {memory.peak / GIB:.2f} of {has:.2f} GiB"
+        if topology.generation == "gpu":  # the processor's compiler gives no peak, and refuses nothing
+            peak, has = needed or memory.total, topology.chip.memory_gib
+            memory = memory._replace(peak=peak) if peak <= has * GIB else None
+            refusal = "" if memory else f"it takes about {peak / GIB:.2f} of {has:.2f} GiB"
     return Outcome(program, training, topology, mesh, config, rows, memory, refusal, found.traffic,
                    found.unknown_loops, time.monotonic() - start, tuple(found.parts), found.has_kernels)
 

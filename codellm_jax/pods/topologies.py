@@ -175,12 +175,12 @@ def _devices_of_this_machine(count: int) -> "list[jax.Device]":
     Raises:
       ValueError: JAX has begun with fewer.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    flags, count_flag = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count"
+    if count_flag not in flags:  # read once, at the first look at devices
+        os.environ["XLA_FLAGS"] = f"{flags} {count_flag}={count}".strip()
     import jax
 
     devices = jax.devices("cpu")
-    os.environ["XLA_FLAGS"] = flags  # read once, at the line above
     if len(devices) < count:
         raise ValueError(f"{count} cards were asked for, and JAX has begun with {len(devices)} devices here.")
     return devices[:count]

@@ -255,16 +255,16 @@ def test_cards_are_judged_by_their_memory(make_training):
     training = make_training(mesh=MeshShape(fsdp=-1, data=1))
     found = compile_train_step(training, with_memory("gpu:2", "80GiB"))
     state = programs.lay_out(training, found.topology).state
-    assert found.memory is not None and found.memory.peak >= found.memory.arguments
+    assert found.memory is not None and found.memory.peak > bytes_per_device(state)
     assert found.memory.arguments == bytes_per_device(state) + len(Batch._fields) * 4 * 32 * 4
     parts = parameter_count(found.config) * 4 / 2
     assert 3 * parts < bytes_per_device(state) < 3.1 * parts
     few = with_memory("gpu:2", f"{found.memory.peak / GIB / 2}GiB")
     refused = compile_train_step(training, few)
-    assert refused.memory is None and "by XLA's account it takes" in refused.refusal
+    assert refused.memory is None and "it takes about" in refused.refusal
     fits, page = precompile.precompile(training, few, search=False, report=lambda line: None)
     assert not fits and "on gpu:2" in page and "- 2 cards; mesh data 1 x fsdp 2 x model 1" in page
-    assert "By arithmetic a card needs about" in page and "These are estimates." in page
+    assert "By arithmetic, which is the peak above and decides" in page and "All are estimates." in page
 
 
 def test_topologies_in_words():
