@@ -193,8 +193,8 @@ def _batches(
                 slots = power_of_two(used)
                 state = state._replace(cache=_grow(state.cache, slots=slots))
             state, ids_SB = _advance(
-                params_of_blocks, state, base, placed_B, key, config=config, sampling=rule, drawable=drawable, turn=turn,
-                sharding=sharding,
+                params_of_blocks, state, base, placed_B, key, config=config, sampling=rule, drawable=drawable,
+                turn=turn, sharding=sharding,
             )
             ids_BS = np.asarray(ids_SB).T.tolist()
             for b in list(live):

@@ -17,7 +17,6 @@ computed in; norms, rotation and softmax are float32.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -107,6 +106,7 @@ class Decoder(nn.Module):
             )
         self.dropout = nn.Dropout(config.dropout_rate)
         self.cached_mask = CachedMask(config)
+        self.blocks: Any  # modules, or a function over the stack of them
         if self.apart:
             self.blocks = [Block(config) for _ in range(config.scanned_layers)]
         elif config.scanned_layers:

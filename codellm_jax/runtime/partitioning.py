@@ -118,12 +118,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
 def _compile_anew() -> None:
     """Turns JAX's persistent compilation cache off in this process.
 
-    A program for several CPU devices that jaxlib 0.10.2 reads back from the cache has lost the order of its collectives:
-    devices wait for each other without end, and XLA aborts the process after 40 seconds. Compiled anew, it runs.
+    A program for several CPU devices that jaxlib 0.10.2 reads back from the cache has lost the order of its
+    collectives: devices wait for each other without end, and XLA aborts the process after 40 seconds. Compiled anew,
+    it runs.
     """
-    if jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # which has JAX look at the setting again
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX then looks at the setting again
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
