@@ -277,7 +277,7 @@ def test_a_mesh_changes_nothing() -> None:
 
 
 def test_the_largest_program_is_the_one_that_the_longest_prompts_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In shapes and, of the cache, in how it lies on the mesh. It takes the parameters stacked, and cuts them itself."""
+    """In shapes and, of the cache, in how it lies on the mesh; it takes parameters stacked, and cuts them itself."""
     rule, shape = dataclasses.replace(SAMPLINGS["paper"], max_new_tokens=16), MeshShape(data=2, fsdp=2, model=2)
     mesh, params, seen = make_mesh(shape), make_params(TINY), []
     real = decoding._advance
