@@ -11,7 +11,7 @@ HEAD = r"""% Tables of {title}. In the preamble: \usepackage{{booktabs,graphicx,
 LONGEST = 40  # rows that fit on a page; what has more runs over several
 SPECIAL = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
            "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "…": r"\ldots{}",
-           "<": r"$<$", ">": r"$>$", "|": r"$|$", '"': r"\textquotedbl{}", "\N{MINUS SIGN}": "$-$"}
+           "<": r"$<$", ">": r"$>$", "|": r"$|$", '"': "{''}", "\N{MINUS SIGN}": "$-$"}
 
 
 def tables(title: str, blocks: Sequence[Block]) -> str:

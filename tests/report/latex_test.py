@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from codellm_jax.report.latex import LONGEST, escaped, tables
 from codellm_jax.report.pages import Heading, Table, Text
 
-READ = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"\textquotedbl{}": '"',
+READ = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", "{''}": '"',
         r"\ldots{}": "…", r"$\pm$": "±", "$<$": "<", "$>$": ">", "$|$": "|", "$-$": "-", r"\&": "&", r"\%": "%",
         r"\$": "$", r"\#": "#", r"\_": "_", r"\{": "{", r"\}": "}"}
 
