@@ -172,7 +172,7 @@ def _next(run: OfRun, command: str) -> list[str]:
         return [f"Look on:     {command} plot {place}"]
     if run.state in ("stopped", "not ended"):
         again = f"{command} train --gin_file={shlex.quote(str(run.path / 'config.gin'))}"
-        return [f"Go on:       {again}" if (run.path / "config.gin").exists() else
+        return [f"Continue:    {again}" if (run.path / "config.gin").exists() else
                 "Continue:    run the command that started it again"]
     if run.state == "to do":
         return []

@@ -155,7 +155,7 @@ def test_prompts_too_long_keep_their_end() -> None:
     (Request(4, (1,), ()), "Request 1 of group 4 .* its continuation is empty"),
     (Request(4, (), (1,)), "Request 1 of group 4 .* its prompt is empty"),
     (Request(4, (1,), (1,) * 97), "97 tokens, but the model can predict at most 96"),
-    (Request(4, (1, 23), (1,)), "token id 23, and the model knows 0 to 22"),
+    (Request(4, (1, 23), (1,)), "token id 23, but the model knows 0 to 22"),
     (Request(4, (1,), (-1,)), "token id -1"),
 ])
 def test_faults_are_one_line(request_: Request, message: str) -> None:

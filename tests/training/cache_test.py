@@ -384,7 +384,7 @@ def test_missing_beam_is_told_in_a_line(tiny_flags):
     told = run(*tiny_flags, code="sys.modules['apache_beam'] = None")
     assert (told.returncode, told.stdout) == (1, "")
     assert told.stderr == ("t5x cache: error: t5x cache needs Apache Beam, which is not installed: pip install "
-                           "'.[beam]'. Without it t5x train writes the same rows with one process.\n")
+                           "'.[beam]'. Without it, t5x train writes the same rows with one process.\n")
 
 
 @with_beam

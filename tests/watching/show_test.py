@@ -29,7 +29,7 @@ def test_a_run_that_is_trained(tmp_path):
 def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path):
     text = show(str(write_run(tmp_path / "a b", 6, 10)))
     assert "stopped normally after step 6 of 10" in text
-    assert f"Go on:       t5x train --gin_file='{tmp_path}/a b/config.gin'" in text
+    assert f"Continue:    t5x train --gin_file='{tmp_path}/a b/config.gin'" in text
 
 
 def test_a_run_that_was_killed_is_told_from_one_that_trains(tmp_path):
@@ -75,7 +75,7 @@ def test_a_study_tells_arms_failures_and_what_to_do(tmp_path):
     assert ["NL", "pretraining", "1/2", "10", "6.5000", "7.5000"] in lines
     assert ["NC", "tuning", "0/2", "10", "-", "-"] in lines
     assert "NL.seed1  failed, step 10 of 10: train ended with status 1 (host:7" in text
-    assert "Go on:" in text and "Mend:" in text and f"bin/t5x report {tmp_path}" in text
+    assert "Continue:" in text and "Fix:" in text and f"bin/t5x report {tmp_path}" in text
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path):

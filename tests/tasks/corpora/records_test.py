@@ -137,7 +137,7 @@ def test_what_is_lost_is_told(
     assert line.startswith("text.mine, read for train: 1 records are instructions, skipped: ")
     for loss, first in (
         ("2 broken JSON", 12), ("3 empty", 2), ("1 not a JSON object", 10), ("2 not valid UTF-8", 11),
-        ("2 with a value that is no text", 4), ("3 without instruction and output, input and target, or messages", 6),
+        ("2 with a value that is not text", 4), ("3 without instruction and output, input and target, or messages", 6),
     ):
         assert f"{loss} (first: {tmp_path}/a.jsonl, line {first})" in line
 
