@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "model")
@@ -99,8 +100,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     An axis of a TPU's torus is shared by two of the mesh only where it must be, as 4 x 4 x 4 chips with model=2 ask.
 
     Axis types are Auto: under Explicit, which jax.make_mesh defaults to, Flax's partitioned parameters fail.
+
+    On several CPU devices JAX's persistent compilation cache is off from here on; see `_compile_anew`.
     """
     devices = jax.devices() if devices is None else devices
+    if devices[0].platform == "cpu" and len(devices) > 1:
+        _compile_anew()
     data, fsdp, model = shape.sizes(len(devices))
     if shape.slices > 1 and getattr(devices[0], "slice_index", None) is not None:
         grid = mesh_utils.create_hybrid_device_mesh(
@@ -108,6 +113,17 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     else:
         grid = mesh_utils.create_device_mesh((data, fsdp, model), devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _compile_anew() -> None:
+    """Turns JAX's persistent compilation cache off in this process.
+
+    A program for several CPU devices that jaxlib 0.10.2 reads back from the cache has lost the order of its
+    collectives: devices wait for each other without end, and XLA aborts the process after 40 seconds. Compiled anew,
+    it runs.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX then looks at the setting again
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

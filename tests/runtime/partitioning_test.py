@@ -3,10 +3,14 @@
 import dataclasses
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
@@ -223,6 +227,22 @@ def test_grouped_heads_compute_the_same_on_a_mesh(kv_heads, rules):
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4), found, expected)
 
 
+def test_programs_for_several_cpu_devices_are_compiled_anew_in_each_process(tmp_path):
+    """One read back from JAX's cache ended in a deadlock, such as that of the test before with one head of keys."""
+    script = """if True:
+        import jax, sys
+        from codellm_jax.runtime.partitioning import MeshShape, make_mesh
+        jax.jit(lambda x: x + 1)(0.0)  # JAX has looked at its setting
+        make_mesh(MeshShape(data=int(sys.argv[1])), jax.devices()[:int(sys.argv[1])])
+        jax.jit(lambda x: x + 2)(0.0)
+    """
+    for devices, kept in (("2", 1), ("1", 2)):
+        cache = tmp_path / devices
+        subprocess.run([sys.executable, "-c", script, devices], check=True, timeout=120, env=os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})
+        assert len(list(cache.glob("jit_*-cache"))) == kept
+
+
 def test_the_first_state_lies_where_it_should_and_is_the_same_on_any_mesh():
     model, optimizer = Decoder(CONFIG), adamw(lambda step: 1e-3)
     states = []
@@ -357,3 +377,13 @@ def test_bytes_per_device_by_hand():
               "b": jax.ShapeDtypeStruct((5,), jnp.int8, sharding=NamedSharding(mesh, PartitionSpec())),
               "c": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))}
     assert bytes_per_device(leaves) == math.prod((4, 6)) * 4 + 5 + 4
+
+
+def test_moments_of_another_shape_than_their_parameter_are_whole_on_each_device():
+    """Adafactor keeps means of rows and columns, and a single zero in the place of what it does not keep."""
+    optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=16)
+    state = abstract_state(Decoder(CONFIG), optimizer, make_mesh(MIXED), MIXED)
+    sizes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+    others = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape not in sizes]
+    assert others and all(leaf.sharding.is_fully_replicated for leaf in others)
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state))
