@@ -234,11 +234,13 @@ def lines(file: str, longest: int | None = None, source: Iterable[bytes] | None 
         for piece in _as_utf8(file) if source is None else source:
             ended, end, rest = piece.rpartition(b"\n")
             if end:
-                for line in b"".join([*waiting, ended]).split(b"\n"):
+                first, *others = ended.split(b"\n")
+                joined, waiting, held = b"".join([*waiting, first]), [], 0
+                for line in itertools.chain([joined], others):
                     is_longer |= longest is not None and len(line) > longest
                     yield b"" if is_longer else _MARKS_OF_LINE.sub(b"", line) + b"\n"
                     is_longer = False
-                waiting, held = [], 0
+                del joined, line
             if not is_longer:
                 waiting.append(rest)
                 held += len(rest)
