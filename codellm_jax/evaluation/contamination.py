@@ -3,11 +3,11 @@
     t5x contamination --gin_file=gin/mixed_pretrain.gin --gin.DATA_DIR=/data
 
 A question overlaps with a source if any of its n-grams, 13 words by default or 26 characters of Chinese, stands in the
-source's training text (`mixture/ngrams.py` says what a word and an n-gram are, `tasks/benchmarks/texts.py` what belongs to a question). What
-is searched are the cached training rows, whole sources, whatever share of a run falls to them: the arms of a study are
-compared on the same questions. Where a run starts from another, the rows of that one's stages are searched, too. A
-passage that a question is asked about counts like the question itself. So an overlap is a reason to look, and to see
-the score without these questions.
+source's training text (`mixture/ngrams.py` says what a word and an n-gram are, `tasks/benchmarks/texts.py` what belongs
+to a question). What is searched are the cached training rows, whole sources, whatever share of a run falls to them: the
+arms of a study are compared on the same questions. Where a run starts from another, the rows of that one's stages are
+searched, too. A passage that a question is asked about counts like the question itself. So an overlap is a reason to
+look, and to see the score without these questions.
 """
 
 import ast

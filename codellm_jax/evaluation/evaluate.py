@@ -34,6 +34,7 @@ import jax
 from etils import epath
 
 from codellm_jax.evaluation.cuts import Fitted, fitted
+from codellm_jax.evaluation.held import alone_at, name_of_files
 from codellm_jax.evaluation.sampling import PAPER_SAMPLING, Sampling
 from codellm_jax.evaluation.scoring import Request, fault
 from codellm_jax.evaluation.trained import Checkpoint, TrainedModel, trained_model
@@ -170,16 +171,15 @@ def evaluate(
       ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit, before anything is
         asked; and for tasks that failed, after all others were evaluated.
     """
-    loaded, path = run.evaluation.load(), run.checkpoint.path
-    with trained_model(run.checkpoint, report) as (model, record):
-        checkpoint = {"run": resolved(path), "step": record["step"], "arm": arm(record["ledger"]),
+    loaded, folder = run.evaluation.load(), run.results_dir or results_folder(run.checkpoint.path)
+    with trained_model(run.checkpoint, report) as (model, record), alone_at(loaded, folder):
+        checkpoint = {"run": resolved(run.checkpoint.path), "step": record["step"], "arm": arm(record["ledger"]),
                       "digest": record["digest"]}
         report(HEADINGS)
         provenance = {
             "config_hash": evaluation_hash(settings()), "training_config_hash": training_hash(record["settings"]),
             "asked": dict(asked or {}), "seed": run.evaluation.seed} | software()
-        results, failures = ask(run.evaluation, loaded, model, checkpoint, run.results_dir or results_folder(path),
-                                report, provenance=provenance)
+        results, failures = ask(run.evaluation, loaded, model, checkpoint, folder, report, provenance=provenance)
         if agreed(len(failures)):  # of the first process, where several evaluate
             raise ValueError(f"{len(failures)} of {len(loaded)} tasks failed: {'; '.join(map(str, failures))}"
                              if failures else "a task failed on the first process.") from (
@@ -364,7 +364,7 @@ def _answered(
     """Answers the questions that have no line yet, and writes a line for each as it comes; None but on the first
     process, which alone reads and writes.
     """
-    name = f"{loaded.name}_sample" if loaded.is_sample else loaded.name
+    name = name_of_files(loaded)
     header = {"settings": json.loads(json.dumps(settings)), "checkpoint": dict(checkpoint)}
     require_agreement(f"{name} to ask, in questions, settings or checkpoint,", json.dumps(header))
     path, first, total = folder / f"{name}.jsonl", jax.process_index() == 0, len(loaded.questions)

@@ -7,12 +7,14 @@ only gradients cross the slower network between them.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "model")
@@ -98,8 +100,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     An axis of a TPU's torus is shared by two of the mesh only where it must be, as 4 x 4 x 4 chips with model=2 ask.
 
     Axis types are Auto: under Explicit, which jax.make_mesh defaults to, Flax's partitioned parameters fail.
+
+    On several CPU devices JAX's persistent compilation cache is off from here on; see `_compile_anew`.
     """
     devices = jax.devices() if devices is None else devices
+    if devices[0].platform == "cpu" and len(devices) > 1:
+        _compile_anew()
     data, fsdp, model = shape.sizes(len(devices))
     if shape.slices > 1 and getattr(devices[0], "slice_index", None) is not None:
         grid = mesh_utils.create_hybrid_device_mesh(
@@ -107,6 +113,17 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     else:
         grid = mesh_utils.create_device_mesh((data, fsdp, model), devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _compile_anew() -> None:
+    """Turns JAX's persistent compilation cache off in this process.
+
+    A program for several CPU devices that jaxlib 0.10.2 reads back from the cache has lost the order of its
+    collectives: devices wait for each other without end, and XLA aborts the process after 40 seconds. Compiled anew,
+    it runs.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX then looks at the setting again
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -125,5 +142,33 @@ def require_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 
 
 def shardings_of(boxed: object, mesh: Mesh, shape: MeshShape) -> object:
-    """NamedShardings for a tree of Flax's LogicallyPartitioned values; leaves without a box are replicated."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, shape.all_rules())
+    """NamedShardings for a tree of Flax's LogicallyPartitioned values; leaves without a box are replicated.
+
+    The rules decide, and on TPU `by_rows` after them.
+    """
+    names = nn.get_partition_spec(boxed)
+    shardings = nn.logical_to_mesh_sharding(names, mesh, shape.all_rules())
+    if not is_laid_by_rows(mesh):
+        return shardings
+    return jax.tree.map(by_rows, names, shardings, nn.unbox(boxed))
+
+
+def is_laid_by_rows(mesh: Mesh) -> bool:
+    """Whether `by_rows` holds: on TPU, whose memory is laid out in tiles. Elsewhere a kernel's layout plays no part."""
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def by_rows(names: PartitionSpec, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    """The sharding of an output or down kernel [..., heads or mlp, embed] with whole columns and its rows split by all.
+
+    By the rules `fsdp` splits its columns. Of 2,560 or 5,120, 256 devices have 10 or 20 each, small parts of a tile of
+    128, and a copy into another layout follows each gather of the kernel. Where the mesh does not
+    divide the rows so, the rules hold. Global shapes stay as they are, and so do checkpoints.
+    """
+    if tuple(names)[-2:] not in (("heads", "embed"), ("mlp", "embed")):
+        return sharding
+    spec = tuple(sharding.spec) + (None,) * (len(leaf.shape) - len(sharding.spec))
+    rows, columns = (((axes,) if isinstance(axes, str) else tuple(axes or ())) for axes in spec[-2:])
+    if not columns or leaf.shape[-2] % math.prod(sharding.mesh.shape[axis] for axis in rows + columns):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec[:-2], rows + columns, None))
