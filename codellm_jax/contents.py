@@ -234,13 +234,11 @@ def lines(file: str, longest: int | None = None, source: Iterable[bytes] | None 
         for piece in _as_utf8(file) if source is None else source:
             ended, end, rest = piece.rpartition(b"\n")
             if end:
-                first, *others = ended.split(b"\n")
-                joined, waiting, held = b"".join([*waiting, first]), [], 0
-                for line in itertools.chain([joined], others):
+                for line in b"".join([*waiting, ended]).split(b"\n"):
                     is_longer |= longest is not None and len(line) > longest
                     yield b"" if is_longer else _MARKS_OF_LINE.sub(b"", line) + b"\n"
                     is_longer = False
-                del joined, line
+                waiting, held = [], 0
             if not is_longer:
                 waiting.append(rest)
                 held += len(rest)
