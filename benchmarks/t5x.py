@@ -89,8 +89,8 @@ def their_decoder() -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6, help="steps of a turn")
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     flags = parser.parse_args()
     require_t5x("benchmarks.t5x needs upstream T5X")
     keep_freed_memory()  # as `t5x train` does

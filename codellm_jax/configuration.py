@@ -208,6 +208,8 @@ def _find(file: str, search_paths: Sequence[str]) -> epath.Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if file.startswith("t5x/"):
+        raise FileNotFoundError(t5x_names.of_gin_file(file))
     near = difflib.get_close_matches(file, list(shipped_gin_files()), n=3, cutoff=0.4)
     raise FileNotFoundError(f"No gin file {file}" + (f"; nearest shipped: {', '.join(near)}." if near else "."))
 
@@ -358,7 +360,8 @@ def _require_known_selector(selector: str, setting: Setting, configuration: Conf
         if not hasattr(optax, name):
             raise ValueError(f"{setting.where}: optax has no {name!r}" + nearest(name, dir(optax)))
     elif selector not in CONFIGURABLES and not configuration.imports:
-        raise ValueError(f"{setting.where}: nothing is named {selector!r}" + nearest(selector, CONFIGURABLES))
+        raise ValueError(f"{setting.where}: nothing is named {selector!r}" + (
+            t5x_names.of_setting(selector) or nearest(selector, CONFIGURABLES)))
 
 
 def require_types(configuration: Configuration) -> None:

@@ -19,6 +19,12 @@ SETTINGS = {
     "LOSS_NORMALIZING_FACTOR": "not there: the loss is the mean over the tokens that count",
     "LABEL_SMOOTHING": "not there",
     "Z_LOSS": "not there",
+    "EVAL_STEPS": "train.eval_rows, in rows",
+    "EVALUATOR_USE_MEMORY_CACHE": "not there",
+    "EVALUATOR_NUM_EXAMPLES": "QUESTIONS in evaluation",
+    "JSON_WRITE_N_RESULTS": "not needed: the answer to every question is written",
+    "ACTIVATION_PARTITIONING_DIMS": "mesh.rules",
+    "PARAMETER_PARTITIONING_DIMS": "mesh.fsdp",
     "MODEL": "model.layers, model.hidden and others, as the files of gin/models/ set them",
     "OPTIMIZER": "train.optimizer",
     "DatasetConfig.mixture_or_task_name": "MIXTURE_OR_TASK_NAME",
@@ -46,17 +52,52 @@ SETTINGS = {
     "train.eval_steps": "train.eval_rows, in rows",
     "train.stats_period": "LOG_PERIOD",
     "train.random_seed": "SEED",
-    "TransformerConfig.num_layers": "model.layers",
-    "TransformerConfig.num_decoder_layers": "model.layers",
-    "TransformerConfig.emb_dim": "model.hidden",
-    "TransformerConfig.num_heads": "model.heads",
-    "TransformerConfig.head_dim": "model.head_size",
-    "TransformerConfig.mlp_dim": "model.feedforward",
-    "TransformerConfig.dropout_rate": "DROPOUT_RATE",
-    "TransformerConfig.dtype": "model.dtype",
+    "train.use_hardware_rng": "not there: the same seed gives the same numbers",
+    "train.partitioner": "mesh.data, mesh.fsdp, mesh.model and mesh.rules",
+    "train.trainer_cls": "the flag --runner: --runner=t5x takes T5X's Trainer",
+    "train.checkpoint_cfg": "CHECKPOINT_PERIOD, train.keep_last and INITIAL_CHECKPOINT_PATH",
+    "train.train_dataset_cfg": "MIXTURE_OR_TASK_NAME, TASK_FEATURE_LENGTHS and BATCH_SIZE",
+    "train.train_eval_dataset_cfg": "not needed: held-out rows of the mixture's own sources, train.eval_rows of each",
+    "train.infer_eval_dataset_cfg": "EVAL_TASKS",
+    "train.inference_evaluator_cls": "EVAL_TASKS",
+    "train.use_orbax": "not needed: Orbax writes all checkpoints",
+    "train.run_eval_before_training": "not there",
+    "train.actions": "not there",
+    "train.hooks": "not there",
+    "train.gc_period": "not there",
+    "infer.mode": "not there: t5x infer writes text, and t5x eval scores answers",
+    "infer.output_dir": "the flag --output=FILE",
+    "evaluate.output_dir": "evaluate.results_dir, by default CHECKPOINT_PATH/results",
+    **{f"{config}.{name}": ours for config in ("TransformerConfig", "T5Config") for name, ours in {
+        "num_layers": "model.layers", "num_decoder_layers": "model.layers", "emb_dim": "model.hidden",
+        "num_heads": "model.heads", "head_dim": "model.head_size", "mlp_dim": "model.feedforward",
+        "dropout_rate": "DROPOUT_RATE", "dtype": "model.dtype"}.items()},
     "create_learning_rate_scheduler.base_learning_rate": "LEARNING_RATE",
     "create_learning_rate_scheduler.warmup_steps": "WARMUP_STEPS",
     "create_learning_rate_scheduler.factors": "train.learning_rate",
+}
+# Its classes and functions, for the parameters that are not above.
+CLASSES = {
+    "DatasetConfig": "MIXTURE_OR_TASK_NAME, TASK_FEATURE_LENGTHS and BATCH_SIZE",
+    "SaveCheckpointConfig": "CHECKPOINT_PERIOD, train.keep_last and KEEP_STEPS",
+    "RestoreCheckpointConfig": "INITIAL_CHECKPOINT_PATH in training, CHECKPOINT_PATH in evaluation",
+    "CheckpointConfig": "CHECKPOINT_PERIOD, train.keep_last and INITIAL_CHECKPOINT_PATH",
+    "PjitPartitioner": "mesh.data, mesh.fsdp, mesh.model and mesh.rules",
+    "standard_logical_axis_rules": "mesh.rules",
+    "Trainer": "the flag --runner: --runner=t5x takes T5X's",
+    "TransformerConfig": "model.layers, model.hidden and others, as the files of gin/models/ set them",
+    "T5Config": "model.layers, model.hidden and others, as the files of gin/models/ set them",
+    "BaseTransformerModel": "model.layers, model.hidden and others; only decoders are trained here",
+    "DecoderOnlyModel": "model.layers, model.hidden and others, as the files of gin/models/ set them",
+    "EncoderDecoderModel": "not there: only decoders are trained here",
+    "EncoderOnlyModel": "not there: only decoders are trained here",
+    "Adafactor": "train.optimizer, such as @optax.adafactor",
+    "OptaxWrapper": "train.optimizer, which takes optax's functions as they are",
+    "create_learning_rate_scheduler": "train.learning_rate",
+    "InferenceEvaluator": "EVAL_TASKS",
+    "Evaluator": "EVAL_TASKS",
+    "temperature_sample": "sampling.temperature and others, as gin/infer.gin sets them",
+    "beam_search": "not there: answers are drawn or greedy",
 }
 FLAGS = {
     "--tfds_data_dir": "TFDS's own variable of the environment, TFDS_DATA_DIR; --gin.DATA_DIR=DIR names the folder of "
@@ -65,9 +106,10 @@ FLAGS = {
     "--multiprocess_gpu": "not needed: where JAX does not find the other processes itself, give --coordinator_address, "
                           "--process_count and --process_index",
     "--initialization_timeout": "not there",
-    "--alsologtostderr": "not needed: what happens is printed; --debug shows the traceback of an error",
-    "--logtostderr": "not needed: what happens is printed; --debug shows the traceback of an error",
-    "--verbosity": "--debug, which shows the traceback of an error",
+    **dict.fromkeys(("--alsologtostderr", "--logtostderr", "--verbosity", "--v", "-v", "--vmodule", "--stderrthreshold",
+                     "--log_dir"), "not needed: what happens is printed; --debug shows the traceback of an error"),
+    "--run_mode": "the sub-command: t5x train, t5x eval or t5x infer",
+    "--helpfull": "--help",
 }
 COMMANDS = {
     "pretrain": "t5x train --gin_file=gin/mixed_pretrain.gin",
@@ -79,13 +121,20 @@ COMMANDS = {
 
 
 def of_setting(name: str) -> str | None:
-    """The end of a message about one of T5X's settings, scope and module before it or not; None of other names."""
-    last = ".".join(name.split("/")[-1].split(".")[-2:])
-    return _told(last, SETTINGS.get(last))
+    """The end of a message about one of T5X's settings or classes, scope and module before it or not; None of other
+    names.
+    """
+    parts = name.split("/")[-1].split(".")
+    last = ".".join(parts[-2:])
+    if last in SETTINGS:
+        return _told(last, SETTINGS[last])
+    return next((_told(part, CLASSES[part]) for part in parts[-2:] if part in CLASSES), None)
 
 
 def of_flag(flag: str) -> str | None:
-    """Likewise of one of T5X's flags."""
+    """Likewise of one of T5X's flags, or of JAX's, which T5X takes."""
+    if flag.startswith("--jax_"):
+        return f"; JAX reads it from the environment, as {flag[2:].upper()}=VALUE."
     return _told(flag, FLAGS.get(flag))
 
 
@@ -101,8 +150,9 @@ def of_command(arguments: Sequence[str]) -> str | None:
 
 def of_gin_file(file: str) -> str:
     """A message about a gin file that is T5X's, which imports what it configures."""
-    return (f"{file} is a gin file of upstream T5X: give it to python -m t5x.train. Here gin/mixed_pretrain.gin, "
-            "gin/tune_mixed.gin and gin/eval.gin stand for T5X's; t5x train --runner=t5x trains by T5X's trainer.")
+    return (f"{file} is a gin file of upstream T5X, for python -m t5x.train, t5x.eval or t5x.infer. Here gin/"
+            "mixed_pretrain.gin, gin/tune_mixed.gin, gin/eval.gin and gin/infer.gin stand for T5X's; t5x train "
+            "--runner=t5x trains by T5X's trainer.")
 
 
 def _told(name: str, ours: str | None) -> str | None:

@@ -12,6 +12,7 @@ import pytest
 from codellm_jax import cli, t5x_names
 from codellm_jax.configuration import CONFIGURABLES, SHIPPED, read_configuration, read_settings
 from codellm_jax.flags import overrides_of, parser
+from codellm_jax.runtime.checkpoints import newest_record
 from gin import config_parser
 
 MIXED = "gin/mixed_pretrain.gin"
@@ -33,12 +34,25 @@ MIXED = "gin/mixed_pretrain.gin"
     ("EVAL_OUTPUT_DIR", "out", "evaluate.results_dir"),
     ("INFER_OUTPUT_DIR", "out", "--output=FILE"),
     ("train.total_steps", "3", "TRAIN_STEPS"),
+    ("train.use_orbax", "False", "Orbax writes all checkpoints"),
+    ("network.T5Config.emb_dim", "8", "model.hidden"),
+    ("EVAL_STEPS", "3", "train.eval_rows"),
 ], ids=lambda value: value if isinstance(value, str) and value.isidentifier() else None)
 def test_a_setting_of_t5x_leads_to_ours(name: str, value: str, said: str):
     with pytest.raises(ValueError, match=re.escape(said)) as raised:
         read_configuration([MIXED], [(name, value)])
     told = str(raised.value)
     assert told.startswith(f"--gin.{name}: nothing is named {name}; here T5X's ") and "\n" not in told
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("utils.RestoreCheckpointConfig.mode", "specific", "RestoreCheckpointConfig is INITIAL_CHECKPOINT_PATH"),
+    ("adafactor.Adafactor.decay_rate", "0.8", "Adafactor is train.optimizer"),
+    ("train.model", "@models.DecoderOnlyModel()", "DecoderOnlyModel is model.layers"),
+], ids=["parameter", "optimizer", "reference"])
+def test_a_class_of_t5x_leads_to_ours(name: str, value: str, said: str):
+    with pytest.raises(ValueError, match=f"here T5X's {re.escape(said)}"):
+        read_configuration([MIXED], [(name, value)])
 
 
 def test_mixture_or_task_name_is_none_of_evaluation():
@@ -48,7 +62,7 @@ def test_mixture_or_task_name_is_none_of_evaluation():
 
 
 @pytest.mark.parametrize("flag", ["--tfds_data_dir=/data", "--multiprocess_gpu", "--alsologtostderr",
-                                  "--seqio_additional_cache_dirs=/data"])
+                                  "--seqio_additional_cache_dirs=/data", "--run_mode=train", "-v"])
 def test_a_flag_of_t5x_leads_to_ours(flag: str):
     with pytest.raises(ValueError, match=f"^unknown argument {flag}; here T5X's {flag.split('=')[0]} is "):
         overrides_of([flag])
@@ -70,8 +84,25 @@ def test_a_command_of_t5x_leads_to_ours(arguments: list[str], said: str, capsys:
 def test_a_gin_file_of_t5x_is_told_from_ours(file: str, tmp_path: Path):
     (tmp_path / "own.gin").write_text(
         "from __gin__ import dynamic_registration\nfrom t5x import utils\ninclude 't5x/configs/runs/pretrain.gin'\n")
-    with pytest.raises(ValueError, match="is a gin file of upstream T5X: give it to python -m t5x.train"):
+    with pytest.raises(ValueError, match="is a gin file of upstream T5X, for python -m t5x.train"):
         read_configuration([file], [], [str(tmp_path)])
+
+
+def test_a_gin_file_of_t5x_s_source_is_no_slip_of_the_pen():
+    with pytest.raises(FileNotFoundError, match="^t5x/configs/runs/pretrain.gin is a gin file of upstream T5X"):
+        read_configuration(["t5x/configs/runs/pretrain.gin"], [])
+
+
+def test_a_flag_of_jax_leads_to_its_variable():
+    with pytest.raises(ValueError, match="environment, as JAX_LOG_COMPILES=VALUE"):
+        overrides_of(["--jax_log_compiles=1"])
+
+
+def test_a_checkpoint_of_t5x_leads_to_adopt(tmp_path: Path):
+    (tmp_path / "checkpoint_4").mkdir()
+    for path in (tmp_path, tmp_path / "checkpoint_4"):
+        with pytest.raises(FileNotFoundError, match=f"t5x adopt {path} --output=RUN"):
+            newest_record(str(path))
 
 
 def test_gin_bindings_are_taken_as_t5x_takes_them():
@@ -98,10 +129,11 @@ def test_what_the_table_names_is_there():
                for reference in re.findall(r"%(\w+)", setting.value)}
     flags = parser().format_help() + "".join(
         sub.format_help() for sub in parser()._subparsers._group_actions[0].choices.values())
-    for ours in (*t5x_names.SETTINGS.values(), *t5x_names.FLAGS.values(), *t5x_names.COMMANDS.values()):
+    for ours in (*t5x_names.SETTINGS.values(), *t5x_names.CLASSES.values(), *t5x_names.FLAGS.values(),
+                 *t5x_names.COMMANDS.values()):
         for macro in re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", ours):
             assert macro in macros | {"TFDS", "TFDS_DATA_DIR", "JAX", "DIR", "FILE", "RUN", "SOURCE", "CACHE", "T"}
-        for name, parameter in re.findall(r"\b(model|mesh|train|evaluate)\.(\w+)\b", ours):
+        for name, parameter in re.findall(r"\b(model|mesh|train|evaluate|sampling)\.(\w+)\b", ours):
             module, _, attribute = CONFIGURABLES[name].partition(":")
             assert parameter in inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
         for flag in re.findall(r"--(?!gin)[a-z_]+", ours):

@@ -26,7 +26,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -35,6 +34,7 @@ import jax
 from etils import epath
 
 from codellm_jax.evaluation.cuts import Fitted, fitted
+from codellm_jax.evaluation.held import alone_at, name_of_files
 from codellm_jax.evaluation.sampling import PAPER_SAMPLING, Sampling
 from codellm_jax.evaluation.scoring import Request, fault
 from codellm_jax.evaluation.trained import Checkpoint, TrainedModel, trained_model
@@ -46,7 +46,6 @@ from codellm_jax.results.measures import score
 from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_rows, told_from_chance
 from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.distributed import agreed, require_agreement, wait_for_all
-from codellm_jax.runtime.process import alone_in
 from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.provenance import evaluation_hash, software, training_hash
 from codellm_jax.weights.start import results_folder
@@ -172,10 +171,9 @@ def evaluate(
       ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit, before anything is
         asked; and for tasks that failed, after all others were evaluated.
     """
-    loaded, path = run.evaluation.load(), run.checkpoint.path
-    folder = run.results_dir or results_folder(path)
-    with trained_model(run.checkpoint, report) as (model, record), _alone_at(loaded, folder):
-        checkpoint = {"run": resolved(path), "step": record["step"], "arm": arm(record["ledger"]),
+    loaded, folder = run.evaluation.load(), run.results_dir or results_folder(run.checkpoint.path)
+    with trained_model(run.checkpoint, report) as (model, record), alone_at(loaded, folder):
+        checkpoint = {"run": resolved(run.checkpoint.path), "step": record["step"], "arm": arm(record["ledger"]),
                       "digest": record["digest"]}
         report(HEADINGS)
         provenance = {
@@ -187,22 +185,6 @@ def evaluate(
                              if failures else "a task failed on the first process.") from (
                                  ExceptionGroup("tasks", failures) if failures else None)
         return results
-
-
-@contextlib.contextmanager
-def _alone_at(loaded: Sequence[Any], folder: str) -> Iterator[None]:
-    """Holds the files of some tasks, so that no two evaluations write the same file; others may ask other tasks.
-
-    Raises:
-      ValueError: another process evaluates one of them there.
-    """
-    with contextlib.ExitStack() as held:
-        if jax.process_index() == 0:
-            names = sorted(map(_name_of, loaded))
-            for name in names if "://" not in folder else names[:1]:
-                held.enter_context(alone_in(os.path.expanduser(folder), "evaluate.results_dir",
-                                            f"evaluating {name}" if "://" not in folder else "evaluating", name))
-        yield
 
 
 class TaskFailed(Exception):
@@ -366,11 +348,6 @@ def _data(loaded: Any) -> dict[str, Any]:
     return {"read": loaded.read, "skipped": dict(loaded.skipped), "files": list(loaded.files)}
 
 
-def _name_of(loaded: Any) -> str:
-    """How the files of a task are named."""
-    return f"{loaded.name}_sample" if loaded.is_sample else str(loaded.name)
-
-
 class _Answered(NamedTuple):
     """All lines of a task, and how they came."""
 
@@ -387,7 +364,7 @@ def _answered(
     """Answers the questions that have no line yet, and writes a line for each as it comes; None but on the first
     process, which alone reads and writes.
     """
-    name = _name_of(loaded)
+    name = name_of_files(loaded)
     header = {"settings": json.loads(json.dumps(settings)), "checkpoint": dict(checkpoint)}
     require_agreement(f"{name} to ask, in questions, settings or checkpoint,", json.dumps(header))
     path, first, total = folder / f"{name}.jsonl", jax.process_index() == 0, len(loaded.questions)

@@ -308,12 +308,12 @@ def _why_none(directory: epath.Path) -> str:
         return f"There is no directory {directory}"
     if not directory.is_dir():
         return f"{directory} is a file, and no run directory"
-    foreign = sorted(path.name for path in directory.iterdir() if path.suffix in WEIGHTS_OF_OTHERS)
-    if foreign:
+    if directory.name.startswith("checkpoint_") or any(directory.glob("checkpoint_*")):
+        return f"{directory} is upstream T5X's, of which t5x adopt {directory} --output=RUN makes a run"
+    if foreign := sorted(path.name for path in directory.iterdir() if path.suffix in WEIGHTS_OF_OTHERS):
         return f"{directory} holds {foreign[0]}, weights in a form that is not read, and no checkpoint of t5x train"
-    if directory.name == "checkpoints" or directory.parent.name == "checkpoints":
-        above = directory.parent if directory.name == "checkpoints" else directory.parent.parent
-        return f"{directory} is a part of the run directory {above}"
+    if inner := [path for path in (directory, directory.parent) if path.name == "checkpoints"]:
+        return f"{directory} is a part of the run directory {inner[0].parent}"
     return f"No checkpoint in {directory / 'checkpoints'}"
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint of parameters that are never in memory as a whole: it is written part by part, and read so.
+"""Checkpoints that are never in memory as a whole: they are written part by part, and read so.
 
-It is one as `checkpoints` has them, but for the rest of a state: Orbax writes arrays of one chunk each, TensorStore
-makes them as long as they are to be and writes the parts, and the record comes last.
+Orbax writes arrays of one chunk each, TensorStore makes them as long as they are to be and writes the parts, and the
+record comes last. What `checkpoints` and upstream T5X restore is such a checkpoint too.
 """
 
 import collections
@@ -9,19 +9,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from flax import traverse_util
 
-from codellm_jax.runtime.checkpoints import digest, first_line, undamaged_records
+from codellm_jax.runtime.checkpoints import digest, first_line, named_leaves, undamaged_records
 
 CHUNK = 2**24  # bytes at most, of an array's numbers that are stored as one
 IN_FLIGHT = 2**26  # bytes that may wait to be written
 
 
 class Part(NamedTuple):
-    """Rows of a parameter, float32: of a leaf such as "lm_head", or of one layer of a leaf in "blocks"."""
+    """Rows of an array: of a leaf such as "params/lm_head", or of one layer of a leaf in "blocks"; or a scalar."""
 
     leaf: str
     layer: int | None
@@ -29,15 +31,15 @@ class Part(NamedTuple):
     rows: np.ndarray
 
 
-def rows_of_chunk(shape: tuple[int, ...]) -> int:
+def rows_of_chunk(shape: tuple[int, ...], itemsize: int = 4) -> int:
     """Rows of a leaf, or of a layer of it, that are stored as one: parts of so many are written fastest."""
-    return min(shape[0], max(1, CHUNK // (4 * math.prod(shape[1:]))))
+    return min(shape[0], max(1, CHUNK // (itemsize * math.prod(shape[1:]))))
 
 
 def save_in_parts(
     folder: epath.Path, shapes: Mapping[str, tuple[int, ...]], parts: Iterable[Part], record: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Writes a checkpoint of parameters.
+    """Writes a checkpoint of parameters, float32.
 
     Args:
       folder: RUN/checkpoints/STEP, which is not there yet.
@@ -52,39 +54,98 @@ def save_in_parts(
       ValueError: the parts are not all of the leaves.
       OSError: the disk cannot take them.
     """
-    chunks = {leaf: _chunk(leaf, shape) for leaf, shape in shapes.items()}
-    tree: dict[str, Any] = {}
-    for leaf, chunk in chunks.items():
-        *branches, name = ["params", *leaf.split("/")]
-        at = tree
-        for branch in branches:
-            at = at.setdefault(branch, {})
-        at[name] = np.zeros(chunk, np.float32)
-    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(folder / "state", ocp.args.PyTreeSave(tree))
+    tree = traverse_util.unflatten_dict(
+        {f"params/{leaf}": jax.ShapeDtypeStruct(shape, np.float32) for leaf, shape in shapes.items()}, sep="/")
+    found = write_arrays(folder, tree, (part._replace(leaf=f"params/{part.leaf}") for part in parts))
+    return write_record(folder, record, found)
+
+
+def write_arrays(folder: epath.Path, tree: Any, parts: Iterable[Part]) -> dict[str, list[Any]]:
+    """Writes FOLDER/state, as Orbax would write `tree`.
+
+    Args:
+      folder: of the step, which is not there yet.
+      tree: of jax.ShapeDtypeStructs or arrays, of which shapes and dtypes are looked at.
+      parts: every number of each leaf once, under the names of `named_leaves`; as in `save_in_parts`.
+
+    Returns:
+      What `checkpoints.checksums` gives.
+
+    Raises:
+      ValueError: the parts are not all of the leaves.
+      OSError: the disk cannot take them.
+    """
+    leaves = named_leaves(tree)
+    begun = [np.zeros(_chunk(name, leaf), leaf.dtype) for name, leaf in leaves.items()]
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(
+        folder / "state", ocp.args.PyTreeSave(jax.tree.unflatten(jax.tree.structure(tree), begun)))
     context = ocp.type_handlers.get_ts_context(use_ocdbt=True)  # one cache for all
-    stores = {leaf: _opened(folder / "state", leaf, context).resize(exclusive_max=shape, expand_only=True).result()
-              for leaf, shape in shapes.items()}
-    sums, written = dict.fromkeys(shapes, 0), dict.fromkeys(shapes, 0)
+    stores = {name: _opened(folder / "state", name, context).resize(exclusive_max=leaf.shape, expand_only=True).result()
+              for name, leaf in leaves.items()}
+    sums, written = dict.fromkeys(leaves, 0), dict.fromkeys(leaves, 0)
     waiting: collections.deque[tuple[Any, int]] = collections.deque()
     for part in parts:
-        rows = slice(part.first, part.first + len(part.rows))
-        store = stores[part.leaf][rows] if part.layer is None else stores[part.leaf][part.layer, rows]
-        waiting.append((store.write(part.rows, can_reference_source_data_indefinitely=True), part.rows.nbytes))
-        sums[part.leaf] += int(part.rows.view(np.uint32).sum(dtype=np.uint64))
-        written[part.leaf] += part.rows.size
+        store, values = stores[part.leaf], part.rows
+        if values.ndim:
+            rows = slice(part.first, part.first + len(values))
+            store = store[rows] if part.layer is None else store[part.layer, rows]
+        waiting.append((store.write(values, can_reference_source_data_indefinitely=True), values.nbytes))
+        sums[part.leaf] += int(values.reshape(-1).view(f"uint{8 * values.itemsize}").sum(dtype=np.uint64))
+        written[part.leaf] += values.size
         while sum(size for _, size in waiting) > IN_FLIGHT:
             _finish(waiting.popleft()[0], folder)
     for future, _ in waiting:
         _finish(future, folder)
-    for leaf, shape in shapes.items():
-        if written[leaf] != math.prod(shape):
-            raise ValueError(f"{leaf} has {math.prod(shape)} numbers, and {written[leaf]} were given.")
-    whole = dict(record) | {"checksums": {
-        f"params/{leaf}": [list(shape), "float32", sums[leaf] % 2**32] for leaf, shape in shapes.items()},
-        "step": int(folder.name)}
+    for name, leaf in leaves.items():
+        if written[name] != math.prod(leaf.shape):
+            raise ValueError(f"{name} has {math.prod(leaf.shape)} numbers, and {written[name]} were given.")
+    return {name: [list(leaf.shape), str(leaf.dtype), sums[name] % 2**32] for name, leaf in leaves.items()}
+
+
+def write_record(folder: epath.Path, record: Mapping[str, Any], sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes FOLDER/record, with checksums, step and digest, by which the step is a checkpoint; returns it."""
+    whole = dict(record) | {"checksums": dict(sums), "step": int(folder.name)}
     whole["digest"] = digest(whole)
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "record", ocp.args.JsonSave(whole))
+    mark_whole(folder)
     return whole
+
+
+def mark_whole(folder: epath.Path) -> None:
+    """Marks the folder of a step as Orbax does once it is whole; in gs:// Orbax asks for it."""
+    (folder / "commit_success.txt").write_text(f"Checkpoint commit was successful to {folder}")
+
+
+def copied(state: epath.Path, names: Mapping[str, str], wanted: Mapping[str, Any]) -> Iterator[Part]:
+    """Arrays of a checkpoint as the parts of another: a chunk is held at a time, at most an array.
+
+    Args:
+      state: the folder that Orbax wrote.
+      names: of the wanted arrays there.
+      wanted: what has shape and dtype, by the names of the parts.
+
+    Raises:
+      Damaged: an array cannot be read.
+    """
+    context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
+    for name, leaf in wanted.items():
+        chunk = _chunk(name, leaf)
+        store = _tried(name, _opened, state, names[name], context)
+        if not chunk:
+            yield Part(name, None, 0, np.asarray(_tried(name, store.read().result), leaf.dtype))
+            continue
+        size = chunk[0] * math.ceil(store.chunk_layout.read_chunk.shape[0] / chunk[0])  # whole chunks on both sides
+        for first in range(0, leaf.shape[0], size):
+            slab = _tried(name, store[first: min(first + size, leaf.shape[0])].read().result)
+            stacked = _is_stacked(name, leaf)
+            rows = chunk[1] if stacked else chunk[0]
+            layers: list[tuple[int | None, int, np.ndarray]] = [
+                (first + number, 0, values) for number, values in enumerate(slab)] if stacked else [(None, first, slab)]
+            for layer, row, values in layers:
+                for at in range(0, len(values), rows):
+                    # A copy, so that the slab may go before all of it is written.
+                    yield Part(name, layer, row + at, values[at: at + rows].astype(leaf.dtype, order="C"))
+            del slab, layers, values
 
 
 class Damaged(ValueError):
@@ -112,13 +173,10 @@ class SavedParameters:
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         """A whole parameter, or one layer of a stacked one. Raises Damaged where it cannot be read."""
-        try:
-            if name not in self._stores:
-                self._stores[name] = _opened(self._state, name, self._context)
-            store = self._stores[name]
-            found = np.ascontiguousarray(store.read().result() if layer is None else store[layer].read().result())
-        except Exception as error:  # TensorStore has no class of its own for what is damaged
-            raise Damaged(f"{name} cannot be read: {first_line(error)}") from error
+        if name not in self._stores:
+            self._stores[name] = _tried(name, _opened, self._state, f"params/{name}", self._context)
+        store = self._stores[name] if layer is None else self._stores[name][layer]
+        found = np.ascontiguousarray(_tried(name, store.read().result))
         bits = found.view(f"uint{8 * found.dtype.itemsize}")
         self._sums[name][layer] = int(bits.sum(dtype=np.uint32))
         return found
@@ -156,15 +214,29 @@ def _finish(write: Any, folder: epath.Path) -> None:
                       f"{'No space left on device' if full else ' '.join(str(error).split())[:200]}.") from error
 
 
-def _chunk(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if leaf.startswith("blocks/"):
-        return (1, rows_of_chunk(shape[1:]), *shape[2:])
-    return (rows_of_chunk(shape), *shape[1:])
+def _tried(name: str, read: Callable[..., Any], *arguments: Any) -> Any:
+    """What a reading gives. Raises Damaged where it fails."""
+    try:
+        return read(*arguments)
+    except Exception as error:  # TensorStore has no class of its own for what is damaged
+        raise Damaged(f"{name} cannot be read: {first_line(error)}") from error
 
 
-def _opened(state: epath.Path, leaf: str, context: tensorstore.Context) -> tensorstore.TensorStore:
+def _is_stacked(name: str, leaf: Any) -> bool:
+    return "blocks" in name.split("/") and len(leaf.shape) > 1
+
+
+def _chunk(name: str, leaf: Any) -> tuple[int, ...]:
+    shape, itemsize = tuple(leaf.shape), np.dtype(leaf.dtype).itemsize
+    if _is_stacked(name, leaf):
+        return (1, rows_of_chunk(shape[1:], itemsize), *shape[2:])
+    return (rows_of_chunk(shape, itemsize), *shape[1:]) if shape else ()
+
+
+def _opened(state: epath.Path, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
     handlers = ocp.type_handlers
-    info = handlers.ParamInfo(name=f"params/{leaf}".replace("/", "."), parent_dir=state, is_ocdbt_checkpoint=True,
-                              use_zarr3=False, ts_context=context)
-    return tensorstore.open(tensorstore.Spec(handlers.get_json_tspec_read(info, use_ocdbt=True)), open=True,
+    in_one = (state / "manifest.ocdbt").exists()  # else a folder for each array, as Orbax wrote once
+    info = handlers.ParamInfo(name=name.replace("/", "."), path=state / name.replace("/", "."), parent_dir=state,
+                              is_ocdbt_checkpoint=in_one, use_zarr3=False, ts_context=context)
+    return tensorstore.open(tensorstore.Spec(handlers.get_json_tspec_read(info, use_ocdbt=in_one)), open=True,
                             context=context).result()

@@ -40,8 +40,16 @@ def _abstract_parameters(model: Decoder) -> Any:
 
 
 def _with_optimizer(params: Any, optimizer: optax.GradientTransformation, dropout_rng: jax.Array) -> TrainState:
-    """The first state of some parameters, whose boxes the optimizer's moments inherit."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(dropout_rng))
+    """The first state of some parameters, whose boxes the optimizer's moments inherit.
+
+    Moments of another shape, as Adafactor's rows and columns, are without a box, and so whole on each device.
+    """
+    def of_its_shape(box: Any) -> Any:
+        boxed = isinstance(box, nn.Partitioned)
+        return box.value if boxed and (len(box.names) != box.value.ndim or box.value.size == 1) else box
+
+    moments = jax.tree.map(of_its_shape, optimizer.init(params), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    return TrainState(jnp.zeros((), jnp.int32), params, moments, jax.random.key_data(dropout_rng))
 
 
 def abstract_state(

@@ -17,17 +17,18 @@ from etils import epath
 
 from codellm_jax.configuration import CONFIGURABLES, build, operative, read_configuration, read_settings, settings_in
 from codellm_jax.mixture.ledger import Ledger
-from codellm_jax.runtime.checkpoints import Checkpoints, checksums, record_of, resolved
-from codellm_jax.runtime.checkpoints import newest_record as newest_record_of
+from codellm_jax.runtime.checkpoints import newest_record, record_of, resolved
 from codellm_jax.runtime.compatibility import require_same_model
 from codellm_jax.runtime.partitioning import MeshShape
+from codellm_jax.runtime.parts import write_record
 from codellm_jax.runtime.progress import say
 from codellm_jax.settings import Configuration, Setting
 from codellm_jax.training.begin import Run, place
 from codellm_jax.training.kept import Provenance
 from codellm_jax.training.plan import Plan, Training, make_plan
-from codellm_jax.upstream.trees import find_checkpoint, read_arrays, read_state, write_state
+from codellm_jax.upstream.trees import copy_state, find_checkpoint, give_state
 from codellm_jax.weights import start
+from codellm_jax.weights.exporting import written_whole
 
 # Configurables by the last part of the name that T5X's gin has for them: DecoderConfig -> model.
 OURS = {target.rpartition(":")[2]: name for name, target in CONFIGURABLES.items()}
@@ -68,17 +69,18 @@ def adopt(
         raise ValueError(f"{checkpoint} was trained for {step} steps, and the settings say {plan.last_step}: give "
                          f"--gin.TRAIN_STEPS={step} or the steps that it was to have.")
     _, dropout_rng = jax.random.split(jax.random.key(training.seed))
-    state = read_state(checkpoint, step, plan.state, jax.random.key_data(dropout_rng))
     ledger = _ledger(training, plan, step)
     text, values = operative(configuration)
-    with Checkpoints(f"{output}/checkpoints") as checkpoints:
-        checkpoints.save(step, state, {"settings": values, "ledger": ledger.to_json(), "held_out": None,
-                                       "interval": None, "place": place(training, plan, step)})
-    (epath.Path(resolved(output)) / "config.gin").write_text(text)
-    run = Run(training, plan, state, ledger, 0)
-    provenance = Provenance(run, values, configuration.asked, "t5x", active=True)
-    run.step = step
-    provenance.write(run, newest_record_of(output)[1]["digest"], {}, ended=False)
+    with written_whole(epath.Path(resolved(output))) as made:
+        folder = made / "checkpoints" / str(step)
+        sums = copy_state(checkpoint, step, plan.state, np.asarray(jax.random.key_data(dropout_rng)), folder)
+        record = write_record(folder, {"settings": values, "ledger": ledger.to_json(), "held_out": None,
+                                       "interval": None, "place": place(training, plan, step)}, sums)
+        (made / "config.gin").write_text(text)
+        run = Run(dataclasses.replace(training, model_dir=str(made)), plan, plan.state, ledger, 0)
+        provenance = Provenance(run, values, configuration.asked, "t5x", active=True)
+        run.step = step
+        provenance.write(run, record["digest"], {}, ended=False)
     return f"{checkpoint} is adopted as {output}, step {step} of {plan.last_step}.\n{ledger.table(plan.mixture.order)}"
 
 
@@ -148,14 +150,11 @@ def give(source: str, output: str) -> str:
     _require_free(output)
     named = re.fullmatch(r"(.+)@(\d+)", source)
     run = named[1] if named else source
-    step, record = (int(named[2]), record_of(run, int(named[2]))) if named else newest_record_of(run)
-    arrays = read_arrays(run, step)
-    if wrong := [name for name, facts in checksums(arrays).items() if record["checksums"].get(name) != facts]:
-        raise ValueError(f"The checkpoint of step {step} in {run} is damaged ({len(wrong)} arrays differ from what was "
-                         f"saved, {wrong[0]} first): take another step.")
-    if "step" not in arrays:
+    step, record = (int(named[2]), record_of(run, int(named[2]))) if named else newest_record(run)
+    if "step" not in record["checksums"]:
         raise ValueError(f"{run} holds parameters alone, of which T5X cannot go on: train it for a step first.")
-    write_state(output, step, arrays)
+    with written_whole(epath.Path(resolved(output))) as made:
+        give_state(run, step, record, made)
     return f"{run}, step {step}, is {output}/checkpoint_{step} to T5X."
 
 

@@ -5,7 +5,9 @@
 What dropout is drawn from is not there: T5X draws it from RANDOM_SEED and the step alone, as this package does.
 """
 
+import itertools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from etils import epath
 from flax import traverse_util
 
 from codellm_jax.runtime.checkpoints import first_line, named_leaves, require_same_arrays, resolved
+from codellm_jax.runtime.parts import Damaged, Part, copied, mark_whole, write_arrays
 from codellm_jax.runtime.state import TrainState
 
 PREFIX = "checkpoint"
@@ -39,66 +42,56 @@ def find_checkpoint(path: str) -> tuple[epath.Path, int]:
     return given / f"{PREFIX}_{max(steps)}", max(steps)
 
 
-def read_state(checkpoint: epath.Path, step: int, abstract: TrainState, rng: jax.Array) -> TrainState:
-    """The state of a checkpoint of T5X.
+def copy_state(checkpoint: epath.Path, step: int, abstract: TrainState, rng: np.ndarray, folder: epath.Path) -> Any:
+    """Writes FOLDER/state, a run's state of a checkpoint of T5X, an array at a time; returns its checksums.
 
     Args:
       checkpoint, step: as `find_checkpoint` gives them.
-      abstract: what is read, with shardings.
+      abstract: shapes and dtypes of what is written.
       rng: what dropout is drawn from.
+      folder: RUN/checkpoints/STEP, which is not there yet.
 
     Raises:
-      ValueError: in one line; it is of another model or optimizer, or damaged.
+      ValueError: in one line; the checkpoint is of another model or optimizer, or damaged.
+      OSError: the disk cannot take it.
     """
-    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    wanted = {_their_name(name): leaf for name, leaf in named_leaves(abstract).items() if name != "rng"}
-    item = traverse_util.unflatten_dict(wanted, sep="/")
+    wanted = {name: leaf for name, leaf in named_leaves(abstract).items() if name != "rng"}
+    names = {name: _their_name(name) for name in wanted}
     try:
-        metadata = handler.metadata(checkpoint / "state").item_metadata.tree
+        tree = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(checkpoint / "state").item_metadata.tree
     except Exception as error:
         raise ValueError(f"{checkpoint} cannot be read ({first_line(error)}): take another step.") from None
-    found = {name: [list(leaf.shape)] for name, leaf in named_leaves(metadata).items()}
-    require_same_arrays(found, item, step)
+    found = {name: [list(leaf.shape)] for name, leaf in named_leaves(tree).items()}
+    require_same_arrays(found, traverse_util.unflatten_dict(
+        {names[name]: leaf for name, leaf in wanted.items()}, sep="/"), step)
     try:
-        restored = named_leaves(handler.restore(checkpoint / "state", ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))))
-    except Exception as error:
-        raise ValueError(f"{checkpoint} is damaged ({first_line(error)}): take another step.") from None
-    leaves = [rng if name == "rng" else restored[_their_name(name)] for name in named_leaves(abstract)]
-    state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-    if int(state.step) != step:
-        raise ValueError(f"{checkpoint} holds the state of step {int(state.step)}: it was renamed.")
-    return state
+        [saved] = copied(checkpoint / "state", names, {"step": wanted["step"]})
+        if int(saved.rows) != step:
+            raise ValueError(f"{checkpoint} holds the state of step {int(saved.rows)}: it was renamed.")
+        return write_arrays(folder, abstract, itertools.chain(
+            copied(checkpoint / "state", names, wanted), [Part("rng", None, 0, rng)]))
+    except Damaged as error:
+        raise ValueError(f"{checkpoint} is damaged ({error}): take another step.") from None
 
 
-def write_state(directory: str, step: int, arrays: dict[str, np.ndarray]) -> None:
-    """Writes DIRECTORY/checkpoint_STEP of the arrays of a state by their names."""
-    tree = traverse_util.unflatten_dict(
-        {_their_name(name): array for name, array in arrays.items() if name != "rng"}, sep="/")
-    manager = ocp.CheckpointManager(
-        resolved(directory), options=ocp.CheckpointManagerOptions(step_prefix=PREFIX, enable_async_checkpointing=False),
-        item_names=("state",))
+def give_state(run: str, step: int, record: Mapping[str, Any], directory: epath.Path) -> None:
+    """Writes DIRECTORY/checkpoint_STEP, the arrays of a step of a run by T5X's names, an array at a time.
+
+    Raises:
+      ValueError: in one line; they are not what was saved.
+      OSError: the disk cannot take them.
+    """
+    ours = {_their_name(name): name for name in record["checksums"] if name != "rng"}
+    wanted = {theirs: jax.ShapeDtypeStruct(*record["checksums"][name][:2]) for theirs, name in ours.items()}
+    state = epath.Path(resolved(run)) / "checkpoints" / str(step) / "state"
+    folder = directory / f"{PREFIX}_{step}"
     try:
-        manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)))
-    finally:
-        manager.close()
-
-
-def read_arrays(model_dir: str, step: int) -> dict[str, np.ndarray]:
-    """The arrays of a step of a run of this package by their names."""
-    path = epath.Path(resolved(model_dir)) / "checkpoints" / str(step) / "state"
-    try:
-        return {name: np.asarray(leaf) for name, leaf in named_leaves(read_on_host(path)).items()}
-    except Exception as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}): take another step.") from None
-
-
-def read_on_host(path: epath.Path) -> Any:
-    """A tree of arrays that Orbax wrote, in this process's memory, whatever devices it was saved from."""
-    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    tree = handler.metadata(path).item_metadata.tree
-    return handler.restore(path, ocp.args.PyTreeRestore(
-        restore_args=jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)))
+        sums = write_arrays(folder, traverse_util.unflatten_dict(wanted, sep="/"), copied(state, ours, wanted))
+        if wrong := [name for theirs, name in ours.items() if sums[theirs] != record["checksums"][name]]:
+            raise Damaged(f"{len(wrong)} arrays differ from what was saved, {wrong[0]} first")
+    except Damaged as error:
+        raise ValueError(f"The checkpoint of step {step} in {run} is damaged ({error}): take another step.") from None
+    mark_whole(folder)
 
 
 def _their_name(name: str) -> str:

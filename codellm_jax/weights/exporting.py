@@ -101,7 +101,7 @@ def export(
                           saved.record | {"step": saved.step}, _code_of(run), dtype, most)
         _require_same_shapes(saved, folder, run)
         try:
-            with _written_whole(place) as building:
+            with written_whole(place) as building:
                 _write(building, folder, saved.read, report)
                 saved.require_undamaged()
         except Damaged as error:
@@ -139,7 +139,7 @@ def export_while_training(
 
     if jax.process_index() == 0:
         try:
-            with _written_whole(epath.Path(place)) as building:
+            with written_whole(epath.Path(place)) as building:
                 _write(building, folder, read, report)
         except (OSError, ValueError) as error:
             report(f"WARNING: the export after step {record['step']} failed: {error}")
@@ -211,7 +211,7 @@ def _arrays(tensors: Sequence[PublishedTensor], read: Read) -> Iterator[np.ndarr
 
 
 @contextlib.contextmanager
-def _written_whole(place: epath.Path) -> Iterator[epath.Path]:
+def written_whole(place: epath.Path) -> Iterator[epath.Path]:
     """A folder to write into, which takes the place of what lies there once it is whole; else nothing is left of it."""
     try:
         with _built_there(place) if "://" in str(place) else _built_beside(place) as building:

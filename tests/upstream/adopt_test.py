@@ -1,7 +1,10 @@
 """Checkpoints of upstream T5X as runs and back: the same arrays, by the names that T5X has for them."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,13 @@ import pytest
 from etils import epath
 
 from codellm_jax import cli
-from codellm_jax.runtime.checkpoints import record_of
+from codellm_jax.runtime import parts
+from codellm_jax.runtime.checkpoints import checksums, record_of
+from codellm_jax.runtime.state import TrainState
 from codellm_jax.upstream.adopt import settings_of
-from codellm_jax.upstream.trees import read_on_host
+from codellm_jax.upstream.trees import copy_state, give_state
 
+HERE = Path(__file__).parent
 # As T5X writes it where a file of gin/t5x/ was used, in parts.
 CONFIG = """
 from __gin__ import dynamic_registration
@@ -73,6 +79,14 @@ plan.Training.train_steps = %TRAIN_STEPS
 """
 
 
+def read_on_host(path: Path) -> Any:
+    """A tree of arrays that Orbax wrote, in memory, whatever devices it was saved from."""
+    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    tree = handler.metadata(path).item_metadata.tree
+    return handler.restore(path, ocp.args.PyTreeRestore(
+        restore_args=jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)))
+
+
 def config(**values: Any) -> str:
     return CONFIG.format(**{"cache": "c", "rate": 0.5, "corpora": {}, "seed": 0, "sources": "python_text_code",
                             "lengths": {"targets": 256}, "optimizer": "@optimization.adamw",
@@ -82,7 +96,7 @@ def config(**values: Any) -> str:
 @pytest.fixture
 def theirs(pretrained: Path, tmp_path: Path, tiny_corpora: dict[str, Any], tiny_cache: str) -> Path:
     """A model directory of T5X with the state that a run of this package has after four steps."""
-    state = read_on_host(epath.Path(pretrained / "CODE" / "checkpoints" / "4" / "state"))
+    state = read_on_host(pretrained / "CODE" / "checkpoints" / "4" / "state")
 
     def as_state_dict(tree: Any) -> Any:
         if isinstance(tree, list):
@@ -138,10 +152,23 @@ def test_an_adopted_run_is_the_run_itself(theirs: Path, pretrained: Path, tmp_pa
     assert [session["runner"] for session in provenance["sessions"]] == ["t5x"]
     # And there again.
     assert cli.main(["adopt", str(run), f"--output={tmp_path / 'back'}", "--to=t5x"]) == 0
-    before, after = (read_on_host(epath.Path(folder / "checkpoint_4" / "state"))
+    before, after = (read_on_host(folder / "checkpoint_4" / "state")
                      for folder in (theirs, tmp_path / "back"))
     assert jax.tree.structure(before) == jax.tree.structure(after)
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.slow
+def test_an_adopted_run_goes_on_as_one_that_was_never_given_away(tiny_flags: list[str], tmp_path: Path):
+    flags = [*tiny_flags, "--gin.TRAIN_STEPS=8", "--gin.CHECKPOINT_PERIOD=4"]
+    whole, theirs, adopted = (str(tmp_path / name) for name in ("whole", "t5x", "adopted"))
+    assert cli.main(["train", *flags, f"--gin.MODEL_DIR={whole}"]) == 0
+    assert cli.main(["adopt", f"{whole}@4", f"--output={theirs}", "--to=t5x"]) == 0
+    assert cli.main(["adopt", theirs, f"--output={adopted}", *flags]) == 0
+    assert cli.main(["train", *flags, f"--gin.MODEL_DIR={adopted}"]) == 0
+    assert (tmp_path / "adopted" / "checkpoints" / "4").is_dir()
+    for fact in ("checksums", "ledger", "place"):
+        assert record_of(adopted, 8)[fact] == record_of(whole, 8)[fact]
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -178,3 +205,63 @@ def test_a_damaged_tree_or_another_config_is_told(theirs: Path, tmp_path: Path, 
     assert cli.main(["adopt", str(theirs), f"--output={tmp_path / 'new'}"]) == 1
     told = capsys.readouterr().err
     assert "checkpoint_6" in told and told.count("\n") == 1
+
+
+def state_of(rows: int, columns: int, layers: int, arrays: int) -> TrainState:
+    """A state with arrays of layers, of rows, and of neither."""
+    made = [np.random.default_rng(number).integers(0, 2**32, (layers, rows, columns), np.uint32).view(np.float32)
+            for number in range(arrays)]
+    params = {"blocks": {f"kernel_{number}": array for number, array in enumerate(made)},
+              "embedding": np.arange(rows * columns, dtype=np.float32).reshape(rows, columns),
+              "scale": np.arange(rows, dtype=np.float32)}
+    step = np.array(7, np.int32)
+    return TrainState(step, params, ({"count": step}, None), np.arange(2, dtype=np.uint32))
+
+
+def as_t5x_has_it(state: TrainState) -> dict[str, Any]:
+    return {"target": state.params, "state": {"step": state.step, "param_states": {"0": state.opt_state[0]}}}
+
+
+@pytest.mark.parametrize(("stored", "in_one"), [(24, True), (70, True), (10**6, True), (10**6, False)],
+                         ids=["a row", "some rows", "all", "a folder each"])
+def test_arrays_of_many_chunks_are_copied_whole(
+        stored: int, in_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parts, "CHUNK", 32)
+    state = state_of(rows=5, columns=3, layers=4, arrays=1)
+    tree, theirs = as_t5x_has_it(state), epath.Path(tmp_path / "checkpoint_7")
+    ocp.PyTreeCheckpointer(use_ocdbt=in_one).save(
+        theirs / "state", tree, save_args=jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=stored), tree))
+    ours = epath.Path(tmp_path / "run" / "checkpoints" / "7")
+    found = copy_state(theirs, 7, state, state.rng, ours)
+    assert found == checksums(state)
+    restored = ocp.StandardCheckpointer().restore(ours / "state", state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    give_state(str(tmp_path / "run"), 7, {"checksums": found}, epath.Path(tmp_path / "back"))
+    jax.tree.map(np.testing.assert_array_equal, read_on_host(tmp_path / "back" / "checkpoint_7" / "state"), tree)
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_an_array(tmp_path: Path):
+    """Of 12 arrays of 32 MiB, each stored as one, no more than three are held at a time."""
+    arrays, (layers, rows, columns) = 12, (8, 1024, 1024)
+    size = 4 * layers * rows * columns
+    for name, state in (("small", state_of(4, 4, 2, 1)), ("large", state_of(rows, columns, layers, arrays))):
+        ocp.PyTreeCheckpointer().save(tmp_path / name / "state", as_t5x_has_it(state))
+    script = """
+import resource, sys
+import jax, numpy as np
+from etils import epath
+from adopt_test import state_of
+from codellm_jax.upstream.trees import copy_state
+folder = epath.Path(sys.argv[1])
+def peak(name, *sizes):
+    abstract = jax.eval_shape(lambda: state_of(*sizes))
+    copy_state(folder / name, 7, abstract, np.arange(2, dtype=np.uint32), folder / ("run_" + name) / "7")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+sizes = [int(size) for size in sys.argv[2:]]
+print(-peak("small", 4, 4, 2, 1) + peak("large", *sizes))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path, *map(str, (rows, columns, layers, arrays))], text=True,
+        capture_output=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)])})
+    assert int(done.stdout) < 3 * size + 2**26

@@ -1,10 +1,13 @@
 """This package's decoder as a model of upstream T5X: its scores and what it writes are those of this package."""
 
+import copy
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -69,6 +72,48 @@ def test_what_is_written_greedily_is_what_this_package_writes(made: Any):
         drawable=model._vocabulary.pieces)
     for row, generation in zip(np.asarray(found).tolist(), expected, strict=True):
         assert row[: len(generation.ids)] == generation.ids
+
+
+@pytest.mark.slow
+def test_microbatches_add_up_to_the_loss_of_the_batch(made: Any):
+    from t5x.trainer import accumulate_grads_microbatched
+
+    model, params, converter = made
+    batch = {name: np.concatenate([rows[:4], rows[:4]]) for name, rows in batch_of(converter).items()}
+    counted = batch["decoder_loss_weights"].sum()
+    model = copy.copy(model)
+    model._loss_normalizing_factor = counted
+
+    def accumulated(params: Any, number: int | None) -> Any:
+        state = SimpleNamespace(params=params, flax_mutables={})
+        return accumulate_grads_microbatched(model, state, batch, jax.random.key(0), number)[:2]
+
+    (whole, _), (parts, metrics) = (
+        jax.jit(functools.partial(accumulated, number=number))(params) for number in (None, 2))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6), whole, parts)
+    expected, _ = model.loss_fn(params, batch, None)
+    np.testing.assert_allclose(metrics["loss"].total, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_t5x_s_adafactor_factors_every_axis(made: Any):
+    from t5x import adafactor
+    from t5x.train_state import FlaxOptimTrainState
+
+    from codellm_jax.upstream.models import logical_factor_rules
+
+    model, _, converter = made
+    batch = batch_of(converter)
+    state = FlaxOptimTrainState.create(
+        adafactor.Adafactor(1e-2, min_dim_size_to_factor=16, logical_factor_rules=logical_factor_rules()),
+        jax.jit(lambda: model.get_initial_variables(jax.random.key(3), {}))())
+    losses = []
+    step = jax.jit(jax.value_and_grad(lambda params: model.loss_fn(params, batch, None)[0]))
+    for _ in range(3):
+        loss, gradients = step(state.params)
+        state = state.apply_gradient(gradients, learning_rate=1e-2)
+        losses.append(float(loss))
+    assert losses[0] > losses[1] > losses[2]
 
 
 @pytest.mark.slow

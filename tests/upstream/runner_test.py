@@ -79,12 +79,12 @@ def test_two_microbatches_have_the_loss_of_the_batch(upstream: Any, make_trainin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["own", "t5x"])
-def test_either_goes_on_with_what_the_other_left(
-        first: str, upstream: Any, make_training: Callable[..., Any]):
+@pytest.mark.parametrize(("first", "second"), [("own", "t5x"), ("t5x", "own"), ("t5x", "t5x")])
+def test_either_goes_on_with_what_one_of_them_left(
+        first: str, second: str, upstream: Any, make_training: Callable[..., Any]):
     whole, parts = (make_training(train_steps=8, checkpoint_period=4, eval_period=4) for _ in range(2))
     train(whole)
-    before, after = (OWN, upstream) if first == "own" else (upstream, OWN)
+    before, after = (runner(name) for name in (first, second))
     train(parts, runner=before)
     shutil.rmtree(Path(parts.model_dir) / "checkpoints" / "8")
     (Path(parts.model_dir) / "provenance.json").unlink()
@@ -92,3 +92,24 @@ def test_either_goes_on_with_what_the_other_left(
     assert records(whole.model_dir) == records(parts.model_dir)
     sessions = json.loads((Path(parts.model_dir) / "provenance.json").read_text())["sessions"]
     assert [(session["from_step"], session["runner"]) for session in sessions] == [(4, after.name)]
+
+
+@pytest.mark.slow
+def test_a_run_of_t5x_s_trainer_is_evaluated_and_tuned_like_any(
+        upstream: Any, tiny_flags: list[str], tiny_tuning_flags: list[str], tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]):
+    scores = {}
+    for name in ("own", "t5x"):
+        run, tuned = f"{tmp_path}/{name}", f"{tmp_path}/{name}_tuned"
+        trained = ["train", f"--runner={name}", "--gin.TRAIN_STEPS=3"]
+        assert cli.main([*trained, *tiny_flags, f"--gin.MODEL_DIR={run}"]) == 0
+        assert cli.main([*trained, "--gin_file=gin/tune_mixed.gin", *tiny_tuning_flags,
+                         f"--gin.INITIAL_CHECKPOINT_PATH={run}", f"--gin.MODEL_DIR={tuned}"]) == 0
+        assert cli.main(["eval", "--gin_file=gin/eval.gin", "--gin.TASKS=['logic', 'ekar']",
+                         f"--gin.CHECKPOINT_PATH={tuned}"]) == 0
+        # The first line of each file names the run.
+        scores[name] = [path.read_text().splitlines()[1:] for path in sorted(Path(tuned, "results").glob("*.jsonl"))]
+    assert scores["own"] == scores["t5x"] and all(scores["own"]) and len(scores["own"]) == 2
+    capsys.readouterr()
+    assert cli.main(["compare", f"{tmp_path}/own_tuned", f"{tmp_path}/t5x_tuned"]) == 0
+    assert "logic" in capsys.readouterr().out
