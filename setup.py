@@ -86,7 +86,7 @@ setup(
         "tensorflow>=2.20",
         "tensorflow-datasets>=4.9.9",
         "tensorflow-text>=2.20",
-        "tensorstore>=0.1.78",
+        "tensorstore>=0.1.81",
         "tokenizers>=0.22",
         "tqdm>=4.67",
         "zstandard>=0.23",

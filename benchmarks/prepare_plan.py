@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.prepare import megabytes, read, some, write
-from codellm_jax.prepare.prepare import Preparation, prepare
-from codellm_jax.prepare.reduction import BYTES_A_BUCKET, RANGES
+from codellm_jax.prepare.job import EDGE
+from codellm_jax.prepare.keys import BYTES_A_FILE, RANGES
+from codellm_jax.prepare.prepare import LEAST_PART, MOST_PARTS, Preparation, prepare
+from codellm_jax.prepare.reduction import BYTES_A_BUCKET
 from codellm_jax.prepare.steps import EDITS, FILTERS, apply, steps_of
 from tasks.benchmarks.judging import Benchmarks
 from tasks.corpora.inputs import Inputs
@@ -35,6 +37,8 @@ SHIPPED = {
     "both": ("mask_secrets", "mask_e_mails", "exact_duplicates", "near_duplicates", "decontaminate")}
 OF_ALL = ("exact_duplicates", "near_duplicates")
 BANDS, ROWS = 14, 8
+ROUNDS_OF_JOINING = 10  # a guess; chains of near duplicates are short
+NAMES_A_LIST = 1000  # in an answer of gs://
 TASKS = ("logic", "jecqa", "scienceqa", "ekar", "cosqa", "c3", "ocnli", "cmnli", "mbpp", "dureader")
 PARAGRAPHS = "duplicated_paragraphs"
 
@@ -128,16 +132,26 @@ def plan(records: Mapping[str, Any], flags: argparse.Namespace, terabytes: float
     shingles = near.get("shingles", 0) / (records["megabytes"] * 1e6)
     between = documents * sum(of_documents.values()) + text * shingles
     hours = text / 1e6 * core_seconds(records, flags.code) / flags.speed / 3600
-    parts = text / flags.part_bytes
-    buckets = min(RANGES, 2 ** math.ceil(math.log2(documents * of_documents["keys"] / BYTES_A_BUCKET + 1)))
+    parts = text / max(flags.part_bytes or LEAST_PART, 0 if flags.part_bytes else text / MOST_PARTS)
+    units = parts * math.ceil(documents * of_documents["keys"] / parts / BYTES_A_FILE)
+    exact, buckets = (min(RANGES, 2 ** math.ceil(math.log2(documents * of_documents[name] / BYTES_A_BUCKET + 1)))
+                      for name in ("exact", "keys"))
+    # Near duplicates and what they are compared by, for each band in which two meet: if every time with others.
+    near_documents = documents * flags.duplicates
+    brought = near_documents * BANDS * flags.similarity**ROWS * (
+        of_documents["signed"] + flags.bytes_a_document * shingles)
+    joining = min(RANGES, 2 ** math.ceil(math.log2(2 * near_documents * EDGE.itemsize / BYTES_A_BUCKET + 1)))
     # Each stage but the last writes documents that the next one reads; keys are written once, and read once.
-    moved = text * stored * (2 * len(OF_ALL) + 1) + 2 * between
-    # Of each part's keys and signatures a bucket asks for an index, a range, a size, a first row, and its own rows.
-    of_files = parts * buckets * 5
-    # A near duplicate meets its like in some bands, in each of which its shingles are asked for: where, and which.
-    of_shingles = documents * flags.duplicates * BANDS * flags.similarity**ROWS * 2
-    return {"documents": documents, "core_hours": hours, "between": between, "stored": text * stored, "moved": moved,
-            "parts": parts, "buckets": buckets, "of_files": of_files, "of_shingles": of_shingles}
+    moved = text * stored * (2 * len(OF_ALL) + 1) + 2 * between + 2 * brought
+    # Each is where a range begins, and the range.
+    of_exact = 2 * exact * (units + parts)  # of keys by buckets; of what goes, by parts
+    of_near = 2 * 3 * units * buckets  # of keys, of what meets, and of what is brought
+    of_joining = 2 * joining * (buckets + ROUNDS_OF_JOINING * joining + parts)
+    # A stage's folder, of eight files for a part, is listed for each bucket, unit and part.
+    lists = 8 * parts / NAMES_A_LIST * (exact + 2 * buckets + ROUNDS_OF_JOINING * joining + units + 2 * parts)
+    return {"documents": documents, "core_hours": hours, "between": between, "brought": brought, "moved": moved,
+            "stored": text * stored, "parts": parts, "exact": exact, "buckets": buckets, "of_exact": of_exact,
+            "of_near": of_near, "of_joining": of_joining, "lists": lists}
 
 
 def tables(records: Mapping[str, Any], flags: argparse.Namespace) -> str:
@@ -162,21 +176,27 @@ def tables(records: Mapping[str, Any], flags: argparse.Namespace) -> str:
         ["core hours", *(f"{one['core_hours']:,.0f}" for one in plans)],
         ["documents between stages, GB of Parquet", *(f"{one['stored'] / 1e9:,.0f}" for one in plans)],
         ["keys, signatures and shingles, GB", *(f"{one['between'] / 1e9:,.0f}" for one in plans)],
+        ["brought to be compared, at most, GB", *(f"{one['brought'] / 1e9:,.0f}" for one in plans)],
         ["written and read between stages, GB", *(f"{one['moved'] / 1e9:,.0f}" for one in plans)],
         ["parts", *(f"{one['parts']:,.0f}" for one in plans)],
-        ["buckets of near duplicates", *(f"{one['buckets']:,.0f}" for one in plans)],
-        ["requests for keys and signatures, millions", *(f"{one['of_files'] / 1e6:,.1f}" for one in plans)],
-        ["requests for shingles, millions", *(f"{one['of_shingles'] / 1e6:,.1f}" for one in plans)]])
+        ["buckets of exact and of near duplicates",
+         *(f"{one['exact']:,.0f} and {one['buckets']:,.0f}" for one in plans)],
+        ["requests for exact duplicates, millions", *(f"{one['of_exact'] / 1e6:,.1f}" for one in plans)],
+        ["requests for near duplicates, millions", *(f"{one['of_near'] / 1e6:,.1f}" for one in plans)],
+        ["requests for joining pairs, millions", *(f"{one['of_joining'] / 1e6:,.1f}" for one in plans)],
+        ["lists of files, millions", *(f"{one['lists'] / 1e6:,.2f}" for one in plans)]])
     systems = {"Dataflow": flags.vcpu_hour + flags.memory * flags.gigabyte_hour,
                "Spark": flags.vm_hour + flags.spark_hour}
     rows = []
     for system, rate in systems.items():
         for size, one in zip(sizes, plans, strict=True):
             computing = one["core_hours"] * rate
-            storing = (one["stored"] * 2 + one["between"]) / 1e9 * flags.gigabyte_month * flags.days / 30
-            requests = one["of_files"] + one["of_shingles"]
-            asking = requests / 1e6 * flags.million_reads
-            waiting = requests * flags.milliseconds / 1000 / 3600 / flags.cores
+            kept = one["stored"] * 2 + one["between"] + one["brought"]
+            storing = kept / 1e9 * flags.gigabyte_month * flags.days / 30
+            requests = one["of_exact"] + one["of_near"] + one["of_joining"]
+            asking = requests / 1e6 * flags.million_reads + one["lists"] / 1e6 * flags.million_lists
+            seconds_of_one = flags.milliseconds / 1000 / 3600 / flags.cores
+            waiting = (requests / flags.at_once + one["lists"]) * seconds_of_one
             hours = one["core_hours"] / flags.cores + flags.start / 60
             rows.append([system, size, f"{hours:,.1f}", f"{waiting:,.1f}", f"{computing:,.0f}", f"{storing:,.0f}",
                          f"{asking:,.0f}", f"{computing + storing + asking:,.0f}"])
@@ -195,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
             ("bytes_a_document", 4000, "of UTF-8, on average"),
             ("duplicates", 0.2, "the share of documents that have near duplicates"),
             ("similarity", 0.95, "of near duplicates, on average"),
-            ("part_bytes", 64 << 20, "prepare.part_bytes"),
+            ("part_bytes", 0, "prepare.part_bytes; 0 for None"),
             ("speed", 1.0, "of a core there, of one here"),
             ("cores", 256, "vCPUs"),
             ("start", 5, "minutes until machines work"),
@@ -207,7 +227,9 @@ def parser() -> argparse.ArgumentParser:
             ("spark_hour", 0.010, "$ of Spark's service a vCPU"),
             ("gigabyte_month", 0.02, "$ of a GB of storage"),
             ("million_reads", 0.40, "$ of a million requests to read"),
-            ("milliseconds", 20.0, "until such a request is answered")):
+            ("million_lists", 5.0, "$ of a million requests to list"),
+            ("at_once", 32, "requests to read that a worker has under way"),
+            ("milliseconds", 20.0, "until a request is answered")):
         made.add_argument(f"--{name}", type=type(value), default=value, help=f"{told} (default: {value:.4g})")
     made.add_argument("--terabytes", type=float, nargs="+", default=[0.15, 10], help="of text (default: 0.15 10)")
     return made

@@ -1,7 +1,8 @@
 """The whole train step beside peers, on the same batch in the same minutes.
 
-    python -m benchmarks.step                   needs torch besides this package: pip install torch
-    python -m benchmarks.step --model=llama     and transformers, and a C++ compiler for torch.compile
+    python -m benchmarks.step                   needs torch besides this package (pip install torch), and a C++
+                                                compiler for torch.compile
+    python -m benchmarks.step --model=llama     and transformers
 
 A decoder of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 8 x 256 tokens, float32, AdamW. It is a GPT,
 or has Llama's parts (RMSNorm, rotary positions, SwiGLU, no biases, a head of its own); "grouped" has besides one head
@@ -10,7 +11,9 @@ of keys and values for two of queries.
   ours          train_step as `t5x train` runs it: shardings, document boundaries, losses per source, chunked loss;
                 fed by the real pipeline of rows; with model.remat = 'none' and model.scan_unroll = 4
   plain flax    the shape of Flax's lm1b example: linen's own attention, all logits held, one jit, one batch reused
-  plain torch   a minimal GPT with scaled_dot_product_attention, eager, one batch reused
+  plain torch   a GPT as nanoGPT builds and trains it: queries, keys and values in one projection,
+                scaled_dot_product_attention, a tied head, AdamW that decays matrices alone; one batch reused.
+                "compiled torch" is the same under torch.compile, loss and all
   transformers  LlamaForCausalLM with scaled_dot_product_attention and the fused AdamW, one batch reused; "compiled" is
                 the same under torch.compile, loss and all
   matmul        what a plain JAX matmul reaches on these cores: the step's matmuls at that rate are the floor
@@ -135,7 +138,7 @@ def plain_flax(model_name: str, directory: str) -> Callable[[], None]:
     return step
 
 
-def plain_torch(model_name: str, directory: str) -> Callable[[], None]:
+def plain_torch(model_name: str, directory: str, compiled: bool = False) -> Callable[[], None]:
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -171,11 +174,15 @@ def plain_torch(model_name: str, directory: str) -> Callable[[], None]:
             return F.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
 
     model = GPT()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == decayed] for decayed in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+                                  lr=1e-3, betas=(0.9, 0.95), fused=True)
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    compute_loss = torch.compile(model, fullgraph=True) if compiled else model
 
     def step() -> None:
-        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss = compute_loss(inputs, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -245,7 +252,8 @@ def matmul(model_name: str, directory: str) -> Callable[[], None]:
 OF_LLAMA = {"ours": ours, "transformers": transformers,
             "compiled": functools.partial(transformers, compiled=True), "matmul": matmul}
 CONTENDERS: dict[str, dict[str, Callable[[str, str], Callable[[], None]]]] = {
-    "gpt": {"ours": ours, "plain flax": plain_flax, "plain torch": plain_torch, "matmul": matmul},
+    "gpt": {"ours": ours, "plain flax": plain_flax, "plain torch": plain_torch,
+            "compiled torch": functools.partial(plain_torch, compiled=True), "matmul": matmul},
     "llama": OF_LLAMA, "grouped": OF_LLAMA}
 
 

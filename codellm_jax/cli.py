@@ -411,27 +411,27 @@ def _launch(flags: argparse.Namespace) -> int:
 
 def _precompile(flags: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: it would look for TPUs
-    from codellm_jax.pods.topologies import parse_topology
+    from codellm_jax.pods.topologies import with_memory
 
-    topology = parse_topology(flags.topology)
-    if flags.vocabulary_size is not None and flags.vocabulary_size < 1:
-        raise ValueError(f"--vocabulary_size must be positive, found {flags.vocabulary_size}.")
+    topology, size, given = with_memory(flags.topology, flags.memory), flags.vocabulary_size, flags.overrides
+    if size is not None and size < 1:
+        raise ValueError(f"--vocabulary_size must be positive, found {size}.")
     _require_directory(flags.report)
-    title = " ".join([*flags.gin_file, *(f"{name}={value}" for name, value in flags.overrides)])
+    title = " ".join([*flags.gin_file, *(f"{name}={value}" for name, value in given)])
     # Nothing is read that only a run needs: neither the run to start from nor, where its size is given, a vocabulary.
-    flags.overrides.append(("train.initial_checkpoint_path", "None"))
-    if flags.vocabulary_size is not None:
-        flags.overrides.append(("vocabulary.path", "python_8k"))
-    configuration = _configuration(flags)
+    unread = [("train.initial_checkpoint_path", "None"), *([("vocabulary.path", "python_8k")] if size else [])]
     from codellm_jax.configuration import build
     from codellm_jax.pods.precompile import precompile
     from codellm_jax.pods.programs import with_vocabulary_size
 
-    training = build(configuration, "train")
-    if flags.vocabulary_size is not None:
-        training = with_vocabulary_size(training, flags.vocabulary_size)
+    def training(more: str) -> Any:
+        flags.overrides = [*given, *overrides_of(shlex.split(more)), *unread]
+        built = build(_configuration(flags), "train")
+        return with_vocabulary_size(built, size) if size else built
+
     fits, page = precompile(
-        training, topology, title=title, scoring=flags.scoring, decoding=flags.decode, search=not flags.no_search,
+        training(""), topology, title=title, scoring=flags.scoring, decoding=flags.decode, search=not flags.no_search,
+        other=(flags.compare, training(flags.compare)) if flags.compare else None,
         report=lambda line: print(line, flush=True))
     print("\n" + page, end="")
     if flags.report:

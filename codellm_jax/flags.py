@@ -261,13 +261,18 @@ def parser() -> argparse.ArgumentParser:
     launch.add_argument("--debug", action="store_true", help="show the traceback of an error")
     precompile = add("precompile", "compile a run for TPUs that you do not have",
                      "Compiles the train step of a run for a TPU topology, without TPUs and without data, and prints "
-                     "memory, traffic and a bound on speed. Status 1 if it does not fit.")
-    precompile.add_argument("--topology", required=True, help="such as v4-128, v5e-256 or 2xv5e-256 (two slices)")
+                     "memory, traffic, a bound on speed and an estimate. Status 1 if it does not fit.")
+    precompile.add_argument("--topology", required=True,
+                            help="such as v4-128, v5e-256, 2xv5e-256 (two slices), or gpu:2 (two cards)")
+    precompile.add_argument("--memory", help="of each card of --topology=gpu:2, such as 80GiB")
     precompile.add_argument("--vocabulary_size", type=int, help="stands in for the run's vocabulary file")
     precompile.add_argument("--scoring", action="store_true", help="compile the scoring of an evaluation too")
     precompile.add_argument("--decode", action="store_true", help="compile decoding too")
     precompile.add_argument("--no_search", action="store_true",
                             help="search neither for the largest batch nor for what would make the run fit")
+    precompile.add_argument("--compare", metavar="FLAGS",
+                            help="compile the run with these settings too, and print both in one table, such as "
+                                 "--compare='--gin.model.remat=dots'")
     precompile.add_argument("--report", help="also write the page into this file, as Markdown")
     for name, command in subparsers.choices.items():
         command.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -9,12 +9,13 @@ from typing import Any
 
 class FakeBucket:
     """A context manager; `url` is for TENSORSTORE_GCS_HTTP_URL. `objects` are (generation, content) by name. The next
-    requests fail with the statuses in `failures`, one each.
+    requests fail with the statuses in `failures`, one each. `asked` has the name and the range of each object read.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[int, bytes]] = {}
         self.failures: list[int] = []
+        self.asked: list[tuple[str, str | None]] = []
         self.refused = 0  # writes whose precondition did not hold
         self.lock = threading.Lock()
         self._last = 0
@@ -43,8 +44,16 @@ class FakeBucket:
                     failure = bucket.failures.pop(0) if bucket.failures else None
                     status, generation, content = (failure, 0, b"") if failure else ask(
                         name, dict(urllib.parse.parse_qsl(parts.query)), body)
+                    if self.command == "GET" and name:
+                        bucket.asked.append((name, self.headers.get("Range")))
+                if status == 200 and name and (wanted := self.headers.get("Range")):
+                    begin, end = map(int, wanted.removeprefix("bytes=").split("-"))
+                    status, whole, content = 206, len(content), content[begin : end + 1]
+                    self.range = f"bytes {begin}-{begin + len(content) - 1}/{whole}"
                 self.send_response(status)
                 self.send_header("x-goog-generation", str(generation))
+                if status == 206:
+                    self.send_header("Content-Range", self.range)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)

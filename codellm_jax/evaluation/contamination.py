@@ -2,10 +2,10 @@
 
     t5x contamination --gin_file=gin/mixed_pretrain.gin --gin.DATA_DIR=/data
 
-A question overlaps with a source if any of its n-grams, 13 words by default, stands in the source's training text
-(`mixture/ngrams.py` says what a word and an n-gram are, `tasks/benchmarks/texts.py` what belongs to a question). What
-is searched are the cached training rows, whole sources, whatever share of a run falls to them: the arms of a study are
-compared on the same questions. Where a run starts from another, the rows of that one's stages are searched, too. A
+A question overlaps with a source if any of its n-grams, 13 words by default or 26 characters of Chinese, stands in the
+source's training text (`mixture/ngrams.py` says what a word and an n-gram are, `tasks/benchmarks/texts.py` what belongs
+to a question). What is searched are the cached training rows, whole sources, whatever share of a run falls to them: the
+arms of a study are compared on the same questions. Where a run starts from another, the rows of that one's stages are searched, too. A
 passage that a question is asked about counts like the question itself. So an overlap is a reason to look, and to see
 the score without these questions.
 """
@@ -27,7 +27,7 @@ from codellm_jax.evaluation.evaluate import require_names
 from codellm_jax.mixture.examples import example_sizes
 from codellm_jax.mixture.ledger import stages_of
 from codellm_jax.mixture.mixture import Mixture, training_rows
-from codellm_jax.mixture.ngrams import NGrams, Question, index
+from codellm_jax.mixture.ngrams import CHARACTERS, MOST, WORDS, Lengths, NGrams, Question, index
 from codellm_jax.mixture.overlap import Trained, search
 from codellm_jax.results.files import write_whole
 from codellm_jax.runtime.compatibility import literal
@@ -36,7 +36,7 @@ from codellm_jax.settings import Configuration
 from codellm_jax.vocabulary import Vocabulary
 from codellm_jax.weights.start import newest_record
 
-CONTAMINATION_VERSION = 1  # raise it whenever the same texts would give other overlaps
+CONTAMINATION_VERSION = 2  # raise it whenever the same texts would give other overlaps
 SHOWN = 100  # characters of an n-gram
 
 
@@ -55,23 +55,28 @@ class Contamination:
     Attributes:
       tasks: names of benchmarks, or files of questions.
       benchmarks: reads their questions.
-      ngram: words of an n-gram; each Chinese character is a word.
+      ngram: words of an n-gram.
       minimum: words that a shorter part of a question must have to be looked for as a whole.
+      characters, minimum_characters: the same of Chinese and other scripts without spaces.
       most: an n-gram that more questions of one task have is the task's manner of asking, and does not count.
       processes: at most so many processes search at once; None for as many as there are cores.
     """
 
     tasks: Sequence[str]
     benchmarks: Texts
-    ngram: int = 13
-    minimum: int = 8
-    most: int = 10
+    ngram: int = WORDS.n
+    minimum: int = WORDS.minimum
+    characters: int = CHARACTERS.n
+    minimum_characters: int = CHARACTERS.minimum
+    most: int = MOST
     processes: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str) or not self.tasks:
             raise ValueError(f"TASKS must be a list of benchmarks such as ['logic', 'cosqa'], found {self.tasks!r}.")
         for name, value in (("NGRAM", self.ngram), ("contamination.minimum", self.minimum),
+                            ("contamination.characters", self.characters),
+                            ("contamination.minimum_characters", self.minimum_characters),
                             ("contamination.most", self.most), ("contamination.processes", self.processes)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}.")
@@ -137,13 +142,15 @@ def measure(
     sources = list({rows.path: Trained(rows, vocabulary, mixture.stage) for mixture, vocabulary in mixtures
                     for rows in training_rows(mixture, vocabulary, report)}.values())
     asked = {"version": CONTAMINATION_VERSION, "n": contamination.ngram, "minimum": contamination.minimum,
+             "characters": contamination.characters, "minimum_characters": contamination.minimum_characters,
              "most": contamination.most, "sources": _described(sources)}
     data = {name: task.sha256 for name, task in loaded.items()}
     if known and asked.items() <= known.items() and data == {
             name: task.get("data") for name, task in known["tasks"].items()}:
         return dict(known)
     questions = [Question(name, own, parts) for name, task in loaded.items() for own, parts in task.parts.items()]
-    ngrams = index(questions, contamination.ngram, contamination.minimum, contamination.most)
+    ngrams = index(questions, Lengths(contamination.ngram, contamination.minimum),
+                   Lengths(contamination.characters, contamination.minimum_characters), contamination.most)
     found = _searched(sources, ngrams, contamination.processes or len(os.sched_getaffinity(0)), report)
     tasks: dict[str, Any] = {}
     for name in loaded:
@@ -232,5 +239,6 @@ def table(measured: Mapping[str, Any]) -> str:
     sources = [f"{name} {one['tokens']:,}" for name, one in measured["sources"].items()]
     return "\n".join([
         *lines, "", *examples, *([""] if examples else []), f"Searched, in tokens: {', '.join(sources)}.",
-        f"Overlap: {measured['n']} words of a question in a row, or a shorter part of it of {measured['minimum']} or "
-        "more, stand in what is trained on.", "Not tested: too short, or in words that many questions have."])
+        f"Overlap: {measured['n']} words of a question in a row, of Chinese {measured['characters']} characters, or a "
+        f"shorter part of it of {measured['minimum']} or more, of Chinese {measured['minimum_characters']}, stand in "
+        "what is trained on.", "Not tested: too short, or in words that many questions have."])

@@ -25,10 +25,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.evaluation.buckets import SHORTEST, place, power_of_two, replicate, round_up, shards_of, unknown_id
 from codellm_jax.evaluation.sampling import Sampling, draw
-from codellm_jax.model.decoder import Decoder, DecoderConfig, init_cache
+from codellm_jax.model.decoder import Decoder, DecoderConfig, blocks_apart, init_cache
 
 TURN = 16  # steps between two looks of the host
-FEW = 8  # layers up to which blocks are compiled out one by one, which compiles slower and runs faster
+# Layers up to which blocks are compiled one by one, which takes a quarter of a second each; a scan over more of them
+# copies each block's cache, and its kernels, at each step.
+FEW = 24
 
 
 class Generation(NamedTuple):
@@ -173,7 +175,7 @@ def _batches(
     """Batch after batch, the longest prompts first."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     rule = dataclasses.replace(sampling, max_new_tokens=1)  # which is no part of the program
-    config = _unrolled(config)
+    params_of_blocks = _apart(params, config=config)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         live = {b: _Progress(config, len(prompts[row]), sampling.max_new_tokens) for b, row in enumerate(rows)}
@@ -191,8 +193,8 @@ def _batches(
                 slots = power_of_two(used)
                 state = state._replace(cache=_grow(state.cache, slots=slots))
             state, ids_SB = _advance(
-                params, state, base, placed_B, key, config=config, sampling=rule, drawable=drawable, turn=turn,
-                sharding=sharding,
+                params_of_blocks, state, base, placed_B, key, config=config, sampling=rule, drawable=drawable,
+                turn=turn, sharding=sharding,
             )
             ids_BS = np.asarray(ids_SB).T.tolist()
             for b in list(live):
@@ -211,7 +213,8 @@ def lower_largest(
     """The program of a turn behind prompts as long as the model, to be compiled ahead of time.
 
     Arguments as for `stream`; `params` may be abstract, and the mesh of devices that are not there. The cache lies on
-    the mesh by rows and heads, as `Attention` lays it.
+    the mesh by rows and heads, as `Attention` lays it. The program cuts the parameters into blocks, which `stream` does
+    once beforehand: both copies of them count, as they do there.
     """
     rows = round_up(power_of_two(batch_size), shards_of(sharding))
     slots = power_of_two(config.length + turn)
@@ -224,8 +227,7 @@ def lower_largest(
         axes = nn.logical_to_mesh_axes(names) or PartitionSpec()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, axes))
 
-    config = _unrolled(config)
-    cache = jax.eval_shape(lambda: init_cache(config, rows, slots))
+    cache = jax.eval_shape(lambda: _apart(init_cache(config, rows, slots), config=config))
     logits_BV = jax.ShapeDtypeStruct((rows, config.vocabulary_size), jnp.float32)
     counts_BV = logits_BV if sampling.penalized else None
     leaves: Any = cache, logits_BV, counts_BV, jax.ShapeDtypeStruct((), jnp.int32)
@@ -236,14 +238,6 @@ def lower_largest(
         params, state, base_B, number_B, key, config=config,
         sampling=dataclasses.replace(sampling, max_new_tokens=1), drawable=config.vocabulary_size, turn=turn,
         sharding=sharding)
-
-
-def _unrolled(config: DecoderConfig) -> DecoderConfig:
-    """The same decoder with its blocks compiled out if they are few: a scan copies each block's cache at each step.
-
-    Measured on 2 CPU cores, 4 layers x 256, batch 16: 11.5 ms a step against 16.5 at 512 slots.
-    """
-    return dataclasses.replace(config, scan_unroll=max(1, config.scanned_layers)) if config.layers <= FEW else config
 
 
 class _Progress:
@@ -315,7 +309,13 @@ def _read_prompts(
     counts_BV = None
     if counted:
         counts_BV = nn.with_logical_constraint(jnp.zeros_like(logits_BV), ("activation_batch", "activation_vocab"))
-    return _State(cache, logits_BV, counts_BV, jnp.zeros((), jnp.int32))
+    return _State(_apart(cache, config=config), logits_BV, counts_BV, jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _apart(collection: Any, *, config: DecoderConfig) -> Any:
+    """Parameters or a cache, each block's by themselves if blocks are few."""
+    return blocks_apart(collection, config.dtype) if config.layers <= FEW else collection
 
 
 def _append(
@@ -323,7 +323,7 @@ def _append(
     last_B: jax.Array,
 ) -> tuple[jax.Array, Any]:
     """Appends tokens to the cache; returns the logits [B, V] behind the ones at `last_B`, and the cache."""
-    decoder = Decoder(config)
+    decoder = Decoder(config, apart="blocks" not in variables["cache"])
     applied: Any = decoder.apply(variables, tokens_BL, positions_BL, segments_BL, decode=True, mutable=["cache"])
     hidden_BLD, changed = applied
     hidden_B1D = jnp.take_along_axis(hidden_BLD, last_B[:, None, None], axis=1)
@@ -355,6 +355,7 @@ def _advance(
 ) -> tuple[_State, jax.Array]:
     """Draws `turn` tokens a row; returns the new state and ids_SB, int32 [turn, B]. Rows that ended go on unheard."""
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, number_B)
+    params = _apart(params, config=config)
 
     def one_step(state: _State, _: None) -> tuple[_State, jax.Array]:
         step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, state.step)

@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -45,6 +46,7 @@ from codellm_jax.results.measures import score
 from codellm_jax.results.tables import HEADINGS, raw_choice, raw_text, table_rows, told_from_chance
 from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.distributed import agreed, require_agreement, wait_for_all
+from codellm_jax.runtime.process import alone_in
 from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.provenance import evaluation_hash, software, training_hash
 from codellm_jax.weights.start import results_folder
@@ -171,20 +173,36 @@ def evaluate(
         asked; and for tasks that failed, after all others were evaluated.
     """
     loaded, path = run.evaluation.load(), run.checkpoint.path
-    with trained_model(run.checkpoint, report) as (model, record):
+    folder = run.results_dir or results_folder(path)
+    with trained_model(run.checkpoint, report) as (model, record), _alone_at(loaded, folder):
         checkpoint = {"run": resolved(path), "step": record["step"], "arm": arm(record["ledger"]),
                       "digest": record["digest"]}
         report(HEADINGS)
         provenance = {
             "config_hash": evaluation_hash(settings()), "training_config_hash": training_hash(record["settings"]),
             "asked": dict(asked or {}), "seed": run.evaluation.seed} | software()
-        results, failures = ask(run.evaluation, loaded, model, checkpoint, run.results_dir or results_folder(path),
-                                report, provenance=provenance)
+        results, failures = ask(run.evaluation, loaded, model, checkpoint, folder, report, provenance=provenance)
         if agreed(len(failures)):  # of the first process, where several evaluate
             raise ValueError(f"{len(failures)} of {len(loaded)} tasks failed: {'; '.join(map(str, failures))}"
                              if failures else "a task failed on the first process.") from (
                                  ExceptionGroup("tasks", failures) if failures else None)
         return results
+
+
+@contextlib.contextmanager
+def _alone_at(loaded: Sequence[Any], folder: str) -> Iterator[None]:
+    """Holds the files of some tasks, so that no two evaluations write the same file; others may ask other tasks.
+
+    Raises:
+      ValueError: another process evaluates one of them there.
+    """
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            names = sorted(map(_name_of, loaded))
+            for name in names if "://" not in folder else names[:1]:
+                held.enter_context(alone_in(os.path.expanduser(folder), "evaluate.results_dir",
+                                            f"evaluating {name}" if "://" not in folder else "evaluating", name))
+        yield
 
 
 class TaskFailed(Exception):
@@ -348,6 +366,11 @@ def _data(loaded: Any) -> dict[str, Any]:
     return {"read": loaded.read, "skipped": dict(loaded.skipped), "files": list(loaded.files)}
 
 
+def _name_of(loaded: Any) -> str:
+    """How the files of a task are named."""
+    return f"{loaded.name}_sample" if loaded.is_sample else str(loaded.name)
+
+
 class _Answered(NamedTuple):
     """All lines of a task, and how they came."""
 
@@ -364,7 +387,7 @@ def _answered(
     """Answers the questions that have no line yet, and writes a line for each as it comes; None but on the first
     process, which alone reads and writes.
     """
-    name = f"{loaded.name}_sample" if loaded.is_sample else loaded.name
+    name = _name_of(loaded)
     header = {"settings": json.loads(json.dumps(settings)), "checkpoint": dict(checkpoint)}
     require_agreement(f"{name} to ask, in questions, settings or checkpoint,", json.dumps(header))
     path, first, total = folder / f"{name}.jsonl", jax.process_index() == 0, len(loaded.questions)

@@ -1,19 +1,17 @@
 """Whether cached rows are those that were written.
 
 TensorStore's checksums tell that a chunk is whole, and not that it is this chunk: files that change places with others,
-of this cache or another one, are read without a word. Two digests tell:
+of this cache or another one, and rows that somebody wrote over are read without a word. Two digests tell:
 
   content_hash   of all rows. What is small is read whole when a run opens it, and compared.
-  heads          of the first rows of each file. Where all is not read at first, the first read of a file reads its
-                 head too, and compares: 16 rows of 4,096.
+  row_digests    one for each row, in an array beside the rows. Each row that is read is compared, every time.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,69 +20,35 @@ import tensorstore
 from codellm_jax.mixture.examples import Found
 from codellm_jax.mixture.tokens import SPLITS
 
-ROWS_A_FILE = 4096  # as `rows` writes them
-ROWS_OF_HEAD = 16  # one chunk
 BYTES_READ_WHOLE = 32 << 20
-FILES_AT_ONCE = 256
-# Errors of TensorFlow's, Google's and Python's clients of remote storage.
-OF_STORAGE = frozenset((
-    "UnavailableError", "DeadlineExceededError", "ResourceExhaustedError", "AbortedError", "PermissionDeniedError",
-    "ServerError", "TooManyRequests", "RetryError", "ConnectionError", "TimeoutError", "PermissionError",
-    "TransportError"))
+ROWS_AT_ONCE = 4096
 
 
 class DamagedRows(ValueError):
     """What lies in a cache is not what was written; the message says in what it differs."""
 
 
-def heads_of(store: tensorstore.TensorStore, count: int) -> list[str]:
-    """A digest of the first rows of each file of an array of `count` rows."""
-    found: list[str] = []
-    files = range(-(-count // ROWS_A_FILE))
-    for first in files[::FILES_AT_ONCE]:
-        found += heads_begun(store, count, files[first : first + FILES_AT_ONCE])()
-    return found
+def row_digests(salt: str, numbers: Iterable[int], rows: np.ndarray) -> np.ndarray:
+    """A CRC-32 of each row, its number and what names the array: uint32 [N].
+
+    It tells of accidents and slips. Who rewrites rows on purpose can rewrite digests too.
+
+    Args:
+      salt: names the array, so that rows of another one have other digests.
+      numbers: of the rows.
+      rows: [N, width], of the type that they are stored in.
+    """
+    start = zlib.crc32(salt.encode())
+    stored = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+    return np.fromiter((zlib.crc32(row, zlib.crc32(b"%d " % number, start))
+                        for number, row in zip(numbers, stored, strict=True)), np.uint32, len(stored))
 
 
-def heads_begun(store: tensorstore.TensorStore, count: int, files: Sequence[int]) -> Callable[[], list[str]]:
-    """Begins to read the heads of some files, and gives what waits for them and returns their digests."""
-    parts = [np.arange(number * ROWS_A_FILE, min(number * ROWS_A_FILE + ROWS_OF_HEAD, count)) for number in files]
-    if not parts:
-        return list
-    reading, ends = store[np.concatenate(parts)].read(), np.cumsum([len(part) for part in parts])[:-1]
-    return lambda: [hashlib.sha256(head.astype("<u4").tobytes()).hexdigest()[:16]
-                    for head in np.split(reading.result(), ends)]
-
-
-class Heads:
-    """The heads of one array, each compared once a process."""
-
-    def __init__(self, expected: Sequence[str]) -> None:
-        self._expected = expected
-        self._checked = np.zeros(len(expected), bool)
-        self._lock = threading.Lock()
-
-    def begin(self, store: tensorstore.TensorStore, count: int, numbers: np.ndarray) -> Callable[[], None]:
-        """Begins to read the heads of the files that rows of these sorted numbers lie in, where they are not compared
-        yet; gives what waits for them.
-
-        Raises:
-          DamagedRows, by what is given: a file is not the one that was written.
-        """
-        with self._lock:
-            files = np.unique(numbers // ROWS_A_FILE)
-            files = files[files < len(self._expected)]
-            new: list[int] = files[~self._checked[files]].tolist()
-            self._checked[new] = True
-        digests = heads_begun(store, count, new)
-
-        def compare() -> None:
-            for number, digest in zip(new, digests(), strict=True):
-                if digest != self._expected[number]:
-                    raise DamagedRows(f"rows {number * ROWS_A_FILE} to {(number + 1) * ROWS_A_FILE - 1} are others "
-                                      "than were written")
-
-        return compare
+def require_rows(salt: str, numbers: np.ndarray, rows: np.ndarray, written: np.ndarray) -> None:
+    """Raises DamagedRows where rows have other digests than were written; arguments as for `row_digests`."""
+    other = row_digests(salt, numbers.tolist(), rows) != written
+    if other.any():
+        raise DamagedRows(f"row {numbers[other][0]} is another than was written")
 
 
 def require_written(
@@ -105,7 +69,8 @@ def require_written(
         raise DamagedRows(f"the array has the shape {tuple(store.shape)} in the place of {(count, width)}")
     if count * width * store.dtype.numpy_dtype.itemsize > BYTES_READ_WHOLE:
         return False
-    blocks = (store[first : min(count, first + ROWS_A_FILE)].read().result() for first in range(0, count, ROWS_A_FILE))
+    blocks = (store[first : min(count, first + ROWS_AT_ONCE)].read().result()
+              for first in range(0, count, ROWS_AT_ONCE))
     if hash_of(blocks) != content_hash:
         raise DamagedRows("its rows are others than were written")
     return True
@@ -133,6 +98,8 @@ def recorded_splits(content: bytes, key: Mapping[str, Any]) -> tuple[str, dict[s
 
 def _facts(split: str, facts: Any) -> dict[str, Any]:
     fields = dataclasses.fields(Found)
+    if isinstance(facts, dict):
+        facts = {name: value for name, value in facts.items() if name != "heads"}  # of an earlier version
     if split not in SPLITS or not isinstance(facts, dict) or not facts.keys() <= {field.name for field in fields}:
         raise DamagedRows(f"its cache.json tells of {split!r} what is not known")
     default, found = Found(), dict[str, Any]()
@@ -144,10 +111,3 @@ def _facts(split: str, facts: Any) -> dict[str, Any]:
             raise DamagedRows(f"its cache.json says {field.name} = {value!r} of {split}")
         found[field.name] = tuple(value) if isinstance(value, list) else value
     return found
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether storage could not be read just now, which says nothing of what lies there."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & OF_STORAGE) or any(word in str(error) for word in (
-        "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "CANCELLED"))

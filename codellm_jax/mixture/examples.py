@@ -47,7 +47,7 @@ class Found:
     conversations: int = 0
     uncounted: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
-    heads: list[str] = dataclasses.field(default_factory=list)
+    digests: str = ""
 
 
 class Tokens(Protocol):

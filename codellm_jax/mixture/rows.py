@@ -6,6 +6,7 @@ last full row is not trained on, and is recorded. Instructions may be documents 
 one example. One cache holds one split of one task under one vocabulary and length:
 
   CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of 16 or 32 bits, of instructions signed, [rows, width], with checksums
+  CACHE_DIR/rows/<task>/<key>/<split>.digests/   zarr3 of 32 bits, [rows]: a digest of each row, see `checked`
   CACHE_DIR/rows/<task>/<key>/cache.json what it holds; written last, so a cache with this file is whole
 
 A cache that is not there is written here by one process, which is well for corpora up to a few gigabytes; `shards.py`
@@ -26,24 +27,28 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from codellm_jax.mixture.checked import Heads, heads_of, is_transient, recorded_splits, require_written
+from codellm_jax.mixture.checked import DamagedRows, recorded_splits, require_rows, require_written, row_digests
 from codellm_jax.mixture.examples import WIDTH_BESIDE_TOKENS, Found, documents, example_rows
 from codellm_jax.mixture.half_made import half_made
 from codellm_jax.mixture.places import Place, cache_place, move_aside, storage_error
 from codellm_jax.mixture.roundtrip import warned
+from codellm_jax.mixture.stores import (
+    BYTES_KEPT,
+    BYTES_KEPT_IN_ALL,
+    ROWS_A_SHARD,
+    create_digests,
+    create_store,
+    digests_path,
+    open_store,
+    salt_of,
+)
 from codellm_jax.mixture.tokens import SPLITS, Definitions, Example, examples, open_task, sample_of, warnings_of
+from codellm_jax.mixture.transient import asked_again, is_transient
 from codellm_jax.vocabulary import Vocabulary
 
 STAGES = ("pretraining", "tuning")
-# A shard is one file; a chunk is what one random read fetches: 16 rows measured as fast as single rows, in fewer
-# index entries.
-ROWS_A_SHARD = 4096
-ROWS_A_CHUNK = 16
 ROWS_A_DIGEST = 4096
 ROWS_HASHED_WHOLE = 1 << 20
-_LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
-REQUESTS_AT_ONCE = 256
-BYTES_KEPT = 64 << 20  # of each source, where its files' indices above all
 LARGE = 2**30  # bytes of files, from which on many processes are worth while
 
 
@@ -65,7 +70,7 @@ class Rows:
     uncounted: int = 0  # in pre-training, tokens that the loss does not count
     loss: str | None = None  # of instructions in pre-training what the loss counts, "all" or "answers"
     notes: tuple[str, ...] = ()  # what the task's reader warned of, such as records passed over
-    heads: tuple[str, ...] = ()  # a digest of the first rows of each file; see `checked`
+    digests: str = ""  # the salt of the rows' digests, see `checked`; empty where an earlier version wrote none
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of these numbers (int64 [N], in any order, repeats allowed) as int32 [N, width].
@@ -84,14 +89,16 @@ class Rows:
         try:
             store = _opened(self.path)
             reading = store[unique].read()
-            compare = _heads_of(self).begin(store, self.count, unique)
+            digests = _opened(digests_path(self.path), 4 * self.count)[unique].read() if self.digests else None
         except Exception as error:
             raise _damaged(self.path, error) from error
 
         def rows() -> np.ndarray:
             try:
-                compare()
-                return reading.result()[inverse].astype(np.int32)
+                found = reading.result()
+                if digests is not None:
+                    require_rows(self.digests, unique, found, digests.result())
+                return found[inverse].astype(np.int32)
             except Exception as error:
                 raise _damaged(self.path, error) from error
 
@@ -120,7 +127,7 @@ def cached_rows(
     if not place.is_whole():
         _write_cache(task, definitions, vocabulary, length, place, report, stage)
     try:
-        return _recorded(place, task, vocabulary, length, stage)
+        return _recorded(place, task, vocabulary, length, stage, report)
     except (ValueError, IsADirectoryError) as error:  # TensorStore has no class of its own for what is damaged
         if is_transient(error):
             raise _damaged(str(place.directory / "cache.json"), error) from error
@@ -131,26 +138,38 @@ def cached_rows(
         reason += f"; they are kept in {move_aside(place.directory)}"
     report(f"WARNING: the cached rows in {place.directory} are damaged and are written anew ({reason}).")
     _write_cache(task, definitions, vocabulary, length, place, report, stage)
-    return _recorded(place, task, vocabulary, length, stage)
+    return _recorded(place, task, vocabulary, length, stage, report)
 
 
-def _recorded(place: Place, task: str, vocabulary: Vocabulary, length: int, stage: str) -> dict[str, Rows]:
+def _recorded(
+    place: Place, task: str, vocabulary: Vocabulary, length: int, stage: str, report: Callable[[str], None]
+) -> dict[str, Rows]:
     """What cache.json tells. Raises ValueError where that, or what lies beside it, is not what was written."""
-    suffix, splits = recorded_splits((place.directory / "cache.json").read_bytes(), place.key)
+    read = (place.directory / "cache.json").read_bytes
+    suffix, splits = recorded_splits(asked_again(read) if place.is_remote else read(), place.key)
     found = {split: Rows(name=task, split=split, path=str(place.directory / f"{split}{suffix}"), length=length,
                          loss=place.loss, **facts) for split, facts in splits.items()}
-    for rows in found.values():
-        _require_written(rows, row_format(vocabulary, length, stage, place.loss).width)
+    width = row_format(vocabulary, length, stage, place.loss).width
+    # Once a process, for a change while a run reads it is no matter of opening it.
+    new = [rows for rows in found.values() if (rows.path, rows.content_hash) not in _compared]
+    unwatched = [rows.split for rows in new if not _is_compared_whole(rows, width) and not rows.digests]
+    _compared.update((rows.path, rows.content_hash) for rows in new)
+    if unwatched:
+        report(f"{task}: the cached rows of {', '.join(unwatched)} have no digests, for an earlier version wrote them: "
+               f"if they change, no run notices. Delete {place.directory} to have them written anew.")
     return found
 
 
-def _require_written(rows: Rows, width: int) -> None:
-    """Raises DamagedRows, or what TensorStore raises, where the array is not the one that was written; once a process,
-    for a change while a run reads it is no matter of opening it.
+def _is_compared_whole(rows: Rows, width: int) -> bool:
+    """Whether all rows were compared with their hash, which those of a small array are.
+
+    Raises:
+      DamagedRows, or what TensorStore raises: the array is not the one that was written, or its digests are gone.
     """
-    if (rows.path, rows.content_hash) in _heads:
-        return
-    _stores.pop(rows.path, None)  # of what was there before it was set aside
+    for path in (rows.path, digests_path(rows.path)):
+        _stores.pop(path, None)  # of what was there before it was set aside
+    if rows.digests and _opened(digests_path(rows.path), 4 * rows.count).shape != (rows.count,):
+        raise DamagedRows("its digests are not those of its rows")
 
     def hash_of(blocks: Iterable[np.ndarray]) -> str:
         content = RowsHash()
@@ -158,8 +177,7 @@ def _require_written(rows: Rows, width: int) -> None:
             content.update(block)
         return content.of_all()
 
-    is_compared = require_written(open_store(rows.path), rows.count, width, rows.content_hash, hash_of)
-    _heads[rows.path, rows.content_hash] = Heads(() if is_compared else rows.heads)
+    return require_written(open_store(rows.path), rows.count, width, rows.content_hash, hash_of)
 
 
 def _write_cache(
@@ -187,9 +205,7 @@ def _write_cache(
                 with warnings_of(task) as notes:
                     splits[split] = _write_split(
                         task, split, examples(opened, split, vocabulary, threads=threads, sample=sample), vocabulary,
-                        length, str(building / f"{split}{suffix}"), report, stage, place.loss)
-                splits[split].heads = heads_of(
-                    open_store(str(building / f"{split}{suffix}")), splits[split].count)
+                        length, str(building / f"{split}{suffix}"), report, stage, place)
                 splits[split].notes = [
                     *map(str, notes), *warned(task, split, sample.looked_at(vocabulary), unit_of(stage))]
             finish_cache(task, place, splits, building, suffix, length, stage)
@@ -240,21 +256,24 @@ def finish_cache(
 
 def _write_split(
     task: str, split: str, examples: Iterator[Example], vocabulary: Vocabulary, length: int, path: str,
-    report: Callable[[str], None], stage: str, loss: str | None,
+    report: Callable[[str], None], stage: str, place: Place,
 ) -> Found:
     """Writes the rows of a split shard by shard."""
-    width, dtype, compressed = row_format(vocabulary, length, stage, loss)
+    width, dtype, compressed = row_format(vocabulary, length, stage, place.loss)
     store = create_store(path, width, dtype, compressed)
     content = RowsHash()
-    found = Found()
+    found = Found(digests=salt_of(place, split))
+    waiting: list[np.ndarray] = []  # digests
     start = last_report = time.monotonic()
     blocks = example_rows(examples, length, found) if stage == "tuning" else document_rows(
-        documents(examples, loss, vocabulary.end_of_document_id, found), length)
+        documents(examples, place.loss, vocabulary.end_of_document_id, found), length)
     for block in blocks:
         if not found.count:  # the first comes once libraries are imported, which is not the tokenizer's time
             start = last_report = time.monotonic()
         store = store.resize(exclusive_max=[found.count + len(block), width]).result()
-        store[found.count : found.count + len(block)].write(block.astype(dtype)).result()
+        stored = block.astype(dtype)
+        store[found.count : found.count + len(block)].write(stored).result()
+        waiting.append(row_digests(found.digests, range(found.count, found.count + len(block)), stored))
         content.update(block)
         found.count += len(block)
         if time.monotonic() - last_report > 5:
@@ -263,6 +282,9 @@ def _write_split(
                    f"{found.tokens / (last_report - start):,.0f}/s")
     if line := summary(task, split, found, length, stage):
         report(line)
+    digests = create_digests(path, found.count)
+    if waiting:
+        digests.write(np.concatenate(waiting)).result()
     found.content_hash = content.of_all()
     return found
 
@@ -376,71 +398,13 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _kvstore(path: str) -> str | dict[str, str]:
-    return path if "://" in path else {"driver": "file", "path": path}
-
-
-def create_store(
-    path: str, width: int, data_type: np.dtype, compressed: bool = False, rows: int | None = None
-) -> tensorstore.TensorStore:
-    """An array of rows, [rows, width]. With `rows` one that is there is opened; without, it is replaced by none."""
-    compression = [{"name": "zstd", "configuration": {"level": 1}}] if compressed else []
-    sharding = {
-        "chunk_shape": [ROWS_A_CHUNK, width],
-        "codecs": [_LITTLE_ENDIAN, *compression, {"name": "crc32c"}],
-        "index_codecs": [_LITTLE_ENDIAN, {"name": "crc32c"}],
-    }
-    return tensorstore.open({
-        "driver": "zarr3", "kvstore": _kvstore(path), "create": True,
-        **({"delete_existing": True} if rows is None else {"open": True}),
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": [rows or 0, width], "data_type": data_type.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [ROWS_A_SHARD, width]}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
-    }).result()
-
-
-def create_numbers(path: str, data_type: np.dtype) -> tensorstore.TensorStore:
-    """An empty array of numbers, [0], to be made longer by 2**20 at a time."""
-    return tensorstore.open({
-        "driver": "zarr3", "kvstore": _kvstore(path), "create": True, "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": [0], "data_type": data_type.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1 << 20]}},
-            "codecs": [_LITTLE_ENDIAN, {"name": "zstd", "configuration": {"level": 1}}, {"name": "crc32c"}],
-        },
-    }).result()
-
-
-def open_store(path: str, write: bool = False) -> tensorstore.TensorStore:
-    """An array that is there, to be read or written."""
-    return tensorstore.open(
-        # A shard that is gone is an error, not rows of zeros; one that is to be written is not there yet.
-        {"driver": "zarr3", "kvstore": _kvstore(path), "fill_missing_data_reads": write,
-         "store_data_equal_to_fill_value": True,
-         # What is read never changes: to ask whether it did would double the time of a remote read.
-         "recheck_cached_metadata": "open", "recheck_cached_data": write},
-        read=not write, write=write, context=tensorstore.Context({
-            "cache_pool": {"total_bytes_limit": BYTES_KEPT},
-            # A batch is as many requests as it has rows.
-            "gcs_request_concurrency": {"limit": REQUESTS_AT_ONCE},
-            "http_request_concurrency": {"limit": REQUESTS_AT_ONCE},
-        })).result()
-
-
 _stores: dict[str, tensorstore.TensorStore] = {}
-_heads: dict[tuple[str, str], Heads] = {}
+_compared: set[tuple[str, str]] = set()  # arrays that were opened, with the hashes of their rows
 
 
-def _heads_of(rows: Rows) -> Heads:
-    """Of an array that was opened by another process, as one that reads by what it was sent, nothing is known."""
-    return _heads.setdefault((rows.path, rows.content_hash), Heads(rows.heads))
-
-
-def _opened(path: str) -> tensorstore.TensorStore:
-    """Opened once a process: opening costs far more than reading a batch."""
+def _opened(path: str, kept: int = 0) -> tensorstore.TensorStore:
+    """Opened once a process: opening costs far more than reading a batch. Of digests all are kept that were read."""
     if path not in _stores:
-        _stores[path] = open_store(path)
+        of_source = min(BYTES_KEPT, BYTES_KEPT_IN_ALL // (1 + len(_stores)))  # lest memory grow with their number
+        _stores[path] = open_store(path, kept=max(kept, of_source))
     return _stores[path]

@@ -34,7 +34,7 @@ import numpy as np
 from etils import epath
 
 from codellm_jax.mixture import rows
-from codellm_jax.mixture.checked import heads_of
+from codellm_jax.mixture.checked import row_digests
 from codellm_jax.mixture.examples import Found, documents, example_rows
 from codellm_jax.mixture.places import Place
 from codellm_jax.mixture.roundtrip import Looked, of_whole, warned
@@ -42,15 +42,21 @@ from codellm_jax.mixture.rows import (
     ROWS_A_DIGEST,
     RowFormat,
     RowsHash,
-    create_numbers,
-    create_store,
     digest,
     finish_cache,
     hash_of_digests,
-    open_store,
     row_format,
     summary,
     unit_of,
+)
+from codellm_jax.mixture.stores import (
+    DIGESTS_A_CHUNK,
+    create_digests,
+    create_numbers,
+    create_store,
+    digests_path,
+    open_store,
+    salt_of,
 )
 from codellm_jax.mixture.tokens import (
     SPLITS,
@@ -67,7 +73,7 @@ from codellm_jax.mixture.tokens import (
 from codellm_jax.vocabulary import Vocabulary
 
 SHARD_BYTES = 64 << 20
-ROWS_A_PIECE = 16 * ROWS_A_DIGEST
+ROWS_A_PIECE = DIGESTS_A_CHUNK
 NUMBERS_AT_ONCE = 1 << 20
 SECONDS_BETWEEN_PARTS = 5.0
 # Of files that a hash divides into splits, about this part goes into one that is not the training split.
@@ -282,6 +288,7 @@ def pieces(build: Build, shards: Sequence[Shard]) -> list[Piece]:
         ends = np.cumsum([fact["numbers"] for fact in facts])
         total = int(ends[-1]) // width
         create_store(_array_of_rows(build, split), *build.format, rows=total)
+        create_digests(_array_of_rows(build, split), total)
         for number, first in enumerate(range(0, total, ROWS_A_PIECE)):
             count = min(ROWS_A_PIECE, total - first)
             begin, end = first * width, (first + count) * width
@@ -313,14 +320,19 @@ def cut(build: Build, piece: Piece) -> None:
     width = build.format.width
     store = open_store(_array_of_rows(build, piece.split), write=True)
     digests: list[str] = []
+    of_rows: list[np.ndarray] = []
     row = piece.first
     for numbers in _joined(build, piece, ROWS_A_DIGEST * width):
         block = numbers.reshape(-1, width)
         store[row : row + len(block)].write(block).result()
         digests.append(digest(block).hex())
+        of_rows.append(row_digests(salt_of(build.place, piece.split), range(row, row + len(block)), block))
         row += len(block)
     if row != piece.first + piece.rows:
         raise ValueError(f"{build.working} holds fewer tokens than it says: delete it and give the command again.")
+    if of_rows:
+        open_store(digests_path(_array_of_rows(build, piece.split)), write=True)[piece.first : row].write(
+            np.concatenate(of_rows)).result()
     _write(facts, digests)
 
 
@@ -369,7 +381,7 @@ def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -
         splits[split] = Found(
             count=count, notes=[*map(str, notes), *warned(build.task, split, looked, unit_of(build.stage))], **total,
             content_hash=_hash_of_rows(_array_of_rows(build, split), count, of_pieces),
-            heads=heads_of(open_store(_array_of_rows(build, split)), count))
+            digests=salt_of(build.place, split))
         lines += [summary(build.task, split, splits[split], build.length, build.stage), *splits[split].notes]
     recorded = json.loads((build.working / "plan.json").read_text())
     finish_cache(build.task, build.place, splits, _cache(build), recorded["suffix"], build.length, build.stage)

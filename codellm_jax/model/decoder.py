@@ -84,9 +84,16 @@ class CachedMask(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to hidden states, and hidden states to logits; see the top of the file for the network."""
+    """Tokens to hidden states, and hidden states to logits; see the top of the file for the network.
+
+    Attributes:
+      config: the sizes and the parts.
+      apart: blocks are modules of their own, `blocks_0`, `blocks_1`, ..., with the parameters that `blocks_apart`
+        gives, instead of a scan over stacked parameters and caches. A step of decoding then copies neither.
+    """
 
     config: DecoderConfig
+    apart: bool = False
 
     def setup(self) -> None:
         config = self.config
@@ -99,7 +106,10 @@ class Decoder(nn.Module):
             )
         self.dropout = nn.Dropout(config.dropout_rate)
         self.cached_mask = CachedMask(config)
-        if config.scanned_layers:
+        self.blocks: Any  # modules, or a function over the stack of them
+        if self.apart:
+            self.blocks = [Block(config) for _ in range(config.scanned_layers)]
+        elif config.scanned_layers:
             # A loop keeps XLA from merging the second computation with the first; compiled out whole, it is no loop.
             block = _rematerialized(config, prevent_cse=config.scan_unroll >= config.scanned_layers)
             self.blocks = nn.scan(
@@ -167,7 +177,10 @@ class Decoder(nn.Module):
         x_BLD = x_BLD.astype(dtype)
         turns = self._rotation(positions_BL)
         x_BLD = self.dropout(x_BLD, deterministic=deterministic)
-        if config.scanned_layers:
+        if self.apart:
+            for block in self.blocks:
+                x_BLD, _ = block(x_BLD, None, mask, deterministic, turns)
+        elif config.scanned_layers:
             x_BLD, _ = self.blocks(x_BLD, None, mask, deterministic, turns)
         x_BLD = self.final_norm(x_BLD)
         if config.query_layer:
@@ -196,6 +209,28 @@ def output_head(params: Any) -> jax.Array:
     """Returns what logits are made with, float32 [V, D], of a decoder's parameters (boxed or not), for the loss: the
     token embedding, or where the head is not tied to it `lm_head`."""
     return nn.unbox(params["lm_head" if "lm_head" in params else "token_embedding"])
+
+
+def blocks_apart(collection: Any, dtype: str) -> Any:
+    """The parameters or the cache of `Decoder(config, apart=True)`, from those of `Decoder(config)`.
+
+    Each block's are cut from the stack, and kernels are rounded to `dtype`, to which computing rounds them anyway.
+
+    Args:
+      collection: the parameters, not boxed, or the cache.
+      dtype: what is computed in.
+    """
+    def of_layer(layer: int) -> Any:
+        def cut(path: tuple[Any, ...], leaf_of_layers: jax.Array) -> jax.Array:
+            leaf = leaf_of_layers[layer]
+            return leaf.astype(dtype) if path[-1].key.endswith("_kernel") else leaf
+
+        return jax.tree_util.tree_map_with_path(cut, stacked)
+
+    stacked = collection.get("blocks", {})
+    layers = len(next(iter(jax.tree.leaves(stacked)), ()))
+    others = {name: part for name, part in collection.items() if name != "blocks"}
+    return others | {f"blocks_{layer}": of_layer(layer) for layer in range(layers)}
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int | None = None) -> Any:

@@ -4,6 +4,7 @@ Shape suffixes are explained at the top of `decoder.py`.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -65,6 +66,37 @@ def _apart(array: jax.Array, like: Sequence[jax.Array]) -> tuple[jax.Array, ...]
     """Undoes `_side_by_side` of arrays as wide as `like`."""
     ends = list(itertools.accumulate(one.shape[1] for one in like))
     return tuple(jnp.split(array, ends[:-1], axis=1))
+
+
+TILE_ROWS = 8  # of a TPU's tile of float32; its columns are 128
+
+
+def gathers_at_once(rows: int) -> bool:
+    """Whether attention's kernels, [rows, ...] each, are gathered by one operation.
+
+    That is so on TPU where the mesh splits their rows, and nothing else of them, into parts that are no whole tiles, as
+    2,560 over 256 devices. XLA gathers small ones of these by summing up arrays of zeros, which sends twice as much.
+    Where parts are whole tiles, as 2,560 over 64, a gather of several kernels costs a copy more than it saves.
+    """
+    rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
+    if platform() != "tpu" or mesh.empty or "embed" not in rules:
+        return False
+
+    def parts(name: str) -> int:
+        axes = rules[name]
+        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+    return parts("embed") > 1 == parts("heads") and rows // parts("embed") % TILE_ROWS > 0
+
+
+def _gathered(projections: Sequence[Projection], dtype: jnp.dtype) -> Sequence[Projection]:
+    """Projections whose kernels have the same number of rows, with these gathered at once where that pays."""
+    kernels = [projection.kernel_IO for projection in projections]
+    if len({len(kernel_IO) for kernel_IO in kernels}) > 1 or not gathers_at_once(len(kernels[0])):
+        return projections
+    together = _side_by_side([kernel_IO.astype(dtype) for kernel_IO in kernels])
+    whole = _apart(constrain(together, "activation_embed", None), kernels)
+    return [Projection(kernel_IO, bias_O) for kernel_IO, (_, bias_O) in zip(whole, projections, strict=True)]
 
 
 @jax.custom_vjp
@@ -130,6 +162,9 @@ class Attention(nn.Module):
         """Attends from projections of `query_BLD` to keys and values of `source_BLD`; returns [B, L, D]."""
         config = self.config
         query, key, value = (self._projection(name) for name in ("query", "key", "value"))
+        kernel_QD = parameter(self, "output_kernel", (config.query_width, config.hidden), ("heads", "embed"))
+        output = Projection(kernel_QD, _bias(self, "output", (config.hidden,), ("embed",)))
+        query, key, value, output = _gathered((query, key, value, output), source_BLD.dtype)
         if query_BLD is source_BLD:
             projected = _linear(source_BLD, (query, key, value), "projected")
         else:
@@ -143,10 +178,8 @@ class Attention(nn.Module):
         attended_BLHK = dot_product_attention(
             query_BLHK, key_BMGK, value_BMGK, mask, implementation=config.attention,
             is_query_layer=query_BLD is not source_BLD)
-        kernel_QD = parameter(self, "output_kernel", (config.query_width, config.hidden), ("heads", "embed"))
-        bias_D = _bias(self, "output", (config.hidden,), ("embed",))
         attended_BLQ = attended_BLHK.reshape(*query_BLD.shape[:2], config.query_width)
-        return _linear(attended_BLQ, (Projection(kernel_QD, bias_D),), "mixed")[0]
+        return _linear(attended_BLQ, (output,), "mixed")[0]
 
     def _sizes(self, name: str) -> tuple[int, str]:
         """How many heads queries, keys or values have, and the logical axis of them."""

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text (HLO).
+"""What a compiled program sends between devices, and when, read from its text (HLO).
 
     for traffic in read_traffic(compiled.as_text(), {"data": 1, "fsdp": 64, "model": 1}): ...
 
@@ -8,7 +8,7 @@ around it turn, and its group of devices is laid back onto the axes of the mesh.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,9 @@ _HOST = re.compile(rf"^\s+(?:ROOT )?{_NAME} = \((\S+?), .* send\(.*_xla_megascal
 _WHILE = re.compile(rf" while\({_NAME}\), condition={_NAME}, body={_NAME}")
 _CALLED = re.compile(rf"(?:calls|to_apply|true_computation|false_computation)={_NAME}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# Fusions in which XLA for TPU puts a collective beside a matmul, and those that begin and end it.
+_ASYNCHRONOUS = re.compile(r"async[-_]collective")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -51,16 +54,66 @@ class Traffic(NamedTuple):
       axes: of the mesh, those along which a group's devices differ.
       operations: in one run of the program.
       sent: bytes that each device sends in one run of the program, if rings are used.
+      asynchronous: of these bytes, those that the program sends while it computes.
     """
 
     kind: str
     axes: tuple[str, ...]
     operations: int
     sent: float
+    asynchronous: float = 0.0
+
+
+class Part(NamedTuple):
+    """The program outside its loops, or the body of one loop without the loops inside.
+
+    Attributes:
+      turns: how often it runs in one run of the program.
+      cycles: of one turn, as the compiler estimates them; what it gives no estimate for counts nothing.
+      waiting: bytes that a device sends in one turn while it does nothing else.
+      asynchronous: bytes that it sends in one turn while it computes.
+      between_slices: bytes that its host sends in one turn, while it computes.
+    """
+
+    turns: int
+    cycles: float
+    waiting: float
+    asynchronous: float
+    between_slices: float
+
+
+class Program(NamedTuple):
+    """What `read_program` finds: see `Traffic` and `Part`.
+
+    `unknown_loops` turn as often as only running tells: each is counted for one turn. `has_kernels` tells of kernels
+    that are not XLA's, such as attention's, for which the compiler estimates no cycles.
+    """
+
+    traffic: list[Traffic]
+    unknown_loops: int
+    parts: list[Part]
+    has_kernels: bool
+
+
+class _Collective(NamedTuple):
+    times: int
+    sent: float
+    kind: str
+    axes: tuple[str, ...]
+    asynchronous: bool
+    part: str  # name of the computation that runs it
 
 
 def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic], int]:
-    """Sums up the collectives of a compiled program.
+    """The traffic of `read_program`, and its loops of unknown length."""
+    return read_program(hlo, mesh_shape)[:2]
+
+
+def read_program(hlo: str, mesh_shape: Mapping[str, int]) -> Program:
+    """Sums up the collectives of a compiled program, and the cycles that the compiler estimates.
+
+    A collective is asynchronous where it is written as a start and a done, or stands in the fusions that XLA for TPU
+    makes of it and of what it computes meanwhile.
 
     Args:
       hlo: the text of the program after partitioning, `compiled.as_text()`.
@@ -68,15 +121,18 @@ def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic]
         them, "slices".
 
     Returns:
-      The traffic, most bytes first; and how many loops turn as often as only running tells: what they send is counted
-      for one turn.
+      The traffic, most bytes first; parts in the order in which they begin.
+
+    Raises:
+      ValueError: this is no text of a compiled program.
     """
     computations, entry = _computations(hlo)
     # What XLA cuts into pieces, to compute beside it, stands in several places under one channel and name.
-    channels: dict[tuple[Any, ...], tuple[int, float, str, tuple[str, ...]]] = {}
+    channels: dict[tuple[Any, ...], _Collective] = {}
+    turns: dict[str, int] = {}
     unknown = 0
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int, part: str, beside: bool) -> None:
         nonlocal unknown
         for line in computations[name]:
             if found := _COLLECTIVE.match(line):
@@ -85,36 +141,56 @@ def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic]
                 key: tuple[Any, ...] = (found.group(1),)
                 if channel:
                     key = channel.group(), *re.findall(r'op_name="[^"]*"', line), kind, size, *group
-                if len(group) > 1 and times > channels.get(key, (0,))[0]:
-                    channels[key] = times, size * SENT[kind](len(group)), kind, _axes(group, mesh_shape)
+                if len(group) > 1 and (key not in channels or times > channels[key].times):
+                    channels[key] = _Collective(times, size * SENT[kind](len(group)), kind, _axes(group, mesh_shape),
+                                                beside or found.group(4) is not None, part)
                 continue
             if found := _HOST.match(line):
                 _, shape, kind = found.groups()
                 kind = kind.lower().replace("_", "-")
                 sent = _bytes(shape) * SENT_BY_HOST.get(kind, SENT_BY_HOST["one-to-one"])(mesh_shape["slices"])
-                channels[("host", found.group(1))] = times, sent, kind, ("slices",)
+                channels[("host", found.group(1))] = _Collective(times, sent, kind, ("slices",), True, part)
                 continue
             if found := _WHILE.search(line):
                 known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-                turns = int(known.group(1)) if known else _turns(computations, name, *found.groups())
-                unknown += turns is None
-                visit(found.group(3), times * (1 if turns is None else turns))
+                count = int(known.group(1)) if known else _turns(computations, name, *found.groups())
+                unknown += count is None
+                run(found.group(3), times * (1 if count is None else count))
                 continue
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += re.findall(_NAME, branches)
             for other in called:
                 if other in has_collectives:
-                    visit(other, times)
+                    visit(other, times, part, beside or bool(_ASYNCHRONOUS.search(line.split(", metadata=")[0])))
+
+    def run(name: str, times: int) -> None:
+        turns[name] = turns.get(name, 0) + times
+        visit(name, times, name, False)
 
     has_collectives = _reaching_collectives(computations)
-    visit(entry, 1)
-    sums: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
-    for times, sent, kind, axes in channels.values():
-        operations, total = sums.get((kind, axes), (0, 0.0))
-        sums[kind, axes] = operations + times, total + times * sent
-    traffic = [Traffic(*key, *total) for key, total in sums.items()]
-    return sorted(traffic, key=lambda one: -one.sent), unknown
+    run(entry, 1)
+    parts = []
+    for name, times in turns.items():
+        sums = {"waiting": 0.0, "asynchronous": 0.0, "between_slices": 0.0}
+        for one in channels.values():
+            if one.part == name and times:
+                where = "between_slices" if "slices" in one.axes else "asynchronous" if one.asynchronous else "waiting"
+                sums[where] += one.sent * one.times / times
+        cycles = sum(int(found.group(1)) for line in computations[name] if (found := _CYCLES.search(line)))
+        parts.append(Part(times, cycles, **sums))
+    return Program(_summed(channels.values()), unknown, parts, 'custom_call_target="tpu_custom_call"' in hlo)
+
+
+def _summed(collectives: Iterable[_Collective]) -> list[Traffic]:
+    """Traffic of each kind along the same axes, most bytes first."""
+    sums: dict[tuple[str, tuple[str, ...]], Traffic] = {}
+    for one in collectives:
+        before, sent = sums.get((one.kind, one.axes), Traffic(one.kind, one.axes, 0, 0.0)), one.times * one.sent
+        sums[one.kind, one.axes] = before._replace(
+            operations=before.operations + one.times, sent=before.sent + sent,
+            asynchronous=before.asynchronous + sent * one.asynchronous)
+    return sorted(sums.values(), key=lambda one: -one.sent)
 
 
 def _read(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -11,14 +12,15 @@ from codellm_jax.pods.programs import (
     compile_decoding,
     compile_scoring,
     compile_train_step,
+    compiled_with,
     lay_out,
     replicated_leaves,
     with_slices,
 )
-from codellm_jax.pods.roofline import ASSUMPTIONS, roofline
+from codellm_jax.pods.roofline import ASSUMPTIONS, ESTIMATED, Estimate, estimate, roofline
 from codellm_jax.pods.topologies import Topology, topology_names
 from codellm_jax.runtime.state import bytes_per_device
-from codellm_jax.training.plan import GIB, Training
+from codellm_jax.training.plan import GIB, Training, memory_parts
 
 FINENESS = 8  # the largest batch is searched to a part of so many
 # Compiled programs that a search for the largest batch may cost; a refused one costs seconds and is not counted.
@@ -27,7 +29,7 @@ MOST_COMPILED = 4
 
 def precompile(
     training: Training, topology: Topology, *, title: str = "", scoring: bool = False, decoding: bool = False,
-    search: bool = True, report: Callable[[str], None] = print,
+    search: bool = True, other: tuple[str, Training] | None = None, report: Callable[[str], None] = print,
 ) -> tuple[bool, str]:
     """Compiles a run's programs for a topology.
 
@@ -37,10 +39,11 @@ def precompile(
       title: names the run in the report.
       scoring, decoding: whether to compile these besides the train step.
       search: whether to search for the largest batch, or where the step does not fit for what makes it.
+      other: flags, and the run that they make of this one: its train step is compiled too, and compared.
       report: told what is under way.
 
     Returns:
-      Whether all programs fit, and a page of Markdown.
+      Whether all programs of `training` fit, and a page of Markdown.
 
     Raises:
       ValueError: in one line, where the settings do not fit each other or the topology.
@@ -53,14 +56,23 @@ def precompile(
         if wanted:
             outcomes.append(compile_program(training, topology))
             report(f"{outcomes[-1].program}: {_fits(outcomes[-1])}")
+    compared = None
+    if other is not None:
+        compared = compile_train_step(with_slices(other[1], topology), topology)
+        report(f"train step with {other[0]}: {_fits(compared)}")
     lines = [f"# {title or 'A run'} on {topology.name}", "", *_what(step), "", *_memory_table(outcomes), ""]
     lines += [f"The {one.program} does not fit: {one.refusal}." for one in outcomes if one.memory is None]
+    if other is not None and compared is not None:
+        lines += [*_comparison_section(step, other[0], compared), ""]
+    if topology.generation == "gpu":
+        lines += [*_card_section(step), ""]
     if step.memory is None and search:
         lines += _changes_section(step, report)
     if step.memory is not None:
         if search:
             lines += [_largest_sentence(*largest_batch(step, report)), ""]
-        lines += [*_roofline_section(step), ""]
+        if topology.generation != "gpu":
+            lines += [*_roofline_section(step), "", *_estimate_section(step), ""]
     for one in outcomes:
         if one.memory is not None:
             lines += [*_traffic_section(one), ""]
@@ -69,7 +81,9 @@ def precompile(
 
 
 def chips_of(topology: Topology) -> str:
-    """A topology in words: 64 chips, 4 x 4 x 4."""
+    """A topology in words: 64 chips, 4 x 4 x 4; or 2 cards."""
+    if topology.generation == "gpu":
+        return f"{topology.chips} card{'s' if topology.chips > 1 else ''}"
     words = [f"{topology.chips} chip{'s' if topology.chips > 1 else ''}",
              (f"{topology.slices} slices of " if topology.slices > 1 else "") + " x ".join(map(str, topology.shape))]
     if topology.chip.devices > 1:
@@ -190,6 +204,7 @@ def _what(step: Outcome) -> list[str]:
         f"attention {config.attention}",
         f"- {step.rows} rows of {training.mixture.length}{parts}: {tokens:,} tokens, {full:.4g} model FLOPs a step "
         f"({causal:.4g} with causal attention counted by half)",
+        f"- compiled by {compiled_with(step)}",
     ]
 
 
@@ -231,10 +246,64 @@ def _roofline_section(step: Outcome) -> list[str]:
         "peak in model FLOPs. Assumed:", "", *(f"- {assumption}" for assumption in ASSUMPTIONS)]
 
 
+def _card_section(step: Outcome) -> list[str]:
+    parts = memory_parts(step.training, lay_out(step.training, step.topology))
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return [
+        f"By arithmetic, which is the peak above and decides, a card needs about {sum(parts.values()) / GIB:.2f} GiB: "
+        f"{listed}. What libraries, collectives and gaps between arrays take is not in it.", "",
+        "The other columns are XLA's account of the step compiled for this machine's processor, which stands in for "
+        "the cards: it has other attention, and computes some of bfloat16 in float32. All are estimates. JAX takes "
+        "three quarters of a card at the start unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: give --memory "
+        "accordingly."]
+
+
+def _estimate(step: Outcome) -> Estimate:
+    return estimate(step.config, step.rows * step.training.mixture.length, step.topology,
+                    step.mesh.devices.flat[0].device_kind, step.mesh.size, step.parts, step.has_kernels)
+
+
+def _estimate_section(step: Outcome) -> list[str]:
+    found, tokens = _estimate(step), step.rows * step.training.mixture.length
+    return [
+        "| seconds a step, estimated | computing | attention | waiting for links | links beside computing | step |",
+        "|---|---|---|---|---|---|",
+        f"| | {' | '.join(f'{seconds:.4f}' for seconds in found[:-1])} |", "",
+        f"By this estimate, which is no measurement, {tokens / found.step / step.mesh.size:,.0f} tokens/s a device, "
+        f"{found.utilization:.0%} of the peak in model FLOPs. Assumed:", "",
+        *(f"- {assumption}" for assumption in ESTIMATED)]
+
+
+def _comparison_section(step: Outcome, flags: str, other: Outcome) -> list[str]:
+    """Both train steps side by side; of one that does not fit nothing is known."""
+
+    def rows(one: Outcome) -> list[float]:
+        if one.memory is None:
+            return []
+        sent, beside = (sum(getattr(traffic, name) for traffic in one.traffic) for name in ("sent", "asynchronous"))
+        sizes = [size / GIB for size in (one.memory.peak, one.memory.arguments, one.memory.temporaries, sent, beside)]
+        if one.topology.generation == "gpu":
+            return sizes[:-1]
+        found, tokens = _estimate(one), one.rows * one.training.mixture.length
+        return [*sizes, *found[:-1], tokens / found.step / one.mesh.size, 100 * found.utilization]
+
+    names = ("peak, GiB a device", "arguments, GiB", "temporaries, GiB", "sent, GiB", "of that asynchronous, GiB",
+             "computing, s", "attention, s", "waiting for links, s", "links beside computing, s", "estimated step, s",
+             "tokens/s a device", "model FLOPs, % of the peak")
+    lines = ["", f"| train step | this run | with `{flags}` | second / first |", "|---|---|---|---|"]
+    compared = rows(step), rows(other)
+    for name, first, second in itertools.zip_longest(names[:max(map(len, compared)) or 1], *compared):
+        cells = ["does not fit" if value is None else f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
+                 for value in (first, second)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {f'{second / first:.2f}' if first and second else ''} |")
+    return lines
+
+
 def _traffic_section(one: Outcome) -> list[str]:
-    lines = [f"| {one.program} sends | along | operations | GiB a device |", "|---|---|---|---|"]
-    lines += [f"| {kind} | {', '.join(axes)} | {operations:,} | {sent / GIB:.3f} |"
-              for kind, axes, operations, sent in one.traffic]
+    lines = [f"| {one.program} sends | along | operations | GiB a device | of that while it computes |",
+             "|---|---|---|---|---|"]
+    lines += [f"| {kind} | {', '.join(axes)} | {operations:,} | {sent / GIB:.3f} | {beside / GIB:.3f} |"
+              for kind, axes, operations, sent, beside in one.traffic]
     if not one.traffic:
         return [f"The {one.program} sends nothing between devices."]
     if one.unknown_loops:

@@ -9,10 +9,13 @@ follow from the settings alone, so in tuning a step has BATCH_SIZE rows, the mos
 import dataclasses
 import functools
 import math
+import os
 import re
 import textwrap
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +27,12 @@ from codellm_jax.evaluation import decoding, scoring
 from codellm_jax.evaluation.sampling import PAPER_SAMPLING
 from codellm_jax.mixture.batches import Batch
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.pods.collectives import Traffic, read_traffic
+from codellm_jax.pods.collectives import Part, Program, Traffic, read_program
 from codellm_jax.pods.topologies import Topology, compile_only_devices
+from codellm_jax.runtime.compiler import compiler_options
 from codellm_jax.runtime.partitioning import batch_sharding, make_mesh, require_divisible
-from codellm_jax.runtime.state import TrainState, abstract_state
-from codellm_jax.training.plan import Training
+from codellm_jax.runtime.state import abstract_state
+from codellm_jax.training.plan import GIB, Layout, Training, memory_parts
 from codellm_jax.training.train import jit_train_step
 
 SOURCES = 2  # of the mixture; only two small results of a step depend on it
@@ -60,6 +64,7 @@ class Outcome(NamedTuple):
       refusal: why it does not.
       traffic, unknown_loops: see `collectives.read_traffic`; what crosses slices is along "slices".
       seconds: that compiling took.
+      parts, has_kernels: see `collectives.read_program`.
     """
 
     program: str
@@ -73,6 +78,8 @@ class Outcome(NamedTuple):
     traffic: list[Traffic]
     unknown_loops: int
     seconds: float
+    parts: tuple[Part, ...] = ()
+    has_kernels: bool = False
 
 
 def with_slices(training: Training, topology: Topology) -> Training:
@@ -96,13 +103,14 @@ def compile_train_step(training: Training, topology: Topology) -> Outcome:
     Raises:
       ValueError: in one line, where the settings do not fit each other or the topology.
     """
-    mesh, model, state, rows = lay_out(training, topology)
+    mesh, model, state, rows = layout = lay_out(training, topology)
     optimizer = training.optimizer(training.learning_rate)
     shape = rows, training.mixture.length
     batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32,
                                          sharding=batch_sharding(mesh)) for name in Batch._fields))
     step = jit_train_step(model, optimizer, state, SOURCES, training.microbatches)
-    return _compile("train step", training, topology, mesh, model.config, rows, lambda: step.lower(state, batch))
+    return _compile("train step", training, topology, mesh, model.config, rows, lambda: step.lower(state, batch),
+                    sum(memory_parts(training, layout).values()))
 
 
 def compile_scoring(training: Training, topology: Topology) -> Outcome:
@@ -121,7 +129,7 @@ def compile_decoding(training: Training, topology: Topology) -> Outcome:
     return _compile("decoding", training, topology, mesh, model.config, 0, lower)
 
 
-def lay_out(training: Training, topology: Topology) -> tuple[Mesh, Decoder, TrainState, int]:
+def lay_out(training: Training, topology: Topology) -> Layout:
     """Mesh, model, abstract state, and rows of a step."""
     mesh = make_mesh(training.mesh, compile_only_devices(topology))
     packed = training.mixture.stage == "tuning" and training.mixture.packing
@@ -130,16 +138,17 @@ def lay_out(training: Training, topology: Topology) -> tuple[Mesh, Decoder, Trai
         require_divisible(training.batch_size, training.microbatches, mesh)
     model = Decoder(training.model(vocabulary_size=training.vocabulary.size, length=training.mixture.length))
     state = abstract_state(model, training.optimizer(training.learning_rate), mesh, training.mesh)
-    return mesh, model, state, -(-training.batch_size // shards) * shards
+    return Layout(mesh, model, state, -(-training.batch_size // shards) * shards)
 
 
 def _compile(
     program: str, training: Training, topology: Topology, mesh: Mesh, config: DecoderConfig, rows: int,
-    lower: Callable[[], jax.stages.Lowered],
+    lower: Callable[[], jax.stages.Lowered], needed: int | None = None,
 ) -> Outcome:
+    """Compiles a program; on cards, `needed` bytes decide whether it fits, or else XLA's total."""
     start = time.monotonic()
-    compiled, refusal, memory, unknown = None, "", None, 0
-    traffic: list[Traffic] = []
+    compiled, refusal, memory = None, "", None
+    found = Program([], 0, [], False)
     # Not kept in JAX's cache of programs: what is for absent devices cannot be read back.
     config_of_jax: Any = jax.config
     kept_from = config_of_jax.jax_persistent_cache_min_compile_time_secs
@@ -154,15 +163,28 @@ def _compile(
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", kept_from)
     if compiled is not None:
-        found: Any = compiled.memory_analysis()
-        memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes,
-                        found.output_size_in_bytes - found.alias_size_in_bytes, found.peak_memory_in_bytes)
+        sizes: Any = compiled.memory_analysis()
+        memory = Memory(sizes.argument_size_in_bytes, sizes.temp_size_in_bytes,
+                        sizes.output_size_in_bytes - sizes.alias_size_in_bytes, sizes.peak_memory_in_bytes)
         axes = dict(mesh.shape)
         if training.mesh.slices > 1:  # joined along `data`, slice after slice
             axes = {"slices": training.mesh.slices} | axes | {"data": axes["data"] // training.mesh.slices}
-        traffic, unknown = read_traffic(compiled.as_text() or "", axes)
-    return Outcome(program, training, topology, mesh, config, rows, memory, refusal, traffic, unknown,
-                   time.monotonic() - start)
+        found = read_program(compiled.as_text() or "", axes)
+        if topology.generation == "gpu":  # the processor's compiler gives no peak, and refuses nothing
+            peak, has = needed or memory.total, topology.chip.memory_gib
+            memory = memory._replace(peak=peak) if peak <= has * GIB else None
+            refusal = "" if memory else f"it takes about {peak / GIB:.2f} of {has:.2f} GiB"
+    return Outcome(program, training, topology, mesh, config, rows, memory, refusal, found.traffic,
+                   found.unknown_loops, time.monotonic() - start, tuple(found.parts), found.has_kernels)
+
+
+def compiled_with(outcome: Outcome) -> str:
+    """Releases and options of the compiler: what the run passes to XLA, and what the environment adds."""
+    options = [f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+               for name, value in compiler_options(outcome.mesh, outcome.config).items()]
+    options += [f"{name}={os.environ[name]!r}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if os.environ.get(name)]
+    releases = [f"{name} {version(name)}" for name in ("jax", "jaxlib", "libtpu") if find_spec(name)]
+    return f"{', '.join(releases)}; " + (f"options {' '.join(options)}" if options else "no options")
 
 
 def _refusal(message: str) -> str:

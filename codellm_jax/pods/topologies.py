@@ -3,7 +3,8 @@
     devices = compile_only_devices(parse_topology("v4-128"))
 
 Names are Cloud TPU's: v2, v3, v4 and v5p count TensorCores (v4-128 has 64 chips), v5e (or v5litepod) and v6e count
-chips; 2xv5e-256 are two slices.
+chips; 2xv5e-256 are two slices. `gpu:2` are two cards of one machine, whose memory is given; this machine's processor
+stands in for them.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ class Chip:
       largest: chips of the largest slice.
       cube: slices are three-dimensional, made of cubes of 4 x 4 x 4 from 64 chips on; else two-dimensional.
       ring: chips along one dimension from which on links close it to a ring.
+      clock: cycles/s of a core: the vendor's bfloat16 peak over what its matrix units multiply and add in one cycle.
     """
 
     memory_gib: float
@@ -47,30 +49,35 @@ class Chip:
     largest: int
     cube: bool
     ring: int
+    clock: float
 
 
 CHIPS = {
-    "v2": Chip(7.48, 350 * GIGA, 124 * GIGA, 1.6 * GIGA, 2, 2, 256, False, 16),
-    "v3": Chip(15.48, 450 * GIGA, 164 * GIGA, 1.6 * GIGA, 2, 2, 1024, False, 32),
-    "v4": Chip(30.75, 1200 * GIGA, 300 * GIGA, 6.25 * GIGA, 2, 1, 4096, True, 4),
-    "v5e": Chip(15.75, 819 * GIGA, 200 * GIGA, 3.1 * GIGA, 1, 1, 256, False, 16),
-    "v5p": Chip(95.74, 2765 * GIGA, 600 * GIGA, 6.25 * GIGA, 2, 1, 6144, True, 4),
-    "v6e": Chip(31.25, 1640 * GIGA, 400 * GIGA, 12.5 * GIGA, 1, 1, 256, False, 16),
+    "v2": Chip(7.48, 350 * GIGA, 124 * GIGA, 1.6 * GIGA, 2, 2, 256, False, 16, 0.7 * GIGA),
+    "v3": Chip(15.48, 450 * GIGA, 164 * GIGA, 1.6 * GIGA, 2, 2, 1024, False, 32, 0.94 * GIGA),
+    "v4": Chip(30.75, 1200 * GIGA, 300 * GIGA, 6.25 * GIGA, 2, 1, 4096, True, 4, 1.05 * GIGA),
+    "v5e": Chip(15.75, 819 * GIGA, 200 * GIGA, 3.1 * GIGA, 1, 1, 256, False, 16, 1.5 * GIGA),
+    "v5p": Chip(95.74, 2765 * GIGA, 600 * GIGA, 6.25 * GIGA, 2, 1, 6144, True, 4, 1.75 * GIGA),
+    "v6e": Chip(31.25, 1640 * GIGA, 400 * GIGA, 12.5 * GIGA, 1, 1, 256, False, 16, 1.75 * GIGA),
 }
 MOST_SLICES = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice, or several alike."""
+    """A slice, or several alike; or cards."""
 
     name: str
-    generation: str  # a key of CHIPS
+    generation: str  # a key of CHIPS, or "gpu"
     shape: tuple[int, ...]  # chips of a slice along each dimension
     slices: int = 1
+    memory_gib: float = math.nan  # of a card
 
     @property
     def chip(self) -> Chip:
+        """What a chip has; of a card nothing but its memory is known."""
+        if self.generation == "gpu":
+            return Chip(self.memory_gib, math.nan, math.nan, math.nan, 1, 1, 1, False, self.chips + 1, math.nan)
         return CHIPS[self.generation]
 
     @property
@@ -143,12 +150,50 @@ def parse_topology(name: str) -> Topology:
     return dataclasses.replace(topology, name=(f"{slices}x" if topology.slices > 1 else "") + one)
 
 
+def with_memory(name: str, memory: str | None) -> Topology:
+    """The topology of a name for TPUs, or of cards such as gpu:2, each of which has so much memory.
+
+    Raises:
+      ValueError: in one line; there is none of this name, or the memory is missing, malformed or given for TPUs.
+    """
+    cards = re.fullmatch(r"gpu:([1-9]\d*)", name.strip().lower())
+    if not cards:
+        if memory is not None:
+            raise ValueError(f"--memory is for cards such as --topology=gpu:2; how much {name!r} has is known.")
+        return parse_topology(name)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)?", memory or "", re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"--topology={name} needs the memory of a card, such as --memory=80GiB" + (
+            f"; found {memory!r}." if memory else "."))
+    gib = float(found[1]) * (GIGA / 2**30 if (found[2] or "").lower() == "gb" else 1)
+    return Topology(cards[0], "gpu", (int(cards[1]),), memory_gib=gib)
+
+
+def _devices_of_this_machine(count: int) -> "list[jax.Device]":
+    """So many devices of this machine's processor, which share its cores.
+
+    Raises:
+      ValueError: JAX has begun with fewer.
+    """
+    flags, count_flag = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count"
+    if count_flag not in flags:  # read once, at the first look at devices
+        os.environ["XLA_FLAGS"] = f"{flags} {count_flag}={count}".strip()
+    import jax
+
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(f"{count} cards were asked for, and JAX has begun with {len(devices)} devices here.")
+    return devices[:count]
+
+
 def compile_only_devices(topology: Topology, report: Callable[[str], None] = print) -> "list[jax.Device]":
     """Devices that programs can be compiled for and not run on; waits for other processes that have some.
 
     Raises:
       ValueError: libtpu is not installed, or taken by a program that is none of this package's.
     """
+    if topology.generation == "gpu":
+        return _devices_of_this_machine(topology.chips)
     if not has_libtpu():
         raise ValueError("TPU programs are compiled by libtpu, which is not installed: pip install '.[tpu]'.")
     _wait_for_compiler(report)

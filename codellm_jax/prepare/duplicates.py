@@ -93,14 +93,6 @@ def band_keys(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
     return keys
 
 
-def groups(keys: np.ndarray) -> list[np.ndarray]:
-    """Places of equal keys among sorted ones, of those that occur more than once."""
-    borders = np.flatnonzero(np.diff(keys)) + 1
-    starts = np.concatenate([[0], borders])
-    ends = np.concatenate([borders, [len(keys)]])
-    return [np.arange(start, end) for start, end in zip(starts, ends, strict=True) if end - start > 1]
-
-
 def chance_to_meet(similarity: float, bands: int, rows: int) -> float:
     """The chance that texts of a Jaccard similarity s agree in all rows of any band: 1 - (1 - s^rows)^bands (Leskovec,
     Rajaraman and Ullman, "Mining of Massive Datasets", 3.4).

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from codellm_jax.prepare import ranged
 from codellm_jax.prepare.examples import Records
 from codellm_jax.prepare.preparation import Inputs
 from codellm_jax.prepare.steps import Step
@@ -123,6 +124,11 @@ class Job:
     def path(self, stage: int, kind: str, number: int, suffix: str) -> epath.Path:
         """Of a file of a stage: such as stage0/documents-00003.parquet."""
         return epath.Path(self.folder) / f"stage{stage}" / f"{kind}-{number:05d}{suffix}"
+
+    def files(self, stage: int, kind: str) -> list[epath.Path]:
+        """The files of a kind in a stage, sorted."""
+        folder = epath.Path(self.folder) / f"stage{stage}"
+        return sorted(path for path in folder.iterdir() if path.name.startswith(f"{kind}-"))
 
     def facts(self, stage: int, part: int) -> dict[str, Any] | None:
         """What a finished part wrote of itself; None where it is not done."""
@@ -224,13 +230,7 @@ class Table:
 
 def read_rows(path: epath.Path) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file, a few at a time in memory."""
-    with contextlib.ExitStack() as held:
-        if "://" in os.fspath(path):
-            file: Any = held.enter_context(tempfile.TemporaryFile())
-            with path.open("rb") as remote:
-                shutil.copyfileobj(remote, file, 1 << 20)
-        else:
-            file = held.enter_context(open(path, "rb"))
+    with ranged.on_disk(path) as file:
         reader = pq.ParquetFile(file)
         for group in range(reader.num_row_groups):
             yield from reader.read_row_group(group).to_pylist()
@@ -247,6 +247,7 @@ PART_BITS = 32  # of a document's number, below those of its part
 
 def signed(count: int) -> np.dtype:
     """What is kept of a document to compare it: its number in its part, the first 8 bytes of its hash, its length in
-    bytes, and its signature of `count` hashes.
+    bytes, where its shingles begin in their file and how many they are, and its signature of `count` hashes.
     """
-    return np.dtype([("place", "<u8"), ("rank", "<u8"), ("bytes", "<u8"), ("signature", "<u4", (count,))])
+    return np.dtype([("place", "<u8"), ("rank", "<u8"), ("bytes", "<u8"), ("begin", "<u8"), ("shingles", "<u4"),
+                     ("signature", "<u4", (count,))])

@@ -1,9 +1,13 @@
-"""What a step that needs all documents is told of each: written beside the documents, some ten thousand at a time."""
+"""What a step that needs all documents is told of each: written beside the documents of a part.
+
+A part has one file of keys, unless these are more than `BYTES_A_FILE`, as of a corpus that is read as a whole.
+"""
 
 import hashlib
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from codellm_jax.prepare import ranged
 from codellm_jax.prepare.duplicates import band_keys, shingles, signature, text_hash
@@ -11,8 +15,8 @@ from codellm_jax.prepare.job import BAND, DRAWN, EQUAL, PART_BITS, Job, signed
 from codellm_jax.prepare.steps import Step
 
 RANGES = 4096  # of hashes, by their first bits
-DOCUMENTS_A_CHUNK = 1 << 15
-SHINGLES_A_CHUNK = 1 << 22  # of documents that are compared by them
+BYTES_A_FILE = 64 << 20  # of keys, which are held until they are sorted and written
+DOCUMENTS_AT_ONCE = 1 << 11  # that become arrays together
 BINS = 1 << 20  # that hashes fall into when documents are drawn
 
 
@@ -23,12 +27,17 @@ def bin_of(sha256: str, seed: int) -> int:
 
 
 class Keys:
-    """Collects what a step wants to know of the documents of a part, and writes it in chunks."""
+    """Collects what a step wants to know of the documents of a part, and writes it."""
 
     def __init__(self, job: Job, stage: int, part: int, step: Step | None) -> None:
         self._job, self._stage, self._part, self._step = job, stage, part, step
         self._found: list[Any] = []
-        self._documents = self._chunks = self._shingles = 0
+        self._keys: list[np.ndarray] = []
+        self._bytes = self._files = 0
+        self._signed: ranged.Growing | None = None
+        self._shingles: ranged.Growing | None = None
+        self._next = self._begin = 0  # the document of the next signature; where the next shingles begin
+        self._first = ""
 
     def add(self, place: int, document: dict[str, Any], size: int) -> None:
         """Takes a document, which is the part's of that number."""
@@ -52,52 +61,91 @@ class Keys:
             if len(hashes):
                 count = step.options["bands"] * step.options["rows"]
                 self._found.append((number, rank, size, signature(hashes, count), hashes))
-                self._shingles += len(hashes)
-        self._documents += 1
-        if (self._documents >= DOCUMENTS_A_CHUNK or len(self._found) >= 8 * DOCUMENTS_A_CHUNK
-                or self._shingles >= SHINGLES_A_CHUNK):
-            self.close()
+        if len(self._found) >= DOCUMENTS_AT_ONCE:
+            self._gather()
 
     def close(self) -> None:
         """Writes what is left."""
-        if self._found:
-            self._write()
-        self._found, self._documents, self._shingles = [], 0, 0
+        self._gather()
+        self._write()
 
-    def _write(self) -> None:
+    def discard(self) -> None:
+        """Removes files that will not be whole."""
+        for file in (self._signed, self._shingles):
+            if file is not None:
+                file.discard()
+
+    def _path(self, kind: str, first: str = "") -> epath.Path:
+        return self._job.path(self._stage, kind, self._part, f"-{self._files:05d}{first}.bin")
+
+    def _gather(self) -> None:
+        """Makes arrays of what was found."""
         step, found = self._step, self._found
+        if not found:
+            return
         assert step is not None
         if step.name in ("exact_duplicates", "duplicated_paragraphs"):
-            records = np.sort(np.array(found, EQUAL), order=["high", "low"])
-            ranges = records["high"]
+            keys = np.array(found, EQUAL)
         elif step.name == "sample":
-            drawn = np.array(found, DRAWN)
-            bins, at = np.unique(drawn["bin"], return_inverse=True)
-            records = np.zeros(len(bins), DRAWN)
-            records["bin"] = bins
-            np.add.at(records["size"], at, drawn["size"])
-            ranges = records["bin"] << np.uint64(64 - 20)
+            keys = np.array(found, DRAWN)
         else:
-            signatures = np.array([signed_of for *_, signed_of, _ in found])
-            numbers = np.array([number for number, *_ in found], np.uint64)
-            # A row for each document from the first to the last, so that one's row follows from its number.
-            row = (numbers - numbers[0]).astype(np.int64)
-            told = np.zeros(row[-1] + 1, signed(signatures.shape[1]))
-            told["place"] = (int(numbers[0]) & (1 << PART_BITS) - 1) + np.arange(len(told))
-            told["rank"][row] = np.array([each[1] for each in found], np.uint64)
-            told["bytes"][row] = np.array([each[2] for each in found], np.uint64)
-            told["signature"][row] = signatures
-            if step.options["similarity"]:
-                sets = [hashes for *_, hashes in found]
-                ranged.write(self._job.path(self._stage, "shingles", self._part, f"-{self._chunks:05d}.bin"),
-                             np.concatenate(sets), np.repeat(row, list(map(len, sets))), len(told))
-            ranged.write_bytes(self._job.path(self._stage, "signed", self._part, f"-{self._chunks:05d}.bin"),
-                               told.tobytes())
-            keys = band_keys(signatures, step.options["bands"], step.options["rows"])
-            records = np.zeros(keys.size, BAND)
-            records["key"], records["document"] = keys.ravel(), np.repeat(numbers, step.options["bands"])
-            records = np.sort(records, order=["key", "document"])
-            ranges = records["key"]
-        path = self._job.path(self._stage, "keys", self._part, f"-{self._chunks:05d}.bin")
-        ranged.write(path, records, (ranges >> np.uint64(64 - 12)).astype(np.int64), RANGES)
-        self._chunks += 1
+            keys = self._sign(step, found)
+        self._found = []
+        self._keys.append(keys)
+        self._bytes += keys.nbytes
+        if self._bytes >= BYTES_A_FILE:
+            self._write()
+
+    def _sign(self, step: Step, found: list[Any]) -> np.ndarray:
+        """Writes signatures and shingles of documents; gives the keys of their bands."""
+        numbers = np.array([number for number, *_ in found], np.uint64)
+        signatures = np.array([of_document for *_, of_document, _ in found])
+        if self._signed is None:
+            self._next, self._begin = int(numbers[0]), 0
+            self._first = f"-{self._next & (1 << PART_BITS) - 1}"  # in the names, so that nobody has to look
+            self._signed = ranged.Growing(self._path("signed", self._first))
+        # A row for each document from the first to the last, so that one's row follows from its number.
+        row = numbers.astype(np.int64) - self._next
+        told = np.zeros(row[-1] + 1, signed(signatures.shape[1]))
+        told["place"] = (self._next & (1 << PART_BITS) - 1) + np.arange(len(told))
+        told["rank"][row] = np.array([each[1] for each in found], np.uint64)
+        told["bytes"][row] = np.array([each[2] for each in found], np.uint64)
+        told["signature"][row] = signatures
+        if step.options["similarity"]:
+            if self._shingles is None:
+                self._shingles = ranged.Growing(self._path("shingles", self._first))
+            lengths = np.array([len(hashes) for *_, hashes in found])
+            told["shingles"][row], told["begin"][row] = lengths, self._begin + np.cumsum(lengths) - lengths
+            self._shingles.write(np.concatenate([hashes for *_, hashes in found]))
+            self._begin += int(lengths.sum())
+        self._signed.write(told)
+        self._next += len(told)
+        bands = band_keys(signatures, step.options["bands"], step.options["rows"])
+        keys = np.zeros(bands.size, BAND)
+        keys["key"], keys["document"] = bands.ravel(), np.repeat(numbers, step.options["bands"])
+        return keys
+
+    def _write(self) -> None:
+        """Sorts and writes all keys that are held."""
+        if not self._keys:
+            return
+        assert self._step is not None
+        for file in (self._signed, self._shingles):
+            if file is not None:
+                file.close()
+        self._signed = self._shingles = None
+        keys = np.concatenate(self._keys)
+        if self._step.name == "sample":
+            bins, at = np.unique(keys["bin"], return_inverse=True)
+            sizes = np.zeros(len(bins), np.uint64)
+            np.add.at(sizes, at, keys["size"])
+            keys = np.zeros(len(bins), DRAWN)
+            keys["bin"], keys["size"] = bins, sizes
+            ranges = keys["bin"] << np.uint64(64 - 20)
+        else:
+            by = ["key", "document"] if self._step.name == "near_duplicates" else ["high", "low"]
+            keys = keys[np.lexsort([keys[name] for name in reversed(by)])]
+            ranges = keys[by[0]]
+        ranged.write(self._path("keys"), keys, (ranges >> np.uint64(64 - 12)).astype(np.int64), RANGES)
+        self._keys, self._bytes = [], 0
+        self._files += 1

@@ -31,11 +31,14 @@ def process(job: Job, stage: int, part: int) -> None:
         return
     documents = job.documents(stage, part)
     removed = Table(job.path(stage, "removed", part, ".parquet"), REMOVED, job.hashes)
+    after = None if (number := job.stages[stage].after) is None else job.steps[number]
+    keys = Keys(job, stage, part, after if after and after.looks_at(job.parts[part].source) else None)
     try:
-        facts = _processed(job, stage, part, documents, removed)
+        facts = _processed(job, stage, part, documents, removed, keys)
+        keys.close()
     except BaseException:
-        documents.discard()
-        removed.discard()
+        for written in (documents, removed, keys):
+            written.discard()
         raise
     removed.close()
     documents.close()
@@ -45,16 +48,16 @@ def process(job: Job, stage: int, part: int) -> None:
                        json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
-def _processed(job: Job, stage: int, part: int, documents: Table | Records, removed: Table) -> dict[str, Any]:
+def _processed(
+    job: Job, stage: int, part: int, documents: Table | Records, removed: Table, keys: Keys
+) -> dict[str, Any]:
     """Writes the documents that are left and those that are removed; gives the facts."""
     of_stage, source = job.stages[stage], job.parts[part].source
     rules = [(number, job.steps[number]) for number in of_stage.rules if job.steps[number].looks_at(source)]
     before = None if of_stage.before is None else job.steps[of_stage.before]
     counts = {number: Count() for number in (of_stage.before, *of_stage.rules) if number is not None}
-    after = None if of_stage.after is None else job.steps[of_stage.after]
     read = {"documents": 0, "bytes": 0, "tokens": 0}
-    keys = Keys(job, stage, part, after if after and after.looks_at(source) else None)
-    shape = Shape() if after is None else None
+    shape = Shape() if of_stage.after is None else None
     lost: dict[str, int] = {}
     overlaps: dict[str, dict[str, str]] = {}
 
@@ -96,7 +99,6 @@ def _processed(job: Job, stage: int, part: int, documents: Table | Records, remo
             documents.add(document, size)
             if shape:
                 shape.add(document, size)
-    keys.close()
     return {"read": read, "documents": documents.count, "bytes": documents.bytes, "removed": removed.count,
             "lost": dict(sorted(lost.items())), "overlaps": overlaps, "shape": shape and shape.facts(),
             "steps": {str(number): count.facts() for number, count in counts.items()}}
@@ -233,7 +235,7 @@ def _questions(
 ) -> tuple[NGrams, list[Question], np.ndarray]:
     """The n-grams of the benchmarks' questions, whose they are, and that none of them is left out."""
     questions = [Question(task, own, tuple(parts)) for task, own, parts in json.loads(epath.Path(path).read_text())]
-    ngrams = index(questions, ngram, minimum, most, Lengths(characters, minimum_characters))
+    ngrams = index(questions, Lengths(ngram, minimum), Lengths(characters, minimum_characters), most)
     return ngrams, questions, np.zeros(len(questions), bool)
 
 

@@ -62,7 +62,8 @@ class Preparation:
       vocabulary: counts documents and budgets in its tokens; None for no count.
       format: of the documents that are written, one of `FORMATS`; the latter two are a dataset of TensorFlow Datasets.
       part_bytes: files of one corpus are joined into parts of about so many bytes, and larger files of JSON lines and
-        Parquet are divided; workers take one part at a time.
+        Parquet are divided; workers take one part at a time. None for 64 MiB, or for as much more as leaves 16,384
+        parts, which is beyond 1 TiB of files.
     """
 
     inputs: Inputs
@@ -72,14 +73,14 @@ class Preparation:
     tasks: Sequence[str] = ()
     vocabulary: Vocabulary | None = None
     format: str = "parquet"
-    part_bytes: int = 64 << 20
+    part_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.output.strip():
             raise ValueError("OUTPUT must name a folder.")
         if self.format not in FORMATS:
             raise ValueError(f"FORMAT must be one of {', '.join(FORMATS)}, found {self.format!r}.")
-        if self.part_bytes < 1:
+        if self.part_bytes is not None and self.part_bytes < 1:
             raise ValueError(f"prepare.part_bytes must be at least 1, found {self.part_bytes}.")
 
     def run(self, workers: int | None, runner: str, options: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 from etils import epath
 
 from codellm_jax.mixture.tokens import quiet_stderr
-from codellm_jax.prepare import examples, parts, reduction
+from codellm_jax.prepare import examples, meeting, parts, reduction
 from codellm_jax.prepare.card import write_card
 from codellm_jax.prepare.job import Job, Part
 from codellm_jax.prepare.preparation import Preparation
@@ -36,6 +36,9 @@ from codellm_jax.prepare.steps import Step, counts_tokens, described, hash_of, s
 from codellm_jax.results.files import write_whole
 from codellm_jax.runtime import beam
 from codellm_jax.runtime.process import alone_in
+
+LEAST_PART, MOST_PARTS = 64 << 20, 1 << 14  # bytes; together they are `part_bytes` where that is None
+LAYOUT = 2  # of the files in OUTPUT.building; raise it whenever others would be written
 
 
 def prepare(
@@ -87,35 +90,39 @@ def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[A
     inputs: list[Any] = []
     changed: dict[str, int] = {}
     of_parts: list[Any] = []
+    of_corpora = {source: preparation.inputs.files(source) for source in preparation.inputs.corpora}
+    part_bytes = preparation.part_bytes or max(
+        LEAST_PART, sum(size for files in of_corpora.values() for _, size, _ in files or ()) // MOST_PARTS)
     for source, spec in preparation.inputs.corpora.items():
-        files = preparation.inputs.files(source)
+        files = of_corpora[source]
         inputs.append({"source": source, "spec": spec, "files": files and [[name, size] for name, size, _ in files]})
         if files is None:
             of_parts.append([source, None, None])
             continue
         changed |= {name: time for name, _, time in files}
-        of_parts += _parts(preparation, source, files)
+        of_parts += _parts(preparation, source, files, part_bytes)
     text = json.dumps(questions, ensure_ascii=False)
     vocabulary = preparation.vocabulary.content_hash if preparation.vocabulary else None
     plan = {"inputs": inputs, "inputs_sha256": _hash(inputs), "changed": changed, "steps": described(steps),
             "steps_sha256": hash_of(steps, vocabulary), "vocabulary_sha256": vocabulary,
             "format": preparation.format, "vocabulary": preparation.vocabulary and preparation.vocabulary.path,
             "questions_sha256": hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest(),
-            "tasks": Counter(task for task, _, _ in questions), "parts": of_parts}
+            "tasks": Counter(task for task, _, _ in questions), "parts": of_parts, "layout": LAYOUT}
     return json.loads(json.dumps(plan))
 
 
-def _parts(preparation: Preparation, source: str, files: Sequence[tuple[str, int, int]]) -> Iterator[list[Any]]:
+def _parts(
+    preparation: Preparation, source: str, files: Sequence[tuple[str, int, int]], part_bytes: int
+) -> Iterator[list[Any]]:
     """The parts of a corpus, each its name, files, and of a file that is parted the piece."""
     part: list[tuple[str, int, int]] = []
     held = 0
     for file in files:
         name, size, _ = file
-        if part and held + size > preparation.part_bytes:
+        if part and held + size > part_bytes:
             yield [source, part, None]
             part, held = [], 0
-        if size > preparation.part_bytes and (found := preparation.inputs.pieces(
-                source, name, preparation.part_bytes)):
+        if size > part_bytes and (found := preparation.inputs.pieces(source, name, part_bytes)):
             yield from ([source, [file], piece] for piece in found)
             continue
         part.append(file)
@@ -145,7 +152,7 @@ def _questions(preparation: Preparation, steps: Sequence[Step]) -> list[Any]:
 
 _KINDS = {"steps": "STEPS", "inputs": "files of CORPORA", "changed": "contents of files of CORPORA",
           "format": "FORMAT", "vocabulary_sha256": "VOCABULARY", "questions_sha256": "questions of TASKS",
-          "parts": "files of CORPORA, or prepare.part_bytes,"}
+          "parts": "files of CORPORA, or prepare.part_bytes,", "layout": "versions of this package"}
 
 
 def _difference(before: Mapping[str, Any], plan: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -230,12 +237,16 @@ def _alone(job: Job, todo: Sequence[str]) -> None:
 
 
 def do(job: Job, text: str) -> None:
-    """Does what a text names: a part in a stage, a bucket behind one or of a round of joining, or counting of rows."""
+    """Does what a text names: a part in a stage, a round behind one for a bucket or a unit, or counting of rows."""
     what, *numbers = json.loads(text)
     if what == "part":
         parts.process(job, *numbers)
     elif what == "rows":
         parts.count_rows(job, *numbers)
+    elif what == "bring":
+        meeting.bring(job, *numbers)
+    elif what == "compare":
+        meeting.compare(job, *numbers)
     elif what == "star":
         reduction.star(job, *numbers)
     elif what == "joined":
@@ -256,8 +267,8 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
             report(f"{told}done before.")
             continue
         if stage:
-            count = reduction.buckets(job, stage - 1)
-            work(job, [json.dumps(["bucket", stage - 1, bucket, count]) for bucket in range(count)])
+            for of_round in reduction.rounds(job, stage - 1):
+                work(job, of_round)
             reduction.finish(job, stage - 1, functools.partial(work, job))
         else:
             work(job, [json.dumps(["rows", part]) for part, one in enumerate(job.parts) if one.piece])
@@ -271,8 +282,8 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
 
 def _forget(job: Job, stage: int) -> None:
     """Removes the documents of a stage, and what was found of them, once the next one is done."""
-    for kind in ("documents", "keys", "signed", "shingles", "edges", "star", "found"):
-        for path in reduction.files(job, stage, kind):
+    for kind in ("documents", "keys", "signed", "shingles", "met", "brought", "edges", "star", "found"):
+        for path in job.files(stage, kind):
             path.unlink()
 
 

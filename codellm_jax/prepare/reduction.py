@@ -1,7 +1,5 @@
 """Which documents go where that depends on all of them: for ranges of hashes each by itself, then together."""
 
-import functools
-import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -9,30 +7,30 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from codellm_jax.prepare import joining, ranged
-from codellm_jax.prepare.duplicates import groups, jaccard, similar_pairs
-from codellm_jax.prepare.job import BAND, DRAWN, DROPPED, EDGE, EQUAL, PART_BITS, Job, signed
+from codellm_jax.prepare import joining, meeting, ranged
+from codellm_jax.prepare.job import DRAWN, DROPPED, EDGE, EQUAL, PART_BITS, Job
 from codellm_jax.prepare.keys import BINS, RANGES
 from codellm_jax.prepare.steps import Step
 
 BYTES_A_BUCKET = 64 << 20  # of keys that are held at once
-DOCUMENTS_HELD = 1 << 17  # whose signatures are held at once; a group of more is held whole
-SETS_HELD = 1 << 10  # of shingles, of documents that are compared
-SHINGLE = np.dtype("<u4")
 
 
-def files(job: Job, stage: int, kind: str) -> list[epath.Path]:
-    """The files of a kind in a stage, sorted."""
-    folder = epath.Path(job.folder) / f"stage{stage}"
-    return sorted(path for path in folder.iterdir() if path.name.startswith(f"{kind}-"))
+def rounds(job: Job, stage: int) -> list[list[str]]:
+    """What is to be done behind a stage, as texts that `prepare.do` does: all of one list before the next one."""
+    count = _buckets(job, stage)
+    of_buckets = [json.dumps(["bucket", stage, bucket, count]) for bucket in range(count)]
+    if not count or _step(job, stage).name != "near_duplicates":
+        return [of_buckets]
+    brought = [json.dumps(["bring", stage, number, count]) for number in range(len(job.files(stage, "signed")))]
+    return [of_buckets, brought, [json.dumps(["compare", stage, bucket, count]) for bucket in range(count)]]
 
 
-def buckets(job: Job, stage: int) -> int:
+def _buckets(job: Job, stage: int) -> int:
     """Into how many jobs the ranges of hashes are shared out: by the keys' size alone, whatever is killed."""
     step = _step(job, stage)
     if step.name == "sample":
         return 0
-    size = _size(files(job, stage, "keys"))
+    size = _size(job.files(stage, "keys"))
     wanted = max(min(len(job.parts), 16), size // BYTES_A_BUCKET + 1)
     return min(RANGES, 1 << math.ceil(math.log2(wanted)))
 
@@ -49,19 +47,16 @@ def _step(job: Job, stage: int) -> Step:
 
 
 def reduce(job: Job, stage: int, bucket: int, count: int) -> None:
-    """Does one of `count` buckets behind a stage, unless it is done."""
+    """Does one of `count` buckets behind a stage, unless it is done; of near duplicates the first round."""
     step = _step(job, stage)
-    near = step.name == "near_duplicates"
-    path = job.path(stage, "edges" if near else "found", bucket, ".bin")
+    if step.name == "near_duplicates":
+        meeting.meet(job, stage, bucket, count)
+        return
+    path = job.path(stage, "found", bucket, ".bin")
     if path.exists():
         return
     first, last = bucket * RANGES // count, (bucket + 1) * RANGES // count
-    keys = files(job, stage, "keys")
-    if near:
-        bands = np.sort(ranged.read(keys, BAND, RANGES, first, last), order=["key", "document"])
-        _write_edges(path, _edges(job, stage, step, bands))
-        return
-    found = np.sort(ranged.read(keys, EQUAL, RANGES, first, last),
+    found = np.sort(ranged.read(job.files(stage, "keys"), EQUAL, RANGES, first, last),
                     order=["high", "low", "rank", "document", "place"])
     _write_dropped(job, path, _equal(found, step.name == "exact_duplicates"))
 
@@ -86,80 +81,6 @@ def _write_dropped(job: Job, path: epath.Path, dropped: np.ndarray) -> None:
     ranged.write(path, dropped, (dropped["document"] >> np.uint64(PART_BITS)).astype(np.int64), len(job.parts))
 
 
-# ---- Near duplicates -----------------------------------------------------------------------------
-
-
-def _edges(job: Job, stage: int, step: Step, bands: np.ndarray) -> np.ndarray:
-    """The pairs that agree in a band of some range and are similar."""
-    found = groups(bands["key"]) if len(bands) else []
-    if not found:
-        return np.zeros(0, EDGE)
-    ends = np.cumsum(list(map(len, found)))
-    slices = np.flatnonzero(np.diff(ends // DOCUMENTS_HELD)) + 1
-    return np.concatenate([
-        _edges_of(job, stage, step, [bands["document"][group] for group in found[first:last]])
-        for first, last in itertools.pairwise([0, *slices.tolist(), len(found)])])
-
-
-def _edges_of(job: Job, stage: int, step: Step, found: Sequence[np.ndarray]) -> np.ndarray:
-    """The similar pairs of groups of documents, by their numbers."""
-    numbers = np.unique(np.concatenate(found))
-    signatures, sets = _signatures(job, stage, step, numbers)
-
-    @functools.lru_cache(maxsize=1 << 16)
-    def exact(first: int, second: int) -> float:
-        return jaccard(sets(first), sets(second))
-
-    pairs: dict[tuple[int, int], float] = {}
-    for group in found:
-        at = np.searchsorted(numbers, np.unique(group))
-        at = at[np.argsort(signatures["rank"][at], kind="stable")]  # which are compared depends on the texts alone
-
-        def of_group(first: int, second: int, at: np.ndarray = at) -> float:
-            return exact(*sorted((int(at[first]), int(at[second]))))
-
-        for first, second, similarity in similar_pairs(
-                signatures["signature"][at], step.options["similarity"], of_group):
-            pairs[min(at[first], at[second]), max(at[first], at[second])] = similarity
-    edges = np.zeros(len(pairs), EDGE)
-    for side, name in enumerate(("first", "second")):
-        at = np.fromiter((pair[side] for pair in pairs), np.int64, len(pairs))
-        edges[name] = numbers[at]
-        edges[f"{name}_bytes"], edges[f"{name}_rank"] = signatures["bytes"][at], signatures["rank"][at]
-    edges["similarity"] = list(pairs.values())
-    return edges
-
-
-def _signatures(
-    job: Job, stage: int, step: Step, numbers: np.ndarray
-) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
-    """What is kept of documents, by their numbers, ascending; and what reads the shingles of one by its place there."""
-    dtype = signed(step.options["bands"] * step.options["rows"])
-    found = np.zeros(len(numbers), dtype)
-    paths: list[tuple[epath.Path, int]] = []
-    files_of, rows = np.zeros(len(numbers), np.int64), np.zeros(len(numbers), np.int64)
-    of_part = (numbers >> np.uint64(PART_BITS)).astype(np.int64)
-    for path in files(job, stage, "signed"):
-        part = int(path.name.split("-")[1])
-        mine = np.flatnonzero(of_part == part)
-        if not len(mine):
-            continue
-        count = path.stat().length // dtype.itemsize
-        first = int(ranged.rows(path, dtype, np.zeros(1, np.int64))["place"][0])
-        at = (numbers[mine] & np.uint64((1 << PART_BITS) - 1)).astype(np.int64) - first
-        here = (at >= 0) & (at < count)
-        found[mine[here]] = ranged.rows(path, dtype, at[here])
-        files_of[mine[here]], rows[mine[here]] = len(paths), at[here]
-        paths.append((path.with_name(path.name.replace("signed", "shingles", 1)), count))
-
-    @functools.lru_cache(maxsize=SETS_HELD)
-    def sets(at: int) -> np.ndarray:
-        path, count = paths[files_of[at]]
-        return ranged.read([path], SHINGLE, count, int(rows[at]), int(rows[at]) + 1)
-
-    return found, sets
-
-
 def finish(job: Job, stage: int, work: Callable[[Sequence[str]], None]) -> None:
     """What is left once all buckets behind a stage are done; of near duplicates and of samples it is the choice itself.
 
@@ -168,7 +89,7 @@ def finish(job: Job, stage: int, work: Callable[[Sequence[str]], None]) -> None:
     """
     step = _step(job, stage)
     if step.name == "near_duplicates":
-        edges = files(job, stage, "edges")
+        edges = job.files(stage, "edges")
         size = _size(edges)
         if size <= BYTES_A_BUCKET:
             found = ranged.read(edges, EDGE, RANGES, 0, RANGES)
@@ -181,21 +102,13 @@ def finish(job: Job, stage: int, work: Callable[[Sequence[str]], None]) -> None:
         ranged.write_bytes(job.path(stage, "found", 0, ".json"), text.encode())
 
 
-def _write_edges(path: epath.Path, edges: np.ndarray) -> None:
-    """Writes pairs both ways, by ranges of a hash of the first document."""
-    edges = joining.both_ways(edges)
-    ranges = (joining.hashed(edges) >> np.uint64(64 - 12)).astype(np.int64)
-    order = np.argsort(ranges, kind="stable")
-    ranged.write(path, edges[order], ranges[order], RANGES)
-
-
 def _join_in_rounds(job: Job, stage: int, count: int, work: Callable[[Sequence[str]], None]) -> None:
     """Joins pairs by `count` buckets of documents, round after round, until nothing changes."""
     number, quiet = 0, 0
     while quiet < 2:  # a large star and a small one
         number += 1
         work([json.dumps(["star", stage, number, bucket, count]) for bucket in range(count)])
-        told = [path for path in files(job, stage, "star") if path.name.endswith(f"-{number}.json")]
+        told = [path for path in job.files(stage, "star") if path.name.endswith(f"-{number}.json")]
         quiet = 0 if any(json.loads(path.read_text()) for path in told) else quiet + 1
     work([json.dumps(["joined", stage, number, bucket, count]) for bucket in range(count)])
 
@@ -207,7 +120,7 @@ def star(job: Job, stage: int, number: int, bucket: int, count: int) -> None:
         return
     before = _edges_of_bucket(job, stage, number - 1, bucket, count)
     edges, changed = joining.star(before, large=number % 2 == 1)
-    _write_edges(job.path(stage, "star", bucket, f"-{number}.bin"), edges)
+    meeting.write_edges(job.path(stage, "star", bucket, f"-{number}.bin"), edges)
     ranged.write_bytes(told, json.dumps(changed).encode())
 
 
@@ -221,15 +134,15 @@ def drop_joined(job: Job, stage: int, number: int, bucket: int, count: int) -> N
 
 def _edges_of_bucket(job: Job, stage: int, number: int, bucket: int, count: int) -> np.ndarray:
     """The pairs that a round left, of number 0 those that were found, whose first document is in a bucket."""
-    paths = [path for path in files(job, stage, "star") if path.name.endswith(f"-{number}.bin")] if number else \
-        files(job, stage, "edges")
+    paths = [path for path in job.files(stage, "star") if path.name.endswith(f"-{number}.bin")] if number else \
+        job.files(stage, "edges")
     return ranged.read(paths, EDGE, RANGES, bucket * RANGES // count, (bucket + 1) * RANGES // count)
 
 
 def _borders(job: Job, stage: int, step: Step) -> dict[str, int]:
     """For each corpus with a budget the first bin that is beyond it."""
     borders = {}
-    keys = files(job, stage, "keys")
+    keys = job.files(stage, "keys")
     for source, budget in step.options["budgets"].items():
         sizes = np.zeros(BINS, np.uint64)
         for path in _of_source(job, keys, source):

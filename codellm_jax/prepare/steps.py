@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from codellm_jax.mixture.ngrams import CHARACTERS, MOST, WORDS
 from codellm_jax.prepare import code, quality, web
 from codellm_jax.prepare.language import language, require_known
 from codellm_jax.settings import nearest
@@ -70,15 +71,15 @@ class Step:
 
 
 def decontaminate(
-    ngram: int = 13, minimum: int = 8, characters: int = 26, minimum_characters: int = 16, most: int = 10
+    ngram: int = WORDS.n, minimum: int = WORDS.minimum, characters: int = CHARACTERS.n,
+    minimum_characters: int = CHARACTERS.minimum, most: int = MOST,
 ) -> None:
     """Removes documents that hold an n-gram of a benchmark's question, found as `t5x contamination` does.
 
     Args:
       ngram: words of an n-gram.
       minimum: words that a shorter part of a question must have to be looked for as a whole.
-      characters, minimum_characters: the same of Chinese and other scripts without spaces, of which a word has about
-        two. So few as 13 are common phrases: "Standing Committee of the National People's Congress" has as many.
+      characters, minimum_characters: the same of Chinese and other scripts without spaces.
       most: questions of one task that may have an n-gram; of more it is the task's manner of asking.
     """
 

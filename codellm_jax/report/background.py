@@ -116,9 +116,9 @@ def contamination(study: Study) -> Section:
         return Section([*blocks, Text("Contamination was not measured: there is no `contamination.json`. Whether "
                                       "questions stand in what was trained on is not known.")], [])
     blocks.append(Text(f"A question overlaps with a training source where {study.contamination.n} words of it in a "
-                       "row, or a shorter part of it as a whole, stand in the source. Every score is also given "
-                       "without these questions. Not tested are those that are too short, or whose words many "
-                       "questions have."))
+                       f"row (in Chinese {study.contamination.characters} characters), or a shorter part of it as a "
+                       "whole, stand in the source. Every score is also given without these questions. Not tested are "
+                       "those that are too short, or whose words many questions have."))
     rows, marked = [], []
     for task in study.tasks:
         result = study.result(task)

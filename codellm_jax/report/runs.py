@@ -107,9 +107,12 @@ class Overlaps:
 
 @dataclasses.dataclass(frozen=True)
 class Contamination:
-    """Which questions share n words or more in a row with what was trained on; tasks by the names of their results."""
+    """Which questions share n words in a row, or so many characters of Chinese, with what was trained on; tasks by the
+    names of their results.
+    """
 
     n: int
+    characters: int
     tasks: Mapping[str, Overlaps]
 
     def of(self, result: Mapping[str, Any]) -> Overlaps | None:
@@ -162,7 +165,7 @@ def read_contamination(directory: epath.Path) -> Contamination | None:
     if saved is None:
         return None
     try:
-        return Contamination(int(saved["n"]), {
+        return Contamination(int(saved["n"]), int(saved.get("characters", saved["n"])), {
             task: Overlaps({source: frozenset(map(str, of_source["ids"]))
                             for source, of_source in of_task["sources"].items()},
                            of_task.get("not_measurable"), of_task.get("data"))

@@ -23,13 +23,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from codellm_jax.mixture.checked import is_transient
+from codellm_jax.mixture.transient import SECONDS_BETWEEN_TRIES, is_transient
 from codellm_jax.runtime.distributed import gathered, wait_for_all
 from codellm_jax.runtime.files import is_step
 from codellm_jax.runtime.terminal import is_of_peers
 
 WEIGHTS_OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
-SECONDS_BETWEEN_TRIES = (1, 4, 16)  # to read from storage that does not answer
 SAVE_TIMEOUT = datetime.timedelta(minutes=20)
 FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 CHUNKS = (2**20, 2**26)  # bytes of an array that are stored, and read, as one: at least, at most

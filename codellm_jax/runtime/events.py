@@ -4,14 +4,19 @@ Events are written by the thread that records, without a queue: tensorboardX's o
 waits by the wall clock, which dies where that clock is set back, and then blocks whoever records.
 """
 
+import concurrent.futures
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
-SECONDS_BETWEEN_UPLOADS = 60.0  # of all events so far, where nothing can be appended to
+from codellm_jax.mixture.transient import asked_again, is_transient
+
+# Where nothing can be appended to, a file is uploaded as a whole; so it is no longer than this.
+SECONDS_BETWEEN_UPLOADS = 60.0
+BYTES_OF_FILE = 4 << 20
 
 
 class Events:
@@ -83,10 +88,15 @@ class Events:
 
 
 class _RemoteFile:
-    """A file of events in gs://: all of it is written again, once in a while and at the end."""
+    """A file of events in gs://: once in a while, and at the end, all of it is written again, in a thread. When it has
+    become long the next events go into another, whose name ends in its number; TensorBoard reads them in turn.
+    """
 
     def __init__(self, path: str) -> None:
-        self._path, self._written, self._uploaded = epath.Path(path), bytearray(), -math.inf
+        self._path, self._uploaded = path, -math.inf
+        self._files = {0: bytearray()}  # by number, those that are not uploaded whole yet, and the last
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "events")
+        self._uploading: concurrent.futures.Future[list[int]] | None = None
 
     @classmethod
     def open(cls, path: str) -> "_RemoteFile":
@@ -97,15 +107,40 @@ class _RemoteFile:
         """There are no directories to make."""
 
     def write(self, data: bytes) -> None:
-        self._written += data
+        self._files[max(self._files)] += data
 
     def flush(self) -> None:
+        """Called between two events."""
+        if self._uploading is not None:
+            if not self._uploading.done():
+                return
+            uploading, self._uploading = self._uploading, None
+            error = uploading.exception()
+            if error is None:
+                self._drop(uploading.result())
+            elif not isinstance(error, Exception) or not is_transient(error):
+                raise error  # else the next upload has all that this one had
         if time.monotonic() - self._uploaded >= SECONDS_BETWEEN_UPLOADS:
-            self._upload()
+            self._uploaded = time.monotonic()
+            self._uploading = self._thread.submit(self._upload, self._contents())
+            if len(self._files[last := max(self._files)]) >= BYTES_OF_FILE:
+                self._files[last + 1] = bytearray()
 
     def close(self) -> None:
-        self._upload()
+        self._thread.shutdown()
+        asked_again(lambda: self._upload(self._contents()))
 
-    def _upload(self) -> None:
-        self._path.write_bytes(bytes(self._written))
-        self._uploaded = time.monotonic()
+    def _contents(self) -> dict[int, bytes]:
+        return {number: bytes(content) for number, content in self._files.items()}
+
+    def _upload(self, contents: Mapping[int, bytes]) -> list[int]:
+        for number, content in contents.items():
+            if content:
+                epath.Path(f"{self._path}.{number:05}" if number else self._path).write_bytes(content)
+        return list(contents)
+
+    def _drop(self, uploaded: Sequence[int]) -> None:
+        """Forgets files that nothing is added to any more."""
+        for number in uploaded:
+            if number != max(self._files):
+                del self._files[number]

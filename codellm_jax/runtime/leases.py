@@ -32,9 +32,20 @@ from typing import Any
 
 import tensorstore
 
+from codellm_jax.results.files import Damaged, Members, require_members
+
 LEASE_SECONDS = 120.0  # without a beat, after which a lease is over
 BEATS = 6  # in that time
 LEASE, RECORD = ".lease", ".json"
+
+
+_NUMBER = (int, float)
+OF_HOLDER: Members = {
+    "worker": str, "token": str, "place": (str, type(None)), "process": int, "started": (str, type(None)),
+    "since": _NUMBER, "beat_at": _NUMBER, "beats": int, "expires": _NUMBER, "step": int}
+# How a run of a study ended: "done", or "failed" and why.
+OF_RECORD: Members = {"state": str, "why": str, "worker": str, "when": _NUMBER, "train_seconds": (*_NUMBER, type(None)),
+                      "eval_seconds": (*_NUMBER, type(None))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +179,21 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 def as_holder(value: dict[str, Any] | None) -> Holder | None:
     """A lease's holder; None of what is no lease."""
     try:
-        return Holder(**value) if value else None
-    except TypeError:
+        require_members(value, OF_HOLDER, OF_HOLDER, "a lease")
+        return Holder(**(value or {}))
+    except (Damaged, TypeError):
         return None
+
+
+def as_record(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How a run ended; None of what is no such record, which is as if there were none."""
+    try:
+        require_members(value, OF_RECORD, ("state",), "a record")
+        if value is not None and value["state"] == "failed":
+            require_members(value, OF_RECORD, ("why", "worker", "when"), "a record")
+    except Damaged:
+        return None
+    return value
 
 
 class Leases:

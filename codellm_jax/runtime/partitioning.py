@@ -7,6 +7,7 @@ only gradients cross the slower network between them.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 
 import jax
@@ -117,12 +118,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
 def _compile_anew() -> None:
     """Turns JAX's persistent compilation cache off in this process.
 
-    A program for several CPU devices that jaxlib 0.10.2 reads back from the cache has lost the order of its collectives:
-    devices wait for each other without end, and XLA aborts the process after 40 seconds. Compiled anew, it runs.
+    A program for several CPU devices that jaxlib 0.10.2 reads back from the cache has lost the order of its
+    collectives: devices wait for each other without end, and XLA aborts the process after 40 seconds. Compiled anew,
+    it runs.
     """
-    if jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # which has JAX look at the setting again
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX then looks at the setting again
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -141,5 +142,33 @@ def require_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 
 
 def shardings_of(boxed: object, mesh: Mesh, shape: MeshShape) -> object:
-    """NamedShardings for a tree of Flax's LogicallyPartitioned values; leaves without a box are replicated."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, shape.all_rules())
+    """NamedShardings for a tree of Flax's LogicallyPartitioned values; leaves without a box are replicated.
+
+    The rules decide, and on TPU `by_rows` after them.
+    """
+    names = nn.get_partition_spec(boxed)
+    shardings = nn.logical_to_mesh_sharding(names, mesh, shape.all_rules())
+    if not is_laid_by_rows(mesh):
+        return shardings
+    return jax.tree.map(by_rows, names, shardings, nn.unbox(boxed))
+
+
+def is_laid_by_rows(mesh: Mesh) -> bool:
+    """Whether `by_rows` holds: on TPU, whose memory is laid out in tiles. Elsewhere a kernel's layout plays no part."""
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def by_rows(names: PartitionSpec, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    """The sharding of an output or down kernel [..., heads or mlp, embed] with whole columns and its rows split by all.
+
+    By the rules `fsdp` splits its columns. Of 2,560 or 5,120, 256 devices have 10 or 20 each, small parts of a tile of
+    128, and a copy into another layout follows each gather of the kernel. Where the mesh does not
+    divide the rows so, the rules hold. Global shapes stay as they are, and so do checkpoints.
+    """
+    if tuple(names)[-2:] not in (("heads", "embed"), ("mlp", "embed")):
+        return sharding
+    spec = tuple(sharding.spec) + (None,) * (len(leaf.shape) - len(sharding.spec))
+    rows, columns = (((axes,) if isinstance(axes, str) else tuple(axes or ())) for axes in spec[-2:])
+    if not columns or leaf.shape[-2] % math.prod(sharding.mesh.shape[axis] for axis in rows + columns):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec[:-2], rows + columns, None))

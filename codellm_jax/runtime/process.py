@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from codellm_jax.runtime.files import is_still_at
 from codellm_jax.runtime.terminal import ending_signals
@@ -62,7 +62,7 @@ def require_plain_name(setting: str, directory: str) -> None:
 
 @contextlib.contextmanager
 def alone_in(
-    directory: str, setting: str = "MODEL_DIR", doing: str = "training"
+    directory: str, setting: str = "MODEL_DIR", doing: str = "training", part: str = ""
 ) -> Iterator[Callable[[], None]]:
     """Holds a directory against other processes; a killed one lets go of it by itself.
 
@@ -75,6 +75,7 @@ def alone_in(
     Args:
       setting: that names the directory.
       doing: what another process would be doing there.
+      part: holds not all of it, but what bears this name, such as a task; in gs:// all of it is held nevertheless.
 
     Raises:
       ValueError: another process holds it.
@@ -92,23 +93,38 @@ def alone_in(
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{setting} {directory} cannot be made: {error.strerror}. Set another.") from error
-    with open(os.path.abspath(os.path.join(directory, ".lock")), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another process is {doing} in {directory}: wait for it, or use another {setting}.") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+    path = os.path.abspath(os.path.join(directory, f".{part}.lock" if part else ".lock"))
+    with _locked(path, f"Another process is {doing} in {directory}: wait for it, or use another {setting}.") as lock:
 
         def require_held() -> None:
-            if not is_still_at(lock, lock.name):
+            if not is_still_at(lock, path):
                 raise OSError(f"{setting} {directory} was moved, removed or replaced during {doing}: this process "
                               "stops, for what it writes would be lost.")
 
-        require_held()  # another may have removed it between opening and locking
-        yield require_held
+        require_held()
+        try:
+            yield require_held
+        finally:
+            if part and is_still_at(lock, path):
+                os.unlink(path)
+
+
+def _locked(path: str, refusal: str) -> IO[str]:
+    """A file that is open and locked. Raises ValueError with `refusal` where another process has locked it."""
+    while True:
+        lock = open(path, "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ValueError(refusal) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                lock.close()
+                raise
+        if is_still_at(lock, path) or not os.path.isdir(os.path.dirname(path)):
+            return lock
+        lock.close()  # who held it has removed it since it was opened
 
 
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")

@@ -11,6 +11,7 @@ from typing import Any
 import tqdm
 from etils import epath
 
+from codellm_jax.mixture.transient import asked_again
 from codellm_jax.results.files import named, write_whole
 from codellm_jax.runtime.events import Events
 from codellm_jax.runtime.files import is_still_at, set_aside
@@ -184,7 +185,7 @@ class _RemoteLines:
 
     def _write(self, text: str) -> float:
         began = time.monotonic()
-        self._path.write_text(text)
+        asked_again(lambda: self._path.write_text(text))
         return time.monotonic() - began
 
     def _finish(self) -> float:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from codellm_jax.results.files import Damaged, read_object, read_provenance, require_plain_runs
-from codellm_jax.runtime.leases import LEASE, RECORD, Holder, State, as_holder
+from codellm_jax.results.files import Damaged, read_object, read_provenance, require_members, require_plain_runs
+from codellm_jax.runtime.leases import LEASE, RECORD, Holder, State, as_holder, as_record
 from codellm_jax.runtime.progress import duration, read_records
 from codellm_jax.settings import Configuration
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
@@ -102,12 +102,15 @@ def read_status(directory: str, now: float | None = None) -> OfStudy:
     if found_plan is None:
         raise FileNotFoundError(f"{directory} holds no study.json: no study has begun there.")
     require_plain_runs(root / "study.json", found_plan["runs"])
+    for run in found_plan["runs"]:
+        require_members(run, {"from": (str, type(None)), "steps": int}, ("from", "steps"), f"{root / 'study.json'}")
     plan = {str(run["run"]): run for run in found_plan["runs"]}
     state = State(directory)
     holders = {name: holder for name, (value, _) in state.read_all(state.names(LEASE), LEASE).items()
                if (holder := as_holder(value))}
-    records = {name: value for name, (value, _) in state.read_all(state.names(RECORD), RECORD).items() if value}
-    costs = records.pop("plan", {})
+    recorded = {name: value for name, (value, _) in state.read_all(state.names(RECORD), RECORD).items()}
+    costs = _costs(recorded.pop("plan", None) or {})
+    records = {name: record for name, value in recorded.items() if (record := as_record(value))}
     with ThreadPoolExecutor(32) as pool:  # in gs:// each file takes its time
         read = list(pool.map(lambda name: _read(root / "runs" / name), plan))
     found: dict[str, OfRun] = {}
@@ -123,6 +126,12 @@ def read_status(directory: str, now: float | None = None) -> OfStudy:
     to_do = [ToDo(name, _parent(plan[name]), of_run.left) for name, of_run in sorted(
         found.items(), key=lambda item: item[1].holder is None) if of_run.state not in ENDED]
     return OfStudy(directory, plan, found, others, workers, seconds_left(to_do, workers) if workers else None, now)
+
+
+def _costs(recorded: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is recorded of each run's cost, without what is damaged."""
+    return {name: cost for name, cost in recorded.items() if isinstance(cost, dict)
+            and isinstance(cost.get("flops", 0.0), int | float) and isinstance(cost.get("error", ""), str)}
 
 
 def status(directory: str, now: float | None = None) -> str:
@@ -196,7 +205,7 @@ def _with_time_left(
         to_evaluate = pace.seconds(0.0, evaluations)
         if of_run.state in ("trained", "evaluating"):
             return to_evaluate if evaluations else None
-        part = 1 - of_run.step / of_run.steps
+        part = 1 - of_run.step / max(1, of_run.steps)
         holder = of_run.holder
         if holder is not None and of_run.state == "training" and of_run.step > holder.step:  # its own pace is best
             seconds = (now - holder.since) / (of_run.step - holder.step) * (of_run.steps - of_run.step)

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from codellm_jax.runtime.commands import Commands
-from codellm_jax.runtime.leases import LEASE, RECORD, Lease, Leases
+from codellm_jax.runtime.leases import LEASE, RECORD, Lease, Leases, as_record
 from codellm_jax.runtime.process import alone_in
 from codellm_jax.runtime.progress import duration
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
@@ -104,7 +104,7 @@ class Worker:
         """What workers recorded of these runs."""
         recorded = set(self._leases.state.names(RECORD))
         found = self._leases.state.read_all([one.run.name for one in runs if one.run.name in recorded], RECORD)
-        return {name: record for name, (record, _) in found.items() if record}
+        return {name: record for name, (value, _) in found.items() if (record := as_record(value))}
 
     def _failed(self, name: str, why: str) -> None:
         self.failures[name] = why
@@ -142,7 +142,7 @@ class Worker:
                     pass
             except ValueError:  # a command that someone gave by hand, or one that a killed worker left and that dies
                 return f"{name}, in whose directory a process without a lease is training"
-            record = self._leases.state.read(name, RECORD)[0] or {}
+            record = as_record(self._leases.state.read(name, RECORD)[0]) or {}
             if record.get("state") == "failed" or standing(one, {}, None).evaluated:
                 return None  # it ended elsewhere, between the look and the lease; the next look tells how
             why = self._make(one, lease)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -325,7 +325,16 @@ def learning_rate_lines(schedule: Schedule, first_step: int, last_step: int) -> 
                                for step, rate in zip(steps, rates, strict=True))]
 
 
-def memory_parts(training: Training, plan: Plan) -> dict[str, int]:
+class Layout(NamedTuple):
+    """How a run lies on devices, as `Plan` has it."""
+
+    mesh: Mesh
+    model: Decoder
+    state: TrainState
+    rows: int
+
+
+def memory_parts(training: Training, plan: Plan | Layout) -> dict[str, int]:
     """Bytes a device: the state exactly, gradients as large as the parameters, activations by what remat keeps."""
     config = plan.model.config
     shards = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]

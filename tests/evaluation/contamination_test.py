@@ -18,6 +18,7 @@ from codellm_jax.evaluation import contamination
 from codellm_jax.evaluation.contamination import Contamination, measure, measure_into, table
 from codellm_jax.mixture import overlap
 from codellm_jax.mixture.mixture import Mixture
+from codellm_jax.prepare.steps import steps_of
 from codellm_jax.vocabulary import load_vocabulary
 from tasks.benchmarks.judging import Benchmarks
 from tasks.benchmarks.loading import load
@@ -36,13 +37,13 @@ def questions() -> dict[str, dict[str, tuple[str, ...]]]:
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory, questions):
-    """Two corpora of documents and one of instructions: of logic the first question, of mbpp the second, of scienceqa
-    the first as an instruction; of dureader the first, held out.
+    """Two corpora of documents and one of instructions: of logic the first question, and too little of the fourth one;
+    of mbpp the second, of scienceqa the first as an instruction; of dureader the first, held out.
     """
     folder = tmp_path_factory.mktemp("planted")
     logic, science, mbpp, dureader = ([*questions[task].values()] for task in TASKS)
     files = {
-        "text": [FILLING, f"{FILLING} {logic[0][0]} {FILLING}", FILLING],
+        "text": [f"{FILLING} {logic[3][0][:22]} {FILLING}", f"{FILLING} {logic[0][0]} {FILLING}", FILLING],
         "held_out": [f"{FILLING} {dureader[0][0]}"],
         "code": [FILLING, "\n".join(mbpp[1]) + "\n" + FILLING]}
     for name, documents in files.items():
@@ -83,11 +84,12 @@ def test_questions_of_the_samples_planted_in_pretraining(flags, questions, tmp_p
         "logic_sample": {"text.planted": [logic]}, "mbpp_sample": {"code.planted": [mbpp]}, "scienceqa_sample": {},
         "dureader_sample": {}}
     found = json.loads(file.read_text())
-    assert (found["n"], found["minimum"]) == (13, 8) and found["sources"].keys() == {"text.planted", "code.planted"}
+    assert [found[name] for name in ("n", "minimum", "characters", "minimum_characters")] == [13, 8, 26, 16]
+    assert found["sources"].keys() == {"text.planted", "code.planted"}
     one = found["tasks"]["logic_sample"]
     assert (one["questions"], one["data"]) == (len(load("logic", None).questions), load("logic", None).sha256)
     assert one["sources"]["text.planted"]["overlapping"] == 1
-    assert len(one["sources"]["text.planted"]["ngrams"][logic].split()) == 13
+    assert len(one["sources"]["text.planted"]["ngrams"][logic].split()) == 25  # the whole of it
     assert one["sources"]["code.planted"] == {"overlapping": 0, "ids": [], "ngrams": {}}
     [row] = [line.split() for line in printed.splitlines() if line.startswith("logic_sample  ")]
     assert row == ["logic_sample", str(one["questions"]), str(one["not_measurable"]), "1", "text.planted", "1"]
@@ -99,6 +101,9 @@ def test_questions_of_the_samples_planted_in_pretraining(flags, questions, tmp_p
     assert file.read_bytes() == before
     assert cli.main(pretraining(flags, f"--output={file}", "--gin.NGRAM=10")) == 0
     assert "searched" in capsys.readouterr().out and json.loads(file.read_text())["n"] == 10
+    # Of Chinese 13 characters, which any text may share, were enough to mark the fourth question, too.
+    assert cli.main(pretraining(flags, f"--output={file}", "--gin.contamination.characters=13")) == 0
+    assert overlapping(file)["logic_sample"] == {"text.planted": [logic, [*questions["logic"]][3]]}
 
 
 def test_a_source_is_searched_whatever_share_falls_to_it(flags, tmp_path):
@@ -218,7 +223,12 @@ def test_the_tasks_are_those_of_an_evaluation():
         if "eval" in file else []).settings if setting.name == "TASKS")
           for file in ("gin/eval.gin", "gin/contamination.gin")]
     assert of[0] == of[1]
-    assert build(read_configuration(["gin/contamination.gin"], []), "contamination").ngram == 13
+
+
+def test_the_lengths_are_those_of_a_preparation():
+    asked = build(read_configuration(["gin/contamination.gin"], []), "contamination")
+    [step] = steps_of(["decontaminate"], ["text.a"])
+    assert {name: getattr(asked, name) for name in step.options} == step.options
 
 
 def test_the_embedded_corpora_hold_no_sample_item():
@@ -293,7 +303,7 @@ class Rows:
 if __name__ == "__main__":
     overlap.TOKENS_A_RANGE = 1 << 20
     question = Question("t", "a", ("a b c d e f g h i",))
-    overlap.search([overlap.Trained(Rows(), load_vocabulary(), "pretraining")], index([question], 13, 8, 10), 2)
+    overlap.search([overlap.Trained(Rows(), load_vocabulary(), "pretraining")], index([question]), 2)
 """)
 
     def start(how: str) -> subprocess.Popen:

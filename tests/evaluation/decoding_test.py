@@ -277,21 +277,23 @@ def test_a_mesh_changes_nothing() -> None:
 
 
 def test_the_largest_program_is_the_one_that_the_longest_prompts_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In shapes and, of the cache, in how it lies on the mesh."""
+    """In shapes and, of the cache, in how it lies on the mesh. It takes the parameters stacked, and cuts them itself."""
     rule, shape = dataclasses.replace(SAMPLINGS["paper"], max_new_tokens=16), MeshShape(data=2, fsdp=2, model=2)
     mesh, params, seen = make_mesh(shape), make_params(TINY), []
     real = decoding._advance
 
     def spy(*arrays: Any, **options: Any) -> Any:
-        seen.append([(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(arrays)])
+        seen.append([(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(arrays[1:])])
         return real(*arrays, **options)
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(shape.all_rules()):
         lowered = decoding.lower_largest(params, TINY, rule, batch_size=8, sharding=batch_sharding(mesh))
-        shardings = jax.tree.leaves(lowered.compile().input_shardings)
+        shardings = jax.tree.leaves(lowered.compile().input_shardings[0][1:])
         monkeypatch.setattr(decoding, "_advance", spy)
         next(stream(params, TINY, [[1] * TINY.length] * 8, rule, batch_size=8, sharding=batch_sharding(mesh)))
-    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(lowered.args_info)] == [
+    given = lowered.args_info[0]
+    assert [leaf.shape for leaf in jax.tree.leaves(given[0])] == [leaf.shape for leaf in jax.tree.leaves(params)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(given[1:])] == [
         (shape, dtype) for shape, dtype, _ in seen[0]]
     cached = [(found, sharding, shape) for (shape, _, found), sharding in zip(seen[0], shardings, strict=True)
               if len(shape) >= 4 and 64 in shape]

@@ -32,6 +32,7 @@ from codellm_jax.results.files import as_lines, lines_written
 from codellm_jax.results.statistics import holm, sign_flips
 from codellm_jax.runtime.checkpoints import restore_parameters
 from codellm_jax.runtime.partitioning import make_mesh
+from codellm_jax.runtime.process import alone_in
 from codellm_jax.runtime.progress import read_records
 from codellm_jax.runtime.state import abstract_state
 from codellm_jax.vocabulary import load_vocabulary
@@ -516,6 +517,18 @@ def test_slips_get_one_line(capsys, run_dir, more, message):
     assert cli.main(flags(run_dir, *more)) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_two_evaluations_of_a_task_at_once_are_refused_in_one_line(capsys, run_dir, tmp_path):
+    """Before a question is asked; those of other tasks are not in the way."""
+    results = [f"--gin.evaluate.results_dir={tmp_path}"]
+    with alone_in(str(tmp_path), part="cosqa_sample"):
+        assert cli.main(flags(run_dir, *results)) == 1
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines == [f"t5x eval: error: Another process is evaluating cosqa_sample in {tmp_path}: wait for it, or "
+                         "use another evaluate.results_dir."]
+        assert not list(tmp_path.glob("*.json*"))
+        assert cli.main(flags(run_dir, *results, "--gin.TASKS=['logic']")) == 0
 
 
 # ---- Files of questions ------------------------------------------------------------------------

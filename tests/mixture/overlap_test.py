@@ -10,13 +10,13 @@ import pytest
 
 import tasks
 from codellm_jax.mixture import overlap
-from codellm_jax.mixture.ngrams import END, Question, index, words
+from codellm_jax.mixture.ngrams import END, Lengths, Question, index, words
 from codellm_jax.mixture.overlap import Trained, search, texts
 from codellm_jax.mixture.rows import cached_rows
 from codellm_jax.vocabulary import load_vocabulary
 
 LENGTH = 32
-N, MINIMUM = 13, 8
+N, MINIMUM = LENGTHS = Lengths(13, 8)
 CHINESE = "一个模型轮流学习文本和代码，每一行由它的编号读出。"
 
 
@@ -83,7 +83,7 @@ def make_source(tmp_path_factory):
 
 
 def ids_found(sources: list[Trained], questions: list[Question], processes: int = 1) -> list[set[str]]:
-    ngrams = index(questions, N, MINIMUM, most=10**6)
+    ngrams = index(questions, LENGTHS, LENGTHS, most=10**6)
     return [{question.id for question, place in zip(questions, places, strict=True) if place >= 0}
             for places in search(sources, ngrams, processes)]
 
@@ -169,7 +169,7 @@ def test_text_comes_back_whole(make_source, monkeypatch):
 def test_several_processes_find_the_same_first_ngrams(planted, make_source, monkeypatch):
     source, _, questions = planted
     another = make_source([questions[0].parts[0] + " again and again", prose(random.Random(5), 200)])
-    ngrams = index(questions, N, MINIMUM, most=10)
+    ngrams = index(questions, LENGTHS, LENGTHS)
     alone = search([source, another], ngrams, processes=1)
     assert (alone[1] >= 0).sum() == 2  # "inside" and "shouted"
     monkeypatch.setattr(overlap, "TOKENS_A_RANGE", 128)
@@ -185,6 +185,6 @@ def test_damaged_rows_are_told_by_other_processes_too(make_source, monkeypatch):
     source = make_source([prose(random.Random(6), 400)])
     monkeypatch.setattr(overlap, "TOKENS_A_RANGE", 128)
     gone = source._replace(rows=source.rows.__class__(**{**vars(source.rows), "path": source.rows.path + "gone"}))
-    ngrams = index([Question("t", "a", ("one two three four five six seven eight",))], N, MINIMUM, 10)
+    ngrams = index([Question("t", "a", ("one two three four five six seven eight",))], LENGTHS, LENGTHS)
     with pytest.raises(ValueError, match="The cached rows in .*gone are damaged"):
         search([gone], ngrams, processes=2)

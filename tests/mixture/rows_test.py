@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tasks
-from codellm_jax.mixture import half_made
+from codellm_jax.mixture import half_made, stores
 from codellm_jax.mixture import rows as rows_module
 from codellm_jax.mixture.rows import Rows, cached_rows
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary, train_vocabulary
@@ -98,13 +98,15 @@ def test_any_order_and_repeats(vocabulary, definitions, tiny_cache, tiny_documen
 
 
 def test_many_shards(tmp_path, vocabulary, tiny_documents, monkeypatch):
-    monkeypatch.setattr(rows_module, "ROWS_A_SHARD", 32)
+    for module in (rows_module, stores):
+        monkeypatch.setattr(module, "ROWS_A_SHARD", 32)
     documents = tiny_documents["text.tiny", "train"] * 3
     found = cached_rows("text.other", corpus(tmp_path / "c", documents), vocabulary, 16, str(tmp_path), silent)["train"]
     expected = cut(joined(vocabulary, documents), 16)
     assert found.count == len(expected) > 5 * 32
     assert found.read(np.arange(found.count)).tolist() == expected
-    monkeypatch.setattr(rows_module, "ROWS_A_SHARD", 4096)
+    for module in (rows_module, stores):
+        monkeypatch.setattr(module, "ROWS_A_SHARD", 4096)
     again = cached_rows("text.other", corpus(tmp_path / "c", documents), vocabulary, 16, str(tmp_path / "b"), silent)
     assert again["train"].content_hash == found.content_hash  # of the rows, not of how they were written
 

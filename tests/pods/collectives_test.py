@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from codellm_jax.pods.collectives import Traffic, read_traffic
+from codellm_jax.pods.collectives import Part, Traffic, read_program, read_traffic
 
 SHAPE = {"data": 2, "fsdp": 2, "model": 2}
 
@@ -115,6 +115,55 @@ def test_lines_of_a_program_for_tpus():
     }
 
 
+# A loop of 5 turns that gathers beside a matmul (in three places under one channel) and waits for a sum, and outside
+# it a gather that has begun before what else is computed; the compiler's estimates as it writes them.
+SCHEDULED = """HloModule jit_train_step
+%begin.1 (p: f32[4]) -> f32[16] {
+  ROOT %all-gather.1 = f32[16]{0} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4]
+}
+
+%async_collective_fusion.2 (p: f32[4], x: f32[9]) -> f32[16] {
+  %all-gather.2 = f32[16]{0} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4]
+  ROOT %product = f32[16]{0} fusion(%x), backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+%condition (p: (s32[], f32[4])) -> pred[] {
+  %constant.5 = s32[] constant(5)
+  %p.1 = (s32[], f32[4]{0}) parameter(0)
+  %counter = s32[] get-tuple-element(%p.1), index=0
+  ROOT %lt = pred[] compare(%counter, %constant.5), direction=LT
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %async-collective-start.1 = f32[16]{0} fusion(%y), kind=kCustom, calls=%begin.1
+  %fusion.2 = f32[16]{0} fusion(%y), calls=%async_collective_fusion.2, backend_config={"estimated_cycles":"1000"}
+  %async-collective-done.1 = f32[16]{0} fusion(%fusion.2), kind=kCustom, calls=%begin.1
+  %all-reduce.3 = f32[100]{0} all-reduce(%g), channel_id=2, replica_groups=[1,4]<=[4], metadata={op_name="x"}
+  %kernel = f32[9]{0} custom-call(%q), custom_call_target="tpu_custom_call"
+  ROOT %t = (s32[], f32[4]{0}) tuple(%n, %y)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %zero = s32[] constant(0)
+  %tuple.1 = (s32[], f32[4]{0}) tuple(%zero, %a)
+  %while.1 = (s32[], f32[4]{0}) while(%tuple.1), condition=%condition, body=%body
+  %all-gather-start.2 = (f32[4]{0}, f32[16]{0}) all-gather-start(%a), channel_id=3, replica_groups=[1,4]<=[4]
+  %copy.1 = f32[9]{0} copy(%c), backend_config={"flag_configs":[],"estimated_cycles":"30"}
+  %copy.2 = f32[9]{0} copy(%c), backend_config={"flag_configs":[],"estimated_cycles":"12"}
+  ROOT %r = f32[4]{0} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+def test_what_a_program_sends_while_it_computes():
+    found = read_program(SCHEDULED, {"fsdp": 4})
+    gather, reduced = 3 / 4 * 16 * 4, 2 * 3 / 4 * 100 * 4
+    assert found.traffic == [Traffic("all-reduce", ("fsdp",), 5, 5 * reduced),
+                             Traffic("all-gather", ("fsdp",), 6, 6 * gather, 6 * gather)]
+    assert found.parts == [Part(1, 42, 0.0, gather, 0.0), Part(5, 1000, reduced, gather, 0.0)]
+    assert found.has_kernels and not read_program(RING, {"fsdp": 2}).has_kernels
+
+
 # A matmul whose weights go around a ring while it runs: two pieces a turn, one each way.
 RING = """HloModule jit_train_step
 %condition.2 (p: (f32[8], u32[])) -> pred[] {
@@ -167,7 +216,8 @@ def test_what_hosts_send_between_slices():
             '_xla_megascale_transfer_type="ALL_REDUCE"}')
     text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n{line}\n}}\n"
     found, _ = read_traffic(text, {"slices": 2, "data": 1, "fsdp": 8})
-    assert found == [Traffic("all-reduce", ("slices",), 1, 17 * 8 * 128 * 4)]
+    sent = 17 * 8 * 128 * 4
+    assert found == [Traffic("all-reduce", ("slices",), 1, sent, sent)]
 
 
 def test_other_text_is_refused():

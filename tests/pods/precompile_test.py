@@ -3,6 +3,7 @@
 The sizes from 350m on take minutes each, and have a mark of their own: python -m pytest -m pods
 """
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ from flax import linen as nn
 from codellm_jax import cli
 from codellm_jax.configuration import build, read_configuration, shipped_gin_files
 from codellm_jax.mixture import rows as rows_of_mixture
+from codellm_jax.mixture.batches import Batch
 from codellm_jax.model.decoder import parameter_count
 from codellm_jax.pods import precompile, programs
+from codellm_jax.pods.collectives import Part, Traffic
 from codellm_jax.pods.programs import (
     Memory,
     Outcome,
@@ -26,8 +29,10 @@ from codellm_jax.pods.programs import (
     with_slices,
     with_vocabulary_size,
 )
-from codellm_jax.pods.topologies import Topology, has_libtpu, parse_topology
+from codellm_jax.pods.topologies import Topology, has_libtpu, parse_topology, with_memory
 from codellm_jax.runtime.partitioning import MeshShape
+from codellm_jax.runtime.progress import PEAK_FLOPS
+from codellm_jax.runtime.state import bytes_per_device
 from codellm_jax.training.plan import GIB, Training
 
 needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install '.[tpu]'")
@@ -139,6 +144,8 @@ def test_a_run_that_does_not_fit_ends_with_status_1(no_data, capsys):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--topology=v4-129"], "nearest: v4-128"),
+    (["--topology=gpu:2"], "--topology=gpu:2 needs the memory of a card"),
+    (["--topology=v4-8", "--compare=--model.remat=full"], "unknown argument --model.remat=full"),
     (["--topology=v4-8", "--vocabulary_size=0"], "--vocabulary_size must be positive"),
     (["--topology=v4-8", "--report=nowhere/page.md"], "no directory to write nowhere/page.md"),
     (["--topology=v4-8", "--gin_file=gin/tune_mixed.gin"], "TASK_FEATURE_LENGTHS"),
@@ -208,6 +215,56 @@ def test_changes_are_tried_cheapest_first(monkeypatch, make_training):
                     "--gin.train.microbatches=4: 12.00 GiB, 0 s to compile"]
     assert [flags for flags, _ in found] == ["--gin.model.remat=full", "--gin.train.microbatches=4"]
     assert all(outcome.memory is not None for _, outcome in found)
+
+
+def test_two_configurations_in_one_table(monkeypatch, make_training):
+    """8 rows of 32 tokens on four devices; the clock, the links and the peak are a v5e's."""
+    monkeypatch.setitem(PEAK_FLOPS, "cpu", 197e12)
+    parts = {"dots": (Part(1, 1.5e9, 0.0, 0.0, 0.0),), "full": (Part(2, 1.5e9, 0.0, 0.0, 0.0),)}
+    traffic = [Traffic("all-gather", ("fsdp",), 1, GIB, GIB / 4)]
+
+    def compiled(training, topology):
+        found = stand_in(training, topology)
+        return found._replace(parts=parts[found.config.remat], traffic=traffic)
+
+    monkeypatch.setattr(precompile, "compile_train_step", compiled)
+    monkeypatch.setattr(precompile, "replicated_leaves", lambda training, topology: [])
+    mesh = MeshShape(fsdp=-1, data=1)
+    dots, full = (make_training(mesh=mesh, model=functools.partial(make_training().model, remat=remat))
+                  for remat in ("dots", "full"))
+    fits, page = precompile.precompile(dots, parse_topology("v5e-4"), search=False, report=lambda line: None,
+                                       other=("--gin.model.remat=full", full))
+    rows = {cells[0]: cells[1:] for line in page.splitlines()
+            if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 4}
+    assert fits and rows["train step"] == ["this run", "with `--gin.model.remat=full`", "second / first"]
+    assert rows["peak, GiB a device"] == ["4.500", "4.125", "0.92"]
+    assert rows["of that asynchronous, GiB"] == ["0.250", "0.250", "1.00"]
+    assert rows["estimated step, s"] == ["1.000", "2.000", "2.00"]
+    assert rows["tokens/s a device"] == ["64.000", "32.000", "0.50"]
+    assert "which is no measurement, 64 tokens/s a device" in page and "- compiled by jax " in page
+    huge = dataclasses.replace(full, batch_size=4096)
+    _, page = precompile.precompile(dots, parse_topology("v5e-4"), search=False, report=lambda line: None,
+                                    other=("--gin.BATCH_SIZE=4096", huge))
+    assert "| estimated step, s | 1.000 | does not fit |  |" in page
+
+
+@pytest.mark.slow
+def test_cards_are_judged_by_their_memory(make_training):
+    """Compiled for two of the host's devices. By hand: parameters and two moments, of which the mesh splits all but the
+    biases of projections and the norms' scales, and the batch's five arrays."""
+    training = make_training(mesh=MeshShape(fsdp=-1, data=1))
+    found = compile_train_step(training, with_memory("gpu:2", "80GiB"))
+    state = programs.lay_out(training, found.topology).state
+    assert found.memory is not None and found.memory.peak > bytes_per_device(state)
+    assert found.memory.arguments == bytes_per_device(state) + len(Batch._fields) * 4 * 32 * 4
+    parts = parameter_count(found.config) * 4 / 2
+    assert 3 * parts < bytes_per_device(state) < 3.1 * parts
+    few = with_memory("gpu:2", f"{found.memory.peak / GIB / 2}GiB")
+    refused = compile_train_step(training, few)
+    assert refused.memory is None and "it takes about" in refused.refusal
+    fits, page = precompile.precompile(training, few, search=False, report=lambda line: None)
+    assert not fits and "on gpu:2" in page and "- 2 cards; mesh data 1 x fsdp 2 x model 1" in page
+    assert "By arithmetic, which is the peak above and decides" in page and "All are estimates." in page
 
 
 def test_topologies_in_words():

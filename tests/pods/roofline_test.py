@@ -11,9 +11,10 @@ from jax.extend.core import jaxprs_in_params
 
 from codellm_jax.model.config import REMAT_POLICIES
 from codellm_jax.model.decoder import Decoder, DecoderConfig, flops_per_token
-from codellm_jax.pods.collectives import Traffic
-from codellm_jax.pods.roofline import recomputed_flops_per_token, roofline
+from codellm_jax.pods.collectives import Part, Traffic
+from codellm_jax.pods.roofline import estimate, recomputed_flops_per_token, roofline
 from codellm_jax.pods.topologies import parse_topology
+from codellm_jax.runtime.progress import PEAK_FLOPS
 
 CONFIG = DecoderConfig(layers=2, hidden=8, heads=2, feedforward=32, vocabulary_size=100, length=16, remat="none")
 
@@ -27,6 +28,33 @@ def test_each_part_by_hand():
     assert (found.memory, found.links, found.network) == pytest.approx((2.0, 1.0, 2.0))
     assert found.overlapped == pytest.approx(2.0) and found.in_turn == pytest.approx(5.0 + found.computing)
     assert found.utilization == pytest.approx(15_552 * 1_000_000 / 197e12 / 2.0)
+
+
+def test_an_estimate_by_hand():
+    """A v5e has 1.5e9 cycles, 200e9 bytes of links and 3.1e9 of network a second."""
+    parts = [Part(1, 3e9, 20e9, 100e9, 0.0), Part(4, 1.5e9, 40e9, 300e9, 9.3e9)]
+    found = estimate(CONFIG, 8_000_000, parse_topology("2xv5e-4"), "TPU v5 lite", 8, parts, has_kernels=True)
+    assert found.computing == pytest.approx(2.0 + 4 * 1.0)
+    # 7 2 16 8 FLOPs a token, heads of 4 padded to 128, at half the peak
+    assert found.attention == pytest.approx(7 * 2 * 16 * 8 * 32 * 1_000_000 / 197e12 * 2)
+    assert found.waiting == pytest.approx(0.1 + 4 * 0.2)
+    assert found.uncovered == pytest.approx(4 * (3.0 - 1.0))  # of the network; the links take half a second
+    assert found.step == pytest.approx(found.computing + found.attention + 0.9 + 8.0)
+    assert found.utilization == pytest.approx(15_552 * 1_000_000 / 197e12 / found.step)
+    again = dataclasses.replace(CONFIG, remat="full")
+    twice = estimate(again, 8_000_000, parse_topology("2xv5e-4"), "TPU v5 lite", 8, parts, has_kernels=True)
+    assert twice.attention == pytest.approx(found.attention * 9 / 7)
+    without = estimate(CONFIG, 8_000_000, parse_topology("2xv5e-4"), "TPU v5 lite", 8, parts, has_kernels=False)
+    assert without.attention == 0.0
+
+
+@pytest.mark.parametrize(("name", "kind", "a_cycle"), [
+    ("v2-8", "TPU v2", 2 * 128**2), ("v3-8", "TPU v3", 2 * 2 * 128**2), ("v4-8", "TPU v4", 2 * 8 * 128**2),
+    ("v5e-4", "TPU v5 lite", 2 * 4 * 128**2), ("v5p-8", "TPU v5", 2 * 8 * 128**2)])
+def test_clocks_give_the_peaks(name, kind, a_cycle):
+    """Matrix units of 128 x 128: one of a core in v2, two in v3, four from v4 on, where a device has two cores but for
+    v5e."""
+    assert parse_topology(name).chip.clock * a_cycle == pytest.approx(PEAK_FLOPS[kind], rel=0.03)
 
 
 PARTS = [

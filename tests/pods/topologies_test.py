@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,14 @@ import numpy as np
 import pytest
 
 from codellm_jax.pods import topologies
-from codellm_jax.pods.topologies import CHIPS, compile_only_devices, has_libtpu, parse_topology, topology_names
+from codellm_jax.pods.topologies import (
+    CHIPS,
+    compile_only_devices,
+    has_libtpu,
+    parse_topology,
+    topology_names,
+    with_memory,
+)
 from codellm_jax.runtime.partitioning import MeshShape, make_mesh
 
 
@@ -55,6 +63,23 @@ def test_unknown_names_are_told_the_nearest(name, words):
     with pytest.raises(ValueError, match=words) as caught:
         parse_topology(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("memory", "gib"), [("80GiB", 80.0), ("24", 24.0), ("1.5 gib", 1.5), ("80GB", 80e9 / 2**30)])
+def test_cards_have_the_memory_that_is_given(memory, gib):
+    found = with_memory("gpu:2", memory)
+    assert (found.name, found.chips, found.rings, found.chip.devices) == ("gpu:2", 2, (False,), 1)
+    assert found.chip.memory_gib == pytest.approx(gib)
+
+
+@pytest.mark.parametrize(("name", "memory", "words"), [
+    ("gpu:2", None, "needs the memory of a card, such as --memory=80GiB."), ("gpu:2", "80TiB", "found '80TiB'"),
+    ("gpu:2", "0GiB", "found '0GiB'"), ("v4-8", "80GiB", "--memory is for cards such as --topology=gpu:2"),
+    ("gpu:0", None, "no TPU topology 'gpu:0'")])
+def test_malformed_memory_is_told_in_one_line(name, memory, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as raised:
+        with_memory(name, memory)
+    assert "\n" not in str(raised.value)
 
 
 def test_every_slice_has_as_many_chips_as_its_shape():

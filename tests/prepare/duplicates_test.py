@@ -1,16 +1,20 @@
 """Signatures and groups of near duplicates, against sets of shingles that are counted one by one."""
 
+import hashlib
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
+from fake_bucket import FakeBucket
 
 from codellm_jax.mixture.ngrams import words
-from codellm_jax.prepare import duplicates, joining, keys, reduction
-from codellm_jax.prepare.job import EDGE
+from codellm_jax.prepare import duplicates, joining, keys, meeting, ranged
+from codellm_jax.prepare.job import BAND, EDGE
 from codellm_jax.prepare.prepare import Preparation, prepare
 from tasks.corpora.inputs import Inputs
 
@@ -113,8 +117,17 @@ def test_jaccard_similarity_of_sets():
     assert duplicates.jaccard(np.array([1, 2, 3, 4]), np.array([2, 3, 4, 9, 10])) == 3 / 6
 
 
-def test_groups_and_components():
-    assert [found.tolist() for found in duplicates.groups(np.array([1, 1, 2, 3, 3, 3]))] == [[0, 1], [3, 4, 5]]
+def test_groups_of_a_bucket():
+    """Of keys that several documents have: who has them, by document; groups of the same documents have equal sets."""
+    pairs = [(9, 4), (9, 7), (9, 7), (2, 5), (3, 7), (3, 4), (1, 5), (1, 4), (1, 7), (8, 1), (8, 1)]
+    met = meeting.groups(np.array(pairs, BAND))
+    assert [(row["document"], row["group"]) for row in met] == [(4, 0), (4, 1), (4, 2), (5, 0), (7, 0), (7, 1), (7, 2)]
+    assert len({int(row["set"]) for row in met if row["group"] in (1, 2)}) == 1
+    assert len(set(met["set"].tolist())) == 2
+    assert not len(meeting.groups(np.zeros(0, BAND)))
+
+
+def test_components():
     numbers, label = duplicates.components(np.array([9, 3, 7], np.uint64), np.array([3, 5, 8], np.uint64))
     assert numbers.tolist() == [3, 5, 7, 8, 9]
     assert label[0] == label[1] == label[4] != label[2] == label[3]
@@ -182,8 +195,8 @@ def test_planted_near_duplicates_are_found(tmp_path: Path, similarity: float, ba
 
 def test_texts_without_words_lie_between(tmp_path: Path, monkeypatch):
     """Such texts have no shingles; pairs on either side of them, and of chunks of nothing else, are found."""
-    monkeypatch.setattr(keys, "DOCUMENTS_A_CHUNK", 3)
-    monkeypatch.setattr(reduction, "DOCUMENTS_HELD", 2)
+    monkeypatch.setattr(keys, "DOCUMENTS_AT_ONCE", 3)
+    monkeypatch.setattr(keys, "BYTES_A_FILE", 16 * 14 * 3)
     dice = random.Random(5)
     own = [" ".join(f"w{dice.randrange(9**9)}" for _ in range(60)) for _ in range(4)]
     texts = ["...", own[0], "!", "?", "; ;", ". .", ", ,", "- -", own[1], own[0] + " more", "* *", own[2], own[3],
@@ -193,3 +206,85 @@ def test_texts_without_words_lie_between(tmp_path: Path, monkeypatch):
     prepare(Preparation(inputs, ["near_duplicates"], str(tmp_path / "out")), 1, report=lambda line: None)
     removed = pq.read_table(tmp_path / "out" / "removed" / "stage1-00000.parquet").to_pylist()
     assert [row["row"] for row in removed] == [2, 9]  # the longer of each pair stays
+
+
+def clusters(count: int, copies: int, dice: random.Random) -> list[str]:
+    """Texts, each with copies of it and of its copies, and half a text that all of them share."""
+    found, common = [], [f"w{dice.randrange(900)}" for _ in range(70)]
+    for _ in range(count):
+        text = common + [f"w{dice.randrange(900)}" for _ in range(90)]
+        found.append(text)
+        for _ in range(dice.randrange(copies + 1)):
+            found.append(changed(dice.choice([text, found[-1]]), 0.004, dice))
+    dice.shuffle(found)
+    return [" ".join(text) for text in found]
+
+
+def slowly_kept(texts: list[str], similarity: float) -> set[str]:
+    """Of texts that pairs join the longest, of equally long ones that with the lowest hash; every pair is compared."""
+    group = list(range(len(texts)))
+    ngrams = [{tuple(found[at : at + 5]) for at in range(len(found) - 4)} for found in map(words, texts)]
+    for one, mine in enumerate(ngrams):
+        for other, theirs in enumerate(ngrams[:one]):
+            if group[one] != group[other] and len(mine & theirs) >= similarity * len(mine | theirs):
+                group = [group[one] if each == group[other] else each for each in group]
+    best: dict[int, str] = {}
+    for label, text in zip(group, texts, strict=True):
+        best[label] = min(best.get(label, text), text, key=lambda each: (
+            -len(each.encode()), hashlib.sha256(each.encode()).hexdigest()))
+    return set(best.values())
+
+
+def test_reads_are_counted_in_pieces_and_not_in_pairs(tmp_path: Path, monkeypatch):
+    """What stays is what a comparison of all pairs leaves; more copies cost no more reads."""
+    real, reads = ranged.pieces, []
+
+    def counted(wanted):
+        asked = list(wanted)
+        reads.extend(asked)
+        return real(asked)
+
+    monkeypatch.setattr(ranged, "pieces", counted)
+    dice, files, found = random.Random(2), 4, []
+    for copies in (1, 8):
+        texts = clusters(40 if copies == 1 else 24, copies, dice)
+        folder = tmp_path / str(copies)
+        folder.mkdir()
+        for number in range(files):
+            (folder / f"{number}.jsonl").write_text("".join(
+                json.dumps({"text": text}) + "\n" for text in texts[number::files]))
+        reads.clear()
+        prepare(Preparation(Inputs({"text.a": {"json_lines": str(folder / "*.jsonl")}}), ["near_duplicates"],
+                            str(folder / "out"), part_bytes=1), 1, report=lambda line: None)
+        left = [row["text"] for path in (folder / "out").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+        assert set(left) == slowly_kept(texts, 0.85) and len(left) == len(set(left)) < len(texts)
+        found.append(Counter(Path(path).name.split("-")[0] for path, _, _ in reads))
+    buckets = files
+    for kinds in found:
+        # Of each file where the range is and the range, by each bucket; of what was found by the end and by each part.
+        assert kinds == {"keys": 2 * files * buckets, "met": 2 * buckets * files, "brought": 2 * files * buckets,
+                         "edges": 2 * buckets, "found": 2 * files}
+
+
+def test_ranges_in_a_bucket_are_read_alone(monkeypatch):
+    """Exactly the bytes that are wanted, and none where a range is empty."""
+    records = np.array([5, 6, 7, 8, 9], "<u4")
+    head = np.array([0, 2, 2, 5], "<u8").tobytes()
+    with FakeBucket() as bucket:
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.url)
+        monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        ranged._bucket.cache_clear()
+        bucket.objects = {f"a folder/{name}": (1, head + records.tobytes()) for name in "ab"}
+        paths = [epath.Path(f"gs://parts/a folder/{name}") for name in "ab"]
+        assert ranged.read(paths, np.dtype("<u4"), 3, 2, 3).tolist() == [7, 8, 9, 7, 8, 9]
+        assert sorted(bucket.asked) == sorted((f"a folder/{name}", asked) for name in "ab"
+                                              for asked in ("bytes=16-31", "bytes=40-51"))
+        bucket.asked.clear()
+        assert not len(ranged.read(paths[:1], np.dtype("<u4"), 3, 1, 2))
+        assert bucket.asked == [("a folder/a", "bytes=8-23")]
+        bucket.objects["a folder/b"] = (1, head + records.tobytes()[:-4])
+        with pytest.raises(OSError, match="gs://parts/a folder/b cannot be read"):
+            ranged.read(paths, np.dtype("<u4"), 3, 2, 3)
+        del bucket.objects["a folder/b"]
+        with pytest.raises(FileNotFoundError, match="gs://parts/a folder/b is gone"):
+            ranged.read(paths, np.dtype("<u4"), 3, 2, 3)

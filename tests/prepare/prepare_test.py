@@ -75,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_each_document_is_left_or_removed_and_all_are_counted(folder: Path):
+def test_each_document_is_left_or_removed_and_all_are_counted(folder: Path, draws: None):
     vocabulary = load_vocabulary()
     prepare.prepare(preparation(folder, vocabulary=vocabulary), 1, report=silent)
     out = folder / "out"
@@ -116,6 +116,7 @@ def test_each_document_is_left_or_removed_and_all_are_counted(folder: Path):
         text = json.loads(Path(row["file"]).read_text().splitlines()[row["row"] - 1])["text"]
         assert hashlib.sha256(text.encode()).hexdigest() == row["sha256"] and row["bytes_read"] == len(text.encode())
     assert not (folder / "out.building").exists()
+    assert (out / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_was_planted_is_found(folder: Path):
@@ -139,8 +140,9 @@ def test_what_was_planted_is_found(folder: Path):
 
 @pytest.mark.parametrize("form", [
     "parquet", pytest.param("array_record", marks=pytest.mark.slow), pytest.param("tfrecord", marks=pytest.mark.slow)])
-def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch, form: str):
-    monkeypatch.setattr(keys, "DOCUMENTS_A_CHUNK", 7)
+def test_the_same_bytes_in_any_order_and_after_kills(folder: Path, monkeypatch, form: str, draws: None):
+    monkeypatch.setattr(keys, "DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(keys, "BYTES_A_FILE", 3000)
     prepare.prepare(preparation(folder, format=form), 1, report=silent)
     wanted = contents(folder / "out")
     (folder / "out").rename(folder / "first")
@@ -439,6 +441,27 @@ def test_files_that_change_meanwhile_are_noticed(folder: Path, monkeypatch):
         prepare.prepare(preparation(folder), 1, report=silent)
 
 
+def test_work_that_another_version_began_is_refused(folder: Path, monkeypatch):
+    monkeypatch.setattr(prepare, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(preparation(folder), 1, report=silent)
+    plan = folder / "out.building" / "plan.json"
+    plan.write_text(json.dumps({key: value for key, value in json.loads(plan.read_text()).items() if key != "layout"}))
+    with pytest.raises(ValueError, match="begun with other versions of this package: remove it to begin anew"):
+        prepare.prepare(preparation(folder), 1, report=silent)
+
+
+def test_parts_of_large_corpora_are_larger(folder: Path, monkeypatch):
+    def parts_of(part_bytes: int | None) -> int:
+        plan = prepare._plan(preparation(folder, part_bytes=part_bytes), [], [])
+        return len(plan["parts"])
+
+    assert parts_of(None) == 2 and parts_of(1) == 3  # one of each corpus; one of each file
+    monkeypatch.setattr(prepare, "LEAST_PART", 1)
+    monkeypatch.setattr(prepare, "MOST_PARTS", 2)
+    assert parts_of(None) == 3 and parts_of(10**9) == 2
+
+
 @pytest.mark.parametrize(("corpora", "told"), [
     ({}, "CORPORA must map"), ({"web": {"json_lines": "a"}}, "named text.NAME"),
     ({"text.a": {"instructions": "a.json"}}, "reads documents"), ({"text.a": {"task": "x"}}, "reads documents"),
@@ -478,7 +501,7 @@ def test_beam_gives_the_same_bytes(folder: Path, monkeypatch):
 
 @with_beam
 @pytest.mark.slow
-def test_killed_at_random_it_goes_on(folder: Path):
+def test_killed_at_random_it_goes_on(folder: Path, draws: None):
     prepare.prepare(preparation(folder, "one"), 1, report=silent)
     corpora = preparation(folder).inputs.corpora
     command = [sys.executable, "-m", "codellm_jax.cli", "prepare", "--gin_file=gin/prepare.gin", "--workers=2",

@@ -19,6 +19,7 @@ from codellm_jax.model import decoder as decoder_module
 from codellm_jax.model import parts as parts_module
 from codellm_jax.model.decoder import Decoder, DecoderConfig
 from codellm_jax.pods.collectives import read_traffic
+from codellm_jax.runtime import partitioning
 from codellm_jax.runtime.optimization import adamw
 from codellm_jax.runtime.partitioning import (
     AXIS_RULES,
@@ -153,6 +154,38 @@ def test_parameters_and_moments_are_sharded():
     overridden = specs(MeshShape(data=2, fsdp=2, model=2, rules=(("embed", None), ("vocab", ("fsdp", "model")))))
     assert overridden[".params['token_embedding']"] == (("fsdp", "model"), None)
     assert overridden[".params['blocks']['attention']['query_kernel']"] == (None, None, "model")
+
+
+def test_on_tpu_rows_are_split_where_the_mesh_divides_them(monkeypatch):
+    monkeypatch.setattr(partitioning, "is_laid_by_rows", lambda mesh: True)
+    found = specs(MIXED)
+    for name, axes in {
+        ".params['blocks']['attention']['output_kernel']": (None, ("model", "fsdp"), None),
+        ".params['query_block']['feedforward']['down_kernel']": (("model", "fsdp"), None),
+        ".params['blocks']['attention']['query_kernel']": (None, "fsdp", "model"),
+        ".params['blocks']['feedforward']['up_kernel']": (None, "fsdp", "model"),
+        ".params['blocks']['feedforward']['down_bias']": (None, "fsdp"),
+        ".params['token_embedding']": ("model", "fsdp"),
+    }.items():
+        moments = [key for key in found if key.endswith(name.removeprefix(".params"))]
+        assert len(moments) == 3 and {found[key] for key in moments} == {axes}, name
+    narrow = specs(MIXED, dataclasses.replace(CONFIG, feedforward=66))  # 66 rows: by 2, and not by 4
+    assert narrow[".params['blocks']['feedforward']['down_kernel']"] == (None, "model", "fsdp")
+    whole = specs(dataclasses.replace(MIXED, rules=(("embed", None),)))
+    assert whole[".params['blocks']['feedforward']['down_kernel']"] == (None, "model", None)
+
+
+@pytest.mark.parametrize(("shape", "rows", "at_once"), [
+    (MeshShape(data=1, fsdp=8), 20, True), (MeshShape(data=1, fsdp=8), 64, False), (MeshShape(data=8), 20, False),
+    (MeshShape(data=2, fsdp=2, model=2), 20, False),
+], ids=["part_of_a_tile", "whole_tiles", "not_split", "columns_split_too"])
+def test_kernels_of_parts_of_tiles_are_gathered_at_once(monkeypatch, shape, rows, at_once):
+    monkeypatch.setattr(parts_module, "platform", lambda: "tpu")
+    assert not parts_module.gathers_at_once(rows)  # on one device
+    with jax.set_mesh(make_mesh(shape)), nn.logical_axis_rules(shape.all_rules()):
+        assert parts_module.gathers_at_once(rows) is at_once
+        monkeypatch.setattr(parts_module, "platform", lambda: "gpu")
+        assert not parts_module.gathers_at_once(rows)
 
 
 def test_grouped_heads_are_sharded_where_the_mesh_divides_them():

@@ -51,6 +51,14 @@ def test_one_process_at_a_time_is_in_a_directory(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "in\n"
 
 
+def test_parts_of_a_directory_are_held_apart(tmp_path):
+    with alone_in(str(tmp_path), part="logic"), alone_in(str(tmp_path), part="cosqa"), alone_in(str(tmp_path)):
+        with pytest.raises(ValueError, match="Another process is asking in "):
+            with alone_in(str(tmp_path), doing="asking", part="cosqa"):
+                pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize("number, raised", [(errno.ENOLCK, False), (errno.ENOSYS, False), (errno.EIO, True)])
 def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, number, raised):
     def fails(lock, how):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from codellm_jax.runtime import progress
+from codellm_jax.mixture import transient
+from codellm_jax.runtime import events, progress
 from codellm_jax.runtime.progress import Records, StatusLine, duration, peak_flops, read_records
 
 
@@ -249,6 +250,39 @@ def test_remote_lines_that_cannot_be_written_are_written_later_or_end_the_save(m
     lines.settle()
     assert path.writes[-1] == "kept\n" + "".join(f"{step}\n" for step in range(50))
     lines.close()
+
+
+def test_remote_events_are_uploaded_in_files_of_a_bounded_length_and_outlast_failures(tmp_path, monkeypatch):
+    """Two days of them: what is held, and what is uploaded at once, does not grow."""
+    class Client:
+        def __init__(self, path: str) -> None:
+            self.path = tmp_path / Path(path).name
+
+        def write_bytes(self, content: bytes) -> None:
+            uploads.append(len(content))
+            if len(uploads) % 5 == 2:
+                raise ConnectionError("the service is busy")
+            self.path.write_bytes(content)
+
+    now, uploads, held, written = [0.0], list[int](), list[int](), b""
+    monkeypatch.setattr(events.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(events.epath, "Path", Client)
+    monkeypatch.setattr(events, "BYTES_OF_FILE", 10_000)
+    monkeypatch.setattr(transient, "SECONDS_BETWEEN_TRIES", (0, 0, 0))
+    file = events._RemoteFile("gs://bucket/events.out.tfevents.1")
+    for minute in range(2 * 24 * 60):
+        now[0] += 60
+        written += (event := f"{minute:04}".encode() * 25)
+        file.write(event)
+        if file._uploading is not None:
+            file._uploading.exception()  # waits for it
+        file.flush()
+        held.append(sum(map(len, file._files.values())))
+    file.close()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[:2] == ["events.out.tfevents.1", "events.out.tfevents.1.00001"] and len(names) > 20
+    assert b"".join((tmp_path / name).read_bytes() for name in names) == written
+    assert max(uploads) <= 10_300 and max(held) <= 2 * 10_300
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from fake_bucket import FakeBucket
 
 from codellm_jax.runtime import leases as module
-from codellm_jax.runtime.leases import LEASE, RECORD, Leases, State, leased
+from codellm_jax.runtime.leases import LEASE, RECORD, Leases, State, as_holder, as_record, leased
 
 SHORT = 0.6  # seconds; six beats
 
@@ -227,3 +227,18 @@ def test_storage_that_fails_for_a_while_is_asked_again(bucket, failures):
     generation = state.write("A.seed0", {"worker": "w"})
     bucket.failures = list(failures)
     assert state.read("A.seed0") == ({"worker": "w"}, generation) and not bucket.failures
+
+
+HOLDER = {"worker": "host:7", "token": "t", "place": None, "process": 7, "started": None, "since": 1.0, "beat_at": 2,
+          "beats": 3, "expires": 120.0, "step": 5}
+
+
+@pytest.mark.parametrize("damage", [
+    {"expires": "many"}, {"process": None}, {"beats": 1.5}, {"other": 1}, {"token": []}], ids=str)
+def test_what_is_no_lease_or_record_counts_as_none(damage):
+    assert as_holder(HOLDER) is not None and as_holder({**HOLDER, **damage}) is None
+    assert as_holder(None) is None and as_holder({name: HOLDER[name] for name in list(HOLDER)[:-1]}) is None
+    failed = {"state": "failed", "why": "train ended", "worker": "host:7", "when": 1.0}
+    assert as_record(failed) == failed and as_record({"state": "done"}) == {"state": "done"}
+    for record in (None, {}, {"state": 3}, failed | {"when": "now"}, {"state": "failed"}, failed | {"why": None}):
+        assert as_record(record) is None

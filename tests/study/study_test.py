@@ -365,9 +365,9 @@ def test_a_study_branches_from_steps_of_a_trunk(study_flags, tmp_path, capsys):
 def test_four_workers_of_whom_two_are_killed_train_what_one_trains(study_flags, tmp_path):
     """Bit for bit, and no step twice but those after the last checkpoint of a run whose worker was killed."""
     arms = {"NL": NL, "CODE": {"CODE_RATE": 0.5}, "NN": NN, "CN": {"from": "CODE", "CODE_RATE": 0.0}}
-    common = ["--gin.evaluation/TASKS=[]"]
+    common = ["--gin.evaluation/TASKS=[]", "--gin.pretraining/model.layers=1"]
     common += [f"--gin.{stage}/{name}" for stage in ("pretraining", "tuning")
-               for name in ("CHECKPOINT_PERIOD=40", "TRAIN_STEPS=400", "EVAL_PERIOD=400")]
+               for name in ("CHECKPOINT_PERIOD=20", "TRAIN_STEPS=160", "EVAL_PERIOD=160")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS}
 
     def start(directory: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -403,7 +403,7 @@ def test_four_workers_of_whom_two_are_killed_train_what_one_trains(study_flags, 
     killed = 0
     for run in ("NL.seed0", "CODE.seed0", "NN.seed0", "CN.seed0"):
         # The digest of a checkpoint covers the paths that its settings name, the checksums its arrays alone.
-        one, other = (read(directory / "runs" / run / "checkpoints" / "400" / "record" / "metadata")
+        one, other = (read(directory / "runs" / run / "checkpoints" / "160" / "record" / "metadata")
                       for directory in (alone, shared))
         assert one["checksums"] == other["checksums"] and one["place"] == other["place"]
         losses = [[{key: value for key, value in json.loads(line).items() if "loss" in key or key == "step"}
@@ -411,8 +411,8 @@ def test_four_workers_of_whom_two_are_killed_train_what_one_trains(study_flags, 
                   for directory in (alone, shared)]
         assert losses[0] == losses[1] and losses[0]
         ends = sessions(shared, run)
-        assert sessions(alone, run) == [(0, 400)] and ends[-1][1] == 400 and ends[0][0] == 0
-        assert all(end is None and after[0] % 40 == 0 for (_, end), after in zip(ends, ends[1:], strict=False))
+        assert sessions(alone, run) == [(0, 160)] and ends[-1][1] == 160 and ends[0][0] == 0
+        assert all(end is None and after[0] % 20 == 0 for (_, end), after in zip(ends, ends[1:], strict=False))
         killed += len(ends) - 1
     assert killed <= 2
 

@@ -1,5 +1,6 @@
 """The train step and the loop: meshes, microbatches, what a run leaves behind."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -17,7 +18,9 @@ from flax import linen as nn
 import codellm_jax.training.train as train_module
 import tasks
 from codellm_jax.mixture.batches import global_batch
+from codellm_jax.model import parts
 from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head
+from codellm_jax.runtime import partitioning
 from codellm_jax.runtime.checkpoints import Checkpoints, newest_record
 from codellm_jax.runtime.compatibility import require_same_settings
 from codellm_jax.runtime.optimization import adamw, decayed
@@ -66,6 +69,25 @@ def test_every_mesh_gives_the_single_device_losses(shape, single_device, make_tr
     for found, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(single_device[1]), strict=True):
         # AdamW turns gradients at rounding level into updates of up to the learning rate, so rare entries may differ.
         assert np.mean(np.abs(found - wanted) > 1e-3) < 1e-3
+
+
+@pytest.mark.slow
+def test_the_layout_of_tpus_resumes_other_checkpoints_with_the_same_losses(make_training, tmp_path, monkeypatch):
+    """Kernels by rows and gathered at once change no bit; the checkpoint resumed was saved without either."""
+    training = make_training(mesh=MeshShape(data=1, fsdp=8), train_steps=6, checkpoint_period=3)
+    train(training)
+    other = dataclasses.replace(training, model_dir=str(tmp_path / "run"))
+    shutil.copytree(training.model_dir, other.model_dir)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    gathered = []
+    monkeypatch.setattr(partitioning, "is_laid_by_rows", lambda mesh: True)
+    monkeypatch.setattr(parts, "gathers_at_once", lambda rows: not gathered.append(rows))
+    run = train(other)
+    assert run.state.params["blocks"]["feedforward"]["down_kernel"].sharding.spec == (None, "fsdp", None)
+    assert set(gathered) == {32}  # rows of the four kernels
+    expected, found = ([(line["step"], line["loss"]) for line in read_records(where.model_dir)]
+                       for where in (training, other))
+    assert len(expected) == 7 and found == expected
 
 
 @pytest.mark.parametrize("microbatches", [2, 4])

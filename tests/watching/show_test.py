@@ -1,6 +1,8 @@
 """`t5x show` on directories that are written here by hand: what it prints of a run, a study and a folder of runs."""
 
 import fcntl
+import json
+import re
 import subprocess
 import sys
 
@@ -84,6 +86,26 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
     (tmp_path / "study.json").write_text('{"runs": 3}')
     with pytest.raises(ValueError, match="study.json is damaged"):
         show(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"steps": None}, {"steps": "ten"}, {"from": 7}, {"run": "../x"}], ids=str)
+def test_a_plan_with_a_damaged_run_is_refused_in_one_line(tmp_path, change):
+    write_study(tmp_path)
+    plan = json.loads((tmp_path / "study.json").read_text())
+    plan["runs"][1] |= change
+    (tmp_path / "study.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match="study.json is damaged") as raised:
+        show(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [
+    '{"state": "failed"}', '{"state": 3}', "[]", '{"state": "done", "train_seconds": "1"}'], ids=str)
+def test_a_damaged_record_of_a_study_is_as_if_there_were_none(tmp_path, content):
+    write_study(tmp_path)
+    (tmp_path / "state" / "NL.seed1.json").write_text(content)
+    (tmp_path / "state" / "plan.json").write_text('{"NL.seed1": {"flops": "many"}, "NC.seed0": []}')
+    assert re.search(r"NL\.seed1 +trained, step 10 of 10", show(str(tmp_path)))
 
 
 def test_nothing_heavy_is_imported(tmp_path):

@@ -1,0 +1,103 @@
+"""Commands in processes of their own, forked from one that has imported the libraries: that takes longer than most
+commands do.
+
+`Forked(environment).run(["-m", "codellm_jax.cli", "train", ...])` or `run(["-c", PROGRAM, ...])` is as
+`subprocess.run([sys.executable, ...])` in that environment, with stdout and stderr together. Commands share nothing but
+what modules do when they are imported.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# What most commands import. None of it starts JAX's devices, or reads files.
+IMPORTED = ("codellm_jax.cli", "codellm_jax.training.train", "codellm_jax.evaluation.evaluate",
+            "codellm_jax.report.write", "codellm_jax.weights.exporting", "tensorflow", "seqio", "tasks.pretraining",
+            "tasks.evaluation", "tensorboardX")
+
+
+class Forked:
+    """A context manager; the process that commands are forked from ends with it."""
+
+    def __init__(self, environment: Mapping[str, str], timeout: float = 400.0) -> None:
+        self._timeout = timeout
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=self._timeout)
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+        """The status of a command, of a signal its negative number, and all that it wrote; some of its environment may
+        be other than that of the others.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+            asked = [list(command), dict(environment or {}), output.name, self._timeout]
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+            assert answer, "the process that commands are forked from has ended"
+            return json.loads(answer), output.read()
+
+
+def _serve() -> None:
+    for name in IMPORTED:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        command, environment, output, timeout = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.environ.update(environment)
+            _be(command, output)
+        alarm = threading.Timer(timeout, os.kill, (child, signal.SIGKILL))
+        alarm.start()
+        _, status = os.waitpid(child, 0)
+        alarm.cancel()
+        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+
+
+def _be(command: Sequence[str], output: str) -> None:
+    """Runs a command in this process, and ends it."""
+    kind, what, *arguments = command
+    with Path(output).open("wb") as file, Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [kind, *arguments]
+    status = 0
+    try:
+        if kind == "-m":
+            status = importlib.import_module(what).main(arguments)
+        else:
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        status = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve()
