@@ -410,7 +410,7 @@ def test_a_study_in_the_bucket_is_found_and_redone(bucket, tiny_flags, tiny_cach
     assert "1 of 1 runs are done" in page and ">NL</td>" in page and "Report of study" in page
     said = bucket(*command, "--gin.pretraining/LEARNING_RATE=0.5", "--redo")
     assert "LEARNING_RATE was 0.001, is 0.5" in said and "NL.seed0: done, train" in said
-    assert "what was there is in gs://bucket/study/replaced/NL.seed0-1" in said
+    assert "its old files are in gs://bucket/study/replaced/NL.seed0-1" in said
 
 
 LEFT = """
@@ -440,7 +440,7 @@ def test_a_preparation_in_the_bucket_is_that_on_disk(bucket, tmp_path):
                       "{'name': 'near_duplicates', 'similarity': 0.9}, 'duplicated_paragraphs', "
                       "{'name': 'sample', 'budgets': {'text.a': 3000}}]")
         bucket(*command)
-        assert "holds this already" in bucket(*command)
+        assert "already holds this preparation" in bucket(*command)
         told = bucket("-c", LEFT, str(output)).splitlines()
         found.append(next(line for line in told if line.startswith("LEFT ")))
     assert found[0] == found[1] and "Document" in found[0] and found[0].endswith("False")
