@@ -1,8 +1,8 @@
 """At which training stage does code data help a language model reason?
 
-Five wings, one for each question: `training`, `evaluation`, `study`, `report`, `pods`. Below them lie `mixture` (what
-is trained on), `model` (what is trained), `runtime` (how it is trained) and `results` (how sure a score is). `cli`
-is the `t5x` command; `configuration` alone imports gin.
+Five packages answer one question each: `training`, `evaluation`, `study`, `report`, `pods`. Below them are `mixture`
+(the training data), `model` (the decoder), `runtime` (devices, checkpoints, records) and `results` (scores and their
+intervals). `cli` is the `t5x` command; only `configuration` imports gin.
 """
 
 __version__ = "0.1.0"

@@ -1,20 +1,20 @@
-"""Conversations as tokens, in the form of the vocabulary's chat template, and which of the tokens are answers.
+"""Conversations as tokens in the form of the vocabulary's chat template, with the answer tokens marked.
 
-A template is Jinja, as tokenizers of published models have it, and is rendered as transformers renders it, in a
-sandbox. What it writes itself may be special tokens; the same words within a message are plain text, whoever wrote
-them: while a conversation is rendered, characters for private use stand in their place.
+A template is Jinja, as in the tokenizers of published models, and is rendered in a sandbox, as transformers does.
+Text that the template writes itself may be special tokens. The same words within a message are always plain text:
+private-use characters replace them while a conversation is rendered.
 
-Where a vocabulary has no template, `tasks` gives a conversation's turns as texts (`turns_tokens`).
+For a vocabulary without a template, `tasks` gives the turns of a conversation as texts (`turns_tokens`).
 
-An answer is what a model would write: all that a conversation's rendering has behind the rendering of the messages
-before it, which asks for the answer, up to and with the token that ends the turn. Where the template has
-{% generation %} tags, an answer is what they hold.
+An answer is what a model would write: everything that follows the rendering of the earlier messages with its generation
+prompt, up to and including the token that ends the turn. If the template has {% generation %} tags,
+an answer is the text inside them.
 
-Some templates write an answer in another way once the conversation goes on: Qwen3's leaves out what was thought. Such a
-conversation becomes several examples, so that each answer is learned once, and as it would be written.
+Some templates render an answer differently once the conversation continues: Qwen3's drops the reasoning. Such a
+conversation becomes several examples, so that each answer is learned once, in the form in which a model writes it.
 
-The tokens before an answer are those that `prompt_tokens` gives, token by token, also where the template has an answer
-follow on text that would be joined to it by the vocabulary: texts are parted there.
+The tokens before an answer are exactly those of `prompt_tokens`. The text is split there even where the vocabulary
+would merge the answer with the text before it.
 """
 
 import datetime
@@ -31,34 +31,34 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from codellm_jax.vocabulary import Vocabulary
 
-# Raise it whenever the same messages and template would give other tokens.
+# Increase it whenever the same messages and template give different tokens.
 CHAT_VERSION = 1
 
-Message = Mapping[str, str]  # role, content, and other texts that a template may know
+Message = Mapping[str, str]  # role, content, and other texts that a template may use
 
-# Characters for private use, by which the first and the end of an answer are marked, and an answer itself.
+# Private-use characters that mark the start and the end of an answer, and an answer itself.
 _FIRST, _END, _ANSWER = "\U000f0000", "\U000f0001", "\U000f0002"
 _STAND_INS, _LAST = 0xF0003, 0xFFFFD
 _PRIVATE = "[\U000f0000-\U000ffffd]"
-# What templates that write the day have where there is no clock (Llama 3's): the same tokens on every day.
+# The date for templates that print one (Llama 3's), fixed so that the tokens are the same every day.
 _TODAY = datetime.datetime(2024, 7, 26)
-# What a template's own mistakes are, beside Jinja's errors.
+# Errors that a faulty template may raise, besides Jinja's own.
 _MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
 
 
 class Refused(ValueError):
-    """Why a template does not take a conversation, such as "refused by the chat template: No system"."""
+    """Why a template rejects a conversation, such as "refused by the chat template: No system"."""
 
 
 class Tokens(NamedTuple):
-    """An example: its tokens, and which of them are answers."""
+    """The tokens of an example, and which of them are answers."""
 
     ids: list[int]
     counted: list[bool]
 
 
 class _Answer(NamedTuple):
-    """Where an answer stands in a rendering."""
+    """The position of an answer in a rendering."""
 
     first: int
     end: int
@@ -66,27 +66,27 @@ class _Answer(NamedTuple):
 
 
 class _Rendered(NamedTuple):
-    text: str  # with stand-ins
+    text: str  # with placeholders
     answers: list[_Answer]
 
 
 def conversation_tokens(vocabulary: Vocabulary, messages: Sequence[Message]) -> list[Tokens]:
-    """The examples that a conversation is, in most templates one.
+    """The examples made from a conversation, with most templates one.
 
     Args:
       vocabulary: one with a chat template.
       messages: the last is the assistant's.
 
     Raises:
-      Refused: the template does not take it, or its renderings do not tell what an answer is.
-      ValueError: the template is no Jinja.
+      Refused: the template rejects it, or its renderings do not show where an answer begins.
+      ValueError: the template is not valid Jinja.
     """
     safe, back = _protected(vocabulary, messages)
     return [_tokens(vocabulary, rendered, back) for rendered in _examples(vocabulary, safe)]
 
 
 def prompt_tokens(vocabulary: Vocabulary, messages: Sequence[Message]) -> list[int]:
-    """What a model reads to answer the last message; errors as those of `conversation_tokens`."""
+    """The tokens that a model reads to answer the last message; raises what `conversation_tokens` raises."""
     safe, back = _protected(vocabulary, messages)
     text, tagged = _render(vocabulary, safe, True)
     answers = tagged or [_Answer(first, end, True) for first, end, answered in _turns(vocabulary, safe)
@@ -95,13 +95,13 @@ def prompt_tokens(vocabulary: Vocabulary, messages: Sequence[Message]) -> list[i
 
 
 def prompt_text(vocabulary: Vocabulary, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """The text that the template makes of messages; errors as those of `conversation_tokens`."""
+    """The text that the template makes from messages; raises what `conversation_tokens` raises."""
     safe, back = _protected(vocabulary, messages)
     return _restored(_render(vocabulary, safe, add_generation_prompt)[0], back)
 
 
 def end_of_turn_ids(vocabulary: Vocabulary) -> set[int]:
-    """The token that ends an answer, where the template has one."""
+    """The token that ends an answer, if the template has one."""
     tail = _tail(vocabulary, [{"role": "user", "content": "?"}], {"role": "assistant"})
     found = _special(vocabulary).search(tail)
     return {dict(vocabulary.special_tokens)[found[0]]} if found else set()
@@ -112,7 +112,7 @@ def turns_tokens(
 ) -> list[list[list[int]]]:
     """The token ids of each turn of conversations without a template: prompt, answer, prompt and so on.
 
-    The first prompt begins as documents do, and each answer ends with the end of document, unless it is no token.
+    The first prompt begins as documents do. Each answer ends with the end-of-document token, if the vocabulary has one.
     """
     prompts = iter(vocabulary.encode_all([turn for turns in conversations for turn in turns[::2]], threads))
     answers = iter(vocabulary.encode_all(
@@ -128,7 +128,7 @@ def turns_tokens(
 
 
 def joined(turns: Sequence[Sequence[int]]) -> Tokens:
-    """The example of a conversation's turns, of which every second is an answer."""
+    """The example made from a conversation's turns; every second turn is an answer."""
     return Tokens([token for turn in turns for token in turn],
                   [number % 2 == 1 for number, turn in enumerate(turns) for _ in turn])
 
@@ -137,7 +137,7 @@ def joined(turns: Sequence[Sequence[int]]) -> Tokens:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} holds an answer."""
+    """{% generation %} ... {% endgeneration %} encloses an answer."""
 
     tags = {"generation"}
 
@@ -161,7 +161,7 @@ def _compiled(template: str) -> jinja2.Template:
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = tojson  # Jinja's own writes for HTML
+    environment.filters["tojson"] = tojson  # Jinja's own filter escapes for HTML
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": _TODAY.strftime}
     return environment.from_string(template)
 
@@ -169,12 +169,12 @@ def _compiled(template: str) -> jinja2.Template:
 def _render(
     vocabulary: Vocabulary, messages: Sequence[Message], add_generation_prompt: bool
 ) -> tuple[str, list[_Answer]]:
-    """The text of messages, and the answers that the template's tags mark, if it has any."""
+    """The text of messages, and the answers that the template's tags mark, if any."""
     try:
         template = _compiled(vocabulary.chat_template or "")
     except (jinja2.TemplateError, RecursionError) as error:
         where = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise ValueError(f"The chat template of vocabulary {vocabulary.path} is no Jinja template: {where}"
+        raise ValueError(f"The chat template of vocabulary {vocabulary.path} is not a valid Jinja template: {where}"
                          f"{_line(error)}.") from error
     try:
         marked = template.render(messages=messages, tools=None, documents=None,
@@ -182,7 +182,7 @@ def _render(
     except jinja2.TemplateError as error:
         raise Refused(f"refused by the chat template: {_line(error)}") from error
     except _MISTAKES as error:
-        raise Refused(f"with which the chat template fails: {_line(error)}") from error
+        raise Refused(f"on which the chat template fails: {_line(error)}") from error
     parts = re.split(f"([{_FIRST}{_END}])", marked)
     text, answers, first = "", [], 0
     for part in parts:
@@ -203,7 +203,7 @@ def _line(error: Exception) -> str:
 
 
 def _examples(vocabulary: Vocabulary, messages: Sequence[Message]) -> list[_Rendered]:
-    """The renderings of a conversation in which each of its answers counts once."""
+    """The renderings of a conversation, such that each of its answers counts once."""
     whole, tagged = _render(vocabulary, messages, False)
     if tagged:
         return [_Rendered(whole, tagged)]
@@ -219,7 +219,7 @@ def _examples(vocabulary: Vocabulary, messages: Sequence[Message]) -> list[_Rend
 
 
 def _turns(vocabulary: Vocabulary, messages: Sequence[Message]) -> Iterator[tuple[int, int, str]]:
-    """Of each answer where it begins and ends in the rendering of the messages up to it, and that rendering."""
+    """For each answer, its start and end in the rendering of the messages up to it, and that rendering."""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -227,7 +227,7 @@ def _turns(vocabulary: Vocabulary, messages: Sequence[Message]) -> Iterator[tupl
         prompt, _ = _render(vocabulary, before, True)
         answered, _ = _render(vocabulary, [*before, message], False)
         if not answered.startswith(prompt):
-            raise Refused("whose answers do not begin as the chat template asks for them")
+            raise Refused("whose answers do not begin with the chat template's generation prompt")
         tail, end = _tail(vocabulary, before, message), len(answered)
         if answered.endswith(tail):
             special = _special(vocabulary).search(tail)
@@ -236,7 +236,7 @@ def _turns(vocabulary: Vocabulary, messages: Sequence[Message]) -> Iterator[tupl
 
 
 def _tail(vocabulary: Vocabulary, before: Sequence[Message], answer: Message) -> str:
-    """What follows the text of an answer: the end of the turn, and perhaps a line end, or an end of all."""
+    """The text after an answer: the end of the turn, perhaps followed by a line end or the end of the document."""
     text, _ = _render(vocabulary, [*before, {**answer, "content": _ANSWER}], False)
     return text[text.rfind(_ANSWER) + 1 :] if _ANSWER in text else ""
 
@@ -246,13 +246,13 @@ def _tail(vocabulary: Vocabulary, before: Sequence[Message], answer: Message) ->
 
 @functools.lru_cache(maxsize=8)
 def _special(vocabulary: Vocabulary) -> re.Pattern[str]:
-    """Finds special tokens, of those that begin alike the longest."""
+    """Finds special tokens; of several with the same beginning, the longest."""
     texts = sorted((text for text, _ in vocabulary.special_tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
 def _protected(vocabulary: Vocabulary, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-    """Messages with a character for each special token, and for each character that is used so; and what they were."""
+    """Messages with a placeholder for each special token and each placeholder character, and the replaced texts."""
     stand_ins: dict[str, str] = {}
     pattern = re.compile(f"{_special(vocabulary).pattern}|{_PRIVATE}")
 
@@ -262,7 +262,7 @@ def _protected(vocabulary: Vocabulary, messages: Sequence[Message]) -> tuple[lis
     safe: list[Message] = [{name: pattern.sub(stand_in, text) for name, text in message.items()}
                            for message in messages]
     if len(stand_ins) > _LAST - _STAND_INS + 1:
-        raise Refused("with more characters for private use than can be told apart")
+        raise Refused("with too many different private-use characters")
     return safe, {character: text for text, character in stand_ins.items()}
 
 
@@ -275,11 +275,11 @@ def _tokens(vocabulary: Vocabulary, rendered: _Rendered, back: Mapping[str, str]
     specials = [found.span() for found in _special(vocabulary).finditer(text)]
 
     def add(first: int, end: int, counted: bool) -> None:
-        # Tokens do not reach across a special one, so that what stands before the last one need not be looked at.
+        # Tokens never span a special token, so only the text after the last one matters.
         lead = text[max((begin for begin, last in specials if last <= first), default=0) : first]
         before, both = (_encoded(vocabulary, part, back) for part in (lead, lead + text[first:end]))
         ids = both[len(before) :]
-        if both[: len(before)] != before:  # a token would reach across the border
+        if both[: len(before)] != before:  # a token would span the boundary
             ids = _encoded(vocabulary, text[first:end], back, before)
         tokens.ids.extend(ids)
         tokens.counted.extend([counted] * len(ids))
@@ -296,7 +296,7 @@ def _tokens(vocabulary: Vocabulary, rendered: _Rendered, back: Mapping[str, str]
 def _encoded(
     vocabulary: Vocabulary, text: str, back: Mapping[str, str], context: Sequence[int] | None = None
 ) -> list[int]:
-    """Token ids of a rendering, or of a part of it behind `context`; what stands in a message is plain text."""
+    """Token ids of a rendering, or of a part of it that follows `context`; messages are plain text."""
     if context is None and not re.search(_PRIVATE, text):
         return vocabulary.encode_with_special(text)
     ids, done, ids_of = list(context or ()), 0, dict(vocabulary.special_tokens)

@@ -27,20 +27,20 @@ from codellm_jax.runtime.terminal import (
     to_nowhere,
 )
 
-# What they do is kept in files, and goes on where nobody reads what they print.
+# Their results are in files, so they continue when nobody reads their output.
 LASTING = ("train", "eval", "study", "cache", "prepare", "report", "laws", "plot", "vocabulary", "launch", "import",
            "export", "fetch", "adopt")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a sub-command; returns the exit status. A user's mistake is one line on stderr and status 2 or 1."""
+    """Runs a sub-command; returns the exit status. A user's mistake gives one line on stderr and status 2 or 1."""
     escape_what_cannot_be_encoded()
     whole = parser()
-    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may follow
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         from codellm_jax.completion import complete
 
         complete(whole)
-    # A flag whose value may be left out would take a --gin. flag with a blank in it for its value.
+    # A flag with an optional value would consume a --gin. flag that contains a space.
     given = ["--print_commands=shell" if argument == "--print_commands" else argument
              for argument in (sys.argv[1:] if arguments is None else arguments)]
     job: list[str] = []
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return status
         with interruptible():
             return _leave(commands[flags.command](flags))
-    except BrokenPipeError:  # of a command whose output is all it is for, such as explain ... | head
+    except BrokenPipeError:  # of a command that only prints, such as explain ... | head
         to_nowhere(1)
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -91,13 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(module: str, function: str, *arguments: Any) -> int:
-    """Prints what a function of a module of this package gives."""
+    """Prints the result of a function of a module of this package."""
     print(getattr(importlib.import_module(f"codellm_jax.{module}"), function)(*arguments))
     return 0
 
 
 def _with_others(flags: argparse.Namespace) -> int | None:
-    """Joins the other processes of a run, if it has some, in a child; the exit status in the process that watches."""
+    """Joins the other processes of a run, if any, in a child; returns the exit status in the watching process."""
     from codellm_jax.runtime.supervision import has_others, watched
 
     given = [flags.coordinator_address, flags.process_count, flags.process_index]
@@ -112,7 +112,7 @@ def _with_others(flags: argparse.Namespace) -> int | None:
 
 
 def _leave(status: int) -> int:
-    """The exit status, once the other processes are told, where there are any."""
+    """The exit status, after informing the other processes, if any."""
     if distributed := sys.modules.get("codellm_jax.runtime.distributed"):
         distributed.leave(status)
     return status
@@ -123,9 +123,10 @@ def _configuration(flags: argparse.Namespace) -> Any:
 
     if not flags.gin_file:
         if flags.command in ("study", "eval", "infer", "prepare"):
-            raise ValueError(f"no --gin_file is given; gin/{flags.command}.gin is the one to begin with.")
+            raise ValueError(f"no --gin_file is given; gin/{flags.command}.gin is the file to start with.")
         raise ValueError(f"no --gin_file is given. To begin: t5x {flags.command} --gin_file=gin/mixed_pretrain.gin"
-                         + (" (add --dry_run to see the plan first) trains on data that every Python has, in minutes. "
+                         + (" (add --dry_run to see the plan first) trains in minutes on data that every Python "
+                            "installation has. "
                             "--gin.NAME=VALUE changes a setting; t5x train --help has examples."
                             if flags.command == "train" else "."))
     read = read_settings if getattr(flags, "status", False) else read_configuration
@@ -238,12 +239,12 @@ def _compare(flags: argparse.Namespace) -> int:
 
 
 def _contamination(flags: argparse.Namespace) -> int:
-    if flags.gin_file:  # first, so that the arm's files and the flags win
+    if flags.gin_file:  # first, so that the arm's files and the flags override it
         flags.gin_file.insert(0, "gin/contamination.gin")
     configuration = _configuration(flags)
     _require_directory(flags.output)
     if not {"mixture.name", "vocabulary.path"} <= configuration.effective.keys():
-        raise ValueError("no --gin_file names a mixture: give an arm's, such as gin/mixed_pretrain.gin.")
+        raise ValueError("no --gin_file names a mixture: add the gin file of an arm, such as gin/mixed_pretrain.gin.")
     from codellm_jax.configuration import build
     from codellm_jax.evaluation.contamination import measure, measure_into, mixtures_behind, table
 
@@ -269,7 +270,7 @@ def _report(flags: argparse.Namespace) -> int:
 
 
 def _tool(name: str) -> str:
-    """How a command of this environment is typed: its name where PATH finds it, else its path from here."""
+    """How to type a command of this environment: its name if PATH finds it, else its relative path."""
     return name if shutil.which(name) else os.path.relpath(Path(sys.executable).parent / name)
 
 
@@ -307,7 +308,7 @@ def _vocabulary(flags: argparse.Namespace) -> int:
 
 def _require_directory(file: str | None) -> None:
     if file and "://" not in file and not Path(file).expanduser().parent.is_dir():
-        raise FileNotFoundError(f"there is no directory to write {file} in.")
+        raise FileNotFoundError(f"{file} cannot be written: its directory does not exist.")
 
 
 def _cache(flags: argparse.Namespace) -> int:
@@ -336,7 +337,7 @@ def _prepare(flags: argparse.Namespace) -> int:
 
 
 def _export(flags: argparse.Namespace) -> int:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: it would take accelerators for nothing
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported, which would occupy accelerators needlessly
     from codellm_jax.weights.exporting import export
 
     if not flags.debug:
@@ -346,21 +347,21 @@ def _export(flags: argparse.Namespace) -> int:
 
 
 def _import(flags: argparse.Namespace) -> int:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: accelerators have nothing to do
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: no accelerator is needed
     from codellm_jax.weights.checking import TOLERANCE, largest_difference, require_transformers
     from codellm_jax.weights.importing import import_run
 
     if not flags.debug:
         quiet_libraries()
     if flags.check:
-        require_transformers()  # before hours of reading
+        require_transformers()  # before reading for hours
     source = import_run(flags.source, flags.output, flags.vocabulary)
     if flags.check:
         difference = largest_difference(source, flags.output)
-        print(f"Largest difference of logits from those of transformers: {difference:.2e}", flush=True)
+        print(f"Largest difference between these logits and those of transformers: {difference:.2e}", flush=True)
         if not difference <= TOLERANCE:  # NaN, too
             return _fail("t5x import", f"logits differ by {difference:.2e} from those of transformers, and "
-                         f"{TOLERANCE:g} is allowed: what {flags.output} holds is not that model.", 1)
+                         f"{TOLERANCE:g} is allowed: {flags.output} does not hold that model.", 1)
     print(f"Train on:    {_tool('t5x')} train --gin_file=gin/continue_pretrain.gin "
           f"--gin.INITIAL_CHECKPOINT_PATH={shlex.quote(flags.output)}")
     print(f"Evaluate it: {_tool('t5x')} eval --gin_file=gin/eval.gin --gin.CHECKPOINT_PATH={shlex.quote(flags.output)}")
@@ -381,7 +382,7 @@ def _launch(flags: argparse.Namespace) -> int:
 
     tpu = accelerator(flags.tpu)
     if not flags.job or flags.job[0] not in VERBS:
-        raise ValueError(f"what TPUs are to run follows --, and is one of {', '.join(VERBS)}: "
+        raise ValueError(f"the command for the TPUs follows -- and is one of {', '.join(VERBS)}: "
                          "t5x launch ... -- train --gin_file=FILE --gin.MODEL_DIR=gs://BUCKET/RUN")
     command, rest = parser().parse_known_args(flags.job)
     command.overrides = overrides_of(rest)
@@ -410,7 +411,7 @@ def _launch(flags: argparse.Namespace) -> int:
 
 
 def _precompile(flags: argparse.Namespace) -> int:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: it would look for TPUs
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported, which would look for TPUs
     from codellm_jax.pods.topologies import with_memory
 
     topology, size, given = with_memory(flags.topology, flags.memory), flags.vocabulary_size, flags.overrides
@@ -418,7 +419,7 @@ def _precompile(flags: argparse.Namespace) -> int:
         raise ValueError(f"--vocabulary_size must be positive, found {size}.")
     _require_directory(flags.report)
     title = " ".join([*flags.gin_file, *(f"{name}={value}" for name, value in given)])
-    # Nothing is read that only a run needs: neither the run to start from nor, where its size is given, a vocabulary.
+    # Reads nothing that only a run needs: not the run to start from, and no vocabulary if its size is given.
     unread = [("train.initial_checkpoint_path", "None"), *([("vocabulary.path", "python_8k")] if size else [])]
     from codellm_jax.configuration import build
     from codellm_jax.pods.precompile import precompile

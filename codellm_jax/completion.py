@@ -1,4 +1,4 @@
-"""Completion of `t5x` in a shell, by argcomplete: sub-commands, flags, gin files, and the settings of the shipped ones.
+"""Shell completion of `t5x` by argcomplete: sub-commands, flags, gin files, and the settings of the shipped ones.
 
     eval "$(register-python-argcomplete t5x)"
 """
@@ -10,7 +10,7 @@ from codellm_jax.settings import SHIPPED, shipped_gin_files
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answers the shell and ends the process. Raises ImportError where argcomplete is not installed."""
+    """Answers the shell and ends the process. Raises ImportError if argcomplete is not installed."""
     import argcomplete
 
     files = argcomplete.completers.FilesCompleter((".gin",))

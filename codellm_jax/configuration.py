@@ -1,7 +1,7 @@
-"""gin files and flags to the objects of a run; the only importer of gin.
+"""Turns gin files and flags into the objects of a run; the only module that imports gin.
 
-Files and flags are read into a list of settings first, each with where it stands, so that `t5x explain` can tell what
-set a value and what that overrode, and a mistake is found before anything is built. What gin then gets is the last
+Files and flags are first read into a list of settings, each with its source, so that `t5x explain` can print what set
+a value and what that overrode, and so that mistakes are found before anything is built. Gin then receives the last
 setting of each name.
 """
 
@@ -27,9 +27,9 @@ from codellm_jax.contents import whole_text
 from codellm_jax.settings import SHIPPED, Configuration, Setting, nearest, references, shipped_gin_files
 from gin import config_parser
 
-# The schedules that train.learning_rate may be.
+# The schedules that train.learning_rate accepts.
 LEARNING_RATES = ("warmup_cosine", "warmup_linear", "warmup_stable_decay", "warmup_constant", "inverse_square_root")
-# What gin files may bind, and where it is defined. Imported only when a configuration is built.
+# The configurables of gin files, and the modules that define them. Imported only when a configuration is built.
 CONFIGURABLES = {
     "train": "codellm_jax.training.plan:Training",
     "study": "codellm_jax.study.arms:Study",
@@ -66,7 +66,7 @@ class _Reference:
 
 
 class _AsWritten(config_parser.ParserDelegate):
-    """Leaves references as they are written."""
+    """Keeps references as written."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
         return _Reference(f"@{scoped_configurable_name}{'()' if evaluate else ''}")
@@ -79,16 +79,16 @@ def read_configuration(
     gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], search_paths: Sequence[str] = (),
     parent: Mapping[str, str] | None = None,
 ) -> Configuration:
-    """Reads gin files in order, then overrides; later settings win.
+    """Reads gin files in order, then overrides; later settings override earlier ones.
 
     Args:
-      gin_files: paths, looked for as given, then in `search_paths`, then among the shipped ones.
-      overrides: (name, value) as on the command line; a value that is no gin literal is a string.
-      parent: settings, name -> value, of the run to start from, where that is not trained yet; else they are read from
-        its newest checkpoint.
+      gin_files: paths, searched for as given, then in `search_paths`, then among the shipped files.
+      overrides: (name, value) as on the command line; a value that is not a gin literal is a string.
+      parent: settings, name -> value, of the run to start from, if it is not trained yet; else they are read from its
+        newest checkpoint.
 
     Raises:
-      FileNotFoundError: no such file.
+      FileNotFoundError: a file does not exist.
       ValueError: a syntax error, an unknown parameter, or a macro that nothing uses; in one line.
     """
     read = read_settings(gin_files, overrides, search_paths)
@@ -103,7 +103,7 @@ def read_configuration(
 def read_settings(
     gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], search_paths: Sequence[str] = ()
 ) -> Configuration:
-    """The same as they stand, unchecked and without what is taken over: nothing that they name is imported."""
+    """The settings as written, unchecked and without inherited ones; imports nothing that they name."""
     settings: list[Setting] = []
     imports: list[str] = []
     for file in gin_files:
@@ -114,7 +114,7 @@ def read_settings(
 
 
 def settings_in(file: str) -> list[Setting]:
-    """The bindings of one gin file, whoever's, as they stand; what it includes and imports is passed over."""
+    """The bindings of any one gin file as written; its includes and imports are ignored."""
     return [statement for statement in _statements(file, whole_text(file)) if isinstance(statement, Setting)]
 
 
@@ -126,8 +126,8 @@ def _read_file(
             settings.append(statement)
         elif isinstance(statement, config_parser.IncludeStatement):
             if included_by:
-                raise ValueError(f"{file} is included by {included_by} and includes {statement.filename} itself; "
-                                 "one level of include is all there is.")
+                raise ValueError(f"{file} is included by {included_by} and itself includes {statement.filename}; "
+                                 "only one level of include is allowed.")
             _read_file(statement.filename, search_paths, settings, imports, included_by=file)
         elif isinstance(statement, config_parser.ImportStatement):
             if statement.module == "__gin__.dynamic_registration":
@@ -148,7 +148,7 @@ def _statements(file: str, content: str) -> tuple[Any, ...]:
                                     f"{file}:{statement.location.line_num}")
             found.append(statement)
     except tokenize.TokenError as error:
-        raise ValueError(f"{file}, line {error.args[1][0]}: {error.args[0]}; is a bracket or quote open?") from None
+        raise ValueError(f"{file}, line {error.args[1][0]}: {error.args[0]}; unclosed bracket or quote?") from None
     except SyntaxError as error:
         message, text = error.msg.splitlines()[0], (error.text or "").strip()
         raise ValueError(f"{file}, line {error.lineno}: {message}: {text}") from None
@@ -156,10 +156,10 @@ def _statements(file: str, content: str) -> tuple[Any, ...]:
 
 
 def _inherited(settings: Sequence[Setting]) -> list[Setting]:
-    """What is taken over from the run or the published weights that INITIAL_CHECKPOINT_PATH, BRANCH_FROM or
-    CHECKPOINT_PATH names: the model's size, the vocabulary, the length of rows and the mesh, below any file or flag.
+    """The settings inherited from the run or the published weights that INITIAL_CHECKPOINT_PATH, BRANCH_FROM
+    or CHECKPOINT_PATH names: model size, vocabulary, row length and mesh. Any file or flag overrides them.
 
-    Once the run has a checkpoint of its own, that tells the same, should the other run be gone.
+    Once the run has its own checkpoint, that holds the same settings, in case the other run is gone.
     """
     names = ("INITIAL_CHECKPOINT_PATH", "BRANCH_FROM", "CHECKPOINT_PATH", "MODEL_DIR")
     literals = {setting.name: ast.literal_eval(setting.value) for setting in settings
@@ -171,7 +171,7 @@ def _inherited(settings: Sequence[Setting]) -> list[Setting]:
 
     try:
         path, (step, saved) = parent, newest_settings(parent, training="CHECKPOINT_PATH" not in literals)
-    except OSError:  # it is gone, or the network is
+    except OSError:  # it is gone, or the network is down
         try:
             path, (step, saved) = literals["MODEL_DIR"], newest_settings(literals["MODEL_DIR"])
         except (FileNotFoundError, KeyError):
@@ -182,7 +182,7 @@ def _inherited(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def _branch_step(settings: Sequence[Setting]) -> list[Setting]:
-    """BRANCH_STEP, where it is used: the step of BRANCH_FROM, or 0."""
+    """The step of BRANCH_FROM if BRANCH_STEP is used, or 0."""
     if not any("BRANCH_STEP" in references("%", setting.value) for setting in settings):
         return []
     named = [setting for setting in settings if setting.name == "BRANCH_FROM"][-1:]
@@ -191,7 +191,7 @@ def _branch_step(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def _taken_over(saved: Mapping[str, str], settings: Sequence[Setting], where: str) -> list[Setting]:
-    """What of a run's settings `saved` holds below `settings` for a run that starts from it; literals alone."""
+    """The settings of `saved` that a run starting from it inherits, where `settings` has none; literals only."""
     from codellm_jax.runtime.compatibility import VOCABULARY_SETTINGS, literal
 
     names = [name for name in saved if re.fullmatch(r"(model|mesh)\.\w+", name)]
@@ -216,28 +216,28 @@ def _find(file: str, search_paths: Sequence[str]) -> epath.Path:
 
 @functools.lru_cache(maxsize=4096)
 def as_gin_value(text: str) -> str:
-    """A flag's value as gin writes it: a literal or reference as it is, any other text as a string."""
+    """A flag's value in gin's syntax: a literal or reference unchanged, any other text as a string."""
     try:
         statements = list(config_parser.ConfigParser(f"value = {text}", _AsWritten()))
         if len(statements) == 1 and isinstance(statements[0], config_parser.BindingStatement):
             return repr(statements[0].value)
     except (SyntaxError, tokenize.TokenError):
         if text.startswith(tuple("[{(@%'\"")):
-            raise ValueError(f"{text} looks like a list, reference or quoted string but is not a whole one.") from None
+            raise ValueError(f"{text} looks like a list, reference or quoted string but is incomplete.") from None
     return repr(text)
 
 
 def build(configuration: Configuration, name: str) -> Any:
-    """Calls a configurable with everything that is bound, and returns what it makes.
+    """Calls a configurable with all its bindings and returns the result.
 
     Raises:
-      ValueError: in one line, where a parameter is missing.
+      ValueError: in one line, if a parameter is missing.
     """
     require_types(configuration)
     gin.clear_config()
     _register(configuration)
     gin.parse_config("\n".join(configuration.imports))
-    # A study's file has settings of the runs that it makes too, pretraining/BATCH_SIZE = 8.
+    # A study's file also has settings of its runs, such as pretraining/BATCH_SIZE = 8.
     is_study = "study.directory" in configuration.effective
     for setting in configuration.effective.values():
         if not (is_study and "/" in setting.name):
@@ -246,7 +246,7 @@ def build(configuration: Configuration, name: str) -> Any:
     return gin.get_configurable(name)()
 
 
-@functools.lru_cache(maxsize=4096)  # the arms of a study have most of their values in common
+@functools.lru_cache(maxsize=4096)  # the arms of a study share most of their values
 def _gin_value(text: str) -> Any:
     return gin.config.parse_value(text)
 
@@ -270,10 +270,10 @@ def _optax_names(configuration: Configuration) -> set[str]:
 
 
 def operative(configuration: Configuration) -> tuple[str, dict[str, str]]:
-    """What holds after `build`: every parameter that was used, defaults included, and the macros they name.
+    """The operative configuration after `build`: every parameter used, with defaults, and the macros that they name.
 
     Returns:
-      A gin file with the source of each value in a comment, and the same as name -> value.
+      A gin file with the source of each value in a comment, and the same values as a dict.
     """
     effective = configuration.effective
     values = {name: setting.value for name, setting in effective.items() if _is_macro(name)}
@@ -281,7 +281,7 @@ def operative(configuration: Configuration) -> tuple[str, dict[str, str]]:
     for statement in config_parser.ConfigParser(gin.operative_config_str(max_line_length=10**6), _AsWritten()):
         if isinstance(statement, config_parser.BindingStatement) and statement.arg_name:
             scope = f"{statement.scope}/" if statement.scope else ""
-            module = "optax." if statement.selector in from_optax else ""  # gin leaves it out
+            module = "optax." if statement.selector in from_optax else ""  # gin drops the prefix
             value = re.sub(r"@(\w+)", lambda found: f"@{'optax.' if found[1] in from_optax else ''}{found[1]}",
                            repr(statement.value))
             values[f"{scope}{module}{statement.selector}.{statement.arg_name}"] = value
@@ -294,7 +294,7 @@ def operative(configuration: Configuration) -> tuple[str, dict[str, str]]:
 
 
 def explain(configuration: Configuration, name: str) -> str:
-    """What set a value and what that overrode, in a few lines. Raises ValueError for an unknown name."""
+    """The source of a value and what it overrode, in a few lines. Raises ValueError for an unknown name."""
     history = [setting for setting in configuration.settings if setting.name == name]
     configurable, _, parameter = name.rpartition(".")
     if not history:
@@ -321,16 +321,16 @@ def explain(configuration: Configuration, name: str) -> str:
 def _require_known_names(configuration: Configuration) -> None:
     effective = configuration.effective
     used = {macro for setting in effective.values() for macro in references("%", setting.value)}
-    # What a file used and a later one overrode is no slip.
+    # A macro that a file used and a later file overrode is not a mistake.
     ever_used = {macro for setting in configuration.settings for macro in references("%", setting.value)}
     for macro in sorted(used - set(effective)):
         user = next(setting for setting in effective.values() if f"%{macro}" in setting.value)
         start = next((name for name in ("INITIAL_CHECKPOINT_PATH", "CHECKPOINT_PATH") if name in effective), None)
-        raise ValueError(f"{user.where}: {user.name} needs {macro}, which no file and no flag sets; "
+        raise ValueError(f"{user.where}: {user.name} needs {macro}, which no file or flag sets; "
                          f"give --gin.{macro}=VALUE" + (f", or name a run in {start}." if start else "."))
     for name, setting in effective.items():
         selector, _, parameter = name.split("/")[-1].rpartition(".")
-        # A macro of a study: found out when its runs are read.
+        # A macro of a study: checked when its runs are read.
         known = name in ever_used or "study.directory" in effective if _is_macro(name) else \
             selector in CONFIGURABLES and parameter in _parameters(selector)
         if not known and (theirs := t5x_names.of_setting(name)) and not configuration.imports:
@@ -355,8 +355,8 @@ def _require_known_selector(selector: str, setting: Setting, configuration: Conf
 
         name = selector.removeprefix("optax.")
         if name in CONFIGURABLES:
-            raise ValueError(f"{setting.where}: optax's own {name} takes other arguments than an optimizer here is "
-                             f"given; use @{name}, or @chain with chain.transformations (see docs/settings.md).")
+            raise ValueError(f"{setting.where}: optax's own {name} takes arguments that an optimizer here does not "
+                             f"get; use @{name}, or @chain with chain.transformations (see docs/settings.md).")
         if not hasattr(optax, name):
             raise ValueError(f"{setting.where}: optax has no {name!r}" + nearest(name, dir(optax)))
     elif selector not in CONFIGURABLES and not configuration.imports:
@@ -365,7 +365,7 @@ def _require_known_selector(selector: str, setting: Setting, configuration: Conf
 
 
 def require_types(configuration: Configuration) -> None:
-    """Raises ValueError where a literal is bound to a parameter of another type."""
+    """Raises ValueError if a literal is bound to a parameter of another type."""
     effective = configuration.effective
     for name, setting in effective.items():
         selector, _, parameter = name.split("/")[-1].rpartition(".")
@@ -377,7 +377,7 @@ def require_types(configuration: Configuration) -> None:
         try:
             value = ast.literal_eval(source.value)
         except (ValueError, SyntaxError):
-            continue  # a reference, or a container of some
+            continue  # a reference, or a container of references
         wanted = _types(selector).get(parameter, Any)
         if not _fits(value, wanted):
             readable = str(wanted).replace("typing.", "").replace("collections.abc.", "").removeprefix("<class '")
@@ -421,13 +421,14 @@ def _target(configurable: str) -> Callable[..., Any]:
 
 
 def imported(module: str) -> types.ModuleType:
-    """A module by name. Raises ValueError where another module of the name `tasks` stands in the way of ours."""
+    """A module by name. Raises ValueError if another module named `tasks` shadows ours."""
     if module.split(".")[0] == "tasks":
         own = Path(__file__).resolve().parent.parent / "tasks"
         found = importlib.util.find_spec("tasks")
         where = None if found is None else found.origin or next(iter(found.submodule_search_locations or ()), None)
         if where is None or Path(where).resolve().parent != own:
-            raise ValueError(f"{where or 'nothing'} is found as the module `tasks`, in the place of this package's own "
-                             f"in {own}: run the command from another folder, take that one off PYTHONPATH, or rename "
+            raise ValueError(f"{where or 'nothing'} shadows this package's module `tasks` in {own}: run the command "
+                             f"from "
+                             f"another folder, remove that one from PYTHONPATH, or rename "
                              "it.")
     return importlib.import_module(module)

@@ -1,17 +1,17 @@
-"""What a file that a user gives holds: text in lines of UTF-8, however it is compressed and encoded.
+"""Reads users' files as lines of UTF-8 text, whatever their compression and encoding.
 
-What a file is, its content says, never its name:
+A file's type is detected from its content, never from its name:
 
-  compression  gzip, bz2, xz and Zstandard; members that follow one another are read as one
-  encoding     UTF-8 with or without a byte order mark; UTF-16 and UTF-32 with one, which are given on as UTF-8
-  no text      Parquet, zip, UTF-16 without a mark and their like are refused, in a line that names the file, what it is
-               and what is read
+  compression  gzip, bz2, xz and Zstandard; concatenated members are read as one
+  encoding     UTF-8 with or without a byte order mark; UTF-16 and UTF-32 with one, which are converted to UTF-8
+  no text      Parquet, zip, UTF-16 without a mark and the like are refused with a line that names the file, its type
+               and the accepted types
 
-Other bytes that are no UTF-8 are given on as they are: a reader of records counts them, `whole_text` refuses them. A
-mark at the beginning of a later line, where files were joined, is dropped as the first one is.
+Other bytes that are not UTF-8 are passed on unchanged: a reader of records counts them, `whole_text` refuses them. A
+byte order mark at the start of a later line, where files were concatenated, is dropped like the first one.
 
-Needs the standard library alone, and so may be known by everything, `tasks` too; etils for gs://, huggingface_hub for
-hf://, and zstandard.
+Needs only the standard library, so every module may import it, `tasks` too; etils for gs://, huggingface_hub for hf://,
+and zstandard for that compression.
 """
 
 import bz2
@@ -29,21 +29,21 @@ from typing import Any
 
 from codellm_jax import hub
 
-PIECE = 1 << 18  # bytes that are read at once
-LARGEST = 1 << 30  # bytes of one line or text that readers of corpora hold
+PIECE = 1 << 18  # bytes per read
+LARGEST = 1 << 30  # longest line or text, in bytes, that readers of corpora accept
 TOO_LARGE = "longer than 1 GiB"
-HEAD = 1 << 13  # bytes by which a file is told
+HEAD = 1 << 13  # bytes from which a file's type is detected
 
-READ_IS = ("text is read in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, plain or compressed by gzip, bz2, xz "
-           "or Zstandard")
-RECORDS = r"\.(jsonl?|ndjson|csv|tsv|tab|parquet)$"  # how files of records are named, by kind
-COMPRESSED = ".gz, .bz2, .xz or .zst"  # for messages: how such files are mostly named
+READ_IS = ("text may be UTF-8, or UTF-16 or UTF-32 with a byte order mark, plain or compressed by gzip, bz2, xz or "
+           "Zstandard")
+RECORDS = r"\.(jsonl?|ndjson|csv|tsv|tab|parquet)$"  # file name suffixes of records, by kind
+COMPRESSED = ".gz, .bz2, .xz or .zst"  # for messages: the usual suffixes
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _MARKS_OF_LINE = re.compile(rb"^(?:\xef\xbb\xbf)+")
 
-# What begins so, from the byte of the first number on, and is no UTF-8 without zeros.
+# Files with these bytes at this offset that are not UTF-8 without zeros.
 _KINDS = (
     (0, b"PAR1", "a Parquet file"), (0, b"ARROW1", "an Arrow file"), (0, b"\xff\xff\xff\xff", "an Arrow stream"),
     (0, b"FEA1", "a Feather file"), (0, b"ORC", "an ORC file"), (0, b"Obj\x01", "an Avro file"),
@@ -57,10 +57,10 @@ _KINDS = (
     (0, b"\x89PNG", "a PNG image"), (0, b"\xff\xd8\xff", "a JPEG image"), (0, b"GIF8", "a GIF image"),
     (0, b"\x7fELF", "a program"),
 )
-# What is text, but not that for which it stands.
+# Text that is a placeholder for the real file.
 _POINTERS = (
-    (0, b"version https://git-lfs", "a pointer of Git LFS in the place of the file (`git lfs pull` brings it)"),
-    (0, b"/annex/objects/", "a pointer of git-annex in the place of the file (`git annex get` brings it)"),
+    (0, b"version https://git-lfs", "a Git LFS pointer instead of the file (`git lfs pull` downloads it)"),
+    (0, b"/annex/objects/", "a git-annex pointer instead of the file (`git annex get` downloads it)"),
 )
 
 
@@ -70,8 +70,8 @@ def _zstd() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
-# By name: how it begins, what makes an object that uncompresses one member, and how many bytes that is given at once:
-# gzip makes at most 1,000 times as many of them and Zstandard 30,000 times; the others give what they make in pieces.
+# By name: the first bytes, a factory of decompressors of one member, and the bytes given to one at a time:
+# gzip expands them at most 1,000 times and Zstandard 30,000 times; the others return their output in pieces.
 _COMPRESSIONS: dict[str, tuple[bytes, Callable[[], Any], int]] = {
     "gzip": (rb"\x1f\x8b", lambda: zlib.decompressobj(31), 1 << 14),
     "bz2": (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.BZ2Decompressor, PIECE),
@@ -81,11 +81,11 @@ _COMPRESSIONS: dict[str, tuple[bytes, Callable[[], Any], int]] = {
 
 
 class UnreadableFile(ValueError):
-    """A file that is not what is read here; in one line that names it."""
+    """A file of a type that is not read here; one line that names it."""
 
 
 class BrokenFile(Exception):
-    """A file breaks off, or is damaged from somewhere on; what was read before is good."""
+    """A file is truncated, or damaged from some point on; everything read before is good."""
 
 
 def without_compression(name: str) -> str:
@@ -94,27 +94,27 @@ def without_compression(name: str) -> str:
 
 
 def word_of(file: str) -> str:
-    """A file's name as one plain word, as a word stays: without folders, compression and kind, "_" for other signs."""
+    """A file's name as one plain word: without folders and suffixes, "_" for other characters."""
     name = without_compression(file.rpartition("/")[2])
     return re.sub(r"[\W_]+", "_", re.sub(RECORDS, "", name, flags=re.IGNORECASE)).strip("_")
 
 
 def absolute(file: str) -> str:
-    """A path from the root; an address stays as it is."""
+    """An absolute path; addresses such as gs:// stay unchanged."""
     return file if "://" in file else os.path.abspath(os.path.expanduser(file))
 
 
 def require_file(file: str, what: str = "file") -> None:
-    """Raises OSError or UnreadableFile, in one line, unless there is such a file, local or gs://.
+    """Raises OSError or UnreadableFile, in one line, unless the file exists, local or gs://.
 
     Args:
       file: its address.
-      what: what to call it where it is not there, such as "vocabulary file".
+      what: its name in the message, such as "vocabulary file".
     """
     if "://" in file:
         try:
             is_folder, is_there = remote(file).is_dir(), remote(file).exists()
-        except Exception as error:  # services have errors of their own
+        except Exception as error:  # storage services have their own errors
             raise cannot_be_read(file, error) from error
         if is_folder:
             raise UnreadableFile(f"{file} is a folder; give a file.")
@@ -125,7 +125,7 @@ def require_file(file: str, what: str = "file") -> None:
         mode = os.stat(file).st_mode
     except OSError as error:
         if os.path.islink(file) and not isinstance(error, PermissionError):
-            raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which is not there; bring that back, or "
+            raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which does not exist; restore it, or "
                                     "remove the link.") from None
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise FileNotFoundError(f"There is no {what} {file}.") from None
@@ -133,48 +133,48 @@ def require_file(file: str, what: str = "file") -> None:
     if stat.S_ISDIR(mode):
         raise UnreadableFile(f"{file} is a folder; give a file.")
     if not stat.S_ISREG(mode):
-        raise UnreadableFile(f"{file} is a pipe, a socket or a device; write what it gives to a file.")
+        raise UnreadableFile(f"{file} is a pipe, a socket or a device; write its content to a file.")
 
 
 def is_file(file: str) -> bool:
-    """Whether there is such a file, local or remote."""
+    """Whether the file exists, local or remote."""
     return remote(file).exists() if "://" in file else os.path.isfile(file)
 
 
 def cannot_be_read(file: str, error: Exception) -> OSError:
-    """Of what the file system or a storage service says, the line that names the file."""
+    """The error of a file system or storage service as one line that names the file."""
     reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-    # With a text alone it is not taken for an error of the disk that is written to.
+    # Without an errno it is not mistaken for an error of the disk being written to.
     return (type(error) if isinstance(error, OSError) else OSError)(f"{file} cannot be read: {reason}.")
 
 
 def size(file: str) -> int:
-    """Bytes of a file as it lies there, compressed or not."""
+    """The stored size of a file in bytes, compressed or not."""
     return remote(file).stat().length if "://" in file else os.path.getsize(file)
 
 
 def compression(head: bytes) -> str | None:
-    """What a file is compressed by, told by its first bytes; None where it is by nothing that is read."""
+    """The compression of a file, from its first bytes; None if it has none that is read here."""
     return next((name for name, (magic, *_) in _COMPRESSIONS.items() if re.match(magic, head, re.DOTALL)), None)
 
 
 def kind(head: bytes) -> str | None:
-    """What a file of a kind of its own is, told by its first bytes, such as "a Parquet file"; None for any other."""
+    """The type of a file, from its first bytes, such as "a Parquet file"; None if unknown."""
     if 0 < int.from_bytes(head[:8], "little") < 1 << 40 and head[8:10] == b'{"':
         return "a safetensors file"
-    # A text may begin with the letters of some.
+    # A text may begin with the magic letters of some.
     is_text = b"\0" not in head and _decodes(head, "utf-8")
     return next((what for start, magic, what in (_POINTERS if is_text else _KINDS) if head.startswith(magic, start)),
                 None)
 
 
 def _no_text(head: bytes) -> str | None:
-    """What a file is, told by its first bytes once they are uncompressed; None where it may be text.
+    """The type of a file from its first uncompressed bytes; None if it may be text.
 
-    Text may hold a few zeros; in wide encodings they stand at places of their own.
+    Text may hold a few zeros; in wide encodings they are at regular positions.
     """
     if inner := compression(head):
-        return f"compressed twice, by {inner} within"
+        return f"compressed twice, with {inner} inside"
     if any(head.startswith(mark) for mark, _ in _MARKS) or b"\0" not in head:
         return kind(head)
     if what := kind(head):
@@ -186,11 +186,11 @@ def _no_text(head: bytes) -> str | None:
         return "UTF-32 without a byte order mark; save it with one, or as UTF-8"
     if max(even, odd) > 2 * min(even, odd):
         return "UTF-16 without a byte order mark; save it with one, or as UTF-8"
-    return "no text (it holds zero bytes)"
+    return "not text (it holds zero bytes)"
 
 
 def _decodes(head: bytes, encoding: str) -> bool:
-    """Whether bytes are text in an encoding; they may end within a character."""
+    """Whether bytes are valid in an encoding; they may end within a character."""
     try:
         codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeDecodeError:
@@ -206,7 +206,7 @@ def pieces(file: str) -> Iterator[bytes]:
 
     Raises:
       OSError: the file cannot be read.
-      BrokenFile: it breaks off or is damaged; after all that can be had.
+      BrokenFile: it is truncated or damaged; raised after all readable data.
     """
     whole = _from_head(_raw(file))
     head = next(whole)
@@ -216,18 +216,18 @@ def pieces(file: str) -> Iterator[bytes]:
 
 
 def lines(file: str, longest: int | None = None, source: Iterable[bytes] | None = None) -> Iterator[bytes]:
-    """The lines of a file, with their ends, as UTF-8 where its bytes are what they should be.
+    """The lines of a file with their ends, in UTF-8 if its bytes are valid.
 
     Args:
-      longest: bytes that are held of a line; one that is longer is given as b"". None holds any.
-      source: a part of its bytes, in UTF-8, to be read in their place.
+      longest: maximum bytes of a line; a longer one is given as b"". None sets no maximum.
+      source: a part of its bytes, in UTF-8, to read instead.
 
     Raises:
       OSError: the file cannot be read.
       UnreadableFile: it is no text.
-      BrokenFile: it breaks off or is damaged; after all that can be had.
+      BrokenFile: it is truncated or damaged; raised after all readable data.
     """
-    waiting: list[bytes] = []  # of a line that has not ended yet
+    waiting: list[bytes] = []  # of a line that has no end yet
     held, is_longer = 0, False
     broken = None
     try:
@@ -259,7 +259,7 @@ def whole_text(file: str) -> str:
 
     Raises:
       OSError: the file cannot be read.
-      UnreadableFile: it is no text, breaks off, or holds what is no UTF-8.
+      UnreadableFile: it is not text, is truncated, or is not valid UTF-8.
     """
     found: list[str] = []
     try:
@@ -270,26 +270,26 @@ def whole_text(file: str) -> str:
                 raise UnreadableFile(f"{file} is not UTF-8 text: line {number} holds the byte "
                                      f"0x{line[error.start]:02x}; {READ_IS}.") from None
     except BrokenFile as error:
-        raise UnreadableFile(f"{file} is damaged: {error}; bring it anew.") from None
+        raise UnreadableFile(f"{file} is damaged: {error}; copy or download it again.") from None
     return "".join(found)
 
 
 def require_text(file: str) -> bytes:
-    """The first bytes of a file's text, as `lines` gives it; raises OSError and UnreadableFile as that does."""
+    """The first bytes of a file's text; raises OSError and UnreadableFile as `lines` does."""
     try:
         return next(_as_utf8(file), b"")
-    except BrokenFile:  # which is told once it is read
+    except BrokenFile:  # reported when it is read
         return b""
 
 
 def head(file: str) -> bytes:
-    """The first bytes of a file as they lie there; raises OSError."""
+    """The first stored bytes of a file; raises OSError."""
     return next(_from_head(_raw(file)))
 
 
 @contextlib.contextmanager
 def open_binary(file: str) -> Iterator[Any]:
-    """A file as it lies there, local or remote, as a binary stream that can be sought in; all raise OSError."""
+    """A seekable binary stream of the stored bytes of a local or remote file; all methods raise OSError."""
     if "://" not in file:
         try:
             stream = open(file, "rb")
@@ -303,17 +303,17 @@ def open_binary(file: str) -> Iterator[Any]:
 
 
 class _RemoteStream(io.RawIOBase):
-    """A remote file as Python has streams, with errors in one line whatever service has it."""
+    """A remote file as a Python stream, with one-line errors whatever the service."""
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._held = contextlib.ExitStack()  # of gs:// what opens is no stream but gives one
+        self._held = contextlib.ExitStack()  # for gs:// the opener is not a stream but gives one
         self._stream = self._done(lambda: self._held.enter_context(remote(file).open("rb")))
 
     def _done(self, does: Callable[[], Any]) -> Any:
         try:
             return does()
-        except Exception as error:  # each service has its own
+        except Exception as error:  # each service has its own errors
             raise cannot_be_read(self._file, error) from error
 
     def readable(self) -> bool:
@@ -338,7 +338,7 @@ class _RemoteStream(io.RawIOBase):
 
 
 def content(file: str) -> bytes:
-    """All bytes of a file as they lie there; raises OSError."""
+    """All stored bytes of a file; raises OSError."""
     return b"".join(_raw(file))
 
 
@@ -354,7 +354,7 @@ def _raw(file: str) -> Iterator[bytes]:
 
 
 def _from_head(found: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes; what a file is told by, or all if that is less, comes in the first piece, which may be empty."""
+    """The same bytes; the first piece is long enough to detect the type, or holds everything, and may be empty."""
     head, broken = b"", None
     try:
         while len(head) < HEAD and (piece := next(found, b"")):
@@ -368,7 +368,7 @@ def _from_head(found: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _uncompressed(whole: Iterable[bytes], new: Callable[[], Any], at_once: int) -> Iterator[bytes]:
-    """The content of members that follow one another, perhaps with zeros between, as tapes have them."""
+    """The content of concatenated members, perhaps with zeros between, as on tapes."""
     member, held, size = None, list[bytes](), 0
     small = (piece[start : start + at_once] for piece in whole for start in range(0, len(piece), at_once))
     try:
@@ -383,7 +383,7 @@ def _uncompressed(whole: Iterable[bytes], new: Callable[[], Any], at_once: int) 
                         held, size = [], 0
                 piece, member = (member.unused_data, None) if member.eof else (b"", member)
         if member:
-            raise BrokenFile("the compressed file breaks off")
+            raise BrokenFile("the compressed file is truncated")
     except BrokenFile:
         if size:
             yield b"".join(held)
@@ -393,7 +393,7 @@ def _uncompressed(whole: Iterable[bytes], new: Callable[[], Any], at_once: int) 
 
 
 def _of_member(member: Any, piece: bytes) -> Iterator[bytes]:
-    """What a few bytes of a member are, a piece at a time where its library can give them so."""
+    """A few bytes of a member decompressed, piece by piece if its library can do that."""
     try:
         if not hasattr(member, "needs_input"):
             yield member.decompress(piece)
@@ -403,12 +403,12 @@ def _of_member(member: Any, piece: bytes) -> Iterator[bytes]:
             yield member.decompress(b"", PIECE)
     except MemoryError:
         raise
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library has its own errors
         raise BrokenFile(" ".join(str(error).split())) from error
 
 
 def _as_utf8(file: str) -> Iterator[bytes]:
-    """The bytes of a file without its mark, those of other encodings as UTF-8."""
+    """The bytes of a file as UTF-8, without a byte order mark."""
     found = _from_head(pieces(file))
     head = next(found)
     if what := _no_text(head[:HEAD]):
@@ -423,14 +423,14 @@ def _as_utf8(file: str) -> Iterator[bytes]:
         try:
             decoded = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            raise BrokenFile(f"no {encoding.upper()}: {error.reason}") from None
+            raise BrokenFile(f"not valid {encoding.upper()}: {error.reason}") from None
         if "\ufffe" in decoded:
-            raise UnreadableFile(f"{file} is joined of {encoding.upper()} in both orders of bytes; {READ_IS}.")
+            raise UnreadableFile(f"{file} mixes both byte orders of {encoding.upper()}; {READ_IS}.")
         yield decoded.encode("utf-8", "surrogatepass")
 
 
 def remote(file: str) -> Any:
-    """A file or folder that lies elsewhere, gs:// or hf://datasets/, with the methods of etils' paths that read."""
+    """A remote file or folder, gs:// or hf://datasets/, with the reading methods of etils' paths."""
     if hub.is_hub_name(file):
         return hub.DatasetFile(file)
     from etils import epath
@@ -439,10 +439,10 @@ def remote(file: str) -> Any:
 
 
 def pinned(pattern: str) -> str:
-    """A pattern of remote files whose content stays: of hf:// with the commit that its branch is at now.
+    """A pattern of remote files with fixed content: for hf:// with the current commit of its branch.
 
     Raises:
-      UnreadableFile, OSError: the hub does not give it.
+      UnreadableFile, OSError: the hub refuses it.
     """
     try:
         return hub.pinned(pattern) if hub.is_hub_name(pattern) else pattern

@@ -11,8 +11,8 @@ WIDTH = 100  # of descriptions
 GIN_FLAGS = """gin flags:
   --gin_file=FILE          settings; repeatable, later ones win. Shipped files are found from any directory
   --gin.NAME=VALUE         one setting; a bare word is a string. --gin.CODE_RATE=0.5, --gin.MODEL_DIR=runs/first
-  --gin_bindings=BINDING   the same as gin writes it, as T5X takes it. --gin_bindings='CODE_RATE = 0.5'
-  --gin_search_paths=DIRS  comma-separated, where gin files are looked for besides"""
+  --gin_bindings=BINDING   the same in gin's syntax, as in T5X. --gin_bindings='CODE_RATE = 0.5'
+  --gin_search_paths=DIRS  comma-separated, more directories to search for gin files"""
 
 EXAMPLES = {
     "train": ("t5x train --gin_file=gin/mixed_pretrain.gin --gin.CODE_RATE=0.5 --gin.MODEL_DIR=runs/half",
@@ -63,8 +63,8 @@ def parser() -> argparse.ArgumentParser:
     """What `t5x` and its sub-commands take, --gin.NAME=VALUE left out."""
     whole = argparse.ArgumentParser(
         prog="t5x",
-        description="Finds out at which training stage code data helps a language model: trains, evaluates "
-        "and compares what gin files describe.",
+        description="Measures at which training stage code data helps a language model: trains, evaluates "
+        "and compares the runs that gin files describe.",
         epilog=GIN_FLAGS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     subparsers = whole.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -79,31 +79,33 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     def add_processes(command: argparse.ArgumentParser) -> None:
-        group = command.add_argument_group("several processes", "found by JAX on Cloud TPU, Slurm and Open MPI; else:")
+        group = command.add_argument_group("several processes", "JAX finds them on Cloud TPU, Slurm and Open MPI; "
+                                                                "else:")
         group.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of the first process")
         group.add_argument("--process_count", type=int, metavar="N", help="number of processes")
         group.add_argument("--process_index", type=int, metavar="I", help="index of this process, from 0")
         group.add_argument("--heartbeat_seconds", type=int, metavar="SECONDS",
-                           help="seconds without a sign of life after which a process counts as gone, which ends the "
-                                "run; 30 by default")
+                           help="seconds without a heartbeat after which a process counts as lost, which ends the run; "
+                                "default: 30")
         group.add_argument("--local_processes", type=int, metavar="N",
-                           help="start N processes on this machine's CPUs, to try it")
+                           help="start N processes on this machine's CPUs, to try multi-process training")
 
     train = add("train", "train a decoder on a text/code mixture",
-                "Trains to TRAIN_STEPS, from MODEL_DIR's newest checkpoint if there is one. SIGTERM saves and exits.")
+                "Trains to TRAIN_STEPS, from MODEL_DIR's newest checkpoint if there is one. SIGTERM saves a "
+                "checkpoint and exits.")
     train.add_argument("--dry_run", action="store_true", help="print what would be trained, and train nothing")
     train.add_argument("--profile_steps", metavar="FIRST:LAST",
                        help="write a trace of these steps for TensorBoard and Perfetto, such as 10:15")
     train.add_argument("--runner", choices=("own", "t5x"), default="own",
-                       help="whose trainer takes the steps: this package's own, or upstream T5X's where that is "
-                       "installed (default: %(default)s)")
+                       help="the trainer: this package's own, or upstream T5X's if that is installed (default: "
+                       "%(default)s)")
     add_processes(train)
     add_processes(add("eval", "evaluate a checkpoint on benchmarks",
                       "Evaluates CHECKPOINT_PATH's newest checkpoint on TASKS. The same command continues after an "
                       "interruption."))
     study = add("study", "train and evaluate every arm of a study",
-                "Trains every arm of ARMS with every one of SEEDS, each after the arm that it starts from, and "
-                "evaluates it. The same command continues after an interruption.")
+                "Trains and evaluates every arm of ARMS with each of SEEDS, each after the arm that it starts "
+                "from. The same command continues after an interruption.")
     study.add_argument("--dry_run", action="store_true", help="print the plan, its cost and its time; train nothing")
     study.add_argument("--status", action="store_true",
                        help="print which worker trains what, what failed and why, and the time left")
@@ -116,78 +118,82 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--devices_per_run", type=int, metavar="N",
                        help="start a worker for each N devices of this machine")
     study.add_argument("--lease_seconds", type=float, default=120.0, metavar="S",
-                       help="seconds without a sign of life after which another worker takes a run "
+                       help="seconds without a heartbeat after which another worker takes a run "
                        "(default: %(default)g)")
     study.add_argument("--arm", action="append", default=[], metavar="ARM",
-                       help="only this arm and those that it starts from; NC stands for all of NC-...; repeatable")
+                       help="only this arm and those that it starts from; NC means all of NC-...; repeatable")
     study.add_argument("--seed", action="append", default=[], type=int, help="only this seed; repeatable")
     study.add_argument("--redo", action="store_true",
-                       help="train runs of another configuration again, and keep the old ones in replaced/")
+                       help="train runs again whose configuration changed, and keep the old ones in replaced/")
     infer = add("infer", "write text with a checkpoint",
-                "Continues prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts you type them.")
+                "Continues prompts with CHECKPOINT_PATH's newest checkpoint. Without --prompts, prompts are read "
+                "from the terminal.")
     infer.add_argument("--prompts", metavar="FILE",
                        help="a file of prompts, one a line, or JSON lines if its name ends in .jsonl")
     infer.add_argument("--output", metavar="FILE", help="write the answers there, as JSON lines")
     infer.add_argument("--instruction", action="store_true",
-                       help="put each prompt into the form of tuning: a chat template, or that of instructions")
+                       help="format each prompt as in tuning: by the chat template, or as an instruction")
     compare = subparsers.add_parser("compare", help="compare two runs' results", allow_abbrev=False,
                                     description="Paired tests of two evaluated runs on the same questions.")
     compare.add_argument("first", metavar="RUN_A")
     compare.add_argument("second", metavar="RUN_B")
     compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
     contamination = add("contamination", "search a mixture's training text for benchmarks' questions",
-                        "Counts the questions of TASKS of which an n-gram of words stands in the training rows of an "
-                        "arm's sources. It reads gin/contamination.gin before the arm's files.")
+                        "Counts the questions of TASKS that share an n-gram of words with the training rows of an "
+                        "arm's sources. Reads gin/contamination.gin before the arm's files.")
     contamination.add_argument("--output", metavar="FILE",
-                               help="write what is found into this file, as JSON with the ids of questions")
+                               help="write the result to this file, as JSON with the ids of questions")
     report = subparsers.add_parser("report", help="tables, plots and conclusions of a study", allow_abbrev=False,
                                    description="Reads a study, or a folder of evaluated runs; writes DIR/report.")
     report.add_argument("directory", metavar="DIR", help="a study, a run or a folder of runs, local or gs://")
     report.add_argument("--serve", action="store_true",
                         help="show a page on this machine that follows a study while it runs; write nothing")
     report.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s, this machine "
-                        "alone); at another one everybody who reaches it can read the page")
-    report.add_argument("--port", type=int, help="default: 8000, or a free one where that is taken; 0: a free one")
+                        "alone); at another address everybody who can reach it can read the page")
+    report.add_argument("--port", type=int, help="default: 8000, or a free one if that is in use; 0: a free one")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
     plot = subparsers.add_parser(
         "plot", help="a figure of the losses of runs", allow_abbrev=False,
-        description="Draws training and held-out losses of runs, each branch behind its trunk.")
+        description="Draws training and held-out losses of runs; each branch continues its trunk.")
     plot.add_argument("runs", metavar="RUN", nargs="+", help="a run directory")
-    plot.add_argument("--output", metavar="FILE", help="ends in .png or .svg (default: RUN/losses.png of one run, else "
-                      "losses.png)")
+    plot.add_argument("--output", metavar="FILE", help="ends in .png, .svg or .pdf (default: RUN/losses.png of one "
+                      "run, else losses.png)")
     plot.add_argument("--against", choices=("steps", "tokens"), default="steps")
     plot.add_argument("--debug", action="store_true", help="show the traceback of an error")
     laws = subparsers.add_parser(
         "laws", help="fit laws to a sweep's losses, and find the best share", allow_abbrev=False,
         description="Fits laws of held-out losses to a sweep of shares. Prints the best share with its interval, or "
                     "that the runs do not determine it, and which further runs would. Writes DIR/report/laws.json.")
-    laws.add_argument("directory", metavar="DIR", help="a study's, or one with Olmix's ratios.csv and metrics.csv")
+    laws.add_argument("directory", metavar="DIR", help="a study's directory, or one with Olmix's ratios.csv and "
+                                                       "metrics.csv")
     laws.add_argument("--objective", metavar="LOSS:WEIGHT,...",
-                      help="losses to minimise with their weights, such as text:0.5,code:0.5, or of a benchmark "
-                      "ekar/bits_per_byte:1; measures of which more is better have a minus (default: equal weights of "
+                      help="losses to minimise with their weights, such as text:0.5,code:0.5, or a benchmark's "
+                      "ekar/bits_per_byte:1; measures to maximise get a negative weight (default: equal weights of "
                       "the pools)")
-    laws.add_argument("--size", metavar="PARAMETERS", help="size of the model in question, such as 125M (default: the "
-                      "largest of the runs)")
-    laws.add_argument("--tokens", help="tokens of its training, such as 2.5B (default: those of the runs)")
-    laws.add_argument("--predict", metavar="FILE", help="shares in the columns of ratios.csv: writes their predicted "
+    laws.add_argument("--size", metavar="PARAMETERS", help="size of the target model, such as 125M (default: the "
+                                                           "largest "
+                      "of the runs)")
+    laws.add_argument("--tokens", help="its training tokens, such as 2.5B (default: those of the runs)")
+    laws.add_argument("--predict", metavar="FILE", help="shares in the columns of ratios.csv; writes their predicted "
                       "losses to DIR/report/predictions.csv")
     laws.add_argument("--debug", action="store_true", help="show the traceback of an error")
     show = subparsers.add_parser(
-        "show", help="a run, a study or a folder of runs as it stands now", allow_abbrev=False,
-        description="Prints state, last losses, speed, what was trained on, checkpoints and the next step of a "
-                    "run; the arms of a study, and what is running or failed; a folder of runs as a table.")
+        "show", help="the current state of a run, a study or a folder of runs", allow_abbrev=False,
+        description="Prints the state, last losses, speed, trained tokens, checkpoints and next step of a run; "
+                    "the arms of a study, and which of them are running or failed; a folder of runs as a table.")
     show.add_argument("path", metavar="DIR", help="a run, a study or a folder of runs, local or gs://")
     show.add_argument("--debug", action="store_true", help="show the traceback of an error")
     list_ = subparsers.add_parser(
         "list", help="shipped models, studies, kinds of corpora, benchmarks and more", allow_abbrev=False,
-        description="Lists what there is of a kind: models, studies, arms, corpora, transforms, benchmarks, templates, "
-                    "schedules and others. Without a kind it lists the kinds.")
+        description="Lists everything of a kind: models, studies, arms, corpora, transforms, benchmarks, templates, "
+                    "schedules and others. Without a kind, lists the kinds.")
     list_.add_argument("kind", metavar="KIND", nargs="?", help="such as models or corpora")
     list_.add_argument("--debug", action="store_true", help="show the traceback of an error")
     settings = subparsers.add_parser(
         "settings", help="every setting: meaning, type, default", allow_abbrev=False,
-        description="Prints every setting of gin files and flags in a line; with a word those of this name or that "
-                    "speak of it, with type, default, meaning, and where the shipped files set it.")
+        description="Prints every setting of gin files and flags, one per line. With a word, prints the settings "
+                    "that have this name or mention it, with type, default, meaning, and the shipped files that set "
+                    "it.")
     settings.add_argument("word", metavar="WORD", nargs="?", help="a name such as CODE_RATE, or a word such as dropout")
     settings.add_argument("--debug", action="store_true", help="show the traceback of an error")
     explain = add("explain", "print which file or flag sets a value",
@@ -198,35 +204,37 @@ def parser() -> argparse.ArgumentParser:
                      "Trains a byte-fallback BPE vocabulary on the mixture's training documents.")
     vocabulary.add_argument("--output", required=True, help="the file to write, such as my.model")
     vocabulary.add_argument("--size", type=int, default=8192, help="pieces (default: %(default)s)")
-    cache = add("cache", "tokenize a run's data by many processes, before the run",
-                "Writes the rows that a run of these settings would cache by itself, with Apache Beam. The same "
-                "command continues after an interruption. What follows -- is for Beam: t5x cache ... -- "
+    cache = add("cache", "tokenize a run's data with many processes, before the run",
+                "Writes the rows that a run with these settings would cache itself, with Apache Beam. The same "
+                "command continues after an interruption. Options after -- go to Beam: t5x cache ... -- "
                 "--direct_num_workers=8")
-    cache.add_argument("--runner", default="DirectRunner", help="Beam's: DirectRunner on this machine, DataflowRunner, "
+    cache.add_argument("--runner", default="DirectRunner", help="Beam's runner: DirectRunner on this machine, "
+                                                                "DataflowRunner, "
                        "SparkRunner, FlinkRunner or another (default: %(default)s)")
     fetch = subparsers.add_parser(
         "fetch", help="download official files of benchmarks and instruction sets", allow_abbrev=False,
-        description="Downloads the publishers' files to where DATA_DIR is searched, and checks them. The same command "
-                    "resumes an interrupted download. Without names it lists them all.")
+        description="Downloads the publishers' files into a folder for DATA_DIR, and checks them. The same command "
+                    "resumes an interrupted download. Without names, lists them all.")
     fetch.add_argument("names", metavar="NAME", nargs="*", help="such as mbpp, logic or pclue")
     fetch.add_argument("--data_dir", "--gin.DATA_DIR", metavar="DIR", help="the folder, created if needed")
     fetch.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    prepare = add("prepare", "clean documents, remove duplicates and benchmarks, and sample them",
-                  "Takes the documents of CORPORA through STEPS into Parquet files in OUTPUT, with a data card. The "
-                  "same command continues after an interruption. What follows -- is for Beam.")
-    prepare.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: its cores where "
+    prepare = add("prepare", "clean documents, remove duplicates and benchmark questions, and sample",
+                  "Processes the documents of CORPORA by STEPS into Parquet files in OUTPUT, with a data card. The "
+                  "same command continues after an interruption. Options after -- go to Beam.")
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: its cores if "
                          "Apache Beam is installed, else 1)")
-    prepare.add_argument("--runner", default="DirectRunner", help="of Beam, as in `t5x cache` (default: %(default)s)")
+    prepare.add_argument("--runner", default="DirectRunner", help="Beam's runner, as in `t5x cache` (default: "
+                                                                  "%(default)s)")
     import_ = subparsers.add_parser(
         "import", help="turn published weights into a run", allow_abbrev=False,
-        description="Reads a published model, tensor by tensor, into a run directory: a run like any other, at step 0.")
+        description="Reads a published model, tensor by tensor, into a run directory, as a run at step 0.")
     import_.add_argument("source", metavar="SOURCE",
                          help="a folder with config.json and safetensors, local or gs://, or hf://ORG/NAME[@REVISION]")
     import_.add_argument("--output", required=True, metavar="RUN", help="the run directory to make")
-    import_.add_argument("--vocabulary", metavar="PATH", help="the tokenizer, where SOURCE has none")
+    import_.add_argument("--vocabulary", metavar="PATH", help="the tokenizer, if SOURCE has none")
     import_.add_argument("--check", action="store_true",
-                         help="compare logits with transformers, with all of the model in memory, twice; status 1 "
-                         "where they differ by more than 0.001")
+                         help="compare logits with transformers, which holds the whole model in memory twice; status "
+                         "1 if they differ by more than 0.001")
     import_.add_argument("--debug", action="store_true", help="show the traceback of an error")
     export = subparsers.add_parser(
         "export", help="write a checkpoint for Hugging Face's libraries", allow_abbrev=False,
@@ -234,14 +242,14 @@ def parser() -> argparse.ArgumentParser:
                     "configuration, tensors, tokenizer and a model card.")
     export.add_argument("run", metavar="RUN[@STEP]", help="a run directory; without a step its newest checkpoint")
     export.add_argument("--output", required=True, metavar="DIR", help="a new folder, local or gs://")
-    export.add_argument("--dtype", help="of the tensors: float32, bfloat16 or float16 (default: that of a model which "
-                        "was imported and not trained since, else float32)")
+    export.add_argument("--dtype", help="of the tensors: float32, bfloat16 or float16 (default: the original one of an "
+                        "imported model that was not trained, else float32)")
     export.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
-    export.add_argument("--vocabulary", metavar="FILE", help="where the run's vocabulary lies, if it was moved")
+    export.add_argument("--vocabulary", metavar="FILE", help="the run's vocabulary, if it was moved")
     export.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    adopt = add("adopt", "take over a run of upstream T5X, or give it one",
-                "Makes a run directory of the newest checkpoint of one of T5X's, or with --to=t5x the other way. "
-                "Without --gin_file T5X's config.gin tells the settings, where a file of gin/t5x/ was used.")
+    adopt = add("adopt", "convert a run of upstream T5X to this package, or back",
+                "Makes a run directory from the newest checkpoint of a T5X run, or with --to=t5x the reverse. "
+                "Without --gin_file, the settings come from T5X's config.gin, if that used a file of gin/t5x/.")
     adopt.add_argument("source", metavar="DIR", help="T5X's MODEL_DIR or one of its checkpoints; with --to=t5x a run "
                        "directory or RUN@STEP")
     adopt.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
@@ -269,7 +277,7 @@ def parser() -> argparse.ArgumentParser:
     precompile.add_argument("--scoring", action="store_true", help="compile the scoring of an evaluation too")
     precompile.add_argument("--decode", action="store_true", help="compile decoding too")
     precompile.add_argument("--no_search", action="store_true",
-                            help="search neither for the largest batch nor for what would make the run fit")
+                            help="search neither for the largest batch nor for a configuration that fits")
     precompile.add_argument("--compare", metavar="FLAGS",
                             help="compile the run with these settings too, and print both in one table, such as "
                                  "--compare='--gin.model.remat=dots'")
@@ -283,7 +291,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def refusal(arguments: Sequence[str], commands: Iterable[str]) -> str | None:
-    """Why there is no such sub-command, in a line; None where there is, or none is given."""
+    """One line if there is no such sub-command; None if there is one, or none is given."""
     if said := t5x_names.of_command(arguments):
         return said
     if not arguments or arguments[0].startswith("-") or arguments[0] in commands:
@@ -293,7 +301,7 @@ def refusal(arguments: Sequence[str], commands: Iterable[str]) -> str | None:
 
 
 def without(arguments: Sequence[str], flag: str) -> list[str]:
-    """The arguments but for a flag and its value."""
+    """The arguments without a flag and its value."""
     kept, skip = [], False
     for argument in arguments:
         if not skip and not argument.startswith(f"{flag}=") and argument != flag:

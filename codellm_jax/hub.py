@@ -1,9 +1,9 @@
-"""Files of a hub, by huggingface_hub (extra `hf`): of published models, hf://ORG/NAME[@REVISION], which are downloaded;
-and of data sets, hf://datasets/ORG/NAME[@REVISION]/FILE, which are read as they come.
+"""Files of a hub, through huggingface_hub (extra `hf`): files of published models, hf://ORG/NAME[@REVISION], are
+downloaded; files of data sets, hf://datasets/ORG/NAME[@REVISION]/FILE, are streamed.
 
-The cache, the server and the access are that library's, with its variables: HF_HOME, HF_ENDPOINT, HF_TOKEN,
-HF_HUB_OFFLINE. It is imported, and reads them, only where a name is used. It resumes a download that breaks off, and
-checks the size of what it downloads, but not the content; that is done here, once for each file of a commit.
+That library provides the cache, the server and the access, with its variables HF_HOME, HF_ENDPOINT, HF_TOKEN
+and HF_HUB_OFFLINE. It is imported, and reads them, only when a name is used. It resumes interrupted downloads and
+checks the size of each file, but not the content; this module checks that, once for each file of a commit.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from typing import Any, NamedTuple, NoReturn
 HUB = "hf://"
 FORM = "hf://ORG/NAME or hf://ORG/NAME@REVISION"
 DATASET_FORM = "hf://datasets/ORG/NAME/FILES or hf://datasets/ORG/NAME@REVISION/FILES"
-ATTEMPTS = 5  # of a download whose connection is reset; what ends early, the library resumes as often by itself
-LONGEST_WAIT = 60.0  # seconds for the next bytes of an answer, where the library would wait without an end
-BYTES_A_REQUEST = 1 << 20  # of a file that is read as it comes, at least: columns lie apart from each other
-CHECKED = "checked"  # folder, beside the library's own: which files of a commit have the content they should have
+ATTEMPTS = 5  # of a download after a connection reset; the library itself resumes truncated answers as often
+LONGEST_WAIT = 60.0  # seconds to wait for the next bytes of an answer, where the library would wait forever
+BYTES_A_REQUEST = 1 << 20  # smallest request of a streamed file, since columns are far apart
+CHECKED = "checked"  # folder beside the library's own that records which files of a commit were verified
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path is a name on a hub, and not that of a file or folder."""
+    """Whether a path is a name on a hub, and not a file or folder."""
     return path.startswith(HUB)
 
 
@@ -38,16 +38,17 @@ def snapshot(name: str, patterns: Sequence[str]) -> tuple[Path, str]:
     """Downloads files of a repository on the hub, unless they are in the cache.
 
     Args:
-      name: hf://ORG/NAME[@REVISION], REVISION a branch, a tag or a commit; the branch main if it is left out.
-      patterns: which files, such as "*.safetensors"; `*` matches folders, too.
+      name: hf://ORG/NAME[@REVISION], REVISION a branch, a tag or a commit; by default the branch main.
+      patterns: which files, such as "*.safetensors"; `*` also matches folders.
 
     Returns:
-      The folder of the cache that holds them, and the hash of the commit. It may hold other files of the commit, too.
+      The folder of the cache that holds them, and the hash of the commit. The folder may also hold other files of the
+      commit.
 
     Raises:
-      ValueError: the name is no name, or what it names is not there, or may not be read without a token.
-      OSError: the hub cannot be reached, the disk is full, or a file has another content than it should have; all in
-        one line.
+      ValueError: the name is malformed, does not exist, or may not be read without a token.
+      OSError: the hub cannot be reached, the disk is full, or a file's content is wrong; all in one
+        line.
     """
     repository, revision = _parse(name)
     try:
@@ -55,9 +56,9 @@ def snapshot(name: str, patterns: Sequence[str]) -> tuple[Path, str]:
     except ImportError:
         raise ValueError(f"{name} needs huggingface_hub: pip install 'codellm_jax[hf]'.") from None
     _bound_waits()
-    if not sys.stderr.isatty():  # where it is, the library shows its progress
+    if not sys.stderr.isatty():  # if it is a terminal, the library shows its progress
         huggingface_hub.utils.disable_progress_bars()
-        _say_once(f"{name}: downloading what {_cache()} lacks of it.")
+        _say_once(f"{name}: downloading the files that {_cache()} lacks.")
     attempt = 1
     while True:
         try:
@@ -67,7 +68,7 @@ def snapshot(name: str, patterns: Sequence[str]) -> tuple[Path, str]:
                 raise ValueError(f"{name} holds no file {' or '.join(patterns)}.")
             _check(name, repository, folder, patterns)
             return folder, folder.name
-        except Exception as error:  # of the library, of what it connects by, of the disk
+        except Exception as error:  # errors of the library, of its transport, of the disk
             if attempt == ATTEMPTS or not _was_reset(error):
                 _refuse(name, error)
         time.sleep(attempt)
@@ -78,20 +79,20 @@ def _parse(name: str) -> tuple[str, str]:
     part = r"\w[\w.-]*"
     found = re.fullmatch(rf"({part}/{part})(?:@([\w.+/-]+))?", name.removeprefix(HUB), re.ASCII)
     if not found or not is_hub_name(name):
-        raise ValueError(f"{name} is no name on the hub; give {FORM}.")
+        raise ValueError(f"{name} is not a name on the hub; give {FORM}.")
     repository, revision = found[1], found[2] or "main"
     if ".." in name or "--" in repository or revision.startswith("/"):
-        raise ValueError(f"{name} is no name on the hub; give {FORM}.")
+        raise ValueError(f"{name} is not a name on the hub; give {FORM}.")
     return repository, revision
 
 
-@functools.cache  # for other files of the same name may be asked for
+@functools.cache  # since other files of the same name may be requested
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def _endpoint() -> str:
-    """The address of the hub; read again here, as the library keeps what it was when another module imported it."""
+    """The address of the hub; read again here, because the library keeps the value from when it was first imported."""
     from huggingface_hub import constants
 
     return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
@@ -107,7 +108,7 @@ def _cache() -> str:
 
 @functools.cache  # once in a process
 def _bound_waits() -> None:
-    """Bounds how long the library's requests wait for an answer, where it sets no bound of its own."""
+    """Limits how long the library's requests wait for an answer, where it sets no limit."""
     import huggingface_hub
 
     session = huggingface_hub.get_session()
@@ -125,7 +126,7 @@ def _bound_waits() -> None:
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
-    """The files of a folder of the cache that match; names have slashes."""
+    """The matching files of a folder of the cache; names have slashes."""
     from huggingface_hub.utils import filter_repo_objects
 
     files = sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
@@ -133,7 +134,7 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 def _check(name: str, repository: str, folder: Path, patterns: Sequence[str]) -> None:
-    """Raises OSError where a file has another content than the hub says; it is removed from the cache."""
+    """Raises OSError if a file's content differs from the hub's digest, and removes it from the cache."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.hf_api import RepoFile
 
@@ -156,16 +157,16 @@ def _check(name: str, repository: str, folder: Path, patterns: Sequence[str]) ->
         entry, blob = listed.get(file), (folder / file)
         expected = {entry.lfs.sha256 if entry.lfs else entry.blob_id} if entry else set()
         if not (entry and entry.lfs) and blob.is_symlink():
-            # Blobs have the name that the server gives a file, for which mirrors take a digest of their own kind.
+            # Blobs are named by the server's digest of the file; mirrors use digests of various kinds.
             expected.add(blob.readlink().name)
         expected = {digest for digest in expected if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest)}
         found = [digest for length in sorted({len(digest) for digest in expected}) for digest in _digests(blob, length)]
         if expected and not expected & set(found):
             _remove(blob)
-            wrong.append(f"{file} has the digest {found[0]} in the place of {min(expected, key=len)}")
+            wrong.append(f"{file} has the digest {found[0]} instead of {min(expected, key=len)}")
     if wrong:
-        raise OSError(f"{name}: {', '.join(wrong)}; removed from the cache, so that the next start downloads it anew.")
-    with contextlib.suppress(OSError):  # a cache that may only be read is checked at each start
+        raise OSError(f"{name}: {', '.join(wrong)}; removed from the cache, so that the next start downloads it again.")
+    with contextlib.suppress(OSError):  # a read-only cache is checked at each start
         known_file.parent.mkdir(exist_ok=True)
         draft = known_file.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps({**known, **stamps}))
@@ -173,7 +174,7 @@ def _check(name: str, repository: str, folder: Path, patterns: Sequence[str]) ->
 
 
 def _digests(file: Path, length: int) -> list[str]:
-    """The digests of a file that have so many hexadecimal digits: its SHA-256, or git's SHA-1 and the plain one."""
+    """The digests of a file with this number of hexadecimal digits: its SHA-256, or git's SHA-1 and the plain one."""
     begun = [hashlib.sha256()] if length == 64 else [hashlib.sha1(b"blob %d\0" % file.stat().st_size), hashlib.sha1()]
     with file.open("rb") as stream:
         while piece := stream.read(1 << 20):
@@ -183,7 +184,7 @@ def _digests(file: Path, length: int) -> list[str]:
 
 
 def _remove(file: Path) -> None:
-    """Removes a file of the cache, and what its link, or a link to a link, leads to."""
+    """Removes a file of the cache and everything that its chain of links leads to."""
     while file.is_symlink():
         target = file.parent / file.readlink()
         file.unlink()
@@ -200,10 +201,10 @@ class Length(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DatasetFile:
-    """A file or folder of a data set on the hub, with those methods of etils' paths that readers use.
+    """A file or folder of a data set on the hub, with the methods of etils' paths that readers use.
 
-    Each raises ValueError or OSError, in one line, where the hub refuses or cannot be reached; what `open` gives raises
-    what the library does.
+    Each raises ValueError or OSError, in one line, if the hub refuses or cannot be reached; the stream from `open`
+    raises the library's errors.
 
     Attributes:
       path: hf://datasets/ORG/NAME[@REVISION][/FILE].
@@ -251,10 +252,10 @@ class DatasetFile:
 
 
 def pinned(path: str) -> str:
-    """A path of a data set, or a pattern of such, with the commit that its branch or tag is at now as its revision.
+    """A path or pattern of a data set, with the current commit of its branch or tag as its revision.
 
     Raises:
-      ValueError: it is no such path; or there is no such data set, or it may not be read without a token.
+      ValueError: it is not such a path, there is no such data set, or it may not be read without a token.
       OSError: the hub cannot be reached.
     """
     part = r"\w[\w.-]*"
@@ -263,7 +264,7 @@ def pinned(path: str) -> str:
     if not found:
         raise ValueError(f"{path} names no files of a data set on the hub; give {DATASET_FORM}.")
     with _in_one_line(f"{HUB}datasets/{found[1]}@{found[2] or 'main'}"):
-        _file_system()  # which needs the library
+        _file_system()  # this needs the library
         from huggingface_hub import HfApi
 
         revision = (found[2] or "main").replace("%2F", "/")
@@ -277,7 +278,7 @@ def _file_system() -> Any:
     except ImportError:
         raise ValueError(f"Names that begin with {HUB} need huggingface_hub: pip install 'codellm_jax[hf]'.") from None
     _bound_waits()
-    return huggingface_hub.HfFileSystem(endpoint=_endpoint())  # which is the same one each time
+    return huggingface_hub.HfFileSystem(endpoint=_endpoint())  # the same one each time
 
 
 @contextlib.contextmanager
@@ -292,7 +293,7 @@ def _in_one_line(name: str) -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """An error and what caused it, and so on."""
+    """An error and its chain of causes."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)
@@ -301,18 +302,18 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def _is_of_transport(error: BaseException) -> bool:
-    """Whether a connection failed; told by name, as the library has changed the one that it connects by."""
+    """Whether a connection failed; decided by class name, because the library has changed its transport."""
     return any(kind.__name__ in ("TransportError", "RequestException") for kind in type(error).__mro__)
 
 
 def _was_reset(error: Exception) -> bool:
-    """Whether a connection was reset while an answer came, which the library does not take up again by itself."""
+    """Whether a connection was reset during an answer, after which the library does not retry."""
     kinds = [kind.__name__ for kind in type(error).__mro__]
     return "NetworkError" in kinds and "ConnectError" not in kinds
 
 
 def _refuse(name: str, error: Exception, done: str = "downloaded") -> NoReturn:
-    """Raises, in one line, what an error of the library means."""
+    """Raises a one-line error that explains an error of the library."""
     if isinstance(error, ValueError | OSError) and str(error).startswith((name, "Names that begin with")):  # our own
         raise error
     from huggingface_hub import errors

@@ -1,4 +1,4 @@
-"""What gin files and flags say, setting by setting, each with where it stands."""
+"""The settings of gin files and flags, each with its source."""
 
 import dataclasses
 import difflib
@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# What holds the shipped gin/ folder: the checkout, or in an installation the package. (The folder beside an installed
-# package is the library of that name.)
+# The parent of the shipped gin/ folder: the checkout, or the package in an installation. (A folder gin/ beside an
+# installed package is the library of that name.)
 SHIPPED = next(folder for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent)
                if (folder / "gin" / "pretrain.gin").is_file())
 
@@ -24,11 +24,11 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """All settings in the order in which they were read, and the modules that gin files import."""
+    """All settings in the order they were read, and the modules that gin files import."""
 
     settings: tuple[Setting, ...]
     imports: tuple[str, ...] = ()
-    taken_over: int = 0  # so many of the settings, the first ones, are those of a run that is gone on from
+    taken_over: int = 0  # the number of leading settings that are inherited from the parent run
 
     @functools.cached_property
     def effective(self) -> dict[str, Setting]:
@@ -37,18 +37,18 @@ class Configuration:
 
     @property
     def asked(self) -> dict[str, str]:
-        """Name -> value of what files and flags say; nothing of it is taken over from another run."""
+        """Name -> value of the settings from files and flags, without those inherited from another run."""
         return {setting.name: setting.value for setting in self.settings[self.taken_over:]}
 
     def of_stage(self, stage: str) -> list[tuple[str, str]]:
-        """(name, value) of what a study's file says of one of its stages, as on the command line of its runs; what a
-        run finds out itself, %BRANCH_STEP, stays as it is written.
+        """(name, value) of a study file's settings of one of its stages, as on the command line of its runs;
+        %BRANCH_STEP, which a run determines itself, stays as written.
         """
         return [(name.removeprefix(f"{stage}/"), value if value == "%BRANCH_STEP" else str(self.resolved(name)))
                 for name, value in self.asked.items() if name.startswith(f"{stage}/")]
 
     def resolved(self, name: str) -> str | None:
-        """The value of a setting, and where it is that of a macro the macro's; None where nothing sets it."""
+        """The value of a setting, with macros resolved; None if nothing sets it."""
         effective = self.effective
         value = effective[name].value if name in effective else None
         while value and re.fullmatch(r"%\w+", value):
@@ -58,26 +58,27 @@ class Configuration:
 
 @functools.lru_cache(maxsize=4096)
 def references(mark: str, value: str) -> tuple[str, ...]:
-    """The names behind each "@" or "%" of a value as gin writes it, but for those inside of strings."""
+    """The names after each "@" or "%" of a value in gin's syntax, except inside strings."""
     return tuple(re.findall(rf"{mark}([\w/.]+)", re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", "''", value)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the names that are like it, or a full stop."""
+    """The end of a message about an unknown name: similar names, or a full stop."""
     near = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
     return f"; nearest: {', '.join(near)}." if near else "."
 
 
 def shipped_gin_files() -> Iterator[str]:
-    """Names of the gin files that come with the package, such as gin/models/tiny.gin, but for those of upstream T5X."""
+    """Names of the gin files that come with the package, such as gin/models/tiny.gin, without those for upstream
+    T5X."""
     for path in sorted((SHIPPED / "gin").rglob("*.gin")):
         if path.parent.name != "t5x":
             yield path.relative_to(SHIPPED).as_posix()
 
 
 def listed(configuration: Configuration) -> str:
-    """Everything that files and flags set, a line each: name, value, the parameters that a macro is the value of, and
-    where it stands. Parameters that only name a macro have no line of their own.
+    """Everything that files and flags set, one line each: name, value, the parameters that use a macro, and the source.
+    Parameters that only name a macro have no line of their own.
     """
     effective = configuration.effective
     uses: dict[str, list[str]] = {}

@@ -1,22 +1,22 @@
-"""What upstream T5X calls its settings, flags and commands, and what stands for each of them here.
+"""Upstream T5X's names of settings, flags and commands, and their equivalents here.
 
-It makes error lines useful, and nothing else: a setting has one name here, by which `t5x explain` tells what set it.
+Used only for error lines: a setting has one name here, and `t5x explain` prints what set it.
 """
 
 from collections.abc import Sequence
 
-# T5X's macros, and its parameters by class or function without the module before it.
+# T5X's macros, and its parameters by class or function without their module.
 SETTINGS = {
     "MIXTURE_OR_TASK_MODULE": "TASK_MODULES, a list of modules",
     "MIXTURE_OR_TASK_NAME": "TASKS in evaluation, a list of benchmarks",
     "RANDOM_SEED": "SEED",
     "USE_CACHED_TASKS": "not needed: rows are always cached, in CACHE_DIR",
     "SHUFFLE_TRAIN_EXAMPLES": "not needed: rows are always drawn in an order that SEED shuffles",
-    "TRAIN_STEPS_RELATIVE": "TRAIN_STEPS, which a tuned run counts from its own start",
+    "TRAIN_STEPS_RELATIVE": "TRAIN_STEPS, which a tuning run counts from its own start",
     "EVAL_OUTPUT_DIR": "evaluate.results_dir, by default CHECKPOINT_PATH/results",
     "INFER_OUTPUT_DIR": "the flag --output=FILE",
-    "USE_HARDWARE_RNG": "not there: the same seed gives the same numbers",
-    "LOSS_NORMALIZING_FACTOR": "not there: the loss is the mean over the tokens that count",
+    "USE_HARDWARE_RNG": "not supported: the same seed gives the same numbers",
+    "LOSS_NORMALIZING_FACTOR": "not supported: the loss is the mean over the tokens that count",
     "LABEL_SMOOTHING": "not there",
     "Z_LOSS": "not there",
     "EVAL_STEPS": "train.eval_rows, in rows",
@@ -35,7 +35,7 @@ SETTINGS = {
     "DatasetConfig.pack": "PACKING in tuning; rows of documents are always full",
     "DatasetConfig.shuffle": "not needed: rows are always drawn in an order that SEED shuffles",
     "DatasetConfig.use_cached": "not needed: rows are always cached, in CACHE_DIR",
-    "DatasetConfig.split": "not there: a corpus's 'holdout' and 'validation' in CORPORA part it",
+    "DatasetConfig.split": "not supported: a corpus's 'holdout' and 'validation' in CORPORA split it",
     "Trainer.num_microbatches": "train.microbatches",
     "Trainer.learning_rate_fn": "train.learning_rate",
     "PjitPartitioner.num_partitions": "mesh.model",
@@ -44,7 +44,7 @@ SETTINGS = {
     "SaveCheckpointConfig.period": "CHECKPOINT_PERIOD",
     "SaveCheckpointConfig.keep": "train.keep_last",
     "SaveCheckpointConfig.checkpoint_steps": "KEEP_STEPS",
-    "SaveCheckpointConfig.save_dataset": "not needed: a resume finds its place in the data by the step",
+    "SaveCheckpointConfig.save_dataset": "not needed: a resumed run computes its position in the data from the step",
     "RestoreCheckpointConfig.path": "INITIAL_CHECKPOINT_PATH in training, CHECKPOINT_PATH in evaluation",
     "CheckpointConfig.save": "CHECKPOINT_PERIOD, train.keep_last and KEEP_STEPS",
     "CheckpointConfig.restore": "INITIAL_CHECKPOINT_PATH",
@@ -52,7 +52,7 @@ SETTINGS = {
     "train.eval_steps": "train.eval_rows, in rows",
     "train.stats_period": "LOG_PERIOD",
     "train.random_seed": "SEED",
-    "train.use_hardware_rng": "not there: the same seed gives the same numbers",
+    "train.use_hardware_rng": "not supported: the same seed gives the same numbers",
     "train.partitioner": "mesh.data, mesh.fsdp, mesh.model and mesh.rules",
     "train.trainer_cls": "the flag --runner: --runner=t5x takes T5X's Trainer",
     "train.checkpoint_cfg": "CHECKPOINT_PERIOD, train.keep_last and INITIAL_CHECKPOINT_PATH",
@@ -100,23 +100,23 @@ CLASSES = {
     "beam_search": "not there: answers are drawn or greedy",
 }
 FLAGS = {
-    "--tfds_data_dir": "TFDS's own variable of the environment, TFDS_DATA_DIR; --gin.DATA_DIR=DIR names the folder of "
+    "--tfds_data_dir": "TFDS's own environment variable, TFDS_DATA_DIR; --gin.DATA_DIR=DIR names the folder of "
                        "official files",
     "--seqio_additional_cache_dirs": "--gin.CACHE_DIR=DIR",
-    "--multiprocess_gpu": "not needed: where JAX does not find the other processes itself, give --coordinator_address, "
+    "--multiprocess_gpu": "not needed: if JAX does not find the other processes itself, give --coordinator_address, "
                           "--process_count and --process_index",
     "--initialization_timeout": "not there",
     **dict.fromkeys(("--alsologtostderr", "--logtostderr", "--verbosity", "--v", "-v", "--vmodule", "--stderrthreshold",
-                     "--log_dir"), "not needed: what happens is printed; --debug shows the traceback of an error"),
+                     "--log_dir"), "not needed: progress is printed; --debug shows the traceback of an error"),
     "--run_mode": "the sub-command: t5x train, t5x eval or t5x infer",
     "--helpfull": "--help",
 }
 COMMANDS = {
     "pretrain": "t5x train --gin_file=gin/mixed_pretrain.gin",
     "finetune": "t5x train --gin_file=gin/tune_mixed.gin --gin.INITIAL_CHECKPOINT_PATH=RUN",
-    "inspect_checkpoint": "RUN/config.gin and RUN/provenance.json to read, and t5x export RUN --output=DIR for its "
-                          "tensors",
-    "convert_tf_checkpoint": "t5x import SOURCE --output=RUN, of weights for Hugging Face's libraries",
+    "inspect_checkpoint": "to inspect a run, RUN/config.gin and RUN/provenance.json; for its tensors, t5x export "
+                          "RUN --output=DIR",
+    "convert_tf_checkpoint": "t5x import SOURCE --output=RUN, which reads weights for Hugging Face's libraries",
 }
 
 
@@ -139,7 +139,7 @@ def of_flag(flag: str) -> str | None:
 
 
 def of_command(arguments: Sequence[str]) -> str | None:
-    """A message about one of T5X's commands; None of all others."""
+    """A message about one of T5X's commands; None for all others."""
     if not arguments:
         return None
     if arguments[0] == "export" and any(argument.startswith("--gin") for argument in arguments):
@@ -149,10 +149,10 @@ def of_command(arguments: Sequence[str]) -> str | None:
 
 
 def of_gin_file(file: str) -> str:
-    """A message about a gin file that is T5X's, which imports what it configures."""
+    """A message about one of T5X's gin files, recognised by its imports."""
     return (f"{file} is a gin file of upstream T5X, for python -m t5x.train, t5x.eval or t5x.infer. Here gin/"
-            "mixed_pretrain.gin, gin/tune_mixed.gin, gin/eval.gin and gin/infer.gin stand for T5X's; t5x train "
-            "--runner=t5x trains by T5X's trainer.")
+            "mixed_pretrain.gin, gin/tune_mixed.gin, gin/eval.gin and gin/infer.gin replace T5X's; t5x train "
+            "--runner=t5x trains with T5X's trainer.")
 
 
 def _told(name: str, ours: str | None) -> str | None:

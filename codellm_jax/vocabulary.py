@@ -1,9 +1,9 @@
-"""The vocabulary: text to token ids and back, by a SentencePiece file or a tokenizer.json.
+"""The vocabulary: text to token ids and back, with a SentencePiece file or a tokenizer.json.
 
-A `Vocabulary` is a small frozen description of the file (where it lies, how many ids it has, which
-id ends a document, the hash of its bytes), so that it can be a static argument of `jax.jit`, be
-written beside a checkpoint, and be compared there. The tokenizer itself is loaded at the first use
-and kept; `tokenizing` has one for each kind of file.
+A `Vocabulary` is a small frozen description of the file (its path, number of ids, end-of-document
+id and hash), so that it can be a static argument of `jax.jit`, be written beside a checkpoint,
+and be compared. The tokenizer itself is loaded at the first use
+and kept; `tokenizing` has a module for each kind of file.
 """
 
 import dataclasses
@@ -22,29 +22,29 @@ from codellm_jax.tokenizing.published import published
 from codellm_jax.tokenizing.sentence_pieces import SentencePieces
 
 if TYPE_CHECKING:
-    import numpy as np  # whoever only describes a vocabulary does without
+    import numpy as np  # describing a vocabulary does not need it
 
 SHIPPED = pathlib.Path(__file__).parent / "vocabularies"
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a vocabulary holds.
+    """The description of a vocabulary.
 
     Attributes:
-      path: the tokenizer's file, or the folder that it lies in.
+      path: the tokenizer's file, or its folder.
       pieces: number of ids in the file.
-      size: number of rows of the model's embedding. Ids in [pieces, size) stand for nothing and are
-        never encoded.
+      size: number of rows of the model's embedding. Ids in [pieces, size) have no text and are never
+        produced by encoding.
       pad_id: the id that fills unused positions; may be the one that ends a document.
       end_of_document_id: the id that ends every document. `encode` does not append it.
-      content_hash: SHA-256, in hexadecimal, of the file's bytes and of whatever else changes ids.
-      begin_ids: what each document and each prompt begins with; mostly nothing, or one token. `encode`
-        does not put it there.
-      special_tokens: the text of each token that stands for no text, and its id.
-      chat_template: Jinja that makes a prompt of messages; None where none was published.
-      template_tokens: what the template may write by name, such as ("bos_token", "<s>").
-      text_form: "plain", or "pangu" for texts whose words jieba parts.
+      content_hash: SHA-256, in hexadecimal, of the file's bytes and of everything else that changes ids.
+      begin_ids: the ids that each document and each prompt begins with; usually none or one. `encode`
+        does not add them.
+      special_tokens: the name of each token that has no text, and its id.
+      chat_template: Jinja that turns messages into a prompt; None if none was published.
+      template_tokens: variables of the template, such as ("bos_token", "<s>").
+      text_form: "plain", or "pangu" for texts segmented by jieba.
     """
 
     path: str
@@ -61,16 +61,16 @@ class Vocabulary:
 
     @property
     def file(self) -> str:
-        """The tokenizer's file itself."""
+        """The tokenizer's file."""
         return files.tokenizer_file(self.path)
 
     @property
     def is_sentence_pieces(self) -> bool:
-        """Whether a SentencePiece processor of `file` gives the very same ids."""
+        """Whether a SentencePiece processor of `file` gives exactly the same ids."""
         return isinstance(self._backend, SentencePieces) and not self._backend.named_special
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without those that begin and end a document.
+        """Token ids of `text`, without those that begin or end a document.
 
         The names of special tokens in `text` are plain text.
 
@@ -80,32 +80,32 @@ class Vocabulary:
         return self.encode_all([text])[0]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt: what documents begin with, then those of `text`."""
+        """Token ids of a prompt: `begin_ids`, then those of `text`."""
         return [*self.begin_ids, *self.encode(text)]
 
     def encode_after(self, context: Sequence[int], text: str) -> list[int]:
-        """Token ids of `text` where it stands behind `context`, as an answer stands behind its prompt.
+        """Token ids of `text` where it follows `context`, as an answer follows its prompt.
 
-        Many files (Llama's) put a space before a text. Behind another text that space would be one too many: there is
-        none, and `decode_after` gives the text back. Files that also squeeze blanks (T5's) lose those between the two
-        anyway; of them it is what `encode` gives, with the space that parts the two.
+        Many tokenizers (Llama's) put a space before a text. After another text that space would be wrong: it is left
+        out, and `decode_after` restores the text. Tokenizers that also merge blanks (T5's) lose those between the two
+        anyway; for them the result is that of `encode`, with the space that separates the two.
         """
         return self.encode(text) if self._begins_text(context) else self.encode_all([text], behind=True)[0]
 
     def encode_all(self, texts: Sequence[str], threads: int = 1, behind: bool = False) -> list[list[int]]:
-        """What `encode` gives for each text, by several threads; `behind` others, what `encode_after` gives."""
+        """`encode` of each text, with several threads; with `behind`, `encode_after` each of those contexts."""
         return self._backend.encode(texts, threads, behind)
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Token ids of a text in which the names of special tokens are these tokens, as a chat template writes them."""
+        """Token ids of a text in which the names of special tokens become these tokens, as in a chat template."""
         return self._backend.encode_with_special(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids.
 
-        Special tokens, padding and end of document among them, are no text. An id in [pieces, size), as an untrained
-        model may sample it, is read as the unknown piece, in a tokenizer.json as U+FFFD; bytes that are no valid UTF-8
-        become U+FFFD.
+        Special tokens, including padding and end of document, have no text. An id in [pieces, size), which an untrained
+        model may sample, becomes the unknown piece, in a tokenizer.json U+FFFD; invalid UTF-8 becomes
+        U+FFFD.
 
         Raises:
           ValueError: an id is not in [0, size).
@@ -113,23 +113,23 @@ class Vocabulary:
         return self._decoded(ids, begins=True)
 
     def decode_after(self, context: Sequence[int], ids: Iterable[int]) -> str:
-        """The text that `ids` add behind `context`: what both give together beyond what the context gives.
+        """The text that `ids` add after `context`: the text of both without that of the context.
 
-        Unlike `decode` it keeps the space that a file puts before a text, for behind a context that space is meant. A
-        character whose bytes begin in the context belongs to `ids`. Behind nothing, or an end of document, a text
-        begins, and `decode` is right.
+        Unlike `decode`, it keeps the space that a tokenizer puts before a text, because after a context that space is
+        part of the text. A character whose bytes begin in the context belongs to `ids`. After nothing, or an end
+        of document, a text begins, and `decode` is right.
 
         Raises:
           ValueError: an id is not in [0, size).
         """
         if self._begins_text(context):
             return self.decode(ids)
-        tail = list(context[-3:])  # the bytes that a character of UTF-8 may have before its last
+        tail = list(context[-3:])  # the most bytes that a UTF-8 character has before its last
         before, both = self._decoded(tail, begins=False), self._decoded([*tail, *ids], begins=False)
         return both[len(os.path.commonprefix([before, both])) :]
 
     def _begins_text(self, context: Sequence[int]) -> bool:
-        """Whether what stands behind `context` begins a text."""
+        """Whether the text after `context` begins a document."""
         for token in reversed(context):
             if token == self.end_of_document_id or token in self.begin_ids:
                 return True
@@ -142,22 +142,23 @@ class Vocabulary:
         for token in ids:
             if not 0 <= token < self.size:
                 raise ValueError(
-                    f"Token id {token} is none of vocabulary {self.path}, "
+                    f"Token id {token} is not in vocabulary {self.path}, "
                     f"whose ids are 0 to {self.size - 1}."
                 )
         return self._backend.decode(ids, begins)
 
     def byte_count(self, ids: Iterable[int]) -> int:
-        """Bytes of UTF-8 that token ids in [0, pieces) stand for, those of a character that is cut included."""
+        """UTF-8 bytes of token ids in [0, pieces), including those of a cut character."""
         table = _bytes_of_ids(self)
         return sum(len(table[token]) for token in ids)
 
     def bytes_behind(self, before: "np.ndarray", ids: "np.ndarray") -> "np.ndarray":
-        """Bytes of UTF-8 that each token adds to the text, behind the token before it: int64, like the two int arrays.
+        """UTF-8 bytes that each token adds to the text after the token before it: int64, shaped like the two int
+        arrays.
 
-        A text's bytes are those that `decode` gives, so that a space which a file puts before a text is none of it. Its
-        tokens' bytes sum up to them also where they cut a character; special tokens, the end of a document among them,
-        have 0. What a file loses (T5's line ends) has no bytes: of such a file they are those of the text that is left.
+        The bytes of a text are those of `decode`, so a space that a tokenizer puts before a text does not count. The
+        bytes of its tokens sum to them even where a token cuts a character; special tokens, including the end of
+        document, have 0. Text that a tokenizer drops (T5's line ends) has no bytes; only the remaining text counts.
         """
         import numpy as np
 
@@ -166,10 +167,10 @@ class Vocabulary:
         return counts[ids] - begins * dropped[ids]
 
     def bytes_of_ids(self) -> list[bytes]:
-        """For each id in [0, pieces) the bytes of UTF-8 that it stands for; joined, they are the text.
+        """For each id in [0, pieces) its UTF-8 bytes; joined, they are the text.
 
-        So a text can be cut between any two ids, and within a character. Special tokens are empty. A
-        vocabulary that is not ours may put a space before the text.
+        A text can thus be cut between any two ids, even within a character. Special tokens are empty. Vocabularies
+        of other origin may put a space before the text.
         """
         return list(_bytes_of_ids(self))
 
@@ -179,7 +180,7 @@ class Vocabulary:
 
 
 def shipped_vocabularies() -> list[str]:
-    """Names of the vocabularies that come with the library, sorted."""
+    """Names of the shipped vocabularies, sorted."""
     return sorted(file.stem for file in SHIPPED.glob("*.model"))
 
 
@@ -194,23 +195,23 @@ def load_vocabulary(
 ) -> Vocabulary:
     """Reads a vocabulary's description.
 
-    What is None is taken from the files beside the tokenizer (tokenizer_config.json and others, of a folder or a file
-    named tokenizer.json), else from its own file.
+    Values that are None come from the files beside the tokenizer (tokenizer_config.json and others, for a folder or a
+    file named tokenizer.json), else from its own file.
 
     Args:
       path: the name of a shipped vocabulary (no slash, no suffix); a SentencePiece model file or a tokenizer.json,
         local or gs://; a folder that holds either; or hf://ORG/NAME[@REVISION].
-      pad_id: the id that pads; where nothing names one, the id that ends a document.
+      pad_id: the padding id; if nothing names one, the id that ends a document.
       end_of_document_id: the id that ends a document.
       multiple: the embedding's size is padded up to a multiple of this, for even shards and full
         tiles.
-      size: rows of the embedding, instead of what `multiple` gives.
+      size: rows of the embedding, instead of the size from `multiple`.
       begin_id: the id that documents and prompts begin with; -1 for none.
-      text_form: form that texts are brought into before they are tokenized: "plain" (as they are) or "pangu".
+      text_form: how texts are transformed before tokenization: "plain" (unchanged) or "pangu".
 
     Raises:
-      FileNotFoundError: there is no such vocabulary.
-      ValueError: in one line; the file is no tokenizer that is read here, an id is missing or out of range, or
+      FileNotFoundError: the vocabulary does not exist.
+      ValueError: in one line; the file is not a supported tokenizer, an id is missing or out of range, or
         `multiple` or `size` is too small.
     """
     if multiple < 1:
@@ -250,7 +251,7 @@ def load_vocabulary(
 
 
 def train_vocabulary(documents: Iterable[str], size: int, output: str) -> Vocabulary:
-    """Trains a vocabulary that loses nothing and writes it to a file; see `tokenizing.training.train`."""
+    """Trains a lossless vocabulary and writes it to a file; see `tokenizing.training.train`."""
     training.train(documents, size, output)
     return load_vocabulary(output)
 
@@ -285,14 +286,14 @@ def _resolve(path: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _backend(path: str, content_hash: str, text_form: str, special: tuple[str, ...]) -> Backend:
-    """The tokenizer of a file that still has the given hash."""
+    """The tokenizer of a file, which must still have the given hash."""
     content, file = _read(path)
     backend = read_backend(content, file, text_form, special)
     found = files.content_hash(content, backend.named_special, _version(text_form))
     if found != content_hash:
         raise ValueError(
             f"Vocabulary {file} changed since it was loaded: "
-            f"expected the hash {content_hash[:12]}, found {found[:12]}; load it anew."
+            f"expected the hash {content_hash[:12]}, found {found[:12]}; load it again."
         )
     return backend
 
@@ -304,7 +305,7 @@ def _bytes_of_ids(vocabulary: Vocabulary) -> tuple[bytes, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _counts_of_ids(vocabulary: Vocabulary) -> "tuple[np.ndarray, np.ndarray]":
-    """Of each id in [0, size) its bytes, and how many of them are no text where a text begins; both int64."""
+    """For each id in [0, size) its bytes, and how many of them are not text at the start of a text; both int64."""
     import numpy as np
 
     table, backend = _bytes_of_ids(vocabulary), vocabulary._backend
@@ -314,13 +315,13 @@ def _counts_of_ids(vocabulary: Vocabulary) -> "tuple[np.ndarray, np.ndarray]":
         if piece.startswith(b" "):
             within, first = (len(backend.decode([token], begins).encode()) for begins in (False, True))
             dropped[token] = within - first
-    for token in (vocabulary.end_of_document_id, *vocabulary.begin_ids):  # which a file may take for text
+    for token in (vocabulary.end_of_document_id, *vocabulary.begin_ids):  # which a tokenizer may treat as text
         counts[token] = dropped[token] = 0
     return counts, dropped
 
 
 def _version(text_form: str) -> str:
-    """A text form and the version of the library that makes it."""
+    """A text form and the version of the library that implements it."""
     if text_form == "plain":
         return text_form
     from codellm_jax.tokenizing.pangu import jieba
@@ -329,7 +330,7 @@ def _version(text_form: str) -> str:
 
 
 def _read(path: str) -> tuple[bytes, str]:
-    """The content of the tokenizer's file, and its address."""
+    """The content of the tokenizer's file, and its path."""
     try:
         file = files.tokenizer_file(path)
         return files.read(file), file

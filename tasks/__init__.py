@@ -1,4 +1,4 @@
-"""What is trained on and measured: SeqIO tasks by module, and corpora described by specs.
+"""SeqIO tasks of training and evaluation data by module, and corpora described by specs.
 
 Importing this package imports neither SeqIO nor TensorFlow; `Definitions.register` does.
 """
@@ -16,8 +16,8 @@ from typing import Any
 from tasks.corpora import official, sources, specs
 from tasks.instruction_sets import instructions
 
-# Of our own modules, a name for the tasks that each defines: part of the keys of their caches. Another one is due
-# whenever the same Python would give a task other texts; that the file changes otherwise writes no cache anew.
+# For this package's modules, a name for the tasks that each defines, part of their cache keys. Change it whenever
+# the same Python gives a task different texts; other changes of the file do not invalidate caches.
 _DEFINITIONS = {
     "tasks.pretraining": "878b3b1f378c24bfad534189f28bc4be1c154310db988b592781067b057da107",
     "tasks.tuning": "ae69c1735a1a129fe1caa16125deef387f1c40142ed849c4c84a7059ce4bb241",
@@ -28,15 +28,15 @@ _CORPUS_NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 
 @dataclasses.dataclass(frozen=True)
 class Definitions:
-    """Which modules define SeqIO tasks, and which corpora are added to theirs.
+    """The modules that define SeqIO tasks, and the corpora added to them.
 
     Attributes:
       modules: importable modules that register SeqIO tasks and mixtures when imported.
-      corpora: corpora of one's own by name, text.NAME or code.NAME (the pool before the dot), each with its kind and
-        options, as `corpora.sources` and `instruction_sets.instructions` describe them. Once made it also holds the
-        official corpora.
-      data_dir: a folder, local or gs://, below which the files of the official corpora are found by their names. A spec
-        in `corpora` comes before the official one.
+      corpora: your own corpora by name, text.NAME or code.NAME (the pool before the dot), each with its kind and
+        options, as `corpora.sources` and `instruction_sets.instructions` describe them. After construction it also
+        holds the official corpora.
+      data_dir: a folder, local or gs://, that is searched for the official corpora's files by name. A spec in `corpora`
+        overrides the official one.
 
     Raises:
       ValueError: a name or a spec is malformed.
@@ -70,16 +70,16 @@ class Definitions:
             self._targets(name)
 
     def describe(self, name: str) -> dict[str, Any]:
-        """What identifies the content of a corpus, task or mixture without reading or importing it.
+        """Identifies the content of a corpus, task or mixture without reading or importing it.
 
-        For a corpus it is what `sources.describe` or `instructions.describe` says; an
-        alias of another task adds what is said of that one. For any other name it is the hash of
-        each module's source file (of ours a fixed name), for the name may be defined in any of them, and the version of
-        Python, whose library may be read. Code that those modules import is not followed.
+        For a corpus, the result of `sources.describe` or `instructions.describe`; an
+        alias adds the description of its target. For any other name, the hash of each module's
+        source file (a fixed name for this package's), since any of them may define the name, and the Python version,
+        whose library may be read. Imports of those modules are not followed.
 
         Raises:
           ValueError: a module does not exist, or the name is an official one without a `data_dir`.
-          FileNotFoundError: a pattern of the corpus matches no file, or an official file is not there.
+          FileNotFoundError: a pattern of the corpus matches no file, or an official file is missing.
         """
         if name not in self.corpora:
             self._require_folder(name)
@@ -101,19 +101,19 @@ class Definitions:
         return description
 
     def is_instructions(self, name: str) -> bool | None:
-        """Whether a name is a corpus of instructions; None of the tasks of modules, and of aliases of these."""
+        """Whether a name is a corpus of instructions; None for tasks of modules and aliases of these."""
         last = [name, *self._targets(name)][-1]
         return specs.kind_of(self.corpora[last]) in specs.INSTRUCTION_KINDS if last in self.corpora else None
 
     def loss(self, name: str) -> str | None:
-        """The option `loss` of a corpus, or else of what it is an alias of; None where neither has one."""
+        """The option `loss` of a corpus, or else of its alias target; None if neither has one."""
         chain = [self.corpora.get(each, {}) for each in (name, *self._targets(name))]
         return next((spec["loss"] for spec in chain if "loss" in spec), None)
 
     def register(self) -> None:
         """Registers everything in SeqIO: first imports the modules, then adds the corpora.
 
-        Again is harmless: the same corpus stays, another spec of the same name replaces it.
+        Registering again is harmless: the same corpus stays, another spec with the same name replaces it.
 
         Raises:
           ValueError: a module does not exist, a corpus takes the name of a module's task, or an
@@ -124,7 +124,7 @@ class Definitions:
             importlib.import_module(module)
         from tasks import pretraining  # Imports SeqIO.
 
-        # What an alias names must be there before it.
+        # The target of an alias must be registered before it.
         for name in sorted(self.corpora, key=lambda name: len(self._targets(name))):
             if specs.kind_of(self.corpora[name]) in specs.INSTRUCTION_KINDS:
                 from tasks import tuning
@@ -136,7 +136,7 @@ class Definitions:
             tuning.add_official_mixture()
 
     def _require_folder(self, name: str) -> None:
-        """Refuses an official name where no folder says where its files are; a module may define the name."""
+        """Refuses an official name if no folder is set for its files; a module may define the name."""
         of_modules = any(not module.startswith("tasks.") for module in self.modules)
         if self.data_dir is not None or of_modules:
             return
@@ -151,7 +151,7 @@ class Definitions:
             )
 
     def _targets(self, name: str) -> list[str]:
-        """The names that an alias leads to, one through the other; none for other corpora."""
+        """The chain of names that an alias leads to; empty for other corpora."""
         chain = [name]
         while chain[-1] in self.corpora and "task" in self.corpora[chain[-1]]:
             chain.append(self.corpora[chain[-1]]["task"])
@@ -168,13 +168,13 @@ def _specification(module: str) -> Any:
     if found is None:
         raise ValueError(
             f"There is no module {module!r} in tasks.modules; "
-            "mend its name, or install it or put its folder on PYTHONPATH."
+            "correct its name, install it, or add its folder to PYTHONPATH."
         )
     return found
 
 
 def _module_hash(module: str) -> str:
-    """SHA-256 of a module's source file, in hexadecimal; its parent packages alone are imported."""
+    """SHA-256 of a module's source file, in hexadecimal; imports only its parent packages."""
     origin = _specification(module).origin
     if origin is None or not pathlib.Path(origin).is_file():
         raise ValueError(f"The module {module!r} in tasks.modules has no source file.")

@@ -1,16 +1,16 @@
-"""TFDS builders of the official benchmarks and instruction sets, as the project's own readers read them.
+"""TFDS builders of the official benchmarks and instruction sets, through this package's readers.
 
     tfds build official_benchmarks/mbpp --imports=tasks.builders --manual_dir=/data
     tfds build official_instructions/pclue --imports=tasks.builders
 
 The command `tfds` needs the extra `tfds`; `tfds.load("official_benchmarks/mbpp")`, once this module is imported, does
-not. Where the manual folder, one that DATA_DIR could name, holds the files, they are read there. Else they are
-downloaded as `t5x fetch` does it, into the folder "official" of TFDS's downloads.
+not. If the manual folder, a folder as for DATA_DIR, holds the files, they are read there. Else they are downloaded,
+as by `t5x fetch`, into the folder "official" of TFDS's downloads.
 
 `official_benchmarks` has a config for each task of `benchmarks.loading`. Its split "test" holds the questions, and
-"train" the worked examples of few-shot prompts, where they lie in other files. A question with candidates has their
-fields and the position of the right one; one whose answer is written has its fields, the right answers, and of MBPP the
-tests. `official_instructions` has a config for each corpus of `corpora.official`, with its splits, as inputs and
+"train" the worked examples of few-shot prompts, if they are in other files. A question with candidates has their
+fields and the position of the right one; one whose answer is written has its fields, the right answers, and for MBPP
+the tests. `official_instructions` has a config for each corpus of `corpora.official`, with its splits, as inputs and
 targets.
 """
 
@@ -31,7 +31,7 @@ from tasks.corpora import official, specs
 from tasks.instruction_sets import instructions
 
 VERSION = "1.0.0"
-MANUAL = "Files by the names that their publishers gave them, anywhere below the folder; `t5x fetch NAME` brings them."
+MANUAL = "Files with their publishers' names, anywhere in the folder; `t5x fetch NAME` downloads them."
 
 
 class OfficialBenchmarks(tfds.core.GeneratorBasedBuilder):
@@ -43,7 +43,7 @@ class OfficialBenchmarks(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         task = self.builder_config.name
-        sample = _example(task, read_items(task, None)[0][0])  # our own sample items have the same fields
+        sample = _example(task, read_items(task, None)[0][0])  # the package's sample items have the same fields
         return _info(self, release(task), {key: _feature(value) for key, value in sample.items()})
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
@@ -52,7 +52,7 @@ class OfficialBenchmarks(tfds.core.GeneratorBasedBuilder):
         items = {"test": read_items(task, folder)[0], "train": _worked_examples(task, folder)}
         return {split: _numbered(_example(task, item) for item in found) for split, found in items.items() if found}
 
-    def _generate_examples(self) -> None:  # TFDS wants the method; `_split_generators` gives the examples
+    def _generate_examples(self) -> None:  # TFDS requires the method; `_split_generators` gives the examples
         raise NotImplementedError
 
 
@@ -96,12 +96,12 @@ def _folder(of: Release, dl_manager: tfds.download.DownloadManager, locate_in: C
     try:
         manual = str(dl_manager.manual_dir)
         locate_in(manual)
-    except (AssertionError, FileNotFoundError):  # TFDS has no such folder; it lacks the files
+    except (AssertionError, FileNotFoundError):  # TFDS has no such folder; the files are missing
         manual = str(Path(dl_manager.download_dir) / "official")
         try:
             fetch([of.name], manual)
         except (OSError, ValueError) as error:
-            raise type(error)(f"{error} A folder that holds them can be given by --manual_dir.") from error
+            raise type(error)(f"{error} Set --manual_dir to a folder that holds them.") from error
     return manual
 
 

@@ -1,19 +1,19 @@
-"""SeqIO tasks of the benchmarks: what is read as `inputs`, and what is scored or to be written as `targets`.
+"""SeqIO tasks of the benchmarks: the prompt as `inputs`, and the scored or written text as `targets`.
 
 `register(data_dir)` adds a task for each name of `tasks.benchmarks.loading`, with a split "test". A question with
 candidates becomes an example for each of them, all with the question's number and the position of the right candidate,
-so that the metric can put them together again: accuracy, by the mean log-likelihood of a candidate's tokens, whose sum
+so that the metric can regroup them: accuracy, by the mean log-likelihood of a candidate's tokens, whose sum
 is the score that `seqio.Evaluator` is given; a tie of k candidates counts 1 / k. A question whose answer is written
 becomes one, with the first reference as its targets and all of them as `references`; its metrics are those of
 `benchmarks.judging`, and MBPP's programs are run where the sandbox can confine them. Neither feature gets an end token,
 because a candidate's score is that of its own text.
 
-Importing this module registers our own sample items as `sample.NAME`, which cannot be taken for the benchmarks, and
-the mixture of them as `sample.benchmarks`. `all_benchmarks(data_dir)` does so of the benchmarks themselves.
+Importing this module registers the package's sample items as `sample.NAME`, which cannot be mistaken for the
+benchmarks, and their mixture as `sample.benchmarks`. `all_benchmarks(data_dir)` registers the benchmarks themselves.
 
-Tokens are made by the vocabulary in the task's `output_features`, so that `task.replace(output_features=...)` tokenizes
-with another one; the texts stay beside them as `inputs_pretokenized` and `targets_pretokenized`. Each feature is
-tokenized by itself: scoring in this project decides for itself how prompt and continuation are joined.
+The vocabulary in the task's `output_features` tokenizes, so that `task.replace(output_features=...)` selects another
+one; the texts remain as `inputs_pretokenized` and `targets_pretokenized`. Each feature is tokenized by itself; this
+package's own scoring joins prompt and continuation differently.
 """
 
 import functools
@@ -36,7 +36,7 @@ SPLIT = "test"
 SAMPLE_PREFIX = "sample."
 MIXTURE = "benchmarks"  # of all of them
 
-# What `register` added, to tell it from what others did.
+# The tasks that `register` added, to distinguish them from others.
 _added: set[str] = set()
 
 
@@ -55,22 +55,22 @@ def register(
     specs: Mapping[str, Mapping[str, Any]] = NO_SPECS,
     vocabulary: Vocabulary = pretraining.DEFAULT_VOCABULARY,
 ) -> list[str]:
-    """Registers every benchmark as a SeqIO task; nothing is read yet but for `specs`, and errors come when it is.
+    """Registers every benchmark as a SeqIO task; reads only `specs`, other errors occur when a task is read.
 
-    Again replaces what was registered before, so that the last arguments hold.
+    Registering again replaces earlier tasks, so the last arguments hold.
 
     Args:
       data_dir, template, few_shot, seed: as `tasks.benchmarks.loading.load` takes them. Tasks that lack the template,
-        or whose prompt shows examples of its own, say so when they are read.
+        or whose prompt has its own examples, raise when they are read.
       prefix: before each name.
-      specs: benchmarks by files of one's own, likewise. Whether answers are written is seen in the files.
-      vocabulary: what they are tokenized with, of a SentencePiece file.
+      specs: users' benchmarks, likewise. The files decide whether answers are written.
+      vocabulary: the vocabulary that tokenizes them, of a SentencePiece file.
 
     Returns:
       The names registered.
 
     Raises:
-      ValueError: a name is a task or mixture of another origin, or a file of one's own is not what it should be.
+      ValueError: a name is a task or mixture of another origin, or a user's file is invalid.
       OSError: such a file cannot be read.
     """
     written = {name: isinstance(load(name, None, specs=specs).questions[0], Prompt) for name in specs}
@@ -79,7 +79,7 @@ def register(
     for name in names:
         taken = name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names()
         if taken and name not in _added:
-            raise ValueError(f"{name} is already a task of its own; give the benchmarks a prefix.")
+            raise ValueError(f"{name} is already another task; give the benchmarks a prefix.")
     for name, (benchmark, is_written) in zip(names, generated.items(), strict=True):
         read = functools.partial(load, benchmark, data_dir, template, few_shot, seed, specs)
         seqio.TaskRegistry.remove(name)
@@ -93,7 +93,7 @@ def all_benchmarks(
 ) -> str:
     """Registers every benchmark as `register` does, and returns the name of the SeqIO mixture of them, "benchmarks".
 
-    Without `data_dir` it is that of our own sample items, "sample.benchmarks".
+    Without `data_dir`, it is that of the package's sample items, "sample.benchmarks".
     """
     prefix = SAMPLE_PREFIX if data_dir is None else ""
     names = register(data_dir, prefix=prefix, vocabulary=vocabulary, **options)
@@ -144,7 +144,7 @@ def _task(name: str, read: functools.partial[Loaded], generated: bool, vocabular
 
 
 def _candidate(_: str, example: Mapping[str, Any], is_target: bool) -> dict[str, Any]:
-    """What the metric must know of an example beside its score."""
+    """What the metric needs of an example besides its score."""
     del is_target  # nothing is predicted
     tokens = tuple(tuple(int(token) for token in example[feature]) for feature in ("inputs", "targets"))
     return {"tokens": tokens} | {key: int(example[key]) for key in ("question", "candidate", "answer")}
@@ -154,13 +154,13 @@ def accuracy(targets: Sequence[Mapping[str, Any]], scores: Any) -> dict[str, flo
     """The share of questions whose right candidate has the lowest perplexity, their number, and how many are ties.
 
     Args:
-      targets: of each example, its question, its candidate, the right candidate, and the tokens of both its features.
-      scores: of each example, the sum of the log-likelihoods of its tokens, in nats.
+      targets: for each example, its question, its candidate, the right candidate, and the tokens of both features.
+      scores: for each example, the sum of the log-likelihoods of its tokens, in nats.
     """
     losses: dict[int, dict[int, float]] = {}
     answers = {}
-    same: dict[tuple[Any, ...], float] = {}  # the same tokens tie, however their batches were rounded
-    values = scores[0] if isinstance(scores, tuple) else scores  # with what else a scorer says
+    same: dict[tuple[Any, ...], float] = {}  # equal tokens tie, even if batches rounded differently
+    values = scores[0] if isinstance(scores, tuple) else scores  # with other outputs of a scorer
     for target, score in zip(targets, values, strict=True):
         loss = same.setdefault((target["question"], *target["tokens"]), -float(score) / len(target["tokens"][1]))
         losses.setdefault(target["question"], {})[target["candidate"]] = loss
@@ -174,7 +174,7 @@ def _texts(text: str, example: Mapping[str, Any], is_target: bool) -> Any:
 
 
 def _judged(read: functools.partial[Loaded]) -> Any:
-    """The metric of answers that are written; it reads the benchmark again, for its tests and references.
+    """The metric of written answers; it reads the benchmark again, for its tests and references.
 
     BLEU counts the tokens of the default vocabulary, whatever the task's features are.
     """
@@ -182,8 +182,8 @@ def _judged(read: functools.partial[Loaded]) -> Any:
     def judged(targets: Sequence[int], predictions: Sequence[str]) -> dict[str, float]:
         loaded = read()
         if list(targets) != list(range(len(loaded.questions))):
-            raise ValueError(f"{loaded.name} has {len(loaded.questions)} questions, and the answers are those of "
-                             f"{len(targets)}: all of them must be answered.")
+            raise ValueError(f"{loaded.name} has {len(loaded.questions)} questions, but there are answers to "
+                             f"{len(targets)}; all must be answered.")
         tokenize = seqio.SentencePieceVocabulary(pretraining.DEFAULT_VOCABULARY.path).encode
         found = Benchmarks().judge(loaded, [[_until(text, question)] for text, question in zip(
             predictions, loaded.questions, strict=True)], tokenize)
@@ -203,7 +203,7 @@ def _dataset(
     split: str, shuffle_files: bool, seed: int | None = None, *, read: functools.partial[Loaded], generated: bool
 ) -> tf.data.Dataset:
     del split, shuffle_files, seed
-    loaded = read()  # Outside of TensorFlow, where errors keep their type and one line.
+    loaded = read()  # Outside of TensorFlow, so that errors keep their type and one line.
     signature = {
         **{key: tf.TensorSpec((), tf.string) for key in ("inputs", "targets", "id")},
         **{key: tf.TensorSpec((), tf.int32) for key in ("question", "candidate", "answer")},

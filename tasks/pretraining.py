@@ -1,15 +1,15 @@
 """SeqIO tasks of pre-training: whole documents, tokenized, each ended by the end-of-document token.
 
-`text.python` and `code.python` read what every Python holds; the mixture `python_text_code` joins
-them as the paper joins 100 GB of text and 50 GB of code. `add_corpus` makes the same kind of task
-of a user's corpus.
+`text.python` and `code.python` read the standard library of every Python; the mixture `python_text_code`
+mixes them like the paper's 100 GB of text and 50 GB of code. `add_corpus` makes the same
+kind of task from a user's corpus.
 
 Documents are never cut here: read with `sequence_length=None` they are whole, and the training code
 joins them and cuts rows. Upstream T5X reads the same tasks with a length, to which SeqIO trims. Its
-mixture rates then count documents, not tokens: `tasks.rows` has the rows of a run for it.
+mixture rates then count documents, not tokens; `tasks.rows` gives it the rows of a run instead.
 
-Tokens are made by the vocabulary in the task's `output_features`, so that
-`task.replace(output_features=...)` tokenizes with another one.
+The vocabulary in the task's `output_features` tokenizes, so that
+`task.replace(output_features=...)` selects another one.
 """
 
 import difflib
@@ -27,7 +27,7 @@ from tasks.scheduling import add_scheduled_mixture
 
 DEFAULT_VOCABULARY = vocabulary.load_vocabulary("python_8k")
 
-# What `add_corpus` registered, by name, to tell it from what modules did.
+# The tasks that `add_corpus` registered, by name, to distinguish them from modules' tasks.
 _added: dict[str, Mapping[str, Any]] = {}
 
 
@@ -46,8 +46,8 @@ def add_corpus(
     Args:
       name: the task's name, such as "text.books".
       spec: as `corpora.sources` describes it. The kind "task" gives an existing task, with its own
-        preprocessors and features, a second name.
-      task_of: makes the task of any other kind; by default one of documents.
+        preprocessors and features, another name.
+      task_of: makes the task of any other kind; by default a task of documents.
 
     Raises:
       ValueError: the spec is malformed, the name is a task or mixture of another origin, or an
@@ -59,7 +59,7 @@ def add_corpus(
         if _added[name] == spec and "task" not in spec:
             return
     elif name in taken:
-        raise ValueError(f"{name} is already a task of its own; give the corpus another name.")
+        raise ValueError(f"{name} is already another task; give the corpus another name.")
     task = _alias(name, spec["task"]) if "task" in spec else (task_of or _task)(name, spec)
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add_provider(name, task)
@@ -86,12 +86,12 @@ class CorpusSource(seqio.FunctionDataSource):
 
     Args:
       texts: called with spec, split, name, the files to read, None for all, and borders; gives texts by feature, and
-        of a conversation its messages and turns beside them.
-      find_borders: called with spec and name; what divides the corpus into splits, as JSON, where a hash does.
+        for a conversation also its messages and turns.
+      find_borders: called with spec and name; gives the borders of splits as JSON, if a hash divides the corpus.
       features: the names of those features.
 
     Attributes:
-      vocabulary: of a corpus of tokens the name of the vocabulary that they were made with; else None.
+      vocabulary: for a corpus of tokens, the name of the vocabulary with which they were made; else None.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class CorpusSource(seqio.FunctionDataSource):
     def texts(
         self, split: str, files: Sequence[str] | None = None, borders: Sequence[float] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """The texts of a split, or of some of its files where it is divisible, without TensorFlow.
+        """The texts of a split, or of some of its files if it is divisible, without TensorFlow.
 
         Args:
-          borders: what `find_borders` gives, where it is known; else documents are read for it.
+          borders: the result of `find_borders`, if known; else documents are read for it.
         """
         return self._texts(self._spec, split, self._name, files, borders and specs.Borders(*borders))
 
@@ -121,16 +121,16 @@ class CorpusSource(seqio.FunctionDataSource):
                                       specs.Borders(*borders) if borders else None)
 
     def find_borders(self) -> specs.Borders | None:
-        """What divides the whole corpus into splits, for those who read it file by file; None where no hash does."""
+        """The borders that divide the whole corpus into splits, for reading file by file; None if not by hash."""
         return self._find_borders(self._spec, self._name)
 
     def is_divisible(self, split: str) -> bool:
-        """Whether the texts of each file of a split, file by file, are those of the split."""
+        """Whether the texts of a split's files, read one by one, are those of the split."""
         return specs.is_divisible(self._spec, split)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed
-        # Calls the reader once outside of TensorFlow, where its errors keep their type and one line.
+        # Calls the reader once outside of TensorFlow, so that its errors keep their type and one line.
         self.texts(split)
         return tf.data.Dataset.from_generator(
             lambda: ({feature: texts[feature] for feature in self._features} for texts in self.texts(split)),
@@ -141,7 +141,7 @@ def make_task(
     name: str, spec: Mapping[str, Any], texts: Callable[..., Iterator[dict[str, Any]]],
     features: dict[str, seqio.Feature], find_borders: Callable[..., specs.Borders | None],
 ) -> seqio.Task:
-    """A task of texts, tokenized and, where a feature asks for it, ended by the end token.
+    """A task of texts, tokenized and, if a feature requires it, ended by the end token.
 
     Args:
       texts, find_borders: as `CorpusSource` calls them.
@@ -165,7 +165,7 @@ def _task(name: str, spec: Mapping[str, Any]) -> seqio.Task:
 def _texts_of_tokens(
     spec: Mapping[str, Any], split: str, name: str, files: Sequence[str] | None, borders: specs.Borders | None
 ) -> Iterator[dict[str, str]]:
-    """As `_texts`: for plain SeqIO, which tokenizes them again."""
+    """Like `_texts`: for plain SeqIO, which tokenizes them again."""
     found = token_arrays.documents(spec, split, name, _known(spec["vocabulary"]), files, borders)
     return ({"targets": document.text} for document in found)
 
@@ -176,13 +176,13 @@ def _borders_of_tokens(spec: Mapping[str, Any], name: str) -> specs.Borders | No
 
 @functools.cache
 def _known(path: str) -> token_arrays.Known:
-    """What is asked of the vocabulary that tokens were made with."""
+    """The facts needed about the vocabulary with which tokens were made."""
     of = vocabulary.load_vocabulary(path)
     bytes_of_ids = of.bytes_of_ids()
     table = np.frombuffer(b"".join(bytes_of_ids), np.uint8)
     counts = np.array([len(piece) for piece in bytes_of_ids])
     starts, every = np.cumsum(counts) - counts, np.arange(of.pieces)
-    # A file may put a blank before a text, which is then bytes of its first id.
+    # A tokenizer may put a blank before a text, which then belongs to its first id.
     before = counts - of.bytes_behind(np.full(of.pieces, of.end_of_document_id), every)
 
     def text(ids: np.ndarray) -> bytes:
@@ -211,10 +211,10 @@ for _kind in ("text", "code"):
 
 seqio.MixtureRegistry.add("python_text_code", [("text.python", 2), ("code.python", 1)])
 
-# For plain SeqIO, whose rates count examples: the same corpora as full rows, so that rates count tokens, and the mixes
-# of gin/mixed_pretrain_increase.gin and gin/mixed_pretrain_decrease.gin of them. Not for runs of upstream T5X: it makes
-# its dataset anew at each start, where the mix would begin anew, and no positions part the documents of these rows.
-# `tasks.rows` has both.
+# For plain SeqIO, whose rates count examples: the same corpora as full rows, so that rates count tokens, with the mixes
+# of gin/mixed_pretrain_increase.gin and gin/mixed_pretrain_decrease.gin. Not for runs of upstream T5X: it rebuilds its
+# dataset at each start, which would restart the mix, and positions do not separate the documents of these rows.
+# `tasks.rows` solves both.
 ROW_LENGTH, ROWS_OF_RUN = 256, 400 * 8
 for _kind in ("text", "code"):
     _rows = _task(f"{_kind}.python_rows", {"python": _kind})

@@ -1,13 +1,13 @@
-"""The rows of a run as SeqIO tasks, for upstream T5X and plain SeqIO, and a feature converter that lays them out.
+"""The rows of a run as SeqIO tasks, for upstream T5X and plain SeqIO, and a feature converter for them.
 
     name = ordered_rows(mixture, vocabulary, train_steps=400, batch_size=8, seed=0, start_step=40)
     dataset = seqio.get_dataset(name, lengths, RowConverter(mixture.length, end), trim_output_features=False)
 
-Example i of its split "train" is row (in tuning: example) i of the run's order, counted from the first of `start_step`,
-so that nothing of the data need be saved: who goes on after step 40 asks for the rows from step 40 on. The order goes
-on behind the run's last step, and so never ends. It is a mix already, and must not be shuffled or packed.
+Example i of its split "train" is row (in tuning: example) i of the run's order, counted from the first row of
+`start_step`, so no data state needs saving: a run that resumes after step 40 requests the rows from step 40 on. The
+order continues after the run's last step and never ends. It is already mixed, and must not be shuffled or packed.
 
-Of several shards each has a block of every batch: put together in their order they are the batch.
+With several shards, each has a block of every batch: joined in order they are the batch.
 """
 
 import re
@@ -33,14 +33,14 @@ def ordered_rows(
     mixture: Mixture, vocabulary: Vocabulary, train_steps: int, batch_size: int, seed: int = 0, start_step: int = 0,
     name: str = "ordered_rows",
 ) -> str:
-    """Registers the rows of a run as the SeqIO task `name`, and returns the name; again replaces it.
+    """Registers the rows of a run as the SeqIO task `name`, replacing an earlier one, and returns the name.
 
     Args:
-      mixture, vocabulary, train_steps, batch_size, seed: of the run; rows are cached where they are not yet.
-      start_step: steps that are done already.
+      mixture, vocabulary, train_steps, batch_size, seed: of the run; rows are cached unless they are already.
+      start_step: number of completed steps.
 
     Raises:
-      ValueError: as `open_mixture`, or there is no such step.
+      ValueError: as for `open_mixture`, or there is no such step.
     """
     if start_step < 0 or batch_size < 1:
         raise ValueError(f"start_step must be at least 0 and batch_size at least 1, found {start_step}, {batch_size}.")
@@ -70,22 +70,22 @@ def held_out_rows(
             output_features=_features(mixture.stage, vocabulary), metric_fns=[])
         names.append(name)
     if not names:
-        raise ValueError("No source of the mixture holds out a row: give a corpus a larger 'holdout' in CORPORA.")
+        raise ValueError("No source of the mixture has a held-out row: give a corpus a larger 'holdout' in CORPORA.")
     seqio.MixtureRegistry.remove(HELD_OUT)
     seqio.MixtureRegistry.add(HELD_OUT, names, default_rate=1)
     return HELD_OUT
 
 
 def newest_step(model_dir: str) -> int:
-    """The step of the newest checkpoint_STEP in a model directory of T5X; 0 where there is none."""
+    """The step of the newest checkpoint_STEP in a model directory of T5X; 0 if there is none."""
     directory = epath.Path(model_dir).expanduser()
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
     return max((int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint_(\d+)", name))), default=0)
 
 
 def seqio_vocabulary(vocabulary: Vocabulary) -> seqio.Vocabulary:
-    """A vocabulary as SeqIO has it: its SentencePiece file; of other tokenizers, whose texts SeqIO does not read, the
-    ids alone.
+    """A vocabulary for SeqIO: its SentencePiece file; for other tokenizers, which SeqIO does not read, only the
+    ids.
     """
     if vocabulary.is_sentence_pieces:
         return seqio.SentencePieceVocabulary(vocabulary.file)
@@ -112,7 +112,7 @@ class _RowSource(seqio.DataSource):
         return [split]
 
     def _examples(self, batches: tf.data.Dataset, read: Any) -> tf.data.Dataset:
-        """The examples of batches, given their numbers and what reads one as int32 [rows, width], anew the same."""
+        """The examples of batches, given their numbers and a deterministic reader of one as int32 [rows, width]."""
         width = self._length + 1 + (WIDTH_BESIDE_TOKENS if self._stage == "tuning" else 0)
 
         def rows(batch: tf.Tensor) -> tf.Tensor:
@@ -124,7 +124,7 @@ class _RowSource(seqio.DataSource):
             prompt, whole = row[-2], row[-1]
             return {"inputs": row[:prompt], "targets": row[prompt:whole]}
 
-        # Sloppy by default in parallel: the order is what this is about.
+        # Parallel reading is unordered by default, but the order matters here.
         return batches.map(rows, num_parallel_calls=4, deterministic=True).unbatch().map(example)
 
 
@@ -138,7 +138,7 @@ class _OrderSource(_RowSource):
         shard_info: seqio.ShardInfo | None = None, **unused: Any,
     ) -> tf.data.Dataset:
         if shuffle:
-            raise ValueError("The rows of a run stand in its order, which shuffling would lose: set "
+            raise ValueError("The rows of a run are in its order, which shuffling would destroy: set "
                              "SHUFFLE_TRAIN_EXAMPLES = False, or shuffle=False.")
         index, shards = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
         size = self._batch_size
@@ -169,15 +169,15 @@ class _HeldOutSource(_RowSource):
 
 
 class RowConverter(seqio.FeatureConverter):
-    """Makes of each example the arrays of one row, [length] each, as the decoder of this package takes them.
+    """Turns each example into the arrays of one row, [length] each, for the decoder of this package.
 
-      decoder_input_tokens, decoder_target_tokens   a token and the one behind it: nothing is put before a row
-      decoder_positions, decoder_segment_ids        restart behind each end of a document; 0 is padding
-      decoder_loss_weights                          1 where the loss counts the target
+      decoder_input_tokens, decoder_target_tokens   a token and the next one: nothing is put before a row
+      decoder_positions, decoder_segment_ids        restart after each end of a document; 0 is padding
+      decoder_loss_weights                          1 if the loss counts the target
 
-    An example with a feature `inputs` is a prompt and an answer, which share a row and of which the loss counts the
-    answer. What is too long loses the beginning of its prompt, as evaluation cuts a question; one token of a prompt
-    always stays, and an answer too long by itself loses its end. An example of `targets` alone is a row of length + 1
+    An example with a feature `inputs` is a prompt and an answer in one row; the loss counts the answer. An example
+    that is too long loses the beginning of its prompt, as in evaluation; one token of the prompt always stays, and an
+    answer too long by itself loses its end. An example of `targets` alone is a row of length + 1
     tokens; SeqIO must not trim it.
 
     Args:
@@ -201,7 +201,7 @@ class RowConverter(seqio.FeatureConverter):
         self._length, self._end = length, end_of_document_id
 
     def __call__(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
-        # SeqIO's would ask for one set of features, and for lengths that prompt and answer do not have by themselves.
+        # SeqIO's own check requires one set of features, and lengths of prompt and answer separately.
         return self._convert_features(ds, task_feature_lengths)
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
@@ -214,7 +214,7 @@ class RowConverter(seqio.FeatureConverter):
             raise ValueError(
                 f"A row of {self._length} inputs has {self._length + 1} tokens, found " + (
                     f"{found}: set trim_output_features = False of the DatasetConfig." if found == self._length else
-                    f"{found or 'documents of any length'}: take the task that rows.ordered_rows registers."))
+                    f"{found or 'documents of any length'}: use the task that rows.ordered_rows registers."))
         dtypes = [spec.dtype for spec in self.MODEL_FEATURES.values()]
 
         def convert(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:

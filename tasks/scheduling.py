@@ -1,14 +1,14 @@
-"""Mixes that change while training, for plain SeqIO and so for upstream T5X.
+"""Mixes that change during training, for plain SeqIO and thus for upstream T5X.
 
 `add_scheduled_mixture` registers a SeqIO mixture that draws its tasks in the order in which
 codellm_jax draws its sources: shares of text and code that are constant, step, slope or come from
-tables (`MIX_PHASES`, see `codellm_jax.mixture.schedules.phases`), within half an example of what
-was asked at every position, in place of SeqIO's random draws of constant rates.
+tables (`MIX_PHASES`, see `codellm_jax.mixture.schedules.phases`), within half an example of the
+requested share at every position, instead of SeqIO's random draws at constant rates.
 
-What is mixed are examples, not tokens: a share of examples is a share of tokens only where all
-examples are equally long. (codellm_jax itself mixes full rows.) Which task comes next depends on
-the position alone, never on SeqIO's seed; which of its examples comes next is SeqIO's affair, with
-its shuffling and repeating. Several hosts mix each its own shard, from position 0: give the
+It mixes examples, not tokens: a share of examples is a share of tokens only if all examples are
+equally long. (codellm_jax itself mixes full rows.) Which task comes next depends on
+the position alone, never on SeqIO's seed; which of its examples comes next is decided by SeqIO's
+shuffling and repeating. With several hosts each mixes its own shard, from position 0: give the
 examples of one host then.
 """
 
@@ -23,7 +23,7 @@ import tensorflow as tf
 from codellm_jax.mixture.order import Order, Source
 from codellm_jax.mixture.schedules import LARGEST_DENOMINATOR, constant, phases
 
-CHUNK = 4096  # positions that are worked out at once
+CHUNK = 4096  # positions computed at once
 
 SampleFn = Callable[
     [Sequence[tf.data.Dataset], Sequence[float], int | None], tf.data.Dataset
@@ -38,17 +38,17 @@ def sample_fn(order: Order) -> SampleFn:
         numbers of rows do not matter.
 
     Returns:
-      A function of datasets, rates and a seed, of which rates and seed are used only where datasets
-      are missing because a task has no such split: those left cannot be told apart and are sampled
-      by their rates, as SeqIO does. The mix ends where the dataset that is next has ended, as
-      SeqIO's does; with num_epochs=None it never ends. Its iterators can be saved and restored.
+      A function of datasets, rates and a seed. Rates and seed are used only if datasets are missing
+      because a task has no such split: the remaining ones cannot be identified and are sampled by
+      their rates, as in SeqIO. The mix ends when the next dataset has ended, as in SeqIO; with
+      num_epochs=None it never ends. Its iterators can be saved and restored.
     """
 
     def draw(chunk: np.int64) -> np.ndarray:
         return order.locate(np.arange(CHUNK) + chunk * CHUNK)[0]
 
     def choices(chunk: tf.Tensor) -> tf.Tensor:
-        # Not stateful: what stands at a position never changes, so that iterators can be saved.
+        # Stateless: the source at a position never changes, so iterators can be saved.
         drawn = tf.numpy_function(draw, [chunk], tf.int64, stateful=False)
         return tf.ensure_shape(drawn, [CHUNK])
 
@@ -85,13 +85,13 @@ def add_scheduled_mixture(
         such a name and its rate relative to the other tasks of its pool (without, they are equal).
       code_rate: the share of code, 0 to 1, throughout.
       mix_phases: or phases of training, as MIX_PHASES.
-      examples: with `mix_phases`, the examples of the whole run (of one host: the run's divided by
-        the hosts), which decide where its phases begin. What the last ends with holds beyond.
+      examples: with `mix_phases`, the examples of the whole run (for one host: the run's divided by
+        the hosts), which decide where its phases begin. The final share of the last phase holds beyond.
       batch_size: examples of a training step (of one host), where phases start at steps.
 
     Raises:
       ValueError: both or neither of `code_rate` and `mix_phases`, malformed phases, a name that is
-        no task or given twice, rates for some tasks of a pool only, a pool without a task.
+        not a task or given twice, rates for some tasks of a pool only, a pool without a task.
     """
     if (code_rate is None) == (mix_phases is None):
         raise ValueError(
@@ -131,7 +131,7 @@ def _sources(mixture: str, tasks: Sequence[str | tuple[str, float]]) -> tuple[So
         without = [name for name in rates if name.split(".")[0] == pool and rates[name] is None]
         if without and any(rates[name] is not None for name in rates if name.startswith(f"{pool}.")):
             raise ValueError(
-                f"{mixture}: of the {pool} tasks either all have a rate or none; without one: "
+                f"{mixture}: either all {pool} tasks have a rate or none; without one: "
                 f"{', '.join(without)}."
             )
     return tuple(

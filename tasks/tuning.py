@@ -1,15 +1,15 @@
 """SeqIO tasks of tuning: a prompt as `inputs`, its answer as `targets`, ended by the end token.
 
-`text.python_instructions` and `code.python_instructions` are made from what every Python holds; the mixture
-`python_instructions` joins them 5:3, as the study's uniform mix does. `add_corpus` makes the same kind of task of a
-user's or an official corpus, and `add_official_mixture` joins the official ones.
+`text.python_instructions` and `code.python_instructions` are made from the standard library of every Python; the
+mixture `python_instructions` joins them 5:3, as the study's uniform mix does. `add_corpus` makes the same kind of task
+from a user's or an official corpus, and `add_official_mixture` joins the official ones.
 
-A conversation is one example: its last answer is the `targets`, and all before it, in the form of
-`instruction_sets.prompts`, the `inputs`. So SeqIO and upstream T5X learn the last answer alone. `t5x` reads a
-conversation's own messages beside them, and learns each answer, in the form of the vocabulary's chat template.
+A conversation is one example: its last answer is the `targets`, and everything before it, in the
+form of `instruction_sets.prompts`, the `inputs`. SeqIO and upstream T5X thus learn only the last answer. `t5x`
+also reads the conversation's messages, and learns each answer, in the form of the vocabulary's chat template.
 
-Nothing is cut here: read with `sequence_length=None` examples are whole. Tokens are made by the vocabulary in the
-task's `output_features`, so that `task.replace(output_features=...)` tokenizes with another one.
+Nothing is cut here: read with `sequence_length=None` examples are whole. The vocabulary in the task's `output_features`
+tokenizes, so that `task.replace(output_features=...)` selects another one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,14 +49,14 @@ def add_corpus(name: str, spec: Mapping[str, Any]) -> None:
 
 
 def add_official_mixture() -> None:
-    """Registers the mixture of the official corpora, all of which are registered by now; again is harmless.
+    """Registers the mixture of the official corpora, which must be registered already; repeating is harmless.
 
     Raises:
       ValueError: the mixture's name is a task or mixture of another origin.
     """
     if MIXTURE in seqio.TaskRegistry.names():
-        raise ValueError(f"{MIXTURE} is already a task of its own; give that another name.")
-    # Anew each time: a mixture holds on to its tasks, of which one may have been replaced.
+        raise ValueError(f"{MIXTURE} is already another task; give that another name.")
+    # Rebuilt each time: a mixture keeps its tasks, and one may have been replaced.
     if MIXTURE in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.remove(MIXTURE)
     seqio.MixtureRegistry.add(MIXTURE, list(MIXTURE_RATES.items()))

@@ -182,7 +182,7 @@ def test_all_private_characters_at_once(vocabularies):
             [tokens] = chat.conversation_tokens(vocabularies["chatml"], messages)
             assert content in shown(vocabularies["chatml"], tokens)[0][0]
         else:
-            with pytest.raises(chat.Refused, match="with more characters for private use"):
+            with pytest.raises(chat.Refused, match="with too many different private-use characters"):
                 chat.conversation_tokens(vocabularies["chatml"], messages)
 
 
@@ -196,7 +196,8 @@ def test_all_private_characters_at_once(vocabularies):
     ("{{ raise_exception('Never.') }}", "refused by the chat template: Never$"), ("{{ 'a' + 1 }}", "fails"),
     ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails"), ("{% include '/etc/passwd' %}", "fails"),
     ("{{ range(10000000) | list }}", "fails"),
-    ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "do not begin as the chat template asks"),
+    ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "do not begin with the chat template's "
+                                                                     "generation prompt"),
 ])
 def test_a_hostile_or_failing_template_is_told_in_a_line(tmp_path, template, message):
     words = load_vocabulary(write_folder(tmp_path / "t", template))
@@ -207,7 +208,7 @@ def test_a_hostile_or_failing_template_is_told_in_a_line(tmp_path, template, mes
 
 def test_a_template_that_is_no_jinja(tmp_path):
     words = load_vocabulary(write_folder(tmp_path / "t", "{% for m in messages %}\n{{ m.content }"))
-    with pytest.raises(ValueError, match="/t is no Jinja template: line 2: unexpected '}'"):
+    with pytest.raises(ValueError, match="/t is not a valid Jinja template: line 2: unexpected '}'"):
         chat.conversation_tokens(words, CONVERSATION)
 
 

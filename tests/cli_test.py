@@ -24,7 +24,7 @@ def refusal(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize("arguments, message", [
     (["trian"], "there is no sub-command 'trian'; nearest: train"),
     (["train"], "no --gin_file is given"),
-    (["study"], "no --gin_file is given; gin/study.gin is the one to begin with."),
+    (["study"], "no --gin_file is given; gin/study.gin is the file to start with."),
     (["train", MIXED, "--dryrun"], "unknown argument --dryrun; nearest: --dry_run"),
     (["train", MIXED, "--gin.SEED"], "--gin.SEED needs a value"),
     (["train", "--gin_file=gin/mixed_pretrian.gin"],
@@ -33,11 +33,11 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", MIXED, "--gin.CODE_RATE=1.5"], "CODE_RATE must lie between 0 (text only) and 1 (code only), found 1.5"),
     (["train", MIXED, "--gin.CODE_RATE=lots"], "--gin.CODE_RATE: CODE_RATE must be of type float | None, found 'lots'"),
     (["train", MIXED, "--gin.BATCH_SIZE=12"], "BATCH_SIZE = 12 cannot be divided by the mesh"),
-    (["train", MIXED, "--gin.BATCH_SIZE=0"], "BATCH_SIZE must be a whole number from 1, found 0"),
+    (["train", MIXED, "--gin.BATCH_SIZE=0"], "BATCH_SIZE must be a whole number of at least 1, found 0"),
     (["train", MIXED, "--gin.mesh.data=3"], "does not fit 8 devices"),
     (["train", MIXED, "--gin.mesh.model=8", "--gin.model.heads=4"], "cannot divide the parameter"),
     (["train", MIXED, "--gin.WARMUP_STEPS=900"], "WARMUP_STEPS = 900 must be at least 0 and below the 400 steps"),
-    (["train", MIXED, "--gin.TRAIN_STEPS=0"], "TRAIN_STEPS must be a whole number from 1, found 0"),
+    (["train", MIXED, "--gin.TRAIN_STEPS=0"], "TRAIN_STEPS must be a whole number of at least 1, found 0"),
     (["train", MIXED, "--gin.SEED=-1"], "SEED must be a whole number from 0"),
     (["train", MIXED, "--gin.SEED=abc"], "SEED must be of type int, found 'abc'"),
     (["train", MIXED, "--gin.BATCH_SIZE=True"], "BATCH_SIZE must be of type int, found True"),
@@ -52,9 +52,9 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", MIXED, "--gin.MIX_PHASES=[]"], "MIX_PHASES is empty"),
     (["train", MIXED, "--gin.MIX_PHASES={0: '5:3', '0.5': '1:1'}"], "starts that are numbers without quotes"),
     (["train", MIXED, "--gin.MIXTURE_OR_TASK_NAME=[]"], "MIXTURE_OR_TASK_NAME is empty"),
-    (["train", MIXED, "--gin.MIXTURE_OR_TASK_NAME=python_rows_increase"], "changes its mix by itself"),
+    (["train", MIXED, "--gin.MIXTURE_OR_TASK_NAME=python_rows_increase"], "changes its mix itself"),
     (["train", MIXED, "--gin.CODE_RATE=None"], "Neither CODE_RATE nor MIX_PHASES is set"),
-    (["train", "--gin_file=gin/tune_text.gin"], "needs INITIAL_CHECKPOINT_PATH, which no file and no flag sets"),
+    (["train", "--gin_file=gin/tune_text.gin"], "needs INITIAL_CHECKPOINT_PATH, which no file or flag sets"),
     (["train", "--gin_file=gin/tune_text.gin", "--gin.INITIAL_CHECKPOINT_PATH=nowhere"],
      "name the MODEL_DIR of a run that saved one"),
     (["train", MIXED, "--gin.train.keep_every=0"], "train.keep_every must be at least 1"),
@@ -63,7 +63,7 @@ def refusal(capsys, *arguments: str) -> str:
     (["train", MIXED, "--gin.mesh.rules=[('embed', 'foo')]"], "mesh.rules lays embed onto 'foo'"),
     (["train", MIXED, "--gin.train.optimizer=@optax.adamw"], "use @adamw, or @chain"),
     (["train", MIXED, "--gin.train.optimizer=@optax.lio"], "optax has no 'lio'; nearest: lion"),
-    (["vocabulary", MIXED, "--output=/nowhere/my.model"], "there is no directory to write /nowhere/my.model in"),
+    (["vocabulary", MIXED, "--output=/nowhere/my.model"], "/nowhere/my.model cannot be written: its directory"),
     (["train", MIXED, "--gin.VOCABULARY=nowhere.model"], "There is no vocabulary file nowhere.model"),
     (["train", MIXED, "--gin.VOCABULARY=python_9k"], "No vocabulary 'python_9k' is shipped"),
     (["train", MIXED, "--gin.model.heads=5"], "heads must divide hidden"),
@@ -107,7 +107,7 @@ def test_passed_over_records_are_told_while_rows_are_cached(tmp_path):
          f"--gin.CORPORA={{'text.a': {{'json_lines': '{tmp_path}/a.jsonl', 'holdout': 0}}}}"],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert "text.a, read for train: 60 records are documents, passed over: 7 broken JSON" in done.stdout
+    assert "text.a, read for train: 60 records are documents, skipped: 7 broken JSON" in done.stdout
     assert done.stderr == ""
 
 
@@ -124,7 +124,7 @@ def test_a_run_directory_of_another_configuration_says_what_differs(capsys, tiny
     assert "another configuration: CODE_RATE was 0.333333333333, is 0.75; SEED was 0, is 5" in line
     line = refusal(capsys, "train", *flags, "--gin.model.layers=4")
     assert "model.layers was 3, is 4" in line
-    assert f"with --gin.INITIAL_CHECKPOINT_PATH={tmp_path}/run a run there starts from these parameters" in line
+    assert f"with --gin.INITIAL_CHECKPOINT_PATH={tmp_path}/run a new run starts from these parameters" in line
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused(capsys, tiny_flags, tmp_path):
@@ -209,7 +209,7 @@ def test_a_users_own_module_named_tasks_is_named(tmp_path, what):
                           capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and done.stdout == ""
     [line] = done.stderr.strip().splitlines()
-    assert line.startswith(f"t5x explain: error: {mine} is found as the module `tasks`") and "rename it" in line
+    assert line.startswith(f"t5x explain: error: {mine} shadows this package's module `tasks`") and "rename it" in line
 
 
 def test_a_model_that_the_machine_cannot_hold_is_refused(capsys, tiny_flags, tmp_path):
@@ -219,7 +219,7 @@ def test_a_model_that_the_machine_cannot_hold_is_refused(capsys, tiny_flags, tmp
     assert cli.main(["train", *flags]) == 1
     said = capsys.readouterr()
     [line] = said.err.strip().splitlines()
-    assert "Parameters and optimizer state need" in line and "GiB a device, and a device here has" in line
+    assert "Parameters and optimizer state need" in line and "GiB per device, but a device here has" in line
     assert "\nWARNING: a device here has" in said.out
     assert cli.main(["train", *flags, "--dry_run"]) == 0  # to look at it is no harm
     assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -36,7 +36,7 @@ def test_a_bare_word_is_a_string(text, value):
 
 
 def test_half_a_list_is_refused():
-    with pytest.raises(ValueError, match="not a whole one"):
+    with pytest.raises(ValueError, match="is incomplete"):
         as_gin_value("['5:5', ")
 
 
@@ -162,7 +162,7 @@ def test_later_files_and_flags_win_and_explain_tells():
     (("train.batchsize", "8"), r"train has no parameter 'batchsize'; nearest: batch_size"),
     (("trian.batch_size", "8"), r"nothing is named 'trian'; nearest: train"),
     (("train.optimizer", "@adam_w"), r"nothing is named 'adam_w'; nearest: adamw"),
-    (("train.batch_size", "%BATCH"), r"train.batch_size needs BATCH, which no file and no flag sets"),
+    (("train.batch_size", "%BATCH"), r"train.batch_size needs BATCH, which no file or flag sets"),
 ])
 def test_unknown_names_get_the_nearest(override, message):
     with pytest.raises(ValueError, match=message):

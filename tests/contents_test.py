@@ -106,7 +106,7 @@ def test_what_breaks_off_is_read_up_to_there(tmp_path, compress):
 
 def test_utf_16_that_breaks_off(tmp_path):
     (tmp_path / "x").write_bytes("one\ntwo".encode("utf-16")[:-1])
-    with pytest.raises(UnreadableFile, match="x is damaged: no UTF-16: truncated data"):
+    with pytest.raises(UnreadableFile, match="x is damaged: not valid UTF-16: truncated data"):
         contents.whole_text(str(tmp_path / "x"))
 
 
@@ -125,7 +125,7 @@ def test_wide_text_without_a_mark_is_refused(tmp_path, encoding, text, what, com
     ("latin-1", "\u00e9t\u00e9"), ("gbk", "\u6a21\u578b"), ("shift-jis", "\u3042\u3044"), ("cp1251", "\u043c\u0438")])
 def test_text_in_another_encoding_is_refused_where_all_of_it_is_wanted(tmp_path, encoding, word):
     (tmp_path / "x.gin").write_bytes(f"SEED = 1\n# {word}\n".encode(encoding))
-    with pytest.raises(UnreadableFile, match="x.gin is not UTF-8 text: line 2 holds the byte 0x.*text is read in UTF"):
+    with pytest.raises(UnreadableFile, match="x.gin is not UTF-8 text: line 2 holds the byte 0x.*text may be UTF"):
         read_configuration([str(tmp_path / "x.gin")], [])
 
 
@@ -177,10 +177,10 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "an Arrow file": lambda file: file.write_bytes(b"ARROW1\0\0" + bytes(30)),
     "an Arrow stream": lambda file: file.write_bytes(b"\xff\xff\xff\xff" + bytes(30)),
     "a PDF file": lambda file: file.write_bytes(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n"),
-    "compressed twice, by bz2 within": lambda file: file.write_bytes(gzip.compress(bz2.compress(b"a"))),
+    "compressed twice, with bz2 inside": lambda file: file.write_bytes(gzip.compress(bz2.compress(b"a"))),
     "compressed by LZ4": lambda file: file.write_bytes(b"\x04\x22\x4d\x18" + bytes(30)),
-    "no text (it holds zero bytes)": lambda file: file.write_bytes(bytes(4096)),
-    "a pointer of Git LFS": lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1"),
+    "not text (it holds zero bytes)": lambda file: file.write_bytes(bytes(4096)),
+    "a Git LFS pointer": lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1"),
 }
 
 
@@ -193,7 +193,7 @@ def test_what_is_no_text_is_named(tmp_path, what, compress):
         file.write_bytes(compress(file.read_bytes()))
     told = refusal(file)
     assert told.startswith(what) and told.endswith(
-        "; text is read in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, plain or compressed by gzip, bz2, xz "
+        "; text may be UTF-8, or UTF-16 or UTF-32 with a byte order mark, plain or compressed by gzip, bz2, xz "
         "or Zstandard.")
 
 
@@ -201,8 +201,8 @@ def test_what_is_no_file_is_told(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     (tmp_path / "own").symlink_to(tmp_path / "own")
     for name, kind, told in (
-            ("link", FileNotFoundError, f"is a link to {tmp_path}/gone, which is not there"),
-            ("own", FileNotFoundError, f"is a link to {tmp_path}/own, which is not there"),
+            ("link", FileNotFoundError, f"is a link to {tmp_path}/gone, which does not exist"),
+            ("own", FileNotFoundError, f"is a link to {tmp_path}/own, which does not exist"),
             ("none", FileNotFoundError, "There is no file "), ("", UnreadableFile, "is a folder")):
         with pytest.raises(kind, match=told):
             contents.require_file(str(tmp_path / name))

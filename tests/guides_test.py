@@ -131,7 +131,7 @@ def test_a_trunk_and_its_branches(tiny_corpora, tiny_flags, tmp_path, monkeypatc
     for arguments in (trunk, branch):
         arguments = [argument.replace("@200", "@2") for argument in arguments]
         told = run(small(arguments, tiny_flags, (*MODEL, "--gin.CORPORA", "--gin.MIXTURE")), capsys)
-    assert "The learning rate goes on" in told and "0.300" in told
+    assert "The learning rate continues" in told and "0.300" in told
     assert {path.name for path in Path("runs/trunk/checkpoints").iterdir()} == {"1", "2", "4"}
     of_stages = [flag.replace("--gin.", f"--gin.{stage}/", 1) for stage in ("pretraining",) for flag in tiny_flags
                  if flag.startswith(("--gin.CORPORA", "--gin.CACHE_DIR", "--gin.MIXTURE", "--gin.model", "--gin.TASK"))]
@@ -156,7 +156,7 @@ def test_a_study_on_many_machines(checkout, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     assert worker[-1] == "--worker" and worker[:-1] == status[:-1]
     assert cli.main([argument.replace("gs://bucket", str(tmp_path)) for argument in status]) == 1
-    assert "no study has begun there" in capsys.readouterr().err
+    assert "no study has started there" in capsys.readouterr().err
     assert "#SBATCH --array=0-" in run(slurm[: slurm.index(">")], capsys)
     assert "completionMode: Indexed" in run(kubernetes[: kubernetes.index(">")], capsys)
     assert "queued-resources create" in run([*launch[:1], "--print_only", *launch[1:]], capsys)

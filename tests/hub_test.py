@@ -68,7 +68,7 @@ def test_what_is_a_name():
                                   "hf://some/model@", "hf://some/../model", "hf://some/model@../../x",
                                   "hf://some/model@/etc", "hf://some/mo del", "hf://datasets/some/model"])
 def test_what_is_no_name_is_refused(name: str):
-    with pytest.raises(ValueError, match="is no name on the hub; give hf://ORG/NAME"):
+    with pytest.raises(ValueError, match="is not a name on the hub; give hf://ORG/NAME"):
         library.snapshot(name, PATTERNS)
 
 
@@ -78,7 +78,7 @@ def test_the_whole_is_downloaded_once(hub: Hub, tmp_path: Path, capsys: pytest.C
     assert (folder / "config.json").read_text() == '{"model_type": "llama"}'
     assert not (folder / "picture.png").exists()
     assert commit == hub.commit("some/model", "main") and len(commit) == 40
-    assert capsys.readouterr().err == f"{NAME}: downloading what {tmp_path}/cache lacks of it.\n"
+    assert capsys.readouterr().err == f"{NAME}: downloading the files that {tmp_path}/cache lacks.\n"
     hub.requests.clear()
     assert library.snapshot(NAME, PATTERNS) == (folder, commit)
     assert not downloads(hub)
@@ -191,7 +191,7 @@ def test_another_content_is_refused_and_heals(hub: Hub, tmp_path: Path, file: st
     for _ in range(2):
         with pytest.raises(OSError) as raised:
             library.snapshot(NAME, PATTERNS)
-        assert f"{file} has the digest {found} in the place of {expected}" in str(raised.value)
+        assert f"{file} has the digest {found} instead of {expected}" in str(raised.value)
     assert not any(path.read_bytes() == hub.content[file] for path in tmp_path.glob("cache/**/*") if path.is_file())
     hub.content.clear()
     folder, _ = library.snapshot(NAME, PATTERNS)

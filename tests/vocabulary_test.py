@@ -123,7 +123,7 @@ def test_ids_without_a_piece(trained: vocabulary.Vocabulary) -> None:
     assert (padded.pieces, padded.size) == (480, 1000)
     assert padded.decode([999]) == padded.decode([2])
     for token in (-1, 1000):
-        with pytest.raises(ValueError, match=f"Token id {token} is none"):
+        with pytest.raises(ValueError, match=f"Token id {token} is not in vocabulary"):
             padded.decode([token])
 
 
@@ -164,7 +164,7 @@ def test_text_behind_a_context_keeps_its_blanks(name: str, other_vocabularies: d
             # The end of a document, and nothing at all, come before a text's beginning.
             for context in ([], [own.end_of_document_id], [*ids, own.end_of_document_id]):
                 assert own.decode_after(context, ids[:cut]) == own.decode(ids[:cut])
-    with pytest.raises(ValueError, match=f"Token id {own.size} is none"):
+    with pytest.raises(ValueError, match=f"Token id {own.size} is not in vocabulary"):
         own.decode_after(own.encode("x"), [own.size])
     if own.pieces < own.size:
         assert "\u2047" in own.decode_after(own.encode("x"), [own.size - 1])
@@ -308,7 +308,7 @@ def test_missing_vocabularies(tmp_path: pathlib.Path) -> None:
     (b"", ""), (b"no model at all" * 9, ""), (bytes(100), ""),
     (gzip.compress(b"x", mtime=0), " but compressed by gzip"),
     (b"PK\x03\x04" + bytes(9), " but a zip archive"),
-    (b"version https://git-lfs.github.com/spec/v1\n", " but a pointer of Git LFS in the place of the file")])
+    (b"version https://git-lfs.github.com/spec/v1\n", " but a Git LFS pointer instead of the file")])
 def test_other_files_are_refused(content: bytes, what: str, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "other.model"
     file.write_bytes(content)
@@ -319,7 +319,7 @@ def test_other_files_are_refused(content: bytes, what: str, tmp_path: pathlib.Pa
 
 def test_what_is_no_file_is_told(tmp_path: pathlib.Path) -> None:
     (tmp_path / "v.model").symlink_to(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="v.model is a link to .*gone, which is not there"):
+    with pytest.raises(FileNotFoundError, match="v.model is a link to .*gone, which does not exist"):
         vocabulary.load_vocabulary(str(tmp_path / "v.model"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no tokenizer: neither tokenizer.json nor .*Give a Sentence"):

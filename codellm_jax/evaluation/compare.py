@@ -79,8 +79,9 @@ def compare(first: str, second: str) -> list[Comparison | NotMeasured]:
         (one, lines), (other, other_lines) = (pair[task] for pair in results)
         for name in ("questions", "scoring", "sampling", "samples", "version"):
             if one["settings"].get(name) != other["settings"].get(name):
-                raise ValueError(f"{task}: the {name} of {first} and {second} differ, so that they cannot be paired: "
-                                 "evaluate both with the same files and settings, by the same version.")
+                raise ValueError(f"{task}: the {name} of {first} and {second} differ, so they cannot be paired: "
+                                 "evaluate "
+                                 "both with the same files, settings and version.")
         ties = ties_of(lines), ties_of(other_lines)
         if not is_measured(lines) or not is_measured(other_lines):
             found.append(NotMeasured(task, len(lines), ties))
@@ -139,7 +140,7 @@ def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[dict[str, Any]
         result = read_result(path)
         lines = finished_lines(path.with_suffix(".jsonl"), result)
         if lines is None:
-            raise ValueError(f"{path.stem} of {run}: its lines are not those of its result; evaluate it to the end.")
+            raise ValueError(f"{path.stem} of {run}: its lines do not match its result; evaluate it to the end.")
         found[path.stem] = result, lines
     if not found:
         raise FileNotFoundError(f"No results in {folder}: run t5x eval --gin_file=gin/eval.gin "
@@ -169,12 +170,12 @@ def table(comparisons: Sequence[Comparison | NotMeasured], first: str, second: s
             lines.append(f"  ties, which count 1 / k: {one.ties[0]:,} in A and {one.ties[1]:,} in B")
     told = [one for one in comparisons if isinstance(one, Comparison)]
     beside = any(one.measures for one in told) * [
-        "", "Below an accuracy, of the right answer: bits per byte, the fewer the better; the margin over the best "
+        "", "Below an accuracy, of the right answer: bits per byte, lower is better; the margin over the best "
         "wrong answer; the probability among the candidates, in per cent. Their p is that of Student's "
         "test of the questions' differences, and Holm's correction takes each measure by itself."]
     return "\n".join([
-        *lines, *beside, "", "p: McNemar's exact test on the questions that one run alone has right; with ties, of the "
-        "differences against random signs; where answers are more or less right, of a paired bootstrap. Holm: "
+        *lines, *beside, "", "p: McNemar's exact test on the questions that only one run answers correctly; with ties, "
+        "a test of the differences against random signs; for graded answers, a paired bootstrap. Holm: "
         f"corrected for {len(told)} tasks."])
 
 
@@ -199,8 +200,8 @@ def stages(first: str, second: str) -> str:
     lines = [f"{name}: {'; '.join(map(_told, of_run))}" for name, of_run in zip("AB", lines_of_stages, strict=True)]
     differing = _differing(*lines_of_stages)
     if differing > 1:
-        lines.append(f"A and B were trained on other data in {differing} stages: these two runs do not tell which of "
-                     "them a difference of scores is due to.")
+        lines.append(f"A and B were trained on different data in {differing} stages: these two runs cannot show which "
+                     "stage causes a difference in scores.")
     return "\n".join(lines)
 
 
@@ -216,7 +217,7 @@ def _stages(run: str) -> list[Mapping[str, Any]]:
 
 def _told(stage: Mapping[str, Any]) -> str:
     if stage["stage"] == "imported":
-        return "imported, trained on what is not known"
+        return "imported, training data unknown"
     rows = sum(stage["rows"].values())
     share = 100 * rows_of_code(stage) / rows if rows else 0.0
     return f"{stage['stage']}, {sum(stage['tokens'].values()):,} tokens, {share:.1f}% code"

@@ -103,10 +103,10 @@ def mixtures_behind(
         try:
             record = newest_record(stage["model_dir"])[1]
         except (FileNotFoundError, ValueError) as error:
-            report(f"WARNING: not searched, as its stage cannot be read: {error}")
+            report(f"WARNING: not searched, because its stage cannot be read: {error}")
             continue
         if record["ledger"]["stage"] == "imported":
-            report(f"Not searched: what {stage['model_dir']} was trained on is not known.")
+            report(f"Not searched: the training data of {stage['model_dir']} is not known.")
             continue
         plain = {name: value for name in record["settings"] if re.fullmatch(r"(mixture|tasks|vocabulary)\.\w+", name)
                  and (value := literal(record["settings"], name)) is not None}
@@ -179,7 +179,7 @@ def measure_into(
     except ValueError:
         known = None
     if known is not None and not (isinstance(known, dict) and {"version", "n", "tasks"} <= known.keys()):
-        raise ValueError(f"{path} is there and holds no contamination: give another name.")
+        raise ValueError(f"{path} exists and is not a contamination file: choose another name.")
     measured = measure(contamination, mixtures, report, known)
     write_whole(file, json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
     return measured
@@ -241,4 +241,4 @@ def table(measured: Mapping[str, Any]) -> str:
         *lines, "", *examples, *([""] if examples else []), f"Searched, in tokens: {', '.join(sources)}.",
         f"Overlap: {measured['n']} words of a question in a row, of Chinese {measured['characters']} characters, or a "
         f"shorter part of it of {measured['minimum']} or more, of Chinese {measured['minimum_characters']}, stand in "
-        "what is trained on.", "Not tested: too short, or in words that many questions have."])
+        "what is trained on.", "Not tested: too short, or in words shared by many questions."])

@@ -132,8 +132,8 @@ class Evaluation:
 def require_names(names: Sequence[str]) -> None:
     """Raises ValueError where two tasks have one name, as two files of questions in different folders may have."""
     if twice := [name for number, name in enumerate(names) if name.casefold() in map(str.casefold, names[:number])]:
-        raise ValueError(f"TASKS names two files of one name, {twice[0]!r}: give one of them another by "
-                         "BENCHMARKS = {'mine': {'file': ...}}, and 'mine' in TASKS.")
+        raise ValueError(f"TASKS names two files of one name, {twice[0]!r}: give one of them another name "
+                         "by BENCHMARKS = {'mine': {'file': ...}}, and 'mine' in TASKS.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,8 +123,8 @@ class CodellmJax(TemplateLM):
           ValueError: another one is asked for by name.
         """
         if isinstance(chat_template, str):
-            raise ValueError(f"--apply_chat_template: there is no template {chat_template!r}; codellm_jax has one, "
-                             "the prompt of tuning, and takes no name.")
+            raise ValueError(f"--apply_chat_template: there is no template {chat_template!r}; codellm_jax has only "
+                             "one, the prompt of tuning, without a name.")
         if not chat_template:
             return None
         return self._model.vocabulary.chat_template if self._by_template else self._instruction_prompt("{instruction}")
@@ -172,10 +172,10 @@ class CodellmJax(TemplateLM):
                          continuation[: self.max_length]) for texts, prompt, continuation in requests]
         beyond = sum(len(continuation) > self.max_length for _, _, continuation in requests)
         if cut := sum(prompt_tokens_cut(request, self.max_length) > 0 for request in asked):
-            logging.warning("%d of %d prompts lose their beginning: with their continuations they are too long for a "
-                            "model of %d positions.", cut, len(asked), self.max_length)
+            logging.warning("%d of %d prompts are truncated at the beginning: with their continuations they are too "
+                            "long for a model of %d positions.", cut, len(asked), self.max_length)
         if beyond:
-            logging.warning("%d of %d continuations are scored without their end: they are too long for a model of %d "
+            logging.warning("%d of %d continuations are truncated at the end: they are too long for a model of %d "
                             "positions.", beyond, len(asked), self.max_length)
         scored = iter(self._model.score([request for request in asked if request.continuation], self._batch_tokens))
         found = (next(scored) if request.continuation else None for request in asked)
@@ -219,8 +219,9 @@ class CodellmJax(TemplateLM):
                                         batch_size=self._answers_at_once)
             if cut := sum(answer.prompt_tokens_cut > 0 for answer in written):
                 logging.warning(
-                    "%d of %d prompts lose their beginning: they are too long for a model of %d positions, of which %d "
-                    "are for the answer.", cut, len(prompts), self.max_length, self._model.room(sampling))
+                    "%d of %d prompts are truncated at the beginning: they are too long for a model of %d positions, "
+                    "of "
+                    "which %d are for the answer.", cut, len(prompts), self.max_length, self._model.room(sampling))
             for number, prompt, answer in zip(numbers, prompts, written, strict=True):
                 text = vocabulary.decode_after(prompt, answer.ids)
                 ends = [text.find(stop) for stop in stops[number] if stop in text]

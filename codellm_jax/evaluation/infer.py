@@ -149,7 +149,7 @@ def answer(inference: Inference, prompts_file: str | None, output: str | None) -
     if output and "://" not in output:
         path = pathlib.Path(output).expanduser().absolute()
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"there is no directory to write {output} in.")
+            raise FileNotFoundError(f"{output} cannot be written: its directory does not exist.")
         if prompts_file and path == pathlib.Path(prompts_file).expanduser().absolute():
             raise ValueError(f"--output and --prompts are both {output}.")
     template: Template | None = inference.template
@@ -243,14 +243,14 @@ def _of_record(record: Any, where: str, template: Template | None) -> Asked:
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where} holds half a surrogate pair, which is no text.") from None
+        raise ValueError(f"{where} holds half a surrogate pair, which is not valid text.") from None
     match record:
         case {"prompt": str(prompt)}:
             return in_template(prompt, template)
         case {"instruction": str(instruction), **rest} if template and isinstance(rest.get("input", ""), str):
             return template(instruction, rest.get("input", ""))
         case {"instruction": _}:
-            raise ValueError(f"{where} is an instruction: give --instruction, and texts.")
+            raise ValueError(f"{where} is an instruction: add --instruction, and give texts.")
         case {"messages": [*messages]}:
             return _messages(messages, where)
     raise ValueError(f'{where} must be a JSON object such as {{"prompt": "..."}}, {{"instruction": "...", '

@@ -95,10 +95,10 @@ def fault(request: Request, length: int, vocabulary_size: int) -> str | None:
         return "its prompt is empty, and the first token of a row cannot be predicted: give at least one prompt token"
     if len(request.continuation) > length:
         return (f"its continuation has {len(request.continuation)} tokens, "
-                f"and the model can predict at most {length} after one prompt token")
+                f"but the model can predict at most {length} after one prompt token")
     wrong = unknown_id((*request.prompt, *request.continuation), vocabulary_size)
     if wrong is not None:
-        return f"it holds the token id {wrong}, and the model knows 0 to {vocabulary_size - 1}"
+        return f"it holds the token id {wrong}, but the model knows 0 to {vocabulary_size - 1}"
     return None
 
 

@@ -66,13 +66,13 @@ def require_written(
       DamagedRows: the array has another shape, or other rows.
     """
     if tuple(store.shape) != (count, width):
-        raise DamagedRows(f"the array has the shape {tuple(store.shape)} in the place of {(count, width)}")
+        raise DamagedRows(f"the array has the shape {tuple(store.shape)} instead of {(count, width)}")
     if count * width * store.dtype.numpy_dtype.itemsize > BYTES_READ_WHOLE:
         return False
     blocks = (store[first : min(count, first + ROWS_AT_ONCE)].read().result()
               for first in range(0, count, ROWS_AT_ONCE))
     if hash_of(blocks) != content_hash:
-        raise DamagedRows("its rows are others than were written")
+        raise DamagedRows("its rows differ from those written")
     return True
 
 
@@ -85,14 +85,14 @@ def recorded_splits(content: bytes, key: Mapping[str, Any]) -> tuple[str, dict[s
     try:
         recorded = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DamagedRows(f"its cache.json is no JSON: {error}") from None
+        raise DamagedRows(f"its cache.json is not JSON: {error}") from None
     if not isinstance(recorded, dict) or recorded.get("key") != json.loads(json.dumps(key)):
-        raise DamagedRows("its cache.json is that of other rows")
+        raise DamagedRows("its cache.json belongs to other rows")
     suffix, splits = recorded.get("suffix", ""), recorded.get("splits")
     if not isinstance(suffix, str) or not re.fullmatch(r"(\.[0-9a-f]{8})?", suffix):  # it becomes part of a path
         raise DamagedRows(f"its cache.json names arrays {suffix!r}")
     if not isinstance(splits, dict) or "train" not in splits:
-        raise DamagedRows("its cache.json tells of no training split")
+        raise DamagedRows("its cache.json has no training split")
     return suffix, {split: _facts(split, facts) for split, facts in splits.items()}
 
 
@@ -101,7 +101,7 @@ def _facts(split: str, facts: Any) -> dict[str, Any]:
     if isinstance(facts, dict):
         facts = {name: value for name, value in facts.items() if name != "heads"}  # of an earlier version
     if split not in SPLITS or not isinstance(facts, dict) or not facts.keys() <= {field.name for field in fields}:
-        raise DamagedRows(f"its cache.json tells of {split!r} what is not known")
+        raise DamagedRows(f"its cache.json has unknown facts about {split!r}")
     default, found = Found(), dict[str, Any]()
     for field in fields:
         expected = getattr(default, field.name)

@@ -90,13 +90,14 @@ class Ledger:
         expected = dict(zip((source.name for source in order.sources), order.counts(position).tolist(), strict=True))
         if self.rows != expected:
             raise ValueError(
-                f"The checkpoint was trained on other data: its ledger has {self.rows} rows, this configuration would "
-                f"have drawn {expected}. The sources, their rates or the seed changed: restore them, or use another "
-                "MODEL_DIR.")
+                f"The checkpoint was trained on other data: its ledger has {self.rows} rows, but this configuration "
+                f"would have drawn {expected}. The sources, their rates or the seed changed: restore them, or use "
+                "another MODEL_DIR.")
         if self.order_fingerprint != order.fingerprint():
             raise ValueError(
                 f"The checkpoint was trained on other data: the order was {self.order_fingerprint[:12]} and is "
-                f"{order.fingerprint()[:12]}. The content of {', '.join(expected)}, their rates, the seed or the steps "
+                f"now {order.fingerprint()[:12]}. The content of {', '.join(expected)}, their rates, the seed or the "
+                "steps "
                 "to come changed: restore them, or use another MODEL_DIR.")
 
     def table(self, order: Order) -> str:
@@ -148,7 +149,7 @@ def arm(ledger: Mapping[str, Any]) -> str:
     stages = stages_of(ledger)
     imported = stages[0]["stage"] == "imported"
     if not imported and stages[0]["stage"] == "tuning":
-        return "none, for it was tuned from new parameters"
+        return "none, because it was tuned from new parameters"
     letters, parts = "", []  # of the stages on documents that nothing follows yet, and what stands before them
     for number, stage in enumerate(stages[imported:], imported):
         if stage.get("branch") and number > imported and _has_share_of(stage, stages[number - 1]):

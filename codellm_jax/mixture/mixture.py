@@ -56,16 +56,16 @@ class Mixture:
             raise ValueError("TASK_FEATURE_LENGTHS has one length in tuning, of prompt and answer together: "
                              f"{{'targets': {self.lengths['targets']}}}; found {dict(self.lengths)}.")
         if set(self.lengths) != {"targets"}:
-            raise ValueError("TASK_FEATURE_LENGTHS has one length in pre-training, that of a row, which documents and "
-                             f"instructions fill alike: {{'targets': {self.lengths['targets']}}}; found "
+            raise ValueError("TASK_FEATURE_LENGTHS has one length in pre-training, that of a row of documents and "
+                             f"instructions: {{'targets': {self.lengths['targets']}}}; found "
                              f"{dict(self.lengths)}.")
         if not self.name:
             raise ValueError("MIXTURE_OR_TASK_NAME is empty: name a SeqIO mixture or tasks.")
         if self.max_epochs is not None and self.max_epochs < 1:
             raise ValueError(f"MAX_EPOCHS must be at least 1 (or None for no limit), found {self.max_epochs}.")
         if "\\" in self.cache_dir:
-            raise ValueError(f"CACHE_DIR {self.cache_dir} holds a backslash, which the library that stores rows takes "
-                             "for a slash: use another name.")
+            raise ValueError(f"CACHE_DIR {self.cache_dir} holds a backslash, which the library that stores rows reads "
+                             "as a slash: use another name.")
         if self.stage not in STAGES:
             raise ValueError(f"mixture.stage must be one of {', '.join(STAGES)}, found {self.stage!r}.")
         if self.code_rate is not None:
@@ -126,7 +126,7 @@ def open_mixture(
         rated = [other for other in rates if other.split(".")[0] == name.split(".")[0]]
         without = [other for other in rated if rates[other] is None]
         if without and len(without) < len(rated):
-            raise ValueError("Of one pool either all sources have a rate or none; without one: "
+            raise ValueError("Either all sources of a pool have a rate or none; without one: "
                              f"{', '.join(without)}.")
         weight = Fraction(rows["train"].count if rate is None else rate).limit_denominator(1_000_000)
         sources.append(Source(name, rows["train"].count, weight, rows["train"].content_hash))
@@ -160,8 +160,8 @@ def held_out_warnings(validation: Mapping[str, Rows | None], stage: str) -> Iter
         listed = ", ".join(f"{name} {own:,}" + f" in {in_rows:,} row(s)" * (stage == "pretraining" and own > 0)
                            for name, (own, in_rows) in counts.items())
         yield (f"{pool}: held-out {unit_of(stage)}: {documents:,} ({listed}), " + (
-            "too few to tell its loss by" if count else "so that its loss on held-out rows is not measured")
-            + f". Give a corpus of {pool} a larger 'holdout', or files of its own by 'validation', in CORPORA.")
+            "too few to measure its loss" if count else "so its loss on held-out rows is not measured")
+            + f". Give a corpus of {pool} a larger 'holdout', or separate files as 'validation', in CORPORA.")
 
 
 def training_rows(mixture: Mixture, vocabulary: Vocabulary, report: Callable[[str], None] = print) -> list[Rows]:
@@ -213,13 +213,13 @@ def _tasks_of(name: str, definitions: Definitions, cache_dir: str) -> dict[str, 
     else:
         found = seqio.MixtureRegistry.get(name)
         if getattr(found._sample_fn, "__module__", "") == "tasks.scheduling":
-            raise ValueError(f"{name} changes its mix by itself, which only SeqIO's own readers follow: name its tasks "
+            raise ValueError(f"{name} changes its mix itself, which only SeqIO's own readers support: name its tasks "
                              f"({', '.join(task.name for task in found.tasks)}) and set MIX_PHASES.")
         tasks = {task.name: float(found.get_rate(task)) for task in found.tasks}
     try:
         remembered.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"CACHE_DIR {cache_dir} cannot be made: {error.strerror}. Set another.") from error
+        raise OSError(f"CACHE_DIR {cache_dir} cannot be created: {error.strerror}. Choose another.") from error
     building = remembered.with_name(f".{remembered.name}.{uuid.uuid4().hex}")
     building.write_text(json.dumps(tasks))
     building.replace(remembered)  # whole or not there, whoever is killed or reads meanwhile

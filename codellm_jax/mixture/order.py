@@ -153,16 +153,16 @@ class Order:
         for name in (name for table in self.schedule.tables if table for name, _ in table):
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=2, cutoff=0.4) or names
-                raise ValueError(f"MIX_PHASES names {name}, which is no source of the mixture; nearest: "
+                raise ValueError(f"MIX_PHASES names {name}, which is not a source of the mixture; nearest: "
                                  f"{', '.join(near)}.")
         pools = {source.pool for source in self.sources}
         shares = self.schedule.shares + self.schedule.ends
         if "code" not in pools and any(share > 0 for share in shares):
-            raise ValueError("The mixture has no code source: set CODE_RATE = 0.0 (where MIX_PHASES is set, '1:0' "
-                             "there) or add one named code.NAME.")
+            raise ValueError("The mixture has no code source: set CODE_RATE = 0.0 (with MIX_PHASES, use '1:0' there) "
+                             "or add one named code.NAME.")
         if "text" not in pools and any(share < 1 for share in shares):
-            raise ValueError("The mixture has no text source: set CODE_RATE = 1.0 (where MIX_PHASES is set, '0:1' "
-                             "there) or add one named text.NAME.")
+            raise ValueError("The mixture has no text source: set CODE_RATE = 1.0 (with MIX_PHASES, use '0:1' there) "
+                             "or add one named text.NAME.")
 
     @functools.cached_property
     def _root(self) -> "_Node | int":

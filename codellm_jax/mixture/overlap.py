@@ -105,8 +105,8 @@ def _searched(
                 try:
                     answer = ready.recv()
                 except EOFError:
-                    raise ChildProcessError("A process that searched was killed, perhaps for want of memory; "
-                                            "contamination.processes sets how many there are.") from None
+                    raise ChildProcessError("A search process was killed, perhaps for lack of memory; "
+                                            "contamination.processes sets their number.") from None
                 if isinstance(answer, Exception):
                     raise answer
                 yield busy.pop(ready), answer

@@ -54,7 +54,7 @@ def cache_place(
     asked = definitions.loss(task)
     if stage == "tuning":
         if asked == "all":
-            raise ValueError(f"{task}: 'loss': 'all' is for pre-training; in tuning the loss counts answers alone.")
+            raise ValueError(f"{task}: 'loss': 'all' is for pre-training; in tuning the loss counts only answers.")
         return place({"examples": EXAMPLES_VERSION} | template)
     loss = asked or "all"
     of_documents, of_instructions = place({}), place({"instructions": [DOCUMENTS_VERSION, loss]} | template, loss)
@@ -63,7 +63,7 @@ def cache_place(
         is_instructions = not of_documents.is_whole() and (
             of_instructions.is_whole() or "inputs" in open_task(task, definitions, stage).output_features)
     if asked and not is_instructions:
-        raise ValueError(f"{task}: 'loss' is an option of instructions, and these are documents: leave it out.")
+        raise ValueError(f"{task}: 'loss' is an option of instructions, but these are documents: remove it.")
     return of_instructions if is_instructions else of_documents
 
 
@@ -84,5 +84,5 @@ def storage_error(error: Exception, directory: epath.Path) -> OSError | None:
         return None  # a file that is read
     if isinstance(error, OSError) and error.errno or "No space left on device" in str(error):
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
-        return OSError(f"Rows cannot be cached in {directory.parent}: {reason}. Mend it or set CACHE_DIR.")
+        return OSError(f"Rows cannot be cached in {directory.parent}: {reason}. Fix this or set CACHE_DIR.")
     return None

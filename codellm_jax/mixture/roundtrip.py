@@ -78,6 +78,6 @@ def warned(task: str, split: str, looked: Sequence[Looked], unit: str) -> list[s
     if not differing:
         return []
     before, after = differing[0].before, differing[0].after
-    return [f"WARNING: {task}, {split}: {len(differing)} of {len(looked)} {unit} looked at do not come back from the "
-            f"vocabulary as they went in: {before!r} comes out as {after!r}. What is lost is not learned: take another "
-            "VOCABULARY, such as 'python_8k', or train one with `t5x vocabulary`."]
+    return [f"WARNING: {task}, {split}: {len(differing)} of {len(looked)} {unit} checked are changed by encoding and "
+            f"decoding: {before!r} becomes {after!r}. Lost text is not learned: choose another VOCABULARY, such as "
+            "'python_8k', or train one with `t5x vocabulary`."]

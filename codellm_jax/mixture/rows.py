@@ -136,7 +136,7 @@ def cached_rows(
         (place.directory / "cache.json").unlink()
     else:
         reason += f"; they are kept in {move_aside(place.directory)}"
-    report(f"WARNING: the cached rows in {place.directory} are damaged and are written anew ({reason}).")
+    report(f"WARNING: the cached rows in {place.directory} are damaged and are written again ({reason}).")
     _write_cache(task, definitions, vocabulary, length, place, report, stage)
     return _recorded(place, task, vocabulary, length, stage, report)
 
@@ -229,16 +229,16 @@ def finish_cache(
         listed = ", ".join(f"{count:,} in {split}" for split, count in held_out.items())
         if not train.documents and held_out:
             reason = (f"all of its {unit_of(stage)} are held out ({listed}), and none is left to train on; "
-                      "'holdout': 0 in its CORPORA line holds out none, 'validation' others.")
+                      "in its CORPORA line set 'holdout': 0, or name other files as 'validation'.")
         elif stage == "tuning":
             reason = "no example of its training split is left to train on" + (
                 f": of {train.documents:,} none has a token of its target within {length + 1} tokens; mend them or "
                 "raise TASK_FEATURE_LENGTHS." if train.documents else ".")
         elif train.left_out == train.documents > 0:
-            reason = f"none of its {train.documents:,} examples has a token of an answer; mend them."
+            reason = f"none of its {train.documents:,} examples has a token of an answer; correct them."
         else:
-            reason = (f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; give it "
-                      "more data or lower TASK_FEATURE_LENGTHS."
+            reason = (f"its training split has {train.tokens} tokens, fewer than the {length + 1} of one row; add data "
+                      "or lower TASK_FEATURE_LENGTHS."
                       + f" Held out are {listed}, which 'holdout': 0 would train on." * bool(held_out))
         raise ValueError(f"{task}: {reason}" + f" ({'; '.join(train.notes)})" * bool(train.notes))
     facts = {split: dataclasses.asdict(found) for split, found in splits.items()}
@@ -293,7 +293,7 @@ def summary(task: str, split: str, found: Found, length: int, stage: str) -> str
     """A line of what a split came to; empty where it has nothing."""
     if found.documents and stage == "tuning":
         return (f"tokenized {task} {split}: {found.documents:,} examples, {found.tokens:,} tokens; {found.cut:,} are "
-                f"cut to {length + 1} tokens, {found.left_out:,} left out, as no token of their target is left")
+                f"cut to {length + 1} tokens, {found.left_out:,} left out, since no token of their target remains")
     if not found.tokens:
         return ""
     rest = found.tokens - found.count * (length + 1)
@@ -388,10 +388,10 @@ def document_rows(each_document: Iterable[np.ndarray], length: int) -> Iterator[
 
 def _damaged(path: str, error: Exception) -> ValueError:
     if is_transient(error):
-        return ValueError(f"The cached rows in {path} cannot be read now ({_reason(error)}): give the same command "
+        return ValueError(f"The cached rows in {path} cannot be read now ({_reason(error)}): run the same command "
                           "again once they can.")
     return ValueError(f"The cached rows in {path} are damaged ({_reason(error)}): delete {path.rsplit('/', 1)[0]} and "
-                      "give the same command again; it writes the same rows anew.")
+                      "run the same command again; it writes the same rows again.")
 
 
 def _reason(error: Exception) -> str:

@@ -32,9 +32,9 @@ HALF = Fraction(1, 2)
 # A phase of MIX_PHASES by example, and what it does.
 FORMS = {
     "'5:3'": "Five tokens of text for three of code, throughout the phase.",
-    "'5:5 to 7:3'": "From one ratio to the other in a straight line, row by row.",
+    "'5:5 to 7:3'": "From one ratio to the other linearly, row by row.",
     "'5:5 to 7:3 cosine'": "From one ratio to the other along half a cosine.",
-    "{'text.a': 3, 'code.b': 1}": "Sources by weight; those that are not named have none.",
+    "{'text.a': 3, 'code.b': 1}": "Sources by weight; those not named have none.",
 }
 _FORMS = (f"text:code ratios such as {[*FORMS][0]}, ramps such as {[*FORMS][1]} or {[*FORMS][2]}, or tables such as "
           f"{[*FORMS][3]}")
@@ -239,12 +239,12 @@ def _split(ratios: Any, rows: int, batch_size: int) -> tuple[list[int], list[Pha
             if not all(isinstance(key, str) and key.startswith(POOLS) for key in ratios):
                 raise ValueError("MIX_PHASES must have starts that are numbers without quotes, such as 0.5, found "
                                  f"{', '.join(repr(key) for key in ratios)}.")
-            raise ValueError("MIX_PHASES maps starts to phases; put a table that holds for the whole of training into "
-                             f"a list: [{dict(ratios)}].")
+            raise ValueError("MIX_PHASES maps starts to phases; put a table for the whole training into a "
+                             f"list: [{dict(ratios)}].")
         starts = [_start(key, rows, batch_size) for key in ratios]
         for first, second, row, following in zip(ratios, list(ratios)[1:], starts, starts[1:], strict=False):
             if following <= row:
-                raise ValueError(f"MIX_PHASES needs starts that rise by a row or more, found {second} (row "
+                raise ValueError(f"MIX_PHASES needs starts that increase by at least one row, found {second} (row "
                                  f"{following}) after {first} (row {row}).")
         if starts and starts[0] != 0:
             raise ValueError(f"MIX_PHASES must start at 0, found {next(iter(ratios))} first: add 0 and a phase.")
@@ -258,14 +258,15 @@ def _split(ratios: Any, rows: int, batch_size: int) -> tuple[list[int], list[Pha
     if not listed:
         raise ValueError("MIX_PHASES is empty: list a phase such as '5:3', or set it to None to use CODE_RATE.")
     if rows < len(listed):
-        raise ValueError(f"MIX_PHASES needs a row or more for each phase, found {len(listed)} phases, {rows} rows.")
+        raise ValueError(f"MIX_PHASES needs at least one row for each phase, found {len(listed)} phases, {rows} rows.")
     return starts, listed
 
 
 def _start(key: Any, rows: int, batch_size: int) -> int:
     """The row that a start of MIX_PHASES means."""
     if isinstance(key, bool) or not isinstance(key, int | float | Fraction) or not 0 <= key < math.inf:
-        raise ValueError("MIX_PHASES must have starts that are parts of training from 0 to below 1 (such as 0.5) or "
+        raise ValueError("MIX_PHASES must have starts that are fractions of training from 0 to below 1 (such as 0.5) "
+                         "or "
                          f"training steps (such as 500), found {key!r}.")
     if isinstance(key, int):
         if key * batch_size >= rows:
@@ -274,8 +275,8 @@ def _start(key: Any, rows: int, batch_size: int) -> int:
         return key * batch_size
     part = Fraction(key).limit_denominator(LARGEST_DENOMINATOR)
     if part >= 1:
-        raise ValueError(f"MIX_PHASES has a phase that starts at {key}: write parts of training below 1.0 and "
-                         "training steps as whole numbers.")
+        raise ValueError(f"MIX_PHASES has a phase that starts at {key}: write fractions of training below 1.0 "
+                         "and training steps as whole numbers.")
     return part.numerator * rows // part.denominator
 
 
@@ -318,7 +319,7 @@ def _table(phase: Mapping[Any, Any], start: int) -> _Piece:
         if not isinstance(name, str) or not name.startswith(tuple(f"{pool}." for pool in POOLS)):
             raise ValueError(f"MIX_PHASES has a table with {name!r}; sources are named text.NAME or code.NAME.")
         if isinstance(value, bool) or not isinstance(value, int | float | Fraction) or not 0 <= value < math.inf:
-            raise ValueError(f"MIX_PHASES must give {name} a weight that is a number from 0, found {value!r}.")
+            raise ValueError(f"MIX_PHASES must give {name} a weight of at least 0, found {value!r}.")
         weights[name] = Fraction(value).limit_denominator(LARGEST_DENOMINATOR)
         if weights[name] == 0 != value:
             raise ValueError(f"MIX_PHASES gives {name} the weight {value}, below {1 / LARGEST_DENOMINATOR}: multiply "

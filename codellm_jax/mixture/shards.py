@@ -190,8 +190,8 @@ def tokenize(build: Build, shard: Shard) -> None:
         vocabulary = dataclasses.replace(build.vocabulary, path=str(build.working / "vocabulary.model"))
         task = open_task(build.task, build.definitions, build.stage)
         if shard.files is None and build.definitions.describe(build.task) != build.place.key["definition"]:
-            raise ValueError(f"{build.task} is not the same for the process that reads it: its Python or its modules "
-                             "are others than here. Give it those of this machine.")
+            raise ValueError(f"{build.task} differs in the process that reads it: its Python or its modules are not "
+                             "those of this machine. Install the same ones.")
         recorded = json.loads((build.working / "plan.json").read_text())
         sample = sample_of(task, shard.split)
         found, own = Found(), f"{shard.number:06}.{uuid.uuid4().hex[:8]}"
@@ -329,7 +329,7 @@ def cut(build: Build, piece: Piece) -> None:
         of_rows.append(row_digests(salt_of(build.place, piece.split), range(row, row + len(block)), block))
         row += len(block)
     if row != piece.first + piece.rows:
-        raise ValueError(f"{build.working} holds fewer tokens than it says: delete it and give the command again.")
+        raise ValueError(f"{build.working} holds fewer tokens than it declares: delete it and run the command again.")
     if of_rows:
         open_store(digests_path(_array_of_rows(build, piece.split)), write=True)[piece.first : row].write(
             np.concatenate(of_rows)).result()

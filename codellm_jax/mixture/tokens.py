@@ -139,7 +139,7 @@ def examples(
                     _documents(some, vocabulary, threads)
                 yield from encoded
             if passed_over:
-                logging.warning("%s, read for %s: conversations passed over: %s.", task.name, split, passed_over)
+                logging.warning("%s, read for %s: conversations skipped: %s.", task.name, split, passed_over)
             return
         begin = np.array(vocabulary.begin_ids, np.int32)
         own = _for_seqio(vocabulary)
@@ -162,8 +162,9 @@ def _require_same(task: Any, vocabulary: Vocabulary) -> None:
     made_with = load_vocabulary(task.source.vocabulary)
     if made_with.content_hash != vocabulary.content_hash:
         raise ValueError(f"{task.name}: its tokens were made with {task.source.vocabulary!r} (hash "
-                         f"{made_with.content_hash[:12]}), and the run has {vocabulary.path} (hash "
-                         f"{vocabulary.content_hash[:12]}): set VOCABULARY to the former, or give the corpus as text.")
+                         f"{made_with.content_hash[:12]}), but the run has {vocabulary.path} (hash "
+                         f"{vocabulary.content_hash[:12]}): set VOCABULARY to the former, or provide the corpus as "
+                         "text.")
 
 
 def _for_seqio(vocabulary: Vocabulary) -> Any:

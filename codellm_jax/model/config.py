@@ -164,7 +164,7 @@ class DecoderConfig:
         rotary = {"rotary_theta": 10_000.0, "rotary_part": 1.0, "rotary_scaling": None}
         for name, default in rotary.items():
             if self.positions != "rotary" and getattr(self, name) != default:
-                raise ValueError(f"{name} is set, and positions are {self.positions!r}: set positions = 'rotary'.")
+                raise ValueError(f"{name} is set, but positions are {self.positions!r}: set positions = 'rotary'.")
         if not self.rotary_theta > 1.0:
             raise ValueError(f"rotary_theta must be above 1, found {self.rotary_theta}.")
         if not 0.0 < self.rotary_part <= 1.0:

@@ -76,7 +76,7 @@ class CachedMask(nn.Module):
         index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
         slots = segment_ids.value.shape[1]
         if length > slots:
-            raise ValueError(f"the cache has {slots} slots, found {length} tokens: make a longer one.")
+            raise ValueError(f"the cache has {slots} slots, found {length} tokens: make it longer.")
         offset = index.value
         segment_ids.value = jax.lax.dynamic_update_slice_in_dim(segment_ids.value, segment_ids_BL, offset, axis=1)
         index.value = offset + length

@@ -217,7 +217,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         elif line.startswith(" "):
             lines.append(line)
     if not entry:
-        raise ValueError("this is no text of a compiled program: it has no ENTRY computation.")
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY computation.")
     return computations, entry
 
 

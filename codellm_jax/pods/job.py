@@ -86,8 +86,8 @@ def require_one_host(tpu: Accelerator) -> None:
     topology = parse_topology(tpu.name)
     most = 4 if topology.chip.cube else 8
     if topology.chips > most or topology.slices > 1:
-        raise ValueError(f"--tpu={tpu.name} has several hosts, and a study trains each of its runs on one: take at "
-                         f"most {most} chips, and launch it once for each worker, with a --name of its own.")
+        raise ValueError(f"--tpu={tpu.name} has several hosts, but a study trains each run on one: take at most "
+                         f"{most} chips, and launch it once for each worker, each with its own --name.")
 
 
 def source(folder: Path | None = None) -> Source:
@@ -99,11 +99,12 @@ def source(folder: Path | None = None) -> Source:
     folder = folder or Path.cwd()
     root = _git(folder, "rev-parse", "--show-toplevel")
     if root is None or not (Path(root) / "codellm_jax" / "pods" / "launch.py").is_file():
-        raise ValueError(f"{folder} is in no git checkout of codellm_jax, which workers could install; change to one.")
+        raise ValueError(f"{folder} is not in a git checkout of codellm_jax, which workers need to install; change "
+                         "to one.")
     changed = (_git(folder, "status", "--porcelain") or "").splitlines()
     if changed:
-        raise ValueError(f"Workers install a commit, and {len(changed)} files here are not as committed, "
-                         f"{changed[0][3:]} first: commit them and push.")
+        raise ValueError(f"Workers install a commit, but {len(changed)} files here are not committed, "
+                         f"{changed[0][3:]} first: commit and push them.")
     commit = _git(folder, "rev-parse", "HEAD") or ""
     branches = (_git(folder, "for-each-ref", "--contains", commit, "--format=%(refname)", "refs/remotes") or "").split()
     if not branches:
@@ -117,7 +118,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
     except FileNotFoundError:
-        raise ValueError("git is not on PATH; it tells which commit workers are to install.") from None
+        raise ValueError("git is not on PATH; it is needed to find the commit that workers install.") from None
     return done.stdout.rstrip("\n") if done.returncode == 0 else None
 
 
@@ -127,8 +128,8 @@ def _reachable(url: str) -> str:
     if by_ssh and not url.startswith(("http:", "https:")):
         return f"https://{by_ssh[1]}/{by_ssh[2]}"
     if re.match(r"https?://[^/]*@", url):
-        raise ValueError("The remote's address holds a name or password, which commands and logs would show: take it "
-                         "out with git remote set-url.")
+        raise ValueError("The remote's address holds a name or password, which commands and logs would show: remove "
+                         "it with git remote set-url.")
     if not url.startswith(("http://", "https://", "git://")):
         raise ValueError(f"Workers cannot reach the commit's remote, {url}: push to one with an https address.")
     return url
@@ -175,11 +176,12 @@ def require_reachable(
         if setting == "VOCABULARY" and text.endswith(".model"):
             local = "://" not in text and not _is_committed(folder, text)
         if local and setting not in ("CACHE_DIR", "mixture.cache_dir"):
-            raise ValueError(f"{setting} is {text} on a local disk. Workers do not see this machine's, and their own "
-                             "vanish with them: use gs://.")
+            raise ValueError(f"{setting} is {text} on a local disk. Workers do not see this machine's disk, and theirs "
+                             "are deleted with them: use gs://.")
     run = dict(_strings(settings)).get(name, "")
     if not run.startswith("gs://"):
-        raise ValueError(f"{name} is not set; what a job keeps must lie in gs://, since the disks of TPUs vanish.")
+        raise ValueError(f"{name} is not set; a job's files must be in gs://, since the disks of TPUs are deleted "
+                         "with them.")
     return run
 
 

@@ -135,9 +135,9 @@ def commands(job: Job) -> str:
         ("until it is ACTIVE", [shlex.join(describe(job))]),
         ("install on every worker", every[:count]),
         ("start on every worker", every[count:]),
-        ("tell the log of worker 0, until it ends", [shlex.join(ssh(job, nodes(job)[0], "0", poll_script(job, 0)))]),
-        ("how every worker ended", [shlex.join(ssh(job, node, "all", finish_script(job))) for node in nodes(job)]),
-        ("give the TPUs back; after a preemption, begin again at the top", [shlex.join(delete(job))])]
+        ("print the log of worker 0, until it ends", [shlex.join(ssh(job, nodes(job)[0], "0", poll_script(job, 0)))]),
+        ("show how every worker ended", [shlex.join(ssh(job, node, "all", finish_script(job))) for node in nodes(job)]),
+        ("delete the TPUs; after a preemption, start again at the top", [shlex.join(delete(job))])]
     return "\n\n".join("\n".join([f"# {title}", *lines]) for title, lines in parts)
 
 
@@ -163,7 +163,7 @@ def launch(job: Job, keep: bool = False, poll_seconds: float = POLL_SECONDS) -> 
             return launched.run()
         finally:
             if launched.ours and keep:
-                _say(f"{job.name} is kept, and paid for; to delete it: {shlex.join(delete(job))}")
+                _say(f"{job.name} is kept and continues to cost money; to delete it: {shlex.join(delete(job))}")
             elif launched.ours:
                 launched.delete()
 
@@ -187,7 +187,7 @@ class _Launched:
             elif state in GONE:
                 if state == "FAILED" and not was_active:
                     raise OSError(f"{self.job.name} failed before it had a TPU: {reason or 'no reason is given'}.")
-                self.tell(f"{self.job.name} is {state}: it is deleted and asked for again.")
+                self.tell(f"{self.job.name} is {state}: it is deleted and requested again.")
                 self.delete()
             elif state == "ACTIVE":
                 was_active = True
@@ -217,8 +217,8 @@ class _Launched:
                 if not done.returncode or _is_not_found(done.stderr):
                     return
                 self._wait()
-            raise OSError(f"{self.job.name} is NOT deleted, and paid for: {_last_line(done.stderr)} Give this command "
-                          f"by hand: {shlex.join(delete(self.job))}")
+            raise OSError(f"{self.job.name} is NOT deleted and continues to cost money: {_last_line(done.stderr)} Run "
+                          f"this command yourself: {shlex.join(delete(self.job))}")
         finally:
             for number, handler in before:
                 signal.signal(number, handler)
@@ -234,7 +234,7 @@ class _Launched:
                 return None
             if not self._on_every_worker("Starting the command", start_script, INSTALL_TRIES):
                 return None
-            self.tell(f"The command runs; its log on worker 0 of {nodes(self.job)[0]} is ~/t5x/log.")
+            self.tell(f"The command is running; its log on worker 0 of {nodes(self.job)[0]} is ~/t5x/log.")
             state = "running"
         while state in ("running", None):
             self._wait()
@@ -282,14 +282,14 @@ class _Launched:
         failed = {worker: state for worker, state in states.items() if state != "0"}
         worker, state = min(failed.items(), key=lambda item: not item[1].isdigit())
         _say(f"{len(failed)} of {len(states)} workers failed; {worker}: " + (
-            "it still runs a minute after worker 0 ended" if state == "running" else f"exit status {state}") + ".")
+            "it still ran a minute after worker 0 ended" if state == "running" else f"exit status {state}") + ".")
         return int(state) if state.isdigit() else 1
 
     def _again(self, reason: str) -> None:
         self._restarts += 1
         if self._restarts > RESTARTS:
             raise OSError(f"{reason}, {self._restarts} times while {self.job.name} stayed ACTIVE.")
-        self.tell(f"{reason}: try {self._restarts} of {RESTARTS} to go on.")
+        self.tell(f"{reason}: attempt {self._restarts} of {RESTARTS} to continue.")
         self._wait()
 
     def _on_every_worker(self, title: str, script: Callable[[Job], str], tries: int) -> bool:
@@ -307,7 +307,7 @@ class _Launched:
             if self._state()[0] != "ACTIVE":
                 return False
             self._wait()
-        raise OSError(f"{title} failed on a worker {tries} times; what it said stands above.")
+        raise OSError(f"{title} failed on a worker {tries} times; its output is above.")
 
     def _state(self, patient: bool = True) -> tuple[str | None, str]:
         """The resource's state, None where there is none, and the reason of a failure.
@@ -325,15 +325,15 @@ class _Launched:
             if _is_not_found(done.stderr):
                 return None, ""
             if not patient:
-                raise OSError(f"gcloud cannot look for {self.job.name}: {_last_line(done.stderr)}")
-            self.tell(f"The state of {self.job.name} cannot be asked and is tried again: {_last_line(done.stderr)}")
+                raise OSError(f"gcloud cannot query {self.job.name}: {_last_line(done.stderr)}")
+            self.tell(f"The state of {self.job.name} cannot be read; trying again: {_last_line(done.stderr)}")
             self._wait()
 
     def _read(self, resource: dict[str, Any]) -> tuple[str, str]:
         labels = [spec.get("node", {}).get("labels", {}) for spec in resource.get("tpu", {}).get("nodeSpec", [])]
         if not self.ours and {"t5x-job": self.job.identity} not in labels:
             raise ValueError(f"{self.job.zone} has a queued resource {self.job.name} that another command or commit "
-                             "made: delete it, or give this job another --name.")
+                             "created: delete it, or give this job another --name.")
         self.ours = True
         state = resource.get("state", {})
         return state.get("state", "CREATING"), state.get("failedData", {}).get("error", {}).get("message", "")

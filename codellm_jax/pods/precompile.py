@@ -226,7 +226,7 @@ def _largest_sentence(fitting: int, refused: int | None) -> str:
 
 def _changes_section(step: Outcome, report: Callable[[str], None]) -> list[str]:
     found = cheapest_changes(step, report)
-    lines = ["", "These make it fit, the cheapest first, tried:" if found else "Nothing tried makes it fit.", ""]
+    lines = ["", "These tried configurations fit, the cheapest first:" if found else "No tried configuration fits.", ""]
     for flags, tried in found:
         assert tried.memory is not None
         lines.append(f"- `{flags}`: {tried.memory.peak / GIB:.2f} of {tried.topology.chip.memory_gib:.2f} GiB")
@@ -307,7 +307,8 @@ def _traffic_section(one: Outcome) -> list[str]:
     if not one.traffic:
         return [f"The {one.program} sends nothing between devices."]
     if one.unknown_loops:
-        lines += ["", f"{one.unknown_loops} loop(s) turn as often as the data ask for; they are counted for one turn."]
+        lines += ["", f"{one.unknown_loops} loop(s) have a data-dependent number of iterations; they are counted as "
+                      "one."]
     return lines
 
 
@@ -316,8 +317,8 @@ def _replicated_section(training: Training, topology: Topology) -> list[str]:
     if not leaves:
         return ["Every parameter and optimizer leaf that an axis of the mesh divides is sharded along it."]
     total = sum(size for *_, size in leaves)
-    return [f"Replicated though they could be sharded: {sum(count for *_, count, _ in leaves)} leaves, "
-            f"{total / 2**20:.1f} MiB a device.", "", "| leaf | shape | along | copies | MiB a device |",
+    return [f"Replicated although they could be sharded: {sum(count for *_, count, _ in leaves)} leaves, "
+            f"{total / 2**20:.1f} MiB per device.", "", "| leaf | shape | along | copies | MiB a device |",
             "|---|---|---|---|---|",
             *(f"| {name} | {' x '.join(map(str, shape))} | {axes} | {count} | {size / 2**20:.3f} |"
               for name, shape, axes, count, size in leaves)]

@@ -11,12 +11,12 @@ from codellm_jax.pods.topologies import Topology
 from codellm_jax.runtime.progress import PEAK_FLOPS
 
 ASSUMPTIONS = (
-    "computing: model FLOPs with causal attention counted by half, and what remat computes again, at the vendor's "
+    "computing: model FLOPs with causal attention counted as half, plus recomputation by remat, at the vendor's "
     "bfloat16 peak;",
     "memory: arguments are read and written once, temporaries written and read once, at the vendor's bandwidth;",
-    "links: rings that keep all links of a chip busy, both ways of each alike; slices without wrap-around links have "
+    "links: rings that keep all links of a chip busy in both directions; slices without wrap-around links have "
     "fewer;",
-    "network: what crosses slices, over its share of the host's network cards;",
+    "network: traffic between slices, over its share of the host's network cards;",
     "a step takes the longest of these if all overlap, their sum if none do; latencies and the host are left out.",
 )
 

@@ -116,7 +116,7 @@ def _blocks(
                   cell for unit in units for cell in (
                       f"{one[unit]:,}", f"{one[unit] - one[f'removed_{unit}'] - one[f'{unit}_dropped']:,}"))]
              for label, source, one in _by_step(counts)]
-    told = "Bytes are of text in UTF-8. A record without a document is one that cannot be read, or is empty."
+    told = "Bytes are of UTF-8 text. Records without a document are unreadable or empty."
     if plan["vocabulary"]:
         told += (f" Tokens are of {_quoted(plan['vocabulary'])}, hash `{plan['vocabulary_sha256'][:16]}`, with those "
                  "that begin and end a document.")
@@ -133,10 +133,10 @@ def _blocks(
                      *(cell for unit in units for cell in (f"{unit} left", "of them"))], corpora,
               words=[3 + len(units)]),
         Heading(2, "Steps"),
-        Table("In the order in which they are done. A step that does not look at a corpus is left out there.",
+        Table("In the order of execution. A step that does not apply to a corpus is omitted there.",
               ["step", "corpus", "documents before", "removed", "of them", "documents after", "changed", *(
                   f"{unit} {when}" for unit in units for when in ("before", "after"))], steps, words=[1]),
-        *([Table(f"Why documents were removed; of each step and corpus the {REASONS} commonest reasons.",
+        *([Table(f"Why documents were removed: the {REASONS} commonest reasons of each step and corpus.",
                  ["step", "corpus", "reason", "documents"], reasons, words=[1, 2])] if reasons else []),
         *_near_duplicates(job), *_figures(counts), *_shape_blocks(sources), *_copies(counts), *_overlaps(plan, counts),
         *_sample_blocks(job, samples),
@@ -156,7 +156,7 @@ def _near_duplicates(job: Job) -> list[Block]:
                 "joins all pairs that agree in a band"
             chances = ", ".join(f"{chance_to_meet(value, bands, rows):.1%} at {value:g}" for value in sorted(
                 {0.7, 0.8, 0.9, similarity} - {0}) if value >= similarity)
-            found.append(f"{number}. near_duplicates {told}. With {bands} x {rows} hashes it finds of them {chances}.")
+            found.append(f"{number}. near_duplicates {told}. With {bands} x {rows} hashes it finds {chances}.")
     return [Items(found)] if found else []
 
 
@@ -168,7 +168,7 @@ def _by_step(counts: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str,
 
 
 def _figures(counts: Mapping[str, Any]) -> list[Block]:
-    """What is left after each step, and how long it is; none where nothing was read."""
+    """The documents left after each step, and their lengths; none if nothing was read."""
     sources = {name: one for name, one in counts["sources"].items() if one["documents"]}
     if not sources:
         return []
@@ -188,27 +188,28 @@ def _figures(counts: Mapping[str, Any]) -> list[Block]:
         panels.append(Profile("Documents left, by characters", [f"{2**bin:,}+" for bin in bins], {
             name: [100 * shape["characters"].get(str(bin), 0) / shape["documents"] for bin in bins]
             for name, shape in shapes.items()}))
-    return [profiles("steps", "Left: the documents that each step leaves, in per cent of those that were read. Right: "
-                     "those that are left in the end, by length: from so many characters to the next number.", panels)]
+    return [profiles("steps", "Left: the documents that remain after each step, in per cent of those read. Right: the "
+                     "final documents by length, from this number of characters to the next.", panels)]
 
 
 def _shape_blocks(sources: Mapping[str, Any]) -> list[Block]:
-    """What is left, by length, by how Chinese and repetitive it is, by language and by licence."""
+    """The remaining documents by length, share of Chinese, repetition, language and licence."""
     shapes = {name: one["left"] for name, one in sources.items()}
     names = list(shapes)
     lengths = sorted({int(bin) for shape in shapes.values() for bin in shape["characters"]})
-    blocks: list[Block] = [Heading(2, "What is left"), Table(
+    blocks: list[Block] = [Heading(2, "Remaining documents"), Table(
         "Documents by their length in characters.", ["characters", *names],
         [[f"{2**bin:,} to {2**(bin + 1) - 1:,}", *(f"{shape['characters'].get(str(bin), 0):,}"
                                                    for shape in shapes.values())] for bin in lengths])]
     for kind, told in (
             ("chinese", "Documents by the share of Chinese characters among those that are not white space."),
-            ("repeated", "Documents by the share of characters in lines that stood before in the same document.")):
+            ("repeated", "Documents by the share of characters in lines that repeat an earlier line of the same "
+                         "document.")):
         blocks.append(Table(told, ["share", *names], [
             [f"{100 * bin // SHARES}% to {100 * (bin + 1) // SHARES}%",
              *(f"{shape[kind].get(str(bin), 0):,}" for shape in shapes.values())] for bin in range(SHARES)]))
-    for kind, told in (("languages", "Documents by the language that their file or record says."),
-                       ("licences", "Documents by the licence that their record says.")):
+    for kind, told in (("languages", "Documents by the language of their file or record."),
+                       ("licences", "Documents by the licence of their record.")):
         values = Counter[str]()
         for shape in shapes.values():
             values.update(shape[kind])
@@ -223,7 +224,7 @@ def _copies(counts: Mapping[str, Any]) -> list[Block]:
     rows = [[label, source, copy, f"{count:,}"] for label, source, one in _by_step(counts)
             for copy, count in one["copies"].items()]
     return [Heading(2, "Duplicates across corpora"), Table(
-        "Documents that were removed, and the corpus of the copy that stays.",
+        "Removed documents, by the corpus of the copy that is kept.",
         ["step", "removed from", "the copy is in", "documents"], rows, words=[1, 2])] if rows else []
 
 
@@ -239,7 +240,7 @@ def _overlaps(plan: Mapping[str, Any], counts: Mapping[str, Any]) -> list[Block]
         rows.append([task, f"{questions:,}", f"{len(found):,}",
                      ", ".join(f"{source} {len(ids):,}" for source, ids in by_source.items()), _quoted(example)])
     return [Heading(2, "Overlap with benchmarks"), Table(
-        "Questions of which an n-gram stood in a document; the documents were removed.",
+        "Questions that share an n-gram with a document; these documents were removed.",
         ["benchmark", "questions", "found", "in", "an n-gram"], rows, words=[3, 4])]
 
 
@@ -251,8 +252,8 @@ def _sample_blocks(job: Job, samples: Mapping[int, Sequence[Mapping[str, Any]]])
                      _quoted(one["text"][:SHOWN])] for one in found]
             blocks += [Heading(3, f"{number + 1}. {job.steps[number].name}"),
                        Table("", ["document", "reason", "beginning"], rows, words=[1, 2])]
-    return [Heading(2, "Samples of what was removed"), Text(
-        f"Of each step up to {SAMPLES} documents, those with the lowest hash."), *blocks] if blocks else []
+    return [Heading(2, "Samples of removed documents"), Text(
+        f"For each step up to {SAMPLES} documents, those with the lowest hashes."), *blocks] if blocks else []
 
 
 def _similar(sample: Mapping[str, Any]) -> str:

@@ -139,7 +139,7 @@ def _read(job: Job, part: int, lost: dict[str, int], removed: Table) -> Iterator
     source, files, piece = job.parts[part]
     for file in files or ():
         if job.inputs.state(file[0]) != file:
-            raise ValueError(f"{source}: {file[0]} is not what it was when this preparation began. Remove {job.folder} "
+            raise ValueError(f"{source}: {file[0]} has changed since this preparation began. Remove {job.folder} "
                              "and start again.")
     names = None if files is None else [file for file, _, _ in files]
     for each in job.inputs.documents(source, names, piece, _rows_before(job, part)):

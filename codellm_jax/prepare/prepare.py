@@ -68,7 +68,7 @@ def prepare(
     plan = _plan(preparation, steps, questions)
     hashes = {"steps_sha256": plan["steps_sha256"], "inputs_sha256": plan["inputs_sha256"]}
     if _is_done(epath.Path(output), plan):
-        report(f"{output} holds this already.")
+        report(f"{output} already holds this preparation.")
         return
     _require_reach(runner, output, plan)
     folder = f"{output.rstrip('/')}.building"
@@ -170,9 +170,9 @@ def _is_done(output: epath.Path, plan: Mapping[str, Any]) -> bool:
         if (differs := _difference(before, plan, (
                 "steps", "inputs", "changed", "format", "vocabulary_sha256", "questions_sha256"))) is None:
             return True
-        raise ValueError(f"OUTPUT {output} was prepared from other {differs}: set another, or remove it.")
+        raise ValueError(f"OUTPUT {output} was prepared from different {differs}: choose another, or remove it.")
     if output.exists() and not epath.Path(f"{output}.building").exists() and any(output.iterdir()):
-        raise ValueError(f"OUTPUT {output} is there and holds something else: set another.")
+        raise ValueError(f"OUTPUT {output} exists and holds something else: choose another.")
     return False
 
 
@@ -183,7 +183,7 @@ def _require_reach(runner: str, output: str, plan: Mapping[str, Any]) -> None:
     names = [output, *(file for one in plan["inputs"] for file, _ in one["files"] or ())]
     names += [plan["vocabulary"]] if plan["vocabulary"] else []
     if local := [name for name in names if "://" not in name]:
-        raise ValueError(f"Dataflow's workers do not see this machine's disk, where {local[0]} lies: use gs://"
+        raise ValueError(f"Dataflow's workers do not see {local[0]} on this machine's disk: use gs://"
                          + ", or leave prepare.vocabulary = None." * (local == [plan["vocabulary"]]))
 
 
@@ -192,13 +192,13 @@ def _begin(job: Job, plan: Mapping[str, Any], questions: Sequence[Any]) -> None:
     path = epath.Path(job.folder) / "plan.json"
     if path.exists():
         if differs := _difference(json.loads(path.read_text()), plan, tuple(_KINDS)):
-            raise ValueError(f"{job.folder} was begun with other {differs}: remove it to begin anew, or set another "
-                             "OUTPUT.")
+            raise ValueError(f"{job.folder} was started with different {differs}: remove it to start again, or choose "
+                             "another OUTPUT.")
         return
     if "://" not in job.folder:
         left = sorted(name for name in os.listdir(job.folder) if name not in (".lock", "questions.json"))
         if left and not all(name.startswith(".") for name in left):
-            raise ValueError(f"{job.folder} is there and holds something else, {left[0]}: remove it, or set another "
+            raise ValueError(f"{job.folder} exists and holds something else, {left[0]}: remove it, or choose another "
                              "OUTPUT.")
     write_whole(epath.Path(job.folder) / "questions.json", json.dumps(questions, ensure_ascii=False))
     write_whole(path, json.dumps(plan, ensure_ascii=False))
@@ -216,7 +216,7 @@ def _worker(workers: int | None, runner: str, options: Sequence[str]) -> Callabl
     if workers == 1 and runner == beam.LOCAL and not options:
         return _alone
     beam.require_beam("more than one worker, and other runners, need Apache Beam, which is not installed: pip install "
-                      "'.[beam]'. --workers=1 does without it.")
+                      "'.[beam]'. --workers=1 does not need it.")
     if workers is not None:
         mode = ["--direct_running_mode=multi_processing"] * (workers > 1)
         options = [f"--direct_num_workers={workers}", *mode, *options]
@@ -265,6 +265,8 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
         told = f"stage {stage + 1} of {len(stages)} ({', '.join(names) or 'reading'}): "
         if not todo:
             report(f"{told}done before.")
+            if not stage:
+                _tell_lost(job, report)
             continue
         if stage:
             for of_round in reduction.rounds(job, stage - 1):
@@ -278,6 +280,25 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
         report(f"{told}{left:,} documents left, in {len(job.parts):,} part{'s' * (len(job.parts) > 1)}.")
         if stage:
             _forget(job, stage - 1)
+        else:
+            _tell_lost(job, report)
+
+
+def _tell_lost(job: Job, report: Callable[[str], None]) -> None:
+    """Reports the records of each corpus that could not be read. Raises ValueError where that was all of them."""
+    read: Counter[str] = Counter()
+    lost: dict[str, Counter[str]] = {}
+    for number, part in enumerate(job.parts):
+        facts = job.facts(0, number) or {}
+        read[part.source] += facts["read"]["documents"]
+        lost.setdefault(part.source, Counter()).update(facts["lost"])
+    for source, reasons in lost.items():
+        told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+        if reasons and not read[source]:
+            raise ValueError(f"{source}: no document is left of its records: {told}. {job.folder}/stage0/removed-* say "
+                             f"where they are. Correct the corpus, remove {job.folder} and start again.")
+        if reasons:
+            report(f"{source}: {reasons.total():,} records hold no document: {told}.")
 
 
 def _forget(job: Job, stage: int) -> None:
@@ -325,7 +346,7 @@ def _finish(job: Job, plan: Mapping[str, Any], output: epath.Path, report: Calla
     else:
         epath.Path(job.folder).rmtree()
     documents, size = sum(one["documents"] for one in written), sum(one["bytes"] for one in written)
-    report(f"{documents:,} documents, {size / 1e6:,.1f} MB of text in {output}; README.md there tells of them.")
+    report(f"{documents:,} documents, {size / 1e6:,.1f} MB of text in {output}; see README.md there.")
 
 
 def _move(path: epath.Path, to: epath.Path) -> None:

@@ -212,7 +212,7 @@ def _require_budgets(options: Mapping[str, Any], sources: Sequence[str]) -> None
         raise ValueError(f"sample: 'budgets' maps corpora to {unit}, such as {{'text.web': 1e9}}, found {budgets!r}.")
     for source, value in budgets.items():
         if source not in sources:
-            raise ValueError(f"sample: 'budgets' names {source!r}, which is no corpus of CORPORA"
+            raise ValueError(f"sample: 'budgets' names {source!r}, which is not a corpus of CORPORA"
                              + nearest(str(source), sources))
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"sample: the budget of {source} must be a positive number of {unit}, found {value!r}.")

@@ -34,7 +34,7 @@ def plot(runs: Sequence[str], output: str | None = None, against: str = "steps")
 
     Args:
       runs: run directories.
-      output: a file that ends in .png or .svg; by default RUN/losses.png of one run, else losses.png.
+      output: a file that ends in .png, .svg or .pdf; by default RUN/losses.png of one run, else losses.png.
       against: "steps" or "tokens".
 
     Raises:
@@ -44,8 +44,8 @@ def plot(runs: Sequence[str], output: str | None = None, against: str = "steps")
     folders = [epath.Path(run).expanduser() for run in runs]
     path = epath.Path(output).expanduser() if output else folders[0] / "losses.png" if len(runs) == 1 else epath.Path(
         "losses.png")
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"--output must end in .png or .svg, found {output}.")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--output must end in .png, .svg or .pdf, found {output}.")
     names = [folder.name for folder in folders]
     column = ("steps", "tokens").index(against)
     lines: dict[str, list[plots.Line]] = {}
@@ -62,7 +62,7 @@ def plot(runs: Sequence[str], output: str | None = None, against: str = "steps")
     if not lines:
         raise ValueError(f"{', '.join(runs)}: no loss is recorded yet: train with a LOG_PERIOD or an EVAL_PERIOD.")
     figure = plots.runs({title: lines[title] for title in PANELS if title in lines}, against)
-    path.write_bytes(figure.png if path.suffix == ".png" else figure.svg)
+    path.write_bytes({".png": figure.png, ".svg": figure.svg, ".pdf": figure.pdf}[path.suffix])
     return "\n".join([*notes, f"Losses of {', '.join(names)}: {path}"])
 
 

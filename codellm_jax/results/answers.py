@@ -58,18 +58,19 @@ class Levels(NamedTuple):
 
 
 TESTS = {
-    "McNemar": "one seed each, right or wrong: McNemar's exact test on the questions that one of them alone has right; "
-               "the interval is a bootstrap over questions",
-    "sign flips": "one seed each, questions of which some are ties and count 1 / k: the sum of the differences against "
-                  "that with random signs; the interval is a bootstrap over questions",
-    "exchanges": "one seed each, more or less right: the difference against that with the two arms' answers exchanged "
-                 "at random, question by question; the interval is Student's over questions",
-    "questions": "an arm of one seed alone, against several or in a measure beside the accuracy: Student's test of the "
-                 "questions' differences, means over seeds; what another seed would change is left out",
-    "seeds": "several seeds each: the variance of the difference is that between the seeds' means, over their number, "
-             "plus that between the questions' means, over theirs; the interval is Banerjee's, which weighs each by "
-             "its own quantile of Student's distribution and errs towards finding nothing; seeds of either arm that "
-             "started from the same run are paired",
+    "McNemar": "one seed each, right or wrong: McNemar's exact test on the questions that only one of them answers "
+               "correctly; the interval is a bootstrap over questions",
+    "sign flips": "one seed each, some questions are ties and count 1 / k: a test of the sum of differences against "
+                  "random signs; the interval is a bootstrap over questions",
+    "exchanges": "one seed each, graded answers: a permutation test that exchanges the two arms' answers at random per "
+                 "question; the interval is Student's over questions",
+    "questions": "an arm with a single seed, against several or in a measure other than accuracy: Student's test of "
+                 "the "
+                 "questions' differences, averaged over seeds; variation between seeds is ignored",
+    "seeds": "several seeds each: the variance of the difference is the variance between seed means divided by their "
+             "number, plus the variance between question means divided by theirs; the interval is Banerjee's, which "
+             "weighs each by its own quantile of Student's distribution and is conservative; seeds of the two arms "
+             "that started from the same run are paired",
 }
 
 

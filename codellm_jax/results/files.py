@@ -39,7 +39,7 @@ def read_object(path: epath.Path, members: Members, required: Collection[str] = 
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path} is damaged: it is no JSON ({' '.join(str(error).split())[:100]}).") from None
+        raise Damaged(f"{path} is damaged: it is not JSON ({' '.join(str(error).split())[:100]}).") from None
     require_members(found, members, required, str(path))
     return found
 
@@ -171,5 +171,5 @@ def named(path: epath.Path, size: int) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(f"{path} cannot be written ({size:,} bytes): {error.strerror}. Mend it and give the same command "
+        raise OSError(f"{path} cannot be written ({size:,} bytes): {error.strerror}. Fix this and run the same command "
                       "again: it goes on from what is whole.") from error

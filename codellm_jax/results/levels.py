@@ -98,7 +98,7 @@ def count_distribution(probabilities: Sequence[float] | np.ndarray) -> np.ndarra
     probabilities = np.asarray(probabilities, np.float64)
     check_questions(len(probabilities))
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError(f"Probabilities lie between 0 and 1: {probabilities.tolist()}")
+        raise ValueError(f"Probabilities must be between 0 and 1: {probabilities.tolist()}")
     total = np.ones(1)
     for probability, count in zip(*np.unique(probabilities, return_counts=True), strict=True):
         total = np.convolve(total, _binomial(int(count), float(probability)))
@@ -177,7 +177,7 @@ def accuracy_summary(credits: Sequence[float] | np.ndarray, candidate_counts: Se
     if not n == len(candidate_counts) == len(answers):
         raise ValueError(f"{n} results, {len(candidate_counts)} numbers of candidates, {len(answers)} answers")
     if not ((values >= 0) & (values <= 1)).all():  # which NaN is not
-        raise ValueError("A question's credit lies in 0 ... 1")
+        raise ValueError("A question's credit must be in 0 ... 1")
     majority = majority_level(answers)
     guessing = _guessing_probabilities(candidate_counts)
     chance, total = float(guessing.mean()), math.fsum(values)
@@ -290,7 +290,7 @@ def _smallest(
 def _quantiles(power: float, alpha: float) -> tuple[float, float]:
     """z_a, of the two-sided test, and z_b, of its power."""
     if not (0.5 <= power < 1 and 0 < alpha < 1):
-        raise ValueError(f"Power lies in 0.5 ... 1 and alpha in 0 ... 1, both below 1; not {power} and {alpha}")
+        raise ValueError(f"Power must be in 0.5 ... 1 and alpha in 0 ... 1, both below 1; found {power} and {alpha}")
     return NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
 
 
@@ -304,4 +304,4 @@ def _guessing_probabilities(candidate_counts: Sequence[int]) -> np.ndarray:
 
 def _check_share(share: float) -> None:
     if not 0 <= share <= 1:
-        raise ValueError(f"A share lies in 0 ... 1, not {share}")
+        raise ValueError(f"A share must be in 0 ... 1, found {share}")

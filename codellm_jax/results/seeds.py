@@ -78,7 +78,7 @@ def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None = 
                          f"more of each task, found {[task.shape for arm in arms for task in arm]}")
     if paired:
         if [task.shape for task in arms[0]] != [task.shape for task in arms[-1]]:
-            raise ValueError("Seeds can be paired only where both arms have the same")
+            raise ValueError("Seeds can be paired only if both arms have the same")
         arms = [[one - other for one, other in zip(*arms, strict=True)]]
     differences = [one.mean(axis=0) - (arms[1][place].mean(axis=0) if len(arms) > 1 else 0)
                    for place, one in enumerate(arms[0])]  # of each task [n]

@@ -70,7 +70,7 @@ def mean_interval(mean: float, n: int, level: float = 0.95) -> Interval:
     """
     check_questions(n)
     if not 0 <= mean <= 1:
-        raise ValueError(f"A mean of values from 0 to 1 lies there too, not at {mean}")
+        raise ValueError(f"A mean of values in 0 ... 1 must also be there, found {mean}")
     z = NormalDist().inv_cdf((1 + _checked_level(level)) / 2)
     centre = mean + z * z / (2 * n)
     half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
@@ -233,7 +233,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     values = np.asarray(p_values, np.float64)
     check_questions(len(values), "p-values")
     if not ((values >= 0) & (values <= 1)).all():  # which NaN is not
-        raise ValueError(f"p-values lie between 0 and 1: {list(p_values)}")
+        raise ValueError(f"p-values must be between 0 and 1: {list(p_values)}")
     order = np.argsort(values, kind="stable")
     adjusted = np.empty(len(values))
     steps = np.arange(len(values), 0, -1)
@@ -286,13 +286,13 @@ def right_or_wrong(values: Sequence[bool] | np.ndarray) -> np.ndarray:
     array = np.asarray(values)
     check_questions(len(array))
     if not np.isin(array, (0, 1)).all():
-        raise ValueError("Right and wrong are told by 1 and 0, or True and False, alone")
+        raise ValueError("Right and wrong must be given as 1 and 0, or True and False")
     return array.astype(bool)
 
 
 def _checked_level(level: float) -> float:
     if not 0 < level < 1:
-        raise ValueError(f"A level of confidence lies between 0 and 1, such as 0.95; not {level}")
+        raise ValueError(f"A confidence level must be between 0 and 1, such as 0.95; found {level}")
     return level
 
 
@@ -304,4 +304,4 @@ def check_count(correct: int, n: int) -> None:
 
 def check_questions(n: int, what: str = "questions") -> None:
     if n < 1:
-        raise ValueError(f"There are no {what}, so there is nothing to say about them")
+        raise ValueError(f"There are no {what}")

@@ -5,7 +5,7 @@ from typing import Any
 
 HEADINGS = f"{'task':<28} {'n':>6} {'score':>9} {'95% interval':>15} {'chance':>7} {'majority':>9}"
 SHOWN = 60  # characters of a text that are shown of either end
-CHANCE_LEVEL = 0.05  # a p-value from which on a score is not told from chance
+CHANCE_LEVEL = 0.05  # a p-value above which a score is not distinguishable from chance
 
 
 def told_from_chance(result: Mapping[str, Any]) -> bool:
@@ -73,7 +73,7 @@ def _row_of_accuracy(result: Mapping[str, Any]) -> str:
     if not result.get("measured", True):
         score, interval, note = "-", "-", "  not measured: most questions are ties"
     elif not told_from_chance(result):
-        note = "  not told from chance"
+        note = "  not distinguishable from chance"
     return (f"{_name(result):<28} {result['n']:>6,} {score:>9} {interval:>15} {100 * result['chance']:>7.1f} "
             f"{100 * result['majority']:>9.1f}{note}")
 
@@ -100,9 +100,9 @@ def _ties(result: Mapping[str, Any]) -> list[str]:
     """A line about ties, where there are some."""
     if not result.get("ties"):
         return []
-    nothing = f", and in {result['ties_of_all']:,} all candidates tie, which tells nothing" * bool(
+    nothing = f", and in {result['ties_of_all']:,} all candidates tie, which is uninformative" * bool(
         result.get("ties_of_all"))
-    return [f"in {result['ties']:,} of {result['n']:,} questions several candidates tie: k that do count 1 / k"
+    return [f"in {result['ties']:,} of {result['n']:,} questions several candidates tie: a tie of k counts 1 / k"
             f"{nothing}"]
 
 
@@ -110,10 +110,10 @@ def _cut(result: Mapping[str, Any]) -> list[str]:
     """A line about what was too long for the model, where something was."""
     prompts, continuations = result.get("prompts_cut"), result.get("continuations_cut")
     if result["metric"] != "accuracy":
-        return [f"{prompts:,} prompts were too long and lost their beginning"] if prompts else []
+        return [f"{prompts:,} prompts were too long and were truncated at the beginning"] if prompts else []
     cut = " and ".join(f"{count:,} {what}" for count, what in (
         (prompts, "prompts"), (continuations, "continuations")) if count)
-    return [f"{cut} of candidates were too long for the model and are cut"] if cut else []
+    return [f"{cut} of candidates were too long for the model and were truncated"] if cut else []
 
 
 def _name(result: Mapping[str, Any]) -> str:

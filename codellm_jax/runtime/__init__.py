@@ -1,1 +1,1 @@
-"""How it is trained: meshes and shardings, optimization, state, checkpoints, records."""
+"""Training infrastructure: meshes and shardings, optimization, state, checkpoints, records."""

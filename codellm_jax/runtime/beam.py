@@ -1,7 +1,7 @@
-"""Work shared out by Apache Beam, which is imported here alone.
+"""Work distributed by Apache Beam, which only this module imports.
 
-Beam carries little texts that name a piece of the work. What is done is seen in files, so that a runner, its workers
-and its bundles change nothing of it; a worker that dies or does its work twice does no harm.
+Beam distributes short texts that each name a piece of work. Files record what is done, so the result does not depend
+on the runner, its workers or its bundles; a worker that dies or repeats its work does no harm.
 """
 
 import logging
@@ -14,8 +14,8 @@ LOCAL = "DirectRunner"
 
 
 def require_beam(otherwise: str) -> None:
-    """Raises ValueError with a line of text where Beam is not installed."""
-    logging.disable(logging.WARNING)  # of clients that it could have and that nobody needs here
+    """Raises ValueError, in one line, if Beam is not installed."""
+    logging.disable(logging.WARNING)  # about optional clients that are not needed here
     try:
         import apache_beam  # noqa: F401
     except ModuleNotFoundError as error:
@@ -27,15 +27,15 @@ def require_beam(otherwise: str) -> None:
 
 
 def run(do: Callable[[str], None], todo: Sequence[str], runner: str, options: Sequence[str] = ()) -> None:
-    """Has a runner do what each text says, in any order, in bundles of any size.
+    """Has a runner do the work that each text names, in any order, in bundles of any size.
 
     Args:
-      do: is sent to workers, and so must be of a kind that can be pickled.
-      runner: by Beam's name. DirectRunner has as many processes as this machine has cores, unless `options` say others.
+      do: is sent to workers, and must be picklable.
+      runner: Beam's name of the runner. DirectRunner uses a process per core unless `options` say otherwise.
       options: Beam's own, as on its command lines: ["--direct_num_workers=8"].
 
     Raises:
-      ValueError, OSError, RuntimeError: what went wrong in a worker, in one line.
+      ValueError, OSError, RuntimeError: the error of a worker, in one line.
     """
     if not todo:
         return
@@ -43,15 +43,15 @@ def run(do: Callable[[str], None], todo: Sequence[str], runner: str, options: Se
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
     if runner not in (known := StandardOptions.KNOWN_RUNNER_NAMES) and "." not in runner:
-        raise ValueError(f"--runner={runner} is no runner of Beam's; it has {', '.join(known)}.")
+        raise ValueError(f"--runner={runner} is not a Beam runner; these are: {', '.join(known)}.")
     workers = min(len(os.sched_getaffinity(0)), len(todo))
     if runner == LOCAL and workers > 1:
         options = [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing", *options]
-    # Of workers on this machine warnings would be seen several times.
+    # Workers on this machine would repeat warnings.
     parsed = PipelineOptions(["--default_sdk_harness_log_level=ERROR", *options])
     try:
         with beam.Pipeline(runner=_local_runner(parsed) if runner == LOCAL else runner, options=parsed) as pipeline:
-            # Reshuffling lets other workers than the one that lists them do the work.
+            # Reshuffling lets workers other than the one that lists the texts do the work.
             _ = (pipeline | "parts" >> beam.Create(list(todo)) | "spread" >> beam.Reshuffle()
                  | "work" >> beam.Map(do))
     except Exception as error:
@@ -59,7 +59,7 @@ def run(do: Callable[[str], None], todo: Sequence[str], runner: str, options: Se
 
 
 def _local_runner(options: Any) -> Any:
-    """What Beam's DirectRunner comes to, without the program (Prism) that it would first download to try."""
+    """The local runner behind Beam's DirectRunner, without the program (Prism) that Beam would first download."""
     from apache_beam.portability.api import beam_provision_api_pb2
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
@@ -71,7 +71,7 @@ def _local_runner(options: Any) -> Any:
 
 
 def _reason(error: Exception) -> Exception:
-    """What went wrong in a worker, out of the page that Beam makes of it."""
+    """The error of a worker, extracted from Beam's long message."""
     own = re.findall(r"^(?:RuntimeError: )?(?:\w+\.)*(\w*Error): (?!Traceback)(.+?)(?: \[while running .*)?$",
                      str(error), flags=re.MULTILINE)
     if not own:

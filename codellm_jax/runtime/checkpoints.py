@@ -3,9 +3,9 @@
   MODEL_DIR/checkpoints/<step>/state    parameters, optimizer, step, rng
   MODEL_DIR/checkpoints/<step>/record   JSON: ledger, settings, versions, and a checksum of every array
 
-Saves are asynchronous and commit by renaming, so a process killed at any moment leaves the last whole checkpoint as
-it was. A restore recomputes the checksums: a checkpoint that does not match what was saved is set aside, said aloud,
-and the one before it used.
+Saves are asynchronous and commit by renaming, so a process killed at any moment leaves the last complete checkpoint
+intact. A restore recomputes the checksums: a checkpoint that does not match them is reported and set aside, and the
+one before it is used.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from codellm_jax.runtime.terminal import is_of_peers
 WEIGHTS_OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
 SAVE_TIMEOUT = datetime.timedelta(minutes=20)
 FULL = ("No space left on device", "Disk quota exceeded", "File too large")
-CHUNKS = (2**20, 2**26)  # bytes of an array that are stored, and read, as one: at least, at most
+CHUNKS = (2**20, 2**26)  # minimum and maximum bytes of an array chunk, which is stored and read as one
 
 
 class Checkpoints:
@@ -39,33 +39,32 @@ class Checkpoints:
 
     Args:
       directory: MODEL_DIR/checkpoints, local or gs://.
-      keep_last: how many of the newest are kept.
-      keep_every: those at multiples of this step are kept besides; None for none.
-      keep_steps: those of these steps are kept besides.
+      keep_last: number of the newest checkpoints to keep.
+      keep_every: also keep those at multiples of this step; None for none.
+      keep_steps: also keep those of these steps.
 
     Raises:
-      ValueError: the directory is in gs://, and what Orbax needs there is not installed.
+      ValueError: the directory is in gs://, and Orbax's requirements for it are not installed.
     """
 
     def __init__(
         self, directory: str, keep_last: int = 2, keep_every: int | None = None, keep_steps: Collection[int] = (),
     ) -> None:
         if directory.startswith("gs://"):
-            # Orbax would not miss it before it deletes or restores something: at the first resume.
+            # Orbax would only notice when it first deletes or restores something: at the first resume.
             try:
                 from google.cloud import storage as _  # noqa: F401
             except ImportError:
                 raise ValueError(f"{directory} needs google-cloud-storage: pip install google-cloud-storage "
                                  "google-cloud-storage-control, or this package with [gcs] or [tpu].") from None
-        self._directory = _absolute(directory)  # Orbax refuses relative paths, and only when it saves
+        self._directory = _absolute(directory)  # Orbax refuses relative paths, but only when saving
         self._saving = False
         self._bytes = 0  # of what is saved
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_kept(keep_last, keep_every, keep_steps), cleanup_tmp_directories=True,
-                # Created in the background, a folder that cannot be made leaves threads that wait for it and keep the
-                # process from ending for five minutes.
+                # In the background, a folder that cannot be created keeps threads and the process for five minutes.
                 async_options=ocp.AsyncOptions(
                     timeout_secs=int(SAVE_TIMEOUT.total_seconds()), create_directories_asynchronously=False)),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()})
@@ -77,12 +76,12 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception:
-            if error_type is None:  # else what is already being raised matters more
+            if error_type is None:  # else the error already being raised matters more
                 raise
 
     @jax.profiler.annotate_function
     def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
-        """Begins to save; returns when the state is copied, so that its buffers may be donated."""
+        """Starts a save; returns when the state is copied, so that its buffers may be donated."""
         record = dict(record) | {"checksums": checksums(state), "step": step}
         record["digest"] = digest(record)
         self._saving = True
@@ -91,35 +90,35 @@ class Checkpoints:
             saves = self._manager.save(
                 step, args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state, save_args=_chunked(state)), record=ocp.args.JsonSave(record)))
-            if not saves:  # Orbax passes over a step that is not after the newest
-                raise ValueError(f"step {step} is not after step {self.newest_step()}, which is there already")
+            if not saves:  # Orbax skips a step that is not after the newest
+                raise ValueError(f"step {step} is not after step {self.newest_step()}, which exists already")
 
     def raise_if_failed(self) -> None:
-        """Raises OSError where a save in the background failed. Cheap enough for every step."""
-        # The manager's own check_for_errors misses what its finalizing thread died of; joining that thread does not.
+        """Raises OSError if a background save failed. Cheap enough for every step."""
+        # The manager's own check_for_errors misses errors of its finalizing thread; joining that thread does not.
         if self._saving and not self._manager.is_saving_in_progress():
             self._saving = False
             self.wait()
 
     def is_there(self, step: int) -> bool:
-        """Whether a whole checkpoint of a step lies in its place now."""
+        """Whether a complete checkpoint of a step exists now."""
         return (self._directory / str(step) / "record").exists() and (self._directory / str(step) / "state").exists()
 
     def reload(self) -> None:
-        """Reads again which steps are there, where others may have removed some."""
+        """Lists the steps again, since others may have removed some."""
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager.reload()
 
     def newest_step(self) -> int | None:
-        """The step of the newest whole checkpoint."""
+        """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there."""
+        """The steps of the existing checkpoints."""
         return list(self._manager.all_steps())
 
     def wait(self) -> None:
-        """Waits until the save in flight is committed. Raises OSError where it failed."""
+        """Waits until the save in flight is committed. Raises OSError if it failed."""
         with self._one_line():
             self._manager.wait_until_finished()
 
@@ -128,11 +127,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if is_of_peers(error):  # nothing here is to be mended
+            if is_of_peers(error):  # nothing to explain
                 raise
             raise OSError(
-                f"Saving to {self._directory} failed: {self._why(error)}. Mend it and give the same command again: it "
-                "goes on from the last whole checkpoint.") from error
+                f"Saving to {self._directory} failed: {self._why(error)}. Fix this and run the same command again: it "
+                "continues from the last complete checkpoint.") from error
 
     def _why(self, error: Exception) -> str:
         if not any(reason in str(error) for reason in FULL):
@@ -140,20 +139,20 @@ class Checkpoints:
         return f"No space left on device. The checkpoint takes {self._bytes / 1e6:,.1f} MB"
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON saved at a step, without the state. Raises ValueError where it is not what was saved."""
+        """The JSON saved at a step, without the state. Raises ValueError if it differs from what was saved."""
         return _require_undamaged(
             self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record, step)
 
     def restore_newest(
         self, abstract: Any, check: Callable[[dict[str, Any]], None], report: Callable[[str], None] = print
     ) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged checkpoint as (state on `abstract`'s shardings, record); None where there is none.
+        """The newest undamaged checkpoint as (state on `abstract`'s shardings, record); None if there is none.
 
         A damaged one is reported and moved to MODEL_DIR/damaged_checkpoints. `check` is called with the record
-        before the state is read, and raises where the run is another one.
+        before the state is read, and raises if it belongs to another run.
 
         Raises:
-          ValueError: there are checkpoints, and all are damaged; or the state has other arrays than `abstract`.
+          ValueError: all checkpoints are damaged, or the state's arrays differ from `abstract`.
         """
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -178,8 +177,8 @@ class Checkpoints:
         return None
 
     def set_aside_from(self, step: int, report: Callable[[str], None]) -> None:
-        """Moves checkpoints of this step and later ones to MODEL_DIR/damaged_checkpoints, for they give no finite loss;
-        those before it stay.
+        """Moves checkpoints of this step and later ones to MODEL_DIR/damaged_checkpoints, since they give no finite
+        loss; earlier ones stay.
         """
         self._set_aside([(found, ValueError("its parameters give a loss that is not finite"))
                          for found in self._manager.all_steps() if found >= step], report)
@@ -206,9 +205,9 @@ def restore_parameters(
     model_dir: str, abstract_params: Any, check: Callable[[dict[str, Any]], None] = lambda record: None,
     report: Callable[[str], None] = print,
 ) -> tuple[Any, dict[str, Any]]:
-    """The parameters alone of the newest undamaged checkpoint of a run directory, and its record with its `step`.
+    """Only the parameters of the newest undamaged checkpoint of a run directory, and its record with its `step`.
 
-    `check` is called with the record before parameters are read, and raises where they will not do.
+    `check` is called with the record before parameters are read, and raises if they do not fit.
 
     Raises:
       FileNotFoundError: the directory holds no checkpoint.
@@ -238,7 +237,7 @@ def restore_state(
     """The whole state of one step of a run directory, on `abstract`'s shardings, and its record with its `step`.
 
     Raises:
-      FileNotFoundError: the step is not kept.
+      FileNotFoundError: there is no checkpoint of the step.
       ValueError: it is damaged, or of another model or optimizer.
     """
     record = record_of(model_dir, step)
@@ -259,16 +258,16 @@ def record_of(model_dir: str, step: int) -> dict[str, Any]:
     """The JSON of one step of a run directory, with its `step`.
 
     Raises:
-      FileNotFoundError: the step is not kept.
+      FileNotFoundError: there is no checkpoint of the step.
       ValueError: its record is damaged.
     """
     for _, record in undamaged_records(model_dir, lambda line: None, only=step):
         return record | {"step": step}
-    raise ValueError(f"The record of step {step} in {model_dir} is damaged: take another step.")
+    raise ValueError(f"The record of step {step} in {model_dir} is damaged: choose another step.")
 
 
 def newest_record(model_dir: str) -> tuple[int, dict[str, Any]]:
-    """The step and the JSON of the newest checkpoint of a run directory whose record is whole.
+    """The step and the JSON of the newest checkpoint of a run directory with an undamaged record.
 
     Raises:
       FileNotFoundError: the directory holds no checkpoint.
@@ -283,7 +282,7 @@ def undamaged_records(
     model_dir: str, report: Callable[[str], None], only: int | None = None
 ) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
     """The checkpoints of a run directory with their records, newest first, or that of one step; damaged records are
-    told and passed over.
+    reported and skipped.
     """
     checkpoints = _absolute(model_dir) / "checkpoints"
     steps = sorted((int(path.name) for path in checkpoints.iterdir() if is_step(path.name)), reverse=True) \
@@ -291,7 +290,7 @@ def undamaged_records(
     if not steps:
         raise FileNotFoundError(f"{_why_none(_absolute(model_dir))}: name the MODEL_DIR of a run that saved one.")
     if only is not None and only not in steps:
-        raise FileNotFoundError(f"No checkpoint of step {only} in {checkpoints}; kept are those of steps "
+        raise FileNotFoundError(f"No checkpoint of step {only} in {checkpoints}; there are those of steps "
                                 f"{', '.join(map(str, sorted(steps)))}.")
     for step in steps if only is None else [only]:
         path = checkpoints / str(step)
@@ -303,15 +302,15 @@ def undamaged_records(
 
 
 def _why_none(directory: epath.Path) -> str:
-    """Why there is no checkpoint in a run directory, by what is there in its place."""
+    """Why there is no checkpoint in a run directory, from what is there instead."""
     if not directory.exists():
         return f"There is no directory {directory}"
     if not directory.is_dir():
-        return f"{directory} is a file, and no run directory"
+        return f"{directory} is a file, not a run directory"
     if directory.name.startswith("checkpoint_") or any(directory.glob("checkpoint_*")):
         return f"{directory} is upstream T5X's, of which t5x adopt {directory} --output=RUN makes a run"
     if foreign := sorted(path.name for path in directory.iterdir() if path.suffix in WEIGHTS_OF_OTHERS):
-        return f"{directory} holds {foreign[0]}, weights in a form that is not read, and no checkpoint of t5x train"
+        return f"{directory} holds {foreign[0]}, weights of an unsupported format, and no checkpoint of t5x train"
     if inner := [path for path in (directory, directory.parent) if path.name == "checkpoints"]:
         return f"{directory} is a part of the run directory {inner[0].parent}"
     return f"No checkpoint in {directory / 'checkpoints'}"
@@ -322,11 +321,11 @@ def _whole_record(path: epath.Path) -> dict[str, Any]:
 
 
 def _tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
-    """What a reading gave, and None; or None and the error, on every process where it failed on one: processes that
-    took different checkpoints for the newest would wait for each other for ever.
+    """The result of a read and None; or None and the error, on every process if it failed on one: processes that use
+    different newest checkpoints would wait for each other forever.
 
     Raises:
-      OSError: storage does not answer, which says nothing of the checkpoint, and was asked several times.
+      OSError: storage does not answer after several tries, which says nothing about the checkpoint.
     """
     for seconds in (*SECONDS_BETWEEN_TRIES, None):
         found, error = None, None
@@ -340,15 +339,15 @@ def _tried(read: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | 
         if failed < 2:
             break
         if seconds is None:
-            raise OSError("A checkpoint cannot be read now, and is left as it is: "
-                          f"{first_line(error) if error else 'another process could not read it'}. Give the same "
-                          "command again once it can.")
+            raise OSError("A checkpoint cannot be read now and is left unchanged: "
+                          f"{first_line(error) if error else 'another process could not read it'}. Run the same "
+                          "command again once it can be read.")
         time.sleep(seconds)
     return None, error or OSError("another process could not read it")
 
 
 def _absolute(path: str) -> epath.Path:
-    """A local path from the root; a remote one as it is, which `resolve` would make a local one."""
+    """An absolute local path; a remote path unchanged, which `resolve` would turn into a local one."""
     return epath.Path(path) if "://" in path else epath.Path(path).expanduser().resolve()
 
 
@@ -358,7 +357,7 @@ def resolved(path: str) -> str:
 
 
 def checksums(tree: Any) -> dict[str, list[Any]]:
-    """For each array its shape, dtype, and the sum of its bits as uint32, wrapping: the same on any mesh."""
+    """For each array its shape, dtype, and the wrapping sum of its bits as uint32: the same on any mesh."""
     leaves = named_leaves(tree)
     sums = jax.device_get(_bit_sums(list(leaves.values())))
     return {name: [list(leaf.shape), str(leaf.dtype), int(sum_)]
@@ -366,7 +365,7 @@ def checksums(tree: Any) -> dict[str, list[Any]]:
 
 
 def _kept(last: int, every: int | None, steps: Collection[int]) -> Any:
-    """Which checkpoints are kept, as Orbax asks for it."""
+    """Orbax's policy of which checkpoints to keep."""
     policies = ocp.checkpoint_managers.preservation_policy
     kept = [policies.LatestN(last)]
     if every is not None:
@@ -377,7 +376,7 @@ def _kept(last: int, every: int | None, steps: Collection[int]) -> Any:
 
 
 def _chunked(state: Any) -> Any:
-    """How arrays are cut where they are stored: layers of a stack apart, so that one is read without the others."""
+    """The storage chunks of arrays: each layer of a stack separately, so that one can be read without the others."""
     least, most = CHUNKS
 
     def of(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
@@ -402,7 +401,7 @@ def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """A hash of all that a record holds beside it."""
+    """A hash of everything else in a record."""
     text = json.dumps({key: value for key, value in record.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -415,13 +414,14 @@ def _require_undamaged(record: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def _require_step(found: Any, step: int) -> None:
-    """Raises ValueError where a checkpoint lies under another number; None says nothing, as in earlier versions."""
+    """Raises ValueError if a checkpoint is stored under another number; None, as in earlier versions, is not
+    checked."""
     if found is not None and int(found) != step:
         raise ValueError(f"it is the checkpoint of step {int(found)} under another number")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their places in it, such as "params/blocks/attention/key_kernel"."""
+    """The leaves of a tree by their paths, such as "params/blocks/attention/key_kernel"."""
     return {"/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): leaf
             for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
@@ -434,7 +434,7 @@ def _verify(saved: Mapping[str, list[Any]], tree: Any) -> None:
 
 
 def require_same_arrays(saved: Mapping[str, list[Any]], abstract: Any, step: int) -> None:
-    """Raises ValueError where the checkpoint's arrays are not those of `abstract`: another model or optimizer."""
+    """Raises ValueError if the checkpoint's arrays are not those of `abstract`: another model or optimizer."""
     wanted = {name: list(leaf.shape) for name, leaf in named_leaves(abstract).items()}
     found = {name: list(facts[0]) for name, facts in saved.items()}
     for name in [*wanted, *found]:
@@ -445,5 +445,5 @@ def require_same_arrays(saved: Mapping[str, list[Any]], abstract: Any, step: int
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the pages of detail that libraries put behind it."""
+    """The first line of an error, without the details that libraries append."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(" (<")[0].split(": (slice")[0][:160]

@@ -1,4 +1,4 @@
-"""Commands that are run one after the other, each in a process of its own: what a study is made of."""
+"""Runs the commands of a study one after the other, each in its own process."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from codellm_jax.runtime.progress import StatusLine
 from codellm_jax.runtime.supervision import without_others
 from codellm_jax.runtime.terminal import ending_signals, lasting
 
-PROGRESS = re.compile(r"(step|question) \d+/\d+ ")  # told every now and then
+PROGRESS = re.compile(r"(step|question) \d+/\d+ ")  # relayed now and then
 ALWAYS_TOLD = re.compile(r"WARNING|held-out loss after|Resuming|Stopped by|t5x \w+: error:")
 
 
@@ -27,14 +27,14 @@ class Ended(NamedTuple):
     """How a command ended."""
 
     status: int
-    how: str  # in words, of one that failed
+    how: str  # in words, if it failed
 
 
 class Commands:
-    """Runs commands, passes signals on to the one that runs, and relays what it says.
+    """Runs commands, forwards signals to the running one, and relays its output.
 
-    A context manager: within it SIGTERM, SIGHUP and SIGINT are kept in `stopped`, and the command that runs gets them,
-    to save and end. It ends with this process, however that ends.
+    A context manager: within it SIGTERM, SIGHUP and SIGINT are stored in `stopped` and forwarded to the running
+    command, which saves and ends. The command always ends with this process.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -57,13 +57,13 @@ class Commands:
             self._process.send_signal(number)
 
     def wait(self, seconds: float) -> None:
-        """Sleeps, no longer than until a signal comes."""
+        """Sleeps, at most until a signal arrives."""
         end = time.monotonic() + seconds
         while self.stopped is None and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
 
     def kill(self) -> None:
-        """Ends the command that runs, if one does, and all that it started. May be called from another thread."""
+        """Kills the running command, if any, and everything that it started. May be called from another thread."""
         process = self._process
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -76,13 +76,13 @@ class Commands:
 
         Args:
           arguments: a module and its arguments.
-          heading: stands before what is relayed of its progress, its warnings and its error; without one all that it
-            says is relayed as it is.
-          log: a file, local or in gs://, that everything it says is added to.
-          more: what is added to a line of progress.
+          heading: precedes relayed progress, warnings and errors; without one all output is relayed
+            unchanged.
+          log: a file, local or in gs://, to which all output is appended.
+          more: text appended to a line of progress.
         """
         self._process = _bound_process(arguments, os.environ)
-        if self.stopped:  # before there was a process to pass it on to
+        if self.stopped:  # before there was a process to forward it to
             self._process.send_signal(self.stopped)
         lines: list[str] = []
         next_line, remote = 0.0, "://" in log
@@ -111,7 +111,7 @@ def _how(status: int, lines: Sequence[str]) -> str:
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}."
     if not status:
-        return "stopped before its end, by a signal of its own; the same command goes on from there."
+        return "was stopped by a signal before its end; the same command continues from there."
     errors = [line for line in lines if "error: " in line] or [line for line in lines if line.strip()]
     return f"failed: {errors[-1].split('error: ', 1)[-1]}" if errors else f"failed with status {status}."
 
@@ -121,8 +121,8 @@ def side_by_side(
 ) -> int:
     """Runs `python -m ARGUMENTS` in each of these environments at the same time; returns the highest exit status.
 
-    All that the first says is relayed; of the others what they say of runs, their errors, and what only they say. A
-    signal is passed on to all, and all end with this process.
+    Relays all output of the first; of the others, lines about runs, errors, and lines that only they print. A signal
+    is forwarded to all, and all end with this process.
     """
     processes: list[subprocess.Popen[str]] = []
     stopped: list[int] = []
@@ -150,7 +150,7 @@ def side_by_side(
         threads = [threading.Thread(target=relay, args=(process,)) for process in processes]
         for thread in threads:
             thread.start()
-        for number in stopped:  # one that came while they were started
+        for number in stopped:  # a signal that arrived while they were started
             stop(number, None)
         statuses = [process.wait() for process in processes]
         for thread in threads:
@@ -162,10 +162,10 @@ def side_by_side(
 
 
 def _bound_process(arguments: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """Starts `python -m ARGUMENTS`, which ends when this process does, however that ends.
+    """Starts `python -m ARGUMENTS`, which always ends with this process.
 
-    In a group of its own: Ctrl-C reaches this process alone, which passes it on, once. It binds itself to this process,
-    for between fork and exec no code of Python is safe beside other threads, such as those that renew leases.
+    In its own process group: Ctrl-C reaches only this process, which forwards it once. The child binds itself to this
+    process, because between fork and exec no Python code is safe beside other threads, such as those that renew leases.
     """
     return subprocess.Popen(
         [sys.executable, "-m", "codellm_jax.runtime.supervision", str(os.getpid()), *arguments],

@@ -1,4 +1,4 @@
-"""What must be equal where a checkpoint is used again: all that its parameters, and the tokens it knows, depend on."""
+"""Checks before a checkpoint is reused: everything on which its parameters and token ids depend must be equal."""
 
 import ast
 import dataclasses
@@ -14,22 +14,22 @@ from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.provenance import is_free_on_resume
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 
-# Which ids stand for what, beside the vocabulary's file.
+# The special ids, besides the vocabulary's file.
 VOCABULARY_SETTINGS = ("pad_id", "end_of_document_id", "multiple", "size", "begin_id", "text_form")
-# Of the decoder, what does not change the meaning of its parameters; the first two have checks of their own.
+# Decoder fields that do not change the meaning of its parameters; the first two have their own checks.
 FREE_OF_MODEL = frozenset(("vocabulary_size", "length", "dropout_rate", "dtype", "remat", "scan_unroll", "attention",
                            "initializer_std"))
-# What a checkpoint has of a field that came after it, of which it says nothing.
+# Values of fields that are newer than a checkpoint, which does not record them.
 DEFAULTS = {field.name: repr(field.default) for field in dataclasses.fields(DecoderConfig)
             if field.default is not dataclasses.MISSING}
-MEANT = {"kv_heads": "key_heads", "head_size": "size_of_head"}  # field -> what its None stands for is read from
+MEANT = {"kv_heads": "key_heads", "head_size": "size_of_head"}  # field -> the field that gives the meaning of None
 
 
 def literal(settings: Mapping[str, Any], name: str) -> str | None:
-    """The saved value of a setting as a Python literal, macros replaced; None where it is no plain value.
+    """The saved value of a setting as a Python literal, macros replaced; None if it is not a plain value.
 
-    What a checkpoint holds is data. It goes through here before any of it is given to gin, which could import and call
-    what it names.
+    A checkpoint is only data. Its values pass through here before gin sees them, because gin could import and call what
+    they name.
     """
     text = settings.get(name)
     seen = {name}
@@ -43,7 +43,7 @@ def literal(settings: Mapping[str, Any], name: str) -> str | None:
 
 
 def moved_along(settings: Mapping[str, str], model_dir: str) -> dict[str, str]:
-    """The settings of an imported run, whose tokenizer lies in its directory, with where that is now: a run may be
+    """The settings of an imported run, whose tokenizer is in its directory, with its current path: a run may be
     moved.
     """
     saved = literal(settings, "vocabulary.path")
@@ -57,8 +57,8 @@ def moved_along(settings: Mapping[str, str], model_dir: str) -> dict[str, str]:
 
 
 def vocabulary_facts(vocabulary: Vocabulary) -> dict[str, Any]:
-    """What a checkpoint keeps of the ids of its vocabulary that stand beside its file, as JSON: settings do not tell
-    those that come from a tokenizer_config.json, which may be edited.
+    """The ids of a vocabulary that are not in its file, as JSON for the checkpoint: settings lack those from a
+    tokenizer_config.json, which may be edited.
     """
     return {"pad_id": vocabulary.pad_id, "end_of_document_id": vocabulary.end_of_document_id,
             "size": vocabulary.size, "begin_ids": list(vocabulary.begin_ids)}
@@ -70,14 +70,14 @@ def trained_vocabulary(record: Mapping[str, Any], model_dir: str, path: str | No
     Args:
       record: of the checkpoint.
       model_dir: the run directory.
-      path: where the vocabulary lies now; None for where it lay.
+      path: the vocabulary's current path; None for the recorded one.
 
     Raises:
-      ValueError, FileNotFoundError: in one line; it is not there, or is another one.
+      ValueError, FileNotFoundError: in one line; it does not exist, or is another one.
     """
     saved = literal(moved_along(record["settings"], model_dir), "vocabulary.path")
     if path is None and saved is None:
-        raise ValueError(f"The checkpoint in {model_dir} does not tell its vocabulary: name it with --vocabulary.")
+        raise ValueError(f"The checkpoint in {model_dir} does not record its vocabulary: name it with --vocabulary.")
     chosen = {name: ast.literal_eval(value) for name in VOCABULARY_SETTINGS
               if (value := literal(record["settings"], f"vocabulary.{name}")) is not None}
     try:
@@ -89,19 +89,20 @@ def trained_vocabulary(record: Mapping[str, Any], model_dir: str, path: str | No
 
 
 def trained_config(record: Mapping[str, Any], vocabulary: Vocabulary, model_dir: str) -> DecoderConfig:
-    """The decoder that a run directory's checkpoint holds. Raises ValueError where its settings do not tell."""
+    """The decoder of a run directory's checkpoint. Raises ValueError if its settings lack the sizes."""
     values = {field.name: ast.literal_eval(value) for field in dataclasses.fields(DecoderConfig)
               if (value := literal(record["settings"], f"model.{field.name}")) is not None}
     sizes = {"vocabulary_size": vocabulary.size, "length": record["ledger"]["length"]}
     try:
         return DecoderConfig(**values | sizes)
     except TypeError as error:
-        raise ValueError(f"The checkpoint in {model_dir} does not tell the sizes of its model ({error}): it was saved "
+        raise ValueError(f"The checkpoint in {model_dir} does not record the sizes of its model ({error}): it was "
+                         "saved "
                          "without a gin file.") from None
 
 
 def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, model_dir: str) -> None:
-    """Raises ValueError where a run directory's checkpoint has another vocabulary, or other ids of it."""
+    """Raises ValueError if a run directory's checkpoint has another vocabulary, or other ids of it."""
     saved = record["ledger"]["vocabulary_hash"]
     if saved != vocabulary.content_hash:
         raise ValueError(f"{model_dir} was trained with another vocabulary ({saved[:12]}, here "
@@ -111,60 +112,60 @@ def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, m
     trained = load_vocabulary(vocabulary.path, **chosen)
     for name, there in record.get("vocabulary", {}).items():
         if vocabulary_facts(trained).get(name) != there:
-            raise ValueError(f"{model_dir} was trained with {name} = {there}, and what stands beside the tokenizer in "
-                             f"{vocabulary.path} now says {vocabulary_facts(trained).get(name)}: was "
-                             "tokenizer_config.json edited? Set it back.")
+            raise ValueError(f"{model_dir} was trained with {name} = {there}, but the files beside the tokenizer in "
+                             f"{vocabulary.path} now say {vocabulary_facts(trained).get(name)}: was "
+                             "tokenizer_config.json edited? Restore it.")
     for name, field in (("pad_id", "pad_id"), ("end_of_document_id", "end_of_document_id"),
                         ("multiple and size", "size"), ("begin_id", "begin_ids")):
         there, here = getattr(trained, field), getattr(vocabulary, field)
         if there != here:
             what = f"an embedding of {there} rows" if field == "size" else f"{field} = {there}"
-            raise ValueError(f"{model_dir} was trained with vocabulary.{what}, here it is {here}: leave "
-                             f"vocabulary.{name} out to take its own over.")
+            raise ValueError(f"{model_dir} was trained with vocabulary.{what}, here it is {here}: remove "
+                             f"vocabulary.{name} to inherit its own.")
 
 
 def require_same_model(
     record: Mapping[str, Any], vocabulary: Vocabulary, config: DecoderConfig, model_dir: str
 ) -> None:
-    """Raises ValueError where a run directory's checkpoint has another vocabulary or decoder than `config`, or shorter
+    """Raises ValueError if a run directory's checkpoint has another vocabulary or decoder than `config`, or shorter
     rows."""
     require_same_vocabulary(record, vocabulary, model_dir)
     if record["ledger"]["length"] < config.length:
         raise ValueError(f"{model_dir} was trained on rows of {record['ledger']['length']} tokens, here they have "
-                         f"{config.length}: set TASK_FEATURE_LENGTHS to as many or fewer, or leave it out to take its "
-                         "length over.")
+                         f"{config.length}: set TASK_FEATURE_LENGTHS to as many or fewer, or remove it to inherit the "
+                         "length.")
     for field in dataclasses.fields(config):
         name = f"model.{field.name}"
         saved = literal(record["settings"], name)
-        if name not in record["settings"] and "model.layers" in record["settings"]:  # of a gin file, before the field
+        if name not in record["settings"] and "model.layers" in record["settings"]:  # in a gin file, before the field
             saved = DEFAULTS.get(field.name)
         if field.name not in FREE_OF_MODEL and saved is not None and not _is_same(config, field.name, saved):
             raise ValueError(f"{model_dir} was trained with {name} = {saved}, here it is "
-                             f"{getattr(config, field.name)!r}: leave {name} out to take its own over.")
+                             f"{getattr(config, field.name)!r}: remove {name} to inherit its own.")
 
 
 def _is_same(config: DecoderConfig, name: str, saved: str) -> bool:
-    """Whether a field's literal means what the config has."""
+    """Whether a field's literal equals the config's value."""
     try:
         other = dataclasses.replace(config, **{name: ast.literal_eval(saved)})
-    except (TypeError, ValueError):  # no value for this field, or for a decoder that is else like this one
+    except (TypeError, ValueError):  # not a valid value for this field, or not together with the others
         return False
     return getattr(other, MEANT.get(name, name)) == getattr(config, MEANT.get(name, name))
 
 
 def require_same_stage(ledger: Mapping[str, Any], stage: str, model_dir: str, started_from: str | None) -> None:
-    """Raises ValueError where a run directory is of the other stage, or of a run that started from elsewhere.
+    """Raises ValueError if a run directory is of the other stage, or of a run that started elsewhere.
 
     Args:
       ledger: of its checkpoint.
-      stage: of the run that is to go on there.
+      stage: of the run that continues there.
       model_dir: the run directory.
-      started_from: INITIAL_CHECKPOINT_PATH of the run that is to go on.
+      started_from: INITIAL_CHECKPOINT_PATH of the run that continues.
     """
     if ledger["stage"] != stage:
-        hint = f" To tune what it holds, give --gin.INITIAL_CHECKPOINT_PATH={model_dir} besides." \
+        hint = f" To tune its model, add --gin.INITIAL_CHECKPOINT_PATH={model_dir}." \
             if stage == "tuning" and not (started_from and resolved(started_from) == resolved(model_dir)) else ""
-        raise ValueError(f"{model_dir} holds a run of the stage {ledger['stage']}, and this one is of the stage "
+        raise ValueError(f"{model_dir} holds a run of the stage {ledger['stage']}, but this one is of the stage "
                          f"{stage}: use another MODEL_DIR.{hint}")
     if started_from and "before" in ledger:
         before = ledger["before"][-1]["model_dir"] if ledger["before"] else "new parameters"
@@ -174,14 +175,14 @@ def require_same_stage(ledger: Mapping[str, Any], stage: str, model_dir: str, st
 
 
 def require_same_settings(saved: Mapping[str, str], now: Mapping[str, str], model_dir: str) -> None:
-    """Raises ValueError, naming what differs, where a run directory belongs to another configuration."""
-    # Every parameter is saved, defaults included: one that only one of them has came or went with a version. What a
-    # model is made of had its default before.
+    """Raises ValueError, with the differences, if a run directory belongs to another configuration."""
+    # Every parameter is saved, including defaults: one that only one side has was added or removed by a version.
+    # Added model fields had their default before.
     saved = {f"model.{name}": value for name, value in DEFAULTS.items()} | dict(saved)
     names = sorted(name for name in set(saved) & set(now) if not is_free_on_resume(name))
     differing = [name for name in names if saved[name] != now[name]]
     if differing:
         listed = "; ".join(f"{name} was {saved[name]}, is {now[name]}" for name in differing[:6])
         raise ValueError(f"{model_dir} holds a run of another configuration: {listed}"
-                         f"{' and more' if len(differing) > 6 else ''}. Set them back, or use another MODEL_DIR; with "
-                         f"--gin.INITIAL_CHECKPOINT_PATH={model_dir} a run there starts from these parameters.")
+                         f"{' and more' if len(differing) > 6 else ''}. Restore them, or use another MODEL_DIR; with "
+                         f"--gin.INITIAL_CHECKPOINT_PATH={model_dir} a new run starts from these parameters.")

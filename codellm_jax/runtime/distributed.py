@@ -1,7 +1,7 @@
-"""Several processes as one: how they join, what they agree on, and what is said when one of them is gone.
+"""Runs with several processes: how they join, what they agree on, and how a lost process is reported.
 
-Each process holds the devices of its host, reads its own rows, and computes its part of every step; the first one
-alone writes records and results. What they agree on goes through small collectives, so all must ask at the same place.
+Each process holds the devices of its host, reads its own rows, and computes its part of every step; only the first
+writes records and results. Agreement uses small collectives, so all processes must call it at the same point.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a process counts as gone
-JOIN_TIMEOUT = 300  # seconds for all processes to come
+HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a process counts as lost
+JOIN_TIMEOUT = 300  # seconds for all processes to join
 PATIENCE = 86_400  # seconds to wait for what one process does for all, such as the cache of rows
 
 
@@ -26,17 +26,17 @@ def join(
 ) -> None:
     """Makes this process one of several; before JAX is used.
 
-    Without arguments the surroundings tell: a Cloud TPU slice, Slurm, or Open MPI, as `jax.distributed` finds them.
+    Without arguments `jax.distributed` finds the others: on a Cloud TPU slice, Slurm, or Open MPI.
 
     Args:
       address: host:port of the first process.
-      count: of the processes.
+      count: number of processes.
       index: of this one, from 0.
-      heartbeat: seconds without a sign of life after which a process counts as gone; None for HEARTBEAT_TIMEOUT.
+      heartbeat: seconds without a heartbeat after which a process counts as lost; None for HEARTBEAT_TIMEOUT.
 
     Raises:
-      ValueError: some arguments are given and others not, or do not fit; in one line.
-      OSError: the others did not come.
+      ValueError: only some arguments are given, or they are inconsistent; in one line.
+      OSError: the others did not join.
     """
     given = (address, count, index)
     if any(part is not None for part in given):
@@ -51,7 +51,7 @@ def join(
                                    heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=60)
     except ValueError as error:
         if address is None and "coordinator_address" in str(error):
-            return  # chips, but of no slice that JAX knows: this host is alone
+            return  # chips, but not of a slice known to JAX: this host is alone
         raise
     except RuntimeError as error:
         raise OSError(f"The {count or 'other'} processes did not find each other at {address or 'their coordinator'} "
@@ -59,7 +59,8 @@ def join(
 
 
 def leave(status: int) -> None:
-    """Before the process ends. One that failed ends here: a good end waits for the others, which may never come."""
+    """Call before the process ends. A failed process exits here: a normal exit waits for the others, which may never
+    come."""
     if not jax.distributed.is_initialized():
         return
     if status and jax.process_count() > 1:
@@ -76,25 +77,26 @@ def agreed(value: int) -> int:
 
 
 def gathered(values: np.ndarray) -> np.ndarray:
-    """What each process gives, float32 [n], as [processes, n] on every process."""
+    """The values of all processes, float32 [n] each, as [processes, n] on every process."""
     if jax.process_count() == 1:
         return values[None]
     return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.float32)))
 
 
 def require_agreement(what: str, text: str) -> None:
-    """Raises ValueError where a process's text differs from that of the first."""
+    """Raises ValueError if a process's text differs from that of the first."""
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big")
     others = gathered(np.array([digest], np.float32))[:, 0]
     if (others != others[0]).any():
         differing = int(np.argmax(others != others[0]))
-        raise ValueError(f"Process {differing} has another {what} than process 0: give all the same command, files and "
-                         "software.")
+        raise ValueError(f"Process {differing} has a different {what} than process 0: give all processes the same "
+                         "command, "
+                         "files and software.")
 
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process goes through alone, then the others: what it writes for all is there when they come."""
+    """The first process runs the block alone, then the others: what it writes for all exists when they enter."""
     if jax.process_index() != 0:
         wait_for_all("first process")
     yield
@@ -103,16 +105,16 @@ def first_process_first() -> Iterator[None]:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when every process has come here, however long that takes: no collective, which would time out."""
+    """Returns when every process has arrived, however long that takes; not a collective, which would time out."""
     if jax.process_count() > 1:
         _client().wait_at_barrier(f"{what} {next(_barriers)}", 1000 * PATIENCE)
 
 
-_barriers = itertools.count()  # a barrier's name serves once
+_barriers = itertools.count()  # a barrier's name can be used once
 
 
 def _client() -> Any:
-    # JAX has no public way to the service that its processes meet at; Orbax takes this one too.
+    # JAX has no public access to its coordination service; Orbax also uses this one.
     from jax._src.distributed import global_state
 
     return global_state.client

@@ -1,7 +1,7 @@
-"""TensorBoard events of a run: they show what metrics.jsonl holds, and so must never hold up or end the run.
+"""TensorBoard events of a run: they only show metrics.jsonl, so they must never delay or end the run.
 
-Events are written by the thread that records, without a queue: tensorboardX's own writer hands them to a thread that
-waits by the wall clock, which dies where that clock is set back, and then blocks whoever records.
+The recording thread writes events itself, without a queue: tensorboardX's own writer uses a thread that waits on the
+wall clock, dies if that clock is set back, and then blocks the recording thread.
 """
 
 import concurrent.futures
@@ -20,13 +20,13 @@ BYTES_OF_FILE = 4 << 20
 
 
 class Events:
-    """The events of one session, in a file of its own.
+    """The events of one session, in its own file.
 
     Args:
       folder: local or gs://.
       first_step: events of earlier sessions from this step on are no longer shown; None shows all.
-      warn: told once, where events cannot be written; from then on there are none.
-      name: begins the name of the file.
+      warn: called once if events cannot be written; then none are written.
+      name: prefix of the file name.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class Events:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import register_writer_factory
 
-        # Its own way to gs:// wants another client of the storage service than the one that all else here uses.
+        # tensorboardX's own access to gs:// needs another client of the storage service.
         register_writer_factory("gs", _RemoteFile)
         self._folder, self._warn, self._event = folder, warn, Event
         self._writer: EventsWriter | None = None
         try:
             epath.Path(folder).mkdir(parents=True, exist_ok=True)
-            # By the second and the process, lest two sessions share a file when the clock was set back.
+            # Named by second and process, so that two sessions never share a file, even if the clock was set back.
             self._writer = EventsWriter(f"{folder}/{name}", f".{os.getpid()}")
             if first_step is not None:
                 self._writer.write_event(Event(wall_time=time.time(), step=first_step,
                                                session_log=SessionLog(status=SessionLog.START)))
-        except Exception as error:  # of a library or a disk: it is told, and the run goes on
+        except Exception as error:  # of a library or a disk: it is reported, and the run continues
             self._give_up(error)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -104,7 +104,7 @@ class _RemoteFile:
 
     @staticmethod
     def directory_check(path: str) -> None:
-        """There are no directories to make."""
+        """Does nothing: there are no directories to make."""
 
     def write(self, data: bytes) -> None:
         self._files[max(self._files)] += data

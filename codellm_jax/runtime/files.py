@@ -1,4 +1,4 @@
-"""Files of a run that others may have touched: whether they still lie where they were, and how they are set aside."""
+"""Files of a run that others may have touched: checks that they are still in place, and sets them aside."""
 
 import os
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ SET_ASIDE = "set_aside"
 
 
 def is_still_at(file: IO[Any], path: str) -> bool:
-    """Whether an open file is the one that lies at `path`: not removed, moved or replaced since."""
+    """Whether an open file is still the one at `path`: not removed, moved or replaced."""
     try:
         there = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -19,7 +19,7 @@ def is_still_at(file: IO[Any], path: str) -> bool:
 
 
 def set_aside(paths: Iterable[epath.Path], directory: epath.Path) -> epath.Path:
-    """Moves those of some files and folders that are there to DIRECTORY/set_aside/NUMBER; returns that folder."""
+    """Moves the existing ones of some files and folders to DIRECTORY/set_aside/NUMBER; returns that folder."""
     number = 1
     while (aside := directory / SET_ASIDE / str(number)).exists():
         number += 1
@@ -31,5 +31,5 @@ def set_aside(paths: Iterable[epath.Path], directory: epath.Path) -> epath.Path:
 
 
 def is_step(name: str) -> bool:
-    """Whether the name of a folder of checkpoints is the number of a step, as a save writes it."""
+    """Whether the name of a checkpoint folder is a step number in the form that a save writes."""
     return name.isascii() and name.isdigit() and str(int(name)) == name

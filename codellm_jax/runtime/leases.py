@@ -1,19 +1,19 @@
-"""Leases: on the parts of a study, so that several workers share it and no two do the same, and on a run directory in
-gs://, where nothing else keeps a second run out.
+"""Leases on the parts of a study, so that several workers share it and no two do the same work, and on a run directory
+in gs://, where nothing else keeps a second run out.
 
-    STUDY_DIR/state/NAME.lease   who works at NAME: a run, or "plan", "contamination" or "report"
-    MODEL_DIR/.lease/run.lease   who trains there
+    STUDY_DIR/state/NAME.lease   the worker of NAME: a run, or "plan", "contamination" or "report"
+    MODEL_DIR/.lease/run.lease   the trainer
 
-A lease is taken, renewed and given back by writes that succeed only where the file is still the one that was read
-before (compare-and-swap): TensorStore does that on a disk, also by NFS, under a lock of the file system, and in gs://
-by the object's generation. So of any number of workers that take a lease at the same time one has it. An NFS mount with
-local locks (`nolock`, `local_lock`) gives no such promise to several machines.
+A lease is taken, renewed and released by writes that succeed only if the file is still the one that was read before
+(compare-and-swap): TensorStore does that on a disk, also over NFS, under a lock of the file system, and in gs:// by
+the object's generation. If several workers take a lease at the same time, exactly one gets it. An NFS mount with local
+locks (`nolock`, `local_lock`) gives no such guarantee to several machines.
 
-Its holder writes it anew at every beat. Who waits for it judges it by that alone: a lease is over once it did not
-change for the time that it states, by the clock of the worker that waits. What the machines' clocks say does not
-matter. A process that is gone on that worker's own machine, and in its own container, is known to be gone at once.
+The holder rewrites it at every beat. A waiting worker judges only by that: a lease has expired if it did not change
+for the time that it states, by the waiting worker's clock. Clock differences between machines do not matter. If
+the holder ran on the same machine and in the same container, its end is detected at once.
 
-A holder that finds another's lease in the place of its own, or could not renew it in time, has lost it.
+A holder that finds another's lease instead of its own, or cannot renew it in time, has lost it.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ import tensorstore
 
 from codellm_jax.results.files import Damaged, Members, require_members
 
-LEASE_SECONDS = 120.0  # without a beat, after which a lease is over
-BEATS = 6  # in that time
+LEASE_SECONDS = 120.0  # seconds without a beat after which a lease expires
+BEATS = 6  # beats in that time
 LEASE, RECORD = ".lease", ".json"
 
 
@@ -50,16 +50,16 @@ OF_RECORD: Members = {"state": str, "why": str, "worker": str, "when": _NUMBER, 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """What a lease says.
+    """The content of a lease.
 
     Attributes:
       worker: host name and process number.
-      token: of this worker alone.
-      place: where process numbers mean the same, see `_place`; None where the system does not tell.
-      process, started: its number, and when it began, see `_started`.
-      since, beat_at: seconds of the holder's wall clock, for people alone.
-      beats: how often it was renewed.
-      expires: seconds without a beat after which it is over.
+      token: unique to this worker.
+      place: the scope of process numbers, see `_place`; None if the system does not tell.
+      process, started: its number and start time, see `_started`.
+      since, beat_at: seconds of the holder's wall clock, for display only.
+      beats: number of renewals.
+      expires: seconds without a beat after which it expires.
       step: of the run's newest checkpoint when it was taken.
     """
 
@@ -76,13 +76,13 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether its process is known to have ended; False also where this machine cannot tell."""
+        """Whether its process is known to have ended; False also if this machine cannot tell."""
         return self.place is not None and self.place == _place() and _started(self.process) != self.started
 
 
 @functools.cache
 def _place() -> str | None:
-    """This start of this machine, and the container in it: where process numbers mean the same."""
+    """The boot of this machine and the container: the scope of process numbers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -91,7 +91,7 @@ def _place() -> str | None:
 
 
 def _started(process: int) -> str | None:
-    """When a process began, in ticks since the machine did; None where it has ended."""
+    """The start of a process, in ticks since boot; None if it has ended."""
     try:
         after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -100,21 +100,21 @@ def _started(process: int) -> str | None:
 
 
 class State:
-    """The files of STUDY_DIR/state: leases, and records of what workers found of runs; or those of another folder."""
+    """The files of STUDY_DIR/state: leases, and workers' records about runs; or those of another folder."""
 
     def __init__(self, directory: str, setting: str = "STUDY_DIR", folder: str = "state") -> None:
         """
         Args:
           directory: local or gs://.
-          setting: that names it.
-          folder: below it, where the files lie.
+          setting: the setting that names it.
+          folder: its sub-folder with the files.
 
         Raises:
           ValueError: it is on another kind of storage.
           OSError: it cannot be opened.
         """
         if "://" in directory and not directory.startswith("gs://"):
-            raise ValueError(f"{setting} is {directory}; workers share a folder of a disk, or one in gs://.")
+            raise ValueError(f"{setting} is {directory}; workers need a folder on a shared disk, or one in gs://.")
         self.directory, self._setting = directory, setting
         self._timeout = 60.0  # seconds for one file
         place = f"{directory.rstrip('/')}/{folder}/"
@@ -126,42 +126,42 @@ class State:
         self._store = self._done(tensorstore.KvStore.open(spec))
 
     def _done(self, future: Any) -> Any:
-        """What it gives. Raises OSError, in one line, where the directory cannot be read or written."""
+        """The result of an operation. Raises OSError, in one line, if the directory cannot be read or written."""
         try:
             return future.result(timeout=self._timeout)
         except TimeoutError:
             raise OSError(f"{self._setting} {self.directory} did not answer for {self._timeout:.0f} s.") from None
         except ValueError as error:
-            reason = " ".join(str(error).replace("\\x00", "/").split())  # where it joins the parts of a path
+            reason = " ".join(str(error).replace("\\x00", "/").split())  # from joining the parts of a path
             raise OSError(f"{self._setting} {self.directory} cannot be read or written: {reason}") from None
 
     def within(self, seconds: float) -> "State":
-        """The same, which gives up on a file after so many seconds."""
+        """The same, which gives up on a file after this many seconds."""
         other = copy.copy(self)
         other._timeout = seconds
         return other
 
     def names(self, ending: str) -> list[str]:
-        """Of the leases that are there, or of the records."""
+        """The names of existing leases, or of records."""
         return sorted(key.decode().removesuffix(ending) for key in self._done(self._store.list())
                       if key.decode().endswith(ending))
 
     def read(self, name: str, ending: str = LEASE) -> tuple[dict[str, Any] | None, bytes]:
-        """What a file says, None where there is none or it says nothing, and its generation."""
+        """The content of a file, None if missing or invalid, and its generation."""
         return self.read_all([name], ending)[name]
 
     def read_all(self, names: list[str], ending: str) -> dict[str, tuple[dict[str, Any] | None, bytes]]:
-        """The same of several, which are read at the same time."""
+        """The same for several files, which are read concurrently."""
         futures = {name: self._store.read(name + ending) for name in names}
         found = {name: self._done(future) for name, future in futures.items()}
         return {name: (_parsed(result.value), result.stamp.generation) for name, result in found.items()}
 
     def write(self, name: str, value: dict[str, Any] | None, ending: str = LEASE,
               where: bytes | None = None) -> bytes:
-        """Writes a file, or removes it where the value is None; with `where` only if it is of that generation.
+        """Writes a file, or removes it if the value is None; with `where` only if it has that generation.
 
         Returns:
-          Its new generation; b"" where it was another's.
+          Its new generation; b"" if it had another one.
         """
         text = None if value is None else json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
         written = self._done(self._store.write(name + ending, text, if_equal=where))
@@ -177,7 +177,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def as_holder(value: dict[str, Any] | None) -> Holder | None:
-    """A lease's holder; None of what is no lease."""
+    """A lease's holder; None for an invalid lease."""
     try:
         require_members(value, OF_HOLDER, OF_HOLDER, "a lease")
         return Holder(**(value or {}))
@@ -197,18 +197,18 @@ def as_record(value: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 class Leases:
-    """What one worker takes, and what it has seen of others' leases."""
+    """The leases of one worker, and its observations of others' leases."""
 
     def __init__(self, state: State, lease_seconds: float = LEASE_SECONDS) -> None:
         self.state = state
-        self.poll_seconds = lease_seconds / BEATS / 4  # between two looks at what others have
+        self.poll_seconds = lease_seconds / BEATS / 4  # seconds between two checks of others' leases
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self._lease_seconds = lease_seconds
         self._token = uuid.uuid4().hex
-        self._seen: dict[str, tuple[bytes, float]] = {}  # of each lease its generation, and when it was first seen
+        self._seen: dict[str, tuple[bytes, float]] = {}  # the generation of each lease, and when it was first seen
 
     def holder(self, name: str) -> str | None:
-        """Whose a lease is; None where it may be taken."""
+        """The holder of a lease; None if it may be taken."""
         return self._judged(name, *self.state.read(name))
 
     def _judged(self, name: str, value: dict[str, Any] | None, generation: bytes) -> str | None:
@@ -216,18 +216,18 @@ class Leases:
         if seen is None or seen[0] != generation:
             seen = self._seen[name] = (generation, now)
         held = as_holder(value)
-        if held is None:  # no lease, or a broken one, which nobody renews
+        if held is None:  # no lease, or an invalid one, which nobody renews
             return None
         return None if held.is_gone or now - seen[1] >= held.expires else held.worker
 
     @contextlib.contextmanager
     def held(self, name: str, lost: Callable[[], None], step: int = 0) -> Iterator["Lease | None"]:
-        """A lease, renewed until the context ends and then given back; None where another has it.
+        """A lease, renewed until the context ends and then released; None if another worker holds it.
 
         Args:
           name: of the part of the study.
-          lost: is called from another thread, again and again, once the lease is another's: what is done under it
-            must stop.
+          lost: is called repeatedly from another thread once the lease is lost: the work under it must
+            stop.
           step: of the run's newest checkpoint.
 
         Raises:
@@ -251,12 +251,12 @@ class Leases:
 
 
 class Lease:
-    """A lease that this process took. `lost` says whose it is now, or why it counts as lost."""
+    """A lease that this process took. `lost` is its new holder, or why it counts as lost."""
 
     def __init__(self, state: State, name: str, holder: Holder, lost: Callable[[], None]) -> None:
         self.name = name
         self.lost = ""
-        # A beat reads and writes: it takes no longer than the time between two.
+        # A beat reads and writes within the time between two beats.
         self._state = state.within(max(1.0, holder.expires / BEATS / 2))
         self._holder, self._on_lost = holder, lost
         self._renewed, self._beating = time.monotonic(), threading.Lock()
@@ -284,17 +284,17 @@ class Lease:
                 self.lost = self.lost or f"it could not be renewed ({problem})"
 
     def require(self) -> None:
-        """Raises OSError where the lease is lost; one that was not renewed for long, as of a process that was stopped,
-        is looked at first.
+        """Raises OSError if the lease is lost; checks first if it was not renewed for long, as after a stopped
+        process.
         """
         if time.monotonic() - self._renewed > self._holder.expires / 2:
             self._renew_once()
         if self.lost:
-            raise OSError(f"The lease on {self._state.directory} is lost: {self.lost}. This process stops, for another "
-                          "may be at work there.")
+            raise OSError(f"The lease on {self._state.directory} is lost: {self.lost}. This process stops, because "
+                          "another may be at work there.")
 
     def _beat(self) -> str:
-        """Writes the lease anew; returns whose it is, where it is another's."""
+        """Renews the lease; returns the other holder if it was taken."""
         value, generation = self._state.read(self.name)
         held = as_holder(value)
         if held is not None and held.token == self._holder.token:
@@ -305,7 +305,7 @@ class Lease:
         return f"{held.worker} took it over" if held else "it was removed"
 
     def give_back(self) -> None:
-        """Ends the lease at once; that of another is left as it is."""
+        """Ends the lease at once; another's lease is left unchanged."""
         self._ended.set()
         self._thread.join()
         value, generation = self._state.read(self.name)
@@ -318,12 +318,12 @@ class Lease:
 def leased(
     directory: str, setting: str, doing: str, report: Callable[[str], None], lease_seconds: float = LEASE_SECONDS
 ) -> Iterator[Lease]:
-    """Holds a directory in gs:// by a lease. One that a killed process left is waited for until it is over.
+    """Holds a directory in gs:// by a lease. Waits until the lease of a killed process expires.
 
     Args:
-      directory: that is held; setting: that names it; doing: what its holder does there.
-      report: told whose end is waited for.
-      lease_seconds: without a beat, after which a lease is over.
+      directory: the held one; setting: the setting that names it; doing: what its holder does there.
+      report: called with the holder that is waited for.
+      lease_seconds: seconds without a beat after which a lease expires.
 
     Raises:
       ValueError: another process holds it, and renews its lease.
@@ -341,6 +341,6 @@ def leased(
             raise ValueError(f"Another process ({holder.worker}) is {doing} in {directory}: wait for it, or use "
                              f"another {setting}.")
         if holder is not None and first is None:
-            report(f"{holder.worker} holds {directory}; waiting {holder.expires:.0f} s for a sign of life.")
+            report(f"{holder.worker} holds {directory}; waiting {holder.expires:.0f} s for a heartbeat.")
             first = holder
         time.sleep(leases.poll_seconds)

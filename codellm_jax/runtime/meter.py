@@ -1,7 +1,7 @@
-"""The metrics of each step: read one step late, checked, summed up, recorded and shown.
+"""The metrics of each step: read one step late, checked, summed, recorded and shown.
 
-A record is of all steps since the one before: its losses are means over their tokens, its shares those of all that they
-drew. Those of the last step alone stand beside, as last_step/loss and so on.
+A record covers all steps since the previous one: its losses are means over their tokens, its shares those of everything
+drawn. Values of only the last step are in last_step/loss and so on.
 """
 
 import math
@@ -16,12 +16,12 @@ from codellm_jax.mixture.order import POOLS, Order
 from codellm_jax.runtime.distributed import gathered
 from codellm_jax.runtime.progress import Records, StatusLine, duration
 
-Array: TypeAlias = Any  # jax.Array as the step gives it, np.ndarray once it is fetched
+Array: TypeAlias = Any  # jax.Array from the step, np.ndarray once fetched
 
 
 class NotFinite(FloatingPointError):
-    """A loss or gradient is not finite. `parameters_after` is the step after which the parameters were as they gave it:
-    checkpoints of this step and later ones are not to be trusted, and each earlier one gave a finite loss.
+    """A loss or gradient is not finite. `parameters_after` is the step whose parameters gave it: checkpoints of this
+    step and later ones are not trusted, and each earlier one gave a finite loss.
     """
 
     def __init__(self, text: str, parameters_after: int) -> None:
@@ -39,17 +39,17 @@ class Metrics(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """Sums over the steps since the last record: float64, in the order of the steps."""
+    """Sums over the steps since the last record: float64, in step order."""
 
     steps: int
-    loss: float  # times tokens: that of a step is summed up more exactly than those of its sources
+    loss: float  # times tokens: the loss of a step is summed more exactly than those of its sources
     grad_norm: float
     source_losses: list[float]  # of each source
     source_tokens: list[float]
 
     @classmethod
     def of(cls, saved: Mapping[str, Any] | None, sources: int) -> "Interval":
-        """What a checkpoint says of the steps before it that are not recorded yet; nothing where it says nothing."""
+        """The checkpoint's sums over earlier steps that are not recorded yet; empty if it has none."""
         return cls(**saved) if saved else cls(0, 0.0, 0.0, [0.0] * sources, [0.0] * sources)
 
     def add(self, values: Metrics) -> "Interval":
@@ -66,13 +66,13 @@ class Meter:
     """Keeps one step in flight: the metrics of step k are read once step k + 1 is dispatched.
 
     Args:
-      order: of the rows or examples trained on; batch_size: how many of them a step has.
+      order: the order of rows or examples; batch_size: how many of them a step has.
       stage: in "tuning" the share of each source among the examples is recorded too.
-      first, last: steps done before, and at the end.
+      first, last: completed steps before, and at the end.
       log_period: steps between two records.
       learning_rate: step -> learning rate.
       utilization: tokens per second -> model FLOPs utilization, with full and with causal attention; None if unknown.
-      interval: what the checkpoint that is gone on from says of the steps before it that are not recorded yet.
+      interval: the checkpoint's sums over earlier steps that are not recorded yet.
     """
 
     def __init__(
@@ -91,26 +91,26 @@ class Meter:
 
     @property
     def interval(self) -> dict[str, Any]:
-        """Of the settled steps that are not recorded yet, for a checkpoint."""
+        """The sums over settled steps that are not recorded yet, for a checkpoint."""
         return self._interval._asdict()
 
     def restart(self) -> None:
-        """Begins a new interval of measured time: what came before (evaluation, saving) is not the step's."""
+        """Starts a new timing interval: earlier time (evaluation, saving) does not count towards steps."""
         self._positions, self._waited, self._blocked, self._since = 0, 0.0, 0.0, time.monotonic()
 
     @jax.profiler.annotate_function
     def next_batch(self, batches: Iterator[Any]) -> Any:
-        """The next batch; the time it took is counted as waiting for data."""
+        """The next batch; its time counts as waiting for data."""
         began = time.monotonic()
         batch = next(batches)
         self._waited += time.monotonic() - began
         return batch
 
     def add(self, step: int, metrics: Metrics, positions: int, tokens: int) -> None:
-        """Takes the metrics of a step that has been dispatched, and settles those of the step before it.
+        """Takes the metrics of a dispatched step, and settles those of the step before it.
 
-        `positions` is how many tokens the step took in, prompts included and padding not, which is what its speed is
-        measured in; `tokens` how many the loss has counted since the run began.
+        `positions` is the number of input tokens of the step, with prompts but without padding, which its speed counts;
+        `tokens` the number that the loss has counted since the run began.
 
         A step that is recorded is settled at once: every measured interval ends with the devices idle, so that its
         rate is exact, at the price of one gap in `log_period` steps.
@@ -122,7 +122,7 @@ class Meter:
 
     @jax.profiler.annotate_function
     def settle(self) -> None:
-        """Waits for the pending step's metrics, and records them where they are due.
+        """Waits for the pending step's metrics, and records them if due.
 
         Raises:
           NotFinite: its loss or gradient is not finite.
@@ -174,8 +174,8 @@ class Meter:
             f"{rate:,.0f} tokens/s", f"MFU {full:.1%}" if full else "", f"{duration(left)} left"])))
 
     def _shares(self, step: int, steps: int, tokens: Sequence[float], names: Sequence[str]) -> dict[str, float]:
-        """What each pool and source has of the tokens that the last `steps` steps counted, and in tuning of the
-        examples that they drew.
+        """The share of each pool and source in the tokens counted in the last `steps` steps, and in tuning also
+        in the examples drawn.
         """
         total = float(sum(tokens)) or 1.0
         shares = {f"token_fraction/{group}": count / total for group, count in sum_by_source(tokens, names).items()}
@@ -186,9 +186,9 @@ class Meter:
         return shares
 
     def _straggler(self, seconds: float) -> dict[str, float | None]:
-        """The process that kept the others waiting most, by its input or its own work, and for what part of the time.
+        """The process that delayed the others most, by its input or its own work, and for what part of the time.
 
-        A slow chip is not told from the others: all wait for it within the step.
+        A slow chip cannot be identified: all wait for it within the step.
         """
         if jax.process_count() == 1:
             return {}
@@ -205,14 +205,14 @@ def sum_by_source(values: Array, names: Sequence[str]) -> dict[str, float]:
 
 
 def loss_by_source(losses: Array, tokens: Array, names: Sequence[str]) -> dict[str, float]:
-    """Mean loss of each pool and source that has tokens: {"loss/text": 4.1, "loss/text.python": 4.1, ...}."""
+    """Mean loss of each pool and source with tokens: {"loss/text": 4.1, "loss/text.python": 4.1, ...}."""
     return _means_by_source("loss", losses, tokens, names)
 
 
 def bits_per_byte_by_source(losses: Array, sizes: Array, names: Sequence[str]) -> dict[str, float]:
-    """Loss of each pool and source that has bytes, in bits for each byte of its text: {"bits_per_byte/text": 1.9, ...}.
+    """Loss of each pool and source with bytes, in bits per byte of its text: {"bits_per_byte/text": 1.9, ...}.
 
-    Unlike a loss of tokens it compares vocabularies. `losses` are sums in nats, `sizes` bytes.
+    Unlike a loss per token, it is comparable between vocabularies. `losses` are sums in nats, `sizes` bytes.
     """
     return _means_by_source("bits_per_byte", np.asarray(losses) / np.log(2), sizes, names)
 

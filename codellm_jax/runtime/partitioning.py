@@ -63,7 +63,7 @@ class MeshShape:
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.model)
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or self.slices < 1:
-            raise ValueError(f"Mesh axes must be positive, one of them -1 at most; found {self}.")
+            raise ValueError(f"Mesh axes must be positive, at most one of them -1; found {self}.")
         known = [name for name, _ in AXIS_RULES]
         for name, _ in self.rules:
             if name not in known:
@@ -72,10 +72,11 @@ class MeshShape:
         for name, axes in self.rules:
             for axis in [axes] if isinstance(axes, str) else axes or []:
                 if axis not in MESH_AXES:
-                    raise ValueError(f"mesh.rules lays {name} onto {axis!r}, which is none of {', '.join(MESH_AXES)}.")
+                    raise ValueError(f"mesh.rules lays {name} onto {axis!r}, which is not one of "
+                                     f"{', '.join(MESH_AXES)}.")
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
-        """The axes' sizes on that many devices. Raises ValueError where they do not multiply to it."""
+        """The axes' sizes on that many devices. Raises ValueError if they do not multiply to it."""
         sizes = [self.data, self.fsdp, self.model]
         known = int(np.prod([size for size in sizes if size != -1]))
         if -1 in sizes and devices % known == 0:
@@ -83,21 +84,21 @@ class MeshShape:
         if int(np.prod(sizes)) != devices:
             raise ValueError(
                 f"The mesh data={self.data}, fsdp={self.fsdp}, model={self.model} does not fit {devices} devices: "
-                "the axes must multiply to that number (-1 stands for the rest). A run that starts from another takes "
-                "over its mesh where mesh.data, mesh.fsdp and mesh.model are not set.")
+                "the axes must multiply to that number (-1 means the rest). A run that starts from another inherits "
+                "its mesh unless mesh.data, mesh.fsdp and mesh.model are set.")
         if sizes[0] % self.slices:
             raise ValueError(f"mesh.slices={self.slices} must divide the data axis, which has {sizes[0]}.")
         return sizes[0], sizes[1], sizes[2]
 
     def all_rules(self) -> list[tuple[str, str | tuple[str, ...] | None]]:
-        """AXIS_RULES with the overrides in their place."""
+        """AXIS_RULES with the overrides applied."""
         return list((dict(AXIS_RULES) | dict(self.rules)).items())
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), nearest devices along `model`.
 
-    An axis of a TPU's torus is shared by two of the mesh only where it must be, as 4 x 4 x 4 chips with model=2 ask.
+    An axis of a TPU's torus is shared by two axes of the mesh only if it must be, as for 4 x 4 x 4 chips with model=2.
 
     Axis types are Auto: under Explicit, which jax.make_mesh defaults to, Flax's partitioned parameters fail.
 
@@ -132,7 +133,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def require_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:
-    """Raises ValueError where the mesh cannot split the batch evenly."""
+    """Raises ValueError if the mesh cannot split the batch evenly."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
     if batch_size < 1 or batch_size % shards:
         near = max(1, round(batch_size / shards)) * shards

@@ -1,4 +1,4 @@
-"""A process and what it holds: stopping in good order, keeping others out of a run directory, compiled programs."""
+"""Process-wide state: graceful stopping, locks of run directories, the compilation cache."""
 
 import contextlib
 import ctypes
@@ -56,7 +56,7 @@ def require_plain_name(setting: str, directory: str) -> None:
     absolute = directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
     if found := sorted(set(absolute) & set("*?[]\\")):
         raise ValueError(f"{setting} {absolute} holds {' '.join(found)}, which the checkpoints' library reads as a "
-                         "pattern, and what it saves there cannot be read again: use another name, such as "
+                         "pattern, and could not read again: use another name, such as "
                          f"{re.sub(r'[^A-Za-z0-9._/:~-]+', '_', directory)}.")
 
 
@@ -92,14 +92,14 @@ def alone_in(
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{setting} {directory} cannot be made: {error.strerror}. Set another.") from error
+        raise OSError(f"{setting} {directory} cannot be created: {error.strerror}. Choose another.") from error
     path = os.path.abspath(os.path.join(directory, f".{part}.lock" if part else ".lock"))
     with _locked(path, f"Another process is {doing} in {directory}: wait for it, or use another {setting}.") as lock:
 
         def require_held() -> None:
             if not is_still_at(lock, path):
                 raise OSError(f"{setting} {directory} was moved, removed or replaced during {doing}: this process "
-                              "stops, for what it writes would be lost.")
+                              "stops, because its output would be lost.")
 
         require_held()
         try:
@@ -145,11 +145,11 @@ def keep_freed_memory() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user chose a place already."""
+    """Keeps compiled programs between runs, unless the user has already set a place."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/codellm_jax/compiled"))
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        # JAX's own second would leave a small model's evaluation out.
+        # JAX's default of one second would exclude a small model's evaluation.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -31,7 +31,7 @@ class ProfileSteps:
     def require_within(self, last_step: int) -> None:
         """Raises ValueError where a run of `last_step` steps does not have all of these."""
         if self.last > last_step:
-            raise ValueError(f"--profile_steps={self.first}:{self.last} goes beyond the run, which has {last_step} "
+            raise ValueError(f"--profile_steps={self.first}:{self.last} exceeds the run, which has {last_step} "
                              "steps.")
 
 
@@ -66,10 +66,10 @@ class Profile:
             return
         asked = f"--profile_steps={steps.first}:{steps.last}"
         if steps.last <= done:
-            say(f"{asked} is past, as {done} steps are done: nothing will be profiled.")
+            say(f"{asked} is over, since {done} steps are done: nothing will be profiled.")
             self._steps = None
         else:
-            say(f"{asked} begins with steps that are done: steps {done + 1} to {steps.last} will be profiled.")
+            say(f"{asked} begins with completed steps: steps {done + 1} to {steps.last} will be profiled.")
             self._steps = ProfileSteps(done + 1, steps.last)
 
     def begin_before(self, step: int, meter: Meter) -> None:

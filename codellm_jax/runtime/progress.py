@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a status line, JSON lines, TensorBoard events, and its use of the hardware."""
+"""The output of a run during training: a status line, JSON lines, TensorBoard events, and hardware utilization."""
 
 import concurrent.futures
 import json
@@ -60,8 +60,8 @@ class Records:
         found, broken = parsed_records(content)
         if broken:
             aside = set_aside([self._path], epath.Path(model_dir))
-            warn(f"WARNING: {broken} lines of {self._path} are no records of a run; the file is kept as it was in "
-                 f"{aside}, and the other lines are taken over.")
+            warn(f"WARNING: {broken} lines of {self._path} are not records of a run; the original file is kept in "
+                 f"{aside}, and the other lines are used.")
         # A run without a checkpoint begins anew, its evaluation before the first step included.
         kept = "".join(json.dumps(record) + "\n" for record in found if step and record["step"] <= step)
         with named(self._path, len(kept)):
@@ -85,7 +85,7 @@ class Records:
         with named(self._path, len(text)):
             if self._lines.is_gone():
                 self._lines.write_anew()
-                self._warn(f"WARNING: {self._path} was removed or replaced; it is written again, with all its lines.")
+                self._warn(f"WARNING: {self._path} was removed or replaced; it is written again with all its lines.")
             self._lines.add(text)
         if self._events is not None:
             self._events.write(step, {f"{split}/{name}": value for name, value in known.items()})
@@ -195,8 +195,8 @@ class _RemoteLines:
             return writing.result()
         except Exception as error:  # of the client of the storage service, which has classes of its own
             self._stored = 0
-            raise OSError(f"{self._path} cannot be written: {' '.join(str(error).split())[:200]}. Give the same "
-                          "command again once it can: it goes on from the last whole checkpoint.") from error
+            raise OSError(f"{self._path} cannot be written: {' '.join(str(error).split())[:200]}. Run the same "
+                          "command again once it can: it continues from the last complete checkpoint.") from error
 
 
 def read_records(model_dir: str) -> list[dict[str, Any]]:
@@ -247,7 +247,7 @@ class StatusLine:
                                   bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {desc}")
 
     def show(self, step: int, text: str) -> None:
-        """Shows what holds after `step` steps."""
+        """Shows the state after `step` steps."""
         if not self._active:
             return
         if self._bar is not None:
@@ -281,7 +281,7 @@ def say(text: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as one reads them: 45 s, 3:05, 2:10:00."""
+    """A readable duration: 45 s, 3:05, 2:10:00."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

@@ -1,14 +1,14 @@
-"""What a run and its results came of: the configuration, the code, the packages.
+"""The origin of a run and its results: configuration, code, packages.
 
 MODEL_DIR/provenance.json of a run of training:
 
   config_hash   of every setting that changes what is computed
-  asked         what gin files and flags said, name -> value
+  asked         the settings of gin files and flags, name -> value
   arm, seed, parameters, flops_per_token
   order, vocabulary, data   fingerprints: of the order, of the vocabulary's file, of the cached rows of each source
   prepared      of sources that `t5x prepare` wrote: its folder, the hashes of its steps and inputs, and their paths
-  notes         of too little that is held out to tell a loss by, a line for each pool
-  ledger        what was trained on, and in it the stages before
+  notes         a line for each pool with too little held-out data to measure a loss
+  ledger        the training data, including that of earlier stages
   code, versions, devices   what the last session computed with: this package, other packages, devices
   sessions      likewise of each start, with the steps it went from and to, its seconds and whose steps these were
                 ("runner"); of one that was killed, the steps it went to and the seconds are null

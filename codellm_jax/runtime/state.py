@@ -1,4 +1,4 @@
-"""What training carries from step to step, its abstract form, and its first value."""
+"""The training state, its abstract form, and its initial value."""
 
 import functools
 import math
@@ -124,11 +124,11 @@ def memory_per_device() -> int:
 
 
 def require_memory(abstract: Any, what: str) -> None:
-    """Raises ValueError where a device of this process cannot hold its part of an abstract tree of arrays."""
+    """Raises ValueError if a device of this process cannot hold its part of an abstract tree of arrays."""
     needed, has, gib = bytes_per_device(abstract), memory_per_device(), 2**30
     if needed > has:
-        raise ValueError(f"{what} need {needed / gib:.2f} GiB a device, and a device here has {has / gib:.2f} GiB: "
-                         "take a smaller model, or shard it over more devices (mesh.fsdp).")
+        raise ValueError(f"{what} need {needed / gib:.2f} GiB per device, but a device here has {has / gib:.2f} GiB: "
+                         "choose a smaller model, or shard it over more devices (mesh.fsdp).")
 
 
 def bytes_per_device(abstract: Any) -> int:

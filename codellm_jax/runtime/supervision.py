@@ -1,7 +1,8 @@
-"""Processes that watch over others: each of a run of several has one, and so has a run of several on one machine.
+"""Processes that watch others: each process of a multi-process run has one, and so has a multi-process run on one
+machine.
 
-When one process of a run is gone JAX ends the others, within a minute, by an abort from C++ and a page of its stack.
-The watching process then says in a line what happened. Nothing here needs JAX.
+When one process of a run is lost, JAX aborts the others within a minute from C++, with a page of stack trace. The
+watching process then prints one line about what happened. Nothing here needs JAX.
 """
 
 import ctypes
@@ -49,10 +50,10 @@ def watched(command: str) -> int | None:
     for number, handler in before.items():
         signal.signal(number, handler)
     if status < 0:
-        why = ("as JAX does when another process of the run is gone, or stood still for longer than "
+        why = ("as JAX does when another process of the run is lost, or was stopped for longer than "
                "--heartbeat_seconds") if status == -signal.SIGABRT else "from outside"
         print(f"t5x {command}: error: this process was ended by {signal.Signals(-status).name} ({why}). Start the same "
-              "command again on all: it goes on from the newest checkpoint.", file=sys.stderr, flush=True)
+              "command again on all: it continues from the newest checkpoint.", file=sys.stderr, flush=True)
         return 1
     return status
 
@@ -85,7 +86,7 @@ def run_local_processes(arguments: Sequence[str], count: int) -> int:
     SIGHUP are passed on, as a terminal passes on Ctrl-C by itself.
 
     Raises:
-      ValueError: the count is no number of processes.
+      ValueError: the count is below 2.
     """
     if count < 2:
         raise ValueError(f"--local_processes must be at least 2, found {count}.")
@@ -139,8 +140,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]
             said[number] = lines[-1] if lines else f"status {process.returncode}"
             if process.returncode < 0:
                 said[number] = (f"t5x {command}: error: ended by {signal.Signals(-process.returncode).name}. The same "
-                                "command goes on from the newest checkpoint.")
-    # What was ended from outside is the cause, whoever noticed first; what the first process says it has said itself.
+                                "command continues from the newest checkpoint.")
+    # A process killed from outside is the cause, whichever noticed first; the first process has printed its own error.
     causes = [number for number, line in said.items() if "ended by" in line and signal.SIGABRT.name not in line]
     for number in causes[:1] or [number for number in said if number == index]:
         print(f"process {number} of {len(processes)}: {said[number]}", file=sys.stderr, flush=True)

@@ -110,12 +110,12 @@ def is_of_peers(error: BaseException) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, for the end of a command."""
+    """An error as one line, for the end of a command."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r" In call to configurable '.*$", "", text)  # gin's postscript, with addresses of functions
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return text
     if is_of_peers(error):
-        return ("another process of this run failed or is gone. Start the same command again on all: it goes on from "
+        return ("another process of this run failed or is lost. Start the same command again on all: it continues from "
                 f"the newest checkpoint. ({text[:200]})")
     return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -89,7 +89,7 @@ class Study:
         for name, files in self.stages.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in (*STAGES, "evaluation"):
                 raise ValueError(f"STAGES has a stage {name!r}; its name must be a word other than pretraining, tuning "
-                                 "and evaluation, which have files of their own.")
+                                 "and evaluation, which have their own files.")
             if isinstance(files, str) or not files:
                 raise ValueError(f"STAGES must list the gin files of {name}, such as ['gin/pretrain.gin'], found "
                                  f"{files!r}.")
@@ -192,7 +192,7 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
         if not ready:
             if strange := next((name for name, (start, _) in starts.items() if start not in given), None):
                 raise ValueError(_no_arm(strange, starts[strange][0], dict.fromkeys([*given, *points])))
-            raise ValueError(f"ARMS goes round in a circle: {', '.join(waiting)} start from each other.")
+            raise ValueError(f"ARMS has a circle: {', '.join(waiting)} start from each other.")
         for name in ready:
             facts = waiting.pop(name)
             families[name] = []
@@ -227,8 +227,9 @@ def _line_of(name: str, arms: Mapping[str, Arm]) -> list[str]:
 
 def _require_arm(name: str, facts: Any, given: Mapping[str, Any], stages: Sequence[str]) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name) or ".seed" in name:
-        raise ValueError(f"ARMS has an arm {name!r}; its name must be letters, digits, dots and hyphens, for it names "
-                         "run directories.")
+        raise ValueError(f"ARMS has an arm {name!r}; its name must consist of letters, digits, dots and hyphens, "
+                         "because "
+                         "run directories have this name.")
     if not isinstance(facts, Mapping) or not all(isinstance(key, str) for key in facts):
         raise ValueError(f"ARMS must give {name} settings such as {{'CODE_RATE': 0.5}}, found {facts!r}.")
     sweep = facts.get("sweep")
@@ -240,10 +241,10 @@ def _require_arm(name: str, facts: Any, given: Mapping[str, Any], stages: Sequen
     for place in every_at:
         if place is not None and not (isinstance(place, int | float) and not isinstance(place, bool) and place > 0
                                       and (isinstance(place, int) or place < 1)):
-            raise ValueError(f"ARMS lets {name} branch at {place!r}, which must be a part of the trunk's steps, such "
-                             "as 0.5, or a step of it.")
+            raise ValueError(f"ARMS lets {name} branch at {place!r}, which must be a fraction of the trunk's steps, "
+                             "such as 0.5, or a step of it.")
         if place is not None and not _of_the_study(start, given):
-            raise ValueError(f"ARMS lets {name} branch at {place!r}, and names no arm of the study in 'from'.")
+            raise ValueError(f"ARMS lets {name} branch at {place!r}, but names no arm of the study in 'from'.")
     if start is not None and not _of_the_study(start, given) and not (isinstance(start, str) and "/" in start):
         raise ValueError(_no_arm(name, start, given))
     if facts.get("stage", STAGES[0]) not in stages:
@@ -265,7 +266,7 @@ def _of_the_study(start: Any, given: Mapping[str, Any]) -> bool:
 
 
 def _no_arm(name: str, start: Any, there: Iterable[str]) -> str:
-    return (f"ARMS lets {name} start from {start!r}, which is no arm: {', '.join(there)} are there. A run "
+    return (f"ARMS lets {name} start from {start!r}, which is not an arm; the arms are {', '.join(there)}. A run "
             "directory or published weights are named by a path with a slash, or as hf://ORG/NAME.")
 
 
@@ -341,8 +342,8 @@ def plan_runs(study: Study, arms: Sequence[Arm], asked: Mapping[str, Asked]) -> 
                                      f"at {of_arm.steps}: TRAIN_STEPS counts the trunk's steps too.")
             if study.comparison == "data-matched":
                 if branch_step is not None:
-                    raise ValueError("COMPARISON = 'data-matched' is of runs from their first step on, and this one "
-                                     "branches: set its TRAIN_STEPS, and compare 'compute-matched'.")
+                    raise ValueError("COMPARISON = 'data-matched' requires runs from their first step on, but this "
+                                     "one branches: set its TRAIN_STEPS, and use 'compute-matched'.")
                 of_arm = of_arm._replace(steps=data_matched_steps(of_arm))
             planned[arm.name] = arm, of_arm.steps, mix_of(of_arm, of_arm.kind or arm.stage), branch_step
         except ValueError as error:
@@ -364,8 +365,8 @@ def data_matched_steps(asked: Asked) -> int:
         # A step adds a step of text at most, so that the fewest steps are never passed over.
         longer = longer._replace(steps=longer.steps + math.ceil(missing / asked.batch_size))
         if longer.steps > 1000 * asked.steps:
-            raise ValueError("COMPARISON = 'data-matched' needs text in each arm, and this mix has less than one part "
-                             "in a thousand; give it some, or compare 'compute-matched'.")
+            raise ValueError("COMPARISON = 'data-matched' needs text in each arm, but this mix has less than one part "
+                             "in a thousand; add some, or use 'compute-matched'.")
     return longer.steps
 
 

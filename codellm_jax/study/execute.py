@@ -111,7 +111,7 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
 def study_of(configuration: Configuration) -> Study:
     """The study of these gin files. Raises ValueError where they plan none."""
     if "study.directory" not in configuration.effective:
-        raise ValueError("the gin files plan no study: give one such as gin/study.gin.")
+        raise ValueError("the gin files describe no study: add one such as gin/study.gin.")
     return build(configuration, "study")
 
 
@@ -184,9 +184,9 @@ def _put_aside_or_refuse(
         report(f"{one.run.name} was {'trained' if of_run.changed else 'evaluated'} under another configuration: "
                + "; ".join([*of_run.changed, *of_run.results_changed][:6]))
     if changed and not options.redo:
-        raise ValueError(f"{len(changed)} run(s) in {asked.directory} are of another configuration (above). Set it "
-                         "back; or use another STUDY_DIR; or give --redo, which makes them again and moves what is "
-                         f"there to {asked.directory.rstrip('/')}/replaced.")
+        raise ValueError(f"{len(changed)} run(s) in {asked.directory} have another configuration (above). Restore "
+                         "it; or use another STUDY_DIR; or give --redo, which runs them again and moves their old "
+                         f"files to {asked.directory.rstrip('/')}/replaced.")
     again: list[str] = []
     for one in planned:
         # What was trained from a run that is made again is of another one too.
@@ -198,18 +198,18 @@ def _put_aside_or_refuse(
     for one in aside:
         with leases.held(one.run.name, processes.kill) as lease:
             if lease is None:
-                raise ValueError(f"{one.run.name} is to be made again, and another worker has it: end that one first.")
+                raise ValueError(f"{one.run.name} is to be run again, but another worker has it: stop that one first.")
             results_alone = one.run.name not in again
             place = move_aside(one, asked.directory, results_alone)
             leases.state.write(one.run.name, None, RECORD)
         report(f"{one.run.name} is evaluated again; its results are in {place}" if results_alone else
-               f"{one.run.name} is made again; what was there is in {place}")
+               f"{one.run.name} is run again; its old files are in {place}")
     return bool(aside)
 
 
 def tell_stopped(number: int, report: Callable[[str], None]) -> int:
     """Says that the study was interrupted by a signal; returns the exit status."""
-    report("Interrupted; the same command goes on from here.")
+    report("Interrupted; the same command continues from here.")
     return 128 + number
 
 
@@ -229,7 +229,7 @@ def _ask(processes: Commands, request: Mapping[str, Any], answer: str) -> None:
         file.write_text(json.dumps(request))
         ended = processes.run(["codellm_jax.study.survey", str(file), answer])
         if ended.status and not processes.stopped:
-            raise ValueError(f"the plan could not be made, for its process {ended.how}")
+            raise ValueError(f"the plan could not be made, because its process {ended.how}")
 
 
 def _report(processes: Commands, chosen: Sequence[Planned], asked: Study, leases: Leases) -> list[str]:
@@ -238,7 +238,7 @@ def _report(processes: Commands, chosen: Sequence[Planned], asked: Study, leases
         return []  # each of the failures that are told says why
     with leases.held("report", processes.kill) as lease:
         if lease is None:
-            processes.report("Another worker writes the report.")
+            processes.report("Another worker is writing the report.")
             return []
         ended = processes.run(["codellm_jax.cli", "report", asked.directory])
         return [f"report {ended.how}"] if ended.status else []

@@ -75,7 +75,7 @@ def page(
     sound = {name: facts[run.name] for name, run in first.items() if "error" not in facts[run.name]}
     seeds = list(dict.fromkeys(one.run.seed for one in chosen))
     lines += ["", *comparable(sound), "",
-              *([f"not counted    what {', '.join(outside)} was trained on before"] if outside else []),
+              *([f"not counted    the earlier training data of {', '.join(outside)}"] if outside else []),
               f"study        {asked.directory}, {asked.comparison}, {len(chosen)} runs: {tokens:,} tokens with "
               f"padding, {flops:.3g} FLOPs" + (f"; each arm under the seeds {', '.join(map(str, seeds))}"
                                                if len(seeds) > 1 else "")]
@@ -88,10 +88,10 @@ def page(
     open_ones = sum(not stand[one.run.name].evaluated for one in chosen)
     mean = sum(evaluations) / len(evaluations) if evaluations else 0.0
     lines.append(
-        f"time         about {duration(total + open_ones * mean)} for what is to do, besides some seconds for each "
+        f"time         about {duration(total + open_ones * mean)} for the remaining work, plus some seconds for each "
         "start and held-out losses; " + (
-            f"of {open_ones} evaluations {duration(mean)} each, as those that are done took" if evaluations else
-            f"{open_ones} evaluations of {len(chosen[0].tasks)} tasks are not in it, as none is done yet"))
+            f"of {open_ones} evaluations {duration(mean)} each, as measured on the finished ones" if evaluations else
+            f"{open_ones} evaluations of {len(chosen[0].tasks)} tasks are not included, since none is done yet"))
     return "\n".join(lines)
 
 

@@ -213,7 +213,7 @@ def _of_trunk(
         stage = dict(bare(configuration.of_stage(arm.stage)))
         files, before = (of_files(study, name, search_paths) for name in (arm.stage, trunk.arm.stage))
         if _kind_of(files) != trunk.kind:
-            raise ValueError(f"its stage, {arm.stage}, is of {_kind_of(files)}, and a branch goes on in the kind of "
+            raise ValueError(f"its stage, {arm.stage}, is of {_kind_of(files)}, but a branch must have the kind of "
                              f"its trunk, {trunk.kind}: start from the end of {trunk.arm.name}, without a step.")
         for name, setting in files.effective.items():
             if name in before.effective and before.effective[name].value != setting.value:  # these files say so
@@ -303,7 +303,7 @@ def standing(one: Planned, facts: Mapping[str, Any], parent: Standing | None) ->
         return Standing(0, False, False, None, {}, (), (), 0.0)
     changed = differences(provenance["asked"], one.training.asked)
     if not changed and facts.get("order", provenance["order"]) != provenance["order"]:
-        changed = ["the data, or the order in which they are drawn, are others"]
+        changed = ["the data, or their order, differ"]
     before = provenance["ledger"].get("before")
     of_parent = parent and (parent.checkpoint if one.run.branch_step is None else
                             parent.kept.get(str(one.run.branch_step)))

@@ -39,8 +39,8 @@ def printed(form: str, chosen: Sequence[Planned], asked: Study, search_paths: Se
 def shell_commands(chosen: Sequence[Planned], asked: Study, search_paths: Sequence[str], again: Sequence[str]) -> str:
     """The plan as shell commands, with comments that tell which may run at the same time."""
     by_name = {one.run.name: one for one in chosen}
-    lines = [f"# {asked.directory}, {asked.comparison}: {len(chosen)} runs. Those of one group may run at the same "
-             "time, on any machines that see that directory and the data."]
+    lines = [f"# {asked.directory}, {asked.comparison}: {len(chosen)} runs. Runs of one group may run concurrently, "
+             "on any machines that see that directory and the data."]
     for number, group in enumerate(waves([one.run for one in chosen]), 1):
         lines += ["", f"# Group {number}" + (", once the group before is done" if number > 1 else "")]
         for run in group:
@@ -48,7 +48,7 @@ def shell_commands(chosen: Sequence[Planned], asked: Study, search_paths: Sequen
             lines.append(" && ".join(shlex.join(["t5x", *command]) for command in (
                 one.train_command(search_paths),
                 *([one.eval_command(search_paths)] if one.tasks else []))))
-    return "\n".join([*lines, "", "# When all are done: finds them done, and writes what tells of all of them",
+    return "\n".join([*lines, "", "# When all are done: writes the report of all of them",
                       shlex.join(["t5x", *again])])
 
 
@@ -56,11 +56,12 @@ def slurm_script(name: str, directory: str, workers: int, command: Sequence[str]
     """A script for sbatch: a job array of workers, one task each."""
     return "\n".join([
         "#!/bin/bash",
-        f"# {workers} workers share the study in {_in_comment(directory)}, which every node must see, as the data and "
-        "the environment of t5x.",
+        f"# {workers} workers share the study in {_in_comment(directory)}, which every node must see, like the data "
+        "and the environment of t5x.",
         "#   sbatch --gpus=1 --time=24:00:00 study.sbatch",
-        "# More or fewer: sbatch --array=0-7 ...; the same script again goes on where they ended. Five minutes before",
-        "# its time is over a worker is asked to save its run and to give it back.",
+        "# More or fewer: sbatch --array=0-7 ...; submitting the script again continues where they ended. Five "
+        "minutes before",
+        "# its time limit a worker is signalled to save its run and to release it.",
         f"#SBATCH --job-name={name}",
         f"#SBATCH --array=0-{workers - 1}",
         "#SBATCH --nodes=1",
@@ -77,7 +78,7 @@ def kubernetes_job(name: str, directory: str, workers: int, command: Sequence[st
       ValueError: the study lies in a folder that is relative to where a process happens to start.
     """
     if "://" not in directory and not directory.startswith("/"):
-        raise ValueError(f"STUDY_DIR is {directory}, which pods would not share: use gs://BUCKET/STUDY, or an absolute "
+        raise ValueError(f"STUDY_DIR is {directory}, which pods do not share: use gs://BUCKET/STUDY, or an absolute "
                          "path, at which the manifest mounts a volume.")
     container: dict[str, Any] = {
         "name": "t5x", "image": IMAGE,
@@ -89,7 +90,7 @@ def kubernetes_job(name: str, directory: str, workers: int, command: Sequence[st
         "#   kubectl apply -f study.yaml",
         "# Set the image, and give the container the devices of a worker, such as resources: {limits: "
         "{nvidia.com/gpu: 1}};",
-        "# docs/gke-jobset.yaml shows what TPUs need. The image must hold the gin files that are your own."]
+        "# docs/gke-jobset.yaml shows the settings for TPUs. The image must contain your own gin files."]
     if "://" not in directory:
         header.append("# CLAIM is a volume that many pods may write (ReadWriteMany).")
         container["volumeMounts"] = [{"name": "study", "mountPath": directory}]

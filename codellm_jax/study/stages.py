@@ -39,12 +39,12 @@ def stage_settings(study: Study, configuration: Configuration, search_paths: Seq
     for name in effective:
         stage, mark, _ = name.partition("/")
         if mark and stage not in names:
-            raise ValueError(f"{effective[name].where}: {name} is of no stage of the study; it has "
-                             f"{', '.join(names)}, and STAGES adds others.")
+            raise ValueError(f"{effective[name].where}: {name} is not of a stage of the study; the "
+                             f"stages are {', '.join(names)}, and STAGES adds others.")
     for name in shared:
         if effective[name].where.startswith("gin/models/"):
-            raise ValueError(f"{effective[name].where}: a size holds for pre-training, and what is tuned takes it "
-                             "over: name its file in PRETRAINING_FILES, or as an arm's 'gin_file'.")
+            raise ValueError(f"{effective[name].where}: a size is set for pre-training, and tuning inherits it: "
+                             "name its file in PRETRAINING_FILES, or as an arm's 'gin_file'.")
         if name in (*OWN, "CHECKPOINT_PATH"):
             raise ValueError(f"{effective[name].where}: the study sets {name} itself: SEEDS lists seeds, STUDY_DIR is "
                              "where runs are kept, and an arm's 'from' names the run to start from.")
@@ -110,7 +110,7 @@ def explain_in_study(study: Study, configuration: Configuration, name: str, sear
     """
     stage, mark, plain = name.partition("/")
     if mark and stage not in _with_settings(study):
-        raise ValueError(f"{stage} is no stage of the study; it has {', '.join(_with_settings(study))}.")
+        raise ValueError(f"{stage} is not a stage of the study; the stages are {', '.join(_with_settings(study))}.")
     if mark:
         return f"{stage}/{explain(stage_configuration(study, configuration, stage, search_paths), plain)}"
     names = {stage: _names_of_stage(study, stage, search_paths) for stage in _with_settings(study)}

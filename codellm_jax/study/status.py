@@ -23,7 +23,7 @@ ENDED = ("done", "failed", "skipped")
 class OfRun(NamedTuple):
     """What the files tell of a run."""
 
-    state: str  # "done", "failed", "skipped", "training", "evaluating", "no sign of life", "trained", "begun", "to do"
+    state: str  # "done", "failed", "skipped", "training", "evaluating", "no heartbeat", "trained", "begun", "to do"
     step: int
     steps: int
     holder: Holder | None = None
@@ -39,7 +39,7 @@ def directory_of(configuration: Configuration) -> str:
     except (ValueError, SyntaxError):
         directory = None
     if not isinstance(directory, str):
-        raise ValueError("the gin files plan no study: give one such as gin/study.gin.")
+        raise ValueError("the gin files describe no study: add one such as gin/study.gin.")
     return directory
 
 
@@ -78,7 +78,7 @@ class OfStudy(NamedTuple):
         states = [of_run.state for of_run in self.runs.values()]
         failed, left = states.count("failed") + states.count("skipped"), sum(state not in ENDED for state in states)
         return (f"{self.directory}: {states.count('done')} of {len(states)} runs are done"
-                + f", {failed} failed or stand on one that did" * bool(failed)
+                + f", {failed} failed or depend on one that did" * bool(failed)
                 + f", {left} are left" * bool(left)
                 + (f"; {self.workers or 'no'} worker{'s' * (self.workers != 1)} at work" if left else "")
                 + (f", about {duration(self.seconds_left)} left with {self.workers}" if self.seconds_left else "")
@@ -100,7 +100,7 @@ def read_status(directory: str, now: float | None = None) -> OfStudy:
     root = epath.Path(directory).expanduser()
     found_plan = read_object(root / "study.json", {"runs": list}, ("runs",))
     if found_plan is None:
-        raise FileNotFoundError(f"{directory} holds no study.json: no study has begun there.")
+        raise FileNotFoundError(f"{directory} holds no study.json: no study has started there.")
     require_plain_runs(root / "study.json", found_plan["runs"])
     for run in found_plan["runs"]:
         require_members(run, {"from": (str, type(None)), "steps": int}, ("from", "steps"), f"{root / 'study.json'}")
@@ -176,7 +176,7 @@ def _found(
         return OfRun("done", steps, steps)
     if holder is not None:
         state = "evaluating" if files.finished else "training"
-        return OfRun("no sign of life" if _is_silent(holder, now) else state, step, steps, holder)
+        return OfRun("no heartbeat" if _is_silent(holder, now) else state, step, steps, holder)
     if record.get("state") == "failed":
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["when"]))
         return OfRun("failed", step, steps, note=f"{record['why']} ({record['worker']}, {when})")
@@ -218,7 +218,7 @@ def _with_time_left(
 
 def _table(found: Mapping[str, OfRun], now: float) -> list[str]:
     width = max(map(len, ["run", *found]))
-    lines = [f"{'run':<{width}}  {'state':<15} {'step':>15}  {'since':>8}  {'left':>8}  worker, or what is wrong"]
+    lines = [f"{'run':<{width}}  {'state':<15} {'step':>15}  {'since':>8}  {'left':>8}  worker, or error"]
     for name, of_run in found.items():
         holder, is_open = of_run.holder, of_run.state not in ENDED
         step = f"{of_run.step:,}/{of_run.steps:,}" if of_run.step else f"{of_run.steps:,}"
@@ -227,7 +227,7 @@ def _table(found: Mapping[str, OfRun], now: float) -> list[str]:
         note = of_run.note
         if holder is not None:
             note = holder.worker
-            if of_run.state == "no sign of life":
-                note += ", whose process is gone" if holder.is_gone else f" for {duration(now - holder.beat_at)}"
+            if of_run.state == "no heartbeat":
+                note += ", whose process has ended" if holder.is_gone else f" for {duration(now - holder.beat_at)}"
         lines.append(f"{name:<{width}}  {of_run.state:<15} {step:>15}  {since:>8}  {left:>8}  {note}".rstrip())
     return lines

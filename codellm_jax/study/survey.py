@@ -69,7 +69,7 @@ def survey(
             states[shapes] = plan.state
             planned[name] = training, plan, before
         except KeyError:
-            runs[name] = {"error": f"{request['after']}, which it starts from, cannot be planned"}
+            runs[name] = {"error": f"{request['after']}, from which it starts, cannot be planned"}
             continue
         except (ValueError, OSError) as error:
             runs[name] = {"error": " ".join(str(error).split())}

@@ -83,11 +83,11 @@ class Worker:
             if holder:
                 waited_for.append(f"{name}, which {holder} has")
             elif parent in self.failures:
-                self._failed(name, f"{name} is skipped, for it starts from {parent}.")
+                self._failed(name, f"{name} is skipped, because it starts from {parent}.")
             elif parent is None or parent in self._done:
                 of_run = self._stand[name] = standing(one, {}, None)
                 if others := [*of_run.changed, *of_run.results_changed]:
-                    self._failed(name, f"{name}: another worker made it under another configuration: {others[0]}")
+                    self._failed(name, f"{name}: another worker ran it with another configuration: {others[0]}")
                 elif of_run.evaluated:
                     self._found_done(one, "done by another worker", records)
                 elif records.get(name, {}).get("state") == "failed":
@@ -147,7 +147,8 @@ class Worker:
                 return None  # it ended elsewhere, between the look and the lease; the next look tells how
             why = self._make(one, lease)
             if lease.lost:
-                self._report(f"{self._headings[name]}: what ran here is stopped, for the lease is lost: {lease.lost}.")
+                self._report(f"{self._headings[name]}: the run here is stopped, because the lease is lost: "
+                             f"{lease.lost}.")
             elif why:
                 self._record(name, "failed", why=why)
         return None

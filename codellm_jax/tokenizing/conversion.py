@@ -74,8 +74,8 @@ def write_tokenizer(vocabulary: Described, folder: str) -> str | None:
             files.write(folder, files.TOKENIZER, tokenizer_json(vocabulary).encode())
         except Inexact as error:
             files.write(folder, files.SENTENCE_PIECES[0], content)
-            told = (f"{vocabulary.file}: {error}, so that no tokenizer.json would give the same ids; the SentencePiece "
-                    f"file lies in {folder} as {files.SENTENCE_PIECES[0]}.")
+            told = (f"{vocabulary.file}: {error}, so no tokenizer.json would give the same ids; the SentencePiece file "
+                    f"is in {folder} as {files.SENTENCE_PIECES[0]}.")
     # A copied configuration may say less than the run's gin files do.
     if _ids_in(folder) != (vocabulary.begin_ids, vocabulary.end_of_document_id, vocabulary.pad_id):
         config = files.configurations(folder).get("tokenizer_config.json", {}) | tokenizer_config(vocabulary)
@@ -170,15 +170,15 @@ def _inexact(model: Any) -> str | None:
     made = [score for piece, score in normal.items() if len(piece) > 1]
     spec = model.normalizer_spec
     reasons = {
-        "it is no BPE": model.trainer_spec.model_type != model.trainer_spec.BPE,
+        "it is not BPE": model.trainer_spec.model_type != model.trainer_spec.BPE,
         "it normalizes characters": bool(spec.precompiled_charsmap),
-        "it squeezes blanks": spec.remove_extra_whitespaces,
-        "it puts spaces behind words": model.trainer_spec.treat_whitespace_as_suffix,
-        "it has symbols of a user's beside escaped spaces": own and spec.escape_whitespaces,
+        "it merges blanks": spec.remove_extra_whitespaces,
+        "it puts spaces after words": model.trainer_spec.treat_whitespace_as_suffix,
+        "it has user-defined symbols besides escaped spaces": own and spec.escape_whitespaces,
         "it puts a plain space before texts": spec.add_dummy_prefix and not spec.escape_whitespaces,
-        "it has pieces that are not used": any(piece.type == piece.UNUSED for piece in model.pieces),
-        "two of its pieces have one score": len(set(made)) < len(made),
-        "it has pieces of characters that are none": not {character for piece in normal for character in piece}
+        "it has unused pieces": any(piece.type == piece.UNUSED for piece in model.pieces),
+        "two of its pieces have the same score": len(set(made)) < len(made),
+        "it has pieces of invalid characters": not {character for piece in normal for character in piece}
         <= normal.keys(),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

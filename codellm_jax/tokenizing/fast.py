@@ -117,22 +117,22 @@ def _facts(content: bytes, file: str) -> dict[str, Any]:
     try:
         facts = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON ({error}), and so no tokenizer.json; bring it anew.") from None
+        raise ValueError(f"{file} is not JSON ({error}) and thus no tokenizer.json; download it again.") from None
     model = facts.get("model")
     if not isinstance(model, dict) or "vocab" not in model:
-        raise ValueError(f"{file} is JSON but no tokenizer.json: it has no 'model' with a 'vocab'.")
+        raise ValueError(f"{file} is JSON but not a tokenizer.json: it has no 'model' with a 'vocab'.")
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if isinstance(model["vocab"], list) else
                                  "WordPiece or WordLevel")
     if kind not in ("BPE", "Unigram"):
-        raise ValueError(f"{file} is a tokenizer of words ({kind}), from whose tokens a text does not come back; "
-                         "BPE and Unigram are read.")
+        raise ValueError(f"{file} is a word tokenizer ({kind}), whose tokens do not restore the text; only BPE "
+                         "and Unigram are supported.")
     added = facts.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(token, dict) and "content" in token for token in added):
-        raise ValueError(f"{file} is no tokenizer.json: its 'added_tokens' are no list of tokens with 'content'.")
+        raise ValueError(f"{file} is not a tokenizer.json: its 'added_tokens' are not a list of tokens with 'content'.")
     if affix := next((model[name] for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)),
                      None):
-        raise ValueError(f"{file} marks the parts of words by {affix!r}, from which a text does not come back; BPE of "
-                         "bytes or with byte fallback is read.")
+        raise ValueError(f"{file} marks word parts with {affix!r}, which does not restore the text; only BPE of bytes "
+                         "or with byte fallback is supported.")
     return facts | {"model": model | {"type": kind}, "added_tokens": added}
 
 
@@ -202,8 +202,8 @@ def _text_rule(facts: dict[str, Any], file: str) -> Callable[[str], bytes]:
     if "ByteLevel" in kinds or not kinds and any(step["type"] == "ByteLevel" for step in before):
         return _of_alphabet
     if kinds - _OF_SPACES:
-        raise ValueError(f"{file} has the decoder {', '.join(sorted(kinds - _OF_SPACES))}, whose texts are not read "
-                         "here; ByteLevel, Metaspace and ByteFallback are.")
+        raise ValueError(f"{file} has the decoder {', '.join(sorted(kinds - _OF_SPACES))}, which is not supported; "
+                         "ByteLevel, Metaspace and ByteFallback are.")
     replaced = [(step["pattern"].get("String", ""), step["content"]) for step in steps if step["type"] == "Replace"]
     replaced += [(step["replacement"], " ") for step in steps or before if step["type"] == "Metaspace"]
     with_bytes = "ByteFallback" in kinds or facts["model"].get("byte_fallback")

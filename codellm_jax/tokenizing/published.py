@@ -83,7 +83,7 @@ def _named(
         token = backend.id_of(name)
         if token is None:
             raise ValueError(f"{file} names the {kind}_token {name!r}, which {where} does not have: they do not belong "
-                             "together; mend the file.")
+                             "together; correct the file.")
         return name, token
     return None
 

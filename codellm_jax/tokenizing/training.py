@@ -82,7 +82,7 @@ def train(documents: Iterable[str], size: int, output: str) -> None:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"Cannot train a vocabulary of {size} ids on these documents; "
-            f"give more text or another size (SentencePiece says: {reason})."
+            f"add text or choose another size (SentencePiece says: {reason})."
         ) from error
     _write(output, _with_plain_spaces(buffer.getvalue()))
 

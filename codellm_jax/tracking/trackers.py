@@ -67,7 +67,7 @@ class Trackers:
             self._failed(name, why or f"its process ended with status {status}")
 
     def _failed(self, name: str, why: str) -> None:
-        self._report(f"WARNING: the tracker {name} stopped: {why.rstrip('.')}. The run goes on without it.")
+        self._report(f"WARNING: the tracker {name} stopped: {why.rstrip('.')}. The run continues without it.")
 
     def close(self) -> None:
         """Has all trackers take the rest, and waits for them no longer than END_SECONDS."""
@@ -89,7 +89,8 @@ class Trackers:
             except subprocess.TimeoutExpired:
                 self._late.add(name)
                 process.kill()
-                self._report(f"WARNING: the tracker {name} did not take everything within {END_SECONDS:g} s; the next "
+                self._report(f"WARNING: the tracker {name} did not accept everything within {END_SECONDS:g} s; the "
+                             "next "
                              "t5x train or t5x eval of this run sends the rest.")
         for thread in self._threads:
             thread.join()
@@ -109,7 +110,7 @@ def catch_up(directory: str, report: Told = print) -> None:
     try:
         names = _following(epath.Path(directory).expanduser())
     except OSError as error:  # what was asked for is done
-        report(f"WARNING: what trackers follow {directory} cannot be read: {one_line(error)}")
+        report(f"WARNING: the files for trackers in {directory} cannot be read: {one_line(error)}")
         return
     if names:
         Trackers(directory, names, report).close()

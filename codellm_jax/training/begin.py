@@ -1,11 +1,11 @@
-"""How a run begins: with its own newest checkpoint, as a branch of another run, with the parameters of one or of
-published weights, or with new ones.
+"""Starts a run: from its own newest checkpoint, as a branch of another run, from the parameters of another run or
+published weights, or from new ones.
 
     BRANCH_FROM=RUN@STEP             parameters, optimizer, random state, and place in the data of RUN after STEP
     INITIAL_CHECKPOINT_PATH=START    parameters alone
 
-A branch counts steps on from its trunk's, and what depends on the step goes on too: the learning rate, the mix. Its
-first session reads the trunk; from its first checkpoint on it needs the trunk no more.
+A branch continues its trunk's step count, and everything that depends on the step: the learning rate, the mix. Its
+first session reads the trunk; after its first checkpoint it no longer needs it.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Point(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> "Point":
-        """Reads RUN@STEP. Raises ValueError where it is none."""
+        """Reads RUN@STEP. Raises ValueError if it is malformed."""
         found = re.fullmatch(r"(.+)@(\d+)", text)
         if not found:
             raise ValueError(f"BRANCH_FROM must be RUN@STEP, such as runs/trunk@6000, found {text!r}.")
@@ -72,11 +72,12 @@ def trunk_of(training: "Training") -> Trunk | None:
     if saved is None:
         record = record_of(point.run, point.step)
         if "place" not in record:
-            raise ValueError(f"{training.branch_from} was saved by a version that did not keep its place in the data: "
-                             "start from its parameters, by INITIAL_CHECKPOINT_PATH.")
+            raise ValueError(f"{training.branch_from} was saved by a version that did not record its place in the "
+                             "data: "
+                             "start from its parameters with INITIAL_CHECKPOINT_PATH.")
         saved = {"step": point.step} | record["place"]
     if saved["seed"] != training.seed:
-        raise ValueError(f"SEED is {training.seed}, and that of {point.run} is {saved['seed']}: a branch reads on in "
+        raise ValueError(f"SEED is {training.seed}, but that of {point.run} is {saved['seed']}: a branch continues "
                          f"the order of its trunk, so give --gin.SEED={saved['seed']}.")
     return trunk_at(saved, training)
 
@@ -136,7 +137,7 @@ def begin_or_resume(training: "Training", plan: "Plan", checkpoints: Checkpoints
         record = record_of(trunk.run, trunk.step)
         same_model(record)
         if record["ledger"]["stage"] != plan.mixture.stage:
-            raise ValueError(f"{trunk.run} is a run of {record['ledger']['stage']}, and a branch goes on in its stage: "
+            raise ValueError(f"{trunk.run} is a run of {record['ledger']['stage']}, and a branch stays in its stage: "
                              f"for {plan.mixture.stage} start with --gin.INITIAL_CHECKPOINT_PATH={trunk.run}.")
         require_memory(plan.state, STATE)
         state, record = restore_state(trunk.run, trunk.step, plan.state, say)

@@ -1,8 +1,9 @@
 """`t5x cache`: the rows of a run, tokenized by many processes with Apache Beam before the run needs them.
 
-Beam carries little texts that name a shard or a piece (`mixture/shards.py`); what is tokenized goes straight into
-CACHE_DIR, and what is done is seen there. So a runner, its workers and its bundles change nothing of the rows; a worker
-that dies or does its work twice does no harm; and the same command goes on where it was stopped, under any runner.
+Beam distributes short texts that each name a shard or a piece (`mixture/shards.py`); tokens go straight into
+CACHE_DIR, which also shows what is done. The rows thus do not depend on the runner, its workers or its bundles; a
+worker that dies or repeats its work does no harm; and the same command continues where it was stopped, under any
+runner.
 """
 
 import contextlib
@@ -44,8 +45,8 @@ def cache(
       ValueError: Beam is not installed, a setting is wrong, or a source has nothing to train on.
       OSError: a file cannot be read or written.
     """
-    require_beam("t5x cache needs Apache Beam, which is not installed: pip install '.[beam]'. Without it t5x train "
-                 "writes the same rows, by one process.")
+    require_beam("t5x cache needs Apache Beam, which is not installed: pip install '.[beam]'. Without it, t5x train "
+                 "writes the same rows with one process.")
     tasks = list(rates_of(mixture))
     places = {task: cache_place(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, mixture.stage)
               for task in tasks}
@@ -54,7 +55,7 @@ def cache(
     builds = []
     for task, place in places.items():
         if place.is_whole():
-            report(f"{task} is cached already in {place.directory}")
+            report(f"{task} is already cached in {place.directory}")
         else:
             builds.append(Build(task, mixture.definitions, vocabulary, mixture.length, mixture.stage, place))
     if not builds:
@@ -71,7 +72,7 @@ def _write(builds: list[Build], runner: str, options: Sequence[str], report: Cal
             for shard in shards.missing(build, of_task)]
     count = sum(map(len, planned))
     if len(todo) < count:
-        report(f"{count - len(todo):,} of {count:,} shards are tokenized already; going on.")
+        report(f"{count - len(todo):,} of {count:,} shards are already tokenized; continuing.")
     if runner == LOCAL and todo:  # few files leave cores over
         threads = max(1, len(os.sched_getaffinity(0)) // len(todo))
         builds = [dataclasses.replace(build, threads=threads) for build in builds]
@@ -90,7 +91,7 @@ def _write(builds: list[Build], runner: str, options: Sequence[str], report: Cal
 
 
 def _require_reach(runner: str, task: str, definition: dict[str, Any], cache_dir: str) -> None:
-    """Raises ValueError where workers of Dataflow would look for files of this machine."""
+    """Raises ValueError if workers of Dataflow would need files of this machine."""
     if not runner.lower().startswith("dataflow"):
         return
     files = [file for split in ("train_files", "validation_files") for file, _ in definition.get(split, ())]
@@ -103,7 +104,7 @@ def _require_reach(runner: str, task: str, definition: dict[str, Any], cache_dir
 
 
 def _run(builds: Sequence[Build], todo: Sequence[str], runner: str, options: Sequence[str]) -> None:
-    """Has a runner do what each text says, in any order, in bundles of any size."""
+    """Has a runner do the work that each text names, in any order, in bundles of any size."""
     try:
         with quiet_tensorflow() if runner == LOCAL else contextlib.nullcontext():
             run(functools.partial(shards.do, builds), todo, runner, options)
@@ -138,7 +139,7 @@ def _watched(builds: Sequence[Build], planned: Sequence[Sequence[Shard]]) -> Ite
             try:
                 look()
             except Exception as error:  # while the work goes on
-                status.say(f"How far it is cannot be told any more: {error}")
+                status.say(f"Progress can no longer be shown: {error}")
                 return
             if done == count:
                 return

@@ -1,4 +1,4 @@
-"""What sessions of a run leave for later ones besides checkpoints: provenance.json, and what is set aside."""
+"""Files that sessions of a run leave for later ones besides checkpoints: provenance.json, and files set aside."""
 
 import json
 import time
@@ -23,8 +23,8 @@ def set_earlier_aside(model_dir: epath.Path, report: Callable[[str], None]) -> N
         steps = max((line["step"] for line in read_records(str(model_dir))), default=0)
         others = ("provenance.json", "config.gin", "tensorboard", "trackers")
         aside = set_aside([*left, *(model_dir / name for name in others)], model_dir)
-        report(f"WARNING: {model_dir} has records of {steps:,} steps and no checkpoint to go on from: the run begins "
-               f"anew, and they are kept in {aside}.")
+        report(f"WARNING: {model_dir} has records of {steps:,} steps and no checkpoint to go on from: the run starts "
+               f"again, and they are kept in {aside}.")
 
 
 def _before(path: epath.Path, report: Callable[[str], None]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def _before(path: epath.Path, report: Callable[[str], None]) -> dict[str, Any]:
         return read_provenance(path.parent, ("sessions", "finished")) or {}
     except Damaged as error:
         aside = set_aside([path], path.parent)
-        report(f"WARNING: {error} It is kept in {aside}, and what it said of earlier sessions is lost.")
+        report(f"WARNING: {error} It is kept in {aside}; its facts about earlier sessions are lost.")
         return {}
 
 

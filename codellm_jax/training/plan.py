@@ -1,4 +1,4 @@
-"""What a run will be, worked out before anything is trained: the objects a gin file asks for, and a page about them."""
+"""The plan of a run before anything is trained: the objects of its gin files, and a page about them."""
 
 import dataclasses
 import itertools
@@ -26,39 +26,39 @@ from codellm_jax.vocabulary import Vocabulary
 
 GIB = 2**30
 BAR = 40  # characters of a share of 1
-MANY_EPOCHS = 4  # more repeats than this of the same tokens are worth a warning (Muennighoff et al., 2023)
+MANY_EPOCHS = 4  # more repeats of the same tokens give a warning (Muennighoff et al., 2023)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a gin file says of a training run.
+    """The settings of a training run.
 
     Attributes:
       model_dir: the run directory.
       mixture: the data.
-      vocabulary: what rows are tokenized with; its padded size is the model's.
+      vocabulary: the vocabulary of the rows; its padded size is the model's.
       model: makes the decoder's configuration when called with `vocabulary_size` and `length`.
       optimizer: makes the gradient transformation when called with the learning-rate schedule.
       learning_rate: the schedule: a function from the step to the learning rate.
       mesh: devices along each axis.
-      batch_size: rows a step, over all devices; in tuning examples a step, packed or not.
+      batch_size: rows per step, over all devices; in tuning examples per step, packed or not.
       train_steps: steps of the whole run.
       eval_period: steps between evaluations of held-out rows; the last step is evaluated, too.
       checkpoint_period: steps between checkpoints; the last step has one, too.
       log_period: steps between lines of the log.
       eval_rows: held-out rows of each source that are evaluated.
-      keep_last: how many of the newest checkpoints are kept.
+      keep_last: number of the newest checkpoints to keep.
       keep_every: checkpoints at multiples of this step are kept, too; None for none.
-      keep_steps: checkpoints after these steps are written and kept, too; whole numbers are steps, fractions parts of
+      keep_steps: checkpoints after these steps are written and kept, too; whole numbers are steps, fractions are of
         train_steps.
       microbatches: parts a batch is trained on in turn before one update, to save memory.
       initial_checkpoint_path: a run directory or published weights (a folder, hf://ORG/NAME) whose parameters the run
         starts from.
       branch_from: RUN@STEP, a checkpoint that the run continues with its optimizer, random state and place in the data.
-      evaluation: benchmarks that are asked at each evaluation; None for none.
-      export_period: after every so many steps, and the last one, the parameters are written to MODEL_DIR/exports/STEP
-        as a folder for Hugging Face's libraries, in float32; None for never.
-      trackers: where records go besides MODEL_DIR/metrics.jsonl, some of "tensorboard", "wandb" and "mlflow".
+      evaluation: benchmarks of each evaluation during training; None for none.
+      export_period: steps between exports; the last step is exported, too. An export writes the parameters in float32
+        to MODEL_DIR/exports/STEP as a folder for Hugging Face's libraries; None for never.
+      trackers: destinations of records besides MODEL_DIR/metrics.jsonl, some of "tensorboard", "wandb" and "mlflow".
       seed: seed of the parameters, the order of the data and dropout.
     """
 
@@ -91,15 +91,15 @@ class Training:
                      "keep_last", "microbatches"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                raise ValueError(f"{name.upper()} must be a whole number from 1, found {value!r}.")
+                raise ValueError(f"{name.upper()} must be a whole number of at least 1, found {value!r}.")
         if self.export_period is not None and self.export_period < 1:
             raise ValueError(f"EXPORT_PERIOD must be at least 1, or None for never, found {self.export_period}.")
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"train.keep_every must be at least 1, or None for none, found {self.keep_every}.")
         for step in self.keep_steps:
             if isinstance(step, bool) or not 0 < step <= (self.train_steps if isinstance(step, int) else 1):
-                raise ValueError(f"KEEP_STEPS must list steps from 1 to TRAIN_STEPS = {self.train_steps}, or parts of "
-                                 f"them up to 1.0, found {step!r}.")
+                raise ValueError(f"KEEP_STEPS must list steps from 1 to TRAIN_STEPS = {self.train_steps}, or fractions "
+                                 f"of them up to 1.0, found {step!r}.")
         if self.branch_from is not None and self.initial_checkpoint_path is not None:
             raise ValueError("BRANCH_FROM and INITIAL_CHECKPOINT_PATH are both set: a run starts from one of them.")
         if not 0 <= self.seed < 2**32:
@@ -154,8 +154,9 @@ def make_plan(
     trunk = trunk or trunk_of(training)
     first_step = trunk.step if trunk else 0
     if first_step >= training.train_steps:
-        raise ValueError(f"BRANCH_FROM begins after step {first_step}, and TRAIN_STEPS = {training.train_steps} counts "
-                         "the steps of the trunk too: set it higher.")
+        raise ValueError(f"BRANCH_FROM begins after step {first_step}, and TRAIN_STEPS = {training.train_steps} "
+                         "includes "
+                         "the steps of the trunk: set it higher.")
     total = training.train_steps * training.batch_size
     mixture = open_mixture(
         training.mixture, training.vocabulary, training.seed, total, training.batch_size, report,
@@ -168,7 +169,7 @@ def make_plan(
             if last_step <= first_step:
                 raise ValueError(
                     f"MAX_EPOCHS = {training.mixture.max_epochs} ends the run before its first step: "
-                    f"{exhausted[1].name} has {exhausted[1].rows} {unit(mixture)}. Raise it, give more data, or lower "
+                    f"{exhausted[1].name} has {exhausted[1].rows} {unit(mixture)}. Raise it, add data, or lower "
                     "BATCH_SIZE.")
     rows, filled = training.batch_size, 1.0
     if packing:
@@ -214,7 +215,7 @@ def describe(training: Training, plan: Plan) -> str:
         lines += cached.notes
         if cached.conversations:
             form = "in the vocabulary's chat template" if training.vocabulary.chat_template else \
-                "as instructions and responses, for the vocabulary has no chat template"
+                "as instructions and responses, because the vocabulary has no chat template"
             lines.append(f"{cached.name}: {cached.conversations:,} of {cached.documents:,} examples are conversations, "
                          f"{form}.")
         if cached.loss:
@@ -222,16 +223,17 @@ def describe(training: Training, plan: Plan) -> str:
             counted = f"all of their {cached.tokens:,} tokens" if cached.loss == "all" else \
                 f"their answers, {cached.tokens - cached.uncounted:,} of {cached.tokens:,} tokens"
             lines.append(
-                f"{cached.name}: {examples:,} instructions stand among the documents; the loss counts {counted}."
+                f"{cached.name}: {examples:,} instructions are mixed with the documents; the loss counts {counted}."
                 + f" {cached.left_out:,} without an answer are left out." * bool(cached.left_out))
         elif cached.cut or cached.left_out:
             lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
-                         f"{cached.length + 1} tokens; {cached.left_out:,} are left out, as no token of their target "
-                         "would be left.")
+                         f"{cached.length + 1} tokens; {cached.left_out:,} are left out, since no token of their "
+                         "target "
+                         "would remain.")
     lines += [f"WARNING: {warning}" for warning in mixture.warnings]
     for source, drawn, before in zip(order.sources, order.counts(last), order.drawn_before.tolist(), strict=True):
         if not drawn and order.asked(last)[order.sources.index(source)]:
-            lines.append(f"WARNING: {source.name} is asked for too little to be drawn at all in this run.")
+            lines.append(f"WARNING: the share of {source.name} is too small for it to be drawn in this run.")
         if drawn and before + drawn > MANY_EPOCHS * source.rows:
             lines.append(f"WARNING: {source.name} will be repeated {(before + drawn) / source.rows:.1f} times; "
                          "MAX_EPOCHS would stop the run instead.")
@@ -243,7 +245,7 @@ def describe(training: Training, plan: Plan) -> str:
                          f" The mix from step {missed[0] // training.batch_size} on is not reached." if missed else ""))
     if not is_deterministic(plan.mesh, config):
         lines.append(f"WARNING: with model.scan_unroll = {config.scan_unroll} a GPU adds in any order: another run of "
-                     "this configuration will have slightly other losses.")
+                     "this configuration will have slightly different losses.")
     full, causal = (flops_per_token(config, causal=causal) for causal in (False, True))
     own_steps = plan.last_step - plan.first_step
     tokens = own_steps * plan.rows * training.mixture.length
@@ -311,9 +313,9 @@ def branch_lines(training: Training, plan: Plan) -> list[str]:
         return []
     (last, following), now = plan.trunk.learning_rates, float(training.learning_rate(plan.trunk.step))
     if abs(now - following) <= 0.01 * max(now, following):
-        return [f"The learning rate goes on from the trunk's last, {last:.3g}: {now:.3g}."]
-    return [f"WARNING: the learning rate does not go on from the trunk's last, {last:.3g}: the branch begins at "
-            f"{now:.3g}, where the trunk went on with {following:.3g}."]
+        return [f"The learning rate continues the trunk's last, {last:.3g}: {now:.3g}."]
+    return [f"WARNING: the learning rate does not continue the trunk's last, {last:.3g}: the branch begins at "
+            f"{now:.3g}, where the trunk continued with {following:.3g}."]
 
 
 def learning_rate_lines(schedule: Schedule, first_step: int, last_step: int) -> list[str]:
@@ -363,9 +365,9 @@ def memory_estimate(training: Training, plan: Plan) -> str:
     """`memory_parts` as a line of text, and a second one that warns where a device has less."""
     parts, has = memory_parts(training, plan), memory_per_device()
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    line = f"about {sum(parts.values()) / GIB:.2f} GiB a device: {listed}"
+    line = f"about {sum(parts.values()) / GIB:.2f} GiB per device: {listed}"
     if sum(parts.values()) > has:
         line += (f"\nWARNING: a device here has {has / GIB:.2f} GiB. A smaller BATCH_SIZE or model, "
-                 "train.microbatches, model.remat='full', or more devices along mesh.fsdp need less.")
+                 "train.microbatches, model.remat='full', or more devices along mesh.fsdp reduce it.")
     return line
 

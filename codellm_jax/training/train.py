@@ -3,7 +3,7 @@
     state, metrics = train_step(state, batch, model=..., optimizer=..., sources=2)
 
 The loop keeps one step in flight: the metrics of step k are read while step k + 1 runs, so that the devices never
-wait for the host, yet every loss is looked at before a checkpoint could keep what came of it.
+wait for the host, yet every loss is checked before a checkpoint could save its effect.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update from one global batch.
 
-    The gradient is that of the mean loss over the tokens that count in the whole batch, whatever `microbatches`.
+    The gradient is that of the mean loss over the counted tokens of the whole batch, for any `microbatches`.
     """
     dropout_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     # One reduction over the devices instead of two that nothing orders: XLA on CPU has been seen to hang in those.
@@ -123,7 +123,7 @@ def own_step(training: Training, plan: Plan) -> Step:
 
 
 class Runner(NamedTuple):
-    """Whose steps a run takes: what it is called in provenance.json, and what makes the step."""
+    """The trainer of a run: its name in provenance.json, and the function that makes the step."""
 
     name: str
     make_step: Callable[[Training, Plan], Step]
@@ -152,10 +152,10 @@ def train(
     asked: Mapping[str, str] | None = None,
     profile_steps: ProfileSteps | None = None, runner: Runner = OWN,
 ) -> Run:
-    """Trains to the end, or to a SIGTERM or SIGINT, which saves and returns.
+    """Trains to the end, or until a SIGTERM or SIGINT, after which it saves and returns.
 
     Args:
-      training: what the gin file says.
+      training: the settings.
       settings: called when everything is built; the operative configuration as text and as name -> value. The text
         goes to MODEL_DIR/config.gin, the values into every checkpoint, and a resume with others is refused.
       asked: what gin files and flags say, name -> value, for MODEL_DIR/provenance.json.
@@ -297,7 +297,7 @@ def loop(
         save()
         checkpoints.wait()
     if run.step < plan.last_step:
-        status.say(f"Stopped by a signal; saved after step {run.step}. The same command goes on from there." if run.step
+        status.say(f"Stopped by a signal; saved after step {run.step}. The same command continues." if run.step
                    else "Stopped by a signal before the first step; nothing is saved.")
 
 
@@ -416,7 +416,7 @@ def utilization(plan: Plan, tokens_per_second: float) -> tuple[float | None, flo
 
 
 def summary(run: Run) -> str:
-    """What a run came to, for its last lines on the terminal."""
+    """The results of a run, for its last lines on the terminal."""
     evaluations = [line for line in read_records(run.training.model_dir) if line["split"] == "eval"]
     lines = ["", f"{run.step} of {run.plan.last_step} steps are done.", ""]
     if evaluations:
@@ -431,7 +431,7 @@ def summary(run: Run) -> str:
                   for name in last if name.startswith("score/") and name in first]
         lines.append("")
     order = run.plan.mixture.order
-    repeated = [f"WARNING: {source.name} was gone through {run.ledger.rows[source.name] / source.rows:.1f} times."
+    repeated = [f"WARNING: {source.name} was repeated {run.ledger.rows[source.name] / source.rows:.1f} times."
                 for source in order.sources if run.ledger.rows[source.name] > MANY_EPOCHS * source.rows]
     before = [f"before: {saved['stage']}, {saved['step']} steps in {saved['model_dir']}"
               for saved in run.ledger.before]

@@ -60,14 +60,14 @@ def adopt(
     else:
         base, found = settings_of(checkpoint.parent)
         if base == TUNING and "INITIAL_CHECKPOINT_PATH" not in dict(overrides):
-            raise ValueError(f"{source} was tuned: give --gin.INITIAL_CHECKPOINT_PATH=RUN, the run that it was tuned "
-                             "from, as it was adopted.")
+            raise ValueError(f"{source} was tuned: give --gin.INITIAL_CHECKPOINT_PATH=RUN, the adopted run from which "
+                             "it was tuned.")
         configuration = read_configuration([base], [*found, *overrides], search_paths)
     training: Training = build(configuration, "train")
     plan = make_plan(dataclasses.replace(training, mesh=MeshShape()), say)
     if step > plan.last_step:
-        raise ValueError(f"{checkpoint} was trained for {step} steps, and the settings say {plan.last_step}: give "
-                         f"--gin.TRAIN_STEPS={step} or the steps that it was to have.")
+        raise ValueError(f"{checkpoint} was trained for {step} steps, but the settings say {plan.last_step}: give "
+                         f"--gin.TRAIN_STEPS={step} or its planned steps.")
     _, dropout_rng = jax.random.split(jax.random.key(training.seed))
     ledger = _ledger(training, plan, step)
     text, values = operative(configuration)
@@ -106,8 +106,8 @@ def settings_of(model_dir: epath.Path) -> tuple[str, list[tuple[str, str]]]:
     path = model_dir / "config.gin"
     theirs = Configuration(tuple(map(_ours, settings_in(str(path)) if path.exists() else ())))
     if "train.batch_size" not in theirs.effective:
-        raise ValueError(f"{path} is not of a file of gin/t5x/, so that it does not tell the run's settings: name the "
-                         "gin files that are like it, such as --gin_file=gin/mixed_pretrain.gin.")
+        raise ValueError(f"{path} is not of a file of gin/t5x/, so it does not give the run's settings: name the "
+                         "equivalent gin files, such as --gin_file=gin/mixed_pretrain.gin.")
     stage = _resolved(theirs, "mixture.stage")
     base = TUNING if stage == "'tuning'" else "gin/pretrain.gin"
     own = read_settings([base], [])
@@ -152,7 +152,7 @@ def give(source: str, output: str) -> str:
     run = named[1] if named else source
     step, record = (int(named[2]), record_of(run, int(named[2]))) if named else newest_record(run)
     if "step" not in record["checksums"]:
-        raise ValueError(f"{run} holds parameters alone, of which T5X cannot go on: train it for a step first.")
+        raise ValueError(f"{run} holds only parameters, from which T5X cannot continue: train it for a step first.")
     with written_whole(epath.Path(resolved(output))) as made:
         give_state(run, step, record, made)
     return f"{run}, step {step}, is {output}/checkpoint_{step} to T5X."
@@ -161,4 +161,4 @@ def give(source: str, output: str) -> str:
 def _require_free(output: str) -> None:
     place = epath.Path(resolved(output))
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"{place} is there already: give another --output or remove it.")
+        raise ValueError(f"{place} exists already: choose another --output or remove it.")

@@ -37,7 +37,7 @@ def find_checkpoint(path: str) -> tuple[epath.Path, int]:
     if not steps:
         what = f"{given} is a run of this package already" if (given / "checkpoints").exists() else \
             f"No {PREFIX}_STEP/state in {given}"
-        raise FileNotFoundError(f"{what}: name the MODEL_DIR of `python -m t5x.train`, which saves by Orbax "
+        raise FileNotFoundError(f"{what}: name the MODEL_DIR of `python -m t5x.train`, which saves with Orbax "
                                 "(use_orbax, its default).")
     return given / f"{PREFIX}_{max(steps)}", max(steps)
 
@@ -60,7 +60,7 @@ def copy_state(checkpoint: epath.Path, step: int, abstract: TrainState, rng: np.
     try:
         tree = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(checkpoint / "state").item_metadata.tree
     except Exception as error:
-        raise ValueError(f"{checkpoint} cannot be read ({first_line(error)}): take another step.") from None
+        raise ValueError(f"{checkpoint} cannot be read ({first_line(error)}): choose another step.") from None
     found = {name: [list(leaf.shape)] for name, leaf in named_leaves(tree).items()}
     require_same_arrays(found, traverse_util.unflatten_dict(
         {names[name]: leaf for name, leaf in wanted.items()}, sep="/"), step)
@@ -71,7 +71,7 @@ def copy_state(checkpoint: epath.Path, step: int, abstract: TrainState, rng: np.
         return write_arrays(folder, abstract, itertools.chain(
             copied(checkpoint / "state", names, wanted), [Part("rng", None, 0, rng)]))
     except Damaged as error:
-        raise ValueError(f"{checkpoint} is damaged ({error}): take another step.") from None
+        raise ValueError(f"{checkpoint} is damaged ({error}): choose another step.") from None
 
 
 def give_state(run: str, step: int, record: Mapping[str, Any], directory: epath.Path) -> None:
@@ -90,7 +90,7 @@ def give_state(run: str, step: int, record: Mapping[str, Any], directory: epath.
         if wrong := [name for theirs, name in ours.items() if sums[theirs] != record["checksums"][name]]:
             raise Damaged(f"{len(wrong)} arrays differ from what was saved, {wrong[0]} first")
     except Damaged as error:
-        raise ValueError(f"The checkpoint of step {step} in {run} is damaged ({error}): take another step.") from None
+        raise ValueError(f"The checkpoint of step {step} in {run} is damaged ({error}): choose another step.") from None
     mark_whole(folder)
 
 

@@ -110,7 +110,7 @@ def runs_now(runs: Sequence[OfRun], now: float) -> dict[str, str]:
         train, held_out = run.last("train"), run.last("eval")
         rows.append([run.name, describe_state(run, now), *map(_loss, [
             train.get("loss"), *(held_out.get(f"loss/{pool}") for pool in POOLS)]), _rate(run)])
-    text = "A row for each run: how far it is, its last losses in nats a token, and its speed."
+    text = "A row for each run: its progress, its last losses in nats per token, and its speed."
     table = _table(text, ("Run", "State", "Training loss", "Held-out text", "Held-out code", "Tokens/s"), rows,
                    words=(1,))
     return {"now": table, "losses": "\n".join([*_charts({run.name: [run] for run in runs}), _footer(now)])}
@@ -124,8 +124,8 @@ def run_now(run: OfRun, now: float) -> dict[str, str]:
             *([f"Held-out {pool}", f"{held_out.get('step', 0):,}", _loss(held_out.get(f"loss/{pool}"))]
               for pool in POOLS)]
     state = f"<p>{html.escape(describe_state(run, now))}; {_rate(run)} tokens/s.</p>"
-    table = _table("The last losses of the run, in nats a token.", ("Loss", "Step", "Value"), rows)
-    trained_on = [f"<p>What it was trained on, as of its last start or end:</p><pre>{html.escape(ledger)}</pre>"]
+    table = _table("The last losses of the run, in nats per token.", ("Loss", "Step", "Value"), rows)
+    trained_on = [f"<p>Training data, as of its last start or end:</p><pre>{html.escape(ledger)}</pre>"]
     return {"now": f"{state}\n{table}", "losses": "\n".join([
         *_charts({run.name: [run]}), *trained_on * bool(ledger), _footer(now)])}
 
@@ -156,7 +156,7 @@ def _at_work(study: OfStudy, runs: Mapping[str, OfRun]) -> list[str]:
             "-" if of_run.left is None else duration(of_run.left),
             f"{of_run.holder.worker}, since {duration(study.read_at - of_run.holder.since)}" if of_run.holder else "-"])
     return ["<h2>Running</h2>", _table(
-        "The runs that a worker trains or evaluates, and those that are begun and wait for one.",
+        "The runs that a worker trains or evaluates, and started runs that wait for a worker.",
         ("Run", "State", "Step", "Training loss", "Tokens/s", "Left", "Worker"), rows, words=(1, 6))] if rows else []
 
 
@@ -179,8 +179,8 @@ def _plan(study: OfStudy, runs: Mapping[str, OfRun]) -> list[str]:
         rows.append([arm, str(planned.get("stage", "-")), start, f"{study.runs[names[0]].steps:,}", told,
                      *(mean_of(line.get(f"loss/{pool}") for line in ended) for pool in POOLS)])
     return ["<h2>The plan</h2>", _table(
-        "A row for each arm: its stage, what its first seed starts from, how far its seeds are, and the mean of the "
-        "last held-out losses of those that are done, in nats a token.",
+        "A row for each arm: its stage, the start of its first seed, the progress of its seeds, and the mean of the "
+        "last held-out losses of finished seeds, in nats per token.",
         ("Arm", "Stage", "Starts from", "Steps", "Seeds", "Held-out text", "Held-out code"), rows, words=(1, 2, 4))]
 
 
@@ -191,7 +191,7 @@ def _charts(arms: Mapping[str, Sequence[OfRun]]) -> list[str]:
     titles = {"Training loss": ("train", "loss"), "Held-out text": ("eval", "loss/text"),
               "Held-out code": ("eval", "loss/code")}
     which = f", of the {len(shown)} arms of {len(arms)} that changed last" if len(shown) < len(arms) else ""
-    found = [curves(f"{title}{which}, the mean over seeds as far as all have come", "nats a token", {
+    found = [curves(f"{title}{which}, the mean over seeds up to the last step that all have reached", "nats a token", {
         arm: _mean([[(line["step"], line[name]) for line in run.records
                      if line["split"] == split and line.get(name) is not None] for run in of_arm])
         for arm, of_arm in shown.items()}) for title, (split, name) in titles.items()]

@@ -57,7 +57,8 @@ class Watched:
             try:
                 self.parts |= self._read()
             except Exception as error:  # a bucket that does not answer, files that are being replaced
-                notice = live.notice(f"The directory could not be read ({one_line(error)}). What follows is older.")
+                notice = live.notice(f"The directory could not be read ({one_line(error)}). The content below is "
+                                     "older.")
                 self.parts["now"] = notice + self.parts["now"].rpartition(live.END_OF_NOTICE)[2]
             if ended.wait(max(PERIOD, REST * (time.monotonic() - began))):
                 break
@@ -93,9 +94,9 @@ class Watched:
             process.kill()
             text, _ = process.communicate()
         if process.returncode:
-            text = live.notice(f"The process that works out effects and laws ended with status {process.returncode}. "
-                               "It is started again once more runs are done.")
-        self.parts["told"] = f'<p class="caption">Of the {done} runs that are done:</p>\n{text}'
+            text = live.notice(f"The process that computes effects and laws ended with status {process.returncode}. "
+                               "It is restarted when more runs are done.")
+        self.parts["told"] = f'<p class="caption">Of the {done} finished runs:</p>\n{text}'
         self._process = None
 
     def close(self) -> None:
@@ -149,8 +150,8 @@ def _listening(host: str, port: int | None, watched: Watched) -> ThreadingHTTPSe
         if port is None and isinstance(error, OSError):
             with contextlib.suppress(OSError):
                 return server((host, 0), answers)
-        raise OSError(f"{host}:{PORT if port is None else port} cannot be listened at ({error}): give another "
-                      "--host or --port; --port=0 takes a free one.") from None
+        raise OSError(f"{host}:{PORT if port is None else port} cannot be used ({error}): choose another --host "
+                      "or --port; --port=0 takes a free one.") from None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -165,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
         # Another site's page, under a name of its own that leads to this machine, must not read along.
         asked_of = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         if self.host in LOOPBACK and asked_of.strip("[]") not in LOOPBACK:
-            self._send("This page is for this machine alone.", "text/plain", HTTPStatus.MISDIRECTED_REQUEST)
+            self._send("This page is only for this machine.", "text/plain", HTTPStatus.MISDIRECTED_REQUEST)
             return
         path = self.path.partition("?")[0]
         name = path.rpartition("/")[2]

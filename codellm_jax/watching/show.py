@@ -45,7 +45,7 @@ def show(path: str, command: str = "t5x") -> str:
         one = shlex.quote(f"{path.rstrip('/')}/{runs[0].name}")
         return "\n".join([*runs_table(runs), "", f"One of them:  {command} show {one}",
                           f"All of them:  {command} report {shlex.quote(path)}"])
-    raise FileNotFoundError(f"{path} holds no run and no study: neither study.json nor a directory with "
+    raise FileNotFoundError(f"{path} holds neither a run nor a study: no study.json and no directory with "
                             "provenance.json, metrics.jsonl, config.gin or checkpoints.")
 
 
@@ -81,11 +81,11 @@ def describe_state(run: OfRun, now: float | None = None) -> str:
         left = f", about {duration(run.seconds_left)} left" if run.seconds_left else ""
         return f"training, {of}{left}{last}"
     if run.state == "stopped":
-        return f"stopped in good order after {of}"
+        return f"stopped normally after {of}"
     if run.state == "to do":
         return "nothing is trained yet"
     here = ("no process of this machine trains it" if run.is_held is False else
-            "whether a process trains it is not known")
+            "unknown whether a process trains it")
     return f"not ended, {of}; {here}{last}"
 
 
@@ -173,7 +173,7 @@ def _next(run: OfRun, command: str) -> list[str]:
     if run.state in ("stopped", "not ended"):
         again = f"{command} train --gin_file={shlex.quote(str(run.path / 'config.gin'))}"
         return [f"Go on:       {again}" if (run.path / "config.gin").exists() else
-                "Go on:       give the command that began it once more"]
+                "Continue:    run the command that started it again"]
     if run.state == "to do":
         return []
     lines = []
@@ -219,11 +219,11 @@ def study_page(study: OfStudy, runs: Sequence[OfRun], command: str = "t5x") -> s
     if open_or_failed:
         lines.append("")
     if any(of_run.state not in ENDED for of_run in study.runs.values()):
-        lines.append("Go on:       the same `t5x study` command; it trains and evaluates what is left" if not
+        lines.append("Continue:    the same `t5x study` command; it trains and evaluates the rest" if not
                      study.workers else "Help:        the same `t5x study` command with --worker, on any machine")
     if any(of_run.state == "failed" for of_run in study.runs.values()):
-        lines.append("Mend:        once its cause is gone, the same `t5x study` command tries a failed run again; its "
-                     f"log lies in {study.directory}/runs/RUN/train.log or eval.log")
+        lines.append("Fix:         once the cause is removed, the same `t5x study` command retries a failed run; its "
+                     f"log is in {study.directory}/runs/RUN/train.log or eval.log")
     lines.append(f"Watch:       {command} report {place} --serve")
     report = epath.Path(study.directory).expanduser() / "report" / "report.html"
     lines.append(f"Report:      {report}" if report.exists() else f"Report:      {command} report {place}")

@@ -34,7 +34,7 @@ def told(directory: str) -> str:
     swept, said = sweep_page.sweeps(compared)
     blocks = [*effects.blocks, *swept.blocks, *(law_files.section(directory) if said else [])]
     if not blocks:
-        raise ValueError("no two arms that differ in a share of code are trained to their end")
+        raise ValueError("no two arms that differ in the share of code have finished training")
     return fragment(blocks)
 
 
@@ -43,7 +43,7 @@ def main(directory: str) -> int:
     try:
         print(told(directory))
     except Exception as error:  # of files that are half written, too
-        print(f"<h2>Effects and laws</h2><p>They cannot be told yet: {html.escape(one_line(error))}</p>")
+        print(f"<h2>Effects and laws</h2><p>They cannot be determined yet: {html.escape(one_line(error))}</p>")
     return 0
 
 

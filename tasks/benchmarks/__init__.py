@@ -1,4 +1,4 @@
-"""Benchmarks as questions, independent of any model: the study's ten, a few beside them, and files of one's own.
+"""Benchmarks as questions, independent of any model: the study's ten, a few more, and users' files.
 
 `loading.load` reads them.
 """

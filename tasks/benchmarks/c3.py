@@ -15,14 +15,14 @@ from tasks.corpora.records import BROKEN_JSON, broken_rest
 FORMS = (Form(("c3-d-dev.json",)), Form(("*c3*/d-dev.json",)))
 SHOT_FORMS = (Form(("c3-d-train.json",)), Form(("*c3*/d-train.json",)))
 
-_NOT_A_DIALOGUE = "that are no dialogue with questions"
+_NOT_A_DIALOGUE = "that are not a dialogue with questions"
 _BETWEEN = re.compile(r"[\s,]*")
 # A dialogue begins with a list of lines.
 _DIALOGUE = re.compile(r'\[\s*\[\s*"')
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The questions of C3's files, in order; a dialogue that cannot be read is one record."""
+    """The questions of C3's files, in order; an unreadable dialogue counts as one record."""
     for file in files:
         for number, dialogue in enumerate(_dialogues(file)):
             yield from [dialogue] if isinstance(dialogue, Lost) else _items(dialogue, number)
@@ -53,7 +53,7 @@ def _item(question: Any, context: str | None, own: str) -> Item | Lost:
 
 
 def _dialogues(file: str) -> Iterator[Any]:
-    """The entries of the list, and a `Lost` where one is broken; the next that can be read goes on."""
+    """The entries of the list, with a `Lost` for each broken one; reading continues at the next readable entry."""
     content: list[bytes] = []
     broken = False
     try:

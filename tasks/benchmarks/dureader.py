@@ -26,7 +26,7 @@ def read(files: Sequence[str]) -> Iterator[Item | Lost]:
 
 
 def _questions(record: Any, context: Any = None) -> Iterator[Item | Lost]:
-    """The questions below an object of SQuAD's form, from whatever level a broken file leaves; or a repackaged one."""
+    """The questions inside an object of SQuAD's form, from any level that a broken file leaves; or a repackaged one."""
     if isinstance(record, Lost):
         yield record
     elif not isinstance(record, dict):

@@ -43,8 +43,8 @@ def read(files: Sequence[str], explained: bool = False) -> Iterator[Item | Lost]
       Lacking: explanations are asked of a repackaged file.
     """
     if explained and (repackaged := [file for file in files if not is_official(file)]):
-        raise Lacking(f"{repackaged[0]} is the repackaged form, which has no explanations; put E-KAR's own file in its "
-                      "place, or evaluate ekar.")
+        raise Lacking(f"{repackaged[0]} is the repackaged form, which has no explanations; replace it by E-KAR's own "
+                      "file, or evaluate ekar.")
     return json_items(files, functools.partial(_item, explained=explained))
 
 

@@ -1,7 +1,7 @@
-"""HumanEval (Chen et al., 2021): go on with a Python function from its signature and docstring.
+"""HumanEval (Chen et al., 2021): complete a Python function from its signature and docstring.
 
 JSON lines of {task_id, prompt, entry_point, canonical_solution, test}, where `test` defines `check(candidate)`. A
-program is the prompt and what is written behind it, up to the first line that begins something else.
+program is the prompt and its completion, up to the first line that starts another top-level statement.
 """
 
 import re
@@ -26,14 +26,14 @@ def read(files: Sequence[str]) -> Iterator[Item | Lost]:
 
 
 def item(record: Mapping[str, Any]) -> Item | Lost:
-    """A record as an item, or why it is none."""
+    """A record as an item, or the reason why it is not a question."""
     code = record.get("canonical_solution")
     if not code:
         return Lost(NO_ANSWER)
     if lost := is_blank([code, *(record.get(key) for key in _KEYS)]):
         return lost
     if not record["entry_point"].isidentifier():
-        return Lost("whose entry_point is no name of a function")
+        return Lost("whose entry_point is not the name of a function")
     code, *texts = (re.sub("\r\n?", "\n", text) for text in (code, *(record[key] for key in _KEYS)))
     own = str(record.get("task_id", ""))
     extra: dict[str, Any] = {"task_id": own, **dict(zip(_KEYS, texts, strict=True)), "stop": STOP}

@@ -1,4 +1,4 @@
-"""JEC-QA, questions of the Chinese bar examination with four choices, of which one or several are right.
+"""JEC-QA, questions of the Chinese bar examination with four choices, one or more of them right.
 
 Three forms: the official {statement, option_list: {A: ...}, answer: [letters], id}; the study's own extract of it,
 whose answer is a position and whose option_list may be a list; and AGIEval's {question, options: ["(A)..."], label:
@@ -42,9 +42,9 @@ def read(files: Sequence[str], exact_set: bool = False) -> Iterator[Item | Lost]
     Args:
       files: of any form; read one after the other.
       exact_set: every set of choices is a candidate, 15 of four choices: those of one in order, then those of two, and
-        so on. The texts of a set are joined by "；". So questions with several right answers have a candidate that is
-        exactly right, and all questions are kept. Otherwise the choices are the candidates, and those questions are
-        left out.
+        so on. The texts of a set are joined by "；". Questions with several right answers then have exactly one right
+        candidate, and all questions are kept. Otherwise the choices are the candidates, and those questions are
+        skipped.
     """
     return json_items(files, functools.partial(_item, exact_set=exact_set))
 

@@ -1,4 +1,4 @@
-"""Benchmarks as an evaluation asks for them: read with one choice of files and templates, and judged."""
+"""Benchmarks for an evaluation: read with one choice of files and templates, and judged."""
 
 import dataclasses
 import functools
@@ -14,14 +14,16 @@ from tasks.programs import programs, sandbox
 
 
 class Judged(NamedTuple):
-    """What written answers came to.
+    """The scores of written answers.
 
     Attributes:
-      values: for each metric, in 0 ... 1, what each question adds; the score is their mean. The first is the main one.
-      corpus: for each metric that is no mean its counts a question [questions, k], and the function of their sums.
-      fixed: scores that nothing can be resampled of.
-      notes: for each question and answer what there is to say of it.
-      rule: when an answer counts as right, in a sentence for the result; empty where the name of the task tells.
+      values: for each metric, the value of each question in 0 ... 1; the score is their mean. The first is the main
+          metric.
+      corpus: for each metric that is not a mean, its counts per question [questions, k], and the function of their
+          sums.
+      fixed: scores that cannot be bootstrapped.
+      notes: remarks on each question and answer.
+      rule: when an answer counts as right, in a sentence for the result; empty if the task's name says it.
     """
 
     values: dict[str, list[float]]
@@ -33,19 +35,19 @@ class Judged(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Benchmarks:
-    """What a gin file says of the benchmarks.
+    """The settings of benchmarks in a gin file.
 
     Attributes:
-      data_dir: a folder, local or gs://, below which the benchmarks' files are found by name; None for the items of our
-        own.
-      template: how questions are put: "released", "paper", "multiple_choice", or {"prompt": ..., "continuation": ...}
-        with fields in braces. Or one of these for each task, {"mbpp": "paper", "default": "multiple_choice"}, where
-        "default" stands for all tasks that are not named, and is "released" where it is left out. A file of one's own
-        is named as in TASKS.
-      few_shot: how many worked examples stand before each prompt.
+      data_dir: a folder, local or gs://, that is searched for the benchmarks' files by name; None for this package's
+        own items.
+      template: how questions are formatted: "released", "paper", "multiple_choice", or {"prompt": ..., "continuation":
+        ...} with fields in braces. Or one of these for each task, {"mbpp": "paper", "default": "multiple_choice"},
+        where "default" covers all tasks that are not named, and is "released" if omitted. Users' files are named as in
+        TASKS.
+      few_shot: number of worked examples before each prompt.
       seed: seed of the choice of worked examples.
-      specs: benchmarks of one's own by name, each with its file of questions and options.
-      unconfined: whether written programs run even where the sandbox cannot give its guarantees (see
+      specs: users' benchmarks by name, each with its file of questions and options.
+      unconfined: whether generated programs run even if the sandbox cannot give its guarantees (see
         `programs.sandbox`).
     """
 
@@ -63,7 +65,7 @@ class Benchmarks:
         """The questions of a task; see `tasks.benchmarks.loading.load`.
 
         Raises:
-          SandboxError: its answers are programs that cannot be confined here, and `unconfined` is False.
+          SandboxError: its answers are programs, which cannot be confined on this host, and `unconfined` is False.
         """
         loaded = load(task, self.data_dir, self._template(task), self.few_shot, self.seed, self.specs)
         [first, *_] = loaded.questions
@@ -72,7 +74,7 @@ class Benchmarks:
         return loaded
 
     def texts(self, task: str) -> Texts:
-        """The texts of a task's questions as the record has them; see `tasks.benchmarks.texts.read_texts`."""
+        """The texts of a task's questions as in their records; see `tasks.benchmarks.texts.read_texts`."""
         return read_texts(task, self.data_dir, self.specs)
 
     def accuracy(self, losses: Sequence[Sequence[float]], answers: Sequence[int]) -> metrics.Accuracy:
@@ -80,13 +82,13 @@ class Benchmarks:
         return metrics.accuracy(losses, answers)
 
     def settings(self, task: str) -> dict[str, Any]:
-        """The choices that make other questions of a task's files, as JSON."""
+        """The settings that change the questions made from a task's files, as JSON."""
         template = self._template(task)
         return {"template": template if isinstance(template, str) else dict(template), "few_shot": self.few_shot,
                 "seed": self.seed}
 
     def _template(self, task: str) -> str | Mapping[str, str]:
-        """What holds for a task, by its name or as TASKS names it."""
+        """The template of a task, by its name or as TASKS names it."""
         if not isinstance(self.template, Mapping):
             return self.template
         files = {key: word_of(key) for key in self.template if isinstance(key, str) and question_files.is_file(key)}
@@ -94,18 +96,18 @@ class Benchmarks:
         return templates.of_task(word_of(task), by_name, [*self.specs, *files.values()])
 
     def judge(self, loaded: Loaded, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]) -> Judged:
-        """Judges what was written: programs by running them, and by BLEU; DuReader by exact match and F1; answers to
-        files of one's own by `matching.RULES`.
+        """Judges written answers: programs by running them, and by BLEU; DuReader by exact match and F1; answers to
+        users' files by `matching.RULES`.
 
         Args:
           loaded: the questions.
-          texts: for each question one answer or more.
+          texts: for each question one or more answers.
           tokenize: the model's vocabulary, whose tokens the study's BLEU counts.
 
         Raises:
-          SandboxError: programs cannot be confined here, and `unconfined` is False.
+          SandboxError: programs cannot be confined on this host, and `unconfined` is False.
         """
-        # A lone surrogate has no UTF-8, which programs, tokenizers and sacreBLEU are given: it becomes U+FFFD.
+        # Programs, tokenizers and sacreBLEU need UTF-8, which lone surrogates do not have: they become U+FFFD.
         texts = [[text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for text in answers]
                  for answers in texts]
         first = [answers[0] for answers in texts]
@@ -143,7 +145,7 @@ class Benchmarks:
 
 
 def _matched(loaded: Loaded, texts: Sequence[Sequence[str]], match: str) -> Judged:
-    """Answers to questions with references, by a rule; of several answers the share that is right."""
+    """Judges answers by a rule against references; for several answers the value is the share that is right."""
     right = [[matching.is_right(match, text, question.references) for text in answers]
              for question, answers in zip(loaded.questions, texts, strict=True) if isinstance(question, Prompt)]
     read = [[matching.MATCHES[match](text) for text in answers] for answers in texts]

@@ -1,6 +1,7 @@
-"""Reading a benchmark: `load("logic", data_dir)` gives its questions, and what was read, skipped and why.
+"""Reading a benchmark: `load("logic", data_dir)` gives its questions, and how many records were read or skipped, with
+reasons.
 
-DESCRIPTIONS names the tasks. A task is also the path of a file of one's own, or a line of BENCHMARKS; see
+DESCRIPTIONS names the tasks. A task may also be the path of your own file, or a line of BENCHMARKS; see
 `question_files`.
 
 Importing this module imports neither TensorFlow nor SeqIO.
@@ -41,11 +42,11 @@ class Benchmark(NamedTuple):
     """Where a task's questions and worked examples come from.
 
     Attributes:
-      forms: the names of its files, by preference.
+      forms: the names of its files, in order of preference.
       read: makes items of them.
-      shot_forms: the names of the files of its worked examples; none if it has none.
-      read_shots: makes items of those.
-      own_shots: so many worked examples belong to the task itself, always the same.
+      shot_forms: the names of the files of its worked examples; empty if it has none.
+      read_shots: makes items of these.
+      own_shots: the number of fixed worked examples that belong to the task itself.
     """
 
     forms: tuple[Form, ...]
@@ -56,7 +57,7 @@ class Benchmark(NamedTuple):
 
 
 def _benchmark(forms: tuple[Form, ...], shot_forms: tuple[Form, ...], read: Reader) -> Benchmark:
-    """One whose worked examples lie in files of the same form."""
+    """A benchmark whose worked examples are in files of the same form."""
     return Benchmark(forms, read, shot_forms, read)
 
 
@@ -87,7 +88,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-# What each task asks, in a line.
+# One line about each task.
 DESCRIPTIONS: dict[str, str] = {
     "logic": "C-Eval's logic questions, validation split.",
     "jecqa": "JEC-QA, the questions with one right answer.",
@@ -109,24 +110,24 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
-# How the next worked example begins, behind the separator: a model that goes on with one has ended its answer.
+# The start of the next worked example, after the separator: a model that writes it has ended its answer.
 NEXT_EXAMPLE = {"mbpp": "Write ", "dureader": ""}
-# Those that are answered by writing a program, and by writing; their questions are `Prompt`s.
+# Tasks answered by a program, and by any text; their questions are `Prompt`s.
 PROGRAMS = frozenset({"mbpp", "mbpp_three_shot", "humaneval"})
 GENERATED = PROGRAMS | {"dureader"}
 NO_SPECS: Mapping[str, Mapping[str, Any]] = {}
 
 
 class _Source(NamedTuple):
-    """What a task's questions are made of, and those of its worked examples.
+    """The records of a task's questions and of its worked examples.
 
     Attributes:
       name: the task's.
-      templates: those that it has by name.
-      items, skipped, files: the questions, what of the files is none, and the files.
-      shots, shots_skipped, shot_files: likewise the worked examples; empty where none are asked for.
+      templates: its named templates.
+      items, skipped, files: the questions, the counts of skipped records, and the files.
+      shots, shots_skipped, shot_files: the same for the worked examples; empty if none are requested.
       own_shots: as in `Benchmark`.
-      next_example: as in NEXT_EXAMPLE; None where an answer does not end by it.
+      next_example: as in NEXT_EXAMPLE; None if it does not end an answer.
     """
 
     name: str
@@ -153,27 +154,27 @@ def load(
 
     Args:
       task: one of `BENCHMARKS` or of `specs`, or the path of a file.
-      data_dir: a folder, local or gs://, below which its files are looked for by their names; None for the handful of
-        sample items of our own. Files of one's own lie where their paths say.
+      data_dir: a folder, local or gs://, that is searched for its files by name; None for this package's few sample
+        items. Users' files are found by their paths.
       template: a name, see `tasks.benchmarks.templates`, or {"prompt": "...{field}...", "continuation": "..."}.
       few_shot: how many worked examples precede each prompt. They come from the training split (C-Eval's development
-        split; of a file of one's own from that of its worked examples, or from itself), are drawn by a stable hash of
-        the seed and the question's id, and are never the question itself.
-      seed: of that draw.
-      specs: benchmarks by files of one's own, as `question_files` describes them.
+        split; for a user's file, from its file of worked examples or from itself), are drawn by a stable hash of the
+        seed and the question's id, and are never the question itself.
+      seed: seed of that draw.
+      specs: users' benchmarks, as `question_files` describes them.
 
     Raises:
       ValueError: one line; there is no such task or template, a template names an unknown field, a file lacks what the
-        task needs or is there twice, no question is left of the files, there are too few worked examples, or anything
-        in a file of one's own is wrong.
-      OSError: one line; the folder or the files are not there, or cannot be read.
+        task needs or exists twice, the files hold no usable question, there are too few worked examples, or a user's
+        file has any error.
+      OSError: one line; the folder or the files do not exist, or cannot be read.
     """
     own = _own_file(task, specs)
     source = _source_of_file(own, few_shot) if own else _source(task, data_dir, few_shot)
     name, items = source.name, source.items
     form = templates.resolve(name, template, source.templates)
     contexts = _contexts(name, form, items, source.shots, few_shot or source.own_shots, seed, bool(source.own_shots))
-    # Either kind alone, as a reader makes items of one kind.
+    # All of one kind, as a reader makes items of one kind.
     if few_shot and source.next_example is not None and (stop := form.separator + source.next_example):
         items = [item._replace(extra={**item.extra, "stop": (stop,)}) for item in items]
     made: tuple[Any, ...] = tuple(
@@ -189,8 +190,8 @@ def load(
 def read_items(
     task: str, data_dir: str | None, specs: Mapping[str, Mapping[str, Any]] = NO_SPECS
 ) -> tuple[list[Item], str, list[str]]:
-    """What `load` makes a task's questions of, in their order and with their ids; the task's name; and the files.
-    Arguments and errors are those of `load`.
+    """The items of which `load` makes a task's questions, in order and with their ids; the task's name; and the
+    files. Arguments and errors are those of `load`.
     """
     own = _own_file(task, specs)
     source = _source_of_file(own, 0) if own else _source(task, data_dir, 0)
@@ -198,7 +199,7 @@ def read_items(
 
 
 def _own_file(task: str, specs: Mapping[str, Mapping[str, Any]]) -> QuestionFile | None:
-    """The file of a task, if it is none of BENCHMARKS."""
+    """The user's file of a task, if it is not one of BENCHMARKS."""
     files = question_files.parsed(specs, BENCHMARKS)
     own = question_files.find(task, files, BENCHMARKS) if isinstance(task, str) else None
     if own is None and task not in BENCHMARKS:
@@ -255,11 +256,11 @@ def _check_few_shot(task: str, benchmark: Benchmark, few_shot: int) -> None:
         raise ValueError(f"{task}: its prompt shows {benchmark.own_shots} solved problems of its own; set few_shot to "
                          "0, or evaluate mbpp.")
     if few_shot and benchmark.read_shots is None:
-        raise ValueError(f"{task}: it has no worked examples; set few_shot to 0.")
+        raise ValueError(f"{task} has no worked examples; set few_shot to 0.")
 
 
 def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[list[Item], Counts]:
-    """The items of files, with ids of their own, and how many records are none for which reason."""
+    """The items of files, with unique ids, and the number of skipped records by reason."""
     items: dict[str, Item] = {}
     skipped = Counts()
     with in_name_of(task):
@@ -269,7 +270,7 @@ def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[lis
             elif not is_valid_text(item):
                 skipped[BAD_TEXT] += 1
             else:
-                # Where a file gives an id twice, the question is kept, for it counts; its id is made another.
+                # If a file repeats an id, the question is kept, since it counts, but gets a new id.
                 own = next(own for own in _names(item.id) if own not in items)
                 items[own] = item._replace(id=own)
     if not items:
@@ -295,10 +296,10 @@ def _contexts(
 
 
 def _drawn(task: str, item: Item, shots: Sequence[Item], wanted: int, seed: int) -> list[int]:
-    """Places of worked examples, all different and none the item, whatever its id says."""
+    """Positions of worked examples, all different and none the item itself, whatever its id."""
     key = f"{seed}\0{item.id}".encode()
     drawn: list[int] = []
-    moved: dict[int, int] = {}  # What stands at a place after those drawn before, where it is not the place itself.
+    moved: dict[int, int] = {}  # The entry at a position after the earlier draws, where it is not the position itself.
     for number in range(len(shots)):
         if len(drawn) == wanted:
             break
@@ -309,8 +310,8 @@ def _drawn(task: str, item: Item, shots: Sequence[Item], wanted: int, seed: int)
         if shots[place].candidates != item.candidates:
             drawn.append(place)
     if len(drawn) < wanted:
-        raise ValueError(f"{task}: few_shot asks for {wanted} worked examples of question {item.id}, and there are "
-                         f"{len(drawn)}.")
+        raise ValueError(f"{task}: few_shot asks for {wanted} worked examples for question {item.id}, but there are "
+                         f"only {len(drawn)}.")
     return drawn
 
 
@@ -319,6 +320,6 @@ def _question(task: str, template: Template, item: Item, context: str) -> Questi
     if item.references:
         return Prompt(item.id, context + rendered[0].prompt, item.references, item.extra)
     if not all(candidate.continuation for candidate in rendered):
-        raise ValueError(f"{task}: of question {item.id} the template leaves nothing to be scored.")
+        raise ValueError(f"{task}: the template leaves nothing to score for question {item.id}.")
     candidates = tuple(candidate._replace(prompt=context + candidate.prompt) for candidate in rendered)
     return Question(item.id, candidates, item.answer)

@@ -1,4 +1,4 @@
-"""Finding a benchmark's files below a folder, by the names that its publishers and repackagers gave them."""
+"""Finds a benchmark's files in a folder by the names that its publishers and repackagers gave them."""
 
 import fnmatch
 import functools
@@ -17,13 +17,13 @@ SAMPLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "samples")
 
 
 class Form(NamedTuple):
-    """Names under which a benchmark's files are known; .json stands for .jsonl too, and all may be compressed.
+    """Names of a benchmark's files; .json also matches .jsonl, and all may be compressed.
 
     Attributes:
-      parts: files that are read one after the other; a name may be a glob, and "*ocnli*/dev.json" must lie in such a
-        folder, or there in one named data, because many benchmarks have a dev.json. Case does not matter.
-      companions: more files, which are read if they are there.
-      halves: the parts are the halves of a repackaged file; where the first is the official file, it is the whole.
+      parts: files that are read one after the other; a name may be a glob. "*ocnli*/dev.json" must be in such a folder,
+        or in its sub-folder data, because many benchmarks have a dev.json. Case does not matter.
+      companions: further files, read if they exist.
+      halves: the parts are the halves of a repackaged file; if the first is the official file, it is complete.
     """
 
     parts: tuple[str, ...]
@@ -32,21 +32,22 @@ class Form(NamedTuple):
 
 
 def locate(task: str, forms: Sequence[Form], data_dir: str, purpose: str = "") -> list[str]:
-    """The files of the first of several forms that is there.
+    """The files of the first of several forms that exists.
 
     Args:
-      task: what to call the benchmark in messages.
+      task: the benchmark's name in messages.
       forms: in the order of preference.
       data_dir: a folder, local or gs://.
-      purpose: what the files are wanted for, as words that go on after the names; nothing for the questions.
+      purpose: the purpose of the files, as words that follow their names; empty for the questions.
 
     Raises:
-      OSError: the folder, or every form's files, are not there, or one cannot be read.
-      ValueError: a file is there more than once, or is no text.
+      OSError: the folder or the files of every form are missing, or one cannot be read.
+      ValueError: a file exists more than once, or is not text.
     """
     names = _names(forms)
     if not isinstance(data_dir, str) or not data_dir.strip():
-        raise ValueError(f"{task}: data_dir must be a folder, or None for our own sample items; found {data_dir!r}.")
+        raise ValueError(f"{task}: data_dir must be a folder, or None for the package's sample items; found "
+                         f"{data_dir!r}.")
     try:
         files = below(data_dir)
     except FileNotFoundError as error:
@@ -64,7 +65,7 @@ def locate(task: str, forms: Sequence[Form], data_dir: str, purpose: str = "") -
                 return parts[:1]
         if len(parts) < len(form.parts):
             missing = ", ".join(part for part, file in found.items() if not file)
-            logging.warning("%s: %s is not there; only %s is read.", task, missing, ", ".join(parts))
+            logging.warning("%s: %s is missing; only %s is read.", task, missing, ", ".join(parts))
         companions = [_named(companion, files, top, task) for companion in form.companions]
         return parts + [file for file in companions if file]
     raise FileNotFoundError(
@@ -73,7 +74,7 @@ def locate(task: str, forms: Sequence[Form], data_dir: str, purpose: str = "") -
 
 
 def is_official(file: str) -> bool:
-    """Whether a file's first record is not of the schema text_a, text_b, label, into which others repackaged it."""
+    """Whether a file's first record is official, not of the repackaged schema text_a, text_b, label."""
     first = next((record for record in json_records(file) if isinstance(record, dict)), {})
     return "text_a" not in first
 
@@ -84,7 +85,8 @@ def file_stem(file: str) -> str:
 
 
 def content_hash(files: Sequence[str]) -> str:
-    """SHA-256 of the files' content, uncompressed and joined, in hexadecimal; of a broken file as far as it goes."""
+    """SHA-256 of the files' content, uncompressed and joined, in hexadecimal; for a broken file, of its readable
+    part."""
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -96,7 +98,7 @@ def content_hash(files: Sequence[str]) -> str:
 
 
 def is_sample(files: Sequence[str]) -> bool:
-    """Whether any of the files is one of our samples, or a copy of one."""
+    """Whether any of the files is one of the package's samples, or a copy of one."""
     return any(content_hash([file]) in _sample_hashes() for file in files)
 
 
@@ -110,7 +112,7 @@ def _names(forms: Sequence[Form]) -> str:
 
 
 def _named(pattern: str, files: Sequence[str], top: str, task: str) -> str | None:
-    """The one file of a name; of an official and a repackaged one the official; None if there is none."""
+    """The file of a name, preferring an official one to a repackaged one; None if there is none."""
     folder, _, base = pattern.lower().rpartition("/")
     found = []
     for file in files:

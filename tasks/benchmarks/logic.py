@@ -38,7 +38,7 @@ def _rows(file: str) -> Iterator[dict[str, str] | Lost]:
         except BrokenFile:
             broken.append(broken_rest(file))
 
-    # Strict, so that a quotation that never ends is an error and no text of a thousand lines.
+    # Strict, so that an unclosed quotation is an error and not a text of a thousand lines.
     rows = csv.DictReader(text(), strict=True)
     while True:
         try:

@@ -1,6 +1,6 @@
-"""Whether a written answer is right: the same text once both are normalized, or the same number.
+"""Whether a written answer is right: the same text after normalization, or the same number.
 
-RULES says in a sentence what a result's score means, and where the rule comes from.
+RULES explains each rule and its source in a sentence.
 """
 
 import re
@@ -12,14 +12,14 @@ from decimal import Decimal
 TEXT, NUMBER = "text", "number"
 RULES = {
     TEXT: "exact match with any reference after SQuAD's normalization (Rajpurkar et al., 2016): lower case, without "
-          "punctuation, without the words a, an and the, runs of blanks as one space; punctuation is ASCII's and what "
-          "Unicode calls so",
-    NUMBER: "the same number: the first that stands directly behind '####', as in GSM8K (Cobbe et al., 2021), else the "
-            "last in the text; commas between groups of three digits are thousands separators, signs of currencies and "
-            "units are passed over",
+          "punctuation, without the words a, an and the, runs of blanks as one space; punctuation is that of ASCII and "
+          "Unicode",
+    NUMBER: "the same number: the first directly after '####', as in GSM8K (Cobbe et al., 2021), else the last in the "
+            "text; commas between groups of three digits are thousands separators, currency signs and units are "
+            "ignored",
 }
 MARK = "####"
-# A hyphen is a sign only where no word, number or bracket ends before it: 10-20 ends with 20, and 5 - 3 with 3.
+# A hyphen is a minus sign only if no word, number or bracket ends before it: 10-20 ends with 20, and 5 - 3 with 3.
 _NUMBER = (r"(?:(?<![\w.,)])[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
            r"(?:[eE][-+]?\d{1,3}(?!\d))?")
 _NUMBERS = re.compile(_NUMBER)
@@ -28,21 +28,21 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalized(text: str) -> str:
-    """A text by SQuAD's rules; of a text of which nothing is left, such as "+", the text itself."""
+    """A text normalized by SQuAD's rules; if nothing is left, as of "+", the text itself."""
     kept = "".join(letter for letter in text.lower()
                    if letter not in string.punctuation and not unicodedata.category(letter).startswith("P"))
     return " ".join(_ARTICLES.sub(" ", kept).split()) or text.lower().strip()
 
 
 def number_in(text: str) -> Decimal | None:
-    """The number that a text gives as its answer, by RULES[NUMBER]; None where it holds none."""
+    """The number that a text gives as its answer, by RULES[NUMBER]; None if it holds none."""
     marked = _MARKED.search(text)
     found = marked[1] if marked else next(iter(_NUMBERS.findall(text)[-1:]), None)
     return None if found is None else Decimal(found.replace(",", "").replace("\u2212", "-"))
 
 
 def is_number(text: str) -> bool:
-    """Whether a reference is a number, alone or behind "####"."""
+    """Whether a reference is a number, alone or after "####"."""
     return bool(_NUMBERS.fullmatch(text.strip()) or _MARKED.search(text))
 
 
@@ -50,6 +50,6 @@ MATCHES: dict[str, Callable[[str], object]] = {TEXT: normalized, NUMBER: number_
 
 
 def is_right(match: str, answer: str, references: tuple[str, ...]) -> bool:
-    """Whether an answer is one of the references by a rule of RULES; one without a number equals none."""
+    """Whether an answer matches one of the references by a rule of RULES; an answer without a number matches none."""
     read = MATCHES[match](answer)
     return read is not None and any(read == MATCHES[match](reference) for reference in references)

@@ -1,4 +1,4 @@
-"""MBPP: write a Python function. The sanitized set, zero-shot, as the study; or the full set as the literature does.
+"""MBPP: write a Python function. The sanitized set, zero-shot, as in the study; or the full set, as in the literature.
 
 Sanitized: a JSON list of {task_id, prompt, code, test_imports, test_list}. Full: JSON lines of {task_id, text, code,
 test_setup_code, test_list, challenge_test_list}.
@@ -25,12 +25,12 @@ BEGIN, DONE = "[BEGIN]", "[DONE]"
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """All problems of a file that a program can be judged by, of whatever official split, in order."""
+    """All problems of a file whose tests can judge a program, from all official splits, in order."""
     return map(_judged, json_items(files, _item))
 
 
 def read_test(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """Those of the problems 11 to 510; their `extra` says where the program written for one stops."""
+    """The problems 11 to 510; their `extra` holds the stop sequence of generated programs."""
     for item in map(_judged, json_items(files, functools.partial(_of_split, split="test"))):
         yield item if isinstance(item, Lost) else item._replace(extra={**item.extra, "stop": (DONE,)})
 
@@ -41,7 +41,7 @@ def read_shown(files: Sequence[str]) -> Iterator[Item | Lost]:
 
 
 def read_train(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The problems 601 to 974 but for those of the sanitized set, which are the questions."""
+    """The problems 601 to 974 without those of the sanitized set, which are the questions."""
     return json_items(files, functools.partial(_of_split, split="train", without=sanitized_ids()))
 
 
@@ -53,7 +53,8 @@ def _of_split(record: Mapping[str, Any], split: str, without: frozenset[int] = f
 
 
 def _judged(item: Item | Lost) -> Item | Lost:
-    """Said when the file is read, before any program is written: a problem that no program can be judged by is none."""
+    """Checked when the file is read, before any program is generated: a problem whose tests cannot judge a program is
+    skipped."""
     if isinstance(item, Lost):
         return item
     try:

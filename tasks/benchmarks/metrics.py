@@ -1,8 +1,8 @@
 """Scores of the benchmarks: accuracy by lowest perplexity, BLEU-4, pass@k, and DuReader's EM and F1.
 
-Each takes plain lists, one entry a question, and returns plain numbers with what every question added to them, so that
-a score can be computed again, and bootstrapped over questions, from what was written down. BLEU is in 0 ... 100, as it
-is always quoted; all other scores are fractions of 1. Intervals, chance and majority levels are those of
+Each takes plain lists, one entry per question, and returns plain numbers with the contribution of every question, so
+that a score can be recomputed, and bootstrapped over questions, from the stored results. BLEU is in 0 ... 100, as
+usual; all other scores are in 0 ... 1. Intervals, chance and majority levels are those of
 `codellm_jax/results`.
 """
 
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 ORDERS = 4  # of n-grams in BLEU
-# What DuReader-robust's official script removes, character by character: neither "?", "!" nor "." of ASCII.
+# The characters that DuReader-robust's official script removes: neither "?", "!" nor "." of ASCII.
 _REMOVED = str.maketrans("", "", ":_`，。：？！()“”；’《》·、,「」（）－～『』|")
-# Each Chinese character is a token of its own, "=" is too, and what stands between them is one, spaces included.
+# Each Chinese character is a token, "=" is too, and the text between them is one, spaces included.
 _CHINESE = ("\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
             "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f")
 _TOKEN = re.compile(f"[={_CHINESE}]|[^={_CHINESE}]+")
@@ -27,7 +27,7 @@ _TOKEN = re.compile(f"[={_CHINESE}]|[^={_CHINESE}]+")
 class Accuracy(NamedTuple):
     accuracy: float  # the mean credit
     n: int
-    ties: int  # questions whose lowest perplexity several candidates share
+    ties: int  # questions whose lowest perplexity is shared by several candidates
     chosen: list[list[int]]  # positions of the candidates of lowest perplexity, more than one where they tie
     credits: list[float]  # 1, 0, or 1 / k where the right one is among the k that tie
 
@@ -59,23 +59,23 @@ class DuReader(NamedTuple):
 def accuracy(losses: Sequence[Sequence[float]], answers: Sequence[int]) -> Accuracy:
     """The share of questions whose right candidate has the lowest perplexity.
 
-    Perplexity is exp of the loss, so the order is that of the losses, which cannot overflow. Where k candidates share
-    the lowest loss exactly, the question is a tie: one of them is chosen as by lot, which is right once in k times if
-    the right one is among them. So it counts 1 / k, and a question whose candidates all tie what blind choice has.
+    Perplexity is exp of the loss, so the order is that of the losses, which cannot overflow. If k candidates share the
+    lowest loss exactly, the question is a tie and counts 1 / k if the right candidate is among them: the expected
+    score of a random choice. A question whose candidates all tie thus has chance level.
 
     Args:
       losses: each question's candidates' negative log-likelihoods, as sums or per token or byte; inf is allowed.
       answers: each question's position of the right candidate.
 
     Raises:
-      ValueError: no questions, not equally many answers, a question without candidates or with NaN, or an answer
-        that is no candidate's position.
+      ValueError: no questions, a different number of answers, a question without candidates or with NaN, or an
+        answer that is not the position of a candidate.
     """
     _check_paired(losses, answers)
     chosen, credits = [], []
     for question, (row, answer) in enumerate(zip(losses, answers, strict=True)):
         if not len(row) or any(math.isnan(loss) for loss in row):
-            raise ValueError(f"Question {question} has no candidates, or a loss that is no number: {list(row)}")
+            raise ValueError(f"Question {question} has no candidates, or a loss that is not a number: {list(row)}")
         if not 0 <= answer < len(row):
             raise ValueError(f"Question {question}: the answer is candidate {answer} of {len(row)}, counted from 0")
         lowest = min(row)
@@ -92,20 +92,20 @@ def bleu(predictions: Sequence[Sequence[Hashable]], references: Sequence[Sequenc
 
     BP exp(sum of log p_n / 4 over n = 1 ... 4), where p_n is the share of predicted n-grams that are in the reference,
     each counted at most as often as there, over all questions; BP = min(1, exp(1 - references' / predictions' length)).
-    It is 0 if any p_n is, and for empty predictions.
+    It is 0 if any p_n is 0, and for empty predictions.
 
     Args:
       predictions, references: each question's tokens, in the study those of the model's vocabulary.
       released: score one segment, all predictions joined, against all references joined, as the study's notebook did;
-        then there is one row of counts, and nothing to bootstrap.
+        there is then one row of counts, and no bootstrap.
 
     Raises:
-      ValueError: no questions, or not equally many references.
-      TypeError: a text in the place of its tokens.
+      ValueError: no questions, or a different number of references.
+      TypeError: a text instead of its tokens.
     """
     _check_paired(predictions, references)
     if any(isinstance(tokens, str) for tokens in (*predictions, *references)):
-        raise TypeError("BLEU needs lists of tokens, and would take each character of a text for one")
+        raise TypeError("BLEU needs lists of tokens; given a text, it would take each character as a token")
     if released:
         predictions = [[token for tokens in predictions for token in tokens]]
         references = [[token for tokens in references for token in tokens]]
@@ -127,7 +127,7 @@ def bleu_of_counts(counts: np.ndarray, smoothing: str = "none") -> np.ndarray:
         1 / (2^k predicted n-grams), unless no order has one (Chen and Cherry, 2014, method 3).
 
     Raises:
-      ValueError: another smoothing.
+      ValueError: unknown smoothing.
     """
     if smoothing not in ("none", "exponential"):
         raise ValueError(f'Smoothing is "none" or "exponential", not "{smoothing}"')
@@ -150,9 +150,9 @@ def sacrebleu_score(predictions: Sequence[str], references: Sequence[str], token
       tokenize: sacreBLEU's name of a tokenizer; "none" splits at spaces.
 
     Raises:
-      ValueError: no questions, or not equally many references.
+      ValueError: no questions, or a different number of references.
     """
-    import sacrebleu  # a third of a second, for those who want it
+    import sacrebleu  # importing it takes a third of a second
 
     _check_paired(predictions, references)
     metric = sacrebleu.BLEU(tokenize=tokenize, force=True)  # force: no warning that texts look tokenized already
@@ -190,14 +190,14 @@ def dureader(predictions: Sequence[str], references: Sequence[Sequence[str]]) ->
       references: each question's right answers, at least one.
 
     Raises:
-      ValueError: no questions, not equally many references, or a question without any.
-      TypeError: a question's references are one text, not a list.
+      ValueError: no questions, a different number of references, or a question without any.
+      TypeError: a question's references are a text, not a list.
     """
     _check_paired(predictions, references)
     exact_matches, f1s = [], []
     for question, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
         if isinstance(answers, str):
-            raise TypeError(f"Question {question}: the references are a list of texts")
+            raise TypeError(f"Question {question}: the references must be a list of texts")
         if not answers:
             raise ValueError(f"Question {question} has no reference")
         normalized, wanted = _normalized(prediction), [_normalized(answer) for answer in answers]
@@ -233,11 +233,11 @@ def _normalized(text: str) -> str:
 def _overlap_f1(prediction: str, reference: str) -> float:
     ours, theirs = _TOKEN.findall(prediction), _TOKEN.findall(reference)
     common = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match().size
-    return 2 * common / (len(ours) + len(theirs)) if common else 0.0  # what 2 P R / (P + R) comes to
+    return 2 * common / (len(ours) + len(theirs)) if common else 0.0  # equal to 2 P R / (P + R)
 
 
 def _check_paired(first: Sequence[object], second: Sequence[object]) -> None:
     if not len(first):
         raise ValueError("There are no questions, so there is no score")
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} questions were answered, but {len(second)} have a reference or an answer")
+        raise ValueError(f"there are {len(first)} predictions, but {len(second)} references or answers")

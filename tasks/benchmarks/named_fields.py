@@ -1,4 +1,4 @@
-"""The records of a question file by our names of their fields; what is wrong with one is said with its place."""
+"""The records of a question file by this package's field names; errors name the record's place."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ class Record:
     values: Mapping[str, Any]
 
     def fault(self, what: str) -> ValueError:
-        """What is wrong with the record, to be raised."""
+        """An error about the record, to be raised."""
         return ValueError(f"{self.place}: {what}")
 
     def get(self, field: str) -> Any:
@@ -44,7 +44,7 @@ class Record:
         return self.values[path] if path in self.values else _at(self.values, path.split("."))
 
     def value(self, field: str) -> Any:
-        """The value of a field that must be there."""
+        """The value of a required field."""
         value = self.get(field)
         if value is None:
             found = ", ".join(map(repr, self.values)) or "no fields"
@@ -54,7 +54,7 @@ class Record:
         return value
 
     def text(self, field: str) -> str:
-        """The text of a field that must be there."""
+        """The text of a required field."""
         return self.as_text(field, self.value(field))
 
     def optional(self, field: str) -> Any:
@@ -62,7 +62,7 @@ class Record:
         return self.value(field) if field in self.of.fields else self.get(field)
 
     def as_text(self, field: str, value: Any, numbers: bool = False) -> str:
-        """A value of a field that must be text and not blank; with `numbers` a number is taken as text, too."""
+        """A field's value, which must be text and not blank; with `numbers`, a number is accepted as text."""
         if numbers and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
@@ -78,7 +78,7 @@ class Record:
         return str(number) if value is None else self.as_text("id", value, numbers=True)
 
     def for_templates(self) -> dict[str, str]:
-        """The question, and the fields that are the file's own."""
+        """The question, and the file's own fields."""
         own = {field: self.text(field) for field in self.of.fields if field not in OUR_FIELDS}
         return {"question": self.text("question"), **own}
 
@@ -98,7 +98,7 @@ def records(of: QuestionFile, path: str) -> Iterator[Record]:
     """The records of a file in order.
 
     Raises:
-      ValueError: one line; what stands in the file is no record, or it holds none.
+      ValueError: one line; an entry of the file is not a record, or it holds none.
       OSError: one line; it cannot be read.
     """
     is_empty = True
@@ -115,7 +115,7 @@ def records(of: QuestionFile, path: str) -> Iterator[Record]:
             is_empty = False
             yield Record(of, place, record)
     except BrokenFile as error:
-        raise ValueError(f"{path} is damaged or breaks off ({error}); bring it anew.") from error
+        raise ValueError(f"{path} is damaged or truncated ({error}); copy or download it again.") from error
     if is_empty:
         raise ValueError(f"{path} holds no questions.")
 
@@ -127,7 +127,7 @@ def shown(value: Any) -> str:
 
 
 def _at(value: Any, path: Sequence[str]) -> Any:
-    """What lies at the end of a path of names, of a list for each of its values; None where nothing does."""
+    """The value at the end of a path of names, in a list one for each of its values; None if there is none."""
     if not path:
         return value
     if isinstance(value, list):

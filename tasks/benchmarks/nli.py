@@ -16,7 +16,7 @@ OCNLI_SHOT_FORMS = tuple(Form((name,)) for name in ("*ocnli*/train.50k.json", "*
 CMNLI_FORMS = (Form(("*cmnli*/dev.json", "*cmnli*/test.json"), halves=True), Form(("cmnli*dev.json",)))
 CMNLI_SHOT_FORMS = (Form(("*cmnli*/train.json",)), Form(("cmnli*train.json",)))
 
-# What the released system and the paper put between the sentences, in the order of the candidates.
+# The words between the sentences in the released system and the paper, in the order of the candidates.
 LABELS = ("entailment", "neutral", "contradiction")
 CHINESE_LABELS = ("蕴含", "中立", "矛盾")
 WORDS = {"word": ("对", "或", "错"), "english_word": ("Yes", "Maybe", "No"), "label": LABELS}

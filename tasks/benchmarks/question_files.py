@@ -1,25 +1,25 @@
-"""Benchmarks by files of one's own: JSON lines, a JSON list, CSV or Parquet, with a question in each record.
+"""Benchmarks from users' files: JSON lines, a JSON list, CSV or Parquet, with a question in each record.
 
     TASKS = ['questions.jsonl', 'physics']
     BENCHMARKS = {'physics': {'file': 'data/physics.jsonl.gz', 'fields': {'question': 'stem', 'answer': 'key'}}}
 
 TASKS names a file, or a line of BENCHMARKS. Such a line has these options:
 
-  file             the path, local or gs://; JSON and CSV may be compressed. CSV and TSV are told by their names
-  answers          how questions are answered; by default the records tell
+  file             the path, local or gs://; JSON and CSV may be compressed. CSV and TSV are recognised by their names
+  answers          how questions are answered; by default found from the records
                      'choices'    one of the `choices` is right, and they are scored
                      'number'     a number is written (`matching.RULES`); the default where all answers are numbers,
-                                  alone or behind GSM8K's "####"
+                                  alone or after GSM8K's "####"
                      'text'       a text is written (`matching.RULES`)
                      'programs'   a Python program is written, which must pass `tests`, as in MBPP
-                     'functions'  likewise, of records in HumanEval's own form, with an `entry_point`
-  fields           what the file calls our fields (below). A dot leads into an object, and into each of a list:
-                   {'choices': 'question.choices.text'}. A name that is none of ours becomes a field of templates:
-                   {'subject': 'topic'}. Choices and tests may stand in several fields, the last ones of which may
-                   be empty: {'choices': ['A', 'B', 'C', 'D']}
+                     'functions'  the same, for records in HumanEval's own form, with an `entry_point`
+  fields           the file's names of our fields (below). A dot leads into an object, and into each item of a list:
+                   {'choices': 'question.choices.text'}. Any other name becomes a field of templates:
+                   {'subject': 'topic'}. Choices and tests may be in several fields, of which the last may be
+                   empty: {'choices': ['A', 'B', 'C', 'D']}
   answer_is        how the right choice is named: 'index' (from 0), 'ordinal' (from 1), 'letter' (one of `labels`,
-                   else A, B, C ...) or 'text'; by default the way that fits all records. An answer that may name two
-                   choices is refused
+                   else A, B, C ...) or 'text'; by default the reading that fits all records. An answer that may name
+                   two choices is refused
   worked_examples  a file of the same form for FEW_SHOT; by default they are drawn from the other questions
   stop             texts that end a written answer; by default a line end for 'text', "\\nQuestion:" for 'number',
                    [DONE] for 'programs', and the stop sequences of HumanEval for 'functions'
@@ -30,7 +30,7 @@ them), and optionally passage and id. Of programs: question, tests (asserts: a t
 passes them), and optionally setup and id. Templates name these fields, {passage_line} (the passage and a line end, or
 nothing), and for choices {choice}, {letter} and {options}.
 
-A file with anything wrong in it is refused as a whole, in a line that names the record.
+A file with any error is refused as a whole, with a line that names the record.
 """
 
 import dataclasses
@@ -51,14 +51,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
     PROGRAMS: ("id", "question", "tests", "setup", "code"),
     FUNCTIONS: (),
 }
-SEVERAL = ("choices", "labels", "tests")  # fields that hold several values
+SEVERAL = ("choices", "labels", "tests")  # fields that may hold several values
 OUR_FIELDS = frozenset(field for fields in FIELDS.values() for field in fields)
 _MADE = {"passage_line", "choice", "letter", "options"}  # of the fields above
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionFile:
-    """A line of BENCHMARKS, or a file that TASKS names. Raises ValueError, one line, where an option is malformed."""
+    """A line of BENCHMARKS, or a file that TASKS names. Raises ValueError, one line, if an option is malformed."""
 
     name: str
     file: str
@@ -83,10 +83,10 @@ class QuestionFile:
                 isinstance(name, str) and name.isidentifier() and (
                     _are_names(path) if name in SEVERAL and isinstance(path, list | tuple) else _are_names([path]))
                 for name, path in self.fields.items()):
-            raise ValueError(f"{self.name}: fields must map our names to those of the file, such as "
+            raise ValueError(f"{self.name}: fields must map this package's names to those of the file, such as "
                              f"{{'question': 'stem', 'choices': ['A', 'B']}}, found {self.fields!r}.")
         if made := sorted(_MADE & self.fields.keys()):
-            raise ValueError(f"{self.name}: fields cannot set {made[0]!r}, which is made of other fields.")
+            raise ValueError(f"{self.name}: fields cannot set {made[0]!r}, which is made from other fields.")
         if self.stop is not None and (not isinstance(self.stop, list | tuple) or not all(
                 isinstance(text, str) and text for text in self.stop)):
             raise ValueError(f"{self.name}: stop must be a list of texts such as ['\\n'], found {self.stop!r}.")
@@ -98,7 +98,7 @@ class QuestionFile:
         return f"{option} in BENCHMARKS for {self.name!r}"
 
     def require_fields_of(self, answers: str) -> None:
-        """Raises ValueError where `fields` names some of ours that questions of a kind do not have."""
+        """Raises ValueError if `fields` names one of our fields that questions of this kind do not have."""
         for field in self.fields:
             if answers == FUNCTIONS or field in OUR_FIELDS and field not in FIELDS[answers]:
                 known = ", ".join(FIELDS[answers]) or "those of HumanEval, under their own names"
@@ -106,7 +106,7 @@ class QuestionFile:
 
 
 def is_file(task: str) -> bool:
-    """Whether a name of TASKS is that of a file."""
+    """Whether a name of TASKS is the path of a file."""
     return "/" in task or bool(re.search(RECORDS, without_compression(task), re.IGNORECASE))
 
 
@@ -134,7 +134,7 @@ def parsed(specs: Mapping[str, Mapping[str, Any]], taken: Collection[str]) -> di
             raise ValueError("BENCHMARKS: a name is a word of letters and digits, with single '_' between; found "
                              f"{name!r}.")
         if _is_taken(name, taken):
-            raise ValueError(f"BENCHMARKS: {name!r} is a benchmark of this package; give yours another name.")
+            raise ValueError(f"BENCHMARKS: {name!r} is a benchmark of this package; choose another name.")
         if not isinstance(spec, Mapping) or "file" not in spec:
             raise ValueError(f"{name}: BENCHMARKS must give at least a file, such as {{'file': 'questions.jsonl'}}; "
                              f"found {spec!r}.")
@@ -147,7 +147,7 @@ def parsed(specs: Mapping[str, Mapping[str, Any]], taken: Collection[str]) -> di
 
 
 def find(task: str, files: Mapping[str, QuestionFile], taken: Collection[str]) -> QuestionFile | None:
-    """The file of a task; None where the task is neither a line of BENCHMARKS nor a file.
+    """The file of a task; None if the task is neither a line of BENCHMARKS nor a file.
 
     Args:
       task: as TASKS names it.
@@ -155,7 +155,7 @@ def find(task: str, files: Mapping[str, QuestionFile], taken: Collection[str]) -
       taken: names of other tasks.
 
     Raises:
-      ValueError: one line; results of the file would lie under the name of another task.
+      ValueError: one line; results of the file would be stored under the name of another task.
     """
     if task in files or not is_file(task):
         return files.get(task)
@@ -164,11 +164,11 @@ def find(task: str, files: Mapping[str, QuestionFile], taken: Collection[str]) -
         return files[name]
     if not name or name in files or _is_taken(name, taken):
         whose = f"{name!r}, the name of another benchmark" if name else "no name"
-        raise ValueError(f"The results of {task!r} would lie under {whose}; set TASKS = ['mine'] and "
+        raise ValueError(f"The results of {task!r} would be stored under {whose}; set TASKS = ['mine'] and "
                          f"BENCHMARKS = {{'mine': {{'file': {task!r}}}}}.")
     return QuestionFile(name, task)
 
 
 def _is_taken(name: str, taken: Collection[str]) -> bool:
-    """Case makes no other file on every disk, and NAME_sample holds results on our sample items."""
+    """Some file systems ignore case, and NAME_sample holds results on the package's sample items."""
     return name.casefold().removesuffix("_sample") in {other.casefold() for other in taken}

@@ -1,4 +1,4 @@
-"""The records of a question file as items; `question_files` says what forms they have."""
+"""The records of a question file as items; `question_files` describes their forms."""
 
 import functools
 import re
@@ -26,7 +26,7 @@ class Read(NamedTuple):
     Attributes:
       items: in the order of their records.
       answers: how they are answered, one of `templates.OF_FILES`.
-      answer_is: how answers name a choice; None if in several ways, or if there are no choices.
+      answer_is: how answers name a choice; None if they do so in several ways, or if there are no choices.
     """
 
     items: list[Item]
@@ -40,11 +40,11 @@ def read(of: QuestionFile, path: str, like: Read | None = None) -> Read:
     Args:
       of: the file's options.
       path: of the file itself, or of its worked examples.
-      like: the questions, where these are their worked examples.
+      like: the questions, if these are their worked examples.
 
     Raises:
-      ValueError: one line that names the record; something in the file is wrong.
-      OSError: one line; the file is not there, or cannot be read.
+      ValueError: one line that names the record; the file has an error.
+      OSError: one line; the file does not exist, or cannot be read.
     """
     path = absolute(path)
     with in_name_of(of.name):
@@ -61,14 +61,14 @@ def read(of: QuestionFile, path: str, like: Read | None = None) -> Read:
     for number, record in enumerate(found):
         items[number] = item = items[number]._replace(id=record.own_id(number))
         if not is_valid_text(item):
-            raise record.fault("not valid UTF-8, for half of a surrogate pair is escaped.")
+            raise record.fault("not valid UTF-8: it escapes half of a surrogate pair.")
         if (before := places.setdefault(item.id, record.place)) != record.place:
-            raise record.fault(f"{before.removeprefix(f'{path}, ')} has the id {item.id!r}, too; ids must differ.")
+            raise record.fault(f"{before.removeprefix(f'{path}, ')} also has the id {item.id!r}; ids must differ.")
     return Read(items, answers, answer_is)
 
 
 def _kind(found: Sequence[Record]) -> str:
-    """How questions are answered if nobody says it: by the first record, and of references by all."""
+    """How questions are answered by default: from the first record, and for references from all."""
     for field, answers in (("choices", CHOICES), ("entry_point", FUNCTIONS), ("tests", PROGRAMS)):
         if found[0].get(field) is not None:
             return answers
@@ -98,7 +98,7 @@ def _program_item(record: Record) -> Item:
     tests, setup = record.value("tests"), record.optional("setup")
     tests = [_code(record, "tests", test) for test in (tests if isinstance(tests, list) else [tests])]
     code = _code(record, "code", record.value("code"))
-    # As MBPP has them; the number is not looked at.
+    # As in MBPP; the number is not used.
     problem: dict[str, Any] = {"task_id": 0, "test_list": tuple(tests),
                                "test_setup_code": _code(record, "setup", setup) if setup else ""}
     try:

@@ -1,7 +1,7 @@
-"""What a benchmark becomes: questions with candidates to be scored, or prompts to be answered; and how they are made.
+"""Questions with candidates to score, or prompts to answer, and how they are made from records.
 
-A reader turns each record of a file into an `Item`, the fields that templates name, or into a `Lost` that says why
-not. A template turns items into questions.
+A reader turns each record of a file into an `Item`, the fields that templates name, or into a `Lost` with the reason.
+A template turns items into questions.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from tasks.corpora.records import json_records
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# Reasons why a record is no question; each goes on after a number.
+# Reasons why a record is not a question; each follows a number.
 EMPTY = "empty"
-NO_TEXT = "with a value that is no text"
+NO_TEXT = "with a value that is not text"
 NO_ANSWER = "without an answer"
-NO_SUCH_CHOICE = "whose right answer is no choice"
+NO_SUCH_CHOICE = "whose right answer is not a choice"
 FEW_CHOICES = "with fewer than two choices"
 SEVERAL_ANSWERS = "with several right answers"
 OTHER_SPLIT = "of another split"
@@ -40,7 +40,7 @@ class Question(NamedTuple):
     Attributes:
       id: unique within the benchmark; the file's own where it has one.
       candidates: two or more, in the file's order.
-      answer: positions of the right candidates; in all of our tasks there is one.
+      answer: positions of the right candidates; all shipped tasks have one.
     """
 
     id: str
@@ -53,9 +53,9 @@ class Prompt(NamedTuple):
 
     Attributes:
       id: unique within the benchmark; the file's own where it has one.
-      prompt: what is gone on from.
+      prompt: the text to continue.
       references: right answers, one or more.
-      extra: what a metric or a report needs beside them, such as MBPP's tests.
+      extra: what else a metric or a report needs, such as MBPP's tests.
     """
 
     id: str
@@ -66,18 +66,18 @@ class Prompt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A benchmark as read, and everything that its result must say of its data.
+    """A benchmark as read, and everything that its result must record about its data.
 
     Attributes:
       name: the task's name.
       questions: all `Question` or all `Prompt`.
       sha256: of the files' content, uncompressed and joined in order, in hexadecimal.
       read: records that the files hold; the questions and those skipped.
-      skipped: how many records are no question, by reason, which goes on after the number: "labelled '-'".
-      is_sample: whether any file is one of our own sample files; a result must then say "sample".
+      skipped: number of skipped records by reason, which follows the number: "labelled '-'".
+      is_sample: whether any file is one of the package's sample files; a result must then say "sample".
       files: the files read, in order; those of worked examples last.
-      worked_examples: how many records the worked examples of few-shot prompts are drawn from; 0 without.
-      worked_examples_skipped: how many records of those files are none, by reason.
+      worked_examples: number of records that worked examples of few-shot prompts are drawn from; 0 without.
+      worked_examples_skipped: number of skipped records of those files, by reason.
     """
 
     name: str
@@ -92,12 +92,12 @@ class Loaded:
 
 
 class Item(NamedTuple):
-    """A record in the words of templates.
+    """A record as fields of templates.
 
     Attributes:
-      id: the file's own name for it, or "" where it has none.
-      candidates: the fields, once for each candidate; once alone where the answer is written.
-      answer: positions of the right candidates; (0,) where the answer is written.
+      id: the file's own id, or "" if it has none.
+      candidates: the fields, once for each candidate; only once if the answer is written.
+      answer: positions of the right candidates; (0,) if the answer is written.
       references: as in `Prompt`; empty for questions with candidates.
       extra: as in `Prompt`.
     """
@@ -110,16 +110,16 @@ class Item(NamedTuple):
 
 
 class Lacking(UnreadableFile):
-    """A file's form has no place for what a task needs; one line that says so, and what to do."""
+    """A file's form lacks what a task needs; one line with the remedy."""
 
 
 def json_items(
     files: Sequence[str], make: Callable[[Mapping[str, Any]], Item | Lost]
 ) -> Iterator[Item | Lost]:
-    """The records of JSON files through a function, in order; each item gets an id.
+    """Applies a function to the records of JSON files, in order; each item gets an id.
 
-    It is the record's own, or else its number in its file. Of several files it begins with the file's name, because
-    the same numbers begin again in each.
+    The id is the record's own, or else its number in its file. With several files it begins with the file's name,
+    because numbers start again in each.
     """
     for file in files:
         stem = f"{file_stem(file)}-" if len(files) > 1 else ""
@@ -129,12 +129,12 @@ def json_items(
 
 
 def own_id(value: Any) -> str:
-    """A record's own id as text; "" if it has none that could serve."""
+    """A record's own id as text; "" if it has no usable id."""
     return str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
 
 
 def is_blank(values: Iterable[Any]) -> Lost | None:
-    """What is wrong with values that must all be texts with something in them; None if nothing is."""
+    """Why values are not all non-blank texts; None if they are."""
     for value in values:
         if value is None or (isinstance(value, str) and not value.strip()):
             return Lost(EMPTY)
@@ -144,7 +144,7 @@ def is_blank(values: Iterable[Any]) -> Lost | None:
 
 
 def is_valid_text(item: Item) -> bool:
-    """Whether every text of an item can be written as UTF-8; bytes that were none are lone surrogates."""
+    """Whether every text of an item is valid UTF-8; invalid bytes are lone surrogates."""
     fields = itertools.chain.from_iterable(fields.values() for fields in item.candidates)
     try:
         "".join((item.id, *fields, *item.references)).encode()
@@ -154,14 +154,14 @@ def is_valid_text(item: Item) -> bool:
 
 
 def whole_number(value: Any) -> int | Lost:
-    """An answer that is given as the position of the right choice."""
+    """An answer given as the position of the right choice."""
     if value is None:
         return Lost(NO_ANSWER)
     return value if isinstance(value, int) and not isinstance(value, bool) else Lost(NO_SUCH_CHOICE)
 
 
 def position_of_letter(letter: Any, letters: Sequence[Any]) -> int | Lost:
-    """Where a label such as "B" stands among those of the choices."""
+    """The position of a label such as "B" among those of the choices."""
     if letter is None or letter == "":
         return Lost(NO_ANSWER)
     return letters.index(letter) if letter in letters else Lost(NO_SUCH_CHOICE)
@@ -174,12 +174,12 @@ def choice_item(
     """An item with a candidate for each choice.
 
     Args:
-      own: the record's id, of whatever type.
-      shared: fields that all candidates have, of which none may be blank.
-      choices: the choices' texts; they become the field `choice`, beside `letter`, and `options`, all of them with
+      own: the record's id, of any type.
+      shared: fields of all candidates; none may be blank.
+      choices: the choices' texts; they become the fields `choice`, `letter`, and `options`, which lists all with
         their letters.
       answer: position of the right one, or why there is none.
-      of_choice: more fields, each with a value for every choice.
+      of_choice: further fields, each with a value for every choice.
     """
     if isinstance(answer, Lost):
         return answer

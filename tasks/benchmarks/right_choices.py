@@ -1,4 +1,4 @@
-"""Questions with choices from a file of one's own: which choice an answer names, by its index, letter or text."""
+"""Questions with choices from a user's file: which choice an answer names, by its index, letter or text."""
 
 import logging
 import re
@@ -11,12 +11,12 @@ from tasks.benchmarks.questions import LETTERS, Item, choice_item
 from tasks.benchmarks.templates import TEXT
 from tasks.corpora.files import Lost
 
-# Tried in this order where nobody says how answers are given; that they count from 1 has to be said.
+# Tried in this order unless 'answer_is' is set; counting from 1 must be set explicitly.
 _TRIED = (LETTER, INDEX, TEXT)
 
 
 class _Asked(NamedTuple):
-    """A question, and the positions of the choices that its answer may name, by the way in which it does."""
+    """A question, and the positions of the choices that its answer may name, by reading."""
 
     record: Record
     choices: list[str]
@@ -30,15 +30,15 @@ class _Asked(NamedTuple):
 
 
 def choice_items(records: Sequence[Record], answer_is: str | None) -> tuple[list[Item], str | None]:
-    """Records as items with a candidate for each choice, and how their answers name the right one.
+    """Records as items with a candidate for each choice, and how their answers name the right choice.
 
     Args:
       records: one or more of a file.
-      answer_is: one of `question_files.READINGS`; None for the way that fits all records, or if none does, for the
-        one that fits each. In the latter case None is returned, too.
+      answer_is: one of `question_files.READINGS`; None for the reading that fits all records, or if none does, for
+        the one that fits each. In the latter case None is also returned.
 
     Raises:
-      ValueError: one line; a record's choices are no choices, or its answer names none of them or more than one.
+      ValueError: one line; a record's choices are malformed, or its answer names none of them or more than one.
     """
     asked = [_asked(record) for record in records]
     if answer_is is None:
@@ -77,7 +77,7 @@ def _asked(record: Record) -> _Asked:
 
 
 def _readings(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
-    """The position of the choice that an answer names, by each way in which it names one."""
+    """The position of the choice that an answer names, for each reading under which it names one."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return {}
     text = str(answer).strip()
@@ -94,7 +94,7 @@ def _readings(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> dic
 
 
 def _common_reading(asked: Sequence[_Asked]) -> str | None:
-    """The way in which the answers of all records name a choice; None if there is none."""
+    """The reading that fits the answers of all records; None if there is none."""
     possible = [reading for reading in _TRIED if all(reading in one.readings for one in asked)]
     if not possible:
         return None
@@ -103,14 +103,15 @@ def _common_reading(asked: Sequence[_Asked]) -> str | None:
     unsure = [one for one in asked
               if len({position for reading, position in one.readings.items() if reading in _TRIED}) > 1]
     if unsure:
-        logging.warning("%s: each answer is read as the %s of a choice, which fits all %d records; %d of them could be "
-                        "read otherwise. The option 'answer_is' says which is meant.",
+        logging.warning("%s: each answer is read as the %s of a choice, which fits all %d records; %d of them have "
+                        "another reading. Set the option 'answer_is' to choose.",
                         unsure[0].record.of.name, possible[0], len(asked), len(unsure))
     return possible[0]
 
 
 def _positions(one: _Asked, readings: Sequence[str], answer_is: str | None) -> set[int]:
-    """The position of the choice that an answer names in one of these ways; raises where there is none, or several."""
+    """The position of the choice that an answer names under one of these readings; raises if there is none, or
+    several."""
     here = [reading for reading in readings if reading in one.readings]
     positions = {one.readings[reading] for reading in here}
     if not positions:
@@ -132,4 +133,4 @@ def _outside(one: _Asked, answer_is: str | None) -> str:
     option = "'answer_is': 'ordinal'"
     hint = (f" If the file counts from 1, set {one.record.of.setting(option)}."
             if answer_is in (None, INDEX) and str(one.answer).strip() == str(count) else "")
-    return f"the answer {shown(one.answer)} is none of the {count} choices; it must be {wanted}.{hint}"
+    return f"the answer {shown(one.answer)} is not one of the {count} choices; it must be {wanted}.{hint}"

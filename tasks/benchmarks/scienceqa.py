@@ -1,8 +1,8 @@
 """ScienceQA, English school questions with two to five choices: the official problems.json, or JSON lines.
 
-Of a split, three selections: the questions that have a lecture and a solution, as the released system takes them;
-those without an image; and all. The JSON lines that go round hold the questions without an image alone, and neither
-lectures nor solutions.
+A split has three selections: the questions with a lecture and a solution, as the released system uses them; those
+without an image; and all. The JSON lines in circulation hold only the questions without an image, and no lectures or
+solutions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,18 +25,18 @@ def read(files: Sequence[str], selection: str, split: str = "test") -> Iterator[
     """The questions of one split, in the file's order.
 
     Args:
-      files: the problems and, if it is there, pid_splits.json, which then says what is of which split.
+      files: the problems and, if present, pid_splits.json, which then assigns the splits.
       selection: EXPLAINED, TEXT_ONLY or ALL.
       split: "test", "val" or "train".
 
     Raises:
-      Lacking: the file has no lectures, and the selection needs the official file, which has.
+      Lacking: the file has no lectures, and the selection needs the official file, which has them.
     """
     records = list(_records(files[0]))
     found = [record for record in records if not isinstance(record, Lost)]
     if selection != TEXT_ONLY and found and not any("lecture" in record for record in found):
         wanted = "lectures and solutions" if selection == EXPLAINED else "questions with an image and lectures"
-        raise Lacking(f"{files[0]} holds no {wanted}; put ScienceQA's own problems.json in DATA_DIR, or evaluate "
+        raise Lacking(f"{files[0]} holds no {wanted}; put ScienceQA's own problems.json into DATA_DIR, or evaluate "
                       "scienceqa_text_only.")
     splits = _splits(files[1]) if len(files) > 1 else {}
     for number, record in enumerate(records):
@@ -61,12 +61,12 @@ def _item(record: Mapping[str, Any], selection: str) -> Item | Lost:
                        whole_number(record.get("answer")))
     if isinstance(item, Lost):
         return item
-    # Which may be empty, unlike the question.
+    # May be empty, unlike the question.
     return item._replace(candidates=tuple({**fields, **notes} for fields in item.candidates))
 
 
 def _records(file: str) -> Iterator[dict[str, Any] | Lost]:
-    """Problems with their `pid`; problems.json is one object of all of them, by their ids."""
+    """Problems with their `pid`; problems.json is one object of all problems by id."""
     for record in json_records(file):
         if isinstance(record, Lost) or "question" in record or "choices" in record:
             yield record

@@ -1,9 +1,9 @@
-"""Templates: what of a question stands in the prompt, and what is scored.
+"""Templates: which parts of a question are in the prompt, and which are scored.
 
-DESCRIPTIONS has those that have names. In the first two the choice stands in the prompt, and the same text, mostly the
-question, is scored under each. Fields are those of the benchmark's reader, named in braces.
+DESCRIPTIONS lists the named ones. In the first two the choice is in the prompt, and the same text, usually the
+question, is scored after each. Fields are those of the benchmark's reader, named in braces.
 
-In English the space before what is scored belongs to it, since a token does.
+In English the space before the scored text belongs to it, since tokens include it.
 """
 
 import difflib
@@ -15,23 +15,24 @@ from tasks.benchmarks.mbpp import BEGIN, DONE
 from tasks.benchmarks.questions import Candidate, Item
 
 RELEASED, PAPER, MULTIPLE_CHOICE = "released", "paper", "multiple_choice"
-# How the questions of a file of one's own are answered.
+# How the questions of a user's file are answered.
 CHOICES, TEXT, NUMBER, PROGRAMS, FUNCTIONS = "choices", "text", "number", "programs", "functions"
 DESCRIPTIONS: dict[str, str] = {
-    RELEASED: "What the study's released code does.",
-    PAPER: "What the paper prints. Of chains of thought it prints no template: that is the released one, in English.",
+    RELEASED: "As in the study's released code.",
+    PAPER: "As printed in the paper, which has no template for chains of thought: those use the released one, in "
+           "English.",
     MULTIPLE_CHOICE: "Shows the question with all choices, and scores the choice.",
 }
-DEFAULT = "default"  # in a mapping of templates by tasks, all that are not named
+DEFAULT = "default"  # in a mapping of templates by task, all tasks that are not named
 
 
 class Template(NamedTuple):
     """Texts with fields in braces.
 
     Attributes:
-      prompt: before what is scored or written.
-      continuation: what is scored; where the answer is written, what a worked example shows there.
-      separator: what ends a worked example.
+      prompt: the text before the scored or written text.
+      continuation: the scored text; if the answer is written, the answer of a worked example.
+      separator: the end of a worked example.
     """
 
     prompt: str
@@ -69,14 +70,14 @@ TEMPLATES: dict[str, dict[str, Template]] = {
         MULTIPLE_CHOICE: Template("问题（可能有多个正确选项）：{question}\n{options}\n答案：", "{choice}"),
     },
     "scienceqa": _SCIENCEQA,
-    # Without the lecture, which the files of text-only questions lack.
+    # Without the lecture, which files of text-only questions lack.
     "scienceqa_text_only": {
         RELEASED: Template("anwser：{choice} can answer the following question：", "{question}"),
         PAPER: Template("anwser: {choice} can answer the following question:", " {question}"),
         MULTIPLE_CHOICE: Template("Question: {question}\n{options}\nAnswer:", " {choice}"),
     },
     "scienceqa_all": _SCIENCEQA,
-    # The explanation is that of the right answer whatever the candidate, as in the study.
+    # The explanation is that of the right answer for every candidate, as in the study.
     "scienceqa_cot": {
         RELEASED: Template("Lecture:{lecture}\n question：{question}\n anwser：{choice}\n "
                            "This answer comes from the following reasoning：", "{solution}"),
@@ -95,7 +96,7 @@ TEMPLATES: dict[str, dict[str, Template]] = {
                            "因为{query_explanation},所以{explanation}"),
         PAPER: Template("The reasoning relationship: {question}, the analogy reasoning relationship: {choice}\n",
                         "Because {query_explanation}, so {explanation}"),
-        # With the explanation of the question alone: a choice's own says whether it is right.
+        # With only the explanation of the question: a choice's own reveals whether it is right.
         MULTIPLE_CHOICE: Template(
             "问题：哪一项的词语关系与“{question}”最相似？\n{options}\n推理：{query_explanation}\n答案：", "{choice}"),
     },
@@ -116,7 +117,7 @@ TEMPLATES: dict[str, dict[str, Template]] = {
         RELEASED: Template("{text}", "\n{code}", "\n\n"),
         PAPER: Template("{text}\n Code:\n", "{code}", "\n\n"),
     },
-    # The form of Austin et al., 2021, which published pass@1 figures are given for; the study has none.
+    # The form of Austin et al., 2021, for which pass@1 is published; the study has none.
     "mbpp_three_shot": {
         RELEASED: Template("You are an expert Python programmer, and here is your task: {text} Your code should pass "
                            f"these tests:\n\n{{tests}}\n{BEGIN}\n", f"{{code}}\n{DONE}", "\n\n"),
@@ -130,7 +131,7 @@ TEMPLATES: dict[str, dict[str, Template]] = {
 }
 
 _ANSWER = Template("{passage_line}Question: {question}\nAnswer:", " {answer}", "\n\n")
-# Of files of one's own, by how their questions are answered.
+# For users' files, by how their questions are answered.
 OF_FILES: dict[str, dict[str, Template]] = {
     CHOICES: {
         RELEASED: Template("{passage_line}Question: {question}\nAnswer:", " {choice}", "\n\n"),
@@ -150,15 +151,15 @@ OF_FILES: dict[str, dict[str, Template]] = {
 def of_task(
     task: str, template: str | Mapping[str, Any], others: Collection[str] = ()
 ) -> str | Mapping[str, str]:
-    """What holds for one task: a template for all, or that of a mapping by tasks, in which "default" names the rest.
+    """The template of one task: a template for all, or that of a mapping by task, in which "default" covers the rest.
 
     Args:
       task: its name.
-      template: what the user asks for.
+      template: the user's setting.
       others: names of tasks beside `TEMPLATES`.
 
     Raises:
-      ValueError: one line; the mapping names what is no task.
+      ValueError: one line; the mapping names an unknown task.
     """
     if not isinstance(template, Mapping) or not template or template.keys() & set(Template._fields):
         return template
@@ -171,13 +172,13 @@ def of_task(
 
 
 def resolve(task: str, template: str | Mapping[str, str], named: Mapping[str, Template]) -> Template:
-    """The template of a name, or a user's own.
+    """The named template, or the user's own.
 
     Args:
       task: its name, for messages.
-      named: the templates that it has by name.
-      template: a name, or {"prompt": ..., "continuation": ...} and perhaps "separator". Where the answer is written,
-        the continuation is needed for worked examples alone.
+      named: its named templates.
+      template: a name, or {"prompt": ..., "continuation": ...} and perhaps "separator". If the answer is written, only
+        worked examples need the continuation.
 
     Raises:
       ValueError: one line; there is no such template, or the mapping is malformed.
@@ -220,18 +221,18 @@ def render(task: str, template: Template, fields: Mapping[str, str]) -> Candidat
 
 
 def worked_example(task: str, template: Template, item: Item) -> str:
-    """An item with its right answer, and what stands between it and the next; errors are those of `render`."""
+    """An item with its right answer, and the separator to the next; errors are those of `render`."""
     return "".join(render(task, template, item.candidates[item.answer[0]])) + template.separator
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """A hint at what was meant, for the end of a message; empty if nothing is near."""
+    """A hint for the end of a message; empty if no name is similar."""
     near = difflib.get_close_matches(word, list(words), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _fields(task: str, key: str, text: str) -> list[str]:
-    """The fields that a text names; plain names alone, so that nobody's data is looked into."""
+    """The fields that a text names; only plain names, so that no attributes are accessed."""
     try:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:

@@ -1,9 +1,9 @@
-"""The texts of a benchmark's questions as their records have them, without the words of any template.
+"""The texts of a benchmark's questions as in their records, without the words of any template.
 
-They are what training data is searched for (`evaluation.contamination`): what is asked, what it is asked about, the
-right answer, and in the chain-of-thought forms the reasoning that is scored. Left out are wrong choices, which tell
-nothing; answers that are the same few words in all questions, such as "correct"; and ScienceQA's lectures, which
-belong to no question.
+Training data is searched for them (`evaluation.contamination`): the question, its context, the right answer, and in
+chain-of-thought forms the scored reasoning. Left out are wrong choices, which are not evidence; answers that are the
+same few words in all questions, such as "correct"; and ScienceQA's lectures, which belong to no single
+question.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "cmnli": _SENTENCES,
     "dureader": ("context", "question", "answer"),
 }
-# Of files of one's own: those that an item has.
+# For users' files: those that an item has.
 OF_FILES = ("passage", "prompt", "question", "choice", "answer", "code")
 
 
@@ -42,9 +42,9 @@ class Texts(NamedTuple):
 
     Attributes:
       name: the task's name.
-      is_sample: whether they are items of our own.
+      is_sample: whether they are the package's own items.
       sha256: of their files.
-      parts: by the question's id its texts, with those of the right answer last.
+      parts: the texts of each question by its id, with those of the right answer last.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Texts(NamedTuple):
 
 
 def read_texts(task: str, data_dir: str | None, specs: Mapping[str, Mapping[str, Any]] = NO_SPECS) -> Texts:
-    """Reads the texts of a task's questions, whose ids are those of `load`; arguments and errors are its too."""
+    """Reads the texts of a task's questions; ids, arguments and errors are those of `load`."""
     items, name, files = read_items(task, data_dir, specs)
     parts = {}
     for item in items:

@@ -1,1 +1,1 @@
-"""Where documents come from: files of users and publishers, and what every Python holds. Needs no SeqIO."""
+"""Sources of documents: files of users and publishers, and the standard library of every Python. Needs no SeqIO."""

@@ -1,8 +1,8 @@
-"""Kinds of documents that stand beside code, as text: notebooks, commits, and questions with answers.
+"""Documents that accompany code, as text: notebooks, commits, and questions with answers.
 
 A notebook (JSON of nbformat 4) is its cells in order, a blank line between two; outputs and raw cells are left out.
-Each cell begins with a line of its own, as Jupytext and editors have them, and what is no code is comments, so that a
-notebook of Python is a file of Python:
+Each cell begins with a marker line, as in Jupytext and editors, and everything but code becomes comments, so that a
+Python notebook is a Python file:
 
   # %% [markdown]
   # Some *prose*.
@@ -11,18 +11,18 @@ notebook of Python is a file of Python:
   x = 1
   # %matplotlib inline                          lines that only IPython reads, such as %magics, !commands and help?
 
-A commit ({"before": text, "after": text, "message": text}; a file that is made or removed has "" or null) is
+A commit ({"before": text, "after": text, "message": text}; a created or removed file has "" or null) is
 
-  Before:                                       left out, with its text, where the file is made
+  Before:                                       left out, with its text, if the file is created
   x = 1
 
   Commit: Say what x is for
 
-  After:                                        left out, with its text, where the file is removed
+  After:                                        left out, with its text, if the file is removed
   width = 1
 
 A thread ({"question": text, "answers": [text, or {"text": text, "score": 3}]}, and perhaps a "title") is the question
-and its answers, by falling score, equal ones in their order; one without a score has 0:
+and its answers, sorted by descending score, ties in their order; an answer without a score has 0:
 
   Question: How wide is it?
 
@@ -41,7 +41,7 @@ from tasks.corpora.files import Lost
 from tasks.corpora.records import BROKEN_JSON, NO_OBJECT, NOT_UTF8
 
 _CODE, _PROSE = "# %%", "# %% [markdown]"
-# What would be taken for the beginning of a cell.
+# Lines that would be read as the start of a cell.
 _LOOKS_LIKE_ONE = re.compile(r"^# (%%[^\S\n]*(\[markdown\])?[^\S\n]*)$", re.MULTILINE)
 _OF_IPYTHON = re.compile(r"\s*([%!]|\?{1,2}[\w%]|[\w.%]+\?{1,2}\s*$)")
 
@@ -50,7 +50,7 @@ _OF_IPYTHON = re.compile(r"\s*([%!]|\?{1,2}[\w%]|[\w.%]+\?{1,2}\s*$)")
 
 
 def notebook(content: bytes) -> tuple[str, str | None] | Lost:
-    """The text of a notebook, and the language that it says its code is in; or why there is none."""
+    """The text of a notebook, and the language that it declares; or why there is none."""
     try:
         found = json.loads(content.decode())
     except UnicodeDecodeError:
@@ -81,7 +81,7 @@ def notebook(content: bytes) -> tuple[str, str | None] | Lost:
 
 
 def _language(metadata: Any) -> str:
-    """What a notebook's metadata say of its language; Python where they say nothing."""
+    """The language in a notebook's metadata; Python by default."""
     for place, key in (("language_info", "name"), ("kernelspec", "language")):
         facts = metadata.get(place) if isinstance(metadata, dict) else None
         if isinstance(facts, dict) and isinstance(facts.get(key), str):
@@ -90,14 +90,14 @@ def _language(metadata: Any) -> str:
 
 
 def _without_magic(text: str) -> str:
-    """A cell of Python, the lines that only IPython reads as comments; a cell of another language wholly so."""
+    """A Python cell with IPython-only lines as comments; a cell of another language entirely as comments."""
     if text.lstrip().startswith("%%"):
         return "\n".join(f"# {line}".rstrip() for line in text.split("\n"))
     return "\n".join(f"# {line}" if _OF_IPYTHON.match(line) else line for line in text.split("\n"))
 
 
 def code_cells(text: str) -> str:
-    """The code of a notebook in the form above; of another text all of it."""
+    """The code of a notebook in the form above; another text unchanged."""
     return "\n\n".join(body for is_prose, body in _cells(text) if not is_prose) + "\n"
 
 
@@ -108,7 +108,7 @@ def prose_cells(text: str) -> str:
 
 
 def _cells(text: str) -> list[tuple[bool, str]]:
-    """Whether it is prose, and what stands in it, of each cell; code before the first is a cell, too."""
+    """For each cell, whether it is prose, and its content; code before the first marker is a cell, too."""
     cells: list[tuple[bool, list[str]]] = [(False, [])]
     for line in text.split("\n"):
         if line.rstrip() in (_CODE, _PROSE):
@@ -155,7 +155,7 @@ def thread(record: Mapping[str, Any]) -> str | Lost:
         if not isinstance(text, str) or not text.strip():
             return Lost("with an answer without text")
         if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
-            return Lost("with a score that is no number")
+            return Lost("with a score that is not a number")
         scored.append((score, text.strip()))
     title = record.get("title")
     asked = [title.strip()] if isinstance(title, str) and title.strip() else []

@@ -1,22 +1,22 @@
-"""Records of archives: WebDataset's tars, WARC and WET files, and ArrayRecord. All are read from one end to the other.
+"""Records of archives: WebDataset's tars, WARC and WET files, and ArrayRecord. All are read sequentially.
 
 WebDataset: members whose names are equal up to the first dot are one record, the rest of each name a field of it. The
-text is the member `field`, "txt" where it is not given; "json.text" is the field "text" of the member "json". Only
-members that are asked for are read; "__key__" is what their names have in common.
+text is the member `field`, "txt" by default; "json.text" is the field "text" of the member "json". Only
+requested members are read; "__key__" is the common part of their names.
 
-WARC (warcio, extra `readers`): what a record has of its own is its fields, such as "WARC-Identified-Content-Language",
-and beside them "text", "url", "title" and "content_type":
+WARC (warcio, extra `readers`): a record's headers are its fields, such as "WARC-Identified-Content-Language",
+besides "text", "url", "title" and "content_type":
 
-  conversion (WET)     the text as it stands
-  response, resource   HTML without its markup, as `pages` does it, navigation and advertisements included; other types
-                       of text as they are. A response that is an error or something else than text is counted.
-  others               say something of these, and are no documents
+  conversion (WET)     the text unchanged
+  response, resource   HTML without its markup (see `pages`), navigation and advertisements included; other types of
+                       text unchanged. A response that is an error or not text is counted.
+  others               metadata about these, not documents
 
-A file that is cut within a record, or within a member of gzip, is counted as broken. One that is cut between two
-records is whole by all that WARC says, for nothing ends a file: compare sizes with those of the publisher.
+A file that is truncated within a record or a gzip member is counted as broken. Truncation between two records
+cannot be detected, because WARC has no end mark: compare sizes with the publisher's.
 
-ArrayRecord (array_record, extra `readers`): each record is a tf.train.Example or a JSON object, as its first byte says.
-A file in gs:// or on a hub is copied to a temporary one, for that library reads local files alone.
+ArrayRecord (array_record, extra `readers`): each record is a tf.train.Example or a JSON object, distinguished by its
+first byte. A file in gs:// or on a hub is copied to a temporary file, because that library reads only local files.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _TOO_LARGE = f"larger than {LARGEST >> 20} MiB"
 
 
 class _Stream:
-    """The uncompressed bytes of a file, as libraries read them; `last` holds what was read last."""
+    """The uncompressed bytes of a file as a stream; `last` holds the last bytes read."""
 
     def __init__(self, file: str) -> None:
         self._pieces, self._waiting, self._at, self.last = pieces(file), b"", 0, b""
@@ -58,7 +58,7 @@ class _Stream:
 
 
 def _beginning(file: str) -> bytes:
-    """The first bytes of a file, uncompressed; none where it is damaged from the first on."""
+    """The first uncompressed bytes of a file; none if its beginning is damaged."""
     try:
         return next(pieces(file), b"")
     except BrokenFile:
@@ -69,21 +69,21 @@ def _beginning(file: str) -> bytes:
 
 
 def require_tar(file: str) -> None:
-    """Raises UnreadableFile or OSError unless a file begins as a tar does, compressed or not, or is empty."""
+    """Raises UnreadableFile or OSError unless a file is empty or begins like a tar, compressed or not."""
     beginning = _beginning(file)
     try:
         if beginning.strip(b"\0"):
             tarfile.TarInfo.frombuf(beginning[:512], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        raise UnreadableFile(f"{file} is {kind(beginning) or 'no tar archive'}, where a tar is wanted.") from None
+        raise UnreadableFile(f"{file} is {kind(beginning) or 'not a tar archive'}; expected a tar.") from None
 
 
 def webdataset_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
-    """The records of a tar, with the members that a spec asks for, and their places.
+    """The records of a tar with the requested members, and their places.
 
     Raises:
       OSError: it cannot be read.
-      BrokenFile: it breaks off or is damaged; after all that can be had.
+      BrokenFile: it is truncated or damaged; raised after all readable records.
     """
     asked = fields.wanted(spec, "txt")
     record: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def webdataset_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def _members(file: str, is_asked: Any) -> Iterator[tuple[str, bytes | Lost | None]]:
-    """The files of a tar by name, and the content of those whose suffix is asked for."""
+    """The files of a tar by name, with the content of those whose suffix is requested."""
     stream = _Stream(file)
     try:
         archive = tarfile.open(fileobj=stream, mode="r|", errors="surrogateescape")  # type: ignore[call-overload]
@@ -133,7 +133,7 @@ def _members(file: str, is_asked: Any) -> Iterator[tuple[str, bytes | Lost | Non
         while True:
             try:
                 member = archive.next()
-                archive.members.clear()  # type: ignore[attr-defined]  # which it would keep for ever
+                archive.members.clear()  # type: ignore[attr-defined]  # which it would keep forever
                 if member is None:
                     break
                 content: bytes | Lost | None = None
@@ -145,22 +145,22 @@ def _members(file: str, is_asked: Any) -> Iterator[tuple[str, bytes | Lost | Non
             except (tarfile.TarError, ValueError) as error:
                 raise BrokenFile(str(error)) from error
             yield member.name, content
-        # It ends at a block of zeros; a header that is none ends it for the library, too, but is damage.
+        # A tar ends at a block of zeros; the library also stops at an invalid header, but that is damage.
         begin = archive.offset - (stream.position - len(stream.last))  # type: ignore[attr-defined]
         block = stream.last[begin : begin + 512] if begin >= 0 else b"?"
         if len(block) < 512 or block.strip(b"\0"):
-            raise BrokenFile("it ends without the zeros that end a tar")
+            raise BrokenFile("it lacks the zeros that end a tar")
 
 
 # ---- WARC --------------------------------------------------------------------------------------
 
 
 def require_warc(file: str) -> None:
-    """Raises UnreadableFile or OSError unless a file begins as WARC does, compressed or not, or is empty."""
+    """Raises UnreadableFile or OSError unless a file is empty or begins like WARC, compressed or not."""
     library("warcio", file, "WARC")
     beginning = _beginning(file)
     if beginning.strip() and not beginning.lstrip().startswith(b"WARC/"):
-        raise UnreadableFile(f"{file} is {kind(beginning) or 'no WARC file'}, where WARC or WET is wanted.")
+        raise UnreadableFile(f"{file} is {kind(beginning) or 'not a WARC file'}; expected WARC or WET.")
 
 
 def warc_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
@@ -168,7 +168,7 @@ def warc_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Reco
 
     Raises:
       OSError: it cannot be read.
-      BrokenFile: it breaks off or is damaged; after all that can be had.
+      BrokenFile: it is truncated or damaged; raised after all readable records.
     """
     from warcio.archiveiterator import WARCIterator
     from warcio.exceptions import ArchiveLoadFailed
@@ -190,14 +190,14 @@ def warc_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Reco
         place = f"{file}, record {number}"
         content = record.raw_stream.read(LARGEST + 1)
         if len(content) < min(record.length, LARGEST + 1):
-            raise BrokenFile("the last record breaks off")
+            raise BrokenFile("the last record is truncated")
         yield place, Lost(_TOO_LARGE) if len(content) > LARGEST else _page(record, content)
     if not number:
         yield file, Lost(EMPTY_FILE)
 
 
 def _page(record: Any, content: bytes) -> Record:
-    """The fields of a record of WARC, or why it is no document."""
+    """The fields of a WARC record, or why it is not a document."""
     has: dict[str, Any] = dict(record.rec_headers.headers)
     has |= {"url": has.get("WARC-Target-URI"), "content_type": has.get("Content-Type", "")}
     if record.rec_type == "conversion":
@@ -220,7 +220,7 @@ def _page(record: Any, content: bytes) -> Record:
 
 
 def _http(content: bytes) -> tuple[str, bytes] | Lost:
-    """The type and the body of an answer by HTTP, or why it is no document."""
+    """The type and the body of an HTTP response, or why it is not a document."""
     from warcio.recordloader import ArcWarcRecord
     from warcio.statusandheaders import StatusAndHeadersParser, StatusAndHeadersParserException
 
@@ -228,9 +228,9 @@ def _http(content: bytes) -> tuple[str, bytes] | Lost:
     try:
         headers = StatusAndHeadersParser(["HTTP/1.0", "HTTP/1.1", "HTTP/2", "HTTP/3"]).parse(stream)
     except (StatusAndHeadersParserException, EOFError):
-        return Lost("no answer by HTTP")
+        return Lost("not an HTTP response")
     if not headers.get_statuscode().startswith("2"):
-        return Lost(f"answers with the status {headers.get_statuscode()[:3]}")
+        return Lost(f"responses with the status {headers.get_statuscode()[:3]}")
     encoding = (headers.get_header("Content-Encoding") or "identity").lower()
     if encoding not in ("identity", "gzip", "deflate"):
         return Lost(f"compressed by {encoding[:20]}")
@@ -243,10 +243,10 @@ def _http(content: bytes) -> tuple[str, bytes] | Lost:
 
 
 def require_array_record(file: str) -> None:
-    """Raises UnreadableFile or OSError unless a file may be ArrayRecord by its first bytes, which are Riegeli's."""
+    """Raises UnreadableFile or OSError unless a file's first bytes are those of Riegeli, as in ArrayRecord."""
     beginning = head(file)
-    if what := kind(beginning) or (not beginning.startswith(_RIEGELI) and "no ArrayRecord file"):
-        raise UnreadableFile(f"{file} is {what}, where ArrayRecord is wanted.")
+    if what := kind(beginning) or (not beginning.startswith(_RIEGELI) and "not an ArrayRecord file"):
+        raise UnreadableFile(f"{file} is {what}; expected ArrayRecord.")
 
 
 _RIEGELI = bytes.fromhex("83af70d10d884a3f")
@@ -256,7 +256,7 @@ def array_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Rec
     """The records of an ArrayRecord file, and their places.
 
     Raises:
-      UnreadableFile: it is none, or damaged as a whole.
+      UnreadableFile: it is not one, or damaged as a whole.
       OSError: it cannot be read.
     """
     module = library("array_record.python.array_record_module", file, "ArrayRecord")
@@ -264,10 +264,11 @@ def array_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Rec
         try:
             reader = module.ArrayRecordReader(local, "readahead_buffer_size:0,max_parallelism:0")
             if not reader.ok():
-                reader.close()  # which raises what is wrong
+                reader.close()  # which raises the error
             count = reader.num_records()
         except (RuntimeError, ValueError, OSError) as error:
-            raise UnreadableFile(f"{file} is damaged or breaks off ({_first_line(error)}); bring it anew.") from None
+            raise UnreadableFile(f"{file} is damaged or truncated ({_first_line(error)}); copy or download it "
+                                 f"again.") from None
         for start in range(0, count, RECORDS_AT_ONCE):
             end = min(start + RECORDS_AT_ONCE, count)
             try:
@@ -279,7 +280,7 @@ def array_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Rec
                 yield f"{file}, record {number}", _record(content)
         if not count:
             yield file, Lost(EMPTY_FILE)
-        if reader.ok():  # else closing it raises what has been counted
+        if reader.ok():  # else closing it raises an error that has been counted
             reader.close()
 
 
@@ -294,7 +295,7 @@ def _record(content: bytes) -> Record:
 
 
 def example_record(content: bytes) -> Record:
-    """The features of a serialized tf.train.Example; a list where one has not just one value."""
+    """The features of a serialized tf.train.Example; a list unless a feature has exactly one value."""
     import tensorflow as tf
     from google.protobuf import message
 
@@ -311,7 +312,7 @@ def example_record(content: bytes) -> Record:
 
 @contextlib.contextmanager
 def _local(file: str) -> Iterator[str]:
-    """A local name of a file, which is a copy where it lies elsewhere."""
+    """A local path of a file; of a copy if the file is remote."""
     require_file(file)
     if "://" not in file:
         yield file

@@ -1,9 +1,9 @@
 """Records of columnar files: Parquet, and Arrow's files and streams. Needs pyarrow (extra `readers`).
 
-Of a file only the columns that are asked for are read, a few megabytes of rows at a time, so that memory does not grow
-with a file or its row groups. What is damaged within a file is counted by rows where the file says how many there are;
-a file that cannot be read at all is refused by name. Of an Arrow stream that lacks its last mark a broken rest is
-counted, for it may have been cut between two batches.
+Only the requested columns of a file are read, a few megabytes of rows at a time, so that memory does not grow with a
+file or its row groups. Damage within a file is counted in rows if the file says how many there are; a file that cannot
+be read at all is refused by name. An Arrow stream without its end mark counts as broken at the end, because it may
+have been truncated between two batches.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def require_parquet(file: str) -> None:
-    """Raises UnreadableFile or OSError unless a file is whole Parquet by its first bytes and its footer."""
+    """Raises UnreadableFile or OSError unless a file is complete Parquet by its first bytes and its footer."""
     with _parquet(file):
         pass
 
 
 def group_facts(file: str) -> list[tuple[int, int]]:
-    """Of each row group of a Parquet file its rows and bytes in the file; raises as `parquet_records` does."""
+    """The rows and stored bytes of each row group of a Parquet file; raises what `parquet_records` raises."""
     with _parquet(file) as opened:
         groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
         return [(group.num_rows, sum(group.column(number).total_compressed_size for number in range(group.num_columns)))
@@ -43,15 +43,15 @@ def group_facts(file: str) -> list[tuple[int, int]]:
 def parquet_records(
     file: str, spec: Mapping[str, Any] | None, groups: tuple[int, int] | None = None, before: int = 0
 ) -> Iterator[tuple[str, Record]]:
-    """The rows of a Parquet file, with the fields that a spec asks for, and their places.
+    """The rows of a Parquet file with the requested fields, and their places.
 
     Args:
-      spec: None asks for all fields.
-      groups: reads the row groups from the first of these numbers up to the second alone, which have `before` rows
-        before them; None reads all.
+      spec: None requests all fields.
+      groups: reads only the row groups from the first of these numbers up to the second, which follow `before` rows;
+        None reads all.
 
     Raises:
-      UnreadableFile: it is no Parquet, or its footer is damaged.
+      UnreadableFile: it is not Parquet, or its footer is damaged.
       OSError: it cannot be read.
     """
     with _parquet(file) as opened:
@@ -87,21 +87,21 @@ def _parquet(file: str) -> Iterator[Any]:
     pyarrow_parquet = library("pyarrow.parquet", file, "Parquet")
     beginning = head(file)
     if not beginning.startswith(b"PAR1"):
-        raise UnreadableFile(f"{file} is {kind(beginning) or 'no Parquet file'}, where Parquet is wanted.")
+        raise UnreadableFile(f"{file} is {kind(beginning) or 'not a Parquet file'}; expected Parquet.")
     with open_binary(file) as stream:
         try:
-            # By a buffer, so that no column of a row group is read as a whole; checksums are verified if it has some.
+            # Through a buffer, so that no column of a row group is read at once; checksums are verified if present.
             opened = pyarrow_parquet.ParquetFile(
                 stream, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         except _damages() as error:
             _require_damage(error, file)
-            raise UnreadableFile(f"{file} is damaged or breaks off, for its footer cannot be read ({_reason(error)}); "
-                                 "bring it anew.") from None
+            raise UnreadableFile(f"{file} is damaged or truncated: its footer cannot be read ({_reason(error)}); copy "
+                                 "or download it again.") from None
         yield opened
 
 
 def _has(schema: Any, name: str) -> bool:
-    """Whether a schema, or the type of a struct, has a field of this name, or one to which its dots lead."""
+    """Whether a schema or struct type has a field of this name or dotted path."""
     import pyarrow
 
     if schema.get_field_index(name) >= 0:
@@ -117,22 +117,22 @@ def _has(schema: Any, name: str) -> bool:
 
 
 def require_arrow(file: str) -> None:
-    """Raises UnreadableFile or OSError unless a file begins as Arrow's files or streams do, and a file has its end."""
+    """Raises UnreadableFile or OSError unless a file begins like an Arrow file or stream, and a file is complete."""
     with _batches(file):
         pass
 
 
 def arrow_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
-    """The rows of an Arrow file or stream (IPC), with the fields that a spec asks for, and their places.
+    """The rows of an Arrow file or stream (IPC) with the requested fields, and their places.
 
     Raises:
       UnreadableFile: it is neither, or damaged as a whole.
       OSError: it cannot be read.
-      BrokenFile: a stream breaks off; after all that can be had.
+      BrokenFile: a stream is truncated; raised after all readable rows.
     """
     with _batches(file) as (schema, batches):
         if lost := fields.lacking(lambda name: _has(schema, name), spec, "text"):
-            # How many rows there are a stream tells only by its batches.
+            # A stream reveals its number of rows only batch by batch.
             rows = sum(1 if isinstance(batch, Lost) else batch.num_rows for batch in batches)
             yield (f"{file}, {fields.named(schema.names)}", Lost(lost, rows)) if rows else (file, Lost(EMPTY_FILE))
             return
@@ -157,14 +157,14 @@ def _begins(column: str, field: str) -> bool:
 
 @contextlib.contextmanager
 def _batches(file: str) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """The schema of an Arrow file or stream, and its record batches; a `Lost` for each of a file that is damaged."""
+    """The schema of an Arrow file or stream, and its record batches, with a `Lost` for each damaged one of a file."""
     pyarrow = library("pyarrow", file, "Arrow")
     beginning = head(file)
     if not beginning.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        raise UnreadableFile(f"{file} is {kind(beginning) or 'no Arrow file'}, where an Arrow file or stream is "
-                             "wanted.")
+        raise UnreadableFile(f"{file} is {kind(beginning) or 'not an Arrow file'}; expected an Arrow file or "
+                             "stream.")
     with contextlib.ExitStack() as opened:
-        # Mapped, a file's batches may be large without being in memory.
+        # Memory-mapped, a file's batches may be large without being in memory.
         source = opened.enter_context(open_binary(file) if "://" in file else pyarrow.memory_map(file))
         try:
             if beginning.startswith(b"ARROW1"):
@@ -175,7 +175,8 @@ def _batches(file: str) -> Iterator[tuple[Any, Iterator[Any]]]:
                 batches = _of_stream(reader, file)
         except _damages() as error:
             _require_damage(error, file)
-            raise UnreadableFile(f"{file} is damaged or breaks off ({_reason(error)}); bring it anew.") from None
+            raise UnreadableFile(
+                f"{file} is damaged or truncated ({_reason(error)}); copy or download it again.") from None
         yield reader.schema, batches
 
 
@@ -194,17 +195,17 @@ def _of_stream(reader: Any, file: str) -> Iterator[Any]:
     except _damages() as error:
         _require_damage(error, file)
         raise BrokenFile(_reason(error)) from error
-    # A stream that is cut between two batches ends like a whole one, but for the mark that writers put behind the last.
+    # A stream truncated between two batches lacks only the end mark that writers put after the last.
     with open_binary(file) as stream:
         stream.seek(max(0, size(file) - len(_END_OF_STREAM)))
         if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
-            raise BrokenFile("it ends without the mark that ends a stream")
+            raise BrokenFile("it lacks the end mark of a stream")
 
 
 def dataset_files(folder: str) -> list[str] | None:
-    """The files of a folder that Hugging Face's `Dataset.save_to_disk` wrote; None of any other folder.
+    """The files of a folder written by Hugging Face's `Dataset.save_to_disk`; None for any other folder.
 
-    They are those that its state.json lists: others may lie there of a dataset that was there before.
+    They are those that its state.json lists; others may be left from an earlier dataset.
 
     Raises:
       UnreadableFile: it holds several datasets, by split, or its state.json is damaged.
@@ -213,37 +214,37 @@ def dataset_files(folder: str) -> list[str] | None:
     if splits is not None:
         named = ", ".join(map(str, splits.get("splits", []))) if isinstance(splits, dict) else ""
         raise UnreadableFile(f"{folder} holds a dataset for each of the splits {named or '(none)'}; name one of these "
-                             "folders, and give another one as 'validation' if it is held out.")
+                             "folders, and give another one as 'validation' to hold it out.")
     if state is None:
         return None
     listed = state.get("_data_files") if isinstance(state, dict) else None
     names = [each.get("filename") if isinstance(each, dict) else None for each in listed or ()]
     if not names or not all(isinstance(name, str) and name and "/" not in name for name in names):
-        raise UnreadableFile(f"{folder}/state.json lists no files of the dataset ('_data_files'); save it anew.")
+        raise UnreadableFile(f"{folder}/state.json lists no files of the dataset ('_data_files'); save it again.")
     if isinstance(state, dict) and state.get("_indices_data_files"):
-        raise UnreadableFile(f"{folder} holds a dataset with indices into its files; save `flatten_indices()` of it.")
+        raise UnreadableFile(f"{folder} holds a dataset with indices into its files; save its `flatten_indices()`.")
     return [f"{folder.rstrip('/')}/{name}" for name in names]
 
 
 def _json_in(folder: str, name: str) -> Any:
-    """What a file of a folder holds as JSON; None where there is no such file."""
+    """The JSON content of a file of a folder; None if there is no such file."""
     file = f"{folder.rstrip('/')}/{name}"
     if not is_file(file):
         return None
     try:
         return json.loads(content(file))
     except ValueError:
-        raise UnreadableFile(f"{file} is no JSON; save the dataset anew.") from None
+        raise UnreadableFile(f"{file} is not JSON; save the dataset again.") from None
 
 
 # ---- Rows --------------------------------------------------------------------------------------
 
 
 def _rows(batch: Any, is_trusted: bool = False) -> Iterator[Record]:
-    """The rows of a batch; one by one where some of it is not what it should be.
+    """The rows of a batch; one by one if part of it is damaged.
 
-    Of a batch to be trusted the offsets were made by pyarrow, as those out of Parquet: it tells of texts that are not
-    UTF-8 while it makes them.
+    A trusted batch has offsets made by pyarrow, as from Parquet: pyarrow reports invalid UTF-8 while making
+    them.
     """
     try:
         batch.validate(full=not is_trusted)
@@ -262,14 +263,14 @@ def _rows(batch: Any, is_trusted: bool = False) -> Iterator[Record]:
 
 
 def _damages() -> tuple[type[Exception], ...]:
-    """What pyarrow raises of a file that is not what it should be."""
+    """The errors that pyarrow raises for a damaged file."""
     import pyarrow
 
     return pyarrow.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError
 
 
 def _require_damage(error: Exception, file: str) -> None:
-    """Raises an error again that is not of a file's content, but of a disk or a connection."""
+    """Re-raises an error that comes from a disk or a connection, not from a file's content."""
     if isinstance(error, OSError) and (error.errno is not None or str(error).startswith(f"{file} cannot be read")):
         raise error
 

@@ -1,15 +1,15 @@
-"""Fields of records: found by name, asked by `where`, and put together as one text by a template.
+"""Fields of records: found by name, filtered by `where`, and joined into one text by a template.
 
-A name is that of a field, or leads by dots into fields within, as in "meta.language". A field whose own name holds dots
-comes before what they would lead to.
+A name is that of a field, or a dotted path into nested fields, such as "meta.language". A field whose own name has dots
+takes precedence over a path.
 
-  'where': {'language': ['Python', 'Go']}       one of these, or one of these among a list
-           {'score': {'at_least': 3}}           a number, or a text such as a date, from here on; `at_most` likewise
+  'where': {'language': ['Python', 'Go']}       one of these, or a list with one of these
+           {'score': {'at_least': 3}}           a number, or a text such as a date, at or above this; `at_most` likewise
            {'meta.kept': True}                  this one
 
-A record is taken where all conditions hold. A number that is written as text, as all are in CSV, counts as that number.
+A record is taken if all conditions hold. A number written as text, as in CSV, counts as that number.
 
-  'text': '{title}\n\n{body}'                   braces of the text itself are written twice, as in str.format
+  'text': '{title}\n\n{body}'                   literal braces are doubled, as in str.format
 """
 
 import datetime
@@ -23,11 +23,11 @@ from tasks.corpora.files import Found, Lost
 
 _TEXTLESS, _LACKING = "without text in field {!r}", "without the field {!r} of 'where'"
 _BOUNDS = ("at_least", "at_most")
-BESIDE = "beside"  # no option of users: fields that are read where records have them
+BESIDE = "beside"  # not a user's option: fields that are read if records have them
 
 
 def value(record: Mapping[str, Any], name: str) -> Any:
-    """The value of a field; None where there is none."""
+    """The value of a field; None if there is none."""
     if name in record:
         return record[name]
     at = name.find(".")
@@ -40,16 +40,16 @@ def value(record: Mapping[str, Any], name: str) -> Any:
 
 
 def names(template: str) -> list[str]:
-    """The fields that a template names, in its order.
+    """The fields that a template names, in order.
 
     Raises:
-      ValueError: it is no template, or names none.
+      ValueError: it is not a template, or names no field.
     """
     found = []
     for _, name, form, conversion in string.Formatter().parse(template):
         if name is not None:
             if not name.strip() or form or conversion:
-                raise ValueError("its braces hold something else than the name of a field")
+                raise ValueError("its braces hold something other than the name of a field")
             found.append(name)
     if not found:
         raise ValueError("it names no field")
@@ -57,14 +57,15 @@ def names(template: str) -> list[str]:
 
 
 def wanted(spec: Mapping[str, Any], default: str) -> list[str]:
-    """The fields that are read for the documents of a spec, each once; `default` holds the text where it says none."""
+    """The fields that are read for the documents of a spec, each once; `default` is the text's field if it names
+    none."""
     of_text = names(spec["text"]) if "text" in spec else [spec.get("field", default)]
     language = ["language"] if "transform" in spec and "language" not in spec else []
     return list(dict.fromkeys([*of_text, *spec.get("where", ()), *language, *spec.get(BESIDE, ())]))
 
 
 def lacking(present: Callable[[str], bool], spec: Mapping[str, Any], default: str) -> str | None:
-    """Why no record of a file gives a document, whose fields are the same in all; None where some may."""
+    """Why no record of a file, whose records all have these fields, gives a document; None if some may."""
     for name in spec.get("where", ()):
         if not present(name):
             return _LACKING.format(name)
@@ -75,7 +76,7 @@ def lacking(present: Callable[[str], bool], spec: Mapping[str, Any], default: st
 
 
 def named(has: Sequence[str]) -> str:
-    """What to call the fields of a record in messages."""
+    """The fields of a record, for messages."""
     return f"whose fields are {', '.join(map(repr, has[:5])) or 'none'}" + ", ..." * (len(has) > 5)
 
 
@@ -84,8 +85,8 @@ def found(place: str, record: Mapping[str, Any] | Lost, spec: Mapping[str, Any],
 
     Args:
       place: of the record, for messages.
-      spec: its options `field` or `text`, `where` and `licenses` are looked at.
-      default: the field of the text where `spec` says none.
+      spec: its options `field` or `text`, `where` and `licenses` are used.
+      default: the field of the text if `spec` names none.
     """
     if isinstance(record, Lost):
         return Found(place, record)
@@ -104,7 +105,7 @@ def found(place: str, record: Mapping[str, Any] | Lost, spec: Mapping[str, Any],
 
 
 def _told(given: Any) -> str | None:
-    """A text that is not empty; None of anything else."""
+    """A non-empty text; None for anything else."""
     given = given if given is None else _plain(given)
     return given if isinstance(given, str) and given else None
 
@@ -126,7 +127,7 @@ def _filled(template: str, record: Mapping[str, Any]) -> str | Lost:
 
 
 def unlike(record: Mapping[str, Any], where: Mapping[str, Any]) -> Lost | None:
-    """Why a record is not taken; None where it is."""
+    """Why a record is not taken; None if it is."""
     for name, condition in where.items():
         asked = _plain(value(record, name))
         if asked is None:
@@ -172,7 +173,7 @@ def _number(asked: Any) -> float | int | None:
 
 
 def _plain(asked: Any) -> Any:
-    """Values as JSON has them, of those that formats with types of their own hold."""
+    """Values as JSON types, from formats with their own types."""
     if hasattr(asked, "tolist"):  # of NumPy
         asked = asked.tolist()
     if isinstance(asked, bytes):
@@ -185,20 +186,20 @@ def _plain(asked: Any) -> Any:
 
 
 def wrong_where(where: Any) -> str | None:
-    """What is wrong with the option `where`; None where nothing is."""
+    """Why the option `where` is invalid; None if it is valid."""
     if not isinstance(where, Mapping) or not where or not all(isinstance(name, str) and name for name in where):
         return "must be a mapping from fields to conditions, such as {'language': ['Python'], 'score': {'at_least': 3}}"
     for name, condition in where.items():
         if isinstance(condition, Mapping):
             if not condition or set(condition) - {*_BOUNDS}:
-                return f"has for {name!r} the condition {dict(condition)!r}; give 'at_least', 'at_most' or both"
+                return f"has the condition {dict(condition)!r} for {name!r}; give 'at_least', 'at_most' or both"
             if not all(_is_scalar(limit) and not isinstance(limit, bool) for limit in condition.values()):
-                return f"has for {name!r} a bound that is neither a number nor a text: {dict(condition)!r}"
+                return f"has a bound for {name!r} that is neither a number nor a text: {dict(condition)!r}"
         elif isinstance(condition, list | tuple):
             if not condition or not all(map(_is_scalar, condition)):
-                return f"has for {name!r} no list of texts and numbers: {condition!r}"
+                return f"has a list for {name!r} that holds more than texts and numbers: {condition!r}"
         elif not _is_scalar(condition):
-            return f"has for {name!r} the condition {condition!r}; give a value, a list of values, or bounds"
+            return f"has the condition {condition!r} for {name!r}; give a value, a list of values, or bounds"
     return None
 
 
@@ -207,7 +208,7 @@ def _is_scalar(given: Any) -> bool:
 
 
 def wrong_template(template: Any) -> str | None:
-    """What is wrong with the option `text`; None where nothing is."""
+    """Why the option `text` is invalid; None if it is valid."""
     try:
         if isinstance(template, str) and names(template):
             return None

@@ -1,5 +1,5 @@
-"""Finding corpus files, local, gs:// or hf://datasets/; and what is said of those that cannot be read, and of what they
-lose.
+"""Finds corpus files, local, gs:// or hf://datasets/; reports files that cannot be read, and lost
+records.
 """
 
 import collections
@@ -29,34 +29,34 @@ _WILDCARD = re.compile(r"[*?[]")
 
 
 class Lost(NamedTuple):
-    """What a reader yields in place of a record that it cannot give, or of several that one damage took."""
+    """Yielded by a reader instead of an unreadable record, or of several lost to one damage."""
 
     reason: str
     records: int = 1
 
 
 class Found(NamedTuple):
-    """What a reader finds: a document or why there is none, and its place, such as "a.jsonl, line 3"."""
+    """The result of a reader: a document or why there is none, and its place, such as "a.jsonl, line 3"."""
 
     place: str
     content: str | bytes | Lost
-    language: str | None = None  # what its file says, in whatever way
-    ids: Any = None  # of tokens already made, those of the document
-    licence: str | None = None  # of the record's field "license"
+    language: str | None = None  # the language that its file declares
+    ids: Any = None  # the document's tokens, if they are given
+    licence: str | None = None  # from the record's field "license"
 
 
 class Counts(collections.Counter[str]):
-    """How many records were lost for which reason; told as a line of text."""
+    """The number of lost records by reason; printed as a line."""
 
     def __str__(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.items())) or "there are no records"
 
 
 class PassedOver(dict[str, tuple[int, str]]):
-    """Of records that were lost, by reason: how many, and where the first is; told as a line of text."""
+    """Lost records by reason: their number and the place of the first; printed as a line."""
 
     def add(self, reason: str, place: str, records: int = 1) -> None:
-        """Counts more; `place` is such as "a.jsonl, line 3", or "" where the reason says it."""
+        """Counts more; `place` is such as "a.jsonl, line 3", or "" if the reason names it."""
         count, first = self.get(reason, (0, place))
         self[reason] = (count + records, first)
 
@@ -67,10 +67,10 @@ class PassedOver(dict[str, tuple[int, str]]):
 
 
 def library(module: str, file: str, what: str, extra: str = "readers") -> Any:
-    """A module of a library that reads some kind of files.
+    """A module of a library that reads a kind of files.
 
     Raises:
-      ValueError: it is not installed; in a line that says how to.
+      ValueError: it is not installed; one line that says how to install it.
     """
     try:
         return importlib.import_module(module)
@@ -81,27 +81,27 @@ def library(module: str, file: str, what: str, extra: str = "readers") -> Any:
 
 @contextlib.contextmanager
 def in_name_of(name: str) -> Iterator[None]:
-    """Puts the name of a corpus or benchmark before what is said of a file that cannot be read."""
+    """Puts the name of a corpus or benchmark before an error about a file."""
     try:
         yield
     except UnreadableFile as error:
         raise ValueError(f"{name}: {error}") from error
     except OSError as error:
-        if error.errno is not None:  # else it is one line of ours
+        if error.errno is not None:  # else it is one of our one-line errors
             raise
         raise type(error)(f"{name}: {error}") from error
 
 
 def require_readable(files: Sequence[str], require: Callable[[str], object]) -> None:
-    """Looks into all files before the first is read, so that a long reading does not end at the last one.
+    """Checks all files before the first is read, so that a long read does not fail at the last one.
 
-    Those in gs:// are left to their turn: looking into each takes a request.
+    Files in gs:// are checked when they are read: each check takes a request.
 
     Args:
-      require: looks into one, and raises UnreadableFile or OSError.
+      require: checks one, and raises UnreadableFile or OSError.
 
     Raises:
-      UnreadableFile, OSError: what is said of the first that cannot be read, and which the others are.
+      UnreadableFile, OSError: the error of the first unreadable file, and the names of others.
     """
     refused: list[tuple[str, OSError | UnreadableFile]] = []
     for file in files:
@@ -123,40 +123,40 @@ def require_readable(files: Sequence[str], require: Callable[[str], object]) -> 
 def matches(
     patterns: str | Sequence[str], name: str, files_of: Callable[[str], list[str] | None] = lambda folder: None
 ) -> list[str]:
-    """The files that a glob or several match, sorted, each once; absolute paths, or gs:// ones, or
-    hf:// ones, which then name the commit that the data set is at.
+    """The files that one or more globs match, sorted, each once; as absolute paths, gs:// ones, or
+    hf:// ones, which then name the current commit of the data set.
 
-    `*`, `?` and `[...]` match within a name, but not a dot at its beginning; `**` any folders, links to folders among
-    them, each once. A name that is there is taken as it stands, whatever brackets it holds.
+    `*`, `?` and `[...]` match within a name, but not a leading dot; `**` matches any folders, including links to
+    folders, each once. An existing name is taken literally, even with brackets.
 
     Args:
-      files_of: gives the files of a folder that stands for them; None of any other folder.
+      files_of: gives the files of a folder that represents them; None for any other folder.
 
     Raises:
-      OSError: a pattern matches no file, a link to nothing, or what cannot be read.
-      ValueError: a pattern matches folders alone, or what is no file.
+      OSError: a pattern matches no file, a broken link, or something unreadable.
+      ValueError: a pattern matches only folders, or something that is not a file.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     with in_name_of(name):
         found = {file for pattern in patterns for file in _matched(pattern, files_of)}
-    # Through links a file may have many names. The first stands for all, and for what a cache is known by.
+    # Through links a file may have many names. The first represents all, also in cache keys.
     once: dict[str, str] = {}
     for file in sorted(found):
         once.setdefault(real(file), file)
     if others := sorted(found - set(once.values())):
-        _tell(f"{name}: {len(others)} of {len(found)} names lead to files that others lead to, too, through links; "
-              f"each file is read once. The first is {others[0]}.")
+        _tell(f"{name}: {len(others)} of {len(found)} names are links to files that other names also reach; each "
+              f"file is read once. The first is {others[0]}.")
     return sorted(once.values())
 
 
 def real(file: str) -> str:
-    """A name that a file has but once, whatever links lead to it."""
+    """The unique path of a file, with links resolved."""
     return file if "://" in file else os.path.realpath(file)
 
 
 @functools.cache
 def _tell(warning: str) -> None:
-    """Warns once a process: patterns are matched anew for every split."""
+    """Warns once per process: patterns are matched again for every split."""
     logging.warning(warning)
 
 
@@ -171,15 +171,15 @@ def _matched(pattern: str, files_of: Callable[[str], list[str] | None]) -> set[s
     if files:
         return files
     if not folders:
-        hint = " A bracket of a name itself is written [[]." if "[" in pattern else ""
+        hint = " A literal bracket is written [[]." if "[" in pattern else ""
         raise FileNotFoundError(f"no file matches {pattern!r} (seen from {os.getcwd()}).{hint}")
     is_one = os.path.basename(pattern.rstrip("/")) == os.path.basename(min(folders))
-    raise UnreadableFile(f"{pattern!r} {'is a folder' if is_one else 'matches folders alone'}; "
+    raise UnreadableFile(f"{pattern!r} {'is a folder' if is_one else 'matches only folders'}; "
                          f"{_advice(pattern, min(folders))}")
 
 
 def _advice(pattern: str, folder: str) -> str:
-    """What to write in the place of a pattern that names folders, by what lies in one of them."""
+    """A replacement for a pattern that names folders, from the content of one of them."""
     files = below(folder)
     if not files:
         return f"{folder} holds none."
@@ -197,10 +197,10 @@ def _is_folder(found: str) -> bool:
 
 
 def _local_matches(pattern: str) -> Iterator[str]:
-    """All that lies where a pattern leads, files or not; links that lead nowhere too."""
+    """Everything that a pattern matches, files or not, including broken links."""
     path = os.path.expanduser(pattern)
     start = os.sep if os.path.isabs(path) else os.getcwd()
-    # Of a relative pattern the part that is not written may hold brackets as well.
+    # The implied directory of a relative pattern may hold brackets as well.
     parts = [part for part in os.path.normpath(path).split(os.sep) if part not in ("", ".")]
     return _led_to(start, parts)
 
@@ -231,15 +231,15 @@ def _names(folder: str) -> list[str]:
 
 
 def _folders(top: str) -> Iterator[str]:
-    """A folder and all below it, each once and none of them hidden; links are followed."""
+    """A folder and all folders in it, each once, without hidden ones; links are followed."""
     waiting, visited = [top], set()
     while waiting:
         folder = waiting.pop()
-        # A link may lead to a folder that is walked anyway, or in a circle.
+        # A link may lead to a folder that is visited anyway, or in a circle.
         if not os.path.isdir(folder) or os.path.realpath(folder) in visited:
             if not os.path.exists(folder) and os.path.islink(folder) and not os.path.splitext(folder)[1]:
-                _tell(f"{folder} is a link to {os.readlink(folder)}, which is not there; if that was a folder, nothing "
-                      "of it is read.")
+                _tell(f"{folder} is a link to {os.readlink(folder)}, which does not exist; if that was a folder, none "
+                      "of its files are read.")
             continue
         visited.add(os.path.realpath(folder))
         yield folder
@@ -257,8 +257,8 @@ def _remote_matches(pattern: str) -> list[str]:
 
 
 def glance(file: str) -> str:
-    """A hash of 32 pieces of a file, evenly spread, in hexadecimal: by which another content of the same size is told
-    without reading it all.
+    """A hash of 32 evenly spread pieces of a file, in hexadecimal, to detect different content of the same size without
+    reading everything.
     """
     digest, length = hashlib.sha256(), size(file)
     with open_binary(file) as stream:
@@ -269,9 +269,9 @@ def glance(file: str) -> str:
 
 
 def below(folder: str) -> list[str]:
-    """All files in a folder and the folders below it, sorted; hidden folders are left out, links are followed.
+    """All files in a folder and its sub-folders, sorted; hidden folders are left out, links are followed.
 
-    A link that leads nowhere is among them: `require_file` says so of one that is wanted.
+    Broken links are included: `require_file` reports one that is needed.
 
     Raises:
       OSError: there is no such folder, or one of them cannot be read.

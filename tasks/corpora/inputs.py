@@ -1,4 +1,4 @@
-"""The corpora of `CORPORA` as `t5x prepare` reads them: all documents with their places, whatever their split."""
+"""The corpora of `CORPORA` as `t5x prepare` reads them: all documents of all splits, with their places."""
 
 import dataclasses
 import os
@@ -16,18 +16,18 @@ _NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 _NUMBER = re.compile(r"(?:line|record|row) (\d+)(?!\d)")
 _KINDS = [kind for kind in specs.DOCUMENT_KINDS if kind not in specs.TOKEN_KINDS]
 _OF_TRAINING = ("transform", "validation")
-LARGEST = 1 << 26  # characters of a document: what steps hold of one, its words and hashes, is many times as much
+LARGEST = 1 << 26  # largest document in characters; the words and hashes of one take many times as much memory
 
 
 class Input(NamedTuple):
-    """A document as it is read.
+    """A document as read.
 
     Attributes:
-      file: its file, or the name that the publisher has for it.
-      row: its line or record in the file, from 1; where the reader tells none, counted by reading.
-      text: None where the record holds no document.
+      file: its file, or the publisher's name for it.
+      row: its line or record in the file, from 1; counted while reading if the reader gives none.
+      text: None if the record holds no document.
       reason: why it holds none; else "".
-      records: 1, or of a damage how many records it took.
+      records: 1, or the number of records lost to a damage.
     """
 
     file: str
@@ -48,7 +48,7 @@ class Inputs:
         `corpora.sources` describes them.
 
     Raises:
-      ValueError: a name or a spec is malformed, or a corpus is not one of documents.
+      ValueError: a name or a spec is malformed, or a corpus does not hold documents.
     """
 
     corpora: Mapping[str, Mapping[str, Any]]
@@ -62,17 +62,19 @@ class Inputs:
                                  f"found {name!r}.")
             specs.validate(spec, name)
             if (kind := specs.kind_of(spec)) not in _KINDS:
-                raise ValueError(f"{name}: t5x prepare reads documents, and {kind!r} is none of their kinds; they are "
+                raise ValueError(f"{name}: t5x prepare reads documents, and {kind!r} is not a kind of documents; "
+                                 f"those are "
                                  f"{', '.join(_KINDS)}.")
             if found := [option for option in _OF_TRAINING if option in spec]:
-                raise ValueError(f"{name}: {found[0]!r} is for training on a corpus: give it where what is prepared is "
+                raise ValueError(f"{name}: {found[0]!r} is an option of training: set it where the prepared files are "
                                  "read.")
 
     def files(self, name: str) -> list[tuple[str, int, int]] | None:
-        """The `state` of each file of a corpus, sorted; None where it is not files that can be read one by one.
+        """The `state` of each file of a corpus, sorted; None if it does not consist of files that can be read one by
+        one.
 
         Raises:
-          OSError: a pattern matches no file, or a link to nothing.
+          OSError: a pattern matches no file, or a broken link.
         """
         spec = self.corpora[name]
         if not specs.is_divisible(spec, "train"):
@@ -80,7 +82,7 @@ class Inputs:
         return [self.state(file) for file in sources.files(spec, "train", name)]
 
     def pieces(self, name: str, file: str, at_most: int) -> list[Piece] | None:
-        """The pieces, of about so many bytes, that a file of a corpus can be read in; None where it is read as a whole.
+        """The pieces of about this many bytes that a file of a corpus is divided into; None if it is read as a whole.
 
         Raises:
           ValueError, OSError: the file is not of its kind, or cannot be read.
@@ -88,25 +90,26 @@ class Inputs:
         return pieces.pieces(file, self.corpora[name], name, at_most)
 
     def rows(self, name: str, file: str, piece: Piece) -> int:
-        """How many lines or rows a piece of a file has."""
+        """The number of lines or rows of a piece of a file."""
         return pieces.rows(file, self.corpora[name], name, piece)
 
     def documents(
         self, name: str, files: Sequence[str] | None, piece: Piece | None = None, rows_before: int = 0
     ) -> Iterator[Input]:
-        """The records of some files of a corpus in their order, or of all of it.
+        """The records of some or all files of a corpus, in order.
 
         Args:
           files: None for all.
-          piece: of the only file, that alone is read; `rows_before` lines or rows come before it.
+          piece: the only part of the single file to read; `rows_before` lines or rows precede it.
 
         Raises:
           ValueError, OSError: a file is not of its kind, or cannot be read.
         """
         row, before = rows_before, files[0] if piece and files else ""
-        told = {fields.BESIDE: ["license", "language"]}  # of columns no others are read
+        told = {fields.BESIDE: ["license", "language"]}  # no other columns are read
         spec = {**self.corpora[name], **told}
-        # What pyarrow made a text of was UTF-8; a text of JSON, or of a template with bytes, may hold half a character.
+        # Texts from pyarrow were valid UTF-8; a text from JSON, or from a template with bytes, may hold half a
+        # character.
         is_valid = specs.kind_of(spec) in ("parquet", "arrow") and not {"text", "sample"} & set(spec)
         for found in pieces.records(before, spec, name, piece, rows_before) if piece else _records(spec, name, files):
             file, at = _place(found.place, before, files or ())
@@ -122,7 +125,7 @@ class Inputs:
 
 
 def _records(spec: Mapping[str, Any], name: str, files: Sequence[str] | None) -> Iterator[Found]:
-    """All records of a corpus, those that hold no document too."""
+    """All records of a corpus, including those without a document."""
     kind = specs.kind_of(spec)
     if kind == "python":
         language = "python" if spec["python"] == "code" else None
@@ -133,9 +136,9 @@ def _records(spec: Mapping[str, Any], name: str, files: Sequence[str] | None) ->
 
 
 def _place(place: str, before: str, files: Iterable[str]) -> tuple[str, int | None]:
-    """The file of a reader's place, such as "a.jsonl, line 3", and the number, where it tells one.
+    """The file of a reader's place, such as "a.jsonl, line 3", and the number, if it has one.
 
-    `before` is the file of the record before, most often this one's too; "" at the first.
+    `before` is the file of the previous record, usually also this one's; "" at the first.
     """
     file = before if before and _is_of(place, before) else next((one for one in files if _is_of(place, one)), None)
     if file is None:
@@ -149,7 +152,7 @@ def _is_of(place: str, file: str) -> bool:
 
 
 def _text(content: str | bytes | Lost, spec: Mapping[str, Any], is_valid: bool) -> tuple[str | None, str]:
-    """The text of a document, or None and why there is none; `is_valid` says that a `str` is known to be UTF-8."""
+    """The text of a document, or None and why there is none; `is_valid` if a `str` is known to be valid UTF-8."""
     if isinstance(content, Lost):
         return None, content.reason
     try:
@@ -161,4 +164,4 @@ def _text(content: str | bytes | Lost, spec: Mapping[str, Any], is_valid: bool) 
         return None, f"longer than {LARGEST:,} characters"
     if not text or text.isspace():
         return None, "empty"
-    return (text, "") if specs.is_sampled(encoded, spec) else (None, "outside of the sample")
+    return (text, "") if specs.is_sampled(encoded, spec) else (None, "outside the sample")

@@ -1,4 +1,4 @@
-"""MBPP's official splits, and which of its problems are in the sanitized set that is evaluated on."""
+"""MBPP's official splits, and its problems in the sanitized set, which is used for evaluation."""
 
 import functools
 

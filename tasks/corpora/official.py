@@ -1,4 +1,4 @@
-"""The study's instruction corpora by name: each is found below a folder by the file name its publisher gave it.
+"""The study's instruction corpora by name: each is found in a folder by its publisher's file name.
 
   text.alpaca_gpt4_en   alpaca_gpt4_data.json
   text.alpaca_gpt4_zh   alpaca_gpt4_data_zh.json
@@ -20,9 +20,9 @@ from tasks.corpora.files import below, in_name_of
 from tasks.corpora.specs import OFFICIAL, kind_of
 
 MIXTURE = "paper_instructions"
-# Of 454,000 instructions, as the paper gives them; the 150,000 of code are shared out by the sizes of the three sets,
-# MBPP's without the problems that are evaluated on. In our runs the share of code is a setting of its own, and these
-# rates count within text and within code; read through SeqIO alone they count among all.
+# The paper's 454,000 instructions; the 150,000 of code are divided by the sizes of the three sets, MBPP's without the
+# evaluated problems. In this package's runs the share of code is a separate setting, and these rates count within text
+# and within code; in plain SeqIO they count among all.
 _CODE_SIZES = {"code.codealpaca": 20_022, "code.cosqa": 19_604, "code.mbpp": 254}
 MIXTURE_RATES: dict[str, float] = {
     "text.alpaca_gpt4_en": 52_000,
@@ -33,12 +33,12 @@ MIXTURE_RATES: dict[str, float] = {
 
 
 def official_corpora(data_dir: str) -> dict[str, dict[str, Any]]:
-    """Specs of all official corpora, by name; nothing is looked for yet."""
+    """Specs of all official corpora, by name; no file is searched for yet."""
     return {name: {"official": name, "data_dir": data_dir} for name in OFFICIAL}
 
 
 def resolve(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Puts the files found in the place of an official corpus's folder.
+    """Replaces the folder of an official corpus by the files found in it.
 
     Args:
       spec: a valid one of the kind "official".
@@ -48,8 +48,8 @@ def resolve(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
       The spec of another kind that reads those files.
 
     Raises:
-      OSError: the folder or the file is not there, or cannot be read.
-      ValueError: the same file is there more than once.
+      OSError: the folder or the file does not exist, or cannot be read.
+      ValueError: the same file exists more than once.
     """
     form = OFFICIAL[spec["official"]]
     kind, folder, wanted = kind_of(form), spec["data_dir"], file_names(spec["official"])
@@ -62,12 +62,12 @@ def resolve(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
             return {**form, kind: found}
     raise FileNotFoundError(
         f"{name}: DATA_DIR {folder!r} holds no file {wanted} (nor one with {COMPRESSED}); put it there, or "
-        "give the corpus a CORPORA line of its own."
+        "give the corpus its own line in CORPORA."
     )
 
 
 def file_names(official_name: str) -> str:
-    """The file names that an official corpus is known by, for messages."""
+    """The file names of an official corpus, for messages."""
     form = OFFICIAL[official_name]
     return " or ".join(form[kind_of(form)])
 
@@ -80,8 +80,8 @@ def _files_named(pattern: str, files: list[str], name: str) -> list[str]:
             continue
         if plain in found:
             raise ValueError(
-                f"{name}: DATA_DIR holds {plain} twice, {found[plain]} and {file}; remove one, or give the corpus a "
-                "CORPORA line of its own."
+                f"{name}: DATA_DIR holds {plain} twice, {found[plain]} and {file}; remove one, or give the corpus "
+                "its own line in CORPORA."
             )
         with in_name_of(name):
             require_file(file)

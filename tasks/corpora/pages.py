@@ -1,8 +1,8 @@
 """Web pages as text: HTML without its markup.
 
-What stands in blocks (paragraphs, headings, items, cells, ...) becomes lines, blanks are joined but in `pre`, and
-scripts, styles, forms' choices and what else is not shown is left out. Nothing is judged: navigation and
-advertisements are lines like others.
+Blocks (paragraphs, headings, items, cells, ...) become lines, blanks are merged except in `pre`, and scripts,
+styles, form choices and other invisible elements are left out. Nothing is filtered: navigation and advertisements
+are lines like others.
 """
 
 import codecs
@@ -18,7 +18,8 @@ _CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{2,40})
 
 
 def decoded(content: bytes, content_type: str) -> str | None:
-    """The text of a page by the encoding that its type or, within, itself names, else UTF-8; None where it is none."""
+    """The text of a page, decoded by the encoding of its type or its own declaration, else UTF-8; None if that
+    fails."""
     of_type = re.search(r"charset\s*=\s*[\"']?([\w.:-]{2,40})", content_type, re.IGNORECASE)
     within = _CHARSET.search(content[:4096])
     named = of_type[1] if of_type else within[1].decode() if within else "utf-8"
@@ -26,20 +27,20 @@ def decoded(content: bytes, content_type: str) -> str | None:
         encoding = codecs.lookup(named).name
     except LookupError:
         encoding = "utf-8"
-    # As browsers have it: what is called one of these is often written in its larger form.
+    # As in browsers: text declared as one of these is often in its superset.
     encoding = {"gb2312": "gb18030", "gbk": "gb18030", "iso8859-1": "cp1252", "ascii": "utf-8"}.get(encoding, encoding)
     try:
         return content.decode(encoding).removeprefix("\ufeff")
-    except (UnicodeError, LookupError):  # a codec that is none of texts, such as hex
+    except (UnicodeError, LookupError):  # a codec that is not for text, such as hex
         return None
 
 
 def title_and_text(page: str) -> tuple[str, str] | None:
-    """The title of a page, and its text in lines without empty ones; None where elements nest too deeply to be read."""
+    """The title of a page, and its text in lines without empty ones; None if elements nest too deeply."""
     from lxml import etree
 
     parser = etree.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
-    # What XML does not allow, it would end at.
+    # Characters that XML forbids, at which the parser would stop.
     cleaned = _CONTROLS.sub(" ", page).encode("utf-8", "replace")
     root = etree.fromstring(cleaned, parser) if cleaned.strip() else None
     if parser.error_log.filter_types([etree.ErrorTypes.ERR_RESOURCE_LIMIT]):

@@ -1,4 +1,4 @@
-"""What `t5x prepare` says of the folder that a corpus's files lie in: how, and of what, they were prepared."""
+"""The manifest of `t5x prepare` in the folder of a corpus's files: how, and from what, they were prepared."""
 
 import json
 import os
@@ -7,17 +7,17 @@ from typing import Any
 
 from codellm_jax.contents import content, is_file
 
-NAMED = 20  # input files that are named one by one; of more it is their folders
+NAMED = 20  # input files that are named one by one; for more, their folders
 _HASHES = ("steps_sha256", "inputs_sha256")
 
 
 def prepared(files: Iterable[str]) -> list[dict[str, Any]]:
-    """For each folder of some files in which `t5x prepare` left its manifest, what that says.
+    """The manifest of each folder of some files that `t5x prepare` wrote.
 
     Returns:
       As JSON: "folder", "steps_sha256" (of the steps with all options), "inputs_sha256" (of the inputs' specs, names
-      and sizes), and "inputs": of each corpus that was prepared its files, or, of more than 20, their folders with how
-      many lie in each.
+      and sizes), and "inputs": the files of each prepared corpus, or for more than 20, their folders with the number of
+      files in each.
 
     Raises:
       OSError: a manifest cannot be read.
@@ -31,7 +31,7 @@ def prepared(files: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _told(text: bytes) -> dict[str, Any] | None:
-    """What a manifest says; None where it is another program's."""
+    """The content of a manifest; None if it is another program's."""
     try:
         manifest = json.loads(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""Python read and changed by its own tokenizer and syntax tree: the grammar is that of the Python that runs.
+"""Python code read and changed with Python's own tokenizer and syntax tree: the grammar is that of the running Python.
 
-Each function takes the text of a file and gives its text after a transform (`transforms` says what each does). All
-raise SyntaxError where this Python cannot read the file. Ends of lines become "\\n", as Python's own reader has them.
+Each function takes the text of a file and returns its text after a transform (described in `transforms`). All
+raise SyntaxError if this Python cannot read the file. Ends of lines become "\\n", as Python's own reader has them.
 """
 
 import ast
@@ -20,7 +20,7 @@ from tasks.corpora.standard_library import docstrings_of, parse, split_docstring
 from tasks.corpora.words import keyword_in_words, operator_in_words
 
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-# Since Python 3.12 a formatted string is several tokens, which begin and end so.
+# Since Python 3.12 a formatted string is several tokens, with these first and last ones.
 _FORMATTED = {name: getattr(tokenize, name) for name in ("FSTRING_START", "FSTRING_END", "TSTRING_START", "TSTRING_END")
               if hasattr(tokenize, name)}
 
@@ -33,15 +33,15 @@ class _Token(NamedTuple):
 
 
 def normalized(source: str) -> str:
-    """A file's text as Python's own reader gives it."""
+    """A file's text with normalized line ends, as in Python's own reader."""
     return re.sub("\r\n?", "\n", source.removeprefix("\ufeff"))
 
 
 def strip_comments(source: str) -> str:
-    """Leaves out comments and docstrings; a body that holds nothing else gets `pass`.
+    """Removes comments and docstrings; a body that holds nothing else gets `pass`.
 
-    A string that comes to stand where a docstring would is left out as well. A line with nothing but a comment is left
-    out as a whole.
+    A string that thereby becomes a docstring is removed as well. A line with only a comment is removed
+    entirely.
     """
     code = normalized(source)
     while (without := split_docstrings(code)[0]) != code:
@@ -53,7 +53,7 @@ def strip_comments(source: str) -> str:
             kept.append(line)
             continue
         before = line[: comments[number]].rstrip()
-        # A statement that goes on in this line ends with it.
+        # A statement that continues in this line ends with it.
         if before or (number - 1 not in comments and kept and kept[-1].endswith("\\")):
             kept.append(before)
     code = "\n".join(kept).lstrip("\n")
@@ -62,7 +62,7 @@ def strip_comments(source: str) -> str:
 
 
 def comments_only(source: str) -> str:
-    """Comments, and docstrings as comments, in their order, each line from its beginning."""
+    """Comments, and docstrings as comments, in order, without indentation."""
     code = normalized(source)
     found = [(token.line, token.column, [token.text]) for token in _tokens(code) if token.type == tokenize.COMMENT]
     for line, column, docstring in docstrings_of(parse(code)):
@@ -73,7 +73,7 @@ def comments_only(source: str) -> str:
 
 
 def renamed(source: str, naming: Naming) -> str:
-    """New names for what the file binds itself, where `python_names` finds that it may be renamed."""
+    """New names for the file's own names, where `python_names` allows renaming."""
     code = normalized(source)
     tree = parse(code)
     spans = name_spans(code)
@@ -87,12 +87,12 @@ def renamed(source: str, naming: Naming) -> str:
         end = span.end
     result = "".join([*pieces, code[end:]])
     if not _alike(tree, parse(result), ours):
-        raise SyntaxError("names stand where the tokenizer and the syntax tree differ")
+        raise SyntaxError("the tokenizer and the syntax tree disagree on the position of names")
     return result
 
 
 def _alike(before: ast.AST, after: ast.AST, renamed: set[str]) -> bool:
-    """Whether two trees are the same but for names among those that were renamed."""
+    """Whether two trees are the same except for renamed names."""
     pending: list[tuple[object, object]] = [(before, after)]
     while pending:
         one, other = pending.pop()
@@ -111,7 +111,7 @@ def _alike(before: ast.AST, after: ast.AST, renamed: set[str]) -> bool:
 
 
 def pseudocode(source: str) -> str:
-    """A line for each statement, four blanks for each level of its block; `words` has the words."""
+    """A line for each statement, four blanks for each block level; `words` has the vocabulary."""
     code = normalized(source)
     parse(code)
     lines: list[str] = []
@@ -142,7 +142,7 @@ def pseudocode(source: str) -> str:
 
 
 def _tokens(code: str) -> Iterator[_Token]:
-    """The tokens of a file that parses; a formatted string is one."""
+    """The tokens of a valid file; a formatted string is one."""
     lines = code.split("\n")
     formatted: list[tuple[int, int]] = []
     try:

@@ -1,20 +1,21 @@
-"""Which names of a Python file may be renamed, so that it still means what it did as far as the file itself tells.
+"""Which names of a Python file may be renamed without changing its meaning, as far as the file itself shows.
 
-A name is renamed wherever it stands in the file, or nowhere. It is renamed where the file binds it (parameters, local
-and global variables, functions, classes, attributes that a class of the file defines in its body or on `self`) unless
+A name is renamed at all its occurrences in the file, or nowhere. It is renamed where the file binds it (parameters,
+local and global variables, functions, classes, attributes that a class of the file defines in its body or on `self`)
+unless
 
   it is a keyword, a builtin or has two underscores at both ends;
   an import names it, or makes it;
-  it stands as an attribute that no class of the file defines, or of something that an import brought; or that builtin
-    types have as well, if it is asked of more than a method's own object;
-  a call names it as an argument, and no function or class of the file that is called so has such a parameter;
-  a class defines it whose base is not of this file, for it may stand for what the base has;
-  some scope reads it as a global name that the file's module never binds;
-  a string tells it: in __slots__, __match_args__, getattr and its like, or {name=} in a formatted string; any string
-    does, but for docstrings, in a file that calls eval, exec, globals, locals or vars.
+  it occurs as an attribute that no class of the file defines, or of an imported object; or that builtin types have as
+    well, if it is accessed on more than a method's own object;
+  a call names it as a keyword argument, and no function or class of the file with the called name has such a parameter;
+  a class whose base is not in this file defines it, since it may override the base's;
+  a scope reads it as a global name that the module never binds;
+  a string holds it: in __slots__, __match_args__, getattr and its like, or {name=} in a formatted string; any string
+    except docstrings counts in a file that calls eval, exec, globals, locals or vars.
 
-So attributes that a class of the file defines are renamed on every object, and what other files import of this one has
-another name.
+Attributes that a class of the file defines are thus renamed on every object, and names that other files import from
+this one change.
 """
 
 import ast
@@ -43,7 +44,7 @@ class Span(NamedTuple):
 
     begin: int
     end: int
-    name: str  # as the syntax tree has it
+    name: str  # as in the syntax tree
     is_told: bool  # by a formatted string, as {name=}
 
 
@@ -51,12 +52,12 @@ class Span(NamedTuple):
 
 
 def name_spans(code: str) -> list[Span]:
-    """All names and keywords of a file that parses, in order, those in formatted strings too; raises SyntaxError."""
+    """All names and keywords of a file, in order, including those in formatted strings; raises SyntaxError."""
     starts = [0]
     for line in code.split("\n"):
         starts.append(starts[-1] + len(line) + 1)
     found: list[Span] = []
-    opened: list[int] = []  # how many names came before each bracket that is open
+    opened: list[int] = []  # number of names before each open bracket
     last = ""  # operator
     try:
         for token in tokenize.generate_tokens(io.StringIO(code).readline):
@@ -83,7 +84,7 @@ def name_spans(code: str) -> list[Span]:
 
 
 def _formatted_spans(token: str) -> Iterator[Span]:
-    """The names in a string as one token; none where it is not formatted."""
+    """The names in a string token; none if it is not formatted."""
     opening = re.match("([A-Za-z]*)(\"\"\"|'''|\"|')", token)
     if opening is None or "f" not in opening[1].lower():
         return
@@ -94,8 +95,8 @@ def _formatted_spans(token: str) -> Iterator[Span]:
 
 
 def _fields(text: str, position: int, end: int, is_raw: bool, in_format: bool = False) -> list[tuple[int, int, bool]]:
-    """Where the expressions of a formatted string begin and end, and whether each is told; of Python before 3.12,
-    whose expressions have no backslashes, comments or quotes of the string around.
+    """The start and end of each expression of a formatted string, and whether it ends in "="; for Python before
+    3.12, whose expressions have no backslashes, comments or quotes of the enclosing string.
     """
     found: list[tuple[int, int, bool]] = []
     while position < end:
@@ -143,7 +144,7 @@ def _end_of_expression(text: str, position: int, end: int) -> int:
 
 
 def _closing(text: str, position: int, end: int) -> int:
-    """Where the bracket of a field closes that is open at a position within its format."""
+    """The position of the closing bracket of the field that is open at a position within its format."""
     depth = 0
     while position < end:
         if text[position] == "}" and not depth:
@@ -157,15 +158,15 @@ def _closing(text: str, position: int, end: int) -> int:
 
 
 class _Scope(NamedTuple):
-    """Where a node stands, as far as attributes ask for it."""
+    """The scope of a node, as needed for attributes."""
 
-    of_class: ast.ClassDef | None  # whose method or body it is in
+    of_class: ast.ClassDef | None  # the class whose method or body it is in
     in_body: bool = False  # directly in the body of that class
-    own: str | None = None  # what the method calls its object, such as "self"
+    own: str | None = None  # the method's name for its object, such as "self"
 
 
 def renameable(tree: ast.Module, code: str, spans: Sequence[Span]) -> set[str]:
-    """The names of a file that may be renamed, as the module describes; raises SyntaxError where scopes are at odds."""
+    """The names of a file that may be renamed, as described above; raises SyntaxError if scopes are inconsistent."""
     nodes = list(_scoped(tree))
     parameters, classes = _parameters(nodes), _classes(nodes)
     foreign = _foreign(classes)
@@ -226,7 +227,7 @@ def renameable(tree: ast.Module, code: str, spans: Sequence[Span]) -> set[str]:
 
 
 def _scoped(tree: ast.Module) -> Iterator[tuple[ast.AST, _Scope]]:
-    """All nodes of a tree with where they stand."""
+    """All nodes of a tree with their scopes."""
     pending: list[tuple[ast.AST, _Scope]] = [(tree, _Scope(None))]
     while pending:
         node, scope = pending.pop()
@@ -239,7 +240,7 @@ def _scoped(tree: ast.Module) -> Iterator[tuple[ast.AST, _Scope]]:
             inner = _Scope(scope.of_class, own=first[0].arg if first else None)
         elif isinstance(node, (*_FUNCTIONS, ast.Lambda)):
             inner = scope._replace(in_body=False)
-        # What stands before the body of a function or class is of the scope around.
+        # Everything before the body of a function or class belongs to the enclosing scope.
         body = {*map(id, getattr(node, "body", ()) if isinstance(getattr(node, "body", ()), list) else ())}
         is_scope = isinstance(node, (*_FUNCTIONS, ast.ClassDef))
         pending += [(child, inner if not is_scope or id(child) in body else scope._replace(in_body=False))
@@ -247,7 +248,7 @@ def _scoped(tree: ast.Module) -> Iterator[tuple[ast.AST, _Scope]]:
 
 
 def _parameters(nodes: Iterable[tuple[ast.AST, _Scope]]) -> dict[str, set[str]]:
-    """By the name of a function or class of the file: the arguments that its calls may name."""
+    """The keyword arguments of each function or class of the file, by its name."""
     found: dict[str, set[str]] = defaultdict(set)
     for node, scope in nodes:
         if isinstance(node, _FUNCTIONS):
@@ -265,7 +266,7 @@ def _classes(nodes: Iterable[tuple[ast.AST, _Scope]]) -> list[ast.ClassDef]:
 
 
 def _foreign(classes: list[ast.ClassDef]) -> set[ast.ClassDef]:
-    """Of the classes those with a base, at whatever distance, that is neither of the file nor a builtin."""
+    """The classes with a direct or indirect base that is neither in the file nor a builtin."""
     found: set[ast.ClassDef] = set()
     known = {*dir(builtins), *(each.name for each in classes)}
     while True:
@@ -278,7 +279,8 @@ def _foreign(classes: list[ast.ClassDef]) -> set[ast.ClassDef]:
 
 
 def _called(function: ast.expr, imported: set[str]) -> str | None:
-    """What a call names: a function, a class or a method; None where that is another's, or of the class above."""
+    """The name that a call calls: a function, a class or a method; None if it belongs to another object, or to the base
+    class."""
     match function:
         case ast.Attribute(value=ast.Call(func=ast.Name(id="super"))):
             return None
@@ -295,14 +297,14 @@ def _root(node: ast.AST) -> str | None:
 
 
 def _words(node: ast.AST) -> set[str]:
-    """The words of all strings in a node, but for those that are statements, such as docstrings."""
+    """The words of all strings in a node, except those that are statements, such as docstrings."""
     statements = {id(each.value) for each in ast.walk(node) if isinstance(each, ast.Expr)}
     return {word for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
             and id(each) not in statements for word in re.findall(r"\w+", each.value)}
 
 
 def _unbound_globals(code: str) -> set[str]:
-    """Names that some scope reads as global and that are not bound as such."""
+    """Names that a scope reads as global but that are not bound globally."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = symtable.symtable(code, "document", "exec")

@@ -1,9 +1,9 @@
 """JSON records from files, one by one: a list or JSON lines, whole or broken.
 
-What a file is, its content says: one that begins with "[" is a list, one with an object in a line is JSON lines.
-A broken file is never given up as a whole. Its objects are decoded one after the other; where one does not parse, the
-next that does goes on. But a file that holds no object at all is something else, and is refused; and so is one of whose
-records beyond ASCII most are no UTF-8: those that are came to be by chance, and are not what was written.
+The content decides the form: a file that begins with "[" is a list, one with an object in a line is JSON lines.
+A broken file is not given up as a whole. Its objects are decoded one by one; after one that does not parse, reading
+continues at the next that does. But a file without any object is not JSON and is refused; so is one where most records
+beyond ASCII are not UTF-8, because the valid ones are then valid by chance.
 """
 
 import json
@@ -12,17 +12,28 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from codellm_jax.contents import LARGEST, READ_IS, TOO_LARGE, BrokenFile, UnreadableFile, lines, require_text
+from codellm_jax.contents import (
+    HEAD,
+    LARGEST,
+    READ_IS,
+    TOO_LARGE,
+    BrokenFile,
+    UnreadableFile,
+    lines,
+    require_text,
+)
 from tasks.corpora.files import Lost
 
 BROKEN_JSON = "broken JSON"
 NO_OBJECT = "not a JSON object"
 NOT_UTF8 = "not valid UTF-8"
 EMPTY_FILE = "empty file"
-FOREIGN = 10  # records that are no UTF-8 in a file of another encoding; fewer may be broken ones
+LONGEST_LINE = 1 << 28  # bytes of a record in a line: parsing takes up to seven times as much memory
+TOO_LONG = f"longer than {LONGEST_LINE >> 20} MiB"
+FOREIGN = 10  # invalid UTF-8 records that indicate another encoding; fewer may be damage
 
 _BETWEEN_RECORDS = re.compile(r"[\s,\[\]]*")
-# Within a string its quotes would be escaped, so code in a string does not look like this.
+# Within a string its quotes are escaped, so code in a string does not match.
 _RECORD_START = re.compile(r'\{\s*"[^"\\]*"\s*:')
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
@@ -30,17 +41,17 @@ Record = dict[str, Any] | Lost
 
 
 def json_records(file: str) -> Iterator[Record]:
-    """The JSON objects of a file, in order, and a `Lost` for each that cannot be had.
+    """The JSON objects of a file, in order, and a `Lost` for each unreadable one.
 
     Raises:
       OSError: the file cannot be read.
-      UnreadableFile: it is no text, or nothing in it is a JSON object.
+      UnreadableFile: it is not text, or holds no JSON object.
     """
     return (record for _, record in placed_records(file))
 
 
 def placed_records(file: str) -> Iterator[tuple[str, Record]]:
-    """What `json_records` gives, with the place of each, such as "a.jsonl, line 3"; raises as that does."""
+    """The records of `json_records` with the place of each, such as "a.jsonl, line 3"; raises the same errors."""
     found = lost = broken = beyond_ascii = foreign = 0
     for place, record, is_ascii in _records(file):
         found += isinstance(record, dict)
@@ -56,26 +67,26 @@ def placed_records(file: str) -> Iterator[tuple[str, Record]]:
 
 
 def records_of_lines(file: str, source: Iterable[bytes], before: int) -> Iterator[tuple[str, Record]]:
-    """What `placed_records` gives of some lines of a file, each a record by itself, behind `before` others."""
-    for number, line in enumerate(lines(file, LARGEST, source), before + 1):
+    """The records of `placed_records` for some lines of a file, each a record by itself, after `before` others."""
+    for number, line in enumerate(lines(file, LONGEST_LINE, source), before + 1):
         if not line:
-            yield f"{file}, line {number}", Lost(TOO_LARGE)
+            yield f"{file}, line {number}", Lost(TOO_LONG)
         elif line.strip():
             yield f"{file}, line {number}", _record_of(_parsed(line))
 
 
 def require_json(file: str) -> None:
-    """Looks at the beginning of a file alone; raises what `json_records` would where that is no JSON."""
+    """Checks only the beginning of a file; raises the error of `json_records` if that is not JSON."""
     beginning = require_text(file)
     if beginning.lstrip().startswith(b"<"):
-        raise UnreadableFile(f"{file} is HTML or XML, where JSON records are wanted; it begins with {_beginning(file)}")
+        raise UnreadableFile(f"{file} is HTML or XML; expected JSON records; it begins with {_beginning(file)}")
     beyond_ascii = [line for line in beginning.split(b"\n")[:-1] if not line.isascii()]
     _require_utf8(file, sum(not _is_utf8(line) for line in beyond_ascii), len(beyond_ascii))
 
 
 def _require_utf8(file: str, foreign: int, beyond_ascii: int) -> None:
     if foreign >= FOREIGN and 2 * foreign > beyond_ascii:
-        raise UnreadableFile(f"{file} is not UTF-8 text: {foreign} of its {beyond_ascii} records beyond ASCII are no "
+        raise UnreadableFile(f"{file} is not UTF-8 text: {foreign} of its {beyond_ascii} records beyond ASCII are not "
                              f"valid UTF-8; {READ_IS}.")
 
 
@@ -93,23 +104,23 @@ def _beginning(file: str) -> str:
 
 
 def broken_rest(file: str) -> Lost:
-    """What is lost of a file that breaks off."""
+    """The lost rest of a truncated file."""
     return Lost(f"broken rest of {os.path.basename(file)}")
 
 
 def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
-    """Records with their places, and whether they are written in ASCII."""
+    """Records with their places, and whether they are in ASCII."""
     waiting: list[bytes] = []  # of a file that is read as a whole, or may have to be
     opening, is_lines, number, held = b"", False, 0, 0
     ending: list[Lost] = []
     try:
         for number, line in enumerate(lines(file, LARGEST), 1):
-            if not line:
-                yield f"{file}, line {number}", Lost(TOO_LARGE), True
+            if not line or len(line) > LONGEST_LINE and (opening or line[:HEAD].strip()[:1]) != b"[":
+                yield f"{file}, line {number}", Lost(TOO_LONG if line else TOO_LARGE), True
                 continue
             is_first, opening = not opening, opening or line.strip()[:1]
             if not is_lines and opening != b"[" and (is_first or line.startswith(b"{")):
-                # A record spread over several lines has none that is an object and begins where lines do.
+                # A record that spans several lines has no line that is itself an unindented object.
                 if is_lines := isinstance(_parsed(line), dict):
                     yield from _records_of(file, b"".join(waiting))
                     waiting = []
@@ -117,9 +128,9 @@ def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
                 waiting.append(line)
                 held += len(line)
                 if held > LARGEST:
-                    raise UnreadableFile(f"{file} is a JSON list, or of records over several lines, and "
-                                         f"{TOO_LARGE}, all of which would be held at once; write it as JSON "
-                                         "lines, one object a line.")
+                    raise UnreadableFile(f"{file} is a JSON list, or has records over several lines, and "
+                                         f"is {TOO_LARGE}, which would be held in memory at once; write it "
+                                         "as JSON lines, one object per line.")
             elif line.strip():
                 yield f"{file}, line {number}", _record_of(_parsed(line)), line.isascii()
     except BrokenFile:
@@ -131,7 +142,7 @@ def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
 
 
 def _parsed(line: bytes) -> Any:
-    """What a line holds as JSON; a `Lost` where it is none."""
+    """The JSON object of a line; a `Lost` if it is none."""
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError:
@@ -145,16 +156,16 @@ def _record_of(value: Any) -> Record:
 
 
 def _records_of(file: str, content: bytes) -> Iterator[tuple[str, Record, bool]]:
-    """The objects of a JSON list, or of anything that holds objects one after the other, as `_records` gives them."""
+    """The objects of a JSON list, or of any sequence of objects, as `_records` gives them."""
     whole = _parsed(content)
     if isinstance(whole, list):
         is_ascii = content.isascii()
         for number, record in enumerate(whole, 1):
             yield f"{file}, record {number}", _record_of(record), is_ascii
         return
-    # A line break within a string, which JSON does not allow, does no harm here.
+    # A line break within a string, which JSON forbids, is accepted here.
     decoder = json.JSONDecoder(strict=False)
-    # Bytes that are no UTF-8 become lone surrogates, by which the records that hold them are known.
+    # Invalid UTF-8 becomes lone surrogates, which identify the affected records.
     text, position, line, counted = content.decode(errors="surrogateescape"), 0, 1, 0
     while (position := _end_of_match(_BETWEEN_RECORDS, text, position)) < len(text):
         line, counted = line + text.count("\n", counted, position), position
@@ -162,7 +173,7 @@ def _records_of(file: str, content: bytes) -> Iterator[tuple[str, Record, bool]]
             record, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict):  # Or a piece of one that is broken.
+        if not isinstance(record, dict):  # Or a piece of a broken object.
             start = _RECORD_START.search(text, position + 1)
             record, end = Lost(BROKEN_JSON), start.start() if start else len(text)
         if _ESCAPED.search(text, position, end):

@@ -1,18 +1,18 @@
-"""New names for the names of a file, whatever its language.
+"""New names for the names of a file in any language.
 
-A name that begins with two underscores keeps them: within classes of Python it is another name than without.
+A name that begins with two underscores keeps them, because Python classes mangle such names.
 """
 
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-# From the occurrences of names, in their order, and the names that stay, to as many new names.
+# Maps the occurrences of names, in order, and the kept names to as many new names.
 Naming = Callable[[Sequence[str], set[str]], list[str]]
 
 
 def consistent_names(occurrences: Sequence[str], taken: set[str]) -> list[str]:
-    """v0, v1 ... in the order in which names come first; the same name is the same again."""
+    """v0, v1 ... in order of first occurrence; equal names stay equal."""
     numbers, found = _free(taken), dict[str, str]()
     for name in occurrences:
         if name not in found:
@@ -21,7 +21,7 @@ def consistent_names(occurrences: Sequence[str], taken: set[str]) -> list[str]:
 
 
 def random_names(occurrences: Sequence[str], taken: set[str], dice: random.Random) -> list[str]:
-    """The same names, but each occurrence has one of its own, in random order."""
+    """The same names, but each occurrence gets its own, in random order."""
     numbers = list(itertools.islice(_free(taken), len(occurrences)))
     dice.shuffle(numbers)
     return [_new(name, number) for name, number in zip(occurrences, numbers, strict=True)]

@@ -1,8 +1,8 @@
-"""Records of CSV and TSV: one a row, with the names of the first row as fields.
+"""Records of CSV and TSV: one per row, with the names of the first row as fields.
 
-What stands between cells the option `separator` says, else the name of a file: a tab for .tsv and .tab, a comma for
-others. Cells may be quoted, and then hold line ends; `'quotes': False` takes quotes for text, as many TSVs mean them.
-Files without a row of names get them by `columns`. All values are text.
+The option `separator` sets the delimiter; by default a tab for .tsv and .tab, a comma for other names. Quoted cells
+may hold line ends; `'quotes': False` treats quotes as text, as in many TSVs. For files without a header row, `columns`
+gives the names. All values are text.
 """
 
 import csv
@@ -13,7 +13,7 @@ from codellm_jax.contents import LARGEST, TOO_LARGE, lines, without_compression
 from tasks.corpora.files import Lost
 from tasks.corpora.records import EMPTY_FILE
 
-LONGEST_CELL = 1 << 26  # characters; a quote that is not closed would take in the rest of a file
+LONGEST_CELL = 1 << 26  # characters; an unclosed quote would swallow the rest of a file
 
 
 def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any] | Lost]]:
@@ -21,8 +21,8 @@ def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str,
 
     Raises:
       OSError: the file cannot be read.
-      UnreadableFile: it is no text.
-      BrokenFile: it breaks off or is damaged; after all that can be had.
+      UnreadableFile: it is not text.
+      BrokenFile: it is truncated or damaged; raised after all readable rows.
     """
     tabs = without_compression(file).lower().endswith((".tsv", ".tab"))
     csv.field_size_limit(LONGEST_CELL)
@@ -32,7 +32,7 @@ def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str,
         nonlocal longer
         for line in lines(file, LARGEST):
             longer += not line
-            # Bytes that are no UTF-8 become lone surrogates, by which a text that holds them is known.
+            # Invalid UTF-8 becomes lone surrogates, which identify the affected texts.
             yield line.decode(errors="surrogateescape")
 
     rows = csv.reader(decoded(),
@@ -55,8 +55,8 @@ def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str,
             names = row
             number = 0
         elif len(row) != len(names):
-            yield (f"{file}, line {rows.line_num}, {len(row)} in the place of {len(names)}",
-                   Lost("with another number of cells than there are names"))
+            yield (f"{file}, line {rows.line_num}, {len(row)} instead of {len(names)}",
+                   Lost("with a number of cells that differs from the header's"))
         else:
             yield f"{file}, line {rows.line_num}", dict(zip(names, row, strict=True))
     if longer:

@@ -1,55 +1,55 @@
-"""Where the documents of pre-training come from: users' files, and what every Python holds.
+"""Sources of pre-training documents: users' files, and the standard library of every Python.
 
-A corpus is described by a *spec*, a mapping with exactly one kind key and that kind's options (those
-of instructions, which may stand among documents, are in `instruction_sets.instructions`):
+A corpus is described by a *spec*, a mapping with exactly one kind key and that kind's options
+(instructions, which may be mixed with documents, are in `instruction_sets.instructions`):
 
   {"python": "text"}                       prose of the running Python's standard library; or "code"
   {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    JSON lines, or a list
-  {"parquet": PATTERN, "field": "text"}    a document a row; only the columns that are asked for are read
+  {"parquet": PATTERN, "field": "text"}    a document per row; only the requested columns are read
   {"arrow": PATTERN, "field": "text"}      Arrow's files and streams, and folders of `save_to_disk`
   {"csv": PATTERN, "field": "text"}        CSV and TSV; `separator`, `columns` and `quotes` are in `separated`
-  {"webdataset": PATTERN, "field": "txt"}  tars, of whose members the field is one, or a field of one of JSON; this kind
+  {"webdataset": PATTERN, "field": "txt"}  tars; the field is a member, or a field of a JSON member; this kind
   {"warc": PATTERN}                        and the next two are described in `archives`
   {"array_record": PATTERN, "field": "text"}
-  {"megatron": PATTERN, "vocabulary": V}   tokens already made; these two are described in `token_arrays`
+  {"megatron": PATTERN, "vocabulary": V}   tokenized documents; these two are described in `token_arrays`
   {"tokens": PATTERN, "vocabulary": V}
-  {"text_files": PATTERN}                  one document a file
+  {"text_files": PATTERN}                  one document per file
   {"tfrecords": PATTERN, "field": "text"}  tf.train.Example, plain or compressed by gzip
-  {"notebooks": PATTERN}                   Jupyter's, one document a file; the text forms of these three are in
+  {"notebooks": PATTERN}                   Jupyter's, one document per file; the text forms of these three are in
   {"commits": PATTERN}                     `adjacent`: JSON records of {before, after, message}
   {"threads": PATTERN}                     and of {question, answers}
   {"tfds": "name:1.0.0", "field": "text"}  TensorFlow Datasets; its split "train"
   {"task": "name"}                         another SeqIO task, under this corpus's name
 
 PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current directory), gs://, or
-hf://datasets/ORG/NAME[@REVISION]/... on Hugging Face's hub. Each file is read once, whatever links lead to it. How it
-is compressed and encoded its content says (`codellm_jax.contents`); one that is something else is refused by name.
-Where documents come from files or TFDS, a stable hash of each text puts a hundredth of them into
-"validation" and a hundredth into "test"; `holdout` sets another fraction. Of a small corpus they are
-the texts of lowest hash, at least one each (`specs.borders_of`).
-`validation`, a pattern (for TFDS a split) of its own, leaves the main one wholly to "train". `rate`
+hf://datasets/ORG/NAME[@REVISION]/... on Hugging Face's hub. Each file is read once, even if several links lead to it.
+Compression and encoding are detected from its content (`codellm_jax.contents`); a file of another type is refused by
+name. For documents from files or TFDS, a stable hash of each text puts one percent of them into "validation"
+and one percent into "test"; `holdout` sets another fraction. For a small corpus these are the
+texts with the lowest hashes, at least one each (`specs.borders_of`).
+`validation`, a separate pattern (for TFDS a split), leaves the whole main one to "train". `rate`
 is the corpus's weight within its pool and does not change what is read.
 
-Of records `field` names the text, also within others by dots, as in "meta.text"; `text` puts one together of several
-fields, and `where` takes some records alone; both are described in `fields`:
+For records, `field` names the text, also nested, as in "meta.text"; `text` joins several fields, and `where` selects
+records; both are described in `fields`:
 
   {"parquet": PATTERN, "text": "{title}: {meta.body}", "where": {"language": ["en"], "score": {"at_least": 3}}}
 
-`sample`, a fraction, reads that part of the documents of any kind, each by a hash of its text that is independent of
-its split's: a larger sample holds a smaller one, and equal texts are in it together.
+`sample` reads this fraction of the documents of any kind, chosen by a hash of the text that is independent of the
+split's: a larger sample contains a smaller one, and equal texts are sampled together.
 
 `transform` changes the documents of any kind but "task": a list of names, described in `transforms`, applied in turn:
 
   "transform": ["strip_comments", {"name": "shuffle_lines", "seed": 1}]
 
-A document's split is that of its text before, so that corpora that differ in transforms hold out the same documents.
-Transforms of code read the language of the option `language`; without it that of the record's field "language", of the
-file's suffix, or of the notebook, and Python of what Python holds. What cannot be read in its language is left out;
-"unparsed": "keep" keeps it as it was before all transforms. Either is counted, and so is what a transform leaves empty,
-which is always left out.
+A document's split is that of its original text, so that corpora that differ only in transforms hold out the same
+documents. Transforms of code use the language of the option `language`; without it that of the record's field
+"language", of the file's suffix, or of the notebook, and Python for the standard library. Documents that do not parse
+are left out; "unparsed": "keep" keeps them untransformed. Both are counted, as are documents that a transform leaves
+empty, which are always left out.
 
-Nothing is lost silently: records that cannot be read are counted, and reported in one warning a reading, with the
-place of the first of each kind.
+Nothing is lost silently: unreadable records are counted, and reported in one warning per reading, with the place
+of the first of each kind.
 Importing this module imports neither TensorFlow nor SeqIO.
 """
 
@@ -106,20 +106,20 @@ from tasks.corpora.specs import (
 )
 from tasks.corpora.standard_library import python_corpus, python_documents
 
-# Part of every cache key; raise it whenever the same files would give other documents.
+# Part of every cache key; increase it whenever the same files give different documents.
 READER_VERSION = 2
 
 
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
-    """What identifies a corpus's content, found without reading it; JSON-able, for cache keys.
+    """Identifies a corpus's content without reading it; JSON-able, for cache keys.
 
     Files are identified by path and size: an edit that keeps a file's size goes unnoticed. `rate` and `loss`
-    are no part of it, as they do not change the documents. Of a task it holds the name alone, and of files that
-    `t5x prepare` wrote what `prepared` gives.
+    are not part of it, since they do not change the documents. For a task it holds only the name, and for files
+    that `t5x prepare` wrote the result of `prepared`.
 
     Raises:
       ValueError: the spec is malformed, or a pattern names folders.
-      OSError: a pattern matches no file, or a link to nothing.
+      OSError: a pattern matches no file, or a broken link.
     """
     validate(spec, name)
     kind = kind_of(spec)
@@ -143,7 +143,7 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
             description[f"{split}_files"] = [[file, size(file)] for file in files(spec, split, name)]
         if found := prepared(file for file, _ in description["train_files"]):
             description["prepared"] = found
-    if kind in TOKEN_KINDS:  # these files keep their size where another vocabulary of as many bits makes them anew
+    if kind in TOKEN_KINDS:  # these files keep their size when rewritten with another vocabulary of the same width
         description["contents"] = [
             glance(file) for split in ("train", "validation") for file, _ in description.get(f"{split}_files", ())]
     return description
@@ -161,11 +161,11 @@ def documents(
     Args:
       spec: as the module describes; not of the kind "task", which SeqIO reads.
       split: one of `splits(spec)`.
-      name: what to call the corpus in messages.
-      only_files: for kinds of files, read these of `files(spec, split)` alone, one shard of many. That they are of
-        them is not checked: listing many files anew for each shard would take longer than reading it. Nor is it an
-        error where these hold no document.
-      borders: what `find_borders` gives, where it is known; else the first documents are read for it.
+      name: the corpus's name in messages.
+      only_files: for kinds of files, read only these of `files(spec, split)`, one shard of many. Membership is not
+        checked: listing many files again for each shard would take longer than reading it. It is no error if these
+        hold no document.
+      borders: the result of `find_borders`, if known; else the first documents are read for it.
 
     Raises:
       ValueError: the spec is malformed, has no such split, a file is not of its kind, or they hold no document at all.
@@ -206,9 +206,9 @@ def documents(
 
 
 def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | None:
-    """What divides the corpus of a valid spec of documents into splits; None where no hash does.
+    """The hash borders that divide the corpus of a valid spec into splits; None if it is not divided by hash.
 
-    Reads documents until they are enough, by default 2,000 of them. Errors are those of `documents`.
+    Reads as many documents as needed, by default 2,000. Errors are those of `documents`.
     """
     holdout, kind = holdout_of(spec), kind_of(spec)
     if not holdout:
@@ -219,12 +219,12 @@ def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | Non
 
 
 def files(spec: Mapping[str, Any], split: str, name: str = "corpus") -> list[str]:
-    """The files that a split of a corpus is read from, sorted; absolute paths, or gs:// ones.
+    """The files of a split of a corpus, sorted; absolute paths, or gs:// ones.
 
     Without a `validation` pattern all splits are read from the same files.
 
     Raises:
-      OSError: a pattern matches no file, or a link to nothing.
+      OSError: a pattern matches no file, or a broken link.
       ValueError: a pattern names folders, or a file is matched both by the main pattern and by `validation`.
     """
     def found(patterns: str | Sequence[str]) -> list[str]:
@@ -243,11 +243,11 @@ def usable(
     records: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, find: Callable[[], Borders | None],
     whole: bool = True,
 ) -> Iterator[Found]:
-    """The records that are documents of the split; reports the others, by their places, when reading ends.
+    """The documents of the split; reports the other records, with places, when reading ends.
 
     Args:
-      find: gives what divides the corpus into splits.
-      whole: whether these are all records of the split, of which none must not be left.
+      find: gives the borders of splits.
+      whole: whether these are all records of the split; then at least one must be a document.
     """
     borders = find()
     lost = PassedOver()
@@ -258,9 +258,9 @@ def usable(
             if borders is None or split_of(content, borders) == split:
                 yield document
     finally:
-        if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
+        if lost or not whole:  # also for a part that lost nothing, so that parts add up to the whole
             logging.warning(
-                "%s, read for %s: %d records are documents, passed over: %s.",
+                "%s, read for %s: %d records are documents, skipped: %s.",
                 name,
                 split,
                 kept,
@@ -272,7 +272,7 @@ def usable(
 
 
 def texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -> Iterator[tuple[bytes, Found]]:
-    """The records that are documents, as bytes and with their text; counts the others, by their places."""
+    """The records that are documents, as bytes and with their text; counts the others, with places."""
     for found in records:
         place, record = found.place, found.content
         if isinstance(record, Lost):
@@ -294,21 +294,23 @@ def texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -
 
 
 def _require_languages(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> None:
-    """Refuses files whose language transforms ask for, and neither an option nor their suffixes tell."""
+    """Refuses files whose language transforms need if neither an option nor the suffix gives it."""
     steps = transforms.steps_of(spec.get("transform", ()))
     if kind != "text_files" or "language" in spec or not any(step.reads_code for step in steps):
         return
     untold = [file for file in chosen if transforms.language_of_file(without_compression(file)) is None]
     if untold:
-        raise ValueError(f"{name}: {len(untold)} of {len(chosen)} files have no suffix by which a transform knows the "
-                         f"language; the first is {untold[0]}. Narrow the pattern, or give 'language', one of "
+        raise ValueError(f"{name}: {len(untold)} of {len(chosen)} files have a suffix that does not identify a "
+                         f"language "
+                         f"for the transforms; the first is {untold[0]}. Narrow the pattern, or give 'language', one "
+                         f"of "
                          f"{', '.join(transforms.LANGUAGES)}.")
 
 
 def _transformed(
     documents_of_split: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, whole: bool
 ) -> Iterator[str]:
-    """The documents of a split after the transforms; reports those that are not, by their places."""
+    """The documents of a split after the transforms; reports those that failed, with places."""
     steps = transforms.steps_of(spec["transform"])
     reads_code = any(step.reads_code for step in steps)
     not_so, given, kept = PassedOver(), 0, 0
@@ -317,8 +319,8 @@ def _transformed(
             language = spec.get("language")
             if reads_code and language is None:
                 if told is None:
-                    raise ValueError(f"{name}: {place} says no language in a field 'language', which the transforms "
-                                     f"want; give the corpus one of {', '.join(transforms.LANGUAGES)} as 'language'.")
+                    raise ValueError(f"{name}: {place} has no field 'language', which the transforms need; give the "
+                                     f"corpus one of {', '.join(transforms.LANGUAGES)} as 'language'.")
                 language = transforms.language_named(told)
             if reads_code and language and (missing := transforms.missing(language)):
                 raise ValueError(f"{name}: {missing}")
@@ -352,7 +354,7 @@ def file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name
 
 
 def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., Iterator[Found]]:
-    """A reader of documents, from one of records with their places."""
+    """A reader of documents, from a reader of records with their places."""
     def documents_of(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
         default = TEXT_FIELDS[kind_of(spec)]
         return (fields.found(place, record, spec, default) for place, record in read(file, spec))
@@ -405,18 +407,18 @@ def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
             yield fields.found(f"{file}, record {number}", example_record(content), spec)
     except tf.errors.DataLossError as error:
         if not number:
-            raise UnreadableFile(f"{file} is no TFRecord file, or is damaged from its first record on.") from error
+            raise UnreadableFile(f"{file} is not a TFRecord file, or is damaged from its first record on.") from error
         raise BrokenFile(str(error)) from error
     if not number:
         yield Found(file, Lost(EMPTY_FILE))
 
 
 def _require_tfrecords(file: str) -> str | None:
-    """What a file of TFRecords is compressed by; raises UnreadableFile where it is no such file by its first bytes."""
+    """The compression of a TFRecord file; raises UnreadableFile if its first bytes are not those of one."""
     beginning = head(file)
     by = compression(beginning)
     # A record begins with its length, in 8 bytes.
-    what = kind(beginning) or (not by and int.from_bytes(beginning[:8], "little") >= 1 << 40 and "no TFRecord file")
+    what = kind(beginning) or (not by and int.from_bytes(beginning[:8], "little") >= 1 << 40 and "not a TFRecord file")
     if what or by not in (None, "gzip"):
         raise UnreadableFile(f"{file} is {what or f'compressed by {by}'}; TFRecords are read, plain or compressed by "
                              "gzip.")
@@ -431,7 +433,7 @@ def tfds_records(spec: Mapping[str, Any], split: str) -> Iterator[Found]:
         yield fields.found(f"{spec['tfds']}, record {number}", record, spec)
 
 
-# Of each kind of files, what reads the documents of one, and what refuses one that is of another kind.
+# For each kind of files, a reader of documents, and a check that refuses files of another kind.
 _READERS: dict[str, tuple[Callable[..., Iterator[Found]], Callable[[str], object]]] = {
     "json_lines": (_fields_of(lambda file, _: placed_records(file)), require_json),
     "parquet": (_fields_of(parquet_records), require_parquet),

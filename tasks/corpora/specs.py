@@ -15,9 +15,9 @@ from tasks.corpora import fields, transforms
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_HOLDOUT = 0.01
-# Where a hash would hold out fewer texts than this on average, it might well hold out none.
+# If a hash held out fewer texts than this on average, it might hold out none.
 FEWEST_BY_HASH = 20
-# So many documents are read for each text that a small corpus may have; one with more is large, whatever it repeats.
+# Documents read per text that a small corpus may have; a corpus with more is large, even if texts repeat.
 COPIES = 10
 
 _SHARED_OPTIONS = ("validation", "holdout", "rate")
@@ -44,7 +44,7 @@ _DOCUMENT_OPTIONS = {
     "tfds": _RECORD_OPTIONS,
 }
 TOKEN_KINDS = ("megatron", "tokens")
-# The field of a record that holds its text, where the spec names none.
+# The field of a record that holds its text, if the spec names none.
 TEXT_FIELDS = {"json_lines": "text", "parquet": "text", "arrow": "text", "csv": "text", "webdataset": "txt",
                "warc": "text", "array_record": "text", "tfrecords": "text", "tfds": "text"}
 _INSTRUCTION_OPTIONS = {
@@ -54,44 +54,44 @@ _INSTRUCTION_OPTIONS = {
     "python_instructions": ("loss", "rate"),
     "official": ("data_dir", "loss", "rate"),
 }
-# Of every kind the options.
+# The options of each kind.
 OPTIONS: dict[str, tuple[str, ...]] = {**_DOCUMENT_OPTIONS, **_INSTRUCTION_OPTIONS, "task": ("loss", "rate")}
-# What a corpus of each kind holds, in a line.
+# One line about each kind of corpus.
 DESCRIPTIONS: dict[str, str] = {
     "python": "The running Python's standard library: its prose (\"text\") or its source code (\"code\").",
-    "json_lines": "JSON lines or JSON lists, a document a record.",
-    "parquet": "Parquet, a document a row; only the columns that are needed are read.",
-    "arrow": "Arrow files and streams, and folders of save_to_disk, a document a row.",
-    "csv": "CSV and TSV, a document a row.",
-    "webdataset": "WebDataset's tars, a document a sample.",
-    "warc": "WARC and WET of a crawl; HTML becomes text.",
-    "array_record": "ArrayRecord files, a document a record.",
-    "megatron": "Tokens already made, Megatron's .bin and .idx.",
-    "tokens": "Tokens already made, a flat array or .npy.",
-    "text_files": "Text files, a document a file.",
-    "notebooks": "Jupyter notebooks, a document a file.",
+    "json_lines": "JSON lines or JSON lists, a document per record.",
+    "parquet": "Parquet, a document per row; only the needed columns are read.",
+    "arrow": "Arrow files and streams, and folders of save_to_disk, a document per row.",
+    "csv": "CSV and TSV, a document per row.",
+    "webdataset": "WebDataset's tars, a document per sample.",
+    "warc": "WARC and WET files of a crawl; HTML becomes text.",
+    "array_record": "ArrayRecord files, a document per record.",
+    "megatron": "Tokenized documents, Megatron's .bin and .idx.",
+    "tokens": "Tokenized documents, a flat array or .npy.",
+    "text_files": "Text files, a document per file.",
+    "notebooks": "Jupyter notebooks, a document per file.",
     "commits": "JSON records of commits: before, after, message.",
     "threads": "JSON records of threads: question, answers.",
-    "tfrecords": "TFRecord files of tf.train.Example, a document a record.",
-    "tfds": "A data set of TensorFlow Datasets, a document an example.",
+    "tfrecords": "TFRecord files of tf.train.Example, a document per record.",
+    "tfds": "A data set of TensorFlow Datasets, a document per example.",
     "instructions": "JSON records of instructions {instruction, input, output}, {input, target}, or conversations.",
     "cosqa": "CosQA's training set: does this code answer this query?",
     "mbpp": "MBPP's problems: write the program.",
     "python_instructions": "Instructions made from the running Python's standard library, \"text\" or \"code\".",
-    "official": "An instruction set that is found below DATA_DIR by its publisher's file name.",
+    "official": "An instruction set found in DATA_DIR by its publisher's file name.",
     "task": "Another SeqIO task, under this corpus's name.",
 }
-OF_USE = ("loss", "rate")  # options that change what is done with the texts, not the texts
+OF_USE = ("loss", "rate")  # options that change how texts are used, not the texts
 DOCUMENT_KINDS = tuple(_DOCUMENT_OPTIONS)
 INSTRUCTION_KINDS = tuple(_INSTRUCTION_OPTIONS)
 DOCUMENT_FILE_KINDS = tuple(kind for kind in _DOCUMENT_OPTIONS if kind not in ("python", "tfds"))
 _KINDS_OF_FILES = (*DOCUMENT_FILE_KINDS, "instructions", "cosqa", "mbpp")
 
-# The corpora that `corpora.official` finds by their publishers' file names: their specs but for the files.
+# The corpora that `corpora.official` finds by their publishers' file names: their specs without the files.
 OFFICIAL: dict[str, dict[str, Any]] = {
     "text.alpaca_gpt4_en": {"instructions": ["alpaca_gpt4_data.json"], "language": "en"},
     "text.alpaca_gpt4_zh": {"instructions": ["alpaca_gpt4_data_zh.json"], "language": "zh"},
-    # Either the merged file or its parts, which hold the same.
+    # Either the merged file or its parts, which have the same content.
     "text.pclue": {"instructions": ["pCLUE_train.json", "pCLUE_train_*.json"], "sample": 200_000},
     "code.codealpaca": {"instructions": ["code_alpaca_20k.json"], "language": "en"},
     "code.cosqa": {"cosqa": ["cosqa-train.json"]},
@@ -99,7 +99,7 @@ OFFICIAL: dict[str, dict[str, Any]] = {
 }
 
 
-# What is wrong with the value of an option, for those that say more than whether it is good.
+# Explains an invalid value, for options with a specific message.
 _WRONG = {"where": fields.wrong_where, "text": fields.wrong_template}
 
 
@@ -109,17 +109,17 @@ def kind_of(spec: Mapping[str, Any]) -> str:
 
 
 def is_divisible(spec: Mapping[str, Any], split: str) -> bool:
-    """Whether each file of a split of a valid spec can be read by itself, all of them in turn giving what one reading
-    gives; else the split is read as a whole.
+    """Whether each file of a split of a valid spec can be read by itself, with the same result in sequence; else the
+    split is read as a whole.
     """
     spec = form_of(spec)
     kind = kind_of(spec)
-    # A sample of documents is by hash; one of instructions chooses from all.
+    # Documents are sampled by hash; a sample of instructions is chosen from all.
     return kind in DOCUMENT_FILE_KINDS or (kind in _KINDS_OF_FILES and not ("sample" in spec and split == "train"))
 
 
 def splits(spec: Mapping[str, Any]) -> tuple[str, ...]:
-    """The splits that a valid spec has; for the kind "task" they are the other task's, here ()."""
+    """The splits of a valid spec; for the kind "task" they are the other task's, here ()."""
     kind = kind_of(spec)
     if kind == "task":
         return ()
@@ -132,19 +132,19 @@ def splits(spec: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def form_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A valid spec; of the kind "official" the one that says how its files are read, wherever they are."""
+    """A valid spec; for the kind "official", the spec of how its files are read, wherever they are."""
     return OFFICIAL[spec["official"]] if kind_of(spec) == "official" else spec
 
 
 def holdout_of(spec: Mapping[str, Any]) -> float:
-    """The fraction of a valid spec's texts that goes into validation by hash, and again into test; 0 for none."""
+    """The fraction of a valid spec's texts that goes into validation by hash, and the same into test; 0 for none."""
     spec = form_of(spec)
     by_hash = "holdout" in OPTIONS[kind_of(spec)] and "validation" not in spec
     return spec.get("holdout", DEFAULT_HOLDOUT) if by_hash else 0
 
 
 class Borders(NamedTuple):
-    """Texts whose hash is below the first are validation, of the others those below the second test; as `position`."""
+    """Texts with `position` below the first border are validation, others below the second are test."""
 
     validation: float
     test: float
@@ -158,7 +158,7 @@ def position(content: bytes) -> float:
 def is_sampled(content: bytes, spec: Mapping[str, Any]) -> bool:
     """Whether a text is in the sample of a spec of documents, by a part of its hash that `position` does not use.
 
-    So equal texts are in it together, a larger sample holds a smaller one, and of each split it is the same fraction.
+    Equal texts are thus sampled together, a larger sample contains a smaller one, and each split is sampled alike.
     """
     if "sample" not in spec:
         return True
@@ -166,14 +166,14 @@ def is_sampled(content: bytes, spec: Mapping[str, Any]) -> bool:
 
 
 def borders_of(positions: Iterable[float], holdout: float) -> Borders:
-    """What divides a corpus into splits, from the positions of its texts; in whatever order, it is the same.
+    """The borders that divide a corpus into splits, from the positions of its texts in any order.
 
-    `holdout` of all hashes are validation, and as many test. Of a small corpus, with fewer texts than a hash holds 20
-    out of, it is that part of the texts themselves, those of lowest hash, and at least one each: of two texts one is
-    validation, of one none. Equal texts are one, and in one split.
+    The fraction `holdout` of all hashes is validation, and the same fraction test. For a small corpus, where a hash
+    would hold out fewer than 20 texts, it is that fraction of the texts, those with the lowest hashes, at least one
+    each: of two texts one is validation, of one none. Equal texts count as one, and are in one split.
 
     Args:
-      positions: of all documents of the corpus; no more are taken than it needs.
+      positions: of all documents of the corpus; only as many as needed are read.
       holdout: in (0, 0.5).
     """
     enough = math.ceil(FEWEST_BY_HASH / holdout)
@@ -228,17 +228,17 @@ def validate(spec: Mapping[str, Any], name: str = "corpus") -> None:
     if wrong := _wrong_transform(kind, spec):
         raise ValueError(f"{name}: {wrong}")
     if kind in TOKEN_KINDS and "vocabulary" not in spec:
-        raise ValueError(f"{name}: {kind!r} needs 'vocabulary', the one that its tokens were made with, named as in "
+        raise ValueError(f"{name}: {kind!r} needs 'vocabulary', the one with which its tokens were made, named as in "
                          "VOCABULARY.")
     if kind == "official" and "data_dir" not in spec:
         raise ValueError(f"{name}: official corpora need 'data_dir', the folder to look in.")
 
 
 def _wrong_transform(kind: str, spec: Mapping[str, Any]) -> str | None:
-    """What is wrong with the transforms of a spec, whose other options are well; None where nothing is."""
+    """Why the transforms of a spec, whose other options are valid, are invalid; None if they are valid."""
     if "transform" not in spec:
         alone = next((key for key in ("unparsed", "language") if key in spec and kind in _DOCUMENT_OPTIONS), None)
-        return alone and f"{alone!r} says something of 'transform', which is missing; add it or drop {alone!r}."
+        return alone and f"{alone!r} is an option of 'transform', which is missing; add it or drop {alone!r}."
     if wrong := transforms.malformed(spec["transform"]):
         return f"'transform' {wrong}"
     steps = transforms.steps_of(spec["transform"])
@@ -246,14 +246,14 @@ def _wrong_transform(kind: str, spec: Mapping[str, Any]) -> str | None:
     if of_notebooks := [step.name for step in steps if step.name in transforms.OF_NOTEBOOKS and kind != "notebooks"]:
         return f"{of_notebooks[0]!r} reads 'notebooks', not {kind!r}."
     if of_code and kind in ("commits", "threads", "warc"):
-        return f"{of_code[0]!r} reads code, which the text of {kind!r} is not."
+        return f"{of_code[0]!r} reads code, but {kind!r} holds text."
     if of_code and kind in ("tfrecords", "tfds") and "language" not in spec:
-        return f"{of_code[0]!r} asks for a 'language', one of {', '.join(transforms.LANGUAGES)}."
+        return f"{of_code[0]!r} needs a 'language', one of {', '.join(transforms.LANGUAGES)}."
     return None
 
 
 def _wanted(kind: str, key: str) -> tuple[Callable[[Any], bool], str]:
-    """A test of an option's value, and what to call a good one."""
+    """A test of an option's value, and a description of valid ones."""
     python = (lambda v: v in ("text", "code"), "'text' or 'code'")
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         "python": python,
@@ -277,10 +277,10 @@ def _wanted(kind: str, key: str) -> tuple[Callable[[Any], bool], str]:
         "language": (
             (lambda v: v in transforms.LANGUAGES, f"one of {', '.join(transforms.LANGUAGES)}")
             if kind in _DOCUMENT_OPTIONS else (lambda v: v in ("en", "zh"), "'en' or 'zh'")),
-        "transform": (lambda v: True, ""),  # `_wrong_transform` says more
+        "transform": (lambda v: True, ""),  # `_wrong_transform` checks further
         "unparsed": (lambda v: v in ("drop", "keep"), "'drop' or 'keep'"),
         "loss": (lambda v: v in ("all", "answers"), "'all' or 'answers'"),
-        "where": (lambda v: True, ""),  # `_WRONG` says more
+        "where": (lambda v: True, ""),  # `_WRONG` checks further
         "text": (lambda v: True, ""),
         "sample": (
             (lambda v: _is_number(v) and 0 < v <= 1, "the fraction of documents to read, in (0, 1]")

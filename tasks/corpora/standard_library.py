@@ -1,15 +1,15 @@
-"""The corpora that every Python holds: the standard library's source code, and its prose.
+"""The corpora in every Python installation: the standard library's source code, and its prose.
 
-Code is each source file without its docstrings. Text is what is written for people: the docstrings
-of each file, those of the compiled modules, the language reference that `help()` shows, and a few
-text files. Tests, installed packages, generated tables and what was written for one machine are
-left out.
+Code is each source file without its docstrings. Text is prose for readers: the docstrings of each
+file and of the compiled modules, the language reference of `help()`, and a few text files. Tests,
+installed packages, generated tables and machine-specific files are left
+out.
 
 About 5% of the documents are "validation" and 5% "test", by a hash of the file's name. Code and
 docstrings of one file fall into the same split, as do `heapq` and its compiled twin `_heapq`; a
-docstring or a topic's paragraph that occurs twice is kept once. So no split tells another's text.
+docstring or a topic's paragraph that occurs twice is kept once. No split thus contains another's text.
 On one Python version and platform, documents and their order are always the same: compiled modules
-are read by a Python process of its own that sees no installed package, no environment variable and
+are read in a separate Python process that sees no installed package, no environment variable and
 no working directory.
 """
 
@@ -36,17 +36,17 @@ from typing import NamedTuple
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "_bundled"}
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _FOREIGN_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|(site|user)customize\.py")
-# The topics are text; Grammar.txt and its like are neither.
+# The topics are text; Grammar.txt and the like are neither.
 _NOT_CODE = {"pydoc_data/topics.py"}
 _NOT_PROSE = re.compile(r".*Grammar\.txt|.*requirements.*\.txt")
-# Some 100 encodings are one generated file with other numbers in it: twins across the splits.
+# Some 100 encodings are one generated file with different numbers: near-duplicates across splits.
 _GENERATED = re.compile(r"\bdecoding_(table|map)\b|\b_multibytecodec\b")
-# They talk to the terminal when imported, or open a windowing library, or serve Python's tests.
+# They print when imported, open a windowing library, or serve Python's tests.
 _UNSAFE_MODULES = re.compile(r"readline|_tkinter|_test.*|_?xx.*|_ctypes_test")
 
 
 class Document(NamedTuple):
-    """One document: where it comes from, such as "json/decoder.py", its split, and its text."""
+    """One document: its origin, such as "json/decoder.py", its split, and its text."""
 
     name: str
     split: str
@@ -54,7 +54,7 @@ class Document(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """A file of the standard library, apart and as it stands."""
+    """A file of the standard library, split into parts and unchanged."""
 
     name: str  # Path relative to the standard library, with forward slashes.
     code: str  # Without docstrings.
@@ -73,7 +73,7 @@ class Member(NamedTuple):
 class _Docstring(NamedTuple):
     begin: tuple[int, int]  # Line, from 1, and column in bytes of UTF-8, from 0.
     end: tuple[int, int]
-    alone: bool  # Its class or function has no other statement.
+    alone: bool  # The only statement of its class or function.
     text: str
 
 
@@ -86,7 +86,7 @@ def python_documents(kind: str, split: str) -> Iterator[str]:
 
 @functools.cache
 def python_corpus(kind: str) -> tuple[Document, ...]:
-    """All documents of the running Python, sorted by name; some seconds at the first call.
+    """All documents of the running Python, sorted by name; the first call takes some seconds.
 
     Args:
       kind: "code" or "text".
@@ -116,7 +116,7 @@ def python_corpus(kind: str) -> tuple[Document, ...]:
 
 
 def split_of(name: str) -> str:
-    """The split of a document by its name; private and compiled twins of a module go with it."""
+    """The split of a document by its name; private and compiled twins of a module share it."""
     stem = re.sub(r"(/__init__)?\.py$", "", re.sub("^modules/", "", name))
     key = stem if "/" in stem else re.sub("^_(py)?", "", stem)
     return {0: "validation", 1: "test"}.get(_hash(key) % 20, "train")
@@ -167,7 +167,7 @@ def source_files() -> tuple[SourceFile, ...]:
         )
     if unreadable:
         logging.warning(
-            "%d of %d files of Python's standard library cannot be parsed and are passed over: %s.",
+            "%d of %d files of Python's standard library cannot be parsed and are skipped: %s.",
             len(unreadable),
             len(unreadable) + len(found),
             ", ".join(unreadable),
@@ -199,9 +199,9 @@ def _installed_files(suffix: str) -> Iterator[tuple[pathlib.Path, str]]:
 
 
 def topics() -> dict[str, str]:
-    """The language reference of `help()`, by topic; empty where the installation has none.
+    """The language reference of `help()`, by topic; empty if the installation has none.
 
-    Some topics are parts of others: each paragraph stays in the longest one, and a topic that loses
+    Some topics are parts of others: each paragraph is kept in the longest one, and a topic that loses
     half of its paragraphs is left out.
     """
     path = _root() / "pydoc_data" / "topics.py"
@@ -224,11 +224,11 @@ def topics() -> dict[str, str]:
 
 @functools.cache
 def compiled_members() -> dict[str, list[Member]]:
-    """What is documented in the compiled modules, by module, as an isolated Python reads it."""
+    """The documented members of the compiled modules, by module, as read by an isolated Python."""
     command = [sys.executable, "-I", "-S", "-W", "ignore", os.path.abspath(__file__)]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
-        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["it says nothing"])[
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["it printed nothing"])[
             -1
         ]
         raise RuntimeError(
@@ -250,11 +250,11 @@ def _compiled_modules() -> Iterator[types.ModuleType]:
             ):
                 yield importlib.import_module(name)
         except (ImportError, ValueError):
-            continue  # This platform or installation lacks it.
+            continue  # Missing on this platform or installation.
 
 
 def _members_of(module: types.ModuleType) -> list[Member]:
-    """A compiled module, its functions and classes, and their members, as far as they are documented."""
+    """A compiled module, its functions and classes, and their members, if documented."""
     functions = (
         types.BuiltinFunctionType,
         types.MethodDescriptorType,
@@ -284,8 +284,8 @@ def _members_of(module: types.ModuleType) -> list[Member]:
 def split_docstrings(source: str) -> tuple[str, list[str]]:
     """Separates a source file's docstrings from its code.
 
-    The docstrings of modules, classes and functions are cut out of the text as it stands: every
-    comment, blank line and other string stays where it was, save for blank lines at the head of the
+    The docstrings of modules, classes and functions are cut out of the unchanged text: every
+    comment, blank line and other string keeps its place, except for blank lines at the head of the
     file. A body that held nothing else gets `pass`.
 
     Args:
@@ -296,9 +296,9 @@ def split_docstrings(source: str) -> tuple[str, list[str]]:
       the empty ones.
 
     Raises:
-      SyntaxError: this Python cannot read the source, or no longer could without its docstrings.
+      SyntaxError: this Python cannot read the source, or could not without its docstrings.
     """
-    source = re.sub("\r\n?", "\n", source)  # As Python's own reader does, which counts the lines.
+    source = re.sub("\r\n?", "\n", source)  # As in Python's own reader, which counts the lines.
     found = sorted(_docstrings(parse(source)), key=lambda docstring: docstring.begin)
     lines = [line.encode() for line in source.split("\n")]  # Columns count bytes of UTF-8.
     for docstring in reversed(found):
@@ -311,9 +311,9 @@ def split_docstrings(source: str) -> tuple[str, list[str]]:
 
 
 def parse(source: str) -> ast.Module:
-    """Parses a Python file; whatever keeps Python from it is a SyntaxError."""
+    """Parses a Python file; every failure is a SyntaxError."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Invalid escapes in other people's strings.
+        warnings.simplefilter("ignore")  # Warnings about invalid escapes in the files' strings.
         try:
             return ast.parse(source)
         except (ValueError, RecursionError, MemoryError) as error:
@@ -326,7 +326,7 @@ def docstrings_of(tree: ast.Module) -> list[tuple[int, int, str]]:
 
 
 def _docstrings(tree: ast.Module) -> Iterator[_Docstring]:
-    """All docstrings, in no order; visits statements alone, as expressions are most of the work."""
+    """All docstrings, unordered; visits only statements, since expressions are most of the work."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
@@ -353,7 +353,7 @@ def _cut(lines: list[bytes], docstring: _Docstring) -> None:
     lines[first - 1 : last] = [line] if line.strip() else []
 
 
-if __name__ == "__main__":  # What `compiled_members` runs.
+if __name__ == "__main__":  # The program that `compiled_members` runs.
     print(
         json.dumps(
             {module.__name__: _members_of(module) for module in _compiled_modules()}

@@ -1,17 +1,17 @@
-"""Documents that are tokens already: Megatron's .bin with its .idx, and flat arrays, as OLMo and nanoGPT have them.
+"""Tokenized documents: Megatron's .bin with its .idx, and flat arrays, as in OLMo and nanoGPT.
 
   {"megatron": PATTERN, "vocabulary": "gpt2/tokenizer.json"}     names the .bin files; each has its .idx beside
   {"tokens": PATTERN, "vocabulary": "...", "dtype": "uint16"}    documents one after the other, ended by a token
 
-`vocabulary` names the one that they were made with, as VOCABULARY does; a run has to have the same. `end` is the id
-that ends a document in these files, where it is not the vocabulary's own. `dtype` ("uint16" or "uint32", little-endian)
-is by default the smaller one that holds all ids; a file of NumPy's .npy says it itself.
+`vocabulary` names the one with which they were made, as in VOCABULARY; a run must use the same. `end` is the id that
+ends a document in these files, if it is not the vocabulary's own. `dtype` ("uint16" or "uint32", little-endian)
+is by default the smaller one that holds all ids; a NumPy .npy file declares its own.
 
-Nothing is tokenized: the ids become rows as they are. What is decoded is the text of each document, by a table of the
-bytes of each id, for splits and `sample` go by the hash of the text. So a corpus has the same splits as text and as
-tokens, and the same rows where the ids are those that the vocabulary gives the text. An id that the vocabulary does not
-have is refused. The first 8 documents of each file are encoded again: where none comes to its own ids the corpus is
-refused, and where some do not, a warning says how many.
+Nothing is tokenized: the ids become rows unchanged. Only the text of each document is decoded, with a table of the
+bytes of each id, because splits and `sample` depend on the hash of the text. A corpus thus has the same splits as text
+and as tokens, and the same rows if the ids are those that the vocabulary gives the text. Ids outside the vocabulary are
+refused. The first 8 documents of each file are encoded again: if none gives its own ids, the corpus is refused; if
+only some do, a warning gives the number.
 """
 
 import dataclasses
@@ -31,28 +31,28 @@ from tasks.corpora.specs import Borders, borders_of, holdout_of, kind_of, positi
 
 BYTES_AT_ONCE = 1 << 22
 LONGEST = 1 << 28  # tokens of a document
-ENDLESS = 1 << 22  # tokens among which at least one document ends
-CHECKED, CHECKED_TOKENS = 8, 256  # documents of a file that are encoded again, and of each the first tokens
+ENDLESS = 1 << 22  # tokens within which at least one document must end
+CHECKED, CHECKED_TOKENS = 8, 256  # documents of a file that are encoded again, and the number of their first tokens
 _TOO_LONG = "longer than 2**28 tokens"
 _MEGATRON = b"MMIDIDX\0\0"
-_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # by Megatron's numbers; floats are no tokens
+_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # by Megatron's type codes; floats are not tokens
 DOCUMENTS_AT_ONCE = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What is asked of the vocabulary that tokens were made with."""
+    """Facts about the vocabulary with which tokens were made."""
 
     name: str
-    pieces: int  # ids are below
+    pieces: int  # upper bound of ids
     end: int
-    begin: tuple[int, ...]  # what each document may begin with; no part of what is given
+    begin: tuple[int, ...]  # ids that each document may begin with; not part of the result
     text: Callable[[np.ndarray], bytes]  # of a document's ids
     encode: Callable[[str], Sequence[int]]
 
 
 class Document(NamedTuple):
-    """The ids of a document, int32 [tokens], without those that begin and end it, and their text."""
+    """The ids of a document, int32 [tokens], without those that begin or end it, and their text."""
 
     ids: np.ndarray
     text: str
@@ -75,10 +75,10 @@ def documents(
 def _told(
     found: Iterator[Document], differing: PassedOver, split: str, name: str, whole: bool
 ) -> Iterator[Document]:
-    """The same documents; tells at the end what was found different."""
+    """The same documents; reports differing encodings at the end."""
     yield from found
-    if differing or not whole:  # a part where nothing was, too, so that parts add up to the whole
-        logging.warning("%s, read for %s: of the first documents of each file %s.", name, split, differing)
+    if differing or not whole:  # also for a part without differences, so that parts add up to the whole
+        logging.warning("%s, read for %s: among the first documents of each file, %s.", name, split, differing)
 
 
 def find_borders(spec: Mapping[str, Any], name: str, known: Known) -> Borders | None:
@@ -96,7 +96,7 @@ def _records(
     """The documents of files, as text and ids.
 
     Args:
-      differing: where the first documents of each file are to be checked, takes those that are encoded otherwise.
+      differing: if the first documents of each file are to be checked, collects those that are encoded differently.
     """
     end = spec.get("end", known.end)
     read = _megatron if kind_of(spec) == "megatron" else _flat
@@ -116,7 +116,8 @@ def _records(
                         if not _comes_back(ids, known):
                             different += 1
                             differing.add(
-                                f"have other tokens than {known.name} gives their text, and are taken as they are",
+                                f"have tokens other than those that {known.name} gives their text, and are used "
+                                f"unchanged",
                                 place)
                         if different == CHECKED:
                             raise UnreadableFile(
@@ -128,19 +129,19 @@ def _records(
 
 
 def _bare(ids: np.ndarray, known: Known, end: int, place: str) -> np.ndarray:
-    """The ids of a document without what begins and ends it, all of them known to the vocabulary."""
+    """The ids of a document without those that begin or end it, all checked to be in the vocabulary."""
     if len(ids) and ids[-1] == end:
         ids = ids[:-1]
     if known.begin and tuple(ids[: len(known.begin)].tolist()) == known.begin:
         ids = ids[len(known.begin) :]
     if len(ids) and not 0 <= (wrong := ids.max() if ids.min() >= 0 else ids.min()) < known.pieces:
-        raise UnreadableFile(f"{place} holds the id {wrong}, and {known.name} has 0 to {known.pieces - 1}: the tokens "
-                             "were made with another vocabulary, or are of another 'dtype'.")
+        raise UnreadableFile(f"{place} holds the id {wrong}, but {known.name} has the ids 0 to {known.pieces - 1}: the "
+                             "tokens were made with another vocabulary, or have another 'dtype'.")
     return ids.astype(np.int32)
 
 
 def _comes_back(ids: np.ndarray, known: Known) -> bool:
-    """Whether the text of a document's beginning is encoded as it is; but for its end, where it is cut."""
+    """Whether the text of a document's beginning is encoded to the same ids; ignores its end if it is cut."""
     some = ids[:CHECKED_TOKENS]
     text = known.text(some).decode(errors="ignore")
     sure = len(some) if len(some) == len(ids) else len(some) * 3 // 4
@@ -162,7 +163,7 @@ def _flat(file: str, spec: Mapping[str, Any], known: Known, end: int) -> Iterato
 
 
 def _dtype_of(file: str, stream: Any, spec: Mapping[str, Any], known: Known) -> np.dtype:
-    """The type of a file's numbers; the stream is left where they begin."""
+    """The type of a file's numbers; leaves the stream at the first number."""
     beginning = head(file)
     if beginning.startswith(b"\x93NUMPY"):
         try:
@@ -170,21 +171,21 @@ def _dtype_of(file: str, stream: Any, spec: Mapping[str, Any], known: Known) -> 
             read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(stream)
         except ValueError as error:
-            raise UnreadableFile(f"{file} has a damaged header ({error}); bring it anew.") from None
+            raise UnreadableFile(f"{file} has a damaged header ({error}); copy or download it again.") from None
         if len(shape) != 1 or dtype.kind not in "ui" or dtype.byteorder == ">":
-            raise UnreadableFile(f"{file} is an array of {dtype} with the shape {shape}, where one row of "
-                                 "little-endian whole numbers is wanted.")
+            raise UnreadableFile(f"{file} is an array of {dtype} with the shape {shape}; expected one "
+                                 "dimension of little-endian integers.")
         return dtype
     dtype = np.dtype(spec.get("dtype", "uint16" if known.pieces <= 1 << 16 else "uint32")).newbyteorder("<")
     some = np.frombuffer(beginning[: len(beginning) // 4 * 4], "<u2")
     if dtype.itemsize == 2 and len(some) > 64 and not some[1::2].any() and some[::2].any():
-        raise UnreadableFile(f"each second number of {file} is 0, as where numbers have 32 bits: give 'dtype': "
+        raise UnreadableFile(f"every second number of {file} is 0, as with numbers of 32 bits: give 'dtype': "
                              "'uint32'.")
     return dtype
 
 
 def _ended(file: str, stream: Any, dtype: np.dtype, end: int) -> Iterator[tuple[str, np.ndarray | Lost]]:
-    """The documents of numbers that one of them ends, with where each begins; empty ones are none."""
+    """The documents in an array of ids, split at the end id, with the start of each; empty ones are left out."""
     waiting: list[np.ndarray] = []  # of a document that has not ended
     begin = held = at = 0
     has_end = False
@@ -210,7 +211,7 @@ def _ended(file: str, stream: Any, dtype: np.dtype, end: int) -> Iterator[tuple[
         at += len(block)
         if not has_end and at >= ENDLESS:
             raise UnreadableFile(f"the first {at} numbers of {file} hold no id {end}, which should end documents: give "
-                                 "the one that does as 'end', or the right 'vocabulary' or 'dtype'.")
+                                 "the right id as 'end', or the right 'vocabulary' or 'dtype'.")
     if held:
         yield f"{file}, token {begin}", np.concatenate(waiting) if held <= LONGEST else Lost(_TOO_LONG)
     if rest:
@@ -221,11 +222,12 @@ def _ended(file: str, stream: Any, dtype: np.dtype, end: int) -> Iterator[tuple[
 
 
 class _Index(NamedTuple):
-    """What an .idx says, and where in it: sizes int32 [sequences], offsets int64 [sequences], documents int64 [D]."""
+    """The content of an .idx and its positions: sizes int32 [sequences], offsets int64 [sequences], documents int64
+    [D]."""
 
     dtype: np.dtype
     sequences: int
-    documents: int  # numbers that part the sequences into documents, the first 0
+    documents: int  # numbers that divide the sequences into documents, the first 0
     sizes_at: int
 
     @property
@@ -243,23 +245,24 @@ def _index_of(file: str) -> str:
 
 def _read_index(file: str) -> _Index:
     if not file.endswith(".bin"):
-        raise UnreadableFile(f"{file} is no .bin file; name Megatron's .bin files, beside which the .idx lie.")
+        raise UnreadableFile(f"{file} is not a .bin file; name Megatron's .bin files, whose .idx must be in the same "
+                             f"folder.")
     index = _index_of(file)
     if not is_file(index):
-        raise FileNotFoundError(f"{file} has no {index} beside it, which says where documents begin.")
+        raise FileNotFoundError(f"{file} has no {index} beside it, which holds the document boundaries.")
     beginning = head(index)
     if not beginning.startswith(_MEGATRON) or len(beginning) < 34:
-        raise UnreadableFile(f"{index} is no index of Megatron's (its first bytes are {beginning[:9]!r}, not "
+        raise UnreadableFile(f"{index} is not a Megatron index (its first bytes are {beginning[:9]!r}, not "
                              f"{_MEGATRON!r}).")
     version, code, sequences, documents = struct.unpack("<QBQQ", beginning[9:34])
     if version != 1 or code not in _TYPES:
-        raise UnreadableFile(f"{index} is of version {version} with numbers of type {code}; version 1 with whole "
-                             "numbers is read.")
+        raise UnreadableFile(f"{index} has version {version} and number type {code}; only version 1 with integers "
+                             "is read.")
     found = _Index(np.dtype(_TYPES[code]), sequences, documents, 34)
     if size(index) < found.documents_at + 8 * documents:
-        raise UnreadableFile(f"{index} breaks off: it has {size(index)} bytes, and "
-                             f"{found.documents_at + 8 * documents} by its own counts of {sequences} sequences and "
-                             f"{documents} documents; bring it anew.")
+        raise UnreadableFile(f"{index} is truncated: it has {size(index)} bytes, "
+                             f"but needs {found.documents_at + 8 * documents} for its {sequences} sequences and "
+                             f"{documents} documents; copy or download it again.")
     return found
 
 
@@ -275,8 +278,8 @@ def _megatron(file: str, spec: Mapping[str, Any], known: Known, end: int) -> Ite
         for first in range(0, index.documents - 1, DOCUMENTS_AT_ONCE):
             bounds = read(index.documents_at, "<i8", first, min(DOCUMENTS_AT_ONCE + 1, index.documents - first))
             if (np.diff(bounds) < 0).any() or bounds[0] < 0 or bounds[-1] > index.sequences:
-                raise UnreadableFile(f"{_index_of(file)} is damaged: documents that begin at {first} and after have "
-                                     "sequences that are not there; bring it anew.")
+                raise UnreadableFile(f"{_index_of(file)} is damaged: documents from sequence {first} on have missing "
+                                     "sequences; copy or download it again.")
             start, count = int(bounds[0]), int(bounds[-1] - bounds[0])
             sizes, offsets = (read(*where, start, count).tolist() for where in (
                 (index.sizes_at, "<i4"), (index.offsets_at, "<i8")))

@@ -1,16 +1,16 @@
-"""Named transforms of a corpus's documents, by which it is found out what of code a model learns from.
+"""Named transforms of a corpus's documents, to study which aspects of code a model learns from.
 
 A corpus's option `transform` lists them, and they are applied in turn. Each is a name, or {"name": name, "seed": 1}
 where it has a seed (0 by default):
 
-DESCRIPTIONS says what each does; `python_names` and `tree_code` say which names are renamed, `words` has the words of
+DESCRIPTIONS describes each; `python_names` and `tree_code` define which names are renamed, `words` has the words of
 pseudocode, and `adjacent` the form of a notebook.
 
-They are pure functions of a text, its language and their seed. A second time changes nothing, but for those that leave
-something else behind: `rename_identifiers_randomly`, `pseudocode` and `prose_only`. In the place of a text that cannot
-be parsed there is a `Lost`.
+They are pure functions of a text, its language and their seed. They are idempotent except for
+`rename_identifiers_randomly`, `pseudocode` and `prose_only`. A text that cannot be parsed becomes a
+`Lost`.
 
-The first five read code: Python by the grammar of the Python that runs, other languages by tree-sitter (the extra
+The first five read code: Python with the grammar of the running Python, other languages with tree-sitter (the extra
 `tree_sitter`).
 """
 
@@ -27,19 +27,19 @@ from tasks.corpora import adjacent, python_code, tree_code
 from tasks.corpora.files import Lost
 from tasks.corpora.renaming import consistent_names, random_names
 
-# Part of the key of each cache of transformed documents; raise it whenever a transform gives other texts.
+# Part of the key of each cache of transformed documents; increase it whenever a transform gives different texts.
 TRANSFORMS_VERSION = 1
 
 DESCRIPTIONS: dict[str, str] = {
-    "strip_comments": "Leaves comments and docstrings out; the rest of Python's syntax tree stays.",
-    "comments_only": "Keeps comments and docstrings alone; docstrings of Python become comments.",
-    "rename_identifiers": "Renames what the file itself binds to v0, v1 ... in order of appearance, alike everywhere.",
-    "rename_identifiers_randomly": "Gives each occurrence of such a name a name of its own; has a seed.",
-    "pseudocode": "Writes operators and keywords as words, and sets tokens apart by a blank.",
+    "strip_comments": "Removes comments and docstrings; the rest of Python's syntax tree stays.",
+    "comments_only": "Keeps only comments and docstrings; Python docstrings become comments.",
+    "rename_identifiers": "Renames the file's own names to v0, v1 ... in order of appearance, consistently.",
+    "rename_identifiers_randomly": "Gives each occurrence of such a name its own new name; has a seed.",
+    "pseudocode": "Writes operators and keywords as words, and separates tokens by a blank.",
     "shuffle_lines": "Puts the lines into another order; has a seed.",
     "flatten_indentation": "Removes the blanks at the beginning of each line.",
-    "code_cells_only": "Keeps the code of a notebook alone.",
-    "prose_only": "Keeps the prose of a notebook alone.",
+    "code_cells_only": "Keeps only the code of a notebook.",
+    "prose_only": "Keeps only the prose of a notebook.",
 }
 NAMES = tuple(DESCRIPTIONS)
 _OF_CODE = ("strip_comments", "comments_only", "rename_identifiers", "rename_identifiers_randomly", "pseudocode")
@@ -47,7 +47,7 @@ OF_NOTEBOOKS = ("code_cells_only", "prose_only")
 _SEEDED = ("rename_identifiers_randomly", "shuffle_lines")
 _LEAVE_NO_CODE = ("pseudocode", "shuffle_lines", "prose_only")
 
-EMPTY = "with nothing left by"  # so reasons begin of a document that a transform leaves empty
+EMPTY = "left empty by"  # prefix of the reason when a transform leaves a document empty
 LANGUAGES = ("python", *tree_code.LANGUAGES)
 _ALIASES = {"py": "python", "python3": "python", "ipython": "python", "js": "javascript", "golang": "go"}
 
@@ -69,45 +69,46 @@ def steps_of(transform: Sequence[str | Mapping[str, Any]]) -> list[Step]:
 
 
 def malformed(transform: Any) -> str | None:
-    """What is wrong with a list of transforms, as the end of a sentence about it; None where it is well."""
+    """Why a list of transforms is invalid, as the end of a sentence; None if it is valid."""
     if not isinstance(transform, list | tuple) or not transform:
         return f"must be a list of {', '.join(NAMES)}; found {transform!r}."
     for each in transform:
         options = {"name": each} if isinstance(each, str) else each
         if not isinstance(options, Mapping) or "name" not in options:
-            return f"has names, or mappings such as {{'name': 'shuffle_lines', 'seed': 1}}; found {each!r}."
+            return f"must hold names, or mappings such as {{'name': 'shuffle_lines', 'seed': 1}}; found {each!r}."
         name, seed = options["name"], options.get("seed", 0)
         if name not in NAMES:
-            return f"has no {name!r}; there are {', '.join(NAMES)}."
+            return f"has no transform {name!r}; there are {', '.join(NAMES)}."
         if others := set(options) - {"name", "seed"} or ({"seed"} & set(options) if name not in _SEEDED else set()):
-            return f"has {name!r} without an option {min(map(str, others))!r}; a seed have {', '.join(_SEEDED)}."
+            return (f"has {name!r}, which has no option {min(map(str, others))!r}; "
+                    f"only {', '.join(_SEEDED)} have a seed.")
         if not isinstance(seed, int) or isinstance(seed, bool):
-            return f"has a whole number as a seed; found {seed!r}."
+            return f"must have whole numbers as seeds; found {seed!r}."
     steps = steps_of(transform)
     for number, step in enumerate(steps):
         ended = next((before.name for before in steps[:number] if before.name in _LEAVE_NO_CODE), None)
         if ended and (step.reads_code or step.name in OF_NOTEBOOKS):
-            return f"has {step.name!r} behind {ended!r}, which leaves no code; put it before."
+            return f"has {step.name!r} after {ended!r}, which leaves no code; put it first."
         if number and step.name in OF_NOTEBOOKS:
-            return f"must begin with {step.name!r}, which reads a notebook as it stands."
+            return f"must begin with {step.name!r}, which reads the original notebook."
     return None
 
 
 def language_named(name: str) -> str | None:
-    """The language that a record or a user calls so, in whatever case; None where no transform reads it."""
+    """The language of this name, in any case; None if no transform reads it."""
     known = _ALIASES.get(name.strip().lower(), name.strip().lower())
     return known if known in LANGUAGES else None
 
 
 def language_of_file(file: str) -> str | None:
-    """The language of a file, by the suffix of its name; None where no transform reads it."""
+    """The language of a file, by the suffix of its name; None if no transform reads it."""
     suffixes = {suffix: name for name, grammar in tree_code.LANGUAGES.items() for suffix in grammar.suffixes}
     return next((name for suffix, name in {**suffixes, ".py": "python", ".pyi": "python"}.items()
                  if file.endswith(suffix)), None)
 
 
 def grammars(language: str | None) -> dict[str, str | None]:
-    """By which version of which grammar code in a language, or in any, is read here; None for what is not here."""
+    """The grammar packages, with versions, that read a language, or all languages; None for those not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()} if language in (None, "python") else {}
     for name, grammar in tree_code.LANGUAGES.items():
         if language in (None, name):
@@ -120,9 +121,9 @@ def grammars(language: str | None) -> dict[str, str | None]:
 
 @functools.cache
 def missing(language: str) -> str | None:
-    """What must be installed to read a language, in a line; None where it is."""
+    """What must be installed to read a language, in a line; None if it is installed."""
     packages = tree_code.missing(tree_code.LANGUAGES[language]) if language in tree_code.LANGUAGES else []
-    return f"transforms of {language} want the extra tree_sitter, whose {' and '.join(packages)} " \
+    return f"transforms of {language} need the extra tree_sitter, whose {' and '.join(packages)} " \
         "are not installed: pip install 'codellm_jax[tree_sitter]'." if packages else None
 
 
@@ -130,7 +131,7 @@ def transformed(text: str, language: str | None, steps: Sequence[Step]) -> str |
     """A text after all steps, or why there is none.
 
     Args:
-      language: one of LANGUAGES, of which nothing is `missing`; None where no transform reads it.
+      language: one of LANGUAGES that is not `missing`; None if no transform reads it.
     """
     for step in steps:
         if step.reads_code and language is None:
@@ -146,7 +147,7 @@ def transformed(text: str, language: str | None, steps: Sequence[Step]) -> str |
 
 
 def _transformed(text: str, language: str, step: Step) -> str:
-    """A text after one step; raises SyntaxError where it cannot be read."""
+    """A text after one step; raises SyntaxError if it cannot be read."""
     # Both have the same functions.
     code: types.ModuleType | tree_code.Grammar = tree_code.LANGUAGES.get(language, python_code)
     match step.name:
@@ -172,7 +173,7 @@ def _transformed(text: str, language: str, step: Step) -> str:
 
 
 def shuffle_lines(text: str, seed: int) -> str:
-    """The lines of a text in an order that the seed and the lines themselves give, in whatever order they come."""
+    """The lines of a text in an order that depends only on the seed and the set of lines."""
     lines = sorted(text.removesuffix("\n").split("\n"))
     key = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     random.Random(f"{seed} {key}").shuffle(lines)

@@ -1,13 +1,13 @@
-"""Code read and changed by tree-sitter's grammars: JavaScript, Java, C and Go.
+"""Code read and changed with tree-sitter's grammars: JavaScript, Java, C and Go.
 
-Each function of a grammar takes the text of a file and gives its text after a transform, as `python_code` does for
-Python. All raise SyntaxError where the grammar finds an error in the file, and ImportError where the extra
-`tree_sitter` is not installed, which `missing` says before.
+Each function of a grammar takes the text of a file and returns its text after a transform, like `python_code` for
+Python. All raise SyntaxError if the grammar finds an error in the file, and ImportError if the extra
+`tree_sitter` is not installed, which `missing` reports beforehand.
 
-A name is renamed wherever it stands in a file, or nowhere. It is renamed where the file declares it (functions,
-classes, parameters, variables; `declares` lists the places), unless it stands somewhere as something else: a field, a
-type, a label or a package (which grammars call identifiers of another kind), or in one of the places of `foreign`, such
-as an import or the method of another object; or unless it is one of `reserved`, which the language calls by name.
+A name is renamed at all its occurrences in a file, or nowhere. It is renamed if the file declares it (functions,
+classes, parameters, variables; `declares` lists the places), unless it also occurs as something else: a field, a type,
+a label or a package (other identifier kinds of the grammar), or in one of the places of `foreign`, such as an import
+or the method of another object; or unless it is one of `reserved`, which the language refers to by name.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from tasks.corpora.words import keyword_in_words, operator_in_words
 _REST_OF_LINE = re.compile(rb"[ \t\f]*(\r?\n|\Z)")
 _WORD = re.compile(r"[^\W\d]\w*")
 _COMMENTS = ("comment", "line_comment", "block_comment", "html_comment")
-# Whose text grammars part, or leave whole, as they like; it is one token.
+# Node kinds that grammars may or may not split; each is one token here.
 _LITERALS = ("string", "char", "literal", "regex", "hash_bang")
 _WITH_CODE = ("template_string", "composite_literal", "func_literal", "class_literal")  # these are not
 _OF_TYPES = ("declarator", "_type", "type_arguments", "type_parameters", "pointer_expression", "template_substitution")
 
-# A place is a kind of node and the field of it, or None, in which the name stands.
+# A place is a kind of node and the field, or None, that holds the name.
 Places = frozenset[tuple[str, str | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """How a language is read; its functions are those of `python_code`."""
+    """The reader of a language; its functions are those of `python_code`."""
 
     package: str  # on PyPI
     suffixes: tuple[str, ...]
@@ -50,24 +50,24 @@ class Grammar:
         return tree_sitter.Parser(tree_sitter.Language(grammar.language()))
 
     def _root(self, content: bytes) -> Any:
-        """The syntax tree of a file; raises SyntaxError where it is none."""
+        """The syntax tree of a file; raises SyntaxError if there is an error."""
         root = self._parser.parse(content).root_node
         if root.has_error:
             raise SyntaxError("the grammar finds an error")
         return root
 
     def strip_comments(self, source: str) -> str:
-        """Leaves out comments; a line with nothing else is left out as a whole, and one between code is a blank."""
+        """Removes comments; a line with nothing else is removed, and a comment between code becomes a blank."""
         content = source.encode()
         tokens = _tokens(self._root(content))
         kept, end = bytearray(), 0
         for comment in (token for token in tokens if token.type in _COMMENTS):
-            # Some grammars count the end of its line as part of a comment.
+            # Some grammars include the line end in a comment.
             begin, after = comment.start_byte, comment.start_byte + len(comment.text.rstrip(b"\r\n"))
             kept += content[end:begin]
             rest = _REST_OF_LINE.match(content, after)
             end = after
-            if rest is None:  # it parts code as white space does
+            if rest is None:  # it separates code like white space
                 kept += b"\n" if b"\n" in content[begin:after] else b" "
                 continue
             before = kept[kept.rfind(b"\n") + 1 :]
@@ -82,13 +82,13 @@ class Grammar:
         return result.decode()
 
     def comments_only(self, source: str) -> str:
-        """Comments as they stand, each from the beginning of a line."""
+        """The unchanged comments, each at the beginning of a line."""
         content = source.encode()
         found = [_text(token, content).strip() for token in _tokens(self._root(content)) if token.type in _COMMENTS]
         return "".join(f"{comment}\n" for comment in found)
 
     def renamed(self, source: str, naming: Naming) -> str:
-        """New names for what the file declares itself, as the module describes."""
+        """New names for the file's own declarations, as described above."""
         content = source.encode()
         leaves = _leaves(self._root(content))
         tokens = [token for token, _ in leaves]
@@ -117,7 +117,7 @@ class Grammar:
         return result.decode()
 
     def pseudocode(self, source: str) -> str:
-        """The lines of code, indented as they are, in the words that `words` has."""
+        """The lines of code with their indentation, in the words of `words`."""
         content = source.encode()
         lines: dict[int, list[str]] = {}
         for token in _tokens(self._root(content)):
@@ -135,28 +135,28 @@ class Grammar:
         return "".join(f"{line[1]}{' '.join(line[2:])}\n" for _, line in sorted(lines.items()) if line[2:])
 
     def _require_alike(self, tokens: list[Any], content: bytes, result: bytes, change: Any) -> None:
-        """Raises SyntaxError unless the result has the code of the file, its texts changed, and nothing else."""
+        """Raises SyntaxError unless the result has the structure of the file and differs only in token texts."""
         after = [(token.type, _text(token, result).strip()) for token in _code(_tokens(self._root(result)))]
         texts = change([_text(token, content).strip() for token in _code(tokens)])
         if after != [(token.type, text) for token, text in zip(_code(tokens), texts, strict=True)]:
-            raise SyntaxError("the grammar reads the result as other code")
+            raise SyntaxError("the grammar reads the result as different code")
 
 
 def _stands_in(token: Any, field: str | None, places: Places) -> bool:
-    """Whether an identifier, in a field of its parent, stands in one of some places."""
+    """Whether an identifier, in a field of its parent, is in one of these places."""
     parent = token.parent
     place, around = (parent.type, field), parent.parent
-    if place == ("function_declarator", "declarator"):  # of C: not of a function that is only announced
+    if place == ("function_declarator", "declarator"):  # C: not of a function that is only declared
         while around is not None and around.type.endswith("declarator"):
             around = around.parent
         return around is not None and around.type == "function_definition" and place in places
-    if place in (("field_access", "field"), ("method_invocation", "name")):  # of Java: of another object
+    if place in (("field_access", "field"), ("method_invocation", "name")):  # Java: of another object
         owner = parent.child_by_field_name("object")
         return owner is not None and owner.type != "this" and place in places
-    if parent.type == "literal_element":  # of Go: the key of a struct
+    if parent.type == "literal_element":  # Go: the key of a struct
         return around is not None and around.type == "keyed_element" and place in places and (
             around.named_children[0] == parent)
-    if parent.type == "expression_list" and around is not None:  # of Go: what is on the left
+    if parent.type == "expression_list" and around is not None:  # Go: the left-hand side
         return any(around.child_by_field_name(side) == parent and (around.type, side) in places
                    for side in ("left", "alias"))
     if place == ("method_declaration", "name") and ("method_declaration", "inherited") in places:  # of Java
@@ -166,7 +166,7 @@ def _stands_in(token: Any, field: str | None, places: Places) -> bool:
 
 
 def _leaves(root: Any) -> list[tuple[Any, str | None]]:
-    """The leaves of a syntax tree, in order, with their fields; a literal is one."""
+    """The leaves of a syntax tree, in order, with their fields; a literal is one leaf."""
     found = []
     cursor = root.walk()
     while True:
@@ -195,12 +195,12 @@ def _text(token: Any, content: bytes) -> str:
 
 
 def _places(text: str) -> Places:
-    """Places of words such as "kind.field", or "kind" where it is in no field."""
+    """Places from words such as "kind.field", or "kind" without a field."""
     return frozenset((kind, field or None) for kind, _, field in (each.partition(".") for each in text.split()))
 
 
 def missing(grammar: Grammar) -> list[str]:
-    """The packages that a grammar wants and that are not installed."""
+    """The packages that a grammar needs and that are not installed."""
     return [package for package in ("tree-sitter", grammar.package)
             if importlib.util.find_spec(package.replace("-", "_")) is None]
 

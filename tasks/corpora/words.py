@@ -1,8 +1,8 @@
-"""Code as pseudocode: what operators and keywords are called.
+"""Code as pseudocode: the words for operators and keywords.
 
-Each token is apart from the next by a blank; operators and keywords are words by the tables below; names, numbers,
-strings, comments, brackets, commas, colons and dots stand as they are. A statement of Python is a line, with four
-blanks for each level of its block; code of other languages keeps its lines and how far each is indented.
+Tokens are separated by a blank; operators and keywords become the words in the tables below; names, numbers, strings,
+comments, brackets, commas, colons and dots are unchanged. A Python statement is a line, with four blanks for
+each block level; code of other languages keeps its lines and their indentation.
 """
 
 _OPERATORS = {

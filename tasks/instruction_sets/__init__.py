@@ -1,1 +1,1 @@
-"""Where instructions come from, and how they become prompts. Needs no SeqIO."""
+"""Sources of instructions, and how they become prompts. Needs no SeqIO."""

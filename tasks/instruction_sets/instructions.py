@@ -1,32 +1,32 @@
-"""Where instructions come from: users' files, benchmarks' training sets, and what every Python holds.
+"""Sources of instructions: users' files, benchmarks' training sets, and the standard library of every Python.
 
 Specs, as in `corpora.sources`, of these kinds:
 
-  {"instructions": PATTERN, "language": "en", "sample": 200000}    JSON list or JSON lines; "where" takes some records
-                                           alone, as `corpora.fields` describes it
+  {"instructions": PATTERN, "language": "en", "sample": 200000}    JSON list or JSON lines; "where" selects records,
+                                           see `corpora.fields`
   {"cosqa": PATTERN}                       CosQA's training set: does this code answer this query?
   {"mbpp": PATTERN}                        MBPP's problems, mbpp.jsonl: write the program
   {"python_instructions": "text"}          made from the running Python's standard library; or "code"
   {"official": "text.pclue", "data_dir": FOLDER}    found by its official file name, see `corpora.official`
 
-A record of "instructions" is {instruction, input, output}, which goes through Alpaca's prompt, in Chinese or English
-as `language` says, or else as the record's own characters do; or it is {input, target}, which is used as it stands;
-or it is a conversation, {messages} or {conversations} (see `conversations`), whose form the vocabulary's chat template
-gives, or `prompts` where there is none. A file may hold all of these. Other keys are ignored, and `input` may be empty
-or missing. `sample` keeps so many records of the training split, chosen by a stable hash.
+A record of "instructions" is {instruction, input, output}, which is formatted with Alpaca's prompt, in Chinese or
+English by `language`, or else by the record's own characters; or {input, target}, which is used unchanged; or a
+conversation, {messages} or {conversations} (see `conversations`), formatted by the vocabulary's chat template, or by
+`prompts` if there is none. A file may hold all of these. Other keys are ignored, and `input` may be empty
+or missing. `sample` keeps this many records of the training split, chosen by a stable hash.
 
-`validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt (of a conversation the
-first) puts a hundredth of the records into "validation" and a hundredth into "test", and of few records at least one
-prompt each. MBPP has its official splits instead: "train" is 601 to 974, "validation" 511 to 600. Of both, the problems
-of the sanitized set, which are evaluated on, are left out; `keep_sanitized` keeps them.
+`validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt (of a conversation's
+first prompt) puts one percent of the records into "validation" and one percent into "test", at least one prompt
+each. MBPP has its official splits instead: "train" is 601 to 974, "validation" 511 to 600. The problems of the
+sanitized set, which are used for evaluation, are left out of both; `keep_sanitized` keeps them.
 
-In tuning each is an example, and the loss counts its answers alone. In pre-training each is a document among the
-others, of prompt, answer and end token. A `rate` counts all its tokens, and so does the loss, as is usual where
-instructions are mixed into pre-training; with "loss": "answers" the loss counts the answers alone. The kind "task" has
-this option too: {"task": "code.python_instructions", "loss": "answers"}.
+In tuning each is an example, and the loss counts only its answers. In pre-training each is a document of prompt,
+answer and end token. A `rate` counts all its tokens, and so does the loss, as usual when instructions are mixed
+into pre-training; with "loss": "answers" the loss counts only the answers. The kind "task" also has this
+option: {"task": "code.python_instructions", "loss": "answers"}.
 
-Nothing is lost silently: records that cannot be read are counted, and reported in one warning a reading, with the
-place of the first of each kind. A file that is no JSON is refused.
+Nothing is lost silently: unreadable records are counted, and reported in one warning per reading, with the place
+of the first of each kind. A file that is not JSON is refused.
 Importing this module imports neither TensorFlow nor SeqIO.
 """
 
@@ -63,9 +63,9 @@ from tasks.instruction_sets.conversations import Message, is_conversation, read_
 from tasks.instruction_sets.prompts import alpaca_prompt, conversation_turns
 from tasks.instruction_sets.python_instructions import python_instructions
 
-# Part of every cache key; raise it whenever the same files, or the same Python, would give other pairs.
+# Part of every cache key; increase it whenever the same files, or the same Python, give different pairs.
 INSTRUCTIONS_VERSION = 2
-# The same of the kind "instructions": since 3 conversations are read, which were passed over before.
+# The same for the kind "instructions": conversations are read since 3, and were skipped before.
 RECORDS_VERSION = 3
 
 COSQA_INSTRUCTION = "Decide whether the Python code answers the query. Reply with one word, correct or wrong."
@@ -73,24 +73,24 @@ COSQA_ANSWERS = {0: "wrong", 1: "correct"}
 
 
 class Pair(NamedTuple):
-    """What a model reads, and what it is to write."""
+    """A prompt and its answer."""
 
     inputs: str
     targets: str
 
     @property
     def texts(self) -> Iterable[str]:
-        """All that is learned from."""
+        """All texts that are trained on."""
         return self
 
     @property
     def asked(self) -> str:
-        """The first prompt, by which a split is chosen."""
+        """The first prompt, which decides the split."""
         return self.inputs
 
 
 class Conversation(NamedTuple):
-    """Several turns: the messages, for a chat template, and what they are where there is none."""
+    """Several turns: the messages, for a chat template, and the turns, for vocabularies without one."""
 
     messages: list[Message]  # each with role and content; the last is the assistant's
     turns: list[str]  # prompt, answer, prompt, answer ...; see `prompts`
@@ -98,7 +98,7 @@ class Conversation(NamedTuple):
 
     @property
     def inputs(self) -> str:
-        """What the last answer is written to."""
+        """The prompt of the last answer."""
         return "".join(self.turns[:-1])
 
     @property
@@ -131,14 +131,15 @@ def pairs(
       borders: what `find_borders` gives, where it is known; else the first records are read for it.
 
     Raises:
-      ValueError: the spec is malformed or of another kind, has no such split, a file is no JSON, or they hold no pair
+      ValueError: the spec is malformed or of another kind, has no such split, a file is not JSON, or they hold no pair
         at all.
-      OSError: a pattern matches no file, an official file is not there, or a file cannot be read.
+      OSError: a pattern matches no file, an official file is missing, or a file cannot be read.
     """
     validate(spec, name)
     kind = kind_of(spec)
     if kind not in INSTRUCTION_KINDS:
-        raise ValueError(f"{name}: {kind!r} holds no instructions; those kinds are {', '.join(INSTRUCTION_KINDS)}.")
+        raise ValueError(f"{name}: {kind!r} does not hold instructions; those kinds are "
+                         f"{', '.join(INSTRUCTION_KINDS)}.")
     if split not in splits(spec):
         raise ValueError(f"{name}: there is no split {split!r}, only {', '.join(splits(spec))}.")
     if kind == "python_instructions":
@@ -156,9 +157,9 @@ def pairs(
 
 
 def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | None:
-    """What divides the corpus of a valid spec of instructions into splits, by their prompts; None where no hash does.
+    """The borders that divide the corpus of a valid spec of instructions into splits by prompt; None if not by hash.
 
-    Reads records until they are enough, by default 2,000 of them. Errors are those of `pairs`.
+    Reads as many records as needed, by default 2,000. Errors are those of `pairs`.
     """
     holdout = holdout_of(spec)
     if not holdout:
@@ -172,7 +173,7 @@ def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | Non
 def _usable(
     spec: Mapping[str, Any], split: str, name: str, files: Sequence[str], borders: Borders | None, whole: bool = True
 ) -> Iterator[Pair | Conversation]:
-    """The pairs of the split, no prompt being in two; reports the records that are none, by their places, when reading
+    """The pairs of the split; no prompt is in two splits. Reports other records, with places, when reading
     ends.
     """
     lost = PassedOver()
@@ -188,10 +189,10 @@ def _usable(
     finally:
         if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
             logging.warning(
-                "%s, read for %s: %d records are instructions, passed over: %s.", name, split, kept, lost
+                "%s, read for %s: %d records are instructions, skipped: %s.", name, split, kept, lost
             )
     if whole and not kept and not elsewhere:
-        raise ValueError(f"{name}: no instruction is left of {', '.join(map(repr, files[:3]))}"
+        raise ValueError(f"{name}: no instruction is usable in {', '.join(map(repr, files[:3]))}"
                          f"{f' and {len(files) - 3} more' if len(files) > 3 else ''} ({lost}).")
 
 
@@ -205,7 +206,7 @@ def _records(files: Sequence[str], name: str) -> Iterator[tuple[str, Record]]:
 def _pairs(
     spec: Mapping[str, Any], split: str, files: Sequence[str], name: str, lost: PassedOver
 ) -> Iterator[Pair | Conversation | None]:
-    """What each record is, None for one that is officially of another split; counts those that are none, by places."""
+    """The pair of each record, None if it officially belongs to another split; counts other records, with places."""
     recast = _RECAST[kind_of(spec)]
     for place, record in _records(files, name):
         pair = record if isinstance(record, Lost) else unlike(record, spec.get("where", {})) or recast(
@@ -221,16 +222,16 @@ def _pairs(
 
 
 def _sampled(found: Iterator[Pair | Conversation], wanted: int, name: str) -> Iterator[Pair | Conversation]:
-    """`wanted` pairs of those found, in their order; the same ones in whatever order the files come."""
+    """`wanted` of the found pairs, in order; the selection does not depend on the order of files."""
 
     def place(item: tuple[int, Pair | Conversation]) -> tuple[bytes, int]:
         number, pair = item
-        # Other bytes than a split is chosen by, and salted, so that the sample is no slice of it.
+        # Uses other hash bytes than the split, and a salt, so that the sample is independent of it.
         return hashlib.sha256(f"sample\0{pair.inputs}\0{pair.targets}".encode()).digest(), number
 
     chosen = heapq.nsmallest(wanted, enumerate(found), key=place)
     if len(chosen) < wanted:
-        logging.warning("%s: 'sample' asks for %d instructions, and there are only %d.", name, wanted, len(chosen))
+        logging.warning("%s: 'sample' asks for %d instructions, but there are only %d.", name, wanted, len(chosen))
     for _, pair in sorted(chosen):
         yield pair
 
@@ -247,7 +248,7 @@ def _is_valid_text(pair: Pair | Conversation) -> bool:
 
 
 def _instruction(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pair | Conversation | Lost | None:
-    """{instruction, input, output} through a prompt; {input, target} as it stands; else a conversation."""
+    """{instruction, input, output} in a prompt; {input, target} unchanged; else a conversation."""
     values: tuple[Any, ...]
     if {"instruction", "output"} <= record.keys():
         given = record.get("input")
@@ -262,7 +263,7 @@ def _instruction(record: Mapping[str, Any], spec: Mapping[str, Any], split: str)
     else:
         return Lost("without instruction and output, input and target, or messages")
     if not all(isinstance(value, str) for value in values):
-        return Lost("with a value that is no text")
+        return Lost("with a value that is not text")
     if not all(value.strip() for value in values[:2]):
         return Lost("empty")
     if len(values) == 2:
@@ -296,7 +297,7 @@ def _mbpp(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pai
     if official_split(number) != split:
         return None
     if number in sanitized_ids() and not spec.get("keep_sanitized"):
-        return Lost("that are evaluated on as sanitized MBPP ('keep_sanitized': True keeps them)")
+        return Lost("that are in sanitized MBPP, used for evaluation ('keep_sanitized': True keeps them)")
     return Pair(alpaca_prompt(problem.strip(), "", "en"), _with_newlines(program).rstrip())
 
 
@@ -311,13 +312,13 @@ _RECAST = {"instructions": _instruction, "cosqa": _cosqa, "mbpp": _mbpp}
 
 
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
-    """What identifies a corpus's content, found without reading it; JSON-able, for cache keys.
+    """Identifies a corpus's content without reading it; JSON-able, for cache keys.
 
-    Files are identified by path and size, as `sources.describe` does; an official corpus by the files found.
+    Files are identified by path and size, as in `sources.describe`; an official corpus by the files found.
 
     Raises:
-      ValueError: the spec is malformed, a pattern names folders, or an official file is there twice.
-      OSError: a pattern matches no file, an official file is not there, or a link leads to nothing.
+      ValueError: the spec is malformed, a pattern names folders, or an official file exists twice.
+      OSError: a pattern matches no file, an official file is missing, or a link is broken.
     """
     validate(spec, name)
     if kind_of(spec) == "official":

@@ -1,7 +1,7 @@
-"""How an instruction becomes what a model reads: the prompt of Stanford Alpaca, and its like in Chinese.
+"""Turns an instruction into a prompt: that of Stanford Alpaca, and its equivalent in Chinese.
 
-A conversation has the same form. Each message of a user is an instruction of its own, each message of the assistant
-its response, and a system's message stands in the place of the sentences that Alpaca begins with:
+A conversation has the same form. Each user message is an instruction, each assistant message its response, and a
+system message replaces Alpaca's opening sentences:
 
     {system's message}
 
@@ -15,7 +15,7 @@ its response, and a system's message stands in the place of the sentences that A
 
     ### Response:{answer}<end of document>
 
-So a question and its answer, without a system's message, are what a record {instruction, output} is.
+A question and its answer without a system message thus equal a record {instruction, output}.
 """
 
 import itertools
@@ -43,7 +43,7 @@ _PROMPTS = {
     ),
 }
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
-# What stands in the place of an empty input in Alpaca and its translations.
+# Placeholders for an empty input in Alpaca and its translations.
 _NO_INPUT = re.compile(r"""[\s<>"'`]*(no\s?input|无输入|没有输入|无需输入)[\s<>"'`.。]*""", re.IGNORECASE)
 
 
@@ -52,11 +52,11 @@ def alpaca_prompt(instruction: str, given: str = "", language: str | None = None
 
     Args:
       instruction: what to do.
-      given: what to do it to; blank, or a word for nothing such as "<noinput>", leaves the section out.
-      language: "en" or "zh"; by default Chinese where instruction or input hold a Chinese character.
+      given: the input; a blank, or a placeholder such as "<noinput>", leaves the section out.
+      language: "en" or "zh"; by default Chinese if instruction or input hold a Chinese character.
 
     Returns:
-      A text that ends where the response begins.
+      A text that ends right before the response.
     """
     if not given.strip() or _NO_INPUT.fullmatch(given.replace("&lt;", "<").replace("&gt;", ">")):
         given = ""
@@ -66,16 +66,16 @@ def alpaca_prompt(instruction: str, given: str = "", language: str | None = None
 
 
 def conversation_turns(messages: Sequence[Mapping[str, str]], language: str | None = None) -> list[str]:
-    """What a model reads and what it writes by turns, of a conversation in the form that the module describes.
+    """The prompts and answers of a conversation in turn, in the form described above.
 
     Args:
-      messages: each with role ("system", at the beginning alone, "user" or "assistant") and content.
-      language: of the words that stand between messages; by default that of the messages before the first answer, as
-        `alpaca_prompt` finds it.
+      messages: each with role ("system", only at the beginning, "user" or "assistant") and content.
+      language: of the words between messages; by default that of the messages before the first answer, as in
+        `alpaca_prompt`.
 
     Returns:
-      A prompt, its answer, the next prompt and so on. The last is a prompt where a user has the last word. The end of
-      document behind each answer is not among them.
+      A prompt, its answer, the next prompt and so on. The last is a prompt if the last message is a user's. The end of
+      document after each answer is not included.
     """
     if language is None:
         first = itertools.takewhile(lambda message: message["role"] != "assistant", messages)

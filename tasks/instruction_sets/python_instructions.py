@@ -1,12 +1,12 @@
-"""Instructions that every Python holds: questions answered by its documentation, and functions to write.
+"""Instructions from every Python installation: questions answered by its documentation, and functions to write.
 
-Made from the running Python's standard library by rule. "text" asks what a module, class, function or topic of the
+Made from the running Python's standard library by rules. "text" asks what a module, class, function or topic of the
 language is about; the answer is its documentation, whole or its first paragraphs. "code" gives a function's signature
 and docstring; the answer is its body.
 
-An instruction is in the split that pre-training puts its file into (`standard_library.split_of`): what is held
-out there is held out here, and the other way about. What stands in files of several splits is left out, as is a
-question or an answer that was there before.
+An instruction is in the split of its file in pre-training (`standard_library.split_of`), so both hold out the
+same files. Items in files of several splits are left out, as are repeated questions or
+answers.
 """
 
 import functools
@@ -82,18 +82,18 @@ _NO_ANSWER = re.compile(r">>>|XXX|TODO|FIXME|Not sure")
 
 
 class Made(NamedTuple):
-    """One instruction, the file it was made from, and that file's split."""
+    """One instruction, its source file, and that file's split."""
 
     file: str
     split: str
     instruction: str
-    given: str  # What the instruction is to be applied to; may be empty.
+    given: str  # The input of the instruction; may be empty.
     output: str
 
 
 @functools.cache
 def python_instructions(kind: str) -> tuple[Made, ...]:
-    """All instructions of one kind, in the order of file names; some seconds at the first call.
+    """All instructions of one kind, in the order of file names; the first call takes some seconds.
 
     Args:
       kind: "text" or "code".
@@ -114,7 +114,7 @@ def python_instructions(kind: str) -> tuple[Made, ...]:
 
 def _answers() -> Iterator[Made]:
     members = documented_members()
-    # Pre-training keeps a text that is there twice in the first file's split, whichever that is.
+    # Pre-training keeps a duplicate text in the first file's split, whichever that is.
     shared = _in_several_splits((member.text, member.file) for member in members)
     for member in members:
         text = _shortened(member)
@@ -128,7 +128,7 @@ def _question(member: Documented) -> str:
 
 
 def _shortened(member: Documented) -> str:
-    """The first paragraphs of a text, as far as there is room; "" where that is too little, or no prose."""
+    """The first paragraphs of a text that fit; "" if that is too little, or not prose."""
     paragraphs = [paragraph.rstrip() for paragraph in re.split(r"\n\s*\n", member.text.strip())]
     if len(paragraphs) > 1 and (paragraphs[0] == member.name or _SIGNATURE.fullmatch(paragraphs[0])):
         del paragraphs[0]
@@ -139,7 +139,7 @@ def _shortened(member: Documented) -> str:
             break
         kept.append(paragraph)
     while kept and kept[-1].endswith(":"):
-        kept.pop()  # It announces what is cut off here, or is a section of its own.
+        kept.pop()  # It introduces the part cut off here, or is a separate section.
     shortened = "\n\n".join(kept)
     is_prose = not _NO_ANSWER.match(shortened) and len(re.findall(r"[^\W\d_]{2,}", shortened)) >= FEWEST_WORDS
     return shortened if is_prose and _is_valid(shortened) else ""
@@ -178,13 +178,13 @@ def _is_valid(text: str) -> bool:
 
 
 def _in_several_splits(found: Iterable[tuple[Hashable, str]]) -> set[Hashable]:
-    """Of pairs of a thing and its file, the things whose files are not all of one split."""
+    """From pairs of an item and its file, the items whose files are not all in one split."""
     splits: dict[Hashable, str] = {}
     return {thing for thing, file in found if splits.setdefault(thing, split_of(file)) != split_of(file)}
 
 
 def _once(made: Iterable[Made]) -> Iterator[Made]:
-    """Those with a new question and a new answer; none whose answer, once shortened, is in another split too."""
+    """Those with a new question and a new answer; none whose shortened answer is also in another split."""
     everything = list(made)
     shared = _in_several_splits((one.output, one.file) for one in everything)
     questions: set[tuple[str, str]] = set()

@@ -1,6 +1,6 @@
-"""What the standard library documents and defines, member by member: the matter of `python_instructions`.
+"""The documented and defined members of the standard library, the material of `python_instructions`.
 
-Each member knows the file it is from, as `corpora.standard_library` names it, and so its split.
+Each member has its file, as named by `corpora.standard_library`, and thus its split.
 """
 
 import ast
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tasks.corpora import standard_library
 
-# Compiled modules whose members everybody knows by another module's name.
+# Compiled modules whose members are known by another module's name.
 _KNOWN_AS = {"posix": "os", "nt": "os", "builtins": ""}
 _LONGEST_SIGNATURE = 80
 _TITLE = re.compile(r"^(\S.*)\n([*=~-])\2{2,}$", re.MULTILINE)
@@ -22,12 +22,12 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Documented(NamedTuple):
-    """A docstring, or a section of the language reference, and what it is about."""
+    """A docstring, or a section of the language reference, and its subject."""
 
     file: str
     kind: str  # module, class, constructor, function, method, property, attribute or topic
-    name: str  # Such as "json.dumps"; empty where it has no public name, and so makes no question.
-    signature: str  # Such as "(text, width=70)"; empty where it is unknown or long.
+    name: str  # Such as "json.dumps"; empty if it has no public name, and thus makes no question.
+    signature: str  # Such as "(text, width=70)"; empty if it is unknown or long.
     text: str
 
 
@@ -41,7 +41,7 @@ class Defined(NamedTuple):
     docstring: str
     header: str  # Decorators, signature and docstring.
     body: str
-    is_trivial: bool  # The body says next to nothing, such as `pass`.
+    is_trivial: bool  # The body is trivial, such as `pass`.
 
 
 @functools.cache
@@ -53,7 +53,7 @@ def documented_members() -> tuple[Documented, ...]:
 
 @functools.cache
 def defined_functions() -> tuple[Defined, ...]:
-    """Functions and methods with a docstring and a body on lines of its own; in the order of file names."""
+    """Functions and methods with a docstring and a body on separate lines; in the order of file names."""
     return tuple(_of_sources()[1])
 
 
@@ -104,8 +104,8 @@ def _module_of(file: str) -> str:
 
 
 def _public_name(module: str, *within: str) -> str:
-    """A member's name as its users write it; "" where a part of it is private."""
-    if module.startswith("_"):  # `_pydecimal` stands for `decimal`; `_strptime` for nothing.
+    """A member's name as its users write it; "" if a part of it is private."""
+    if module.startswith("_"):  # `_pydecimal` maps to `decimal`; `_strptime` to nothing.
         module = re.sub("^_(py)?", "", module)
         if module not in sys.stdlib_module_names:
             return ""
@@ -133,7 +133,7 @@ def _signature(node: _Function, is_method: bool) -> str:
 
 
 def _header_and_body(node: _Function, lines: Sequence[str]) -> tuple[str, str] | None:
-    """The source of a function up to its docstring, and after it; None where they cannot be parted by lines."""
+    """The source of a function up to its docstring, and after it; None if they cannot be separated by lines."""
     if len(node.body) < 2:
         return None
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
@@ -150,14 +150,14 @@ def _header_and_body(node: _Function, lines: Sequence[str]) -> tuple[str, str] |
 
 
 def _dedented(lines: Sequence[str], columns: int) -> str | None:
-    """Lines without so many leading blanks, and without blank lines at both ends; None where one has fewer."""
+    """Lines without this many leading blanks, and without blank lines at both ends; None if a line has fewer."""
     if any(line[:columns].strip() for line in lines):
         return None
     return "\n".join(line[columns:].rstrip() for line in lines).strip("\n")
 
 
 def _is_trivial(body: Sequence[ast.stmt]) -> bool:
-    """Whether a body is nothing but passing, raising, or giving back a constant or a name."""
+    """Whether a body only passes, raises, or returns a constant or a name."""
     if len(body) != 1:
         return False
     match body[0]:
@@ -177,7 +177,7 @@ def _of_compiled_modules() -> Iterator[Documented]:
         for member in members:
             known = _KNOWN_AS.get(module, module)
             if known.startswith("_"):
-                # `_heapq.heappush` is `heapq.heappush` if heapq.py takes it over.
+                # `_heapq.heappush` is `heapq.heappush` if heapq.py imports it.
                 top = member.name.split(".")[0]
                 source = sources.get(known[1:], "")
                 takes_over = re.search(rf"from {module} import \*|\b{re.escape(top)}\b", source)

@@ -1,4 +1,4 @@
-"""Tests taken apart: what the program under test computes, and what is judged without it."""
+"""Splits tests into what the program under test computes and what is judged without it."""
 
 import ast
 import builtins
@@ -12,7 +12,7 @@ ASK = "__ask__"  # the judge's function: ASK(i, *values) has the program compute
 # ("check", source of a module that defines `check`, name of the program's function that `check` is given)
 Step = tuple[str, str] | tuple[str, str, str] | tuple[str, str, str, list[str]]
 
-# Functions that the program may compute where all of their arguments are its own: what comes of them is data.
+# Functions that the program may compute if all of their arguments are its own: their results are data.
 _COMPUTED = frozenset("""
     abs ascii bin bytes callable chr complex dict dir divmod float format frozenset getattr hash hex id int iter len
     list max min next oct ord pow repr reversed round set sorted str sum tuple type vars asyncio.run""".split())
@@ -20,7 +20,7 @@ _SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda
 
 
 class Unjudged(ValueError):
-    """Why tests cannot be judged; `reason` says it in few words, as they go on after a number of records."""
+    """Why tests cannot be judged; `reason` is a short phrase that follows a number of records."""
 
     def __init__(self, reason: str, source: str) -> None:
         super().__init__(f"a program cannot be judged by tests {reason}: {source!r:.300}")
@@ -28,19 +28,19 @@ class Unjudged(ValueError):
 
 
 def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
-    """Statements of tests as steps that a judge can go through while it trusts nothing of the program.
+    """Statements of tests as steps for a judge that trusts nothing of the program.
 
-    In `assert f(3) == {1, 2}` the program computes `f(3)`; the rest is the judge's. A part is the program's if it
-    starts from a name that is neither a builtin nor imported by the tests, or that is in `defined`; and so are some
-    functions, lists and sums of such parts alone, such as `sorted(f(3))`, and what only the program can tell of its
-    objects: whether two are the same one, have an attribute, or are of a class of its own.
+    In `assert f(3) == {1, 2}` the program computes `f(3)`; the judge computes the rest. A part is the program's if
+    it starts from a name that is neither a builtin nor imported by the tests, or that is in `defined`; so are some
+    functions, lists and sums of only such parts, such as `sorted(f(3))`, and questions that only the program can
+    answer about its objects: whether two are identical, have an attribute, or are instances of its own class.
 
     Args:
       tests: Python statements: asserts, imports, and others that prepare for the asserts that follow.
-      defined: names of builtins that the program is to define itself, such as `sum`.
+      defined: names of builtins that the program must define itself, such as `sum`.
 
     Raises:
-      Unjudged: a test is not Python, no assert is there, or one stands within another statement or is not judged.
+      Unjudged: a test is not Python, there is no assert, or one is inside another statement or cannot be judged.
     """
     trusted = set(dir(builtins)) - set(defined)
     found: list[Step] = []
@@ -55,7 +55,7 @@ def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
             elif isinstance(statement, ast.Import | ast.ImportFrom):
                 names = {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
                 if "*" in names:
-                    raise Unjudged("that import names without telling them", source)
+                    raise Unjudged("that import unnamed names", source)
                 trusted |= names
                 found.append(("import", source))
             elif any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
@@ -63,7 +63,7 @@ def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
             else:
                 found.append(("run", source))
     if not any(step[0] == "judge" for step in found):
-        raise Unjudged("that hold no assert, and so pass anything", "\n".join(tests))
+        raise Unjudged("that hold no assert, and thus pass anything", "\n".join(tests))
     return found
 
 
@@ -71,7 +71,7 @@ def check_steps(tests: Sequence[str], entry_point: str) -> list[Step]:
     """Tests in HumanEval's form as a step that the judge runs by itself.
 
     Args:
-      tests: Python that, joined, defines `check(candidate)` and all that it uses; none of it is the program's.
+      tests: Python that, joined, defines `check(candidate)` and everything that it uses; none of it is the program's.
       entry_point: the name of the program's function that becomes `candidate`.
 
     Raises:
@@ -85,14 +85,14 @@ def check_steps(tests: Sequence[str], entry_point: str) -> list[Step]:
     candidate = checks[-1].args.args[0].arg
     if not any(isinstance(node, ast.Assert) for node in inner) or not any(
             isinstance(node, ast.Name) and node.id == candidate for node in inner):
-        raise Unjudged("that assert nothing of the program, and so pass anything", source)
+        raise Unjudged("that assert nothing about the program, and thus pass anything", source)
     return [("check", source, entry_point)]
 
 
 def parse(source: str) -> ast.Module:
-    """The statements of a test, each of which Python can compile and `ast` can write again.
+    """The statements of a test, each of which Python can compile and `ast` can unparse.
 
-    Nothing is said of backslashes that mean nothing, which are many in others' programs.
+    Suppresses warnings about invalid escapes, which are common in others' programs.
 
     Raises:
       Unjudged: it is not Python.
@@ -103,7 +103,7 @@ def parse(source: str) -> ast.Module:
             compile(source, "test", "exec", dont_inherit=True)
             tree = ast.parse(source)
             ast.unparse(tree)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: of what nests too deeply
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: for code that nests too deeply
             raise Unjudged("that are not Python", source) from None
     return tree
 

@@ -1,8 +1,8 @@
-"""The system calls that an untrusted program may make: a list, all others fail, by a filter of the kernel's (seccomp).
+"""The allowed system calls of an untrusted program; all others fail, by a seccomp filter of the kernel.
 
-What is not on the list is above all what holds memory that no limit of a process counts: shared memory, semaphores and
-queues (System V's and POSIX's), files in memory without a folder, buffers that grow, record locks, watches, keys.
-A program of Python's own library needs none of these; what it asks in vain fails as if the kernel did not have it.
+Excluded are above all calls that hold memory outside the limits of a process: shared memory, semaphores and queues
+(System V's and POSIX's), anonymous memory files, growing buffers, record locks, watches, keys. Programs that use the
+standard library need none of these; an excluded call fails as if the kernel lacked it.
 """
 
 import ctypes
@@ -41,21 +41,21 @@ sched_rr_get_interval 148 127, getpriority 140 141, setpriority 141 140, getcpu 
 setrlimit 160 164, prlimit64 302 261, getrusage 98 165, sysinfo 99 179, uname 63 160, getrandom 318 278,
 arch_prctl 158 -, sendto 44 206, recvfrom 45 207, shutdown 48 210,
 getsockname 51 204, getpeername 52 205, getsockopt 55 209"""
-# Allowed with some arguments only, likewise.
+# Allowed only with some arguments.
 _CLONE, _FCNTL, _PRCTL, _SOCKET, _SOCKET_PAIR = (56, 220), (72, 25), (157, 167), (41, 198), (53, 199)
 _MMAP, _MREMAP = (9, 222), (25, 216)
 _MREMAP_FIXED = 2
-_NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS and those that follow
+_NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS and the following
 # Duplicating, flags, a pipe's size: neither record locks, of which nothing limits the number, nor larger pipes.
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032)
 # The parent's death, core dumps, names, no new privileges: not the size of the kernel's table of futexes.
 _PRCTL_OPTIONS = (1, 2, 3, 4, 15, 16, 38, 39)
 _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF
 
-# Of BPF: load a word of `struct seccomp_data`; and; jump if equal, if any bit is set; return.
+# BPF: load a word of `struct seccomp_data`; and; jump if equal, if any bit is set; return.
 _LOAD, _AND, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x45, 0x06
 _NUMBER, _ARCHITECTURE = 0, 4
-_ARGUMENTS = (16, 24, 32, 40)  # the low words of the first four; of what is asked here the kernel looks at no more
+_ARGUMENTS = (16, 24, 32, 40)  # the low words of the first four; the kernel uses no more in these calls
 _HIGH = 4  # from an argument's low word to its high one
 _PERMIT = (_RETURN, 0, 0, 0x7FFF0000)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -64,13 +64,13 @@ Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, va
 
 
 def allow_listed() -> None:
-    """From now on this process, and those it starts, make the listed calls only; needs PR_SET_NO_NEW_PRIVS.
+    """From now on this process, and those it starts, may make only the listed calls; needs PR_SET_NO_NEW_PRIVS.
 
-    All sockets but pairs of streams are refused, of whatever family: some, AF_VSOCK, reach beyond network namespaces,
-    and a queue of those that wait to be accepted holds memory that nothing counts.
+    All sockets except stream pairs are refused, of every family: some, such as AF_VSOCK, reach beyond network
+    namespaces, and a queue of pending connections holds memory that nothing counts.
 
     Raises:
-      OSError: the kernel has no such filters, or there is no list for this kind of processor.
+      OSError: the kernel has no such filters, or there is no list for this processor architecture.
     """
     machine = platform.machine()
     if machine not in _ARCHITECTURES or sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8:
@@ -82,7 +82,7 @@ def allow_listed() -> None:
     program = (ctypes.c_uint64 * 2)(len(instructions), ctypes.addressof(buffer))  # struct sock_fprog
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(22, *map(ctypes.c_ulong, (2, ctypes.addressof(program), 0, 0))):  # PR_SET_SECCOMP
-        raise OSError(ctypes.get_errno(), "the kernel takes no filter of system calls")
+        raise OSError(ctypes.get_errno(), "the kernel accepts no filter of system calls")
 
 
 def _filter(machine: str) -> list[Instruction]:
@@ -96,7 +96,7 @@ def _filter(machine: str) -> list[Instruction]:
     of_pair = [(_LOAD, 0, 0, _ARGUMENTS[0]), (_EQUAL, 1, 0, _AF_UNIX), _refuse(errno.ENETDOWN),
                (_LOAD, 0, 0, _ARGUMENTS[1]), (_AND, 0, 0, _SOCK_TYPE_MASK), (_EQUAL, 1, 0, _SOCK_STREAM),
                _refuse(errno.ENETDOWN), _PERMIT]
-    # Places far apart take a page of tables each, and two with gigabytes between: new mappings go where others are.
+    # Addresses far apart each take a page of page tables, two if gigabytes apart: new mappings go near others.
     here = (ctypes.cast(ctypes.CDLL(None).mmap, ctypes.c_void_p).value or 0) >> 32
     of_mmap = _only(_ARGUMENTS[0] + _HIGH, (0, here - 1, here, here + 1), errno.ENOMEM)
     of_mremap = [(_LOAD, 0, 0, _ARGUMENTS[3]), (_ANY_BIT, 0, 1, _MREMAP_FIXED), _refuse(errno.ENOMEM), _PERMIT]
@@ -109,7 +109,7 @@ def _filter(machine: str) -> list[Instruction]:
 
 
 def _only(argument: int, values: Sequence[int], otherwise: int) -> list[Instruction]:
-    """Permits a call whose argument is one of the values; fails it with an error's number else."""
+    """Permits a call whose argument is one of the values; else fails it with an error number."""
     found: list[Instruction] = [(_LOAD, 0, 0, argument)]
     for value in values:
         found += [(_EQUAL, 0, 1, value), _PERMIT]

@@ -1,4 +1,4 @@
-"""What the kernel is asked to withhold from an untrusted program: namespaces, a file system of its own, limits.
+"""Kernel features that confine an untrusted program: namespaces, a separate file system, limits.
 
 Runs in the small process that `sandbox` starts, never in the process of training. Standard library only.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PIDS, _NEW_NET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _BIND, _REC, _PRIVATE, _NOSUID, _NODEV, _DETACH = 0x1000, 0x4000, 0x40000, 2, 4, 2
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-_WORK = "/tmp"  # the only place a program can write to, in its own view of the file system
+_WORK = "/tmp"  # the only place where a program can write, in its view of the file system
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -30,7 +30,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def new_process_ids() -> None:
-    """Children from now on live in a new PID namespace, the first as its init: when it dies, all of them die.
+    """Children from now on are in a new PID namespace, the first as its init: when it dies, all of them die.
 
     Raises:
       OSError: the kernel refuses.
@@ -39,9 +39,9 @@ def new_process_ids() -> None:
 
 
 def new_namespaces() -> None:
-    """Leaves the host's network, mounts and IPC, and its process ids for children to come.
+    """Leaves the host's network, mounts and IPC, and for future children its process ids.
 
-    Root does so directly. Anybody else, and root in a container that may not, through a user namespace.
+    Root does so directly. Other users, and root in an unprivileged container, use a user namespace.
 
     Raises:
       OSError: the kernel refuses.
@@ -59,17 +59,17 @@ def new_namespaces() -> None:
 
 
 def new_file_system(folder: str, visible: Sequence[str], work_bytes: int) -> None:
-    """Replaces the root by one that holds `visible` and three devices, read-only, and an empty /tmp in memory.
+    """Replaces the root by one with `visible` and three devices, read-only, and an empty /tmp in memory.
 
     Args:
       folder: an existing folder of the host, mounted upon in this mount namespace only.
-      visible: files and folders to show under their own names; those that do not exist are left out.
-      work_bytes: how much fits in /tmp.
+      visible: files and folders to show at their own paths; missing ones are left out.
+      work_bytes: capacity of /tmp.
 
     Raises:
-      OSError: the kernel refuses; Linux before 5.12 does. What was mounted until then stays, in this namespace only.
+      OSError: the kernel refuses, as before Linux 5.12. Earlier mounts remain, in this namespace only.
     """
-    _mount(None, "/", None, _REC | _PRIVATE)  # or root's mounts would reach the host
+    _mount(None, "/", None, _REC | _PRIVATE)  # else root's mounts would reach the host
     _mount("tmpfs", folder, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
     world = f"{folder}/world"
     for path in (*visible, *_DEVICES):
@@ -84,14 +84,14 @@ def new_file_system(folder: str, visible: Sequence[str], work_bytes: int) -> Non
             _mount(path, world + path, None, _BIND | _REC)
     os.makedirs(world + _WORK, exist_ok=True)
     _make_read_only(folder)
-    for path in _DEVICES:  # after, since what is read-only shows no devices either
+    for path in _DEVICES:  # afterwards, since devices do not work on read-only mounts either
         if os.path.exists(path):
             _mount(path, world + path, None, _BIND)
     _mount("tmpfs", world + _WORK, "tmpfs", _NOSUID | _NODEV, f"size={work_bytes},nr_inodes=4096,mode=1777")
     os.chdir(folder)
-    _call("pivot_root", ".", ".")  # the old root now lies over the new one, and goes
+    _call("pivot_root", ".", ".")  # the old root now covers the new one, and is removed
     _call("umount2", ".", _DETACH)
-    os.chroot("world")  # in a chroot the kernel grants no further user namespaces, hence no capabilities anew
+    os.chroot("world")  # in a chroot the kernel grants no further user namespaces, hence no new capabilities
     os.chdir(_WORK)
 
 
@@ -103,26 +103,26 @@ def _make_read_only(path: str) -> None:
 
 
 def drop_privileges(user: int | None) -> None:
-    """No capabilities, none to be had by executing anything, and, where `user` is given, that user and group."""
+    """Drops all capabilities, for good, and, if `user` is given, changes to that user and group."""
     if user is not None:
         try:
             os.setgroups([])
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
         except OSError:
-            pass  # a container that maps few users; without capabilities the one we are is as weak
+            pass  # a container that maps few users; without capabilities the current one is as weak
     _call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     _call("prctl", 38, *map(ctypes.c_ulong, (1, 0, 0, 0)))  # PR_SET_NO_NEW_PRIVS
-    die_with_parent()  # a change of user forgets it
+    die_with_parent()  # a change of user resets it
 
 
 def die_with_parent() -> None:
-    """The kernel kills this process when the thread that started it ends."""
+    """The kernel kills this process when its parent thread ends."""
     _call("prctl", 1, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
 
 
 def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, processes: int | None) -> None:
-    """Limits of this process and, each by itself, of those it starts; `processes` counts all of this user."""
+    """Sets limits of this process and, separately, of each one that it starts; `processes` counts all of this user."""
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CPU: cpu_seconds,
               resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_FSIZE: file_bytes, resource.RLIMIT_MEMLOCK: 0,
               resource.RLIMIT_MSGQUEUE: 0, resource.RLIMIT_SIGPENDING: 64}
@@ -131,4 +131,4 @@ def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, processes: int |
     for kind, value in limits.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))  # init ignores the soft limit's signal, not the hard one's
+        resource.setrlimit(kind, (value, value))  # init ignores the signal of the soft limit, not of the hard one

@@ -1,4 +1,4 @@
-"""MBPP and HumanEval by running their programs: what the sandbox needs of a record.
+"""MBPP and HumanEval for the sandbox: the tests of a record.
 
 For pass@k see `tasks.benchmarks.metrics`.
 """
@@ -13,13 +13,13 @@ from tasks.programs import assertions, sandbox
 
 @dataclasses.dataclass(frozen=True)
 class ProgramTests:
-    """What makes programs of a problem into what the sandbox runs.
+    """The tests of a problem, which turn generated programs into sandbox programs.
 
     Attributes:
       task_id: the problem's number or name.
-      tests: imports, preparations and asserts, in order; or what defines HumanEval's `check`.
-      defined: names of builtins that the problem has a program define.
-      begin: what the problem gives of a program: what is generated goes on behind it.
+      tests: imports, preparations and asserts, in order; or the definition of HumanEval's `check`.
+      defined: names of builtins that the problem asks a program to define.
+      begin: the given beginning of a program, which the generated text continues.
       entry_point: the function that `check` is given.
     """
 
@@ -40,18 +40,18 @@ def is_problem(record: Mapping[str, Any]) -> bool:
 
 
 def problem_tests(record: Mapping[str, Any]) -> ProgramTests:
-    """The tests of a record of HumanEval, which has an `entry_point`, or else of MBPP; raises as these do."""
+    """The tests of a HumanEval record, which has an `entry_point`, or else of an MBPP record; raises their errors."""
     return check_tests(record) if "entry_point" in record else program_tests(record)
 
 
 def check_tests(record: Mapping[str, Any]) -> ProgramTests:
     """The tests of a HumanEval record.
 
-    The problem, solved, stands before `check` too, which uses functions that its prompt defines (problems 32, 38 and
-    50): there they are as the problem has them, whatever a program makes of these names.
+    The reference solution also precedes `check`, which uses functions that its prompt defines (problems 32, 38 and
+    50): these are the problem's own, even if a program redefines the names.
 
     Args:
-      record: a record with `task_id`, `prompt`, `code` that goes on behind the prompt, `test` and `entry_point`, all of
+      record: a record with `task_id`, `prompt`, `code` that continues the prompt, `test` and `entry_point`, all of
         them texts.
 
     Raises:
@@ -72,12 +72,12 @@ def program_tests(record: Mapping[str, Any], challenge: bool = False) -> Program
     """The tests of an MBPP record, of the full file or of the sanitized one.
 
     A module that the asserts use but the record imports only in its reference solution (problem 596, `sys`) is
-    imported for the tests: a program that forgets it is not failed for that.
+    imported for the tests: a program does not fail for forgetting it.
 
     Args:
-      record: a record with `task_id`, `code`, `test_list` and, where the file has them, `test_imports`,
+      record: a record with `task_id`, `code`, `test_list` and, if the file has them, `test_imports`,
         `test_setup_code` and `challenge_test_list`.
-      challenge: add the challenge tests, which few problems have and published results leave out.
+      challenge: add the challenge tests, which few problems have and published results omit.
 
     Raises:
       assertions.Unjudged: its tests cannot be judged.

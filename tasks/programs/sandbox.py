@@ -1,13 +1,13 @@
-"""Runs untrusted Python programs against their tests, each in a sandbox of the kernel's, and tells which passed.
+"""Runs untrusted Python programs against their tests, each in a kernel sandbox, and reports which passed.
 
-What holds where `guarantees()` says so, by name:
+The guarantees, by name, which hold if `guarantees()` says so:
 
-  network    No network but an empty one of its own: nothing connects, not even to this host. Of sockets there are
-             pairs of streams, and no others of whatever family.
-  reading    It sees Python's library, the system's libraries, three devices and an empty folder. All else of the
-             host's files is not there: neither the home, nor checkpoints, nor /proc.
-  writing    It writes to that one folder, /tmp, which is memory of bounded size and ends with the program.
-  signals    It sees and signals no process but its own, and all of these end with it, however detached.
+  network    Only its own empty network: nothing connects, not even to this host. The only sockets are stream
+             pairs.
+  reading    It sees Python's library, the system's libraries, three devices and an empty folder. No other file of
+             the host exists for it: no home, no checkpoints, no /proc.
+  writing    It writes only to that folder, /tmp, which is memory of bounded size and ends with the program.
+  signals    It sees and signals only its own processes, and all of these end with it, even detached ones.
   memory     Each of its processes has at most `memory_bytes`, shared memory counted in each that maps it, and /tmp
              holds at most `folder_bytes`. Other memory that outlives a mapping is refused (`calls`): System V's and
              POSIX's shared memory, queues and semaphores, memfd_create, larger pipes, record locks, watches, keys,
@@ -15,36 +15,38 @@ What holds where `guarantees()` says so, by name:
              times as much again where they are single pages far apart, and buffers of 64 descriptors, at most 16 MiB.
              The judge has 1 GiB. So all together stay below `processes` x (2.25 x `memory_bytes` + 16 MiB) +
              `folder_bytes` + 1 GiB, and but for such tables below half of it.
-  processes  Their number is limited, threads counted.
+  processes  Their number is limited, including threads.
 
-Besides: an empty environment, no descriptors of ours, no capabilities, no other program that it could start; limits on
-processor time, time on the clock and sizes of files. What it prints is discarded, and there is nothing to be read.
-Python's hashes are seeded with 0, so that verdicts repeat.
+Besides: an empty environment, no inherited descriptors, no capabilities, no other program that it could start; limits
+on processor time, wall-clock time and file sizes. Its output is discarded, and its input is empty. Python's hashes
+are seeded with 0, so that verdicts are reproducible.
 
-Success cannot be claimed, only had. Each `assert` is taken apart (`assertions`). The program's process is asked
+A program cannot claim success. Each `assert` is split (`assertions`). The program's process is asked
 for the values of its own calls and answers in plain data (`values`). The comparison is evaluated in another
 process (`trial`), which the program cannot see, signal or write to, and which reads the tests only when the
-program's process already runs in another memory. So neither the expected values nor the verdict are within its reach,
+program's process already runs in another memory. Neither the expected values nor the verdict are thus within its reach,
 whatever it does to builtins, frames, exceptions, descriptors, its exit, or its objects' `__eq__`. Tests in HumanEval's
-form, a function `check(candidate)`, run in that other process as a whole; each call of `candidate` is asked likewise.
+form, a function `check(candidate)`, run in that other process as a whole; each call of `candidate` is requested
+likewise.
 
-A verdict is that of plain `exec` of program and tests, but for:
-  - objects of the program's own that claim to be equal to, or less than, an expected value that is none; subclasses of
+A verdict equals that of plain `exec` of program and tests, except for:
+  - the program's own objects that claim to equal, or be less than, an expected value of another type; subclasses of
     plain types that do so are compared as those types;
-  - what depends on a value being the same object: `is` with a literal or a builtin function, a change of a value that
-    is a copy here;
-  - tests that look names up by their texts: `eval`, `globals`; names assigned within an assert and used outside of one;
+  - object identity: `is` with a literal or a builtin function, a mutation of a value that is a copy
+    here;
+  - tests that look up names as text: `eval`, `globals`; names assigned within an assert and used outside;
   - values of more than 8 MiB as JSON, and values of libraries beyond the standard one: NumPy is not there;
-  - asserts within other statements, but for those of a `check`, are not judged: a record that has one is no question;
-  - an iterator that is asked for more than 100 items, which runs ahead of what is asked, to twice as many;
-  - what the sandbox withholds: input, files, sockets, further programs, record locks (SQLite on files needs them).
+  - asserts within other statements, except in a `check`, which are not judged: a record with one is skipped;
+  - an iterator from which more than 100 items are requested, which runs ahead by up to as many;
+  - features that the sandbox withholds: input, files, sockets, other programs, record locks (SQLite on files needs
+  them).
 
-What does not hold:
-  - A hole in the kernel is a hole in this.
+Not guaranteed:
+  - A hole in the kernel is a hole in the sandbox.
   - A test that compares two values of the program's, or one with a variable that a test has assigned, can be forged:
-    such a variable lives in the program's process. Expected values belong into the assert.
-  - A program may return what it has guessed.
-  - Memory is counted by process, for not every host lends control groups.
+    such a variable lives in the program's process. Expected values belong in the assert.
+  - A program may return a guess.
+  - Memory is counted per process, since not every host provides control groups.
   - System calls are filtered on x86_64 and aarch64; elsewhere network and memory are not guaranteed.
   - Before Linux 5.14 `processes` counts the user's processes outside too; before 5.12 there is no file system apart.
 """
@@ -78,7 +80,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class SandboxError(OSError):
-    """This host does not give what running untrusted programs needs; one line says what."""
+    """This host lacks what running untrusted programs needs; one line says what."""
 
 
 class Verdict(enum.StrEnum):
@@ -98,9 +100,9 @@ class Program:
     Attributes:
       source: its text, run as a module whose `__name__` is "program".
       tests: Python statements as `assertions.steps` takes them, run after it in this order.
-      defined: names of builtins that the tests mean as the program's own, such as a function called `sum`.
-      entry_point: where it is given, tests are as `assertions.check_steps` takes them: a function `check`, which is
-        given the program's function of this name.
+      defined: names of builtins that mean the program's own in tests, such as a function called `sum`.
+      entry_point: if given, tests are as for `assertions.check_steps`: a function `check`, which receives the program's
+        function of this name.
     """
 
     source: str
@@ -109,14 +111,14 @@ class Program:
     entry_point: str = ""
 
     def steps(self) -> list[assertions.Step]:
-        """What the judge goes through. Raises `assertions.Unjudged`, a ValueError, where it cannot."""
+        """The judge's steps. Raises `assertions.Unjudged`, a ValueError, if the tests cannot be judged."""
         return assertions.check_steps(self.tests, self.entry_point) if self.entry_point else assertions.steps(
             self.tests, self.defined)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one program may use. Times are in seconds; processor time and memory are counted for each process."""
+    """The limits of one program. Times are in seconds; processor time and memory are counted per process."""
 
     cpu_seconds: int = 10
     wall_seconds: float = 20.0
@@ -133,9 +135,9 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a program fared; `detail` is one line, empty if it passed, and `seconds` the time on the clock.
+    """The outcome of a program; `detail` is one line, empty if it passed, and `seconds` the wall-clock time.
 
-    `detail` may quote the program: control characters are replaced, else it is not to be trusted.
+    `detail` may quote the program: control characters are replaced, but it is otherwise untrusted.
     """
 
     verdict: Verdict
@@ -151,15 +153,15 @@ def run_programs(programs: Sequence[Program], *, workers: int | None = None, lim
                  insist: bool = False, progress: str | None = None) -> list[Outcome]:
     """Runs programs, several at a time, and returns their outcomes in the order given.
 
-    An interrupt (or any exception here) kills what runs before it is passed on.
+    An interrupt (or any exception here) kills running programs before it propagates.
 
     Args:
       programs: what to run.
-      workers: how many at a time; the number of processors by default.
+      workers: number at a time; by default the number of processors.
       limits: of each program.
-      insist: run them even where `guarantees()` lacks something, with the guarantees there are; without a
-        PID namespace a program can end this process, forge its verdict by that, and leave processes behind.
-      progress: what to call this on the terminal; silent by default.
+      insist: run them even if guarantees are missing; without a PID namespace a program can end this process,
+        thereby forge its verdict, and leave processes behind.
+      progress: the label on the terminal; silent by default.
 
     Raises:
       SandboxError: guarantees are missing, and `insist` is False.
@@ -175,16 +177,16 @@ def run_programs(programs: Sequence[Program], *, workers: int | None = None, lim
 
 
 def require_guarantees() -> None:
-    """Raises SandboxError, in one line that says what is missing, where this host lacks any of `guarantees()`."""
+    """Raises SandboxError, in one line that says what is missing, if this host lacks any of `guarantees()`."""
     holds, missing = _probe()
     if not all(holds.values()):
-        raise SandboxError(f"untrusted programs are not run here, for this host lacks the guarantees "
+        raise SandboxError(f"untrusted programs are not run on this host, which lacks the guarantees "
                            f"{', '.join(name for name in holds if not holds[name])} ({missing}); "
                            "see tasks/programs/sandbox.py")
 
 
 def guarantees() -> dict[str, bool]:
-    """Which guarantees hold on this host, found once in each process by running programs that try to break them."""
+    """The guarantees that hold on this host, found once per process by running programs that try to break them."""
     return dict(_probe()[0])
 
 
@@ -249,7 +251,7 @@ def holds():
 
 @functools.cache
 def _probe() -> tuple[dict[str, bool], str]:
-    """Guarantees, and what the kernel said if it refused one, or else became of the programs that tried them."""
+    """Guarantees, and the kernel's error if it refused one, or else the outcomes of the programs that tried them."""
     limits = Limits(cpu_seconds=5, wall_seconds=10)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="codellm-probe-"))
@@ -267,8 +269,8 @@ def _probe() -> tuple[dict[str, bool], str]:
 
 
 def _visible() -> list[str]:
-    """What a program sees of the host: Python's library, and libraries that its compiled modules need."""
-    # Of the Python itself, not of a virtual environment, which may lie in the folder that is replaced by an empty one.
+    """The files of the host that a program sees: Python's library, and libraries that its compiled modules need."""
+    # Of the Python itself, not of a virtual environment, which may be in the folder that is replaced by an empty one.
     of_base = {"platbase": sys.base_exec_prefix}
     wanted = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache",
               f"{sys.base_prefix}/lib", sysconfig.get_path("stdlib"),
@@ -287,7 +289,7 @@ class _Running:
 
 def _run(jobs: Sequence[bytes], workers: int, limits: Limits, insist: bool,
          progress: str | None) -> list[tuple[Outcome, str | None]]:
-    """Outcomes, each with what the kernel refused (only if `insist`)."""
+    """Outcomes, each with the kernel's refusals (only if `insist`)."""
     results: dict[int, tuple[Outcome, str | None]] = {}
     waiting = iter(enumerate(jobs))
     running: list[_Running] = []
@@ -309,13 +311,13 @@ def _run(jobs: Sequence[bytes], workers: int, limits: Limits, insist: bool,
                         results[key.data.index] = _result(key.data)
                 for one in running:
                     if time.monotonic() - one.started > limits.wall_seconds + _GRACE_SECONDS:
-                        one.process.kill()  # its pipe closes, and it is found above
+                        one.process.kill()  # its pipe closes, which is detected above
                 show()
         finally:
             for one in running:
                 one.process.kill()
             for one in running:
-                while os.read(_pipe(one), 1 << 16):  # until those below it are gone as well
+                while os.read(_pipe(one), 1 << 16):  # until its children are gone as well
                     pass
                 one.process.wait()
                 os.close(_pipe(one))
@@ -328,7 +330,7 @@ def _pipe(one: _Running) -> int:
 
 
 def _start(job: bytes, settings: dict[str, object]) -> subprocess.Popen[bytes]:
-    with tempfile.TemporaryFile() as file:  # rather than a pipe, which would have to be fed
+    with tempfile.TemporaryFile() as file:  # rather than a pipe, which would need a writer
         file.write(job)
         file.seek(0)
         return subprocess.Popen(
@@ -346,11 +348,11 @@ def _result(one: _Running) -> tuple[Outcome, str | None]:
         answer = json.loads(one.answer)
         detail = "".join(letter if letter.isprintable() else " " for letter in answer["detail"])
         return Outcome(Verdict(answer["verdict"]), detail, seconds), answer["missing"]
-    except ValueError:  # only the judge writes there, at its end
+    except ValueError:  # only the judge writes there, when it ends
         if status >= 0:
             what = "its judge was killed" if status == 0 else f"the sandbox itself ended with exit status {status}"
             return Outcome(Verdict.CRASHED, what, seconds), None
-        return Outcome(Verdict.TIMED_OUT, f"its judge was not done after {seconds:.0f} s", seconds), None
+        return Outcome(Verdict.TIMED_OUT, f"its judge did not finish after {seconds:.0f} s", seconds), None
 
 
 class _Show:

@@ -1,11 +1,11 @@
 """The process that judges one untrusted program, and below it the one that runs it.
 
-`sandbox` starts `main` in a fresh interpreter, and three processes stand then below one another:
+`sandbox` starts `main` in a new interpreter, which gives three nested processes:
 
-  supervisor   leaves the host's namespaces and waits; when it dies, all below die
+  supervisor   leaves the host's namespaces and waits; when it dies, the others die
   judge        init of a PID namespace; reads the tests only once the program's process exists, evaluates the
                asserts, keeps time, reports
-  program      init of a PID namespace within; holds the program's text, is asked for the values of expressions
+  program      init of a nested PID namespace; holds the program's text, computes the values of expressions on request
 """
 
 import builtins
@@ -26,13 +26,13 @@ from tasks.programs import assertions, calls, confinement, values
 
 _LONGEST_ANSWER = 8 << 20
 _JUDGE_MEMORY = 1 << 30  # an answer of 8 MiB in JSON can be a large object
-_DEEP = 5_000  # values nest deeper than functions call one another, and take several calls a level
+_DEEP = 5_000  # values nest deeper than function calls, and take several calls per level
 _OUT_OF_MEMORY = b'{"raised": "MemoryError", "text": ""}'
 _OUT_OF_MEMORY_FRAME = len(_OUT_OF_MEMORY).to_bytes(4) + _OUT_OF_MEMORY
 
 
 class Ended(Exception):
-    """The verdict on a program that has not passed."""
+    """The verdict on a program that failed."""
 
     def __init__(self, verdict: str, detail: str, raised: tuple[str, str] = ("", "")) -> None:
         super().__init__(verdict, detail)
@@ -40,7 +40,7 @@ class Ended(Exception):
         self.raised = raised  # the exception's name and text
 
     def as_builtin(self) -> Exception | None:
-        """What the program raised, if that is an exception of Python's own; None else."""
+        """The exception that the program raised, if it is a builtin one; else None."""
         name, text = self.raised
         kind = getattr(builtins, name, None)
         if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
@@ -64,7 +64,7 @@ def _report(verdict: str, detail: str, missing: str | None = None, descriptor: i
 def _supervise(settings: dict[str, Any]) -> None:
     confinement.die_with_parent()
     if os.getppid() != settings["harness"]:
-        return  # it died before we asked to die with it
+        return  # the parent died before this took effect
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # if memory runs out, this goes first
     null = os.open(os.devnull, os.O_RDWR)
@@ -73,7 +73,7 @@ def _supervise(settings: dict[str, Any]) -> None:
         confinement.new_namespaces()
         namespaces = True
         confinement.new_file_system(settings["folder"], settings["visible"], settings["folder_bytes"])
-        if os.geteuid() == 0:  # a user of its own: limits on processes do not hold for root, and count by user
+        if os.geteuid() == 0:  # a separate user: process limits do not apply to root, and count per user
             user = 1_000_000_000 + os.getpid()
     except OSError as error:
         if not settings["insist"]:
@@ -111,9 +111,9 @@ def _judge(settings: dict[str, Any], null: int, namespaces: bool, user: int | No
     sys.setrecursionlimit(_DEEP)
     confinement.limit(settings["cpu_seconds"] + 10, _JUDGE_MEMORY, 0, None)
     with open(0, "rb", closefd=False) as file:
-        job = json.load(file)  # only now: no copy of the tests lies in the program's memory
+        job = json.load(file)  # only now: no copy of the tests is in the program's memory
     verdicts = os.dup(1)
-    for descriptor in (0, 1):  # which tests, too, may read and print
+    for descriptor in (0, 1):  # tests may also read and print
         os.dup2(null, descriptor)
     verdict, detail = "passed", ""
     try:
@@ -136,7 +136,7 @@ def _kill(program: int) -> None:
 
 
 def _go_through(job: dict[str, Any], conversation: "_Conversation") -> None:
-    """Runs the program and every step of its tests; returns if all of them passed."""
+    """Runs the program and every step of its tests; returns if all passed."""
     conversation.ask({"run": job["source"]})
     names: dict[str, Any] = {}
     for kind, source, *rest in job["steps"]:
@@ -153,7 +153,7 @@ def _go_through(job: dict[str, Any], conversation: "_Conversation") -> None:
             raise
         except MemoryError:
             raise Ended("out of memory", f"while judging {source}") from None
-        except Exception as error:  # such as a TypeError of an operator between what came and what is expected
+        except Exception as error:  # such as a TypeError of an operator between the result and the expected value
             raise Ended("failed", f"{type(error).__name__}: {error} (in {source})") from None
 
 
@@ -171,8 +171,8 @@ def _judge_assert(source: str, condition: str, parts: list[str], names: dict[str
 
 
 def _check(source: str, entry_point: str, conversation: "_Conversation") -> None:
-    """Runs `check` of a module with a stand-in of the program's function; returns if it did."""
-    ended: list[Ended] = []  # which a test that catches all exceptions must not hide
+    """Runs `check` of a module with a proxy of the program's function; returns if it passed."""
+    ended: list[Ended] = []  # a test that catches all exceptions must not hide this
 
     def candidate(*arguments: Any, **named: Any) -> Any:
         try:
@@ -186,7 +186,7 @@ def _check(source: str, entry_point: str, conversation: "_Conversation") -> None
 
     names: dict[str, Any] = {"__name__": "tests"}
     exec(compile(source, "tests", "exec", dont_inherit=True), names)
-    names[entry_point] = candidate  # which some tests call by its own name
+    names[entry_point] = candidate  # some tests call it by its own name
     try:
         names["check"](candidate)
     except (Ended, MemoryError):
@@ -201,7 +201,7 @@ def _check(source: str, entry_point: str, conversation: "_Conversation") -> None
 
 
 class _Conversation:
-    """Asks the program's process and waits, within limits, for what it answers."""
+    """Sends requests to the program's process and waits, within limits, for its answers."""
 
     def __init__(self, settings: dict[str, Any], program: int, requests: int, replies: int) -> None:
         self._settings, self._program = settings, program
@@ -213,16 +213,16 @@ class _Conversation:
         self._known = values.Known(self._use)
 
     def value(self, request: dict[str, Any], arguments: Sequence[Any]) -> Any:
-        """What a request with these values comes to.
+        """The result of a request with these values.
 
         Raises:
-          Ended: as `ask`.
+          Ended: as in `ask`.
         """
         encoded = [values.encode(value, self._known.number) for value in arguments]
         return values.decode(self.ask({**request, "values": encoded})["value"], self._known.named)
 
     def _use(self, how: str, number: int, *arguments: Any) -> Any:
-        """What a `Foreign` asks; what the object raises is raised here, if it is an exception of Python's own."""
+        """A request of a `Foreign`; a builtin exception of the object is raised here."""
         try:
             return self.value({"use": how, "object": number}, arguments)
         except Ended as ended:
@@ -231,12 +231,12 @@ class _Conversation:
             raise
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What the program's process answers.
+        """The answer of the program's process.
 
         Raises:
-          Ended: it raised, ended, or broke a limit or the form of answers.
+          Ended: it raised, ended, or violated a limit or the form of answers.
         """
-        with contextlib.suppress(BrokenPipeError):  # why is told when its answers end
+        with contextlib.suppress(BrokenPipeError):  # the reason is reported when its answers end
             _send(self._requests, request)
         try:
             answer = json.loads(self._frame())
@@ -246,7 +246,7 @@ class _Conversation:
                 return answer
             name, text = str(answer["raised"]), str(answer["text"])
         except (ValueError, KeyError, RecursionError):
-            raise Ended("crashed", "answered in no known form") from None
+            raise Ended("crashed", "answered in an unknown form") from None
         detail = f"{name}: {text}".removesuffix(": ")
         if name == "MemoryError":
             raise Ended("out of memory", detail)
@@ -296,9 +296,9 @@ def _send(descriptor: int, message: dict[str, Any]) -> None:
 
 
 def _become_program(settings: dict[str, Any], null: int, requests: int, replies: int, user: int | None) -> NoReturn:
-    """From here on nothing in this process is trusted, nor are its answers more than values."""
+    """From here on nothing in this process is trusted; its answers are only values."""
     os.setsid()
-    for descriptor in range(3):  # nothing is there to be read, and nobody reads what it prints
+    for descriptor in range(3):  # its input is empty, and its output is discarded
         os.dup2(null, descriptor)
     for descriptor in range(3, 64):
         if descriptor not in (requests, replies):
@@ -320,7 +320,7 @@ def _become_program(settings: dict[str, Any], null: int, requests: int, replies:
     kept = values.Kept()
     depth = sys.getrecursionlimit()
     frame: types.FrameType | None = sys._getframe()
-    while frame := frame and frame.f_back:  # what stands above the program is not to be counted to it
+    while frame := frame and frame.f_back:  # frames above the program do not count towards its limit
         depth += 1
     while True:
         sys.setrecursionlimit(_DEEP)

@@ -1,7 +1,7 @@
 """Plain values as JSON: how an untrusted program's results reach the process that judges them.
 
-Data crosses and is equal to what it was: what decides about it there are types of the standard library. An object of
-the program's own stays where it is and crosses as a number; no `__eq__` of its making decides about an expected value.
+Data crosses unchanged and is compared there as types of the standard library. The program's own objects stay where
+they are and cross as numbers; none of their `__eq__` methods decides about an expected value.
 """
 
 import builtins
@@ -14,10 +14,10 @@ from collections.abc import Callable, ItemsView, Iterator, KeysView
 from types import FunctionType, GeneratorType, SimpleNamespace
 from typing import Any
 
-Keep = Callable[[Any], int]  # gives the number of an object that does not cross
-Named = Callable[[int, str, bool], Any]  # gives what stands for a number, a class of builtins and whether it iterates
+Keep = Callable[[Any], int]  # returns the number of an object that does not cross
+Named = Callable[[int, str, bool], Any]  # returns the proxy for a number, a builtin class and whether it iterates
 
-# Types of the standard library that are made again from parts; subclasses before their bases.
+# Types of the standard library that are rebuilt from parts; subclasses before their bases.
 _MADE: dict[str, Callable[[Any], Any]] = {
     "collections.Counter": lambda value: [dict(value)],
     "collections.OrderedDict": lambda value: [list(value.items())],
@@ -53,7 +53,7 @@ _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {
     "list": list, "tuple": tuple, "set": set, "frozenset": frozenset,
     "keys": lambda items: dict.fromkeys(items).keys(), "items": lambda items: dict(items).items()}
 _PLAIN = frozenset({dict, list, tuple, set, frozenset})
-_CLASSES = {"function": FunctionType, "generator": GeneratorType}  # that have no name in builtins
+_CLASSES = {"function": FunctionType, "generator": GeneratorType}  # types without a name in builtins
 _SINGLES: dict[str, Any] = {"Ellipsis": ..., "NotImplemented": NotImplemented, "math.nan": math.nan}
 
 
@@ -62,19 +62,19 @@ def _builtin_type(value: Any) -> Any:
 
 
 def _zone(value: Any) -> Any:
-    """A time's zone as it is at that time: that is what comparisons go by."""
+    """The offset of a time's zone at that time, which decides comparisons."""
     offset = value.utcoffset()
     return None if offset is None else sys.modules["datetime"].timezone(offset)
 
 
 def encode(value: Any, keep: Keep) -> Any:
-    """What json.dumps can write.
+    """A value that json.dumps can write.
 
-    Plain data and the types of `_MADE` cross whole, with what they hold, but as their nearest such type: a named tuple
-    as a tuple, a member of an IntEnum as an int. Builtin classes cross by name. What stays crosses by number.
+    Plain data and the types of `_MADE` cross with their content, as their nearest such type: a named tuple as a tuple,
+    a member of an IntEnum as an int. Builtin classes cross by name. Other objects cross as numbers.
 
     Raises:
-      RecursionError: a value nested too deeply, or that holds itself.
+      RecursionError: a value nests too deeply, or contains itself.
     """
     if value is None or isinstance(value, bool | str):
         return value
@@ -83,7 +83,7 @@ def encode(value: Any, keep: Keep) -> Any:
             return value
         return ["single", "math.nan"] if value is math.nan else ["nan", keep(value)]
     if isinstance(value, int):
-        return int(value) if abs(value) < 1 << 63 else ["int", hex(value)]  # Python reads few decimal digits
+        return int(value) if abs(value) < 1 << 63 else ["int", hex(value)]  # Python limits decimal digits
     if isinstance(value, bytes | bytearray):
         return ["bytes" if isinstance(value, bytes) else "bytearray", value.hex()]
     if isinstance(value, memoryview) and value.format == "B":
@@ -101,7 +101,7 @@ def encode(value: Any, keep: Keep) -> Any:
             return [kind.__name__, *(encode(part, keep) for part in value)]
     if isinstance(value, KeysView | ItemsView):
         return ["keys" if isinstance(value, KeysView) else "items", *(encode(part, keep) for part in value)]
-    if isinstance(value, type) and _builtin_type(value) and value is not type:  # with which one makes others
+    if isinstance(value, type) and _builtin_type(value) and value is not type:  # which can create others
         return ["type", value.__name__]
     for name, single in _SINGLES.items():
         if value is single:
@@ -111,11 +111,11 @@ def encode(value: Any, keep: Keep) -> Any:
 
 
 def decode(data: Any, named: Named) -> Any:
-    """The value of what `encode` made, from types of the standard library only, whoever wrote `data`.
+    """The value of what `encode` wrote, of standard library types only, even if `data` is forged.
 
     Args:
       data: what json.loads read.
-      named: gives what stands for an object that stayed where it is.
+      named: returns the proxy of an object that did not cross.
 
     Raises:
       ValueError, TypeError, RecursionError, ArithmeticError, LookupError: `encode` never made this.
@@ -152,7 +152,7 @@ def decode(data: Any, named: Named) -> Any:
 
 
 class Kept:
-    """A program's objects that its judge knows by number, in the program's process, and what is asked of them."""
+    """In the program's process, the objects that its judge knows by number, and the operations on them."""
 
     def __init__(self) -> None:
         self._objects: list[Any] = []
@@ -162,14 +162,14 @@ class Kept:
     def number(self, value: Any) -> int:
         number = self._numbers.setdefault(id(value), len(self._objects))
         if number == len(self._objects):
-            self._objects.append(value)  # which also keeps its id from being another's
+            self._objects.append(value)  # which also keeps its id from being reused
         return number
 
     def named(self, number: int, base: str, iterates: bool) -> Any:
         return float("nan") if number < 0 else self._objects[number]
 
     def use(self, how: str, number: int, *arguments: Any) -> Any:
-        """One of the things that a `Foreign` asks; raises what the object raises."""
+        """One of the operations that a `Foreign` requests; raises what the object raises."""
         value = self._objects[number]
         if how == "next":
             return self._next(number, *arguments)
@@ -180,7 +180,7 @@ class Kept:
         return uses[how](value, *arguments)
 
     def _next(self, number: int, count: int) -> list[Any]:
-        """At least one item and at most `count`; an exception behind the first is raised when asked again."""
+        """At least one item and at most `count`; an exception after the first is raised at the next request."""
         if number in self._raise_next:
             raise self._raise_next.pop(number)
         items = [next(self._objects[number])]
@@ -193,7 +193,7 @@ class Kept:
 
 
 class Known:
-    """What stands for a program's objects in the process of its judge: the same for the same number."""
+    """The proxies of a program's objects in its judge's process: the same for the same number."""
 
     def __init__(self, ask: Callable[..., Any]) -> None:
         self._ask = ask
@@ -210,21 +210,22 @@ class Known:
             if known is value:
                 return number
         if type(value) is float:
-            return -1  # a "not a number" of the tests' own
-        raise TypeError(f"a test gives the program an object of {type(value)}, which is no plain data")
+            return -1  # a NaN of the tests themselves
+        raise TypeError(f"a test gives the program an object of {type(value)}, which is not plain data")
 
 
 class Foreign:
-    """Stands for an object of a program's own, which compares itself with other such objects, and with nothing else.
+    """A proxy of a program's own object, which compares only with other such objects.
 
-    Its texts, length, items, attributes and results are asked of the program: data that it might as well have returned.
+    Its text, length, items, attributes and results are requested from the program: data that it might as well have
+    returned.
     """
 
     def __init__(self, ask: Callable[..., Any], number: int, base: str) -> None:
         self._ask, self._number, self._base = ask, number, base
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # what isinstance() of a builtin class goes by
+    def __class__(self) -> Any:  # used by isinstance() with a builtin class
         found = _CLASSES.get(self._base) or getattr(builtins, self._base, object)
         return found if isinstance(found, type) and found is not object else Foreign
 
@@ -284,7 +285,7 @@ class Foreign:
 
 
 class ForeignIterator(Foreign):
-    """Stands for an iterator of a program's: asked for one item after the other, from the hundredth on for several."""
+    """A proxy of a program's iterator: requests one item at a time, from the hundredth on several."""
 
     def __init__(self, ask: Callable[..., Any], number: int, base: str) -> None:
         super().__init__(ask, number, base)

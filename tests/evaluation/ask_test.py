@@ -93,7 +93,7 @@ def test_a_tie_is_no_hit(tmp_path):
         (None, [0, 1, 2, 3], 0.25)] * 12
     row = told.splitlines()[0]
     assert "not measured: most questions are ties" in row and "25.00" not in row and "100.00" not in row
-    assert "in 12 of 12 questions several candidates tie: k that do count 1 / k, and in 12 all candidates tie" in told
+    assert "in 12 of 12 questions several candidates tie: a tie of k counts 1 / k, and in 12 all candidates tie" in told
     assert short_score(result) == "not measured (12 ties, n 12)"
     assert result["settings"]["version"] == RESULTS_VERSION == 3
 
@@ -111,7 +111,7 @@ def test_some_ties_count_in_part_and_leave_a_measurement(tmp_path):
     assert [line["correct"] for line in lines["logic"]] == [0.5, 0, 1, 1, 0]
     assert [line["prediction"] for line in lines["logic"]] == [None, None, 1, 1, 1]
     assert (result["value"], result["ties"], result["ties_of_all"], result["measured"]) == (0.5, 2, 0, True)
-    assert "in 2 of 5 questions several candidates tie: k that do count 1 / k\n" in told and "50.00" in told
+    assert "in 2 of 5 questions several candidates tie: a tie of k counts 1 / k\n" in told and "50.00" in told
     assert "0 and 1 tie by per_token, 0: '该答案：A，可以回答：' + 'tie' = " in told
 
 

@@ -33,7 +33,7 @@ def told(tmp_path):
 def test_the_stages_of_both_are_told(told):
     lines = told([stage("pretraining", TEXT, "nl", 10), stage("tuning", ASKED)], [stage("imported", {}, "hf")])
     assert lines.splitlines()[:2] == ["A: pretraining, 800 tokens, 0.0% code; tuning, 320 tokens, 37.5% code",
-                                      "B: imported, trained on what is not known"]
+                                      "B: imported, training data unknown"]
 
 
 @pytest.mark.parametrize(("first", "second", "differing"), [
@@ -71,7 +71,7 @@ def test_in_how_many_stages_two_runs_differ(told, first, second, differing):
     for pair in ((first, second), (second, first)):
         lines = told(*pair).splitlines()
         assert (len(lines) == 3) == (differing > 1), lines
-        assert differing < 2 or f"on other data in {differing} stages" in lines[2]
+        assert differing < 2 or f"on different data in {differing} stages" in lines[2]
 
 
 def test_nothing_is_told_where_nothing_tells(tmp_path):

@@ -147,7 +147,7 @@ def test_the_stages_before_a_run_are_searched(monkeypatch):
     found = contamination.mixtures_behind(read_configuration([], settings), told.append)
     assert [(mixture.name, mixture.length, vocabulary.pieces) for mixture, vocabulary in found] == [
         (["text.first"], 32, load_vocabulary().pieces), (["text.trunk"], 32, load_vocabulary().pieces)]
-    assert told[0] == "Not searched: what hf://ORG/NAME was trained on is not known." and len(told) == 2
+    assert told[0] == "Not searched: the training data of hf://ORG/NAME is not known." and len(told) == 2
     assert "there is no checkpoint in runs/gone" in told[1]
     none = [("train.branch_from", "None"), ("train.initial_checkpoint_path", "None")]
     assert contamination.mixtures_behind(read_configuration([], none)) == []
@@ -197,7 +197,7 @@ def test_tokens_are_those_that_are_trained_on(corpora, questions, tmp_path):
     (["--gin.TASKS=[]"], "TASKS must be a list of benchmarks"),
     (["--gin.NGRAM=0"], "NGRAM must be at least 1, found 0"),
     (["--gin.DATA_DIR=/nowhere"], "/nowhere"),
-    (["--output=/nowhere/found.json"], "there is no directory to write /nowhere/found.json in"),
+    (["--output=/nowhere/found.json"], "/nowhere/found.json cannot be written: its directory"),
     (["--gin.MIXTURE_OR_TASK_NAME=['text.nothing']"], "No SeqIO task or mixture is named 'text.nothing'"),
 ])
 def test_slips_get_one_line(flags, capsys, more, message):
@@ -210,10 +210,10 @@ def test_slips_of_files(flags, capsys, tmp_path, pretrained):
     assert cli.main(["contamination"]) == 1
     assert "no --gin_file is given" in capsys.readouterr().err
     assert cli.main(["contamination", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={pretrained / 'NL'}"]) == 1
-    assert "no --gin_file names a mixture: give an arm's" in capsys.readouterr().err
+    assert "no --gin_file names a mixture: add the gin file of an arm" in capsys.readouterr().err
     (tmp_path / "metrics.json").write_text('{"a": 1}')
     assert cli.main(pretraining(flags, f"--output={tmp_path}/metrics.json")) == 1
-    assert "is there and holds no contamination" in capsys.readouterr().err
+    assert "exists and is not a contamination file" in capsys.readouterr().err
     assert (tmp_path / "metrics.json").read_text() == '{"a": 1}'
 
 
@@ -327,4 +327,4 @@ def test_stopped_it_ends_with_its_processes(searching, number, whole_group):
 
 def test_a_process_that_dies_is_told(searching):
     process = searching("die")
-    assert "ChildProcessError: A process that searched was killed" in process.communicate(timeout=60)[1]
+    assert "ChildProcessError: A search process was killed" in process.communicate(timeout=60)[1]

@@ -287,7 +287,7 @@ def test_a_prompt_too_long_leaves_room_for_its_answer(run_dir, tmp_path, capsys)
         if line["reasons"] == ["length"]:
             # Bytes that are no text may become fewer tokens when they are read again, hardly one.
             assert len(vocabulary.encode(line["texts"][0])) > 1
-    assert f"{result['n']} prompts were too long and lost their beginning" in capsys.readouterr().out
+    assert f"{result['n']} prompts were too long and were truncated at the beginning" in capsys.readouterr().out
     # Of fewer questions each is answered as it was: an answer does not depend on where its question stands.
     assert cli.main(flags(run_dir, "--gin.TASKS=['dureader']", "--gin.QUESTIONS=2", "--gin.SEED=1",
                           f"--gin.evaluate.results_dir={tmp_path}/some")) == 0
@@ -582,7 +582,7 @@ def test_files_that_are_refused_before_a_model_is_loaded(run_dir, tmp_path, caps
     record = {"question": "1?", "choices": ["no", "yes"], "answer": 1}
     files = [str(write_lines(tmp_path / folder / "q.jsonl", record)) for folder in ("a", "b")]
     assert cli.main(flags(run_dir, f"--gin.TASKS={files}")) == 1
-    assert "error: TASKS names two files of one name, 'q': give one of them another by" in capsys.readouterr().err
+    assert "error: TASKS names two files of one name, 'q': give one of them another name by" in capsys.readouterr().err
     assert not (run_dir / "results" / "q.json").exists()
 
 

@@ -98,8 +98,8 @@ def test_what_is_too_long_is_cut_and_told(harness, log_probabilities, caplog, pr
     assert [other] == [value for value, _ in harness.loglikelihood(ask("loglikelihood", short))]
     lost = len(tokens) + len(scored) > LENGTH + 1
     assert [record.message.split(":")[0] for record in caplog.records if record.levelname == "WARNING"] == (
-        ["1 of 2 prompts lose their beginning"] * lost
-        + ["1 of 2 continuations are scored without their end"] * (len(continuation) > 100))
+        ["1 of 2 prompts are truncated at the beginning"] * lost
+        + ["1 of 2 continuations are truncated at the end"] * (len(continuation) > 100))
 
 
 def test_what_is_empty(harness, log_probabilities):
@@ -223,7 +223,7 @@ def test_a_prompt_too_long_keeps_half_the_model_for_itself(harness, caplog):
     kept = harness.tok_encode(prompt)[-(LENGTH + 1 - LENGTH // 2) :]
     [written] = harness._model.write([kept], [()], Sampling(temperature=0.0, max_new_tokens=1000), 0)
     assert answer == harness._model.vocabulary.decode(written.ids)
-    assert "1 of 1 prompts lose their beginning" in caplog.text
+    assert "1 of 1 prompts are truncated at the beginning" in caplog.text
 
 
 @pytest.mark.parametrize("arguments, message", [

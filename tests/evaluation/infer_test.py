@@ -122,7 +122,7 @@ def test_nothing_is_overwritten_before_there_is_something_to_write(flags, tmp_pa
     assert cli.main([*flags, f"--prompts={path}", f"--output={tmp_path}/out.jsonl", "--gin.CHECKPOINT_PATH=none"]) == 1
     assert (tmp_path / "out.jsonl").read_text() == "kept"
     assert cli.main([*flags, f"--output={tmp_path}/none/out.jsonl"]) == 1
-    assert "there is no directory to write" in capsys.readouterr().err
+    assert "cannot be written: its directory does not exist" in capsys.readouterr().err
 
 
 def test_typed_prompts(flags, inference, monkeypatch, capsys):
@@ -181,7 +181,7 @@ def test_one_record_of_several_lines(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', "a.jsonl, line 2 must be a JSON object"),
     ("a.jsonl", b'{"prompt": "x"', "a.jsonl, line 1 must be a JSON object"),
-    ("a.jsonl", b'{"instruction": "x"}', "a.jsonl, line 1 is an instruction: give --instruction"),
+    ("a.jsonl", b'{"instruction": "x"}', "a.jsonl, line 1 is an instruction: add --instruction"),
     ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud800"}', "a.jsonl, line 2 holds half a surrogate pair"),
     ("a.json", b'[{"prompt": "x"}, {"prompt": 3}]', "a.json, record 2 must be a JSON object"),
     ("a.json", b"write a poem", "a.json, line 1 must be a JSON object"),
@@ -189,7 +189,7 @@ def test_one_record_of_several_lines(tmp_path):
     ("a.txt", "one\n\u00fcber".encode("latin-1"), "a.txt is not UTF-8 text: line 2 holds the byte 0xfc"),
     ("a.txt", "one two".encode("utf-16-le"), "a.txt is UTF-16 without a byte order mark"),
     ("a.txt", b"PAR1" + bytes(99), "a.txt is a Parquet file"),
-    ("a.txt", gzip.compress(b"one", mtime=0)[:-9], "a.txt is damaged: the compressed file breaks off"),
+    ("a.txt", gzip.compress(b"one", mtime=0)[:-9], "a.txt is damaged: the compressed file is truncated"),
     (None, b"", "There is no file of prompts nowhere.txt")])
 def test_slips_get_one_line(flags, tmp_path, capsys, name, content, message):
     if name:

@@ -154,7 +154,7 @@ def test_prompts_too_long_keep_their_end() -> None:
 @pytest.mark.parametrize(("request_", "message"), [
     (Request(4, (1,), ()), "Request 1 of group 4 .* its continuation is empty"),
     (Request(4, (), (1,)), "Request 1 of group 4 .* its prompt is empty"),
-    (Request(4, (1,), (1,) * 97), "97 tokens, and the model can predict at most 96"),
+    (Request(4, (1,), (1,) * 97), "97 tokens, but the model can predict at most 96"),
     (Request(4, (1, 23), (1,)), "token id 23, and the model knows 0 to 22"),
     (Request(4, (1,), (-1,)), "token id -1"),
 ])

@@ -215,5 +215,5 @@ def test_a_damaged_cache_is_set_aside_and_written_anew(
         np.testing.assert_array_equal(found[split].read(every), rows.read(every))
     kept = [path.name for path in (cache / "rows" / "code.tiny").iterdir() if ".set_aside." in path.name]
     assert len(kept) == 1
-    assert any("damaged and are written anew" in line for line in told) or damage.__closure__ and not [
+    assert any("damaged and are written again" in line for line in told) or damage.__closure__ and not [
         path for path in (cache / "rows" / "code.tiny" / kept[0]).glob("cache.json")]

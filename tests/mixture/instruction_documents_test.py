@@ -325,8 +325,8 @@ def test_the_key_knows_loss_and_template_and_documents_keep_theirs(tmp_path):
 @pytest.mark.parametrize(("spec", "stage", "message"), [
     ({"instructions": "FILE", "loss": "prompts"}, "pretraining", "'loss' must be 'all' or 'answers', found 'prompts'"),
     ({"json_lines": "FILE", "loss": "answers"}, "pretraining", "unknown option 'loss' of json_lines"),
-    ({"task": "text.books", "loss": "all"}, "pretraining", "'loss' is an option of instructions, and these are"),
-    ({"task": "code.python", "loss": "all"}, "pretraining", "'loss' is an option of instructions, and these are"),
+    ({"task": "text.books", "loss": "all"}, "pretraining", "'loss' is an option of instructions, but these are"),
+    ({"task": "code.python", "loss": "all"}, "pretraining", "'loss' is an option of instructions, but these are"),
     ({"instructions": "FILE", "loss": "all"}, "tuning", "'loss': 'all' is for pre-training; in tuning the loss counts"),
     ({"instructions": "EMPTY", "holdout": 0}, "pretraining", "none of its 2 examples has a token of an answer"),
     ({"instructions": "FILE", "holdout": 0}, "pretraining", "tokens, fewer than the 9001 of one row"),

@@ -133,7 +133,7 @@ def test_stages_are_chained_and_name_the_arm():
     arms = {(first, second): arm(trained("tuning", tuned, parent | {"model_dir": "run", "step": 4}))
             for first, parent in (("N", natural), ("C", code)) for second, tuned in (("N", text_only), ("C", order))}
     assert arms == {("N", "N"): "NN", ("N", "C"): "NC", ("C", "N"): "CN", ("C", "C"): "CC"}
-    assert arm(trained("tuning", order)) == "none, for it was tuned from new parameters"
+    assert arm(trained("tuning", order)) == "none, because it was tuned from new parameters"
     twice = Ledger.from_json(trained("tuning", text_only, trained("tuning", order, code)))
     assert arm(twice.to_json()) == "CC-N"
     assert [stage["stage"] for stage in twice.before] == ["pretraining", "tuning"]
@@ -176,8 +176,8 @@ def chain(*stages: str) -> dict:
     (("imported N",), "imported"), (("imported N", "tune C4"), "imported-C"), (("imported N", "N"), "imported-NL"),
     (("imported N", "N", "tune C4"), "imported-NC"), (("imported N", "N", "C4"), "imported-NL-CODE"),
     (("imported N", "tune N", "tune C4"), "imported-N-C"),
-    (("tune C4",), "none, for it was tuned from new parameters"),
-    (("tune C4", "N"), "none, for it was tuned from new parameters"),
+    (("tune C4",), "none, because it was tuned from new parameters"),
+    (("tune C4", "N"), "none, because it was tuned from new parameters"),
 ])
 def test_arms_of_any_stages(stages, name):
     assert arm(chain(*stages)) == name

@@ -83,13 +83,13 @@ def held_out(name: str, documents: int, count: int) -> Rows:
     ("pretraining", {"text.a": (20, 2), "code.b": (30, 9)}, []),
     ("pretraining", {"text.a": (19, 2), "text.c": (1, 0), "code.b": (30, 9)}, []),  # a pool's sources together
     ("pretraining", {"text.a": (19, 2), "code.b": (30, 9)}, [
-        "text: held-out documents: 19 (text.a 19 in 2 row(s)), too few to tell its loss by. Give a corpus of text a "
-        "larger 'holdout', or files of its own by 'validation', in CORPORA."]),
+        "text: held-out documents: 19 (text.a 19 in 2 row(s)), too few to measure its loss. Give a corpus of text a "
+        "larger 'holdout', or separate files as 'validation', in CORPORA."]),
     ("pretraining", {"text.a": (20, 2), "code.b": (90, 1), "code.d": None}, [
         "code: held-out documents: 90 (code.b 90 in 1 row(s), code.d 0), too few"]),
     ("pretraining", {"text.a": (0, 0), "code.b": (3, 0)}, [
-        "text: held-out documents: 0 (text.a 0), so that its loss on held-out rows is not measured. Give",
-        "code: held-out documents: 3 (code.b 3 in 0 row(s)), so that its loss on held-out rows is not measured."]),
+        "text: held-out documents: 0 (text.a 0), so its loss on held-out rows is not measured. Give",
+        "code: held-out documents: 3 (code.b 3 in 0 row(s)), so its loss on held-out rows is not measured."]),
     ("tuning", {"text.a": (40, 19), "code.b": (40, 20)}, [  # 21 examples of 40 are left out
         "text: held-out examples: 19 (text.a 19), too few"])])
 def test_pools_with_too_little_held_out_are_told(stage, validation, told):
@@ -122,7 +122,7 @@ def test_rates_of_corpora(mixture_of, vocabulary, tiny_corpora):
 
 def test_rates_for_some_of_a_pool_are_refused(mixture_of, vocabulary, tiny_corpora):
     corpora = {"text.one": tiny_corpora["text.tiny"] | {"rate": 2}}
-    with pytest.raises(ValueError, match="either all sources have a rate or none; without one: text.tiny") as raised:
+    with pytest.raises(ValueError, match="have a rate or none; without one: text.tiny") as raised:
         open_mixture(mixture_of(["text.tiny", "text.one", "code.tiny"], corpora), vocabulary, 0, 100, silent)
     assert "\n" not in str(raised.value)
 

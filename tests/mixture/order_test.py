@@ -403,9 +403,9 @@ def test_a_schedule_may_leave_a_pool_out():
     (constant(0), (Source("text.a", 5, Fraction(-1)),), "weights must be positive"),
     (phases(["1:0 to 1:1"], 10), (Source("text.a", 5),), "no code source"),
     (phases(["1:1 to 0:1"], 10), (Source("code.a", 5),), "no text source"),
-    (phases([{"text.a": 1}], 10), (Source("code.a", 5),), "MIX_PHASES names text.a, which is no source"),
+    (phases([{"text.a": 1}], 10), (Source("code.a", 5),), "MIX_PHASES names text.a, which is not a source"),
     (phases(["1:0", {"text.alpca": 0, "text.pclue": 1}], 10), (Source("text.alpaca", 5), Source("text.pclue", 5)),
-     "^MIX_PHASES names text.alpca, which is no source of the mixture; nearest: text.alpaca"),
+     "^MIX_PHASES names text.alpca, which is not a source of the mixture; nearest: text.alpaca"),
 ])
 def test_errors_are_one_line(schedule: Schedule, sources, message):
     with pytest.raises(ValueError, match=message) as raised:

@@ -32,7 +32,7 @@ def test_what_differs(other_vocabularies, name, texts, differing):
 def test_it_is_told_with_an_example(other_vocabularies):
     found = looked(load_vocabulary(other_vocabularies["t5"]), "the row is read " * 9 + PROGRAM)
     [line] = warned("code.a", "train", found, "documents")
-    assert line.startswith("WARNING: code.a, train: 1 of 1 documents looked at do not come back from the vocabulary")
+    assert line.startswith("WARNING: code.a, train: 1 of 1 documents checked are changed by encoding and decoding")
     assert r"read def f(x):\n    if x:\n        return " in line and "read def f(x): if x: return value" in line
 
 

@@ -249,13 +249,13 @@ def test_text_that_does_not_come_back_is_noted_with_the_rows(
             assert r":\n" in note
     asked = tasks.Definitions(("tasks.pretraining", "tasks.tuning"), tiny_instructions)
     notes = cached_rows("code.asked", asked, own, 64, str(tmp_path), silent, "tuning")["train"].notes
-    assert [" examples looked at do not come back" in note for note in notes] == [True] * told
+    assert [" examples checked are changed by encoding" in note for note in notes] == [True] * told
 
 
 def test_tasks_of_other_making_are_looked_at_too(tmp_path, other_vocabularies):
     own = load_vocabulary(other_vocabularies["t5"])
     [note] = cached_rows("text.python_rows", tasks.Definitions(), own, LENGTH, str(tmp_path), silent)["train"].notes
-    assert note.startswith("WARNING: text.python_rows, train: 64 of 64 documents looked at do not come back")
+    assert note.startswith("WARNING: text.python_rows, train: 64 of 64 documents checked are changed by encoding")
 
 
 def in_validation(holdout: float) -> str:
@@ -267,7 +267,7 @@ def test_where_all_is_held_out_it_is_said_so(tmp_path, vocabulary):
     """More copies of one text than are looked at to see that it is one."""
     defined = corpus(tmp_path / "c", [in_validation(0.4)] * 600, holdout=0.4)
     with pytest.raises(ValueError, match=r"text.other: all of its documents are held out \(600 in validation\), and "
-                                         r"none is left to train on; 'holdout': 0 in its CORPORA line holds out none"):
+                                         r"none is left to train on; in its CORPORA line set 'holdout': 0"):
         cached_rows("text.other", defined, vocabulary, LENGTH, str(tmp_path), silent)
 
 

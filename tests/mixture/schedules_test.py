@@ -265,12 +265,12 @@ def test_a_cosine_is_quick(rows: int):
     ({"text.a": 1, "code.b": 2}, r"put a table .* into a list: \[\{'text.a': 1, 'code.b': 2\}\]"),
     ({0.5: "1:1"}, "must start at 0, found 0.5 first"),
     ({1: "1:1"}, "must start at 0, found 1 first"),
-    ({0: "1:1", 0.5: "1:0", 0.25: "0:1"}, r"rise by a row or more, found 0.25 \(row 25\) after 0.5 \(row 50\)"),
+    ({0: "1:1", 0.5: "1:0", 0.25: "0:1"}, r"increase by at least one row, found 0.25 \(row 25\) after 0.5 \(row 50\)"),
     ({0: "1:1", 0.5: "1:0", 25: "0:1"}, r"found 25 \(row 50\) after 0.5 \(row 50\)"),
-    ({0: "1:1", 0.5: "1:0", 0.501: "0:1"}, "rise by a row or more"),
+    ({0: "1:1", 0.5: "1:0", 0.501: "0:1"}, "increase by at least one row"),
     ({0: "1:1", 50: "1:0"}, "a phase that starts at step 50, but training ends with step 50"),
     ({0: "1:1", 10**9: "1:0"}, "step 1000000000"),
-    ({0: "1:1", 1.0: "1:0"}, "starts at 1.0: write parts of training below 1.0"),
+    ({0: "1:1", 1.0: "1:0"}, "starts at 1.0: write fractions of training below 1.0"),
     ({0: "1:1", 12.5: "1:0"}, "starts at 12.5"),
     ({0: "1:1", -1: "1:0"}, "must have starts .* found -1"),
     ({0: "1:1", -0.5: "1:0"}, "must have starts .* found -0.5"),
@@ -284,7 +284,7 @@ def test_a_cosine_is_quick(rows: int):
     ([{"text.a": 0, "code.b": 0.0}], "table in which no source has a weight"),
     ([{"prose.a": 1}], "a table with 'prose.a'; sources are named text.NAME or code.NAME"),
     ([{0: "1:1"}], "a table with 0"),
-    ([{"text.a": -1}], "must give text.a a weight that is a number from 0, found -1"),
+    ([{"text.a": -1}], "must give text.a a weight of at least 0, found -1"),
     ([{"text.a": float("nan")}], "found nan"),
     ([{"text.a": float("inf")}], "found inf"),
     ([{"text.a": True}], "found True"),
@@ -316,7 +316,7 @@ def test_a_malformed_ratio_is_named_in_one_line(ratio):
 
 @pytest.mark.parametrize(("ratios", "rows"), [(["1:1"] * 3, 2)])
 def test_a_phase_needs_a_row(ratios, rows):
-    with pytest.raises(ValueError, match="needs a row or more for each phase"):
+    with pytest.raises(ValueError, match="needs at least one row for each phase"):
         phases(ratios, rows)
 
 

@@ -137,7 +137,7 @@ def test_notes_of_parts_are_those_of_the_whole(tmp_path):
     parts = [json.loads(json.dumps(note)) for file in sorted(tmp_path.glob("*.jsonl")) for note in notes([str(file)])]
     assert len(parts) == 3
     assert list(map(str, notes())) == list(map(str, added(Note(said, tuple(values)) for said, values in parts))) == [
-        f"text.noted, read for train: 3 records are documents, passed over: 3 broken JSON (first: {tmp_path}/a.jsonl, "
+        f"text.noted, read for train: 3 records are documents, skipped: 3 broken JSON (first: {tmp_path}/a.jsonl, "
         f"line 2), 1 without text in field 'text' (first: {tmp_path}/a.jsonl, line 3, whose fields are 'text')."]
     assert added([Note(said, tuple(values)) for said, values in parts[2:]]) == []
 

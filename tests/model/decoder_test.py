@@ -397,7 +397,7 @@ def scaled(scaling: dict[str, Any]) -> dict[str, Any]:
         ({"kv_heads": 0}, "kv_heads must be at least 1, found 0"),
         ({"head_size": -1}, "head_size must be at least 1, found -1"),
         ({"norm_epsilon": 0.0}, "norm_epsilon must be above 0"),
-        ({"rotary_theta": 5e5}, "rotary_theta is set, and positions are 'learned': set positions = 'rotary'"),
+        ({"rotary_theta": 5e5}, "rotary_theta is set, but positions are 'learned': set positions = 'rotary'"),
         ({"positions": "rotary", "rotary_theta": 1.0}, "rotary_theta must be above 1"),
         ({"positions": "rotary", "rotary_part": 1.5}, "rotary_part must be above 0 and at most 1"),
         ({"positions": "rotary", "head_size": 5}, "heads of 5 is 5 numbers, which must be even"),

@@ -152,7 +152,7 @@ def test_a_preemption_starts_the_same_command_on_new_tpus(cloud, capsys):
     assert cloud.story() == ["create", "install", "start", "delete", "create", "install", "start", "finish", "delete"]
     printed = capsys.readouterr()
     assert printed.out == "first\nsecond\n"
-    assert "t5x-run is SUSPENDED: it is deleted and asked for again." in printed.err
+    assert "t5x-run is SUSPENDED: it is deleted and requested again." in printed.err
 
 
 def test_a_command_that_saves_and_ends_with_0_at_a_preemption_is_not_done(cloud, capsys):
@@ -241,7 +241,7 @@ def test_what_gcloud_refuses_is_one_line(cloud):
     with pytest.raises(OSError, match="gcloud refused to create t5x-run: ERROR: .gcloud. PERMISSION_DENIED"):
         launch(job(), poll_seconds=0)
     cloud.play("refusals", {"describe": "ERROR: you do not currently have an active account selected."})
-    with pytest.raises(OSError, match="cannot look for t5x-run: ERROR: you do not"):
+    with pytest.raises(OSError, match="cannot query t5x-run: ERROR: you do not"):
         launch(job(), poll_seconds=0)
     assert [command[3] for command in cloud.commands()][-1] == "describe"  # nothing was made, nothing deleted
 
@@ -249,7 +249,7 @@ def test_what_gcloud_refuses_is_one_line(cloud):
 def test_a_resource_of_the_same_name_is_left_alone(cloud):
     cloud.play("state", ["ACTIVE"])
     cloud.play("label", "someone-else")
-    with pytest.raises(ValueError, match="another command or commit made: delete it, or give this job another --name"):
+    with pytest.raises(ValueError, match="another command or commit created: delete it, or give"):
         launch(job(), poll_seconds=0)
     assert [command[3] for command in cloud.commands()] == ["describe"]
 
@@ -343,12 +343,12 @@ def test_the_commit_is_told_by_git(checkout):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda folder: (folder / "mine.gin").write_text(""), "1 files here are not as committed, mine.gin first: commit"),
-    (lambda folder: (folder / "new.py").write_text(""), "1 files here are not as committed, new.py first"),
+    (lambda folder: (folder / "mine.gin").write_text(""), "1 files here are not committed, mine.gin first: commit"),
+    (lambda folder: (folder / "new.py").write_text(""), "1 files here are not committed, new.py first"),
     (lambda folder: git(folder, "commit", "--quiet", "--allow-empty", "-m", "second"), "no remote has it. Push it."),
     (lambda folder: git(folder, "remote", "set-url", "origin", "/srv/code.git"), "cannot reach the commit's remote"),
     (lambda folder: git(folder, "remote", "set-url", "origin", "https://me:secret@host/x.git"), "name or password"),
-    (lambda folder: (folder / "codellm_jax/pods/launch.py").unlink(), "no git checkout of codellm_jax")])
+    (lambda folder: (folder / "codellm_jax/pods/launch.py").unlink(), "not in a git checkout of codellm_jax")])
 def test_a_commit_that_workers_could_not_install_is_refused(checkout, change, message):
     change(checkout)
     with pytest.raises(ValueError) as error:
@@ -380,7 +380,7 @@ def test_what_workers_can_reach(checkout):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--tpu=v4-9", "--zone=us-central2-b", "--", "train", MIXED], "nearest: v4-8"),
-    (["--tpu=v4-8", "--zone=us-central2-b"], "what TPUs are to run follows --"),
+    (["--tpu=v4-8", "--zone=us-central2-b"], "the command for the TPUs follows --"),
     (["--tpu=v4-8", "--zone=us-central2-b", "--", "tarin"], "is one of train, eval"),
     (["--tpu=v4-8", "--zone=us-central2-b", "--", "train"], "no --gin_file is given"),
     (["--tpu=v4-8", "--zone=us-central2-b", "--", "train", "--gin_file=nowhere.gin"], "No gin file nowhere.gin"),
@@ -425,7 +425,7 @@ def test_what_a_studys_workers_cannot_reach_costs_no_tpu(cloud, checkout, monkey
 def test_a_study_wants_one_host(tpu, fits):
     if fits:
         return require_one_host(accelerator(tpu))
-    with pytest.raises(ValueError, match="has several hosts, and a study trains each of its runs on one"):
+    with pytest.raises(ValueError, match="has several hosts, but a study trains each run on one"):
         require_one_host(accelerator(tpu))
 
 

@@ -407,7 +407,7 @@ def test_again_does_nothing_and_other_settings_are_refused(folder: Path):
     prepare.prepare(preparation(folder), 1, report=silent)
     before, lines = contents(folder / "out"), []
     prepare.prepare(preparation(folder), 1, report=lines.append)
-    assert contents(folder / "out") == before and lines == [f"{folder / 'out'} holds this already."]
+    assert contents(folder / "out") == before and lines == [f"{folder / 'out'} already holds this preparation."]
     with pytest.raises(ValueError, match="from other STEPS"):
         prepare.prepare(preparation(folder, steps=["exact_duplicates"]), 1, report=silent)
     os.utime(folder / "c.jsonl", ns=(1, 1))  # as large as before
@@ -434,10 +434,10 @@ def test_files_that_change_meanwhile_are_noticed(folder: Path, monkeypatch):
         real(job, work, report)
 
     monkeypatch.setattr(prepare, "_run", changed)
-    with pytest.raises(ValueError, match=r"b.jsonl is not what it was when this preparation began"):
+    with pytest.raises(ValueError, match=r"b.jsonl has changed since this preparation began"):
         prepare.prepare(preparation(folder), 1, report=silent)
     monkeypatch.setattr(prepare, "_run", real)
-    with pytest.raises(ValueError, match="was begun with other contents of files of CORPORA"):
+    with pytest.raises(ValueError, match="was started with different contents of files of CORPORA"):
         prepare.prepare(preparation(folder), 1, report=silent)
 
 
@@ -462,11 +462,21 @@ def test_parts_of_large_corpora_are_larger(folder: Path, monkeypatch):
     assert parts_of(None) == 3 and parts_of(10**9) == 2
 
 
+def test_records_without_a_document_are_told(folder: Path):
+    lines: list[str] = []
+    prepare.prepare(preparation(folder, steps=[]), 1, report=lines.append)
+    assert "text.web: 2 records hold no document: 1 broken JSON, 1 empty." in lines
+    (folder / "c.jsonl").write_text('{broken\n{"text": 3}\n')
+    for _ in range(2):  # nor is it another time
+        with pytest.raises(ValueError, match="code.own: no document is left of its records: 1 broken JSON, 1 .*start"):
+            prepare.prepare(preparation(folder, "none", []), 1, report=silent)
+
+
 @pytest.mark.parametrize(("corpora", "told"), [
     ({}, "CORPORA must map"), ({"web": {"json_lines": "a"}}, "named text.NAME"),
     ({"text.a": {"instructions": "a.json"}}, "reads documents"), ({"text.a": {"task": "x"}}, "reads documents"),
-    ({"text.a": {"json_lines": "a", "validation": "b"}}, "'validation' is for training"),
-    ({"text.a": {"python": "code", "transform": ["strip_comments"]}}, "'transform' is for training")])
+    ({"text.a": {"json_lines": "a", "validation": "b"}}, "'validation' is an option of training"),
+    ({"text.a": {"python": "code", "transform": ["strip_comments"]}}, "'transform' is an option of training")])
 def test_corpora_that_are_not_prepared(corpora, told: str):
     with pytest.raises(ValueError, match=told):
         Inputs(corpora)

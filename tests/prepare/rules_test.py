@@ -265,7 +265,7 @@ def test_languages():
     ([{"name": "minimum_length", "characters": "3"}], "'characters' must be a whole number"),
     ([{"name": "chinese_share", "at_least": True}], "must be a number"), (["sample"], "needs the option 'budgets'"),
     ([{"name": "licence", "allowed": "mit"}], "must be a list of texts"),
-    ([{"name": "sample", "budgets": {"text.b": 3}}], "'text.b', which is no corpus"),
+    ([{"name": "sample", "budgets": {"text.b": 3}}], "'text.b', which is not a corpus"),
     ([{"name": "sample", "budgets": {"text.a": -3}}], "must be a positive number"),
     ([{"name": "sample", "budgets": {"text.a": 3}, "unit": "words"}], "must be one of bytes, tokens"),
     ([{"name": "near_duplicates", "bands": 0}], "'bands' must be a whole number, 1 or more"),

@@ -335,7 +335,7 @@ def test_a_failed_save_is_raised_at_a_later_step(tmp_path, no_room):
     checkpoints.save(1, state(1), RECORD)
     checkpoints.wait()
     checkpoints.raise_if_failed()
-    with pytest.raises(OSError, match="Saving to .*checkpoints failed.*from the last whole checkpoint") as raised:
+    with pytest.raises(OSError, match="Saving to .*checkpoints failed.*from the last complete checkpoint") as raised:
         checkpoints.save(2, no_room, RECORD)
         for _ in range(200):
             checkpoints.raise_if_failed()
@@ -445,9 +445,9 @@ def test_what_is_no_run_directory_is_told_apart(tmp_path):
     (tmp_path / "weights" / "model.safetensors").touch()
     (tmp_path / "weights" / "config.json").touch()
     (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
-    for path, message in (("weights", "weights holds model.safetensors, weights in a form that is not read"),
+    for path, message in (("weights", "weights holds model.safetensors, weights of an unsupported format"),
                           ("nowhere", "There is no directory .*nowhere"),
-                          ("weights/config.json", "config.json is a file, and no run directory"),
+                          ("weights/config.json", "config.json is a file, not a run directory"),
                           ("run/checkpoints", "run/checkpoints is a part of the run directory .*run"),
                           ("run/checkpoints/4", "checkpoints/4 is a part of the run directory .*run")):
         with pytest.raises(FileNotFoundError, match=message + ".*name the MODEL_DIR of a run that saved one"):
@@ -484,7 +484,7 @@ def test_a_checkpoint_that_storage_does_not_give_now_is_left_in_its_place(tmp_pa
     if is_read:
         assert restore(tmp_path)[1]["number"] == 4
     else:
-        with pytest.raises(OSError, match="cannot be read now, and is left as it is: UNAVAILABLE"):
+        with pytest.raises(OSError, match="cannot be read now and is left unchanged: UNAVAILABLE"):
             restore(tmp_path)
     assert kept(tmp_path) == [3, 4] and not (tmp_path / "damaged_checkpoints").exists()
 

@@ -173,7 +173,7 @@ def test_a_branch_warms_up_again():
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 91), "at most the 90 steps that the warm-up leaves"),
+    (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 91), "at most the 90 steps of the run after the warm-up"),
     (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 1.5), "a part of the run from 0.0 to 1.0"),
     (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 0.1, "sqrt"), "one of linear, one_minus_sqrt, cosine, found"),
     (lambda: inverse_square_root(1e-3, 0), "WARMUP_STEPS = 0 must be at least 1"),
@@ -186,7 +186,7 @@ def test_schedules_out_of_range_are_refused_in_one_line(make, message):
 
 
 def test_no_steps_and_falling_rates_are_refused():
-    with pytest.raises(ValueError, match="TRAIN_STEPS must be a whole number from 1, found 0"):
+    with pytest.raises(ValueError, match="TRAIN_STEPS must be a whole number of at least 1, found 0"):
         warmup_cosine(1e-3, 1e-5, 0, 0)
     for peak, final in ((-1e-3, 1e-5), (1e-5, 1e-3), (1e-3, -1e-5)):
         with pytest.raises(ValueError, match="LEARNING_RATE = .* must be at least FINAL_LEARNING_RATE"):

@@ -63,7 +63,7 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(shape, devices, message
 @pytest.mark.parametrize("axes", [{"data": 0}, {"fsdp": -2}, {"data": -1, "fsdp": -1}, {"slices": 0},
                                   {"data": -1, "model": -1}])
 def test_malformed_axes_are_refused_in_one_line(axes):
-    with pytest.raises(ValueError, match="Mesh axes must be positive, one of them -1 at most") as raised:
+    with pytest.raises(ValueError, match="Mesh axes must be positive, at most one of them -1") as raised:
         MeshShape(**axes)
     assert "\n" not in str(raised.value)
 

@@ -67,11 +67,11 @@ def test_a_resumed_run_profiles_what_is_left_and_says_so(make_training, capsys, 
     monkeypatch.setattr(train_module, "stops", lambda stop, step, period: step == 9)
     train(training, profile_steps=ProfileSteps(5, 8))
     assert steps_on(folder_of(training.model_dir, "steps_7-8") / "process_0.xplane.pb") == [7, 8]
-    assert ("--profile_steps=5:8 begins with steps that are done: steps 7 to 8 will be profiled."
+    assert ("--profile_steps=5:8 begins with completed steps: steps 7 to 8 will be profiled."
             in capsys.readouterr().out)
     monkeypatch.undo()
     train(training, profile_steps=ProfileSteps(5, 8))
-    assert "--profile_steps=5:8 is past, as 9 steps are done: nothing will be profiled." in capsys.readouterr().out
+    assert "--profile_steps=5:8 is over, since 9 steps are done: nothing will be profiled." in capsys.readouterr().out
     assert len(list(folder_of(training.model_dir, "").iterdir())) == 2
 
 
@@ -87,7 +87,7 @@ def test_a_profile_that_cannot_be_written_does_not_end_the_run(make_training, ca
 
 def test_steps_beyond_the_run_are_refused(make_training):
     training = make_training()
-    with pytest.raises(ValueError, match="--profile_steps=12:13 goes beyond the run, which has 12 steps."):
+    with pytest.raises(ValueError, match="--profile_steps=12:13 exceeds the run, which has 12 steps."):
         train(training, profile_steps=ProfileSteps(12, 13))
     assert not list(Path(training.model_dir).iterdir())
 
@@ -97,7 +97,7 @@ def test_steps_beyond_the_run_are_refused(make_training):
     ("0:3", "--profile_steps=0:3: steps are counted from 1."),
     ("10", "--profile_steps must be FIRST:LAST, two steps such as 10:15, found '10'."),
     ("10-15", "found '10-15'"), ("10:", "found '10:'"), ("-1:4", "found '-1:4'"), ("", "found ''"),
-    ("390:401", "--profile_steps=390:401 goes beyond the run, which has 400 steps.")])
+    ("390:401", "--profile_steps=390:401 exceeds the run, which has 400 steps.")])
 def test_slips_get_one_line(capsys, given, message):
     assert cli.main(["train", MIXED, "--dry_run", f"--profile_steps={given}"]) == 1
     lines = capsys.readouterr().err.strip().splitlines()

@@ -193,7 +193,7 @@ def test_lines_that_are_no_records_are_set_aside_and_the_others_kept(tmp_path):
     records = Records(str(tmp_path), 3, active=True, warn=told.append)
     records.close()
     assert path.read_text() == whole and (tmp_path / "set_aside" / "1" / "metrics.jsonl").read_text() == broken
-    assert len(told) == 1 and told[0].startswith(f"WARNING: 3 lines of {path} are no records of a run")
+    assert len(told) == 1 and told[0].startswith(f"WARNING: 3 lines of {path} are not records of a run")
 
 
 def test_a_file_that_is_replaced_is_written_again_with_all_its_lines(tmp_path):
@@ -244,7 +244,7 @@ def test_remote_lines_that_cannot_be_written_are_written_later_or_end_the_save(m
     for step in range(50):
         now[0] += 5
         lines.add(f"{step}\n")
-    with pytest.raises(OSError, match="cannot be written: division by zero. Give the same command again"):
+    with pytest.raises(OSError, match="cannot be written: division by zero. Run the same command again"):
         lines.settle()
     path.write_text = whole
     lines.settle()

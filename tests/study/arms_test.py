@@ -103,7 +103,7 @@ def test_an_arm_starts_from_one_point_of_a_sweep():
         ("NL", None, None), ("RATE-0.5", None, None), ("TUNED", "RATE-0.5", None), ("FIRST", "NL", None),
         ("MID-0.1", "RATE-0.5", 0.5), ("MID-0.2", "RATE-0.5", 0.5), ("LATE", "MID-0.1", 0.8)]
     assert told == ["RATE-0.0 is NL, which is trained once."]
-    with pytest.raises(ValueError, match="TUNED start from 'RATE-0.4', which is no arm: NL, .*RATE-0.5, .* are there"):
+    with pytest.raises(ValueError, match="TUNED start from 'RATE-0.4', which is not an arm; the arms are NL, .*0.5"):
         expand(make_study(sweep | {"TUNED": {"from": "RATE-0.4"}}))
 
 
@@ -121,9 +121,9 @@ def test_select_takes_what_it_stands_on():
 
 @pytest.mark.parametrize("arms, message", [
     ({}, "ARMS is empty"),
-    ({"A": {"from": "B"}, "B": {"from": "A"}}, "ARMS goes round in a circle: A, B"),
-    ({"A": {"from": "NL"}}, "lets A start from 'NL', which is no arm"),
-    ({"a/b": {}}, "has an arm 'a/b'; its name must be letters"),
+    ({"A": {"from": "B"}, "B": {"from": "A"}}, "ARMS has a circle: A, B"),
+    ({"A": {"from": "NL"}}, "lets A start from 'NL', which is not an arm"),
+    ({"a/b": {}}, "has an arm 'a/b'; its name must consist of letters"),
     ({"A": 0.5}, "must give A settings such as"),
     ({"A": {"SEED": 1}}, "gives A SEED, which the study sets"),
     ({"A": {"sweep": {"CODE_RATE": 0.5}}}, "must give A a sweep of settings and their values"),
@@ -242,7 +242,7 @@ def test_stages_that_are_none(stages, message):
 
 
 @pytest.mark.parametrize(("arms", "message"), [
-    ({"A": {"CODE_RATE": 0.0}, "B": {"from": "A@1.5"}}, "branch at 1.5, which must be a part"),
+    ({"A": {"CODE_RATE": 0.0}, "B": {"from": "A@1.5"}}, "branch at 1.5, which must be a fraction"),
     ({"A": {"CODE_RATE": 0.0}, "B": {"from": "A@0"}}, "branch at 0, which must be"),
     ({"A": {"CODE_RATE": 0.0}, "B": {"from": "A@half"}}, "branch at 'half'"),
     ({"B": {"at": 0.5, "CODE_RATE": 0.0}}, "names no arm of the study in 'from'"),

@@ -175,7 +175,8 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
         with Leases(State(str(blocked))).held("A.seed0", stop):
             pass
     assert "\n" not in str(caught.value) and "x00" not in str(caught.value)
-    with pytest.raises(ValueError, match="STUDY_DIR is s3://bucket/s; workers share a folder of a disk, or one in gs"):
+    with pytest.raises(ValueError, match="STUDY_DIR is s3://bucket/s; workers need a folder on a shared disk, or one "
+                                         "in gs"):
         State("s3://bucket/s")
 
 

@@ -102,6 +102,6 @@ def test_the_tree_of_arms():
     assert tree[0].endswith("6,400  1.00e+06  text.a 0.50, code.b 0.25")
     assert tree[1].endswith("text.a 1.25 (0.50 here), code.b 0.25")
     assert "1 done, 1 to do" in tree[5] and " to do " in tree[0]
-    assert "not counted    what hf://ORG/NAME was trained on before" in lines
+    assert "not counted    the earlier training data of hf://ORG/NAME" in lines
     assert any(line.endswith("each arm under the seeds 3, 4") for line in lines)
     assert "14 runs: 89,600 tokens" in "\n".join(lines)

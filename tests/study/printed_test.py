@@ -130,7 +130,7 @@ def test_the_jobs_ask_for_what_they_need(monkeypatch, capsys):
     pod = yaml.safe_load(capsys.readouterr().out)["spec"]["template"]["spec"]
     assert pod["containers"][0]["volumeMounts"] == [{"name": "study", "mountPath": "/shared/study"}]
     assert cli.main([*STUDY, "--gin.STUDY_DIR=runs/study", "--print_commands=kubernetes"]) == 1
-    assert capsys.readouterr().err.startswith("t5x study: error: STUDY_DIR is runs/study, which pods would not share:")
+    assert capsys.readouterr().err.startswith("t5x study: error: STUDY_DIR is runs/study, which pods do not share:")
 
 
 def test_plain_print_commands_and_unknown_forms(monkeypatch, capsys):

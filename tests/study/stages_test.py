@@ -85,10 +85,10 @@ def test_a_stage_of_instructions_by_another_name_is_tuned():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--gin.coldown/BATCH_SIZE=4"], "coldown/BATCH_SIZE is of no stage of the study; it has pretraining, tuning, "
-                                     "continue, midtraining, cooldown, evaluation"),
+    (["--gin.coldown/BATCH_SIZE=4"], "coldown/BATCH_SIZE is not of a stage of the study; the stages are pretraining, "
+                                     "tuning, continue, midtraining, cooldown, evaluation"),
     (["--gin.ARMS={'A': {'CODE_RATE': 0.0}, 'B': {'from': 'A@0.5', 'stage': 'tuning', 'CODE_RATE': 0.0}}"],
-     "B: its stage, tuning, is of tuning, and a branch goes on in the kind of its trunk, pretraining"),
+     "B: its stage, tuning, is of tuning, but a branch must have the kind of its trunk, pretraining"),
     (["--gin.ARMS={'A': {'stage': 'annealing'}}"], "A the stage 'annealing'; a stage is pretraining, tuning, continue, "
                                                    "midtraining or cooldown"),
     (["--gin.STAGES={'annealing': ['gin/none.gin']}", "--gin.ARMS={'A': {'stage': 'annealing', 'CODE_RATE': 0.0}}"],
@@ -114,7 +114,7 @@ def test_explain_answers_of_named_stages(capsys, name, lines):
 
 def test_explain_names_the_stages_there_are(capsys):
     assert cli.main(["explain", "mid/BATCH_SIZE", "--gin_file=gin/study.gin"]) == 1
-    assert "mid is no stage of the study; it has pretraining, tuning, continue" in capsys.readouterr().err
+    assert "mid is not a stage of the study; the stages are pretraining, tuning, continue" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("design", "stages"), [

@@ -161,7 +161,7 @@ def test_a_changed_configuration_is_refused_and_redone_only_when_asked(finished,
     # With --redo the run is made again, the old one kept, and that which it starts from left as it is.
     assert cli.main([*longer, "--gin.tuning/TRAIN_STEPS=4", "--gin.tuning/EVAL_PERIOD=4", "--redo"]) == 0, \
         capsys.readouterr()
-    assert "NN.seed0 is made again; what was there is in" in capsys.readouterr().out
+    assert "NN.seed0 is run again; its old files are in" in capsys.readouterr().out
     replaced = directory / "replaced" / "NN.seed0-1"
     assert read(replaced / "provenance.json")["last_step"] == 600 and (replaced / "results").is_dir()
     assert read(directory / "runs" / "NN.seed0" / "provenance.json")["last_step"] == 4
@@ -178,7 +178,7 @@ def test_a_failing_arm_does_not_stop_the_others(study_flags, tmp_path, capsys):
     lines = said.err.strip().splitlines()
     assert len(lines) == 3, said.err
     assert lines[0].startswith("t5x study: error: BAD.seed0: No SeqIO task or mixture is named 'text.nowhere'")
-    assert lines[1] == "t5x study: error: NB.seed0 is skipped, for it starts from BAD.seed0."
+    assert lines[1] == "t5x study: error: NB.seed0 is skipped, because it starts from BAD.seed0."
     assert lines[2].startswith("t5x study: error: FAST.seed0: train failed: ") and "The loss became nan" in lines[2]
     assert "[4/4] NL.seed0: done, train " in said.out and "1 of 4 runs are done" in said.out
     assert (tmp_path / "runs" / "NL.seed0" / "results" / "logic_sample.json").exists()
@@ -229,7 +229,7 @@ def test_dry_run_tells_tokens_and_time_and_trains_nothing(study_flags, tmp_path,
     assert nn[:3] == ["NN", "tuning", "NL"] and "code.tiny" in printed and "data-matched, 3 runs" in printed
     assert "equal text     2,304 tokens: NL, CODE" in printed
     assert "measured     CODE.seed0: 3 steps after the first" in printed or "measured     NL.seed0: 3 steps" in printed
-    assert "3 evaluations of 1 tasks are not in it" in printed
+    assert "3 evaluations of 1 tasks are not included" in printed
     assert not (tmp_path / "s").exists()
 
 
@@ -263,7 +263,7 @@ def test_an_arms_own_file_is_above_the_stage_and_its_rate_above_the_stages_phase
 @pytest.mark.parametrize("arguments, message", [
     (["--gin.pretraining/BATCHSIZE=8"], "NL: --gin.BATCHSIZE: nothing uses the setting BATCHSIZE"),
     (["--gin.evaluation/TASK=1"], "evaluation: --gin.TASK: nothing uses the setting TASK"),
-    (["--gin_file=gin/models/125m.gin"], "gin/models/125m.gin:6: a size holds for pre-training"),
+    (["--gin_file=gin/models/125m.gin"], "gin/models/125m.gin:6: a size is set for pre-training"),
     (["--gin.VOCABULARI=my.model"], "no stage of the study reads the setting VOCABULARI; nearest: VOCABULARY"),
     (["--gin.SEED=3"], "--gin.SEED: the study sets SEED itself: SEEDS lists seeds"),
     (["--gin.modle.layers=3"], "nothing is named 'modle'; nearest: model"),
@@ -279,7 +279,7 @@ def test_slips_get_one_line(arguments, message, capsys):
 
 def test_a_file_that_is_no_study_is_refused(capsys):
     assert cli.main(["study", "--gin_file=gin/mixed_pretrain.gin"]) == 1
-    assert "plan no study: give one such as gin/study.gin" in capsys.readouterr().err
+    assert "describe no study: add one such as gin/study.gin" in capsys.readouterr().err
 
 
 def test_settings_without_a_stage_hold_for_every_stage_that_reads_them():

@@ -186,7 +186,7 @@ def test_a_suspended_worker_loses_its_run_and_leaves_it_to_the_other(start, tmp_
     second = start("--worker", "--lease_seconds=1", STEP_SECONDS="0.01")
     wait_until(lambda: "in whose directory a process without a lease is training" in said(tmp_path, 1))
     first.send_signal(signal.SIGCONT)
-    wait_until(lambda: "A.seed0: what ran here is stopped, for the lease is lost: " in said(tmp_path, 0))
+    wait_until(lambda: "A.seed0: the run here is stopped, because the lease is lost: " in said(tmp_path, 0))
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 128 + signal.SIGTERM and second.wait(60) == 0
     assert results(directory) == alone
@@ -226,7 +226,7 @@ def test_a_run_that_fails_is_told_and_left_alone_until_it_is_asked_for(start, tm
     for number in range(3):
         text = said(tmp_path, number)
         assert "t5x study: error: A.seed0: train failed: it was told to fail" in text
-        assert "t5x study: error: ATT.seed0 is skipped, for it starts from AT.seed0." in text
+        assert "t5x study: error: ATT.seed0 is skipped, because it starts from AT.seed0." in text
         assert "3 of 6 runs are done" in text
     record = json.loads((directory / "state" / "A.seed0.json").read_text())
     assert (record["state"], record["why"]) == ("failed", "train failed: it was told to fail")
@@ -235,7 +235,7 @@ def test_a_run_that_fails_is_told_and_left_alone_until_it_is_asked_for(start, tm
     table = status(str(directory))
     assert re.search(r"^A.seed0 +failed .* train failed: it was told to fail \(\S+:\d+, ", table, re.MULTILINE)
     assert re.search(r"^ATT.seed0 +skipped .* for AT.seed0, which it starts from$", table, re.MULTILINE)
-    assert table.endswith(f"{directory}: 3 of 6 runs are done, 3 failed or stand on one that did.")
+    assert table.endswith(f"{directory}: 3 of 6 runs are done, 3 failed or depend on one that did.")
     assert start(STEP_SECONDS="0.001").wait(60) == 0
     assert results(directory) == alone
     require_trained_once(directory)
@@ -253,7 +253,7 @@ def test_a_run_that_another_made_under_other_settings_is_not_taken_for_ones_own(
         types.SimpleNamespace(report=told.append, stopped=None), ())
     one.work()
     assert one.failures == {"A.seed0": told[0].removeprefix("[1/1] A.seed0: ")} and told == [
-        "[1/1] A.seed0: A.seed0: another worker made it under another configuration: LEARNING_RATE was 1, is 2"]
+        "[1/1] A.seed0: A.seed0: another worker ran it with another configuration: LEARNING_RATE was 1, is 2"]
 
 
 @pytest.mark.slow
@@ -318,7 +318,7 @@ def test_status_tells_who_trains_what_and_how_long_it_takes(tmp_path):
     (tmp_path / "runs" / "A.seed0" / "metrics.jsonl").write_text('{"step": 5, "split": "train"}\n{"step": 6, "spl')
     lines = [re.split(r"  +", line) for line in status(str(tmp_path), now=1010.0).splitlines()]
     assert lines[1] == ["A.seed0", "training", "5/20", "10 s", "30 s", "h:1"]
-    assert lines[2] == ["B.seed0", "no sign of life", "20", "10 s", "40 s", "g:2 for 10:10"]
+    assert lines[2] == ["B.seed0", "no heartbeat", "20", "10 s", "40 s", "g:2 for 10:10"]
     assert lines[3] == ["AT.seed0", "to do", "20", "40 s"] and lines[5] == ["C.seed0", "done", "20/20"]
     # By the one worker that is alive: 30 + 40 + 40 + 40 s.
     assert lines[-1] == [f"{tmp_path}: 1 of 5 runs are done, 4 are left; 1 worker at work, about 2:30 left with 1."]

@@ -105,7 +105,7 @@ def test_a_manual_folder_without_the_files_is_fetched_into_the_downloads(
 
 
 def test_what_needs_a_signature(tmp_path: Path):
-    with pytest.raises(ValueError, match="Ask for them at https://jecqa.thunlp.org/.* given by --manual_dir"):
+    with pytest.raises(ValueError, match="Ask for them at https://jecqa.thunlp.org/.* Set --manual_dir"):
         built(builders.OfficialBenchmarks, "jecqa", tmp_path, tmp_path)
 
 

@@ -142,7 +142,7 @@ def test_another_vocabulary() -> None:
 
 def test_a_name_of_another_origin(tmp_path: pathlib.Path) -> None:
     seqio.TaskRegistry.add_provider("mine.cosqa", seqio.get_mixture_or_task("sample.cosqa").replace(name="mine.cosqa"))
-    with pytest.raises(ValueError, match="^mine.cosqa is already a task of its own; give the benchmarks a prefix.$"):
+    with pytest.raises(ValueError, match="^mine.cosqa is already another task; give the benchmarks a prefix.$"):
         evaluation.register(None, prefix="mine.")
     assert "mine.logic" not in seqio.TaskRegistry.names()
 

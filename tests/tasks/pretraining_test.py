@@ -133,7 +133,7 @@ def test_bad_aliases() -> None:
 
 @pytest.mark.parametrize("name", ["text.python", "python_text_code"])
 def test_names_of_modules_are_kept(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is already a task of its own"):
+    with pytest.raises(ValueError, match=f"{name} is already another task"):
         pretraining.add_corpus(name, {"python": "text"})
 
 

@@ -141,7 +141,7 @@ def test_an_iterator_goes_on_where_it_was_saved(tmp_path: Path):
     (["code.x", "text.nowhere"], {"code_rate": 0.5}, "'text.nowhere' is no task"),
     (["code.x", "a mixture"], {"code_rate": 0.5}, "is a mixture: name its tasks"),
     ([("code.x", 0), "text.y"], {"code_rate": 0.5}, "the rate of code.x.* must be above 0, found 0"),
-    ([("code.x", 1), "code.z", "text.y"], {"code_rate": 0.5}, "of the code tasks either all have a rate or none"),
+    ([("code.x", 1), "code.z", "text.y"], {"code_rate": 0.5}, "either all code tasks have a rate or none"),
 ])
 def test_errors_are_one_line(given: list[Any], settings: dict[str, Any], message: str):
     names = {short: _task(short, 0) for short in ("code.x", "code.z", "text.y")}

@@ -132,7 +132,7 @@ def test_another_spec_replaces(write: Callable[..., str], tmp_path: pathlib.Path
 
 @pytest.mark.parametrize("name", ["text.python_instructions", "text.python", "python_instructions"])
 def test_names_of_modules_are_kept(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is already a task of its own"):
+    with pytest.raises(ValueError, match=f"{name} is already another task"):
         tuning.add_corpus(name, {"python_instructions": "text"})
 
 

@@ -83,7 +83,7 @@ def test_a_file_of_llamas_ways_without_symbols_of_its_own(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("llama", "it has symbols of a user's beside escaped spaces"), ("t5", "it is no BPE")])
+    ("llama", "it has user-defined symbols besides escaped spaces"), ("t5", "it is not BPE")])
 def test_what_cannot_be_said_exactly_is_written_as_it_is(
     name: str, reason: str, other_vocabularies: dict[str, str], tmp_path: Path
 ) -> None:

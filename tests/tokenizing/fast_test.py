@@ -187,10 +187,10 @@ def test_lone_surrogates_are_refused(facts: Any, write: Callable[..., str]) -> N
 
 @pytest.mark.parametrize("change, told", [
     ({"model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a", "continuing_subword_prefix": "##",
-                "max_input_chars_per_word": 100}}, "is a tokenizer of words .WordPiece.*BPE and Unigram are read"),
-    ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "is a tokenizer of words .WordLevel."),
-    ({"model": None}, "is JSON but no tokenizer.json: it has no 'model'"),
-    ({"added_tokens": ["<s>"]}, "is no tokenizer.json: its 'added_tokens' are no list"),
+                "max_input_chars_per_word": 100}}, "is a word tokenizer .WordPiece.*BPE and Unigram are supported"),
+    ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "is a word tokenizer .WordLevel."),
+    ({"model": None}, "is JSON but not a tokenizer.json: it has no 'model'"),
+    ({"added_tokens": ["<s>"]}, "is not a tokenizer.json: its 'added_tokens' are not a list"),
     ({"pre_tokenizer": {"type": "OfTomorrow"}}, "is not a tokenizer.json that tokenizers .* can read"),
     ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "has the decoder WordPiece"),
 ])
@@ -203,7 +203,7 @@ def test_other_files_are_refused(change: dict[str, Any], told: str, facts: Any, 
 @pytest.mark.parametrize("content", ['{"model": ', '{"model"' + "[" * 100_000, "{}"])
 def test_broken_json_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match="tokenizer.json is (no JSON|JSON but no tokenizer)") as error:
+    with pytest.raises(ValueError, match="tokenizer.json is (not JSON|JSON but not a tokenizer)") as error:
         load_vocabulary(str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -212,7 +212,7 @@ def test_a_truncated_file_is_refused(facts: Any, write: Callable[..., str]) -> N
     folder = write(facts["byte_level"])
     file = Path(folder) / "tokenizer.json"
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="is no JSON .*, and so no tokenizer.json"):
+    with pytest.raises(ValueError, match="is not JSON .* and thus no tokenizer.json"):
         load_vocabulary(folder)
 
 

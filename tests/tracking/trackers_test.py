@@ -123,7 +123,7 @@ def test_events_that_cannot_be_written_are_a_line(tmp_path, sent, monkeypatch):
     monkeypatch.setattr(follow, "OPEN", {"tensorboard": fail})
     told: list[str] = []
     Trackers(str(write_run(tmp_path / "run", 4, 10)), ["tensorboard"], told.append).close()
-    assert told == ["WARNING: the tracker tensorboard stopped: no space left. The run goes on without it."]
+    assert told == ["WARNING: the tracker tensorboard stopped: no space left. The run continues without it."]
 
 
 def test_tensorboard_has_scores_and_ledger(tmp_path):
@@ -139,8 +139,8 @@ def test_tensorboard_has_scores_and_ledger(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wandb, told, at_most", [
-    ("raise RuntimeError('no network')", "wandb stopped: RuntimeError: no network. The run goes on", 20),
-    ("import time; time.sleep(3600)", "wandb did not take everything within 1 s", 20),
+    ("raise RuntimeError('no network')", "wandb stopped: RuntimeError: no network. The run continues", 20),
+    ("import time; time.sleep(3600)", "wandb did not accept everything within 1 s", 20),
     ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "wandb stopped: its process ended with status -9", 20)])
 def test_one_that_fails_hangs_or_dies_is_a_line(tmp_path, monkeypatch, wandb, told, at_most):
     (tmp_path / "wandb.py").write_text(wandb + "\n")

@@ -120,15 +120,15 @@ def test_a_branch_of_a_branch_with_another_mix_and_batch(trunk, tmp_path):
 
 def test_the_learning_rate_goes_on_or_that_is_said(trunk, tmp_path):
     branch = branch_of(trunk, tmp_path, 5)
-    assert "The learning rate goes on from the trunk's last" in describe(branch, make_plan(branch))
+    assert "The learning rate continues the trunk's last" in describe(branch, make_plan(branch))
     jumping = dataclasses.replace(branch, learning_rate=lambda step: 1e-5)
     printed = describe(jumping, make_plan(jumping))
-    assert "WARNING: the learning rate does not go on from the trunk's last" in printed
+    assert "WARNING: the learning rate does not continue the trunk's last" in printed
     assert "7 steps of" in printed and f"starts from  {trunk.model_dir}@5" in printed
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"seed": 7}, "SEED is 7, and that of"),
+    ({"seed": 7}, "SEED is 7, but that of"),
     ({"branch_from": "nowhere"}, "must be RUN@STEP, such as runs/trunk@6000, found 'nowhere'"),
     ({"branch_from": "nowhere@3"}, "There is no directory"),
     ({"train_steps": 5, "learning_rate": lambda step: 1e-3}, "begins after step 5, and TRAIN_STEPS = 5"),
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused_in_a_line(trunk, tmp_path, changes, messag
 
 
 def test_a_step_that_is_not_kept_lists_those_that_are(trunk, tmp_path):
-    with pytest.raises(FileNotFoundError, match="No checkpoint of step 4 .* kept are those of steps 3, 5, 12"):
+    with pytest.raises(FileNotFoundError, match="No checkpoint of step 4 .* there are those of steps 3, 5, 12"):
         train(branch_of(trunk, tmp_path, 4))
 
 
@@ -165,7 +165,7 @@ def test_on_the_command_line(tiny_flags, tmp_path, capsys):
     assert cli.main([*warm, f"--gin.MODEL_DIR={tmp_path / 'warm'}", "--gin.warmup_cosine.begin_step=%BRANCH_STEP",
                      "--dry_run"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert "BRANCH_STEP = 4" in printed and "does not go on from the trunk's last" in printed
+    assert "BRANCH_STEP = 4" in printed and "does not continue the trunk's last" in printed
     provenance = json.loads((tmp_path / "branch" / "provenance.json").read_text())
     assert provenance["ledger"]["branch"]["step"] == 4
 

@@ -109,7 +109,7 @@ def test_the_data_has_what_it_is_to_show(corpora, unasked):
     assert len([name for name in files if "/text.many/" in f"/{name}" and "/train/c/" in name]) >= 5
     [recorded] = [json.loads(text) for name, text in files.items() if "text.many" in name and "cache.json" in name]
     assert recorded["splits"]["train"]["notes"] == [
-        f"text.many, read for train: 120 records are documents, passed over: 2 broken JSON (first: {folder}/1.jsonl, "
+        f"text.many, read for train: 120 records are documents, skipped: 2 broken JSON (first: {folder}/1.jsonl, "
         f"line 31), 1 empty file (first: {folder}/2.jsonl), 2 without text in field 'text' (first: {folder}/1.jsonl, "
         "line 32, whose fields are 'other')."]
     [recorded] = [json.loads(text) for name, text in files.items() if "text.asked" in name and "cache.json" in name]
@@ -198,7 +198,7 @@ def test_a_run_finds_them_and_tokenizes_nothing(corpora, tmp_path, monkeypatch):
     told: list[str] = []
     cache(mixture, load_vocabulary(), options=ONE, report=told.append)
     assert [line.split(" in ")[0] for line in told] == [
-        "text.many is cached already", "code.alias is cached already", "code.of_a_module is cached already"]
+        "text.many is already cached", "code.alias is already cached", "code.of_a_module is already cached"]
     assert not list(tmp_path.rglob("*.building"))
 
 
@@ -240,7 +240,7 @@ def test_what_does_not_come_back_is_noted_alike_by_shards(corpora, other_vocabul
         if planned:
             shards.finish(build, planned, pieces)
         found = cached_rows("text.many", defined, t5, LENGTH, str(tmp_path / name), silent)
-    assert "of 64 documents looked at do not come back" in found["train"].notes[-1]
+    assert "of 64 documents checked are changed by encoding" in found["train"].notes[-1]
     assert content(tmp_path / "asked") == content(tmp_path / "unasked")
 
 
@@ -312,7 +312,7 @@ def test_killed_half_way_it_goes_on(corpora, unasked, tmp_path):
     again = subprocess.run([sys.executable, "-m", "codellm_jax.cli", *flags, "--", *ONE], cwd=ROOT, env=environment,
                            capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
-    assert f"{done} of 12 shards are tokenized already; going on." in again.stdout
+    assert f"{done} of 12 shards are already tokenized; continuing." in again.stdout
     assert content(tmp_path) == {name: text for name, text in content(unasked).items() if "/text.many/" in name}
 
 
@@ -328,7 +328,7 @@ def test_killed_while_cutting_it_goes_on(corpora, unasked, tmp_path, small, monk
 
     mixture = mixture_of({"text.many": corpora["text.many"]}, "pretraining", tmp_path)
     monkeypatch.setattr(shards, "cut", dies)
-    with pytest.raises(OSError, match=r"Rows cannot be cached in .*: No space left on device\. Mend it or set"):
+    with pytest.raises(OSError, match=r"Rows cannot be cached in .*: No space left on device\. Fix this or set"):
         cache(mixture, load_vocabulary(), options=ONE, report=silent)
     monkeypatch.setattr(shards, "cut", lambda build, piece: (cut.append(piece), real(build, piece)))
     monkeypatch.setattr(shards, "tokenize", lambda *_: pytest.fail("all is tokenized"))
@@ -369,7 +369,7 @@ def test_broken_files_are_counted_and_nothing_left_is_an_error(tmp_path):
     defined = tasks.Definitions(corpora={"text.bad": {"json_lines": f"{tmp_path}/*.jsonl*", "holdout": 0}})
     mixture = Mixture(["text.bad"], defined, {"targets": 9}, 0.0, cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"its training split has \d tokens, fewer than the 10 of one row.*\(.*1 "
-                       r"records are documents, passed over: 2 broken JSON .first: .*b.jsonl, line 2., 1 broken rest "
+                       r"records are documents, skipped: 2 broken JSON .first: .*b.jsonl, line 2., 1 broken rest "
                        r"of a.jsonl.gz, 1 empty .first: .*b.jsonl, line 1.\.\)"):
         cache(mixture, load_vocabulary(), options=ONE, report=silent)
 
@@ -384,14 +384,14 @@ def test_missing_beam_is_told_in_a_line(tiny_flags):
     told = run(*tiny_flags, code="sys.modules['apache_beam'] = None")
     assert (told.returncode, told.stdout) == (1, "")
     assert told.stderr == ("t5x cache: error: t5x cache needs Apache Beam, which is not installed: pip install "
-                           "'.[beam]'. Without it t5x train writes the same rows, by one process.\n")
+                           "'.[beam]'. Without it t5x train writes the same rows with one process.\n")
 
 
 @with_beam
 @pytest.mark.parametrize("flags, said", [
     (["--runner=DataflowRunner"], "Dataflow's workers do not see this machine's disk: set CACHE_DIR to gs://, not "),
     (["--runner=DataflowRunner", "--gin.CACHE_DIR=gs://no-such-bucket/rows"], "has files on this machine's disk, /"),
-    (["--runner=DirctRunner"], "--runner=DirctRunner is no runner of Beam's; it has ")])
+    (["--runner=DirctRunner"], "--runner=DirctRunner is not a Beam runner; these are ")])
 def test_mistakes_are_told_in_a_line(flags, said, tiny_flags, tmp_path, capsys):
     assert cli.main(["cache", *tiny_flags, f"--gin.CACHE_DIR={tmp_path}", *flags]) == 1
     told = capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_conversations_that_a_template_refuses_are_told(make, tmp_path):
     definitions = tasks.Definitions(corpora={"text.chat": {"instructions": str(file), "holdout": 0}})
     training = make(vocabulary=words, definitions=definitions)
     printed = describe(training, make_plan(training))
-    assert ("text.chat, read for train: conversations passed over: 1 refused by the chat template: No system "
+    assert ("text.chat, read for train: conversations skipped: 1 refused by the chat template: No system "
             f"(first: {file}, line 2).") in printed
     assert "text.chat: 2 of 2 examples are conversations, in the vocabulary's chat template." in printed
     assert describe(training, make_plan(training)) == printed  # from the cache, too

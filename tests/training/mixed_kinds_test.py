@@ -130,9 +130,9 @@ def test_held_out_losses_are_of_what_counts(mixed, trained):
 def test_the_plan_says_what_stands_where(mixed):
     page = describe(mixed, make_plan(mixed))
     [chat] = [rows for rows in make_plan(mixed).mixture.training if rows.name == "text.chat"]
-    assert (f"text.chat: {chat.documents} instructions stand among the documents; the loss counts their answers, "
+    assert (f"text.chat: {chat.documents} instructions are mixed with the documents; the loss counts their answers, "
             f"{chat.tokens - chat.uncounted:,} of {chat.tokens:,} tokens.") in page
-    assert "instructions stand among the documents; the loss counts all of their " in page
+    assert "instructions are mixed with the documents; the loss counts all of their " in page
     assert f"text.chat: {chat.documents} of {chat.documents} examples are conversations" in page
 
 

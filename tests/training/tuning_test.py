@@ -129,7 +129,7 @@ def test_what_is_cut_and_left_out_is_told(make_training, tmp_path):
     training = make_training(stage="tuning", name="text.mine", definitions=definitions, code_rate=0.0)
     printed = describe(training, make_plan(training))
     assert "text.mine: 2 of 9 examples are cut to 33 tokens; 4 are left out" in printed
-    assert ("text.mine, read for train: 9 records are instructions, passed over: 1 empty (first: "
+    assert ("text.mine, read for train: 9 records are instructions, skipped: 1 empty (first: "
             f"{tmp_path}/mine.json, record 10).") in printed
     assert describe(training, make_plan(training)) == printed  # from the cache too
 
@@ -161,10 +161,10 @@ def test_another_vocabulary_is_refused(tune, tmp_path):
 
 def test_a_run_directory_of_the_wrong_stage_is_refused(tune, pretrained, tiny_flags, capsys, tmp_path):
     status, _, errors = tune("text", "NL", model_dir=pretrained / "CODE")
-    assert status == 1 and "holds a run of the stage pretraining, and this one is of the stage tuning" in errors
+    assert status == 1 and "holds a run of the stage pretraining, but this one is of the stage tuning" in errors
     assert tune("text", "NL")[0] == 0
     assert cli.main(["train", *tiny_flags, f"--gin.MODEL_DIR={tmp_path / 'run'}", "--gin.TRAIN_STEPS=8"]) == 1
-    assert "holds a run of the stage tuning, and this one is of the stage pretraining" in capsys.readouterr().err
+    assert "holds a run of the stage tuning, but this one is of the stage pretraining" in capsys.readouterr().err
 
 
 def test_another_start_in_the_same_directory_is_refused(tune, pretrained, tmp_path):

@@ -121,9 +121,9 @@ def test_another_sites_name_for_this_machine_is_refused(tmp_path):
 def test_a_run_and_a_folder_of_runs_are_followed_too(tmp_path):
     write_run(tmp_path / "one", 6, 10)
     with served(tmp_path) as ask:
-        until(lambda: "stopped in good order after step 6 of 10" in ask("/now")[1])
+        until(lambda: "stopped normally after step 6 of 10" in ask("/now")[1])
     with served(tmp_path / "one") as ask:
-        until(lambda: "stopped in good order after step 6 of 10" in ask("/now")[1])
+        until(lambda: "stopped normally after step 6 of 10" in ask("/now")[1])
         assert "text.a" in ask("/losses")[1]
     (tmp_path / "empty").mkdir()
     with served(tmp_path / "empty") as ask:
@@ -135,7 +135,7 @@ def test_a_run_and_a_folder_of_runs_are_followed_too(tmp_path):
 def test_a_taken_port_is_one_line(tmp_path):
     with started(str(tmp_path), "127.0.0.1", 0) as server:
         taken = server.server_address[1]
-        with pytest.raises(OSError, match=f"127.0.0.1:{taken} cannot be listened at"):
+        with pytest.raises(OSError, match=f"127.0.0.1:{taken} cannot be used"):
             with started(str(tmp_path), "127.0.0.1", taken):
                 pass
 
@@ -152,10 +152,10 @@ def test_an_address_of_ipv6_is_listened_at(tmp_path):
 def test_effects_that_cannot_be_told_say_why(tmp_path, capsys):
     write_study(tmp_path)
     assert told.main(str(tmp_path)) == 0
-    assert "They cannot be told yet: no two arms" in capsys.readouterr().out
+    assert "They cannot be determined yet: no two arms" in capsys.readouterr().out
     (tmp_path / "study.json").write_text("[")
     assert told.main(str(tmp_path)) == 0
-    assert "They cannot be told yet: " in capsys.readouterr().out
+    assert "They cannot be determined yet: " in capsys.readouterr().out
 
 
 def test_curves_lie_within_their_frame():

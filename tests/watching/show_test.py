@@ -28,7 +28,7 @@ def test_a_run_that_is_trained(tmp_path):
 
 def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path):
     text = show(str(write_run(tmp_path / "a b", 6, 10)))
-    assert "stopped in good order after step 6 of 10" in text
+    assert "stopped normally after step 6 of 10" in text
     assert f"Go on:       t5x train --gin_file='{tmp_path}/a b/config.gin'" in text
 
 
@@ -71,7 +71,7 @@ def test_a_study_tells_arms_failures_and_what_to_do(tmp_path):
     write_study(tmp_path)
     text = show(str(tmp_path), "bin/t5x")
     lines = [line.split() for line in text.splitlines()]
-    assert "1 of 4 runs are done, 2 failed or stand on one that did, 1 are left; no workers at work." in text
+    assert "1 of 4 runs are done, 2 failed or depend on one that did, 1 are left; no workers at work." in text
     assert ["NL", "pretraining", "1/2", "10", "6.5000", "7.5000"] in lines
     assert ["NC", "tuning", "0/2", "10", "-", "-"] in lines
     assert "NL.seed1  failed, step 10 of 10: train ended with status 1 (host:7" in text
@@ -81,7 +81,7 @@ def test_a_study_tells_arms_failures_and_what_to_do(tmp_path):
 def test_what_is_no_run_is_refused_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no directory"):
         show(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="holds no run and no study"):
+    with pytest.raises(FileNotFoundError, match="holds neither a run nor a study"):
         show(str(tmp_path))
     (tmp_path / "study.json").write_text('{"runs": 3}')
     with pytest.raises(ValueError, match="study.json is damaged"):

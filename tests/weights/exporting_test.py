@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_passed_over(save_run: Callable[..., Any], tmp_p
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["{run}@7", "--output={out}"], "No checkpoint of step 7 in .*; kept are those of steps 1, 3"),
+    (["{run}@7", "--output={out}"], "No checkpoint of step 7 in .*; there are those of steps 1, 3"),
     (["{run}@last", "--output={out}"], "must end in the number of a step"),
     (["{run}nowhere", "--output={out}"], "There is no directory"),
     (["{run}", "--output={out}", "--dtype=bf16"], "--dtype must be one of float32, bfloat16, float16, found 'bf16'"),

@@ -222,7 +222,7 @@ def open_arrays(file: Path) -> list[tuple[str, np.ndarray]]:
 
 @pytest.mark.parametrize(("how", "told"), [
     ("truncated", "is not whole"), ("header cut", "is not whole"), ("longer", "is not whole"),
-    ("empty", "is no safetensors file"), ("missing", "does not hold it"), ("pointer", "a pointer of Git LFS"),
+    ("empty", "is no safetensors file"), ("missing", "does not hold it"), ("pointer", "a Git LFS pointer"),
     ("page", "is no safetensors file"), ("other dtype", "damaged header"), ("other offsets", "damaged header"),
     ("huge shape", "damaged header"), ("negative", "damaged header"), ("no JSON", "damaged header"),
     ("twice", "stands in both"), ("unnamed", "which it does not name"), ("named", "which does not hold it"),
@@ -336,7 +336,7 @@ def test_check_compares_with_transformers(tmp_path: Path, capsys: Any, name: str
     facts, tensors, *_ = golden(name)
     folder = write_model(tmp_path / "model", facts, tensors)
     assert main(["import", str(folder), f"--output={tmp_path / 'run'}", "--check"]) == 0
-    assert "Largest difference of logits" in capsys.readouterr().out
+    assert "Largest difference between these logits" in capsys.readouterr().out
     # The same run, and a model that is another.
     from codellm_jax.weights.checking import largest_difference
 

@@ -145,7 +145,7 @@ def test_a_study_starts_from_published_weights(published, imported, own_data, ti
 
 
 @pytest.mark.parametrize(("name", "told"), [
-    ("nowhere", "name the MODEL_DIR of a run that saved one"), ("hf://nobody", "is no name on the hub"),
+    ("nowhere", "name the MODEL_DIR of a run that saved one"), ("hf://nobody", "is not a name on the hub"),
 ])
 def test_what_is_not_there_is_named(name, told, own_data, tmp_path, capsys):
     path = name if "://" in name else str(tmp_path / name)

@@ -101,7 +101,7 @@ def levels(loaded: Loaded) -> tuple[float, float]:
 
 
 # One record has no label, another's labels hold a full stop.
-MISLABELLED = {"without an answer": 1, "whose right answer is no choice": 1}
+MISLABELLED = {"without an answer": 1, "whose right answer is not a choice": 1}
 # As the data's README and the study's page give them: questions, skipped, chance, majority.
 REAL = {
     "logic": (22, {}, 25.0, 36.36),

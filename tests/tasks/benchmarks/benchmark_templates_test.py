@@ -170,7 +170,7 @@ def test_a_template_of_ones_own(data_dir: str) -> None:
     ({"prompt": "{problem}", "continuation": "x"}, "no field 'problem' for a template's prompt, only choice, l"),
     ({"prompt": "x", "continuation": "{questio}"}, "'questio' for a template's continuation.* Did you mean 'question'"),
     ({"prompt": "x"}, "lacks its continuation"),
-    ({"prompt": "x", "continuation": ""}, "^logic: of question 0 the template leaves nothing to be scored.$"),
+    ({"prompt": "x", "continuation": ""}, "^logic: the template leaves nothing to score for question 0.$"),
     ({"prompt": "{", "continuation": "x"}, "prompt is malformed"),
     ({"prompt": "{question.__class__}", "continuation": "x"}, "may hold plain field names in braces"),
     ({"prompt": "{question:>9}", "continuation": "x"}, "may hold plain field names in braces"),

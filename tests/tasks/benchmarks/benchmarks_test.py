@@ -141,7 +141,8 @@ def test_scienceqa_selections(write: Write, tmp_path: pathlib.Path) -> None:
     ("scienceqa", "textonly_with_split.jsonl", json_lines([SCIENCE_LINE]), "evaluate scienceqa_text_only.$"),
     ("scienceqa_cot", "textonly_with_split.jsonl", json_lines([SCIENCE_LINE]), "holds no lectures and solutions"),
     ("scienceqa_all", "textonly_with_split.jsonl", json_lines([SCIENCE_LINE]), "no questions with an image"),
-    ("ekar_cot", "ekar/test.json", [REPACKAGED_EKAR], "no explanations; put E-KAR's own file .* or evaluate ekar.$"),
+    ("ekar_cot", "ekar/test.json", [REPACKAGED_EKAR], "no explanations; replace it by E-KAR's own file, or evaluate "
+                                                      "ekar.$"),
 ])
 def test_what_a_repackaged_form_lacks(
     task: str, file: str, content: Any, hint: str, write: Write, tmp_path: pathlib.Path
@@ -155,7 +156,8 @@ def test_what_a_repackaged_form_lacks(
 # ---- Broken and mislabelled --------------------------------------------------------------------
 
 
-NO_ANSWER, NO_CHOICE, NO_TEXT = "without an answer", "whose right answer is no choice", "with a value that is no text"
+NO_ANSWER, NO_CHOICE = "without an answer", "whose right answer is not a choice"
+NO_TEXT = "with a value that is not text"
 BROKEN: dict[str, tuple[str, Any, dict[str, int]]] = {
     "logic": (
         "logic_val.csv",
@@ -196,7 +198,7 @@ BROKEN: dict[str, tuple[str, Any, dict[str, int]]] = {
     "c3": (
         "c3-d-dev.json",
         [C3, [["男：甲"], [C3[1][0] | {"answer": "戊"}, C3[1][0]], "8"], {}, [[], []]],
-        {NO_CHOICE: 1, "that are no dialogue with questions": 2}),
+        {NO_CHOICE: 1, "that are not a dialogue with questions": 2}),
     "dureader": (
         "dureader/dev.json",
         {"data": [{"paragraphs": [PARAGRAPH, PARAGRAPH | {"context": ""},
@@ -213,17 +215,18 @@ BROKEN: dict[str, tuple[str, Any, dict[str, int]]] = {
          PROGRAM | {"test_list": ["from math import *", "assert f()"]}, PROGRAM | {"code": "print 'Python 2'"}],
         {"without tests": 1, NO_ANSWER: 1, "without task_id": 1, NO_TEXT: 1, "with tests that are not Python": 4,
          "with tests that have an assert within another statement": 1,
-         "with tests that hold no assert, and so pass anything": 1,
-         "with tests that import names without telling them": 1, "whose solution is not Python": 1}),
+         "with tests that hold no assert, and thus pass anything": 1,
+         "with tests that import unnamed names": 1, "whose solution is not Python": 1}),
     "humaneval": (
         "HumanEval.jsonl.gz",
         gzip.compress(json_lines([
             FUNCTION, FUNCTION | {"canonical_solution": ""}, FUNCTION | {"prompt": " "}, FUNCTION | {"test": None},
             FUNCTION | {"entry_point": "f(); g"}, FUNCTION | {"test": "def check(candidate):\n    candidate()"},
             FUNCTION | {"test": "assert f()"}, FUNCTION | {"prompt": "def f("}, {"task_id": 1}]).encode(), mtime=0),
-        {NO_ANSWER: 2, "empty": 2, "whose entry_point is no name of a function": 1, "whose solution is not Python": 1,
+        {NO_ANSWER: 2, "empty": 2, "whose entry_point is not the name of a function": 1, "whose solution is not "
+                                                                                         "Python": 1,
          "with tests that define no function check(candidate)": 1,
-         "with tests that assert nothing of the program, and so pass anything": 1}),
+         "with tests that assert nothing about the program, and thus pass anything": 1}),
 }
 
 
@@ -273,7 +276,7 @@ def test_halves_are_joined_and_the_official_file_is_the_whole(
 ) -> None:
     first = write("data/cmnli/dev.json", [REPACKAGED_PAIR])
     assert [question.id for question in load("cmnli", str(tmp_path)).questions] == ["7"]
-    assert "cmnli*/test.json is not there; only" in caplog.text
+    assert "cmnli*/test.json is missing; only" in caplog.text
     second = write("data/cmnli/test.json", [REPACKAGED_PAIR | {"label": "矛盾"}])
     loaded = load("cmnli", str(tmp_path))
     assert [(question.id, question.answer) for question in loaded.questions] == [("dev-7", (1,)), ("test-7", (2,))]
@@ -369,7 +372,8 @@ def test_all_worked_examples_but_the_question(write: Write, tmp_path: pathlib.Pa
     folder = _few_shot_folder(write, tmp_path)
     prompt = load("cosqa", folder, few_shot=8).questions[0].candidates[0].prompt
     assert all(prompt.count(f"q{number}?") == 1 for number in range(9))
-    with pytest.raises(ValueError, match="^cosqa: few_shot asks for 9 worked examples of question t0, .* there are 8"):
+    with pytest.raises(ValueError, match="^cosqa: few_shot asks for 9 worked examples for question t0, .* there are "
+                                         "only 8"):
         load("cosqa", folder, few_shot=9)
 
 
@@ -403,5 +407,5 @@ def test_worked_programs_are_no_questions(write: Write, tmp_path: pathlib.Path) 
 
 
 def test_humaneval_has_no_worked_examples() -> None:
-    with pytest.raises(ValueError, match="^humaneval: it has no worked examples; set few_shot to 0.$"):
+    with pytest.raises(ValueError, match="^humaneval has no worked examples; set few_shot to 0.$"):
         load("humaneval", None, few_shot=1)

@@ -108,16 +108,16 @@ def test_the_same_questions_in_other_forms(lines: Callable[..., str], write: Wri
 
 
 def test_what_is_wrong_in_other_forms(write: Write) -> None:
-    for content, told in ((b"question,answer\nQ\n", "cells.csv, line 2, 1 in the place of 2: with another number of"),
+    for content, told in ((b"question,answer\nQ\n", "cells.csv, line 2, 1 instead of 2: with a number of"),
                           (b"question,answer\nQ,3\n\xff,3\n", "cells.csv, line 3: not valid UTF-8"),
-                          (gzip.compress(b"question,answer\n" + b"Q,3\n" * 999)[:-9], "damaged or breaks off"),
+                          (gzip.compress(b"question,answer\n" + b"Q,3\n" * 999)[:-9], "damaged or truncated"),
                           (b"question,answer\n", "cells.csv: empty file")):
         with pytest.raises(ValueError, match=told):
             load(write("cells.csv", content), None)
     with pytest.raises(ValueError, match=r"'A, B' must hold text|is empty"):
         load("mine", None, specs={"mine": {"file": write("cells.csv", "question,A,B,answer\nQ,,y,B\n"),
                                            "fields": {"choices": ["A", "B"]}}})
-    with pytest.raises(ValueError, match="fields must map our names"):
+    with pytest.raises(ValueError, match="fields must map this package's names"):
         load("mine", None, specs={"mine": {"file": "x.csv", "fields": {"question": ["a", "b"]}}})
 
 
@@ -193,7 +193,7 @@ def test_worked_examples(lines: Callable[..., str]) -> None:
         shown = re.findall(r"Question: (Q\d)", context)
         assert len(set(shown)) == 4 and shown[-1] == f"Q{question.id}"
         assert f"Question: {shown[0]}\nAnswer: {SKY['choices'][int(shown[0][1]) % 2]}\n\n" in context
-    with pytest.raises(ValueError, match="^questions: few_shot asks for 6 worked examples of question 0, and there"):
+    with pytest.raises(ValueError, match="^questions: few_shot asks for 6 worked examples for question 0, but there"):
         load(path, None, few_shot=6)
     # Of their own file, whose few answers alone would not tell whether they are letters or texts.
     shots = lines({"question": "Shown", "choices": ["B", "A"], "answer": "B"}, name="shots.jsonl")
@@ -273,12 +273,12 @@ FIELDS = "set BENCHMARKS = {'questions': {'file': 'FILE', 'fields': {'answer': .
      "which: BENCHMARKS = {'questions': {'file': 'FILE', 'answer_is': 'letter'}}, or 'text'."),
     (choice(1, "1", "0"), "the answer 1 may be the index of choice B, '0', or the text of choice A, '1'; say which: "
      "BENCHMARKS = {'questions': {'file': 'FILE', 'answer_is': 'index'}}, or 'text'."),
-    (choice("four"), f"the answer 'four' is none of the 3 choices; {WAYS}"),
-    (choice(3), f"the answer 3 is none of the 3 choices; {WAYS} If the file counts from 1, set BENCHMARKS = "
+    (choice("four"), f"the answer 'four' is not one of the 3 choices; {WAYS}"),
+    (choice(3), f"the answer 3 is not one of the 3 choices; {WAYS} If the file counts from 1, set BENCHMARKS = "
      "{'questions': {'file': 'FILE', 'answer_is': 'ordinal'}}."),
-    (choice(-1), f"the answer -1 is none of the 3 choices; {WAYS}"),
-    (choice(True), f"the answer True is none of the 3 choices; {WAYS}"),
-    (choice("same", "same", "same", "other"), f"the answer 'same' is none of the 3 choices; {WAYS}"),
+    (choice(-1), f"the answer -1 is not one of the 3 choices; {WAYS}"),
+    (choice(True), f"the answer True is not one of the 3 choices; {WAYS}"),
+    (choice("same", "same", "same", "other"), f"the answer 'same' is not one of the 3 choices; {WAYS}"),
     (choice(["A", "B"]), "a question must have one right choice, found ['A', 'B']."),
     (choice(0, "one"), "a question must have 2 to 26 choices, found 1."),
     (choice(0, *map(str, range(27))), "a question must have 2 to 26 choices, found 27."),
@@ -291,14 +291,14 @@ FIELDS = "set BENCHMARKS = {'questions': {'file': 'FILE', 'fields': {'answer': .
     (SKY | {"id": [1]}, "'id' must hold text, found [1]."),
     ({"question": "Q", "choices": ["a", "b"], "label": 0},
      f"there is no 'answer', only 'question', 'choices', 'label'; if the answer has another name, {FIELDS}"),
-    (SKY | {"question": "\ud800"}, "not valid UTF-8, for half of a surrogate pair is escaped."),
+    (SKY | {"question": "\ud800"}, "not valid UTF-8: it escapes half of a surrogate pair."),
     ({"question": "Q", "answer": []}, "the list of answers is empty."),
     ({"question": "Q", "answer": {"text": "x"}}, "'answer' must hold text, found {'text': 'x'}."),
     ({"question": "Q"}, f"there is no 'answer', only 'question'; if the answer has another name, {FIELDS}"),
-    (HALVE | {"tests": "half(3)"}, "a program cannot be judged by tests that hold no assert, and so pass anything."),
+    (HALVE | {"tests": "half(3)"}, "a program cannot be judged by tests that hold no assert, and thus pass anything."),
     (HALVE | {"tests": [3]}, "'tests' must hold text, found 3."),
     (HALVE | {"code": "def"}, "the code is not Python."),
-    (FUNCTION | {"entry_point": "f()"}, "a record whose entry_point is no name of a function; HumanEval's form is "
+    (FUNCTION | {"entry_point": "f()"}, "a record whose entry_point is not the name of a function; HumanEval's form is "
      "task_id, prompt, entry_point, canonical_solution and test, all of them texts."),
 ])
 def test_what_is_wrong_with_one_record(record: dict, told: str, write: Write) -> None:
@@ -343,12 +343,12 @@ WANTED = "; a file of questions holds a JSON object in each line, in UTF-8."
     (json_lines(SKY, [1]), f"FILE, line 2: not a JSON object{WANTED}"),
     (json_lines(SKY, SKY).encode() + b'{"question": "\xe9"}\n', f"FILE, line 3: not valid UTF-8{WANTED}"),
     ("[" + json.dumps(SKY) + ", 3]", f"FILE, record 2: not a JSON object{WANTED}"),
-    (json_lines(SKY | {"id": "x"}, SKY, SKY | {"id": "x"}), "FILE, line 3: line 1 has the id 'x', too; ids must d"),
-    (json_lines(SKY | {"id": 1}, SKY), "FILE, line 2: line 1 has the id '1', too; ids must differ."),
-    (json_lines(SKY, SKY | {"answer": 5}), "FILE, line 2: the answer 5 is none of the 2 choices; it must be an index "),
+    (json_lines(SKY | {"id": "x"}, SKY, SKY | {"id": "x"}), "FILE, line 3: line 1 also has the id 'x'; ids must d"),
+    (json_lines(SKY | {"id": 1}, SKY), "FILE, line 2: line 1 also has the id '1'; ids must differ."),
+    (json_lines(SKY, SKY | {"answer": 5}), "FILE, line 2: the answer 5 is not one of the 2 choices; it must be "),
     (gzip.compress(json_lines(*[SKY] * 99).encode())[:-9], f"FILE: broken rest of questions.jsonl{WANTED}"),
-    (b"PAR1" + b"\0" * 99, "questions: FILE is damaged or breaks off, for its footer cannot be read"),
-    (b"ARROW1\0\0" + b"\0" * 99, "questions: FILE is an Arrow file; text is read in UTF-8"),
+    (b"PAR1" + b"\0" * 99, "questions: FILE is damaged or truncated: its footer cannot be read"),
+    (b"ARROW1\0\0" + b"\0" * 99, "questions: FILE is an Arrow file; text may be UTF-8"),
 ])
 def test_what_is_wrong_with_a_file(content: str | bytes, told: str, write: Write) -> None:
     path = write("questions.jsonl", content)
@@ -388,7 +388,8 @@ def test_a_file_and_its_line_of_benchmarks(write: Write) -> None:
     specs = {"mine": {"file": path, "fields": {"question": "stem"}}}
     assert load(path, None, specs=specs) == load("mine", None, specs=specs)
     other = write("other/mine.jsonl", json_lines(SKY))
-    with pytest.raises(ValueError, match=f"^The results of '{other}' would lie under 'mine', the name of another ben"):
+    with pytest.raises(ValueError, match=f"^The results of '{other}' would be stored under 'mine', the name of "
+                                         f"another ben"):
         load(other, None, specs=specs)
 
 
@@ -403,8 +404,8 @@ def test_a_file_and_its_line_of_benchmarks(write: Write) -> None:
     ({"mine": {"file": "x", "worked_examples": ""}}, "worked_examples must be the path of a file"),
     ({"mine": {"file": "x", "answers": "choice"}}, "answers must be one of choices, .* Did you mean 'choices'"),
     ({"mine": {"file": "x", "answer_is": "number"}}, "answer_is must be one of index, ordinal, letter, text"),
-    ({"mine": {"file": "x", "fields": {"question": 3}}}, "fields must map our names"),
-    ({"mine": {"file": "x", "fields": {"choice": "c"}}}, "fields cannot set 'choice', which is made of other fields"),
+    ({"mine": {"file": "x", "fields": {"question": 3}}}, "fields must map this package's names"),
+    ({"mine": {"file": "x", "fields": {"choice": "c"}}}, "fields cannot set 'choice', which is made from other fields"),
     ({"mine": {"file": "x", "stop": "\n"}}, "stop must be a list of texts"),
 ])
 def test_malformed_options(specs: Any, told: str) -> None:

@@ -131,7 +131,7 @@ def test_some_records_in_another_encoding_are_counted(
 @pytest.mark.parametrize("kind, content, what", [
     ("json_lines", b"PAR1" + bytes(99), "a Parquet file"), ("text_files", b"PK\x03\x04" + bytes(99), "a zip archive"),
     ("json_lines", b"<!DOCTYPE html>\n<p>404</p>", "HTML or XML"), ("json_lines", b"\n <a/>", "HTML or XML"),
-    ("tfrecords", b'{"text": "x"}\n', "no TFRecord file"), ("tfrecords", bz2.compress(b"x"), "compressed by bz2"),
+    ("tfrecords", b'{"text": "x"}\n', "not a TFRecord file"), ("tfrecords", bz2.compress(b"x"), "compressed by bz2"),
     ("tfrecords", b"PAR1" + bytes(99), "a Parquet file"),
 ])
 def test_all_that_is_something_else_is_named_before_anything_is_read(
@@ -160,7 +160,7 @@ def test_a_file_without_a_record_is_refused(tmp_path: pathlib.Path) -> None:
 def test_conversations_without_an_answer_are_counted(tmp_path: pathlib.Path, key: str) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"id": "x", key: [{"from": "human", "value": "hi"}]}] * 3))
     with pytest.raises(ValueError, match=r"text.mine: .*a.json'? \(3 conversations without an answer of the "
-                       r"assistant's \(first: .*a.json, record 1\)"):
+                       r"assistant \(first: .*a.json, record 1\)"):
         list(instructions.pairs({"instructions": str(tmp_path / "a.json")}, "train", "text.mine"))
     assert refused(str(tmp_path / "a.json")).endswith(
         f"(3 without text in field 'text' (first: {tmp_path}/a.json, record 1, whose fields are 'id', '{key}')).")
@@ -216,7 +216,7 @@ def test_a_file_of_several_names_is_read_once(tmp_path: pathlib.Path, caplog: py
     for _ in range(2):
         assert names(patterns, tmp_path) == ["c.txt", "link/b.txt"]
     [line] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert line == ("text.mine: 3 of 5 names lead to files that others lead to, too, through links; each file is read "
+    assert line == ("text.mine: 3 of 5 names are links to files that other names also reach; each file is read "
                     f"once. The first is {tmp_path}/link/a.txt.")
     with pytest.raises(ValueError, match="text.mine: .*real/a.txt would be in train and validation"):
         sources.files({"text_files": f"{tmp_path}/c.txt", "validation": f"{tmp_path}/real/*"}, "train", "text.mine")
@@ -242,7 +242,7 @@ def test_brackets_in_names(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path / "lr[1]")
     monkeypatch.setenv("HOME", str(tmp_path / "lr[1]"))
     assert names(["*.txt", "~/y.txt", "../lr1/*"], tmp_path) == ["lr1/z.txt", "lr[1]/x[2].txt", "lr[1]/y.txt"]
-    assert "A bracket of a name itself is written [[]." in refused("x[2]*.txt")
+    assert "A literal bracket is written [[]." in refused("x[2]*.txt")
 
 
 def test_links_that_lead_nowhere(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,19 +250,19 @@ def test_links_that_lead_nowhere(tmp_path: pathlib.Path, caplog: pytest.LogCaptu
     (tmp_path / "part-1.jsonl").symlink_to("/gone/blobs/abc")
     for pattern in ("*.jsonl", "**/*.jsonl", "part-1.jsonl", "part-[01].jsonl"):
         assert refused(f"{tmp_path}/{pattern}") == (
-            f"{tmp_path}/part-1.jsonl is a link to /gone/blobs/abc, which is not there; bring that back, or remove "
+            f"{tmp_path}/part-1.jsonl is a link to /gone/blobs/abc, which does not exist; restore it, or remove "
             "the link.")
     (tmp_path / "deep" / "more").symlink_to("/gone/folder")
     assert names(f"{tmp_path}/deep/**/*.jsonl", tmp_path) == ["deep/part-2.jsonl"]
-    assert f"{tmp_path}/deep/more is a link to /gone/folder, which is not there; if that was a folder" in caplog.text
+    assert f"{tmp_path}/deep/more is a link to /gone/folder, which does not exist; if that was a folder" in caplog.text
 
 
 def test_links_that_lead_nowhere_in_a_data_folder(tmp_path: pathlib.Path) -> None:
     (tmp_path / "cosqa-dev.json").symlink_to("/gone/a")
     (tmp_path / "mbpp.jsonl").symlink_to("/gone/b")
-    with pytest.raises(FileNotFoundError, match="^cosqa: .*cosqa-dev.json is a link to /gone/a, which is not there"):
+    with pytest.raises(FileNotFoundError, match="^cosqa: .*cosqa-dev.json is a link to /gone/a, which does not exist"):
         load("cosqa", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="^code.mbpp: .*mbpp.jsonl is a link to /gone/b, which is not there"):
+    with pytest.raises(FileNotFoundError, match="^code.mbpp: .*mbpp.jsonl is a link to /gone/b, which does not exist"):
         instructions.describe({"official": "code.mbpp", "data_dir": str(tmp_path)}, "code.mbpp")
 
 
@@ -272,14 +272,14 @@ def test_a_folder_in_the_place_of_a_pattern(tmp_path: pathlib.Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert refused("books/") == "'books/' is a folder; write such as 'books/*.jsonl.gz'."
     assert refused(f"{tmp_path}/deep") == f"'{tmp_path}/deep' is a folder; write such as '{tmp_path}/deep/**/*.txt'."
-    assert refused("b*") == "'b*' matches folders alone; write such as 'b*/*.jsonl.gz'."
+    assert refused("b*") == "'b*' matches only folders; write such as 'b*/*.jsonl.gz'."
     assert refused("none") == f"'none' is a folder; {tmp_path}/none holds none."
     assert names("books/*.jsonl.gz", tmp_path) == ["books/a.jsonl.gz", "books/b.jsonl.gz"]
 
 
 def test_what_is_neither_file_nor_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    told = " is a pipe, a socket or a device; write what it gives to a file."
+    told = " is a pipe, a socket or a device; write its content to a file."
     assert refused(f"{tmp_path}/*.jsonl") == f"{tmp_path}/a.jsonl{told}"
     assert refused("/dev/null") == f"/dev/null{told}"
     monkeypatch.chdir(tmp_path)  # for an address of a socket must be short

@@ -70,13 +70,13 @@ def test_where(condition: Any, good: list[Any], bad: list[Any]) -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"where": ["Python"]}, "'where' must be a mapping from fields to conditions"),
     ({"where": {}}, "'where' must be a mapping"),
-    ({"where": {"a": {"least": 3}}}, "has for 'a' the condition {'least': 3}; give 'at_least', 'at_most' or both"),
-    ({"where": {"a": {"at_least": [3]}}}, "a bound that is neither a number nor a text"),
-    ({"where": {"a": []}}, "no list of texts and numbers"),
+    ({"where": {"a": {"least": 3}}}, "has the condition {'least': 3} for 'a'; give 'at_least', 'at_most' or both"),
+    ({"where": {"a": {"at_least": [3]}}}, "that is neither a number nor a text"),
+    ({"where": {"a": []}}, "that holds more than texts and numbers"),
     ({"where": {"a": None}}, "the condition None"),
     ({"text": "no field"}, "'text' must be a template .* names no field"),
     ({"text": "{a"}, "'text' must be a template"),
-    ({"text": "{a!r}"}, "'text' must be a template .* something else than the name"),
+    ({"text": "{a!r}"}, "'text' must be a template .* something other than the name"),
     ({"text": "{}"}, "'text' must be a template"),
     ({"text": "{a}", "field": "a"}, "'text' puts several fields together, 'field' names one"),
     ({"sample": 0}, r"'sample' must be the fraction of documents to read, in \(0, 1\], found 0"),
@@ -224,7 +224,7 @@ def test_a_damaged_row_group_is_counted_by_its_rows(tmp_path: pathlib.Path, capl
     content[end - 60 : end - 20] = bytes(40)
     file.write_bytes(content)
     assert _read({"parquet": str(file), **WHOLE}) == [row["text"] for row in rows[:10] + rows[20:]]
-    assert "30 records are documents, passed over: 10 in a damaged row group" in _told(caplog)
+    assert "30 records are documents, skipped: 10 in a damaged row group" in _told(caplog)
     assert "a.parquet, row group 2" in _told(caplog)
 
 
@@ -237,10 +237,10 @@ def test_text_that_is_no_utf8_is_counted(tmp_path: pathlib.Path, caplog: pytest.
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b'{"text": "a"}\n', "a.parquet is no Parquet file, where Parquet is wanted"),
-    (b"", "a.parquet is no Parquet file"),
-    (b"PAR1", "damaged or breaks off, for its footer cannot be read"),
-    (b"PK\x03\x04aaaa\0", "a.parquet is a zip archive, where Parquet is wanted"),
+    (b'{"text": "a"}\n', "a.parquet is not a Parquet file; expected Parquet"),
+    (b"", "a.parquet is not a Parquet file"),
+    (b"PAR1", "damaged or truncated: its footer cannot be read"),
+    (b"PK\x03\x04aaaa\0", "a.parquet is a zip archive; expected Parquet"),
 ])
 def test_what_is_no_parquet_is_refused(tmp_path: pathlib.Path, content: bytes, message: str) -> None:
     (tmp_path / "a.parquet").write_bytes(content)
@@ -252,7 +252,7 @@ def test_what_is_no_parquet_is_refused(tmp_path: pathlib.Path, content: bytes, m
 def test_parquet_that_breaks_off_is_refused(tmp_path: pathlib.Path) -> None:
     file = pathlib.Path(_parquet(tmp_path / "a.parquet", _rows()))
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"text.mine: .*a.parquet is damaged or breaks off, .* bring it anew\.$"):
+    with pytest.raises(ValueError, match=r"text.mine: .*a.parquet is damaged or truncated: .* download it again\.$"):
         _read({"parquet": str(file), **WHOLE})
 
 
@@ -338,7 +338,7 @@ def test_a_folder_of_save_to_disk(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="saved/state.json lists no files"):
         _read({"arrow": str(folder), **WHOLE})
     (folder / "state.json").write_text("{")
-    with pytest.raises(ValueError, match="saved/state.json is no JSON"):
+    with pytest.raises(ValueError, match="saved/state.json is not JSON"):
         _read({"arrow": str(folder), **WHOLE})
 
 
@@ -351,10 +351,10 @@ def test_arrow_that_breaks_off(tmp_path: pathlib.Path, caplog: pytest.LogCapture
     assert "1 broken rest of a" in _told(caplog)
     _arrow(file, rows)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match="a is damaged or breaks off .* bring it anew"):
+    with pytest.raises(ValueError, match="a is damaged or truncated .* copy or download it again"):
         _read({"arrow": str(file), **WHOLE})
     file.write_bytes(b"PAR1\xff\0")
-    with pytest.raises(ValueError, match="a is a Parquet file, where an Arrow file or stream is wanted"):
+    with pytest.raises(ValueError, match="a is a Parquet file; expected an Arrow file or stream"):
         _read({"arrow": str(file), **WHOLE})
 
 
@@ -381,7 +381,7 @@ def test_csv(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
                      b"3,\xff,9\r\n4,last,1")
     assert _read({"csv": str(file), **WHOLE}) == ['two\r\nlines, "quoted"', "last"]
     assert "1 not valid UTF-8 (first: " in _told(caplog)
-    assert f"1 with another number of cells than there are names (first: {file}, line 5, 2 in the place of 3)" in _told(
+    assert f"1 with a number of cells that differs from the header's (first: {file}, line 5, 2 instead of 3)" in _told(
         caplog)
     assert _read({"csv": str(file), "where": {"score": {"at_least": 5}, "id": [1]}, "text": "{id}", **WHOLE}) == ["1"]
 
@@ -476,7 +476,7 @@ def test_tars_that_break_off(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFi
 
 def test_what_is_no_tar_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.tar").write_text("text " * 200)
-    with pytest.raises(ValueError, match="a.tar is no tar archive, where a tar is wanted"):
+    with pytest.raises(ValueError, match="a.tar is not a tar archive; expected a tar"):
         _read({"webdataset": str(tmp_path / "a.tar")})
     for content in (b"", bytes(10240)):
         (tmp_path / "a.tar").write_bytes(content)
@@ -542,7 +542,7 @@ def test_responses(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> 
     ]
     spec = {"warc": _warc(tmp_path / "a.warc.gz", records), **WHOLE}
     assert _read(spec) == ["Kopf\nEins zwei\ndrei\nvier", "中文", "small", "in parts", "a < b", "of a file"]
-    for reason in ("1 answers with the status 404", "1 compressed by br", "1 neither HTML nor other text",
+    for reason in ("1 responses with the status 404", "1 compressed by br", "1 neither HTML nor other text",
                    "1 not valid in the encoding of the page"):
         assert reason in _told(caplog)
     assert _read({**spec, "text": "{title}|{text}", "where": {"content_type": ["text/html; charset=utf-8"]}}) == [
@@ -565,7 +565,7 @@ def test_warc_that_breaks_off(tmp_path: pathlib.Path, caplog: pytest.LogCaptureF
     found = _read({"warc": str(file), **WHOLE})
     assert "1 broken rest of a.wet" in caplog.records[-1].getMessage()
     file.write_text('{"text": "a"}')
-    with pytest.raises(ValueError, match="a.wet is no WARC file, where WARC or WET is wanted"):
+    with pytest.raises(ValueError, match="a.wet is not a WARC file; expected WARC or WET"):
         _read({"warc": str(file)})
 
 
@@ -599,10 +599,10 @@ def test_array_record(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) 
     assert "1 broken JSON (first: " in _told(caplog) and "a.array_record, record 151)" in _told(caplog)
     whole = pathlib.Path(file).read_bytes()
     pathlib.Path(file).write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match="a.array_record is damaged or breaks off"):
+    with pytest.raises(ValueError, match="a.array_record is damaged or truncated"):
         _read({"array_record": file, **WHOLE})
     pathlib.Path(file).write_text("text")
-    with pytest.raises(ValueError, match="a.array_record is no ArrayRecord file"):
+    with pytest.raises(ValueError, match="a.array_record is not an ArrayRecord file"):
         _read({"array_record": file, **WHOLE})
 
 
@@ -645,6 +645,24 @@ def test_a_line_that_is_too_long_is_counted_in_bounded_memory(
     tracemalloc.stop()
     assert found == ["good", "too"] and peak < 1 << 27
     assert f"1 longer than 1 GiB (first: {tmp_path}/a.jsonl{suffix}, line 2)" in _told(caplog)
+
+
+def test_a_record_that_is_too_long_is_not_parsed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line that may be held is counted, not parsed, which would take many times as much; a list in a line is read."""
+    monkeypatch.setattr(records, "LONGEST_LINE", 1 << 22)
+    long = "x" * (1 << 23)
+    (tmp_path / "a").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("good", long, "too")))
+    (tmp_path / "first").write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, "third")))
+    (tmp_path / "list").write_text(json.dumps([{"text": "of a list"}, {"text": long}]))
+    tracemalloc.start()
+    found = _read({"json_lines": str(tmp_path / "[af]*"), **WHOLE})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == ["good", "too", "third"] and peak < 4 * len(long)
+    assert f"2 longer than 256 MiB (first: {tmp_path}/a, line 2)" in _told(caplog)
+    assert _read({"json_lines": str(tmp_path / "list"), **WHOLE}) == ["of a list", long]
 
 
 def test_what_is_held_at_once_is_bounded(

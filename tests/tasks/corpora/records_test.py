@@ -134,7 +134,7 @@ def test_what_is_lost_is_told(
     with caplog.at_level(logging.WARNING):
         assert _targets({"instructions": write("a.jsonl", content), **WHOLE}) == ["answer 1"]
     [line] = [record.getMessage() for record in caplog.records]
-    assert line.startswith("text.mine, read for train: 1 records are instructions, passed over: ")
+    assert line.startswith("text.mine, read for train: 1 records are instructions, skipped: ")
     for loss, first in (
         ("2 broken JSON", 12), ("3 empty", 2), ("1 not a JSON object", 10), ("2 not valid UTF-8", 11),
         ("2 with a value that is no text", 4), ("3 without instruction and output, input and target, or messages", 6),
@@ -144,7 +144,7 @@ def test_what_is_lost_is_told(
 
 def test_nothing_left(write: Callable[..., str]) -> None:
     path = write("a.json", [{"question": "x"}] * 3)
-    with pytest.raises(ValueError, match="^text.mine: no instruction is left of .*3 without instruction") as error:
+    with pytest.raises(ValueError, match="^text.mine: no instruction is usable in .*3 without instruction") as error:
         _targets({"instructions": path})
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="b.json' .1 empty file .first: .*b.json"):

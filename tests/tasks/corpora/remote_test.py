@@ -100,7 +100,7 @@ def test_of_parquet_only_what_is_needed_is_asked_for(hub: Hub) -> None:
     ("hf://datasets/org/data@v9/*.parquet", "hf://datasets/org/data has no revision v9"),
     ("hf://org/data/*.parquet", "names no files of a data set on the hub; give hf://datasets/ORG/NAME/FILES"),
     ("hf://datasets/org/data/*.tar", "no file matches"),
-    ("hf://datasets/org/data", "is a folder|matches folders alone|no file"),
+    ("hf://datasets/org/data", "is a folder|matches only folders|no file"),
 ])
 def test_what_is_not_there_is_one_line(hub: Hub, name: str, message: str) -> None:
     with pytest.raises((ValueError, OSError), match=f"text.mine: .*({message})") as error:

@@ -135,16 +135,17 @@ def test_what_is_wrong_with_flat_arrays(
     texts = _texts(60)
     documents, file = [ours.encode(text) for text in texts], tmp_path / "a.bin"
     _flat(file, documents, ours.end_of_document_id, "<u4")
-    with pytest.raises(ValueError, match="each second number of .*a.bin is 0, .* give 'dtype': 'uint32'"):
+    with pytest.raises(ValueError, match="every second number of .*a.bin is 0, .* give 'dtype': 'uint32'"):
         _read({"tokens": str(file)}, ours)
     _flat(file, documents, ours.end_of_document_id)
-    with pytest.raises(ValueError, match=r"a.bin, token \d+ holds the id \d+, and python_8k has 0 to \d+: .* 'dtype'"):
+    with pytest.raises(ValueError, match=r"a.bin, token \d+ holds the id \d+, but python_8k has the ids 0 to \d+: .* "
+                                          "'dtype'"):
         _read({"tokens": str(file), "dtype": "uint32"}, ours)
     file.write_bytes(file.read_bytes() + b"\0")
     assert _read({"tokens": str(file)}, ours) == texts
     assert "1 broken rest of a.bin" in caplog.text
     monkeypatch.setattr(token_arrays, "ENDLESS", 100)
-    with pytest.raises(ValueError, match="hold no id 8888, which should end documents: give the one that does"):
+    with pytest.raises(ValueError, match="hold no id 8888, which should end documents: give the right id"):
         _read({"tokens": str(file), "end": 8888}, ours)
     file.write_bytes(b"")
     with pytest.raises(ValueError, match="no document is left .*1 empty file"):
@@ -160,7 +161,8 @@ def test_documents_with_other_tokens_are_told_and_taken(
     documents[2] = [token for letter in texts[2] for token in ours.encode(letter)]
     file = _flat(tmp_path / "a.bin", documents, ours.end_of_document_id)
     assert _read({"tokens": file}, ours) == texts
-    assert "of the first documents of each file 1 have other tokens than python_8k gives their text" in caplog.text
+    assert ("among the first documents of each file, 1 have tokens other than those that python_8k gives their text"
+            in caplog.text)
 
 
 def test_by_shards_the_cache_is_the_same(tmp_path: pathlib.Path, ours: Vocabulary, monkeypatch: Any) -> None:
@@ -186,7 +188,7 @@ def test_by_shards_the_cache_is_the_same(tmp_path: pathlib.Path, ours: Vocabular
     parts = cached_rows(NAME, definitions, ours, LENGTH, str(tmp_path / "parts"), report=lambda line: None)
     for split, rows in alone.items():
         assert rows.content_hash == parts[split].content_hash and rows.notes == parts[split].notes
-    assert any("1 have other tokens" in note for note in alone["train"].notes)
+    assert any("1 have tokens other" in note for note in alone["train"].notes)
 
 
 def test_documents_across_blocks(tmp_path: pathlib.Path, ours: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +215,9 @@ def test_what_is_wrong_with_megatrons_files(
     file.write_bytes(whole)
     facts = index.read_bytes()
     for content, message in (
-        (facts[:-8], "a.idx breaks off: it has"), (b"TNTIDX\0\0" + facts, "a.idx is no index of Megatron's"),
-        (facts[:9] + b"\x02" + facts[10:], "a.idx is of version 2"), (b"", "a.idx is no index"),
-        (facts[:-8] + b"\xff" * 8, "a.idx is damaged: documents that begin at"),
+        (facts[:-8], "a.idx is truncated: it has"), (b"TNTIDX\0\0" + facts, "a.idx is not a Megatron index"),
+        (facts[:9] + b"\x02" + facts[10:], "a.idx has version 2"), (b"", "a.idx is not a Megatron index"),
+        (facts[:-8] + b"\xff" * 8, "a.idx is damaged: documents from sequence"),
     ):
         index.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -224,7 +226,7 @@ def test_what_is_wrong_with_megatrons_files(
     with pytest.raises(FileNotFoundError, match="a.bin has no .*a.idx beside it"):
         _read({"megatron": str(file)}, ours)
     (tmp_path / "b.txt").write_text("b")
-    with pytest.raises(ValueError, match="b.txt is no .bin file"):
+    with pytest.raises(ValueError, match="b.txt is not a .bin file"):
         _read({"megatron": str(tmp_path / "b.txt")}, ours)
 
 

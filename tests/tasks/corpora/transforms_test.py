@@ -88,8 +88,8 @@ def test_comments_only(source: str, comments: str) -> None:
 
 
 def test_what_has_no_comments_is_lost() -> None:
-    assert apply("x = 1\n", "comments_only") == Lost("with nothing left by comments_only")
-    assert apply("# only\n", "strip_comments") == Lost("with nothing left by strip_comments")
+    assert apply("x = 1\n", "comments_only") == Lost("left empty by comments_only")
+    assert apply("# only\n", "strip_comments") == Lost("left empty by strip_comments")
     assert apply('"\\ud800"\n', "comments_only") == Lost("not parsed by comments_only as python")
     assert apply("x = (\n", "strip_comments", "comments_only") == Lost("not parsed by strip_comments as python")
 
@@ -391,7 +391,7 @@ def _check_file(source: str) -> None:
     for name in OF_PYTHON:
         result = apply(source, name)
         if isinstance(result, Lost):
-            assert result.reason == f"with nothing left by {name}"
+            assert result.reason == f"left empty by {name}"
             continue
         if name in AGAIN_THE_SAME:
             assert apply(result, name) == result
@@ -639,8 +639,8 @@ def test_transforms_of_a_corpus_come_in_turn_and_are_counted(
         (tmp_path / f"{name}.py").write_text(text)
     spec = {"text_files": str(tmp_path / "*.py"), "transform": ["strip_comments", "rename_identifiers"], **WHOLE}
     counted = ("code.mine, read for train: 1 documents are transformed (strip_comments, rename_identifiers), others "
-               f"not: 2 not parsed by strip_comments as python{{}} (first: {tmp_path}/b.py), "
-               f"1 with nothing left by strip_comments (first: {tmp_path}/c.py).")
+               f"not: 1 left empty by strip_comments (first: {tmp_path}/c.py), "
+               f"2 not parsed by strip_comments as python{{}} (first: {tmp_path}/b.py).")
     with caplog.at_level(logging.WARNING):
         assert documents(spec) == ["def v0(v1):\n    return v1\n"]
         assert documents(spec | {"unparsed": "keep"}) == ["def v0(v1):\n    return v1\n", "print 'two'\n", "def g(\n"]
@@ -677,18 +677,18 @@ def test_languages_of_records_and_files(
     by_suffix = {"text_files": str(tmp_path / "[bc].*"), "transform": ["strip_comments"], **WHOLE}
     assert documents(by_suffix) == ["package p\n", "f();\n"]
     (tmp_path / "b.txt").write_text("prose")
-    with pytest.raises(ValueError, match=r"code.mine: 1 of 3 files have no suffix .*b.txt. .* give 'language'"):
+    with pytest.raises(ValueError, match=r"code.mine: 1 of 3 files have a suffix .*b.txt. .* give 'language'"):
         documents(by_suffix)
     assert len(documents(by_suffix | {"transform": ["shuffle_lines"]})) == 3
     write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
-    with pytest.raises(ValueError, match=r"code.mine: .*a.jsonl, line 1 says no language .* as 'language'"):
+    with pytest.raises(ValueError, match=r"code.mine: .*a.jsonl, line 1 has no field 'language', .* as 'language'"):
         documents(spec)
 
 
 def test_nothing_left_by_transforms(tmp_path: pathlib.Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"text": f"x = {number}"} for number in range(3)])
     spec = {"json_lines": file, "language": "python", "transform": ["comments_only"], **WHOLE}
-    with pytest.raises(ValueError, match=r"code.mine: the transforms leave no document to train on \(3 with nothing"):
+    with pytest.raises(ValueError, match=r"code.mine: the transforms leave no document to train on \(3 left empty"):
         documents(spec)
 
 
@@ -696,7 +696,7 @@ def test_a_missing_extra_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest
     (tmp_path / "a.c").write_text("int x; // y\n")
     transforms.missing.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^code.mine: transforms of c want the extra tree_sitter, .*tree-sitter and "
+    with pytest.raises(ValueError, match=r"^code.mine: transforms of c need the extra tree_sitter, .*tree-sitter and "
                                          r"tree-sitter-c are not installed: pip install 'codellm_jax\[tree_sitter\]'"):
         documents({"text_files": str(tmp_path / "*.c"), "transform": ["strip_comments"], **WHOLE})
     transforms.missing.cache_clear()
@@ -705,20 +705,20 @@ def test_a_missing_extra_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest
 @pytest.mark.parametrize(("spec", "message"), [
     ({"python": "code", "transform": []}, "'transform' must be a list of strip_comments, .*found \\[\\]"),
     ({"python": "code", "transform": "strip_comments"}, "'transform' must be a list"),
-    ({"python": "code", "transform": ["strip"]}, "'transform' has no 'strip'; there are strip_comments"),
-    ({"python": "code", "transform": [3]}, "'transform' has names, or mappings such as .* found 3"),
-    ({"python": "code", "transform": [{"name": "strip_comments", "seed": 1}]}, "without an option 'seed'"),
-    ({"python": "code", "transform": [{"name": "shuffle_lines", "sed": 1}]}, "without an option 'sed'"),
-    ({"python": "code", "transform": [{"name": "shuffle_lines", "seed": 1.5}]}, "whole number as a seed; found 1.5"),
-    ({"python": "code", "transform": ["pseudocode", "strip_comments"]}, "'strip_comments' behind 'pseudocode'"),
+    ({"python": "code", "transform": ["strip"]}, "'transform' has no transform 'strip'; there are strip_comments"),
+    ({"python": "code", "transform": [3]}, "'transform' must hold names, or mappings such as .* found 3"),
+    ({"python": "code", "transform": [{"name": "strip_comments", "seed": 1}]}, "which has no option 'seed'"),
+    ({"python": "code", "transform": [{"name": "shuffle_lines", "sed": 1}]}, "which has no option 'sed'"),
+    ({"python": "code", "transform": [{"name": "shuffle_lines", "seed": 1.5}]}, "whole numbers as seeds; found 1.5"),
+    ({"python": "code", "transform": ["pseudocode", "strip_comments"]}, "'strip_comments' after 'pseudocode'"),
     ({"python": "code", "transform": ["prose_only"]}, "'prose_only' reads 'notebooks', not 'python'"),
     ({"notebooks": "*", "transform": ["strip_comments", "code_cells_only"]}, "must begin with 'code_cells_only'"),
-    ({"commits": "*", "transform": ["strip_comments"]}, "'strip_comments' reads code, which the text of 'commits'"),
-    ({"tfds": "a:1.0.0", "transform": ["strip_comments"]}, "'strip_comments' asks for a 'language', one of python"),
+    ({"commits": "*", "transform": ["strip_comments"]}, "'strip_comments' reads code, but 'commits'"),
+    ({"tfds": "a:1.0.0", "transform": ["strip_comments"]}, "'strip_comments' needs a 'language', one of python"),
     ({"text_files": "*", "transform": ["pseudocode"], "language": "cobol"}, "'language' must be one of python, java"),
     ({"text_files": "*", "transform": ["pseudocode"], "unparsed": "skip"}, "'unparsed' must be 'drop' or 'keep'"),
-    ({"text_files": "*", "language": "c"}, "'language' says something of 'transform', which is missing"),
-    ({"python": "code", "unparsed": "keep"}, "'unparsed' says something of 'transform'"),
+    ({"text_files": "*", "language": "c"}, "'language' is an option of 'transform', which is missing"),
+    ({"python": "code", "unparsed": "keep"}, "'unparsed' is an option of 'transform'"),
     ({"task": "x", "transform": ["shuffle_lines"]}, "unknown option 'transform' of task"),
 ])
 def test_malformed_transforms(spec: dict, message: str) -> None:
@@ -778,7 +778,7 @@ def test_what_python_holds_is_transformed() -> None:
     plain = sources.documents({"python": "code"}, "test")
     for code, before in itertools.islice(zip(transformed, plain, strict=True), 5):
         assert _shape(parsed(code)) == _shape(parsed(apply(before, "strip_comments")))
-        assert "v0" in code and apply(code, "comments_only") == Lost("with nothing left by comments_only")
+        assert "v0" in code and apply(code, "comments_only") == Lost("left empty by comments_only")
 
 
 # ---- Kinds beside code -------------------------------------------------------------------------
@@ -867,7 +867,7 @@ def test_threads(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> No
         "Question: Width\n\nHow wide?\n\nAnswer: One.\n\nAnswer: Look.\n\nAnswer: Measure.\n\nAnswer: Ask.\n",
         "Question: Why?\n\nAnswer: So.\n"]
     for reason in ("1 without answers (first: {}, line 3)", "1 without text in field 'question' (first: {}, line 4)",
-                   "1 with an answer without text (first: {}, line 5)", "1 with a score that is no number"):
+                   "1 with an answer without text (first: {}, line 5)", "1 with a score that is not a number"):
         assert reason.format(file) in caplog.text
 
 

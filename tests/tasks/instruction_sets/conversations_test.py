@@ -51,24 +51,24 @@ def test_what_a_record_holds(record, expected):
     ({"messages": []}, "no list of messages"), ({"messages": "One?"}, "no list of messages"),
     ({"messages": None}, "no list of messages"), ({"messages": ["One?", "1"]}, "no list of messages"),
     ({"messages": [{"role": "user"}, assistant("1")]}, "content that is no text"),
-    ({"messages": [{"content": "One?"}, assistant("1")]}, "a role that is none of system, user, assistant"),
-    ({"messages": [{"role": "critic", "content": "x"}, *SHORT]}, "a role that is none of"),
-    ({"messages": [{"role": ["user"], "content": "x"}, *SHORT]}, "a role that is none of"),
+    ({"messages": [{"content": "One?"}, assistant("1")]}, "a role other than system, user, assistant"),
+    ({"messages": [{"role": "critic", "content": "x"}, *SHORT]}, "a role other than"),
+    ({"messages": [{"role": ["user"], "content": "x"}, *SHORT]}, "a role other than"),
     ({"messages": [*SHORT, {"role": "tool", "content": "x"}, assistant("1")]}, "with tools, which are not read"),
     ({"messages": [user("One?"), assistant(None, tool_calls=[{"id": "1"}])]}, "with tools, which are not read"),
     ({"messages": SHORT, "tools": [{"name": "add"}]}, "with tools, which are not read"),
     ({"messages": [user("One?"), assistant("1"), assistant("2")]}, "two answers in a row"),
-    ({"messages": [assistant("1"), user("One?"), assistant("1")]}, "that the assistant begins"),
-    ({"messages": [system("S"), assistant("1")]}, "that the assistant begins"),
-    ({"messages": [user("One?"), user("Two?")]}, "without an answer of the assistant's"),
-    ({"messages": [*SHORT, system("S"), user("Two?"), assistant("2")]}, "a system's message that is not the first"),
+    ({"messages": [assistant("1"), user("One?"), assistant("1")]}, "that begin with the assistant"),
+    ({"messages": [system("S"), assistant("1")]}, "that begin with the assistant"),
+    ({"messages": [user("One?"), user("Two?")]}, "without an answer of the assistant"),
+    ({"messages": [*SHORT, system("S"), user("Two?"), assistant("2")]}, "a system message that is not the first"),
     ({"messages": [user("One?"), assistant(" \n")]}, "an empty message"),
     ({"messages": [user(""), assistant("1")]}, "an empty message"),
     ({"messages": [user(3), assistant("1")]}, "a content that is no text"),
     ({"messages": [user({"text": "One?"}), assistant("1")]}, "a content that is no text"),
-    ({"messages": [user([{"type": "image_url", "image_url": "x"}]), assistant("1")]}, "parts that are no text"),
-    ({"messages": [user(["One?"]), assistant("1")]}, "parts that are no text"),
-    ({"conversations": [{"from": "alien", "value": "x"}]}, "a role that is none of"),
+    ({"messages": [user([{"type": "image_url", "image_url": "x"}]), assistant("1")]}, "parts that are not text"),
+    ({"messages": [user(["One?"]), assistant("1")]}, "parts that are not text"),
+    ({"conversations": [{"from": "alien", "value": "x"}]}, "a role other than"),
 ])
 def test_what_is_passed_over_and_why(record, reason):
     found = read_conversation(record)
@@ -83,7 +83,7 @@ def test_a_file_may_hold_instructions_and_conversations(write: Callable[..., str
     assert [type(each) for each in found] == [Pair, Conversation, Pair]
     assert found[1].messages == SHORT and found[1].place == f"{path}, line 2"
     assert (found[1].inputs, found[1].targets) == found[0]  # the same, without a template
-    assert "text.mine, read for train: 3 records are instructions, passed over: 2 conversations without an answer of "\
+    assert "text.mine, read for train: 3 records are instructions, skipped: 2 conversations without an answer of "\
         f"the assistant's (first: {path}, line 5), 1 not valid UTF-8 (first: {path}, line 4)." in caplog.text
 
 

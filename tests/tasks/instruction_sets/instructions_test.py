@@ -96,7 +96,7 @@ def test_samples(write: Callable[..., str], caplog: pytest.LogCaptureFixture) ->
     assert sorted(_targets(backwards)) == sorted(chosen)
     assert not caplog.records
     assert _targets(spec | {"sample": 500}) == everything
-    assert f"text.mine: 'sample' asks for 500 instructions, and there are only {len(everything)}" in caplog.text
+    assert f"text.mine: 'sample' asks for 500 instructions, but there are only {len(everything)}" in caplog.text
 
 
 # ---- CosQA and MBPP --------------------------------------------------------------------------------
@@ -132,11 +132,11 @@ def test_mbpp(write: Callable[..., str], caplog: pytest.LogCaptureFixture) -> No
     assert found[0] == Pair(alpaca_prompt("Problem 601."), "def f():\n\treturn 601")
     assert len(found) == 374 - 120
     [line] = [record.getMessage() for record in caplog.records]
-    assert "code.mbpp, read for train: 254 records are instructions, passed over: 120 that are evaluated on" in line
+    assert "code.mbpp, read for train: 254 records are instructions, skipped: 120 that are in sanitized MBPP" in line
     assert "'keep_sanitized': True keeps them" in line
     caplog.clear()
     assert len(_targets(spec, "validation")) == 90 - 43
-    assert "43 that are evaluated on" in caplog.text
+    assert "43 that are in sanitized MBPP" in caplog.text
     caplog.clear()
     kept = spec | {"keep_sanitized": True}
     assert _targets(kept) == [f"def f():\n\treturn {number}" for number in range(601, 975)]
@@ -149,7 +149,7 @@ def test_mbpp_without_one_split(write: Callable[..., str]) -> None:
     path = write("a.jsonl", json.dumps({"text": "Problem.", "code": "pass", "task_id": 974}))
     assert _targets({"mbpp": path}) == ["pass"]
     assert _targets({"mbpp": path}, "validation") == []
-    with pytest.raises(ValueError, match=r"no instruction is left .*1 without task_id"):
+    with pytest.raises(ValueError, match=r"no instruction is usable .*1 without task_id"):
         _targets({"mbpp": write("b.jsonl", '{"text": "Problem.", "code": "pass"}')})
 
 
@@ -186,7 +186,7 @@ def test_malformed_specs(spec: dict, message: str) -> None:
 
 
 def test_documents_are_no_instructions() -> None:
-    with pytest.raises(ValueError, match="text.mine: 'text_files' holds no instructions; those kinds are "):
+    with pytest.raises(ValueError, match="text.mine: 'text_files' does not hold instructions; those kinds are "):
         instructions.pairs({"text_files": "*"}, "train", "text.mine")
     with pytest.raises(ValueError, match="text.mine: 'mbpp' holds instructions, which "):
         tasks.corpora.sources.documents({"mbpp": "*"}, "train", "text.mine")

@@ -140,9 +140,9 @@ def test_a_test_that_catches_everything_hides_no_crash():
 
 
 @pytest.mark.parametrize("test,reason", [
-    ("def check(candidate): pass", "that assert nothing of the program"), ("x = 1", "that define no function check"),
+    ("def check(candidate): pass", "that assert nothing about the program"), ("x = 1", "that define no function check"),
     ("def check(a, b):\n    assert a", "that define no function check"), ("def check(candidate", "that are not Python"),
-    ("def check(candidate):\n    assert 1 == 1", "that assert nothing of the program")])
+    ("def check(candidate):\n    assert 1 == 1", "that assert nothing about the program")])
 def test_checks_that_cannot_be_judged(test, reason):
     with pytest.raises(ValueError, match=reason):
         check_tests(CHECKED | {"test": test})

@@ -597,7 +597,7 @@ def test_builtin_that_the_program_defines():
 @pytest.mark.parametrize(("tests", "message"), [
     ((), "pass anything"), (("x = 1",), "pass anything"), (("assert f(",), "not Python"),
     (("def check():\n    assert f()", "assert f()"), "another statement"),
-    (("for i in (1, 2):\n    assert f(i)",), "another statement"), (("from math import *",), "without telling"),
+    (("for i in (1, 2):\n    assert f(i)",), "another statement"), (("from math import *",), "unnamed"),
     (("return f()", "assert f()"), "not Python"), (("assert await f()",), "not Python"),
     (("assert f('\ud800') == '\ud800",), "not Python"), ((f"assert f() == {'(' * 500}1{')' * 500}",), "not Python"),
     ((f"assert f() == {'9' * 5000}",), "not Python"), ((f"assert f() == 0x{'9' * 5000}",), "not Python"),
