@@ -111,7 +111,7 @@ def test_a_small_array_is_compared_whole(array: tuple[Path, np.ndarray], monkeyp
     changed = rows.copy()
     changed[3000, 2] += 1
     store = write(path, changed)
-    with pytest.raises(DamagedRows, match="others than were written"):
+    with pytest.raises(DamagedRows, match="differ from those written"):
         checked.require_written(store, COUNT, WIDTH, written, hash_of)
     monkeypatch.setattr(checked, "BYTES_READ_WHOLE", 1000)
     assert not checked.require_written(store, COUNT, WIDTH, written, hash_of)

@@ -447,7 +447,7 @@ def test_work_that_another_version_began_is_refused(folder: Path, monkeypatch):
         prepare.prepare(preparation(folder), 1, report=silent)
     plan = folder / "out.building" / "plan.json"
     plan.write_text(json.dumps({key: value for key, value in json.loads(plan.read_text()).items() if key != "layout"}))
-    with pytest.raises(ValueError, match="begun with other versions of this package: remove it to begin anew"):
+    with pytest.raises(ValueError, match="started with different versions of this package: remove it to start again"):
         prepare.prepare(preparation(folder), 1, report=silent)
 
 

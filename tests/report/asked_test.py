@@ -293,6 +293,8 @@ def test_losses_of_a_branch_are_joined_to_its_trunk(tmp_path, capsys):
         output = tmp_path / f"losses{suffix}"
         assert cli.main(["plot", *runs, f"--output={output}", "--against=tokens"]) == 0
         assert output.read_bytes().startswith(first) and str(output) in capsys.readouterr().out
+    assert cli.main(["plot", runs[0], f"--output={tmp_path}/losses.pdf"]) == 0
+    assert (tmp_path / "losses.pdf").read_bytes().startswith(b"%PDF")
     assert cli.main(["plot", runs[0]]) == 0 and (folder / "runs" / "TEXT.seed0" / "losses.png").exists()
     # A study that was moved finds its trunk beside the branch; without it the branch is drawn, and that is said.
     moved = folder.rename(tmp_path.parent / f"{tmp_path.name}-moved")
@@ -303,7 +305,7 @@ def test_losses_of_a_branch_are_joined_to_its_trunk(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["RUN/nowhere"], "nowhere/metrics.jsonl"), (["RUN", "--output=losses.pdf"], "must end in .png or .svg"),
+    (["RUN/nowhere"], "nowhere/metrics.jsonl"), (["RUN", "--output=losses.gif"], "must end in .png, .svg or .pdf"),
     (["EMPTY"], "no loss is recorded yet")])
 def test_what_cannot_be_drawn_is_told_in_a_line(tmp_path, capsys, arguments: Sequence[str], message):
     folder = write_study(tmp_path, {"A": Arm("pretraining", 0.0)}, seeds=1)

@@ -84,7 +84,7 @@ def test_a_file_may_hold_instructions_and_conversations(write: Callable[..., str
     assert found[1].messages == SHORT and found[1].place == f"{path}, line 2"
     assert (found[1].inputs, found[1].targets) == found[0]  # the same, without a template
     assert "text.mine, read for train: 3 records are instructions, skipped: 2 conversations without an answer of "\
-        f"the assistant's (first: {path}, line 5), 1 not valid UTF-8 (first: {path}, line 4)." in caplog.text
+        f"the assistant (first: {path}, line 5), 1 not valid UTF-8 (first: {path}, line 4)." in caplog.text
 
 
 def test_a_first_prompt_is_in_one_split(write: Callable[..., str]):
