@@ -172,7 +172,7 @@ def test_an_adopted_run_goes_on_as_one_that_was_never_given_away(tiny_flags: lis
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["{t5x}", "--output={t5x}"], "is there already"),
+    (["{t5x}", "--output={t5x}"], "exists already"),
     (["{nothing}", "--output={new}"], "No checkpoint_STEP/state"),
     (["{run}", "--output={new}"], "is a run of this package already"),
     (["{t5x}", "--output={new}", "--gin.model.layers=5"], "another model or optimizer"),
