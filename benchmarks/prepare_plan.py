@@ -24,6 +24,7 @@ from benchmarks.prepare import megabytes, read, some, write
 from codellm_jax.prepare.job import EDGE
 from codellm_jax.prepare.keys import BYTES_A_FILE, RANGES
 from codellm_jax.prepare.prepare import LEAST_PART, MOST_PARTS, Preparation, prepare
+from codellm_jax.prepare.ranged import index_bytes
 from codellm_jax.prepare.reduction import BYTES_A_BUCKET
 from codellm_jax.prepare.steps import EDITS, FILTERS, apply, steps_of
 from tasks.benchmarks.judging import Benchmarks
@@ -92,7 +93,9 @@ def _prepared(folder: Path, pattern: str, steps: Sequence[Any]) -> tuple[float, 
             ends.append(time.process_time())
             if len(ends) == 1:
                 for file in Path(f"{output}.building", "stage0").iterdir():
-                    found[file.name.split("-")[0]] = found.get(file.name.split("-")[0], 0) + file.stat().st_size
+                    kind = file.name.split("-")[0]
+                    index = index_bytes(RANGES) if kind == "keys" else 0  # one for a file, however large
+                    found[kind] = found.get(kind, 0) + file.stat().st_size - index
 
         found.clear()
         prepare(Preparation(Inputs({"text.web": {"parquet": pattern}}), steps, str(output), Benchmarks(None), TASKS), 1,

@@ -114,7 +114,7 @@ def least(config: DecoderConfig, batch: int, devices: int) -> float:
 
 
 def measure(size: str, name: str, batch: int) -> dict[str, Any]:
-    training = dataclasses.replace(training_of(size, VOCABULARY), batch_size=batch, microbatches=1)
+    training = dataclasses.replace(training_of(size, VOCABULARY, "full"), batch_size=batch, microbatches=1)
     topology = parse_topology(name)
     memory = compile_train_step(training, topology).memory
     assert memory is not None

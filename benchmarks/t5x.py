@@ -9,8 +9,8 @@ AdamW. T5X's decoder has relative positions, no biases, and its embedding as its
   trainer           the step of `t5x train --runner=t5x`: T5X's Trainer on the same decoder and batches
   decoder           T5X's Trainer on T5X's decoder-only network, one batch reused
 
-All live in one process and take turns; the figure is the median step, the ratio is taken within a turn, and the spread
-is that of the turns.
+All live in one process and take turns, each of them first in one of three; the figure is the median step, the ratio is
+taken within a turn, and the spread is that of the turns.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def their_decoder() -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     flags = parser.parse_args()
     require_t5x("benchmarks.t5x needs upstream T5X")
@@ -109,12 +109,13 @@ def main() -> None:
             for _ in range(3):
                 step()
         medians: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(flags.turns):
-            for name, step in contenders.items():
+        names = list(contenders)
+        for turn in range(flags.turns):
+            for name in names[turn % len(names):] + names[: turn % len(names)]:  # each of them first in its turn
                 seconds = []
                 for _ in range(flags.steps):
                     began = time.perf_counter()
-                    step()
+                    contenders[name]()
                     seconds.append(time.perf_counter() - began)
                 medians[name].append(statistics.median(seconds))
             print("  ".join(f"{name} {seconds[-1]:.3f} s" for name, seconds in medians.items()), flush=True)

@@ -41,14 +41,11 @@ class Forked:
         self._process.stdin.close()
         self._process.wait(timeout=self._timeout)
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
-        """The status of a command, of a signal its negative number, and all that it wrote; some of its environment may
-        be other than that of the others.
-        """
+    def run(self, command: Sequence[str]) -> tuple[int, str]:
+        """The status of a command, of a signal its negative number, and all that it wrote."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-            asked = [list(command), dict(environment or {}), output.name, self._timeout]
-            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.write(json.dumps([list(command), output.name, self._timeout]) + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
             assert answer, "the process that commands are forked from has ended"
@@ -59,10 +56,9 @@ def _serve() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:
-        command, environment, output, timeout = json.loads(line)
+        command, output, timeout = json.loads(line)
         child = os.fork()
         if child == 0:
-            os.environ.update(environment)
             _be(command, output)
         alarm = threading.Timer(timeout, os.kill, (child, signal.SIGKILL))
         alarm.start()

@@ -5,7 +5,6 @@ reads and writes, knows the real hosts alone: its requests go through a proxy he
 """
 
 import gzip
-import http.client
 import json
 import os
 import re
@@ -16,7 +15,6 @@ import ssl
 import subprocess
 import threading
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import published
@@ -74,93 +72,29 @@ class Proxy:
             pass
 
 
-class Failing:
-    """Stands before the fake: every so many requests it answers that it is busy or out of order, or breaks off."""
-
-    EVERY = 12
-    FAULTS = (503, 429, None, 500, 408, 502)
-
-    def __init__(self, target: str) -> None:
-        self.failed: list[int | None] = []
-        self._asked, self._lock = 0, threading.Lock()
-        failing = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def _answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status = failing.fault()
-                if status is None:
-                    self.close_connection = True
-                    return
-                headers: list[tuple[str, str]] = []
-                content = b""
-                if not status:
-                    there = http.client.HTTPConnection(target.removeprefix("http://"))
-                    there.request(self.command, self.path, body, {
-                        name: value for name, value in self.headers.items() if name != "Accept-Encoding"})
-                    found = there.getresponse()
-                    status, content = found.status, found.read()
-                    headers = [(name, value) for name, value in found.getheaders()
-                               if name not in ("Content-Length", "Transfer-Encoding", "Connection")]
-                    there.close()
-                self.send_response(status)
-                for name, value in headers:
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _answer
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def fault(self) -> int | None:
-        """What a request is answered: a status, None to break off, or 0 for what the fake says."""
-        with self._lock:
-            self._asked += 1
-            if self._asked % self.EVERY:
-                return 0
-            self.failed.append(self.FAULTS[len(self.failed) % len(self.FAULTS)])
-            return self.failed[-1]
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of the fake, with gs://bucket in it."""
+def bucket(tmp_path_factory):
+    """Runs commands with gs://bucket in reach."""
     with FakeGCSServer() as server:
         # It logs into a pipe that nobody reads, and stands still once that is full.
         threading.Thread(target=server._process.stderr.read, daemon=True).start()
         request = urllib.request.Request(f"{server.url}/storage/v1/b", json.dumps({"name": "bucket"}).encode(),
                                          {"Content-Type": "application/json"})
         assert urllib.request.urlopen(request).status == 200
-        yield server.url
+        proxy = Proxy(server.url, tmp_path_factory.mktemp("proxy"))
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT), "https_proxy": proxy.address, "CURL_CA_BUNDLE": str(proxy.certificate),
+            "TENSORSTORE_GCS_HTTP_URL": server.url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "NO_GCE_CHECK": "true",
+            "STORAGE_EMULATOR_HOST": server.url, "no_proxy": "127.0.0.1,localhost",
+            "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true"}  # one device
+        with Forked(environment) as forked:
 
+            def run(*command: str, status: int = 0) -> str:
+                found, told = forked.run(command)
+                assert found == status, told
+                return told
 
-@pytest.fixture(scope="module")
-def bucket(server, tmp_path_factory):
-    """Runs commands with gs://bucket in reach."""
-    proxy = Proxy(server, tmp_path_factory.mktemp("proxy"))
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "https_proxy": proxy.address, "CURL_CA_BUNDLE": str(proxy.certificate),
-        "TENSORSTORE_GCS_HTTP_URL": server, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "NO_GCE_CHECK": "true",
-        "STORAGE_EMULATOR_HOST": server, "no_proxy": "127.0.0.1,localhost",
-        "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true"}  # one device
-    with Forked(environment) as forked:
-
-        def run(*command: str, status: int = 0, **more: str) -> str:
-            found, told = forked.run(command, more)
-            assert found == status, told
-            return told
-
-        yield run
+            yield run
 
 
 def t5x(*arguments: str) -> list[str]:
@@ -228,9 +162,9 @@ def runs(bucket, tiny_corpora, tiny_flags, tmp_path_factory):
     return folder, flags
 
 
-def read(bucket, folder: Path, run: str = "gs://bucket/run") -> list:
+def read(bucket, folder: Path) -> list:
     (folder / "events").mkdir(exist_ok=True)
-    found = bucket("-c", READ, run, str(folder / "events"))
+    found = bucket("-c", READ, "gs://bucket/run", str(folder / "events"))
     return json.loads(next(line for line in found.splitlines() if line.startswith("READ "))[5:])
 
 
@@ -250,23 +184,6 @@ def test_a_run_in_the_bucket_is_the_run_on_disk(bucket, runs):
     of_disk, of_bucket = ([line for line in page.splitlines() if line.startswith(("  ", "text.", "code."))]
                           for page in shown)
     assert of_disk == of_bucket and len(of_disk) > 4
-
-
-def test_a_run_in_a_bucket_whose_service_often_fails_is_the_run_on_disk(bucket, server, runs, tmp_path):
-    """One of twelve requests of TensorStore (rows, arrays of checkpoints) and of Google's client (their folders) fails.
-    Nothing is lost, and no checkpoint is taken for damaged.
-    """
-    _, flags = runs
-    failing = Failing(server)
-    environment = {"TENSORSTORE_GCS_HTTP_URL": failing.url, "STORAGE_EMULATOR_HOST": failing.url}
-    flags = [flag.replace("gs://bucket/run", "gs://bucket/failing/run").replace(
-        "gs://bucket/rows", "gs://bucket/failing/rows") for flag in flags]
-    for steps in (4, 6):
-        told = bucket(*t5x("train", *flags, f"--gin.TRAIN_STEPS={steps}"), **environment)
-        assert f"{steps} of {steps} steps are done." in told and "damaged" not in told
-    assert set(failing.failed) == set(Failing.FAULTS), failing.failed
-    wanted, found = (read(bucket, tmp_path, run) for run in ("gs://bucket/run", "gs://bucket/failing/run"))
-    assert losses(found[0]) == losses(wanted[0]) and found[1] == ["4", "6"] and not found[2]
 
 
 def test_a_damaged_checkpoint_in_the_bucket_is_set_aside_and_the_run_goes_on(bucket, runs):

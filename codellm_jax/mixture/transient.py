@@ -1,10 +1,9 @@
 """Errors of remote storage that pass: what they are, and asking again.
 
 Libraries ask again by themselves where the service is busy, does not answer or breaks off (408, 429, 5xx, timeouts),
-with growing pauses: TensorStore 32 times (`gcs_request_retries`), Google's client for two minutes (`DEFAULT_RETRY`); a
-test has a service that fails so (`tests/storage_test.py`). TensorFlow's file system, by which records and other small
-files go, asks ten times (`RetryConfig`). What passes them, such as credentials that are being renewed, is asked for
-again here.
+with growing pauses: TensorStore 32 times (`gcs_request_retries`), Google's client for two minutes (`DEFAULT_RETRY`),
+TensorFlow's file system, by which records and other small files go, ten times (`RetryConfig`). What passes them, such
+as credentials that are being renewed, is asked for again here.
 """
 
 import time

@@ -76,7 +76,7 @@ def gathers_at_once(rows: int) -> bool:
 
     That is so on TPU where the mesh splits their rows, and nothing else of them, into parts that are no whole tiles, as
     2,560 over 256 devices. XLA gathers small ones of these by summing up arrays of zeros, which sends twice as much.
-    Where parts are whole tiles, as 2,560 over 64, a gather of several kernels costs a copy more than it saves.
+    Parts that are whole tiles, as 2,560 over 64, it gathers as they are.
     """
     rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
     if platform() != "tpu" or mesh.empty or "embed" not in rules:

@@ -41,8 +41,8 @@ _WHILE = re.compile(rf" while\({_NAME}\), condition={_NAME}, body={_NAME}")
 _CALLED = re.compile(rf"(?:calls|to_apply|true_computation|false_computation)={_NAME}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-# Fusions in which XLA for TPU puts a collective beside a matmul, and those that begin and end it.
-_ASYNCHRONOUS = re.compile(r"async[-_]collective")
+# Of XLA for TPU: the fusions that begin and end a collective, and what those call that compute meanwhile.
+_ASYNCHRONOUS = re.compile(r"^\s+(?:ROOT )?%?async-collective-|calls=%?async_collective_fusion")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -162,7 +162,7 @@ def read_program(hlo: str, mesh_shape: Mapping[str, int]) -> Program:
                 called += re.findall(_NAME, branches)
             for other in called:
                 if other in has_collectives:
-                    visit(other, times, part, beside or bool(_ASYNCHRONOUS.search(line.split(", metadata=")[0])))
+                    visit(other, times, part, beside or bool(_ASYNCHRONOUS.search(line)))
 
     def run(name: str, times: int) -> None:
         turns[name] = turns.get(name, 0) + times

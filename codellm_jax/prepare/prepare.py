@@ -265,6 +265,8 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
         told = f"stage {stage + 1} of {len(stages)} ({', '.join(names) or 'reading'}): "
         if not todo:
             report(f"{told}done before.")
+            if not stage:
+                _tell_lost(job, report)
             continue
         if stage:
             for of_round in reduction.rounds(job, stage - 1):
@@ -278,6 +280,25 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
         report(f"{told}{left:,} documents left, in {len(job.parts):,} part{'s' * (len(job.parts) > 1)}.")
         if stage:
             _forget(job, stage - 1)
+        else:
+            _tell_lost(job, report)
+
+
+def _tell_lost(job: Job, report: Callable[[str], None]) -> None:
+    """Reports the records of each corpus that could not be read. Raises ValueError where that was all of them."""
+    read: Counter[str] = Counter()
+    lost: dict[str, Counter[str]] = {}
+    for number, part in enumerate(job.parts):
+        facts = job.facts(0, number) or {}
+        read[part.source] += facts["read"]["documents"]
+        lost.setdefault(part.source, Counter()).update(facts["lost"])
+    for source, reasons in lost.items():
+        told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+        if reasons and not read[source]:
+            raise ValueError(f"{source}: no document is left of its records: {told}. {job.folder}/stage0/removed-* say "
+                             f"where they are. Correct the corpus, remove {job.folder} and start again.")
+        if reasons:
+            report(f"{source}: {reasons.total():,} records hold no document: {told}.")
 
 
 def _forget(job: Job, stage: int) -> None:

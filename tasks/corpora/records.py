@@ -12,13 +12,24 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from codellm_jax.contents import LARGEST, READ_IS, TOO_LARGE, BrokenFile, UnreadableFile, lines, require_text
+from codellm_jax.contents import (
+    HEAD,
+    LARGEST,
+    READ_IS,
+    TOO_LARGE,
+    BrokenFile,
+    UnreadableFile,
+    lines,
+    require_text,
+)
 from tasks.corpora.files import Lost
 
 BROKEN_JSON = "broken JSON"
 NO_OBJECT = "not a JSON object"
 NOT_UTF8 = "not valid UTF-8"
 EMPTY_FILE = "empty file"
+LONGEST_LINE = 1 << 28  # bytes of a record in a line: parsing takes up to seven times as much memory
+TOO_LONG = f"longer than {LONGEST_LINE >> 20} MiB"
 FOREIGN = 10  # invalid UTF-8 records that indicate another encoding; fewer may be damage
 
 _BETWEEN_RECORDS = re.compile(r"[\s,\[\]]*")
@@ -57,9 +68,9 @@ def placed_records(file: str) -> Iterator[tuple[str, Record]]:
 
 def records_of_lines(file: str, source: Iterable[bytes], before: int) -> Iterator[tuple[str, Record]]:
     """The records of `placed_records` for some lines of a file, each a record by itself, after `before` others."""
-    for number, line in enumerate(lines(file, LARGEST, source), before + 1):
+    for number, line in enumerate(lines(file, LONGEST_LINE, source), before + 1):
         if not line:
-            yield f"{file}, line {number}", Lost(TOO_LARGE)
+            yield f"{file}, line {number}", Lost(TOO_LONG)
         elif line.strip():
             yield f"{file}, line {number}", _record_of(_parsed(line))
 
@@ -104,8 +115,8 @@ def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
     ending: list[Lost] = []
     try:
         for number, line in enumerate(lines(file, LARGEST), 1):
-            if not line:
-                yield f"{file}, line {number}", Lost(TOO_LARGE), True
+            if not line or len(line) > LONGEST_LINE and (opening or line[:HEAD].strip()[:1]) != b"[":
+                yield f"{file}, line {number}", Lost(TOO_LONG if line else TOO_LARGE), True
                 continue
             is_first, opening = not opening, opening or line.strip()[:1]
             if not is_lines and opening != b"[" and (is_first or line.startswith(b"{")):

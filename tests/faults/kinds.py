@@ -255,18 +255,6 @@ def rearranged(world: World, out: Path, dice: random.Random) -> Outcome:
     return judged(world, name, out, [])
 
 
-def damaged_study(world: World, out: Path, dice: random.Random) -> Outcome:
-    """A file of a study that is done is damaged or removed before the same study is asked for again."""
-    copied(world.whole("study"), out)
-    # Its records, which are not made again, and its checkpoints, which are not read again, are other kinds' part.
-    files = [path for path in files_below(out) if path.name != "metrics.jsonl" and "checkpoints" not in path.parts]
-    one = dice.choice(files)
-    content = one.read_bytes()
-    dice.choice([one.unlink, lambda: one.write_bytes(junk(dice, content)),
-                 lambda: one.write_bytes(hostile(dice, content))])()
-    return judged(world, "study", out, [])
-
-
 def damaged_rows(world: World, out: Path, dice: random.Random) -> Outcome:
     """A file of the cache is damaged, removed, or changes places with another, before a run begins."""
     copied(world.whole("cache"), out)
@@ -382,7 +370,7 @@ def is_peer(cmdline: Path, out: Path) -> bool:
 Kind = Callable[[World, Path, random.Random], Outcome]
 KINDS: dict[str, tuple[Kind, int]] = {kind.__name__: (kind, weight) for kind, weight in (
     (killed, 4), (killed_at_a_save, 4), (signalled, 3), (stopped, 1), (clock, 2), (removed_meanwhile, 4), (damaged, 6),
-    (rearranged, 4), (damaged_rows, 3), (damaged_study, 2), (limited, 2), (full_disk, 2), (second_beside, 1),
+    (rearranged, 4), (damaged_rows, 3), (limited, 2), (full_disk, 2), (second_beside, 1),
     (nobody_reads, 1), (peer_killed, 1))}
 if sys.platform != "linux" or resource.getrlimit(resource.RLIMIT_FSIZE)[0] == 0 or not can_mount():
     del KINDS["full_disk"]

@@ -97,11 +97,6 @@ class World:
                 "eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run()}", "--gin.TASKS=['logic']",
                 f"--gin.evaluate.results_dir={out}"], of_results),
             Command("export", lambda out: ["export", str(run()), f"--output={out / 'model'}"], of_files),
-            Command("study", lambda out: [
-                "study", "--gin_file=gin/study.gin", "--gin.PRETRAINING_FILES=['gin/pretrain.gin']",
-                *(flag.replace("--gin.", "--gin.pretraining/", 1) for flag in [*mixed, cached]
-                  if flag.startswith("--gin.")), f"--gin.STUDY_DIR={out}", "--gin.SEEDS=[0]",
-                "--gin.ARMS={'NL': {'CODE_RATE': 0.0}}", "--gin.evaluation/TASKS=['logic']"], of_study),
             Command("import", lambda out: ["import", str(self.whole("export") / "model"), f"--output={out / 'run'}"],
                     lambda out: of_run(out / "run")),
         )}
@@ -207,12 +202,6 @@ def of_results(out: Path) -> Any:
     return {path.name: ([json.loads(line) for line in path.read_text().splitlines()[1:]],
                         json.loads(path.with_suffix(".json").read_text())["value"])
             for path in sorted(out.glob("*.jsonl"))}
-
-
-def of_study(out: Path) -> Any:
-    """Its run, what that was asked, and the losses in the report."""
-    run = out / "runs" / "NL.seed0"
-    return of_run(run), of_results(run / "results"), (out / "report" / "losses.csv").read_text()
 
 
 def of_files(out: Path) -> Any:

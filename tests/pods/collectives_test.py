@@ -115,8 +115,8 @@ def test_lines_of_a_program_for_tpus():
     }
 
 
-# A loop of 5 turns that gathers beside a matmul (in three places under one channel) and waits for a sum, and outside
-# it a gather that has begun before what else is computed; the compiler's estimates as it writes them.
+# A loop of 5 turns that gathers beside a matmul (in three places under one channel) and waits for two sums, one
+# of what was gathered; outside it a gather that has begun before what else is computed.
 SCHEDULED = """HloModule jit_train_step
 %begin.1 (p: f32[4]) -> f32[16] {
   ROOT %all-gather.1 = f32[16]{0} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4]
@@ -125,6 +125,11 @@ SCHEDULED = """HloModule jit_train_step
 %async_collective_fusion.2 (p: f32[4], x: f32[9]) -> f32[16] {
   %all-gather.2 = f32[16]{0} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4]
   ROOT %product = f32[16]{0} fusion(%x), backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+%all-reduce-scatter.4 (p: f32[80]) -> f32[20] {
+  %all-reduce.4 = f32[80]{0} all-reduce(%p), channel_id=4, replica_groups=[1,4]<=[4]
+  ROOT %mine = f32[20]{0} dynamic-slice(%all-reduce.4, %c), dynamic_slice_sizes={20}
 }
 
 %condition (p: (s32[], f32[4])) -> pred[] {
@@ -139,6 +144,7 @@ SCHEDULED = """HloModule jit_train_step
   %fusion.2 = f32[16]{0} fusion(%y), calls=%async_collective_fusion.2, backend_config={"estimated_cycles":"1000"}
   %async-collective-done.1 = f32[16]{0} fusion(%fusion.2), kind=kCustom, calls=%begin.1
   %all-reduce.3 = f32[100]{0} all-reduce(%g), channel_id=2, replica_groups=[1,4]<=[4], metadata={op_name="x"}
+  %fusion.4 = f32[20]{0} fusion(%async-collective-done.1), kind=kCustom, calls=%all-reduce-scatter.4
   %kernel = f32[9]{0} custom-call(%q), custom_call_target="tpu_custom_call"
   ROOT %t = (s32[], f32[4]{0}) tuple(%n, %y)
 }
@@ -157,10 +163,11 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 def test_what_a_program_sends_while_it_computes():
     found = read_program(SCHEDULED, {"fsdp": 4})
-    gather, reduced = 3 / 4 * 16 * 4, 2 * 3 / 4 * 100 * 4
+    gather, reduced, scattered = 3 / 4 * 16 * 4, 2 * 3 / 4 * 100 * 4, 3 / 4 * 80 * 4
     assert found.traffic == [Traffic("all-reduce", ("fsdp",), 5, 5 * reduced),
+                             Traffic("reduce-scatter", ("fsdp",), 5, 5 * scattered),
                              Traffic("all-gather", ("fsdp",), 6, 6 * gather, 6 * gather)]
-    assert found.parts == [Part(1, 42, 0.0, gather, 0.0), Part(5, 1000, reduced, gather, 0.0)]
+    assert found.parts == [Part(1, 42, 0.0, gather, 0.0), Part(5, 1000, reduced + scattered, gather, 0.0)]
     assert found.has_kernels and not read_program(RING, {"fsdp": 2}).has_kernels
 
 

@@ -462,6 +462,16 @@ def test_parts_of_large_corpora_are_larger(folder: Path, monkeypatch):
     assert parts_of(None) == 3 and parts_of(10**9) == 2
 
 
+def test_records_without_a_document_are_told(folder: Path):
+    lines: list[str] = []
+    prepare.prepare(preparation(folder, steps=[]), 1, report=lines.append)
+    assert "text.web: 2 records hold no document: 1 broken JSON, 1 empty." in lines
+    (folder / "c.jsonl").write_text('{broken\n{"text": 3}\n')
+    for _ in range(2):  # nor is it another time
+        with pytest.raises(ValueError, match="code.own: no document is left of its records: 1 broken JSON, 1 .*start"):
+            prepare.prepare(preparation(folder, "none", []), 1, report=silent)
+
+
 @pytest.mark.parametrize(("corpora", "told"), [
     ({}, "CORPORA must map"), ({"web": {"json_lines": "a"}}, "named text.NAME"),
     ({"text.a": {"instructions": "a.json"}}, "reads documents"), ({"text.a": {"task": "x"}}, "reads documents"),

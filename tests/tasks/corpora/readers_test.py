@@ -647,6 +647,24 @@ def test_a_line_that_is_too_long_is_counted_in_bounded_memory(
     assert f"1 longer than 1 GiB (first: {tmp_path}/a.jsonl{suffix}, line 2)" in _told(caplog)
 
 
+def test_a_record_that_is_too_long_is_not_parsed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line that may be held is counted, not parsed, which would take many times as much; a list in a line is read."""
+    monkeypatch.setattr(records, "LONGEST_LINE", 1 << 22)
+    long = "x" * (1 << 23)
+    (tmp_path / "a").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("good", long, "too")))
+    (tmp_path / "first").write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, "third")))
+    (tmp_path / "list").write_text(json.dumps([{"text": "of a list"}, {"text": long}]))
+    tracemalloc.start()
+    found = _read({"json_lines": str(tmp_path / "[af]*"), **WHOLE})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == ["good", "too", "third"] and peak < 4 * len(long)
+    assert f"2 longer than 256 MiB (first: {tmp_path}/a, line 2)" in _told(caplog)
+    assert _read({"json_lines": str(tmp_path / "list"), **WHOLE}) == ["of a list", long]
+
+
 def test_what_is_held_at_once_is_bounded(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
