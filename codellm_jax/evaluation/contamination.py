@@ -239,6 +239,6 @@ def table(measured: Mapping[str, Any]) -> str:
     sources = [f"{name} {one['tokens']:,}" for name, one in measured["sources"].items()]
     return "\n".join([
         *lines, "", *examples, *([""] if examples else []), f"Searched, in tokens: {', '.join(sources)}.",
-        f"Overlap: {measured['n']} consecutive words of a question (Chinese: {measured['characters']} characters), or a "
-        f"shorter part of it of at least {measured['minimum']} (Chinese: {measured['minimum_characters']}), occur in "
+        f"Overlap: {measured['n']} consecutive words of a question (Chinese: {measured['characters']} characters), or "
+        f"a shorter part of it of at least {measured['minimum']} (Chinese: {measured['minimum_characters']}), occur in "
         "the training data.", "Not tested: too short, or in words shared by many questions."])
