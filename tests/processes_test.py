@@ -106,7 +106,7 @@ def together(tiny_flags, tmp_path_factory, alone) -> Path:
     began = time.monotonic()
     _, errors = two.communicate(timeout=120)
     assert two.returncode == 1 and time.monotonic() - began < 60
-    assert "ended by SIGKILL" in errors.strip().splitlines()[-1] and "goes on from the newest checkpoint" in errors
+    assert "ended by SIGKILL" in errors.strip().splitlines()[-1] and "continues from the newest checkpoint" in errors
     assert not workers([str(run)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "stops", lambda stop, step, period: step == 6)

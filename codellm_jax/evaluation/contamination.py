@@ -27,7 +27,7 @@ from codellm_jax.evaluation.evaluate import require_names
 from codellm_jax.mixture.examples import example_sizes
 from codellm_jax.mixture.ledger import stages_of
 from codellm_jax.mixture.mixture import Mixture, training_rows
-from codellm_jax.mixture.ngrams import CHARACTERS, MOST, WORDS, Lengths, NGrams, Question, index
+from codellm_jax.mixture.ngrams import Lengths, NGrams, Question, index
 from codellm_jax.mixture.overlap import Trained, search
 from codellm_jax.results.files import write_whole
 from codellm_jax.runtime.compatibility import literal
@@ -64,11 +64,11 @@ class Contamination:
 
     tasks: Sequence[str]
     benchmarks: Texts
-    ngram: int = WORDS.n
-    minimum: int = WORDS.minimum
-    characters: int = CHARACTERS.n
-    minimum_characters: int = CHARACTERS.minimum
-    most: int = MOST
+    ngram: int = 13  # these are those of `mixture/ngrams.py`, in numbers for the reference
+    minimum: int = 8
+    characters: int = 26
+    minimum_characters: int = 16
+    most: int = 10
     processes: int | None = None
 
     def __post_init__(self) -> None:

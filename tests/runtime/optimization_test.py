@@ -174,7 +174,7 @@ def test_a_branch_warms_up_again():
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 91), "at most the 90 steps of the run after the warm-up"),
-    (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 1.5), "a part of the run from 0.0 to 1.0"),
+    (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 1.5), "fraction of the run from 0.0 to 1.0"),
     (lambda: warmup_stable_decay(1e-3, 0.0, 10, 100, 0.1, "sqrt"), "one of linear, one_minus_sqrt, cosine, found"),
     (lambda: inverse_square_root(1e-3, 0), "WARMUP_STEPS = 0 must be at least 1"),
     (lambda: warmup_linear(1e-3, 1e-2, 0, 10), "must be at least FINAL_LEARNING_RATE"),

@@ -172,13 +172,13 @@ def test_an_adopted_run_goes_on_as_one_that_was_never_given_away(tiny_flags: lis
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["{t5x}", "--output={t5x}"], "is there already"),
+    (["{t5x}", "--output={t5x}"], "exists already"),
     (["{nothing}", "--output={new}"], "No checkpoint_STEP/state"),
     (["{run}", "--output={new}"], "is a run of this package already"),
     (["{t5x}", "--output={new}", "--gin.model.layers=5"], "another model or optimizer"),
     (["{t5x}", "--output={new}", "--gin.TRAIN_STEPS=3"], "--gin.TRAIN_STEPS=4"),
     (["{run}@3", "--output={new}", "--to=t5x"], "No checkpoint of step 3"),
-    (["{t5x}", "--output={new}", "--to=t5x"], "No checkpoint in"),
+    (["{t5x}", "--output={new}", "--to=t5x"], "is upstream T5X's"),
 ], ids=["output", "no checkpoint", "own run", "other model", "fewer steps", "no step", "to what it is"])
 def test_mistakes_are_one_line(arguments: list[str], said: str, theirs: Path, pretrained: Path, tmp_path: Path,
                                capsys: pytest.CaptureFixture[str]):
