@@ -295,7 +295,7 @@ def test_a_budget_of_tokens_is_that_of_its_vocabulary(folder: Path):
     assert vocabulary.content_hash[:16] in (folder / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match="set VOCABULARY"):
         prepare.prepare(preparation(folder, "none", steps), 1, report=silent)
-    with pytest.raises(ValueError, match="from other STEPS"):
+    with pytest.raises(ValueError, match="from different STEPS"):
         prepare.prepare(preparation(folder, steps=["exact_duplicates", steps[1] | {"unit": "bytes"}]), 1, report=silent)
 
 
@@ -341,7 +341,7 @@ def test_what_tfds_opens(folder: Path, form: str, kind: str):
     manifest = json.loads((out / "manifest.json").read_text())
     assert all(hashlib.sha256((out / one["file"]).read_bytes()).hexdigest() == one["sha256"]
                for one in manifest["outputs"])
-    with pytest.raises(ValueError, match="from other FORMAT"):
+    with pytest.raises(ValueError, match="from different FORMAT"):
         prepare.prepare(preparation(folder), 1, report=silent)
 
 
@@ -408,13 +408,13 @@ def test_again_does_nothing_and_other_settings_are_refused(folder: Path):
     before, lines = contents(folder / "out"), []
     prepare.prepare(preparation(folder), 1, report=lines.append)
     assert contents(folder / "out") == before and lines == [f"{folder / 'out'} already holds this preparation."]
-    with pytest.raises(ValueError, match="from other STEPS"):
+    with pytest.raises(ValueError, match="from different STEPS"):
         prepare.prepare(preparation(folder, steps=["exact_duplicates"]), 1, report=silent)
     os.utime(folder / "c.jsonl", ns=(1, 1))  # as large as before
-    with pytest.raises(ValueError, match="from other contents of files of CORPORA"):
+    with pytest.raises(ValueError, match="from different contents of files of CORPORA"):
         prepare.prepare(preparation(folder), 1, report=silent)
     written(folder / "c.jsonl", ["another"])
-    with pytest.raises(ValueError, match="from other files of CORPORA"):
+    with pytest.raises(ValueError, match="from different files of CORPORA"):
         prepare.prepare(preparation(folder), 1, report=silent)
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").write_text("x")
