@@ -84,18 +84,22 @@ def write_arrays(folder: epath.Path, tree: Any, parts: Iterable[Part]) -> dict[s
               for name, leaf in leaves.items()}
     sums, written = dict.fromkeys(leaves, 0), dict.fromkeys(leaves, 0)
     waiting: collections.deque[tuple[Any, int]] = collections.deque()
-    for part in parts:
-        store, values = stores[part.leaf], part.rows
-        if values.ndim:
-            rows = slice(part.first, part.first + len(values))
-            store = store[rows] if part.layer is None else store[part.layer, rows]
-        waiting.append((store.write(values, can_reference_source_data_indefinitely=True), values.nbytes))
-        sums[part.leaf] += int(values.reshape(-1).view(f"uint{8 * values.itemsize}").sum(dtype=np.uint64))
-        written[part.leaf] += values.size
-        while sum(size for _, size in waiting) > IN_FLIGHT:
+    try:
+        for part in parts:
+            store, values = stores[part.leaf], part.rows
+            if values.ndim:
+                rows = slice(part.first, part.first + len(values))
+                store = store[rows] if part.layer is None else store[part.layer, rows]
+            waiting.append((store.write(values, can_reference_source_data_indefinitely=True), values.nbytes))
+            sums[part.leaf] += int(values.reshape(-1).view(f"uint{8 * values.itemsize}").sum(dtype=np.uint64))
+            written[part.leaf] += values.size
+            while sum(size for _, size in waiting) > IN_FLIGHT:
+                _finish(waiting.popleft()[0], folder)
+        while waiting:
             _finish(waiting.popleft()[0], folder)
-    for future, _ in waiting:
-        _finish(future, folder)
+    finally:  # after an error nothing may be written any more, for the folder is removed
+        for future, _ in waiting:
+            future.exception()
     for name, leaf in leaves.items():
         if written[name] != math.prod(leaf.shape):
             raise ValueError(f"{name} has {math.prod(leaf.shape)} numbers, and {written[name]} were given.")

@@ -174,14 +174,14 @@ def test_a_large_cache_of_an_earlier_version_opens_and_says_what_it_lacks(
     shutil.copytree(tiny_cache, cache)
     for path in (cache / "rows" / "code.tiny").rglob("*.digests"):
         shutil.rmtree(path)
-    file = next((cache / "rows" / "code.tiny").rglob("cache.json"))
-    recorded = json.loads(file.read_text())
-    for facts in recorded["splits"].values():
-        del facts["digests"]
-    file.write_text(json.dumps(recorded))
+    for file in (cache / "rows" / "code.tiny").rglob("cache.json"):  # of other lengths too, if other tests came before
+        recorded = json.loads(file.read_text())
+        for facts in recorded["splits"].values():
+            del facts["digests"]
+        file.write_text(json.dumps(recorded))
     for _ in range(2):  # said once
         found = cached_rows(*arguments, str(cache), told.append)
-    assert len(told) == 1 and "no digests" in told[0] and str(file.parent) in told[0]
+    assert len(told) == 1 and "no digests" in told[0] and str(Path(found["train"].path).parent) in told[0]
     every = np.arange(whole["train"].count)
     np.testing.assert_array_equal(found["train"].read(every), whole["train"].read(every))
 
