@@ -165,7 +165,7 @@ def test_dry_run_prints_the_plan_and_trains_nothing(capsys, tiny_flags, tmp_path
                   "epochs to come", "MIX_PHASES is set, so that CODE_RATE = 0.333333333333 is not used",
                   f"  step      0-50      0.5000  0.5000 |{'#' * 20}{' ' * 20}|\n",
                   f"  step     50-100     0.4000  0.4000 |{'#' * 16}{' ' * 24}|\n",
-                  "WARNING: text.tiny will be repeated", "parameters", "mesh", "GiB a device", "order"):
+                  "WARNING: text.tiny will be repeated", "parameters", "mesh", "GiB per device", "order"):
         assert words in printed, printed
     assert not (tmp_path / "run").exists()
 

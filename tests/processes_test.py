@@ -200,7 +200,7 @@ def test_processes_that_are_told_different_things_are_refused(tiny_flags, tmp_pa
     done = by_hand(["-m", "codellm_jax.cli"], [command(tiny_flags, run), command(tiny_flags, run, "--gin.SEED=1")])
     assert [one.returncode for one in done] == [1, 1]
     for one in done:
-        assert "Process 1 has another order of its data than process 0" in one.stderr.strip().splitlines()[-1]
+        assert "Process 1 has a different order of its data than process 0" in one.stderr.strip().splitlines()[-1]
 
 
 def test_evaluations_that_are_told_different_things_are_refused(alone, tmp_path):
@@ -211,7 +211,7 @@ def test_evaluations_that_are_told_different_things_are_refused(alone, tmp_path)
                    [[*arguments, f"--gin.TEMPLATE={name}"] for name in ("paper", "released")])
     assert [one.returncode for one in done] == [1, 1]
     for one in done:
-        assert "Process 1 has another logic_sample to ask" in one.stderr.strip().splitlines()[-1], one.stderr
+        assert "Process 1 has a different logic_sample to ask" in one.stderr.strip().splitlines()[-1], one.stderr
     assert not list(tmp_path.glob("*.json*"))
 
 

@@ -72,7 +72,7 @@ def test_questions_longer_than_the_model_are_told_apart_by_their_choices(tmp_pat
     ([result], failures), lines, told = asked(tmp_path, [loaded("logic", questions)], model)
     assert result["value"] == 1.0 and result["ties"] == 0 and result["measured"] and not failures
     assert result["prompts_cut"] == result["continuations_cut"] == 48
-    assert "48 prompts and 48 continuations of candidates were too long for the model and are cut" in told
+    assert "48 prompts and 48 continuations of candidates were too long for the model and were truncated" in told
     candidates = [(WORDS.encode(prompt), WORDS.encode(text)) for prompt, text in questions[0].candidates]
     for line in lines["logic"]:
         for candidate, (prompt, continuation), kept in zip(

@@ -273,7 +273,7 @@ def test_another_model_of_the_same_arrays_is_asked_again(run_dir, tmp_path):
         json.dumps(line) + "\n" for line in [rounded[0], *rounded[1:2]]))
     for run in ("A", "B"):
         shutil.copytree(tmp_path, tmp_path / run / "results", ignore=shutil.ignore_patterns("A", "B"))
-    with pytest.raises(ValueError, match="logic_sample of .*A: its lines are not those of its result"):
+    with pytest.raises(ValueError, match="logic_sample of .*A: its lines do not match its result"):
         compare(str(tmp_path / "A"), str(tmp_path / "B"))
 
 
@@ -500,7 +500,7 @@ def test_results_of_other_versions_are_not_compared(tmp_path):
     # An earlier version took the first of those that tie.
     path = tmp_path / "A" / "results" / "logic.json"
     path.write_text(path.read_text().replace('"ties": 0', '"ties": 4'))
-    with pytest.raises(ValueError, match="logic of .*A: its lines are not those of its result"):
+    with pytest.raises(ValueError, match="logic of .*A: its lines do not match its result"):
         compare(str(tmp_path / "A"), str(tmp_path / "B"))
 
 

@@ -459,7 +459,7 @@ def test_too_little_held_out_is_noted_beside_the_losses(tmp_path):
     (lambda folder: (folder / "study.json").write_text("{"), "study.json is no whole JSON"),
     (lambda folder: (folder / "study.json").write_text('{"runs": [{}]}'), "lists no runs"),
     (lambda folder: (folder / "runs/NL.seed0/results/cosqa.json").write_text("{}"), "is no result of an evaluation"),
-    (lambda folder: (folder / "runs/NL.seed0/results/cosqa.jsonl").write_text("{}\n"), "its lines are not those"),
+    (lambda folder: (folder / "runs/NL.seed0/results/cosqa.jsonl").write_text("{}\n"), "its lines do not match"),
     (lambda folder: (path := folder / "runs/NL.seed0/results/cosqa.jsonl").write_text(
         path.read_text().replace('"correct": 1.0', '"correct": 0.0')), "its lines do not come to its accuracy"),
 ])

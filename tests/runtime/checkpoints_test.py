@@ -493,7 +493,7 @@ def test_a_save_that_fails_for_a_peer_names_no_disk(tmp_path):
     checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
     with pytest.raises(RuntimeError, match="^Gloo AllReduce failed"), checkpoints._one_line():
         raise RuntimeError("Gloo AllReduce failed: Connection closed by peer")
-    with pytest.raises(OSError, match=r"No space left on device. The checkpoint takes 3.0 MB. Mend it"):
+    with pytest.raises(OSError, match=r"No space left on device. The checkpoint takes 3.0 MB. Fix this"):
         checkpoints._bytes = 3_000_000
         with checkpoints._one_line():
             raise RuntimeError("INTERNAL: Error writing: No space left on device [and pages more]\nof detail")

@@ -104,12 +104,12 @@ def test_ids_of_the_vocabulary_come_from_the_run(run_with_own_end, tiny_tuning_f
 
 
 @pytest.mark.parametrize("setting, message", [
-    ("vocabulary.end_of_document_id=6", "vocabulary.end_of_document_id = 5, here it is 6: leave"),
+    ("vocabulary.end_of_document_id=6", "vocabulary.end_of_document_id = 5, here it is 6: remove"),
     ("vocabulary.pad_id=8", "vocabulary.pad_id = 7, here it is 8"),
     ("vocabulary.multiple=3000", "an embedding of"),
     ("vocabulary.size=9000", "an embedding of 8192 rows, here it is 9000"),
-    ("vocabulary.begin_id=6", "vocabulary.begin_ids = (), here it is (6,): leave vocabulary.begin_id out"),
-    ("model.heads=4", "model.heads = 2, here it is 4: leave model.heads out"),
+    ("vocabulary.begin_id=6", "vocabulary.begin_ids = (), here it is (6,): remove vocabulary.begin_id"),
+    ("model.heads=4", "model.heads = 2, here it is 4: remove model.heads"),
     ("model.activation=gelu", "model.activation = 'fast_gelu', here it is 'gelu'"),
     ("model.norm=rms", "model.norm = 'layer', here it is 'rms'"),
     ("TASK_FEATURE_LENGTHS={'targets': 48}", "rows of 32 tokens, here they have 48"),
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_before_a_part_could_be_chosen_has_its_default(run_with_
     rotary = {"positions": "rotary", "rotary_scaling": {"kind": "linear", "factor": 2.0}}
     check(kept | {f"model.{name}": repr(value) for name, value in rotary.items()}, **rotary)
     for parts, message in (
-        ({"norm": "rms"}, "model.norm = 'layer', here it is 'rms': leave model.norm out"),
+        ({"norm": "rms"}, "model.norm = 'layer', here it is 'rms': remove model.norm"),
         ({"kv_heads": 1}, "model.kv_heads = None, here it is 1"),
         ({"head_size": 8}, "model.head_size = None, here it is 8"),
         ({"norm_epsilon": 1e-6}, "model.norm_epsilon = 1e-05, here it is 1e-06"),

@@ -135,7 +135,7 @@ def test_ids_that_stand_for_nothing(facts: Any, write: Callable[..., str]) -> No
     pieces = len(facts["byte_level"]["model"]["vocab"]) + 2
     assert (own.pieces, own.size) == (pieces, 1000)
     assert own.decode([999]) == "\ufffd"
-    with pytest.raises(ValueError, match="Token id 1000 is none"):
+    with pytest.raises(ValueError, match="Token id 1000 is not in vocabulary"):
         own.decode([1000])
     assert load_vocabulary(own.path, size=pieces).size == pieces
     with pytest.raises(ValueError, match=f"vocabulary.size is {pieces - 1}, fewer rows than .* has ids, {pieces}"):
