@@ -145,7 +145,7 @@ def read_results(directory: epath.Path, run: str) -> dict[str, Result]:
             raise ValueError(f"{path} is no result of an evaluation: move it away, or evaluate the task again.")
         lines = finished_lines(path.with_suffix(".jsonl"), result)
         if not lines:
-            raise ValueError(f"{path.stem} of {run}: its lines are not those of its result; evaluate it to the end.")
+            raise ValueError(f"{path.stem} of {run}: its lines do not match its result; evaluate it to the end.")
         if "correct" in lines[0] and abs(sum(line["correct"] for line in lines) / len(lines) - result["value"]) > 1e-9:
             raise ValueError(f"{path.stem} of {run}: its lines do not come to its accuracy; evaluate it again.")
         task = result["task"]
