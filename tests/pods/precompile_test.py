@@ -71,7 +71,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 def lowered_text(monkeypatch: pytest.MonkeyPatch):
     """What compile_train_step would compile, as text."""
 
-    def lower_only(program, training, topology, mesh, config, rows, lower):
+    def lower_only(program, training, topology, mesh, config, rows, lower, needed=None):
         with jax.set_mesh(mesh), nn.logical_axis_rules(training.mesh.all_rules()):
             return lower().as_text()
 

@@ -391,7 +391,7 @@ def test_missing_beam_is_told_in_a_line(tiny_flags):
 @pytest.mark.parametrize("flags, said", [
     (["--runner=DataflowRunner"], "Dataflow's workers do not see this machine's disk: set CACHE_DIR to gs://, not "),
     (["--runner=DataflowRunner", "--gin.CACHE_DIR=gs://no-such-bucket/rows"], "has files on this machine's disk, /"),
-    (["--runner=DirctRunner"], "--runner=DirctRunner is not a Beam runner; these are ")])
+    (["--runner=DirctRunner"], "--runner=DirctRunner is not a Beam runner; these are: ")])
 def test_mistakes_are_told_in_a_line(flags, said, tiny_flags, tmp_path, capsys):
     assert cli.main(["cache", *tiny_flags, f"--gin.CACHE_DIR={tmp_path}", *flags]) == 1
     told = capsys.readouterr().err
