@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from codellm_jax.flags import overrides_of, parser, refusal, without
+from codellm_jax.flags import overrides_of, parser, refusal, without, words_of
 from codellm_jax.runtime.terminal import (
     escape_what_cannot_be_encoded,
     interruptible,
@@ -426,7 +426,7 @@ def _precompile(flags: argparse.Namespace) -> int:
     from codellm_jax.pods.programs import with_vocabulary_size
 
     def training(more: str) -> Any:
-        flags.overrides = [*given, *overrides_of(shlex.split(more)), *unread]
+        flags.overrides = [*given, *overrides_of(words_of("--compare", more)), *unread]
         built = build(_configuration(flags), "train")
         return with_vocabulary_size(built, size) if size else built
 

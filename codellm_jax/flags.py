@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -308,6 +309,14 @@ def without(arguments: Sequence[str], flag: str) -> list[str]:
             kept.append(argument)
         skip = argument == flag
     return kept
+
+
+def words_of(flag: str, text: str) -> list[str]:
+    """The words of a flag's value, parted as a shell parts them. Raises ValueError for an open quotation."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{flag}={text} cannot be read ({error}): close the quotation.") from None
 
 
 def overrides_of(rest: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """What a compiled program sends between devices, and when, read from its text (HLO).
 
-    for traffic in read_traffic(compiled.as_text(), {"data": 1, "fsdp": 64, "model": 1}): ...
+    for traffic in read_program(compiled.as_text(), {"data": 1, "fsdp": 64, "model": 1}).traffic: ...
 
 XLA writes a loop's body once and says nowhere how much it sends: here each collective counts as often as the loops
 around it turn, and its group of devices is laid back onto the axes of the mesh.
@@ -102,11 +102,6 @@ class _Collective(NamedTuple):
     axes: tuple[str, ...]
     asynchronous: bool
     part: str  # name of the computation that runs it
-
-
-def read_traffic(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[list[Traffic], int]:
-    """The traffic of `read_program`, and its loops of unknown length."""
-    return read_program(hlo, mesh_shape)[:2]
 
 
 def read_program(hlo: str, mesh_shape: Mapping[str, int]) -> Program:

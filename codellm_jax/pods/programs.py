@@ -62,9 +62,8 @@ class Outcome(NamedTuple):
       program: "train step", "scoring" or "decoding".
       memory: None where it does not fit.
       refusal: why it does not.
-      traffic, unknown_loops: see `collectives.read_traffic`; what crosses slices is along "slices".
+      traffic, unknown_loops, parts, has_kernels: see `collectives.read_program`; what crosses slices is along "slices".
       seconds: that compiling took.
-      parts, has_kernels: see `collectives.read_program`.
     """
 
     program: str

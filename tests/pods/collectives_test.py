@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from codellm_jax.pods.collectives import Part, Traffic, read_program, read_traffic
+from codellm_jax.pods.collectives import Part, Traffic, read_program
 
 SHAPE = {"data": 2, "fsdp": 2, "model": 2}
 
@@ -18,7 +18,7 @@ def traffic_of(function, *specs: PartitionSpec, size: tuple[int, ...] = (16, 64)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), tuple(SHAPE), axis_types=(AxisType.Auto,) * 3)
     arrays = [jax.ShapeDtypeStruct(size, jnp.float32, sharding=NamedSharding(mesh, spec)) for spec in specs]
     mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-    found, unknown = read_traffic(jax.jit(mapped).lower(*arrays).compile().as_text(), SHAPE)
+    found, unknown, *_ = read_program(jax.jit(mapped).lower(*arrays).compile().as_text(), SHAPE)
     assert unknown == 0
     return found
 
@@ -54,7 +54,7 @@ def test_a_loop_of_unknown_length_is_counted_for_one_turn_and_told():
     looped = jax.shard_map(lambda x, n: jax.lax.fori_loop(0, n[0], lambda _, y: jnp.sin(jax.lax.psum(y, "data")), x),
                            mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     text = jax.jit(looped).lower(jnp.ones(8), jnp.ones(1, jnp.int32)).compile().as_text()
-    found, unknown = read_traffic(text, {"data": 8})
+    found, unknown, *_ = read_program(text, {"data": 8})
     assert found == [Traffic("all-reduce", ("data",), 1, 2 * 7 / 8 * 32)] and unknown == 1
 
 
@@ -105,7 +105,7 @@ ENTRY %main.118_spmd (param.61: s32[]) -> f32[4] {
 
 
 def test_lines_of_a_program_for_tpus():
-    found, unknown = read_traffic(TPU, {"data": 2, "fsdp": 2, "model": 1})
+    found, unknown, *_ = read_program(TPU, {"data": 2, "fsdp": 2, "model": 1})
     assert unknown == 0
     both = ("data", "fsdp")
     assert {(one.kind, one.axes): (one.operations, one.sent) for one in found} == {
@@ -200,7 +200,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_a_loop_that_counts_by_two_turns_half_as_often():
-    assert read_traffic(RING, {"fsdp": 2}) == ([Traffic("collective-permute", ("fsdp",), 16, 16 * 32.0)], 0)
+    assert read_program(RING, {"fsdp": 2})[:2] == ([Traffic("collective-permute", ("fsdp",), 16, 16 * 32.0)], 0)
 
 
 @pytest.mark.parametrize(("groups", "axes"), [
@@ -212,7 +212,7 @@ def test_a_loop_that_counts_by_two_turns_half_as_often():
 def test_ways_to_write_groups(groups, axes):
     text = ("ENTRY %main (p: f32[4]) -> f32[4] {\n"
             f"  ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add\n}}\n")
-    (found,), _ = read_traffic(text, SHAPE)
+    (found,) = read_program(text, SHAPE).traffic
     devices = math.prod(SHAPE[axis] for axis in axes)
     assert found == Traffic("all-reduce", axes, 1, 2 * (devices - 1) / devices * 16)
 
@@ -222,11 +222,11 @@ def test_what_hosts_send_between_slices():
             'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:7}",'
             '_xla_megascale_transfer_type="ALL_REDUCE"}')
     text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n{line}\n}}\n"
-    found, _ = read_traffic(text, {"slices": 2, "data": 1, "fsdp": 8})
+    found, *_ = read_program(text, {"slices": 2, "data": 1, "fsdp": 8})
     sent = 17 * 8 * 128 * 4
     assert found == [Traffic("all-reduce", ("slices",), 1, sent, sent)]
 
 
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        read_traffic("module @jit_step {}", SHAPE)
+        read_program("module @jit_step {}", SHAPE)

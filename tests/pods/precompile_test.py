@@ -146,6 +146,7 @@ def test_a_run_that_does_not_fit_ends_with_status_1(no_data, capsys):
     (["--topology=v4-129"], "nearest: v4-128"),
     (["--topology=gpu:2"], "--topology=gpu:2 needs the memory of a card"),
     (["--topology=v4-8", "--compare=--model.remat=full"], "unknown argument --model.remat=full"),
+    (["--topology=v4-8", "--compare=--gin.A='b"], "--compare=--gin.A='b cannot be read (No closing quotation)"),
     (["--topology=v4-8", "--vocabulary_size=0"], "--vocabulary_size must be positive"),
     (["--topology=v4-8", "--report=nowhere/page.md"], "nowhere/page.md cannot be written"),
     (["--topology=v4-8", "--gin_file=gin/tune_mixed.gin"], "TASK_FEATURE_LENGTHS"),

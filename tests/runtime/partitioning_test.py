@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from codellm_jax.model import decoder as decoder_module
 from codellm_jax.model import parts as parts_module
 from codellm_jax.model.decoder import Decoder, DecoderConfig
-from codellm_jax.pods.collectives import read_traffic
+from codellm_jax.pods.collectives import read_program
 from codellm_jax.runtime import partitioning
 from codellm_jax.runtime.optimization import adamw
 from codellm_jax.runtime.partitioning import (
@@ -333,7 +333,7 @@ def test_an_embedding_stays_where_it_is():
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(MeshShape().all_rules()):
         compiled = jax.jit(jax.grad(loss), out_shardings=table.sharding).lower(table, ids).compile()
-    traffic, _ = read_traffic(compiled.as_text(), dict(mesh.shape))
+    traffic = read_program(compiled.as_text(), dict(mesh.shape)).traffic
     assert {one.kind for one in traffic} <= {"all-to-all", "all-gather", "all-reduce"}
     looked_up = batch * length * width * 4 / 8
     assert sum(one.sent for one in traffic if one.kind == "all-to-all") > looked_up
