@@ -428,7 +428,6 @@ def imported(module: str) -> types.ModuleType:
         where = None if found is None else found.origin or next(iter(found.submodule_search_locations or ()), None)
         if where is None or Path(where).resolve().parent != own:
             raise ValueError(f"{where or 'nothing'} shadows this package's module `tasks` in {own}: run the command "
-                             f"from "
-                             f"another folder, remove that one from PYTHONPATH, or rename "
+                             f"from another folder, remove that one from PYTHONPATH, or rename "
                              "it.")
     return importlib.import_module(module)

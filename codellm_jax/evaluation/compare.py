@@ -80,8 +80,7 @@ def compare(first: str, second: str) -> list[Comparison | NotMeasured]:
         for name in ("questions", "scoring", "sampling", "samples", "version"):
             if one["settings"].get(name) != other["settings"].get(name):
                 raise ValueError(f"{task}: the {name} of {first} and {second} differ, so they cannot be paired: "
-                                 "evaluate "
-                                 "both with the same files, settings and version.")
+                                 "evaluate both with the same files, settings and version.")
         ties = ties_of(lines), ties_of(other_lines)
         if not is_measured(lines) or not is_measured(other_lines):
             found.append(NotMeasured(task, len(lines), ties))

@@ -220,8 +220,7 @@ class CodellmJax(TemplateLM):
             if cut := sum(answer.prompt_tokens_cut > 0 for answer in written):
                 logging.warning(
                     "%d of %d prompts are truncated at the beginning: they are too long for a model of %d positions, "
-                    "of "
-                    "which %d are for the answer.", cut, len(prompts), self.max_length, self._model.room(sampling))
+                    "of which %d are for the answer.", cut, len(prompts), self.max_length, self._model.room(sampling))
             for number, prompt, answer in zip(numbers, prompts, written, strict=True):
                 text = vocabulary.decode_after(prompt, answer.ids)
                 ends = [text.find(stop) for stop in stops[number] if stop in text]

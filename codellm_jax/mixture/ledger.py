@@ -97,8 +97,7 @@ class Ledger:
             raise ValueError(
                 f"The checkpoint was trained on other data: the order was {self.order_fingerprint[:12]} and is "
                 f"now {order.fingerprint()[:12]}. The content of {', '.join(expected)}, their rates, the seed or the "
-                "steps "
-                "to come changed: restore them, or use another MODEL_DIR.")
+                "steps to come changed: restore them, or use another MODEL_DIR.")
 
     def table(self, order: Order) -> str:
         """Lines of text: for each source its tokens, epochs, and its share of rows or examples, asked and realised."""

@@ -266,8 +266,7 @@ def _start(key: Any, rows: int, batch_size: int) -> int:
     """The row that a start of MIX_PHASES means."""
     if isinstance(key, bool) or not isinstance(key, int | float | Fraction) or not 0 <= key < math.inf:
         raise ValueError("MIX_PHASES must have starts that are fractions of training from 0 to below 1 (such as 0.5) "
-                         "or "
-                         f"training steps (such as 500), found {key!r}.")
+                         f"or training steps (such as 500), found {key!r}.")
     if isinstance(key, int):
         if key * batch_size >= rows:
             raise ValueError(f"MIX_PHASES has a phase that starts at step {key}, but training ends with step "

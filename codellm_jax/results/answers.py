@@ -65,8 +65,7 @@ TESTS = {
     "exchanges": "one seed each, graded answers: a permutation test that exchanges the two arms' answers at random per "
                  "question; the interval is Student's over questions",
     "questions": "an arm with a single seed, against several or in a measure other than accuracy: Student's test of "
-                 "the "
-                 "questions' differences, averaged over seeds; variation between seeds is ignored",
+                 "the questions' differences, averaged over seeds; variation between seeds is ignored",
     "seeds": "several seeds each: the variance of the difference is the variance between seed means divided by their "
              "number, plus the variance between question means divided by theirs; the interval is Banerjee's, which "
              "weighs each by its own quantile of Student's distribution and is conservative; seeds of the two arms "

@@ -97,8 +97,7 @@ def trained_config(record: Mapping[str, Any], vocabulary: Vocabulary, model_dir:
         return DecoderConfig(**values | sizes)
     except TypeError as error:
         raise ValueError(f"The checkpoint in {model_dir} does not record the sizes of its model ({error}): it was "
-                         "saved "
-                         "without a gin file.") from None
+                         "saved without a gin file.") from None
 
 
 def require_same_vocabulary(record: Mapping[str, Any], vocabulary: Vocabulary, model_dir: str) -> None:

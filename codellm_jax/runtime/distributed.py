@@ -90,8 +90,7 @@ def require_agreement(what: str, text: str) -> None:
     if (others != others[0]).any():
         differing = int(np.argmax(others != others[0]))
         raise ValueError(f"Process {differing} has a different {what} than process 0: give all processes the same "
-                         "command, "
-                         "files and software.")
+                         "command, files and software.")
 
 
 @contextlib.contextmanager

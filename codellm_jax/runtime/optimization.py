@@ -89,8 +89,7 @@ def warmup_stable_decay(
     length = round(decay_steps * train_steps) if isinstance(decay_steps, float) else decay_steps
     if isinstance(decay_steps, float) and not 0 <= decay_steps <= 1:
         raise ValueError(f"warmup_stable_decay.decay_steps = {decay_steps} must be a whole number of steps, or a "
-                         "fraction "
-                         "of the run from 0.0 to 1.0.")
+                         "fraction of the run from 0.0 to 1.0.")
     if not 0 <= length <= steps - warmup_steps:
         raise ValueError(f"warmup_stable_decay.decay_steps = {decay_steps} must be at least 0 and at most the "
                          f"{steps - warmup_steps} steps of the run after the warm-up.")

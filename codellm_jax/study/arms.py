@@ -228,8 +228,7 @@ def _line_of(name: str, arms: Mapping[str, Arm]) -> list[str]:
 def _require_arm(name: str, facts: Any, given: Mapping[str, Any], stages: Sequence[str]) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name) or ".seed" in name:
         raise ValueError(f"ARMS has an arm {name!r}; its name must consist of letters, digits, dots and hyphens, "
-                         "because "
-                         "run directories have this name.")
+                         "because run directories have this name.")
     if not isinstance(facts, Mapping) or not all(isinstance(key, str) for key in facts):
         raise ValueError(f"ARMS must give {name} settings such as {{'CODE_RATE': 0.5}}, found {facts!r}.")
     sweep = facts.get("sweep")

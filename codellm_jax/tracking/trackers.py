@@ -90,8 +90,7 @@ class Trackers:
                 self._late.add(name)
                 process.kill()
                 self._report(f"WARNING: the tracker {name} did not accept everything within {END_SECONDS:g} s; the "
-                             "next "
-                             "t5x train or t5x eval of this run sends the rest.")
+                             "next t5x train or t5x eval of this run sends the rest.")
         for thread in self._threads:
             thread.join()
 

@@ -73,8 +73,7 @@ def trunk_of(training: "Training") -> Trunk | None:
         record = record_of(point.run, point.step)
         if "place" not in record:
             raise ValueError(f"{training.branch_from} was saved by a version that did not record its place in the "
-                             "data: "
-                             "start from its parameters with INITIAL_CHECKPOINT_PATH.")
+                             "data: start from its parameters with INITIAL_CHECKPOINT_PATH.")
         saved = {"step": point.step} | record["place"]
     if saved["seed"] != training.seed:
         raise ValueError(f"SEED is {training.seed}, but that of {point.run} is {saved['seed']}: a branch continues "

@@ -155,8 +155,7 @@ def make_plan(
     first_step = trunk.step if trunk else 0
     if first_step >= training.train_steps:
         raise ValueError(f"BRANCH_FROM begins after step {first_step}, and TRAIN_STEPS = {training.train_steps} "
-                         "includes "
-                         "the steps of the trunk: set it higher.")
+                         "includes the steps of the trunk: set it higher.")
     total = training.train_steps * training.batch_size
     mixture = open_mixture(
         training.mixture, training.vocabulary, training.seed, total, training.batch_size, report,
@@ -228,8 +227,7 @@ def describe(training: Training, plan: Plan) -> str:
         elif cached.cut or cached.left_out:
             lines.append(f"{cached.name}: {cached.cut:,} of {cached.documents:,} examples are cut to "
                          f"{cached.length + 1} tokens; {cached.left_out:,} are left out, since no token of their "
-                         "target "
-                         "would remain.")
+                         "target would remain.")
     lines += [f"WARNING: {warning}" for warning in mixture.warnings]
     for source, drawn, before in zip(order.sources, order.counts(last), order.drawn_before.tolist(), strict=True):
         if not drawn and order.asked(last)[order.sources.index(source)]:

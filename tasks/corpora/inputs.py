@@ -63,8 +63,7 @@ class Inputs:
             specs.validate(spec, name)
             if (kind := specs.kind_of(spec)) not in _KINDS:
                 raise ValueError(f"{name}: t5x prepare reads documents, and {kind!r} is not a kind of documents; "
-                                 f"those are "
-                                 f"{', '.join(_KINDS)}.")
+                                 f"those are {', '.join(_KINDS)}.")
             if found := [option for option in _OF_TRAINING if option in spec]:
                 raise ValueError(f"{name}: {found[0]!r} is an option of training: set it where the prepared files are "
                                  "read.")

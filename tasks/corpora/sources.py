@@ -301,10 +301,9 @@ def _require_languages(kind: str, spec: Mapping[str, Any], chosen: Sequence[str]
     untold = [file for file in chosen if transforms.language_of_file(without_compression(file)) is None]
     if untold:
         raise ValueError(f"{name}: {len(untold)} of {len(chosen)} files have a suffix that does not identify a "
-                         f"language "
-                         f"for the transforms; the first is {untold[0]}. Narrow the pattern, or give 'language', one "
-                         f"of "
-                         f"{', '.join(transforms.LANGUAGES)}.")
+                         f"language for the transforms; the first is {untold[0]}. Narrow the pattern, or give "
+                         "'language', one "
+                         f"of {', '.join(transforms.LANGUAGES)}.")
 
 
 def _transformed(
