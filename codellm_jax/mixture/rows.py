@@ -161,20 +161,25 @@ def _recorded(
 
 
 def _is_compared_whole(rows: Rows, width: int) -> bool:
-    """Whether all rows were compared with their hash, which those of a small array are.
+    """Whether all rows were compared with their hash and their digests, which those of a small array are.
 
     Raises:
-      DamagedRows, or what TensorStore raises: the array is not the one that was written, or its digests are gone.
+      DamagedRows, or what TensorStore raises: the array or its digests are not those that were written.
     """
     for path in (rows.path, digests_path(rows.path)):
         _stores.pop(path, None)  # of what was there before it was set aside
-    if rows.digests and _opened(digests_path(rows.path), 4 * rows.count).shape != (rows.count,):
+    written = _opened(digests_path(rows.path), 4 * rows.count) if rows.digests else None
+    if written is not None and written.shape != (rows.count,):
         raise DamagedRows("its digests are not those of its rows")
 
     def hash_of(blocks: Iterable[np.ndarray]) -> str:
-        content = RowsHash()
+        content, first = RowsHash(), 0
         for block in blocks:
             content.update(block)
+            last = first + len(block)
+            if written is not None:
+                require_rows(rows.digests, np.arange(first, last), block, written[first:last].read().result())
+            first = last
         return content.of_all()
 
     return require_written(open_store(rows.path), rows.count, width, rows.content_hash, hash_of)

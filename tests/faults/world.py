@@ -64,6 +64,7 @@ class Command:
     arguments: Callable[[Path], list[str]]
     signature: Callable[[Path], Any]
     trains: bool = False
+    refuses_again: str = ""  # words of its refusal where it was done before; what lies there is compared as ever
 
 
 class World:
@@ -96,7 +97,8 @@ class World:
             Command("eval", lambda out: [
                 "eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={run()}", "--gin.TASKS=['logic']",
                 f"--gin.evaluate.results_dir={out}"], of_results),
-            Command("export", lambda out: ["export", str(run()), f"--output={out / 'model'}"], of_files),
+            Command("export", lambda out: ["export", str(run()), f"--output={out / 'model'}"], of_files,
+                    refuses_again="name a new folder"),
             Command("import", lambda out: ["import", str(self.whole("export") / "model"), f"--output={out / 'run'}"],
                     lambda out: of_run(out / "run")),
         )}

@@ -194,8 +194,10 @@ def told_nothing(line: str) -> None:
 @pytest.mark.parametrize("damage", [
     swapped, of_code(Path.unlink), of_code(lambda file: file.write_text('{"splits": null}')), with_facts(count="many"),
     with_facts(count=7), of_code(lambda file: shutil.rmtree(file.parent / "train")),
-    of_code(lambda file: (file.unlink(), file.mkdir()))],
-    ids=["swapped", "no cache.json", "splits: null", "count: many", "count lowered", "no array", "a folder"])
+    of_code(lambda file: (file.unlink(), file.mkdir())),
+    of_code(lambda file: next(file.parent.glob("*.digests/c/0")).write_bytes(b"x"))],
+    ids=["swapped", "no cache.json", "splits: null", "count: many", "count lowered", "no array", "a folder",
+         "damaged digests"])
 def test_a_damaged_cache_is_set_aside_and_written_anew(
     damage: Callable[[Path], Any], tiny_corpora: Any, tiny_cache: str, tmp_path: Path,
 ) -> None:
