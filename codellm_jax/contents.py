@@ -184,7 +184,7 @@ def _no_text(head: bytes) -> str | None:
         return None
     if head.strip(b"\0") and (_decodes(head, "utf-32-le") or _decodes(head, "utf-32-be")):
         return "UTF-32 without a byte order mark; save it with one, or as UTF-8"
-    if max(even, odd) > 2 * min(even, odd):
+    if max(even, odd) > 2 * min(even, odd) and (_decodes(head, "utf-16-le") or _decodes(head, "utf-16-be")):
         return "UTF-16 without a byte order mark; save it with one, or as UTF-8"
     return "not text (it holds zero bytes)"
 

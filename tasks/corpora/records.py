@@ -133,7 +133,7 @@ def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
         for line, record, is_ascii in _of_lines(file, whole):
             yield f"{file}, line {line}", record, is_ascii
     for lost in broken:
-        yield "", lost, True
+        yield file, lost, True
     if not beginning and not broken:
         yield file, Lost(EMPTY_FILE), True
 
@@ -164,6 +164,7 @@ def _of_lines(file: str, source: Iterable[bytes]) -> Iterator[tuple[int, Record,
         held += len(line)
         if held > UNDECIDED:
             yield from _objects(itertools.chain(waiting, (_part(line) for _, line in numbered)))
+            waiting = []
     else:
         yield from _objects(waiting)
     for number, line in numbered:
