@@ -110,11 +110,15 @@ def compile_once() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
     """Drops compiled programs after each file: with all of them a worker grows to 7 GB, and each collection of garbage
-    takes seconds.
+    takes seconds. The next file has JAX's cache on disk until it makes a mesh.
     """
     yield
     compiled.clear()
     if "jax" in sys.modules:
+        from jax.experimental.compilation_cache import compilation_cache
+
+        sys.modules["jax"].config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
         sys.modules["jax"].clear_caches()
         gc.collect()
 
