@@ -135,7 +135,7 @@ def test_a_missing_arm_is_a_hole(tmp_path):
         "HALF-c": Arm("tuning", 0.4, "HALF", finished=False)}
     _, page = told(write_study(tmp_path, arms))
     assert "no arm has code in both pretraining and tuning" in page
-    assert "Not trained to its end, and in no effect and no sweep: `HALF-c.seed0`" in page
+    assert "Not trained to the end, and excluded from effects and sweeps: `HALF-c.seed0`" in page
     assert not any("interaction" in row["effect"] for row in table(tmp_path, "effects"))
 
 
