@@ -34,14 +34,14 @@ class Measure:
     """One measure of each arm of a group.
 
     Attributes:
-      title: The name shown to readers.
-      unit: The unit shown; "points" of 100 for fractions.
+      title: the name shown to readers.
+      unit: the unit shown; "points" of 100 for fractions.
       better: "higher" or "lower".
-      task: The benchmark; None for held-out losses.
-      metric: The metric of the benchmark, or the pool of a loss.
-      scale: The factor from values to the numbers shown.
-      first: Whether it belongs in the first table.
-      samples: By arm and seed.
+      task: the benchmark; None for held-out losses.
+      metric: the metric of the benchmark, or the pool of a loss.
+      scale: the factor from values to the numbers shown.
+      first: whether it belongs in the first table.
+      samples: by arm and seed.
     """
 
     title: str
@@ -74,13 +74,13 @@ class Group:
     """Arms that may be compared with each other.
 
     Attributes:
-      stages: All stages that any of them went through, in order.
-      shares: For each arm, the share of code at each stage; where it skips a stage, the share of the stage before.
-      absent: For each arm, the indices of the stages that it skips.
-      facts: By arm and stage.
-      sources: By arm and stage, the share of each source by name; empty where the arm skips the stage.
-      tokens: For each arm, the document tokens that the loss counted, in all stages.
-      parameters: Of their model; None where it is unknown.
+      stages: all stages that any of them went through, in order.
+      shares: for each arm, the share of code at each stage; where it skips a stage, the share of the stage before.
+      absent: for each arm, the indices of the stages that it skips.
+      facts: by arm and stage.
+      sources: by arm and stage, the share of each source by name; empty where the arm skips the stage.
+      tokens: for each arm, the document tokens that the loss counted, in all stages.
+      parameters: of their model; None where it is unknown.
     """
 
     study: Study
@@ -252,7 +252,7 @@ def _weights(rows: Mapping[str, Mapping[str, int]], pool: str) -> dict[str, dict
     agree to within `SAME_WEIGHT` and three rows.
 
     Args:
-      rows: By arm and source at a stage.
+      rows: by arm and source at a stage.
     """
     found: dict[str, dict[str, float]] = {}
     totals: dict[str, int] = {}

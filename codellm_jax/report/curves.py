@@ -34,12 +34,12 @@ def plot(runs: Sequence[str], output: str | None = None, against: str = "steps")
 
     Args:
       runs: run directories.
-      output: A file name ending in .png, .svg or .pdf; by default RUN/losses.png for one run, otherwise losses.png.
+      output: a file name ending in .png, .svg or .pdf; by default RUN/losses.png for one run, otherwise losses.png.
       against: "steps" or "tokens".
 
     Raises:
-      FileNotFoundError: A run, or its records, do not exist.
-      ValueError: With a one-line message; the output has another suffix, or no run has a loss.
+      FileNotFoundError: a run, or its records, do not exist.
+      ValueError: with a one-line message; the output has another suffix, or no run has a loss.
     """
     folders = [epath.Path(run).expanduser() for run in runs]
     path = epath.Path(output).expanduser() if output else folders[0] / "losses.png" if len(runs) == 1 else epath.Path(

@@ -90,8 +90,8 @@ def design_of(stages: Sequence[str], arms: Mapping[str, Sequence[Level]],
 
     Args:
       stages: K names.
-      arms: The K levels of each arm, by label.
-      sources: By the index of each stage whose sources have effects of their own: for each arm that went through it,
+      arms: the K levels of each arm, by label.
+      sources: by the index of each stage whose sources have effects of their own: for each arm that went through it,
         the share of each source by name, "POOL.NAME". Arms of one level have the same shares.
     """
     labels = list(arms)
@@ -154,10 +154,10 @@ def told(weights: Mapping[str, float], samples: Mapping[str, Mapping[int | None,
     """A weighted sum of arms with its error.
 
     Args:
-      weights: Of arms, by label.
-      samples: By arm and seed, on the same questions.
-      roots: By arm and seed, the earliest run of its line on which no other seed stands; families share it.
-      level: Of confidence.
+      weights: of arms, by label.
+      samples: by arm and seed, on the same questions.
+      roots: by arm and seed, the earliest run of its line on which no other seed stands; families share it.
+      level: of confidence.
 
     Returns:
       None where an arm has no sample, or a family has no seed that all its arms have.

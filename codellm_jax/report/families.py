@@ -51,11 +51,11 @@ class Family:
     """Curves sum_p b_p features_p(x; theta).
 
     Attributes:
-      name, formula: Shown to readers.
-      parameters: The number of parameters of one curve.
-      axes: Grids of theta.
+      name, formula: shown to readers.
+      parameters: the number of parameters of one curve.
+      axes: grids of theta.
       features: (points, thetas [T, k]) -> [T, n, p].
-      mode: Finds the single theta [1, k], where a grid would be too large.
+      mode: finds the single theta [1, k], where a grid would be too large.
       precision: thetas -> [T, p], the precision of the coefficients' normal prior about 0, relative to the noise's;
         None for no prior.
     """
@@ -230,7 +230,7 @@ def candidates(points: Points, groups: np.ndarray) -> list[Family]:
     """The families that this many shares can determine: each leaves one share over when another is left out.
 
     Args:
-      points: The points [c] of the cells.
+      points: the points [c] of the cells.
       groups: [c], the index of each cell's share.
     """
     distinct, sources = len(np.unique(groups)), points.shares.shape[1]

@@ -63,7 +63,7 @@ class Fitted:
         """Curves that are consistent with the runs.
 
         Args:
-          of_questions: Whether the questions of benchmarks count as a sample, drawn anew for each curve. Measures of
+          of_questions: whether the questions of benchmarks count as a sample, drawn anew for each curve. Measures of
             one benchmark share the draws. A draw is a sum over questions with random normal weights (the multiplier
             bootstrap), divided by a deviation as uncertain as this number of questions makes it: Student's
             distribution.

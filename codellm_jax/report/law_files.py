@@ -32,14 +32,14 @@ def laws(directory: str, objective: str | None = None, size: str | None = None, 
     """Writes DIR/report/laws.json and the other files named above; returns the page as text.
 
     Args:
-      directory: Of a study, of any run directories, or of ratios.csv and metrics.csv.
-      objective: Weights of losses, such as "text:0.5,code:0.5"; all pools count equally where it is None.
-      size: The parameters to predict for, such as "125M"; tokens: trained on, such as "2.5B".
-      mixtures: A file of shares for which to predict the losses.
+      directory: of a study, of any run directories, or of ratios.csv and metrics.csv.
+      objective: weights of losses, such as "text:0.5,code:0.5"; all pools count equally where it is None.
+      size: the parameters to predict for, such as "125M"; tokens: trained on, such as "2.5B".
+      mixtures: a file of shares for which to predict the losses.
 
     Raises:
-      FileNotFoundError: There is no such directory or file, or it holds no sweep.
-      ValueError: With a one-line message; the runs make no sweep, or an objective or a number is invalid.
+      FileNotFoundError: there is no such directory or file, or it holds no sweep.
+      ValueError: with a one-line message; the runs make no sweep, or an objective or a number is invalid.
     """
     asked = _number("size", size), _number("tokens", tokens)
     sweep = read_sweep(directory)

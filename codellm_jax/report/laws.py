@@ -43,7 +43,7 @@ class Fit:
       factors: [T, p, p], lower Cholesky factors of the precision of the coefficients, without the noise.
       squares: [T], the weighted residual sum of squares, including that within cells.
       degrees: of freedom.
-      known: Degrees of freedom of the noise about a share; fewer where noise differs between shares.
+      known: degrees of freedom of the noise about a share; fewer where noise differs between shares.
       densities: [G] log density of each share under the law of the others; NaN where it has no run.
       left_out: [c] the loss of each cell as predicted by the law of the other shares.
     """
@@ -75,7 +75,7 @@ class Law:
 
     Attributes:
       weights: [F] of the candidates.
-      points: Of the cells to which they were fitted.
+      points: of the cells to which they were fitted.
       counted: [c] the weight of each cell, its runs over their variance.
     """
 
@@ -107,7 +107,7 @@ def fit_law(families: Sequence[Family], points: Points, groups: np.ndarray, loss
     """Fits every family to one loss and weights them.
 
     Raises:
-      ValueError: Fewer than three shares have a run.
+      ValueError: fewer than three shares have a run.
     """
     shares, runs = len(np.unique(groups[losses.runs > 0])), losses.runs.sum()
     fits = [fit for family in families if (fit := fit_family(family, points, groups, losses)) is not None]
@@ -233,7 +233,7 @@ def draw(laws: Sequence[Law], correlation: np.ndarray | None = None, count: int 
 
     Args:
       laws: of each of D losses.
-      laws: One for each of D losses.
+      laws: one for each of D losses.
       correlation: [D, D] of the losses' noise within a run; None for none.
         moved: For each loss, [count, c], the shift of each cell's mean for each curve, such as under other questions;
           None for no shift. The curve moves as its least-squares fit does.
@@ -270,7 +270,7 @@ def curves(drawn: Sequence[Drawn], points: Points, scatter: bool = True, seed: i
     """[D, count, n] drawn curves at points.
 
     Args:
-      scatter: Adds, independently at each point, the uncertainty of a Gaussian process between the shares it has seen.
+      scatter: adds, independently at each point, the uncertainty of a Gaussian process between the shares it has seen.
     """
     dice = np.random.default_rng(seed)
     losses, count = (1 + max(int(np.max(part)) for part in parts) for parts in (

@@ -31,18 +31,18 @@ class Miss(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Analysis:
     """Attributes:
-      sweep: The whole sweep.
-      fitted: The laws that the answers come from.
+      sweep: the whole sweep.
+      fitted: the laws that the answers come from.
       lines: [n] the lines to which they are fitted, where these have one size and length; else none.
-      size, tokens: The size and length of the answers; NaN where unknown.
-      extrapolated: The scales beyond all runs: "size", "tokens" or both.
-      objective: Weights by the names of losses.
+      size, tokens: the size and length of the answers; NaN where unknown.
+      extrapolated: the scales beyond all runs: "size", "tokens" or both.
+      objective: weights by the names of losses.
       shares: [m, S] the mixtures of the predictions; for two sources, a fine grid.
       predicted, intervals, run_intervals: [D, m], [D, m, 2] of the law, and of one further run.
-      best: The best mixture for the objective, between the runs' mixtures.
-      beyond: The best of all mixtures, where it lies beyond the runs'; else None.
-      design: Further runs, where the best mixture is poorly determined; else None.
-      misses: The errors of the laws of size and length, where there are such laws.
+      best: the best mixture for the objective, between the runs' mixtures.
+      beyond: the best of all mixtures, where it lies beyond the runs'; else None.
+      design: further runs, where the best mixture is poorly determined; else None.
+      misses: the errors of the laws of size and length, where there are such laws.
       outliers: (loss, line of the sweep, outlier); excluded from the laws.
     """
 
@@ -74,7 +74,7 @@ def parse_objective(text: str | None, sweep: Sweep) -> dict[str, float]:
     measure where higher is better gets a negative weight, so a lower objective is always better.
 
     Raises:
-      ValueError: With a one-line message, for an unknown loss or a weight that is not a number.
+      ValueError: with a one-line message, for an unknown loss or a weight that is not a number.
     """
     losses = sweep.losses
     if text is None:
@@ -205,11 +205,11 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
     """The whole analysis of a sweep.
 
     Args:
-      size, tokens: To predict for; NaN for the largest size and its runs' ends.
-      told: Called with progress messages.
+      size, tokens: to predict for; NaN for the largest size and its runs' ends.
+      told: called with progress messages.
 
     Raises:
-      ValueError: With a one-line message; the size or length asked for cannot be determined from the sweep.
+      ValueError: with a one-line message; the size or length asked for cannot be determined from the sweep.
     """
     sweep = chosen_losses(sweep, objective)
     axes, done = scales(sweep), 0
@@ -306,7 +306,7 @@ def _of_scales(sweep: Sweep, axes: Sequence[str], objective: Mapping[str, float]
     """The sweep of the losses that are known at several of these scales.
 
     Raises:
-      ValueError: With a one-line message, where the objective asks for another loss.
+      ValueError: with a one-line message, where the objective asks for another loss.
     """
     names = [name for name in sweep.losses if _has_scales(sweep, name, axes)]
     if untold := [name for name in objective if name not in names]:

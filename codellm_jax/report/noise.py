@@ -106,8 +106,8 @@ def fit_without_outliers(
     if its p-value, multiplied by the number of runs, is below `LEVEL`. Then the search continues.
 
     Args:
-      families: The candidates.
-      points, groups: Of the cells.
+      families: the candidates.
+      points, groups: of the cells.
       cell: [n] the cell of each run.
       values: [n] the losses; NaN where there is none.
       weights: [n] of each line, as returned by `line_weights`.
@@ -144,7 +144,7 @@ def line_weights(law: Law, points: Points, cell: np.ndarray, values: np.ndarray,
     lines with correlation rho, estimated by an analysis of variance (Kish, 1965, on the effect of clusters).
 
     Args:
-      law: Fitted to all lines as if they came from different runs.
+      law: fitted to all lines as if they came from different runs.
       run: [n] the index of each line's run.
     """
     there = ~np.isnan(values)
@@ -198,7 +198,7 @@ def correlation(residuals: np.ndarray, degrees: float) -> np.ndarray:
 
     Args:
       residuals: [n, D] of each run in units of its noise; NaN where there is none.
-      degrees: Of freedom in the residuals.
+      degrees: of freedom in the residuals.
     """
     known = np.nan_to_num(residuals)
     squares = known.T @ known

@@ -33,12 +33,12 @@ class Best:
     Attributes:
       shares: [S] with the lowest predicted objective.
       intervals: [S, 2], the 95% interval of each source's share.
-      objective: Predicted there, with its interval.
+      objective: predicted there, with its interval.
       verdict: "interior", "edge" or "cannot tell"; for more than two sources "told" (it is better than the average),
         "edge" (with as much of one source as any run) or "cannot tell".
-      edge: The source whose share is at an end of the sweep, and which end, "least" or "most"; None for none.
-      edges: The probabilities that the best share is the smallest that was swept, and the largest; for two sources.
-      gain: How much lower the objective is there than at the average of the runs' mixtures, with its 95% interval.
+      edge: the source whose share is at an end of the sweep, and which end, "least" or "most"; None for none.
+      edges: the probabilities that the best share is the smallest that was swept, and the largest; for two sources.
+      gain: how much lower the objective is there than at the average of the runs' mixtures, with its 95% interval.
     """
 
     shares: np.ndarray
@@ -189,7 +189,7 @@ def design(swept: np.ndarray, weights: np.ndarray, noise: np.ndarray, seeds: int
       swept: [n, S] the runs' shares.
       weights: [D] of the losses in the objective.
       noise: [D] the standard deviation of a run.
-      seeds: Of each mixture.
+      seeds: of each mixture.
       curves_at: mixtures [m, S] -> possible losses [D, B, m], the same curves at each call.
     """
     dice, sources = np.random.default_rng(seed), swept.shape[1]

@@ -17,11 +17,11 @@ class Asked(NamedTuple, Generic[Key]):
     """A benchmark under one metric or measure.
 
     Attributes:
-      metric: The metric, or the measure's name in `measures.MEASURES`.
-      title: The name shown to readers.
+      metric: the metric, or the measure's name in `measures.MEASURES`.
+      title: the name shown to readers.
       unit: "" for fractions of 1.
       better: "higher" or "lower".
-      scores: By run.
+      scores: by run.
       values: [n] by run, the contribution of each question; their mean is the score.
     """
 
@@ -42,8 +42,8 @@ def asked(results: Mapping[Key, Result], overlapping: frozenset[str]) -> list[As
     """The metrics and measures of one benchmark, for the runs that were measured on it.
 
     Args:
-      results: By run, on the same questions; the metrics of the first run are those of all.
-      overlapping: Ids of questions to leave out because training sources contain them.
+      results: by run, on the same questions; the metrics of the first run are those of all.
+      overlapping: ids of questions to leave out because training sources contain them.
     """
     results = {key: result for key, result in results.items() if result.measured}
     if not results:

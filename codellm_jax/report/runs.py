@@ -56,21 +56,21 @@ class Run:
     """A run directory.
 
     Attributes:
-      name: The name of the directory.
-      label: The name of the arm in the study; its seeds share it.
+      name: the name of the directory.
+      label: the name of the arm in the study; its seeds share it.
       arm: NL, CODE, NN, NC, CN or CC, or a line of other stages; see `ledger.arm`.
-      mix: For tuning with code: "uniform", "increase", "decrease" or the study's own word; None without code.
-      seed: Of training; None where unknown.
+      mix: for tuning with code: "uniform", "increase", "decrease" or the study's own word; None without code.
+      seed: of training; None where unknown.
       stage: "pretraining" or "tuning".
-      parent: The name of the run it starts from; None without one.
-      settings: The settings in force, with macros resolved, as text; empty where the run has no checkpoint.
-      ledger: Of its newest checkpoint; empty where it has none.
-      parameters: Of the model; None without a checkpoint.
-      step: Of its newest checkpoint; None without one.
-      results: By task.
-      provenance: The content of provenance.json; None where it does not exist.
-      records: The lines of metrics.jsonl.
-      stages: The stages it went through, its own last; empty where it has no checkpoint.
+      parent: the name of the run it starts from; None without one.
+      settings: the settings in force, with macros resolved, as text; empty where the run has no checkpoint.
+      ledger: of its newest checkpoint; empty where it has none.
+      parameters: of the model; None without a checkpoint.
+      step: of its newest checkpoint; None without one.
+      results: by task.
+      provenance: the content of provenance.json; None where it does not exist.
+      records: the lines of metrics.jsonl.
+      stages: the stages it went through, its own last; empty where it has no checkpoint.
     """
 
     name: str
@@ -95,9 +95,9 @@ class Overlaps:
     """The questions of a task that occur in training sources.
 
     Attributes:
-      sources: Ids of questions by source.
-      not_measurable: The number of questions that could not be tested; None where unknown.
-      data: The hash of the task's files; None where unknown.
+      sources: ids of questions by source.
+      not_measurable: the number of questions that could not be tested; None where unknown.
+      data: the hash of the task's files; None where unknown.
     """
 
     sources: Mapping[str, frozenset[str]]
@@ -135,7 +135,7 @@ def read_results(directory: epath.Path, run: str) -> dict[str, Result]:
     """The results of a run directory by task; official files take precedence over samples of the same task.
 
     Raises:
-      ValueError: A result disagrees with its lines.
+      ValueError: a result disagrees with its lines.
     """
     found: dict[str, Result] = {}
     folder = directory / "results"
@@ -158,7 +158,7 @@ def read_contamination(directory: epath.Path) -> Contamination | None:
     """The content of contamination.json; None where there is none.
 
     Raises:
-      ValueError: The file is invalid.
+      ValueError: the file is invalid.
     """
     path = directory / "contamination.json"
     saved = read_json(path)

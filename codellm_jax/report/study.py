@@ -27,9 +27,9 @@ MIXES = ("decrease", "uniform", "increase")  # where the paper's tables name no 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, for the caches
 class Study:
     """Attributes:
-      name: The name of its directory.
-      runs: The runs with results.
-      pending: The names of runs that are planned and have no results yet.
+      name: the name of its directory.
+      runs: the runs with results.
+      pending: the names of runs that are planned and have no results yet.
       comparison: "compute-matched" or "data-matched"; None where the study does not say.
       contamination: None where it was not measured.
     """

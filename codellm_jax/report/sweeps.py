@@ -42,7 +42,7 @@ class Sweep:
     """The losses of runs, with a line for each run and each length at which it was evaluated.
 
     Attributes:
-      name: Of the study.
+      name: of the study.
       runs: [n] names.
       seeds: [n]; None where unknown.
       sources: [S] what the shares refer to: pools where only the pools' shares vary, else sources.
@@ -52,10 +52,10 @@ class Sweep:
       parameters, tokens: [n] of the model and of its training; NaN where unknown.
       final: [n] whether the line belongs to the end of its run.
       epochs: [n, S] of each source; NaN where unknown.
-      notes: Facts for the reader, such as the runs that were left out.
-      units: The units of losses by name, shown to readers; names that are absent have that of a loss.
-      more_is_better: Names of the measures of benchmarks, among `losses`, for which higher is better.
-      questions: For measures of benchmarks by name, [n, q], the contribution of each question, whose mean is the value;
+      notes: facts for the reader, such as the runs that were left out.
+      units: the units of losses by name, shown to readers; names that are absent have that of a loss.
+      more_is_better: names of the measures of benchmarks, among `losses`, for which higher is better.
+      questions: for measures of benchmarks by name, [n, q], the contribution of each question, whose mean is the value;
         NaN where there is none.
     """
 
@@ -109,8 +109,8 @@ def read_sweep(directory: str) -> Sweep:
     metrics.csv.
 
     Raises:
-      FileNotFoundError: The directory does not exist, or holds no sweep.
-      ValueError: With a one-line message; the runs make no sweep, or the files do not fit together.
+      FileNotFoundError: the directory does not exist, or holds no sweep.
+      ValueError: with a one-line message; the runs make no sweep, or the files do not fit together.
     """
     folder = epath.Path(directory).expanduser()
     if not folder.is_dir():
@@ -338,7 +338,7 @@ def _with_benchmarks(sweep: Sweep, runs: Sequence[_Read], contamination: Contami
             questions[name], units[name] = values[:, 1:], measure.unit or "fraction"
             more |= {name} if measure.better == "higher" else set()
     return dataclasses.replace(sweep, losses=names, values=np.concatenate(columns, axis=1), questions=questions,
-                               units=dict.fromkeys(sweep.losses, "nats a token") | units,
+                               units=dict.fromkeys(sweep.losses, "nats per token") | units,
                                more_is_better=frozenset(more))
 
 

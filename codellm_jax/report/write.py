@@ -65,8 +65,8 @@ def report(directory: str, say: Told = print) -> str:
     """Writes DIR/report and returns a summary as lines of text.
 
     Raises:
-      FileNotFoundError: The directory does not exist, or no run in it has results or losses.
-      ValueError: With a one-line message; results that must not stand in one table, or invalid files.
+      FileNotFoundError: the directory does not exist, or no run in it has results or losses.
+      ValueError: with a one-line message; results that must not stand in one table, or invalid files.
     """
     folder = epath.Path(directory).expanduser()
     study = read_study(folder, say)
@@ -138,8 +138,8 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
     """A study's directory, or any folder of run directories, in the form that a report needs.
 
     Raises:
-      FileNotFoundError: The directory does not exist, or no run in it has results or losses.
-      ValueError: A file is invalid.
+      FileNotFoundError: the directory does not exist, or no run in it has results or losses.
+      ValueError: a file is invalid.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no directory {folder}: name that of a study, or one that holds run "

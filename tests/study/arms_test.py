@@ -121,7 +121,7 @@ def test_select_takes_what_it_stands_on():
 
 @pytest.mark.parametrize("arms, message", [
     ({}, "ARMS is empty"),
-    ({"A": {"from": "B"}, "B": {"from": "A"}}, "ARMS has a circle: A, B"),
+    ({"A": {"from": "B"}, "B": {"from": "A"}}, "ARMS has a cycle: A, B"),
     ({"A": {"from": "NL"}}, "lets A start from 'NL', which is not an arm"),
     ({"a/b": {}}, "has an arm 'a/b'; its name must consist of letters"),
     ({"A": 0.5}, "must give A settings such as"),
