@@ -233,7 +233,7 @@ def test_branches_stand_beside_their_trunk_where_they_end_with_it(tmp_path):
         ["TEXT", f"MID-{at}-0.2", f"MID-{at}-0.6"] for at in (50, 80)]
     assert {root for roots in group.roots.values() for root in roots.values()} == {"TEXT.seed0", "TEXT.seed1"}
     _, page = told(tmp_path)
-    assert "Arms without code in midtraining go without that stage" in page
+    assert "Arms without code in midtraining skip that stage" in page
     assert [line for line in page.splitlines() if line.startswith("## How much")] == [
         "## How much code in midtraining (from step 50)", "## How much code in midtraining (from step 80)"]
 

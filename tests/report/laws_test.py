@@ -235,7 +235,7 @@ def test_a_benchmarks_measure_has_a_law_whose_interval_knows_that_questions_are_
     assert saved["losses"] == ["text", "code", "quiz/accuracy", "quiz/bits_per_byte"]
     assert saved["units"]["quiz/bits_per_byte"] == "bits per byte" and saved["units"]["quiz/accuracy"] == "fraction"
     assert saved["objective"] == {"text": 1.0, "quiz/accuracy": -0.2}
-    assert "1 x text - 0.2 x quiz/accuracy" in told and "More is better in quiz/accuracy" in told
+    assert "1 x text - 0.2 x quiz/accuracy" in told and "Higher is better for quiz/accuracy" in told
     inside = []
     for line in saved["predictions"]:
         measure = line["losses"]["quiz/bits_per_byte"]
@@ -318,7 +318,7 @@ def test_a_single_loss_with_a_law_that_only_falls_has_no_interior_optimum(tmp_pa
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--objective=maths:1"], "there is no loss maths; these are there: text, code"),
+    (["--objective=maths:1"], "there is no loss maths; the losses are text, code"),
     (["--objective=text:much"], "must be a number"), (["--objective=text"], "as text:0.5"),
     (["--objective=text:0"], "above 0"), (["--size=large"], "such as 125M"), (["--size=9B"], "needs runs of several"),
     (["--predict=nowhere.csv"], "no file")])
@@ -348,7 +348,7 @@ def test_what_is_no_sweep_is_one_line(tmp_path, capsys):
     (files / "ratios.csv").write_text("run,a,b\nr0,0.5,0.5\nr1,0.2,0.9\n")
     assert "metrics.csv is missing" in error_of(files)
     (files / "metrics.csv").write_text("run,loss\nr0,1\n")
-    assert "run r1 is in ratios.csv and not in metrics.csv" in error_of(files)
+    assert "run r1 is in ratios.csv but not in metrics.csv" in error_of(files)
     (files / "metrics.csv").write_text("run,loss\nr0,1\nr1,2\n")
     assert "the shares of run r1 sum to 1.1" in error_of(files)
     (files / "ratios.csv").write_text("run,a,b\nr0,0.5,0.5\nr1,0.2,x\n")

@@ -263,7 +263,7 @@ def test_contamination_of_other_files_is_not_used(one_seed, tmp_path):
     study = read_study(epath.Path(tmp_path / "study"))
     assert not study.measured("mbpp") and study.measured("cosqa") and not study.overlapping("mbpp")
     (tmp_path / "study" / "contamination.json").write_text('{"n": 13, "tasks": {"mbpp": {}}}')
-    with pytest.raises(ValueError, match="contamination.json does not tell which questions overlap"):
+    with pytest.raises(ValueError, match="contamination.json does not say which questions overlap"):
         read_study(epath.Path(tmp_path / "study"))
 
 
@@ -415,7 +415,7 @@ def test_seeds_that_were_trained_otherwise_are_no_seeds(tmp_path, capsys):
     (tmp_path / "runs" / "NL-x.seed0").rename(tmp_path / "runs" / "NL.seed1")
     (tmp_path / "study.json").unlink()
     assert cli.main(["report", str(tmp_path)]) == 1
-    assert "NL.seed0 and NL.seed1 are to be seeds of one arm, NL, and their mixture.code_rate differ (0.0 and 0.5)" \
+    assert "NL.seed0 and NL.seed1 count as seeds of one arm, NL, but their mixture.code_rate differ (0.0 and 0.5)" \
         in capsys.readouterr().err
 
 
@@ -425,7 +425,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, capsys):
     path.write_text(path.read_text().replace("ab" * 32, "ba" * 32))
     assert cli.main(["report", str(tmp_path)]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert "NL.seed0 and CODE.seed0 were trained on other data of the same name: text.books was abababababab" in line
+    assert "NL.seed0 and CODE.seed0 were trained on different data under one name: text.books was abababababab" in line
     assert not (tmp_path / "report").exists()
 
 
@@ -456,7 +456,7 @@ def test_too_little_held_out_is_noted_beside_the_losses(tmp_path):
 @pytest.mark.parametrize("spoil, message", [
     (lambda folder: shutil.rmtree(folder), "There is no directory"),
     (lambda folder: [shutil.rmtree(path) for path in folder.glob("runs/*")], "No run in"),
-    (lambda folder: (folder / "study.json").write_text("{"), "study.json is no whole JSON"),
+    (lambda folder: (folder / "study.json").write_text("{"), "study.json is not valid JSON"),
     (lambda folder: (folder / "study.json").write_text('{"runs": [{}]}'), "lists no runs"),
     (lambda folder: (folder / "runs/NL.seed0/results/cosqa.json").write_text("{}"),
      "is not the result of an evaluation"),
