@@ -125,7 +125,7 @@ def json_object(file: epath.Path) -> dict[str, Any]:
         head = contents.head(str(file))
         raise ValueError(f"{file} is {contents.kind(head) or f'no JSON: {error}'}.") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} does not hold a JSON object.")
+        raise ValueError(f"{file} holds no JSON object.")
     return found
 
 

@@ -135,7 +135,7 @@ def test_a_name_on_a_hub_is_a_source(tmp_path: Path) -> None:
 def test_an_import_takes_no_place_that_is_taken(imported: tuple[Path, Path], capsys: Any) -> None:
     model, run = imported
     assert main(["import", str(model), f"--output={run}"]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert main(["import", str(run), f"--output={run.parent / 'other'}"]) == 1
     assert "is a run directory" in capsys.readouterr().err
     assert not (run.parent / "other").exists()
