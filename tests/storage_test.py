@@ -295,7 +295,7 @@ def test_an_import_into_the_bucket_is_the_import_on_disk(bucket, tmp_path):
                        "--gin.CHECKPOINT_PATH=gs://bucket/imported"))
     assert re.search(r"^logic\b.*\d", told, re.MULTILINE)
     told = bucket(*t5x("import", "gs://bucket/model", "--output=gs://bucket/imported"), status=1)
-    assert "gs://bucket/imported is there already" in told
+    assert "gs://bucket/imported exists already" in told
 
 
 PRINT = """

@@ -1,1 +1,1 @@
-"""Official files of benchmarks and instruction sets: where they are published, and their download."""
+"""Official files of benchmarks and instruction sets: their locations and download."""

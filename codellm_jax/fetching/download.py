@@ -1,4 +1,4 @@
-"""Downloads a file over HTTP: resumes after a break, checks the content, and never shows a part of it."""
+"""Downloads a file over HTTP: resumes after a break, verifies the content, and never exposes a partial file."""
 
 import hashlib
 import http.client
@@ -13,27 +13,27 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-ATTEMPTS = 5  # in a row that each bring less than PROGRESS
+ATTEMPTS = 5  # consecutive attempts that each bring less than PROGRESS
 PROGRESS = 1 << 20  # bytes
 TIMEOUT = 20.0  # seconds for a connection, and for the next bytes of an answer
 FIRST_WAIT = 1.0  # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 30.0
 PIECE = 1 << 16
-LOG_EVERY = 10.0  # seconds between lines of progress, where stderr is no terminal
+LOG_EVERY = 10.0  # seconds between lines of progress, if stderr is not a terminal
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of a server that may answer later
 WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE)
 
 
 class Unreachable(OSError):
-    """No connection to the server can be made."""
+    """No connection to the server is possible."""
 
 
 class Refused(OSError):
-    """The server does not give the file."""
+    """The server does not provide the file."""
 
 
 class _Interrupted(Exception):
-    """The answer broke off or did not come; another attempt may succeed."""
+    """The response broke off or did not arrive; another attempt may succeed."""
 
     def __init__(self, what: str, wait: float = 0.0) -> None:
         super().__init__(what)
@@ -41,27 +41,27 @@ class _Interrupted(Exception):
 
 
 def partial(target: Path) -> Path:
-    """Where a file lies until it is complete: beside its final place, so that a rename moves it there."""
+    """The path of an incomplete file: beside its final place, so that a rename completes it."""
     return target.with_name(f".{target.name}.part")
 
 
 def download(url: str, target: Path, size: int | None = None, digest: str | None = None) -> Path:
     """Downloads a file to `partial(target)`; the caller moves it to its place.
 
-    Resumes what an earlier attempt left there, if the server gives ranges and either the digest or the server's ETag
-    ensures that both parts are of the same file.
+    Resumes an earlier attempt if the server supports ranges, and either the digest or the server's ETag ensures that
+    both parts belong to the same file.
 
     Args:
       url: http or https; redirects are followed.
-      size: in bytes, where it is known.
-      digest: as `matches` takes it, where it is known.
+      size: in bytes, if known.
+      digest: in the format of `matches`, if known.
 
     Returns:
       `partial(target)`, which is complete.
 
     Raises:
-      Unreachable: no connection to the server can be made. All errors are one line.
-      Refused: the server does not give the file.
+      Unreachable: no connection to the server is possible. All error messages are one line.
+      Refused: the server does not provide the file.
       OSError: the connection breaks repeatedly, the file does not match its size or digest, or the disk is full.
     """
     part = partial(target)
@@ -91,12 +91,12 @@ def download(url: str, target: Path, size: int | None = None, digest: str | None
             _origin(part).unlink(missing_ok=True)
             return part
         part.unlink()
-        if not begun:  # else the first part may have been damaged, and is downloaded again
-            raise OSError(f"{url} is not the published file: {wrong}. Nothing of it is kept.")
+        if not begun:  # otherwise the first part may be damaged, and is downloaded again
+            raise OSError(f"{url} is not the published file: {wrong}. It was deleted.")
 
 
 def matches(file: Path, digest: str) -> bool:
-    """Whether a file has a digest: "sha256:", "md5:" or "git:" (the name of a blob) and hexadecimal digits."""
+    """Whether a file has a digest: "sha256:", "md5:" or "git:" (a blob's name) followed by hexadecimal digits."""
     kind, _, digits = digest.partition(":")
     return digest_of(file, kind) == digits
 
@@ -118,18 +118,18 @@ def _size(part: Path) -> int:
 
 
 def _origin(part: Path) -> Path:
-    """The file that says where a partial file came from."""
+    """The file that records the origin of a partial file."""
     return part.with_suffix(".from")
 
 
 def _left_over(part: Path, url: str, digest: str | None) -> tuple[int, str | None]:
-    """How many bytes of an earlier attempt can be resumed from, and the ETag of their file."""
+    """The number of bytes from an earlier attempt that can be resumed, and the ETag of their file."""
     try:
         origin = json.loads(_origin(part).read_text())
         if origin["url"] == url and (digest or origin["etag"]):
             return _size(part), origin["etag"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none, or a kill left it incomplete: start from the beginning
+        pass  # missing, or incomplete after a kill: start from the beginning
     return 0, None
 
 
@@ -152,7 +152,7 @@ def _append(url: str, part: Path, begin: int, etag: str | None, size: int | None
             found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
             if not found or int(found[1]) != begin or (etag and answer.headers.get("ETag", etag) != etag):
                 part.unlink(missing_ok=True)
-                raise _Interrupted("the server gives another range than requested")
+                raise _Interrupted("the server sent another range than requested")
             total = None if found[2] == "*" else int(found[2])
         else:
             begin, length = 0, answer.headers.get("Content-Length", "")
@@ -179,11 +179,11 @@ def _append(url: str, part: Path, begin: int, etag: str | None, size: int | None
 
 
 def _opened(url: str, headers: dict[str, str], part: Path) -> Any:
-    """Opens the answer to a request; raises as `_append` does."""
+    """Opens the response to a request; raises as `_append` does."""
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # the partial file is not the beginning of the server's
+        if error.code == 416:  # the partial file is not a prefix of the server's
             part.unlink(missing_ok=True)
             raise _Interrupted("the server has no such range") from None
         if error.code in PASSING:
@@ -212,7 +212,7 @@ def _what(error: Exception) -> str:
 
 
 class _Log:
-    """Prints what a progress bar draws as lines."""
+    """Prints the output of a progress bar as lines."""
 
     def write(self, text: str) -> None:
         if line := text.strip():
@@ -234,7 +234,7 @@ def _bar(name: str, begin: int, total: int | None) -> Any:
 
 
 def _wrong(part: Path, size: int | None, digest: str | None) -> str | None:
-    """Why a complete file is not the expected one; None if it is."""
+    """The reason why a complete file is not the expected one; None if it is."""
     if size is not None and _size(part) != size:
         return f"{_size(part):,} bytes instead of {size:,}"
     if digest is None or matches(part, digest):

@@ -1,10 +1,10 @@
-"""`t5x fetch`: downloads official files into the folder that DATA_DIR names, where the readers look for them.
+"""`t5x fetch`: downloads official files to the folder DATA_DIR, where the readers look for them.
 
     t5x fetch mbpp logic --data_dir=/data
 
 HF_ENDPOINT names a mirror of huggingface.co, as it does for Hugging Face's libraries.
 
-SHA256SUMS in that folder, which `sha256sum --check` reads, records the SHA-256 of each file at its first download.
+SHA256SUMS in that folder, in the format of `sha256sum --check`, records the SHA-256 of each file at its first download.
 Files without a published digest are checked against it from then on.
 """
 
@@ -31,21 +31,21 @@ HUB = "https://huggingface.co"
 
 
 class NeedsSignature(ValueError):
-    """The publisher gives the files on request only."""
+    """The publisher provides the files only on request."""
 
 
 def fetch(names: Sequence[str], data_dir: str | None, say: Callable[[str], None] = print) -> None:
-    """Downloads the files of releases into a folder. Files that are there already are checked and kept.
+    """Downloads the files of releases to a folder. Existing files are checked and kept.
 
     Args:
-      names: as `releases.release` takes them; without any, the releases are listed.
+      names: in the format of `releases.release`; without names, the releases are listed.
       data_dir: a local folder, which is created if needed.
-      say: prints a line of what is done.
+      say: prints a progress line.
 
     Raises:
-      ValueError: a name or the folder is wrong, and nothing was done; or the publisher gives the files on request
-        only.
-      OSError: some files cannot be had, or another process fetches into the same folder. The other files are fetched
+      ValueError: a name or the folder is wrong, and nothing was done; or the publisher provides the files only on
+        request.
+      OSError: some files are unavailable, or another process fetches into the same folder. The other files are fetched
         first, unless there is no network.
     """
     if not names:
@@ -53,9 +53,9 @@ def fetch(names: Sequence[str], data_dir: str | None, say: Callable[[str], None]
         return
     wanted = {each.name: each for each in map(release, names)}.values()
     if not data_dir:
-        raise ValueError("no --data_dir is given: the folder that the other commands know as --gin.DATA_DIR.")
+        raise ValueError("no --data_dir is given: the folder that other commands take as --gin.DATA_DIR.")
     if "://" in data_dir:
-        raise ValueError(f"{data_dir} is no local folder; fetch into one, and copy it there.")
+        raise ValueError(f"{data_dir} is not a local folder: fetch into a local one and copy it there.")
     top = Path(data_dir).expanduser()
     top.mkdir(parents=True, exist_ok=True)
     failures: list[OSError | ValueError] = []
@@ -85,14 +85,14 @@ def _fetch_release(each: Release, top: Path, present: Mapping[str, str], say: Ca
     """Downloads the files of a release; `present` maps the names of files below the folder to one path each."""
     for place in (place for file in each.files for place in file.places):
         name = Path(place).name
-        # Readers refuse two files of a name, except for these, which they tell apart by their folders.
+        # Readers refuse two files of the same name, except for these, which they distinguish by their folders.
         if name in present and not (top / place).exists() and name not in ("train.json", "dev.json", "test.json"):
-            raise OSError(f"{present[name]} is there already. Move it to {top / place}, where it is checked, or "
+            raise OSError(f"{present[name]} exists already. Move it to {top / place}, where it will be checked, or "
                           "remove it.")
     missing = [file for file in each.files if not all((top / place).exists() for place in file.places)]
     if each.ask and missing:
-        raise NeedsSignature(f"the publisher gives the files on request only. Ask for them at {each.ask} and put them "
-                             f"at {_places(missing, top)}.")
+        raise NeedsSignature(f"the publisher provides the files only on request. Ask for them at {each.ask} and put "
+                             f"them at {_places(missing, top)}.")
     for file in each.files:
         _fetch_file(file, top, say)
 
@@ -106,7 +106,7 @@ def _fetch_file(file: File, top: Path, say: Callable[[str], None]) -> None:
     missing = [place for place in file.places if not (top / place).exists()]
     for place in file.places:
         if place not in missing:
-            say(f"  {place} is there already, {_checked(file, place, top, recorded.get(place))}")
+            say(f"  {place} exists already, {_checked(file, place, top, recorded.get(place))}")
     if not missing:
         return
     assert file.url is not None
@@ -115,7 +115,7 @@ def _fetch_file(file: File, top: Path, say: Callable[[str], None]) -> None:
     for place in missing:
         (top / place).parent.mkdir(parents=True, exist_ok=True)
     is_archive = file.places[missing[0]] is not None
-    # An archive lies beside its members until they are unpacked.
+    # An archive stays beside its members until they are unpacked.
     target = first.with_name(url.rpartition("/")[2]) if is_archive else first
     say(f"  {target.name}: downloading {url}")
     part = download(url, target, file.size, file.digest)
@@ -140,7 +140,7 @@ def _fetch_file(file: File, top: Path, say: Callable[[str], None]) -> None:
 
 
 def _checked(file: File, place: str, top: Path, recorded: str | None) -> str:
-    """Says how a file that is there was checked. Raises OSError if it is not the expected one."""
+    """Describes how an existing file was checked. Raises OSError if it is not the expected one."""
     digest = file.digest if file.places[place] is None and file.digest else recorded and f"sha256:{recorded}"
     if not digest:
         return "not checked: no digest is published, and it was not fetched here"
@@ -151,10 +151,10 @@ def _checked(file: File, place: str, top: Path, recorded: str | None) -> str:
 
 
 def _members(archive: Path, members: dict[str, str], top: Path) -> dict[str, Path]:
-    """Unpacks members of a zip or tar archive beside their places; returns the path of each by its place.
+    """Unpacks members of a zip or tar archive beside their destinations; returns the path of each by its destination.
 
     Raises:
-      OSError: the file is no archive, is damaged, or lacks a member.
+      OSError: the file is not an archive, is damaged, or lacks a member.
     """
     found = {place: partial(top / place) for place in members}
     try:
@@ -167,8 +167,8 @@ def _members(archive: Path, members: dict[str, str], top: Path) -> dict[str, Pat
     except (KeyError, EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
         for left in [archive, *found.values()]:
             left.unlink(missing_ok=True)
-        raise OSError(f"{archive.name[1:].removesuffix('.part')} is no archive with {' and '.join(members.values())}: "
-                      f"{error}.") from error
+        raise OSError(f"{archive.name[1:].removesuffix('.part')} is not an archive with "
+                      f"{' and '.join(members.values())}: {error}.") from error
     return found
 
 
@@ -183,14 +183,14 @@ def _opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
         def member(path: str) -> IO[bytes]:
             stream = tape.extractfile(path)
             if stream is None:
-                raise KeyError(f"{path} is no file")
+                raise KeyError(f"{path} is not a file")
             return stream
 
         yield member
 
 
 def _recorded(top: Path) -> dict[str, str]:
-    """SHA-256 by path, as SHA256SUMS has them."""
+    """The SHA-256 by path, from SHA256SUMS."""
     try:
         lines = (top / SUMS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -206,12 +206,12 @@ def _record(top: Path, recorded: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _alone(top: Path) -> Iterator[None]:
-    """Keeps another process from fetching into the same folder at the same time."""
+    """Prevents other processes from fetching into the same folder at the same time."""
     with (top / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(f"another process is fetching into {top}; wait for its end.") from None
+            raise OSError(f"another process is fetching into {top}; wait until it ends.") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
                 raise

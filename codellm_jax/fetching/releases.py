@@ -14,8 +14,8 @@ class File:
     """A file, or an archive of files, as published.
 
     Attributes:
-      url: None if the publisher gives it on request only.
-      places: paths below DATA_DIR, each with the archive's member that belongs there, or None for the file itself.
+      url: None if the publisher provides it only on request.
+      places: paths below DATA_DIR, each with the matching member of the archive, or None for the file itself.
       size: in bytes; None if unknown.
       digest: "sha256:", "md5:" or "git:" and hexadecimal digits; None if none is published.
     """
@@ -28,7 +28,7 @@ class File:
 
 @dataclass(frozen=True)
 class Release:
-    """A benchmark or an instruction set as published; `tasks` and `corpora` name its readers."""
+    """A published benchmark or instruction set; `tasks` and `corpora` name its readers."""
 
     name: str
     title: str
@@ -38,7 +38,7 @@ class Release:
     tasks: tuple[str, ...]
     corpora: tuple[str, ...]
     files: tuple[File, ...]
-    ask: str | None = None  # where to ask for files that are given on request only
+    ask: str | None = None  # where to request files that are not published
 
 
 @functools.cache
@@ -57,10 +57,10 @@ def _file(entry: Mapping[str, Any]) -> File:
 
 
 def release(name: str) -> Release:
-    """Finds a release by its name, or by that of a task or corpus that reads it, such as "code.mbpp".
+    """Finds a release by its name, or by the name of a task or corpus that reads it, such as "code.mbpp".
 
     Raises:
-      ValueError: there is none; lists all names in one line.
+      ValueError: there is none; the one-line message lists all names.
     """
     by_name = {alias: each for each in releases().values() for alias in (*each.tasks, *each.corpora)} | releases()
     if name not in by_name:
@@ -71,7 +71,7 @@ def release(name: str) -> Release:
 
 
 def listing() -> str:
-    """A table of all releases, for a person."""
+    """A table of all releases for printing."""
     rows = [("name", "licence", "what"), *((each.name, each.licence, each.title) for each in releases().values())]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows)

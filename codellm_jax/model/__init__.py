@@ -1,1 +1,1 @@
-"""What is trained: the decoder, its attention and its loss. Knows no data, no gin and no mesh."""
+"""The decoder, its attention and its loss; independent of data, gin and mesh."""

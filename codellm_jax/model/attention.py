@@ -1,9 +1,9 @@
 """Dot-product attention: one function, several implementations chosen by name.
 
-All implementations compute the same thing, softmax(Q K^T / sqrt(K)) V under one mask, and are tested against
-"reference" in values and gradients. Keys and values may have fewer heads than queries: each of theirs then serves as
-many neighbouring ones of the queries. "auto" takes the one of the devices that a program is compiled for: "splash" on
-TPU, "fused" on GPU, "blocked" elsewhere. Shape suffixes are explained at the top of `decoder.py`.
+All implementations compute the same function, softmax(Q K^T / sqrt(K)) V under one mask, and are tested against
+"reference" in values and gradients. There may be fewer heads of keys and values than of queries: each then serves a
+group of neighbouring query heads. "auto" chooses by the devices that a program is compiled for: "splash" on TPU,
+"fused" on GPU, "blocked" elsewhere. Shape suffixes are explained at the top of `decoder.py`.
 """
 
 import difflib
@@ -15,20 +15,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# "blocked" cuts the queries into at most so many blocks, none smaller than so many queries. Measured on 2 CPU cores,
-# both passes, before the backward one was its own: 256 tokens 11 ms against 22 unblocked, 1,024 tokens 240 against 382.
+# "blocked" cuts the queries into at most MOST_BLOCKS blocks, none smaller than SMALLEST_BLOCK. Measured on 2 CPU cores,
+# both passes, before the backward pass was custom: 256 tokens 11 ms against 22 unblocked, 1,024 tokens 240 against 382.
 MOST_BLOCKS = 8
 SMALLEST_BLOCK = 64
 
 ATTENDED = jax.checkpoint_policies.save_only_these_names("attended")
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
-# A token always sees itself: no row is masked whole, and the lowest finite number is as good as -inf.
+# A token always sees itself: no row is fully masked, so the lowest finite number works as well as -inf.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class AttentionMask(NamedTuple):
-    """Who may attend to whom, as a rule rather than an array, so that blockwise kernels can skip what is masked.
+    """The mask as a rule rather than an array, so that blockwise kernels can skip masked blocks.
 
     The query at index i of the row sees the key at index j where j <= i and both belong to the same segment
     (document), or j belongs to the shared segment. Indices count along the row; they are not the position ids, which
@@ -39,8 +39,8 @@ class AttentionMask(NamedTuple):
       key_segments_BM: int32, the document each key belongs to.
       query_offset: None if queries and keys are the same tokens; else an int32 scalar, the row index of the first
         query (queries are then the newest tokens of a cache of M slots; slots not yet written lie in the future).
-      shared_segment: None, or the id of a segment that all later tokens of the row see, as the branches of a tree
-        see its stem.
+      shared_segment: None, or the id of a segment that all later tokens of the row see, as the branches of a tree see
+        its stem.
     """
 
     query_segments_BL: jax.Array
@@ -74,13 +74,13 @@ def _heads_first(
 
 
 def _grouped(query_BHLK: jax.Array, key_heads: int) -> jax.Array:
-    """Queries whose heads share one of the keys in a line, [B, G, H/G x L, K]: its products are then one matmul."""
+    """Queries whose heads share a key head, concatenated, [B, G, H/G x L, K]: their products are then one matmul."""
     batch, _, _, size = query_BHLK.shape
     return query_BHLK.reshape(batch, key_heads, -1, size)
 
 
 def _attend(query_BHLK: jax.Array, key_BGMK: jax.Array, value_BGMK: jax.Array, mask_B1LM: jax.Array) -> jax.Array:
-    """softmax(Q K^T) V of scaled queries under a dense mask, all scores held and in float32."""
+    """softmax(Q K^T) V of scaled queries under a dense mask, with all scores held in float32."""
     batch, heads, length, _ = query_BHLK.shape
     key_heads, slots = key_BGMK.shape[1:3]
     grouped_BGNK = _grouped(query_BHLK, key_heads)
@@ -94,7 +94,7 @@ def _attend(query_BHLK: jax.Array, key_BGMK: jax.Array, value_BGMK: jax.Array, m
 def reference_attention(
     query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask
 ) -> jax.Array:
-    """Attention with the whole square of scores, [B, H, L, M]; the definition the others are tested against."""
+    """Attention with the full matrix of scores, [B, H, L, M]; the definition that the others are tested against."""
     query_BHLK, key_BGMK, value_BGMK = _heads_first(query_BLHK, key_BMGK, value_BMGK)
     return _attend(query_BHLK, key_BGMK, value_BGMK, mask.dense()).swapaxes(1, 2)
 
@@ -102,13 +102,13 @@ def reference_attention(
 def blocked_attention(
     query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask
 ) -> jax.Array:
-    """Blocks of queries, each against the keys up to its own end only: nearly half of the square is never computed.
+    """Blocks of queries, each against the keys up to its own end only: nearly half of the matrix is never computed.
 
-    The backward pass keeps what attention returned and the logarithm of each row's sum of exponentials, both named
-    "attended", and makes the weights again from them (arXiv:2205.14135, section 3.1).
+    The backward pass keeps the attention output and the logarithm of each row's sum of exponentials, both named
+    "attended", and recomputes the weights from them (arXiv:2205.14135, section 3.1).
 
-    With a cache, where the queries' place in the row is known only at run time, it is the reference; but queries as
-    many as the cache has slots can only be the whole row.
+    With a cache, where the position of the queries is only known at run time, it uses the reference; but if there are
+    as many queries as the cache has slots, they are the whole row.
     """
     if mask.query_offset is not None and query_BLHK.shape[1] != key_BMGK.shape[1]:
         return reference_attention(query_BLHK, key_BMGK, value_BMGK, mask)
@@ -116,14 +116,15 @@ def blocked_attention(
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    """The first query of each block, and the one behind its last."""
+    """The first query of each block, and the index after its last."""
     size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _scores(query_BGNK: jax.Array, key_BGMK: jax.Array, mask_B1ML: jax.Array) -> jax.Array:
-    """Masked scores of grouped queries, float32 [B, G, M, N]: of the two orders the one whose sums over the keys XLA on
-    CPU vectorizes."""
+    """Masked scores of grouped queries, float32 [B, G, M, N]. XLA on CPU vectorizes the sums over the keys in this
+    order of the axes.
+    """
     scores_BGMN = jnp.einsum("BGMK,BGNK->BGMN", key_BGMK, query_BGNK, preferred_element_type=jnp.float32)
     in_group = query_BGNK.shape[2] // mask_B1ML.shape[3]
     return jnp.where(jnp.tile(mask_B1ML, in_group) if in_group > 1 else mask_B1ML, scores_BGMN, LOWEST)
@@ -137,7 +138,7 @@ def _blocked(query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, 
 def _blocked_forward(
     query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, mask_B1ML: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Attends block by block; returns [B, L, H, K], and what the backward pass takes."""
+    """Attends block by block; returns [B, L, H, K], and the inputs of the backward pass."""
     query_BHLK, key_BGLK, value_BGLK = _heads_first(query_BLHK, key_BLGK, value_BLGK)
     batch, heads, length, size = query_BHLK.shape
     attended, logarithms = [], []
@@ -161,8 +162,9 @@ def _blocked_forward(
 def _blocked_backward(
     kept: tuple[jax.Array, ...], gradient_BLHK: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """Gradients of queries, keys and values; d loss / d score = weight (d loss / d weight - sum over the keys of
-    weight x that), and the sum is the product of what attention returned with its gradient."""
+    """Gradients of queries, keys and values. d loss / d score = weight (d loss / d weight - sum over the keys of weight
+    x d loss / d weight), and this sum is the product of the attention output with its gradient.
+    """
     query_BLHK, key_BLGK, value_BLGK, mask_B1ML, attended_BLHK, logarithm_BHL = kept
     dtype, length = query_BLHK.dtype, query_BLHK.shape[1]
     query_BHLK, key_BGLK, value_BGLK = _heads_first(query_BLHK, key_BLGK, value_BLGK)
@@ -203,13 +205,14 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 def fused_attention(
     query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask, prescaled: bool = False
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU where it can, else XLA's operations.
+    """`jax.nn.dot_product_attention`: cuDNN's flash attention on a GPU if supported, else XLA's operations.
 
-    cuDNN takes float16 and bfloat16, sizes of a head that 8 divides up to 128, and even lengths. Segments, stems and
-    caches go to it as a dense mask, [B, 1, L, M] in the compute dtype, beside which it skips what causality masks.
+    cuDNN supports float16 and bfloat16, head sizes up to 128 divisible by 8, and even lengths. Segments, stems and
+    caches are passed as a dense mask, [B, 1, L, M] in the compute dtype; causally masked blocks are skipped in
+    addition.
 
-    `prescaled` has the queries scaled before, to the same effect. XLA mixes up the equal ones among its calls of
-    cuDNN's deterministic backward pass (openxla/xla#46500), so those of a program have to differ.
+    With `prescaled`, the queries are already scaled, which gives the same result. XLA confuses equal calls of cuDNN's
+    deterministic backward pass (openxla/xla#46500), so the calls of one program must differ.
     """
     can = query_BLHK.dtype in (jnp.float16, jnp.bfloat16) and query_BLHK.shape[-1] % 8 == 0 \
         and query_BLHK.shape[-1] <= 128 and query_BLHK.shape[1] % 2 == key_BMGK.shape[1] % 2 == 0
@@ -224,9 +227,9 @@ def fused_attention(
 
 
 def attended_saveable(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
-    """A policy for `jax.checkpoint` that keeps what attention returns, and the sums that its backward pass takes.
+    """A policy for `jax.checkpoint` that keeps attention outputs and the sums that the backward pass needs.
 
-    Implementations name both "attended", but for JAX's cuDNN kernel, which names nothing and is known by its primitive.
+    Implementations name both "attended"; JAX's cuDNN kernel names nothing and is recognised by its primitive.
     """
     return primitive.name == CUDNN_FORWARD or ATTENDED(primitive, *inputs, **parameters)
 
@@ -234,12 +237,12 @@ def attended_saveable(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
 def splash_attention(
     query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask
 ) -> jax.Array:
-    """The Pallas kernel of `splash.py`; of what it cannot do the rest falls to "blocked".
+    """The Pallas kernel of `splash.py`; cases that it does not support use "blocked".
 
-    That is a shared segment (scoring's stems), queries that are the newest tokens of a cache, and rows or heads that
+    These are a shared segment (scoring's stems), queries that are the newest tokens of a cache, and rows or heads that
     the mesh does not divide or that are sharded along the length.
     """
-    from codellm_jax.model import splash  # Pallas is imported by those who use it
+    from codellm_jax.model import splash  # import Pallas only when it is used
 
     spec = splash.layout(query_BLHK.shape[0], key_BMGK.shape[2])
     whole_rows = mask.query_offset is None or query_BLHK.shape[1] == key_BMGK.shape[1]
@@ -257,13 +260,16 @@ NAMES = ("auto", *IMPLEMENTATIONS)
 
 
 def platform() -> str:
-    """Where the program under way will run: the mesh's devices tell, which may be none of this machine's."""
+    """The platform that the current program will run on: that of the mesh's devices, which may be absent from this
+    machine.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def check_name(what: str, found: str, known: Iterable[str]) -> None:
-    """Raises a one-line ValueError that gives the nearest known name if `found` is not among `known`."""
+    """Raises ValueError with a one-line message that suggests the nearest known name if `found` is not among `known`.
+    """
     known = list(known)
     if found not in known:
         nearest = difflib.get_close_matches(str(found), known, n=1, cutoff=0.0)[0]
@@ -287,11 +293,11 @@ def dot_product_attention(
       value_BMGK: values, likewise.
       mask: who may see whom.
       implementation: one of `NAMES`.
-      is_query_layer: tells the call of the query layer from that in the loop over the other layers.
+      is_query_layer: distinguishes the query layer's call from the one in the loop over the other layers.
 
     Returns:
-      [B, L, H, K] in the dtype of the values; scores and softmax are float32 inside. What a backward pass needs of it
-      is kept under `attended_saveable`.
+      [B, L, H, K] in the dtype of the values; scores and softmax are float32 inside. `attended_saveable` keeps the
+      values that a backward pass needs.
 
     Raises:
       ValueError: if the implementation is unknown.

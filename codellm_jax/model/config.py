@@ -1,4 +1,4 @@
-"""What a decoder is made of: sizes, and a choice for each part. A family of models is a set of values.
+"""The configuration of a decoder: sizes, and a choice for each part. A family of models is a set of values.
 
 The defaults are PanGu-alpha's. Llama's, for one, are norm='rms', norm_epsilon=1e-5, positions='rotary',
 activation='swiglu', biases='none', tied_head=False and query_layer=False, with kv_heads from its sizes.
@@ -31,21 +31,20 @@ BIASES: dict[str, tuple[str, ...]] = {
     "none": (),
 }
 
-# What the backward pass may keep of a block's forward pass on the device, each less than the one before; None keeps
-# all it wants.
+# The activations of a block that the backward pass may keep on the device, in decreasing order; None keeps everything.
 REMAT_POLICIES = {
     "none": None,
-    # Kept: what matmuls and attention return. Computed again: attention scores and all that is elementwise. The fastest
-    # on CPU too: 0.40 s a step where keeping all takes 0.49, for a scan stacks what it keeps.
+    # Kept: outputs of matmuls and attention. Recomputed: attention scores and elementwise operations. Also the fastest
+    # on CPU: 0.40 s per step against 0.49 if everything is kept, because a scan stacks what it keeps.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names("projected", "mixed", "expanded"), attended_saveable),
-    # Kept: what attention takes and returns. Computed again: its output projection and the MLP's first matmul, whose
-    # output is as large as all that is kept here.
+    # Kept: inputs and outputs of attention. Recomputed: its output projection and the MLP's first matmul, whose output
+    # is as large as everything kept here.
     "attention": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names("projected"), attended_saveable),
     # Kept: a block's input.
     "full": jax.checkpoint_policies.nothing_saveable,
-    # The same, in the host's memory: what is sent there and back, a device keeps no longer.
+    # The same, in the host's memory: the device frees what it sends there.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=["input"],
         offload_src="device", offload_dst="pinned_host"),
@@ -71,19 +70,20 @@ class DecoderConfig:
     """Sizes and choices of a decoder; checked when made.
 
     Attributes:
-      layers: number of blocks, the query layer counted in.
+      layers: number of blocks, including the query layer.
       hidden: width of the model.
-      heads: attention heads, those of queries.
+      heads: attention heads of queries.
       feedforward: width of the MLP.
-      vocabulary_size: rows of the token embedding, padding rows counted in; the vocabulary sets it.
-      length: the longest row in tokens, and how many learned positions there are; the data set it.
+      vocabulary_size: rows of the token embedding, including padding rows; set from the vocabulary.
+      length: the longest row in tokens, and the number of learned positions; set from the data.
       query_layer: whether the last block is PanGu-alpha's query layer; False is a plain GPT, with a final norm there.
       activation: of the MLP: gelu (tanh form), gelu_exact, fast_gelu, or gated swiglu, geglu.
       dropout_rate: probability of dropout after the embedding, after attention and after the MLP.
       dtype: of the computation: float32, bfloat16 or float16. Parameters are always float32.
       remat: what the backward pass keeps of a block instead of computing it again: none (everything is kept), dots,
         attention, full (only the input) or offload (the input, in the host's memory).
-      scan_unroll: blocks that are compiled out in a row; parameters have the same form whatever it is.
+      scan_unroll: number of blocks compiled in sequence within the loop; the form of the parameters does not depend on
+        it.
       attention: implementation of attention: auto, or one of `attention.NAMES`.
       initializer_std: standard deviation of new parameters.
       kv_heads: heads of keys and values, each shared by a group of queries' heads; None for as many as `heads`.
@@ -103,8 +103,8 @@ class DecoderConfig:
       tied_head: whether logits use the token embedding; False gives them a parameter of their own.
 
     Raises:
-      ValueError: in one line, if a size is not positive, the heads do not divide the hidden size or the heads of keys
-        those of queries, a name is unknown, or a number is out of its range.
+      ValueError: with a one-line message, if a size is not positive, the heads do not divide the hidden size or the key
+        heads do not divide the heads, a name is unknown, or a number is out of range.
     """
 
     layers: int
@@ -170,7 +170,7 @@ class DecoderConfig:
         if not 0.0 < self.rotary_part <= 1.0:
             raise ValueError(f"rotary_part must be above 0 and at most 1, found {self.rotary_part}.")
         if self.positions == "rotary" and (self.rotated_size % 2 or not self.rotated_size):
-            raise ValueError(f"Rotary positions turn pairs: rotary_part = {self.rotary_part} of heads of "
+            raise ValueError(f"Rotary positions rotate pairs: rotary_part = {self.rotary_part} of heads of size "
                              f"{self.size_of_head} is {self.rotated_size} numbers, which must be even and not 0.")
 
     @property
@@ -179,27 +179,27 @@ class DecoderConfig:
 
     @property
     def key_heads(self) -> int:
-        """Heads of keys and values."""
+        """The number of heads of keys and values."""
         return self.kv_heads or self.heads
 
     @property
     def query_width(self) -> int:
-        """Of all heads of queries together, and of what attention returns."""
+        """The total width of the query heads, and of the attention output."""
         return self.heads * self.size_of_head
 
     @property
     def key_width(self) -> int:
-        """Of all heads of keys together, and of values."""
+        """The total width of the key heads, and of the value heads."""
         return self.key_heads * self.size_of_head
 
     @property
     def key_axis(self) -> str:
-        """The logical axis of the heads of keys and values: their own where they are fewer."""
+        """The logical axis of the heads of keys and values: a separate one if they are fewer."""
         return "heads" if self.key_heads == self.heads else "kv_heads"
 
     @property
     def rotated_size(self) -> int:
-        """Numbers of a head that rotary positions turn."""
+        """The numbers of a head that rotary positions rotate."""
         return int(self.size_of_head * self.rotary_part)
 
     @property

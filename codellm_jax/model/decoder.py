@@ -6,14 +6,14 @@ Legend of the shape suffixes, here and in the rest of `model/`:
   L  length, tokens in a row              F  feed-forward size
   M  keys: L, or the slots of a cache     H  attention heads
   C  positions in a chunk of the loss     G  heads of keys and values: H, or fewer that divide it
-  N  tokens of B x L or B x C, flattened  K  size of a head, D / H if nothing else is said
+  N  tokens of B x L or B x C, flattened  K  size of a head, D / H by default
   P  positions known, `config.length`     Q  width of several heads, H K or G K
   V  vocabulary, rows of the embedding    I, O  inputs and outputs of a linear layer
 
-The network is by default the one described in arXiv:2104.12369 (PanGu-alpha) and trained in arXiv:2309.16298:
-pre-LayerNorm blocks with biases everywhere; the last block, the query layer, asks with an embedding of the position
-instead of the hidden state. `config.py` names the other parts. Parameters are float32; `DecoderConfig.dtype` is what is
-computed in; norms, rotation and softmax are float32.
+The default network is the one described in arXiv:2104.12369 (PanGu-alpha) and trained in arXiv:2309.16298:
+pre-LayerNorm blocks with biases everywhere; the last block, the query layer, uses an embedding of the position as its
+query instead of the hidden state. `config.py` names the other parts. Parameters are float32; `DecoderConfig.dtype` is
+the compute dtype; norms, rotation and softmax are float32.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ from codellm_jax.model.rotary import Rotation, rotation
 
 
 def _look_up(table: jax.Array, ids_BL: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of a table of positions [P, D], float32 [B, L, D]; `dtype` is what they are rounded to later.
+    """Rows of a table of positions [P, D], float32 [B, L, D]; `dtype` is the dtype to which they are rounded later.
 
-    Sharded over its width, the table is gathered first: it is small, and what is looked up is sharded over the batch.
+    A table sharded over its width is gathered first: it is small, and the result is sharded over the batch.
     """
     x_BLD = look_up_few(constrain(table, "position", "activation_embed"), ids_BL, dtype)
     return constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")
@@ -43,8 +43,8 @@ def _look_up(table: jax.Array, ids_BL: jax.Array, dtype: jnp.dtype) -> jax.Array
 def _look_up_tokens(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Rows of the token embedding, float32 [B, L, D].
 
-    Sharded over its width, each device looks up its columns for all rows of the batch, and then hands on what others'
-    rows need: activations cross the network instead of the table, whose gradient is summed where it lies.
+    With a table sharded over its width, each device looks up its columns for all rows of the batch and then exchanges
+    them: activations cross the network instead of the table, whose gradient is summed in place.
     """
     x_BLD = look_up_many(jnp.asarray(table_VD), constrain(tokens_BL, "lookup_batch", "activation_length"))
     x_BLD = constrain(x_BLD, "lookup_batch", "activation_length", "embed")
@@ -52,7 +52,7 @@ def _look_up_tokens(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
 
 
 def _rematerialized(config: DecoderConfig, prevent_cse: bool) -> type[nn.Module]:
-    """Returns `Block`, wrapped so that its backward pass keeps only what the config's policy says."""
+    """Returns `Block`, wrapped so that its backward pass keeps only what the config's policy allows."""
     if config.remat == "none":
         return Block
     return nn.remat(
@@ -64,7 +64,7 @@ def _rematerialized(config: DecoderConfig, prevent_cse: bool) -> type[nn.Module]
 
 
 class CachedMask(nn.Module):
-    """What all layers' caches share: the segment ids of the tokens held, and how many they are."""
+    """The state shared by the caches of all layers: the segment ids of the tokens held, and their number."""
 
     config: DecoderConfig
 
@@ -88,8 +88,8 @@ class Decoder(nn.Module):
 
     Attributes:
       config: the sizes and the parts.
-      apart: blocks are modules of their own, `blocks_0`, `blocks_1`, ..., with the parameters that `blocks_apart`
-        gives, instead of a scan over stacked parameters and caches. A step of decoding then copies neither.
+      apart: blocks are separate modules, `blocks_0`, `blocks_1`, ..., with the parameters from `blocks_apart`, instead
+        of a scan over stacked parameters and caches. A step of decoding then copies neither.
     """
 
     config: DecoderConfig
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         if self.apart:
             self.blocks = [Block(config) for _ in range(config.scanned_layers)]
         elif config.scanned_layers:
-            # A loop keeps XLA from merging the second computation with the first; compiled out whole, it is no loop.
+            # A loop keeps XLA from merging the recomputation with the original; fully unrolled, there is no loop.
             block = _rematerialized(config, prevent_cse=config.scan_unroll >= config.scanned_layers)
             self.blocks = nn.scan(
                 block,
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         decode: bool = False,
         shared_segment: int | None = None,
     ) -> jax.Array:
-        """Computes the final hidden states, the ones that `logits` or the loss takes.
+        """Computes the final hidden states, the input of `logits` and the loss.
 
         Args:
           tokens_BL: int32 in [0, vocabulary_size).
@@ -151,8 +151,8 @@ class Decoder(nn.Module):
           decode: True appends the tokens to the mutable collection "cache" and attends to all that it holds. The
             first call may bring a prompt of any length, later ones one token or several; the caller must not bring
             more tokens in all than the cache has slots (`init_cache`).
-          shared_segment: a segment that every later token of its row sees too: the stem of several continuations,
-            each a segment of its own with positions that go on from the stem's.
+          shared_segment: a segment that every later token of its row also sees: the stem of several continuations, each
+            a segment of its own with positions that continue the stem's.
 
         Returns:
           hidden_BLD in the compute dtype.
@@ -189,11 +189,11 @@ class Decoder(nn.Module):
         return x_BLD
 
     def _rotation(self, positions_BL: jax.Array) -> Rotation | None:
-        """How rotary positions turn queries and keys; None where positions are learned."""
+        """The rotation of queries and keys by rotary positions; None for learned positions."""
         config = self.config
         if config.positions == "learned":
             return None
-        assert not isinstance(config.rotary_scaling, Mapping)  # which the config has read
+        assert not isinstance(config.rotary_scaling, Mapping)  # the config has converted it
         return rotation(positions_BL, config.rotated_size, config.rotary_theta, config.rotary_scaling)
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
@@ -206,19 +206,20 @@ class Decoder(nn.Module):
 
 
 def output_head(params: Any) -> jax.Array:
-    """Returns what logits are made with, float32 [V, D], of a decoder's parameters (boxed or not), for the loss: the
-    token embedding, or where the head is not tied to it `lm_head`."""
+    """Returns the output head for the loss, float32 [V, D], from a decoder's parameters (boxed or not): the token
+    embedding, or `lm_head` if the head is not tied.
+    """
     return nn.unbox(params["lm_head" if "lm_head" in params else "token_embedding"])
 
 
 def blocks_apart(collection: Any, dtype: str) -> Any:
     """The parameters or the cache of `Decoder(config, apart=True)`, from those of `Decoder(config)`.
 
-    Each block's are cut from the stack, and kernels are rounded to `dtype`, to which computing rounds them anyway.
+    Each block is cut from the stack, and kernels are rounded to `dtype`, as the computation would do anyway.
 
     Args:
       collection: the parameters, not boxed, or the cache.
-      dtype: what is computed in.
+      dtype: the compute dtype.
     """
     def of_layer(layer: int) -> Any:
         def cut(path: tuple[Any, ...], leaf_of_layers: jax.Array) -> jax.Array:
@@ -244,7 +245,7 @@ def init_cache(config: DecoderConfig, batch: int, length: int | None = None) -> 
 
 
 class BlockProducts(NamedTuple):
-    """Multiply-adds of a block's matmuls for one token, each as many as its kernel has numbers."""
+    """Multiply-adds of a block's matmuls per token, equal to the sizes of their kernels."""
 
     query: int  # D H K
     key_value: int  # 2 D G K
@@ -254,7 +255,7 @@ class BlockProducts(NamedTuple):
 
 
 def products_of_block(config: DecoderConfig) -> BlockProducts:
-    """The matmuls of a block but for attention's own two, which take L H K each."""
+    """The matmuls of a block, without attention's own two, which take L H K each."""
     hidden, mlp = config.hidden, config.hidden * config.feedforward
     query = hidden * config.query_width
     return BlockProducts(query, 2 * hidden * config.key_width, query, mlp * (2 if config.is_gated else 1), mlp)
@@ -292,11 +293,11 @@ def flops_per_token(config: DecoderConfig, causal: bool) -> float:
 
     6 (layers (2 D H K + 2 D G K + 2 D F) + V D)  +  12 layers L H K,    3 D F if gated, the last term halved if causal
 
-    Two FLOPs a multiply-add, three products a matmul (one forward, two backward); the logits are a matmul, looking
-    up an embedding is not. Attention's two products, Q K^T and weights V, take 2 L H K multiply-adds a token and layer
-    if the whole square is counted and half of that if only what causality allows (arXiv:2204.02311, appendix B, counts
-    the square). Report both. Recomputed FLOPs (remat) are not model FLOPs; nor is what is elementwise, such as norms
-    and rotation.
+    Two FLOPs per multiply-add, three products per matmul (one forward, two backward); the logits are a matmul, looking
+    up an embedding is not. Attention's two products, Q K^T and weights V, take 2 L H K multiply-adds per token and
+    layer if the full matrix counts, and half of that if only the causal part counts (arXiv:2204.02311, appendix B,
+    counts the full matrix). Report both. Recomputed FLOPs (remat) are not model FLOPs; nor are elementwise operations
+    such as norms and rotation.
     """
     matmul = config.layers * sum(products_of_block(config)) + config.vocabulary_size * config.hidden
     attention = 12 * config.layers * config.length * config.query_width

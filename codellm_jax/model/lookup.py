@@ -1,8 +1,8 @@
-"""Rows of a table by number, with gradients whose sums have one order.
+"""Rows of a table by index, with gradients summed in a fixed order.
 
-The gradient of a look-up adds up, for each row of the table, the gradients of the tokens that took it. XLA scatters
-them, and on a GPU adds in whatever order its threads come: the same run would give other losses each time. There these
-two do it in a fixed order. Shape suffixes are explained at the top of `decoder.py`.
+The gradient of a look-up sums, for each row of the table, the gradients of the tokens that used it. XLA scatters them,
+and on a GPU adds in the order in which threads arrive, so the same run would give different losses each time. These two
+functions use a fixed order. Shape suffixes are explained at the top of `decoder.py`.
 """
 
 import functools
@@ -17,7 +17,7 @@ def look_up_few(table_PD: jax.Array, ids_BL: jax.Array, dtype: jnp.dtype) -> jax
     """Rows of a table about as long as a row of the batch, in its own dtype [B, L, D].
 
     Args:
-      dtype: that the rows are rounded to later, so that their gradient has no more digits.
+      dtype: the dtype to which the rows are rounded later; their gradient needs no more precision.
     """
     return _few(table_PD, ids_BL, len(table_PD), dtype) if platform() == "gpu" else table_PD[ids_BL]
 
@@ -56,10 +56,10 @@ _many.defvjp(lambda table_VD, ids_BL, rows: (table_VD[ids_BL], ids_BL), _many_ba
 
 
 def sum_of_equal(ids_N: jax.Array, values_ND: jax.Array, rows: int) -> jax.Array:
-    """Sums of the values of equal ids, [rows, D]; nothing is scattered but whole sums, each to a place of its own.
+    """Sums of the values of equal ids, [rows, D]; only whole sums are scattered, each to its own place.
 
-    Sorted by id, each value takes in the one before, then the one two before, then four, where their ids are equal: the
-    last of a run has them all after log2 N passes.
+    The values are sorted by id. Each value adds the one before it, then the one two before, then four, if their ids are
+    equal: after log2 N passes the last of a run holds the whole sum.
     """
     tokens = len(ids_N)
     order_N = jnp.argsort(ids_N, stable=True)

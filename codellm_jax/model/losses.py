@@ -1,8 +1,8 @@
 """Cross-entropy that never holds all logits.
 
-At a vocabulary of 130,344 the float32 logits of one row of 1,024 tokens are 0.5 GiB, and training by the book holds
-them two or three times. Here chunks of positions pass one by one: a chunk's logits give its losses and, while still
-warm, its share of both gradients, and are then dropped. That is three matmuls in all where recomputing the logits in
+With a vocabulary of 130,344 the float32 logits of one row of 1,024 tokens take 0.5 GiB, and the standard computation
+holds them two or three times. Here chunks of positions are processed one by one: a chunk's logits give its losses and
+immediately its part of both gradients, and are then dropped. This takes three matmuls, where recomputing the logits in
 the backward pass (`jax.checkpoint`) takes four. Shape suffixes are explained at the top of `decoder.py`.
 """
 
@@ -15,8 +15,8 @@ from flax import linen as nn
 
 from codellm_jax.model.attention import platform
 
-# Positions in a chunk: B x C x V x 4 bytes of logits live at a time. Measured on 2 CPU cores at 8 x 256 tokens,
-# width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; all logits at once 145.
+# Positions in a chunk: B x C x V x 4 bytes of logits are live at a time. Measured on 2 CPU cores at 8 x 256 tokens,
+# width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; 145 for all logits at once.
 DEFAULT_CHUNK = 64
 LOGITS = 2**28  # bytes of a chunk's logits on a device
 FLOATS_OF_LINE = 16  # of a processor's cache
@@ -30,11 +30,12 @@ class _Gradients(NamedTuple):
 
 
 def chunk_of(rows: int, vocabulary_size: int, *, gradients: bool) -> int:
-    """Positions in a chunk for so many rows, which all devices of the mesh share (outside a mesh, one).
+    """Positions in a chunk for `rows` rows, which are distributed over all devices of the mesh (one device without a
+    mesh).
 
-    DEFAULT_CHUNK, or fewer where their logits would take more than LOGITS on a device. But for gradients over several
-    devices each chunk costs a reduction of the embedding's, V x D x 4 bytes: there a chunk is as large as LOGITS
-    allows, which for a few rows on each device is all positions, and never below DEFAULT_CHUNK.
+    This is DEFAULT_CHUNK, or fewer if their logits would exceed LOGITS on a device. For gradients over several devices,
+    however, each chunk costs a reduction of the embedding's gradient, V x D x 4 bytes: then a chunk is as large as
+    LOGITS allows (all positions, if each device has few rows), and never smaller than DEFAULT_CHUNK.
     """
     devices = max(1, jax.sharding.get_abstract_mesh().size)
     most = max(1, LOGITS * devices // (4 * rows * vocabulary_size))
@@ -59,7 +60,7 @@ def cross_entropy(
       embedding_VD: the tied token embedding, float32; its gradient comes back in its own dtype.
       targets_BL: int32 in [0, V), also where the weight is 0.
       weights_BL: float32, 0 for a token that does not count. A constant: no gradient flows to it.
-      chunk: positions in a chunk. A length it does not divide is cut into as many, evenly smaller chunks.
+      chunk: positions in a chunk. A length that it does not divide is cut into as many, evenly smaller chunks.
 
     Returns:
       The scalar float32 sum of weight x loss, differentiable once, in reverse, with respect to `hidden_BLD` and
@@ -92,7 +93,7 @@ def cross_entropy(
 def _chunked(
     hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """What runs when nobody differentiates: the forward pass alone."""
+    """The forward pass alone, used without differentiation."""
     (loss_sum, loss_BL), _ = _scan(hidden_BLD, embedding_VD, targets_BL, weights_BL, chunk, False)
     return loss_sum, loss_BL
 
@@ -100,7 +101,7 @@ def _chunked(
 def _chunked_forward(
     hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, chunk: int
 ) -> tuple[tuple[jax.Array, jax.Array], _Gradients]:
-    """What runs when somebody does: the gradients are made here, and are all that is kept."""
+    """The forward pass under differentiation: it computes the gradients, and keeps only them."""
     value, gradients = _scan(hidden_BLD, embedding_VD, targets_BL, weights_BL, chunk, True)
     assert gradients is not None
     return value, gradients
@@ -109,7 +110,8 @@ def _chunked_forward(
 def _chunked_backward(
     chunk: int, gradients: _Gradients, upstream: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    """Scales the kept gradients; the one upstream of the losses per token is zero, for `cross_entropy` stops it."""
+    """Scales the kept gradients; the upstream gradient of the losses per token is zero, since `cross_entropy` stops it.
+    """
     scale = upstream[0]
     hidden_BLD, embedding_VD = ((scale * gradient).astype(gradient.dtype) for gradient in gradients)
     return hidden_BLD, embedding_VD, None, None
@@ -130,7 +132,7 @@ def _scan(
     batch, length, width = hidden_BLD.shape
     dtype = hidden_BLD.dtype
     # Named so that an embedding sharded over its width is gathered once, before the loop, and its gradient is summed
-    # into shards; outside a mesh the names do nothing. The barrier keeps XLA from gathering it in float32.
+    # into shards; without a mesh the names have no effect. The barrier keeps XLA from gathering it in float32.
     compute_embedding_VD = nn.with_logical_constraint(
         jax.lax.optimization_barrier(embedding_VD.astype(dtype)), ("activation_vocab", "activation_embed")
     )
@@ -145,7 +147,7 @@ def _scan(
         )
         logits_NV = jnp.einsum("ND,VD->NV", hidden_ND, compute_embedding_VD, preferred_element_type=jnp.float32)
         logits_NV = nn.with_logical_constraint(logits_NV, ("activation_batch", "activation_vocab"))
-        # Looking the target's logit up as a row of the embedding spares a pass over the logits.
+        # Computing the target's logit from a row of the embedding saves a pass over the logits.
         target_logit_N = jnp.einsum(
             "ND,ND->N", hidden_ND, compute_embedding_VD[target_N], preferred_element_type=jnp.float32
         )
@@ -185,8 +187,9 @@ def _scan(
 
 
 def _transposed(array_DV: jax.Array) -> jax.Array:
-    """[V, D] by two copies, each of which reads and writes whole lines of a processor's cache: one copy would read a
-    line for each number, again and again."""
+    """[V, D] by two copies, each of which reads and writes whole cache lines; a single copy would read a line for each
+    number.
+    """
     width, vocabulary_size = array_DV.shape
     if vocabulary_size % FLOATS_OF_LINE:
         return array_DV.T

@@ -1,4 +1,4 @@
-"""The parts of a block: norms, projections, attention with its cache, and the MLP, as a `DecoderConfig` chooses them.
+"""The parts of a block: norms, projections, attention with its cache, and the MLP, as selected by a `DecoderConfig`.
 
 Shape suffixes are explained at the top of `decoder.py`.
 """
@@ -19,7 +19,7 @@ from codellm_jax.model.rotary import Rotation, rotate
 
 
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-    """A float32 parameter with logical axes: biases start at zero, all else at normal(0, initializer_std)."""
+    """A float32 parameter with logical axes; biases start at zero, all others at normal(0, initializer_std)."""
     is_bias = name.endswith("bias")
     initializer = nn.initializers.zeros if is_bias else nn.initializers.normal(module.config.initializer_std)
     boxed: Any = nn.with_logical_partitioning(initializer, axes)  # unboxed again by `param`
@@ -27,7 +27,7 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[
 
 
 def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array | None:
-    """The bias of a projection, if the config says that it has one."""
+    """The bias of a projection, if the config has one."""
     return parameter(module, f"{name}_bias", shape, axes) if name in BIASES[module.config.biases] else None
 
 
@@ -47,12 +47,12 @@ def make_norm(config: DecoderConfig, name: str | None) -> nn.LayerNorm | nn.RMSN
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Names the axes of an activation for the partitioner; does nothing outside a mesh."""
+    """Names the axes of an activation for the partitioner; has no effect without a mesh."""
     return nn.with_logical_constraint(array, axes)
 
 
 class Projection(NamedTuple):
-    """A kernel, float32 [I, O], and its bias if it has one, float32 [O] or heads of it."""
+    """A kernel, float32 [I, O], and its bias if any, float32 [O] or split into heads."""
 
     kernel_IO: jax.Array
     bias_O: jax.Array | None
@@ -63,7 +63,7 @@ def _side_by_side(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _apart(array: jax.Array, like: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Undoes `_side_by_side` of arrays as wide as `like`."""
+    """The inverse of `_side_by_side` for arrays as wide as `like`."""
     ends = list(itertools.accumulate(one.shape[1] for one in like))
     return tuple(jnp.split(array, ends[:-1], axis=1))
 
@@ -74,9 +74,9 @@ TILE_ROWS = 8  # of a TPU's tile of float32; its columns are 128
 def gathers_at_once(rows: int) -> bool:
     """Whether attention's kernels, [rows, ...] each, are gathered by one operation.
 
-    That is so on TPU where the mesh splits their rows, and nothing else of them, into parts that are no whole tiles, as
-    2,560 over 256 devices. XLA gathers small ones of these by summing up arrays of zeros, which sends twice as much.
-    Parts that are whole tiles, as 2,560 over 64, it gathers as they are.
+    This is the case on TPU if the mesh splits only their rows, into parts that are not whole tiles, such as 2,560 over
+    256 devices. XLA gathers small parts of this kind by summing arrays of zeros, which sends twice as much. It gathers
+    whole tiles, such as 2,560 over 64, directly.
     """
     rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
     if platform() != "tpu" or mesh.empty or "embed" not in rules:
@@ -90,7 +90,7 @@ def gathers_at_once(rows: int) -> bool:
 
 
 def _gathered(projections: Sequence[Projection], dtype: jnp.dtype) -> Sequence[Projection]:
-    """Projections whose kernels have the same number of rows, with these gathered at once where that pays."""
+    """Projections whose kernels have the same number of rows, with the kernels gathered at once if that is faster."""
     kernels = [projection.kernel_IO for projection in projections]
     if len({len(kernel_IO) for kernel_IO in kernels}) > 1 or not gathers_at_once(len(kernels[0])):
         return projections
@@ -101,11 +101,11 @@ def _gathered(projections: Sequence[Projection], dtype: jnp.dtype) -> Sequence[P
 
 @jax.custom_vjp
 def _products(x_NI: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Products with several kernels [I, O], for CPU; differentiated, they are one product with all of them.
+    """Products with several kernels [I, O], for CPU; under differentiation they are one product with all of them.
 
-    A kernel's gradient, x^T g, takes x^T as a copy: XLA on CPU has two cores share a product of matrices as they lie
-    in memory, and hardly one that transposes. Of a kernel longer than wide it is made as (g^T x)^T, for a longer left
-    matrix takes 1.5 times as long. The barriers keep XLA from turning it all back.
+    A kernel's gradient, x^T g, copies x^T: XLA on CPU uses both cores for a product of matrices in memory order, but
+    hardly for one that transposes. For a kernel longer than wide it is computed as (g^T x)^T, because a longer left
+    matrix takes 1.5 times as long. The barriers keep XLA from reverting this.
     """
     return tuple(x_NI @ kernel_IO for kernel_IO in kernels)
 
@@ -130,16 +130,15 @@ _products.defvjp(_products_forward, _products_backward)
 def _linear(x_BLI: jax.Array, projections: Sequence[Projection], name: str) -> list[jax.Array]:
     """Each projection's product [B, L, O], with its bias; named `name` for `jax.checkpoint`.
 
-    Tokens are flattened to one axis for the product: its gradient would else contract two axes, for which XLA on CPU
-    transposes both operands by a copy (33 ms against 40 for an MLP). The batch axis may be sharded; under a sharded
-    length the flattening would gather. The bias is added before anything else is done, as XLA on GPU then has the
-    matmul add it.
+    Tokens are flattened to one axis for the product: otherwise its gradient would contract two axes, for which XLA on
+    CPU copies both operands transposed (33 ms against 40 for an MLP). The batch axis may be sharded; under a sharded
+    length the flattening would gather. The bias is added first, because XLA on GPU then fuses it into the matmul.
     """
     dtype, x_NI = x_BLI.dtype, x_BLI.reshape(-1, x_BLI.shape[-1])
     kernels = tuple(projection.kernel_IO.astype(dtype) for projection in projections)
     if platform() != "cpu":
         products: Sequence[jax.Array] = [x_NI @ kernel_IO for kernel_IO in kernels]
-    elif jax.sharding.get_abstract_mesh().size > 1:  # kernels that are split over devices stay apart
+    elif jax.sharding.get_abstract_mesh().size > 1:  # kernels that are split over devices stay separate
         products = [_products(x_NI, (kernel_IO,))[0] for kernel_IO in kernels]
     else:
         products = _products(x_NI, kernels)
@@ -182,7 +181,7 @@ class Attention(nn.Module):
         return _linear(attended_BLQ, (output,), "mixed")[0]
 
     def _sizes(self, name: str) -> tuple[int, str]:
-        """How many heads queries, keys or values have, and the logical axis of them."""
+        """The number of query, key or value heads, and their logical axis."""
         config = self.config
         return (config.heads, "heads") if name == "query" else (config.key_heads, config.key_axis)
 
@@ -193,8 +192,7 @@ class Attention(nn.Module):
         return Projection(kernel_DQ, _bias(self, name, (heads, size), (axis, "kv")))
 
     def _heads(self, name: str, projected_BLQ: jax.Array, rotation: Rotation | None) -> jax.Array:
-        """Of what was projected the heads, [B, L, heads, K]; queries and keys are then normed and turned if it is
-        asked."""
+        """The projected heads, [B, L, heads, K]; queries and keys are then normalised and rotated if configured."""
         (heads, axis), config = self._sizes(name), self.config
         x_BLHK = projected_BLQ.reshape(*projected_BLQ.shape[:2], heads, config.size_of_head)
         x_BLHK = constrain(x_BLHK, "activation_batch", "activation_length", f"activation_{axis}", "activation_kv")
@@ -208,7 +206,7 @@ class Attention(nn.Module):
     def _cached(self, name: str, new_BLGK: jax.Array, mask: AttentionMask) -> jax.Array:
         """Writes the new tokens into the cache at the mask's offset and returns the whole cache, [B, M, G, K].
 
-        It is kept as [B, G, M, K], which attention computes with: kept otherwise, it would be copied at each step.
+        Its layout is [B, G, M, K], the one that attention computes with; another layout would be copied at each step.
         """
         slots = mask.key_segments_BM.shape[1]
         batch, _, heads, size = new_BLGK.shape
@@ -223,7 +221,9 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two projections and an activation between them; gated, the activation of a third is multiplied with the first."""
+    """Two projections with an activation between them; if gated, the activation of a third is multiplied with the
+    first.
+    """
 
     config: DecoderConfig
 
@@ -235,7 +235,7 @@ class FeedForward(nn.Module):
         x_BLF = activation(self._expand("gate", x_BLD)) * x_BLF if config.is_gated else activation(x_BLF)
         kernel_FD = parameter(self, "down_kernel", (config.feedforward, config.hidden), ("mlp", "embed"))
         bias_D = _bias(self, "down", (config.hidden,), ("embed",))
-        # No gradient takes what it returns, but that of a norm: then it is kept like attention's.
+        # Only the gradient of a norm after it uses its output: then it is kept like attention's.
         named = "mixed" if config.norm_place == "after" else "contracted"
         return _linear(x_BLF, (Projection(kernel_FD, bias_D),), named)[0]
 
@@ -249,7 +249,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each added to what goes in; with `query_BLD` given it is the query layer."""
+    """Attention and an MLP, each added to its input; with `query_BLD` it is the query layer."""
 
     config: DecoderConfig
 
@@ -258,7 +258,7 @@ class Block(nn.Module):
         self, x_BLD: jax.Array, query_BLD: jax.Array | None, mask: AttentionMask, deterministic: bool,
         rotation: Rotation | None,
     ) -> tuple[jax.Array, None]:
-        """Returns the new hidden states and None, the shape of answer that a scan wants."""
+        """Returns the new hidden states and None, as a scan requires."""
         config = self.config
         dropout = nn.Dropout(config.dropout_rate, deterministic=deterministic)
         x_BLD = constrain(x_BLD, "activation_batch", "activation_length", "activation_embed")

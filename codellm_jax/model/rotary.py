@@ -1,7 +1,7 @@
-"""Rotary positions: queries and keys are turned by angles that grow with the position, the same in every layer.
+"""Rotary positions: rotates queries and keys by angles that grow with the position, the same in every layer.
 
-Halves are rotated, not pairs: the number at i of the rotated part goes with the one half of the part behind it. Shape
-suffixes are explained at the top of `decoder.py`; R is half of the rotated part of a head.
+The rotation pairs the two halves of the rotated part: number i of the first half goes with number i of the second.
+Shape suffixes are explained at the top of `decoder.py`; R is half of the rotated part of a head.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from codellm_jax.model.attention import platform
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, float32 [B, L, 1, R]
 
-# Scaling -> what it must be told beside its factor, and what it may be told.
+# Scaling -> its required settings besides the factor, and its optional settings.
 SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": ((), ()),
     "llama3": (("original_length",), ("slow", "fast")),
@@ -29,16 +29,16 @@ FAST = {"linear": 0.0, "llama3": 4.0, "yarn": 32.0}
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
-    """How a model's frequencies are stretched beyond the length that it was first trained on.
+    """The scaling of a model's frequencies beyond the length of its first training.
 
     Attributes:
-      kind: a key of SCALINGS. "linear" divides all frequencies by the factor. "llama3" and "yarn" leave those alone
-        that turn `fast` times and more within the original length, divide those by the factor that turn `slow` times
-        and fewer, and pass from one to the other in between: "llama3" evenly by turns, "yarn" by place in the head.
+      kind: a key of SCALINGS. "linear" divides all frequencies by the factor. "llama3" and "yarn" keep frequencies that
+        turn at least `fast` times within the original length, divide those that turn at most `slow` times by the
+        factor, and interpolate in between: "llama3" linearly in turns, "yarn" linearly in the index of the pair.
       factor: at least 1.
-      original_length: positions of the first training.
+      original_length: positions in the first training.
       slow, fast: turns within the original length; defaults 1 and 4 ("llama3"), 1 and 32 ("yarn").
-      attention_factor: that "yarn" multiplies queries and keys by; default 0.1 log(factor) + 1.
+      attention_factor: the factor by which "yarn" multiplies queries and keys; default 0.1 log(factor) + 1.
     """
 
     kind: str
@@ -50,13 +50,14 @@ class RotaryScaling:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "RotaryScaling":
-        """Reads what a gin file says, such as {'kind': 'linear', 'factor': 2.0}.
+        """Reads the value of a setting, such as {'kind': 'linear', 'factor': 2.0}.
 
         Raises:
-          ValueError: in one line; the kind or a name is unknown, a number is missing, or it is out of its range.
+          ValueError: with a one-line message; the kind or a name is unknown, a number is missing, or it is out of
+            range.
         """
         kind = settings.get("kind")
-        if kind not in list(SCALINGS):  # a list, for what cannot be hashed
+        if kind not in list(SCALINGS):  # a list, for values that are not hashable
             raise ValueError(f"rotary_scaling must have a 'kind' of {', '.join(SCALINGS)}, found {dict(settings)!r}.")
         needed, further = SCALINGS[kind]
         known = ("kind", "factor", *needed, *further)
@@ -81,12 +82,12 @@ class RotaryScaling:
 
 
 def frequencies(size: int, theta: float, scaling: RotaryScaling | None) -> np.ndarray:
-    """Radians that each pair of numbers turns by from one position to the next, float32 [size / 2], fastest first.
+    """The rotation in radians of each pair of numbers per position, float32 [size / 2], fastest first.
 
     Args:
       size: of the rotated part of a head, even.
-      theta: the slowest turns by about 1 / theta.
-      scaling: None for theta alone.
+      theta: the slowest pair rotates by about 1 / theta.
+      scaling: None for no scaling.
     """
     own_R = theta ** -(np.arange(0, size, 2) / size)
     if scaling is None:
@@ -97,7 +98,7 @@ def frequencies(size: int, theta: float, scaling: RotaryScaling | None) -> np.nd
         turns_R = scaling.original_length * own_R / (2 * math.pi)
         kept_R = np.clip((turns_R - scaling.slow) / (scaling.fast - scaling.slow), 0, 1)
     else:
-        # The places, as fractions of pairs, where a pair turns fast and slow times within the original length.
+        # The indices, as fractional pairs, at which a pair turns fast and slow times within the original length.
         first, last = (size * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
                        for turns in (scaling.fast, scaling.slow))
         first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
@@ -115,14 +116,14 @@ def rotation(positions_BL: jax.Array, size: int, theta: float, scaling: RotarySc
     def one(is_cosine: jax.Array) -> jax.Array:
         return jnp.where(is_cosine, jnp.cos(angles_BL1R), jnp.sin(angles_BL1R)) * factor
 
-    # A loop: layers that have none around them would else compute them again for each of their heads, as XLA on CPU
-    # fuses them into what they are multiplied with, through any barrier.
+    # A loop, because XLA on CPU fuses the angles into the multiplications through any barrier, so layers outside of a
+    # loop would recompute them for each head.
     cosine_BL1R, sine_BL1R = jax.lax.map(one, jnp.array([True, False]))
     return cosine_BL1R, sine_BL1R
 
 
 def rotate(x_BLHK: jax.Array, turns: Rotation) -> jax.Array:
-    """Turns the first 2 R numbers of each head, in float32, and leaves the rest; the dtype stays."""
+    """Rotates the first 2 R numbers of each head, in float32, and leaves the rest; the dtype is unchanged."""
     cosine_BL1R, sine_BL1R = turns
     half = cosine_BL1R.shape[-1]
     first, second, rest = x_BLHK[..., :half], x_BLHK[..., half : 2 * half], x_BLHK[..., 2 * half :]

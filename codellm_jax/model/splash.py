@@ -1,6 +1,6 @@
-"""Splash attention: JAX's Pallas kernel for TPU, which holds no scores and skips the blocks that causality masks.
+"""Splash attention: JAX's Pallas kernel for TPU, which stores no scores and skips causally masked blocks.
 
-The kernel knows one device and one row; here rows are mapped over, and devices by `shard_map`, which takes the layout
+The kernel handles one device and one row. Rows are mapped over here, and devices by `shard_map`, which takes the layout
 from the rules of the logical axes. On a CPU the kernel is interpreted, for tests. Shape suffixes are explained at the
 top of `decoder.py`.
 """
@@ -14,18 +14,18 @@ from flax import linen as nn
 from jax.experimental.pallas.ops.tpu import splash_attention as kernel
 from jax.sharding import PartitionSpec
 
-LANES = 128  # rows are padded to a multiple of it, and blocks are multiples of it
-# Queries and keys in a block, the largest of these that divides the padded length. 512 x 512 float32 scores are 1 MiB
+LANES = 128  # rows are padded to a multiple of this, and blocks are multiples of it
+# Queries and keys in a block: the largest of these that divides the padded length. 512 x 512 float32 scores are 1 MiB
 # of a core's 16 MiB of fast memory.
 BLOCKS = (512, 256, 128)
 
 
 def layout(batch: int, key_heads: int) -> PartitionSpec | None:
-    """How [B, L, H, K] lies on the mesh; None where no kernel of single rows and heads could work on it.
+    """The layout of [B, L, H, K] on the mesh; None if a kernel for single rows and heads cannot work on it.
 
-    That is where the length or the size of a head is sharded, or the mesh does not divide the batch or the heads of the
-    keys, each of which stays with the queries' that share it.
-    Outside a mesh, or without rules of the logical axes, everything is on one device.
+    This is the case if the length or the head size is sharded, or if the mesh does not divide the batch or the key
+    heads, each of which stays with its query heads. Without a mesh, or without rules for the logical axes, everything
+    is on one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
@@ -49,11 +49,11 @@ def attend(
       query_BLHK: queries, scaled.
       key_BLGK, value_BLGK: of the same tokens.
       segments_BL: int32, the document each token belongs to.
-      spec: how the first three lie on the mesh (`layout`).
+      spec: the layout of the first three on the mesh (`layout`).
       interpret: runs the kernel in JAX, anywhere, slowly.
 
     Returns:
-      [B, L, H, K] in the dtype of the values. What a backward pass needs of it is named "attended" for
+      [B, L, H, K] in the dtype of the values. The values that a backward pass needs are named "attended" for
       `jax.checkpoint`.
     """
     if jax.sharding.get_abstract_mesh().empty:
@@ -67,9 +67,9 @@ def attend(
 def _on_one_device(
     query_BLHK: jax.Array, key_BLGK: jax.Array, value_BLGK: jax.Array, segments_BL: jax.Array, interpret: bool
 ) -> jax.Array:
-    """The kernel, over the rows and heads that this device has."""
+    """The kernel, over the rows and heads of this device."""
     length, heads = query_BLHK.shape[1:3]
-    padding = -length % LANES  # behind the row, where causality hides it
+    padding = -length % LANES  # after the row, where causality hides it
     query_BHLK, key_BGLK, value_BGLK = (
         jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
         for array in (query_BLHK, key_BLGK, value_BLGK))

@@ -1,8 +1,8 @@
-"""What a study asks, told from its arms: which of them may be compared, sweeps of a share, and trees of stages.
+"""The questions that a study answers, derived from its arms: comparable arms, sweeps of a share, and trees of stages.
 
-Arms are compared after the same stages. An arm that goes without a stage stands beside those that have it where both
-were trained on as many tokens of documents and belong to one tree: a trunk to its end, and what branched from it to the
-same end. While others are in that stage, it goes on with its own share of code.
+Arms are compared after the same stages. An arm that skips a stage is compared with arms that have it where both were
+trained on equally many tokens of documents and belong to one tree: a trunk trained to its end, and its branches that
+end at the same point. While the branches are in that stage, the trunk continues with its own share of code.
 """
 
 import dataclasses
@@ -23,25 +23,25 @@ from codellm_jax.results.answers import METRICS
 POOLS = ("text", "code")
 FEWEST_SHARES = 3  # of a sweep
 SAME_LENGTH = 0.02  # of all tokens of documents
-SAME_SHARE = 0.01  # a share that is asked is told instead of the one that was drawn, where they are this close
+SAME_SHARE = 0.01  # within this distance, the share asked is printed instead of the share drawn
 OF_THE_MIX = ("mixture.code_rate", "mixture.mix_phases", "mixture.stage")
 ABSENT = "without the stage"
 OF_SOURCES = frozenset(f"{pool} {what}" for pool in POOLS for what in ("of", "weights"))  # facts
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # hashed as the object it is
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity
 class Measure:
-    """What is told of each arm of a group.
+    """One measure of each arm of a group.
 
     Attributes:
-      title: for a person.
-      unit: of what is shown, "points" of 100 for fractions.
+      title: the name shown to readers.
+      unit: the unit shown; "points" of 100 for fractions.
       better: "higher" or "lower".
       task: the benchmark; None for held-out losses.
-      metric: of the benchmark, or the pool of a loss.
-      scale: from values to what is shown.
-      first: whether it belongs into the first table.
-      samples: of each arm and seed.
+      metric: the metric of the benchmark, or the pool of a loss.
+      scale: the factor from values to the numbers shown.
+      first: whether it belongs in the first table.
+      samples: by arm and seed.
     """
 
     title: str
@@ -55,32 +55,32 @@ class Measure:
 
     @property
     def labels(self) -> frozenset[str]:
-        """The arms that have it."""
+        """The arms that have this measure."""
         return frozenset(label for label, of_arm in self.samples.items() if of_arm)
 
 
 class Sweep(NamedTuple):
-    """Arms that differ in the share of code at one stage alone, by share."""
+    """Arms that differ only in the share of code at one stage, by share."""
 
     stage: str
     arms: Sequence[tuple[float, str]]
 
 
-Facts = dict[str, str]  # what tells arms apart at a stage besides the share; what an arm cannot have is not there
+Facts = dict[str, str]  # what distinguishes arms at a stage besides the share; without what an arm cannot have
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Arms that may be compared.
+    """Arms that may be compared with each other.
 
     Attributes:
-      stages: all that any of them went through, in order.
-      shares: of each arm, of code at each stage; that of the stage before where it goes without the stage.
-      absent: of each arm, the places of the stages that it goes without.
-      facts: of each arm and stage.
-      sources: of each arm and stage the share of each source by name; empty where it goes without the stage.
-      tokens: of each arm, of documents that the loss counted, in all stages.
-      parameters: of their model; None where nothing tells them.
+      stages: all stages that any of them went through, in order.
+      shares: for each arm, the share of code at each stage; where it skips a stage, the share of the stage before.
+      absent: for each arm, the indices of the stages that it skips.
+      facts: by arm and stage.
+      sources: by arm and stage, the share of each source by name; empty where the arm skips the stage.
+      tokens: for each arm, the document tokens that the loss counted, in all stages.
+      parameters: of their model; None where it is unknown.
     """
 
     study: Study
@@ -94,7 +94,7 @@ class Group:
 
     @functools.cached_property
     def levels(self) -> dict[str, list[Level]]:
-        """Of each arm; facts are told where arms differ in them."""
+        """By arm; facts appear where arms differ in them."""
         found: dict[str, list[Level]] = {label: [] for label in self.shares}
         for k in range(len(self.stages)):
             differing = self._differing(k)
@@ -106,15 +106,15 @@ class Group:
         return found
 
     def _differing(self, k: int) -> list[str]:
-        """The names of facts that arms differ in at a stage."""
+        """The names of the facts in which arms differ at a stage."""
         present = [facts[k] for label, facts in self.facts.items() if k not in self.absent[label]]
         return [name for name in dict.fromkeys(name for facts in present for name in facts)
                 if len({facts[name] for facts in present if name in facts}) > 1]
 
     @functools.cached_property
     def by_source(self) -> frozenset[int]:
-        """The places of stages where arms differ in the sources of a pool or their weights, and in nothing else but the
-        share: there sources have effects of their own.
+        """The indices of the stages where arms differ in the sources of a pool or their weights, and otherwise only in
+        the share: there, sources have effects of their own.
         """
         return frozenset(k for k in range(len(self.stages))
                          if (differing := self._differing(k)) and set(differing) <= OF_SOURCES)
@@ -123,9 +123,9 @@ class Group:
     def design(self) -> Design:
         return self.design_of(frozenset(self.shares))
 
-    @functools.cache  # noqa: B019  # as long as the study
+    @functools.cache  # noqa: B019  # lives as long as the study
     def design_of(self, labels: frozenset[str]) -> Design:
-        """What some of the arms can tell, such as those that were asked a benchmark."""
+        """The effects that a subset of the arms can estimate, such as the arms evaluated on one benchmark."""
         return design_of(
             self.stages, {label: levels for label, levels in self.levels.items() if label in labels},
             {k: {label: self.sources[label][k] for label in self.sources if label in labels and k not in
@@ -137,7 +137,7 @@ class Group:
         for k, stage in enumerate(self.stages):
             for base, of_base in self.shares.items():
                 if not 0 < of_base[k] < 1 or k in self.absent[base]:
-                    continue  # without code, or without text, it does not say which
+                    continue  # an arm without code, or without text, does not determine them
                 members: dict[float, str] = {}
                 for label, shares in self.shares.items():
                     if self._alike(base, label, k):
@@ -147,7 +147,7 @@ class Group:
         return [sweep for arms, sweep in found.items() if not any(arms < others for others in found)]
 
     def _alike(self, one: str, other: str, k: int) -> bool:
-        """Whether two arms differ in nothing but the share at a stage."""
+        """Whether two arms differ only in the share at a stage."""
         for j, (first, second) in enumerate(zip(self.facts[one], self.facts[other], strict=True)):
             if j != k and self.shares[one][j] != self.shares[other][j]:
                 return False
@@ -162,14 +162,14 @@ class Group:
 
     @functools.cached_property
     def measures(self) -> list[Measure]:
-        """Held-out losses first, then benchmarks, without questions that overlap with what was trained on."""
+        """Held-out losses first, then benchmarks, without questions that overlap with training data."""
         runs = {label: _finished(self.study, label) for label in self.shares}
         return [*_losses(runs), *(measure for task in self.study.tasks for measure in _of_task(self.study, runs, task))]
 
 
 def groups(study: Study) -> list[Group]:
-    """The arms that may be compared, those with most stages first; arms that stand alone, or of which no run is trained
-    to its end, are in none.
+    """The arms that may be compared, those with most stages first. Arms that stand alone, or have no run trained to its
+    end, are in no group.
     """
     lines: dict[tuple[Any, ...], list[str]] = {}
     for label in study.arms:
@@ -193,14 +193,14 @@ def groups(study: Study) -> list[Group]:
     for _, stages, parts, _ in merged:
         tree = _tree(study, [label for part in parts for label in part], len(stages))
         found.append((stages, tree))
-        # A sweep whose points are trunks is seen whole beside the tree that stands on some of them.
+        # A sweep whose points are trunks is also shown whole, beside the tree that grows from some of them.
         found += [(_names(_finished(study, part[0])[0]), part) for part in parts if not set(part) <= set(tree)]
     return sorted((_group(study, stages, labels) for stages, labels in found if len(labels) > 1),
                   key=lambda group: -len(group.stages))
 
 
 def _tree(study: Study, labels: Sequence[str], stages: int) -> list[str]:
-    """The arms that went through all stages, through several, or that another of them branches from."""
+    """The arms that went through all stages or through several, or that another of them branches from."""
     runs = {label: _finished(study, label) for label in labels}
     trunks = {stage.run for of_arm in runs.values() for run in of_arm for stage in run.stages[:-1]}
     return [label for label, of_arm in runs.items()
@@ -227,7 +227,7 @@ def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
                 share = shares[label][-1] if shares[label] else 0.0
                 facts[label].append({})
             shares[label].append(share)
-    # A branch of its trunk's own share is that trunk again, and bound to be as good.
+    # A branch with its trunk's own share continues the trunk unchanged, so it is bound to score the same.
     again = {label for label in labels if absent[label] and any(
         shares[other] == shares[label] and not absent[other] and _stands_on(study, other, label) for other in labels)}
     kept = [label for label in labels if label not in again]
@@ -248,11 +248,11 @@ def _group(study: Study, stages: Sequence[str], labels: Sequence[str]) -> Group:
 
 
 def _weights(rows: Mapping[str, Mapping[str, int]], pool: str) -> dict[str, dict[str, float]]:
-    """Of each arm that has some of a pool the weights of its sources within it; those of an arm before it where they
-    are the same but for `SAME_WEIGHT` and three rows.
+    """For each arm with rows of a pool, the weights of its sources within the pool; those of an earlier arm where they
+    agree to within `SAME_WEIGHT` and three rows.
 
     Args:
-      rows: of each arm and source at a stage.
+      rows: by arm and source at a stage.
     """
     found: dict[str, dict[str, float]] = {}
     totals: dict[str, int] = {}
@@ -268,7 +268,7 @@ def _weights(rows: Mapping[str, Mapping[str, int]], pool: str) -> dict[str, dict
 
 
 def models_of(group: Group, among: Sequence[Group]) -> str:
-    """The size of a group's model as the end of a title, where those of other groups are of other sizes."""
+    """The end of a title that names the size of a group's model, where other groups have models of other sizes."""
     sizes = {other.parameters for other in among}
     return f", {group.parameters:,} parameters" if len(sizes) > 1 and group.parameters else ""
 
@@ -279,7 +279,7 @@ def _stands_on(study: Study, label: str, trunk: str) -> bool:
 
 
 def _names(run: Run) -> list[str]:
-    """The stages of a run, numbered where it went through several of one name."""
+    """The stages of a run, numbered where several have one name."""
     names: list[str] = []
     for stage in run.stages:
         again = sum(name.partition(" ")[0] == stage.name for name in names)
@@ -288,7 +288,9 @@ def _names(run: Run) -> list[str]:
 
 
 def _in_order(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """The stages of two lines: each of the second that the first lacks before the one that follows it there."""
+    """The stages of two lines merged: each stage of the second that the first lacks stands before the one that follows
+    it there.
+    """
     found = list(first)
     for place, name in enumerate(second):
         if name not in found:
@@ -302,14 +304,17 @@ def _document_tokens(run: Run) -> int:
 
 
 def _share(ledger: Mapping[str, Any], run: Run | None) -> float:
-    """Of code at a stage: what its run asked for, where that is constant and was drawn; else what was drawn."""
+    """The share of code at a stage: what its run asked for, where that is constant and was drawn; else the share drawn.
+    """
     drawn = rows_of_code(ledger) / max(1, sum(ledger["rows"].values()))
     asked = code_rate(run) if run else None
     return asked if asked is not None and abs(asked - drawn) < SAME_SHARE else round(drawn, 3)
 
 
 def _facts(ledger: Mapping[str, Any], run: Run | None, comparison: str | None) -> Facts:
-    """What else tells arms apart at a stage. What only code has is not there without code, and likewise of text."""
+    """The other facts that distinguish arms at a stage. Facts of code alone are absent without code, likewise those of
+    text.
+    """
     facts: Facts = {}
     if branch := ledger.get("branch"):
         facts["from step"] = str(branch["step"])
@@ -329,7 +334,7 @@ def _facts(ledger: Mapping[str, Any], run: Run | None, comparison: str | None) -
 
 
 def _root(run: Run, study: Study) -> str:
-    """The first run of its line that no other seed stands on."""
+    """The first run of its line on which no other seed stands."""
     for stage in run.stages:
         seeds = {other.seed for other in study.runs if any(one.run == stage.run for one in other.stages)}
         if stage.run and seeds == {run.seed}:
@@ -338,12 +343,12 @@ def _root(run: Run, study: Study) -> str:
 
 
 def _finished(study: Study, label: str) -> list[Run]:
-    """The runs of an arm that are trained to their end, or of which nothing says that they are not."""
+    """The runs of an arm that are trained to their end, or whose state is unknown."""
     return [run for run in study.arms[label] if (run.provenance or {}).get("finished") is not False]
 
 
 def _losses(runs: Mapping[str, Sequence[Run]]) -> list[Measure]:
-    """Of each pool at the runs' ends, in bits per byte where all runs have recorded them, else in nats a token."""
+    """By pool, the losses at the runs' ends: in bits per byte where all runs recorded them, else in nats per token."""
     ends = {label: {run.seed: evaluations[-1] for run in of_arm if (evaluations := [
         line for line in run.records if line["split"] == "eval"])} for label, of_arm in runs.items()}
     found = []
@@ -353,7 +358,7 @@ def _losses(runs: Mapping[str, Sequence[Run]]) -> list[Measure]:
         name = "bits_per_byte" if lines and known["bits_per_byte"] == known["loss"] else "loss"
         if any(known[name]):
             found.append(Measure(
-                f"held-out loss on {pool}", "bits per byte" if name == "bits_per_byte" else "nats a token", "lower",
+                f"held-out loss on {pool}", "bits per byte" if name == "bits_per_byte" else "nats per token", "lower",
                 None, pool, 1.0, True, {label: {
                     seed: Sample(line[f"{name}/{pool}"], np.array([line[f"{name}/{pool}"]]))
                     for seed, line in of_arm.items() if line.get(f"{name}/{pool}") is not None}
@@ -362,7 +367,8 @@ def _losses(runs: Mapping[str, Sequence[Run]]) -> list[Measure]:
 
 
 def _of_task(study: Study, runs: Mapping[str, Sequence[Run]], task: str) -> list[Measure]:
-    """What a benchmark's questions say under each metric and measure, of the arms that were asked and measured."""
+    """The contributions of a benchmark's questions under each metric and measure, for the arms evaluated and measured.
+    """
     results = {(label, run.seed): run.results[task] for label, of_arm in runs.items() for run in of_arm
                if task in run.results}
     found, sample = [], " (sample)" * study.is_sample(task)

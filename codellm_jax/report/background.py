@@ -1,4 +1,5 @@
-"""What scores come from: losses and mixes of the runs, questions and how they were asked, contamination, provenance."""
+"""Where scores come from: losses and mixes of the runs, questions and how they were asked, contamination, provenance.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,13 +38,13 @@ def score_plots(study: Study) -> Section:
     if not panels:
         return Section([*blocks, Text("Nothing was measured: most questions of all tasks are ties.")], [])
     blocks += plots.scores(
-        "scores", "Scores by arm, in per cent, with 95% intervals. The dotted line is chance, the other always the "
-        "commonest answer: a score whose interval reaches one is not told from it.", panels)
+        "scores", "Scores by arm, in per cent, with 95% intervals. The dotted line is chance, the other the score "
+        "of always giving the commonest answer: a score whose interval reaches a line cannot be told from it.", panels)
     return Section(blocks, [])
 
 
 def losses(study: Study) -> Section:
-    """Held-out loss of every run, as curves and at the end."""
+    """The held-out loss of every run, as curves and at the end."""
     blocks: list[Block] = [Heading(2, "Held-out loss")]
     numbers: list[Sequence[Any]] = []
     curves: dict[str, dict[str, list[plots.Curve]]] = {}
@@ -63,9 +64,9 @@ def losses(study: Study) -> Section:
                     plots.Curve(run.label, run.seed, at, values))
     for stage, panels in curves.items():
         blocks.append(plots.losses(
-            f"loss_{stage}", f"Loss on held-out text and code in {STAGES[stage]}, in nats a token, against the tokens "
-            "that the loss has counted: the mean over an arm's seeds, and pale the seeds. Where a frame cuts curves "
-            "off, it is in the first tenth of training.", panels, list(study.arms)))
+            f"loss_{stage}", f"Loss on held-out text and code in {STAGES[stage]}, in nats per token, against the "
+            "tokens that the loss has counted: the mean over an arm's seeds, with each seed pale. Where a frame cuts "
+            "curves off, the cut lies in the first tenth of training.", panels, list(study.arms)))
     rows = []
     for label, runs in study.arms.items():
         held_out, training = ([line for run in runs if (lines := [
@@ -81,10 +82,10 @@ def losses(study: Study) -> Section:
             warned.setdefault(note, []).append(f"`{run.name}`")
     notes = [Items([f"{', '.join(names)}: {note}" for note, names in warned.items()])] if warned else []
     if not rows:
-        return Section([*blocks, Text("No run has recorded a loss."), *notes], [])
+        return Section([*blocks, Text("No run recorded a loss."), *notes], [])
     shown = [place for place in range(6) if any(row[place] != "-" for row in rows)]
-    blocks.append(Table("The losses at the end of each arm's runs, in nats a token: the mean over seeds and, "
-                        "with ±, the standard deviation between them. Perplexity is that of the mean.",
+    blocks.append(Table("The losses at the end of each arm's runs, in nats per token: the mean over seeds and, "
+                        "with ±, the standard deviation between them. Perplexity is computed from the mean.",
                         [("Arm", "Stage", "Seeds", "Held-out text", "Held-out code", "Training")[n] for n in shown],
                         [[row[n] for n in shown] for row in rows], words=(1,)))
     columns = ("run", "arm", "seed", "stage", "pool", "step", "tokens", "loss")
@@ -98,11 +99,11 @@ def mixes(study: Study, figure: Figure | None) -> Section:
             for label, runs in study.arms.items() if runs[0].stages]
     if rows:
         blocks.append(Table(
-            "The stages that each arm went through, by the ledger of its first seed: the tokens that the loss counted, "
-            "and the share of code among the rows, in tuning among the examples. Of a trunk they are what came before "
-            "the branch.",
+            "The stages of each arm, from the ledger of its first seed: the tokens that the loss counted "
+            "and the share of code among rows (among examples in tuning). For a trunk, only the part before the branch "
+            "counts.",
             ("Arm", "By its ledger", "Stages"), rows, words=(1, 2)))
-    return Section([*blocks, figure or Text("No run has left a record of its mix.")], [])
+    return Section([*blocks, figure or Text("No run recorded its mix.")], [])
 
 
 def _stage(stage: Stage) -> str:
@@ -110,15 +111,15 @@ def _stage(stage: Stage) -> str:
 
 
 def contamination(study: Study) -> Section:
-    """Which questions stand in what was trained on."""
+    """Which questions occur in training data."""
     blocks: list[Block] = [Heading(2, "Contamination")]
     if study.contamination is None:
         return Section([*blocks, Text("Contamination was not measured: there is no `contamination.json`. Whether "
-                                      "questions stand in what was trained on is not known.")], [])
-    blocks.append(Text(f"A question overlaps with a training source where {study.contamination.n} words of it in a "
-                       f"row (in Chinese {study.contamination.characters} characters), or a shorter part of it as a "
-                       "whole, stand in the source. Every score is also given without these questions. Not tested are "
-                       "those that are too short, or whose words many questions have."))
+                                      "questions occur in the training data is unknown.")], [])
+    blocks.append(Text(f"A question overlaps with a training source where {study.contamination.n} of its words in a "
+                       f"row (in Chinese {study.contamination.characters} characters), or all of a shorter part, "
+                       "occur in the source. Every score is also given without these questions. Questions that "
+                       "are too short, or whose words many questions share, are not tested."))
     rows, marked = [], []
     for task in study.tasks:
         result = study.result(task)
@@ -136,7 +137,7 @@ def contamination(study: Study) -> Section:
             rest = len(gone) - len(shown)
             marked.append(f"{task}: {', '.join(f'`{id_}`' for id_ in shown)}"
                           + (f" and {rest:,} more, in `questions.csv`" if rest else ""))
-    blocks.append(Table("How many questions of each task stand in what was trained on, and in which sources.",
+    blocks.append(Table("How many questions of each task occur in training data, and in which sources.",
                         ("Task", "Questions", "Overlapping", "Not tested", "Of them in"), rows, words=(4,)))
     if marked:
         blocks += [Text("The questions that overlap:"), Items(marked)]
@@ -144,7 +145,7 @@ def contamination(study: Study) -> Section:
 
 
 def asked(study: Study) -> Section:
-    """The questions, and how they were asked and scored; the same for all runs, or there would be no report."""
+    """The questions and how they were asked and scored. All runs agree in these, or no report is written."""
     rows, notes = [], []
     for task in study.tasks:
         result = study.result(task).result
@@ -157,28 +158,28 @@ def asked(study: Study) -> Section:
                      f"{settings.get('few_shot', '-')}", how, ", ".join(METRICS[name] for name in study.metrics(task))])
         asked_of = {run.name: run.results[task] for run in study.runs if task in run.results}
         for what, counts in (
-            ("questions of which several candidates tie, k that do counting 1 / k",
+            ("questions where several candidates tie; k tied candidates count 1 / k",
              {name: ties_of(one.lines) for name, one in asked_of.items()}),
-            ("prompts that were too long for the model and are cut",
+            ("prompts too long for the model, which were cut",
              {name: one.result.get("prompts_cut") or 0 for name, one in asked_of.items()}),
-            ("continuations that were too long for the model and are cut",
+            ("continuations too long for the model, which were cut",
              {name: one.result.get("continuations_cut") or 0 for name, one in asked_of.items()})):
             if any(counts.values()):
-                told = f"{max(counts.values()):,} of each run" if len(set(counts.values())) == 1 else ", ".join(
-                    f"{count:,} of `{name}`" for name, count in counts.items() if count)
+                told = f"{max(counts.values()):,} in each run" if len(set(counts.values())) == 1 else ", ".join(
+                    f"{count:,} in `{name}`" for name, count in counts.items() if count)
                 notes.append(f"{task}: {what}: {told}.")
         if tied := [f"`{name}`" for name, one in asked_of.items() if not one.measured]:
-            notes.append(f"{task} is not measured of {', '.join(tied)}: most questions are ties.")
+            notes.append(f"{task} is not measured for {', '.join(tied)}: most questions are ties.")
     blocks: list[Block] = [Heading(2, "What was asked"), Table(
         "The questions of each task and how they were asked, which is the same for all runs. Hashes are those of the "
-        "files and of the texts that were scored.",
+        "files and of the scored texts.",
         ("Task", "n", "Skipped", "Data", "Questions", "Template", "Few-shot", "Scoring", "Metrics"), rows,
         words=(3, 4, 5, 7, 8))]
     return Section([*blocks, *([Items(notes)] if notes else [])], [])
 
 
 def provenance(study: Study) -> Section:
-    """Where every result comes from."""
+    """The origin of every result."""
     rows: list[list[str]] = []
     numbers: Rows = []
     notes = list(_notes(study))
@@ -187,7 +188,7 @@ def provenance(study: Study) -> Section:
         code = known.get("code") or {}
         version = " ".join(filter(None, [
             str(code.get("version") or ""), str(code.get("commit") or "")[:SHORT],
-            "with changes that are not committed" if code.get("dirty") else ""])) or "unknown"
+            "with uncommitted changes" if code.get("dirty") else ""])) or "unknown"
         digests = {str(result.result["checkpoint"].get("digest", "")) for result in run.results.values()}
         order = run.ledger.get("order_fingerprint") or known.get("order") or ""
         steps = sorted({result.result["checkpoint"]["step"] for result in run.results.values()})
@@ -207,21 +208,21 @@ def provenance(study: Study) -> Section:
                         json.dumps(known.get("data") or {}), json.dumps(known.get("versions") or {})])
     data = sorted({f"{source}: `{str(value)[:HASH]}`" for run in study.runs
                    for source, value in ((run.provenance or {}).get("data") or {}).items()})
-    data += sorted({f"{source} was prepared by the steps `{one['steps_sha256'][:HASH]}` of the inputs "
+    data += sorted({f"{source} was prepared with the steps `{one['steps_sha256'][:HASH]}` of the inputs "
                     f"`{one['inputs_sha256'][:HASH]}`: {_inputs(one)}" for run in study.runs
                     for source, found in ((run.provenance or {}).get("prepared") or {}).items() for one in found})
     versions = sorted({", ".join(f"{name} {value}" for name, value in sorted(found.items())) for run in study.runs
                        if (found := (run.provenance or {}).get("versions"))})
     blocks: list[Block] = [Heading(2, "Provenance"), Table(
-        "What each run comes from. Tokens are those that the loss counted in the run's own stage, by the ledger of its "
-        "checkpoint; hashes are of the configuration, the order of the data and the checkpoint.",
+        "The origin of each run. Tokens are those that the loss counted in the run's own stage, from the ledger of its "
+        "checkpoint; hashes identify the configuration, the order of the data and the checkpoint.",
         ("Run", "Arm", "Seed", "Step", "Parameters", "Tokens", "Configuration", "Code", "Order", "Checkpoint"), rows,
         words=(1, 5, 6, 7, 8, 9))]
     if data:
         blocks += [Text("Fingerprints of the data:"), Items(data)]
     blocks += [Text(f"Package versions: {'; or '.join(versions)}.")] if versions else []
-    blocks.append(Text("Each result's own configuration, checkpoint, questions, code and package versions are in "
-                       "`results.csv`, the runs' in `provenance.csv`."))
+    blocks.append(Text("The configuration, checkpoint, questions, code and package versions of each result are in "
+                       "`results.csv`, those of each run in `provenance.csv`."))
     return Section([*blocks, *([Items(notes)] if notes else [])], [("provenance", (
         "run", "arm", "arm_by_ledger", "seed", "stage", "from", "step", "parameters", "pretraining_tokens", "tokens",
         "stages", "config_hash", "code_version", "code_commit", "code_dirty", "order", "vocabulary",
@@ -230,12 +231,12 @@ def provenance(study: Study) -> Section:
 
 
 def _inputs(prepared: Mapping[str, Any]) -> str:
-    """The paths that a source was prepared of."""
+    """The paths that a source was prepared from."""
     return "; ".join(f"{source} `{', '.join(paths)}`" for source, paths in prepared["inputs"].items())
 
 
 def _of_result(run: Run, task: str) -> list[Any]:
-    """A result in a line: what was asked, of which checkpoint, and by which configuration and code."""
+    """A result as a row: its settings, checkpoint, configuration and code."""
     result = run.results[task].result
     settings, known = result["settings"], result.get("provenance") or {}
     code = known.get("code") or {}
@@ -251,22 +252,22 @@ def _of_result(run: Run, task: str) -> list[Any]:
 
 
 def _notes(study: Study) -> Sequence[str]:
-    """What a reader should know of the runs that no table shows."""
+    """Facts about the runs that a reader needs and no table shows."""
     notes = []
     without = [run.name for run in study.runs if run.provenance is None]
     if without:
-        notes.append("There is no provenance.json of " + ", ".join(f"`{name}`" for name in without)
-                     + ": configuration, code and package versions are not known of them.")
+        notes.append("There is no provenance.json for " + ", ".join(f"`{name}`" for name in without)
+                     + ": their configuration, code and package versions are unknown.")
     for run in study.runs:
         steps = {result.result["checkpoint"]["step"] for result in run.results.values()}
         if run.step is not None and steps != {run.step}:
-            notes.append(f"`{run.name}` was evaluated after step {', '.join(map(str, sorted(steps)))}, and its newest "
-                         f"checkpoint is of step {run.step}.")
+            notes.append(f"`{run.name}` was evaluated after step {', '.join(map(str, sorted(steps)))}; its newest "
+                         f"checkpoint is at step {run.step}.")
     unborne = [f"`{run.name}`" for run in study.runs for result in run.results.values()
                if "bleu" in result.result.get("scores", {}) and "bleu" not in metrics_of(result.lines)]
     if unborne:
-        notes.append(f"The lines of {', '.join(unborne)} do not hold what BLEU is summed from, so that it is left out: "
-                     "they are of an earlier version, and the same evaluation once more writes it.")
+        notes.append(f"The lines of {', '.join(unborne)} lack the counts that BLEU is computed from, so it is left "
+                     "out: an earlier version wrote them; repeat the evaluation to add the counts.")
     for what in ("vocabulary", "length", "dtype"):
         values: dict[str, list[str]] = {}
         for run in study.runs:
@@ -281,9 +282,9 @@ def _notes(study: Study) -> Sequence[str]:
         codes = [one.get("code") or {} for one in known if one]
         commits = sorted({str(code["commit"])[:SHORT] for code in codes if code.get("commit")})
         if len(commits) > 1:
-            notes.append(f"Not all were {what} by the same version of the code: {', '.join(commits)}.")
+            notes.append(f"Not all were {what} with the same version of the code: {', '.join(commits)}.")
         if any(code.get("dirty") for code in codes):
-            notes.append(f"Some were {what} by code with changes that were not committed.")
+            notes.append(f"Some were {what} with uncommitted changes of the code.")
     for label, runs in study.arms.items():
         for task in study.tasks:
             asked = [run.name for run in runs if task in run.results]

@@ -1,8 +1,8 @@
-"""The paper's three conclusions, and what the data at hand say of each, by rules that were fixed before any data.
+"""The paper's three conclusions and the verdict of the data on each, by rules that were fixed before any data.
 
-Each conclusion is one contrast or more. A contrast is the difference of two arms in the mean over its tasks, each task
-counting equally. All contrasts of all conclusions are corrected together: their intervals have the level 1 - 5% / m
-for the m of them (Bonferroni), their p-values are Holm's.
+Each conclusion consists of one or more contrasts. A contrast is the difference between two arms in the mean over its
+tasks, each task counting equally. All m contrasts of all conclusions are corrected together: their intervals have the
+level 1 - 5% / m (Bonferroni), and their p-values are Holm's.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from codellm_jax.results.seeds import Contrast, contrast
 from codellm_jax.results.statistics import Interval, holm
 
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "open"
-MARGIN = 0.02  # of a score: a loss up to this one is "almost" none
+MARGIN = 0.02  # of a score: a loss up to this size counts as "almost" none
 
 Measure = tuple[str, str]  # task and metric
 REASONING: tuple[Measure, ...] = tuple((task, "accuracy") for task in ("logic", "jecqa", "scienceqa", "ekar"))
@@ -25,13 +25,13 @@ CODE: tuple[Measure, ...] = (("cosqa", "accuracy"), ("mbpp", "bleu"))
 
 
 class Planned(NamedTuple):
-    """A contrast as it was planned: (arm, mix) minus (arm, mix) over tasks."""
+    """A planned contrast: (arm, mix) minus (arm, mix) over tasks."""
 
     name: str
     first: tuple[str, str | None]
     second: tuple[str, str | None]
     measures: tuple[Measure, ...]
-    no_loss: bool = False  # asks that the difference is above -MARGIN, not above 0
+    no_loss: bool = False  # tests whether the difference is above -MARGIN, not above 0
 
 
 class Conclusion(NamedTuple):
@@ -41,7 +41,7 @@ class Conclusion(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What the data say of a contrast. Fractions of 1; None where nothing could be computed."""
+    """The verdict on a contrast. Fractions of 1; None where nothing could be computed."""
 
     planned: Planned
     verdict: str
@@ -66,18 +66,18 @@ CONTRASTS = sum(len(conclusion.contrasts) for conclusion in CONCLUSIONS)
 LEVEL = 1 - 0.05 / CONTRASTS
 
 RULES = (
-    f"A contrast is the difference of two arms in the mean over its tasks, each counting equally; its interval has the "
-    f"level {100 * LEVEL:g}%, which is 95% corrected for the {CONTRASTS} contrasts of all conclusions (Bonferroni), "
-    "whether or not all could be computed.",
-    "A contrast is supported where its interval lies above 0, contradicted where it lies below 0, and open else. Where "
-    f"the claim is that nothing is lost, it is supported above -{100 * MARGIN:g} points, contradicted below, and open "
-    f"where the interval holds -{100 * MARGIN:g}.",
-    "A contrast is always open where: a task or an arm of it is missing; most questions of a task are ties; an arm has "
-    "a single seed, for then the difference may be that of two seeds; the better arm's mean score is not above what "
-    "answering without reading would reach (the larger of chance and majority of each task; 0 where answers are "
+    "A contrast is the difference between two arms in the mean over its tasks, each counting equally; its interval "
+    f"has the level {100 * LEVEL:g}%, which is 95% corrected for the {CONTRASTS} contrasts of all conclusions "
+    "(Bonferroni), whether or not all could be computed.",
+    "A contrast is supported where its interval lies above 0, contradicted where it lies below 0, and open otherwise. "
+    f"Where the claim is that nothing is lost, it is supported above -{100 * MARGIN:g} points, contradicted below, and "
+    f"open where the interval contains -{100 * MARGIN:g}.",
+    "A contrast is always open where one of its tasks or arms is missing; most questions of a task are ties; an arm "
+    "has a single seed (the difference may then be one between seeds); the better arm's mean score is not above what "
+    "answering without reading reaches (the larger of chance and majority of each task; 0 where answers are "
     "written), by a one-sided 97.5% bound; the questions are samples; or the models are too small to say anything.",
-    "A conclusion is contradicted where any of its contrasts is, supported where all are, and open else.",
-    "Where contamination was measured, questions that overlap with a training source are left out here.",
+    "A conclusion is contradicted where any of its contrasts is, supported where all are, and open otherwise.",
+    "Where contamination was measured, questions that overlap with a training source are excluded here.",
 )
 
 
@@ -93,7 +93,7 @@ def judge(study: Study) -> list[tuple[Conclusion, str, list[Judged]]]:
 
 
 def has_papers_arms(study: Study) -> bool:
-    """Whether the arms of any contrast are there, and were asked something."""
+    """Whether the arms of any contrast are there and were evaluated."""
     asked = {label for label, runs in study.arms.items() if any(run.results for run in runs)}
     return any({study.find(*planned.first), study.find(*planned.second)} <= asked
                for conclusion in CONCLUSIONS for planned in conclusion.contrasts)

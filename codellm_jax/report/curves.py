@@ -2,8 +2,8 @@
 
     t5x plot runs/NL.seed0 runs/MID.seed0 --output=losses.svg
 
-A run that branched is drawn behind its trunk, which is dotted up to the branch. Steps of a branch count on from its
-trunk's, and so do its tokens here.
+The curve of a branched run continues that of its trunk, which is dotted up to the branch. Steps and tokens of a branch
+are counted from the start of its trunk.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Points = list[tuple[float, float, float]]
 
 
 class Curves(NamedTuple):
-    """The losses of a run: points (step, tokens, loss) of each panel, those of its trunks apart."""
+    """The losses of a run: points (step, tokens, loss) of each panel, with those of its trunks apart."""
 
     own: Mapping[str, Points]
     trunk: Mapping[str, Points]
@@ -30,16 +30,16 @@ class Curves(NamedTuple):
 
 
 def plot(runs: Sequence[str], output: str | None = None, against: str = "steps") -> str:
-    """Draws the losses of runs; returns a line that says where.
+    """Draws the losses of runs and returns a line that names the file written.
 
     Args:
       runs: run directories.
-      output: a file that ends in .png, .svg or .pdf; by default RUN/losses.png of one run, else losses.png.
+      output: a file name ending in .png, .svg or .pdf; by default RUN/losses.png for one run, otherwise losses.png.
       against: "steps" or "tokens".
 
     Raises:
-      FileNotFoundError: a run, or its records, are not there.
-      ValueError: in one line; an output of another kind, or no run with a loss.
+      FileNotFoundError: a run, or its records, do not exist.
+      ValueError: with a one-line message; the output has another suffix, or no run has a loss.
     """
     folders = [epath.Path(run).expanduser() for run in runs]
     path = epath.Path(output).expanduser() if output else folders[0] / "losses.png" if len(runs) == 1 else epath.Path(
@@ -60,16 +60,16 @@ def plot(runs: Sequence[str], output: str | None = None, against: str = "steps")
                 lines.setdefault(title, []).append(plots.Line(
                     name if names.count(name) == 1 else str(folder), points, trunk))
     if not lines:
-        raise ValueError(f"{', '.join(runs)}: no loss is recorded yet: train with a LOG_PERIOD or an EVAL_PERIOD.")
+        raise ValueError(f"{', '.join(runs)}: no loss is recorded yet. Train with a LOG_PERIOD or an EVAL_PERIOD.")
     figure = plots.runs({title: lines[title] for title in PANELS if title in lines}, against)
     path.write_bytes({".png": figure.png, ".svg": figure.svg, ".pdf": figure.pdf}[path.suffix])
     return "\n".join([*notes, f"Losses of {', '.join(names)}: {path}"])
 
 
 def read_curves(folder: epath.Path) -> Curves:
-    """The losses of a run directory, and of what it branches from. Raises FileNotFoundError where there are none."""
+    """The losses of a run directory and of the runs it branches from. Raises FileNotFoundError where there are none."""
     if not (folder / "metrics.jsonl").exists():
-        raise FileNotFoundError(f"There is no {folder / 'metrics.jsonl'}: name a run that was trained.")
+        raise FileNotFoundError(f"There is no {folder / 'metrics.jsonl'}: name a trained run.")
     records = read_records(str(folder))
     ledger = (read_json(folder / "provenance.json") or {}).get("ledger") or {}
     step, before, notes = 0.0, None, []
@@ -77,7 +77,7 @@ def read_curves(folder: epath.Path) -> Curves:
         step = float(branch["step"])
         named = epath.Path(ledger["before"][-1]["model_dir"])
         found = [path for path in (named, folder.parent / named.name) if (path / "metrics.jsonl").exists()]
-        if found:  # the second is of a study that was moved
+        if found:  # the second place is that of a study that was moved
             before = read_curves(found[0])
         else:
             notes = [f"{folder.name} is drawn without its trunk {named}, which is not there."]

@@ -1,10 +1,10 @@
-"""Effects of stages: what code at one stage adds, the other stages held as they are, from any tree of arms.
+"""Effects of stages: what code at one stage adds while the other stages stay the same, estimated from any tree of arms.
 
-Arms are described by their levels: for each stage the share of code and whatever else tells arms apart there. A linear
-model over arms has
+An arm is described by its levels: for each stage, the share of code and all other facts that distinguish arms there. A
+linear model over arms has
 
-    an effect for each level of each stage, and for each two stages an interaction, z_j z_k, with z = 1/2 where an arm
-    has code in the stage and -1/2 where it has none,
+    an effect for each level of each stage, and for each pair of stages an interaction, z_j z_k, with z = 1/2 where an
+    arm has code in the stage and -1/2 where it has none,
 
 and is fitted by least squares to the arms' means, each counting equally. Its contrasts are
 
@@ -17,13 +17,14 @@ and is fitted by least squares to the arms' means, each counting equally. Its co
     j and k together    the coefficient of the interaction: what code in j adds where k has code, minus what it adds
                         where k has none
 
-Interactions of three stages and more are taken to be none. A contrast is estimable where it lies in the row space of
-the design matrix (Searle, 1971, section 5.4); others are named as holes. Interactions that are not estimable are
-taken to be none, which the hole says. So each effect is a weighted sum of arms, in a full 2 x 2 the textbook's.
+Interactions of three or more stages are assumed to be zero. A contrast is estimable where it lies in the row space of
+the design matrix (Searle, 1971, section 5.4); the others are reported as holes. Interactions that are not estimable are
+assumed to be zero, and the hole says so. Each effect is thus a weighted sum of arms; in a full 2 x 2 design it is the
+textbook's.
 
-How sure one may be of such a sum follows `results.seeds`: runs that stand on the same run of one seed are a family; a
-family's part of the sum varies between its seeds, and those of families are independent. To that comes the variance
-between questions, where there are any.
+The error of such a sum follows `results.seeds`: arms that start from the same run of one seed form a family; the
+family's part of the sum varies between its seeds, and families are independent. The variance between questions is
+added, where there are questions.
 """
 
 import itertools
@@ -36,15 +37,15 @@ from codellm_jax.results.seeds import Contrast, by_parts
 from codellm_jax.results.statistics import without_rounding
 
 SMALL = 1e-9
-STEP = 0.1  # of a share, that a slope is told for
+STEP = 0.1  # of a share: the unit of a slope
 SAME_WEIGHT = 0.02  # of a source within its pool
 
 
 class Level(NamedTuple):
-    """What an arm has at a stage; arms of equal levels everywhere are repetitions of each other."""
+    """The levels of an arm at a stage; arms with equal levels everywhere are repetitions of each other."""
 
-    share: float  # of code; where the arm goes without the stage, that of its stage before
-    other: str = ""  # what else tells arms apart: the order of the mix, sources, where it begins, settings
+    share: float  # of code; where the arm skips the stage, that of the stage before
+    other: str = ""  # the other facts: the order of the mix, sources, where the stage begins, settings
 
     @property
     def code(self) -> bool:
@@ -60,14 +61,16 @@ class Effect(NamedTuple):
 
 
 class Design(NamedTuple):
-    """What a set of arms can tell."""
+    """The effects that a set of arms can estimate."""
 
     effects: Sequence[Effect]
-    holes: Sequence[str]  # sentences: what they cannot tell, and which arms are missing
+    holes: Sequence[str]  # sentences: what they cannot estimate, and which arms are missing
 
 
 class Sample(NamedTuple):
-    """One measure of one run: its score, and values [n] of its questions whose mean stands for it; [1] without any."""
+    """One measure of one run: its score, and values [n] of its questions, whose mean is the score; [1] without
+    questions.
+    """
 
     score: float
     values: np.ndarray
@@ -77,26 +80,26 @@ class Told(NamedTuple):
     """An effect on one measure."""
 
     estimate: float
-    contrast: Contrast | None  # None where nothing can be said of its error
-    seeds: int  # the fewest of any family
+    contrast: Contrast | None  # None where its error is unknown
+    seeds: int  # the smallest number in any family
 
 
 def design_of(stages: Sequence[str], arms: Mapping[str, Sequence[Level]],
               sources: Mapping[int, Mapping[str, Mapping[str, float]]] | None = None) -> Design:
-    """The effects that arms can tell, and the holes.
+    """The effects that arms can estimate, and the holes.
 
     Args:
       stages: K names.
-      arms: K levels of each arm, by label.
-      sources: of the stages, by place, whose sources have effects of their own: of each arm that went through it the
-        share of each source by name, "POOL.NAME". Arms of one level have the same.
+      arms: the K levels of each arm, by label.
+      sources: by the index of each stage whose sources have effects of their own: for each arm that went through it,
+        the share of each source by name, "POOL.NAME". Arms of one level have the same shares.
     """
     labels = list(arms)
     levels = [sorted({own[k] for own in arms.values()}, key=lambda level: (level.share, level.other))
               for k in range(len(stages))]
     varying = [k for k in range(len(stages)) if len(levels[k]) > 1]
     both = [k for k in varying if len({level.code for level in levels[k]}) == 2]
-    holes = [f"All arms have {_shares(levels[k])} of code in {stages[k]}: the effect of code there cannot be told."
+    holes = [f"All arms have {_shares(levels[k])} of code in {stages[k]}: the effect of code there cannot be estimated."
              for k in range(len(stages)) if k not in both and levels[k][0].code]
     pairs = list(itertools.combinations(both, 2))
     columns = _columns(labels, arms, levels, varying)
@@ -104,7 +107,7 @@ def design_of(stages: Sequence[str], arms: Mapping[str, Sequence[Level]],
                 for pair in pairs}
 
     def weights_of(wanted: Mapping[Any, float], kept: Sequence[tuple[int, int]]) -> np.ndarray | None:
-        """Of each arm, [A]; None where the contrast is not estimable."""
+        """The weight of each arm, [A]; None where the contrast is not estimable."""
         matrix = np.stack([np.ones(len(labels)), *columns.values(), *(products[pair] for pair in kept)], axis=1)
         contrast = np.array([0.0, *(wanted.get(name, 0.0) for name in (*columns, *kept))])
         weights = contrast @ np.linalg.pinv(matrix, rcond=SMALL)
@@ -129,15 +132,15 @@ def design_of(stages: Sequence[str], arms: Mapping[str, Sequence[Level]],
             if weights is not None:
                 effects.append(Effect("source", f"10 points of {name} in {stages[k]}", _named(labels, weights)))
         if untold:
-            holes.append(f"The effects of {listed(untold)} in {stages[k]} cannot be told: their shares go along with "
-                         "those of other sources.")
+            holes.append(f"The effects of {listed(untold)} in {stages[k]} cannot be estimated: their shares are "
+                         "confounded with those of other sources.")
     for pair, weights in together.items():
         if weights is not None:
             effects.append(Effect("together", f"interaction of code in {listed([stages[k] for k in pair])}",
                                   _named(labels, weights)))
         elif not set(pair) <= set(confounded):
-            holes.append(f"Whether {listed([f'code in {stages[k]}' for k in pair])} need each other cannot be told: "
-                         f"{_missing([pair], stages, arms)}. The effects suppose that they do not.")
+            holes.append(f"Whether {listed([f'code in {stages[k]}' for k in pair])} depend on each other cannot be "
+                         f"estimated: {_missing([pair], stages, arms)}. The effects assume that they do not.")
     if confounded:
         others = [k for k in varying if k not in confounded] if len(confounded) == 1 else []
         names = [f"code in {stages[k]}" for k in (*confounded, *others)]
@@ -151,13 +154,13 @@ def told(weights: Mapping[str, float], samples: Mapping[str, Mapping[int | None,
     """A weighted sum of arms with its error.
 
     Args:
-      weights: of arms by label.
-      samples: of each arm and seed, of the same questions.
-      roots: of each arm and seed the run that it stands on which no other seed stands on: families have it in common.
+      weights: of arms, by label.
+      samples: by arm and seed, on the same questions.
+      roots: by arm and seed, the earliest run of its line on which no other seed stands; families share it.
       level: of confidence.
 
     Returns:
-      None where an arm has no sample, or a family no seed that all its arms have.
+      None where an arm has no sample, or a family has no seed that all its arms have.
     """
     labels = [label for label, weight in weights.items() if abs(weight) > SMALL]
     if not labels or any(not samples.get(label) for label in labels):
@@ -175,7 +178,7 @@ def told(weights: Mapping[str, float], samples: Mapping[str, Mapping[int | None,
         size_of_parts += float(np.abs(parts_of_sum).sum(axis=1).mean())
         questions = questions + values.mean(axis=0)
         seeds.append(len(common))
-        # Families that are weighted alike are taken to vary equally, but for the size of their weights.
+        # Families with equal weights are assumed to vary equally, up to the size of their weights.
         size = float(np.linalg.norm(own))
         kind = tuple(np.round(np.sort(np.abs(own)) / size, 6))
         spreads.setdefault(kind, []).append((size, values.mean(axis=1) / size))
@@ -194,7 +197,7 @@ def told(weights: Mapping[str, float], samples: Mapping[str, Mapping[int | None,
 
 def _families(labels: Sequence[str], samples: Mapping[str, Mapping[int | None, Sample]],
               roots: Mapping[str, Mapping[int | None, str]]) -> list[list[str]]:
-    """Arms that stand on the same runs, together."""
+    """Groups of arms that start from the same runs."""
     families: list[tuple[set[str], list[str]]] = []
     for label in labels:
         own, members = {roots[label][seed] for seed in samples[label]}, [label]
@@ -207,13 +210,13 @@ def _families(labels: Sequence[str], samples: Mapping[str, Mapping[int | None, S
 
 def _columns(labels: Sequence[str], arms: Mapping[str, Sequence[Level]], levels: Sequence[Sequence[Level]],
              varying: Sequence[int]) -> dict[object, np.ndarray]:
-    """[A] of each level of each stage but its first, by (stage, level)."""
+    """An indicator [A] for each level but the first of each stage, by (stage, level)."""
     return {(k, level): np.array([float(arms[label][k] == level) for label in labels])
             for k in varying for level in levels[k][1:]}
 
 
 def _contrasts(k: int, levels: Sequence[Level]) -> list[tuple[str, Mapping[Any, float]]]:
-    """(kind, coefficients by column) of a stage with these levels."""
+    """(kind, coefficients by column) of each contrast of a stage with these levels."""
     code, none = [level for level in levels if level.code], [level for level in levels if not level.code]
     found: list[tuple[str, Mapping[Any, float]]] = []
     if code and none:
@@ -229,8 +232,8 @@ def _contrasts(k: int, levels: Sequence[Level]) -> list[tuple[str, Mapping[Any, 
 
 def _source_contrasts(levels: Mapping[Level, Mapping[str, float]]) -> tuple[
         list[tuple[str, Mapping[Level, float]]], list[str]]:
-    """(what, weights of levels) of each source whose effect the levels of a stage can tell, and the names of others
-    whose weight within their pool differs; `levels` have the shares of the sources.
+    """(name, weights of levels) for each source whose effect the levels of a stage can estimate, and the names of the
+    other sources whose weight within their pool differs. `levels` maps to the shares of the sources.
     """
     names = sorted({name for shares in levels.values() for name in shares})
     shares = np.array([[own.get(name, 0.0) for name in names] for own in levels.values()])  # [L, S]
@@ -241,7 +244,8 @@ def _source_contrasts(levels: Mapping[Level, Mapping[str, float]]) -> tuple[
     untold: list[str] = []
     for place, name in enumerate(names):
         others = np.arange(len(names)) != place
-        # Text that keeps its proportions has no effects of its sources: each would be that of another amount of code.
+        # Text that keeps its proportions has no effects of its sources: each would be the effect of another amount of
+        # code.
         for what, replaced in (("text", of_text), ("the others of its pool", of_text == of_text[place])):
             instead = np.where(replaced & others, shares.mean(axis=0), 0.0)
             if what == "text" and of_text[place] or not instead.sum():
@@ -264,7 +268,7 @@ def _named(labels: Sequence[str], weights: np.ndarray) -> dict[str, float]:
 
 
 def _missing(pairs: Sequence[tuple[int, int]], stages: Sequence[str], arms: Mapping[str, Sequence[Level]]) -> str:
-    """Which cells of code and none no arm is in, for pairs of stages."""
+    """The cells of code and no code that no arm occupies, for pairs of stages."""
     found = []
     for j, k in pairs:
         one, other = stages[j], stages[k]
@@ -273,7 +277,7 @@ def _missing(pairs: Sequence[tuple[int, int]], stages: Sequence[str], arms: Mapp
             ((True, True), f"code in both {one} and {other}"), ((True, False), f"code in {one} but not in {other}"),
             ((False, True), f"code in {other} but not in {one}"),
             ((False, False), f"code in neither {one} nor {other}")) if cell not in cells]
-    return f"no arm has {', and no arm has '.join(found)}" if found else "what else arms differ in goes along with it"
+    return f"no arm has {', and no arm has '.join(found)}" if found else "other differences are confounded with it"
 
 
 def _shares(levels: Sequence[Level]) -> str:

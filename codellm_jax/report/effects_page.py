@@ -1,4 +1,5 @@
-"""The effects of stages as a report tells them first: in words, in a picture, in a table, and what is missing."""
+"""The effects of stages as a report presents them: in words, in a figure, in a table, and the effects that are missing.
+"""
 
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ VERBS = {verdict: f"adds {verdict} than apart to" for verdict in TOGETHER.values
 
 
 def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
-    """The effects of stages in every group of arms that is a tree, and what they come to, in words."""
+    """The effects of stages in every group of arms that is a tree, and their summary in words."""
     trees = [group for group in compared if is_tree(group)]
     judged = judge([(group, None) for group in trees])
     total = sum(one.corrected is not None for found in judged for one in found)
@@ -34,7 +35,7 @@ def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
         if first:
             blocks += [_figure(first, number, after), _table(first, total)]
         if group.design.holes:
-            blocks += [Text("These arms cannot tell:"), Items(group.design.holes)]
+            blocks += [Text("These arms leave open:"), Items(group.design.holes)]
         if notes := notes_of(group):
             blocks.append(Items(notes))
         if others:
@@ -47,7 +48,7 @@ def effects(compared: Sequence[Group]) -> tuple[Section, list[str]]:
 
 
 def is_tree(group: Group) -> bool:
-    """Whether stages have effects here that no sweep shows: several stages differ, or the one has few shares, or also
+    """Whether the stages have effects that no sweep shows: several stages differ, or one stage has few shares or also
     differs in the weights of sources.
     """
     varying = [k for k in range(len(group.stages)) if len({levels[k].share for levels in group.levels.values()}) > 1
@@ -56,7 +57,7 @@ def is_tree(group: Group) -> bool:
 
 
 def sentences(found: Sequence[Judged]) -> list[str]:
-    """What the effects of a group come to, in words."""
+    """The effects of a group, summarised in words."""
     if not found:
         return ["These arms cannot tell at which stage code helps."]
     said, untold = [], []
@@ -82,7 +83,7 @@ def sentences(found: Sequence[Judged]) -> list[str]:
 
 
 def titles(names: Sequence[str]) -> str:
-    """Titles of measures in a sentence, each once; of many the first, for the table beneath has all."""
+    """Titles of measures in a sentence, each once; of many only the first few, since the table below has all."""
     once = list(dict.fromkeys(names))
     return listed(once if len(once) <= MOST_TITLES else [*once[:MOST_TITLES - 1], f"{len(once) - MOST_TITLES + 1} "
                                                          "other measures"])
@@ -104,9 +105,9 @@ def _table(found: Sequence[Judged], total: int) -> Table:
         measure = next(iter(own.values())).measure
         rows.append([f"{title}\n{measure.unit}, {measure.better} is better",
                      *(_cell(own[name]) if name in own else "-" for name in names)])
-    return Table("What code in a stage changes in each measure: the effect with its 95% interval, and beneath it the "
-                 f"verdict and the p-value, corrected by Holm's method for all {total} effects that have one. An "
-                 "effect is the difference between arms with code and without, midway between code and none in the "
+    return Table("The effect of code in a stage on each measure with its 95% interval, and beneath it the "
+                 f"verdict and the p-value, corrected by Holm's method over all {total} effects that have one. An "
+                 "effect is the difference between arms with code and without, averaged over code and no code in the "
                  "other stages.", ("Measure", *map(_capital, names)), rows)
 
 
@@ -125,21 +126,22 @@ def _figure(found: Sequence[Judged], number: int, after: str) -> plots.Figure:
             name: [points.get((name, row)) for row in rows]
             for name in dict.fromkeys(one.effect.name for one in found)}))
     return plots.effects(f"effects_{number}" if number > 1 else "effects", "What code adds at each stage, after "
-                         f"{after}, with 95% intervals over seeds and questions; an open point has none.", panels)
+                         f"{after}, with 95% intervals over seeds and questions; an open point has no "
+                         "interval.", panels)
 
 
 def notes_of(group: Group) -> list[str]:
-    """What goes along with code in these arms besides code."""
+    """Differences between these arms that are confounded with code."""
     notes = []
     for k, stage in enumerate(group.stages):
         absent = {k in group.absent[label] for label, shares in group.shares.items() if not shares[k]}
         if absent == {True} and any(shares[k] for shares in group.shares.values()):
-            notes.append(f"Arms without code in {stage} go without that stage: what it adds is that of the stage with "
-                         "its code, beside going on as before.")
+            notes.append(f"Arms without code in {stage} skip that stage: the effect is that of the stage with "
+                         "its code, against continuing as before.")
     least, most = min(group.tokens.values()), max(group.tokens.values())
     if most > (1 + SAME_LENGTH) * least:
-        notes.append(f"These arms were trained on {least:,} to {most:,} tokens of documents: what code adds may be due "
-                     "to more training.")
+        notes.append(f"These arms were trained on {least:,} to {most:,} tokens of documents: the effect of code may be "
+                     "due to more training.")
     return notes
 
 

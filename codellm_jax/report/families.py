@@ -1,7 +1,7 @@
 """The candidates for a law of the mixture: families of curves over shares, sizes and lengths.
 
-A family is linear but for one or two parameters, theta, such as t of c + k exp(t r). Its features are of the order of
-one, so that a coefficient is of the order of the loss's differences.
+A family is linear except in one or two parameters, theta, such as t of c + k exp(t r). Its features are of order one,
+so the coefficients are of the order of the differences between losses.
 """
 
 import dataclasses
@@ -14,12 +14,13 @@ import numpy as np
 from scipy import linalg, optimize
 
 LIMIT = 20.0  # of |t| in exp(t r)
-REPEATED = 0.25  # epochs wasted, from which on repetition may matter: about four epochs
+REPEATED = 0.25  # epochs wasted; repetition may matter above this, which is about four epochs
 
 
 class Points(NamedTuple):
-    """Where a law is asked: shares [n, S] of S sources that sum to 1; `scale` [n, a], parameters and tokens over their
-    geometric means, those that vary; `waste` [n], the epochs that repetition wastes of the scarcest source.
+    """The points at which a law is evaluated: shares [n, S] of S sources that sum to 1; `scale` [n, a], parameters and
+    tokens divided by their geometric means, for those that vary; `waste` [n], the epochs lost to repetition of the
+    scarcest source.
     """
 
     shares: np.ndarray
@@ -28,14 +29,14 @@ class Points(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """One loss in cells, that is of all seeds under the same shares, size and length.
+    """One loss in cells; a cell holds all seeds with the same shares, size and length.
 
     Attributes:
       mean: [c] over seeds; 0 where there are none.
-      runs: [c]; several lengths of one run count as fewer, as far as their noise is alike.
-      squares: [c] sum of squares about the mean.
-      variance: [c] of one run's noise, relative to the mean of all; 1 where it is the same everywhere.
-      degrees: [c] of freedom that `variance` was told by; infinite where it is the same everywhere.
+      runs: [c]; several lengths of one run count as fewer runs to the extent that their noise is alike.
+      squares: [c] sums of squares about the mean.
+      variance: [c] of the noise of one run, relative to the mean of all cells; 1 where it is the same everywhere.
+      degrees: [c] of freedom of the estimate `variance`; infinite where it is the same everywhere.
     """
 
     mean: np.ndarray
@@ -50,12 +51,13 @@ class Family:
     """Curves sum_p b_p features_p(x; theta).
 
     Attributes:
-      name, formula: for a person.
-      parameters: of one curve, all together.
+      name, formula: shown to readers.
+      parameters: the number of parameters of one curve.
       axes: grids of theta.
       features: (points, thetas [T, k]) -> [T, n, p].
-      mode: finds the one theta there is, [1, k], where a grid of them would be too large.
-      precision: thetas -> [T, p], of the coefficients' normal prior about 0, relative to the noise's; None for none.
+      mode: finds the single theta [1, k], where a grid would be too large.
+      precision: thetas -> [T, p], the precision of the coefficients' normal prior about 0, relative to the noise's;
+        None for no prior.
     """
 
     name: str
@@ -81,7 +83,7 @@ def exponential() -> Family:
     axis = 2 * np.sinh(np.linspace(-np.arcsinh(LIMIT / 2), np.arcsinh(LIMIT / 2), 60))  # never 0: that is linear
 
     def features(points: Points, thetas: np.ndarray) -> np.ndarray:
-        # From 0 at r = 0 to 1 at r = 1 for every t, so that the fit stays well conditioned.
+        # The feature runs from 0 at r = 0 to 1 at r = 1 for every t, which keeps the fit well conditioned.
         risen = np.expm1(thetas[:, :1] * points.shares[None, :, 1]) / np.expm1(thetas[:, :1])
         return _with_constant(risen[..., None])
 
@@ -89,7 +91,7 @@ def exponential() -> Family:
 
 
 def exponential_of_all(sources: int) -> Family:
-    """c + k exp(sum_j t_j r_j) over all sources (Ye et al., 2024, equation 2). Theta is (log k, t) of least squares,
+    """c + k exp(sum_j t_j r_j) over all sources (Ye et al., 2024, equation 2). Theta is the least-squares (log k, t),
     and the coefficients are those of the tangents there.
     """
     def features(points: Points, thetas: np.ndarray) -> np.ndarray:
@@ -111,7 +113,7 @@ def exponential_of_all(sources: int) -> Family:
             return root[:, None] * np.concatenate([np.ones((len(y), 1)), curve[:, None] * design], axis=1)
 
         found = []
-        for below in (0.05, 0.5, 3.0):  # of the span, where the floor may lie
+        for below in (0.05, 0.5, 3.0):  # of the span: where the floor may lie
             floor = y.min() - below * span
             line = np.linalg.lstsq(design * root[:, None], np.log(y - floor) * root, rcond=None)[0]
             start = np.concatenate([[floor], line])
@@ -122,7 +124,7 @@ def exponential_of_all(sources: int) -> Family:
 
 
 def exponentials(sources: int) -> Family:
-    """c + sum_j k_j exp(-t_j r_j) over sources; of more than two with one t for all."""
+    """c + sum_j k_j exp(-t_j r_j) over sources; for more than two, with one t for all."""
     axis = np.geomspace(0.3, 2 * LIMIT, 14 if sources == 2 else 20)
     own = sources == 2
 
@@ -149,11 +151,11 @@ def power(sources: int, source: int | None = None) -> Family:
 
 
 def gaussian_process(shares: np.ndarray, with_linear: bool = True) -> Family:
-    """A Gaussian process with Matern's kernel of smoothness 5/2 about a linear mean; theta is (length, amplitude over
+    """A Gaussian process with a Matern kernel of smoothness 5/2 about a linear mean; theta is (length, amplitude over
     the noise's standard deviation).
 
     Args:
-      shares: [g, S], where the process is; between them it is interpolated, so that they hold all that is observed.
+      shares: [g, S], the support of the process, which must hold all observed shares; between them it is interpolated.
     """
     base = _place(shares)
     length = float(np.median([np.linalg.norm(one - other) for one, other in itertools.combinations(base[:64], 2)]))
@@ -187,7 +189,7 @@ def gaussian_process(shares: np.ndarray, with_linear: bool = True) -> Family:
 
 
 def with_repetition(family: Family, most: float) -> Family:
-    """The family and a term for what repetition wastes; `most` of it in any run."""
+    """The family with an added term for the epochs lost to repetition; `most` is the largest loss of any run."""
     def features(points: Points, thetas: np.ndarray) -> np.ndarray:
         found = family.features(points, thetas)
         return np.concatenate([found, np.broadcast_to(points.waste[:, None] / most, (*found.shape[:2], 1))], axis=2)
@@ -197,15 +199,15 @@ def with_repetition(family: Family, most: float) -> Family:
 
 
 def with_scale(family: Family, axes: int) -> Family:
-    """The family with each coefficient b + sum_a b_a s_a^-p_a of the scales s: parameters, tokens (as of Ye et al.,
-    2024, section 4, laws of steps and of sizes below that of the mixture).
+    """The family with each coefficient replaced by b + sum_a b_a s_a^-p_a over the scales s: parameters and tokens
+    (following Ye et al., 2024, section 4: laws of steps and sizes nested below that of the mixture).
     """
     own = len(family.axes)
 
     def features(points: Points, thetas: np.ndarray) -> np.ndarray:
         found = family.features(points, thetas[:, :own])
         exponent = -thetas[:, None, own:]
-        powers = (points.scale[None] ** exponent - 1) / exponent  # [T, n, a]; near the logarithm for small exponents
+        powers = (points.scale[None] ** exponent - 1) / exponent  # [T, n, a]; nearly log for small exponents
         return np.concatenate([found, *(found * powers[:, :, [a]] for a in range(axes))], axis=2)
 
     grids = (*(axis[:: max(1, len(axis) // 12)] for axis in family.axes), *[np.linspace(0.05, 1.2, 7)] * axes)
@@ -218,18 +220,18 @@ def _with_constant(features: np.ndarray) -> np.ndarray:
 
 
 def _place(shares: np.ndarray) -> np.ndarray:
-    """Where a mixture lies for the Gaussian process: two that differ by one part in a hundred are the further apart the
-    scarcer the source (as in Hellinger's distance); of two sources the share itself.
+    """The position of a mixture for the Gaussian process: a difference of one point moves two mixtures farther apart
+    the scarcer the source (as in Hellinger's distance); of two sources, the share itself.
     """
     return shares[:, 1:] if shares.shape[1] == 2 else np.sqrt(np.maximum(shares, 0))
 
 
 def candidates(points: Points, groups: np.ndarray) -> list[Family]:
-    """The families that so many shares can tell: each leaves a share over when another is left out.
+    """The families that this many shares can determine: each leaves one share over when another is left out.
 
     Args:
-      points: the cells' [c].
-      groups: [c] which share each has.
+      points: the points [c] of the cells.
+      groups: [c], the index of each cell's share.
     """
     distinct, sources = len(np.unique(groups)), points.shares.shape[1]
     scales = points.scale.shape[1]
@@ -247,7 +249,7 @@ def candidates(points: Points, groups: np.ndarray) -> list[Family]:
 
 
 def _process_points(shares: np.ndarray) -> np.ndarray:
-    """The shares observed and, of two sources, a grid between them."""
+    """The observed shares and, for two sources, a grid between them."""
     if shares.shape[1] > 2:
         return shares
     own = shares[:, 1]

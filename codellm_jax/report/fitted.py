@@ -1,4 +1,4 @@
-"""Laws fitted to the lines of a sweep: its runs in cells of one share, size and length, and what the laws predict."""
+"""Laws fitted to the lines of a sweep: its runs in cells of one share, size and length, and the laws' predictions."""
 
 import dataclasses
 import functools
@@ -14,26 +14,26 @@ from codellm_jax.report.optimum import INTERVAL
 from codellm_jax.report.questions import task_of
 from codellm_jax.report.sweeps import Sweep
 
-SAME_SCALE = 0.03  # sizes or lengths that differ by less, relatively, are one
-REPETITION = 15.39  # epochs after which repeated tokens have lost most of their worth (Muennighoff et al., 2023)
+SAME_SCALE = 0.03  # sizes or lengths with a smaller relative difference count as equal
+REPETITION = 15.39  # epochs after which repeated tokens have lost most of their value (Muennighoff et al., 2023)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """Laws of every loss of some lines of a sweep, in one set of cells."""
+    """Laws of every loss for some lines of a sweep, in one set of cells."""
 
     sweep: Sweep
-    cell: np.ndarray  # [n] of each line
-    points: Points  # of the cells
-    groups: np.ndarray  # [c] their shares
+    cell: np.ndarray  # [n] the cell of each line
+    points: Points  # one for each cell
+    groups: np.ndarray  # [c] index of each cell's share
     centres: tuple[float, ...]  # geometric means of the scales
-    axes: tuple[str, ...]  # "size", "tokens": those that the laws know
+    axes: tuple[str, ...]  # "size", "tokens": the scales that the laws model
     laws: Sequence[Law]
     cells: Sequence[Losses]
     outliers: Sequence[Sequence[Outlier]]
 
     def at(self, shares: np.ndarray, size: float = math.nan, tokens: float = math.nan) -> Points:
-        """Points of these mixtures [m, S], at a size and a number of tokens where the laws know these."""
+        """The points of mixtures [m, S], at a size and a number of tokens where the laws model these."""
         scale = [np.full(len(shares), {"size": size, "tokens": tokens}[axis] / centre)
                  for axis, centre in zip(self.axes, self.centres, strict=True)]
         return Points(shares, np.stack(scale, axis=1) if scale else np.zeros((len(shares), 0)),
@@ -41,8 +41,8 @@ class Fitted:
 
     @functools.cached_property
     def questions(self) -> list[np.ndarray | None]:
-        """Of each loss [c, q]: what each of q questions adds to a cell beyond the mean of all, in units of the mean's
-        standard error; None where no questions are known.
+        """For each loss [c, q]: how much each of q questions shifts a cell beyond the mean of all, in units of the
+        mean's standard error; None where no questions are known.
         """
         found: list[np.ndarray | None] = []
         for place, name in enumerate(self.sweep.losses):
@@ -60,12 +60,13 @@ class Fitted:
         return found
 
     def drawn(self, of_questions: bool = True) -> list[Drawn]:
-        """Curves that the runs leave possible.
+        """Curves that are consistent with the runs.
 
         Args:
-          of_questions: whether the questions of benchmarks are a sample, too, drawn anew for each curve. Measures of
-            one benchmark have the same. A draw is of a sum over questions with random normal weights (the multiplier
-            bootstrap) over a deviation as uncertain as so many questions leave it: Student's distribution.
+          of_questions: whether the questions of benchmarks count as a sample, drawn anew for each curve. Measures of
+            one benchmark share the draws. A draw is a sum over questions with random normal weights (the multiplier
+            bootstrap), divided by a deviation as uncertain as this number of questions makes it: Student's
+            distribution.
         """
         moved: list[np.ndarray | None] = []
         for name, questions in zip(self.sweep.losses, self.questions, strict=True):
@@ -85,7 +86,7 @@ class Fitted:
 
     @functools.cached_property
     def correlation(self) -> np.ndarray:
-        """[D, D] of the noise within a run."""
+        """[D, D] correlation of the noise within a run."""
         residuals = np.stack([
             (self.sweep.values[:, place] - law.mean(self.points)[self.cell]) / np.sqrt(cells.variance[self.cell])
             for place, (law, cells) in enumerate(zip(self.laws, self.cells, strict=True))], axis=1)
@@ -94,7 +95,7 @@ class Fitted:
         return correlation(residuals, min(law.chosen.degrees for law in self.laws))
 
     def only(self, losses: Sequence[str]) -> "Fitted":
-        """The laws of some losses."""
+        """The laws of some of the losses."""
         places = [self.sweep.losses.index(name) for name in losses]
         return dataclasses.replace(
             self, sweep=self.sweep.of(losses), laws=[self.laws[n] for n in places],
@@ -102,8 +103,8 @@ class Fitted:
 
 
 def waste(sweep: Sweep, shares: np.ndarray, tokens: float = math.nan) -> np.ndarray:
-    """[m] how many epochs of the source that is repeated most are as good as lost: e - 1 - R (1 - exp(-(e - 1) / R))
-    of e epochs (Muennighoff et al., 2023, section 3.1); 0 where nothing tells epochs.
+    """[m] the number of epochs of the most repeated source that are as good as lost: e - 1 - R (1 - exp(-(e - 1) / R))
+    of e epochs (Muennighoff et al., 2023, section 3.1); 0 where the epochs are unknown.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         per_share = np.nan_to_num(np.where(sweep.shares > 0.01, sweep.epochs / sweep.shares, np.nan))
@@ -114,7 +115,7 @@ def waste(sweep: Sweep, shares: np.ndarray, tokens: float = math.nan) -> np.ndar
 
 
 def fit_sweep(sweep: Sweep, axes: Sequence[str], told: Callable[[str], None]) -> Fitted:
-    """Laws of each loss over the lines of a sweep; `axes` are the scales that they know, of "size" and "tokens"."""
+    """Laws of each loss over the lines of a sweep; `axes` are the scales that they model, among "size" and "tokens"."""
     groups = sweep.groups
     facts = {"size": sweep.parameters, "tokens": sweep.tokens}
     labels = [groups, *(clusters(facts[axis]) for axis in axes)]
@@ -123,7 +124,7 @@ def fit_sweep(sweep: Sweep, axes: Sequence[str], told: Callable[[str], None]) ->
     centres = tuple(float(np.exp(np.log(facts[axis][first]).mean())) for axis in axes)
     scale = [facts[axis][first] / centre for axis, centre in zip(axes, centres, strict=True)]
     wasted = np.array([waste(sweep, sweep.shares[[line]], float(sweep.tokens[line]))[0] for line in first])
-    # Seeds of an arm draw the same rows but for one or two: their mean stands for them.
+    # Seeds of an arm draw the same rows except for one or two: their mean represents them.
     of_group = np.stack([sweep.shares[groups == group].mean(axis=0) for group in range(groups.max() + 1)])
     points = Points(of_group[groups[first]], np.stack(scale, axis=1) if axes else np.zeros((len(first), 0)), wasted)
     families = candidates(points, groups[first])
@@ -146,7 +147,7 @@ def fit_sweep(sweep: Sweep, axes: Sequence[str], told: Callable[[str], None]) ->
 
 
 def clusters(values: np.ndarray) -> np.ndarray:
-    """[n] numbers of groups of values that are nearly the same."""
+    """[n] indices of groups of nearly equal values."""
     order = np.argsort(values, kind="stable")
     jumps = np.diff(np.log(values[order]), prepend=np.log(values[order[0]])) > SAME_SCALE
     found = np.empty(len(values), int)
@@ -155,7 +156,8 @@ def clusters(values: np.ndarray) -> np.ndarray:
 
 
 def scales(sweep: Sweep) -> tuple[str, ...]:
-    """The scales of which a sweep has several values at one share, and so can tell them from the share."""
+    """The scales that have several values at one share of a sweep, so their effect is distinguishable from the share's.
+    """
     groups = sweep.groups
     return tuple(axis for axis, values in (("size", sweep.parameters), ("tokens", sweep.tokens))
                  if np.isfinite(values).all() and any(np.ptp(clusters(values)[groups == group]) > 0
@@ -163,9 +165,9 @@ def scales(sweep: Sweep) -> tuple[str, ...]:
 
 
 def predict(fitted: Fitted, points: Points, widen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predicted losses [D, m], their 95% intervals and those of one further run, both [D, m, 2]; `widen` [D] is the
-    standard deviation of what extrapolation adds. A further run is asked the same questions, the law speaks of all that
-    might be.
+    """Predicted losses [D, m], their 95% intervals, and the intervals of one further run, both [D, m, 2]. `widen` [D]
+    is the standard deviation added by extrapolation. A further run is asked the same questions; the law covers all
+    questions that might be asked.
     """
     dice = np.random.default_rng(1)
     possible = curves(fitted.drawn(), points)
@@ -180,6 +182,6 @@ def predict(fitted: Fitted, points: Points, widen: np.ndarray) -> tuple[np.ndarr
 
 
 def _variance(cells: Losses, fitted: Fitted, points: Points) -> np.ndarray:
-    """[m] the variance of a run relative to the mean of all, as at the nearest share that was swept."""
+    """[m] the variance of a run relative to the mean of all, taken from the nearest share that was swept."""
     distance = np.abs(points.shares[:, None] - fitted.points.shares[None]).sum(axis=2)
     return cells.variance[distance.argmin(axis=1)]

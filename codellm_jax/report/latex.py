@@ -1,4 +1,4 @@
-"""The tables of a report in LaTeX, to be taken into a paper: each a float with a caption and a label."""
+"""The tables of a report in LaTeX, for use in a paper: each is a float with a caption and a label."""
 
 import re
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from codellm_jax.report.pages import Block, Heading, Table, is_words
 
 HEAD = r"""% Tables of {title}. In the preamble: \usepackage{{booktabs,graphicx,longtable}}
-% Take single tables out, or \input this file. Names in other scripts than Latin want XeLaTeX or LuaLaTeX.
+% Copy single tables, or \input this file. Names in scripts other than Latin need XeLaTeX or LuaLaTeX.
 """
-LONGEST = 40  # rows that fit on a page; what has more runs over several
+LONGEST = 40  # rows that fit on a page; longer tables span several
 SPECIAL = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
            "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "…": r"\ldots{}",
            "<": r"$<$", ">": r"$>$", "|": r"$|$", '"': "{''}", "\N{MINUS SIGN}": "$-$"}
 
 
 def tables(title: str, blocks: Sequence[Block]) -> str:
-    """Every table among the blocks; a label is made of the heading above and the table's number below it."""
+    """Every table among the blocks; a label combines the heading above and the table's number below it."""
     parts, heading, number = [HEAD.format(title=title.replace("\n", " "))], "table", 0
     for block in blocks:
         if isinstance(block, Heading):
@@ -27,7 +27,7 @@ def tables(title: str, blocks: Sequence[Block]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as LaTeX sets it; `code` in backticks as \\texttt, and numbers below 0 with a minus sign."""
+    """Text escaped for LaTeX; `code` in backticks becomes \\texttt, and negative numbers get a minus sign."""
     def plain(part: str) -> str:
         return "".join(SPECIAL.get(character, character) for character in re.sub(
             r"(?<![\w.)-])-(?=\d)", "\N{MINUS SIGN}", part))
@@ -57,8 +57,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _cell(table: Table, column: int, text: str) -> str:
-    """A cell; its lines one below the other."""
-    # Behind \\ a bracket or a star would be an argument of it.
+    """A cell with its lines stacked."""
+    # After \\, LaTeX reads a bracket or a star as its argument.
     lines = [("{}" if line[:1] in ("[", "*") else "") + escaped(line) for line in text.split("\n")]
     side = "l" if is_words(table, column) else "r"
     if len(lines) == 1:

@@ -2,12 +2,12 @@
 
     t5x laws studies/first --objective=text:0.5,code:0.5
 
-Prints the best mixture and the laws, and writes into DIR/report:
+Prints the best mixture and the laws, and writes to DIR/report:
 
   laws.json            every number: laws, intervals, outliers, predictions
   laws.svg, laws.pdf, laws.png   loss against share, where there are two sources
-  ratios.csv, metrics.csv   the runs, as Olmix reads them
-  predictions.csv      of the mixtures of --predict=FILE, which has the columns of ratios.csv
+  ratios.csv, metrics.csv   the runs, in the format that Olmix reads
+  predictions.csv      for the mixtures in --predict=FILE, whose columns are those of ratios.csv
 """
 
 import csv
@@ -29,17 +29,17 @@ from codellm_jax.runtime.progress import StatusLine
 
 def laws(directory: str, objective: str | None = None, size: str | None = None, tokens: str | None = None,
          mixtures: str | None = None) -> str:
-    """Writes DIR/report/laws.json and what else is named above; returns the page as text.
+    """Writes DIR/report/laws.json and the other files named above; returns the page as text.
 
     Args:
       directory: of a study, of any run directories, or of ratios.csv and metrics.csv.
-      objective: weights of losses, as "text:0.5,code:0.5"; as much of each pool where it is None.
-      size: parameters to answer for, as "125M"; tokens: trained on, as "2.5B".
-      mixtures: a file of shares to predict the losses of.
+      objective: weights of losses, such as "text:0.5,code:0.5"; all pools count equally where it is None.
+      size: the parameters to predict for, such as "125M"; tokens: trained on, such as "2.5B".
+      mixtures: a file of shares for which to predict the losses.
 
     Raises:
-      FileNotFoundError: there is no such directory or file, or no sweep in it.
-      ValueError: in one line; runs that make no sweep, an objective or a number that is none.
+      FileNotFoundError: there is no such directory or file, or it holds no sweep.
+      ValueError: with a one-line message; the runs make no sweep, or an objective or a number is invalid.
     """
     asked = _number("size", size), _number("tokens", tokens)
     sweep = read_sweep(directory)
@@ -70,7 +70,7 @@ def laws(directory: str, objective: str | None = None, size: str | None = None, 
 
 
 def section(directory: str) -> list[Block]:
-    """The laws of a study as a section of its report; where it is no sweep, why there are none."""
+    """The laws of a study as a section of its report; for a study without a sweep, the reason why there are none."""
     try:
         sweep = read_sweep(directory)
         return blocks(analyse(sweep, parse_objective(None, sweep)))
@@ -93,7 +93,7 @@ def _number(flag: str, text: str | None) -> float:
 
 
 def _mixtures(path: epath.Path, sources: Sequence[str]) -> np.ndarray:
-    """[m, S] the shares of a file with a column for each source."""
+    """The shares [m, S] in a file with a column for each source."""
     if not path.exists():
         raise FileNotFoundError(f"--predict: there is no file {path}.")
     lines = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"))))
@@ -103,7 +103,7 @@ def _mixtures(path: epath.Path, sources: Sequence[str]) -> np.ndarray:
     try:
         shares = np.array([[float(line[name]) for name in sources] for line in lines])
     except (TypeError, ValueError):
-        raise ValueError(f"--predict: {path} has a share that is no number.") from None
+        raise ValueError(f"--predict: {path} has a share that is not a number.") from None
     if (shares < 0).any() or not np.allclose(shares.sum(axis=1), 1, atol=0.02):
         raise ValueError(f"--predict: the shares of each line of {path} must sum to 1, none below 0.")
     return shares / shares.sum(axis=1, keepdims=True)

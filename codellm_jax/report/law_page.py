@@ -1,4 +1,4 @@
-"""What is said of the laws of a sweep: blocks of a report, the same as plain text, and a file of all numbers."""
+"""The presentation of a sweep's laws: blocks of a report, the same as plain text, and a file of all numbers."""
 
 import math
 import textwrap
@@ -30,7 +30,7 @@ def _answer(analysis: Analysis) -> list[Block]:
     objective = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):.3g} x {name}" for name, weight in
                          analysis.objective.items()).removeprefix("+ ")
     what = "held-out losses" if not any(map(task_of, analysis.objective)) else "losses and measures of benchmarks"
-    lines: list[Block] = [Text(f"The objective is {objective}: a weighted sum of {what}, the lower the better"
+    lines: list[Block] = [Text(f"The objective is {objective}: a weighted sum of {what}, lower is better"
                                f"{_where(analysis)}.")]
     low, high = found.objective_interval
     if len(sources) == 2:
@@ -41,26 +41,28 @@ def _answer(analysis: Analysis) -> list[Block]:
         elif found.verdict == "edge":
             assert found.edge is not None
             end = swept.min() if found.edge[1] == "least" else swept.max()
-            beyond = "" if end in (0.0, 1.0) else " It may lie beyond, where no run was."
-            lines.append(Notice(f"There is no interior optimum: the edge is best, the {ENDS[found.edge[1]]} share of "
-                                f"{name} that was swept, {end:.3f} ({interval}).{beyond}"))
+            beyond = "" if end in (0.0, 1.0) else " The optimum may lie beyond, where there is no run."
+            lines.append(Notice("There is no interior optimum: the best share is at the edge, the "
+                                f"{ENDS[found.edge[1]]} share of {name} that was swept, {end:.3f} "
+                                f"({interval}).{beyond}"))
         else:
-            lines.append(Notice(f"These runs cannot tell the best share of {name}: it is predicted at "
+            lines.append(Notice(f"These runs do not determine the best share of {name}: it is predicted at "
                                 f"{found.shares[1]:.3f}, and may be anywhere from {found.intervals[1, 0]:.3f} to "
-                                f"{found.intervals[1, 1]:.3f} (95% interval). The chance that it is the smallest share "
-                                f"swept is {100 * found.edges[0]:.0f}%, the largest {100 * found.edges[1]:.0f}%."))
+                                f"{found.intervals[1, 1]:.3f} (95% interval). The probability that it is the smallest "
+                                f"share swept is {100 * found.edges[0]:.0f}%, the largest "
+                                f"{100 * found.edges[1]:.0f}%."))
         if found.verdict != "interior" and sum(weight > 0 for weight in analysis.objective.values()) == 1:
             lines.append(Text("The objective is a single loss. Where its law only falls or only rises with the share, "
                               "it has no interior optimum, however many runs there are: name a weighted sum of "
                               "several losses as the objective."))
     else:
         told = found.verdict != "cannot tell"
-        lines.append(Notice(("The best mixture is " if told else "These runs cannot tell the best mixture from their "
-                             "average; it is predicted at ") + f"{describe(sources, found.shares)}."))
+        lines.append(Notice(("The best mixture is " if told else "These runs cannot distinguish the best mixture from "
+                             "their average; it is predicted at ") + f"{describe(sources, found.shares)}."))
         if found.edge:
             lines.append(Text(f"It has as much {sources[found.edge[0]]} as any run: there is no interior optimum, and "
                               "more of it may be better still."))
-        lines.append(Table("The best mixture of those between the runs' (in their convex hull): the share of each "
+        lines.append(Table("The best mixture within the convex hull of the runs' mixtures: the share of each "
                            "source with its 95% interval, beside the shares that were swept.", (
                                "Source", "Share", "95% interval", "Swept"), [
             [name, f"{found.shares[n]:.3f}", f"{found.intervals[n, 0]:.3f} - {found.intervals[n, 1]:.3f}",
@@ -73,8 +75,8 @@ def _answer(analysis: Analysis) -> list[Block]:
         lines.append(_beyond(analysis, analysis.beyond))
     if analysis.design is not None and len(analysis.design.shares):
         runs = len(analysis.design.shares) * analysis.design.seeds
-        lines += [Text(f"These {runs} runs more would tell most: their interval of the best share is expected to be "
-                       f"{analysis.design.width_then:.3f} wide, instead of {analysis.design.width_now:.3f}. In the "
+        lines += [Text(f"These {runs} further runs would narrow the interval of the best share most: it is expected to "
+                       f"be {analysis.design.width_then:.3f} wide, instead of {analysis.design.width_now:.3f}. In the "
                        "study's gin file:"),
                   Items([f"`{line}`" for line in lines_to_paste(
                       analysis.design, sources, analysis.fitted.sweep.seeds).splitlines()])]
@@ -85,9 +87,9 @@ def _beyond(analysis: Analysis, found: Best) -> Block:
     low, high = found.objective_interval
     shares = ", ".join(f"{name} {share:.3f} ({low:.3f} to {high:.3f})" for name, share, (low, high) in zip(
         analysis.sweep.sources, found.shares, found.intervals, strict=True))
-    return Text("EXTRAPOLATED: of all mixtures, the laws predict the lowest objective beyond the runs', "
+    return Text("EXTRAPOLATED: over all mixtures, the laws predict the lowest objective beyond those of the runs, "
                 f"{found.objective:.4f} ({low:.4f} to {high:.4f}), at {shares}, with 95% intervals. No run is near it: "
-                "the laws are not tested there, so train one before anything rests on it.")
+                "the laws are untested there, so train a run there before you rely on it.")
 
 
 def _where(analysis: Analysis) -> str:
@@ -99,12 +101,12 @@ def _where(analysis: Analysis) -> str:
 def _caveats(analysis: Analysis) -> list[Block]:
     found: list[Block] = []
     if analysis.extrapolated:
-        tested = [f"Left out, the largest {'size' if miss.axis == 'size' else 'number of tokens'} was missed by "
+        tested = [f"Left out, the largest {'size' if miss.axis == 'size' else 'number of tokens'} was mispredicted by "
                   f"{_misses_of(miss.misses)}, {miss.factor:.3g} times beyond the rest."
                   for miss in analysis.misses if miss.axis in analysis.extrapolated]
         names = " and the ".join({"size": "size", "tokens": "number of tokens"}[axis] for axis in analysis.extrapolated)
         found.append(Notice(f"EXTRAPOLATED: the {names} lies beyond all runs. " + (" ".join(tested) or (
-            "The runs have too few of them to leave one out and test this: no interval covers that."))))
+            "The runs have too few values to leave one out and test this: no interval covers that error."))))
     sweep = analysis.sweep
     for name, line, outlier in analysis.outliers:
         mixture = describe(sweep.sources, sweep.shares[line])
@@ -112,25 +114,25 @@ def _caveats(analysis: Analysis) -> list[Block]:
         found.append(Text(
             f"Outlier, left out of the law: {sweep.runs[line]} ({mixture}{_at(analysis, line)}) has a loss on {name} "
             f"of {outlier.loss:.4f}, {abs(outlier.deviation):.4f} {side} the law of all other runs (p "
-            f"{outlier.p_value:.2g}). Look at this run."))
+            f"{outlier.p_value:.2g}). Check this run."))
     for name, cells in zip(sweep.losses, analysis.fitted.cells, strict=True):
         variance = cells.variance[cells.runs > 0]
         if variance.max() > 1.001 * variance.min():
             worst = analysis.fitted.points.shares[np.flatnonzero(cells.runs > 0)[variance.argmax()]]
             times = math.sqrt(variance.max() / variance.min())
             found.append(Text(f"The noise of {name} differs between shares: it is largest at "
-                              f"{describe(sweep.sources, worst)}, {times:.1f} times that at the most quiet share. The "
+                              f"{describe(sweep.sources, worst)}, {times:.1f} times that at the least noisy share. The "
                               "fits weigh runs accordingly."))
     if of_benchmarks := [name for name in sweep.losses if task_of(name)]:
-        found.append(Text(f"{', '.join(of_benchmarks)}: measures of benchmarks at the runs' ends, TASK/MEASURE. "
-                          "A law's interval holds for all questions that might be asked: the questions are "
-                          "drawn anew with each curve, as seeds and shares are."
-                          + (f" More is better in {', '.join(sorted(more))}, which count with a minus." if (
+        found.append(Text(f"{', '.join(of_benchmarks)}: measures of benchmarks at the ends of runs, TASK/MEASURE. "
+                          "A law's interval covers all questions that might be asked: the questions are "
+                          "resampled with each curve, as seeds and shares are."
+                          + (f" Higher is better for {', '.join(sorted(more))}, which count with a minus." if (
                               more := sweep.more_is_better & set(sweep.losses)) else "")))
     seeds = analysis.fitted.cells[0].runs.max()
     if seeds <= 1 and not analysis.fitted.axes:
-        found.append(Text("No share was trained with several seeds: the noise is told by how far runs lie from the "
-                          "law, and is taken to be the same at all shares."))
+        found.append(Text("No share was trained with several seeds: the noise is estimated from the distance between "
+                          "runs and the law, and is assumed to be the same at all shares."))
     return found + [Text(note) for note in sweep.notes]
 
 
@@ -155,8 +157,9 @@ def _laws(analysis: Analysis) -> Block:
                      f"{_error(law.chosen.left_out, cells, there):.4f}", f"{_error(law.left_out, cells, there):.4f}",
                      f"{math.sqrt(law.noise):.4f}",
                      ", ".join(f"{other} {miss:.4f}" for miss, other in others[:2])])
-    return Table("The law of each loss, and how well it predicts. The miss is the root mean square error of shares "
-                 "left out in turn: of the law chosen, and of all candidates weighed together, as the predictions do.",
+    return Table("The law of each loss and its accuracy. The miss is the root mean square error on shares "
+                 "left out in turn: for the law chosen, and for the weighted average of all candidates, which the "
+                 "predictions use.",
                  ("Loss", "Law", "Miss", "Of all", "Noise of a run", "Next best"), rows, words=(1, 5))
 
 
@@ -187,7 +190,7 @@ def _predictions(analysis: Analysis) -> Block:
 def _misses(analysis: Analysis) -> list[Block]:
     if not analysis.misses:
         return []
-    return [Table("How far laws of size and length are from runs that were left out: the root mean square error.", (
+    return [Table("The root mean square error of the laws of size and length on runs that were left out.", (
         "Left out", "Beyond the rest", *analysis.misses[0].misses, "Within 95% intervals"), [
             [f"{_count(miss.left_out)} {'parameters' if miss.axis == 'size' else 'tokens'}", f"{miss.factor:.3g} times",
              *(f"{value:.4f}" for value in miss.misses.values()), f"{100 * miss.coverage:.0f}%"]
@@ -214,12 +217,12 @@ def _figures(analysis: Analysis) -> list[Block]:
                    (name, n) in named) for n in lines if not math.isnan(analysis.sweep.values[n, place])]
         panels.append(plots.LawPanel(
             name if task_of(name) else f"Held-out {name}",
-            analysis.sweep.units.get(name, "value") if task_of(name) else "Loss, nats a token", analysis.shares[:, 1],
+            analysis.sweep.units.get(name, "value") if task_of(name) else "Loss, nats per token", analysis.shares[:, 1],
             analysis.predicted[place], analysis.intervals[place], points))
     caption = (f"Losses against the share of {analysis.sweep.sources[1]}: the law with its 95% interval, a mark "
                "for each seed, and a cross for each outlier. The band of the share is the 95% interval of the best for "
                "the objective, the dotted line the best."
-               + (" The law is extrapolated: it stands where no run was." if analysis.extrapolated else ""))
+               + (" The law is extrapolated to where there is no run." if analysis.extrapolated else ""))
     return [plots.law("laws", caption, analysis.sweep.sources[1], panels, float(found.shares[1]),
                       (float(found.intervals[1, 0]), float(found.intervals[1, 1])))]
 
@@ -248,7 +251,7 @@ def _plain_table(table: Table) -> list[str]:
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
-    """Everything, for programs."""
+    """All numbers, for programs."""
     found, sweep = analysis.best, analysis.sweep
     return {
         "sources": list(sweep.sources), "losses": list(sweep.losses),
@@ -288,7 +291,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
 
 
 def predictions(analysis: Analysis, shares: np.ndarray) -> list[dict[str, Any]]:
-    """Of each mixture [m, S] its predicted losses, their 95% intervals, and those of one further run."""
+    """The predicted losses of each mixture [m, S], their 95% intervals, and those of one further run."""
     predicted, intervals, of_runs = analysis.predict(shares)
     return [{"shares": _by_name(analysis.sweep.sources, mixture), "losses": {
         name: {"loss": float(predicted[place, number]), "interval": intervals[place, number].tolist(),

@@ -1,13 +1,12 @@
 """Laws of the mixture: a held-out loss as a function of the shares that a run was trained on.
 
-A candidate is a family of curves that are linear but for one or two parameters (`families`). These few lie on a grid;
-for each of its points the rest is linear least squares, in closed form (variable projection; Golub and Pereyra, 1973).
-So a family is a weighted set of linear fits, the weight of each its likelihood, and nothing depends on a start.
+A candidate is a family of curves that are linear except in one or two parameters (`families`). These few lie on a grid;
+at each point of the grid the rest is linear least squares in closed form (variable projection; Golub and Pereyra,
+1973). A family is thus a set of linear fits weighted by their likelihood, and nothing depends on a starting point.
 
-Families are compared by the log density of each share's losses under the law fitted to all other shares, which is in
-closed form too, and are averaged with the weights that these densities give them under resampled shares (pseudo-BMA+;
-Yao et al., 2018, section 3.4). An interval is that of draws of a family, of a point of its grid, of the noise's
-variance and of the coefficients.
+Families are compared by the log density of each share's losses under the law fitted to all other shares, also in closed
+form. They are averaged with the weights that these densities give them under resampled shares (pseudo-BMA+; Yao et al.,
+2018, section 3.4). Intervals come from draws of a family, a point of its grid, the noise variance and the coefficients.
 """
 
 import dataclasses
@@ -20,16 +19,16 @@ from scipy import linalg, special, stats
 
 from codellm_jax.report.families import Family, Losses, Points
 
-FINE_ENOUGH = 12.0  # points of a grid that share its weight; below, the grid is laid again around them
+FINE_ENOUGH = 12.0  # points of a grid that share its weight; with fewer, the grid is refined around them
 ZOOMS = 4
 LEAST_WEIGHT = 1e-5  # of a point of a grid, over the largest
 LEAST_FAMILY = 0.005
-FEWEST_DEGREES = 1.0  # of freedom that a family leaves; of fewer nothing tells its noise
-TEMPER = 0.5  # of the densities: families that differ by chance alone shall not be told apart
-PLAIN = ("constant", "linear")  # which the others hold, too: averaged with them, intervals would be too narrow
+FEWEST_DEGREES = 1.0  # of freedom left by a family; with fewer, its noise cannot be estimated
+TEMPER = 0.5  # of the densities, so that differences by chance do not separate families
+PLAIN = ("constant", "linear")  # the others contain these: averaged with them, intervals would be too narrow
 RESAMPLES = 500  # of shares, for the weights of families
 DRAWS = 1000
-LARGE = 2.0  # times the change that the losses show: standard deviation of a coefficient before any run
+LARGE = 2.0  # times the range of the losses: the prior standard deviation of a coefficient
 SINGULAR = 1e-9  # relative to the trace
 
 
@@ -41,12 +40,12 @@ class Fit:
       thetas: [T, k].
       weights: [T], sum 1.
       coefficients: [T, p].
-      factors: [T, p, p], lower Cholesky factors of the coefficients' precision, noise aside.
-      squares: [T], weighted sum of squares left, that within cells included.
+      factors: [T, p, p], lower Cholesky factors of the precision of the coefficients, without the noise.
+      squares: [T], the weighted residual sum of squares, including that within cells.
       degrees: of freedom.
-      known: degrees of freedom of the noise about a share, which are fewer where noise differs between shares.
+      known: degrees of freedom of the noise about a share; fewer where noise differs between shares.
       densities: [G] log density of each share under the law of the others; NaN where it has no run.
-      left_out: [c] the loss as the law of the other shares predicts it.
+      left_out: [c] the loss of each cell as predicted by the law of the other shares.
     """
 
     family: Family
@@ -61,7 +60,7 @@ class Fit:
     left_out: np.ndarray
 
     def mean(self, points: Points) -> np.ndarray:
-        """[n] of the curves' weighted mean."""
+        """[n] the weighted mean of the curves."""
         return np.einsum("t,tnp,tp->n", self.weights, self.family.features(points, self.thetas), self.coefficients)
 
     @property
@@ -76,8 +75,8 @@ class Law:
 
     Attributes:
       weights: [F] of the candidates.
-      points: of the cells they were fitted to.
-      counted: [c] how much each cell counts, runs over their variance.
+      points: of the cells to which they were fitted.
+      counted: [c] the weight of each cell, its runs over their variance.
     """
 
     fits: Sequence[Fit]
@@ -105,7 +104,7 @@ class Law:
 
 
 def fit_law(families: Sequence[Family], points: Points, groups: np.ndarray, losses: Losses, seed: int = 0) -> Law:
-    """Fits every family to one loss and weighs them.
+    """Fits every family to one loss and weights them.
 
     Raises:
       ValueError: fewer than three shares have a run.
@@ -126,7 +125,7 @@ def fit_law(families: Sequence[Family], points: Points, groups: np.ndarray, loss
 
 
 def fit_family(family: Family, points: Points, groups: np.ndarray, losses: Losses) -> Fit | None:
-    """A family fitted to one loss; None where too few runs are there."""
+    """A family fitted to one loss; None where there are too few runs."""
     if family.mode is not None:
         return _fit(family, family.mode(points, losses), points, groups, losses)
     axes = family.axes
@@ -140,7 +139,7 @@ def fit_family(family: Family, points: Points, groups: np.ndarray, losses: Losse
 
 
 def _closer(axis: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """As many points between the neighbours of those that have weight."""
+    """The same number of points between the neighbours of those that have weight."""
     marginal = np.array([weights[values == value].sum() for value in axis])
     held = np.flatnonzero(marginal > 1e-4)
     low, high = axis[max(held[0] - 1, 0)], axis[min(held[-1] + 1, len(axis) - 1)]
@@ -149,7 +148,7 @@ def _closer(axis: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.nda
 
 
 def spans(points: Points) -> float:
-    """How far the shares go that were swept most, of 1."""
+    """The range of the share that varies most, of 1."""
     return float(np.ptp(points.shares, axis=0).max())
 
 
@@ -173,7 +172,7 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
     smallest = 1e-14 * float(y @ y) + 1e-24
     diagonal = np.arange(width)
     gram[:, diagonal, diagonal] += SINGULAR * np.trace(gram, axis1=1, axis2=2)[:, None] / width
-    if not known:  # coefficients far larger than all that was seen are taken for unlikely
+    if not known:  # coefficients far beyond the observed range are unlikely
         left = y @ y - np.einsum("tp,tp->t", moments, np.linalg.solve(gram, moments[..., None])[..., 0])
         noise = (np.maximum(left.min(), smallest) + within.sum()) / max(degrees, 1.0)
         prior[:, 1:] = noise / (LARGE * np.ptp(losses.mean[there]) / spans(points)) ** 2
@@ -186,7 +185,7 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
     volume = -np.log(factors[:, diagonal, diagonal]).sum(axis=1) + 0.5 * np.log(np.where(prior > 0, prior, 1)).sum(
         axis=1) if known else np.zeros(len(thetas))
     weights = special.softmax(volume - degrees / 2 * np.log(squares))
-    # Each share left out, its cells together.
+    # Leave out each share in turn, with all its cells.
     of_cells = groups[there]
     densities, left_out = np.full(int(groups.max()) + 1, np.nan), np.full(len(groups), np.nan)
     for group in np.unique(of_cells):
@@ -197,13 +196,13 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
         hat = np.einsum("tpc,tpd->tcd", half[:, :, here], half[:, :, here])
         rest = np.eye(len(here)) - hat
         rest[:, np.arange(len(here)), np.arange(len(here))] += 1e-10
-        off = np.linalg.solve(rest, error[:, here][..., None])[..., 0]  # predicted minus seen, in weighted units
+        off = np.linalg.solve(rest, error[:, here][..., None])[..., 0]  # predicted minus observed, in weighted units
         explained = (error[:, here] * off).sum(axis=1)
         others = np.maximum(squares - explained - within[here].sum(), smallest)
         determinant = np.linalg.slogdet(rest)[1]
         of_others = volume * known - 0.5 * determinant * known - left / 2 * np.log(others)
         of_others = of_others - special.logsumexp(of_others)
-        # Student's density in as many dimensions as cells; `rest` is the inverse of its shape.
+        # Student's density in as many dimensions as cells; `rest` is the inverse of its shape matrix.
         size = len(here)
         density = (special.gammaln((left + size) / 2) - special.gammaln(left / 2) - size / 2 * np.log(np.pi * others)
                    + 0.5 * determinant - (left + size) / 2 * np.log1p(explained / others))
@@ -218,26 +217,27 @@ def _fit(family: Family, thetas: np.ndarray, points: Points, groups: np.ndarray,
 
 
 class Drawn(NamedTuple):
-    """Curves of one loss that the runs leave possible: those of one family and theta."""
+    """Curves of one loss that are consistent with the runs: those of one family and theta."""
 
-    loss: int  # its place
-    rows: np.ndarray  # numbers of the curves
+    loss: int  # its index
+    rows: np.ndarray  # indices of the curves
     fit: Fit
-    theta: int  # its place
+    theta: int  # its index
     coefficients: np.ndarray  # [p, rows]
     deviation: np.ndarray  # [rows] of the noise of a run whose `variance` is 1
 
 
 def draw(laws: Sequence[Law], correlation: np.ndarray | None = None, count: int = DRAWS, seed: int = 0,
          moved: Sequence[np.ndarray | None] | None = None) -> list[Drawn]:
-    """Curves that the runs leave possible, `count` of each loss; curves of one number belong together.
+    """Curves that are consistent with the runs, `count` for each loss; curves of equal index belong together.
 
     Args:
       laws: of each of D losses.
+      laws: one for each of D losses.
       correlation: [D, D] of the losses' noise within a run; None for none.
-      moved: of each loss [count, c], by how much each cell's mean is another for each curve, such as under other
-        questions; None for not at all. The curve moves as its least-squares fit does.
-    """
+        moved: For each loss, [count, c], the shift of each cell's mean for each curve, such as under other questions;
+          None for no shift. The curve moves as its least-squares fit does.
+      """
     dice = np.random.default_rng(seed)
     widths = [max(fit.coefficients.shape[1] for fit in law.fits) for law in laws]
     mix = np.eye(len(laws)) if correlation is None else linalg.cholesky(
@@ -270,7 +270,7 @@ def curves(drawn: Sequence[Drawn], points: Points, scatter: bool = True, seed: i
     """[D, count, n] drawn curves at points.
 
     Args:
-      scatter: adds, independently at each point, what a Gaussian process does not know between the shares it has seen.
+      scatter: adds, independently at each point, the uncertainty of a Gaussian process between the shares it has seen.
     """
     dice = np.random.default_rng(seed)
     losses, count = (1 + max(int(np.max(part)) for part in parts) for parts in (

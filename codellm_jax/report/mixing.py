@@ -1,4 +1,4 @@
-"""The laws of a sweep: each loss against shares, sizes and lengths, the best mixture, and what cannot be told."""
+"""The laws of a sweep: each loss against shares, sizes and lengths, the best mixture, and what remains undetermined."""
 
 import dataclasses
 import math
@@ -14,36 +14,36 @@ from codellm_jax.report.optimum import Best, CurvesAt, Design, best, between, de
 from codellm_jax.report.questions import task_of
 from codellm_jax.report.sweeps import POOLS, Sweep
 
-SHOWN = 101  # shares of two sources that predictions are of
+SHOWN = 101  # shares of two sources at which to predict
 Told = Callable[[int, int, str], None]
 
 
 class Miss(NamedTuple):
-    """How far a law of all smaller sizes, or shorter runs, is from the largest that was left out."""
+    """The error of a law of all smaller sizes, or shorter runs, on the largest, which was left out."""
 
     axis: str  # "size" or "tokens"
     left_out: float
-    factor: float  # left out over the largest that stayed
-    misses: Mapping[str, float]  # of each loss, root mean square over shares
-    coverage: float  # part of the left-out losses within their 95% intervals
+    factor: float  # the value left out over the largest kept
+    misses: Mapping[str, float]  # by loss, root mean square over shares
+    coverage: float  # the fraction of left-out losses within their 95% intervals
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
     """Attributes:
-      sweep: all of it.
-      fitted: the laws that answer.
-      lines: [n] those that they are fitted to, where these are of one size and length; else none.
-      size, tokens: of what is answered; NaN where nothing tells them.
-      extrapolated: what lies beyond all runs, as "size" and "tokens"; both may be.
+      sweep: the whole sweep.
+      fitted: the laws that the answers come from.
+      lines: [n] the lines to which they are fitted, where these have one size and length; else none.
+      size, tokens: the size and length of the answers; NaN where unknown.
+      extrapolated: the scales beyond all runs: "size", "tokens" or both.
       objective: weights by the names of losses.
-      shares: [m, S] mixtures that predictions are of; of two sources a fine grid.
+      shares: [m, S] the mixtures of the predictions; for two sources, a fine grid.
       predicted, intervals, run_intervals: [D, m], [D, m, 2] of the law, and of one further run.
-      best: for the objective, between the runs' mixtures.
+      best: the best mixture for the objective, between the runs' mixtures.
       beyond: the best of all mixtures, where it lies beyond the runs'; else None.
-      design: further runs, where the best mixture is not told well; None where it is.
-      misses: of laws of size and length, where there are some.
-      outliers: (loss, line of the sweep, outlier); left out of the laws.
+      design: further runs, where the best mixture is poorly determined; else None.
+      misses: the errors of the laws of size and length, where there are such laws.
+      outliers: (loss, line of the sweep, outlier); excluded from the laws.
     """
 
     sweep: Sweep
@@ -70,11 +70,11 @@ class Analysis:
 
 
 def parse_objective(text: str | None, sweep: Sweep) -> dict[str, float]:
-    """Weights of losses of "text:0.5,code:0.5"; without a text, as much of each pool, else of each loss. A measure of
-    which more is better gets a negative weight, so that the objective is the lower the better.
+    """The weights in "text:0.5,code:0.5"; without a text, equal weights for all pools, or else for all losses. A
+    measure where higher is better gets a negative weight, so a lower objective is always better.
 
     Raises:
-      ValueError: in one line, for a loss that is not there or a weight that is no number.
+      ValueError: with a one-line message, for an unknown loss or a weight that is not a number.
     """
     losses = sweep.losses
     if text is None:
@@ -85,9 +85,9 @@ def parse_objective(text: str | None, sweep: Sweep) -> dict[str, float]:
     for part in text.split(","):
         name, colon, weight = part.strip().rpartition(":")
         if not colon:
-            raise ValueError(f"--objective={text}: {part.strip()!r} must be a loss and its weight, as text:0.5.")
+            raise ValueError(f"--objective={text}: {part.strip()!r} must be a loss and its weight, such as text:0.5.")
         if name not in losses:
-            raise ValueError(f"--objective={text}: there is no loss {name}; these are there: {', '.join(losses)}.")
+            raise ValueError(f"--objective={text}: there is no loss {name}; the losses are {', '.join(losses)}.")
         try:
             found[name] = float(weight)
         except ValueError:
@@ -96,12 +96,12 @@ def parse_objective(text: str | None, sweep: Sweep) -> dict[str, float]:
             raise ValueError(f"--objective={text}: the weight of {name} must be a number of 0 or more, found "
                              f"{weight!r}.")
     if not sum(found.values()):
-        raise ValueError(f"--objective={text}: one weight or more must be above 0.")
+        raise ValueError(f"--objective={text}: at least one weight must be above 0.")
     return {name: -weight if name in sweep.more_is_better else weight for name, weight in found.items()}
 
 
 def headline(sweep: Sweep, size: float, tokens: float) -> np.ndarray:
-    """[n] the lines of one size and length: those asked for, else the largest size at its runs' ends."""
+    """[n] the lines of one size and length: the size and length asked for, else the largest size at its runs' ends."""
     lines = np.ones(len(sweep.runs), bool)
     if np.isfinite(sweep.parameters).all():
         asked = size if math.isfinite(size) else sweep.parameters.max()
@@ -113,7 +113,7 @@ def headline(sweep: Sweep, size: float, tokens: float) -> np.ndarray:
         numbers, groups = clusters(sweep.tokens), sweep.groups
         shares = [len(set(groups[lines & (numbers == number)])) for number in range(numbers.max() + 1)]
         most = max(shares)
-        # Where length goes with the share (a data-matched study) there is nothing to choose.
+        # Where length varies with the share (a data-matched study) there is nothing to choose.
         if most >= 3 or most == len(set(groups[lines])):
             lines &= numbers == max(number for number, count in enumerate(shares) if count == most)
     return lines
@@ -121,7 +121,7 @@ def headline(sweep: Sweep, size: float, tokens: float) -> np.ndarray:
 
 def _widening(misses: Sequence[Miss], extrapolated: Sequence[str], fitted: Fitted, size: float,
               tokens: float) -> np.ndarray:
-    """[D] the misses of what was left out, growing with the logarithm of how far is extrapolated."""
+    """[D] the errors on the values left out, growing with the logarithm of the distance of extrapolation."""
     total = np.zeros(len(fitted.laws))
     for miss in misses:
         if miss.axis in extrapolated:
@@ -134,7 +134,8 @@ def _widening(misses: Sequence[Miss], extrapolated: Sequence[str], fitted: Fitte
 
 
 def left_out(fitted: Fitted, told: Callable[[str], None]) -> list[Miss]:
-    """Of each scale of three values or more, the largest left out: how far the laws of the others miss it."""
+    """For each scale with three or more values, leaves out the largest and measures the error of the others' law on it.
+    """
     found = []
     sweep = fitted.sweep
     for axis in fitted.axes:
@@ -166,7 +167,7 @@ def left_out(fitted: Fitted, told: Callable[[str], None]) -> list[Miss]:
 
 def objective_at(fitted: Fitted, objective: Mapping[str, float], size: float = math.nan, tokens: float = math.nan,
                  scatter: bool = False) -> CurvesAt:
-    """A function of mixtures [m, S] -> [1 + B, m]: the objective as predicted, and as it may be."""
+    """A function of mixtures [m, S] -> [1 + B, m]: the predicted objective, and B possible ones."""
     used = fitted.only([name for name in fitted.sweep.losses if objective.get(name)])
     drawn = used.drawn()
 
@@ -179,7 +180,7 @@ def objective_at(fitted: Fitted, objective: Mapping[str, float], size: float = m
 
 
 def best_of_all(fitted: Fitted, curves_at: CurvesAt) -> Best | None:
-    """The best of all mixtures; None where it lies between the runs', or the runs span all there are."""
+    """The best of all mixtures; None where it lies between the runs', or the runs span all mixtures."""
     swept, corners = fitted.points.shares, np.eye(fitted.points.shares.shape[1])
     if all(between(swept, corner) for corner in corners):
         return None
@@ -188,7 +189,7 @@ def best_of_all(fitted: Fitted, curves_at: CurvesAt) -> Best | None:
 
 
 def chosen_losses(sweep: Sweep, objective: Mapping[str, float]) -> Sweep:
-    """The sweep of what laws are told of: held-out losses, what the objective asks for, and of each benchmark the bits
+    """The sweep of the losses to fit laws to: held-out losses, the objective's losses, and for each benchmark the bits
     per byte of the right answer, where they are known at three shares.
     """
     def enough(name: str) -> bool:
@@ -201,14 +202,14 @@ def chosen_losses(sweep: Sweep, objective: Mapping[str, float]) -> Sweep:
 
 def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan, tokens: float = math.nan,
             told: Told = lambda done, of, text: None) -> Analysis:
-    """Everything that is said of a sweep.
+    """The whole analysis of a sweep.
 
     Args:
-      size, tokens: to answer for; NaN for the largest size and its runs' ends.
-      told: of progress.
+      size, tokens: to predict for; NaN for the largest size and its runs' ends.
+      told: called with progress messages.
 
     Raises:
-      ValueError: in one line; a size or length is asked for that the sweep cannot tell.
+      ValueError: with a one-line message; the size or length asked for cannot be determined from the sweep.
     """
     sweep = chosen_losses(sweep, objective)
     axes, done = scales(sweep), 0
@@ -225,7 +226,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
     if not direct and (missing := [axis for axis in asked if axis not in axes]):
         known = sweep.parameters if missing[0] == "size" else sweep.tokens
         what = "size" if missing[0] == "size" else "number of tokens"
-        raise ValueError(f"--{missing[0]} asks for another {what} than the runs have, {_span(known)}: that takes runs "
+        raise ValueError(f"--{missing[0]} asks for another {what} than the runs have, {_span(known)}: that needs runs "
                          "of several.")
     if not direct:
         sweep = _of_scales(sweep, axes, objective)
@@ -234,7 +235,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
     outliers: list[tuple[str, int, Outlier]] = []
 
     def leave_out(found: Fitted, numbers: np.ndarray, whole_runs: bool) -> bool:
-        """Leaves out the outliers of laws of these lines; whether there are some."""
+        """Leaves out the outliers of laws of these lines; returns whether there are any."""
         more = [(name, int(numbers[outlier.run]), outlier) for name, named in zip(
             found.sweep.losses, found.outliers, strict=True) for outlier in named]
         for name, line, _ in more:
@@ -256,7 +257,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
                 raise
             note = f"There are no laws of {' and '.join(axes)}: {error}"
             sweep = dataclasses.replace(sweep, notes=[*sweep.notes, note])
-        # What stands out among all sizes and lengths is left out of the laws at one of them, too.
+        # Outliers among all sizes and lengths are also left out of the laws at one of them.
         if joint and leave_out(joint, np.arange(len(sweep.runs)), whole_runs=False) and direct:
             fitted = fit_sweep(without.only(lines), (), lambda name: None)
             leave_out(fitted, np.flatnonzero(lines), whole_runs=False)
@@ -296,7 +297,7 @@ def analyse(sweep: Sweep, objective: Mapping[str, float], size: float = math.nan
 
 
 def _has_scales(sweep: Sweep, name: str, axes: Sequence[str]) -> bool:
-    """Whether a loss is known at several values of each scale: a benchmark may be asked at runs' ends alone."""
+    """Whether a loss is known at several values of each scale: a benchmark may be evaluated at runs' ends alone."""
     known = ~np.isnan(sweep.values[:, sweep.losses.index(name)])
     return set(axes) <= set(scales(sweep.only(known)))
 
@@ -305,12 +306,12 @@ def _of_scales(sweep: Sweep, axes: Sequence[str], objective: Mapping[str, float]
     """The sweep of the losses that are known at several of these scales.
 
     Raises:
-      ValueError: in one line, where the objective asks for another.
+      ValueError: with a one-line message, where the objective asks for another loss.
     """
     names = [name for name in sweep.losses if _has_scales(sweep, name, axes)]
     if untold := [name for name in objective if name not in names]:
         raise ValueError(f"{untold[0]} is not known at several values of {' and '.join(axes)}: leave it out of the "
-                         "objective, or ask for a size and length that was trained.")
+                         "objective, or ask for a size and length that were trained.")
     return sweep.of(names)
 
 

@@ -1,4 +1,4 @@
-"""The noise of runs: how it differs between shares, which runs are outliers, and the cells that laws are fitted to."""
+"""The noise of runs: its variation between shares, outliers among the runs, and the cells that laws are fitted to."""
 
 from typing import NamedTuple
 
@@ -8,21 +8,22 @@ from scipy import optimize, special, stats
 from codellm_jax.report.families import Family, Losses, Points
 from codellm_jax.report.laws import Law, fit_law
 
-LEVEL = 0.01  # chance of naming an outlier in one loss of a study without one
+LEVEL = 0.01  # probability of reporting an outlier in one loss of a study without outliers
 TEST_LEVEL = 0.05  # of the tests that noise differs between shares
 MOST_OUTLIERS = 0.1  # of a loss's runs
-FEWEST = 4  # runs, of which none is called an outlier
-SUSPICIOUS = 3.5  # times the median distance from the law, from which on a run is tried
-SUSPECTS = 3  # runs that are tried at a time
+FEWEST = 4  # runs; with so few, none is called an outlier
+SUSPICIOUS = 3.5  # times the median distance from the law; runs beyond this are tested
+SUSPECTS = 3  # runs that are tested at a time
 
 
 class Outlier(NamedTuple):
-    """A run whose loss the law of all other runs does not explain; `deviation` is its loss minus the law's."""
+    """A run whose loss the law of all other runs does not explain; `deviation` is its loss minus the law's prediction.
+    """
 
     run: int
     loss: float
     deviation: float
-    p_value: float  # Bonferroni's, over the runs
+    p_value: float  # Bonferroni-corrected over the runs
 
 
 def cells_of(values: np.ndarray, cell: np.ndarray, shares: np.ndarray, weights: np.ndarray) -> Losses:
@@ -30,9 +31,9 @@ def cells_of(values: np.ndarray, cell: np.ndarray, shares: np.ndarray, weights: 
 
     Args:
       values: [n]; NaN where there is none.
-      cell: [n] of each line.
+      cell: [n] the cell of each line.
       shares: [c, S] of each cell.
-      weights: [n] of each line, as `line_weights` has them.
+      weights: [n] of each line, as returned by `line_weights`.
     """
     number, there = len(shares), ~np.isnan(values)
     lines = np.bincount(cell[there], minlength=number)
@@ -46,9 +47,10 @@ def cells_of(values: np.ndarray, cell: np.ndarray, shares: np.ndarray, weights: 
 def moderated(squares: np.ndarray, degrees: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The variance of a run in each cell, relative to their mean over runs, and its degrees of freedom, both [c].
 
-    Few seeds tell a variance badly, and weights by such variances would do harm. So each is drawn towards a common one,
-    or a trend in the shares where a test finds one, by as much as all of them together say that they differ by more
-    than chance (Smyth, 2004, section 6): with equal variances all are the same.
+    A few seeds estimate a variance badly, and weights from such variances would do harm. Each is therefore shrunk
+    towards a common variance, or towards a trend in the shares where a test finds one. The shrinkage depends on how far
+    the variances together differ by more than chance (Smyth, 2004, section 6): if they are all equal, the results are
+    identical.
 
     Args:
       squares: [c] sums of squares about the cells' means.
@@ -60,7 +62,7 @@ def moderated(squares: np.ndarray, degrees: np.ndarray, shares: np.ndarray) -> t
         return np.ones(len(squares)), np.full(len(squares), np.inf)
     half = degrees[known] / 2
     logarithm = np.log(squares[known] / degrees[known]) - special.digamma(half) + np.log(half)
-    spread = special.polygamma(1, half)  # of the logarithm by chance alone
+    spread = special.polygamma(1, half)  # of the logarithm, by chance alone
     design = np.ones((len(squares), 1))
     with_trend = np.concatenate([design, shares[:, 1:]], axis=1)
     if known.sum() >= with_trend.shape[1] + 2:
@@ -98,17 +100,17 @@ def fit_without_outliers(
     families: list[Family], points: Points, groups: np.ndarray, cell: np.ndarray, values: np.ndarray,
     weights: np.ndarray,
 ) -> tuple[Law, Losses, list[Outlier]]:
-    """A law of one loss, fitted without the runs that it names.
+    """Fits a law of one loss without its outliers, which are returned too.
 
-    The runs that stand out most are left out in turn; the one that the law of the others makes least likely is an
-    outlier if its p-value, times the number of runs, is below `LEVEL`. Then the next is looked for.
+    The most deviant runs are left out in turn. The one that is least likely under the law of the others is an outlier
+    if its p-value, multiplied by the number of runs, is below `LEVEL`. Then the search continues.
 
     Args:
       families: the candidates.
       points, groups: of the cells.
-      cell: [n] of each run.
+      cell: [n] the cell of each run.
       values: [n] the losses; NaN where there is none.
-      weights: [n] of each line, as `line_weights` has them.
+      weights: [n] of each line, as returned by `line_weights`.
     """
     def fitted(values: np.ndarray) -> tuple[Law, Losses]:
         losses = cells_of(values, cell, points.shares, weights)
@@ -138,12 +140,12 @@ def fit_without_outliers(
 
 
 def line_weights(law: Law, points: Points, cell: np.ndarray, values: np.ndarray, run: np.ndarray) -> np.ndarray:
-    """[n] by how much each line counts among the others of its run, whose noise is alike: 1 / (1 + (m - 1) rho) of m
-    lines with correlation rho, which an analysis of variance tells (Kish, 1965, on the effect of clusters).
+    """[n] the weight of each line among the lines of its run, whose noise is correlated: 1 / (1 + (m - 1) rho) for m
+    lines with correlation rho, estimated by an analysis of variance (Kish, 1965, on the effect of clusters).
 
     Args:
-      law: fitted to all lines as if they were of different runs.
-      run: [n] the number of the run of each line.
+      law: fitted to all lines as if they came from different runs.
+      run: [n] the index of each line's run.
     """
     there = ~np.isnan(values)
     residuals = np.where(there, values - law.mean(points)[cell], 0.0)
@@ -153,14 +155,14 @@ def line_weights(law: Law, points: Points, cell: np.ndarray, values: np.ndarray,
     if several < 1.5:
         return np.ones(len(values))
     within = ((residuals - means[run])[there] ** 2).sum() / max(int(lines.sum()) - runs, 1)
-    # What the law has fitted is missing between runs.
+    # The part that the law has fitted is missing between runs.
     between = (lines * means**2).sum() / max(runs - law.chosen.coefficients.shape[1], 1)
     alike = float(np.clip((between - within) / (between + (several - 1) * within), 0, 1))
     return 1 / (1 + (np.maximum(lines[run], 1) - 1) * alike)
 
 
 def _suspects(law: Law, losses: Losses, points: Points, cell: np.ndarray, values: np.ndarray) -> list[int]:
-    """The runs farthest from the others of their cell, or alone in it from the law of the other shares."""
+    """The runs farthest from the others of their cell, or, if alone in it, from the law of the other shares."""
     lines = np.bincount(cell[~np.isnan(values)], minlength=len(losses.mean))[cell]
     others = np.where(lines > 1, (lines * losses.mean[cell] - values) / np.maximum(lines - 1, 1), law.left_out[cell])
     fitted = law.mean(points)[cell]
@@ -171,8 +173,9 @@ def _suspects(law: Law, losses: Losses, points: Points, cell: np.ndarray, values
 
 
 def _unlikely(law: Law, losses: Losses, points: Points, cell: int, value: float, lines: int) -> tuple[float, float]:
-    """How far a further line of a cell is from the law, and how likely it is to be that far, at least. Here the `lines`
-    that the law was fitted to count one by one, those of a run too: what is looked for is one that is unlike them.
+    """The distance of a further line of a cell from the law, and the probability of a distance at least as large. Here
+    all `lines` that the law was fitted to count one by one, even those of one run: the search is for a line that
+    differs.
     """
     point = Points(*(part[[cell]] for part in points))
     tail, mean = 0.0, float(law.mean(point)[0])
@@ -191,11 +194,11 @@ def _unlikely(law: Law, losses: Losses, points: Points, cell: int, value: float,
 
 
 def correlation(residuals: np.ndarray, degrees: float) -> np.ndarray:
-    """[D, D] of the losses' noise within a run, drawn towards none as far as few runs cannot tell it.
+    """[D, D] of the losses' noise within a run, shrunk towards zero as far as there are too few runs to estimate it.
 
     Args:
       residuals: [n, D] of each run in units of its noise; NaN where there is none.
-      degrees: of freedom in them.
+      degrees: of freedom in the residuals.
     """
     known = np.nan_to_num(residuals)
     squares = known.T @ known

@@ -1,7 +1,7 @@
-"""The best mixture for a weighted sum of losses, how surely, and which further runs would tell it better.
+"""The best mixture for a weighted sum of losses, its uncertainty, and the further runs that would reduce it.
 
-All of it is read from curves that the runs leave possible (`laws.draw`): the best mixture of each is its lowest point
-between the runs' own, and the interval holds the middle 95% of these.
+Everything is derived from curves that are consistent with the runs (`laws.draw`): the best mixture of each curve is its
+lowest point between the runs' own mixtures, and the interval holds the middle 95% of these.
 """
 
 import dataclasses
@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 
-GRID = 401  # shares of two sources that are looked at
-STARTS = 1500  # mixtures of more than two sources that a search begins with
-ROUNDS, MOVES = 20, 150  # of the search, and how many of each kind it tries in a round
-STEPS = (0.5, 0.01)  # of the way to another mixture, in the first round and the last
-APART = 0.005  # of a share: a mixture as close as this to what the runs span is within it
+GRID = 401  # shares of two sources that are evaluated
+STARTS = 1500  # initial mixtures of a search over more than two sources
+ROUNDS, MOVES = 20, 150  # of the search, and how many moves of each kind it tries in a round
+STEPS = (0.5, 0.01)  # fraction of the way to another mixture, in the first and the last round
+APART = 0.005  # of a share: a mixture this close to the convex hull of the runs counts as inside
 SURE = 0.95
 INTERVAL = (0.025, 0.975)
 AT_EDGE = 0.01  # of the swept range
-TRIED = 25  # shares that a further run is tried at
-POSSIBLE = 250  # curves that further runs are tried on
-MOST_ARMS = 8  # that are proposed
+TRIED = 25  # shares tried for a further run
+POSSIBLE = 250  # curves on which further runs are tried
+MOST_ARMS = 8  # the most arms proposed
 CurvesAt = Callable[[np.ndarray], np.ndarray]
-ENOUGH = 0.25  # of the swept range: an interval as narrow as this is worth its runs
+ENOUGH = 0.25  # of the swept range: no further runs are proposed once an interval is this narrow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Best:
 
     Attributes:
       shares: [S] with the lowest predicted objective.
-      intervals: [S, 2], 95%, of each source's share.
-      objective: predicted there; its interval.
-      verdict: "interior", "edge" or "cannot tell"; of more than two sources "told" (it is better than the average),
+      intervals: [S, 2], the 95% interval of each source's share.
+      objective: predicted there, with its interval.
+      verdict: "interior", "edge" or "cannot tell"; for more than two sources "told" (it is better than the average),
         "edge" (with as much of one source as any run) or "cannot tell".
       edge: the source whose share is at an end of the sweep, and which end, "least" or "most"; None for none.
-      edges: how probable it is that the best share is the least that was swept, and the most; of two sources.
-      gain: by how much the objective is lower there than at the average of the runs' mixtures, with its 95% interval.
+      edges: the probabilities that the best share is the smallest that was swept, and the largest; for two sources.
+      gain: how much lower the objective is there than at the average of the runs' mixtures, with its 95% interval.
     """
 
     shares: np.ndarray
@@ -53,8 +53,8 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """Further mixtures, [k, S], each of them trained with as many seeds as the study has, and the 95% interval of the
-    best share of the second source that they are expected to leave.
+    """Further mixtures, [k, S], each trained with as many seeds as the study has, and the expected 95% interval of the
+    best share of the second source after these runs.
     """
 
     shares: np.ndarray
@@ -64,7 +64,7 @@ class Design:
 
 
 def mixtures(shares: np.ndarray, number: int, dice: np.random.Generator) -> np.ndarray:
-    """[m, S] mixtures between some others: of two sources a grid from end to end, of more those others and about
+    """[m, S] mixtures between the given ones: for two sources a grid from end to end, for more the given ones and about
     `number` random ones.
 
     Args:
@@ -87,17 +87,18 @@ def _random(corners: int, number: int, dice: np.random.Generator) -> np.ndarray:
 
 
 def weigh(objective: Mapping[str, float], losses: Sequence[str], curves: np.ndarray) -> np.ndarray:
-    """[...] the weighted sum of losses, of curves [D, ...]."""
+    """[...] the weighted sum of losses, for curves [D, ...]."""
     return np.tensordot([objective.get(name, 0.0) for name in losses], curves, axes=1)
 
 
 def lowest(corners: np.ndarray, curves_at: CurvesAt, seed: int = 0) -> np.ndarray:
     """[B, S] the mixture between `corners` at which each curve is lowest.
 
-    Of two sources all shares are looked at. Of more, mixtures are weights of the corners, and a random search goes from
-    the lowest of every curve so far: towards other mixtures, in shorter and shorter steps; by giving some of one
-    corner's weight to another; and by the difference of two other curves' lowest, which lies along the face that they
-    are on (differential evolution; Storn and Price, 1997). Each curve tries what was found for others.
+    For two sources, all shares of a grid are evaluated. For more, mixtures are weights of the corners, and a random
+    search moves from the lowest point of every curve so far: towards other mixtures, in shorter and shorter steps; by
+    moving some of one corner's weight to another; and by the difference of two other curves' lowest points, which lies
+    along the face that they are on (differential evolution; Storn and Price, 1997). Each curve also tries the points
+    found for the others.
 
     Args:
       corners: [n, S].
@@ -137,14 +138,14 @@ def lowest(corners: np.ndarray, curves_at: CurvesAt, seed: int = 0) -> np.ndarra
 
 
 def best(swept: np.ndarray, corners: np.ndarray, average: np.ndarray, curves_at: CurvesAt) -> Best:
-    """The best mixture between some others.
+    """The best mixture between the given ones.
 
     Args:
       swept: [n, S] the runs' mixtures.
-      corners: [k, S], between which it is looked for: the runs' own, or beyond them.
-      average: [S] the mixture that gains are counted from.
-      curves_at: mixtures [m, S] -> objective [1 + B, m], the same at each call; the first is what is predicted, the
-        others are possible.
+      corners: [k, S], the mixtures between which to search: the runs' own, or beyond them.
+      average: [S] the mixture relative to which gains are computed.
+      curves_at: mixtures [m, S] -> objective [1 + B, m], the same at each call; the first is the prediction, the others
+        are possible curves.
     """
     found = lowest(corners, curves_at)
     place, found = found[0], found[1:]
@@ -171,18 +172,18 @@ def best(swept: np.ndarray, corners: np.ndarray, average: np.ndarray, curves_at:
 
 
 def between(shares: np.ndarray, mixture: np.ndarray) -> bool:
-    """Whether a mixture [S] lies between others [n, S], to within `APART`: in their convex hull."""
+    """Whether a mixture [S] lies in the convex hull of others [n, S], to within `APART`."""
     weights, _ = optimize.nnls(np.concatenate([shares.T, np.ones((1, len(shares)))]), np.append(mixture, 1.0))
     return bool(np.abs(weights @ shares - mixture).max() < APART)
 
 
 def design(swept: np.ndarray, weights: np.ndarray, noise: np.ndarray, seeds: int,
            curves_at: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> Design:
-    """The mixtures whose runs are expected to narrow the best share's interval most, one after the other.
+    """The mixtures whose runs are expected to narrow the interval of the best share most, chosen one after the other.
 
-    Each possible curve is taken for the truth in turn: runs at a mixture would show its losses and noise, and make
-    other curves less likely the farther they are from it. What is made small is the variance of the best share that is
-    left on average: Bayesian experimental design (Chaloner and Verdinelli, 1995, section 4) by the draws themselves.
+    Each possible curve in turn is assumed to be true: runs at a mixture would then show its losses plus noise, and make
+    other curves less likely the farther they are from it. The choice minimises the expected remaining variance of the
+    best share: Bayesian experimental design (Chaloner and Verdinelli, 1995, section 4) on the draws themselves.
 
     Args:
       swept: [n, S] the runs' shares.
@@ -233,7 +234,7 @@ def design(swept: np.ndarray, weights: np.ndarray, noise: np.ndarray, seeds: int
             break
         then, place, log = min(options, key=lambda option: option[:2])
         chosen.append(place)
-    sides = 2 if sources == 2 else sources  # of the summed variance, to that of one share
+    sides = 2 if sources == 2 else sources  # converts the summed variance to that of one share
     return Design(tried[sorted(chosen, key=lambda place: tuple(tried[place]))], seeds, 4 * float(np.sqrt(now / sides)),
                   4 * float(np.sqrt(then / sides)))
 

@@ -1,4 +1,4 @@
-"""A report as blocks, and the same blocks as Markdown and as one self-contained HTML page."""
+"""A report as blocks, rendered as Markdown and as one self-contained HTML page."""
 
 import base64
 import csv
@@ -65,7 +65,7 @@ class Text(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """A paragraph that must not be missed."""
+    """A paragraph that readers must not miss."""
 
     text: str
 
@@ -75,12 +75,12 @@ class Items(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Cells are text; lines of a cell after its first are told apart. Columns of words are aligned to the left."""
+    """Cells are text; lines of a cell after its first are set apart. Columns of words are aligned to the left."""
 
-    caption: str  # a sentence or more that says what the table shows, and how to read it
+    caption: str  # one or more sentences that say what the table shows and how to read it
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    words: Sequence[int] = ()  # columns of words, by number; the first always is
+    words: Sequence[int] = ()  # indices of columns of words; the first column always is one
 
 
 class Figure(NamedTuple):
@@ -94,7 +94,7 @@ class Figure(NamedTuple):
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Its content by the names of its files."""
+        """Its content by file name."""
         return {f"{self.name}.png": self.png, f"{self.name}.svg": self.svg, f"{self.name}.pdf": self.pdf}
 
 
@@ -102,14 +102,14 @@ Block = Heading | Text | Notice | Items | Table | Figure
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The page as Markdown, with its plots in files beside it. A notice that comes first stands above the title."""
+    """The page as Markdown, with its plots in files beside it. A leading notice stands above the title."""
     parts = [_markdown(block) for block in blocks]
     at = 1 if blocks and isinstance(blocks[0], Notice) else 0
     return "\n\n".join([*parts[:at], f"# {_plain(title)}", *parts[at:]]) + "\n"
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
-    """The page as HTML: styles and plots are part of it, and nothing is fetched."""
+    """The page as HTML with embedded styles and plots; it loads nothing."""
     parts = [_html(block) for block in blocks]
     at = 1 if blocks and isinstance(blocks[0], Notice) else 0
     links = "".join(f'<a href="#{_anchor(block.text)}">{_inline(block.text)}</a> '
@@ -121,12 +121,12 @@ def page(title: str, blocks: Sequence[Block]) -> str:
 
 
 def fragment(blocks: Sequence[Block]) -> str:
-    """Blocks as HTML within a page of another."""
+    """Blocks as HTML for use inside another page."""
     return "\n".join(_html(block) for block in blocks)
 
 
 def comma_separated(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table as CSV; numbers in full, None as nothing."""
+    """A table as CSV, with numbers in full and None as an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([columns, *(["" if value is None else value for value in row] for row in rows)])
@@ -152,7 +152,7 @@ def _markdown(block: Block) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of Markdown in which nothing is HTML: names of runs and answers of models are data. Code is none anyway."""
+    """Text of Markdown without any HTML: names of runs and answers of models are data. Code contains none anyway."""
     return "".join(part if part.startswith("`") else re.sub("<(?=[A-Za-z/!?])", r"\\<", part)
                    for part in re.split(r"(`[^`]+`)", text))
 
@@ -176,12 +176,12 @@ def _html(block: Block) -> str:
     rows = "".join("<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, classes, strict=True))
                    + "</tr>\n" for row in block.rows)
     table = f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>'
-    # Not in the table, which scrolls where it is wider than the page.
+    # Outside the table, which scrolls where it is wider than the page.
     return f'<p class="caption">{_inline(block.caption)}</p>{table}' if block.caption else table
 
 
 def is_words(table: Table, column: int) -> bool:
-    """Whether a column is of words, which are aligned to the left."""
+    """Whether a column holds words, which are aligned to the left."""
     return column == 0 or column in table.words
 
 
@@ -191,7 +191,7 @@ def _cell(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text as HTML; but in code, numbers are set as in print: a minus sign, and a dash between the ends of a range."""
+    """Text as HTML; outside code, numbers are set as in print: a minus sign, and a dash between the ends of a range."""
     def plain(part: str) -> str:
         return re.sub(r"(?<![\w.)-])-(?=\d)", "\N{MINUS SIGN}", re.sub(r"(?<=\d) - (?=\d)", "\N{EN DASH}", part))
 

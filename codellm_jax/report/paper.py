@@ -1,9 +1,10 @@
-"""The figures of the study's paper (Ma et al., ICLR 2024, arXiv 2309.16298), typed from its tables, in per cent.
+"""The results of the study's paper (Ma et al., ICLR 2024, arXiv 2309.16298), typed from its tables, in per cent.
 
-The paper gives no intervals. Those here are Wilson's, of its accuracy and the number of questions: stated by the paper
-for CosQA and MBPP, inferred from the granularity of its accuracies for Logic, JEC-QA and E-KAR (each is k / n; one
-E-KAR figure, 27.20, is not), and the size of the data that fits for C3, OCNLI and ScienceQA (3172, which is no
-official count). CMNLI's and DuReader's are not known, and BLEU and F1 are no shares of questions: no interval.
+The paper gives no intervals. The intervals here are Wilson's, from its accuracy and the number of questions. The paper
+states that number for CosQA and MBPP; it is inferred for Logic, JEC-QA and E-KAR from the granularity of their
+accuracies (each is k / n; one E-KAR figure, 27.20, is not), and for C3, OCNLI and ScienceQA it is the size of the data
+that fits (3172, which is no official count). For CMNLI and DuReader it is unknown, and BLEU and F1 are not shares of
+questions: these have no interval.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ QUESTIONS: Mapping[str, int] = {
 
 
 class Row(NamedTuple):
-    """A row of a table: what was measured, and its figure in each column."""
+    """A row of a table: its measure, and its figure in each column."""
 
     name: str
     task: str
@@ -27,13 +28,13 @@ class Row(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column: its heading, the arm of the study, and the mix of its tuning where the table tells mixes apart."""
+    """A column: its heading, the arm of the study, and the mix of its tuning where the table distinguishes mixes."""
 
     name: str
     arm: str | None  # None where rows are arms
     mix: str | None = None
     suffix: str = ""  # of the row's task in this column
-    of_ours: bool = True  # False: of a size whose arm has another column, beside which our figures stand
+    of_ours: bool = True  # False: a model size whose arm has another column, which shows our figures
 
 
 class PaperTable(NamedTuple):
@@ -101,7 +102,7 @@ TABLES = (TABLE_2, TABLE_3, TABLE_4, TABLE_6, TABLE_7, TABLE_8)
 
 
 def paper_interval(task: str, metric: str, figure: float) -> Interval | None:
-    """The 95% interval, in per cent, of a figure of the paper; None where it is no accuracy or n is not known.
+    """The 95% interval, in per cent, of a figure of the paper; None where it is not an accuracy or n is unknown.
 
     The number of right answers is the whole number nearest to figure * n.
     """

@@ -1,6 +1,6 @@
-"""The plots of a report, each as PNG, SVG and PDF: for print, and for those who tell few colours apart.
+"""The plots of a report, each as PNG, SVG and PDF: for print, and legible for colour-blind readers.
 
-Colours are those of Okabe and Ito (2008). Arms are told apart by markers, lines and labels too.
+The colours are those of Okabe and Ito (2008). Markers, line styles and labels distinguish arms as well.
 """
 
 import io
@@ -17,8 +17,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)))
 GREY = "#595959"
-FEWEST_TO_CUT = 6  # evaluations of a run, from which on the first tenth of training may be cut off
-WIDTH, HEIGHT = 7.2, 6.5  # inches: of a page's text, on its side
+FEWEST_TO_CUT = 6  # evaluations of a run; with fewer, the first tenth of training is never cut off
+WIDTH, HEIGHT = 7.2, 6.5  # inches: the text area of a page in landscape
 SETTINGS: Any = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -27,7 +27,7 @@ SETTINGS: Any = {
 
 
 class Curve(NamedTuple):
-    """One seed of an arm: a value after so many tokens."""
+    """One seed of an arm: a value after a number of tokens."""
 
     arm: str
     seed: int | None
@@ -40,9 +40,9 @@ class Shares(NamedTuple):
 
     arm: str
     unit: str  # "tokens" or "examples"
-    asked: tuple[Sequence[float], Sequence[float]]  # steps, and the share asked there
-    recorded: tuple[Sequence[float], Sequence[float]]  # steps that were recorded, and the share of that step alone
-    phases: Sequence[tuple[float, float, float]]  # first and last step of each phase, and the ledger's share in it
+    asked: tuple[Sequence[float], Sequence[float]]  # steps, and the share asked at each
+    recorded: tuple[Sequence[float], Sequence[float]]  # recorded steps, and the share of each step alone
+    phases: Sequence[tuple[float, float, float]]  # first and last step of each phase, and its share in the ledger
 
 
 class Point(NamedTuple):
@@ -73,7 +73,7 @@ class SweepPanel(NamedTuple):
 
 
 class EffectsPanel(NamedTuple):
-    """Effects on measures of one unit; each measure is a row, and each effect has a point in it or None."""
+    """Effects on measures of one unit: a row for each measure, with a point or None for each effect."""
 
     unit: str
     rows: Sequence[str]
@@ -81,7 +81,7 @@ class EffectsPanel(NamedTuple):
 
 
 class Line(NamedTuple):
-    """The losses of one run: (x, loss) of itself, and of what it branches from up to there."""
+    """The losses of one run: (x, loss) of itself, and of its trunk up to the branch."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -103,7 +103,7 @@ class LawPanel(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """Values in per cent at named places that follow one another, of several things."""
+    """Values in per cent at consecutive named places, for several series."""
 
     title: str
     places: Sequence[str]
@@ -111,8 +111,8 @@ class Profile(NamedTuple):
 
 
 def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]], arms: Sequence[str]) -> Figure:
-    """Held-out loss against tokens, a panel for each kind of held-out text. `arms` are all that any plot has, so that
-    each looks the same in all.
+    """Held-out loss against tokens, with a panel for each kind of held-out text. `arms` are the arms of all plots, so
+    that each arm looks the same in all of them.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.5), squeeze=False)
@@ -120,7 +120,7 @@ def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]], arms:
         scale, unit = _tokens_unit(max(curve.tokens[-1] for curve in curves))
         ends: dict[str, tuple[float, float]] = {}
         most = max(curve.tokens[-1] for curve in curves)
-        # The fall from new parameters would leave no room for the rest, where there is a rest to see.
+        # The initial fall would leave no room for the rest of the curve, where there is more to see.
         from_on = most / 10 if min(len(curve.values) for curve in curves) >= FEWEST_TO_CUT else 0
         late = [value for curve in curves for tokens, value in zip(curve.tokens, curve.values, strict=True)
                 if tokens >= from_on or tokens == curve.tokens[-1]]
@@ -138,13 +138,13 @@ def losses(name: str, caption: str, panels: Mapping[str, Sequence[Curve]], arms:
         margin = 0.05 * (max(late) - min(late) or 1)
         axis.set_ylim(min(late) - margin, max(late) + margin)
         _label_ends(axis, ends, arms)
-        axis.set(title=f"Held-out {title}", xlabel=f"Tokens trained on{unit}", ylabel="Loss, nats a token")
+        axis.set(title=f"Held-out {title}", xlabel=f"Tokens trained on{unit}", ylabel="Loss, nats per token")
         axis.set_xlim(left=0)
     return _saved(plt, figure, name, caption)
 
 
 def shares(name: str, caption: str, runs: Sequence[Shares]) -> Figure:
-    """The share of code asked and realised, a panel for each run."""
+    """The share of code asked and realised, with a panel for each run."""
     plt = _pyplot()
     columns = min(3 if len(runs) < 7 else 4, len(runs))
     lines = math.ceil(len(runs) / columns)
@@ -169,7 +169,7 @@ def shares(name: str, caption: str, runs: Sequence[Shares]) -> Figure:
 
 
 def scores(name: str, caption: str, panels: Sequence[Panel]) -> list[Figure]:
-    """A panel for each task: arms with their intervals, and the levels they are read against; pages as they fit."""
+    """A panel for each task: arms with their intervals, and their reference levels; several pages where needed."""
     arms = list(dict.fromkeys(point.arm for panel in panels for point in panel.points))
     columns, height = min(3, len(panels)), 0.75 + 0.2 * len(arms)
     fit = columns * max(1, int((HEIGHT - 0.7) / height))
@@ -231,7 +231,7 @@ def sweep(name: str, caption: str, panels: Sequence[SweepPanel]) -> Figure:
 
 
 def profiles(name: str, caption: str, panels: Sequence[Profile]) -> Figure:
-    """Values in per cent against places that are written along the left side, a panel beside the other."""
+    """Values in per cent at places named along the left side, with panels side by side."""
     plt = _pyplot()
     rows = max(len(panel.places) for panel in panels)
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 1.1 + 0.2 * rows), squeeze=False)
@@ -252,7 +252,7 @@ def profiles(name: str, caption: str, panels: Sequence[Profile]) -> Figure:
 
 
 def effects(name: str, caption: str, panels: Sequence[EffectsPanel]) -> Figure:
-    """A point and an interval for each effect on each measure, a panel for each unit."""
+    """A point and an interval for each effect on each measure, with a panel for each unit."""
     plt = _pyplot()
     names = list(dict.fromkeys(effect for panel in panels for effect in panel.effects))
     heights = [0.35 + len(panel.rows) * (0.14 + 0.13 * len(names)) for panel in panels]
@@ -283,8 +283,8 @@ def effects(name: str, caption: str, panels: Sequence[EffectsPanel]) -> Figure:
 
 
 def runs(panels: Mapping[str, Sequence[Line]], against: str) -> Figure:
-    """Losses of runs against "steps" or "tokens", a panel for each kind of loss; dotted lines are of the trunk, before
-    a run branches from it.
+    """Losses of runs against "steps" or "tokens", with a panel for each kind of loss; dotted lines show the trunk
+    before a run branches from it.
     """
     plt = _pyplot()
     scale, unit = _tokens_unit(max(x for lines in panels.values() for line in lines for x, _ in [
@@ -304,7 +304,7 @@ def runs(panels: Mapping[str, Sequence[Line]], against: str) -> Figure:
         margin = 0.05 * (max(late) - min(late) or 1)
         axis.set_ylim(min(late) - margin, max(late) + margin)
         axis.set(title=title, xlabel=f"Tokens trained on{unit}" if against == "tokens" else "Step",
-                 ylabel="Loss, nats a token")
+                 ylabel="Loss, nats per token")
         axis.set_xlim(left=0)
     handles: dict[str, Any] = {}
     for axis in axes[0]:
@@ -357,10 +357,11 @@ def law(name: str, caption: str, source: str, panels: Sequence[LawPanel], best: 
 
 
 def _label_ends(axis: Any, ends: Mapping[str, tuple[float, float]], arms: Sequence[str]) -> None:
-    """Names curves at their ends, moved apart where they would cover each other."""
+    """Labels curves at their ends, and moves labels apart where they would overlap."""
     low, high = axis.get_ylim()
     step = (high - low) * 0.055
-    # From below, each at its curve's end or just above the one before; all lower where they would leave the frame.
+    # From below, each label at its curve's end or just above the one before; all move down where they would leave the
+    # frame.
     room = high - step * len(ends)
     placed: list[float] = []
     for arm, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
@@ -377,13 +378,13 @@ def _label_ends(axis: Any, ends: Mapping[str, tuple[float, float]], arms: Sequen
 
 
 def _style(place: int) -> dict[str, Any]:
-    """Of the arm at this place: colour, marker and line together are all different up to 70 arms."""
+    """The style of the arm at this index: colour, marker and line are distinct together for up to 70 arms."""
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)],
             "linestyle": LINES[place % len(LINES)]}
 
 
 def _mean_curve(seeds: Sequence[Curve]) -> tuple[Sequence[float], Sequence[float]]:
-    """Tokens and the mean of the seeds; of seeds that are not equally far, up to where the shortest is."""
+    """Tokens and the mean of the seeds; where seeds differ in length, up to the end of the shortest."""
     shortest = min(len(curve.values) for curve in seeds)
     return seeds[0].tokens[:shortest], [
         sum(curve.values[place] for curve in seeds) / len(seeds) for place in range(shortest)]
@@ -409,8 +410,8 @@ def _saved(plt: Any, figure: Any, name: str, caption: str) -> Figure:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        # The layout's solver orders its sums by addresses in memory: without rounding, the last bits (and with them
-        # the names of clip paths) differ between two drawings of the same values.
+        # The layout solver orders its sums by memory addresses: without rounding, the last bits (and with them the
+        # names of clip paths) differ between two drawings of the same values.
         axes.set_position([round(bound, 6) for bound in axes.get_position().bounds])
     png, svg, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=150)

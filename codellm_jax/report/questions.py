@@ -1,4 +1,4 @@
-"""What each question of a benchmark adds to the measures of the runs that were asked it."""
+"""The contribution of each question of a benchmark to the measures of the runs evaluated on it."""
 
 from collections.abc import Mapping
 from typing import Generic, NamedTuple, TypeVar
@@ -18,11 +18,11 @@ class Asked(NamedTuple, Generic[Key]):
 
     Attributes:
       metric: the metric, or the measure's name in `measures.MEASURES`.
-      title: for a person.
-      unit: "" of fractions of 1.
+      title: the name shown to readers.
+      unit: "" for fractions of 1.
       better: "higher" or "lower".
-      scores: of each run.
-      values: [n] of each run, what each question adds; their mean stands for the score.
+      scores: by run.
+      values: [n] by run, the contribution of each question; their mean is the score.
     """
 
     metric: str
@@ -34,16 +34,16 @@ class Asked(NamedTuple, Generic[Key]):
 
 
 def task_of(name: str) -> str:
-    """The benchmark of a measure's name as laws have it, "TASK/MEASURE"; empty of held-out losses."""
+    """The benchmark in a measure's name as laws use it, "TASK/MEASURE"; empty for held-out losses."""
     return name.rpartition("/")[0]
 
 
 def asked(results: Mapping[Key, Result], overlapping: frozenset[str]) -> list[Asked[Key]]:
-    """The metrics and measures of one benchmark, of the runs of which it measured something.
+    """The metrics and measures of one benchmark, for the runs that were measured on it.
 
     Args:
-      results: of each run, of the same questions; the first one's metrics are those of all.
-      overlapping: ids of questions that are left out, as training sources hold them.
+      results: by run, on the same questions; the metrics of the first run are those of all.
+      overlapping: ids of questions to leave out because training sources contain them.
     """
     results = {key: result for key, result in results.items() if result.measured}
     if not results:

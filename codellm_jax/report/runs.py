@@ -1,6 +1,6 @@
-"""The runs of a study as its report reads them: results with a line for each question, and where they come from.
+"""The runs of a study as the report reads them: results with a line for each question, and their provenance.
 
-A study's directory holds `study.json` and `runs/NAME`; any folder of run directories will do without.
+A study's directory holds `study.json` and `runs/NAME`; any folder of run directories works without `study.json`.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from etils import epath
 from codellm_jax.results.answers import is_measured
 from codellm_jax.results.files import files_of, finished_lines
 
-# What makes questions and scores what they are; where one differs, two results must not stand in one table. Named from
-# what is seen first: a template makes other questions of the same data.
+# The facts that determine questions and scores; where one differs, two results must not stand in one table. The order
+# is that of the messages: a template, for one, makes different questions from the same data.
 OF_A_MEASUREMENT = ("data", "template", "few_shot", "scoring", "sampling", "samples", "questions", "version")
-# What makes an arm what it is, the data aside; seeds of one arm have it in common.
+# The facts that define an arm, apart from the data; the seeds of one arm share them.
 OF_AN_ARM = ("model.", "adamw.", "warmup_", "inverse_square_root.", "train.learning_rate", "mixture.code_rate",
              "mixture.mix_phases", "mixture.stage", "train.batch_size", "train.train_steps")
 SAME_COMPUTATION = ("model.remat", "model.scan_unroll", "model.attention")
@@ -38,17 +38,17 @@ class Result:
 
     @property
     def measured(self) -> bool:
-        """Whether its score says anything of the model: not where most questions are ties."""
+        """Whether the score says anything about the model; it does not where most questions are ties."""
         return is_measured(self.lines)
 
 
 class Stage(NamedTuple):
-    """One of the stages that a run went through, by its ledger; of a trunk what came before the branch."""
+    """One of the stages that a run went through, from its ledger; for a trunk, the part before the branch."""
 
-    name: str  # as the study calls it; else what it is: "pretraining", "tuning" or "imported"
-    run: str  # whose it was
-    tokens: int  # that the loss counted
-    code: float | None  # share of the rows, in tuning of the examples; None where none were counted
+    name: str  # the study's name for it, else its kind: "pretraining", "tuning" or "imported"
+    run: str  # the run that it belongs to
+    tokens: int  # counted by the loss
+    code: float | None  # share of rows, or of examples in tuning; None where none were counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +56,21 @@ class Run:
     """A run directory.
 
     Attributes:
-      name: of the directory.
-      label: of the arm, as the study names it; seeds of one arm share it.
+      name: the name of the directory.
+      label: the name of the arm in the study; its seeds share it.
       arm: NL, CODE, NN, NC, CN or CC, or a line of other stages; see `ledger.arm`.
-      mix: of a tuning with code: "uniform", "increase", "decrease" or the study's own word; None for none.
-      seed: of training; None where nothing tells it.
+      mix: for tuning with code: "uniform", "increase", "decrease" or the study's own word; None without code.
+      seed: of training; None where unknown.
       stage: "pretraining" or "tuning".
-      parent: the name of the run it starts from; None for none.
-      settings: those that held, macros resolved, as text; empty where the run has no checkpoint.
-      ledger: of its newest checkpoint; empty likewise.
-      parameters: of the model; None likewise.
-      step: of its newest checkpoint; None likewise.
+      parent: the name of the run it starts from; None without one.
+      settings: the settings in force, with macros resolved, as text; empty where the run has no checkpoint.
+      ledger: of its newest checkpoint; empty where it has none.
+      parameters: of the model; None without a checkpoint.
+      step: of its newest checkpoint; None without one.
       results: by task.
-      provenance: what provenance.json holds; None where it is not there.
+      provenance: the content of provenance.json; None where it does not exist.
       records: the lines of metrics.jsonl.
-      stages: those it went through, its own last; empty where it has no checkpoint.
+      stages: the stages it went through, its own last; empty where it has no checkpoint.
     """
 
     name: str
@@ -92,12 +92,12 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Overlaps:
-    """Which questions of a task a training source holds.
+    """The questions of a task that occur in training sources.
 
     Attributes:
       sources: ids of questions by source.
-      not_measurable: questions of which nothing could be looked for; None where nothing says so.
-      data: the hash of the task's files; None likewise.
+      not_measurable: the number of questions that could not be tested; None where unknown.
+      data: the hash of the task's files; None where unknown.
     """
 
     sources: Mapping[str, frozenset[str]]
@@ -107,7 +107,7 @@ class Overlaps:
 
 @dataclasses.dataclass(frozen=True)
 class Contamination:
-    """Which questions share n words in a row, or so many characters of Chinese, with what was trained on; tasks by the
+    """The questions that share n words in a row, or a number of Chinese characters, with training data; tasks by the
     names of their results.
     """
 
@@ -116,38 +116,38 @@ class Contamination:
     tasks: Mapping[str, Overlaps]
 
     def of(self, result: Mapping[str, Any]) -> Overlaps | None:
-        """The overlaps of the task of a result; None where it was not looked at, or other files of it were."""
+        """The overlaps of a result's task; None where the task, or these files of it, were not measured."""
         found = self.tasks.get(result["task"] + "_sample" * result["sample"])
         return None if found is None or found.data not in (None, result["settings"].get("data")) else found
 
 
 def read_json(path: epath.Path) -> Any:
-    """The content of a JSON file; None where it is not there. Raises ValueError where it is none."""
+    """The content of a JSON file; None where it does not exist. Raises ValueError for an invalid file."""
     if not path.exists():
         return None
     try:
         return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no whole JSON ({error}): make it again.") from None
+        raise ValueError(f"{path} is not valid JSON ({error}): create it again.") from None
 
 
 def read_results(directory: epath.Path, run: str) -> dict[str, Result]:
-    """The results of a run directory by task; where official files and samples were both asked, the official ones.
+    """The results of a run directory by task; official files take precedence over samples of the same task.
 
     Raises:
-      ValueError: a result whose lines are not those it was computed of.
+      ValueError: a result disagrees with its lines.
     """
     found: dict[str, Result] = {}
     folder = directory / "results"
     for path in files_of(folder, ".json"):
         result = read_json(path)
         if not isinstance(result, dict) or not {"task", "n", "settings", "checkpoint", "metric"} <= result.keys():
-            raise ValueError(f"{path} is no result of an evaluation: move it away, or evaluate the task again.")
+            raise ValueError(f"{path} is not the result of an evaluation: move it away, or evaluate the task again.")
         lines = finished_lines(path.with_suffix(".jsonl"), result)
         if not lines:
-            raise ValueError(f"{path.stem} of {run}: its lines do not match its result; evaluate it to the end.")
+            raise ValueError(f"{path.stem} of {run}: its lines do not match its result: finish the evaluation.")
         if "correct" in lines[0] and abs(sum(line["correct"] for line in lines) / len(lines) - result["value"]) > 1e-9:
-            raise ValueError(f"{path.stem} of {run}: its lines do not come to its accuracy; evaluate it again.")
+            raise ValueError(f"{path.stem} of {run}: its lines do not add up to its accuracy: evaluate it again.")
         task = result["task"]
         if task not in found or found[task].result["sample"]:
             found[task] = Result(run, task, result, lines)
@@ -155,10 +155,10 @@ def read_results(directory: epath.Path, run: str) -> dict[str, Result]:
 
 
 def read_contamination(directory: epath.Path) -> Contamination | None:
-    """What contamination.json holds; None where there is none.
+    """The content of contamination.json; None where there is none.
 
     Raises:
-      ValueError: it is not what it should be.
+      ValueError: the file is invalid.
     """
     path = directory / "contamination.json"
     saved = read_json(path)
@@ -171,12 +171,12 @@ def read_contamination(directory: epath.Path) -> Contamination | None:
                            of_task.get("not_measurable"), of_task.get("data"))
             for task, of_task in saved["tasks"].items()})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} does not tell which questions overlap ({type(error).__name__}: {error}): measure the "
+        raise ValueError(f"{path} does not say which questions overlap ({type(error).__name__}: {error}): measure the "
                          "contamination again.") from None
 
 
 def resolve(settings: Mapping[str, str]) -> dict[str, str]:
-    """Settings as they were saved, with the value of each macro, "%NAME", in its place."""
+    """Settings as saved, with each macro "%NAME" replaced by its value."""
     def value(text: str, depth: int = 0) -> str:
         name = text.removeprefix("%")
         return value(settings[name], depth + 1) if text.startswith("%") and name in settings and depth < 9 else text
@@ -185,15 +185,15 @@ def resolve(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def require_same_measurement(runs: Iterable[Mapping[str, Result]]) -> None:
-    """Raises ValueError, in one line, where two runs were not asked the same questions, or not scored alike; of each
-    its results by task.
+    """Raises ValueError with a one-line message where two runs were not asked the same questions, or were scored
+    differently. Each element of `runs` maps tasks to results.
     """
     first: dict[str, Result] = {}
     for results in runs:
         for task, here in results.items():
             other = first.setdefault(task, here)
             if other.result["sample"] != here.result["sample"]:
-                which = [f"{one.run} was asked {'our sample items' if one.result['sample'] else 'the official files'}"
+                which = [f"{one.run} was asked {'the sample items' if one.result['sample'] else 'the official files'}"
                          for one in (other, here)]
                 raise ValueError(f"{task}: {which[0]} and {which[1]}, which must not stand in one table: evaluate both "
                                  "on the same files.")
@@ -203,15 +203,17 @@ def require_same_measurement(runs: Iterable[Mapping[str, Result]]) -> None:
                     told = [f"{value[:12]}" if name in ("data", "questions") and isinstance(value, str) else f"{value}"
                             for value in values]
                     raise ValueError(f"{task}: the {name} of {other.run} and {here.run} differ ({told[0]} and "
-                                     f"{told[1]}), so that they must not stand in one table: evaluate both with the "
+                                     f"{told[1]}), so they must not stand in one table: evaluate both with the "
                                      "same files and settings.")
             if other.ids != here.ids:
-                raise ValueError(f"{task}: {other.run} and {here.run} answered other questions, or in another order: "
-                                 "evaluate both again.")
+                raise ValueError(f"{task}: {other.run} and {here.run} answered different questions, or in a different "
+                                 "order: evaluate both again.")
 
 
 def require_same_arm(runs: Iterable[Run]) -> None:
-    """Raises ValueError, in one line, where two seeds of an arm were trained differently, or are the same seed."""
+    """Raises ValueError with a one-line message where two seeds of an arm were trained differently, or are the same
+    seed.
+    """
     first: dict[str, Run] = {}
     seen: dict[tuple[str, int | None], Run] = {}
     for run in runs:
@@ -219,8 +221,8 @@ def require_same_arm(runs: Iterable[Run]) -> None:
         for name, value in of_an_arm(run.settings).items():
             before = of_an_arm(other.settings).get(name, value)
             if before != value:
-                raise ValueError(f"{other.name} and {run.name} are to be seeds of one arm, {run.label}, and their "
-                                 f"{name} differ ({before} and {value}): give them names of their own.")
+                raise ValueError(f"{other.name} and {run.name} count as seeds of one arm, {run.label}, but their "
+                                 f"{name} differ ({before} and {value}): give them different names.")
         twin = seen.setdefault((run.label, run.seed), run)
         if twin is not run:
             raise ValueError(f"{twin.name} and {run.name} are the same seed, {run.seed}, of the same arm, {run.label}: "
@@ -228,31 +230,31 @@ def require_same_arm(runs: Iterable[Run]) -> None:
 
 
 def require_same_sources(runs: Iterable[Run]) -> None:
-    """Raises ValueError, in one line, where a training source of one name is not the same data in two runs."""
+    """Raises ValueError with a one-line message where two runs have different data under one source name."""
     first: dict[str, tuple[str, Any]] = {}
     for run in runs:
         for source, fingerprint in ((run.provenance or {}).get("data") or {}).items():
             name, before = first.setdefault(source, (run.name, fingerprint))
             if before != fingerprint:
-                raise ValueError(f"{name} and {run.name} were trained on other data of the same name: {source} was "
-                                 f"{str(before)[:12]} and {str(fingerprint)[:12]}, so that they must not stand in one "
-                                 "table: train both on the same, or name the sources apart.")
+                raise ValueError(f"{name} and {run.name} were trained on different data under one name: {source} was "
+                                 f"{str(before)[:12]} and {str(fingerprint)[:12]}, so they must not stand in one "
+                                 "table: train both on the same data, or give the sources different names.")
 
 
 def of_an_arm(settings: Mapping[str, str]) -> dict[str, str]:
-    """Those of a run's settings that its arm's other seeds have in common."""
+    """The settings of a run that all seeds of its arm share."""
     return {name: value for name, value in settings.items()
             if name.startswith(OF_AN_ARM) and name not in SAME_COMPUTATION}
 
 
 def name_and_seed(directory_name: str) -> tuple[str, int | None]:
-    """("CODE", 1) of "CODE.seed1"; a name without a seed is all label."""
+    """Splits "CODE.seed1" into ("CODE", 1); a name without a seed is all label."""
     match = re.fullmatch(r"(.+)\.seed(\d+)", directory_name)
     return (match[1], int(match[2])) if match else (directory_name, None)
 
 
 def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each arm, by seed; arms in the order in which they come."""
+    """The runs of each arm, by seed; arms in order of appearance."""
     arms: dict[str, list[Run]] = {}
     for run in runs:
         arms.setdefault(run.label, []).append(run)

@@ -1,4 +1,4 @@
-"""The tables of a report: the paper's, with ours beside; differences of arms; conclusions. In per cent."""
+"""The tables of a report: the paper's with our results, differences between arms, and conclusions. In per cent."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Rows = list[Sequence[Any]]
 
 
 class Section(NamedTuple):
-    """Blocks of the page, and tables to be computed with: (name, columns, rows), each a CSV file."""
+    """Blocks of the page, and tables for further computation: (name, columns, rows), each a CSV file."""
 
     blocks: list[Block]
     tables: list[tuple[str, Sequence[str], Rows]]
@@ -35,40 +35,41 @@ NOT_MEASURED = "not measured: ties"
 
 
 def opening(study: Study) -> list[Block]:
-    """What must be known first, and what there is."""
+    """The opening of the report: warnings first, then its contents."""
     blocks: list[Block] = []
     if warning := study.warning():
         blocks.append(Notice(f"{warning} " + (
-            "What scores follow show that the machinery works, and nothing else." if study.tasks else
-            "Losses are those of such models, and say nothing of others.")))
+            "The scores below only show that the software works." if study.tasks else
+            "Losses are those of such models, and say nothing about others.")))
     counts = [f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})" for label, runs in study.arms.items()]
     named = any(label.partition("-")[0] in PAPER_ARMS for label in study.arms)
-    names = (" N is natural language alone and C is with code; the first letter stands for pre-training, the second "
-             "for tuning, and NL and CODE are pre-trained only.") * named
-    blocks.append(Text(f"Arms: {', '.join(counts)}.{names} The stages of each are in the table of mixes."))
+    names = (" N stands for natural language alone, C for data with code; the first letter is the pre-training, the "
+             "second the tuning, and NL and CODE are pre-trained only.") * named
+    blocks.append(Text(f"Arms: {', '.join(counts)}.{names} The table of mixes lists the stages of each."))
     matched = {"compute-matched": "compute-matched: all arms are trained on equally many tokens, and code takes the "
                                   "place of text",
-               "data-matched": "data-matched: all arms see the same text, and code comes on top of it, so that arms "
+               "data-matched": "data-matched: all arms see the same text, and code comes on top of it, so arms "
                                "with code are trained on more tokens"}
     blocks.append(Text(f"The comparison is {matched.get(study.comparison or '', study.comparison)}."
-                       if study.comparison else "Nothing here says whether arms are matched in compute or in data: "
-                       "compare the tokens that each was trained on, in the table of provenance."))
+                       if study.comparison else "The study does not say whether arms are matched in compute or in "
+                       "data: compare the tokens of each in the table of provenance."))
     if unfinished := [f"`{run.name}`" for run in study.runs if (run.provenance or {}).get("finished") is False]:
-        blocks.append(Text(f"Not trained to its end, and in no effect and no sweep: {', '.join(unfinished)}."))
+        blocks.append(Text(f"Not trained to the end, and excluded from effects and sweeps: {', '.join(unfinished)}."))
     if study.pending:
         blocks.append(Text(f"Planned and without results yet: {', '.join(f'`{name}`' for name in study.pending)}."))
     return blocks
 
 
 def conclusions(study: Study) -> Section:
-    """The paper's conclusions and what the data say of them."""
+    """The paper's conclusions and their verdicts."""
     blocks: list[Block] = [Heading(2, "The paper's conclusions"), Text(
-        f"By the rules below, which were fixed before any data. In points of 100, with intervals of {100 * LEVEL:g}%, "
-        "which is 95% corrected for all contrasts; p is of a difference of 0, as it is and by Holm's method.")]
+        "Verdicts follow the rules below, which were fixed before any data. In points of 100, with intervals of "
+        f"{100 * LEVEL:g}%, which is 95% corrected for all contrasts; p tests a difference of 0, uncorrected and by "
+        "Holm's method.")]
     table: Rows = []
     for conclusion, verdict, contrasts in judge(study):
         blocks += [Heading(3, f"{conclusion.number}. {conclusion.claim} {verdict.capitalize()}."), Table(
-            "The differences that this conclusion stands on, with what the rules make of them.",
+            "The differences behind this conclusion, with their verdicts.",
             ("Contrast", "Difference", "Interval", "p", "p, Holm", "Verdict", "Why", "Tasks"),
             [[one.planned.name, _signed(one.estimate), _bounds(one.interval, "+"), _p(one.p_value), _p(one.corrected),
               one.verdict, one.why, ", ".join(task for task, _ in one.planned.measures)] for one in contrasts],
@@ -82,23 +83,24 @@ def conclusions(study: Study) -> Section:
 
 
 def paper_tables(study: Study) -> Section:
-    """The paper's tables as it lays them out."""
+    """The paper's tables in the paper's layout."""
     blocks: list[Block] = [Heading(2, "The paper's tables"), Text(
-        "In per cent, with 95% intervals. A cell has ours above and the paper's beneath, with the interval that "
-        "follows from the paper's n, which it does not give; where a figure is no accuracy, or its n is not known, "
-        "there is none. Chance is choosing blindly, majority is always giving the commonest right answer.")]
+        "In per cent, with 95% intervals. A cell shows our score above the paper's, with the interval that "
+        "follows from the paper's n, since the paper gives none; where a figure is not an accuracy, or its n is "
+        "unknown, there is no interval. Chance is a random choice, majority is always giving the commonest right "
+        "answer.")]
     tables: list[tuple[str, Sequence[str], Rows]] = []
     for table in TABLES:
         made, rows = _paper_table(study, table)
         if all(row[5] is None for row in rows):
-            continue  # none of ours stands in it
+            continue  # it has no score of ours
         blocks += [Heading(3, f"Table {table.number}: {table.title}"), made]
         tables.append((f"table_{table.number}", PAPER_COLUMNS, rows))
     return Section(blocks, tables)
 
 
 class _Cell(NamedTuple):
-    """Our arm by its label, None for none; its task; the paper's figure, None for none."""
+    """The label of our arm, None without one; its task; the paper's figure, None without one."""
 
     label: str | None
     task: str
@@ -127,12 +129,14 @@ def _paper_table(study: Study, table: PaperTable) -> tuple[Table, Rows]:
     names = [column.name + (f"\nours: {label}\n{_seeds(study, label)}" if label else
                             "\nours: none" * bool(column.of_ours and column.arm))
              for column, label in zip(columns, labels, strict=True)]
-    return Table(f"Table {table.number} of the paper, {table.title}: our score above, the paper's beneath.",
+    return Table(f"Table {table.number} of the paper, {table.title}: our score above the paper's.",
                  ("Task", "n", "Chance", "Majority", *names), rows), numbers
 
 
 def _row_of_paper(study: Study, row: Row, cells: Sequence[_Cell], clean: bool) -> list[str]:
-    """A row; n, chance and majority are of its first cell of ours, and n is told again where another's differs."""
+    """A row; n, chance and majority are those of its first cell with our score, and n is repeated where another's
+    differs.
+    """
     texts: list[str] = []
     n, levels, sample = None, None, False
     for label, task, figure in cells:
@@ -168,7 +172,7 @@ def _numbers_of_paper(study: Study, row: Row, column: str, cell: _Cell) -> list[
 
 
 def _numbers(study: Study, label: str, task: str, metric: str) -> list[Any]:
-    """Seeds, n, value, bounds, chance, majority; overlapping; the same of the others, seeds aside."""
+    """Seeds, n, value, bounds, chance, majority; the number overlapping; the same without them, except the seeds."""
     if task not in study.tasks:
         return [None] * 13
     both: list[Any] = []
@@ -185,7 +189,7 @@ def _numbers(study: Study, label: str, task: str, metric: str) -> list[Any]:
 
 
 def scores(study: Study) -> Section:
-    """Every score there is, of every arm."""
+    """All scores of all arms."""
     rows: list[list[str]] = []
     numbers: Rows = []
     for label in study.arms:
@@ -212,8 +216,8 @@ def scores(study: Study) -> Section:
 
 
 def pairs(study: Study) -> list[tuple[str, str]]:
-    """The arms that are compared, as labels (first, second): the study's questions, and every other arm against the
-    first of its stage.
+    """The arms to compare, as labels (first, second): the study's questions, and every other arm against the first of
+    its stage.
     """
     planned: list[tuple[tuple[str, str | None], tuple[str, str | None]]] = [
         (("CODE", None), ("NL", None)), (("NC", None), ("NN", None)), (("CC", None), ("CN", None)),
@@ -245,9 +249,9 @@ def differences(study: Study) -> Section:
     if not found:
         return Section([*blocks, Text("No two arms were evaluated on the same task.")],
                        [("differences", DIFFERENCE_COLUMNS, [])])
-    blocks.append(Text("In points of 100, over the same questions, with 95% intervals; p by Holm's method is "
-                       f"corrected for all {len(found)} differences here. Detectable is the smallest difference found "
-                       "with a chance of 80%."))
+    blocks.append(Text("In points of 100, over the same questions, with 95% intervals; Holm's p is "
+                       f"corrected for all {len(found)} differences here. Detectable is the smallest true difference "
+                       "that is found with a probability of 80%."))
     blocks.append(Items([f"{name}: {TESTS[name]}." for name in dict.fromkeys(one.test for *_, one in found)]))
     rows: dict[tuple[str, str], list[list[str]]] = {}
     numbers: Rows = []
@@ -276,7 +280,7 @@ def differences(study: Study) -> Section:
 
 
 def questions(study: Study) -> tuple[str, Sequence[str], Rows]:
-    """A row for each question and metric: what each run adds to its score, and which sources hold it."""
+    """A row for each question and metric: its contribution to each run's score, and the sources that contain it."""
     rows: Rows = []
     for task in study.tasks:
         asked = [(run, run.results[task]) for run in study.runs if task in run.results]

@@ -1,4 +1,4 @@
-"""Which measures tell arms apart at this size: signal over noise, as a section of the report."""
+"""The measures that distinguish arms best at this model size: signal over noise, as a section of the report."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ COLUMNS = ("after", "measure", "first", "second", "signal", "unit", "noise", "ra
 
 
 def signals(compared: Sequence[Group]) -> Section:
-    """A row for each measure of each group of arms, the one that tells arms apart best first; no section where no arm
-    has two seeds.
+    """A row for each measure of each group of arms, in decreasing order of its ratio; no section where no arm has two
+    seeds.
     """
     found = []
     for group in compared:
@@ -35,9 +35,9 @@ def signals(compared: Sequence[Group]) -> Section:
         row.by_chance] for stage, measure, row in found]
     return Section([
         Heading(2, "Which measures tell arms apart"),
-        Text("Signal is the difference between the two arms whose means lie farthest apart, noise the standard "
-             "deviation between seeds of an arm. A ratio up to the last column is as large as that of arms without any "
-             "difference may be by chance (once in 20)."),
+        Text("Signal is the difference between the two arms whose means lie farthest apart; noise is the standard "
+             "deviation between seeds of an arm. The last column is the ratio that arms without any "
+             "difference exceed by chance once in 20 times."),
         Table("The measures, the one that tells arms apart best first.",
               ("Measure", "After", "Arms", "Signal", "Noise", "Ratio", "By chance"),
               rows, words=(1, 2))], [("signals", COLUMNS, numbers)])

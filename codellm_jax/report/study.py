@@ -1,4 +1,4 @@
-"""A study as its report sees it: arms with their seeds, tasks with their questions, and what the models are."""
+"""A study as the report sees it: arms with their seeds, tasks with their questions, and the size of the models."""
 
 import ast
 import dataclasses
@@ -10,27 +10,27 @@ import numpy as np
 from codellm_jax.report.runs import Contamination, Result, Run, by_label
 from codellm_jax.results.answers import Compared, Estimate, Levels, compared, estimate, levels_of, metrics_of, values_of
 
-# Models below these say nothing about reasoning, whatever their scores: the study's smallest has 2.6e9 parameters and
-# 42e9 tokens, and no model far below a hundredth of either is told from chance on its benchmarks.
+# Scores of models below these limits say nothing about reasoning: the study's smallest model has 2.6e9 parameters and
+# 42e9 tokens, and no model far below a hundredth of either is distinguishable from chance on its benchmarks.
 FEWEST_PARAMETERS = 100_000_000
 FEWEST_TOKENS = 1_000_000_000
 UNKNOWN = "the size or training"
 TASKS = ("logic", "jecqa", "scienceqa", "ekar", "cosqa", "mbpp", "scienceqa_cot", "ekar_cot", "c3", "ocnli", "cmnli",
          "dureader")  # in the paper's order; others follow
 PAPER_ARMS = ("NL", "CODE", "NN", "NC", "CN", "CC")
-# The paper's shares of code: in pre-training 50 GB beside 100 GB of text, in tuning 150,000 examples of 400,000.
+# The paper's shares of code: 50 GB beside 100 GB of text in pre-training, 150,000 of 400,000 examples in tuning.
 PAPER_RATES = {"pretraining": 1 / 3, "tuning": 3 / 8}
 SAME_RATE = 0.02
-MIXES = ("decrease", "uniform", "increase")  # the paper's tables without a mix have the first of them
+MIXES = ("decrease", "uniform", "increase")  # where the paper's tables name no mix, they show the first
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # hashed as the object it is, for what is cached
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, for the caches
 class Study:
     """Attributes:
-      name: of its directory.
-      runs: those with results.
-      pending: names of runs that are planned and have no results yet.
-      comparison: "compute-matched" or "data-matched"; None where nothing says so.
+      name: the name of its directory.
+      runs: the runs with results.
+      pending: the names of runs that are planned and have no results yet.
+      comparison: "compute-matched" or "data-matched"; None where the study does not say.
       contamination: None where it was not measured.
     """
 
@@ -47,14 +47,14 @@ class Study:
 
     @functools.cached_property
     def tasks(self) -> Sequence[str]:
-        """Every task that any run was asked, in the paper's order."""
+        """Every task on which any run was evaluated, in the paper's order."""
         ranks = {task: rank for rank, task in enumerate(TASKS)}
         return sorted({task for run in self.runs for task in run.results},
                       key=lambda task: (ranks.get(task, len(ranks)), task))
 
     def find(self, arm: str, mix: str | None = None) -> str | None:
-        """The label of one of the paper's arms: the label that is its name, else of its mixes the first of MIXES, else
-        the first; None where there is none. With a mix, of that mix alone.
+        """The label of one of the paper's arms: the label equal to its name, else the label of its first mix in MIXES,
+        else the first label found; None where there is none. With `mix`, only labels of that mix count.
         """
         labels = [label for label, runs in self.arms.items()
                   if runs[0].arm == arm and mix in (None, runs[0].mix) and is_papers(runs[0])]
@@ -69,61 +69,63 @@ class Study:
         return metrics_of(self.result(task).lines)
 
     def overlapping(self, task: str) -> frozenset[str]:
-        """Ids of the questions of a task that a training source holds, as far as that was measured."""
+        """The ids of a task's questions that occur in a training source, as far as that was measured."""
         return frozenset().union(*self.overlaps(task).values())
 
     def overlaps(self, task: str) -> dict[str, frozenset[str]]:
-        """Ids of the questions of a task that were asked and overlap, by source; empty where it was not measured."""
+        """By source, the ids of a task's evaluated questions that overlap with it; empty where overlaps were not
+        measured.
+        """
         found = self.contamination.of(self.result(task).result) if self.contamination else None
         return {source: ids & set(self.result(task).ids) for source, ids in found.sources.items()} if found else {}
 
     def measured(self, task: str) -> bool:
-        """Whether overlaps were looked for among the questions of a task as they were asked."""
+        """Whether overlaps were measured on the questions of a task as they were evaluated."""
         return self.contamination is not None and self.contamination.of(self.result(task).result) is not None
 
     def levels(self, task: str, clean: bool = False) -> Levels | None:
-        """Chance and majority of a task; with `clean` of the questions that do not overlap."""
+        """Chance and majority of a task; with `clean`, over the questions that do not overlap."""
         lines = self.result(task).lines
         kept = [line for line, keep in zip(lines, self._kept(task, clean), strict=True) if keep]
         return levels_of(kept) if kept else None
 
     def values(self, label: str, task: str, metric: str, clean: bool = False) -> dict[int | None, np.ndarray]:
-        """What each question adds, for each seed of an arm that was asked and measured."""
+        """The contribution of each question to the score, for each seed of an arm that was evaluated and measured."""
         kept = self._kept(task, clean)
         return {run.seed: values_of(run.results[task].lines, metric)[kept] for run in self.arms[label]
                 if task in run.results and run.results[task].measured
                 and metric in metrics_of(run.results[task].lines)}
 
     def unmeasured(self, label: str, task: str) -> bool:
-        """Whether an arm was asked a task and nothing was measured, for most of its questions are ties."""
+        """Whether an arm was evaluated on a task but not measured, because most of its questions are ties."""
         results = [run.results[task] for run in self.arms[label] if task in run.results]
         return bool(results) and not any(result.measured for result in results)
 
-    @functools.cache  # noqa: B019  # a study is read once in a process
+    @functools.cache  # noqa: B019  # a process reads a study once
     def estimate(self, label: str, task: str, metric: str, clean: bool = False) -> Estimate | None:
-        """The score of an arm; None where it was not asked, not measured, or no question is left."""
+        """The score of an arm; None where it was not evaluated or not measured, or where no question is left."""
         seeds = list(self.values(label, task, metric, clean).values())
         return estimate(seeds, metric) if seeds and len(seeds[0]) else None
 
     @functools.cache  # noqa: B019
     def compared(self, first: str, second: str, task: str, metric: str, clean: bool = False) -> Compared | None:
-        """The score of one arm minus that of another; None where either has none."""
+        """The score of the first arm minus that of the second; None where either has none."""
         ours, theirs = self.values(first, task, metric, clean), self.values(second, task, metric, clean)
         if not ours or not theirs or not len(next(iter(ours.values()))):
             return None
         return compared(list(ours.values()), list(theirs.values()), metric, self.paired(first, second, ours, theirs))
 
     def paired(self, first: str, second: str, ours: Collection[int | None], theirs: Collection[int | None]) -> bool:
-        """Whether these seeds of two arms belong together: each of one arm has one of the other that started from the
-        same run. Seeds of equal number have nothing else in common that would tell.
+        """Whether the seeds of two arms are paired: each seed of one arm has one of the other that started from the
+        same run. Equal seed numbers alone share nothing that pairing could use.
         """
         parents = [{run.seed: run.parent for run in self.arms[label] if run.seed in seeds}
                    for label, seeds in ((first, ours), (second, theirs))]
         return parents[0] == parents[1] and None not in parents[0].values()
 
     def blockers(self, labels: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> list[str]:
-        """Why nothing that is measured of these arms on these tasks, or of all on all, says anything about reasoning;
-        empty where nothing stands against it.
+        """The reasons why no measurement of these arms on these tasks (by default of all on all) says anything about
+        reasoning; empty where there are none.
         """
         reasons = []
         runs = [run for run in self.runs if labels is None or run.label in labels]
@@ -132,22 +134,22 @@ class Study:
         sizes = [run.parameters for run in runs if run.parameters is not None]
         if sizes and min(sizes) < FEWEST_PARAMETERS:
             reasons.append(f"the models are tiny ({_range(sizes)} parameters, fewer than {FEWEST_PARAMETERS:,})")
-        # Pre-training decides: a tuned model's is that of the run it started from.
+        # Pre-training decides: a tuned model counts the tokens of the run it started from.
         tokens = [count for run in runs if (count := pretraining_tokens(run)) is not None]
         if tokens and min(tokens) < FEWEST_TOKENS:
             reasons.append(f"they were pre-trained on little ({_range(tokens)} tokens, fewer than {FEWEST_TOKENS:,})")
         if unknown:
-            reasons.append(f"{UNKNOWN} of {len(unknown)} of {len(runs)} models is not known, for lack of a "
+            reasons.append(f"{UNKNOWN} of {len(unknown)} of {len(runs)} models is unknown, as there is no "
                            f"checkpoint ({unknown[0]})")
         asked = list(self.tasks if tasks is None else tasks)
         samples = [task for task in asked if self.is_sample(task)]
         if samples:
             which = "all" if len(samples) == len(asked) else ", ".join(sorted(samples))
-            reasons.append(f"the questions are a few sample items of this package's own ({which})")
+            reasons.append(f"the questions are a few sample items of this package ({which})")
         return reasons
 
     def warning(self) -> str:
-        """What a report says first; empty where nothing stands against its results."""
+        """The opening warning of a report; empty where nothing speaks against its results."""
         reasons = self.blockers()
         if not reasons:
             return ""
@@ -157,7 +159,7 @@ class Study:
         return f"{first}: {'; '.join(reasons)}."
 
     def result(self, task: str) -> Result:
-        """A task as the first run was asked it; its questions and settings are those of all."""
+        """The result of the first run on a task; its questions and settings are those of all runs."""
         return next(run.results[task] for run in self.runs if task in run.results)
 
     def _kept(self, task: str, clean: bool) -> np.ndarray:
@@ -166,8 +168,9 @@ class Study:
 
 
 def is_papers(run: Run) -> bool:
-    """Whether an arm is one of the paper's: pre-training, tuning behind it or none, and the paper's shares of code
-    where it has some. One that its study calls by the paper's name, and whose ledger agrees, may have other shares.
+    """Whether an arm is one of the paper's: pre-training, with or without tuning after it, and the paper's shares of
+    code where there is code. An arm that the study calls by the paper's name, and whose ledger agrees, may have other
+    shares.
     """
     if run.arm not in PAPER_ARMS or [stage.name for stage in run.stages] not in (
             [], ["pretraining"], ["pretraining", "tuning"]):
@@ -177,7 +180,7 @@ def is_papers(run: Run) -> bool:
 
 
 def code_rate(run: Run) -> float | None:
-    """The constant share of code that a run's settings ask for; None where it changes, or is not known."""
+    """The constant share of code that a run's settings ask for; None where it changes or is unknown."""
     try:
         rate = ast.literal_eval(run.settings.get("mixture.code_rate", "None"))
         phases = ast.literal_eval(run.settings.get("mixture.mix_phases", "None"))
@@ -187,8 +190,8 @@ def code_rate(run: Run) -> float | None:
 
 
 def pretraining_tokens(run: Run) -> int | None:
-    """Tokens that pre-training counted, of the run or of those it started from; None without a ledger, and of published
-    weights, whose pre-training is not counted here.
+    """The pre-training tokens that the ledger counts, of the run or of those it started from; None without a ledger,
+    and for published weights, whose pre-training is not counted here.
     """
     ledgers = [ledger for ledger in [*run.ledger.get("before", []), run.ledger] if ledger]
     return sum(sum(ledger["tokens"].values()) for ledger in ledgers if ledger["stage"] == "pretraining") \

@@ -1,4 +1,4 @@
-"""Sweeps of a share as a report tells them: losses and scores against the share, in words, a picture and a table."""
+"""Sweeps of a share as a report presents them: losses and scores against the share, in words, a figure and a table."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ COLUMNS = ("after", "stage", "share", "arm", "measure", "task", "metric", "unit"
 
 
 def sweeps(compared: Sequence[Group]) -> tuple[Section, list[str]]:
-    """Losses and scores against each share that was swept, and what they come to, in words."""
+    """Losses and scores against each share that was swept, and their summary in words."""
     found = [(group, sweep) for group in compared for sweep in group.sweeps]
     judged = judge([(group, differences(sweep)) for group, sweep in found])
     total = sum(one.corrected is not None for of_sweep in judged for one in of_sweep)
@@ -48,7 +48,7 @@ def sweeps(compared: Sequence[Group]) -> tuple[Section, list[str]]:
         blocks += [Heading(2, title), *map(Notice, said), plots.sweep(
             name, f"Against the share of code in {sweep.stage}, with 95% intervals: {arms}.", panels), Table(
             "Each measure at each share: the mean over seeds with its 95% interval; beneath it the difference from the "
-            f"share {sweep.arms[0][0]:g}, paired where seeds stand on the same run, and its p-value, corrected by "
+            f"share {sweep.arms[0][0]:g}, paired where seeds start from the same run, and its p-value, corrected by "
             f"Holm's method for all {total} such differences.",
             ("Measure", *(f"{share:g}\n{label}" for share, label in sweep.arms)), lines)]
         if notes := notes_of(group):
@@ -57,7 +57,7 @@ def sweeps(compared: Sequence[Group]) -> tuple[Section, list[str]]:
 
 
 def _held(group: Group, sweep: Sweep) -> str:
-    """What all arms of a sweep have, where other sweeps of the same stage have something else."""
+    """The common stages of all arms of a sweep, where other sweeps of the same stage differ from it."""
     def at(one: Sweep, k: int) -> str:
         level = next((group.levels[label][k] for _, label in one.arms if k not in group.absent[label]), None)
         if level is None or group.stages[k] == sweep.stage:
@@ -77,7 +77,7 @@ def differences(sweep: Sweep) -> list[Effect]:
 
 
 def sentences(found: Sequence[Judged], sweep: Sweep) -> list[str]:
-    """What the differences of a sweep come to, in words."""
+    """The differences of a sweep, summarised in words."""
     said: list[str] = []
     quiet: list[Measure] = []
     untold: list[Measure] = []
@@ -110,7 +110,7 @@ def _share(one: Judged) -> str:
 
 def _measure(group: Group, sweep: Sweep, measure: Measure, by_place: Mapping[tuple[Measure, str], Judged]) -> tuple[
         list[str], plots.SweepPanel, Rows]:
-    """The line of the table, the panel of the figure, and the lines of the file of one measure."""
+    """The row of the table, the panel of the figure, and the lines of the file for one measure."""
     cells: list[str] = []
     points: list[tuple[float, float, Interval | None]] = []
     rows: Rows = []
@@ -137,7 +137,8 @@ def _measure(group: Group, sweep: Sweep, measure: Measure, by_place: Mapping[tup
 
 
 def _level(group: Group, measure: Measure, label: str) -> tuple[float, Interval | None, int] | None:
-    """The mean of an arm over its seeds, its interval, and how many seeds; a benchmark's as the table of scores has it.
+    """The mean of an arm over its seeds, its interval, and the number of seeds; for a benchmark, as in the table of
+    scores.
     """
     samples = measure.samples.get(label)
     if not samples:

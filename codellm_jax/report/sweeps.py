@@ -1,8 +1,8 @@
-"""A sweep of shares as a table: the runs of a study, or `ratios.csv` and `metrics.csv` as Olmix has them.
+"""A sweep of shares as a table: the runs of a study, or `ratios.csv` and `metrics.csv` in the format of Olmix.
 
-Olmix (Chen et al., 2026) keeps a sweep in two files of a line for each run, joined by the column `run` or `run_id`:
-`ratios.csv` has the share of each source, `metrics.csv` the losses. Here the columns `seed`, `parameters` and `tokens`
-may be in either, and lines of several tokens of one run.
+Olmix (Chen et al., 2026) stores a sweep in two files with a line for each run, joined by the column `run` or `run_id`:
+`ratios.csv` has the share of each source, `metrics.csv` the losses. Here either file may also have the columns `seed`,
+`parameters` and `tokens`, and a run may have lines at several token counts.
 """
 
 import csv
@@ -28,10 +28,10 @@ from codellm_jax.report.runs import (
 )
 from codellm_jax.runtime.progress import read_records
 
-SAME_SHARE = 0.002  # shares of two arms that differ by less are one: half a row more or less was drawn
-CHECKPOINTS = 5  # of a run, at most, whose losses tell how they fall with its length
-EARLIEST = 0.25  # of a run, from which on they do
-NAMED = 3  # of the runs that are left out
+SAME_SHARE = 0.002  # smaller differences between two arms' shares count as none: the draw was half a row off
+CHECKPOINTS = 5  # the most per run used for how losses fall with its length
+EARLIEST = 0.25  # of a run; earlier checkpoints are not used
+NAMED = 3  # the most names printed of runs that are left out
 IDS = ("run", "run_id", "index")
 NO_SOURCES = ("", "run", "run_id", "name", "index", "seed", "parameters", "tokens")
 POOLS = ("text", "code")
@@ -39,24 +39,24 @@ POOLS = ("text", "code")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Losses of runs, a line for each run and each length that it was evaluated at.
+    """The losses of runs, with a line for each run and each length at which it was evaluated.
 
     Attributes:
       name: of the study.
       runs: [n] names.
-      seeds: [n]; None where nothing tells it.
-      sources: [S] names of what the shares are of: pools where only their shares vary, else sources.
+      seeds: [n]; None where unknown.
+      sources: [S] what the shares refer to: pools where only the pools' shares vary, else sources.
       shares: [n, S], each line sums to 1.
       losses: [D] names.
-      values: [n, D] nats a token, or the metric of a file; NaN where there is none.
-      parameters, tokens: [n] of the model, and trained on; NaN where nothing tells them.
-      final: [n] whether the line is of its run's end.
-      epochs: [n, S] of each source; NaN where nothing tells them.
-      notes: what a reader must know, and which runs were left out.
-      units: of losses by name, for a person; of what is not there a loss's.
-      more_is_better: names of losses that are none: measures of benchmarks of which more is better.
-      questions: of measures of benchmarks by name [n, q], what each question adds to the value, their mean; NaN where
-        there is none.
+      values: [n, D] in nats per token, or the metric of a file; NaN where there is none.
+      parameters, tokens: [n] of the model and of its training; NaN where unknown.
+      final: [n] whether the line belongs to the end of its run.
+      epochs: [n, S] of each source; NaN where unknown.
+      notes: facts for the reader, such as the runs that were left out.
+      units: the units of losses by name, shown to readers; names that are absent have that of a loss.
+      more_is_better: names of the measures of benchmarks, among `losses`, for which higher is better.
+      questions: for measures of benchmarks by name, [n, q], the contribution of each question, whose mean is the value;
+        NaN where there is none.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Sweep:
     questions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def only(self, lines: np.ndarray) -> "Sweep":
-        """The sweep of some lines, by a mask or numbers."""
+        """The sweep restricted to some lines, by a mask or indices."""
         numbers = np.arange(len(self.runs))[lines]
         return dataclasses.replace(
             self, runs=[self.runs[n] for n in numbers], seeds=[self.seeds[n] for n in numbers],
@@ -85,7 +85,7 @@ class Sweep:
                ("shares", "values", "parameters", "tokens", "final", "epochs")})
 
     def of(self, losses: Sequence[str]) -> "Sweep":
-        """The sweep of some losses."""
+        """The sweep restricted to some losses."""
         places = [self.losses.index(name) for name in losses]
         return dataclasses.replace(
             self, losses=list(losses), values=self.values[:, places],
@@ -93,7 +93,7 @@ class Sweep:
 
     @property
     def groups(self) -> np.ndarray:
-        """[n] which share each line has, numbered as they come."""
+        """[n] the index of each line's share, in order of appearance."""
         found: list[np.ndarray] = []
         numbers = []
         for line in self.shares:
@@ -105,41 +105,43 @@ class Sweep:
 
 
 def read_sweep(directory: str) -> Sweep:
-    """The sweep of a study's directory, of any folder of run directories, or of one with ratios.csv and metrics.csv.
+    """The sweep of a study's directory, of any folder of run directories, or of a folder with ratios.csv and
+    metrics.csv.
 
     Raises:
-      FileNotFoundError: there is no such directory, or nothing of a sweep in it.
-      ValueError: in one line; runs that make no sweep, or files that do not fit together.
+      FileNotFoundError: the directory does not exist, or holds no sweep.
+      ValueError: with a one-line message; the runs make no sweep, or the files do not fit together.
     """
     folder = epath.Path(directory).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no directory {folder}: name a study's, or one that holds ratios.csv and "
-                                "metrics.csv.")
+        raise FileNotFoundError(f"There is no directory {folder}: name that of a study, or one that holds ratios.csv "
+                                "and metrics.csv.")
     files = [folder / name for name in ("ratios.csv", "metrics.csv")]
     if any(file.exists() for file in files):
         if missing := [file for file in files if not file.exists()]:
-            raise FileNotFoundError(f"{missing[0]} is missing: a sweep in files is ratios.csv and metrics.csv.")
+            raise FileNotFoundError(f"{missing[0]} is missing: a sweep in files consists of ratios.csv and "
+                                    "metrics.csv.")
         sweep = read_files(*files)
     else:
         sweep = read_runs(folder)
     if (number := len(np.unique(sweep.groups))) < 3:
         found = [describe(sweep.sources, line) for line in sweep.shares[np.unique(sweep.groups, return_index=True)[1]]]
-        raise ValueError(f"{folder}: the runs have {'one share alone' if number == 1 else 'two shares alone'} "
+        raise ValueError(f"{folder}: the runs have only {'one share' if number == 1 else 'two shares'} "
                          f"({'; '.join(found)}): a law needs three or more.")
     return sweep
 
 
 def describe(sources: Sequence[str], shares: np.ndarray) -> str:
-    """A mixture as text, as "text 0.75, code 0.25"."""
+    """A mixture as text, such as "text 0.75, code 0.25"."""
     return ", ".join(f"{source} {share:.3g}" for source, share in zip(sources, shares, strict=True))
 
 
 def read_files(ratios: epath.Path, metrics: epath.Path) -> Sweep:
-    """Olmix's two files. Raises ValueError, in one line, where they do not fit."""
+    """Olmix's two files. Raises ValueError with a one-line message where they do not fit together."""
     (by_run, sources), (losses_of, losses) = _table(ratios), _table(metrics)
     if extra := sorted({key for key, _ in by_run} ^ {key for key, _ in losses_of}):
         here, there = (ratios, metrics) if extra[0] in {key for key, _ in by_run} else (metrics, ratios)
-        raise ValueError(f"run {extra[0]} is in {here.name} and not in {there.name}: each run needs a line in both.")
+        raise ValueError(f"run {extra[0]} is in {here.name} but not in {there.name}: each run needs a line in both.")
     lines = []
     for key, cells in losses_of:
         of_run = next(cells for other, cells in by_run if other == key)
@@ -149,8 +151,8 @@ def read_files(ratios: epath.Path, metrics: epath.Path) -> Sweep:
     off = (np.abs(totals - 1) > 0.02) | (shares < 0).any(axis=1)
     if off.any():
         wrong = int(np.argmax(off))
-        raise ValueError(f"{ratios}: the shares of run {lines[wrong][0]} sum to {totals[wrong]:.4g}, which must be 1, "
-                         "and none may be negative; columns of other facts are named "
+        raise ValueError(f"{ratios}: the shares of run {lines[wrong][0]} sum to {totals[wrong]:.4g}; they must sum to "
+                         "1, and none may be negative. Columns that are not sources must be named "
                          f"{', '.join(name for name in NO_SOURCES if name)}.")
     kept = (shares > 0).any(axis=0)
     shares = shares[:, kept] / totals[:, None]
@@ -171,16 +173,16 @@ def read_files(ratios: epath.Path, metrics: epath.Path) -> Sweep:
 
 
 def _table(path: epath.Path) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
-    """(run, cells by column) of each line, and the columns that are no run's facts."""
+    """(run, cells by column) of each line, and the columns that are not facts about the run."""
     lines = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"))))
     columns = list(lines[0]) if lines else []
     key = next((name for name in IDS if name in columns), None)
     named = [name for name in columns if name not in NO_SOURCES]
     if key is None or not named:
-        raise ValueError(f"{path} must have a line for each run and the columns run, or run_id, and those of its "
+        raise ValueError(f"{path} must have a line for each run, a column run or run_id, and columns of its "
                          f"sources or losses, found {', '.join(map(str, columns[:6])) or 'nothing'}.")
     if short := [number for number, line in enumerate(lines, 2) if None in line or None in line.values()]:
-        raise ValueError(f"{path}, line {short[0]}: it has not as many cells as the first line has columns.")
+        raise ValueError(f"{path}, line {short[0]}: its number of cells differs from the number of columns.")
     return [(line[key], line) for line in lines], named
 
 
@@ -188,13 +190,13 @@ def _number(text: str, path: epath.Path, column: str) -> float:
     try:
         return float(text) if text.strip() else math.nan
     except ValueError:
-        raise ValueError(f"{path}: column {column} has {text!r}, which is no number; columns of other facts are named "
-                         f" {', '.join(name for name in NO_SOURCES if name)}.") from None
+        raise ValueError(f"{path}: column {column} has {text!r}, which is not a number. Columns that are not sources "
+                         f"or losses must be named {', '.join(name for name in NO_SOURCES if name)}.") from None
 
 
 def read_runs(folder: epath.Path) -> Sweep:
-    """The runs of a study, or of a folder of run directories, that make its largest sweep: those of one stage that
-    start alike, under a mix that does not change. Raises as `read_sweep`.
+    """The largest sweep among the runs of a study, or of a folder of run directories: runs of one stage with the same
+    start and a constant mix. Raises as `read_sweep`.
     """
     plan = read_json(folder / "study.json")
     below = folder / "runs" if (folder / "runs").is_dir() else folder
@@ -218,7 +220,7 @@ def read_runs(folder: epath.Path) -> Sweep:
     _require_alike(runs)
     if others := [other.name for group in sweeps.values() if group is not runs for other in group]:
         named = f"{', '.join(others[:NAMED])}{f' and {len(others) - NAMED} more' * (len(others) > NAMED)}"
-        notes.append(f"Left out, as they are of another stage or start from another arm: {named}.")
+        notes.append(f"Left out, because they have another stage or start from another arm: {named}.")
     return _with_benchmarks(_sweep(folder.name, runs, notes), runs, read_contamination(folder))
 
 
@@ -231,14 +233,14 @@ class _Read:
     epoch_rows: Mapping[str, int]
     tokens: float
     parameters: float
-    evaluations: Sequence[Mapping[str, Any]]  # the last is that of the end
+    evaluations: Sequence[Mapping[str, Any]]  # the last is at the end
     vocabulary: str
     data: Mapping[str, str]
     results: Mapping[str, Result]
 
 
 def _read(path: epath.Path, entry: Mapping[str, Any]) -> _Read | str:
-    """A run, or why it is left out."""
+    """A run, or the reason why it is left out."""
     provenance = read_json(path / "provenance.json") or {}
     ledger = provenance.get("ledger") or {}
     evaluations = [line for line in read_records(str(path)) if line["split"] == "eval"
@@ -276,11 +278,11 @@ def _require_alike(runs: Sequence[_Read]) -> None:
     first = runs[0]
     for run in runs:
         if run.vocabulary != first.vocabulary:
-            raise ValueError(f"{first.name} and {run.name} have other vocabularies, so that their losses must not "
+            raise ValueError(f"{first.name} and {run.name} have different vocabularies, so their losses must not "
                              "stand in one law: leave one of them out.")
         for source in run.data.keys() & first.data.keys():
             if run.data[source] != first.data[source]:
-                raise ValueError(f"{first.name} and {run.name} were trained on other data of the same name, {source}: "
+                raise ValueError(f"{first.name} and {run.name} were trained on different data under the name {source}: "
                                  "leave one of them out.")
 
 
@@ -296,7 +298,7 @@ def _sweep(name: str, runs: Sequence[_Read], notes: list[str]) -> Sweep:
     losses = [loss for loss in dict.fromkeys(
         found.removeprefix("loss/") for run in runs for found, value in run.evaluations[-1].items()
         if found.startswith("loss/") and value is not None)]
-    losses = [loss for loss in losses if loss in POOLS or not any(  # a source that is its pool says nothing more
+    losses = [loss for loss in losses if loss in POOLS or not any(  # a source that equals its pool adds nothing
         all(run.evaluations[-1].get(f"loss/{loss}") == run.evaluations[-1].get(f"loss/{pool}") for run in runs)
         for pool in POOLS)]
     lines: list[tuple[int, Mapping[str, Any], float]] = []
@@ -317,8 +319,8 @@ def _sweep(name: str, runs: Sequence[_Read], notes: list[str]) -> Sweep:
 
 
 def _with_benchmarks(sweep: Sweep, runs: Sequence[_Read], contamination: Contamination | None) -> Sweep:
-    """The sweep with the measures of benchmarks, TASK/MEASURE, at runs' ends; questions that training sources hold are
-    left out.
+    """The sweep with the measures of benchmarks, TASK/MEASURE, at runs' ends; questions that training sources contain
+    are left out.
     """
     require_same_measurement(run.results for run in runs)
     names, columns, questions, units, more = list(sweep.losses), [sweep.values], {}, {}, set()
@@ -336,7 +338,7 @@ def _with_benchmarks(sweep: Sweep, runs: Sequence[_Read], contamination: Contami
             questions[name], units[name] = values[:, 1:], measure.unit or "fraction"
             more |= {name} if measure.better == "higher" else set()
     return dataclasses.replace(sweep, losses=names, values=np.concatenate(columns, axis=1), questions=questions,
-                               units=dict.fromkeys(sweep.losses, "nats a token") | units,
+                               units=dict.fromkeys(sweep.losses, "nats per token") | units,
                                more_is_better=frozenset(more))
 
 
@@ -345,7 +347,8 @@ def _or_nan(value: Any) -> float:
 
 
 def _pools(sources: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, Sequence[str]]:
-    """Sources to pools [sources, pools] and the pools, where within each of two the sources keep their proportions."""
+    """Sources to pools [sources, pools] and the pools, where the sources of each of two pools keep their proportions.
+    """
     of_pool = [source.partition(".")[0] for source in sources]
     if set(of_pool) != set(POOLS):
         return np.zeros((0, 0)), ()
@@ -360,7 +363,7 @@ def _pools(sources: Sequence[str], rows: np.ndarray) -> tuple[np.ndarray, Sequen
 
 
 def as_files(sweep: Sweep) -> dict[str, str]:
-    """ratios.csv and metrics.csv of the runs' ends, as Olmix reads them."""
+    """ratios.csv and metrics.csv of the runs' ends, in the format of Olmix."""
     ends = sweep.only(sweep.final)
     return {"ratios.csv": comma_separated(["run", *sweep.sources], [
                 [run, *shares] for run, shares in zip(ends.runs, ends.shares.tolist(), strict=True)]),

@@ -1,4 +1,5 @@
-"""Whether code helps, harms, or cannot be told to: effects of arms on measures, and the rules for what is concluded."""
+"""Whether code helps, harms, or has no demonstrable effect: effects of arms on measures, and the rules for conclusions.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +21,7 @@ class Judged(NamedTuple):
     told: Told
     corrected: float | None  # by Holm's method
     verdict: str
-    why: str  # it cannot be told; else empty
+    why: str  # the reason why there is no verdict; else empty
 
     @property
     def interval(self) -> Interval | None:
@@ -32,8 +33,8 @@ class Judged(NamedTuple):
 
 
 def judge(asked: Sequence[tuple[Group, Sequence[Effect] | None]]) -> list[list[Judged]]:
-    """Effects on every measure of each group, corrected for all of them together: those that are given, or where they
-    are None all that the design of the arms which have the measure can tell.
+    """Effects on every measure of each group, corrected for all of them together: the given effects, or, where these
+    are None, all that the design of the arms with the measure can estimate.
     """
     found = [[(effect, measure, one) for measure in group.measures
               for effect in (group.design_of(measure.labels).effects if effects is None else effects)
@@ -57,16 +58,16 @@ def _judged(group: Group, effect: Effect, measure: Measure, one: Told, corrected
 
 
 def _why_untold(group: Group, labels: Sequence[str], measure: Measure, one: Told) -> list[str]:
-    """Why nothing is concluded, whatever the numbers are: the rules of the paper's conclusions."""
+    """The reasons why nothing is concluded whatever the numbers are: the rules of the paper's conclusions."""
     reasons = []
     if one.seeds < 2:
         reasons.append("a single seed")
     elif one.contrast is None:
-        reasons.append("nothing tells its error")
+        reasons.append("its error is unknown")
     if measure.task is not None:
         reasons += group.study.blockers(labels, [measure.task])
         if measure.metric == "accuracy" and _at_baseline(group, labels, measure):
-            reasons.append("no arm is above what answering without reading would reach")
+            reasons.append("no arm is above what answering without reading reaches")
     return reasons
 
 

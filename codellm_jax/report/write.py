@@ -1,17 +1,17 @@
-"""The report of a study: what it asks, answered first, then all that there is, from the files of its runs.
+"""The report of a study: answers to its questions first, then all details, from the files of its runs.
 
     t5x report studies/first
 
-DIR holds study.json and runs/NAME, or is any folder of run directories; of those without results the losses are told.
-What is written, all of it at the end, into DIR/report:
+DIR holds study.json and runs/NAME, or is any folder of run directories; runs without results appear with their losses.
+All files are written to DIR/report at the end:
 
-  report.html       one page that needs nothing else
+  report.html       one self-contained page
   report.md         the same as Markdown, with its plots beside it
   *.csv             every table with all digits, and a line for each question
   tables.tex        every table of the page in LaTeX
   *.png, *.svg, *.pdf   the plots
 
-Nothing here computes a score in another way than from the lines of the questions.
+All scores are computed from the lines of the questions.
 """
 
 import ast
@@ -57,16 +57,16 @@ from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import StatusLine, read_records
 
 Told = Callable[[str], None]
-# That `t5x laws` writes beside.
+# Files that `t5x laws` writes to the same folder.
 OF_LAWS = ("laws.svg", "laws.png", "laws.pdf", "ratios.csv", "metrics.csv", "predictions.csv")
 
 
 def report(directory: str, say: Told = print) -> str:
-    """Writes DIR/report; returns what it came to, as lines of text.
+    """Writes DIR/report and returns a summary as lines of text.
 
     Raises:
-      FileNotFoundError: there is no such directory, or no run in it has results or losses.
-      ValueError: in one line; results that must not stand in one table, or files that are not what they should be.
+      FileNotFoundError: the directory does not exist, or no run in it has results or losses.
+      ValueError: with a one-line message; results that must not stand in one table, or invalid files.
     """
     folder = epath.Path(directory).expanduser()
     study = read_study(folder, say)
@@ -100,8 +100,8 @@ def report(directory: str, say: Told = print) -> str:
         made.append(make(study))
     status.close()
     blocks = [*sections.opening(study), *(block for section in made for block in section.blocks), Text(
-        "Beside this page lie its figures as SVG, PDF and PNG, and its tables in LaTeX (`tables.tex`) and, with all "
-        "digits, as CSV.")]
+        "The folder of this page also holds its figures as SVG, PDF and PNG, its tables in LaTeX (`tables.tex`) and, "
+        "with all digits, as CSV.")]
     title = f"Report of {study.name}"
     tables = [table for section in made for table in section.tables]
     if study.tasks:
@@ -122,7 +122,7 @@ def report(directory: str, say: Told = print) -> str:
 
 
 def write(folder: epath.Path, files: Mapping[str, str | bytes]) -> None:
-    """Writes files, each whole or not at all, and takes away tables and plots that an earlier report left there."""
+    """Writes files, each atomically, and removes tables and plots of an earlier report."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         if isinstance(content, str):
@@ -135,14 +135,15 @@ def write(folder: epath.Path, files: Mapping[str, str | bytes]) -> None:
 
 
 def read_study(folder: epath.Path, say: Told = print) -> Study:
-    """A study's directory, or any folder of run directories, as a report needs it.
+    """A study's directory, or any folder of run directories, in the form that a report needs.
 
     Raises:
-      FileNotFoundError: there is no such directory, or no run in it has results or losses.
-      ValueError: files that are not what they should be.
+      FileNotFoundError: the directory does not exist, or no run in it has results or losses.
+      ValueError: a file is invalid.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no directory {folder}: name a study's, or one that holds run directories.")
+        raise FileNotFoundError(f"There is no directory {folder}: name that of a study, or one that holds run "
+                                "directories.")
     plan = read_json(folder / "study.json")
     if plan is None:
         below = folder / "runs" if (folder / "runs").is_dir() else folder
@@ -153,7 +154,7 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
         listed = plan.get("runs") if isinstance(plan, dict) else None
         entries = [entry for entry in listed or [] if isinstance(entry, dict) and entry.get("run")]
         if not entries or len(entries) != len(listed or []):
-            raise ValueError(f"{folder / 'study.json'} lists no runs: make it again with t5x study.")
+            raise ValueError(f"{folder / 'study.json'} lists no runs: create it again with t5x study.")
         require_plain_runs(folder / "study.json", entries)
     runs, pending = [], []
     names = {str(entry["run"]): str(entry["stage"]) for entry in entries if entry.get("stage")}
@@ -171,8 +172,8 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
 
 
 def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str], say: Told) -> Run:
-    """A run directory; `entry` is what study.json says of it, of which the name alone is needed, and `names` are those
-    that the study has for the stages of its runs.
+    """Reads a run directory. `entry` is its entry in study.json, of which only the name is required; `names` maps the
+    stages of the runs to the study's names for them.
     """
     results = read_results(path, path.name)
     record: Mapping[str, Any] = {}
@@ -198,7 +199,7 @@ def read_run(path: epath.Path, entry: Mapping[str, Any], names: Mapping[str, str
         if known is not None:
             seed = int(known)
             break
-    if entry.get("arm") and label == path.name:  # a study whose names of runs do not tell the arm
+    if entry.get("arm") and label == path.name:  # a study whose run names do not contain the arm
         label = str(entry["arm"])
     return Run(path.name, label, letters, _mix(stage, letters, entry.get("mix"), settings), seed, stage,
                entry.get("from") or _parent(ledger), settings, ledger,
@@ -214,8 +215,8 @@ def _stages(ledger: Mapping[str, Any], own: str, names: Mapping[str, str]) -> It
 
 
 def _labelled(runs: list[Run]) -> Iterator[Run]:
-    """Runs of a folder without study.json: those that are the same but for their seeds are one arm, named by the ledger
-    where it has one such group alone, else by the first of them.
+    """Runs of a folder without study.json: runs that differ only in their seeds form one arm, named by the ledger if
+    only one such group has that name, else by its first run.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -231,7 +232,7 @@ def _labelled(runs: list[Run]) -> Iterator[Run]:
 
 
 def _mix(stage: str, letters: str, told: Any, settings: Mapping[str, str]) -> str | None:
-    """The name of a mix: the study's, but "uniform" for one that is constant; else what the settings come to."""
+    """The name of a mix: the study's, or "uniform" for a constant one; else derived from the settings."""
     if stage != "tuning" or not letters.endswith("C"):
         return None
     if told:
@@ -256,13 +257,13 @@ def schedule_of(settings: Mapping[str, str]) -> Schedule | None:
 
 
 def mix_figure(study: Study) -> Figure | None:
-    """The share of code asked and realised of the first seed of each arm that has left a record."""
+    """The share of code asked and realised for the first seed of each arm that recorded it."""
     found = [shares for runs in study.arms.values() if (shares := _shares(runs[0]))]
     if not found:
         return None
     return plots.shares("mix", "The share of code over training, of the first seed of each arm: of tokens in "
                         "pre-training, of examples in tuning. Dots are single steps, which hold whole rows or "
-                        "examples; the bars are all that was drawn in a phase.", found)
+                        "examples; the bars show everything drawn in a phase.", found)
 
 
 def _shares(run: Run) -> plots.Shares | None:

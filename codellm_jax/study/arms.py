@@ -1,10 +1,10 @@
-"""The plan of a study: from arms, as a gin file lists them, to runs in the order in which they can be trained.
+"""The plan of a study: expands the arms of a gin file to runs, in an order in which they can be trained.
 
     ARMS = {
         'NL': {'CODE_RATE': 0.0},                                a run of pre-training
-        'NC-uniform': {'from': 'NL', 'CODE_RATE': 0.375},        a run of tuning that starts from NL of its own seed
-        'QC': {'from': 'hf://ORG/NAME', 'CODE_RATE': 0.375},     a run of tuning that starts from published weights
-        'MORE': {'from': 'NL', 'stage': 'pretraining', 'CODE_RATE': 0.5},   a run that pre-trains NL further
+        'NC-uniform': {'from': 'NL', 'CODE_RATE': 0.375},        a tuning run that starts from NL with the same seed
+        'QC': {'from': 'hf://ORG/NAME', 'CODE_RATE': 0.375},     a tuning run that starts from published weights
+        'MORE': {'from': 'NL', 'stage': 'pretraining', 'CODE_RATE': 0.5},   a run that continues the pre-training of NL
         'MID': {'from': 'NL@0.5', 'CODE_RATE': 0.3},             a run that branches from NL half-way
         'LATE': {'from': 'NL@0.5', 'stage': 'midtraining', 'CODE_RATE': 0.3},   likewise, with the settings of a stage
         'GRID': {'from': 'NL', 'sweep': {'at': [0.1, 0.5], 'CODE_RATE': [0.1, 0.3]}},   four such runs
@@ -12,24 +12,24 @@
         'WIDE': {'gin_file': 'gin/models/125m.gin', 'CODE_RATE': 0.0},
     }
 
-'from' names an arm, a run directory, or published weights: a folder of them (a path has a slash in it) or
-hf://ORG/NAME. What starts from something is tuned, unless its 'stage' says otherwise: "pretraining", "tuning" or
-another that the study has (`Study.stages`). What an arm has besides WORDS are settings, as on the command line. An arm
-that starts from a swept one is swept with it, and one that starts from a point of it ('from': 'RATE-0.1') is not; a
-sweep of several settings takes each value of one with each of the others.
+'from' names an arm, a run directory, or published weights: a folder of them (a path contains a slash) or hf://ORG/NAME.
+An arm with 'from' is tuned, unless its 'stage' says otherwise: "pretraining", "tuning" or another stage of the study
+(`Study.stages`). All keys of an arm except WORDS are settings, as on the command line. An arm that starts from a swept
+arm is swept with it; an arm that starts from one of its points ('from': 'RATE-0.1') is not. A sweep of several settings
+combines each value of one with each value of the others.
 
-An arm that branches ('from': 'NL@0.5', or 'at' beside 'from'; a part of the trunk's steps, or a step as a whole number)
-goes on from that step with the optimizer and the data, and has the stage, the settings and the gin file of its trunk
-but for what it sets itself; where it is of another stage, that stage's settings are above the trunk's. TRAIN_STEPS
-counts the trunk's steps too.
+An arm that branches ('from': 'NL@0.5', or 'at' beside 'from'; a fraction of the trunk's steps, or a step as a whole
+number) continues from that step with the optimizer state and the data position. It inherits the stage, the settings and
+the gin file of its trunk, except for its own settings; if it has another stage, that stage's settings override the
+trunk's. TRAIN_STEPS includes the trunk's steps.
 
-Two comparisons are offered, for any stage:
+There are two comparisons, for any stage:
 
-  compute-matched   every arm takes the same number of steps: code takes the place of text
+  compute-matched   every arm takes the same number of steps: code replaces text
   data-matched      every arm is trained on the text of TRAIN_STEPS steps without code: code comes on top, and the run
                     is longer
 
-Plain functions on plain values: neither JAX nor gin, and no files.
+This module has only plain functions on plain values, without JAX, gin or files.
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ from codellm_jax.mixture.schedules import Schedule, constant, phases
 from codellm_jax.runtime.process import require_plain_name
 
 COMPARISONS = ("compute-matched", "data-matched")
-WORDS = ("from", "at", "stage", "sweep", "gin_file")  # what in an arm is no setting
-STAGES = ("pretraining", "tuning")  # that each study has
-OWN = ("SEED", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "BRANCH_FROM")  # settings that the plan makes
+WORDS = ("from", "at", "stage", "sweep", "gin_file")  # keys of an arm that are not settings
+STAGES = ("pretraining", "tuning")  # of every study
+OWN = ("SEED", "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "BRANCH_FROM")  # settings made by the plan
 
 _PAIRS_OF_FILES = (("mixed_pretrain", "text_pretrain"), ("mixed_pretrain_increase", "mixed_pretrain_decrease"),
                    ("tune_mixed", "tune_text"), ("tune_increase", "tune_decrease"))
@@ -53,17 +53,17 @@ OTHER_FILES = {f"gin/{one}.gin": f"gin/{other}.gin" for pair in _PAIRS_OF_FILES 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a gin file says of a study.
+    """The description of a study in a gin file.
 
     Attributes:
       directory: the folder of the study, local or gs://.
-      arms: the settings of each arm, by the arm's name, as `study.arms` describes them.
-      more_arms: further arms; one of the same name takes the place of that in `arms`.
-      seeds: each arm is trained once with each of them.
-      comparison: "compute-matched" (every arm takes as many steps) or "data-matched" (every arm sees as much text).
-      stages: the gin files that the runs of each further stage begin with, by the name of the stage.
-      pretraining_files: the gin files that runs of pre-training begin with.
-      tuning_files: the gin files that runs of tuning begin with.
+      arms: the settings of each arm, by the arm's name, as the docstring of `study.arms` describes them.
+      more_arms: further arms; each replaces an arm of the same name in `arms`.
+      seeds: the seeds; each arm is trained once with each.
+      comparison: "compute-matched" (equal steps for all arms) or "data-matched" (equal text for all arms).
+      stages: for each further stage by name, the gin files that its runs begin with.
+      pretraining_files: the gin files that pre-training runs begin with.
+      tuning_files: the gin files that tuning runs begin with.
       evaluation_files: the gin files that evaluations begin with.
     """
 
@@ -96,7 +96,7 @@ class Study:
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        """The stages that an arm may be of."""
+        """The stages that an arm may have."""
         return (*STAGES, *self.stages)
 
     def files(self, stage: str) -> list[str]:
@@ -106,25 +106,25 @@ class Study:
 
 
 class Arm(NamedTuple):
-    """One arm, nothing left to expand."""
+    """One arm, fully expanded."""
 
     name: str
     parent: str | None  # the arm whose runs it starts from
-    gin_file: str | None  # settings of its own, above those of its stage
-    settings: Mapping[str, Any]  # of a branch in its trunk's stage the trunk's, too
+    gin_file: str | None  # its own settings, which override those of its stage
+    settings: Mapping[str, Any]  # for a branch in its trunk's stage, includes the trunk's
     source: str | None = None  # the run directory or published weights that it starts from
     stage: str = "pretraining"
-    at: int | float | None = None  # of the parent's steps, where it branches from it: a step, or a part of them
+    at: int | float | None = None  # where it branches from the parent: a step, or a fraction of the steps
 
 
 class Run(NamedTuple):
-    """One arm under one seed: a run directory."""
+    """One arm with one seed: a run directory."""
 
     arm: Arm
     seed: int
     steps: int
-    mix: str  # "constant", "uniform", "increase", "decrease", or what MIX_PHASES says
-    branch_step: int | None = None  # of the run that it branches from
+    mix: str  # "constant", "uniform", "increase", "decrease", or the value of MIX_PHASES
+    branch_step: int | None = None  # of the run from which it branches
 
     @property
     def name(self) -> str:
@@ -132,28 +132,28 @@ class Run(NamedTuple):
 
     @property
     def parent(self) -> str | None:
-        """The run of the study that it starts from."""
+        """The run of the study from which it starts."""
         return f"{self.arm.parent}.seed{self.seed}" if self.arm.parent else None
 
     @property
     def start(self) -> str | None:
-        """What it starts from: a run of the study, another run's directory, or published weights."""
+        """The start: a run of the study, another run's directory, or published weights."""
         at = "" if self.branch_step is None else f"@{self.branch_step}"
         return f"{self.parent}{at}" if self.parent else self.arm.source
 
 
 class Asked(NamedTuple):
-    """What the settings of an arm say of the length of its runs and of their mix."""
+    """The length of an arm's runs and their mix, from its settings."""
 
     steps: int
     batch_size: int
     code_rate: float | None
     mix_phases: Any
-    kind: str | None = None  # of the stage, where its name does not tell: "pretraining" or "tuning"
+    kind: str | None = None  # of a stage with another name: "pretraining" or "tuning"
 
     @property
     def rows(self) -> int:
-        """Of the whole run; in tuning examples."""
+        """Of the whole run; examples in tuning."""
         return self.steps * self.batch_size
 
     @property
@@ -165,15 +165,16 @@ class Asked(NamedTuple):
 
 
 def expand(study: Study) -> tuple[list[Arm], list[str]]:
-    """The arms of a study, each after the one it starts from.
+    """The arms of a study, each after the arm from which it starts.
 
-    An arm that would be trained exactly as one before it, such as the point 0.0 of a sweep beside NL, is that one.
+    An arm that would be trained exactly like an earlier arm, such as the point 0.0 of a sweep beside NL, is merged into
+    it.
 
     Returns:
-      The arms, and a line for each that is another one.
+      The arms, and a line for each arm that was merged into another.
 
     Raises:
-      ValueError: in one line, for an arm that is none.
+      ValueError: with a one-line message, for an invalid arm.
     """
     given = dict(study.arms) | dict(study.more_arms)
     if not given:
@@ -181,8 +182,8 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
     for name, facts in given.items():
         _require_arm(name, facts, given, study.stage_names)
     arms: dict[str, Arm] = {}
-    families: dict[str, list[tuple[str, str]]] = {}  # of a name, the suffixes of its arms and the arms
-    points: dict[str, list[tuple[str, str]]] = {}  # likewise of one point of a sweep, by its full name
+    families: dict[str, list[tuple[str, str]]] = {}  # by name, the suffixes of its arms and the arms
+    points: dict[str, list[tuple[str, str]]] = {}  # likewise for one point of a sweep, by its full name
     told: list[str] = []
     waiting = dict(given)
     while waiting:
@@ -192,7 +193,7 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
         if not ready:
             if strange := next((name for name, (start, _) in starts.items() if start not in given), None):
                 raise ValueError(_no_arm(strange, starts[strange][0], dict.fromkeys([*given, *points])))
-            raise ValueError(f"ARMS has a circle: {', '.join(waiting)} start from each other.")
+            raise ValueError(f"ARMS has a cycle: {', '.join(waiting)} start from each other.")
         for name in ready:
             facts = waiting.pop(name)
             families[name] = []
@@ -201,14 +202,14 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
             for suffix, arm in _members(name, dict(facts) | {"from": start, "at": at}, parents, arms):
                 same = next((other.name for other in arms.values() if other[1:] == arm[1:]), None)
                 if same:
-                    told.append(f"{arm.name} is {same}, which is trained once.")
+                    told.append(f"{arm.name} equals {same}, which is trained once.")
                 elif arm.name in arms:
-                    raise ValueError(f"ARMS has two arms that are named {arm.name}: rename one.")
+                    raise ValueError(f"ARMS has two arms named {arm.name}: rename one.")
                 else:
                     arms[arm.name] = arm
                 families[name].append((suffix, same or arm.name))
                 points[arm.name] = [("", same or arm.name)]
-    # As they are listed, but for each after what it starts from.
+    # In the order listed, except that each arm follows the arm from which it starts.
     listed = [member for name in given for _, member in families[name]]
     ordered: dict[str, Arm] = {}
     for name in listed:
@@ -218,7 +219,7 @@ def expand(study: Study) -> tuple[list[Arm], list[str]]:
 
 
 def _line_of(name: str, arms: Mapping[str, Arm]) -> list[str]:
-    """An arm, what it starts from, what that starts from, and so on."""
+    """An arm, the arm from which it starts, that arm's start, and so on."""
     line = [name]
     while parent := arms[line[-1]].parent:
         line.append(parent)
@@ -255,11 +256,11 @@ def _require_arm(name: str, facts: Any, given: Mapping[str, Any], stages: Sequen
             raise ValueError(f"ARMS must give {name} a sweep of settings and their values, such as "
                              f"{{'CODE_RATE': [0.0, 0.25, 0.5]}}, found {sweep!r}.")
     if not isinstance(facts.get("gin_file", ""), str):
-        raise ValueError(f"ARMS must give {name} a gin_file that is one file's name, found {facts['gin_file']!r}.")
+        raise ValueError(f"ARMS must give {name} a gin_file that names one file, found {facts['gin_file']!r}.")
 
 
 def _of_the_study(start: Any, given: Mapping[str, Any]) -> bool:
-    """Whether this names an arm of the study, or may name one point of a swept arm, such as RATE-0.1."""
+    """Whether `start` names an arm of the study, or may name one point of a swept arm, such as RATE-0.1."""
     return start in given or isinstance(start, str) and "/" not in start and any(
         start.startswith(f"{name}-") for name in given)
 
@@ -270,7 +271,7 @@ def _no_arm(name: str, start: Any, there: Iterable[str]) -> str:
 
 
 def _start(facts: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What an arm starts from, and where it branches from that, or None."""
+    """The start of an arm, and the point at which it branches from it, or None."""
     start, at = facts.get("from"), facts.get("at")
     trunk, mark, place = start.rpartition("@") if isinstance(start, str) else ("", "", "")
     if start in given or not _of_the_study(trunk, given) or not mark:
@@ -284,7 +285,7 @@ def _start(facts: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Any, Any
 def _members(
     name: str, facts: Mapping[str, Any], parents: Sequence[tuple[str, str]], arms: Mapping[str, Arm]
 ) -> list[tuple[str, Arm]]:
-    """(suffix, arm) for each point of the arm's own sweep and each of what it starts from."""
+    """(suffix, arm) for each combination of a point of the arm's own sweep and a member of its start."""
     settings = {key: value for key, value in facts.items() if key not in WORDS}
     start = facts.get("from")
     points: list[tuple[str, dict[str, Any]]] = [("", {})]
@@ -302,7 +303,7 @@ def _members(
             if at is not None:
                 trunk = arms[parent]
                 gin_file, stage = gin_file or trunk.gin_file, facts.get("stage", trunk.stage)
-                if stage == trunk.stage:  # else settings of the stage lie between the trunk's and its own
+                if stage == trunk.stage:  # else the stage's settings override the trunk's, and its own override both
                     both = without_mix(trunk.settings, both) | both
             if "MIX_PHASES" in both:
                 both = {"CODE_RATE": None} | both
@@ -313,21 +314,21 @@ def _members(
 
 
 def without_mix(settings: Mapping[str, Any], above: Iterable[str]) -> dict[str, Any]:
-    """Settings without their mix, where those above them have one."""
+    """The settings without their mix, if a setting in `above` determines the mix."""
     mix = {"CODE_RATE", "MIX_PHASES"}
     return {name: value for name, value in settings.items() if name not in mix or mix.isdisjoint(above)}
 
 
 def plan_runs(study: Study, arms: Sequence[Arm], asked: Mapping[str, Asked]) -> list[Run]:
-    """The runs of a study in an order in which they can be trained: all arms under the first seed, then the next.
+    """The runs of a study in an order in which they can be trained: all arms with the first seed, then with the next.
 
     Args:
-      study: what the gin file says.
-      arms: as `expand` gives them.
-      asked: of each arm by name, what its settings ask for.
+      study: the description in the gin file.
+      arms: as returned by `expand`.
+      asked: by arm name, the length and mix from its settings.
 
     Raises:
-      ValueError: in one line, for a mix that is none, or that no length makes data-matched.
+      ValueError: with a one-line message, for an invalid mix, or one that no length makes data-matched.
     """
     planned: dict[str, tuple[Arm, int, str, int | None]] = {}
     for arm in arms:
@@ -341,7 +342,7 @@ def plan_runs(study: Study, arms: Sequence[Arm], asked: Mapping[str, Asked]) -> 
                                      f"at {of_arm.steps}: TRAIN_STEPS counts the trunk's steps too.")
             if study.comparison == "data-matched":
                 if branch_step is not None:
-                    raise ValueError("COMPARISON = 'data-matched' requires runs from their first step on, but this "
+                    raise ValueError("COMPARISON = 'data-matched' requires runs that start at step 0, but this "
                                      "one branches: set its TRAIN_STEPS, and use 'compute-matched'.")
                 of_arm = of_arm._replace(steps=data_matched_steps(of_arm))
             planned[arm.name] = arm, of_arm.steps, mix_of(of_arm, of_arm.kind or arm.stage), branch_step
@@ -352,16 +353,17 @@ def plan_runs(study: Study, arms: Sequence[Arm], asked: Mapping[str, Asked]) -> 
 
 
 def data_matched_steps(asked: Asked) -> int:
-    """The fewest steps in which a run of this mix is trained on the text of `asked.steps` steps without code.
+    """The smallest number of steps in which a run of this mix is trained on the text of `asked.steps` steps without
+    code.
 
-    For a constant share c of code these are steps / (1 - c), rounded up.
+    For a constant share c of code this is steps / (1 - c), rounded up.
 
     Raises:
-      ValueError: the mix has too little text for that.
+      ValueError: the mix has too little text.
     """
     longer = asked
     while (missing := asked.rows - (longer.rows - longer.schedule.asked(longer.rows))) > 0:
-        # A step adds a step of text at most, so that the fewest steps are never passed over.
+        # A step adds at most one step of text, so the smallest number is never skipped.
         longer = longer._replace(steps=longer.steps + math.ceil(missing / asked.batch_size))
         if longer.steps > 1000 * asked.steps:
             raise ValueError("COMPARISON = 'data-matched' needs text in each arm, but this mix has less than one part "
@@ -370,7 +372,7 @@ def data_matched_steps(asked: Asked) -> int:
 
 
 def mix_of(asked: Asked, stage: str) -> str:
-    """What the mix is called: "constant" (in tuning with code "uniform"), "increase", "decrease", or its phases."""
+    """The name of the mix: "constant" ("uniform" in tuning with code), "increase", "decrease", or its phases."""
     schedule = asked.schedule
     shares = [share for pair in zip(schedule.shares, schedule.ends, strict=True) for share in pair]
     if not any(schedule.tables):
@@ -383,9 +385,9 @@ def mix_of(asked: Asked, stage: str) -> str:
 
 
 def select(runs: Sequence[Run], arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
-    """The runs of these arms and seeds (of all where none is given), and those they stand on.
+    """The runs of these arms and seeds (by default of all), and the runs from which they start.
 
-    An arm is named as it is, or by what comes before the hyphen: NC is NC-uniform, NC-increase and NC-decrease.
+    An arm is given by its name or by the part before the hyphen: NC selects NC-uniform, NC-increase and NC-decrease.
 
     Raises:
       ValueError: there is no such arm or seed.
@@ -414,7 +416,7 @@ def _is_named(name: str, asked: str) -> bool:
 
 
 def waves(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs in groups: those of one may be trained at the same time, once the groups before are done."""
+    """The runs in groups: runs of one group may be trained concurrently, once the groups before are done."""
     depth: dict[str, int] = {}
     for run in runs:
         depth[run.name] = depth[run.parent] + 1 if run.parent in depth else 0
@@ -422,7 +424,7 @@ def waves(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def other_arm(gin_files: Sequence[str], overrides: Sequence[tuple[str, str]], stage: str) -> list[str]:
-    """The flags of the same run at the other end of the study's question: without code, or with it; late, or early."""
+    """The flags of the same run at the opposite end of the study's question: without or with code; late or early."""
     files = [OTHER_FILES.get(file, file) for file in gin_files]
     kept = [(name, value) for name, value in overrides if name not in ("MODEL_DIR", "CODE_RATE", "MIX_PHASES")]
     if "gin/continue_pretrain.gin" in files:

@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 from codellm_jax.runtime.commands import side_by_side
 
-# How the chips of one process lie, for Cloud TPU's runtime.
+# The layout of the chips of one process, for Cloud TPU's runtime.
 CHIPS_PER_PROCESS_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
 _HOST_DEVICES = r"--xla_force_host_platform_device_count=\d+"
 
 
 def run_side_by_side(arguments: Sequence[str], devices_per_run: int, report: Callable[[str], None]) -> int:
-    """Runs `t5x ARGUMENTS` once for every so many devices of this machine, at the same time; returns the exit status.
+    """Runs `t5x ARGUMENTS` once for each group of `devices_per_run` devices of this machine, concurrently; returns the
+    exit status.
 
     Raises:
-      ValueError: the machine has fewer devices, or they cannot be shared out so.
+      ValueError: the machine has fewer devices, or they cannot be divided into such groups.
     """
     platform, count = _devices()
     shares = surroundings(devices_per_run, platform, count, os.environ)
@@ -27,7 +28,7 @@ def run_side_by_side(arguments: Sequence[str], devices_per_run: int, report: Cal
 
 
 def _devices() -> tuple[str, int]:
-    """The platform and the number of this machine's devices, asked by a process that lets go of them as it ends."""
+    """The platform and the number of this machine's devices, found by a subprocess that releases them when it ends."""
     script = "import jax, json; print(json.dumps([jax.default_backend(), jax.local_device_count()]))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
@@ -40,21 +41,21 @@ def _devices() -> tuple[str, int]:
 def surroundings(
     devices_per_run: int, platform: str, count: int, environment: Mapping[str, str]
 ) -> list[dict[str, str]]:
-    """Environments in which processes see `devices_per_run` devices each, and none that another sees.
+    """Environments in which each process sees `devices_per_run` devices that no other process sees.
 
     Args:
       platform: "cpu", "gpu" or "tpu", as JAX names it.
-      count: of the devices that a process in `environment` sees.
+      count: the number of devices that a process in `environment` sees.
       environment: of this process.
 
     Raises:
-      ValueError: there are fewer, or they cannot be shared out so.
+      ValueError: there are fewer devices, or they cannot be divided into such groups.
     """
     if not 1 <= devices_per_run <= count:
         raise ValueError(f"--devices_per_run={devices_per_run}: this machine has {count} {platform} device(s).")
     if platform == "tpu" and devices_per_run not in CHIPS_PER_PROCESS_BOUNDS:
-        raise ValueError(f"--devices_per_run={devices_per_run}: a process has "
-                         f"{', '.join(map(str, CHIPS_PER_PROCESS_BOUNDS))} chips of a TPU.")
+        raise ValueError(f"--devices_per_run={devices_per_run}: a process can use "
+                         f"{', '.join(map(str, CHIPS_PER_PROCESS_BOUNDS))} TPU chips.")
     variable = {"tpu": "TPU_VISIBLE_CHIPS"}.get(platform, "CUDA_VISIBLE_DEVICES")
     visible = [name for name in environment.get(variable, "").split(",") if name] or [str(n) for n in range(count)]
     shares = []

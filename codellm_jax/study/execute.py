@@ -1,12 +1,12 @@
-"""A study: every arm under every seed, trained, evaluated, and told how far it is.
+"""A study: trains and evaluates every arm with every seed, and reports the progress.
 
     t5x study --gin_file=gin/study.gin
 
-Each run is trained and evaluated by the very commands that --print_commands prints, each in a process of its own: a
-crash, a kill for want of memory, or a wrong setting of one arm leaves the others as they are, devices are free again
-between runs, and a run made by hand or on another machine is a run of the study. What that costs is a start each, some
-seconds. All that is known of a study lies in its directory; so the same command goes on after any interruption, and any
-number of them share it, as `worker` and `leases` say.
+Each run is trained and evaluated by the commands that --print_commands prints, each in its own process. A crash, an
+out-of-memory kill or a wrong setting of one arm therefore leaves the other arms untouched, devices are free between
+runs, and a run made by hand or on another machine counts as a run of the study. The cost is a start of some seconds per
+command. The state of a study lies entirely in its directory: the same command continues after any interruption, and any
+number of processes can share the study, as `worker` and `leases` describe.
 """
 
 import json
@@ -49,15 +49,15 @@ class Options(NamedTuple):
     worker: bool = False
     devices_per_run: int | None = None
     lease_seconds: float = LEASE_SECONDS
-    command: tuple[str, ...] = ("study",)  # the same again: arguments of t5x that tell which runs of which study
+    command: tuple[str, ...] = ("study",)  # arguments of t5x that select the same runs of the same study
 
 
 def study(configuration: Configuration, options: Options, report: Callable[[str], None] = print) -> int:
-    """Plans, and trains and evaluates what is not done yet; returns the exit status.
+    """Plans the study, trains and evaluates what is not done yet, and returns the exit status.
 
     Raises:
-      ValueError, OSError: in one line, before anything is begun: for a plan that is none, runs that are there under
-        another configuration, or a directory that cannot be written.
+      ValueError, OSError: with a one-line message, before anything starts: for an invalid plan, existing runs with
+        another configuration, or a directory that is not writable.
     """
     asked = study_of(configuration)
     planned, told = planned_runs(asked, configuration, options.search_paths)
@@ -96,7 +96,7 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
             return tell_stopped(processes.stopped, report)
         failures = list(worker.failures.values())
         if any(one.tasks for one in sound) and not _contamination_file(asked).exists():
-            _contamination(processes, sound, asked, options, leases)  # whoever searched at the start was killed
+            _contamination(processes, sound, asked, options, leases)  # the first searching process was killed
         unreported = _report(processes, chosen, asked, leases)
     for line in [*failures, *unreported]:
         print(f"t5x study: error: {line}", file=sys.stderr)
@@ -109,14 +109,14 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
 
 
 def study_of(configuration: Configuration) -> Study:
-    """The study of these gin files. Raises ValueError where they plan none."""
+    """The study in these gin files. Raises ValueError if they describe none."""
     if "study.directory" not in configuration.effective:
         raise ValueError("the gin files describe no study: add one such as gin/study.gin.")
     return build(configuration, "study")
 
 
 def stand_of(planned: Sequence[Planned], facts: Mapping[str, Any]) -> dict[str, Standing]:
-    """How far each run has come, by name."""
+    """The progress of each run, by name."""
     found: dict[str, Standing] = {}
     for one in planned:  # parents come first
         found[one.run.name] = standing(one, facts.get(one.run.name, {}), found.get(one.run.parent or ""))
@@ -124,7 +124,7 @@ def stand_of(planned: Sequence[Planned], facts: Mapping[str, Any]) -> dict[str, 
 
 
 def _side_by_side(asked: Study, options: Options, report: Callable[[str], None]) -> int:
-    """Workers on this machine, each with devices of its own; returns the exit status."""
+    """Starts workers on this machine, each with its own devices; returns the exit status."""
     assert options.devices_per_run is not None
     if not options.worker:
         forget_failures(State(asked.directory))
@@ -136,8 +136,8 @@ def _begin(
     asked: Study, configuration: Configuration, planned: Sequence[Planned], facts: Mapping[str, Any], leases: Leases,
     processes: Commands, options: Options,
 ) -> dict[str, Standing]:
-    """Writes the plan, and puts aside or refuses what is of another, one worker after the other; returns how far each
-    run has come.
+    """Writes the plan and moves aside or refuses runs of another plan, under a lock between workers; returns the
+    progress of each run.
     """
     state, told = leases.state, False
     while not processes.stopped:
@@ -161,7 +161,7 @@ def _begin(
 
 
 def forget_failures(state: State) -> None:
-    """Has runs that failed tried again."""
+    """Resets failed runs so that they are tried again."""
     records = state.read_all([name for name in state.names(RECORD) if name != "plan"], RECORD)
     for name, (record, generation) in records.items():
         if record and record.get("state") == "failed":
@@ -172,10 +172,11 @@ def _put_aside_or_refuse(
     planned: Sequence[Planned], asked: Study, stand: Mapping[str, Standing], leases: Leases, processes: Commands,
     options: Options,
 ) -> bool:
-    """Runs that were trained or evaluated under another configuration are told; nothing of them is ever overwritten.
+    """Reports runs that were trained or evaluated with another configuration, and moves them aside or raises
+    ValueError; their files are never overwritten.
 
     Returns:
-      Whether something was put aside.
+      Whether anything was moved aside.
     """
     report = processes.report
     changed = [one for one in planned if stand[one.run.name].changed or stand[one.run.name].results_changed]
@@ -189,16 +190,17 @@ def _put_aside_or_refuse(
                          f"files to {asked.directory.rstrip('/')}/replaced.")
     again: list[str] = []
     for one in planned:
-        # What was trained from a run that is made again is of another one too.
+        # A run trained from a run that is run again is stale too.
         if stand[one.run.name].changed or one.run.parent in again:
             again.append(one.run.name)
-    aside = [one for one in reversed(planned)  # so that a kill in between leaves none that stands on nothing
+    aside = [one for one in reversed(planned)  # so that a kill in between leaves no run without its parent
              if (one.run.name in again and epath.Path(one.folder).expanduser().exists())
              or (one.run.name not in again and stand[one.run.name].results_changed)]
     for one in aside:
         with leases.held(one.run.name, processes.kill) as lease:
             if lease is None:
-                raise ValueError(f"{one.run.name} is to be run again, but another worker has it: stop that one first.")
+                raise ValueError(f"{one.run.name} must be run again, but another worker is running it: stop that "
+                                 "worker first.")
             results_alone = one.run.name not in again
             place = move_aside(one, asked.directory, results_alone)
             leases.state.write(one.run.name, None, RECORD)
@@ -208,13 +210,13 @@ def _put_aside_or_refuse(
 
 
 def tell_stopped(number: int, report: Callable[[str], None]) -> int:
-    """Says that the study was interrupted by a signal; returns the exit status."""
+    """Reports that a signal interrupted the study; returns the exit status."""
     report("Interrupted; the same command continues from here.")
     return 128 + number
 
 
 def _survey(processes: Commands, planned: Sequence[Planned], options: Options) -> dict[str, Any]:
-    """What `survey.survey` tells of these runs; anything where it is stopped by a signal."""
+    """The answer of `survey.survey` for these runs; arbitrary if a signal stops it."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         _ask(processes, {"runs": [one.request() for one in planned], "search_paths": options.search_paths,
@@ -223,7 +225,7 @@ def _survey(processes: Commands, planned: Sequence[Planned], options: Options) -
 
 
 def _ask(processes: Commands, request: Mapping[str, Any], answer: str) -> None:
-    """Runs `survey.main`; raises ValueError where it fails."""
+    """Runs `survey.main`; raises ValueError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "request.json"
         file.write_text(json.dumps(request))
@@ -233,9 +235,9 @@ def _ask(processes: Commands, request: Mapping[str, Any], answer: str) -> None:
 
 
 def _report(processes: Commands, chosen: Sequence[Planned], asked: Study, leases: Leases) -> list[str]:
-    """STUDY_DIR/report, of what there is; a line where that failed."""
+    """Writes STUDY_DIR/report from the runs so far; returns a line if that failed."""
     if not any(standing(one, {}, None).evaluated for one in chosen):  # without benchmarks: trained
-        return []  # each of the failures that are told says why
+        return []  # each reported failure says why
     with leases.held("report", processes.kill) as lease:
         if lease is None:
             processes.report("Another worker is writing the report.")
@@ -251,8 +253,8 @@ def _contamination_file(asked: Study) -> epath.Path:
 def _contamination(
     processes: Commands, planned: Sequence[Planned], asked: Study, options: Options, leases: Leases
 ) -> None:
-    """STUDY_DIR/contamination.json, of everything the runs train on; where it is there already, or another worker is
-    at it, nothing is searched.
+    """Writes STUDY_DIR/contamination.json, which covers the training data of all runs; skips the search if the file
+    exists or another worker is searching.
     """
     evaluation = planned[0].evaluation
     settings = {macro: evaluation.resolved(name) for macro, name in (

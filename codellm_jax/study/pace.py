@@ -1,11 +1,12 @@
-"""How long the rest of a study takes: from how fast its runs went, what is to do, and the workers at hand."""
+"""The time that the rest of a study takes, from the speed of its runs, the remaining work, and the available workers.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Pace:
-    """How fast runs went, and so how long others will take."""
+    """The speed of past runs, and the time of future ones derived from it."""
 
     def __init__(self) -> None:
         self._flops = self._seconds = 0.0
@@ -18,7 +19,7 @@ class Pace:
         self._evaluations.append(seconds)
 
     def seconds(self, flops: float, evaluations: int) -> float | None:
-        """Of training with so many FLOPs and as many evaluations; None while it cannot be known."""
+        """The seconds that training with this many FLOPs and evaluations takes; None while that is unknown."""
         if (flops and not self._flops) or (evaluations and not self._evaluations):
             return None
         return flops * self._seconds / (self._flops or 1.0) + evaluations * sum(self._evaluations) / max(
@@ -26,7 +27,7 @@ class Pace:
 
 
 class ToDo(NamedTuple):
-    """A run that is not done, and what is left of it."""
+    """A run that is not done, and its remaining work."""
 
     name: str
     parent: str | None
@@ -34,10 +35,10 @@ class ToDo(NamedTuple):
 
 
 def seconds_left(to_do: Sequence[ToDo], workers: int) -> float | None:
-    """Seconds until the last of these runs ends, parents first; None where that of one of them cannot be known.
+    """The seconds until the last of these runs ends, parents first; None if that of one of them is unknown.
 
-    Whoever is free first takes the first run whose parent is done: of each run, in their order, the end is told by
-    those of its parent and of the worker that is free first.
+    The worker that is free first takes the first run whose parent is done: the end of each run, in order, follows from
+    the end of its parent and from the worker that is free first.
     """
     free, ends = [0.0] * max(1, workers), dict[str, float]()
     for run in to_do:

@@ -1,4 +1,4 @@
-"""What a person reads of a study's plan before it runs, and of its losses after."""
+"""The printed plan of a study before it runs, and its table of losses afterwards."""
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,11 @@ NAMES_SHOWN = 12  # of a group of arms
 
 
 def losses(chosen: Sequence[Planned]) -> str:
-    """The last held-out losses of each run, as a table of text: what there is to see where no benchmark is asked. Runs
-    of different vocabularies compare by bits per byte alone.
+    """The last held-out losses of each run, as a text table, for a study without benchmarks. Runs with different
+    vocabularies are comparable by bits per byte alone.
     """
     measures = [f"{name}/{pool}" for name in ("loss", "bits_per_byte") for pool in ("text", "code")]
-    lines = [f"{'':<28} {'':>8} {'nats a token':>19} {'bits per byte':>19}",
+    lines = [f"{'':<28} {'':>8} {'nats per token':>19} {'bits per byte':>19}",
              f"{'held-out loss':<28} {'step':>8} {'text':>9} {'code':>9} {'text':>9} {'code':>9}"]
     for one in chosen:
         found = [line for line in read_records(one.folder) if line["split"] == "eval"]
@@ -31,11 +31,11 @@ def page(
     asked: Study, chosen: Sequence[Planned], facts: Mapping[str, Any], stand: Mapping[str, Standing],
     measured: Mapping[str, Any],
 ) -> str:
-    """The plan as a page of text: the tree of arms, each with its mix, tokens, FLOPs, time, and epochs of each source,
-    by itself and with all that it stands on; and which arms are equal in compute and in text. The runs of an arm differ
-    in their seeds alone, and have one line.
+    """The plan as a page of text: the tree of arms, each with its mix, tokens, FLOPs, time and epochs of each source,
+    for its own stage and for all stages together; and the arms that are equal in compute and in text. The runs of an
+    arm differ only in their seeds, and share one line.
     """
-    runs: dict[str, list[Planned]] = {}  # of each arm
+    runs: dict[str, list[Planned]] = {}  # by arm
     for one in chosen:
         runs.setdefault(one.run.arm.name, []).append(one)
     first = {name: of_arm[0].run for name, of_arm in runs.items()}
@@ -96,7 +96,8 @@ def page(
 
 
 def _tree(parents: Mapping[str, str | None]) -> dict[str, str]:
-    """The arms by name, each after the one it starts from, and how it is written: further in than that one."""
+    """The arms by name, each after the arm from which it starts, mapped to their labels, which are indented under it.
+    """
     below: dict[str | None, list[str]] = {}
     for name, parent in parents.items():
         below.setdefault(parent, []).append(name)
@@ -110,20 +111,20 @@ def _tree(parents: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _start(run: Run) -> str:
-    """What the runs of an arm start from: an arm, with the step where they branch from it, or what lies outside."""
+    """The start of an arm's runs: an arm, with the step of the branch if any, or a source outside of the study."""
     if run.branch_step is not None:
         return f"{run.arm.parent}@{run.branch_step}"
     return run.arm.parent or run.arm.source or "-"
 
 
 def comparable(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines of text: which arms are equal in compute, and which in text, in all their stages together.
+    """Lines that report which arms are equal in compute, and which in text, over all their stages.
 
-    Equal is what differs by no more than a step of either: in FLOPs, padding counted; in tokens of documents of text,
-    and in examples of text that are tuned on.
+    Two arms are equal if they differ by at most one step: in FLOPs, padding included; in tokens of text documents; and
+    in text examples for tuning.
 
     Args:
-      facts: of each arm, as `survey` tells them.
+      facts: by arm, as returned by `survey`.
     """
     compute = {name: (fact["line"]["flops"],) for name, fact in facts.items()}
     step_of_compute = {name: (fact["flops"] / fact["steps"],) for name, fact in facts.items()}
@@ -138,7 +139,7 @@ def _groups(
     title: str, values: Mapping[str, Sequence[float]], a_step: Mapping[str, Sequence[float]],
     shown: Callable[[Sequence[float]], str],
 ) -> list[str]:
-    """A line for each group of names whose values are within a step of those of its first one."""
+    """A line for each group of names whose values are within one step of the group's first value."""
     groups: dict[str, list[str]] = {}
     for name, own in values.items():
         near = next((first for first in groups if all(

@@ -1,8 +1,8 @@
-"""A study's runs as `t5x` commands, and how far each has come: what its directory tells without a device.
+"""A study's runs as `t5x` commands, and their progress, as read from its directory without a device.
 
     STUDY_DIR/study.json    the plan: every run, its arm, stage, seed, and what it starts from
-    STUDY_DIR/runs/RUN      an ordinary run directory: of NC-uniform under seed 1, runs/NC-uniform.seed1
-    STUDY_DIR/replaced/     what was there before a run was made again
+    STUDY_DIR/runs/RUN      an ordinary run directory: runs/NC-uniform.seed1 for NC-uniform with seed 1
+    STUDY_DIR/replaced/     the old files of runs that were run again
 """
 
 import ast
@@ -24,9 +24,9 @@ from codellm_jax.study.arms import Arm, Asked, Run, Study, expand, plan_runs, wi
 from codellm_jax.study.stages import TAKEN_OVER, Settings, bare, bare_value, of_files, stage_settings
 from codellm_jax.weights.start import newest_settings
 
-# Where a result was looked for or what else was asked with it makes no other result of it.
+# The location of the data and the other tasks of the same evaluation do not change a result.
 FREE_OF_RESULTS = frozenset(("CHECKPOINT_PATH", "TASKS", "evaluate.results_dir"))
-OF_FILES = frozenset(("BENCHMARKS", "benchmarks.specs"))  # likewise of a task that has no line there
+OF_FILES = frozenset(("BENCHMARKS", "benchmarks.specs"))  # likewise for a task without a line in them
 
 
 class Planned(NamedTuple):
@@ -37,7 +37,7 @@ class Planned(NamedTuple):
     kind: str  # of its stage: "pretraining" or "tuning"
     files: tuple[str, ...]
     overrides: Settings
-    parent: Mapping[str, str] | None  # settings of the run it starts from
+    parent: Mapping[str, str] | None  # settings of the run from which it starts
     training: Configuration
     evaluation_files: tuple[str, ...]
     evaluation_overrides: Settings
@@ -45,34 +45,34 @@ class Planned(NamedTuple):
     tasks: tuple[str, ...]
 
     def train_command(self, search_paths: Sequence[str]) -> list[str]:
-        """Arguments of `t5x`."""
+        """The arguments of `t5x` that train the run."""
         return ["train", *_flags(self.files, self.overrides, search_paths)]
 
     def eval_command(self, search_paths: Sequence[str]) -> list[str]:
-        """Arguments of `t5x`."""
+        """The arguments of `t5x` that evaluate the run."""
         return ["eval", *_flags(self.evaluation_files, self.evaluation_overrides, search_paths)]
 
     def request(self) -> dict[str, Any]:
-        """What `survey` is asked."""
+        """The request for this run, for `survey`."""
         return {"name": self.run.name, "files": self.files, "overrides": self.overrides, "parent": self.parent,
                 "after": self.run.parent, "step": self.run.branch_step}
 
 
 class Standing(NamedTuple):
-    """How far a run has come."""
+    """The progress of a run."""
 
-    step: int  # of its newest checkpoint, as its last session left it; 0 of a run that has none
+    step: int  # of its newest checkpoint, as its last session left it; 0 without one
     trained: bool
     evaluated: bool
-    checkpoint: str | None  # the digest of the newest
-    kept: Mapping[str, str]  # step -> digest of those that KEEP_STEPS keeps
-    changed: tuple[str, ...]  # what differs between what was trained and the plan; nothing of a run that is not begun
-    results_changed: tuple[str, ...]  # likewise between how it was evaluated and the plan
-    seconds: float  # of training, as far as sessions ended by themselves
+    checkpoint: str | None  # digest of the newest checkpoint
+    kept: Mapping[str, str]  # step -> digest of the checkpoints that KEEP_STEPS keeps
+    changed: tuple[str, ...]  # differences between training and plan; none for a run that has not begun
+    results_changed: tuple[str, ...]  # likewise between evaluation and plan
+    seconds: float  # of training, in sessions that ended normally
 
     @property
     def state(self) -> str:
-        """In a word or two."""
+        """The state in one or two words."""
         if self.changed or self.results_changed:
             return "changed"
         if not self.trained:
@@ -82,20 +82,20 @@ class Standing(NamedTuple):
 
 def planned_runs(study: Study, configuration: Configuration, search_paths: Sequence[str]) -> tuple[
         list[Planned], list[str]]:
-    """Every run of a study in order, and lines about arms that are another one.
+    """All runs of a study in order, and lines about arms that were merged into others.
 
     Args:
-      study: what the gin file says.
-      configuration: which it was built from.
-      search_paths: where gin files are looked for besides.
+      study: the description in the gin file.
+      configuration: the configuration it was built from.
+      search_paths: additional folders in which to look for gin files.
 
     Raises:
-      ValueError, FileNotFoundError: in one line, for arms, files and settings that do not fit.
+      ValueError, FileNotFoundError: with a one-line message, for invalid arms, files or settings.
     """
     arms, told = expand(study)
     common = stage_settings(study, configuration, search_paths)
     read: dict[str, _Read] = {}
-    of_source: dict[str, Mapping[str, str]] = {}  # settings of what lies outside, each read once
+    of_source: dict[str, Mapping[str, str]] = {}  # settings of runs outside of the study, each read once
     for arm in arms:
         parent = read[arm.parent] if arm.parent else None
         taken_over = parent.settings if parent else None
@@ -126,7 +126,7 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
             steps = dict.fromkeys([*_kept(of_arm.overrides), *sorted(branched[run.name])])
             own.append(("KEEP_STEPS", str(list(steps))))
         overrides = (*(pair for pair in of_arm.overrides if pair[0] not in dict(own)), *own)
-        # Of a run's evaluation only the settings asked are compared, so that nothing need be taken over here.
+        # A run's evaluation is compared by the requested settings alone, so it inherits nothing here.
         evaluation = [*common["evaluation"], ("CHECKPOINT_PATH", folder)]
         try:
             asking = read_configuration(study.evaluation_files, evaluation, search_paths, of_arm.settings)
@@ -141,14 +141,14 @@ def planned_runs(study: Study, configuration: Configuration, search_paths: Seque
 
 
 class _Read(NamedTuple):
-    """An arm's files and settings, read as its runs will read them."""
+    """The files and settings of an arm, read as its runs will read them."""
 
     arm: Arm
     outside: bool  # whether its line begins outside of the study
     files: tuple[str, ...]
     overrides: Settings
-    parent: Mapping[str, str] | None  # settings of what it starts from
-    settings: Mapping[str, str]  # all that hold
+    parent: Mapping[str, str] | None  # settings of its start
+    settings: Mapping[str, str]  # all settings in force
     asked: Asked
 
     @property
@@ -160,20 +160,20 @@ def _read_arm(
     arm: Arm, parent: _Read | None, taken_over: Mapping[str, str] | None, study: Study, configuration: Configuration,
     common: Settings, search_paths: Sequence[str],
 ) -> _Read:
-    """Reads an arm, given the arm that it starts from, the settings of what it starts from wherever that lies, and what
-    the study says of its stage.
+    """Reads an arm, given the arm from which it starts, the settings of its start (inside or outside of the study), and
+    the study's settings for its stage.
     """
     outside = arm.source is not None or parent is not None and parent.outside
     files = (*study.files(arm.stage), *((arm.gin_file,) if arm.gin_file else ()))
     if arm.at is not None and parent:
         below = _of_trunk(arm, parent, study, configuration, search_paths)
     else:
-        # Where a run starts from another, the model and its vocabulary are that one's.
+        # A run that starts from another inherits that run's model and vocabulary.
         scoped = {} if outside else dict(configuration.of_stage(arm.stage))
         below = {name: value for name, value in common
                  if taken_over is None or name in scoped or not TAKEN_OVER.match(name)}
     if arm.gin_file and (arm.at is None or parent is None or arm.gin_file != parent.arm.gin_file):
-        # What its own file sets is above what the study says of the stage.
+        # Settings in the arm's own file override the study's settings for the stage.
         alone = {setting.name for setting in of_files(study, arm.stage, search_paths, arm.gin_file).settings
                  if setting.where.startswith(f"{arm.gin_file}:")}
         below = {name: value for name, value in below.items() if name not in alone}
@@ -188,7 +188,7 @@ def _read_arm(
     overrides = below | own
     found = reading(overrides)
     if "CODE_RATE" in own and "MIX_PHASES" not in own and found.resolved("mixture.mix_phases") != "None":
-        overrides |= {"MIX_PHASES": "None"}  # the stage's own, above which the arm's rate would say nothing
+        overrides |= {"MIX_PHASES": "None"}  # otherwise the stage's value would override the arm's rate
         found = reading(overrides)
     if above := _above_files(arm, found):
         overrides |= above
@@ -206,17 +206,17 @@ def _read_arm(
 def _of_trunk(
     arm: Arm, trunk: _Read, study: Study, configuration: Configuration, search_paths: Sequence[str]
 ) -> dict[str, str]:
-    """What a branch has below its own settings: the trunk's, and above them its stage's where that is another."""
+    """The settings of a branch below its own: the trunk's, overridden by its stage's where that differs."""
     of_trunk = dict(trunk.overrides)
     stage: dict[str, str] = {}
     if arm.stage != trunk.arm.stage:
         stage = dict(bare(configuration.of_stage(arm.stage)))
         files, before = (of_files(study, name, search_paths) for name in (arm.stage, trunk.arm.stage))
         if _kind_of(files) != trunk.kind:
-            raise ValueError(f"its stage, {arm.stage}, is of {_kind_of(files)}, but a branch must have the kind of "
+            raise ValueError(f"its stage, {arm.stage}, is {_kind_of(files)}, but a branch must be of the same kind as "
                              f"its trunk, {trunk.kind}: start from the end of {trunk.arm.name}, without a step.")
         for name, setting in files.effective.items():
-            if name in before.effective and before.effective[name].value != setting.value:  # these files say so
+            if name in before.effective and before.effective[name].value != setting.value:  # these files set it
                 of_trunk.pop(name, None)
     return without_mix(of_trunk, [*stage, *arm.settings]) | stage
 
@@ -226,7 +226,7 @@ def _kind_of(configuration: Configuration) -> str:
 
 
 def _above_files(arm: Arm, found: Configuration) -> dict[str, str]:
-    """What a run takes over and the files of its stage, made for runs from new parameters, set otherwise."""
+    """Inherited settings that the stage's files, which are written for new parameters, set differently."""
     above = {}
     for setting in found.settings[:found.taken_over]:
         here = found.effective[setting.name]
@@ -238,7 +238,7 @@ def _above_files(arm: Arm, found: Configuration) -> dict[str, str]:
 
 
 def _kept(overrides: Settings) -> list[Any]:
-    """KEEP_STEPS of an arm's own settings."""
+    """The KEEP_STEPS in an arm's own settings."""
     return list(ast.literal_eval(dict(overrides).get("KEEP_STEPS", "[]")))
 
 
@@ -264,7 +264,7 @@ def _flags(files: Sequence[str], overrides: Settings, search_paths: Sequence[str
 def plan_as_json(
     study: Study, configuration: Configuration, search_paths: Sequence[str], planned: Sequence[Planned]
 ) -> dict[str, Any]:
-    """What STUDY_DIR/study.json holds."""
+    """The content of STUDY_DIR/study.json."""
     common = stage_settings(study, configuration, search_paths)
     stages = {stage: {"gin_files": study.files(stage), "settings": dict(settings)}
               for stage, settings in common.items()}
@@ -277,7 +277,7 @@ def plan_as_json(
 
 
 def write_plan(directory: str, plan: Mapping[str, Any]) -> None:
-    """Writes study.json, whole or not at all, where it does not say so already."""
+    """Writes study.json atomically, if its content changes."""
     folder = epath.Path(directory).expanduser()
     text = json.dumps(plan, indent=2, ensure_ascii=False) + "\n"
     path = folder / "study.json"
@@ -287,39 +287,39 @@ def write_plan(directory: str, plan: Mapping[str, Any]) -> None:
 
 
 def standing(one: Planned, facts: Mapping[str, Any], parent: Standing | None) -> Standing:
-    """How far a run has come.
+    """The progress of a run.
 
     Args:
       one: the run.
-      facts: what `survey` told of it.
-      parent: how far the run has come that it starts from.
+      facts: the answer of `survey` for it.
+      parent: the progress of the run from which it starts.
     """
     try:
         provenance = read_provenance(epath.Path(one.folder).expanduser(), (
             "asked", "order", "ledger", "sessions", "finished", "checkpoint"))
-    except Damaged:  # the run sets it aside when it goes on
+    except Damaged:  # the run moves it aside when it continues
         provenance = None
     if provenance is None:
         return Standing(0, False, False, None, {}, (), (), 0.0)
     changed = differences(provenance["asked"], one.training.asked)
     if not changed and facts.get("order", provenance["order"]) != provenance["order"]:
-        changed = ["the data, or their order, differ"]
+        changed = ["the data or their order differ"]
     before = provenance["ledger"].get("before")
     of_parent = parent and (parent.checkpoint if one.run.branch_step is None else
                             parent.kept.get(str(one.run.branch_step)))
     if of_parent and before and before[-1].get("digest") not in (None, of_parent):
-        changed.append(f"{one.run.parent}, which it started from, was trained again")
+        changed.append(f"{one.run.parent}, from which it started, was trained again")
     results_changed, evaluated = _results(one, provenance["checkpoint"])
     checkpoints = epath.Path(one.folder).expanduser() / "checkpoints"
     steps = [int(path.name) for path in (checkpoints.iterdir() if checkpoints.exists() else []) if is_step(path.name)]
-    trained = provenance["finished"] and bool(evaluated or steps)  # to be evaluated it needs a checkpoint
+    trained = provenance["finished"] and bool(evaluated or steps)  # evaluation needs a checkpoint
     return Standing(max(steps, default=0), trained, evaluated and trained,
                     provenance["checkpoint"], provenance.get("kept", {}), tuple(changed), tuple(results_changed),
                     sum(session["seconds"] or 0.0 for session in provenance["sessions"]))
 
 
 def _results(one: Planned, checkpoint: str | None) -> tuple[list[str], bool]:
-    """What differs between results that are there and the plan, and whether all are there."""
+    """The differences between existing results and the plan, and whether all results exist."""
     folder, changed, missing = epath.Path(one.folder).expanduser() / "results", [], False
     specs = ast.literal_eval(one.evaluation.resolved("benchmarks.specs") or "{}")
     for task in one.tasks:
@@ -338,7 +338,8 @@ def _results(one: Planned, checkpoint: str | None) -> tuple[list[str], bool]:
 
 
 def evaluation_seconds(one: Planned) -> float | None:
-    """How long the questions of a run took, where results tell; without the start of the command."""
+    """The seconds that the questions of a run took, if recorded in its results; the start of the command is excluded.
+    """
     folder = epath.Path(one.folder).expanduser() / "results"
     results = [result for path in files_of(folder, ".json") if (result := _whole_result(path))]
     rates = [(result["n"], result.get("questions_per_second")) for result in results]
@@ -346,7 +347,7 @@ def evaluation_seconds(one: Planned) -> float | None:
 
 
 def move_aside(one: Planned, directory: str, results_alone: bool) -> str:
-    """Moves a run, or its results alone, to STUDY_DIR/replaced; returns where it is now."""
+    """Moves a run, or only its results, to STUDY_DIR/replaced; returns the new place."""
     source = epath.Path(one.folder).expanduser()
     source = source / "results" if results_alone else source
     replaced = epath.Path(directory).expanduser() / "replaced"
@@ -359,7 +360,7 @@ def move_aside(one: Planned, directory: str, results_alone: bool) -> str:
 
 
 def _whole_result(path: epath.Path) -> dict[str, Any] | None:
-    """A result with all its lines; None where there is none, or where it is to be evaluated again."""
+    """A result with all its lines; None if there is none, or if it must be evaluated again."""
     stamps = [(status.length, status.mtime) for file in (path, path.with_suffix(".jsonl")) if file.exists()
               for status in [file.stat()]]
     return _read_result(path, *stamps) if path.exists() else None
@@ -367,7 +368,7 @@ def _whole_result(path: epath.Path) -> dict[str, Any] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _read_result(path: epath.Path, *stamps: tuple[int, Any]) -> dict[str, Any] | None:
-    """The same, read once until a file changes."""
+    """Like `_whole_result`, but reads each file only once until it changes."""
     del stamps
     try:
         result = read_result(path, required=())

@@ -1,4 +1,4 @@
-"""The stages of a study: gin files by name, and what the study's own file and flags set for the runs of each."""
+"""The stages of a study: gin files by name, and the settings of the study's file and flags for the runs of each."""
 
 import ast
 import dataclasses
@@ -9,25 +9,25 @@ from codellm_jax.configuration import as_gin_value, explain, read_configuration
 from codellm_jax.settings import Configuration, Setting, nearest, references
 from codellm_jax.study.arms import OWN, STAGES, Study
 
-# What a run takes over from the run it starts from.
+# Settings that a run inherits from the run it starts from.
 TAKEN_OVER = re.compile(r"(model|mesh|vocabulary)\.|mixture\.lengths$|VOCABULARY$|TASK_FEATURE_LENGTHS$")
 
-# Settings of a run to start from, where there is none: what files do not set themselves.
+# Settings about the run to start from, with their values where there is none: files do not set these themselves.
 NOT_KNOWN = {"vocabulary.path": "None", "mixture.lengths": "None"}
 
 Settings = tuple[tuple[str, str], ...]  # (name, value), as on the command line
 
 
 def stage_settings(study: Study, configuration: Configuration, search_paths: Sequence[str]) -> dict[str, Settings]:
-    """What a study's file and flags set for each of its stages, and for "evaluation".
+    """The settings of a study's file and flags for each of its stages, and for "evaluation".
 
-    A setting with a stage before its name, tuning/BATCH_SIZE, is of that stage; pretraining's and tuning's hold for the
-    other stages that begin with the same gin files, too, below what these set themselves. One without holds for every
-    stage that reads it, below the stages' own; but what a tuned run takes over from the run that it starts from, such
-    as the model's size, is set where the first of them begins.
+    A setting with a stage before its name, tuning/BATCH_SIZE, applies to that stage; settings of pretraining and tuning
+    also apply to other stages that begin with the same gin files, unless those set them themselves. A setting without a
+    stage applies to every stage that reads it, below the stages' own settings. Settings that a tuned run inherits from
+    the run it starts from, such as the model's size, are set where the first of these runs begins.
 
     Raises:
-      ValueError: no stage reads a setting, or there is no such stage, or the study sets it itself.
+      ValueError: no stage reads a setting, there is no such stage, or the study sets it itself.
     """
     effective = configuration.effective
     of_study = {macro for name, setting in effective.items() if name.startswith("study.")
@@ -39,7 +39,7 @@ def stage_settings(study: Study, configuration: Configuration, search_paths: Seq
     for name in effective:
         stage, mark, _ = name.partition("/")
         if mark and stage not in names:
-            raise ValueError(f"{effective[name].where}: {name} is not of a stage of the study; the "
+            raise ValueError(f"{effective[name].where}: {name} does not name a stage of the study; the "
                              f"stages are {', '.join(names)}, and STAGES adds others.")
     for name in shared:
         if effective[name].where.startswith("gin/models/"):
@@ -47,7 +47,7 @@ def stage_settings(study: Study, configuration: Configuration, search_paths: Seq
                              "name its file in PRETRAINING_FILES, or as an arm's 'gin_file'.")
         if name in (*OWN, "CHECKPOINT_PATH"):
             raise ValueError(f"{effective[name].where}: the study sets {name} itself: SEEDS lists seeds, STUDY_DIR is "
-                             "where runs are kept, and an arm's 'from' names the run to start from.")
+                             "where runs are stored, and an arm's 'from' names the run to start from.")
         if name not in used and not any(name.rpartition(".")[0] in known or name in known for known in names.values()):
             raise ValueError(f"{effective[name].where}: no stage of the study reads the setting {name}"
                              + nearest(name, set().union(*names.values())))
@@ -62,12 +62,12 @@ def stage_settings(study: Study, configuration: Configuration, search_paths: Seq
 
 
 def _scopes(study: Study, stage: str) -> list[str]:
-    """The stages whose settings a stage has, the later ones above."""
+    """The stages whose settings apply to a stage; later ones override earlier ones."""
     return [*(known for known in STAGES if known != stage and study.files(known) == study.files(stage)), stage]
 
 
 def _with_settings(study: Study) -> tuple[str, ...]:
-    """What may stand before a setting's name."""
+    """The prefixes allowed before a setting's name."""
     return (*study.stage_names, "evaluation")
 
 
@@ -81,13 +81,15 @@ def _names_of_stage(study: Study, stage: str, search_paths: Sequence[str]) -> se
 
 
 def of_files(study: Study, stage: str, search_paths: Sequence[str], *more: str) -> Configuration:
-    """What the gin files of a stage say, and more files after them, with "None" for what only the plan has."""
+    """The configuration of a stage's gin files and of further files, with "None" for the settings that only the plan
+    has.
+    """
     return read_configuration([*study.files(stage), *more], _placeholders(stage), search_paths, NOT_KNOWN)
 
 
 def stage_configuration(study: Study, configuration: Configuration, stage: str,
                         search_paths: Sequence[str]) -> Configuration:
-    """What holds for the runs of a stage before an arm adds its own, each setting with where it stands."""
+    """The configuration of a stage's runs before an arm adds its own settings, each setting with its origin."""
     common = stage_settings(study, configuration, search_paths)[stage]
     read = read_configuration(study.files(stage), [*_placeholders(stage), *common], search_paths, NOT_KNOWN)
     effective = configuration.effective
@@ -103,10 +105,10 @@ def stage_configuration(study: Study, configuration: Configuration, stage: str,
 
 
 def explain_in_study(study: Study, configuration: Configuration, name: str, search_paths: Sequence[str]) -> str:
-    """What sets a value in a study, in a few lines: of a stage (tuning/BATCH_SIZE), or of each that reads it.
+    """The origin of a value in a study, in a few lines: for one stage (tuning/BATCH_SIZE), or for each that reads it.
 
     Raises:
-      ValueError: neither the study nor a stage of it has a setting of that name.
+      ValueError: neither the study nor any stage has a setting of that name.
     """
     stage, mark, plain = name.partition("/")
     if mark and stage not in _with_settings(study):
@@ -115,7 +117,7 @@ def explain_in_study(study: Study, configuration: Configuration, name: str, sear
         return f"{stage}/{explain(stage_configuration(study, configuration, stage, search_paths), plain)}"
     names = {stage: _names_of_stage(study, stage, search_paths) for stage in _with_settings(study)}
     reading = [stage for stage, known in names.items() if name in known or name.rpartition(".")[0] in known]
-    if not reading and name in configuration.effective:  # of the study itself
+    if not reading and name in configuration.effective:  # a setting of the study itself
         return explain(configuration, name)
     if not reading:
         raise ValueError(f"Nothing is named {name!r}"
@@ -125,18 +127,18 @@ def explain_in_study(study: Study, configuration: Configuration, name: str, sear
 
 
 def _placeholders(stage: str) -> Settings:
-    """Settings that the files of a stage need and only the plan has, for reading the files alone."""
+    """Settings that a stage's files need and only the plan has, for reading the files alone."""
     names = ["CHECKPOINT_PATH"] if stage == "evaluation" else ["MODEL_DIR", "CODE_RATE", "INITIAL_CHECKPOINT_PATH"]
     return tuple((name, "None") for name in names)
 
 
 def bare(settings: Sequence[tuple[str, str]]) -> Settings:
-    """Settings as one types them."""
+    """Settings as typed on the command line."""
     return tuple((name, bare_value(value)) for name, value in settings)
 
 
 def bare_value(value: str) -> str:
-    """A value as one types it: a string without quotes where it is read as one all the same."""
+    """A value as typed: a string without quotes if it is still read as a string."""
     try:
         text = ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -1,6 +1,6 @@
-"""How far a study is, and who works at what: read from STUDY_DIR alone, without JAX and without touching anything.
+"""The progress of a study and its current workers, read from STUDY_DIR alone, without JAX and without writing.
 
-Times are told by this machine's clock beside the workers' own, so that they are as right as the clocks are.
+Ages compare this machine's clock with those of the workers, so they are as accurate as the clocks.
 """
 
 import ast
@@ -21,18 +21,18 @@ ENDED = ("done", "failed", "skipped")
 
 
 class OfRun(NamedTuple):
-    """What the files tell of a run."""
+    """The state of a run according to its files."""
 
     state: str  # "done", "failed", "skipped", "training", "evaluating", "no heartbeat", "trained", "begun", "to do"
     step: int
     steps: int
     holder: Holder | None = None
     note: str = ""
-    left: float | None = None  # seconds, of what is not done
+    left: float | None = None  # seconds of remaining work
 
 
 def directory_of(configuration: Configuration) -> str:
-    """STUDY_DIR of these settings. Raises ValueError where they plan no study."""
+    """The STUDY_DIR of these settings. Raises ValueError if they describe no study."""
     value = configuration.resolved("study.directory")
     try:
         directory = ast.literal_eval(value or "")
@@ -44,16 +44,16 @@ def directory_of(configuration: Configuration) -> str:
 
 
 class OfStudy(NamedTuple):
-    """What the files tell of a study.
+    """The state of a study according to its files.
 
     Attributes:
-      directory: as it was given.
-      plan: of each run by name what study.json says; parents come first.
-      runs: how far each has come.
-      others: lines about work that is no run, such as the search for contamination.
+      directory: as given.
+      plan: by run name, the run's entry in study.json; parents come first.
+      runs: the progress of each.
+      others: lines about work that is not a run, such as the search for contamination.
       workers: how many train or evaluate now.
-      seconds_left: with these workers; None where it cannot be known yet, or nobody works.
-      read_at: seconds of the wall clock.
+      seconds_left: with these workers; None while it is unknown, or if nobody works.
+      read_at: in seconds of the wall clock.
     """
 
     directory: str
@@ -74,7 +74,7 @@ class OfStudy(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """How far the study is, in a line."""
+        """The progress of the study, in one line."""
         states = [of_run.state for of_run in self.runs.values()]
         failed, left = states.count("failed") + states.count("skipped"), sum(state not in ENDED for state in states)
         return (f"{self.directory}: {states.count('done')} of {len(states)} runs are done"
@@ -86,15 +86,15 @@ class OfStudy(NamedTuple):
 
 
 def read_status(directory: str, now: float | None = None) -> OfStudy:
-    """How far a study is.
+    """The progress of a study.
 
     Args:
       directory: STUDY_DIR, local or gs://.
-      now: seconds of the wall clock, the current ones by default.
+      now: in seconds of the wall clock; the current time by default.
 
     Raises:
-      FileNotFoundError: no study has begun there.
-      ValueError: study.json is not whole.
+      FileNotFoundError: no study has started there.
+      ValueError: study.json is damaged.
     """
     now = time.time() if now is None else now
     root = epath.Path(directory).expanduser()
@@ -111,7 +111,7 @@ def read_status(directory: str, now: float | None = None) -> OfStudy:
     recorded = {name: value for name, (value, _) in state.read_all(state.names(RECORD), RECORD).items()}
     costs = _costs(recorded.pop("plan", None) or {})
     records = {name: record for name, value in recorded.items() if (record := as_record(value))}
-    with ThreadPoolExecutor(32) as pool:  # in gs:// each file takes its time
+    with ThreadPoolExecutor(32) as pool:  # each file on gs:// takes a while
         read = list(pool.map(lambda name: _read(root / "runs" / name), plan))
     found: dict[str, OfRun] = {}
     for (name, run), files in zip(plan.items(), read, strict=True):  # parents come first
@@ -122,26 +122,26 @@ def read_status(directory: str, now: float | None = None) -> OfStudy:
               _is_silent(holder, now)]
     workers = len({of_run.holder.worker for of_run in found.values()
                    if of_run.holder and of_run.state in ("training", "evaluating")})
-    # Those at work first, which have their workers already.
+    # Active runs first, because they already have their workers.
     to_do = [ToDo(name, _parent(plan[name]), of_run.left) for name, of_run in sorted(
         found.items(), key=lambda item: item[1].holder is None) if of_run.state not in ENDED]
     return OfStudy(directory, plan, found, others, workers, seconds_left(to_do, workers) if workers else None, now)
 
 
 def _costs(recorded: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What is recorded of each run's cost, without what is damaged."""
+    """The recorded costs of each run, without damaged records."""
     return {name: cost for name, cost in recorded.items() if isinstance(cost, dict)
             and isinstance(cost.get("flops", 0.0), int | float) and isinstance(cost.get("error", ""), str)}
 
 
 def status(directory: str, now: float | None = None) -> str:
-    """The same as a page of text."""
+    """The progress of a study as a page of text."""
     study = read_status(directory, now)
     return "\n".join([*_table(study.runs, study.read_at), "", *study.others, study.summary])
 
 
 def _parent(run: Mapping[str, Any]) -> str:
-    """The name of what a run starts from; that of no run where it starts from nothing of the study."""
+    """The name of the run from which a run starts; empty if it starts outside of the study."""
     return str(run["from"]).rpartition("@")[0] or str(run["from"])
 
 
@@ -150,17 +150,17 @@ def _is_silent(holder: Holder, now: float) -> bool:
 
 
 class _Files(NamedTuple):
-    """What lies in a run's directory."""
+    """The content of a run's directory."""
 
     begun: bool
-    finished: bool  # training
+    finished: bool  # of training
     step: int  # of the last record
 
 
 def _read(folder: epath.Path) -> _Files:
     try:
         provenance = read_provenance(folder, ("finished",))
-    except Damaged:  # the run sets it aside when it goes on
+    except Damaged:  # the run moves it aside when it continues
         provenance = None
     return _Files(provenance is not None, bool(provenance and provenance["finished"]),
                   max((line["step"] for line in read_records(str(folder))), default=0))
@@ -170,7 +170,7 @@ def _found(
     run: Mapping[str, Any], files: _Files, cost: Mapping[str, Any], holder: Holder | None, record: Mapping[str, Any],
     parent: OfRun | None, now: float,
 ) -> OfRun:
-    """What the files tell of one run."""
+    """The state of one run according to its files."""
     step, steps = files.step, run["steps"]
     if record.get("state") == "done" and files.begun and (holder is None or _is_silent(holder, now)):
         return OfRun("done", steps, steps)
@@ -181,7 +181,7 @@ def _found(
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["when"]))
         return OfRun("failed", step, steps, note=f"{record['why']} ({record['worker']}, {when})")
     if parent is not None and parent.state in ("failed", "skipped"):
-        return OfRun("skipped", step, steps, note=f"for {_parent(run)}, which it starts from")
+        return OfRun("skipped", step, steps, note=f"because of {_parent(run)}, from which it starts")
     if "error" in cost:
         return OfRun("failed", step, steps, note=cost["error"])
     return OfRun("trained" if files.finished else "begun" if step else "to do", step, steps)
@@ -190,7 +190,7 @@ def _found(
 def _with_time_left(
     found: Mapping[str, OfRun], records: Mapping[str, Any], costs: Mapping[str, Any], now: float
 ) -> dict[str, OfRun]:
-    """The same with the seconds that are left of each run, where they can be known."""
+    """The same runs with the remaining seconds of each, where they are known."""
     pace = Pace()
     for name, record in records.items():
         if record.get("train_seconds") and "flops" in costs.get(name, {}):

@@ -1,9 +1,9 @@
-"""What the runs of a study will be and cost, found before any of them begins, by a process of its own: devices are
-free again when it ends.
+"""The shape and cost of a study's runs, determined before any of them begins, by a subprocess that releases the devices
+when it ends.
 
     python -m codellm_jax.study.survey REQUEST.json ANSWER.json
 
-What of the benchmarks stands in what they are trained on is found in the same way (`contamination.py`).
+The overlap of benchmarks with the training data is found in the same way (`contamination.py`).
 """
 
 import json
@@ -34,24 +34,24 @@ def survey(
     requests: Sequence[Mapping[str, Any]], search_paths: Sequence[str], measure: bool,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Makes the plan of each run, which caches rows that are not cached yet; trains nothing that is kept.
+    """Makes the plan of each run, and caches rows that are not cached yet; does not train, except to time steps.
 
     Args:
-      requests: for each run its "name", "files", "overrides" ([[name, value], ...]), "parent", the settings of the
-        run that it starts from, or None; "after", the name of that run where it is one of these, or None; and "step",
-        where it branches from that, or None.
-      search_paths: where gin files are looked for besides.
-      measure: whether to time some steps: of each stage and model, those of the run with the most rows.
-      report: is told lines of progress.
+      requests: for each run its "name", "files", "overrides" ([[name, value], ...]); "parent", the settings of the run
+        from which it starts, or None; "after", the name of that run if it is one of these, or None; and "step", the
+        step at which it branches from that run, or None.
+      search_paths: additional folders in which to look for gin files.
+      measure: whether to time some steps: for each stage and model, those of the run with the most rows.
+      report: called with lines of progress.
 
     Returns:
-      "runs": for each name its facts, or {"error": a line}. "measured": what was timed, the seconds of a step of each.
+      "runs": for each name its facts, or {"error": a line}. "measured": the timed steps, in seconds per step.
     """
     runs: dict[str, dict[str, Any]] = {}
-    programs: dict[str, tuple[str, Training, Plan]] = {}  # of each stage and model, the one with the most rows
-    planned: dict[str, tuple[Training, Plan, Line | None]] = {}  # of each run, and what is behind it when it begins
-    places: dict[tuple[str, int], dict[str, Any]] = {}  # of runs, where others branch from them
-    states: dict[str, TrainState] = {}  # the abstract ones, each traced once
+    programs: dict[str, tuple[str, Training, Plan]] = {}  # by stage and model, the one with the most rows
+    planned: dict[str, tuple[Training, Plan, Line | None]] = {}  # by run, with its line before it begins
+    places: dict[tuple[str, int], dict[str, Any]] = {}  # the states of runs where others branch from them
+    states: dict[str, TrainState] = {}  # abstract states, each traced once
     for request in requests:
         name = request["name"]
         try:
@@ -84,7 +84,7 @@ def survey(
 
 
 def _of_state(configuration: Configuration) -> str:
-    """What the shapes of a run's state follow from: the settings of its model, vocabulary, mesh and optimizer."""
+    """The settings that determine the shapes of a run's state: those of its model, vocabulary, mesh and optimizer."""
     free = ("train.", "mixture.", "tasks.", "benchmarks.", "evaluation.", *(f"{name}." for name in LEARNING_RATES))
     names = [name for name in configuration.effective if name in ("train.optimizer", "train.model", "mixture.lengths")
              or "." in name and not name.startswith(free)]
@@ -96,7 +96,7 @@ def _of_state(configuration: Configuration) -> str:
 def measure_contamination(
     requests: Sequence[Mapping[str, Any]], search_paths: Sequence[str], asked: Sequence[tuple[str, str]], path: str,
 ) -> None:
-    """Searches everything that the runs train on for the questions of the benchmarks, into a file.
+    """Searches the training data of all runs for the questions of the benchmarks, and writes the result to a file.
 
     Args:
       requests, search_paths: as for `survey`.
@@ -113,24 +113,24 @@ def measure_contamination(
         if str(key) not in mixtures:
             mixtures[str(key)] = [(build(configuration, "mixture"), build(configuration, "vocabulary"))]
         start = str(configuration.resolved("train.initial_checkpoint_path"))
-        if request["after"] is None and start not in mixtures:  # else it starts from one of these
+        if request["after"] is None and start not in mixtures:  # otherwise it starts from one of these
             mixtures[start] = mixtures_behind(configuration)
     settings = read_configuration(["gin/contamination.gin"], asked)
     measure_into(path, build(settings, "contamination"), [pair for found in mixtures.values() for pair in found])
 
 
 class Line(NamedTuple):
-    """What a run has taken at its end, with all that it stands on: a trunk's part is that up to the branch."""
+    """The totals of a run at its end, including all runs before it; a trunk counts up to the branch."""
 
     tokens: int  # with padding
     flops: float
     text_tokens: int  # of documents
     text_examples: int  # of instructions
-    epochs: list[tuple[str, str, float]]  # of each source, by its name and the hash of its content
+    epochs: list[tuple[str, str, float]]  # of each source: name, hash of the content, epochs
 
 
 def line_of(training: Training, plan: Plan, before: Line | None, step: int | None = None) -> Line:
-    """What a run, after what is `before` it, has taken up to a step; None for its last."""
+    """The totals of a run, continuing those `before` it, up to a step; None for its last step."""
     step = plan.last_step if step is None else step
     order, tuning = plan.mixture.order, plan.mixture.stage == "tuning"
     before = before or Line(0, 0.0, 0, 0, [])
@@ -147,20 +147,21 @@ def line_of(training: Training, plan: Plan, before: Line | None, step: int | Non
 
 
 def facts(training: Training, plan: Plan, before: Line | None) -> dict[str, Any]:
-    """Of one run: steps, tokens, FLOPs and epochs by itself, and its "line", after what is `before` it; as JSON."""
+    """The facts of one run: its own steps, tokens, FLOPs and epochs, and its "line", which continues `before`; as JSON.
+    """
     config, own = plan.model.config, line_of(training, plan, None)
     return {
         "stage": plan.mixture.stage, "steps": plan.last_step - plan.first_step, "rows": plan.rows,
         "length": training.mixture.length, "batch_size": training.batch_size, "tokens": own.tokens, "flops": own.flops,
         "epochs": own.epochs, "line": line_of(training, plan, before)._asdict(), "parameters": parameter_count(config),
         "order": plan.mixture.order.fingerprint(), "warnings": list(plan.mixture.warnings),
-        # Steps of one stage, model and length differ in nothing but rows, to which their cost is proportional.
+        # Steps of one stage, model and length differ only in rows, and their cost is proportional to the rows.
         "program": f"{plan.mixture.stage}, {config}",
     }
 
 
 def measured_step(training: Training, plan: Plan) -> dict[str, Any]:
-    """"seconds" of a step, the median of some after the one that compiles; or why there are none, "not_measured"."""
+    """"seconds" of a step, the median of some steps after the one that compiles; or "not_measured" with the reason."""
     need, free = 2 * bytes_per_device(plan.state), free_memory()
     if need > free:
         return {"not_measured": f"state and gradients need {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free here"}
@@ -181,7 +182,7 @@ def measured_step(training: Training, plan: Plan) -> dict[str, Any]:
 
 
 def free_memory() -> int:
-    """Bytes of a device that may still be taken; on a CPU those of the machine."""
+    """The free bytes of a device; on a CPU, those of the machine."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
@@ -189,8 +190,8 @@ def free_memory() -> int:
 
 
 def main(request: str, answer: str) -> None:
-    """Reads {"runs", "search_paths", "measure"} from one file and writes what `survey` returns into another; or
-    {"runs", "search_paths", "asked"}, and writes the contamination.
+    """Reads {"runs", "search_paths", "measure"} from one file and writes the answer of `survey` to another; or reads
+    {"runs", "search_paths", "asked"} and writes the contamination.
     """
     wanted = json.loads(Path(request).read_text())
     if "asked" in wanted:

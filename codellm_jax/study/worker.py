@@ -1,9 +1,9 @@
-"""One worker of a study: takes a run that is free, trains and evaluates it, and takes the next, until nothing is left.
+"""One worker of a study: takes a free run, trains and evaluates it, and takes the next, until no work is left.
 
-A run is free when what it starts from is done and nobody holds its lease. `t5x study` by itself is the only worker, and
-any number of others may work beside it, on any machines that see STUDY_DIR: see `leases`.
+A run is free when the run from which it starts is done and no worker holds its lease. `t5x study` itself is one worker;
+any number of others may run beside it, on any machines with access to STUDY_DIR: see `leases`.
 
-    STUDY_DIR/state/RUN.json     how a run ended: "done", or "failed" and why; when, and by which worker
+    STUDY_DIR/state/RUN.json     how a run ended: "done", or "failed" with the reason; the time and the worker
 """
 
 import time
@@ -19,14 +19,14 @@ from codellm_jax.runtime.progress import duration
 from codellm_jax.study.pace import Pace, ToDo, seconds_left
 from codellm_jax.study.planned import Planned, Standing, evaluation_seconds, standing
 
-TRIES = 3  # of a command that a signal ends; a want of memory ends it so each time
+TRIES = 3  # of a command that a signal ends; a lack of memory ends it that way each time
 
 
 class Worker:
-    """A worker and what it knows of the runs.
+    """A worker and its knowledge of the runs.
 
     Attributes:
-      failures: a line for each run that failed, here or elsewhere, or that starts from one that did.
+      failures: a line for each run that failed, here or elsewhere, or whose parent failed.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class Worker:
         """
         Args:
           chosen: the runs, parents first.
-          facts: what `survey` told of each.
-          stand: how far each has come.
+          facts: by run, the answer of `survey`.
+          stand: the progress of each run.
           leases: of this worker.
           processes: runs the commands, and reports.
-          search_paths: where gin files are looked for besides.
+          search_paths: additional folders in which to look for gin files.
         """
         self.failures: dict[str, str] = {}
         self._chosen, self._facts, self._stand = chosen, facts, dict(stand)
@@ -49,12 +49,12 @@ class Worker:
         self._headings = {one.run.name: f"[{number}/{len(chosen)}] {one.run.name}"
                           for number, one in enumerate(chosen, 1)}
         self._done: set[str] = set()
-        self._leased: set[str] = set()  # names of the leases that there were at the last look
+        self._leased: set[str] = set()  # names of the leases found at the last check
         self._told: set[str] = set()
         self._pace = Pace()
 
     def work(self) -> None:
-        """Makes what nobody else does; returns when all is done or has failed, or at a signal."""
+        """Runs everything that no other worker runs; returns when all runs are done or have failed, or at a signal."""
         self._leased, records = set(self._leases.state.names(LEASE)), self._records(self._chosen)
         for one in self._chosen:
             if self._stand[one.run.name].evaluated:
@@ -72,7 +72,7 @@ class Worker:
                 self._processes.wait(self._leases.poll_seconds)
 
     def _pass(self) -> list[str] | None:
-        """Goes through the runs until it has made one; then None, else who works at what is left."""
+        """Goes through the runs until it has made one; then returns None, else who is working on the remaining runs."""
         self.failures, waited_for = {}, []
         self._leased = set(self._leases.state.names(LEASE))
         to_do = [one for one in self._chosen if one.run.name not in self._done]
@@ -101,7 +101,7 @@ class Worker:
         return waited_for
 
     def _records(self, runs: Sequence[Planned]) -> dict[str, dict[str, Any]]:
-        """What workers recorded of these runs."""
+        """The records of these runs that workers wrote."""
         recorded = set(self._leases.state.names(RECORD))
         found = self._leases.state.read_all([one.run.name for one in runs if one.run.name in recorded], RECORD)
         return {name: record for name, (value, _) in found.items() if (record := as_record(value))}
@@ -123,7 +123,7 @@ class Worker:
             self._pace.evaluated(evaluation)
         if name in self._leased:
             with self._leases.held(name, self._processes.kill):
-                pass  # what a worker left that was killed at the very end is taken away
+                pass  # removes what a worker left that was killed at the very end
         if records.get(name, {}).get("state") != "done":
             self._record(name, "done", train_seconds=seconds, eval_seconds=evaluation)
 
@@ -132,7 +132,7 @@ class Worker:
                                  RECORD)
 
     def _take(self, one: Planned) -> str | None:
-        """Makes a run that is free, or finds it made; returns who works at it, where somebody does all the same."""
+        """Makes a free run, or finds that it is done; returns who works on it, if another worker took it."""
         name = one.run.name
         with self._leases.held(name, self._processes.kill, self._stand[name].step) as lease:
             if lease is None:
@@ -140,21 +140,21 @@ class Worker:
             try:
                 with alone_in(str(epath.Path(one.folder).expanduser())):
                     pass
-            except ValueError:  # a command that someone gave by hand, or one that a killed worker left and that dies
+            except ValueError:  # a command started by hand, or the dying command of a killed worker
                 return f"{name}, in whose directory a process without a lease is training"
             record = as_record(self._leases.state.read(name, RECORD)[0]) or {}
             if record.get("state") == "failed" or standing(one, {}, None).evaluated:
-                return None  # it ended elsewhere, between the look and the lease; the next look tells how
+                return None  # it ended elsewhere, between the check and the lease; the next check tells how
             why = self._make(one, lease)
             if lease.lost:
-                self._report(f"{self._headings[name]}: the run here is stopped, because the lease is lost: "
+                self._report(f"{self._headings[name]}: the run stops here, because its lease is lost: "
                              f"{lease.lost}.")
             elif why:
                 self._record(name, "failed", why=why)
         return None
 
     def _make(self, one: Planned, lease: Lease) -> str | None:
-        """Trains and evaluates a run, as far as that is not done; returns why it failed, or None."""
+        """Completes the training and evaluation of a run; returns the reason if it failed, else None."""
         name, heading, seconds = one.run.name, self._headings[one.run.name], dict[str, float]()
         for verb, done, command in (("train", "trained", one.train_command(self._search_paths)),
                                     ("eval", "evaluated", one.eval_command(self._search_paths))):
@@ -186,7 +186,7 @@ class Worker:
         return None
 
     def _left(self) -> str:
-        """How long the rest takes these workers, as the end of a line."""
+        """The remaining time with these workers, as the end of a line."""
         to_do = [ToDo(one.run.name, one.run.parent, self._pace.seconds(
             0.0 if of_run.trained else self._facts[one.run.name].get("flops", 0.0), not of_run.evaluated))
             for one in self._chosen

@@ -1,1 +1,1 @@
-"""Text to token ids and back: the kinds of tokenizers, what a folder says of their ids, training, export."""
+"""Text to token ids and back: kinds of tokenizers, the special ids of published ones, training, export."""

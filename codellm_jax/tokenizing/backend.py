@@ -1,4 +1,4 @@
-"""What every kind of tokenizer does, and which kind a file is: its content says so, never its name."""
+"""The interface of all tokenizers, and the detection of a file's kind from its content, not from its name."""
 
 import functools
 import re
@@ -9,50 +9,50 @@ TEXT_FORMS = ("plain", "pangu")
 
 
 class Backend(Protocol):
-    """A tokenizer as read from its file. Ids that it gives are in [0, pieces); special tokens in texts are text."""
+    """A tokenizer read from a file. Its ids are in [0, pieces); special tokens in texts are plain text."""
 
     @property
     def pieces(self) -> int:
-        """Number of ids, gaps included."""
+        """The number of ids, including gaps."""
         ...
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        """The text of each token that stands for no text, and its id."""
+        """The name of each token that does not represent text, and its id."""
         ...
 
     @property
     def named_special(self) -> tuple[str, ...]:
-        """The names of those among them that the file itself takes for text."""
+        """The names of those special tokens that the file itself treats as text."""
         ...
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
-        """What the file puts before each text, where it says so."""
+        """The ids that the file puts before each text, if any."""
         ...
 
     @property
     def end_id(self) -> int | None:
-        """The id that ends a text, where the file names one; `pad_id` likewise."""
+        """The id that ends a text, if the file names one; `pad_id` likewise."""
         ...
 
     @property
     def pad_id(self) -> int | None: ...
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token by its name; None where there is no such token."""
+        """The id of a token by its name; None if there is no such token."""
         ...
 
     def name_of(self, token: int) -> str:
-        """The name of the token of an id in [0, pieces)."""
+        """The name of the token with an id in [0, pieces)."""
         ...
 
     def is_special(self, token: int) -> bool:
-        """Whether an id in [0, pieces) stands for no text."""
+        """Whether an id in [0, pieces) does not represent text."""
         ...
 
     def encode(self, texts: Sequence[str], threads: int = 1, behind: bool = False) -> list[list[int]]:
-        """The ids of each text; `behind` others without a space that the file puts before a text.
+        """The ids of each text; with `behind`, without the space that the file puts before a text.
 
         Raises:
           UnicodeEncodeError: a text holds lone surrogates.
@@ -60,15 +60,15 @@ class Backend(Protocol):
         ...
 
     def encode_with_special(self, text: str) -> list[int]:
-        """The ids of a text in which the names of special tokens are these tokens."""
+        """The ids of a text in which the names of special tokens are parsed as these tokens."""
         ...
 
     def decode(self, ids: Sequence[int], begins: bool = True) -> str:
-        """The text of ids, of which those from `pieces` on are unknown; `begins` drops a space put before a text."""
+        """The text of ids; ids from `pieces` on are unknown. `begins` drops a space put before a text."""
         ...
 
     def bytes_of_ids(self) -> tuple[bytes, ...]:
-        """For each id in [0, pieces) the bytes of UTF-8 that it stands for."""
+        """For each id in [0, pieces), the UTF-8 bytes that it represents."""
         ...
 
 
@@ -80,10 +80,10 @@ def read_backend(content: bytes, file: str, text_form: str = "plain", special: S
       content: all bytes of the file.
       file: its address, for messages.
       text_form: one of TEXT_FORMS.
-      special: names of tokens that are special beside those that the file says are.
+      special: names of special tokens in addition to those in the file.
 
     Raises:
-      ValueError: in one line; the file is no tokenizer that is read here, or jieba is missing.
+      ValueError: with a one-line message; the file is not a supported tokenizer, or jieba is missing.
     """
     backend: Backend
     if is_json(content):
@@ -102,7 +102,7 @@ def read_backend(content: bytes, file: str, text_form: str = "plain", special: S
 
 
 def encoded_with_special(backend: Backend, text: str) -> list[int]:
-    """What `Backend.encode_with_special` gives where the library knows no such thing: between the names it is text."""
+    """A fallback for `Backend.encode_with_special` if the library has none: everything between the names is text."""
     names = sorted(backend.special_tokens, key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     ids: list[int] = []
@@ -115,5 +115,5 @@ def encoded_with_special(backend: Backend, text: str) -> list[int]:
 
 
 def is_json(content: bytes) -> bool:
-    """Whether a file's content is a JSON object, as a tokenizer.json is."""
+    """Whether a file's content is a JSON object, as in a tokenizer.json."""
     return re.match(rb'(\xef\xbb\xbf)?\s*\{\s*["}]', content) is not None

@@ -1,11 +1,11 @@
-"""Tokenizers as Hugging Face's libraries read them: our SentencePiece files as tokenizer.json, others' as they are.
+"""Tokenizers for Hugging Face's libraries: converts our SentencePiece files to tokenizer.json, and copies others.
 
-SentencePiece merges the neighbours whose piece has the highest score, the leftmost first; `tokenizers` merges by the
-order of a list of pairs. So the list is, by falling score, every pair that makes a piece. Of pairs that make the same
-piece, "ab" + "a" and "a" + "ba", the one that would be leftmost where both overlap comes first.
+SentencePiece merges the neighbours whose piece has the highest score, leftmost first; `tokenizers` merges by the order
+of a list of pairs. The list therefore contains, by falling score, every pair that makes a piece. Among pairs that make
+the same piece, such as "ab" + "a" and "a" + "ba", the one that would be leftmost if both overlap comes first.
 
-What cannot be said there exactly is not said: Unigram, whose scores are summed in another precision; normalization by
-a table of characters; symbols of a user's beside escaped spaces. Such a file is written as it is.
+Files that cannot be converted exactly are copied unchanged: Unigram, whose scores are summed in another precision;
+normalization by a table of characters; user-defined symbols together with escaped spaces.
 """
 
 import json
@@ -21,7 +21,7 @@ COPIED = (*files.CONFIGURATIONS[:2], files.CHAT_TEMPLATE, "added_tokens.json")
 
 
 class Described(Protocol):
-    """What is asked of a `vocabulary.Vocabulary` here."""
+    """The part of `vocabulary.Vocabulary` that is needed here."""
 
     @property
     def path(self) -> str: ...
@@ -49,17 +49,17 @@ class Described(Protocol):
 
 
 class Inexact(ValueError):
-    """A tokenizer that no tokenizer.json does exactly; says why."""
+    """No tokenizer.json represents this tokenizer exactly; the message says why."""
 
 
 def write_tokenizer(vocabulary: Described, folder: str) -> str | None:
-    """Writes a vocabulary's files into a folder that is there, local or gs://.
+    """Writes a vocabulary's files to an existing folder, local or gs://.
 
-    A tokenizer.json and what stands beside it is copied; a SentencePiece file becomes a tokenizer.json where that gives
-    the same ids for any text, and is written as tokenizer.model where it does not.
+    A tokenizer.json and its companion files are copied. A SentencePiece file becomes a tokenizer.json if that gives the
+    same ids for any text, and is otherwise written as tokenizer.model.
 
     Returns:
-      In that last case a line that says so.
+      In the last case, a line that says so.
     """
     content = files.read(vocabulary.file)
     told = None
@@ -76,7 +76,7 @@ def write_tokenizer(vocabulary: Described, folder: str) -> str | None:
             files.write(folder, files.SENTENCE_PIECES[0], content)
             told = (f"{vocabulary.file}: {error}, so no tokenizer.json would give the same ids; the SentencePiece file "
                     f"is in {folder} as {files.SENTENCE_PIECES[0]}.")
-    # A copied configuration may say less than the run's gin files do.
+    # A copied configuration may contain less than the run's gin files.
     if _ids_in(folder) != (vocabulary.begin_ids, vocabulary.end_of_document_id, vocabulary.pad_id):
         config = files.configurations(folder).get("tokenizer_config.json", {}) | tokenizer_config(vocabulary)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -94,9 +94,10 @@ def _ids_in(folder: str) -> tuple[tuple[int, ...], int | None, int | None]:
 
 
 def tokenizer_config(vocabulary: Described) -> dict[str, Any]:
-    """What tokenizer_config.json says of a vocabulary, for AutoTokenizer.
+    """The content of tokenizer_config.json for AutoTokenizer.
 
-    Without a chat template, whose special tokens must be parsed, their names in texts are plain text, as they are here.
+    Special tokens are only parsed for a chat template; without one, their names in texts are plain text, as they are
+    here.
     """
     content = files.read(vocabulary.file)
     backend = read_backend(content, vocabulary.file)
@@ -113,7 +114,7 @@ def tokenizer_config(vocabulary: Described) -> dict[str, Any]:
         "add_bos_token": bool(begin),
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # older versions add token_type_ids, which no model takes
+        "model_input_names": ["input_ids", "attention_mask"],  # older versions add token_type_ids
         "split_special_tokens": vocabulary.chat_template is None,
         **({"chat_template": vocabulary.chat_template} if vocabulary.chat_template is not None else {}),
         "tokenizer_class": "GPTPanguTokenizer" if vocabulary.text_form == "pangu" else "PreTrainedTokenizerFast",
@@ -123,10 +124,11 @@ def tokenizer_config(vocabulary: Described) -> dict[str, Any]:
 def tokenizer_json(vocabulary: Described) -> str:
     """The content of a tokenizer.json that gives the same ids as a vocabulary for any text.
 
-    Special tokens are pieces that no text gives, and are not listed as added tokens, which texts would give.
+    Special tokens are pieces that no text produces. They are not listed as added tokens, since texts would produce
+    those.
 
     Raises:
-      Inexact: there is none.
+      Inexact: there is no such file.
     """
     content = files.read(vocabulary.file)
     if vocabulary.text_form != "plain":
@@ -164,7 +166,7 @@ def tokenizer_json(vocabulary: Described) -> str:
 
 
 def _inexact(model: Any) -> str | None:
-    """Why a model cannot be a tokenizer.json that gives the same ids for any text; None where it can."""
+    """The reason why no tokenizer.json gives the same ids as a model for any text; None if there is one."""
     normal = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
     own = any(piece.type == piece.USER_DEFINED for piece in model.pieces)
     made = [score for piece, score in normal.items() if len(piece) > 1]
@@ -187,7 +189,7 @@ def _inexact(model: Any) -> str | None:
 def _merges(model: Any) -> Iterator[tuple[str, str]]:
     normal = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
     for piece in sorted(normal, key=lambda piece: -normal[piece]):
-        # Where piece[k:] is its own beginning, the piece may overlap itself by that; split there it stands left.
+        # If piece[k:] is a prefix of the piece, the piece may overlap itself by that; the split there is leftmost.
         splits = sorted(range(1, len(piece)), key=lambda k: (not piece.startswith(piece[k:]), -k))
         for k in splits:
             if piece[:k] in normal and piece[k:] in normal:
@@ -195,7 +197,7 @@ def _merges(model: Any) -> Iterator[tuple[str, str]]:
 
 
 def _template(own: SentencePieces, begin_ids: tuple[int, ...]) -> Mapping[str, Any] | None:
-    """What puts the begin token before texts in the library; None where nothing does."""
+    """The template that puts the begin token before texts in the library; None without one."""
     names = {own.name_of(token): token for token in begin_ids}
     begin = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
     return {

@@ -1,8 +1,8 @@
-"""tokenizer.json, the files of Hugging Face's library `tokenizers`: byte-level BPE, BPE with byte fallback, Unigram.
+"""tokenizer.json, the format of Hugging Face's `tokenizers`: byte-level BPE, BPE with byte fallback, Unigram.
 
-The library encodes; its own threads are not used, so that their number is ours and processes may fork. What a file
-would do to texts beyond encoding them is left out: truncation, padding, dropout, the tokens that a post-processor
-adds. Special tokens in texts are plain text, also where the model itself could give them (a piece "</s>" of Unigram).
+The library encodes; its own threads are not used, so that we choose their number and processes may fork. Features of a
+file beyond encoding are ignored: truncation, padding, dropout, and the tokens added by a post-processor. Special tokens
+in texts are plain text, even if the model itself could produce them (a piece "</s>" of Unigram).
 """
 
 import concurrent.futures
@@ -13,18 +13,18 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-UNKNOWN = "\ufffd"  # what ids that stand for nothing are read as
-# The names of the token that ends a document, where a file comes without a configuration.
+UNKNOWN = "\ufffd"  # the text of ids without a token
+# The names of the token that ends a document, for a file without a configuration.
 END_TOKENS = ("<|endofdocument|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 _CHARACTERS_A_CALL = 1 << 16
-# Of a decoder, the parts that give back what a normalizer or pre-tokenizer wrote for spaces, and bytes.
+# The parts of a decoder that restore spaces and bytes rewritten by a normalizer or pre-tokenizer.
 _OF_SPACES = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}
 
 
 class FastTokenizer:
-    """A `Backend` of a tokenizer.json."""
+    """A `Backend` from a tokenizer.json."""
 
-    pad_id: int | None = None  # such a file names none
+    pad_id: int | None = None  # such files name none
 
     def __init__(self, content: bytes, file: str, special: Sequence[str] = ()) -> None:
         self._file = file
@@ -53,12 +53,12 @@ class FastTokenizer:
             self._behind = _tokenizer(behind, file)
             self._behind.encode_special_tokens = True
             [ids] = _encoded(self._behind, ["x  x"])
-            if b"  " not in b"".join(self._bytes[token] for token in ids):  # it squeezes blanks, T5's way
+            if b"  " not in b"".join(self._bytes[token] for token in ids):  # it collapses blanks, as T5 does
                 self._behind = self._plain
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
-        """What the post-processor's template puts before a text."""
+        """The ids that the post-processor's template puts before a text."""
         for step in _steps(self._facts.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
                 return tuple(_begin_of(step))
@@ -113,7 +113,7 @@ class FastTokenizer:
 
 
 def _facts(content: bytes, file: str) -> dict[str, Any]:
-    """The JSON of a tokenizer.json whose model is read here, with 'type' and 'added_tokens'; ValueError for others."""
+    """The JSON of a supported tokenizer.json, with 'type' and 'added_tokens'; raises ValueError for others."""
     try:
         facts = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -137,7 +137,7 @@ def _facts(content: bytes, file: str) -> dict[str, Any]:
 
 
 def _tokenizer(facts: dict[str, Any], file: str) -> Any:
-    # The library's threads would be as many as there are processors, and are lost in a forked process.
+    # The library would start as many threads as there are processors, and a forked process would lose them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import tokenizers
 
@@ -153,12 +153,12 @@ def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except TypeError:
         for text in texts:
-            text.encode()  # raises where one holds lone surrogates
+            text.encode()  # raises if one contains lone surrogates
         raise
 
 
 def _some(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Texts in lists of some 64 KiB, in their order."""
+    """Texts in lists of about 64 KiB, in order."""
     some: list[str] = []
     characters = 0
     for text in texts:
@@ -172,7 +172,7 @@ def _some(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer, post-processor or decoder, one after the other."""
+    """The steps of a normalizer, pre-tokenizer, post-processor or decoder, in order."""
     if part is None:
         return []
     if part["type"] == "Sequence":
@@ -191,11 +191,11 @@ def _unknown_id(model: dict[str, Any], ids: dict[str, int]) -> int | None:
     return model.get("unk_id") if model["type"] == "Unigram" else ids.get(model.get("unk_token") or "")
 
 
-# ---- What pieces stand for ---------------------------------------------------------------------
+# ---- Bytes of the pieces -----------------------------------------------------------------------
 
 
 def _text_rule(facts: dict[str, Any], file: str) -> Callable[[str], bytes]:
-    """What makes a token's bytes of its name."""
+    """The function from a token's name to its bytes."""
     steps = _steps(facts.get("decoder"), "decoders")
     kinds = {step["type"] for step in steps}
     before = [*_steps(facts.get("pre_tokenizer"), "pretokenizers")]
@@ -220,8 +220,8 @@ def _text_rule(facts: dict[str, Any], file: str) -> Callable[[str], bytes]:
 
 @functools.cache
 def _alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level piece stands for: printable ones of Latin-1 stand for themselves,
-    the others for the characters from U+0100 on, in their order.
+    """The byte for each character of a byte-level piece: printable Latin-1 characters represent themselves, the others
+    are represented by the characters from U+0100 on, in order.
     """
     own = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
     others = [byte for byte in range(256) if byte not in own]
@@ -232,15 +232,15 @@ def _of_alphabet(name: str) -> bytes:
     alphabet = _alphabet()
     try:
         return bytes(alphabet[character] for character in name)
-    except KeyError:  # an added token, which is text as it is
+    except KeyError:  # an added token, which is literal text
         return name.encode()
 
 
-# ---- Tokenizers that do the same but for one thing ---------------------------------------------
+# ---- Tokenizers with one feature removed --------------------------------------------------------
 
 
 def _without(facts: dict[str, Any], special: Collection[str]) -> dict[str, Any]:
-    """The same tokenizer, whose model cannot give special tokens; the very same where it cannot anyway."""
+    """The same tokenizer, with a model that cannot produce special tokens; unchanged if it cannot anyway."""
     model = facts["model"]
     if model["type"] == "Unigram":
         given = {piece for piece, _ in model["vocab"] if piece in special}
@@ -251,7 +251,7 @@ def _without(facts: dict[str, Any], special: Collection[str]) -> dict[str, Any]:
         made = {left + right for left, right in merges}
         given = {name for name in special if name in model["vocab"] and (
             model.get("ignore_merges") or name in made or len(name) == 1)}
-        # No text is likely to be a whole word of a model's and end so.
+        # No text is likely to contain a whole word with this ending.
         names = {name: f"{name}\0special\0" for name in given}
         changed = {
             "vocab": {names.get(piece, piece): token for piece, token in model["vocab"].items()},
@@ -264,7 +264,7 @@ def _without(facts: dict[str, Any], special: Collection[str]) -> dict[str, Any]:
 
 
 def _without_prefix(facts: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer, which puts no space before a text."""
+    """The same tokenizer, without the space that it puts before a text."""
     def stripped(part: Any, key: str) -> Any:
         if part is None or part["type"] == "Prepend":
             return None

@@ -1,4 +1,4 @@
-"""Where a tokenizer's files lie: a file, a folder, or a name of Hugging Face's hub."""
+"""The locations of a tokenizer's files: a file, a folder, or a name on Hugging Face's hub."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from codellm_jax import contents, hub
 
 TOKENIZER = "tokenizer.json"
 SENTENCE_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.model")
-# What says beside a tokenizer which of its ids is what.
+# The files beside a tokenizer that define its special ids.
 CONFIGURATIONS = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
 CHAT_TEMPLATE = "chat_template.jinja"
 # All of these together, for the hub.
@@ -18,10 +18,10 @@ PATTERNS = (TOKENIZER, "*.model", *CONFIGURATIONS, "chat_template*", "added_toke
 
 
 def resolve(path: str) -> str:
-    """A file or folder that is there, local or gs://, of one or of a name hf://ORG/NAME[@REVISION].
+    """An existing file or folder, local or gs://, for a path or a name hf://ORG/NAME[@REVISION].
 
     Raises:
-      OSError, ValueError: in one line; the hub cannot give it.
+      OSError, ValueError: with a one-line message; the hub cannot provide it.
     """
     if not hub.is_hub_name(path):
         return os.path.expanduser(path)
@@ -34,11 +34,11 @@ def is_folder(path: str) -> bool:
 
 
 def tokenizer_file(path: str) -> str:
-    """The tokenizer's file of a file or folder: tokenizer.json, else a SentencePiece file.
+    """The tokenizer's file in a file or folder: tokenizer.json, else a SentencePiece file.
 
     Raises:
       FileNotFoundError: a folder has none.
-      ValueError: a folder has several SentencePiece files of other names.
+      ValueError: a folder has several SentencePiece files with non-standard names.
     """
     if not is_folder(path):
         return path
@@ -55,27 +55,27 @@ def tokenizer_file(path: str) -> str:
 
 
 def read(file: str) -> bytes:
-    """All bytes of a file; raises OSError and UnreadableFile in a line."""
+    """The bytes of a file; raises OSError and UnreadableFile with a one-line message."""
     contents.require_file(file, "vocabulary file")
     return contents.content(file)
 
 
 def read_if_there(folder: str | None, name: str) -> bytes | None:
-    """All bytes of a file of a folder; None where there is none."""
+    """The bytes of a file in a folder; None if it does not exist."""
     file = None if folder is None else os.path.join(folder, name)
     return read(file) if file and _exists(file) else None
 
 
 def write(folder: str, name: str, content: bytes) -> None:
-    """Writes a file of a folder."""
+    """Writes a file in a folder."""
     _path(folder).joinpath(name).write_bytes(content)
 
 
 def configurations(path: str) -> dict[str, dict[str, Any]]:
-    """The JSON files that stand beside a folder's tokenizer or a file named tokenizer.json, by name, where they are.
+    """The existing JSON files beside a folder's tokenizer or a file named tokenizer.json, by name.
 
     Raises:
-      ValueError: one is no JSON object.
+      ValueError: a file is not a JSON object.
     """
     folder = folder_of(path)
     return {} if folder is None else {name: found for name in CONFIGURATIONS
@@ -83,26 +83,26 @@ def configurations(path: str) -> dict[str, dict[str, Any]]:
 
 
 def chat_template_file(path: str) -> str | None:
-    """The text of the Jinja file beside a tokenizer, where there is one."""
+    """The text of the Jinja file beside a tokenizer, if there is one."""
     folder = folder_of(path)
     file = None if folder is None else os.path.join(folder, CHAT_TEMPLATE)
     return contents.whole_text(file) if file and _exists(file) else None
 
 
 def folder_of(path: str) -> str | None:
-    """The folder whose configuration belongs to a tokenizer; None for a file of any other name than tokenizer.json."""
+    """The folder with the configuration of a tokenizer; None for a file with another name than tokenizer.json."""
     if is_folder(path):
         return path
     return os.path.dirname(path) or "." if os.path.basename(path) == TOKENIZER else None
 
 
 def content_hash(content: bytes, special: Sequence[str], text_form: str) -> str:
-    """SHA-256 of all that ids depend on, in hexadecimal: of a file's bytes alone, where nothing else changes them.
+    """SHA-256 of everything that ids depend on, in hexadecimal; of the file's bytes alone if nothing else affects them.
 
     Args:
       content: all bytes of the file.
-      special: names of tokens that are special though the file does not say so.
-      text_form: "plain", or another with the version of what makes it.
+      special: names of tokens that are special although the file does not say so.
+      text_form: "plain", or another form with the version of the library that makes it.
     """
     beside: dict[str, Any] = {"special": sorted(special)} if special else {}
     beside |= {"text_form": text_form} if text_form != "plain" else {}
@@ -117,7 +117,7 @@ def _json_object(file: str) -> dict[str, Any] | None:
     except RecursionError:
         found = None
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}.") from None
+        raise ValueError(f"{file} is not valid JSON: {error}.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no JSON object.")
     return found

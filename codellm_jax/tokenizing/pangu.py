@@ -10,7 +10,8 @@ _READ = str.maketrans("\u2582\u2583", " \n", " ")
 
 
 class PanguText:
-    """A `Backend` whose texts are in PanGu's form within; what joins words is no text."""
+    """A `Backend` that converts texts to PanGu's form internally; the spaces between words do not belong to the text.
+    """
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
@@ -22,7 +23,7 @@ class PanguText:
         self.id_of, self.name_of, self.is_special = inner.id_of, inner.name_of, inner.is_special
 
     def encode(self, texts: Sequence[str], threads: int = 1, behind: bool = False) -> list[list[int]]:
-        # Behind another text, too, words are parted by spaces: the one before a text is right there.
+        # Words are also separated by spaces after another text, so the space before a text is correct there.
         for text in texts:
             text.encode()
         return self._inner.encode([self._written(text) for text in texts], threads)
@@ -48,7 +49,7 @@ def _bytes_read(piece: bytes) -> bytes:
 
 
 def jieba() -> Any:
-    """The library; ValueError where it is not installed."""
+    """The jieba library; raises ValueError if it is not installed."""
     try:
         import jieba as library
     except ModuleNotFoundError:

@@ -1,7 +1,7 @@
-"""Which ids of a published tokenizer begin and end a document, and its chat template: read from the files beside it.
+"""The ids of a published tokenizer that begin and end a document, and its chat template, from the files beside it.
 
-What names a token comes first (tokenizer_config.json, special_tokens_map.json), then what gives its id (config.json,
-generation_config.json), then the tokenizer's own file.
+Files that name a token come first (tokenizer_config.json, special_tokens_map.json), then those that give its id
+(config.json, generation_config.json), then the tokenizer's own file.
 """
 
 import dataclasses
@@ -12,20 +12,20 @@ from codellm_jax.tokenizing.backend import Backend
 
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 NUMBERING = ("generation_config.json", "config.json")
-# Tokenizers of these classes begin texts with bos_token where no file says otherwise.
+# Tokenizers of these classes begin texts with bos_token unless a file says otherwise.
 _BEGINS = ("Llama", "Gemma")
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What a folder says of its tokenizer.
+    """The facts about a tokenizer in its folder.
 
     Attributes:
-      begin_ids: what each text begins with; empty where nothing is put before it.
-      end_id, pad_id: None where no file says.
-      chat_template: Jinja; None where there is none.
-      template_tokens: what a chat template may write by name, such as ("bos_token", "<s>").
-      special: names of tokens that begin, end or pad, though the tokenizer's file does not say that they are special.
+      begin_ids: the ids that each text begins with; empty without any.
+      end_id, pad_id: None if no file names one.
+      chat_template: jinja; None without one.
+      template_tokens: the tokens that a chat template may use by name, such as ("bos_token", "<s>").
+      special: names of tokens that begin, end or pad, although the tokenizer's file does not mark them as special.
       text_form: "pangu" or "plain".
     """
 
@@ -41,23 +41,23 @@ class Published:
 def published(
     backend: Backend, files: Mapping[str, Mapping[str, Any]], template_file: str | None, where: str
 ) -> Published:
-    """Reads what stands beside a tokenizer.
+    """Reads the files beside a tokenizer.
 
     Args:
       backend: the tokenizer.
-      files: JSON objects by file name, of NAMING and NUMBERING those that are there.
+      files: JSON objects by file name, those of NAMING and NUMBERING that exist.
       template_file: the content of chat_template.jinja.
       where: the tokenizer's address, for messages.
 
     Raises:
-      ValueError: a token that is named is none of the tokenizer's.
+      ValueError: a file names a token that the tokenizer does not have.
     """
     config = files.get("tokenizer_config.json", {})
     named = {kind: _named(backend, files, kind, where) for kind in ("bos", "eos", "pad")}
     special = tuple(sorted({name for name, _ in filter(None, named.values()) if name not in backend.special_tokens}))
     ids = {kind: one[1] if one else _numbered(files, kind, backend.pieces) for kind, one in named.items()}
     adds = config.get("add_bos_token")
-    if adds is None and not backend.begin_ids:  # a tokenizer.json says so itself
+    if adds is None and not backend.begin_ids:  # a tokenizer.json contains this itself
         adds = str(config.get("tokenizer_class", "")).startswith(_BEGINS) and not where.endswith(".json")
     begin = backend.begin_ids if adds is None else (ids["bos"],) if adds and ids["bos"] is not None else ()
     return Published(
@@ -74,7 +74,7 @@ def published(
 def _named(
     backend: Backend, files: Mapping[str, Mapping[str, Any]], kind: str, where: str
 ) -> tuple[str, int] | None:
-    """The name and id of a special token, where a file names it."""
+    """The name and id of a special token, if a file names it."""
     for file in NAMING:
         value = files.get(file, {}).get(f"{kind}_token")
         name = value.get("content") if isinstance(value, dict) else value
@@ -89,7 +89,7 @@ def _named(
 
 
 def _template_tokens(files: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """Every token that a file names, as transformers gives them to chat templates."""
+    """Every token that a file names, as transformers passes them to chat templates."""
     found: dict[str, str] = {}
     for file in NAMING:
         for kind, value in files.get(file, {}).items():
@@ -100,7 +100,7 @@ def _template_tokens(files: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str,
 
 
 def _numbered(files: Mapping[str, Mapping[str, Any]], kind: str, pieces: int) -> int | None:
-    """The id that a model's configuration gives, where the tokenizer has it; of several the first."""
+    """The id in a model's configuration, if the tokenizer has it; the first of several."""
     for file in NUMBERING:
         value = files.get(file, {}).get(f"{kind}_token_id")
         for token in value if isinstance(value, list) else [value]:
@@ -110,7 +110,7 @@ def _numbered(files: Mapping[str, Mapping[str, Any]], kind: str, pieces: int) ->
 
 
 def _template(value: Any) -> str | None:
-    """A chat template; of several that have names the one named "default"."""
+    """A chat template; of several named ones, the one named "default"."""
     if isinstance(value, list):
         value = next((one.get("template") for one in value if isinstance(one, dict) and one.get("name") == "default"),
                      None)

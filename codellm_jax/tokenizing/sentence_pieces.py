@@ -7,13 +7,13 @@ from typing import Any
 from codellm_jax import contents
 from codellm_jax.tokenizing.backend import encoded_with_special
 
-SPACE_SYMBOL = "\u2581"  # SentencePiece's stand-in for a space
+SPACE_SYMBOL = "\u2581"  # SentencePiece's symbol for a space
 
 
 class SentencePieces:
-    """A `Backend` of a SentencePiece model file."""
+    """A `Backend` for a SentencePiece model file."""
 
-    begin_ids: tuple[int, ...] = ()  # that a text begins with a token, such a file cannot say
+    begin_ids: tuple[int, ...] = ()  # such files cannot specify a begin token
 
     def __init__(self, content: bytes, file: str, special: Sequence[str] = ()) -> None:
         self._file = file
@@ -22,7 +22,7 @@ class SentencePieces:
         self.named_special = tuple(name for name, token in named.items()
                                    if not self._own.IsControl(token) and not self._own.IsUnknown(token))
         if self.named_special:
-            model = self.model()  # in which texts do not become these pieces
+            model = self.model()  # a model in which texts do not produce these pieces
             for name in self.named_special:
                 model.pieces[named[name]].type = model.pieces[named[name]].CONTROL
             self._own = _parse(model.SerializeToString(deterministic=True), file)
@@ -74,8 +74,8 @@ class SentencePieces:
 
     @functools.cached_property
     def _inner(self) -> tuple[Any, bool]:
-        """A processor that neither adds nor takes away blanks at a text's beginning; and whether the file's own
-        squeezes blanks, so that this one only decodes as it should.
+        """A processor that neither adds nor removes blanks at the start of a text; and whether the file's own processor
+        collapses blanks, in which case this one is only used to decode.
         """
         model = self.model()
         squeezes = model.normalizer_spec.remove_extra_whitespaces
@@ -95,7 +95,7 @@ def _or_none(token: int) -> int | None:
 
 
 def _parse(content: bytes, file: str) -> Any:
-    """A SentencePieceProcessor of a model's bytes."""
+    """A SentencePieceProcessor from a model's bytes."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()

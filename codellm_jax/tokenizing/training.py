@@ -1,7 +1,7 @@
-"""Trains vocabularies that lose nothing: `decode(encode(text)) == text` for every text that UTF-8 can hold.
+"""Trains lossless vocabularies: `decode(encode(text)) == text` for every text that UTF-8 can represent.
 
-SentencePiece alone cannot promise that, because it writes a space as U+2581 and reads U+2581 back as a space; the
-trained file is therefore rewritten to hold plain spaces and to escape nothing (see `_with_plain_spaces`).
+SentencePiece alone cannot guarantee that, because it writes a space as U+2581 and reads U+2581 back as a space; the
+trained file is therefore rewritten to contain plain spaces and no escaping (see `_with_plain_spaces`).
 """
 
 import io
@@ -88,9 +88,9 @@ def train(documents: Iterable[str], size: int, output: str) -> None:
 
 
 def _segments(documents: Iterable[str]) -> Iterator[str]:
-    """Cuts documents where the encoder cuts them, lest pieces be learned that can never be used.
+    """Cuts documents where the encoder cuts them, so that no unusable pieces are learned.
 
-    Newlines, tabs and runs of spaces have pieces of their own; U+2581 would pass for a space.
+    Newlines, tabs and runs of spaces have their own pieces; U+2581 would be mistaken for a space.
     """
     for document in documents:
         for segment in re.split(rf"[\n\t\0{SPACE_SYMBOL}]|  +", document):
@@ -99,11 +99,10 @@ def _segments(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _with_plain_spaces(content: bytes) -> bytes:
-    """Rewrites a model to hold spaces as spaces and to escape nothing, so that U+2581 stays U+2581.
+    """Rewrites a model to contain plain spaces without escaping, so that U+2581 stays U+2581.
 
-    The trainer refuses to learn BPE without escaping, but the encoder can do without: it compares
-    pieces with the text as it is. As no piece then holds U+2581, that character falls back to its
-    three bytes, like any rare one.
+    The trainer cannot learn BPE without escaping, but the encoder does not need it: it compares pieces with the text as
+    it is. Since no piece then contains U+2581, that character falls back to its three bytes, like any rare one.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -119,7 +118,7 @@ def _write(file: str, content: bytes) -> None:
 
 
 def _path(file: str) -> Any:
-    """A path to read and write; etils is needed for remote files alone."""
+    """A path to read and write; only remote files need etils."""
     if "://" not in file:
         return pathlib.Path(file)
     from etils import epath

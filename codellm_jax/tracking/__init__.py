@@ -1,1 +1,1 @@
-"""A run in TensorBoard, Weights & Biases and MLflow: configuration, records, ledger, scores, report."""
+"""Reports a run to TensorBoard, Weights & Biases and MLflow: configuration, records, ledger, scores, report."""

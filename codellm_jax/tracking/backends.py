@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow, each as the same few functions."""
+"""TensorBoard, Weights & Biases and MLflow behind the same few functions."""
 
 import dataclasses
 import os
@@ -10,19 +10,19 @@ from typing import Any
 
 from codellm_jax.runtime.events import Events
 
-PROJECT = "codellm_jax"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME name no other
+PROJECT = "codellm_jax"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set
 LONGEST = 6000  # characters of a parameter in MLflow
 
 
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """What a tracker is told of a run at its beginning.
+    """The description of a run for a tracker.
 
     Attributes:
       name: of the run.
-      group: the study that it belongs to; None for none.
-      id: by which the tracker knows it, from an earlier session; None at the first.
-      place: a folder of a disk for what the tracker itself keeps; None for the tracker's own choice.
+      group: the study that it belongs to, or None.
+      id: the tracker's id of the run, from an earlier session; None the first time.
+      place: a local folder for the tracker's own files; None for the tracker's default.
       directory: the run directory.
       configuration: name -> value.
     """
@@ -40,11 +40,11 @@ class Tracker:
     """An open run of a tracker.
 
     Attributes:
-      id: by which the tracker knows it.
+      id: the tracker's id of the run.
       record: takes a step and its values.
       summary: takes values of the run as a whole, and its step.
-      file: takes a file and the kind that it is of: "results", "report" or "".
-      close: takes whether the run has ended; sends what is not sent.
+      file: takes a file and its kind: "results", "report" or "".
+      close: takes whether the run has ended; sends the remaining data.
     """
 
     id: str
@@ -55,7 +55,7 @@ class Tracker:
 
 
 def open_tensorboard(run: Tracked) -> Tracker:
-    """Configuration, ledger and scores, in a file beside the events that the run itself writes of its records."""
+    """Configuration, ledger and scores, in an events file beside the one that the run itself writes."""
     def fail(why: str) -> None:
         raise OSError(why)
 
@@ -73,7 +73,7 @@ def open_tensorboard(run: Tracked) -> Tracker:
 
 
 def open_wandb(run: Tracked) -> Tracker:
-    """A run of Weights & Biases; WANDB_MODE=offline keeps it in the run directory, for `wandb sync`."""
+    """A run of Weights & Biases; with WANDB_MODE=offline it stays in the run directory, for `wandb sync`."""
     import wandb
 
     made = wandb.init(
@@ -101,7 +101,7 @@ def open_mlflow(run: Tracked) -> Tracker:
     """A run of MLflow, at MLFLOW_TRACKING_URI or in ./mlruns."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or Path("mlruns").absolute().as_uri()
     if "://" not in uri or uri.startswith("file:"):
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # which MLflow keeps, and wants to be asked for
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow requires this for its file store
     from mlflow.entities import Metric, Param
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -132,7 +132,7 @@ def open_mlflow(run: Tracked) -> Tracker:
 
 
 def _as_file(name: str) -> str:
-    """The name of a metric: in a store of files "train/loss" and "train/loss/text" would be a file and its folder."""
+    """The file name of a metric: in a file store, "train/loss" and "train/loss/text" would be a file and its folder."""
     split, _, rest = name.partition("/")
     return f"{split}/{rest.replace('/', '.')}"
 

@@ -1,10 +1,10 @@
-"""The process that feeds one tracker from the files of a run.
+"""The process that sends the files of a run to one tracker.
 
     python -m codellm_jax.tracking.follow RUN wandb
 
-It reads until its standard input ends, which it does when the run ends in any way, then sends the rest. RUN/trackers
-keeps what was sent, so that each record is sent once, over any number of sessions. On its standard output stands why
-it failed, in a line.
+It reads until its standard input ends, which happens when the run ends for any reason, then sends the rest.
+RUN/trackers records what was sent, so each record is sent once, over any number of sessions. If it fails, it prints the
+reason to its standard output, in one line.
 """
 
 import ast
@@ -27,19 +27,19 @@ from codellm_jax.runtime.terminal import one_line
 from codellm_jax.tracking.backends import OPEN, Tracked, Tracker
 from codellm_jax.tracking.trackers import END_SECONDS, FOLDER
 
-PERIOD, REMOTE_PERIOD = 2.0, 30.0  # seconds between two looks at a run on a disk, and in a bucket
-REST = 20.0  # and never less than so many times what a look takes, for the run wants the processor
+PERIOD, REMOTE_PERIOD = 2.0, 30.0  # seconds between two reads of a run on a disk, and in a bucket
+REST = 20.0  # and at least this many times the duration of a read, to leave the processor to the run
 FILES = ("config.gin", "provenance.json")
 
 
 class Follower:
-    """What was sent of a run to one tracker, and sends the rest."""
+    """The record of what was sent of a run to one tracker; sends the rest."""
 
     def __init__(self, directory: str, name: str) -> None:
         self.folder = epath.Path(directory).expanduser()
         self._state = self.folder / FOLDER / f"{name}.json"
         self._sent: dict[str, Any] = {"id": None, "steps": {}, "files": {}} | _json(self._state)
-        self._seen: tuple[float, int] | None = None  # of metrics.jsonl: when it changed, and its size
+        self._seen: tuple[float, int] | None = None  # modification time and size of metrics.jsonl
         self._is_study = (self.folder / "study.json").exists()
         (self.folder / FOLDER).mkdir(parents=True, exist_ok=True)
         local = "://" not in directory
@@ -52,7 +52,7 @@ class Follower:
         self._keep()
 
     def _configuration(self) -> dict[str, Any]:
-        """The settings that hold, macros in their places, and what the run is."""
+        """The settings in force, with macros resolved, and the facts about the run."""
         provenance = _json(self.folder / "provenance.json")
         asked = {name: str(value) for name, value in provenance.get("asked", {}).items()}
         resolved = {name: asked.get(value[1:], value) if value.startswith("%") else value
@@ -62,7 +62,7 @@ class Follower:
                                                 "vocabulary") if provenance.get(name) is not None}
 
     def records(self) -> None:
-        """Sends the lines of metrics.jsonl that were not sent; each step of a split once, whatever is written again."""
+        """Sends new lines of metrics.jsonl; each step of a split once, even if it is written again."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
@@ -82,7 +82,7 @@ class Follower:
             self._keep()
 
     def rest(self) -> None:
-        """Sends what there is besides records: ledger, scores, files; of a study its report."""
+        """Sends everything besides records: ledger, scores, files; for a study, its report."""
         provenance, finished = _json(self.folder / "provenance.json"), True
         if not self._is_study:
             finished = bool(provenance.get("finished"))
@@ -96,12 +96,12 @@ class Follower:
             for path in names:
                 kind = "" if path.parent == self.folder else path.parent.name
                 if path.exists() and (changed := _changed(path)) != self._sent["files"].get(f"{kind}/{path.name}"):
-                    copy = Path(copies) / kind / path.name  # trackers want files of a disk
+                    copy = Path(copies) / kind / path.name  # trackers need local files
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(path.read_bytes())
                     self._tracker.file(copy, kind)
                     self._sent["files"][f"{kind}/{path.name}"] = changed
-            self._tracker.close(finished)  # while the copies are there
+            self._tracker.close(finished)  # while the copies exist
         self._keep()
 
     def _keep(self) -> None:
@@ -122,7 +122,7 @@ def _json(path: epath.Path) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A setting as a number, text or truth value where it is one; else as gin writes it."""
+    """A setting as a number, text or truth value if it is one; else as gin writes it."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -157,7 +157,7 @@ def main(directory: str, name: str) -> int:
     def wait_for_end() -> None:
         sys.stdin.buffer.read()
         ended.set()
-        signal.alarm(int(5 * END_SECONDS))  # nobody may be left to end this process, should the tracker hang
+        signal.alarm(int(5 * END_SECONDS))  # ends this process if the tracker hangs and nobody else can
 
     with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace") as told:
         _to_log(directory, name)
@@ -172,14 +172,14 @@ def main(directory: str, name: str) -> int:
                 if last:
                     break
             follower.rest()
-        except Exception as error:  # anything that a tracker's library raises; the run is told, and goes on
+        except Exception as error:  # any exception of a tracker's library; reported to the run, which continues
             print(one_line(error).removesuffix(" (--debug shows where)"), file=told, flush=True)
             return 1
     return 0
 
 
 def _to_log(directory: str, name: str) -> None:
-    """Has what libraries print go to RUN/trackers/NAME.log."""
+    """Redirects the output of libraries to RUN/trackers/NAME.log."""
     path = os.devnull
     if "://" not in directory:
         folder = Path(directory).expanduser() / FOLDER
@@ -193,4 +193,4 @@ def _to_log(directory: str, name: str) -> None:
 if __name__ == "__main__":
     status = main(*sys.argv[1:3])
     sys.stdout.flush()
-    os._exit(status)  # threads of a tracker that hangs are not waited for
+    os._exit(status)  # does not wait for threads of a hanging tracker

@@ -1,8 +1,8 @@
-"""Which trackers follow a run, and the process of each.
+"""The trackers that follow a run, each in its own process.
 
-A tracker is fed by a process of its own, `follow`, which reads the files that the run writes anyhow. So one that
-fails, hangs or is slow neither stops the run nor slows it; a line says so, and what it did not take is sent by the
-next `t5x train` or `t5x eval` of the run.
+Each tracker is fed by its own process, `follow`, which reads the files that the run writes anyway. A tracker that
+fails, hangs or is slow therefore neither stops nor slows the run; a warning is printed, and the next `t5x train` or
+`t5x eval` of the run sends the missing data.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from etils import epath
 from codellm_jax.runtime.terminal import one_line
 
 KNOWN = ("tensorboard", "wandb", "mlflow")
-FOLDER = "trackers"  # of a run directory: what each tracker was sent, and its log
-END_SECONDS = 30.0  # at the end of a command, for what is not sent yet
+FOLDER = "trackers"  # in a run directory: a record of the data sent to each tracker, and its log
+END_SECONDS = 30.0  # at the end of a command, for the remaining data
 
 Told = Callable[[str], None]
 
 
 def require_known(names: Sequence[str]) -> None:
-    """Raises ValueError for a tracker that there is not."""
+    """Raises ValueError for an unknown tracker."""
     for name in names:
         if name not in KNOWN:
             near = difflib.get_close_matches(str(name), KNOWN, n=1, cutoff=0.3)
@@ -34,18 +34,18 @@ def require_known(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """What follows a run directory until `close`."""
+    """The trackers that follow a run directory until `close`."""
 
     def __init__(self, directory: str, names: Sequence[str], report: Told) -> None:
         """
         Args:
-          directory: a run directory, or a study's, of which the report is sent.
+          directory: a run directory, or a study's, whose report is sent.
           names: of trackers.
-          report: is told of a tracker that failed, also from another thread.
+          report: called when a tracker fails, possibly from another thread.
         """
         self._directory, self._report = directory, report
         self._late: set[str] = set()
-        # TensorBoard's events are files of the run, which it writes itself; only what comes last is left.
+        # The run itself writes TensorBoard's events; only the final data is left.
         self._has_events = "tensorboard" in names
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._threads: list[threading.Thread] = []
@@ -60,7 +60,7 @@ class Trackers:
             self._threads[-1].start()
 
     def _watch(self, name: str, process: "subprocess.Popen[str]") -> None:
-        """Reports why a tracker's process ended, where it failed."""
+        """Reports why a tracker's process ended, if it failed."""
         assert process.stdout is not None
         why = process.stdout.read().strip()
         if (status := process.wait()) and name not in self._late:
@@ -70,7 +70,7 @@ class Trackers:
         self._report(f"WARNING: the tracker {name} stopped: {why.rstrip('.')}. The run continues without it.")
 
     def close(self) -> None:
-        """Has all trackers take the rest, and waits for them no longer than END_SECONDS."""
+        """Sends the remaining data to all trackers, and waits for them at most END_SECONDS."""
         for process in self._processes.values():
             assert process.stdin is not None
             with contextlib.suppress(OSError):
@@ -80,7 +80,7 @@ class Trackers:
 
             try:
                 Follower(self._directory, "tensorboard").rest()
-            except Exception as error:  # whatever it is, the run has ended well
+            except Exception as error:  # whatever it is, the run itself has succeeded
                 self._failed("tensorboard", one_line(error))
         end = time.monotonic() + END_SECONDS
         for name, process in self._processes.items():
@@ -96,19 +96,19 @@ class Trackers:
 
 
 def _follow(directory: str, name: str) -> "subprocess.Popen[str]":
-    # In a session of its own: Ctrl-C is for the run, at whose end the tracker takes the rest.
+    # In its own session: Ctrl-C is meant for the run; when it ends, the tracker sends the rest.
     return subprocess.Popen([sys.executable, "-m", "codellm_jax.tracking.follow", directory, name], text=True,
                             encoding="utf-8", errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             start_new_session=True)
 
 
 def catch_up(directory: str, report: Told = print) -> None:
-    """Sends what is new of a run, or the report of a study, to the trackers that follow it already."""
+    """Sends the new data of a run, or the report of a study, to the trackers that already follow it."""
     if "://" in directory and not directory.startswith("gs://"):
         return
     try:
         names = _following(epath.Path(directory).expanduser())
-    except OSError as error:  # what was asked for is done
+    except OSError as error:  # the command itself has succeeded
         report(f"WARNING: the files for trackers in {directory} cannot be read: {one_line(error)}")
         return
     if names:

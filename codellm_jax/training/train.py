@@ -367,7 +367,7 @@ def held_out_rows(run: Run) -> dict[str, Any]:
 
 
 def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
-    """Loss of each source and each pool on the first rows of its validation split, in nats a token and in bits per
+    """Loss of each source and each pool on the first rows of its validation split, in nats per token and in bits per
     byte; empty where there are none.
 
     Bits per byte are the nats of all tokens that the loss counts, ends of documents too, over ln 2, over the bytes of
@@ -421,7 +421,7 @@ def summary(run: Run) -> str:
     lines = ["", f"{run.step} of {run.plan.last_step} steps are done.", ""]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        lines.append(f"{'held-out loss, nats a token':<28} {'step ' + str(first['step']):>12} "
+        lines.append(f"{'held-out loss, nats/token':<28} {'step ' + str(first['step']):>12} "
                      f"{'step ' + str(last['step']):>12}")
         lines += [f"  {pool:<26} {first[f'loss/{pool}']:>12.4f} {last[f'loss/{pool}']:>12.4f}"
                   for pool in POOLS if f"loss/{pool}" in last]

@@ -1,10 +1,10 @@
-"""`t5x adopt`: runs of upstream T5X as runs of this package, and back. T5X need not be installed.
+"""`t5x adopt`: converts runs of upstream T5X to runs of this package, and back. T5X need not be installed.
 
-    t5x adopt runs/t5x --output=runs/adopted                 what gin/t5x/*.gin trained, from its newest checkpoint
-    t5x adopt runs/first --output=runs/given --to=t5x        the other way: a MODEL_DIR that T5X goes on from
+    t5x adopt runs/t5x --output=runs/adopted                 the newest checkpoint of a gin/t5x/*.gin run
+    t5x adopt runs/first --output=runs/given --to=t5x        the other way: a MODEL_DIR that T5X continues
 
-An adopted run has the checkpoint, and of its ledger what its order says must have been drawn by then: T5X keeps no
-record of it. Its settings are read from T5X's own config.gin, where a file of gin/t5x/ was used.
+An adopted run has the checkpoint and a ledger computed from the order, since T5X records none. Its settings are read
+from T5X's own config.gin, if it was made from a file in gin/t5x/.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ from codellm_jax.upstream.trees import copy_state, find_checkpoint, give_state
 from codellm_jax.weights import start
 from codellm_jax.weights.exporting import written_whole
 
-# Configurables by the last part of the name that T5X's gin has for them: DecoderConfig -> model.
+# Configurables by the last part of their name in T5X's gin: DecoderConfig -> model.
 OURS = {target.rpartition(":")[2]: name for name, target in CONFIGURABLES.items()}
 TUNING = "gin/tune.gin"
 STEPS_AT_ONCE = 1024  # of the ledger
-# What a run has of its own, wherever it was trained.
+# Settings that belong to a run itself, wherever it was trained.
 OF_THE_FOLDER = ("train.model_dir", "train.initial_checkpoint_path")
 
 
@@ -42,15 +42,15 @@ def adopt(
     source: str, output: str, gin_files: Sequence[str] = (), overrides: Sequence[tuple[str, str]] = (),
     search_paths: Sequence[str] = (),
 ) -> str:
-    """Makes a run directory of the newest checkpoint of one of T5X's model directories; returns what it came to.
+    """Makes a run directory from the newest checkpoint of a T5X model directory; returns a summary.
 
     Args:
       source: T5X's MODEL_DIR, or a checkpoint_STEP in it.
-      output: the run directory, which must not be there.
-      gin_files, overrides, search_paths: as of `t5x train`. Without a file T5X's config.gin is read for the settings.
+      output: the run directory, which must not exist.
+      gin_files, overrides, search_paths: as for `t5x train`. Without a file, the settings come from T5X's config.gin.
 
     Raises:
-      FileNotFoundError, ValueError: in one line.
+      FileNotFoundError, ValueError: with a one-line message.
     """
     _require_free(output)
     checkpoint, step = find_checkpoint(source)
@@ -85,7 +85,7 @@ def adopt(
 
 
 def _ledger(training: Training, plan: Plan, step: int) -> Ledger:
-    """What the order has drawn by a step."""
+    """The ledger of the order's draws up to a step."""
     parent, order = None, plan.mixture.order
     if path := training.initial_checkpoint_path:
         at, record = start.newest_record(path)
@@ -102,12 +102,12 @@ def _ledger(training: Training, plan: Plan, step: int) -> Ledger:
 
 
 def settings_of(model_dir: epath.Path) -> tuple[str, list[tuple[str, str]]]:
-    """This package's gin file of the stage that a config.gin of T5X says, and what differs from it, as overrides."""
+    """The gin file of this package that matches a config.gin of T5X, and the differences from it as overrides."""
     path = model_dir / "config.gin"
     theirs = Configuration(tuple(map(_ours, settings_in(str(path)) if path.exists() else ())))
     if "train.batch_size" not in theirs.effective:
-        raise ValueError(f"{path} is not of a file of gin/t5x/, so it does not give the run's settings: name the "
-                         "equivalent gin files, such as --gin_file=gin/mixed_pretrain.gin.")
+        raise ValueError(f"{path} was not made from a file in gin/t5x/, so it does not contain the run's settings: "
+                         "name the equivalent gin files, such as --gin_file=gin/mixed_pretrain.gin.")
     stage = _resolved(theirs, "mixture.stage")
     base = TUNING if stage == "'tuning'" else "gin/pretrain.gin"
     own = read_settings([base], [])
@@ -123,7 +123,7 @@ def settings_of(model_dir: epath.Path) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _resolved(configuration: Configuration, name: str) -> str | None:
-    """As `Configuration.resolved`, but a macro that nothing sets stands as it is."""
+    """As `Configuration.resolved`, but leaves a macro without a value unchanged."""
     effective = configuration.effective
     value = effective[name].value if name in effective else None
     while value and value[0] == "%" and value[1:] in effective:
@@ -132,7 +132,7 @@ def _resolved(configuration: Configuration, name: str) -> str | None:
 
 
 def _ours(setting: Setting) -> Setting:
-    """A binding of T5X's gin under the names of this package's, where it has them: its references, too."""
+    """A binding in T5X's gin with its names, and its references, replaced by those of this package."""
     scoped, _, parameter = setting.name.rpartition(".")
     name = f"{OURS[last]}.{parameter}" if scoped and (last := scoped.rpartition(".")[2]) in OURS else setting.name
     value = re.sub(r"@(?:[\w/.]*[/.])?(\w+)", lambda found: f"@{OURS[found[1]]}" if found[1] in OURS else found[0],
@@ -141,11 +141,11 @@ def _ours(setting: Setting) -> Setting:
 
 
 def give(source: str, output: str) -> str:
-    """Writes the newest checkpoint of a run, or that of RUN@STEP, as one of T5X's in its new MODEL_DIR `output`;
+    """Writes the newest checkpoint of a run, or that of RUN@STEP, as a T5X checkpoint in the new MODEL_DIR `output`;
     returns a line about it.
 
     Raises:
-      FileNotFoundError, ValueError: in one line.
+      FileNotFoundError, ValueError: with a one-line message.
     """
     _require_free(output)
     named = re.fullmatch(r"(.+)@(\d+)", source)

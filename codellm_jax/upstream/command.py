@@ -8,12 +8,12 @@ from codellm_jax.runtime.terminal import quiet_libraries
 
 
 def adopt(flags: argparse.Namespace, search_paths: Sequence[str]) -> str:
-    """Takes over a checkpoint of upstream T5X, or gives it one; returns what to print.
+    """Converts a checkpoint of upstream T5X to a run, or a run to one; returns the text to print.
 
     Raises:
-      FileNotFoundError, ValueError: in one line.
+      FileNotFoundError, ValueError: with a one-line message.
     """
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: accelerators have nothing to do
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: no accelerator is needed
     from codellm_jax.upstream import adopt
 
     if not flags.debug:

@@ -2,7 +2,7 @@
 
     python -m t5x.train --gin_file=gin/t5x/mixed_pretrain.gin --gin.MODEL_DIR="'runs/t5x'"
 
-Batches are those of `tasks.rows.RowConverter`: inputs and the tokens behind them, with nothing put before a row.
+Batches are those of `tasks.rows.RowConverter`: inputs and the following tokens, without a token before each row.
 """
 
 import functools
@@ -26,14 +26,15 @@ from codellm_jax.vocabulary import Vocabulary
 
 
 def logical_axis_rules(fsdp: bool = True) -> list[tuple[str, str | None]]:
-    """AXIS_RULES on T5X's mesh of `data` and `model`; parameters are split over `data` too, or kept whole there."""
+    """AXIS_RULES for T5X's mesh of `data` and `model`; parameters are also split over `data`, or replicated there."""
     onto: dict[Any, str | None] = {None: None, "model": "model", "fsdp": "data" if fsdp else None,
                                    "data": None if fsdp else "data", ("data", "fsdp"): "data"}
     return [("batch", "data"), *((name, onto[axes]) for name, axes in AXIS_RULES)]
 
 
 def logical_factor_rules() -> Any:
-    """What T5X's Adafactor factors (`adafactor.Adafactor.logical_factor_rules`); its own rules lack some axes."""
+    """The rules by which T5X's Adafactor factors (`adafactor.Adafactor.logical_factor_rules`); its own lack some axes.
+    """
     column = adafactor.FactorDim.COLUMN
     return freeze({**adafactor.standard_logical_factor_rules(), "position": column, "kv_heads": column})
 
@@ -42,7 +43,7 @@ def model_of_run(
     training: Training, seqio_vocabulary: Any, feature_converter_cls: Callable[..., Any], optimizer_def: Any = None,
     loss_normalizing_factor: float | None = None,
 ) -> "DecoderModel":
-    """The decoder of a run, with the run's optimizer, or with `optimizer_def`, one of T5X's, in its place."""
+    """The decoder of a run, with the run's optimizer, or with `optimizer_def`, one of T5X's, instead."""
     return DecoderModel(
         training.model, training.mixture.length, training.vocabulary, seqio_vocabulary, feature_converter_cls,
         optimizer_def or optimizers.OptaxWrapper(training.optimizer(training.learning_rate)),
@@ -54,15 +55,15 @@ class DecoderModel(models.BaseTransformerModel):
 
     Args:
       config: makes the decoder's configuration when called with `vocabulary_size` and `length`.
-      length: inputs of a row.
+      length: the number of inputs in a row.
       vocabulary: its vocabulary.
-      seqio_vocabulary: the same as SeqIO has it, `rows.seqio_vocabulary`.
+      seqio_vocabulary: the same vocabulary for SeqIO, `rows.seqio_vocabulary`.
       feature_converter_cls: `rows.RowConverter`.
-      optimizer_def: one of T5X's; None where nothing is trained.
-      decode_fn: how tokens are drawn; `decoding.beam_search` does not work, as it wants a cache of another form.
-      loss_normalizing_factor: what the sum of losses is divided by, in the place of the tokens that count. T5X adds up
-        the gradients of microbatches, so that with several of them the mean would count each of them whole: set it to
-        batch size times length then.
+      optimizer_def: one of T5X's; None if nothing is trained.
+      decode_fn: the sampling function; `decoding.beam_search` does not work, as it needs another form of cache.
+      loss_normalizing_factor: the divisor of the sum of losses, instead of the number of tokens that count. T5X adds up
+        the gradients of microbatches, so with several of them the mean would give each the full weight: then set it to
+        batch size times length.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class DecoderModel(models.BaseTransformerModel):
     def get_initial_variables(
         self, rng: jax.Array, input_shapes: Mapping[str, Any], input_types: Mapping[str, Any] | None = None
     ) -> Any:
-        """The first parameters, those of `t5x train` with the same seed, and the names of their axes."""
+        """The initial parameters, those of `t5x train` with the same seed, and the names of their axes."""
         tokens = jnp.zeros((1, min(8, self.config.length)), jnp.int32)
         boxed = self.module.init(rng, tokens, tokens, tokens)["params"]
         axes = jax.tree.map(lambda box: AxisMetadata(box.names), boxed,
@@ -130,19 +131,19 @@ class DecoderModel(models.BaseTransformerModel):
         self, params: Any, batch: Mapping[str, Any], rng: jax.Array | None = None, *, return_all_decodes: bool = False,
         num_decodes: int = 1, decoder_params: MutableMapping[str, Any] | None = None,
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-        """Goes on from each prompt. Half of the positions, or `max_decode_steps` where that is less, are kept for what
-        is written: a prompt too long for the others keeps its end.
+        """Continues each prompt. Half of the positions, or `max_decode_steps` if smaller, are reserved for the output;
+        a prompt that does not fit in the rest is cut at its start.
         """
         options = dict(decoder_params or {})
         length = self.config.length
         room = length + 1 - min(options.get("max_decode_steps", length), length // 2)
         tokens, counts = _prompts(batch, room)
-        # T5X's sequences begin with a 0, so that its index i is position i - 1.
+        # T5X's sequences begin with a 0, so its index i is position i - 1.
         prompt = jnp.pad(tokens, ((0, 0), (1, 0)))
         rows = len(prompt)
         index = jnp.broadcast_to(jnp.arange(length), (rows, length))
-        # Slots for the prompt, then as many for what is written: rows write one slot, at positions of their own.
-        # The last token of a prompt is not among them: T5X's loop begins with it.
+        # Slots for the prompt, then the same number for the output: all rows write the same slot, at their own
+        # positions. The last token of a prompt is excluded: T5X's loop begins with it.
         cache = init_cache(self.config, rows, 2 * length + 1)
         _, cache = self._append(params, cache, tokens, index, (index < counts[:, None] - 1).astype(jnp.int32))
 
@@ -151,7 +152,7 @@ class DecoderModel(models.BaseTransformerModel):
             hidden, changed = self._append(params, _scalar_index(state.cache), state.cur_token, positions,
                                            jnp.ones_like(positions))
             logits = self.module.apply({"params": params}, hidden, method="logits")[:, 0]
-            # Rows of the embedding that stand for nothing.
+            # Mask rows of the embedding without a token.
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocabulary.pieces, logits, -jnp.inf)
             return logits, _row_index(changed, len(positions))
 
@@ -174,8 +175,9 @@ class DecoderModel(models.BaseTransformerModel):
 
 
 def _prompts(batch: Mapping[str, Any], room: int) -> tuple[jax.Array, jax.Array]:
-    """The prompts of a batch without what answers them, at most the last `room` tokens of each: int32 [batch, length]
-    with zeros behind, and their sizes, int32 [batch]."""
+    """The prompts of a batch without their answers, at most the last `room` tokens of each: int32 [batch, length],
+    padded with zeros at the end, and their sizes, int32 [batch].
+    """
     inputs, targets = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
     answers = batch["decoder_loss_weights"] > 0
     whole = jnp.concatenate([inputs[:, :1], targets], axis=1)
@@ -188,7 +190,7 @@ def _prompts(batch: Mapping[str, Any], room: int) -> tuple[jax.Array, jax.Array]
 
 
 def _row_index(cache: Any, rows: int) -> Any:
-    """The cache with the batch first everywhere, as T5X's sampling repeats and gathers rows."""
+    """The cache with the batch axis first everywhere, as T5X's sampling repeats and gathers rows."""
     return jax.tree.map(lambda leaf: jnp.full((rows,), leaf) if leaf.ndim == 0 else
                         leaf.swapaxes(0, 1) if leaf.ndim == 5 else leaf, cache)
 

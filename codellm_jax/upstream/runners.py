@@ -1,16 +1,16 @@
-"""Whose steps `t5x train` takes, by the name that --runner gives."""
+"""The trainers that `t5x train` can use, by the name in --runner."""
 
 import importlib
 
 from codellm_jax.training.train import OWN, Runner
 
-# What T5X cc342d4 imports beside what this package needs anyway. Its own list would replace packages of this one.
+# The packages that T5X cc342d4 imports and this package does not need. T5X's own list would replace installed packages.
 INSTALL = ("pip install fiddle cached_property chex grain, and pip install --no-deps T5X, AirIO and jestimator from "
            "their sources: see docs/t5x.md")
 
 
 def runner(name: str) -> Runner:
-    """The runner of a name. Raises ValueError where T5X, or what it imports, is not installed."""
+    """The runner with a name. Raises ValueError if T5X, or a package that it imports, is not installed."""
     if name == "own":
         return OWN
     require_t5x("--runner=t5x needs upstream T5X")
@@ -20,8 +20,8 @@ def runner(name: str) -> Runner:
 
 
 def require_t5x(what: str) -> None:
-    """Raises ValueError, beginning with `what`, where T5X cannot be imported."""
+    """Raises ValueError, beginning with `what`, if T5X cannot be imported."""
     try:
         importlib.import_module("t5x.trainer")
     except ImportError as error:
-        raise ValueError(f"{what}, and importing it says: {error}. Install it: {INSTALL}.") from None
+        raise ValueError(f"{what}, but its import failed: {error}. Install it: {INSTALL}.") from None

@@ -1,9 +1,9 @@
-"""`t5x train --runner=t5x`: the steps of a run by upstream T5X's Trainer.
+"""`t5x train --runner=t5x`: runs the steps with upstream T5X's Trainer.
 
-T5X's Trainer computes gradients, in microbatches where there are several, applies the optimizer, and lays all of it
-onto the mesh. Batches, records, checkpoints, held-out losses and resumes are those of any run, so that either runner
-goes on with what the other left. Without microbatches the losses are bit-identical; of several T5X takes rows that
-stand beside each other where this package takes every k-th, which rounds differently, and draws other dropout.
+T5X's Trainer computes gradients (in microbatches if there are several), applies the optimizer, and lays everything out
+on the mesh. Batches, records, checkpoints, held-out losses and resumes are those of any run, so either runner can
+continue the other's run. Without microbatches the losses are bit-identical. With several, T5X takes adjacent rows where
+this package takes every k-th, which rounds differently and draws other dropout.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from codellm_jax.training.train import batch_loss, by_source
 
 
 def trainer_step(training: Training, plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A step of the run by T5X's Trainer; takes and gives what `train.own_step` does, and donates the state."""
+    """A step of the run by T5X's Trainer; same arguments and results as `train.own_step`, and it donates the state."""
     sources = len(plan.mixture.order.sources)
     optimizer = optimizers.OptaxWrapper(plan.optimizer)
 
@@ -36,7 +36,7 @@ def trainer_step(training: Training, plan: Plan) -> Callable[[TrainState, Batch]
         of_optimizer = optimizers.OptimizerState(state.step, state.opt_state)
         return FlaxOptimTrainState(optimizers.Optimizer(optimizer, of_optimizer, state.params))
 
-    _, dropout_rng = jax.random.split(jax.random.key(training.seed))  # as `state.initial_state` has it
+    _, dropout_rng = jax.random.split(jax.random.key(training.seed))  # as in `state.initial_state`
     partitioner = _OnMesh(plan.mesh, training.mesh.all_rules())
     trainer = Trainer(
         model=_Loss(plan.model, sources), train_state=None, partitioner=partitioner, eval_names=(), summary_dir=None,
@@ -57,15 +57,15 @@ def trainer_step(training: Training, plan: Plan) -> Callable[[TrainState, Batch]
 
 
 def _tokens_of_batch(batch: Batch, sources: int) -> jax.Array:
-    """The tokens that count in the whole batch, once for each row, float32 [batch, 1]: T5X divides rows among
-    microbatches, sums the gradients of these, and knows no other way to divide by what all of them have.
+    """The number of tokens that count in the whole batch, repeated for each row, float32 [batch, 1]: T5X divides rows
+    among microbatches and sums their gradients, and offers no other way to divide by the total.
     """
     tokens = jnp.maximum(jnp.sum(by_source(batch.weights, batch.sources, sources)), 1)
     return jnp.full((len(batch.weights), 1), tokens)
 
 
 class _Loss(NamedTuple):
-    """What T5X's Trainer asks of a model."""
+    """The model interface that T5X's Trainer requires."""
 
     decoder: Decoder
     sources: int
@@ -80,7 +80,7 @@ class _Loss(NamedTuple):
 
 @flax.struct.dataclass
 class _Sum(clu_metrics.Metric):
-    """Summed up over microbatches."""
+    """Summed over microbatches."""
 
     value: jax.Array
 
@@ -89,15 +89,15 @@ class _Sum(clu_metrics.Metric):
 
 
 class _GradientNorm:
-    """In the place of T5X's WeightMetricsComputer, which computes more than is recorded here."""
+    """Replaces T5X's WeightMetricsComputer, which computes more than is recorded here."""
 
     def compute_metrics(self, gradients: Any, old: Any, new: Any) -> dict[str, Any]:
         return {"grad_norm": _Sum(optax.tree.norm(gradients))}
 
 
 class _OnMesh(partitioning.PjitPartitioner):
-    """T5X's partitioner on a mesh of this package, which has an axis `fsdp` more than T5X makes."""
+    """T5X's partitioner on a mesh of this package, which has the additional axis `fsdp`."""
 
     def __init__(self, mesh: Mesh, rules: Any) -> None:
-        self.mesh = mesh  # in the place of what T5X would make at the first look
+        self.mesh = mesh  # replaces the mesh that T5X would make at the first use
         super().__init__(num_partitions=1, logical_axis_rules=[("batch", ("data", "fsdp")), *rules])

@@ -1,8 +1,8 @@
-"""A run's state as upstream T5X's checkpoints hold it: by Orbax too, the same arrays under other names.
+"""A run's state in the format of upstream T5X's checkpoints: also Orbax, with the same arrays under other names.
 
     MODEL_DIR/checkpoint_STEP/state    target = params, state/param_states = opt_state, state/step = step
 
-What dropout is drawn from is not there: T5X draws it from RANDOM_SEED and the step alone, as this package does.
+The dropout key is absent: T5X derives it from RANDOM_SEED and the step alone, as this package does.
 """
 
 import itertools
@@ -24,7 +24,7 @@ PREFIX = "checkpoint"
 
 
 def find_checkpoint(path: str) -> tuple[epath.Path, int]:
-    """The newest checkpoint of one of T5X's model directories, or the one that is named itself, with its step.
+    """The newest checkpoint of a T5X model directory, or the checkpoint given directly, with its step.
 
     Raises:
       FileNotFoundError: there is none.
@@ -43,17 +43,17 @@ def find_checkpoint(path: str) -> tuple[epath.Path, int]:
 
 
 def copy_state(checkpoint: epath.Path, step: int, abstract: TrainState, rng: np.ndarray, folder: epath.Path) -> Any:
-    """Writes FOLDER/state, a run's state of a checkpoint of T5X, an array at a time; returns its checksums.
+    """Writes FOLDER/state, a run's state from a T5X checkpoint, one array at a time; returns its checksums.
 
     Args:
-      checkpoint, step: as `find_checkpoint` gives them.
-      abstract: shapes and dtypes of what is written.
-      rng: what dropout is drawn from.
-      folder: RUN/checkpoints/STEP, which is not there yet.
+      checkpoint, step: as returned by `find_checkpoint`.
+      abstract: the shapes and dtypes to write.
+      rng: the dropout key.
+      folder: RUN/checkpoints/STEP, which must not exist.
 
     Raises:
-      ValueError: in one line; the checkpoint is of another model or optimizer, or damaged.
-      OSError: the disk cannot take it.
+      ValueError: with a one-line message; the checkpoint belongs to another model or optimizer, or is damaged.
+      OSError: the disk is full or not writable.
     """
     wanted = {name: leaf for name, leaf in named_leaves(abstract).items() if name != "rng"}
     names = {name: _their_name(name) for name in wanted}
@@ -75,11 +75,11 @@ def copy_state(checkpoint: epath.Path, step: int, abstract: TrainState, rng: np.
 
 
 def give_state(run: str, step: int, record: Mapping[str, Any], directory: epath.Path) -> None:
-    """Writes DIRECTORY/checkpoint_STEP, the arrays of a step of a run by T5X's names, an array at a time.
+    """Writes DIRECTORY/checkpoint_STEP: the arrays of a run's step under T5X's names, one array at a time.
 
     Raises:
-      ValueError: in one line; they are not what was saved.
-      OSError: the disk cannot take them.
+      ValueError: with a one-line message; the arrays differ from what was saved.
+      OSError: the disk is full or not writable.
     """
     ours = {_their_name(name): name for name in record["checksums"] if name != "rng"}
     wanted = {theirs: jax.ShapeDtypeStruct(*record["checksums"][name][:2]) for theirs, name in ours.items()}

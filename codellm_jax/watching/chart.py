@@ -1,24 +1,24 @@
-"""Curves as inline SVG, drawn in no time; colours and dashes are those of the style sheet's classes c0, c1, ..."""
+"""Curves as inline SVG, without a plotting library; colours and dashes are the style sheet's classes c0, c1, ..."""
 
 import html
 import math
 from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 150, 12, 40  # margins in pixels; the names of the curves stand in the right one
+LEFT, RIGHT, TOP, BOTTOM = 58, 150, 12, 40  # margins in pixels; the right one holds the names of the curves
 COLOURS = 7
 DASHES = ("", "7 3", "2 2", "7 3 2 3", "1 3")
-CUT = 0.1  # of the steps, whose fall from new parameters would leave no room for the rest
+CUT = 0.1  # of the steps: the initial fall of the loss would leave no room for the rest
 MOST_POINTS = 200  # of a curve
 
 
 def curves(title: str, unit: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """A chart of loss against steps; empty where no line has two points.
+    """A chart of loss against steps; empty if no line has two points.
 
     Args:
       title: of the chart, as text.
       unit: of the values.
-      lines: (step, value) of each curve by name.
+      lines: the (step, value) points of each curve, by name.
     """
     lines = {name: _thinned(points) for name, points in lines.items() if len(points) > 1}
     if not lines:
@@ -63,7 +63,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers within bounds, at most so many and one."""
+    """Round numbers within bounds, at most `most` + 1 of them."""
     rough = (high - low) / most or 1.0
     scale = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= rough)
@@ -71,7 +71,7 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _apart(places: Mapping[str, float]) -> dict[str, float]:
-    """The same in the same order, moved apart to 14 pixels, and up where they would leave the frame."""
+    """The same values in the same order, moved apart to 14 pixels, and up if they would leave the frame."""
     placed: dict[str, float] = {}
     for name, place in sorted(places.items(), key=lambda item: item[1]):
         last = max(placed.values(), default=-math.inf)

@@ -1,7 +1,7 @@
-"""The page of `t5x report DIR --serve`: what there is of a study, a run or a folder of runs, as HTML.
+"""The page of `t5x report DIR --serve`: a study, a run or a folder of runs as HTML.
 
-Names of runs, errors and all else that is read is text here, and escaped; the page has no script but `SCRIPT`, which
-the server gives as a file of its own, and the browser is told to run no other.
+Run names, errors and all other data are escaped text. The only script is `SCRIPT`, which the server provides as a
+separate file; the browser is told to run no other.
 """
 
 import html
@@ -31,7 +31,7 @@ async function refresh() {
     }
     notice.textContent = "";
   } catch (error) {
-    notice.textContent = "The server does not answer (" + error.message + "). What is shown may be old.";
+    notice.textContent = "The server does not answer (" + error.message + "). The content may be out of date.";
   }
   setTimeout(refresh, 3000);
 }
@@ -60,29 +60,29 @@ footer { color: var(--quiet); font-size: .85rem; margin-top: 3rem; }
 
 
 def page(name: str) -> str:
-    """The page around the parts that are refreshed; `name` is that of the directory."""
+    """The page around the parts that refresh; `name` is that of the directory."""
     title = html.escape(name)
     return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
             f'<link rel="stylesheet" href="/page.css">\n<script src="/page.js" defer></script>\n</head>\n<body>\n'
             f'<h1>{title}</h1>\n<p id="notice" class="notice" role="status"></p>\n<main id="now"></main>\n'
             f'<section id="told"></section>\n<section id="losses"></section>\n'
-            f'<noscript><p>This page needs JavaScript to refresh itself. <a href="/now">What there is now</a></p>'
+            f'<noscript><p>This page needs JavaScript to refresh itself. <a href="/now">Current state</a></p>'
             f'</noscript>\n</body>\n</html>\n')
 
 
 def notice(text: str) -> str:
-    """What must not be missed, before all else that there is now."""
+    """An important message, shown before everything else in the part "now"."""
     return f'<p class="notice">{html.escape(text)}</p>{END_OF_NOTICE}'
 
 
 def study_now(study: OfStudy, runs: Sequence[OfRun], report_at: float | None) -> dict[str, str]:
-    """A study as it stands now: the parts of the page "now" and "losses", between which its effects and laws stand.
+    """The current state of a study: the parts "now" and "losses" of the page, with the effects and laws between them.
 
     Args:
-      study: how far it is.
-      runs: those whose directories are there.
-      report_at: when its report was written, in seconds of the wall clock; None where there is none.
+      study: its progress.
+      runs: the runs whose directories exist.
+      report_at: when its report was written, in seconds of the wall clock; None if there is none.
     """
     by_name = {run.name: run for run in runs}
     states = [of_run.state for of_run in study.runs.values()]
@@ -104,7 +104,7 @@ def study_now(study: OfStudy, runs: Sequence[OfRun], report_at: float | None) ->
 
 
 def runs_now(runs: Sequence[OfRun], now: float) -> dict[str, str]:
-    """A folder of runs as it stands now."""
+    """The current state of a folder of runs."""
     rows = []
     for run in runs:
         train, held_out = run.last("train"), run.last("eval")
@@ -117,7 +117,7 @@ def runs_now(runs: Sequence[OfRun], now: float) -> dict[str, str]:
 
 
 def run_now(run: OfRun, now: float) -> dict[str, str]:
-    """One run as it stands now."""
+    """The current state of one run."""
     ledger = "\n".join(ledger_lines(run.provenance.get("ledger") or {}))
     held_out = run.last("eval")
     rows = [["Training", f"{run.last('train').get('step', 0):,}", _loss(run.last("train").get("loss"))],
@@ -131,7 +131,7 @@ def run_now(run: OfRun, now: float) -> dict[str, str]:
 
 
 def _bar(counts: Mapping[str, int]) -> str:
-    """How many runs are done, at work, failed and left, as a bar with a legend."""
+    """The numbers of runs that are done, active, failed and left, as a bar with a legend."""
     words = {"done": "done", "training": "running", "failed": "failed", "left": "left"}
     total, at, parts = sum(counts.values()) or 1, 0.0, []
     for name, count in counts.items():
@@ -185,13 +185,14 @@ def _plan(study: OfStudy, runs: Mapping[str, OfRun]) -> list[str]:
 
 
 def _charts(arms: Mapping[str, Sequence[OfRun]]) -> list[str]:
-    """Curves of the arms whose records changed last: held-out losses where there are some, else those of training."""
+    """Curves of the arms whose records changed last: held-out losses if there are any, else training losses."""
     newest = sorted(arms, key=lambda arm: -max(run.changed_at or 0.0 for run in arms[arm]))[:CURVES]
     shown = {arm: arms[arm] for arm in arms if arm in newest}
     titles = {"Training loss": ("train", "loss"), "Held-out text": ("eval", "loss/text"),
               "Held-out code": ("eval", "loss/code")}
     which = f", of the {len(shown)} arms of {len(arms)} that changed last" if len(shown) < len(arms) else ""
-    found = [curves(f"{title}{which}, the mean over seeds up to the last step that all have reached", "nats a token", {
+    found = [curves(f"{title}{which}, the mean over seeds up to the last step that all have reached", "nats per "
+                                                                                                      "token", {
         arm: _mean([[(line["step"], line[name]) for line in run.records
                      if line["split"] == split and line.get(name) is not None] for run in of_arm])
         for arm, of_arm in shown.items()}) for title, (split, name) in titles.items()]

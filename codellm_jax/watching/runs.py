@@ -1,4 +1,6 @@
-"""What the files of a run directory tell while it trains and after. Nothing is written, and no device is touched."""
+"""The state of a run from the files in its directory, during training and after. Nothing is written, and no device is
+used.
+"""
 
 import dataclasses
 import json
@@ -12,8 +14,8 @@ from etils import epath
 from codellm_jax.results.files import files_of
 from codellm_jax.runtime.progress import read_records
 
-OF_A_RUN = ("provenance.json", "metrics.jsonl", "config.gin", "checkpoints")  # one of them is in every run directory
-SPEED_RECORDS = 6  # the speed now is the median of so many records
+OF_A_RUN = ("provenance.json", "metrics.jsonl", "config.gin", "checkpoints")  # each run directory has one of these
+SPEED_RECORDS = 6  # the current speed is the median of this many records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,12 @@ class OfRun:
 
     Attributes:
       path: the directory.
-      provenance: what provenance.json holds; empty where there is none, or a kill left half of it.
+      provenance: the content of provenance.json; empty if there is none, or only half of it.
       records: the lines of metrics.jsonl.
-      results: of each task that was evaluated after training, what TASK.json holds.
-      checkpoints, exports, damaged: steps of those that lie there.
-      is_held: whether a process of this machine trains in it; None where the system does not tell.
-      changed_at: when metrics.jsonl was last written, in seconds of its file system's clock; None where there is none.
+      results: by task that was evaluated after training, the content of TASK.json.
+      checkpoints, exports, damaged: the steps of those in the directory.
+      is_held: whether a process of this machine is training it; None if the system does not say.
+      changed_at: when metrics.jsonl was last written, in seconds of its file system's clock; None if there is none.
     """
 
     path: epath.Path
@@ -46,18 +48,18 @@ class OfRun:
 
     @property
     def step(self) -> int:
-        """Of the last record, or of what was saved after it."""
+        """The step of the last record, or of a later checkpoint."""
         return max([int(self.provenance.get("step") or 0), *(int(line["step"]) for line in self.records),
                     *self.checkpoints])
 
     @property
     def last_step(self) -> int | None:
-        """Where it ends; None of a run that has not begun."""
+        """The step at which it ends; None for a run that has not begun."""
         return self.provenance.get("last_step")
 
     @property
     def state(self) -> str:
-        """In a word or two: "trained", "training", "stopped", "not ended" or "to do"."""
+        """The state in one or two words: "trained", "training", "stopped", "not ended" or "to do"."""
         if self.provenance.get("finished"):
             return "trained"
         if self.is_held:
@@ -68,19 +70,19 @@ class OfRun:
         return "not ended" if sessions[-1].get("to_step") is None else "stopped"
 
     def last(self, split: str) -> Mapping[str, Any]:
-        """The last record of "train" or "eval"; empty where there is none."""
+        """The last record of "train" or "eval"; empty if there is none."""
         return next((line for line in reversed(self.records) if line["split"] == split), {})
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median over the last records; None where none tells."""
+        """The median over the last records; None if none contains it."""
         rates = sorted(line["tokens_per_second"] for line in self.records[-2 * SPEED_RECORDS:]
                        if line["split"] == "train" and line.get("tokens_per_second") is not None)
         return rates[len(rates) // 2] if rates else None
 
     @property
     def seconds_left(self) -> float | None:
-        """Of training at the speed of the last records; None where it cannot be known, or nothing is left."""
+        """The remaining time of training at the speed of the last records; None if unknown, or if nothing is left."""
         counted = [(line["step"], line["tokens"]) for line in self.records
                    if line["split"] == "train" and line.get("tokens") is not None]
         rate = self.tokens_per_second
@@ -91,12 +93,12 @@ class OfRun:
 
 
 def is_run(path: epath.Path) -> bool:
-    """Whether a directory is that of a run."""
+    """Whether a directory is a run directory."""
     return any((path / name).exists() for name in OF_A_RUN)
 
 
 def read_run(path: epath.Path) -> OfRun:
-    """Reads a run directory, whatever of it is there."""
+    """Reads a run directory; any of its files may be missing."""
     metrics = path / "metrics.jsonl"
     results = {str(result["task"]) + "_sample" * bool(result.get("sample")): result
                for file in files_of(path / "results", ".json")
@@ -107,7 +109,7 @@ def read_run(path: epath.Path) -> OfRun:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """What a file holds; empty where there is none, a kill left half of it, or it is no JSON object."""
+    """The content of a file; empty if it does not exist, is incomplete, or is not a JSON object."""
     try:
         value = json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError:
@@ -120,14 +122,14 @@ def _steps(folder: epath.Path) -> list[int]:
 
 
 def is_held(path: epath.Path) -> bool | None:
-    """Whether a process of this machine holds the lock of a run directory (`runtime.process.alone_in`); None where the
-    system does not tell. The lock is not tried, since a run that starts at that moment would find it taken.
+    """Whether a process of this machine holds the lock of a run directory (`runtime.process.alone_in`); None if the
+    system does not say. The lock is not tried, since a run that starts at that moment would find it taken.
     """
     try:
         found = os.stat(os.fspath(path / ".lock"))
         locks = Path("/proc/locks").read_text()
     except OSError:
         return None
-    # By the file's number: what device it is on, some file systems tell in two ways.
+    # Compare inode numbers only: some file systems report the device in two ways.
     return any("FLOCK" in fields and any(field.rpartition(":")[2] == str(found.st_ino) for field in fields[5:6])
                for line in locks.splitlines() if (fields := line.split()))

@@ -1,8 +1,8 @@
 """`t5x report DIR --serve`: a page on this machine that follows a study while it runs.
 
-One thread reads the directory, as often as that takes little of the time, and makes the page; whoever asks gets what
-was made last, so that neither a slow bucket nor many readers wait for each other. Effects and laws are worked out by
-another process, each time that more runs are done.
+One thread reads the directory, at intervals that keep its share of the time small, and renders the page. Requests get
+the latest rendered page, so neither a slow bucket nor many readers block each other. Another process computes effects
+and laws each time that more runs are done.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from codellm_jax.watching.runs import is_run, read_run
 from codellm_jax.watching.show import read_runs
 
 PORT = 8000
-PERIOD = 2.0  # seconds between two looks at the directory, and never less than REST times what a look takes
+PERIOD = 2.0  # seconds between two reads of the directory, and never less than REST times the duration of a read
 REST = 4.0
-TOLD_SECONDS = 3600.0  # after which the process of effects and laws is ended
+TOLD_SECONDS = 3600.0  # after which the process that computes effects and laws is stopped
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLICY = ("default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-# A report's page has its style within, and no script.
+# The report page has an inline style and no script.
 REPORT_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; "
                  "form-action 'none'; frame-ancestors 'none'")
 TYPES = {".html": "text/html; charset=utf-8", ".svg": "image/svg+xml", ".png": "image/png", ".pdf": "application/pdf",
@@ -41,17 +41,17 @@ TYPES = {".html": "text/html; charset=utf-8", ".svg": "image/svg+xml", ".png": "
 
 
 class Watched:
-    """A directory as it was read last: the parts of its page, by name."""
+    """The latest reading of a directory: the parts of its page, by name."""
 
     def __init__(self, directory: str) -> None:
         self.folder = epath.Path(directory).expanduser()
         self.parts = {"now": "<p>Reading …</p>", "told": "", "losses": ""}
         self._directory = directory
-        self._done: frozenset[str] = frozenset()  # runs that the last effects and laws are of
+        self._done: frozenset[str] = frozenset()  # the runs in the last effects and laws
         self._process: subprocess.Popen[str] | None = None
 
     def follow(self, ended: threading.Event) -> None:
-        """Reads it again and again until `ended`."""
+        """Reads the directory repeatedly until `ended` is set."""
         while True:
             began = time.monotonic()
             try:
@@ -78,7 +78,7 @@ class Watched:
         return {"now": "<p>There is no run here yet.</p>"}
 
     def _tell(self, done: frozenset[str]) -> None:
-        """Has effects and laws worked out, where more runs are done than at the last time, and nobody is at it."""
+        """Starts the computation of effects and laws if more runs are done than last time and none is in progress."""
         if self._process is None and done and done != self._done:
             self._done = done
             self._process = subprocess.Popen(
@@ -100,7 +100,7 @@ class Watched:
         self._process = None
 
     def close(self) -> None:
-        """Ends the process of effects and laws, if one runs."""
+        """Stops the process that computes effects and laws, if one runs."""
         if (process := self._process) is not None:
             process.kill()
 
@@ -110,12 +110,12 @@ def serve(directory: str, host: str, port: int | None) -> int:
 
     Args:
       directory: of a study, a run or any folder of runs, local or gs://.
-      host: address to listen at.
-      port: None for 8000, or a free one where that is taken; 0 for a free one.
+      host: the address to listen on.
+      port: None for 8000, or a free port if that is taken; 0 for a free port.
 
     Raises:
       FileNotFoundError: there is no such directory.
-      OSError: the address cannot be listened at.
+      OSError: the server cannot listen on this address.
     """
     with started(directory, host, port) as server:
         address = f"[{host}]" if ":" in host else host
@@ -126,7 +126,7 @@ def serve(directory: str, host: str, port: int | None) -> int:
 
 @contextlib.contextmanager
 def started(directory: str, host: str, port: int | None) -> Iterator[ThreadingHTTPServer]:
-    """A server that listens, and the thread that reads the directory; both end with the context."""
+    """A listening server, and the thread that reads the directory; both end with the context."""
     if not epath.Path(directory).expanduser().is_dir():
         raise FileNotFoundError(f"there is no directory {directory}: name a study, a run or a folder of runs.")
     watched, ended = Watched(directory), threading.Event()
@@ -155,7 +155,7 @@ def _listening(host: str, port: int | None, watched: Watched) -> ThreadingHTTPSe
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers with the parts of the page as they were made last, and with the files of DIR/report."""
+    """Answers with the latest parts of the page, and with the files of DIR/report."""
 
     watched: Watched
     host: str
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 30  # seconds for a request
 
     def do_GET(self) -> None:
-        # Another site's page, under a name of its own that leads to this machine, must not read along.
+        # A page of another site, through a host name that resolves to this machine, must not read along.
         asked_of = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         if self.host in LOOPBACK and asked_of.strip("[]") not in LOOPBACK:
             self._send("This page is only for this machine.", "text/plain", HTTPStatus.MISDIRECTED_REQUEST)
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _of_report(self, name: str) -> bytes | None:
-        """A file that lies in DIR/report under this very name."""
+        """A file in DIR/report with exactly this name."""
         folder = self.watched.folder / "report"
         try:
             names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -193,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, content: str | bytes, kind: str, status: HTTPStatus = HTTPStatus.OK, policy: str = POLICY) -> None:
         body = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-        with contextlib.suppress(ConnectionError):  # a reader that went away
+        with contextlib.suppress(ConnectionError):  # the reader has left
             self.send_response(status)
             for name, value in (("Content-Type", kind), ("Content-Length", str(len(body))),
                                 ("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff"),

@@ -1,8 +1,8 @@
-"""`t5x show`: a run, a study or a folder of runs as it stands now.
+"""`t5x show`: the current state of a run, a study or a folder of runs.
 
     t5x show runs/mixed_pretrain
 
-What is told comes from the files alone, so that it may be asked of a run on another machine while it trains.
+It reads files alone, so it also works for a run that trains on another machine.
 """
 
 import shlex
@@ -28,11 +28,11 @@ def show(path: str, command: str = "t5x") -> str:
 
     Args:
       path: a directory, local or gs://.
-      command: how `t5x` is typed here.
+      command: how to call `t5x` in the printed commands.
 
     Raises:
-      FileNotFoundError: there is no such directory, or nothing of a run or a study lies in it.
-      ValueError: study.json is not whole.
+      FileNotFoundError: there is no such directory, or it contains neither a run nor a study.
+      ValueError: study.json is damaged.
     """
     folder = epath.Path(path).expanduser()
     if not folder.is_dir():
@@ -50,15 +50,15 @@ def show(path: str, command: str = "t5x") -> str:
 
 
 def read_runs(folder: epath.Path) -> list[OfRun]:
-    """The runs whose directories lie in a folder, by name."""
+    """The runs in a folder, by name."""
     below = sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
-    with ThreadPoolExecutor(16) as pool:  # in gs:// each file takes its time
+    with ThreadPoolExecutor(16) as pool:  # each file on gs:// takes a while
         found = pool.map(lambda path: read_run(path) if path.is_dir() and is_run(path) else None, below)
         return [run for run in found if run is not None]
 
 
 def run_page(run: OfRun, command: str = "t5x") -> str:
-    """One run: state, losses, speed, what it was trained on, checkpoints, results, and what to do next."""
+    """One run: state, losses, speed, training data, checkpoints, results, and the next commands."""
     known = run.provenance
     ledger = _ledger(run)
     facts = [f"arm {known['arm']}" if known.get("arm") else "", f"seed {known['seed']}" if "seed" in known else "",
@@ -71,12 +71,12 @@ def run_page(run: OfRun, command: str = "t5x") -> str:
 
 
 def describe_state(run: OfRun, now: float | None = None) -> str:
-    """How far a run is, in words; `now` is in seconds of the wall clock."""
+    """The progress of a run, in words; `now` is in seconds of the wall clock."""
     of = f"step {run.step:,}" + (f" of {run.last_step:,}" if run.last_step else "")
     age = None if run.changed_at is None else max(0.0, (time.time() if now is None else now) - run.changed_at)
     last = f"; the last record is {duration(age)} old" if age is not None else ""
     if run.state == "trained":
-        return f"trained to its end, {of}"
+        return f"trained to the end, {of}"
     if run.state == "training":
         left = f", about {duration(run.seconds_left)} left" if run.seconds_left else ""
         return f"training, {of}{left}{last}"
@@ -101,7 +101,7 @@ def _losses(run: OfRun) -> list[str]:
         if any(value is not None for value in values):
             rows.append(f"  {title:<26} {line['step']:>9,} " + " ".join(
                 f"{'-' if value is None else format(value, '.4f'):>9}" for value in values))
-    return [f"{'loss, nats a token':<28} {'step':>9} {'all':>9} {'text':>9} {'code':>9}", *rows, ""] if rows else []
+    return [f"{'loss, nats per token':<28} {'step':>9} {'all':>9} {'text':>9} {'code':>9}", *rows, ""] if rows else []
 
 
 def _scores(run: OfRun) -> list[str]:
@@ -128,7 +128,8 @@ def _speed(run: OfRun) -> list[str]:
 
 
 def _ledger(run: OfRun) -> Mapping[str, Any]:
-    """What was trained on: by the newest checkpoint while the run goes on, for provenance.json is written at its ends.
+    """The training data so far: from the newest checkpoint during training, since provenance.json is only written at
+    the start and the end.
     """
     if run.state == "trained" or run.state == "stopped" or not run.checkpoints:
         return run.provenance.get("ledger") or {}
@@ -136,12 +137,12 @@ def _ledger(run: OfRun) -> Mapping[str, Any]:
 
     try:
         return newest_record(str(run.path))[1].get("ledger") or {}
-    except (OSError, ValueError):  # one that is being written, or taken away
+    except (OSError, ValueError):  # a checkpoint that is being written or removed
         return run.provenance.get("ledger") or {}
 
 
 def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
-    """What each source gave, and the stages before."""
+    """The amount from each source, and the stages before."""
     if not ledger.get("rows"):
         return []
     total, branch = sum(ledger["rows"].values()), (ledger.get("branch") or {}).get("drawn", {})
@@ -166,10 +167,10 @@ def _kept(run: OfRun) -> list[str]:
 
 
 def _next(run: OfRun, command: str) -> list[str]:
-    """What to do with a run now."""
+    """The next commands for a run."""
     place = shlex.quote(str(run.path))
     if run.state == "training":
-        return [f"Look on:     {command} plot {place}"]
+        return [f"Watch:       {command} plot {place}"]
     if run.state in ("stopped", "not ended"):
         again = f"{command} train --gin_file={shlex.quote(str(run.path / 'config.gin'))}"
         return [f"Continue:    {again}" if (run.path / "config.gin").exists() else
@@ -204,7 +205,7 @@ def runs_table(runs: Sequence[OfRun]) -> list[str]:
 
 
 def study_page(study: OfStudy, runs: Sequence[OfRun], command: str = "t5x") -> str:
-    """A study: how far it is, the losses of its arms, what is at work or failed, and what to do next."""
+    """A study: its progress, the losses of its arms, active and failed runs, and the next commands."""
     place = shlex.quote(study.directory)
     open_or_failed = {name: of_run for name, of_run in study.runs.items() if of_run.state not in ("done", "to do")}
     lines = [study.summary, *study.others, "", *arms_table(study, {run.name: run for run in runs}), ""]
@@ -247,6 +248,6 @@ def arms_table(study: OfStudy, runs: Mapping[str, OfRun]) -> list[str]:
 
 
 def mean_of(values: Iterable[float | None]) -> str:
-    """The mean of what is known, or a dash."""
+    """The mean of the known values, or a dash."""
     known = [value for value in values if value is not None]
     return f"{sum(known) / len(known):.4f}" if known else "-"

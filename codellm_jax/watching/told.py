@@ -1,8 +1,8 @@
-"""Effects of stages and laws of the mixture as far as a study's runs tell them now; a process of its own.
+"""Effects of stages and laws of the mixture from a study's runs so far; runs as a separate process.
 
     python -m codellm_jax.watching.told STUDY_DIR
 
-It prints a part of a page. Fits and figures take seconds to minutes, in which the page goes on.
+It prints a part of a page. Fits and figures take seconds to minutes, during which the page keeps refreshing.
 """
 
 import html
@@ -20,10 +20,10 @@ from codellm_jax.runtime.terminal import one_line
 
 
 def told(directory: str) -> str:
-    """The effects and laws that can be told now, as HTML.
+    """The effects and laws that can be determined now, as HTML.
 
     Raises:
-      FileNotFoundError, ValueError: in one line, why there are none yet.
+      FileNotFoundError, ValueError: with a one-line message, why there are none yet.
     """
     study = read_study(epath.Path(directory).expanduser(), lambda line: None)
     require_same_arm(study.runs)
@@ -39,10 +39,10 @@ def told(directory: str) -> str:
 
 
 def main(directory: str) -> int:
-    """Prints them, or why there are none yet."""
+    """Prints them, or the reason why there are none yet."""
     try:
         print(told(directory))
-    except Exception as error:  # of files that are half written, too
+    except Exception as error:  # includes half-written files
         print(f"<h2>Effects and laws</h2><p>They cannot be determined yet: {html.escape(one_line(error))}</p>")
     return 0
 

@@ -1,4 +1,5 @@
-"""The README of an exported model: a model card, of what was saved with the checkpoint. It says nothing of quality."""
+"""The README of an exported model: a model card, made from the records of the checkpoint. It makes no claim on quality.
+"""
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from codellm_jax.model.config import DecoderConfig
 from codellm_jax.model.decoder import parameter_count
 from codellm_jax.runtime.provenance import is_free_on_resume
 
-# Settings of the library's own wiring, which say nothing of a run.
+# Settings of the package's own wiring, which say nothing about a run.
 REFERENCES = ("%", "@")
 
 
@@ -17,14 +18,14 @@ def model_card(
     config: DecoderConfig, facts: Mapping[str, Any], dtype: str, record: Mapping[str, Any],
     code: Mapping[str, Any] | None,
 ) -> str:
-    """Markdown with a head of YAML.
+    """Returns Markdown with a YAML header.
 
     Args:
       config: the decoder.
-      facts: its config.json.
+      facts: the content of its config.json.
       dtype: of the tensors.
-      record: of the checkpoint: "step", "settings", "ledger", and "digest" where it was saved.
-      code: version and commit that it was trained with, as far as that is known.
+      record: of the checkpoint: "step", "settings", "ledger", and "digest" if the checkpoint was saved.
+      code: the version and commit that it was trained with, as far as known.
     """
     ledger, own = record["ledger"], facts["model_type"] == "codellm"
     stages = [*ledger.get("before", []), ledger]
@@ -35,23 +36,23 @@ def model_card(
         f"# A decoder of {parameter_count(config):,} parameters", "",
         "Exported by codellm_jax " + ("as it was imported" if ledger["stage"] == "imported" else
                                       f"after step {record['step']:,} of its last stage, {ledger['stage']}") + ". "
-        f"It is of the family `{facts['model_type']}`"
-        + (", whose code lies in this folder." if own else ", which transformers knows."), "",
+        f"It belongs to the family `{facts['model_type']}`"
+        + (", whose code is in this folder." if own else ", which transformers supports."), "",
         "## Sizes", "", *_table(("what", "value"), _sizes(config, dtype)), "",
-        "## What it was trained on", "",
+        "## Training data", "",
         *([f"Arm of the study: {arm(ledger)}.", ""] if ledger["stage"] != "imported" else [])]
     for number, stage in enumerate(stages, 1):
-        # A stage before has its step; the last one's is the checkpoint's.
+        # An earlier stage records its step; the step of the last stage is the checkpoint's.
         lines += [*_stage(number, stage, stage.get("step", record["step"])), ""]
-    lines += ["## Where it comes from", "", *_table(("what", "value"), _provenance(record, code)), "",
-              "<details><summary>Settings of the last stage that change what is computed</summary>", "",
+    lines += ["## Provenance", "", *_table(("what", "value"), _provenance(record, code)), "",
+              "<details><summary>Settings of the last stage that affect the computation</summary>", "",
               "```", *_settings(record["settings"]), "```", "", "</details>", "",
               "## How to use it", "", *_use(own), ""]
     return "\n".join(lines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
-    """Lines of a table, whose texts cannot break it."""
+    """The lines of a table; texts are escaped so that they cannot break it."""
     yield f"| {' | '.join(head)} |"
     yield "|" + " --- |" * len(head)
     for row in rows:
@@ -61,7 +62,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
 def _sizes(config: DecoderConfig, dtype: str) -> list[tuple[str, Any]]:
     keys = f", {config.key_heads} of keys and values" if config.key_heads < config.heads else ""
     return [
-        ("layers", f"{config.layers}{', the query layer among them' if config.query_layer else ''}"),
+        ("layers", f"{config.layers}{', including the query layer' if config.query_layer else ''}"),
         ("hidden size", f"{config.hidden:,}"), ("heads", f"{config.heads}{keys}, of {config.size_of_head}"),
         ("feed-forward size", f"{config.feedforward:,} ({config.activation})"),
         ("norm", f"{config.norm}, {config.norm_place} each sub-layer, residual {config.residual}"),
@@ -71,12 +72,12 @@ def _sizes(config: DecoderConfig, dtype: str) -> list[tuple[str, Any]]:
 
 
 def _stage(number: int, ledger: Mapping[str, Any], step: int) -> list[str]:
-    """What a stage saw: a row for each of its sources."""
+    """The data of a stage: a row for each of its sources."""
     if ledger["stage"] == "imported":
         source = ledger["source"] if "://" in ledger["source"] else pathlib.PurePath(ledger["source"]).name
-        files = [(name, f"{facts['bytes']:,} bytes, SHA-256 {facts.get('sha256', 'not taken')}")
+        files = [(name, f"{facts['bytes']:,} bytes, SHA-256 {facts.get('sha256', 'not computed')}")
                  for name, facts in ledger["files"].items()]
-        return [f"### {number}. imported", "", "What it was trained on before is not known here.", "",
+        return [f"### {number}. imported", "", "Its earlier training data is unknown here.", "",
                 *_table(("what", "value"), [("source", source), ("revision", ledger["revision"] or "none"),
                                             ("family", ledger["model_type"]), *files])]
     unit = "examples" if ledger["stage"] == "tuning" else "rows"
@@ -100,7 +101,7 @@ def _share_of_code(rows: Mapping[str, int]) -> float:
 
 def _provenance(record: Mapping[str, Any], code: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     code = code or {}
-    commit = code.get("commit", "not known") + (", with files that differ from it" if code.get("dirty") else "")
+    commit = code.get("commit", "unknown") + (", with uncommitted changes" if code.get("dirty") else "")
     ledger, settings = record["ledger"], record["settings"]
     before = [(f"checkpoint of stage {number}", f"{pathlib.PurePath(stage['model_dir']).name}, step {stage['step']:,}, "
                f"digest {stage['digest']}") for number, stage in enumerate(ledger.get("before", []), 1)
@@ -123,7 +124,7 @@ def _settings(settings: Mapping[str, str]) -> list[str]:
 def _use(own: bool) -> list[str]:
     argument = ", trust_remote_code=True" if own else ""
     return ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-            'folder = "."  # where this file lies', f"tokenizer = AutoTokenizer.from_pretrained(folder{argument})",
+            'folder = "."  # the folder of this file', f"tokenizer = AutoTokenizer.from_pretrained(folder{argument})",
             f"model = AutoModelForCausalLM.from_pretrained(folder{argument})",
             'inputs = tokenizer("def add(a, b):", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))", "```"]

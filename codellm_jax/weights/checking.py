@@ -1,4 +1,4 @@
-"""Whether an imported run computes what transformers computes from the same files."""
+"""Compares the logits of an imported run with those of transformers on the same files."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,23 +25,25 @@ SENTENCES = (
 
 
 def require_transformers() -> Any:
-    """The library, which the comparison needs with PyTorch. Raises ValueError where either is missing."""
+    """The transformers library, which the comparison needs together with PyTorch. Raises ValueError if either is
+    missing.
+    """
     try:
         import torch as _  # noqa: F401
         import transformers
     except ImportError as error:
-        raise ValueError(f"--check compares with transformers, and {error.name} is not installed: pip install torch "
-                         "transformers, or leave --check out.") from None
+        raise ValueError(f"--check compares with transformers, but {error.name} is not installed: pip install torch "
+                         "transformers, or omit --check.") from None
     return transformers
 
 
 def largest_difference(source: Source, run: str, report: Callable[[str], None] = say) -> float:
     """The largest difference of logits between a run and transformers on the same files, over some sentences.
 
-    Both hold the whole model in memory, in float32. No code of the folder is run.
+    Both hold the whole model in memory, in float32. No code of the folder is executed.
 
     Raises:
-      ValueError: transformers or PyTorch is missing, or does not know the family.
+      ValueError: transformers or PyTorch is missing, or transformers does not support the family.
     """
     transformers = require_transformers()
     import torch
@@ -54,8 +56,8 @@ def largest_difference(source: Source, run: str, report: Callable[[str], None] =
     try:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of a library that raises whatever it meets
-        raise ValueError(f"transformers does not open {source.folder}: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # the library may raise any exception
+        raise ValueError(f"transformers cannot open {source.folder}: {' '.join(str(error).split())[:200]}") from None
     theirs.eval()
 
     @jax.jit

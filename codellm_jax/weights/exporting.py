@@ -1,16 +1,16 @@
-"""Export: a checkpoint of a run, or a run under way, as a folder that Hugging Face's libraries open.
+"""Export: writes a checkpoint, or a run in progress, as a folder that Hugging Face's libraries open.
 
     t5x export runs/mine@400 --output=mine-hf --dtype=bfloat16
 
-  config.json, generation_config.json   of the family whose values the decoder has, else of our own, `codellm`
+  config.json, generation_config.json   of the family that matches the decoder, else of our own, `codellm`
   model.safetensors                     or shards, with model.safetensors.index.json
-  modeling_codellm.py                   of our own family: its code
-  tokenizer.json and its like           the vocabulary
-  README.md                             a model card: what it was trained on, and where it comes from
+  modeling_codellm.py                   the code of our own family
+  tokenizer.json or similar             the vocabulary
+  README.md                             a model card: training data and provenance
 
-Parameters are read, laid out and written one published tensor at a time. A folder is built beside its place and moved
-there when it is whole. In gs:// nothing can be moved: there config.json, without which nothing opens the folder, is
-written last, and a file tells until then that the folder is being built.
+Parameters are read, converted and written one published tensor at a time. A folder is built beside its destination and
+moved there when it is complete. On gs:// nothing can be moved: there config.json, without which nothing opens the
+folder, is written last, and a marker file says until then that the folder is incomplete.
 """
 
 import collections
@@ -41,23 +41,23 @@ from codellm_jax.weights.card import model_card
 from codellm_jax.weights.layouts import PublishedTensor, published_facts, published_tensors, stacked_shapes
 from codellm_jax.weights.writing import DTYPES, INDEX, files_of, index_of, parse_size, size_of, write_tensors
 
-Read = Callable[[str, int | None], np.ndarray]  # a parameter by name, whole or one layer of it
+Read = Callable[[str, int | None], np.ndarray]  # reads a parameter by name, whole or one layer of it
 MODELING = pathlib.Path(__file__).with_name("modeling_codellm.py")
 OWN_CLASSES = {"AutoConfig": "CodellmConfig", "AutoModel": "CodellmModel", "AutoModelForCausalLM": "CodellmForCausalLM"}
-BUILDING = "being_exported"  # a file in a folder in gs:// that is not whole yet
+BUILDING = "being_exported"  # a marker file in an incomplete folder on gs://
 DEFAULT_SIZE = "5GB"
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What an exported folder holds.
+    """The content of an exported folder.
 
     Attributes:
-      texts: content by file name, of all but config.json.
-      config: of config.json.
-      vocabulary: whose files are written.
-      files: name -> the tensors of a file.
-      dtypes: name -> dtype of a tensor, a key of DTYPES.
+      texts: the content of all text files but config.json, by file name.
+      config: the content of config.json.
+      vocabulary: the vocabulary whose files are written.
+      files: file name -> the tensors in the file.
+      dtypes: tensor name -> its dtype, a key of DTYPES.
     """
 
     texts: Mapping[str, str]
@@ -78,16 +78,16 @@ def export(
     """Writes a checkpoint as a folder for Hugging Face's libraries.
 
     Args:
-      source: a run directory, whose newest undamaged checkpoint is taken, or RUN@STEP.
-      output: a folder that is not there yet, or empty; local or gs://.
-      dtype: of the tensors, a key of DTYPES; None for those of a model that was imported and not trained since, else
-        float32.
-      max_shard_size: of a file, such as 5GB; one tensor that is larger has a file to itself.
-      vocabulary_path: where the run's vocabulary lies, if it was moved.
-      report: is told what was read and written, in lines.
+      source: a run directory, whose newest undamaged checkpoint is used, or RUN@STEP.
+      output: a folder that does not exist yet, or is empty; local or gs://.
+      dtype: of the tensors, a key of DTYPES; None for the original dtypes of an imported model without further
+        training, else float32.
+      max_shard_size: of a file, such as 5GB; a larger tensor gets its own file.
+      vocabulary_path: the location of the run's vocabulary, if it was moved.
+      report: called with lines about what was read and written.
 
     Raises:
-      ValueError, FileNotFoundError, OSError: in one line; nothing is left of the folder.
+      ValueError, FileNotFoundError, OSError: with a one-line message; nothing of the folder remains.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, found {dtype!r}.")
@@ -120,15 +120,15 @@ def export_while_training(
     params: Any, config: DecoderConfig, vocabulary: Vocabulary, record: Mapping[str, Any], place: str,
     report: Callable[[str], None],
 ) -> None:
-    """Writes the parameters of a run under way, in float32; what lies at `place` is replaced. Called by all processes,
-    of which the first one writes. Where it cannot, a warning is reported, and the run goes on.
+    """Writes the parameters of a run in progress, in float32, and replaces the content of `place`. All processes call
+    it; the first one writes. If it fails, a warning is reported and the run continues.
 
     Args:
       params: on their devices; gathered one tensor at a time.
       config, vocabulary: of the model.
-      record: "step", "settings" and "ledger", as a checkpoint of this step has them.
+      record: "step", "settings" and "ledger", as in a checkpoint of this step.
       place: the folder, local or gs://.
-      report: is told of a failure, in a line.
+      report: called with a line if the export fails.
     """
     folder = _planned(config, vocabulary, record, code_version(), "float32", parse_size(DEFAULT_SIZE))
     gather, waiting = _gathering(params), [place.key for tensor in folder.tensors for place in tensor.places]
@@ -143,12 +143,12 @@ def export_while_training(
                 _write(building, folder, read, report)
         except (OSError, ValueError) as error:
             report(f"WARNING: the export after step {record['step']} failed: {error}")
-    while waiting:  # all processes have to ask for the same, whether it is written or not
+    while waiting:  # all processes must make the same requests, even if nothing is written
         read(*waiting[0])
 
 
 def _gathering(params: Any) -> Read:
-    """Reads parameters off the devices of all processes, one layer at a time."""
+    """Reads parameters from the devices of all processes, one layer at a time."""
     paths, _ = jax.tree_util.tree_flatten_with_path(params)
     leaves = {"/".join(key.key for key in path): leaf for path, leaf in paths}
     take = jax.jit(lambda leaf, layer: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False))
@@ -168,13 +168,13 @@ def _planned(
     config: DecoderConfig, vocabulary: Vocabulary, record: Mapping[str, Any], code: Mapping[str, Any] | None,
     dtype: str | None, most: int,
 ) -> Folder:
-    """All of a folder but the numbers."""
+    """The content of a folder, without the numbers."""
     stages = [record["ledger"], *reversed(record["ledger"].get("before", []))]
     imported: Mapping[str, Any] = next((stage for stage in stages if stage["stage"] == "imported"), {})
     facts = published_facts(config, imported.get("model_type"))
     tensors = published_tensors(facts, config)
     dtypes = dict.fromkeys((tensor.name for tensor in tensors), dtype or "float32")
-    if dtype is None and imported is record["ledger"]:  # parameters are as they came, of which float64 are rounded
+    if dtype is None and imported is record["ledger"]:  # parameters keep their original dtypes, but float64 was rounded
         own = {name: imported.get("other_dtypes", {}).get(name, imported["dtype"]) for name in dtypes}
         dtypes |= {name: found for name, found in own.items() if found in DTYPES}
     usual = collections.Counter(dtypes.values()).most_common(1)[0][0]
@@ -205,20 +205,21 @@ def _write(building: epath.Path, folder: Folder, read: Read, report: Callable[[s
 
 
 def _arrays(tensors: Sequence[PublishedTensor], read: Read) -> Iterator[np.ndarray]:
-    """The numbers of tensors, as published; no more than one is held at a time."""
+    """The numbers of tensors, as published; only one is held at a time."""
     for tensor in tensors:
         yield tensor.write({place.key: read(*place.key) for place in tensor.places})
 
 
 @contextlib.contextmanager
 def written_whole(place: epath.Path) -> Iterator[epath.Path]:
-    """A folder to write into, which takes the place of what lies there once it is whole; else nothing is left of it."""
+    """A folder to write to. It replaces the existing content of `place` once it is complete; on an error it is removed.
+    """
     try:
         with _built_there(place) if "://" in str(place) else _built_beside(place) as building:
             yield building
     except OSError as error:
-        raise OSError(f"Writing {place} failed: {error.strerror or error}. Nothing of it is left; make room there, or "
-                      "name another folder.") from error
+        raise OSError(f"Writing {place} failed: {error.strerror or error}. Nothing of it remains. Free some space "
+                      "there, or name another folder.") from error
 
 
 @contextlib.contextmanager
@@ -226,7 +227,7 @@ def _built_beside(place: epath.Path) -> Iterator[epath.Path]:
     with half_made(place) as content:
         yield epath.Path(content)
         if place.exists():
-            os.rename(place, content.parent / "before")  # which is removed with what held it
+            os.rename(place, content.parent / "before")  # which is removed together with its parent folder
         os.rename(content, place)
 
 
@@ -235,7 +236,7 @@ def _built_there(place: epath.Path) -> Iterator[epath.Path]:
     if place.exists():
         place.rmtree()
     place.mkdir(parents=True, exist_ok=True)
-    (place / BUILDING).write_text("This folder is not whole yet.\n")
+    (place / BUILDING).write_text("This folder is incomplete.\n")
     try:
         yield place
     except BaseException:
@@ -245,7 +246,7 @@ def _built_there(place: epath.Path) -> Iterator[epath.Path]:
 
 
 def _require_free(place: epath.Path) -> None:
-    """Raises FileExistsError where something lies in the place, which is not the rest of an export that was killed."""
+    """Raises FileExistsError if `place` is not empty, unless it holds the incomplete result of a killed export."""
     if not place.exists():
         return
     if not place.is_dir():
@@ -257,27 +258,27 @@ def _require_free(place: epath.Path) -> None:
 
 
 def _require_same_shapes(saved: SavedParameters, folder: Folder, run: str) -> None:
-    """Raises ValueError where a checkpoint has other parameters than its settings tell."""
+    """Raises ValueError if a checkpoint's parameters differ from those implied by its settings."""
     wanted = stacked_shapes(folder.tensors)
     for name in [*wanted, *saved.shapes]:
         found, asked = saved.shapes.get(name, "absent"), wanted.get(name, "absent")
         if found != asked:
-            raise ValueError(f"The checkpoint of step {saved.step} of {run} is not of the model in its settings: "
-                             f"{name} is {found} there and should be {asked}.")
+            raise ValueError(f"The checkpoint of step {saved.step} of {run} does not match the model in its settings: "
+                             f"{name} has the shape {found} instead of {asked}.")
 
 
 def _run_and_step(source: str) -> tuple[str, int | None]:
-    """RUN or RUN@STEP in parts. A directory whose own name has an @ is one."""
+    """Splits RUN or RUN@STEP. A directory whose own name contains an @ is a RUN."""
     run, at, step = source.rpartition("@")
     if not at or epath.Path(source).expanduser().exists():
         return source, None
     if not (step.isascii() and step.isdigit()):
-        raise ValueError(f"RUN@STEP must end in the number of a step, found {source!r}.")
+        raise ValueError(f"RUN@STEP must end in a step number, found {source!r}.")
     return run, int(step)
 
 
 def _code_of(run: str) -> Mapping[str, Any] | None:
-    """Version and commit that a run was trained with; None where it does not tell."""
+    """The version and commit that a run was trained with; None if unknown."""
     return (read_provenance(epath.Path(run).expanduser()) or {}).get("code")
 
 

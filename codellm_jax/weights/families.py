@@ -1,7 +1,7 @@
-"""Published configurations: a config.json as fields of `DecoderConfig`, and back.
+"""Published configurations: converts a config.json to fields of `DecoderConfig`, and back.
 
-A family is a set of values. What a config.json leaves out has the default of its family, as transformers has it; what
-this decoder cannot compute is refused by name.
+A family is a set of values. Missing entries of a config.json have the default of its family, as in transformers;
+features that this decoder does not support are refused by name.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ OWN = "codellm"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a family's config.json says under which names, and what holds where it says nothing.
+    """The names and defaults in a family's config.json.
 
     Attributes:
-      architecture: the class that transformers opens it with.
-      names: our sizes -> the names of the file.
-      defaults: name of the file -> the value of one that is absent.
-      fixed: fields of `DecoderConfig` that all models of the family have.
+      architecture: the transformers class that opens it.
+      names: our sizes -> their names in the file.
+      defaults: name in the file -> its value if absent.
+      fixed: fields of `DecoderConfig` that are the same for all models of the family.
       gated: whether the MLP has a gate, whose activation the file names.
     """
 
@@ -104,7 +104,7 @@ ACTIVATIONS = {"gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "ge
 GATES = {"silu": "swiglu", "swish": "swiglu"} | {
     name: "geglu" for name, ours in ACTIVATIONS.items() if ours == "gelu"}
 
-# Field -> the values with which it changes nothing; others ask for what is not here.
+# Field -> the values with which it has no effect; other values request an unsupported feature.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "alibi": (False, None), "use_alibi": (False, None), "position_embedding_type": ("absolute", "rope", None),
@@ -122,15 +122,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "norm_type": ("layer_norm", None), "mlp_type": ("default", None),
 }
 
-# Of a decoder, what is no part of a published model.
+# Fields of a decoder that are not part of a published model.
 RUNTIME_FIELDS = ("dtype", "remat", "scan_unroll", "attention")
 
 
 def decoder_values(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says, as fields of `DecoderConfig`, `vocabulary_size` and `length` among them.
+    """The values in a config.json, as fields of `DecoderConfig`, including `vocabulary_size` and `length`.
 
     Raises:
-      ValueError: in one line: the family is not known, a value is of no use, or it asks for what this decoder has not.
+      ValueError: with a one-line message: the family is unknown, a value is invalid, or it needs an unsupported
+        feature.
     """
     kind = facts.get("model_type")
     if kind != OWN and kind not in list(FAMILIES):
@@ -146,20 +147,21 @@ def decoder_values(facts: Mapping[str, Any]) -> dict[str, Any]:
     try:
         DecoderConfig(**values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"config.json describes no decoder: {str(error).removeprefix('DecoderConfig.')}") from None
+        raise ValueError("config.json does not describe a valid decoder: "
+                         f"{str(error).removeprefix('DecoderConfig.')}") from None
     return values
 
 
 def known_types() -> list[str]:
-    """Every model_type that is read."""
+    """All supported model_types."""
     return [*FAMILIES, OWN]
 
 
 def published_facts(config: DecoderConfig, preferred: str | None = None) -> dict[str, Any]:
-    """The config.json of a family whose values a decoder has: of `preferred` if it is one, else of the first that is
-    one, else of our own.
+    """The config.json of a family that matches a decoder: of `preferred` if it matches, else of the first that does,
+    else of our own.
 
-    It says all of the model and nothing of a vocabulary's special ids or of the dtype of its tensors.
+    It describes the model fully, but contains no special ids of a vocabulary and no dtype of the tensors.
     """
     meant = _meant(config)
     for kind in dict.fromkeys([*([preferred] if preferred in FAMILIES else []), *FAMILIES]):
@@ -168,7 +170,7 @@ def published_facts(config: DecoderConfig, preferred: str | None = None) -> dict
             continue
         try:
             values = decoder_values(facts)
-        except ValueError:  # of a feature that this family has not
+        except ValueError:  # the family lacks a feature
             continue
         if _meant(DecoderConfig(**values)) == meant:
             return facts
@@ -182,20 +184,20 @@ def published_facts(config: DecoderConfig, preferred: str | None = None) -> dict
 
 
 def _meant(config: DecoderConfig) -> dict[str, Any]:
-    """All of a decoder that its logits depend on."""
+    """All fields of a decoder that its logits depend on."""
     free = (*RUNTIME_FIELDS, "dropout_rate", "initializer_std")
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in free}
     return values | {"kv_heads": config.key_heads, "head_size": config.size_of_head}
 
 
-def _refused(name: str, value: Any, why: str = "a feature that this decoder has not") -> ValueError:
+def _refused(name: str, value: Any, why: str = "a feature that this decoder does not support") -> ValueError:
     text = repr(value)
     return ValueError(f"config.json has {name} = {text if len(text) < 100 else text[:97] + '...'}: {why}.")
 
 
 def _nearest(kind: Any) -> str:
     near = difflib.get_close_matches(str(kind), known_types(), n=1, cutoff=0.4)
-    return f", which is not read; nearest: {near[0]}" if near else ", which is not read"
+    return f", which is not supported; nearest: {near[0]}" if near else ", which is not supported"
 
 
 def _values(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +228,7 @@ def _values(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choices(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a family differs between its models: biases and the residual."""
+    """The properties that vary within a family: biases and the residual."""
 
     def has(name: str, default: bool) -> bool:
         return _truth(name, given.get(name, default))
@@ -246,7 +248,9 @@ def _choices(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_full_attention(given: Mapping[str, Any], layers: int, length: int) -> None:
-    """Raises ValueError where a layer sees less than all tokens before it: a window at least as long binds nothing."""
+    """Raises ValueError if a layer sees less than all earlier tokens; a window at least as long as the rows has no
+    effect.
+    """
     kinds = given.get("layer_types")
     window = given.get("sliding_window")
     if given.get("use_sliding_window", True) is False:
@@ -266,20 +270,22 @@ def _require_full_attention(given: Mapping[str, Any], layers: int, length: int) 
     if not isinstance(window, (int, float)):
         raise _refused("sliding_window", window)
     if window < length:
-        raise _refused("sliding_window", window, f"a window that binds within its {length} positions, which this "
-                       f"decoder has not; with max_position_embeddings = {window} there it would not")
+        raise _refused("sliding_window", window, f"a window shorter than its {length} positions, which this "
+                       f"decoder does not support; with max_position_embeddings = {window} it would have no effect")
 
 
 def _rotary(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Theta, the part of a head and the scaling; of the older form of a config.json or of transformers 5's."""
+    """Theta, the rotated part of a head and the scaling; from a config.json in the older form or in that of
+    transformers 5.
+    """
     rope: Any = given.get("rope_scaling") or given.get("rope_parameters") or {}
-    if isinstance(rope, Mapping) and isinstance(rope.get("full_attention"), Mapping):  # for each kind of layer
+    if isinstance(rope, Mapping) and isinstance(rope.get("full_attention"), Mapping):  # by kind of layer
         rope = rope["full_attention"]
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         raise _refused("rope_parameters" if given.get("rope_parameters") else "rope_scaling", rope)
 
     def told(name: str, *others: Any) -> Any:
-        """What the scaling says, else the first of `others` that says something."""
+        """The value in the scaling, else the first of `others` that is set."""
         return next((value for value in (rope.get(name), *others) if value is not None), None)
 
     neox = kind == "gpt_neox"
@@ -297,7 +303,7 @@ def _rotary(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if named not in ("linear", "llama3", "yarn"):
         raise _refused("rope_type", named, "known: default, linear, llama3, yarn")
     if rope.get("truncate") is False:
-        raise _refused("truncate", False, "a form of yarn that this decoder has not")
+        raise _refused("truncate", False, "a form of yarn that this decoder does not support")
     length = given["max_position_embeddings"]
     original = given.get("original_max_position_embeddings") or told("original_max_position_embeddings", length)
     factor = told("factor", length / original if named == "yarn" and isinstance(original, (int, float)) else None)
@@ -315,7 +321,8 @@ def _rotary(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    """What yarn multiplies queries and keys by: as told, or by the rule of the pair `mscale`, `mscale_all_dim`."""
+    """The factor by which yarn multiplies queries and keys: as given, or by the rule of `mscale` and `mscale_all_dim`.
+    """
 
     def scale(of: float) -> float:
         return 0.1 * of * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -346,10 +353,11 @@ def _truth(name: str, value: Any) -> bool:
 
 
 def _facts(kind: str, config: DecoderConfig) -> dict[str, Any] | None:
-    """The config.json that a model of the family would have with a decoder's values; None where it has no such
-    activation. Whether it means the same is for `decoder_values` to tell."""
+    """The config.json that a model of the family would have with a decoder's values; None if it has no such activation.
+    `decoder_values` decides whether it means the same.
+    """
     family = FAMILIES[kind]
-    if family.gated != config.is_gated or kind == "llama" and config.hidden % config.heads:  # transformers refuses it
+    if family.gated != config.is_gated or kind == "llama" and config.hidden % config.heads:  # transformers refuses this
         return None
     named = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "gelu": "gelu_new" if kind == "gpt2" else
              "gelu_pytorch_tanh", "gelu_exact": "gelu", "fast_gelu": "quick_gelu"}[config.activation]

@@ -1,13 +1,13 @@
 """Published weights as a run: from a folder, local or gs://, a name hf://ORG/NAME[@REVISION], or MindSpore's files.
 
-  open_source(source)                        what it holds, from config.json, tokenizer and headers alone
-  describe_source(source)                    the same in the form of a checkpoint's record: "ledger", "settings",
+  open_source(source)                        its content, from config.json, tokenizer and headers alone
+  describe_source(source)                    the same as a checkpoint's record: "ledger", "settings",
                                              "step", "digest"
   parameters_on_mesh(source, abstract)       its parameters, read straight onto a mesh's shards
-  import_run(source, output)                 a run directory of it
+  import_run(source, output)                 makes a run directory
 
-Tensors are read one at a time, and go on in pieces: the memory that an import takes is about that of the largest
-tensor, whatever the model. All mistakes in a source are ValueError or OSError in one line.
+Tensors are read one at a time and processed in pieces, so an import takes about as much memory as the largest tensor.
+All errors in a source raise ValueError or OSError with a one-line message.
 """
 
 import concurrent.futures
@@ -43,25 +43,25 @@ from codellm_jax.weights.mindspore import is_mindspore, open_mindspore
 from codellm_jax.weights.reading import FLOATS, Tensors, json_object, open_tensors
 
 CONFIGURATION = "config.json"
-# What is asked of a hub, one after the other until there are weights.
+# The names requested from a hub, one after the other until weights are found.
 WEIGHTS = ("model*.safetensors*", "*.safetensors*", "pytorch_model*.bin*")
 UNFINISHED = "unfinished_import"
-SLAB = 2**24  # bytes of float32 that are made of a tensor at a time
+SLAB = 2**24  # bytes of float32 that are converted at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Published weights that fit their configuration; no number of them is read yet.
+    """Published weights that match their configuration; no tensor has been read yet.
 
     Attributes:
-      name: as it was given, a folder's made absolute.
-      folder: where its files lie here.
-      revision: the commit on the hub; None of a folder.
-      facts: its config.json.
-      values: of the decoder, as `decoder_values` has them.
-      tensors: of the folder.
-      published: those that are parameters, under their names there, in the order in which they lie.
-      copies: tensors that hold what one of these holds, a tied head: name -> the name of that one.
+      name: as given, with the path of a folder made absolute.
+      folder: the local folder of its files.
+      revision: the commit on the hub; None for a folder.
+      facts: the content of its config.json.
+      values: the decoder's values, as returned by `decoder_values`.
+      tensors: all tensors of the folder.
+      published: the tensors that are parameters, under their names in the folder, in the order of the files.
+      copies: tensors that repeat one of these, such as a stored tied head: name -> the name of the original.
       vocabulary: its tokenizer, with as many rows as its embedding.
     """
 
@@ -81,20 +81,20 @@ class Source:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files that it is read from; beside MindSpore's there may be no config.json."""
+        """The files from which it is read; MindSpore checkpoints may have no config.json."""
         configured = (epath.Path(self.folder) / CONFIGURATION).exists()
         return (*([CONFIGURATION] if configured else []), *self.tensors.files)
 
 
 def open_source(source: str, vocabulary: str | None = None) -> Source:
-    """Finds, downloads where it is a name on a hub, and checks published weights.
+    """Finds and checks published weights; downloads them if `source` names a repository on a hub.
 
     Args:
       source: a folder or a name hf://ORG/NAME[@REVISION].
-      vocabulary: a tokenizer in the place of the folder's own.
+      vocabulary: a tokenizer to use instead of the folder's own.
 
     Raises:
-      OSError, ValueError: in one line; it is not there, not whole, or no model that this decoder can be.
+      OSError, ValueError: with a one-line message; it does not exist, is incomplete, or is not a supported model.
     """
     name, folder, revision = _located(source)
     facts, tensors = _read_headers(folder)
@@ -104,7 +104,7 @@ def open_source(source: str, vocabulary: str | None = None) -> Source:
         published = matched(facts, config, tensors.shapes)
         for tensor in published:
             if tensor.name in tensors.dtypes and tensors.dtypes[tensor.name] not in {str(d) for d in FLOATS.values()}:
-                raise ValueError(f"{tensor.name} is of {tensors.dtypes[tensor.name]}, and read are "
+                raise ValueError(f"{tensor.name} has the dtype {tensors.dtypes[tensor.name]}; supported are "
                                  f"{', '.join(str(dtype) for dtype in FLOATS.values())}.")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
@@ -139,12 +139,12 @@ def _read_headers(folder: str) -> tuple[dict[str, Any], Tensors]:
         return open_mindspore(folder)
     configuration = place / CONFIGURATION
     if not configuration.exists():
-        raise FileNotFoundError(f"{folder} holds no {CONFIGURATION}, and so no published model.")
+        raise FileNotFoundError(f"{folder} holds no {CONFIGURATION}, so it is not a published model.")
     return json_object(configuration), open_tensors(folder)
 
 
 def _vocabulary(folder: str, given: str | None, facts: Mapping[str, Any], rows: int) -> Vocabulary:
-    """The tokenizer of a folder, or another that is given."""
+    """The tokenizer of a folder, or the one given instead."""
     path, options = given or folder, dict[str, Any](size=rows)
     if facts["model_type"] == "gpt_pangu" and tokenizer_files.tokenizer_file(
             tokenizer_files.resolve(path)).endswith(".model"):
@@ -155,15 +155,16 @@ def _vocabulary(folder: str, given: str | None, facts: Mapping[str, Any], rows: 
         raise FileNotFoundError(f"{error} Name one: t5x import {folder} --output=RUN --vocabulary=FILE.") from None
     except ValueError as error:
         ids: dict[str, Any] = {"end_of_document_id": facts.get("eos_token_id"), "pad_id": facts.get("pad_token_id")}
-        if "end_of_document" in str(error) and type(ids["end_of_document_id"]) is int:  # the model knows its own
+        if "end_of_document" in str(error) and type(ids["end_of_document_id"]) is int:  # the model's own id
             return load_vocabulary(path, **options, **ids)
         raise ValueError(str(error).replace("vocabulary.size is", "the model's embedding has").replace(
             ", fewer rows", " rows, fewer")) from None
 
 
 def describe_source(source: str | Source) -> dict[str, Any]:
-    """What a checkpoint's record would say of a source: its "ledger" and "settings", "step" 0, and a "digest" of all
-    that is known without reading a tensor."""
+    """A source in the form of a checkpoint's record: its "ledger" and "settings", "step" 0, and a "digest" of
+    everything that is known without reading a tensor.
+    """
     opened = source if isinstance(source, Source) else open_source(source)
     place = epath.Path(opened.folder)
     files = {name: {"bytes": (place / name).stat().length} for name in opened.files}
@@ -175,12 +176,13 @@ def describe_source(source: str | Source) -> dict[str, Any]:
 
 
 def imported_ledger(source: Source, files: Mapping[str, Any]) -> dict[str, Any]:
-    """The ledger, as JSON, of a model of which is known where it came from, and not what it was trained on.
+    """The ledger, as JSON, of a model with a known origin and unknown training data.
 
-    Beside what every ledger has: "source", "revision", "files" (name -> bytes and, of an import, SHA-256),
-    "model_type", "dtype", which most tensors have, and "other_dtypes", by the names of `published_tensors`.
+    In addition to the entries of every ledger, it has "source", "revision", "files" (name -> bytes and, after an
+    import, SHA-256), "model_type", "dtype", the most common one, and "other_dtypes", by the names of
+    `published_tensors`.
     """
-    # Names of a file may lack the prefix; both lists are in the order of places.
+    # Names in a file may lack the prefix; both lists have the same order.
     places = {tensor.places[0].key: source.tensors.dtypes[tensor.name] for tensor in source.published}
     dtypes = {tensor.name: places[tensor.places[0].key] for tensor in published_tensors(source.facts, source.config)}
     usual = Counter(dtypes.values()).most_common(1)[0][0]
@@ -192,7 +194,7 @@ def imported_ledger(source: Source, files: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(source: Source, vocabulary: str) -> dict[str, str]:
-    """The settings of a run of these weights, as gin literals: what a run that starts from it takes over."""
+    """The settings of a run of these weights, as gin literals, which runs that start from it inherit."""
     model = {f"model.{name}": repr(value) for name, value in source.values.items()
              if name not in ("vocabulary_size", "length")}
     own = source.vocabulary
@@ -203,18 +205,18 @@ def settings(source: Source, vocabulary: str) -> dict[str, str]:
 
 
 def parameters_on_mesh(source: Source, abstract: Any) -> Any:
-    """Parameters read straight onto a mesh, one tensor at a time; each process reads all of them.
+    """Reads parameters directly onto a mesh, one tensor at a time; each process reads all of them.
 
     Args:
-      source: as `open_source` gives it.
-      abstract: the decoder's parameters as jax.ShapeDtypeStructs of float32 with shardings; call it as
-        `restore_parameters` is called.
+      source: as returned by `open_source`.
+      abstract: the decoder's parameters as jax.ShapeDtypeStructs of float32 with shardings, as for
+        `restore_parameters`.
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract)
     wanted = {"/".join(str(key.key) for key in path): leaf for path, leaf in paths}
     shapes = {name: leaf.shape for name, leaf in wanted.items()}
     if shapes != stacked_shapes(source.published):
-        raise ValueError(f"{source.name} has other parameters than the model it is read for.")
+        raise ValueError(f"{source.name} has other parameters than the requested model.")
     arrays: dict[str, Any] = {}
     for tensor in source.published:
         for (leaf, layer), piece in tensor.read(source.tensors.read(tensor.name)).items():
@@ -236,7 +238,7 @@ def parameters_on_mesh(source: Source, abstract: Any) -> Any:
 
 @functools.cache
 def _layer_writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
-    """Puts a layer into a stack, in the stack's own memory."""
+    """Writes a layer into a stack, in place."""
 
     def write(stack: jax.Array, layer: jax.Array, number: int) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(stack, layer, number, axis=0)
@@ -245,16 +247,16 @@ def _layer_writer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, in
 
 
 def _floats(name: str, array: np.ndarray, index: Any = ...) -> np.ndarray:
-    """Numbers of a tensor in float32, one behind the other. Raises ValueError where one is not finite."""
+    """Numbers of a tensor in float32, contiguous. Raises ValueError if one is not finite."""
     found = np.array(array[index], np.float32, order="C")
     if not np.isfinite(found).all():
         raise ValueError(f"{name} holds numbers that are not finite, {np.count_nonzero(~np.isfinite(found))} of "
-                         f"{found.size} that were looked at.")
+                         f"{found.size} that were checked.")
     return found
 
 
 def _require_equal_copies(source: Source) -> None:
-    """Raises ValueError where a tied head that is stored too is another one than the token embedding."""
+    """Raises ValueError if a stored tied head differs from the token embedding."""
     for name, other in source.copies.items():
         shape = source.tensors.shapes[name]
         step = max(1, SLAB // (4 * shape[1]))
@@ -262,27 +264,27 @@ def _require_equal_copies(source: Source) -> None:
             rows = slice(first, first + step)
             found, expected = (source.tensors.read(which, rows).astype(np.float32) for which in (name, other))
             if not np.array_equal(found, expected):
-                raise ValueError(f"{source.folder}: {name} differs from {other}, with which the configuration ties it "
+                raise ValueError(f"{source.folder}: {name} differs from {other}, to which the configuration ties it "
                                  "(tie_word_embeddings): one of the two is wrong.")
 
 
 def import_run(source: str, output: str, vocabulary: str | None = None, report: Callable[[str], None] = say) -> Source:
-    """Makes a run directory of published weights: its checkpoint of step 0 with its record, config.gin,
-    provenance.json and the tokenizer's files in `vocabulary/`.
+    """Makes a run directory from published weights: a checkpoint of step 0 with its record, config.gin, provenance.json
+    and the tokenizer's files in `vocabulary/`.
 
-    It is made beside its place and moved there whole. In gs://, where nothing is moved, a file says that it is not
-    whole yet, and without its record, which comes last, nothing is a checkpoint.
+    It is built beside its destination and moved there when complete. On gs://, where nothing can be moved, a marker
+    file says that it is incomplete, and the checkpoint only counts once its record, the last file, is there.
 
     Raises:
-      ValueError: there is something at `output` already; or as `open_source`.
-      OSError: likewise, or the disk is full.
+      ValueError: `output` already exists; or as `open_source`.
+      OSError: as `open_source`, or the disk is full.
     """
     run = epath.Path(resolved(output))
-    unfinished = run / UNFINISHED  # in gs:// alone
+    unfinished = run / UNFINISHED  # on gs:// only
     if unfinished.exists():
         run.rmtree()
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ValueError(f"{run} is there already, and an import begins a run: give another --output or remove it.")
+        raise ValueError(f"{run} exists already, but an import needs a new run: choose another --output or remove it.")
     opened = open_source(source, vocabulary)
     size = sum(_bytes_of(opened, tensor.name) for tensor in opened.published)
     report(f"{opened.name}: {opened.facts['model_type']}, {parameter_count(opened.config):,} parameters in "
@@ -298,7 +300,7 @@ def import_run(source: str, output: str, vocabulary: str | None = None, report: 
         if made == run:
             unfinished.unlink()
         else:
-            os.rename(made, run)  # onto an empty folder, too
+            os.rename(made, run)  # also works onto an empty folder
     report(f"The run:     {run}, step 0, checkpoint {record['digest'][:12]}")
     return opened
 
@@ -308,7 +310,7 @@ def _bytes_of(source: Source, name: str) -> int:
 
 
 def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> dict[str, Any]:
-    """Writes the files of `run` into `made`; returns the record."""
+    """Writes the files of `run` to the folder `made`; returns the record."""
     place = epath.Path(source.folder)
     path = _copy_tokenizer(source.vocabulary.path, made / "vocabulary", run / "vocabulary")
     held = settings(source, path)
@@ -316,7 +318,7 @@ def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> 
     status = StatusLine(0, max(1, size // 10**6), active=jax.process_index() == 0, unit="MB")
     with contextlib.closing(status), concurrent.futures.ThreadPoolExecutor(1) as beside:
         sums = [beside.submit(_file_facts, place / name) for name in source.files]
-        # The record is made of what is known by then, after the last part.
+        # The record contains facts that are only known after the last part.
         record: dict[str, Any] = {"settings": held}
 
         def parts() -> Iterator[Part]:
@@ -335,7 +337,7 @@ def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> 
 
 
 def _parts(source: Source, status: StatusLine, size: int) -> Iterator[Part]:
-    """All parameters, tensor by tensor as they lie in the files, in pieces."""
+    """All parameters, in pieces, tensor by tensor in the order of the files."""
     began, done = time.monotonic(), 0
     for tensor in source.published:
         array = source.tensors.read(tensor.name)
@@ -344,13 +346,13 @@ def _parts(source: Source, status: StatusLine, size: int) -> Iterator[Part]:
             for first in range(0, len(piece), rows):
                 yield Part(leaf, layer, first, _floats(tensor.name, piece, slice(first, first + rows)))
         done += array.nbytes
-        del array, piece  # before the next one is read
+        del array, piece  # free them before the next read
         rate = max(done / max(time.monotonic() - began, 1e-9), 1.0)
         status.show(done // 10**6, f"at {rate / 1e6:.0f} MB/s, {duration((size - done) / rate)} left")
 
 
 def _file_facts(file: epath.Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """The size and SHA-256 of a file."""
     hashed, size = hashlib.sha256(), 0
     with file.open("rb") as opened:
         while piece := opened.read(2**20):
@@ -360,7 +362,9 @@ def _file_facts(file: epath.Path) -> dict[str, Any]:
 
 
 def _copy_tokenizer(path: str, made: epath.Path, place: epath.Path) -> str:
-    """Copies a tokenizer's files into the folder `made`, which is to become `place`; returns the path it has there."""
+    """Copies a tokenizer's files to the folder `made`, which will be moved to `place`; returns their path below
+    `place`.
+    """
     folder, found = tokenizer_files.folder_of(path), epath.Path(path)
     if folder is None:
         made.mkdir(parents=True)

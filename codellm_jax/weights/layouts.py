@@ -1,6 +1,6 @@
-"""Published tensors: their names, their shapes, and where their numbers stand among our parameters.
+"""Published tensors: their names, their shapes, and the places of their numbers in our parameters.
 
-Leaves of our parameters are named by their path, such as "blocks/attention/query_kernel"; those in "blocks" are
+Leaves of our parameters are named by their path, such as "blocks/attention/query_kernel". Leaves in "blocks" are
 stacked over layers, and a place in one is a leaf with a layer.
 """
 
@@ -16,12 +16,12 @@ from codellm_jax.weights.families import decoder_values, published_facts
 
 __all__ = ["Place", "PublishedTensor", "decoder_values", "matched", "published_facts", "published_tensors"]
 
-Key = tuple[str, int | None]  # of a place: the leaf, and the layer where it is stacked
+Key = tuple[str, int | None]  # of a place: the leaf, and the layer if it is stacked
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where numbers stand among our parameters: a leaf, a layer of it or None, and the shape there, of one layer."""
+    """A place in our parameters: a leaf, its layer or None, and the shape of one layer there."""
 
     leaf: str
     layer: int | None
@@ -39,10 +39,10 @@ class PublishedTensor:
     Attributes:
       name: as published.
       shape: as published.
-      places: where its numbers stand among ours; more than one where queries, keys and values are one tensor.
-      transposed: whether it is a kernel [out, in], which ours are not.
-      by_head: of several places: 0 where they stand one behind the other on the last axis, else the heads by which
-        they alternate on the first.
+      places: where its numbers belong in ours; several if queries, keys and values are one tensor.
+      transposed: whether it is a kernel [out, in]; ours are [in, out].
+      by_head: for several places, 0 if they are concatenated along the last axis, else the number of heads by which
+        they alternate along the first.
     """
 
     name: str
@@ -52,7 +52,7 @@ class PublishedTensor:
     by_head: int = 0
 
     def read(self, array: np.ndarray) -> dict[Key, np.ndarray]:
-        """What of a tensor, as published, stands at each place; views where that is possible, the dtype as it is."""
+        """The part of a published tensor that belongs to each place; views if possible, in the original dtype."""
         pieces = [array]
         if len(self.places) > 1 and self.by_head:
             heads = array.reshape(self.by_head, len(self.places), -1, *array.shape[1:])
@@ -63,7 +63,7 @@ class PublishedTensor:
                 for place, piece in zip(self.places, pieces, strict=True)}
 
     def write(self, arrays: Mapping[Key, np.ndarray]) -> np.ndarray:
-        """The tensor, as published, of what stands at its places."""
+        """The published tensor that contains the numbers of its places."""
         out_first = [array.T if self.transposed else array for array in
                      (arrays[place.key].reshape(self._flat(place)) for place in self.places)]
         if len(out_first) == 1:
@@ -74,23 +74,23 @@ class PublishedTensor:
         return np.concatenate(out_first, axis=-1)
 
     def _flat(self, place: Place) -> tuple[int, ...]:
-        """A place's shape with all heads in one axis, as tensors have them."""
+        """A place's shape with all heads in one axis, as in the published tensors."""
         return place.shape if len(self.shape) > 1 else (math.prod(place.shape),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """How a family names its tensors.
+    """The names that a family gives to its tensors.
 
     Attributes:
-      prefix: of all but the head; a file of the model without its head leaves it out.
-      outside: what stands outside of the blocks -> its name.
-      block: the name of a block, but for its number.
-      inside: what stands in a block -> its name there.
-      fused: the name of queries, keys and values in one tensor; None where they are three.
-      by_head: whether those alternate by head.
+      prefix: of all names but the head's; a file of the model without its head omits it.
+      outside: a leaf outside of the blocks -> its name.
+      block: the name of a block, without its number.
+      inside: a leaf inside a block -> its name there.
+      fused: the name of queries, keys and values in one tensor; None if they are separate.
+      by_head: whether they alternate by head.
       kernels_out_first: whether kernels are [out, in].
-      heads: names of an untied head, the one that is written first.
+      heads: the names of an untied head; the first is the one that is written.
     """
 
     prefix: str
@@ -138,7 +138,7 @@ NAMINGS = {
     "codellm": OWN,
 }
 
-# What files of older versions hold besides parameters: masks and frequencies.
+# Entries of older files that are not parameters: masks and frequencies.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq",
            ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
@@ -146,12 +146,12 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.mas
 def published_tensors(facts: Mapping[str, Any], config: DecoderConfig) -> list[PublishedTensor]:
     """The tensors of a model, in the order of its layers.
 
-    A tied head is no tensor, but in our own family and in gpt_pangu: their `lm_head.weight` has the place of the token
-    embedding, too, and a file may hold it or not.
+    A tied head has no tensor, except in our own family and in gpt_pangu: their `lm_head.weight` shares the place of the
+    token embedding, and a file may contain it or not.
 
     Args:
-      facts: the config.json, of which the model_type is looked at.
-      config: the decoder that `decoder_values` makes of it.
+      facts: the content of config.json, of which only model_type is used.
+      config: the decoder that `decoder_values` derives from it.
     """
     kind = facts["model_type"]
     naming = NAMINGS[kind]
@@ -179,19 +179,19 @@ def published_tensors(facts: Mapping[str, Any], config: DecoderConfig) -> list[P
 def matched(
     facts: Mapping[str, Any], config: DecoderConfig, shapes: Mapping[str, Sequence[int]]
 ) -> list[PublishedTensor]:
-    """The tensors of a model under the names that they have where they lie; those of a tied head that is stored
-    besides come last, with the token embedding's place.
+    """The tensors of a model under their stored names; a stored copy of a tied head comes last, with the place of the
+    token embedding.
 
     Args:
       facts, config: as for `published_tensors`.
-      shapes: name -> shape of all tensors that lie there. What is no parameter, such as masks, is passed over.
+      shapes: name -> shape of all stored tensors. Entries that are not parameters, such as masks, are ignored.
 
     Raises:
-      ValueError: tensors are missing, left over or of another shape: the first few of each, and how many.
+      ValueError: tensors are missing, left over or of another shape; it lists the first few of each and their number.
     """
     naming = NAMINGS[facts["model_type"]]
-    if config.layers > len(shapes):  # a number that no tensors need be listed for
-        raise ValueError(f"config.json tells of {config.layers} layers, and there are {len(shapes)} tensors.")
+    if config.layers > len(shapes):  # too few tensors for any layout, so none are listed
+        raise ValueError(f"config.json has {config.layers} layers, but there are {len(shapes)} tensors.")
     found = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(BUFFERS)}
     bare = not any(name.startswith(naming.prefix) for name in found)
     table = (config.vocabulary_size, config.hidden)
@@ -208,18 +208,18 @@ def matched(
         tensors |= {head: PublishedTensor(head, table, (place,)) for head in naming.heads if head in found}
     missing = [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in found]
     left_over = [f"{name} {list(shape)}" for name, shape in found.items() if name not in tensors]
-    others = [f"{name} {list(found[name])} in the place of {list(tensor.shape)}" for name, tensor in tensors.items()
+    others = [f"{name} {list(found[name])} instead of {list(tensor.shape)}" for name, tensor in tensors.items()
               if name in found and found[name] != tensor.shape]
     problems = [f"{_listed(names)} {what}" for names, what in (
         (missing, "missing"), (left_over, "left over"), (others, "of another shape")) if names]
     if problems:
-        raise ValueError(f"The tensors are not those of its config.json ({facts['model_type']}): "
+        raise ValueError(f"The tensors do not match its config.json ({facts['model_type']}): "
                          f"{'; '.join(problems)}.")
     return list(tensors.values())
 
 
 def _listed(names: list[str], most: int = 3) -> str:
-    """The first few of a list and how many it has, with the verb of what follows."""
+    """The first few of a list, its length, and the verb of the following text."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more} {'are' if len(names) > 1 else 'is'}"
 
@@ -231,7 +231,7 @@ def _block(naming: Naming, config: DecoderConfig, number: int) -> list[Published
     prefix = f"{naming.prefix}{naming.block}.{number}."
     hidden, wide = config.hidden, config.feedforward
     query, key = (config.heads, config.size_of_head), (config.key_heads, config.size_of_head)
-    # Projection -> what its kernel takes, and the shape of what it gives.
+    # Projection -> the kernel's input, and the shape of its output.
     projections: dict[str, tuple[int, tuple[int, ...]]] = {
         "attention/query": (hidden, query), "attention/key": (hidden, key), "attention/value": (hidden, key),
         "attention/output": (config.query_width, (hidden,)),
@@ -279,7 +279,7 @@ def _norm(name: str, config: DecoderConfig, leaf: str, layer: int | None) -> lis
 
 
 def stacked_shapes(tensors: Sequence[PublishedTensor]) -> dict[str, tuple[int, ...]]:
-    """Leaf -> shape of our parameters, layers stacked, as the tensors fill them."""
+    """Leaf -> shape of our parameters, with layers stacked, as the tensors fill them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for place in (place for tensor in tensors for place in tensor.places):
         if place.layer is None:

@@ -1,24 +1,24 @@
-"""PanGu-alpha's checkpoints of MindSpore, as gpt_pangu's tensors: one file, or one for each rank and a strategy file.
+"""PanGu-alpha's checkpoints from MindSpore, as gpt_pangu's tensors: one file, or one for each rank and a strategy file.
 
-Its names and orientations were read off public code, in which no tensor says its own:
+The names and orientations were taken from public code, since the tensors do not describe themselves:
 
   2021    mindspore, model_zoo/official/nlp/pangu_alpha and .../pangu1: backbone.word_embedding.embedding_table or
           embedding_table, backbone.blocks.L, backbone.top_query_layer, .mapping_weight; the release of the
           weights, with the three embeddings as .npy beside 512 files
   later   mindspore-ai/models, official/nlp/Pangu_alpha, with the blocks of mindformers: backbone.embedding.
-          word_embedding.embedding_table, backbone.top_query_embedding.embedding_table; what the study released
+          word_embedding.embedding_table, backbone.top_query_embedding.embedding_table; the study's release
 
   kernels     dense1, dense2, dense3 (query, key, value) are nn.Dense, and later Linear with transpose_b: [out, in], as
               published; attention.projection, output.mapping and output.projection are Mapping, later Linear with
               transpose_b=False: [in, out], and are transposed here
   scores      2021: queries times keys / sqrt(head); later: queries / head^(1/4) times keys / head^(1/4), which is the
-              same function. The division by the layer's number (`coeff`) is taken where `scale` is false, and no
+              same function. The division by the layer's number (`coeff`) applies if `scale` is false, and no
               released code sets it so. Softmax is in float32
   activation  2021: nn.GELU, the tanh form; later: fast_gelu, x * sigmoid(1.702 x)
-  norms       epsilon 1e-5. backbone.layernorm stands before the query layer; but where a model was trained in pipeline
-              stages it stands behind it (`is_pipeline` in both), which is another function, and refused
+  norms       epsilon 1e-5. backbone.layernorm precedes the query layer; but in models trained in pipeline stages it
+              follows it (`is_pipeline` in both), which is another function and is refused
 
-Heads are in no shape: they follow from the sizes of PanGu-alpha, or stand in a config.json beside the checkpoint.
+Shapes do not reveal the heads: they follow from the sizes of PanGu-alpha, or from a config.json beside the checkpoint.
 """
 
 import math
@@ -35,12 +35,12 @@ from codellm_jax.weights.wire import Layout, Stored, layouts, stored_tensors
 
 HEADS = {1024: 16, 2560: 32, 5120: 40, 16384: 128}  # hidden size -> heads, of 350M, 1.3B and 2.6B, 13B, 200B
 
-# What checkpoints hold besides parameters: the optimizer's state, counters, caches of keys and values.
+# Entries of checkpoints that are not parameters: optimizer state, counters, caches of keys and values.
 NO_PARAMETERS = re.compile(
     r"(.*\.)?(adam_[mv]|moment[12s]|momentum|accu_grads?|optimizer)\..*|"
     r"(.*\.)?(global_step|scale_sense|current_iterator_step|last_overflow_iterator_step|epoch_num|step_num|"
     r"learning_rate|loss_scale|beta[12]_power|key_past|value_past)")
-OUTSIDE = {  # how a name ends -> as gpt_pangu has it
+OUTSIDE = {  # suffix of a name -> the name in gpt_pangu
     r"(.*\.)?word_embedding(\.embedding)?_table|embedding_table": "transformer.wte.weight",
     r"(.*\.)?position_embedding(\.embedding)?_table": "transformer.wpe.weight",
     r"(.*\.)?(top_)?query_embedding(\.embedding)?_table|(.*\.)?backbone\.embedding_table": "transformer.wqe.weight",
@@ -50,15 +50,15 @@ BLOCK = re.compile(r"(?:.*\.)?(?:blocks\.(\d{1,4})|(top_query_layer))\.(.+?)\.(?
 INSIDE = {"layernorm1": "ln_1", "layernorm2": "ln_2", "attention.dense1": "attn.q_proj",
           "attention.dense2": "attn.k_proj", "attention.dense3": "attn.v_proj", "attention.projection": "attn.c_proj",
           "output.mapping": "mlp.c_fc", "output.projection": "mlp.c_proj"}
-QUERY_KERNEL = "attention.dense1.weight"  # which is square
+QUERY_KERNEL = "attention.dense1.weight"  # a square matrix
 IN_FIRST = ("attention.projection", "output.mapping", "output.projection")
 ARRAYS = {"word_embedding": "transformer.wte.weight", "position_embedding": "transformer.wpe.weight",
-          "top_query_embedding": "transformer.wqe.weight"}  # how names of .npy files end
+          "top_query_embedding": "transformer.wqe.weight"}  # suffixes of .npy file names
 
 
 @dataclass(frozen=True)
 class Sliced:
-    """A tensor of parts, each with where it begins; as MindSpore has it, and whether its two axes change places."""
+    """A tensor made of parts, each with its offset, in MindSpore's layout; and whether its two axes must be swapped."""
 
     shape: tuple[int, ...]
     parts: tuple[tuple[tuple[int, ...], Stored], ...]
@@ -66,7 +66,7 @@ class Sliced:
 
 
 def _read(tensor: Sliced, dtype: np.dtype, index: slice) -> np.ndarray:
-    """The rows of a tensor, as published, that a slice without steps takes."""
+    """The rows of a tensor, as published, that a slice without steps selects."""
     ranges = [(0, size) for size in tensor.shape]
     axis = 1 if tensor.transposed else 0
     if ranges:
@@ -85,19 +85,19 @@ def _read(tensor: Sliced, dtype: np.dtype, index: slice) -> np.ndarray:
 
 
 def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
-    """A checkpoint of PanGu-alpha, of which the numbers are not read yet.
+    """Opens a checkpoint of PanGu-alpha; the numbers are not read yet.
 
     Args:
-      source: a folder with a .ckpt file for each rank, in it or in folders of it; a file or folder in it named
-        ...strategy... is the strategy. Beside them may lie the embeddings as .npy, and a config.json whose `num_heads`
-        and `activation_function` hold.
+      source: a folder with a .ckpt file for each rank, in it or in its subfolders; a file or folder in it named
+        ...strategy... is the strategy. It may also contain the embeddings as .npy, and a config.json whose `num_heads`
+        and `activation_function` are used.
 
     Returns:
-      The config.json that a gpt_pangu of these tensors has, with `left_out`, how many entries are no parameters; and
-      the tensors by gpt_pangu's names. Their files are named from the folder on.
+      The config.json of a gpt_pangu with these tensors, with `left_out`, the number of entries that are not parameters;
+      and the tensors by gpt_pangu's names. Their files are named relative to the folder.
 
     Raises:
-      ValueError: something is missing, damaged, or not what is read here; in a line that names it.
+      ValueError: something is missing, damaged, or unsupported; the message is one line that names it.
       OSError: a file cannot be read.
     """
     folder = epath.Path(source)
@@ -105,7 +105,7 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
     strategies = [file for file in files if "strategy" in file.removeprefix(str(folder))]
     ranks = _by_rank([file for file in files if file not in strategies])
     if not ranks:
-        raise ValueError(f"{source} holds no checkpoint of MindSpore (*.ckpt).")
+        raise ValueError(f"{source} holds no MindSpore checkpoint (*.ckpt).")
     slicing = _slicing(source, strategies, len(ranks))
     stored: dict[str, dict[int, Stored]] = {}
     for rank, file in ranks.items():
@@ -114,10 +114,10 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
     left_out = [tag for tag in stored if NO_PARAMETERS.fullmatch(tag)]
     kept = {tag: by_rank for tag, by_rank in stored.items() if tag not in left_out}
     if len(ranks) > 1 and not slicing.keys() & kept.keys():
-        raise ValueError(f"{strategies[0]} slices none of the checkpoints' parameters; it is another model's.")
+        raise ValueError(f"{strategies[0]} slices none of the checkpoints' parameters; it belongs to another model.")
     if len(ranks) == 1 and all(by_rank[0].shape[0] == by_rank[0].shape[-1] for tag, by_rank in kept.items()
                                if tag.endswith(QUERY_KERNEL) and by_rank[0].shape):
-        slicing = {}  # all ranks were joined to one file before, and the strategy left beside it
+        slicing = {}  # all ranks were already joined to one file, and the strategy file remained
     gathered = _gathered(kept, slicing)
     names = {tag: _published(tag) for tag in kept}
     last = max((int(number) for number in (_block_number(tag) for tag in kept) if number is not None), default=-1) + 1
@@ -145,7 +145,7 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
 
 
 def is_mindspore(folder: str) -> bool:
-    """Whether a folder, or one of its folders, holds .ckpt files, and it no weights of another form."""
+    """Whether a folder or one of its subfolders contains .ckpt files, and the folder no weights in another format."""
     place = epath.Path(folder)
     return bool(_found(place, ".ckpt")) and not any(any(place.glob(other)) for other in ("*.safetensors", "*.bin"))
 
@@ -154,12 +154,14 @@ def is_mindspore(folder: str) -> bool:
 
 
 def _found(folder: epath.Path, suffix: str) -> list[str]:
-    """The files of a folder and of two levels of folders in it."""
+    """The files of a folder and of two levels of subfolders."""
     return sorted({str(path) for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth + suffix)})
 
 
 def _by_rank(files: Sequence[str]) -> dict[int, str]:
-    """Rank -> file, by a number behind "rank" in the name of its folder or its own, or at its own end."""
+    """Rank -> file; the rank is a number after "rank" in the name of its folder or file, or at the end of the file's
+    name.
+    """
     if len(files) == 1:
         return {0: files[0]}
     ranks: dict[int, str] = {}
@@ -168,30 +170,30 @@ def _by_rank(files: Sequence[str]) -> dict[int, str]:
         found = (re.search(r"rank_?(\d{1,6})", parent) or re.search(r"rank_?(\d{1,6})", name)
                  or re.search(r"(\d{1,6})\.ckpt$", name))
         if not found:
-            raise ValueError(f"{file} does not say whose rank it is; name it ..._RANK.ckpt or rank_RANK/....ckpt.")
+            raise ValueError(f"{file} does not contain its rank; name it ..._RANK.ckpt or rank_RANK/....ckpt.")
         if int(found[1]) in ranks:
-            raise ValueError(f"{ranks[int(found[1])]} and {file} are both of rank {int(found[1])}; leave those of one "
-                             "step.")
+            raise ValueError(f"{ranks[int(found[1])]} and {file} both belong to rank {int(found[1])}; keep the files "
+                             "of one step.")
         ranks[int(found[1])] = file
     return dict(sorted(ranks.items()))
 
 
 def _slicing(source: str, strategies: Sequence[str], ranks: int) -> dict[str, Layout]:
-    """Parameter -> its layout, of the strategy file; empty where there is one file of all."""
+    """Parameter -> its layout, from the strategy file; empty if one file contains everything."""
     if not strategies:
         if ranks > 1:
-            raise ValueError(f"{source} holds checkpoints of {ranks} ranks and no strategy file, by which they are "
-                             "joined; put it beside them, as strategy.ckpt.")
+            raise ValueError(f"{source} holds checkpoints of {ranks} ranks but no strategy file, which is needed to "
+                             "join them; put it beside them, as strategy.ckpt.")
         return {}
     found = layouts(strategies[0])
     if len(strategies) > 1 or any(re.match(r"[1-9]\d*-", name) for name in found):
         raise ValueError(f"{strategies[-1]}: this model was trained in pipeline stages, or has several strategy files. "
-                         "PanGu-alpha's last norm then stands behind the query layer, which this decoder has not.")
+                         "PanGu-alpha's last norm then follows the query layer, which this decoder does not support.")
     return {name.removeprefix("0-"): layout for name, layout in found.items()}
 
 
 def _arrays(files: Sequence[str]) -> dict[str, Stored]:
-    """gpt_pangu's name -> the embedding in a .npy file."""
+    """The embeddings in .npy files, by gpt_pangu's names."""
     found = {}
     for file in files:
         ending = next((ending for ending in ARRAYS if file.removesuffix(".npy").endswith(ending)), None)
@@ -204,10 +206,10 @@ def _arrays(files: Sequence[str]) -> dict[str, Stored]:
                         else np.lib.format.read_array_header_2_0)
                 shape, by_columns, dtype = read(stream)
             except ValueError as error:
-                raise ValueError(f"{file} is no array of NumPy: {' '.join(str(error).split())}") from None
+                raise ValueError(f"{file} is not a NumPy array: {' '.join(str(error).split())}") from None
             begin, size = stream.tell(), epath.Path(file).stat().length
         if by_columns or dtype.hasobject or len(shape) != 2 or math.prod(shape) * dtype.itemsize != size - begin:
-            raise ValueError(f"{file} holds no table of numbers by rows, or breaks off.")
+            raise ValueError(f"{file} does not hold a row-major table of numbers, or is truncated.")
         found[ARRAYS[ending]] = Stored(file, shape, dtype, ((begin, size - begin),))
     return found
 
@@ -221,8 +223,8 @@ def _block_number(tag: str) -> str | None:
 
 
 def _published(tag: str) -> tuple[str, bool]:
-    """gpt_pangu's name of a parameter, and whether it is transposed; the query layer's block is called "last". A name
-    that is not known stays as it is.
+    """gpt_pangu's name of a parameter, and whether it is transposed; the query layer's block is called "last". Unknown
+    names are returned unchanged.
     """
     found = BLOCK.fullmatch(tag)
     if found and found[3] in INSIDE:
@@ -239,11 +241,11 @@ def _facts(source: str, folder: epath.Path, tensors: Mapping[str, Sliced], tags:
               for name in ("wte", "wpe", "wqe", "h.0.mlp.c_fc")}
     missing = [name for name, shape in needed.items() if shape is None or len(shape) != 2]
     if missing:
-        raise ValueError(f"{source} is no PanGu-alpha: it has no table {', '.join(missing)}; its names are such as "
+        raise ValueError(f"{source} is not a PanGu-alpha: it has no table {', '.join(missing)}; its names are such as "
                          f"{', '.join(tags[:3])}.")
     if not any("top_query_layer." in tag for tag in tags):
-        raise ValueError(f"{source} has no top_query_layer, as models that were trained in pipeline stages: their last "
-                         "norm stands behind the query layer, which this decoder has not.")
+        raise ValueError(f"{source} has no top_query_layer, like models trained in pipeline stages: their last "
+                         "norm follows the query layer, which this decoder does not support.")
     beside = folder / "config.json"
     given = json_object(beside) if beside.exists() else {}
     (vocabulary, hidden), (length, _) = tensors["transformer.wte.weight"].shape, tensors["transformer.wpe.weight"].shape
@@ -262,7 +264,7 @@ def _facts(source: str, folder: epath.Path, tensors: Mapping[str, Sliced], tags:
 def _dtype(name: str, tensor: Sliced) -> np.dtype:
     first = tensor.parts[0][1]
     if first.dtype is None or any(stored.dtype != first.dtype for _, stored in tensor.parts):
-        raise ValueError(f"{first.file}: {name} has a type that is not read here, or another in each rank's file.")
+        raise ValueError(f"{first.file}: {name} has an unsupported type, or different types in the ranks' files.")
     return first.dtype
 
 
@@ -270,8 +272,8 @@ def _dtype(name: str, tensor: Sliced) -> np.dtype:
 
 
 def _gathered(kept: Mapping[str, Mapping[int, Stored]], slicing: Mapping[str, Layout]) -> bool:
-    """Whether the optimizer's shards were joined before they were saved (optimizer_weight_shard_aggregated_save), of
-    which a strategy file says nothing: told by the kernels of queries, which are square.
+    """Whether the optimizer's shards were joined before they were saved (optimizer_weight_shard_aggregated_save).
+    Strategy files do not say; the kernels of queries, which are square, do.
     """
     for tag, by_rank in kept.items():
         layout = slicing.get(tag)
@@ -282,12 +284,12 @@ def _gathered(kept: Mapping[str, Mapping[int, Stored]], slicing: Mapping[str, La
 
 
 def _counts(layout: Layout) -> list[int]:
-    """How many slices each axis has."""
+    """The number of slices along each axis."""
     return [1 if axis < 0 else layout.devices[-1 - axis] for axis in layout.axes]
 
 
 def _begin(layout: Layout, rank: int, shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
-    """Where a rank's part, of this shape, begins."""
+    """The offset of a rank's part, given its shape."""
     turns = [rank // math.prod(layout.devices[len(layout.devices) - axis:]) % layout.devices[-1 - axis]
              if axis >= 0 else 0 for axis in layout.axes]
     if shards > 1:
@@ -296,10 +298,10 @@ def _begin(layout: Layout, rank: int, shape: tuple[int, ...], shards: int) -> tu
 
 
 def _joined(tag: str, by_rank: Mapping[int, Stored], layout: Layout | None, gathered: bool, transposed: bool) -> Sliced:
-    """A parameter of the parts that ranks have."""
+    """Joins a parameter from the parts of all ranks."""
     first = next(iter(by_rank.values()))
     if transposed and len(first.shape) != 2:
-        raise ValueError(f"{first.file}: {tag} has the shape {list(first.shape)}, and is no kernel.")
+        raise ValueError(f"{first.file}: {tag} has the shape {list(first.shape)}, which is not that of a kernel.")
     if layout is None:
         return Sliced(first.shape, (((0,) * len(first.shape), first),), transposed)
     if len(layout.axes) != len(first.shape):
@@ -310,17 +312,17 @@ def _joined(tag: str, by_rank: Mapping[int, Stored], layout: Layout | None, gath
         shards = layout.shard_size if layout.shard_size > 0 else devices // layout.shard_step
         counts[0] *= shards
         if layout.shard_step * shards > devices:
-            raise ValueError(f"{first.file}: {tag} would have {shards} shards, {layout.shard_step} apart, of {devices} "
+            raise ValueError(f"{first.file}: {tag} would have {shards} shards, {layout.shard_step} apart, on {devices} "
                              "devices; the strategy file is damaged, or of another model.")
     parts: dict[tuple[int, ...], Stored] = {}
     for rank, stored in by_rank.items():
         if rank >= devices or stored.shape != first.shape:
-            raise ValueError(f"{stored.file}: {tag} {list(stored.shape)} of rank {rank} does not go with the "
+            raise ValueError(f"{stored.file}: {tag} {list(stored.shape)} of rank {rank} does not fit the "
                              f"{list(first.shape)} of {first.file} and the strategy's {devices} devices.")
         parts.setdefault(_begin(layout, rank, first.shape, shards), stored)
     if len(parts) != math.prod(counts):
         absent = next((rank for rank in range(devices) if _begin(layout, rank, first.shape, shards) not in parts), None)
-        raise ValueError(f"{tag} lies in {math.prod(counts)} parts, of which {len(parts)} are here: the file of rank "
+        raise ValueError(f"{tag} has {math.prod(counts)} parts, but only {len(parts)} are here: the file of rank "
                          f"{absent} is missing.")
     return Sliced(tuple(size * count for size, count in zip(first.shape, counts, strict=True)),
                   tuple(parts.items()), transposed)

@@ -1,7 +1,7 @@
 """The decoder of `codellm_jax` for transformers: any norm, positions, residual, activation, and the query layer.
 
-This file lies in an exported folder, which names it as its own code (`trust_remote_code=True`), and needs torch and
-transformers alone. `config.json` names each part of the model; CodellmConfig has what they are.
+An exported folder contains this file and names it as its own code (`trust_remote_code=True`); it needs only torch and
+transformers. `config.json` names each part of the model; CodellmConfig documents them.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ BIASES: dict[str, tuple[str, ...]] = {
     "feedforward": ("gate", "up", "down"),
     "none": (),
 }
-# What the cache is called in outputs, which newer versions of transformers have renamed.
+# The name of the cache in outputs, which newer versions of transformers have changed.
 CACHE = "cache" if "cache" in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)} else \
     "past_key_values"
 
@@ -42,7 +42,7 @@ class CodellmConfig(PretrainedConfig):
       layers, hidden, heads, feedforward: sizes; the query layer is one of the layers.
       vocabulary_size: rows of the embedding.
       length: the longest sequence, and learned positions.
-      query_layer: whether the last block asks with an embedding of the position; the final norm stands before it.
+      query_layer: whether the last block uses an embedding of the position as its query; the final norm precedes it.
       activation: "gelu" (tanh), "gelu_exact", "fast_gelu", "swiglu" or "geglu".
       dropout_rate: after the embedding, after attention and after the MLP.
       initializer_std: of new parameters.
@@ -52,11 +52,11 @@ class CodellmConfig(PretrainedConfig):
       norm_place: "before" or "after" a sub-layer.
       residual: "sequential" or "parallel".
       positions: "learned" or "rotary".
-      rotary_theta, rotary_part: the slowest frequency's inverse, and the part of a head that is turned.
+      rotary_theta, rotary_part: the inverse of the slowest frequency, and the rotated fraction of each head.
       rotary_scaling: None, or {"kind": "linear", "llama3" or "yarn", "factor": ..., "original_length": ..., ...}.
       query_key_norm: "none", "head" or "width".
-      biases: which projections have them, a key of BIASES.
-      tied_head: whether logits are made with the token embedding.
+      biases: the projections that have biases, a key of BIASES.
+      tied_head: whether the token embedding is also the output head.
     """
 
     model_type = "codellm"
@@ -117,7 +117,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, in float32."""
+    """torch's LayerNorm, computed in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(
@@ -129,7 +129,7 @@ def make_norm(config: CodellmConfig) -> nn.Module:
 
 
 def frequencies(config: CodellmConfig, device: torch.device) -> tuple[Tensor, float]:
-    """Radians that each pair of numbers turns by from one position to the next, float32, and what scales both."""
+    """The rotation in radians of each pair of numbers from one position to the next, float32, and the scale of both."""
     size, theta, scaling = int(config.head_size * config.rotary_part), config.rotary_theta, config.rotary_scaling or {}
     own = [theta ** -(2 * pair / size) for pair in range(size // 2)]
     kind, factor = scaling.get("kind"), scaling.get("factor", 1.0)
@@ -154,7 +154,8 @@ def frequencies(config: CodellmConfig, device: torch.device) -> tuple[Tensor, fl
 
 
 def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the first numbers of each head [batch, heads, length, size] by halves, in float32; the rest stays."""
+    """Rotates the first numbers of each head [batch, heads, length, size] by halves, in float32; the rest is unchanged.
+    """
     cosine, sine = turns
     half = cosine.shape[-1]
     first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
@@ -163,12 +164,12 @@ def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Visible:
-    """Which keys each new token sees: itself, and those before it that are no padding.
+    """The keys that each new token sees: itself, and earlier tokens that are not padding.
 
     Args:
       attention_mask: None, [batch, tokens so far] with 0 for padding, or [batch, 1, new tokens, keys].
-      past: tokens that the cache holds already.
-      new: tokens that come now.
+      past: the number of tokens already in the cache.
+      new: the number of new tokens.
     """
 
     def __init__(self, attention_mask: Tensor | None, past: int | Tensor, new: int, device: torch.device) -> None:
@@ -177,7 +178,7 @@ class Visible:
         self._made: Tensor | None = None
 
     def __call__(self, keys: int) -> Tensor:
-        """bool [batch or 1, 1, new tokens, keys]; a cache may have more slots than there are tokens."""
+        """bool [batch or 1, 1, new tokens, keys]; a cache may have more slots than tokens."""
         if self._made is None:
             slots = torch.arange(keys, device=self._device)[None]
             visible = (slots <= self._queries)[None, None]
@@ -187,13 +188,13 @@ class Visible:
                 visible = visible & given[..., :keys]
             elif given is not None:
                 visible = visible & F.pad(given.bool(), (0, keys - given.shape[1]))[:, None, None]
-            # What is padding itself would see nothing at all, which makes NaN.
+            # Padding tokens themselves would see nothing at all, which gives NaN.
             self._made = visible | (slots == self._queries)
         return self._made
 
 
 class CodellmAttention(nn.Module):
-    """Attention from one tensor to another, of grouped heads, with the layer's part of the cache."""
+    """Attention from one tensor to another, with grouped heads and the layer's part of the cache."""
 
     def __init__(self, config: CodellmConfig, layer: int) -> None:
         super().__init__()
@@ -230,7 +231,7 @@ class CodellmAttention(nn.Module):
         return self.c_proj(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, norm: nn.Module | None, turns: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[batch, length, width] -> [batch, heads, length, size], normed and turned."""
+        """[batch, length, width] -> [batch, heads, length, size], normalised and rotated."""
         if norm is not None and self.config.query_key_norm == "width":
             x = norm(x)
         x = x.unflatten(-1, (-1, self.config.head_size))
@@ -241,7 +242,7 @@ class CodellmAttention(nn.Module):
 
 
 class CodellmMLP(nn.Module):
-    """Two projections and an activation between them, or a gate."""
+    """Two projections with an activation between them, or a gate."""
 
     def __init__(self, config: CodellmConfig) -> None:
         super().__init__()
@@ -259,7 +260,7 @@ class CodellmMLP(nn.Module):
 
 
 class CodellmBlock(nn.Module):
-    """Attention and MLP, each added to what goes in."""
+    """Attention and MLP, each added to its input."""
 
     def __init__(self, config: CodellmConfig, layer: int) -> None:
         super().__init__()
@@ -273,7 +274,7 @@ class CodellmBlock(nn.Module):
     def forward(
         self, x: Tensor, asked: Tensor | None, visible: Visible, turns: tuple[Tensor, Tensor] | None, cache: Any
     ) -> Tensor:
-        """`asked` is what queries are made of, in the query layer; None for the hidden states."""
+        """`asked` is the input of the queries in the query layer; None for the hidden states."""
         source = self.ln_1(x) if self.before else x
         attended = self.attn(source if asked is None else asked, source, visible, turns, cache)
         both = x + self.dropout(attended if self.before else self.ln_1(attended))
@@ -283,7 +284,7 @@ class CodellmBlock(nn.Module):
 
 
 class CodellmPreTrainedModel(PreTrainedModel):
-    """What transformers has to know of both models."""
+    """The facts about both models that transformers needs."""
 
     config_class = CodellmConfig
     base_model_prefix = "transformer"
@@ -367,7 +368,7 @@ class CodellmModel(CodellmPreTrainedModel):
 
 
 class CodellmForCausalLM(CodellmPreTrainedModel, GenerationMixin):
-    """Tokens to logits; with labels, to the mean loss of the tokens behind each."""
+    """Tokens to logits; with labels, also the mean loss of the next tokens."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"} \
         if int(transformers.__version__.split(".")[0]) >= 5 else ["lm_head.weight"]

@@ -1,8 +1,8 @@
-"""Tensors of a folder, read one at a time, or rows of one: safetensors, or PyTorch's .bin files.
+"""Reads the tensors of a folder one at a time, or some rows of one: from safetensors, or PyTorch's .bin files.
 
-Of safetensors the header is read and checked as its library does it; numbers are then read from their place in the
-file, and not through a mapping of it into memory, whose pages would count as the process's own. Nothing is unpickled
-but what PyTorch's `weights_only` allows.
+The header of a safetensors file is read and checked as its library does. Numbers are read at their offsets, not through
+a memory mapping, whose pages would count as memory of the process. Unpickling is limited to what PyTorch's
+`weights_only` allows.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from etils import epath
 
 from codellm_jax import contents
 
-LONGEST_HEADER = 100_000_000  # bytes, as the library has it
+LONGEST_HEADER = 100_000_000  # bytes, the library's limit
 LONGEST_NAME = 200  # characters of a tensor's name
 
-# Name in the header -> the dtype of NumPy. What numbers of a model may be of:
+# Name in the header -> the NumPy dtype. The types that the numbers of a model may have:
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
           "F64": np.dtype(np.float64)}
-# What else may stand in a file, such as masks:
+# Other types that a file may contain, for example of masks:
 OTHERS = {name: np.dtype(kind) for name, kind in {
     "BOOL": "?", "I8": "i1", "U8": "u1", "I16": "i2", "U16": "u2", "I32": "i4", "U32": "u4", "I64": "i8", "U64": "u8",
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}.items()}
@@ -33,13 +33,13 @@ DTYPES = FLOATS | OTHERS
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """The tensors of a folder, in the order in which they lie in its files.
+    """The tensors of a folder, in the order of its files.
 
     Attributes:
-      shapes: of each by name.
-      dtypes: names of NumPy, such as "bfloat16".
-      files: names of the files that hold them.
-      load: what `read` calls: all of a tensor, or the rows of a slice, as a NumPy array of its own dtype.
+      shapes: the shape of each by name.
+      dtypes: their NumPy dtype names, such as "bfloat16".
+      files: the names of the files that contain them.
+      load: the function behind `read`: returns a tensor, or the rows of a slice, as a NumPy array of its own dtype.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -48,30 +48,31 @@ class Tensors:
     load: Callable[[str, slice], np.ndarray]
 
     def read(self, name: str, index: slice = slice(None)) -> np.ndarray:
-        """A tensor, or the rows of it that a slice without steps takes; raises OSError where it cannot be read."""
+        """A tensor, or the rows that a slice without steps selects; raises OSError if it cannot be read."""
         return self.load(name, index)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor of a safetensors file lies."""
+    """The location of a tensor in a safetensors file."""
 
     file: epath.Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int  # bytes from the file's beginning
+    offset: int  # bytes from the start of the file
 
 
 def open_tensors(folder: str) -> Tensors:
-    """The tensors of a folder, local or gs://: of safetensors, one file or several with an index, else of .bin files.
+    """Opens the tensors of a folder, local or gs://: safetensors in one file or in several with an index, else .bin
+    files.
 
     Raises:
-      FileNotFoundError: the folder, or a file that its index names, is not there; or it holds no such files.
-      ValueError: in one line: a file is not whole, no such file, or not what the index says of it.
+      FileNotFoundError: the folder, or a file that its index names, does not exist; or it holds no such files.
+      ValueError: with a one-line message: a file is incomplete, invalid, or does not match the index.
     """
     place = epath.Path(folder).expanduser()
     if not place.is_dir():
-        raise FileNotFoundError(f"{folder} is {'a file, and no' if place.exists() else 'no'} folder of weights.")
+        raise FileNotFoundError(f"{folder} is {'a file, not a' if place.exists() else 'not a'} folder of weights.")
     names = sorted(path.name for path in place.iterdir())
     for whole, ending, open_files in (("model.safetensors", ".safetensors", _open_safetensors),
                                       ("pytorch_model.bin", ".bin", _open_pickled)):
@@ -83,7 +84,7 @@ def open_tensors(folder: str) -> Tensors:
             wanted = _shards_of_index(place / index)
             missing = sorted(set(wanted.values()) - set(names))
             if missing:
-                raise FileNotFoundError(f"{place / index} names {_few(missing)}, and {place} does not hold "
+                raise FileNotFoundError(f"{place / index} names {_few(missing)}, but {place} does not hold "
                                         f"{'it' if len(missing) == 1 else 'them'}.")
             tensors = open_files(place, sorted(set(wanted.values())))
             _require_index(place / index, wanted, tensors)
@@ -91,10 +92,12 @@ def open_tensors(folder: str) -> Tensors:
         if len(shards) == 1 and ending == ".safetensors":
             return open_files(place, shards)
         if shards and ending == ".safetensors":
-            raise ValueError(f"{place} holds {_few(shards)} and no {index}, which would tell whether these are all.")
+            raise ValueError(f"{place} holds {_few(shards)} but no {index}, so it is unknown whether they are "
+                             "complete.")
     adapters = [name for name in names if name.startswith("adapter_")]
     raise FileNotFoundError(f"{place} holds neither model.safetensors nor pytorch_model.bin, nor shards of one with an "
-                            f"index{f', but an adapter, {adapters[0]}' if adapters else ''}: these are what is read.")
+                            f"index{f', but an adapter, {adapters[0]}' if adapters else ''}: only these formats are "
+                            "supported.")
 
 
 def _few(names: list[str]) -> str:
@@ -102,16 +105,16 @@ def _few(names: list[str]) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, no name twice."""
+    """A JSON object without duplicate names."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs twice")
     return found
 
 
 def json_object(file: epath.Path) -> dict[str, Any]:
-    """The JSON object of a file. Raises OSError and ValueError, in a line that names the file."""
+    """The JSON object in a file. Raises OSError and ValueError with a one-line message that names the file."""
     try:
         found = json.loads(contents.whole_text(str(file)), object_pairs_hook=_unique)
     except RecursionError:
@@ -127,13 +130,13 @@ def json_object(file: epath.Path) -> dict[str, Any]:
 
 
 def _shards_of_index(index: epath.Path) -> dict[str, str]:
-    """Tensor -> the file that an index names for it, one of its folder."""
+    """Tensor -> the file in the same folder that an index names for it."""
     named = json_object(index).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files.")
     outside = [name for name in named.values() if os.path.basename(name) != name or name in ("", ".", "..")]
     if outside:
-        raise ValueError(f"{index} names {outside[0]!r}, which is no file of its folder.")
+        raise ValueError(f"{index} names {outside[0]!r}, which is not a file of its folder.")
     return named
 
 
@@ -143,7 +146,7 @@ def _require_index(index: epath.Path, wanted: Mapping[str, str], tensors: Tensor
         raise ValueError(f"{index} names {_few(absent)} in {wanted[absent[0]]}, which does not hold "
                          f"{'it' if len(absent) == 1 else 'them'}.")
     if unnamed:
-        raise ValueError(f"The shards of {index} hold {_few(unnamed)}, which it does not name.")
+        raise ValueError(f"The shards of {index} contain {_few(unnamed)}, which it does not name.")
 
 
 def _open_safetensors(folder: epath.Path, names: list[str]) -> Tensors:
@@ -151,7 +154,7 @@ def _open_safetensors(folder: epath.Path, names: list[str]) -> Tensors:
     for name in names:
         for tensor, found in _header(folder / name).items():
             if tensor in stored:
-                raise ValueError(f"{tensor} stands in both {stored[tensor].file.name} and {name} of {folder}.")
+                raise ValueError(f"{tensor} occurs in both {stored[tensor].file.name} and {name} of {folder}.")
             stored[tensor] = found
 
     def load(name: str, index: slice) -> np.ndarray:
@@ -168,12 +171,14 @@ def _loaded(stored: Stored, name: str, index: slice) -> np.ndarray:
         file.seek(stored.offset + first * row)
         content = file.read((last - first) * row)
     if len(content) != (last - first) * row:
-        raise OSError(f"{stored.file} ended within {name}: it is shorter than when its header was read.")
+        raise OSError(f"{stored.file} ends within {name}: it has become shorter since its header was read.")
     return np.frombuffer(content, stored.dtype).reshape((last - first, *stored.shape[1:]) if stored.shape else ())
 
 
 def _header(file: epath.Path) -> dict[str, Stored]:
-    """Where each tensor lies, by offset. Raises ValueError, in a line that names the file, where it is not whole."""
+    """The location of each tensor, by offset. Raises ValueError with a one-line message that names the file if it is
+    incomplete.
+    """
     contents.require_file(str(file), "file of weights")
     size = contents.size(str(file))
     with file.open("rb") as opened:
@@ -182,11 +187,11 @@ def _header(file: epath.Path) -> dict[str, Stored]:
         beginning = opened.read(64)
         if what := contents.kind(start + beginning):
             if what != "a safetensors file":
-                raise ValueError(f"{file} is {what}, and no safetensors file.")
+                raise ValueError(f"{file} is {what}, not a safetensors file.")
         if len(start) < 8 or length > LONGEST_HEADER or beginning[:1] != b"{":
-            raise ValueError(f"{file} is no safetensors file: it does not begin with a header.")
+            raise ValueError(f"{file} is not a safetensors file: it does not begin with a header.")
         if 8 + length > size:
-            raise ValueError(f"{file} is not whole: its header has {length} bytes, and the file {size}.")
+            raise ValueError(f"{file} is incomplete: its header has {length} bytes, but the file has {size}.")
         text = beginning + opened.read(max(0, length - len(beginning)))
     try:
         header = json.loads(text[:length].decode(), object_pairs_hook=_unique)
@@ -214,35 +219,38 @@ def _header(file: epath.Path) -> dict[str, Stored]:
             raise ValueError(f"{file} has a damaged header: {name} begins at byte {begin}, where {at} was expected.")
         at = end
     if 8 + length + at != size:
-        raise ValueError(f"{file} is not whole: its header tells of {8 + length + at} bytes, and it has {size}.")
+        raise ValueError(f"{file} is incomplete: according to its header it has {8 + length + at} bytes, but it has "
+                         f"{size}.")
     return dict(sorted(stored.items(), key=lambda item: item[1].offset))
 
 
 def _open_pickled(folder: epath.Path, names: list[str]) -> Tensors:
-    """Tensors of files that PyTorch has pickled. Each is opened anew for each tensor, lest its pages stay in memory."""
+    """The tensors of files pickled by PyTorch. Each file is opened anew for each tensor, so its pages do not stay in
+    memory.
+    """
     try:
         import torch
     except ImportError:
-        raise ValueError(f"{folder / names[0]} is read with PyTorch, which is not installed: pip install torch, or "
+        raise ValueError(f"{folder / names[0]} needs PyTorch, which is not installed: pip install torch, or "
                          "convert it to safetensors.") from None
     if "://" in str(folder):
-        raise ValueError(f"{folder} holds .bin files, which are read on a local disk alone: copy the folder.")
+        raise ValueError(f"{folder} holds .bin files, which can only be read from a local disk: copy the folder.")
 
     def opened(name: str) -> dict[str, Any]:
         file = folder / name
         if what := contents.kind(contents.head(str(file))):
             if what not in ("a zip archive", "a pickled file"):
-                raise ValueError(f"{file} is {what}, and no file of PyTorch.")
+                raise ValueError(f"{file} is {what}, not a PyTorch file.")
         try:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # of zip, of pickle, of the restricted unpickler
+        except Exception as error:  # from zip, pickle or the restricted unpickler
             old = "_use_new_zipfile_serialization" in str(error)
             line = " ".join(str(error).split("\n")[0].split())[:160]
             raise ValueError(
-                f"{file} is of PyTorch's form before 1.6, which is not read by parts: convert it to safetensors."
+                f"{file} has the format of PyTorch before 1.6, which is not supported: convert it to safetensors."
                 if old else f"{file} cannot be read by PyTorch as weights alone: {line}") from None
         if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-            raise ValueError(f"{file} holds other things than tensors by name.")
+            raise ValueError(f"{file} contains other objects than named tensors.")
         return found
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -251,14 +259,14 @@ def _open_pickled(folder: epath.Path, names: list[str]) -> Tensors:
     for name in names:
         for tensor, value in opened(name).items():
             if tensor in files:
-                raise ValueError(f"{tensor} stands in both {files[tensor]} and {name} of {folder}.")
+                raise ValueError(f"{tensor} occurs in both {files[tensor]} and {name} of {folder}.")
             files[tensor], shapes[tensor] = name, tuple(value.shape)
             dtypes[tensor] = str(value.dtype).removeprefix("torch.")
 
     def load(name: str, index: slice) -> np.ndarray:
         value = opened(files[name])[name]
         rows = (value[index] if value.ndim else value).contiguous()
-        if rows.dtype == torch.bfloat16:  # which NumPy has not by itself
+        if rows.dtype == torch.bfloat16:  # which NumPy itself lacks
             return rows.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
         return rows.numpy().copy()
 

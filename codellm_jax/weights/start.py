@@ -1,7 +1,7 @@
-"""Parameters to start from: those of a run, or published ones, by the same two functions.
+"""Parameters to start from: those of a run, or published ones, through the same two functions.
 
-INITIAL_CHECKPOINT_PATH, CHECKPOINT_PATH and a study's 'from' name a run directory, or a SOURCE of `t5x import`: a
-folder of published weights, or hf://ORG/NAME[@REVISION].
+INITIAL_CHECKPOINT_PATH, CHECKPOINT_PATH and a study's 'from' name a run directory or a SOURCE of `t5x import`: a folder
+of published weights, or hf://ORG/NAME[@REVISION].
 """
 
 import os
@@ -17,14 +17,14 @@ from codellm_jax.runtime.compatibility import moved_along
 from codellm_jax.weights.importing import describe_source, open_source, parameters_on_mesh
 from codellm_jax.weights.mindspore import is_mindspore
 
-# Tables of the decoder that have a row for each position: a shorter row has no use for the last of them.
+# The decoder's tables with a row for each position; with shorter rows, the last positions are unused.
 POSITION_TABLES = ("position_embedding", "query_embedding")
-# Longer rows than these are asked for by name: published models take up to a million tokens.
+# Longer rows must be requested explicitly: published models support up to a million tokens.
 LONGEST_ROWS = 2048
 
 
 def is_published(path: str) -> bool:
-    """Whether a path names published weights, and no run directory."""
+    """Whether a path names published weights, not a run directory."""
     if is_hub_name(path):
         return True
     folder = epath.Path(path).expanduser()
@@ -36,16 +36,16 @@ def is_published(path: str) -> bool:
 
 
 def newest_record(path: str) -> tuple[int, dict[str, Any]]:
-    """The step and the record of a run's newest checkpoint; of published weights step 0 and what they come to.
+    """The step and the record of a run's newest checkpoint; for published weights, step 0 and an equivalent record.
 
     Raises:
-      FileNotFoundError, ValueError: in one line; there is nothing of the kind, or nothing that can be read.
+      FileNotFoundError, ValueError: with a one-line message; there is no checkpoint, or it cannot be read.
     """
     return (0, describe_source(path)) if is_published(path) else checkpoints.newest_record(path)
 
 
 def newest_settings(path: str, training: bool = False) -> tuple[int, dict[str, str]]:
-    """The step of `newest_record`, and its settings; in training, rows of an imported model have at most LONGEST_ROWS.
+    """The step of `newest_record`, and its settings; for training, rows of an imported model have at most LONGEST_ROWS.
 
     Raises:
       FileNotFoundError, ValueError: as for `newest_record`.
@@ -61,15 +61,15 @@ def restore_parameters(
     path: str, abstract_params: Any, check: Callable[[dict[str, Any]], None] = lambda record: None,
     report: Callable[[str], None] = print,
 ) -> tuple[Any, dict[str, Any]]:
-    """Parameters on the shardings of `abstract_params`, and the record that belongs to them, with its `step`.
+    """Parameters with the shardings of `abstract_params`, and the record that belongs to them, with its `step`.
 
-    Where rows are shorter than those of the model, the tables of positions lose their last rows.
+    If rows are shorter than those of the model, the tables of positions lose their last rows.
 
     Args:
       path: a run directory, or published weights.
       abstract_params: shapes, dtypes and shardings.
-      check: is called with the record before parameters are read, and raises where they will not do.
-      report: is told a line.
+      check: called with the record before parameters are read; raises if they are unsuitable.
+      report: called with a line.
 
     Raises:
       FileNotFoundError, ValueError: as for `newest_record`; or parameters have other names or shapes.
@@ -87,13 +87,13 @@ def restore_parameters(
 
 
 def _with_positions(params: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """Abstract parameters with tables of so many positions."""
+    """Abstract parameters with position tables of this length."""
     return {name: jax.ShapeDtypeStruct((length, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
             if name in POSITION_TABLES else leaf for name, leaf in params.items()}
 
 
 def _cut(params: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters with the tables of positions as long as those of `abstract`."""
+    """Parameters with position tables as long as those of `abstract`."""
     def first_rows(name: str) -> Any:
         length = abstract[name].shape[0]
         cut = jax.jit(lambda table: table[:length], out_shardings=abstract[name].sharding)
@@ -104,7 +104,7 @@ def _cut(params: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[str, An
 
 
 def results_folder(path: str) -> str:
-    """Where results of an evaluation go: into the run, or beside published weights into runs/NAME."""
+    """The folder for results of an evaluation: in the run, or runs/NAME beside published weights."""
     if not is_published(path):
         return f"{path}/results"
     name = path.removeprefix("hf://").rstrip("/") if is_hub_name(path) else os.path.basename(checkpoints.resolved(path))

@@ -1,7 +1,7 @@
-"""MindSpore's checkpoint and strategy files, by protobuf's wire format: where in a file each tensor's numbers stand.
+"""MindSpore's checkpoint and strategy files in protobuf's wire format: finds the offsets of each tensor's numbers.
 
-Checkpoints are larger than protobuf parses as a whole (2 GiB), and so a file is walked by its fields' lengths, and the
-numbers are read by their place. Nothing is allocated by what a file merely says: each length is held against the file.
+Checkpoints exceed the size that protobuf parses at once (2 GiB), so a file is walked by the lengths of its fields, and
+numbers are read at their offsets. Every length is checked against the size of the file before memory is allocated.
 
   mindspore/ccsrc/utils/checkpoint.proto     Checkpoint { repeated Value value = 1 }
                                              Value { string tag = 1; TensorProto tensor = 2; MapTensorProto = 3 }
@@ -15,8 +15,8 @@ numbers are read by their place. Nothing is allocated by what a file merely says
                                                            int32 opt_weight_shard_size = 7 }, each of the first three
                                                            with its numbers as field 1
 
-A tensor of more than 512 MiB stands in several values of one tag, each with the whole dims, whose contents follow one
-another; a scalar has the dims [0] (`_exec_save` of mindspore/train/serialization.py).
+A tensor larger than 512 MiB is stored as several values with the same tag, each with the full dims, and their contents
+follow one another; a scalar has the dims [0] (`_exec_save` of mindspore/train/serialization.py).
 """
 
 import math
@@ -33,7 +33,7 @@ DTYPES = {name: np.dtype(name) for name in (
     "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")}
 DTYPES |= {"bfloat16": np.dtype(ml_dtypes.bfloat16), "bool_": np.dtype(bool)}
 
-MOST_VALUES = 200_000  # of a checkpoint; and so much memory at most for its places
+MOST_VALUES = 200_000  # of a checkpoint, which bounds the memory for their offsets
 MOST_STRATEGY = 1 << 26  # bytes of a strategy file
 MOST_AXES = 8  # of a tensor
 MOST_DEVICE_AXES = 32
@@ -41,7 +41,7 @@ CHECKSUM = b"crc_num"  # followed by ten bytes, at the end of some checkpoints
 
 
 class Malformed(ValueError):
-    """A file is not what it should be; in words that go on after its name."""
+    """An invalid file; the message continues a sentence that begins with the file's name."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Stored:
     """A tensor, or a part of one, in a file.
 
     Attributes:
-      file: where it lies.
-      shape: of what lies there.
-      dtype: None where the type is not known here.
-      pieces: offset and bytes of each piece; joined they are the numbers in order of C.
+      file: the file that contains it.
+      shape: of the stored part.
+      dtype: None if the type is unknown.
+      pieces: offset and size of each piece in bytes; concatenated, they are the numbers in C order.
     """
 
     file: str
@@ -61,31 +61,32 @@ class Stored:
     pieces: tuple[tuple[int, int], ...]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """The rows from start to stop of the first axis; raises OSError where the file has become shorter."""
+        """The rows from start to stop along the first axis; raises OSError if the file has become shorter."""
         assert self.dtype is not None
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         wanted = np.empty((stop - start) * row if self.shape else row, np.uint8)
         begin, at = start * row, 0
         with epath.Path(self.file).open("rb") as stream:
-            for offset, size in self.pieces:  # of which the wanted bytes may begin in one and end in another
+            for offset, size in self.pieces:  # the wanted bytes may begin in one and end in another
                 skipped = min(max(begin - at, 0), size)
                 into = wanted.data[max(at - begin, 0):max(at + size - begin, 0)]
                 stream.seek(offset + skipped)
                 if into and stream.readinto(into) != len(into):
-                    raise OSError(f"{self.file} ends within a tensor; bring it anew.")
+                    raise OSError(f"{self.file} ends within a tensor; copy it again.")
                 at += size
         return wanted.view(self.dtype).reshape((stop - start, *self.shape[1:]) if self.shape else ())
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter is sliced over devices.
+    """The slicing of a parameter over devices.
 
     Attributes:
-      devices: the device matrix; ranks count its positions, the last axis first.
-      axes: of each axis of the parameter, which axis of the device matrix slices it, counted from the last; -1 if none.
-      shard_step, shard_size: the optimizer's sharding: each such slice is cut once more on its first axis into
-        shard_size shards (-1: as many as there are copies), and ranks shard_step apart have successive ones; 0 if not.
+      devices: the device matrix; ranks count its positions with the last axis fastest.
+      axes: for each axis of the parameter, the axis of the device matrix that slices it, counted from the last; -1 for
+        none.
+      shard_step, shard_size: the optimizer's sharding: each slice is cut further along its first axis into shard_size
+        shards (-1: as many as there are copies), and ranks shard_step apart hold successive shards; 0 without sharding.
     """
 
     devices: tuple[int, ...]
@@ -96,11 +97,11 @@ class Layout:
 
 # ---- Fields ------------------------------------------------------------------------------------
 
-Span = tuple[int, int]  # where something begins and ends in the file
+Span = tuple[int, int]  # begin and end of an item in the file
 
 
 def _varint(stream: IO[bytes], at: int, end: int) -> tuple[int, int]:
-    """A number and where it ends."""
+    """A number, and the offset after it."""
     stream.seek(at)
     value = 0
     for index, byte in enumerate(stream.read(min(10, end - at))):
@@ -109,11 +110,11 @@ def _varint(stream: IO[bytes], at: int, end: int) -> tuple[int, int]:
             if value >= 1 << 64:
                 break
             return value, at + index + 1
-    raise Malformed(f"is damaged or breaks off: no number at byte {at:,}")
+    raise Malformed(f"is damaged or truncated: no number at byte {at:,}")
 
 
 def _fields(stream: IO[bytes], span: Span) -> Iterator[tuple[int, int | Span]]:
-    """Each field's number and its value: a number, or where its bytes stand."""
+    """The number and the value of each field: a number, or the span of its bytes."""
     at, end = span
     while at < end:
         begin = at
@@ -130,15 +131,15 @@ def _fields(stream: IO[bytes], span: Span) -> Iterator[tuple[int, int | Span]]:
         else:
             raise Malformed(f"is damaged: no field at byte {begin:,}")
         if size > end - at:
-            raise Malformed(f"breaks off, or is damaged: the field at byte {begin:,} has {size:,} bytes, {end - at:,} "
-                            "are there")
+            raise Malformed(f"is truncated or damaged: the field at byte {begin:,} has {size:,} bytes, but "
+                            f"{end - at:,} are left")
         yield number, (at, at + size)
         at += size
 
 
 def _span(value: int | Span, what: str) -> Span:
     if isinstance(value, int):
-        raise Malformed(f"is damaged: a number in the place of {what}")
+        raise Malformed(f"is damaged: a number instead of {what}")
     return value
 
 
@@ -150,11 +151,11 @@ def _text(stream: IO[bytes], value: int | Span, what: str) -> str:
     try:
         return stream.read(end - begin).decode()
     except UnicodeDecodeError:
-        raise Malformed(f"is damaged: {what} is no text at byte {begin:,}") from None
+        raise Malformed(f"is damaged: {what} at byte {begin:,} is not text") from None
 
 
 def _numbers(stream: IO[bytes], value: int | Span, most: int) -> list[int]:
-    """One signed number of a repeated field, or several that are packed."""
+    """One signed number of a repeated field, or several packed ones."""
     found = []
     if isinstance(value, int):
         found.append(value)
@@ -170,10 +171,10 @@ def _numbers(stream: IO[bytes], value: int | Span, most: int) -> list[int]:
 
 
 def stored_tensors(file: str) -> dict[str, Stored]:
-    """Tag -> tensor of a checkpoint file, of which the numbers are not read.
+    """Tag -> tensor of a checkpoint file; the numbers are not read.
 
     Raises:
-      ValueError: it is no checkpoint, is truncated or damaged; in a line that names it.
+      ValueError: it is not a checkpoint, is truncated or damaged; the one-line message names it.
       OSError: it cannot be read.
     """
     path = epath.Path(file)
@@ -187,16 +188,16 @@ def stored_tensors(file: str) -> dict[str, Stored]:
             end = size - 17 if size > 17 and stream.read(7) == CHECKSUM else size
             for count, (number, value) in enumerate(_fields(stream, (0, end))):
                 if number != 1 or count >= MOST_VALUES:
-                    raise Malformed("is damaged: it holds what is no value" if number != 1 else
+                    raise Malformed("is damaged: it holds an invalid value" if number != 1 else
                                     f"has more than {MOST_VALUES:,} values")
                 tag, shape, kind, content = _value(stream, _span(value, "a value"))
                 if dims.setdefault(tag, shape) != shape or kinds.setdefault(tag, kind) != kind:
-                    raise Malformed(f"is damaged: the pieces of {tag} are not of one tensor")
+                    raise Malformed(f"is damaged: the pieces of {tag} do not belong to one tensor")
                 pieces.setdefault(tag, []).append((content[0], content[1] - content[0]))
             if not dims:
                 raise Malformed("holds no tensor")
     except Malformed as error:
-        raise ValueError(f"{file} {error}{'' if dims else '; or it is no checkpoint of MindSpore'}.") from None
+        raise ValueError(f"{file} {error}{'' if dims else '; or it is not a MindSpore checkpoint'}.") from None
     found = {tag: Stored(file, shape, DTYPES.get(kinds[tag].lower().removeprefix("mindspore.")), tuple(pieces[tag]))
              for tag, shape in dims.items()}
     for tag, stored in found.items():
@@ -207,7 +208,7 @@ def stored_tensors(file: str) -> dict[str, Stored]:
 
 
 def _value(stream: IO[bytes], span: Span) -> tuple[str, tuple[int, ...], str, Span]:
-    """A value's tag, and its tensor's shape, type and where the content stands."""
+    """A value's tag, and its tensor's shape, type and the span of its content."""
     tag, tensor = None, None
     for number, value in _fields(stream, span):
         if number == 1 and tag is None:
@@ -215,7 +216,7 @@ def _value(stream: IO[bytes], span: Span) -> tuple[str, tuple[int, ...], str, Sp
         elif number == 2 and tensor is None:
             tensor = _tensor(stream, _span(value, "a tensor"))
         else:
-            raise Malformed("holds what is no tensor (a map of parameters?), or is damaged")
+            raise Malformed("holds an entry that is not a tensor (a map of parameters?), or is damaged")
     if tag is None or tensor is None:
         raise Malformed(f"is damaged: a value at byte {span[0]:,} without its {'tag' if tag is None else 'tensor'}")
     return tag, *tensor
@@ -249,13 +250,13 @@ def _tensor(stream: IO[bytes], span: Span) -> tuple[tuple[int, ...], str, Span]:
 
 
 def layouts(file: str) -> dict[str, Layout]:
-    """Parameter -> how it is sliced, of a strategy file; raises ValueError and OSError as `stored_tensors` does."""
+    """Parameter -> its slicing, from a strategy file; raises ValueError and OSError as `stored_tensors` does."""
     path = epath.Path(file)
     size = path.stat().length
     found = {}
     try:
         if size > MOST_STRATEGY:
-            raise Malformed(f"has {size:,} bytes, more than a strategy file")
+            raise Malformed(f"has {size:,} bytes, too large for a strategy file")
         with path.open("rb") as stream:
             for number, value in _fields(stream, (0, size)):
                 if number != 3:
@@ -270,7 +271,7 @@ def layouts(file: str) -> dict[str, Layout]:
                     raise Malformed("is damaged: a layout without its parameter")
                 found[name] = layout
         if not found:
-            raise Malformed("is no strategy file, or slices no parameter")
+            raise Malformed("is not a strategy file, or slices no parameter")
     except Malformed as error:
         raise ValueError(f"{file} {error}.") from None
     return found
@@ -289,7 +290,7 @@ def _layout(stream: IO[bytes], span: Span) -> Layout:
             single[number] = _numbers(stream, value, 1)[0]
     devices, axes, uneven = numbers.values()
     if uneven or single.get(5, 0):
-        raise Malformed("slices a parameter unevenly (param_split_shape, field), which is not read here")
+        raise Malformed("slices a parameter unevenly (param_split_shape, field), which is not supported")
     if (not 0 < len(devices) <= MOST_DEVICE_AXES or any(not 0 < count <= 1 << 20 for count in devices)
             or any(not -1 <= axis < len(devices) for axis in axes)):
         raise Malformed(f"is damaged: a device matrix {devices[:MOST_AXES]} and a tensor map {axes[:MOST_AXES]}")

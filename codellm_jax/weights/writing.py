@@ -1,7 +1,7 @@
-"""Files of tensors: safetensors, whole or in shards of at most a size, tensor by tensor.
+"""Writes safetensors files, whole or in shards of limited size, tensor by tensor.
 
-A file is eight bytes, the length of its header; the header, JSON that tells dtype, shape and place of each tensor; and
-the numbers of one tensor behind those of the other.
+A file consists of eight bytes, the length of its header; the header, JSON with the dtype, shape and offset of each
+tensor; and the numbers of the tensors one after the other.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 
 from codellm_jax.weights.layouts import PublishedTensor
 
-# What may be written -> numpy's dtype, and its name in the files.
+# The writable dtypes -> numpy's dtype, and its name in the files.
 DTYPES: dict[str, tuple[np.dtype, str]] = {
     "float32": (np.dtype(np.float32), "F32"),
     "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
@@ -29,7 +29,7 @@ COPIED = 2**24  # bytes of a tensor that are converted and written at a time
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 500 MB or 1GiB. Raises ValueError where it is none."""
+    """The bytes of a size such as 5GB, 500 MB or 1GiB. Raises ValueError for an invalid size."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     size = math.floor(float(found[1]) * UNITS[found[2].upper()]) if found and found[2].upper() in UNITS else 0
     if size < 1:
@@ -38,13 +38,13 @@ def parse_size(text: str) -> int:
 
 
 def files_of(tensors: Sequence[PublishedTensor], dtypes: Dtypes, most: int) -> dict[str, list[PublishedTensor]]:
-    """File name -> its tensors, in order: one file, or shards of at most so many bytes each. A tensor that is larger
-    has a shard to itself.
+    """File name -> its tensors, in order: one file, or shards of at most `most` bytes each. A larger tensor gets its
+    own shard.
     """
     shards: list[list[PublishedTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        # Its part of the header is counted as if it stood at the end of a file.
+        # Its part of the header is counted as if it were at the end of a file.
         own = size_of(tensor, dtypes) + len(json.dumps({tensor.name: _entry(tensor, dtypes, 10**12)}))
         if shards[-1] and size + own + 100 > most:
             shards.append([])
@@ -57,24 +57,24 @@ def files_of(tensors: Sequence[PublishedTensor], dtypes: Dtypes, most: int) -> d
 
 
 def index_of(files: Mapping[str, Sequence[PublishedTensor]], dtypes: Dtypes) -> dict[str, Any]:
-    """The index of shards: the bytes of all tensors, and which file each lies in."""
+    """The index of shards: the bytes of all tensors, and the file of each tensor."""
     total = sum(size_of(tensor, dtypes) for tensors in files.values() for tensor in tensors)
     return {"metadata": {"total_size": total},
             "weight_map": {tensor.name: file for file, tensors in files.items() for tensor in tensors}}
 
 
 def size_of(tensor: PublishedTensor, dtypes: Dtypes) -> int:
-    """Bytes of a tensor's numbers."""
+    """The size in bytes of a tensor's numbers."""
     return math.prod(tensor.shape) * DTYPES[dtypes[tensor.name]][0].itemsize
 
 
 def write_tensors(
     file: IO[bytes], tensors: Sequence[PublishedTensor], arrays: Iterator[np.ndarray], dtypes: Dtypes
 ) -> None:
-    """Writes a file of tensors, whose numbers, as published and of any dtype, come one after the other.
+    """Writes a file of tensors, whose numbers arrive in order, as published and in any dtype.
 
     Raises:
-      ValueError: a number is beyond what its dtype can hold.
+      ValueError: a number exceeds the range of its dtype.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -84,7 +84,7 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors:  # `zip` would hold each array until the next one is there
+    for tensor in tensors:  # `zip` would hold each array until the next one arrives
         _write_numbers(file, tensor, next(arrays), dtypes[tensor.name])
 
 
@@ -94,7 +94,7 @@ def _entry(tensor: PublishedTensor, dtypes: Dtypes, start: int) -> dict[str, Any
 
 
 def _write_numbers(file: IO[bytes], tensor: PublishedTensor, array: np.ndarray, dtype: str) -> None:
-    """In parts of the first axis, so that no second copy of the whole is made."""
+    """Writes parts along the first axis, so no second copy of the whole tensor is made."""
     assert array.shape == tensor.shape, tensor.name
     rows = max(1, COPIED * len(array) // max(1, array.nbytes))
     for first in range(0, len(array), rows):
@@ -103,5 +103,5 @@ def _write_numbers(file: IO[bytes], tensor: PublishedTensor, array: np.ndarray, 
             written = part.astype(DTYPES[dtype][0], copy=False)
         if dtype != "float32" and (np.isinf(written) & np.isfinite(part)).any():
             raise ValueError(
-                f"{tensor.name} has numbers beyond what {dtype} can hold: take --dtype=float32 or bfloat16.")
+                f"{tensor.name} has numbers beyond the range of {dtype}: use --dtype=float32 or bfloat16.")
         file.write(written.tobytes())

@@ -153,7 +153,7 @@ def test_a_score_at_chance_shows_what_was_scored(evaluated, capsys):
     result = dict(result, prompts_cut=0, continuations_cut=0)
     right = dict(result, value=1.0, chance_p_value=0.001)
     right.pop("raw_outputs")
-    assert len(tables.table_rows(right).splitlines()) == 2 and "not told" not in tables.table_rows(right)
+    assert len(tables.table_rows(right).splitlines()) == 2 and "not distinguishable" not in tables.table_rows(right)
     assert len(tables.table_rows(result).splitlines()) == 5
 
 

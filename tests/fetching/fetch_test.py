@@ -19,7 +19,7 @@ from tasks.benchmarks.loading import BENCHMARKS, load
 from tasks.corpora import specs
 from tasks.instruction_sets import instructions
 
-EXISTING = "is there already"
+EXISTING = "exists already"
 
 
 def run(names: list[str], folder: Path) -> list[str]:
@@ -78,8 +78,8 @@ def test_the_second_time_nothing_is_downloaded(all_fetched: Path, published: Pub
     said = run(NAMES, all_fetched)
     assert not published.asked
     assert sum(EXISTING in line for line in said) == len(tree(all_fetched)) - 1
-    assert any("cosqa-train.json is there already, matches the published digest" in line for line in said)
-    assert any("ekar_chinese/test.json is there already, unchanged since it was fetched" in line for line in said)
+    assert any("cosqa-train.json exists already, matches the published digest" in line for line in said)
+    assert any("ekar_chinese/test.json exists already, unchanged since it was fetched" in line for line in said)
 
 
 def test_only_what_is_missing_is_downloaded(all_fetched: Path, published: Publisher):
@@ -104,7 +104,7 @@ def test_a_file_that_a_user_brought_is_not_taken_for_checked(published: Publishe
     (tmp_path / "ekar_chinese").mkdir()
     (tmp_path / "ekar_chinese/test.json").write_text("{}")
     said = run(["ekar"], tmp_path)
-    assert any("test.json is there already, not checked" in line for line in said)
+    assert any("test.json exists already, not checked" in line for line in said)
     assert "ekar_chinese/test.json" not in (tmp_path / fetch.SUMS).read_text()
 
 
@@ -147,7 +147,7 @@ def test_an_archive_that_lacks_a_file(published: Publisher, tmp_path: Path, monk
     [path] = [path for path in published.files if path.endswith("dureader_robust-data.tar.gz")]
     monkeypatch.setattr(fetch, "_members", lambda archive, members, top: fetch_members(
         archive, members | {"dureader_robust/dev.json": "nowhere.json"}, top))
-    with pytest.raises(OSError, match="dureader: dureader_robust-data.tar.gz is no archive with .*nowhere.json"):
+    with pytest.raises(OSError, match="dureader: dureader_robust-data.tar.gz is not an archive with .*nowhere.json"):
         run(["dureader"], tmp_path)
     assert tree(tmp_path) == set() and published.asked == [(path, None)]
 
@@ -162,7 +162,7 @@ def test_what_is_no_archive(published: Publisher, tmp_path: Path, name: str, mon
     [file] = releases.releases()[name].files
     monkeypatch.setitem(releases.releases(), name, dataclasses.replace(
         releases.releases()[name], files=(releases.File(file.url, file.places),)))
-    with pytest.raises(OSError, match=f"{name}: .* is no archive with .*"):
+    with pytest.raises(OSError, match=f"{name}: .* is not an archive with .*"):
         run([name], tmp_path)
     assert tree(tmp_path) == set()
 
@@ -171,13 +171,13 @@ def test_a_file_that_would_be_there_twice(published: Publisher, tmp_path: Path):
     """Readers refuse two of a name, whichever they are."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "mbpp.jsonl").write_text("{}")
-    with pytest.raises(OSError, match=r"mbpp: .*/mine/mbpp.jsonl is there already. Move it to .*/mbpp/mbpp.jsonl, "):
+    with pytest.raises(OSError, match=r"mbpp: .*/mine/mbpp.jsonl exists already. Move it to .*/mbpp/mbpp.jsonl, "):
         run(["mbpp"], tmp_path)
     assert not published.asked
 
 
 def test_what_needs_a_signature_is_refused_with_the_address(published: Publisher, tmp_path: Path):
-    with pytest.raises(ValueError, match="^jecqa: the publisher gives the files on request only. Ask for them at "
+    with pytest.raises(ValueError, match="^jecqa: the publisher provides the files only on request. Ask for them at "
                                          "https://jecqa.thunlp.org/ and put them at .*/jecqa/0_train.json and "):
         run(["jecqa", "c3"], tmp_path)
     assert "c3/c3-d-dev.json" in tree(tmp_path)
@@ -216,7 +216,7 @@ def test_slips_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, message in (
             (["mbppp"], "there are no official files named 'mbppp'; nearest: mbpp"),
             (["mbpp"], "no --data_dir is given"),
-            (["mbpp", "--data_dir=gs://bucket/data"], "gs://bucket/data is no local folder")):
+            (["mbpp", "--data_dir=gs://bucket/data"], "gs://bucket/data is not a local folder")):
         assert cli.main(["fetch", *arguments]) == 1
         [line] = capsys.readouterr().err.splitlines()
         assert message in line

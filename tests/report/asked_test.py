@@ -135,7 +135,7 @@ def test_a_missing_arm_is_a_hole(tmp_path):
         "HALF-c": Arm("tuning", 0.4, "HALF", finished=False)}
     _, page = told(write_study(tmp_path, arms))
     assert "no arm has code in both pretraining and tuning" in page
-    assert "Not trained to its end, and in no effect and no sweep: `HALF-c.seed0`" in page
+    assert "Not trained to the end, and excluded from effects and sweeps: `HALF-c.seed0`" in page
     assert not any("interaction" in row["effect"] for row in table(tmp_path, "effects"))
 
 
@@ -233,7 +233,7 @@ def test_branches_stand_beside_their_trunk_where_they_end_with_it(tmp_path):
         ["TEXT", f"MID-{at}-0.2", f"MID-{at}-0.6"] for at in (50, 80)]
     assert {root for roots in group.roots.values() for root in roots.values()} == {"TEXT.seed0", "TEXT.seed1"}
     _, page = told(tmp_path)
-    assert "Arms without code in midtraining go without that stage" in page
+    assert "Arms without code in midtraining skip that stage" in page
     assert [line for line in page.splitlines() if line.startswith("## How much")] == [
         "## How much code in midtraining (from step 50)", "## How much code in midtraining (from step 80)"]
 

@@ -64,7 +64,7 @@ def test_planted_effects_are_found_and_null_ones_left_open(tmp_path):
     ({"seeds": 1}, "a single seed of CODE and of NL"), ({"sample": True}, "sample items"),
     ({"arrays": planted.TINY}, "the models are tiny"), ({"tokens": 10_000_000}, "pre-trained on little"),
     ({"base": -2.5}, "neither arm is above"), ({"n": 400, "drop": "ekar"}, "not evaluated on ekar"),
-    ({"without": True}, "is not known, for lack of a checkpoint")])
+    ({"without": True}, "is unknown, as there is no checkpoint")])
 def test_never_supported_where_nothing_can_be_said(tmp_path, options, why):
     """The same planted effect, but from a single seed, on samples, of tiny models, at chance, with a task missing."""
     base = options.pop("base", None)

@@ -104,8 +104,8 @@ def test_sources_have_effects_where_arms_tell_them_apart():
     shares |= {"A": {"text.books": 0.6, "code.python": 0.2, "code.java": 0.1, "code.c": 0.1},
                "B": {"text.books": 0.6, "code.python": 0.1, "code.java": 0.2, "code.c": 0.1}}
     found, holes = effects_of(("A", "B"))
-    assert not found and holes[-1] == ("The effects of code.java and code.python in pretraining cannot be told: their "
-                                       "shares go along with those of other sources.")
+    assert not found and holes[-1] == ("The effects of code.java and code.python in pretraining cannot be estimated: "
+                                       "their shares are confounded with those of other sources.")
 
 
 def test_a_missing_cell_is_named_and_not_filled():
@@ -114,8 +114,8 @@ def test_a_missing_cell_is_named_and_not_filled():
         "code in pretraining": pytest.approx({"CN": 1.0, "NN": -1.0}),
         "code in tuning": pytest.approx({"NC": 1.0, "NN": -1.0})}
     [hole] = design.holes
-    assert hole == ("Whether code in pretraining and code in tuning need each other cannot be told: no arm has code in "
-                    "both pretraining and tuning. The effects suppose that they do not.")
+    assert hole == ("Whether code in pretraining and code in tuning depend on each other cannot be estimated: no arm "
+                    "has code in both pretraining and tuning. The effects assume that they do not.")
 
 
 def test_what_goes_together_is_named_and_not_told_apart():
@@ -127,12 +127,12 @@ def test_what_goes_together_is_named_and_not_told_apart():
     # Code everywhere in pre-training: its effect there is nowhere.
     design = design_of(STAGES, {label: SQUARE[label] for label in ("CN", "CC")})
     assert [effect.name for effect in design.effects] == ["code in tuning"]
-    assert design.holes == ["All arms have 33.3% of code in pretraining: the effect of code there cannot be told."]
+    assert design.holes == ["All arms have 33.3% of code in pretraining: the effect of code there cannot be estimated."]
     # Half of 2 x 2 x 2: each interaction is another stage's effect, and none is told.
     half = {cell: [Level(0.5 * (letter == "C")) for letter in cell] for cell in ("NNN", "NCC", "CNC", "CCN")}
     design = design_of(("a", "b", "c"), half)
     assert [effect.name for effect in design.effects] == ["code in a", "code in b", "code in c"]
-    assert len(design.holes) == 3 and all("what else arms differ in goes along with it" in hole
+    assert len(design.holes) == 3 and all("other differences are confounded with it" in hole
                                           for hole in design.holes)
 
 

@@ -186,7 +186,7 @@ def test_a_size_beyond_all_runs_is_marked_and_tested(tmp_path, capsys):
     assert cli.main(["laws", str(study), "--size=100M"]) == 0
     told = capsys.readouterr().out
     saved = json.loads((study / "report" / "laws.json").read_text())
-    assert saved["extrapolated"] == ["size"] and "EXTRAPOLATED" in told and "missed by" in told
+    assert saved["extrapolated"] == ["size"] and "EXTRAPOLATED" in told and "mispredicted by" in told
     assert [line["axis"] for line in saved["left_out"]] == ["size"]
     for line in saved["predictions"]:
         low, high = line["losses"]["text"]["interval"]
@@ -235,7 +235,7 @@ def test_a_benchmarks_measure_has_a_law_whose_interval_knows_that_questions_are_
     assert saved["losses"] == ["text", "code", "quiz/accuracy", "quiz/bits_per_byte"]
     assert saved["units"]["quiz/bits_per_byte"] == "bits per byte" and saved["units"]["quiz/accuracy"] == "fraction"
     assert saved["objective"] == {"text": 1.0, "quiz/accuracy": -0.2}
-    assert "1 x text - 0.2 x quiz/accuracy" in told and "More is better in quiz/accuracy" in told
+    assert "1 x text - 0.2 x quiz/accuracy" in told and "Higher is better for quiz/accuracy" in told
     inside = []
     for line in saved["predictions"]:
         measure = line["losses"]["quiz/bits_per_byte"]
@@ -303,7 +303,7 @@ def test_a_best_mixture_beyond_the_runs_is_marked(tmp_path, capsys):
     assert cli.main(["laws", str(tmp_path)]) == 0
     told = " ".join(capsys.readouterr().out.split())
     saved = json.loads((tmp_path / "report" / "laws.json").read_text())
-    assert "EXTRAPOLATED: of all mixtures" in told and "in their convex hull" in told
+    assert "EXTRAPOLATED: over all mixtures" in told and "within the convex hull" in told
     assert between(mixes, np.array(list(saved["best"]["shares"].values())))
     assert saved["beyond"]["shares"]["c"] > mixes[:, 2].max()
     assert saved["beyond"]["objective"] < saved["best"]["objective"]
@@ -313,13 +313,14 @@ def test_a_single_loss_with_a_law_that_only_falls_has_no_interior_optimum(tmp_pa
     study = write_study(tmp_path / "study")
     assert cli.main(["laws", str(study), "--objective=code:1"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "no interior optimum: the edge is best, the largest share of code" in told and "single loss" in told
+    assert "no interior optimum: the best share is at the edge, the largest share of code" in told
+    assert "single loss" in told
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--objective=maths:1"], "there is no loss maths; these are there: text, code"),
+    (["--objective=maths:1"], "there is no loss maths; the losses are text, code"),
     (["--objective=text:much"], "must be a number"), (["--objective=text"], "as text:0.5"),
-    (["--objective=text:0"], "above 0"), (["--size=large"], "such as 125M"), (["--size=9B"], "takes runs of several"),
+    (["--objective=text:0"], "above 0"), (["--size=large"], "such as 125M"), (["--size=9B"], "needs runs of several"),
     (["--predict=nowhere.csv"], "no file")])
 def test_a_wrong_flag_is_one_line(tmp_path, capsys, flags, words):
     study = write_study(tmp_path / "study", seeds=1)
@@ -338,7 +339,7 @@ def test_what_is_no_sweep_is_one_line(tmp_path, capsys):
     assert "no directory" in error_of(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "held-out rows" in error_of(tmp_path / "empty")
-    assert "one share alone" in error_of(write_study(tmp_path / "one", (0.5,)))
+    assert "only one share" in error_of(write_study(tmp_path / "one", (0.5,)))
     other = write_study(tmp_path / "other", seeds=1)
     write_run(other, "RATE-0.3.seed0", 0.3, 3.0, 2.0, vocabulary="another")
     assert "other vocabularies" in error_of(other)
@@ -347,15 +348,15 @@ def test_what_is_no_sweep_is_one_line(tmp_path, capsys):
     (files / "ratios.csv").write_text("run,a,b\nr0,0.5,0.5\nr1,0.2,0.9\n")
     assert "metrics.csv is missing" in error_of(files)
     (files / "metrics.csv").write_text("run,loss\nr0,1\n")
-    assert "run r1 is in ratios.csv and not in metrics.csv" in error_of(files)
+    assert "run r1 is in ratios.csv but not in metrics.csv" in error_of(files)
     (files / "metrics.csv").write_text("run,loss\nr0,1\nr1,2\n")
     assert "the shares of run r1 sum to 1.1" in error_of(files)
     (files / "ratios.csv").write_text("run,a,b\nr0,0.5,0.5\nr1,0.2,x\n")
-    assert "'x', which is no number" in error_of(files)
+    assert "'x', which is not a number" in error_of(files)
 
 
 def test_the_section_of_a_report_says_why_there_are_no_laws(tmp_path):
-    assert "one share alone" in section(str(write_study(tmp_path / "one", (0.5,))))[-1].text
+    assert "only one share" in section(str(write_study(tmp_path / "one", (0.5,))))[-1].text
     titles = [type(block).__name__ for block in section(str(write_study(tmp_path / "several")))]
     assert titles[0] == "Heading" and "Figure" in titles and "Table" in titles
 

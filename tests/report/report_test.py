@@ -263,7 +263,7 @@ def test_contamination_of_other_files_is_not_used(one_seed, tmp_path):
     study = read_study(epath.Path(tmp_path / "study"))
     assert not study.measured("mbpp") and study.measured("cosqa") and not study.overlapping("mbpp")
     (tmp_path / "study" / "contamination.json").write_text('{"n": 13, "tasks": {"mbpp": {}}}')
-    with pytest.raises(ValueError, match="contamination.json does not tell which questions overlap"):
+    with pytest.raises(ValueError, match="contamination.json does not say which questions overlap"):
         read_study(epath.Path(tmp_path / "study"))
 
 
@@ -295,8 +295,8 @@ def test_a_task_of_ties_has_no_score_anywhere(tmp_path, capsys):
     assert found["difference"] == ""
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert markdown.count("not measured: ties") == 2  # in the paper's table and among all scores
-    assert "logic is not measured of `NL.seed0`: most questions are ties." in markdown
-    assert "cosqa: questions of which several candidates tie, k that do counting 1 / k: 7 of each run." in markdown
+    assert "logic is not measured for `NL.seed0`: most questions are ties." in markdown
+    assert "cosqa: questions where several candidates tie; k tied candidates count 1 / k: 7 in each run." in markdown
     assert f"{100 * value:.2f}" not in markdown
     # Ties that leave a measurement count in part.
     for arm in ("NL", "CODE"):
@@ -405,7 +405,7 @@ def test_samples_and_official_files_are_not_mixed(tmp_path, capsys):
     write_task(results.parent, "cosqa", 10, 0.0, "CODE", sample=True)
     assert cli.main(["report", str(tmp_path)]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert "NL.seed0 was asked the official files and CODE.seed0 was asked our sample items" in line
+    assert "NL.seed0 was asked the official files and CODE.seed0 was asked the sample items" in line
     assert not (tmp_path / "report").exists()
 
 
@@ -415,7 +415,7 @@ def test_seeds_that_were_trained_otherwise_are_no_seeds(tmp_path, capsys):
     (tmp_path / "runs" / "NL-x.seed0").rename(tmp_path / "runs" / "NL.seed1")
     (tmp_path / "study.json").unlink()
     assert cli.main(["report", str(tmp_path)]) == 1
-    assert "NL.seed0 and NL.seed1 are to be seeds of one arm, NL, and their mixture.code_rate differ (0.0 and 0.5)" \
+    assert "NL.seed0 and NL.seed1 count as seeds of one arm, NL, but their mixture.code_rate differ (0.0 and 0.5)" \
         in capsys.readouterr().err
 
 
@@ -425,7 +425,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path, capsys):
     path.write_text(path.read_text().replace("ab" * 32, "ba" * 32))
     assert cli.main(["report", str(tmp_path)]) == 1
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert "NL.seed0 and CODE.seed0 were trained on other data of the same name: text.books was abababababab" in line
+    assert "NL.seed0 and CODE.seed0 were trained on different data under one name: text.books was abababababab" in line
     assert not (tmp_path / "report").exists()
 
 
@@ -456,12 +456,13 @@ def test_too_little_held_out_is_noted_beside_the_losses(tmp_path):
 @pytest.mark.parametrize("spoil, message", [
     (lambda folder: shutil.rmtree(folder), "There is no directory"),
     (lambda folder: [shutil.rmtree(path) for path in folder.glob("runs/*")], "No run in"),
-    (lambda folder: (folder / "study.json").write_text("{"), "study.json is no whole JSON"),
+    (lambda folder: (folder / "study.json").write_text("{"), "study.json is not valid JSON"),
     (lambda folder: (folder / "study.json").write_text('{"runs": [{}]}'), "lists no runs"),
-    (lambda folder: (folder / "runs/NL.seed0/results/cosqa.json").write_text("{}"), "is no result of an evaluation"),
+    (lambda folder: (folder / "runs/NL.seed0/results/cosqa.json").write_text("{}"),
+     "is not the result of an evaluation"),
     (lambda folder: (folder / "runs/NL.seed0/results/cosqa.jsonl").write_text("{}\n"), "its lines do not match"),
     (lambda folder: (path := folder / "runs/NL.seed0/results/cosqa.jsonl").write_text(
-        path.read_text().replace('"correct": 1.0', '"correct": 0.0')), "its lines do not come to its accuracy"),
+        path.read_text().replace('"correct": 1.0', '"correct": 0.0')), "its lines do not add up to its accuracy"),
 ])
 def test_broken_studies_get_one_line(tmp_path, capsys, spoil, message):
     folder = write_study(tmp_path / "study", ["NL", "CODE"], 1, {"cosqa": 10}, {})

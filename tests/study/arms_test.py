@@ -121,15 +121,15 @@ def test_select_takes_what_it_stands_on():
 
 @pytest.mark.parametrize("arms, message", [
     ({}, "ARMS is empty"),
-    ({"A": {"from": "B"}, "B": {"from": "A"}}, "ARMS has a circle: A, B"),
+    ({"A": {"from": "B"}, "B": {"from": "A"}}, "ARMS has a cycle: A, B"),
     ({"A": {"from": "NL"}}, "lets A start from 'NL', which is not an arm"),
     ({"a/b": {}}, "has an arm 'a/b'; its name must consist of letters"),
     ({"A": 0.5}, "must give A settings such as"),
     ({"A": {"SEED": 1}}, "gives A SEED, which the study sets"),
     ({"A": {"sweep": {"CODE_RATE": 0.5}}}, "must give A a sweep of settings and their values"),
     ({"A": {"sweep": {"CODE_RATE": [0], "SEED": [1]}}}, "ARMS gives A SEED, which the study sets"),
-    ({"A": {"gin_file": ["a.gin"]}}, "must give A a gin_file that is one file's name"),
-    ({"A-0.5": {"LEARNING_RATE": 1.0}, "A": {"sweep": {"CODE_RATE": [0.5]}}}, "two arms that are named A-0.5"),
+    ({"A": {"gin_file": ["a.gin"]}}, "must give A a gin_file that names one file"),
+    ({"A-0.5": {"LEARNING_RATE": 1.0}, "A": {"sweep": {"CODE_RATE": [0.5]}}}, "two arms named A-0.5"),
     ({"A": {"MIX_PHASES": ["lots"]}}, "A: MIX_PHASES must list"),
 ])
 def test_slips_get_one_line(arms, message):

@@ -156,7 +156,7 @@ def test_chips_are_shared_out():
     assert [share["TPU_VISIBLE_CHIPS"] for share in shares] == ["0,1", "2,3"]
     assert {share["TPU_CHIPS_PER_PROCESS_BOUNDS"] for share in shares} == {"1,2,1"}
     assert {share["TPU_PROCESS_BOUNDS"] for share in shares} == {"1,1,1"}
-    with pytest.raises(ValueError, match="--devices_per_run=3: a process has 1, 2, 4, 8 chips of a TPU"):
+    with pytest.raises(ValueError, match="--devices_per_run=3: a process can use 1, 2, 4, 8 TPU chips"):
         surroundings(3, "tpu", 8, {})
 
 

@@ -85,10 +85,10 @@ def test_a_stage_of_instructions_by_another_name_is_tuned():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--gin.coldown/BATCH_SIZE=4"], "coldown/BATCH_SIZE is not of a stage of the study; the stages are pretraining, "
-                                     "tuning, continue, midtraining, cooldown, evaluation"),
+    (["--gin.coldown/BATCH_SIZE=4"], "coldown/BATCH_SIZE does not name a stage of the study; the stages are "
+                                     "pretraining, tuning, continue, midtraining, cooldown, evaluation"),
     (["--gin.ARMS={'A': {'CODE_RATE': 0.0}, 'B': {'from': 'A@0.5', 'stage': 'tuning', 'CODE_RATE': 0.0}}"],
-     "B: its stage, tuning, is of tuning, but a branch must have the kind of its trunk, pretraining"),
+     "B: its stage, tuning, is tuning, but a branch must be of the same kind as its trunk, pretraining"),
     (["--gin.ARMS={'A': {'stage': 'annealing'}}"], "A the stage 'annealing'; a stage is pretraining, tuning, continue, "
                                                    "midtraining or cooldown"),
     (["--gin.STAGES={'annealing': ['gin/none.gin']}", "--gin.ARMS={'A': {'stage': 'annealing', 'CODE_RATE': 0.0}}"],

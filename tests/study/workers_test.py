@@ -186,7 +186,7 @@ def test_a_suspended_worker_loses_its_run_and_leaves_it_to_the_other(start, tmp_
     second = start("--worker", "--lease_seconds=1", STEP_SECONDS="0.01")
     wait_until(lambda: "in whose directory a process without a lease is training" in said(tmp_path, 1))
     first.send_signal(signal.SIGCONT)
-    wait_until(lambda: "A.seed0: the run here is stopped, because the lease is lost: " in said(tmp_path, 0))
+    wait_until(lambda: "A.seed0: the run stops here, because its lease is lost: " in said(tmp_path, 0))
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 128 + signal.SIGTERM and second.wait(60) == 0
     assert results(directory) == alone
@@ -234,7 +234,7 @@ def test_a_run_that_fails_is_told_and_left_alone_until_it_is_asked_for(start, tm
     assert start("--worker").wait(60) == 1 and (directory / "log").read_text() == log
     table = status(str(directory))
     assert re.search(r"^A.seed0 +failed .* train failed: it was told to fail \(\S+:\d+, ", table, re.MULTILINE)
-    assert re.search(r"^ATT.seed0 +skipped .* for AT.seed0, which it starts from$", table, re.MULTILINE)
+    assert re.search(r"^ATT.seed0 +skipped .* because of AT.seed0, from which it starts$", table, re.MULTILINE)
     assert table.endswith(f"{directory}: 3 of 6 runs are done, 3 failed or depend on one that did.")
     assert start(STEP_SECONDS="0.001").wait(60) == 0
     assert results(directory) == alone

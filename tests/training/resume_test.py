@@ -116,7 +116,7 @@ def test_a_run_that_is_done_trains_no_further(command, uninterrupted):
 
 def test_the_summary_tells_what_was_trained_on(uninterrupted):
     model_dir, printed = uninterrupted
-    for words in ("held-out loss, nats a token", "step 0", "step 60", "share asked", "realised", str(model_dir),
+    for words in ("held-out loss, nats/token", "step 0", "step 60", "share asked", "realised", str(model_dir),
                   "tensorboard --logdir", "Next:", "tokens/s", " left"):
         assert words in printed
 

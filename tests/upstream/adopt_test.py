@@ -193,7 +193,7 @@ def test_a_damaged_tree_or_another_config_is_told(theirs: Path, tmp_path: Path, 
     whole = (theirs / "config.gin").read_text()
     (theirs / "config.gin").write_text("BATCH_SIZE = 8\n")
     assert cli.main(["adopt", str(theirs), f"--output={tmp_path / 'new'}"]) == 1
-    assert "is not of a file of gin/t5x/" in capsys.readouterr().err
+    assert "was not made from a file in gin/t5x/" in capsys.readouterr().err
     shutil.copytree(theirs / "checkpoint_4", theirs / "checkpoint_6")
     for file in (theirs / "checkpoint_6" / "state").rglob("*"):
         if file.is_file():

@@ -115,7 +115,7 @@ def test_what_float16_cannot_hold_is_refused(
     run, _, _ = save_run({})
     arrays = exporting._arrays
     monkeypatch.setattr(exporting, "_arrays", lambda *given: (1e6 * array for array in arrays(*given)))
-    with pytest.raises(ValueError, match="transformer.wte.weight has numbers beyond what float16 can hold"):
+    with pytest.raises(ValueError, match="transformer.wte.weight has numbers beyond the range of float16"):
         export(str(run), str(tmp_path / "out"), dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -165,7 +165,7 @@ def test_a_model_card(save_run: Callable[..., Any], tmp_path: Path, vocabulary: 
             "### 2. tuning, 3 steps, rows of 32 tokens", "| text.x\\|y | 3 | 12 | 1.50 | 0.7500 |",
             "| code.z | 1 | 5 | 0.25 | 0.2500 |", "| seed | 7 |", f"| checkpoint | step 3, digest {digest} |",
             f"| checkpoint of stage 1 | first, step 15, digest {'d' * 64} |", "LEARNING_RATE = 0.5",
-            f"| codellm_jax | version 0.1.0, commit {'c' * 40}, with files that differ from it |"):
+            f"| codellm_jax | version 0.1.0, commit {'c' * 40}, with uncommitted changes |"):
         assert line in card.splitlines(), line
     assert "trust_remote_code=True" in card and "/home" not in card
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_is_passed_over(save_run: Callable[..., Any], tmp_p
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["{run}@7", "--output={out}"], "No checkpoint of step 7 in .*; there are those of steps 1, 3"),
-    (["{run}@last", "--output={out}"], "must end in the number of a step"),
+    (["{run}@last", "--output={out}"], "must end in a step number"),
     (["{run}nowhere", "--output={out}"], "There is no directory"),
     (["{run}", "--output={out}", "--dtype=bf16"], "--dtype must be one of float32, bfloat16, float16, found 'bf16'"),
     (["{run}", "--output={out}", "--max_shard_size=5XB"], "--max_shard_size must be a size such as 5GB"),
@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     run, _, _ = save_run({})
     request.getfixturevalue("no_room")
-    with pytest.raises(OSError, match="Writing .*out failed: .*Nothing of it is left") as raised:
+    with pytest.raises(OSError, match="Writing .*out failed: .*Nothing of it remains") as raised:
         export(str(run), str(tmp_path / "out"))
     assert "\n" not in str(raised.value) and [path.name for path in tmp_path.iterdir()] == ["run"]
 

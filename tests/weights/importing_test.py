@@ -135,7 +135,7 @@ def test_a_name_on_a_hub_is_a_source(tmp_path: Path) -> None:
 def test_an_import_takes_no_place_that_is_taken(imported: tuple[Path, Path], capsys: Any) -> None:
     model, run = imported
     assert main(["import", str(model), f"--output={run}"]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert main(["import", str(run), f"--output={run.parent / 'other'}"]) == 1
     assert "is a run directory" in capsys.readouterr().err
     assert not (run.parent / "other").exists()
@@ -221,12 +221,12 @@ def open_arrays(file: Path) -> list[tuple[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize(("how", "told"), [
-    ("truncated", "is not whole"), ("header cut", "is not whole"), ("longer", "is not whole"),
-    ("empty", "is no safetensors file"), ("missing", "does not hold it"), ("pointer", "a Git LFS pointer"),
-    ("page", "is no safetensors file"), ("other dtype", "damaged header"), ("other offsets", "damaged header"),
+    ("truncated", "is incomplete"), ("header cut", "is incomplete"), ("longer", "is incomplete"),
+    ("empty", "is not a safetensors file"), ("missing", "does not hold it"), ("pointer", "a Git LFS pointer"),
+    ("page", "is not a safetensors file"), ("other dtype", "damaged header"), ("other offsets", "damaged header"),
     ("huge shape", "damaged header"), ("negative", "damaged header"), ("no JSON", "damaged header"),
-    ("twice", "stands in both"), ("unnamed", "which it does not name"), ("named", "which does not hold it"),
-    ("outside", "no file of its folder"), ("no index", "no model.safetensors.index.json"),
+    ("twice", "occurs in both"), ("unnamed", "which it does not name"), ("named", "which does not hold it"),
+    ("outside", "not a file of its folder"), ("no index", "no model.safetensors.index.json"),
     ("no configuration", "holds no config.json"), ("no tokenizer", "--vocabulary"),
     ("large tokenizer", "the model's embedding has 29 rows, fewer"),
 ])
@@ -291,7 +291,7 @@ def test_files_of_pytorch_need_it(tmp_path: Path, capsys: Any, monkeypatch: pyte
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["import", str(folder), f"--output={tmp_path / 'run'}"]) == 1
-    assert "is read with PyTorch, which is not installed" in capsys.readouterr().err
+    assert "needs PyTorch, which is not installed" in capsys.readouterr().err
     assert main(["import", str(folder), f"--output={tmp_path / 'run'}", "--check"]) == 1
     assert "--check compares with transformers" in capsys.readouterr().err
 

@@ -384,41 +384,41 @@ def test_what_cannot_be_joined(tmp_path: Path):
     parts = [checkpoint({name: part_of(array, slicings[name], rank) for name, array in tensors.items()})
              for rank in range(2)]
     source = write(tmp_path, {"a_0.ckpt": parts[0], "a_1.ckpt": parts[1]})
-    with pytest.raises(ValueError, match="of 2 ranks and no strategy file"):
+    with pytest.raises(ValueError, match="of 2 ranks but no strategy file"):
         open_mindspore(source)
     for content, line in (
             (strategy({f"1-{name}": slicing for name, slicing in slicings.items()}), "in pipeline stages"),
             (strategy(slicings, uneven=[3, 5]), "unevenly"), (strategy(slicings, field=3), "unevenly"),
-            (strategy({"other": Slicing([2], [0])}), "another model's"),
+            (strategy({"other": Slicing([2], [0])}), "belongs to another model"),
             (strategy({name: Slicing([2], [0, 0, 0]) for name in slicings}), "3 axes"),
             (strategy({name: Slicing([2], [1, -1]) for name in slicings}), "is damaged"),
-            (strategy({name: Slicing([1], slicing.axes) for name, slicing in slicings.items()}), "does not go with"),
-            (strategy({}), "slices no parameter"), (b"", "slices no parameter"), (b"\x1a\xff", "breaks off")):
+            (strategy({name: Slicing([1], slicing.axes) for name, slicing in slicings.items()}), "does not fit the"),
+            (strategy({}), "slices no parameter"), (b"", "slices no parameter"), (b"\x1a\xff", "is truncated")):
         write(tmp_path, {"strategy.ckpt": content})
         with pytest.raises(ValueError, match=line) as raised:
             open_mindspore(source)
         assert "\n" not in str(raised.value)
     write(tmp_path, {"strategy.ckpt": strategy(slicings), "b_1.ckpt": parts[1]})
-    with pytest.raises(ValueError, match="a_1.ckpt and .*b_1.ckpt are both of rank 1"):
+    with pytest.raises(ValueError, match="a_1.ckpt and .*b_1.ckpt both belong to rank 1"):
         open_mindspore(source)
     (tmp_path / "b_1.ckpt").rename(tmp_path / "b.ckpt")
-    with pytest.raises(ValueError, match="b.ckpt does not say whose rank it is"):
+    with pytest.raises(ValueError, match="b.ckpt does not contain its rank"):
         open_mindspore(source)
 
 
-# ---- What is no PanGu-alpha, and what is damaged -----------------------------------------------
+# ---- Other models, and damaged files -----------------------------------------------
 
 
 def test_other_models_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="holds no checkpoint of MindSpore"):
+    with pytest.raises(ValueError, match="holds no MindSpore checkpoint"):
         open_mindspore(write(tmp_path, {}))
-    with pytest.raises(ValueError, match="is no PanGu-alpha: it has no table wte, wpe, wqe"):
+    with pytest.raises(ValueError, match="is not a PanGu-alpha: it has no table wte, wpe, wqe"):
         open_mindspore(write(tmp_path, {"m.ckpt": checkpoint({"conv1.weight": np.ones((2, 2), np.float32)})}))
     staged = {name.replace("top_query_layer", f"blocks.{LAYERS - 1}"): array for name, array in pangu().items()}
-    with pytest.raises(ValueError, match="no top_query_layer, as models that were trained in pipeline stages"):
+    with pytest.raises(ValueError, match="no top_query_layer, like models trained in pipeline stages"):
         open_mindspore(write(tmp_path, {"m.ckpt": checkpoint(staged)}))
     for content in (b"PK\x03\x04" + bytes(40), b"version https://git-lfs.github.com/spec/v1\n", b"", b"\x0a\x00"):
-        with pytest.raises(ValueError, match="m.ckpt .*no checkpoint of MindSpore"):
+        with pytest.raises(ValueError, match="m.ckpt .*not a MindSpore checkpoint"):
             open_mindspore(write(tmp_path, {"m.ckpt": content}))
 
 
