@@ -33,7 +33,7 @@ EMPTY_FILE = "empty file"
 LONGEST_LINE = 1 << 28  # bytes of a record in a line: parsing takes up to seven times as much memory
 TOO_LONG = f"longer than {LONGEST_LINE >> 20} MiB"
 WITH_ALL_BEHIND = f"{TOO_LONG}, lost with all that follows it in its file"
-UNDECIDED = 1 << 24  # bytes at a file's beginning in which JSON lines have a line that is a record
+UNDECIDED = 1 << 22  # bytes at a file's beginning in which JSON lines have a line that is a record
 FOREIGN = 10  # invalid UTF-8 records that indicate another encoding; fewer may be damage
 
 _BLANK = re.compile(r"\s*")
