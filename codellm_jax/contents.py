@@ -184,7 +184,7 @@ def _no_text(head: bytes) -> str | None:
         return None
     if head.strip(b"\0") and (_decodes(head, "utf-32-le") or _decodes(head, "utf-32-be")):
         return "UTF-32 without a byte order mark; save it with one, or as UTF-8"
-    if max(even, odd) > 2 * min(even, odd):
+    if max(even, odd) > 2 * min(even, odd) and (_decodes(head, "utf-16-le") or _decodes(head, "utf-16-be")):
         return "UTF-16 without a byte order mark; save it with one, or as UTF-8"
     return "not text (it holds zero bytes)"
 
@@ -231,7 +231,7 @@ def lines(file: str, longest: int | None = None, source: Iterable[bytes] | None 
     held, is_longer = 0, False
     broken = None
     try:
-        for piece in _as_utf8(file) if source is None else source:
+        for piece in in_utf8(file) if source is None else source:
             ended, end, rest = piece.rpartition(b"\n")
             if end:
                 for line in b"".join([*waiting, ended]).split(b"\n"):
@@ -277,7 +277,7 @@ def whole_text(file: str) -> str:
 def require_text(file: str) -> bytes:
     """The first bytes of a file's text; raises OSError and UnreadableFile as `lines` does."""
     try:
-        return next(_as_utf8(file), b"")
+        return next(in_utf8(file), b"")
     except BrokenFile:  # reported when it is read
         return b""
 
@@ -407,8 +407,8 @@ def _of_member(member: Any, piece: bytes) -> Iterator[bytes]:
         raise BrokenFile(" ".join(str(error).split())) from error
 
 
-def _as_utf8(file: str) -> Iterator[bytes]:
-    """The bytes of a file as UTF-8, without a byte order mark."""
+def in_utf8(file: str) -> Iterator[bytes]:
+    """The bytes of a file's text as UTF-8, without a byte order mark; raises the errors of `lines`."""
     found = _from_head(pieces(file))
     head = next(found)
     if what := _no_text(head[:HEAD]):

@@ -75,13 +75,50 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+compiled: dict[tuple[Any, ...], Any] = {}  # the programs of a file's tests
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "jax" in sys.modules and not compiled:
+        compile_once()
+
+
+def compile_once() -> None:
+    """Makes a file's tests share programs: `train` traces its step anew at each call, and most tests call it.
+
+    JAX's cache on disk holds programs for one device alone; see `partitioning._compile_anew`.
+    """
+    from jax._src import cache_key, compiler
+
+    real = compiler.compile_or_get_cached
+    if hasattr(real, "__wrapped__"):
+        return
+
+    @functools.wraps(real)
+    def shared(backend: Any, module: Any, devices: Any, options: Any, host_callbacks: Any, *more: Any, **named: Any) -> Any:
+        compile_anew = functools.partial(real, backend, module, devices, options, host_callbacks, *more, **named)
+        if host_callbacks or backend.platform != "cpu":
+            return compile_anew()
+        key = cache_key.get(module, devices, options, backend), *(device.id for device in devices.flat)
+        if key not in compiled:
+            compiled[key] = compile_anew()
+        return compiled[key]
+
+    compiler.compile_or_get_cached = shared
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
     """Drops compiled programs after each file: with all of them a worker grows to 7 GB, and each collection of garbage
-    takes seconds.
+    takes seconds. The next file has JAX's cache on disk until it makes a mesh.
     """
     yield
+    compiled.clear()
     if "jax" in sys.modules:
+        from jax.experimental.compilation_cache import compilation_cache
+
+        sys.modules["jax"].config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
         sys.modules["jax"].clear_caches()
         gc.collect()
 

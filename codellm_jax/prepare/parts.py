@@ -59,6 +59,7 @@ def _processed(
     read = {"documents": 0, "bytes": 0, "tokens": 0}
     shape = Shape() if of_stage.after is None else None
     lost: dict[str, int] = {}
+    first: dict[str, str] = {}
     overlaps: dict[str, dict[str, str]] = {}
 
     def remove(document: dict[str, Any], number: int, reason: str, size: int, copy: np.void | None = None) -> None:
@@ -69,7 +70,7 @@ def _processed(
         removed.add({**row, **told, **kept}, len(reason))
         counts[number].remove(reason, size, document["tokens"], {**row, "text": document["text"], **kept})
 
-    found = _read(job, part, lost, removed) if before is None else _left(job, stage, part)
+    found = _read(job, part, lost, first, removed) if before is None else _left(job, stage, part)
     gone = _Gone(job, stage, part, before)
     for place, document in enumerate(found):
         size = len(document["text"].encode())
@@ -100,7 +101,7 @@ def _processed(
             if shape:
                 shape.add(document, size)
     return {"read": read, "documents": documents.count, "bytes": documents.bytes, "removed": removed.count,
-            "lost": dict(sorted(lost.items())), "overlaps": overlaps, "shape": shape and shape.facts(),
+            "lost": dict(sorted(lost.items())), "first_lost": first, "overlaps": overlaps, "shape": shape and shape.facts(),
             "steps": {str(number): count.facts() for number, count in counts.items()}}
 
 
@@ -134,8 +135,12 @@ def _copy(job: Job, dropped: np.void) -> dict[str, Any]:
 # ---- What a part holds ---------------------------------------------------------------------------
 
 
-def _read(job: Job, part: int, lost: dict[str, int], removed: Table) -> Iterator[dict[str, Any]]:
-    """The documents of a part as its files have them; counts and writes down records that hold none."""
+def _read(
+    job: Job, part: int, lost: dict[str, int], first: dict[str, str], removed: Table
+) -> Iterator[dict[str, Any]]:
+    """The documents of a part as its files have them; counts and writes down records that hold none, and where the
+    first of each reason is.
+    """
     source, files, piece = job.parts[part]
     for file in files or ():
         if job.inputs.state(file[0]) != file:
@@ -146,6 +151,7 @@ def _read(job: Job, part: int, lost: dict[str, int], removed: Table) -> Iterator
         row = {"source": source, "file": each.file, "row": each.row}
         if each.text is None:
             lost[each.reason] = lost.get(each.reason, 0) + each.records
+            first.setdefault(each.reason, each.place)
             told = {"number": 0, "step": "reading", "reason": each.reason, "records": each.records, "bytes": 0}
             removed.add({**row, **told}, len(each.reason))
             continue

@@ -38,7 +38,7 @@ from codellm_jax.runtime import beam
 from codellm_jax.runtime.process import alone_in
 
 LEAST_PART, MOST_PARTS = 64 << 20, 1 << 14  # bytes; together they are `part_bytes` where that is None
-LAYOUT = 2  # of the files in OUTPUT.building; raise it whenever others would be written
+LAYOUT = 3  # of the files in OUTPUT.building; raise it whenever others would be written
 
 
 def prepare(
@@ -288,17 +288,22 @@ def _tell_lost(job: Job, report: Callable[[str], None]) -> None:
     """Reports the records of each corpus that could not be read. Raises ValueError where that was all of them."""
     read: Counter[str] = Counter()
     lost: dict[str, Counter[str]] = {}
+    first: dict[str, str] = {}
     for number, part in enumerate(job.parts):
         facts = job.facts(0, number) or {}
         read[part.source] += facts["read"]["documents"]
         lost.setdefault(part.source, Counter()).update(facts["lost"])
+        for place in facts["first_lost"].values():
+            first.setdefault(part.source, place)
     for source, reasons in lost.items():
         told = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
-        if reasons and not read[source]:
-            raise ValueError(f"{source}: no document is left of its records: {told}. {job.folder}/stage0/removed-* say "
-                             f"where they are. Correct the corpus, remove {job.folder} and start again.")
+        if not read[source]:
+            found = f"no document is left of its records: {told}. The first is in {first[source]}" if reasons else \
+                "it has no records"
+            raise ValueError(f"{source}: {found}. Correct the corpus, remove {job.folder} and start again.")
         if reasons:
-            report(f"{source}: {reasons.total():,} records hold no document: {told}.")
+            hold = "record holds" if reasons.total() == 1 else "records hold"
+            report(f"{source}: {reasons.total():,} {hold} no document: {told}.")
 
 
 def _forget(job: Job, stage: int) -> None:

@@ -1,7 +1,7 @@
 """Records of archives: WebDataset's tars, WARC and WET files, and ArrayRecord. All are read sequentially.
 
-WebDataset: members whose names are equal up to the first dot are one record, the rest of each name a field of it. The
-text is the member `field`, "txt" by default; "json.text" is the field "text" of the member "json". Only
+WebDataset: members whose names are equal up to the first dot are one record, the rest of each name a field of it; a
+field that a record already has begins another. The text is the member `field`, "txt" by default; "json.text" is the field "text" of the member "json". Only
 requested members are read; "__key__" is the common part of their names.
 
 WARC (warcio, extra `readers`): a record's headers are its fields, such as "WARC-Identified-Content-Language",
@@ -12,7 +12,8 @@ besides "text", "url", "title" and "content_type":
                        text unchanged. A response that is an error or not text is counted.
   others               metadata about these, not documents
 
-A file that is truncated within a record or a gzip member is counted as broken. Truncation between two records
+A file that is truncated within a record or a gzip member is counted as broken, and so is a record whose stated length
+is not that of its content. Truncation between two records
 cannot be detected, because WARC has no end mark: compare sizes with the publisher's.
 
 ArrayRecord (array_record, extra `readers`): each record is a tf.train.Example or a JSON object, distinguished by its
@@ -25,10 +26,10 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from io import BytesIO
+from io import BytesIO, StringIO
 from typing import Any
 
-from codellm_jax.contents import BrokenFile, UnreadableFile, head, kind, open_binary, pieces, require_file
+from codellm_jax.contents import PIECE, BrokenFile, UnreadableFile, head, kind, open_binary, pieces, require_file
 from tasks.corpora import fields, pages
 from tasks.corpora.files import Lost, library
 from tasks.corpora.records import BROKEN_JSON, EMPTY_FILE, NO_OBJECT
@@ -74,8 +75,12 @@ def require_tar(file: str) -> None:
     try:
         if beginning.strip(b"\0"):
             tarfile.TarInfo.frombuf(beginning[:512], "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        raise UnreadableFile(f"{file} is {kind(beginning) or 'not a tar archive'}; expected a tar.") from None
+    except tarfile.HeaderError as error:
+        what = kind(beginning)
+        if what == "a tar archive":
+            raise UnreadableFile(f"{file} is a tar whose first header is damaged or truncated ({error}); copy or "
+                                 "download it again.") from None
+        raise UnreadableFile(f"{file} is {what or 'not a tar archive'}; expected a tar.") from None
 
 
 def webdataset_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
@@ -100,7 +105,7 @@ def webdataset_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str
             continue
         first, _, suffix = base.partition(".")
         key = f"{folder}/{first}".lstrip("./")
-        if not name or key != record.get("__key__"):
+        if not name or key != record.get("__key__") or suffix in record:
             if record:
                 yield f"{file}, {record['__key__']}", lost or record
             elif not name and not broken:
@@ -150,6 +155,11 @@ def _members(file: str, is_asked: Any) -> Iterator[tuple[str, bytes | Lost | Non
         block = stream.last[begin : begin + 512] if begin >= 0 else b"?"
         if len(block) < 512 or block.strip(b"\0"):
             raise BrokenFile("it lacks the zeros that end a tar")
+        behind = stream.last[begin:]
+        while behind and not behind.strip(b"\0"):
+            behind = stream.read(PIECE)
+        if behind:
+            raise BrokenFile("it goes on behind the zeros that end a tar")
 
 
 # ---- WARC --------------------------------------------------------------------------------------
@@ -174,8 +184,9 @@ def warc_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Reco
     from warcio.exceptions import ArchiveLoadFailed
 
     stream, number = _Stream(file), 0
-    records = iter(WARCIterator(stream, no_record_parse=True))
+    records = WARCIterator(stream, no_record_parse=True)
     while True:
+        wrong_lengths = records.err_count
         try:
             record = next(records, None)
         except (ArchiveLoadFailed, ValueError) as error:
@@ -183,15 +194,20 @@ def warc_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Reco
         if record is None:
             break
         number += 1
-        if record.rec_type not in ("conversion", "response", "resource"):
-            continue
+        if record.rec_type is None:
+            raise BrokenFile(f"record {number} has no type")
         if record.length is None or not record.rec_headers.get_header("Content-Length", "").strip().isdigit():
             raise BrokenFile(f"record {number} has no length")
         place = f"{file}, record {number}"
         content = record.raw_stream.read(LARGEST + 1)
         if len(content) < min(record.length, LARGEST + 1):
             raise BrokenFile("the last record is truncated")
-        yield place, Lost(_TOO_LARGE) if len(content) > LARGEST else _page(record, content)
+        with contextlib.redirect_stderr(StringIO()):  # where the library says what `err_count` counts
+            records.read_to_end()
+        if records.err_count > wrong_lengths or not (records.next_line or b"WARC/").startswith(b"WARC/"):
+            yield place, Lost("with a length that is not that of their content")
+        elif record.rec_type in ("conversion", "response", "resource"):
+            yield place, Lost(_TOO_LARGE) if len(content) > LARGEST else _page(record, content)
     if not number:
         yield file, Lost(EMPTY_FILE)
 

@@ -56,12 +56,12 @@ class PassedOver(dict[str, tuple[int, str]]):
     """Lost records by reason: their number and the place of the first; printed as a line."""
 
     def add(self, reason: str, place: str, records: int = 1) -> None:
-        """Counts more; `place` is such as "a.jsonl, line 3", or "" if the reason names it."""
+        """Counts more; `place` is such as "a.jsonl, line 3", and is not printed if the reason names it."""
         count, first = self.get(reason, (0, place))
         self[reason] = (count + records, first)
 
     def __str__(self) -> str:
-        told = (f"{count} {reason}" + (f" (first: {place})" if place else "")
+        told = (f"{count} {reason}" + f" (first: {place})" * (not reason.endswith(f" {os.path.basename(place)}"))
                 for reason, (count, place) in sorted(self.items()))
         return ", ".join(told) or "there are no records"
 
@@ -182,7 +182,7 @@ def _advice(pattern: str, folder: str) -> str:
     """A replacement for a pattern that names folders, from the content of one of them."""
     files = below(folder)
     if not files:
-        return f"{folder} holds none."
+        return f"there is no file in {folder}."
     names = [os.path.basename(file) for file in files]
     suffixes = collections.Counter(
         os.path.splitext(without_compression(name))[1] + name[len(without_compression(name)):] for name in names)

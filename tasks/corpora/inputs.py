@@ -28,6 +28,7 @@ class Input(NamedTuple):
       text: None if the record holds no document.
       reason: why it holds none; else "".
       records: 1, or the number of records lost to a damage.
+      place: where it is, for a person: such as "a.jsonl, line 3, whose fields are 'body', 'id'".
     """
 
     file: str
@@ -37,6 +38,7 @@ class Input(NamedTuple):
     language: str | None
     licence: str | None
     records: int = 1
+    place: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,15 @@ class Inputs:
 
         Raises:
           OSError: a pattern matches no file, or a broken link.
+          ValueError: the name of a file is not UTF-8, as it stands with each of its documents.
         """
         spec = self.corpora[name]
         if not specs.is_divisible(spec, "train"):
             return None
-        return [self.state(file) for file in sources.files(spec, "train", name)]
+        found = sources.files(spec, "train", name)
+        if foreign := next((file for file in found if not _is_text(file)), None):
+            raise ValueError(f"{name}: the name of the file {foreign!r} is not UTF-8; rename it.")
+        return [self.state(file) for file in found]
 
     def pieces(self, name: str, file: str, at_most: int) -> list[Piece] | None:
         """The pieces of about this many bytes that a file of a corpus is divided into; None if it is read as a whole.
@@ -116,7 +122,7 @@ class Inputs:
             before = file
             text, reason = _text(found.content, self.corpora[name], is_valid)
             yield Input(file, at or row, text, reason, found.language, found.licence,
-                        found.content.records if isinstance(found.content, Lost) else 1)
+                        found.content.records if isinstance(found.content, Lost) else 1, found.place)
 
     def state(self, file: str) -> tuple[str, int, int]:
         """Path, size in bytes, and time of the last change in nanoseconds (0 on gs://) of a file."""
@@ -148,6 +154,11 @@ def _place(place: str, before: str, files: Iterable[str]) -> tuple[str, int | No
 
 def _is_of(place: str, file: str) -> bool:
     return place.startswith(file) and place[len(file) : len(file) + 2] in ("", ", ", ": ")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is text: other bytes are lone surrogates in Python."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
 def _text(content: str | bytes | Lost, spec: Mapping[str, Any], is_valid: bool) -> tuple[str | None, str]:

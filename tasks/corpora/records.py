@@ -1,11 +1,14 @@
 """JSON records from files, one by one: a list or JSON lines, whole or broken.
 
 The content decides the form: a file that begins with "[" is a list, one with an object in a line is JSON lines.
+In every form a file is read piece by piece, so that memory grows with the longest record and not with the file.
 A broken file is not given up as a whole. Its objects are decoded one by one; after one that does not parse, reading
 continues at the next that does. But a file without any object is not JSON and is refused; so is one where most records
 beyond ASCII are not UTF-8, because the valid ones are then valid by chance.
 """
 
+import codecs
+import itertools
 import json
 import os
 import re
@@ -13,12 +16,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from codellm_jax.contents import (
-    HEAD,
-    LARGEST,
+    PIECE,
     READ_IS,
-    TOO_LARGE,
     BrokenFile,
     UnreadableFile,
+    in_utf8,
     lines,
     require_text,
 )
@@ -30,12 +32,18 @@ NOT_UTF8 = "not valid UTF-8"
 EMPTY_FILE = "empty file"
 LONGEST_LINE = 1 << 28  # bytes of a record in a line: parsing takes up to seven times as much memory
 TOO_LONG = f"longer than {LONGEST_LINE >> 20} MiB"
+WITH_ALL_BEHIND = f"{TOO_LONG}, lost with all that follows it in its file"
+UNDECIDED = 1 << 24  # bytes at a file's beginning in which JSON lines have a line that is a record
 FOREIGN = 10  # invalid UTF-8 records that indicate another encoding; fewer may be damage
 
-_BETWEEN_RECORDS = re.compile(r"[\s,\[\]]*")
+_BLANK = re.compile(r"\s*")
+_BETWEEN_ITEMS = re.compile(r"[\s,\ufeff]*")
+_BETWEEN_RECORDS = re.compile(r"[\s,\ufeff\[\]]*")
 # Within a string its quotes are escaped, so code in a string does not match.
 _RECORD_START = re.compile(r'\{\s*"[^"\\]*"\s*:')
 _ESCAPED = re.compile("[\udc80-\udcff]")
+_LONGEST_TOKEN = 16  # characters of a JSON token other than a string or a number, "\\ud83d\\ude00" within one included
+_LONGEST_START = 1 << 16  # characters up to the end of a record's first key
 
 Record = dict[str, Any] | Lost
 
@@ -110,35 +118,65 @@ def broken_rest(file: str) -> Lost:
 
 def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
     """Records with their places, and whether they are in ASCII."""
-    waiting: list[bytes] = []  # of a file that is read as a whole, or may have to be
-    opening, is_lines, number, held = b"", False, 0, 0
-    ending: list[Lost] = []
+    broken: list[Lost] = []
+    source = _until_broken(file, broken)
+    beginning = b""
+    for piece in source:
+        beginning += piece
+        if beginning.strip() or len(beginning) > UNDECIDED:
+            break
+    whole = itertools.chain([beginning], source)
+    if beginning.lstrip().startswith(b"["):
+        for number, (_, record, is_ascii) in enumerate(_objects(whole, is_list=True), 1):
+            yield f"{file}, record {number}", record, is_ascii
+    else:
+        for line, record, is_ascii in _of_lines(file, whole):
+            yield f"{file}, line {line}", record, is_ascii
+    for lost in broken:
+        yield file, lost, True
+    if not beginning and not broken:
+        yield file, Lost(EMPTY_FILE), True
+
+
+def _until_broken(file: str, broken: list[Lost]) -> Iterator[bytes]:
+    """The text of a file up to where it is damaged, which is added to a list."""
     try:
-        for number, line in enumerate(lines(file, LARGEST), 1):
-            if not line or len(line) > LONGEST_LINE and (opening or line[:HEAD].strip()[:1]) != b"[":
-                yield f"{file}, line {number}", Lost(TOO_LONG if line else TOO_LARGE), True
-                continue
-            is_first, opening = not opening, opening or line.strip()[:1]
-            if not is_lines and opening != b"[" and (is_first or line.startswith(b"{")):
-                # A record that spans several lines has no line that is itself an unindented object.
-                if is_lines := isinstance(_parsed(line), dict):
-                    yield from _records_of(file, b"".join(waiting))
-                    waiting = []
-            if not is_lines:
-                waiting.append(line)
-                held += len(line)
-                if held > LARGEST:
-                    raise UnreadableFile(f"{file} is a JSON list, or has records over several lines, and "
-                                         f"is {TOO_LARGE}, which would be held in memory at once; write it "
-                                         "as JSON lines, one object per line.")
-            elif line.strip():
-                yield f"{file}, line {number}", _record_of(_parsed(line)), line.isascii()
+        yield from in_utf8(file)
     except BrokenFile:
-        ending.append(broken_rest(file))
-    yield from _records_of(file, b"".join(waiting))
-    if not number and not ending:
-        ending.append(Lost(EMPTY_FILE))
-    yield from (("" if lost == broken_rest(file) else file, lost, True) for lost in ending)
+        broken.append(broken_rest(file))
+
+
+def _of_lines(file: str, source: Iterable[bytes]) -> Iterator[tuple[int, Record, bool]]:
+    """The records of JSON lines, or of objects over several lines, each with its line and whether it is in ASCII."""
+    waiting: list[bytes] = []  # until a line tells which of the two it is
+    held, has_begun = 0, False
+    numbered = enumerate(lines(file, LONGEST_LINE, source), 1)
+    for number, line in numbered:
+        if not line and not has_begun:
+            yield number, Lost(TOO_LONG), True
+        # A record that spans several lines has no line that is itself an unindented object.
+        if line.strip() and (not has_begun or line.startswith(b"{")) and isinstance(record := _parsed(line), dict):
+            yield from _objects(waiting)
+            yield number, record, line.isascii()
+            break
+        has_begun |= bool(line.strip())
+        waiting.append(_part(line) if has_begun else b"\n")
+        held += len(line)
+        if held > UNDECIDED:
+            yield from _objects(itertools.chain(waiting, (_part(line) for _, line in numbered)))
+            waiting = []
+    else:
+        yield from _objects(waiting)
+    for number, line in numbered:
+        if not line:
+            yield number, Lost(TOO_LONG), True
+        elif line.strip():
+            yield number, _record_of(_parsed(line)), line.isascii()
+
+
+def _part(line: bytes) -> bytes:
+    """A line of a record; of one that was too long, no JSON, so that the record is broken and does not just lack it."""
+    return line or b"\0\n"
 
 
 def _parsed(line: bytes) -> Any:
@@ -155,33 +193,101 @@ def _record_of(value: Any) -> Record:
     return value if isinstance(value, dict | Lost) else Lost(NO_OBJECT)
 
 
-def _records_of(file: str, content: bytes) -> Iterator[tuple[str, Record, bool]]:
-    """The objects of a JSON list, or of any sequence of objects, as `_records` gives them."""
-    whole = _parsed(content)
-    if isinstance(whole, list):
-        is_ascii = content.isascii()
-        for number, record in enumerate(whole, 1):
-            yield f"{file}, record {number}", _record_of(record), is_ascii
-        return
-    # A line break within a string, which JSON forbids, is accepted here.
-    decoder = json.JSONDecoder(strict=False)
-    # Invalid UTF-8 becomes lone surrogates, which identify the affected records.
-    text, position, line, counted = content.decode(errors="surrogateescape"), 0, 1, 0
-    while (position := _end_of_match(_BETWEEN_RECORDS, text, position)) < len(text):
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            record, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):  # Or a piece of a broken object.
-            start = _RECORD_START.search(text, position + 1)
-            record, end = Lost(BROKEN_JSON), start.start() if start else len(text)
-        if _ESCAPED.search(text, position, end):
-            record = Lost(NOT_UTF8)
-        yield f"{file}, line {line}", record, text[position:end].isascii()
-        position = end
+class _Window:
+    """The part of a stream of text that is being read; it begins at `position` in `text`."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        # Invalid UTF-8 becomes lone surrogates, which identify the affected records.
+        self._decoded = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        # A line break within a string, which JSON forbids, is accepted here.
+        self._decoder = json.JSONDecoder(strict=False)
+        self.text, self.position, self.is_end = "", 0, False
+        self._line, self._counted = 1, 0
+
+    def read_on(self) -> None:
+        """Drops the text before the position, and reads as much again as is left, or a piece."""
+        self.line()
+        parts, size = [self.text[self.position :]], 0
+        while size < max(PIECE, len(parts[0])) and not self.is_end:
+            piece = next(self._pieces, None)
+            self.is_end = piece is None
+            parts.append(self._decoded(piece or b"", final=self.is_end))
+            size += len(parts[-1])
+        self.text, self.position, self._counted = "".join(parts), 0, 0
+
+    def line(self) -> int:
+        """The line of the position."""
+        self._line += self.text.count("\n", self._counted, self.position)
+        self._counted = self.position
+        return self._line
+
+    def skip(self, pattern: re.Pattern[str]) -> str:
+        """Moves on behind all that a pattern matches; the letter that stands there, "" at the end."""
+        while True:
+            found = pattern.match(self.text, self.position)
+            self.position = found.end() if found else self.position
+            if self.position < len(self.text) or self.is_end:
+                return self.text[self.position : self.position + 1]
+            self.read_on()
+
+    def value(self) -> tuple[Any, int]:
+        """The JSON value at the position and where it ends; a `Lost` if there is none."""
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self.text, self.position)
+                is_whole = isinstance(value, dict) or end < len(self.text)  # a number may go on
+            except (ValueError, RecursionError) as error:
+                value, end = Lost(BROKEN_JSON), self.position
+                is_whole = not str(error).startswith("Unterminated string") and (
+                    getattr(error, "pos", 0) < len(self.text) - _LONGEST_TOKEN)
+            if is_whole or self.is_end:
+                return value, end
+            if len(self.text) - self.position > LONGEST_LINE:
+                return Lost(WITH_ALL_BEHIND), end
+            self.read_on()
+
+    def to_next_record(self) -> tuple[bool, bool]:
+        """Moves on to where the next record begins, or to the end; whether all on the way is UTF-8, and ASCII."""
+        is_utf8 = is_ascii = True
+        while True:
+            start = _RECORD_START.search(self.text, self.position + 1)
+            end = start.start() if start else len(self.text)
+            is_utf8 &= not _ESCAPED.search(self.text, self.position, end)
+            is_ascii &= self.text[self.position : end].isascii()
+            if start or self.is_end:
+                self.position = end
+                return is_utf8, is_ascii
+            self.position = max(self.position, end - _LONGEST_START)
+            self.read_on()
 
 
-def _end_of_match(pattern: re.Pattern[str], text: str, position: int) -> int:
-    found = pattern.match(text, position)
-    return found.end() if found else position
+def _objects(pieces: Iterable[bytes], is_list: bool = False) -> Iterator[tuple[int, Record, bool]]:
+    """The objects of a JSON list, or of any sequence of objects, each with its line and whether it is in ASCII."""
+    window = _Window(pieces)
+    if is_list:
+        window.skip(_BETWEEN_ITEMS)
+        window.position += 1
+    while letter := window.skip(_BETWEEN_ITEMS if is_list else _BETWEEN_RECORDS):
+        if is_list and letter == "]":
+            is_list = False  # what follows is another list, or no JSON
+            continue
+        line = window.line()
+        value, end = window.value()
+        if value == Lost(WITH_ALL_BEHIND):
+            yield line, value, True
+            return
+        if isinstance(value, dict):
+            is_ascii = window.text.isascii() or window.text[window.position : end].isascii()
+            is_utf8 = is_ascii or not _ESCAPED.search(window.text, window.position, end)
+            window.position = end
+            yield line, value if is_utf8 else Lost(NOT_UTF8), is_ascii
+            continue
+        if is_list and not isinstance(value, Lost):
+            window.position = end
+            if window.skip(_BLANK) in (",", "]", "{"):
+                yield line, Lost(NO_OBJECT), True
+                continue
+        is_list = False
+        is_utf8, is_ascii = window.to_next_record()  # from a piece of a broken one
+        yield line, Lost(BROKEN_JSON if is_utf8 else NOT_UTF8), is_ascii

@@ -9,7 +9,8 @@ import csv
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from codellm_jax.contents import LARGEST, TOO_LARGE, lines, without_compression
+from codellm_jax.contents import LARGEST, TOO_LARGE, UnreadableFile, lines, without_compression
+from tasks.corpora import fields
 from tasks.corpora.files import Lost
 from tasks.corpora.records import EMPTY_FILE
 
@@ -21,7 +22,7 @@ def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str,
 
     Raises:
       OSError: the file cannot be read.
-      UnreadableFile: it is not text.
+      UnreadableFile: it is not text, or several of its columns have the name of a requested field.
       BrokenFile: it is truncated or damaged; raised after all readable rows.
     """
     tabs = without_compression(file).lower().endswith((".tsv", ".tab"))
@@ -54,6 +55,9 @@ def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str,
         if names is None:
             names = row
             number = 0
+            if twice := [name for name in fields.wanted(spec, "text") if names.count(name) > 1]:
+                raise UnreadableFile(f"{file} has {names.count(twice[0])} columns named {twice[0]!r}; rename all but "
+                                     "one, or name them all with 'columns'.")
         elif len(row) != len(names):
             yield (f"{file}, line {rows.line_num}, {len(row)} instead of {len(names)}",
                    Lost("with a number of cells that differs from the header's"))

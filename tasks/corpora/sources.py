@@ -349,7 +349,7 @@ def file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name
             try:
                 yield from read(file, spec)
             except BrokenFile:
-                yield Found("", broken_rest(file))
+                yield Found(file, broken_rest(file))
 
 
 def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., Iterator[Found]]:

@@ -125,7 +125,7 @@ def _records(
                                 "its text. They were made with another vocabulary: name that one as 'vocabulary'.")
                     yield Found(place, known.text(ids), ids=ids)
             except BrokenFile:
-                yield Found("", broken_rest(file))
+                yield Found(file, broken_rest(file))
 
 
 def _bare(ids: np.ndarray, known: Known, end: int, place: str) -> np.ndarray:

@@ -100,7 +100,7 @@ class World:
             Command("export", lambda out: ["export", str(run()), f"--output={out / 'model'}"], of_files,
                     refuses_again="name a new folder"),
             Command("import", lambda out: ["import", str(self.whole("export") / "model"), f"--output={out / 'run'}"],
-                    lambda out: of_run(out / "run")),
+                    lambda out: of_run(out / "run"), refuses_again="is there already"),
         )}
 
     @functools.cache  # noqa: B019

@@ -468,8 +468,24 @@ def test_records_without_a_document_are_told(folder: Path):
     assert "text.web: 2 records hold no document: 1 broken JSON, 1 empty." in lines
     (folder / "c.jsonl").write_text('{broken\n{"text": 3}\n')
     for _ in range(2):  # nor is it another time
-        with pytest.raises(ValueError, match="code.own: no document is left of its records: 1 broken JSON, 1 .*start"):
+        with pytest.raises(ValueError, match="code.own: no document is left of its records: 1 broken JSON, 1 .*"
+                           r"The first is in .*/c.jsonl, line 1. .*start"):
             prepare.prepare(preparation(folder, "none", []), 1, report=silent)
+    (folder / "c.jsonl").write_text("[]")
+    with pytest.raises(ValueError, match="code.own: it has no records. .*start again"):
+        prepare.prepare(preparation(folder, "empty", []), 1, report=silent)
+
+
+def test_names_of_files(tmp_path: Path):
+    name = "ä b, line 3: 名前 {x} %s\n.jsonl"
+    written(tmp_path / name, ["first", "second"])
+    inputs = Inputs({"text.a": {"json_lines": str(tmp_path / "*")}})
+    [(file, _, _)] = inputs.files("text.a") or ()
+    assert file == str(tmp_path / name)
+    assert [(each.file, each.row) for each in inputs.documents("text.a", [file])] == [(file, 1), (file, 2)]
+    written(tmp_path / os.fsdecode(b"\xff.jsonl"), ["third"])
+    with pytest.raises(ValueError, match=r"text.a: the name of the file '.*/\\udcff.jsonl' is not UTF-8; rename it"):
+        inputs.files("text.a")
 
 
 @pytest.mark.parametrize(("corpora", "told"), [

@@ -8,14 +8,83 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_bucket import FakeBucket
 
 from codellm_jax.runtime import leases as module
-from codellm_jax.runtime.leases import LEASE, RECORD, Leases, State, as_holder, as_record, leased
+from codellm_jax.runtime.leases import (
+    BEATS,
+    LEASE,
+    LEASE_SECONDS,
+    RECORD,
+    Leases,
+    State,
+    as_holder,
+    as_record,
+    leased,
+)
 
-SHORT = 0.6  # seconds; six beats
+BEAT = LEASE_SECONDS / BEATS
+
+
+class Clock:
+    """A monotonic clock that stands still but for `sleep`, which wakes the threads that wait by it, one deadline after
+    the other, and goes on once they wait again. So nothing depends on how busy the machine is.
+    """
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.changed = threading.Condition()
+        self.events: list[Event] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        end = self.now + seconds
+        with self.changed:
+            while True:
+                assert self.changed.wait_for(lambda: all(event.is_set or event.due for event in self.events), 60)
+                due = [event for event in self.events if not event.is_set and event.due <= end]
+                if not due:
+                    break
+                first = min(due, key=lambda event: event.due)
+                self.now, first.due = max(self.now, first.due), 0.0
+                self.changed.notify_all()
+            self.now = end
+
+
+class Event:
+    """A `threading.Event` for one thread, which waits by the clock; `due` is until when, 0 while it does not wait."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self.is_set, self.due = clock, False, 0.0
+        clock.events.append(self)
+
+    def set(self) -> None:
+        with self._clock.changed:
+            self.is_set = True
+            self._clock.changed.notify_all()
+
+    def wait(self, seconds: float = float("inf")) -> bool:
+        with self._clock.changed:
+            self.due = self._clock.now + seconds
+            self._clock.changed.notify_all()
+            self._clock.changed.wait_for(lambda: self.is_set or not self.due)
+            return self.is_set
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """The clock of the leases of a test."""
+    clock = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(
+        monotonic=clock.monotonic, sleep=clock.sleep, time=lambda: time.time()))
+    monkeypatch.setattr(module, "threading", SimpleNamespace(
+        Event=lambda: Event(clock), Thread=threading.Thread, Lock=threading.Lock))
+    return clock
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +144,14 @@ def test_what_a_lease_says_and_who_sees_it(place, bucket):
     assert other.holder("A.seed0") is None and other.state.names(LEASE) == []
 
 
-def test_a_lease_that_is_renewed_outlives_its_time(place):
-    one, other = Leases(State(place), SHORT), Leases(State(place), SHORT)
+def test_a_lease_that_is_renewed_outlives_its_time(place, clock):
+    one, other = Leases(State(place)), Leases(State(place))
     with one.held("A.seed0", stop) as lease:
-        end = time.monotonic() + 2.5 * SHORT
-        while time.monotonic() < end:
+        for _ in range(12):
             assert other.holder("A.seed0") == one.worker
-            time.sleep(0.05)
+            clock.sleep(LEASE_SECONDS / 4)
         assert lease is not None and not lease.lost
+        assert (other.state.read("A.seed0")[0] or {})["beats"] == 3 * BEATS
 
 
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,21 +159,21 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.Lease, "_renew", lambda self: self._ended.wait())
 
 
-def test_a_silent_lease_is_over_by_the_clock_of_who_waits(place, monkeypatch):
+def test_a_silent_lease_is_over_by_the_clock_of_who_waits(place, monkeypatch, clock):
     """Clocks of other machines, and jumps of one's own, change nothing; the first owner's end leaves the second's."""
-    one, other = Leases(State(place), SHORT), Leases(State(place), SHORT)
+    one, other = Leases(State(place)), Leases(State(place))
     with monkeypatch.context() as patch:
         silent(patch)
         patch.setattr(time, "time", lambda: 4e9)  # the holder's clock is decades ahead
         first = one.held("A.seed0", stop)
         assert first.__enter__() is not None
-    time.sleep(1.5 * SHORT)
+    clock.sleep(1.5 * LEASE_SECONDS)
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: 9e9)
         assert other.holder("A.seed0") == one.worker  # seen for the first time
-        time.sleep(0.7 * SHORT)
+        clock.sleep(0.99 * LEASE_SECONDS)
         assert other.holder("A.seed0") == one.worker
-        time.sleep(0.5 * SHORT)
+        clock.sleep(0.02 * LEASE_SECONDS)
         assert other.holder("A.seed0") is None
     with other.held("A.seed0", stop) as lease:
         assert lease is not None
@@ -114,8 +183,8 @@ def test_a_silent_lease_is_over_by_the_clock_of_who_waits(place, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["taken", "removed"])
-def test_who_loses_a_lease_stops_at_the_next_beat(place, how):
-    one, thief = Leases(State(place), SHORT), State(place)
+def test_who_loses_a_lease_stops_at_the_next_beat(place, how, clock):
+    one, thief = Leases(State(place)), State(place)
     stopped = threading.Event()
     with one.held("A.seed0", stopped.set) as lease:
         assert lease is not None
@@ -123,20 +192,25 @@ def test_who_loses_a_lease_stops_at_the_next_beat(place, how):
         assert value is not None
         another = value | {"token": "another", "worker": "host:1"}
         thief.write("A.seed0", another if how == "taken" else None)
-        assert stopped.wait(2.0)
+        clock.sleep(0.9 * BEAT)
+        assert not stopped.is_set()
+        clock.sleep(0.1 * BEAT + 0.5)
+        assert stopped.is_set()
         assert lease.lost == ("host:1 took it over" if how == "taken" else "it was removed")
     assert (thief.read("A.seed0")[0] or {}).get("token") == ("another" if how == "taken" else None)
 
 
-def test_who_cannot_renew_stops_before_others_may_take_it(tmp_path, monkeypatch):
-    one = Leases(State(str(tmp_path)), SHORT)
+def test_who_cannot_renew_stops_before_others_may_take_it(tmp_path, monkeypatch, clock):
+    one = Leases(State(str(tmp_path)))
     stopped = threading.Event()
     with one.held("A.seed0", stopped.set) as lease:
         assert lease is not None
-        began = time.monotonic()
         with monkeypatch.context() as patch:
             patch.setattr(State, "write", lambda *_, **__: (_ for _ in ()).throw(OSError("the disk is away")))
-            assert stopped.wait(2 * SHORT) and time.monotonic() - began < SHORT + 0.3
+            clock.sleep(0.5 * LEASE_SECONDS)
+            assert not stopped.is_set()
+            clock.sleep(BEAT + 0.5)
+            assert stopped.is_set()
         assert lease.lost == "it could not be renewed (the disk is away)"
 
 
@@ -188,33 +262,32 @@ def test_records(place, bucket):
     assert set(state.read_all(["A.seed0", "B.seed0"], RECORD)) == {"A.seed0", "B.seed0"}
 
 
-def test_a_second_run_is_kept_out_of_a_bucket_and_a_killed_one_is_waited_for(bucket, monkeypatch):
+def test_a_second_run_is_kept_out_of_a_bucket_and_a_killed_one_is_waited_for(bucket, monkeypatch, clock):
     bucket.objects.clear()
     told: list[str] = []
-    with leased("gs://bucket/run", "MODEL_DIR", "training", told.append, SHORT) as first:
+    with leased("gs://bucket/run", "MODEL_DIR", "training", told.append) as first:
         first.require()
         with pytest.raises(ValueError, match=r"Another process \(.*\) is training in gs://bucket/run: wait for it, or "
                                              "use another MODEL_DIR"):
-            with leased("gs://bucket/run", "MODEL_DIR", "training", told.append, SHORT):
+            with leased("gs://bucket/run", "MODEL_DIR", "training", told.append):
                 pass
         first.require()
     assert len(told) == 1 and not bucket.objects
-    monkeypatch.setattr(module.Lease, "_renew", lambda self: None)  # as of a machine that is gone
-    monkeypatch.setattr(module.Holder, "is_gone", False)
-    silent = leased("gs://bucket/run", "MODEL_DIR", "training", told.append, SHORT)
-    left = silent.__enter__()
-    began = time.monotonic()
-    with leased("gs://bucket/run", "MODEL_DIR", "training", told.append, SHORT):
-        assert time.monotonic() - began >= SHORT
-        with pytest.raises(OSError, match="The lease on gs://bucket/run is lost: .* took it over"):
-            left.require()
+    silent(monkeypatch)
+    monkeypatch.setattr(module.Holder, "is_gone", False)  # as of another machine
+    with leased("gs://bucket/run", "MODEL_DIR", "training", told.append) as left:
+        began = clock.now
+        with leased("gs://bucket/run", "MODEL_DIR", "training", told.append):
+            assert LEASE_SECONDS <= clock.now - began < LEASE_SECONDS + BEAT
+            with pytest.raises(OSError, match="The lease on gs://bucket/run is lost: .* took it over"):
+                left.require()
 
 
-def test_a_process_that_stood_still_looks_whether_its_lease_is_still_its_own(bucket, monkeypatch):
+def test_a_process_that_stood_still_looks_whether_its_lease_is_still_its_own(bucket, monkeypatch, clock):
     bucket.objects.clear()
-    monkeypatch.setattr(module.Lease, "_renew", lambda self: None)
-    with leased("gs://bucket/run", "MODEL_DIR", "training", print, SHORT) as lease:
-        lease._renewed -= 10 * SHORT
+    silent(monkeypatch)
+    with leased("gs://bucket/run", "MODEL_DIR", "training", print) as lease:
+        clock.sleep(10 * LEASE_SECONDS)
         lease.require()
         assert json.loads(bucket.objects["run/.lease/run.lease"][1])["beats"] == 1
 

@@ -121,7 +121,7 @@ def test_some_records_in_another_encoding_are_counted(
     assert f"1 not valid UTF-8 (first: {tmp_path}/a.jsonl, line 2)" in caplog.text
     (tmp_path / "b.json").write_bytes(b"[" + content.replace(b"\n{", b",\n{") + b"]")
     assert documents(str(tmp_path / "b.json")) == ["plain"]
-    assert f"1 not valid UTF-8 (first: {tmp_path}/b.json, line 2)" in caplog.text
+    assert f"1 not valid UTF-8 (first: {tmp_path}/b.json, record 2)" in caplog.text
     (tmp_path / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
     (tmp_path / "b.txt").write_text("good")
     assert documents(str(tmp_path / "*.txt"), "text_files") == ["good"]
@@ -273,7 +273,7 @@ def test_a_folder_in_the_place_of_a_pattern(tmp_path: pathlib.Path, monkeypatch:
     assert refused("books/") == "'books/' is a folder; write such as 'books/*.jsonl.gz'."
     assert refused(f"{tmp_path}/deep") == f"'{tmp_path}/deep' is a folder; write such as '{tmp_path}/deep/**/*.txt'."
     assert refused("b*") == "'b*' matches only folders; write such as 'b*/*.jsonl.gz'."
-    assert refused("none") == f"'none' is a folder; {tmp_path}/none holds none."
+    assert refused("none") == f"'none' is a folder; there is no file in {tmp_path}/none."
     assert names("books/*.jsonl.gz", tmp_path) == ["books/a.jsonl.gz", "books/b.jsonl.gz"]
 
 

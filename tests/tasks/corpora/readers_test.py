@@ -21,6 +21,7 @@ import pytest
 import zstandard
 from warcio import statusandheaders, warcwriter
 
+from codellm_jax import contents
 from tasks.corpora import archives, fields, pages, records, separated, sources, specs
 
 WHOLE = {"holdout": 0}  # Everything is "train".
@@ -633,7 +634,7 @@ def test_array_records_of_examples(tmp_path: pathlib.Path) -> None:
 def test_a_line_that_is_too_long_is_counted_in_bounded_memory(
     tmp_path: pathlib.Path, suffix: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(records, "LARGEST", 1 << 20)
+    monkeypatch.setattr(records, "LONGEST_LINE", 1 << 20)
     content = b'{"text": "good"}\n{"text": "' + b"x" * (1 << 27) + b'"}\n{"text": "too"}\n'
     compress = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
                 ".zst": zstandard.ZstdCompressor().compress}[suffix]
@@ -644,38 +645,112 @@ def test_a_line_that_is_too_long_is_counted_in_bounded_memory(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found == ["good", "too"] and peak < 1 << 27
-    assert f"1 longer than 1 GiB (first: {tmp_path}/a.jsonl{suffix}, line 2)" in _told(caplog)
+    assert f"1 longer than 256 MiB (first: {tmp_path}/a.jsonl{suffix}, line 2)" in _told(caplog)
 
 
 def test_a_record_that_is_too_long_is_not_parsed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A line that may be held is counted, not parsed, which would take many times as much; a list in a line is read."""
+    """Parsing would take many times as much memory. A list in one line is read up to such a record."""
     monkeypatch.setattr(records, "LONGEST_LINE", 1 << 22)
     long = "x" * (1 << 23)
     (tmp_path / "a").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("good", long, "too")))
     (tmp_path / "first").write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, "third")))
-    (tmp_path / "list").write_text(json.dumps([{"text": "of a list"}, {"text": long}]))
+    (tmp_path / "list").write_text(json.dumps([{"text": "of a list"}, {"text": long}, {"text": "behind"}]))
     tracemalloc.start()
     found = _read({"json_lines": str(tmp_path / "[af]*"), **WHOLE})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found == ["good", "too", "third"] and peak < 4 * len(long)
     assert f"2 longer than 256 MiB (first: {tmp_path}/a, line 2)" in _told(caplog)
-    assert _read({"json_lines": str(tmp_path / "list"), **WHOLE}) == ["of a list", long]
+    assert _read({"json_lines": str(tmp_path / "list"), **WHOLE}) == ["of a list"]
+    assert f"1 longer than 256 MiB, lost with all that follows it in its file (first: {tmp_path}/list, record 2)" in (
+        _told(caplog))
 
 
 def test_what_is_held_at_once_is_bounded(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (records, separated, sources):
-        monkeypatch.setattr(module, "LARGEST", 1 << 19)
+    for module, name in ((records, "LONGEST_LINE"), (separated, "LARGEST"), (sources, "LARGEST")):
+        monkeypatch.setattr(module, name, 1 << 19)
     text = "x" * (1 << 20)
     for content in (text, json.dumps([{"text": text}])):
         (tmp_path / "a").write_text(content)
         for kind in ("json_lines", "text_files", "csv"):
-            with pytest.raises(ValueError, match="no document is left of .* longer than 1 GiB"):
+            with pytest.raises(ValueError, match="no document is left of .* longer than (1 G|256 M)iB"):
                 _read({kind: str(tmp_path / "a"), **WHOLE})
-    (tmp_path / "a").write_text(json.dumps([{"text": "x" * 100}] * 6000, indent=1))
-    with pytest.raises(ValueError, match="a is a JSON list, .* longer than 1 GiB, .* write it as JSON lines"):
-        _read({"json_lines": str(tmp_path / "a"), **WHOLE})
+
+
+@pytest.mark.parametrize("form", ["one line", "a line for each", "objects over several lines"])
+def test_memory_does_not_grow_with_a_list(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr(records, "UNDECIDED", 1 << 20)
+    texts = [f"{number} é " + "x" * (1 << 14) for number in range(600)]
+    given = [{"text": text} for text in texts]
+    (tmp_path / "a").write_text({
+        "one line": lambda: json.dumps(given), "a line for each": lambda: json.dumps(given, indent=0),
+        "objects over several lines": lambda: "\n".join(json.dumps(one, indent=1) for one in given)}[form]())
+    tracemalloc.start()
+    count = 0
+    for count, record in enumerate(records.json_records(str(tmp_path / "a")), 1):
+        assert record == given[count - 1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == len(texts) and peak < 4 << 20
+
+
+def test_records_are_the_same_wherever_pieces_end(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [{"text": 'é "quoted\\" \U0001f600', "number": -12.5e3, "of": [{"text": "inner"}, [], None]}, 17, "x", True,
+             {"a": {}}, [{"b": 1}], 123456]
+    items = [json.dumps(item, ensure_ascii=number % 2 > 0) for number, item in enumerate(whole)]
+    damaged = [items[0], '{"text": "unclosed', '{"text": 1}', '{"a" 1}', items[4], "17"]
+    for content in ("[" + ", ".join(items) + "]", "\ufeff[" + ",".join(items[:3]) + "]\n[" + ",".join(items[4:]) + "]",
+                    "[" + ",\n".join(damaged) + "]", "\n".join(json.dumps(one, indent=2) for one in whole[::4])):
+        (tmp_path / "a").write_text(content)
+        found = []
+        for size in (1 << 18, 1, 7):
+            monkeypatch.setattr(records, "PIECE", size)
+            monkeypatch.setattr(contents, "PIECE", size)
+            monkeypatch.setattr(contents, "HEAD", max(3, size))
+            found.append(list(records.placed_records(str(tmp_path / "a"))))
+        assert found[1] == found[0] and found[2] == found[0] and len(found[0]) > 1
+
+
+# ---- Archives that are not as they should be ---------------------------------------------------
+
+
+def test_tars_that_are_joined_or_repeat_a_name(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = pathlib.Path(_tar(tmp_path / "a.tar", [("a.txt", b"one"), ("a.txt", b"two"), ("/etc/b.txt", b"three")]))
+    assert _read({"webdataset": str(first), **WHOLE}) == ["one", "two", "three"]
+    whole = first.read_bytes()
+    for behind in (whole, b"rest"):  # `cat a.tar b.tar`, of which Python's library reads the first one
+        first.write_bytes(whole + behind)
+        assert _read({"webdataset": str(first), **WHOLE}) == ["one", "two", "three"]
+        assert "1 broken rest of a.tar" in caplog.records[-1].getMessage()
+    first.write_bytes(whole[:300])
+    with pytest.raises(ValueError, match="a.tar is a tar whose first header is damaged or truncated"):
+        _read({"webdataset": str(first), **WHOLE})
+
+
+@pytest.mark.parametrize(("length", "left"), [(1, [0, 2, 3]), (30, [0, 2, 3]), (500, [0])])
+def test_warc_of_wrong_lengths(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], length: int,
+    left: list[int]
+) -> None:
+    texts = [f"text {number} " + "x" * 70 for number in range(4)]
+    file = pathlib.Path(_warc(tmp_path / "a.wet", [
+        ("conversion", f"http://{number}.org/", {}, text.encode()) for number, text in enumerate(texts)], False))
+    before, given, after = file.read_bytes().rpartition(b"Content-Length: 77\r\n\r\ntext 1")
+    file.write_bytes(before + given.replace(b"77", b"%d" % length) + after)
+    assert _read({"warc": str(file), **WHOLE}) == [texts[number] for number in left]
+    assert "1 with a length that is not that of their content (first: " in _told(caplog)
+    assert not capfd.readouterr().err
+    file.write_bytes(b"WARC/1.0\r\n" + bytes(range(128, 255)) * 20)
+    with pytest.raises(ValueError, match="no document is left .*1 broken rest of a.wet"):
+        _read({"warc": str(file), **WHOLE})
+
+
+def test_columns_of_one_name(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.csv").write_text("text,id,id\nfirst,1,2\n")
+    assert _read({"csv": str(tmp_path / "a.csv"), **WHOLE}) == ["first"]
+    with pytest.raises(ValueError, match="a.csv has 2 columns named 'id'; rename all but one"):
+        _read({"csv": str(tmp_path / "a.csv"), "field": "id", **WHOLE})
