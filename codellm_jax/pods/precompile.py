@@ -270,7 +270,7 @@ def _estimate_section(step: Outcome) -> list[str]:
         "| seconds per step, estimated | computing | attention | waiting for links | links beside computing | step |",
         "|---|---|---|---|---|---|",
         f"| | {' | '.join(f'{seconds:.4f}' for seconds in found[:-1])} |", "",
-        f"By this estimate (not a measurement), {tokens / found.step / step.mesh.size:,.0f} tokens/s a device, "
+        f"By this estimate (not a measurement), {tokens / found.step / step.mesh.size:,.0f} tokens/s per device, "
         f"{found.utilization:.0%} of the peak in model FLOPs. Assumed:", "",
         *(f"- {assumption}" for assumption in ESTIMATED)]
 

@@ -241,8 +241,8 @@ def test_two_configurations_in_one_table(monkeypatch, make_training):
     assert rows["peak, GiB per device"] == ["4.500", "4.125", "0.92"]
     assert rows["of that asynchronous, GiB"] == ["0.250", "0.250", "1.00"]
     assert rows["estimated step, s"] == ["1.000", "2.000", "2.00"]
-    assert rows["tokens/s a device"] == ["64.000", "32.000", "0.50"]
-    assert "which (not a measurement), 64 tokens/s a device" in page and "- compiled by jax " in page
+    assert rows["tokens/s per device"] == ["64.000", "32.000", "0.50"]
+    assert "By this estimate (not a measurement), 64 tokens/s per device" in page and "- compiled by jax " in page
     huge = dataclasses.replace(full, batch_size=4096)
     _, page = precompile.precompile(dots, parse_topology("v5e-4"), search=False, report=lambda line: None,
                                     other=("--gin.BATCH_SIZE=4096", huge))
