@@ -118,7 +118,6 @@ def together(tiny_flags, tmp_path_factory, alone) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_losses_and_scores_are_those_of_one_process(alone, together):
     wanted, found = lines_of(alone), lines_of(together)
     assert list(found) == list(wanted)
@@ -137,7 +136,6 @@ def test_losses_and_scores_are_those_of_one_process(alone, together):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_two_processes_export_what_they_save(together, tmp_path):
     assert sorted(path.name for path in (together / "exports").iterdir()) == ["12", "6"]
     assert cli.main(["export", f"{together}@12", f"--output={tmp_path / 'out'}"]) == 0
@@ -145,7 +143,6 @@ def test_two_processes_export_what_they_save(together, tmp_path):
     assert saved.read_bytes() == exported.read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_each_process_writes_its_own_profile(together):
     folder = together / "tensorboard" / "plugins" / "profile" / "steps_8-9"
@@ -169,7 +166,6 @@ def test_a_process_that_keeps_the_others_waiting_is_seen(together):
     assert "busiest_process" not in lines[6, "train"]  # by one
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_evaluation_by_two(alone, tmp_path):
     """Of which one writes; begun by one process, and what it has written is gone on from."""
