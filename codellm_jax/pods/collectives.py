@@ -1,9 +1,9 @@
-"""What a compiled program sends between devices, and when, read from its text (HLO).
+"""The traffic between devices of a compiled program and its timing, read from the program's text (HLO).
 
     for traffic in read_program(compiled.as_text(), {"data": 1, "fsdp": 64, "model": 1}).traffic: ...
 
-XLA writes a loop's body once and says nowhere how much it sends: here each collective counts as often as the loops
-around it turn, and its group of devices is laid back onto the axes of the mesh.
+XLA writes a loop's body once and does not report the total traffic. Here each collective counts once for each iteration
+of the loops around it, and its group of devices is mapped back to the axes of the mesh.
 """
 
 import math
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Bytes that a device sends, by rings, for a result of one byte in a group of n devices; of a reduce-scatter the result
-# is 1/n of what went in.
+# The bytes that a device sends, with rings, per byte of result in a group of n devices; the result of a reduce-scatter
+# is 1/n of its input.
 SENT = {
     "all-gather": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -23,7 +23,7 @@ SENT = {
     "collective-permute": lambda n: 1,
     "collective-broadcast": lambda n: 1,
 }
-# The same for a byte that goes in, where XLA hands what crosses slices over to the host.
+# The same per byte of input, for XLA's transfers between slices through the host.
 SENT_BY_HOST = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: n - 1,
@@ -31,7 +31,7 @@ SENT_BY_HOST = {
     "all-to-all": lambda n: (n - 1) / n,
     "one-to-one": lambda n: 1,
 }
-ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "token": 0}  # others end with their bits: f32, s8, f8e4m3fn
+ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "token": 0}  # other types contain their bits: f32, s8, f8e4m3fn
 
 _NAME = r"%?([\w.\-]+)"
 _COMPUTATION = re.compile(rf"^(ENTRY )?{_NAME} \(.*\{{$")
@@ -41,7 +41,7 @@ _WHILE = re.compile(rf" while\({_NAME}\), condition={_NAME}, body={_NAME}")
 _CALLED = re.compile(rf"(?:calls|to_apply|true_computation|false_computation)={_NAME}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-# Of XLA for TPU: the fusions that begin and end a collective, and what those call that compute meanwhile.
+# In XLA for TPU: the fusions that begin and end a collective, and their callees that compute meanwhile.
 _ASYNCHRONOUS = re.compile(r"^\s+(?:ROOT )?%?async-collective-|calls=%?async_collective_fusion")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
@@ -51,10 +51,10 @@ class Traffic(NamedTuple):
 
     Attributes:
       kind: a key of SENT.
-      axes: of the mesh, those along which a group's devices differ.
+      axes: the mesh axes along which a group's devices differ.
       operations: in one run of the program.
-      sent: bytes that each device sends in one run of the program, if rings are used.
-      asynchronous: of these bytes, those that the program sends while it computes.
+      sent: the bytes that each device sends in one run of the program, with rings.
+      asynchronous: the part of these bytes that the program sends while it computes.
     """
 
     kind: str
@@ -65,14 +65,14 @@ class Traffic(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The program outside its loops, or the body of one loop without the loops inside.
+    """The program outside of its loops, or the body of one loop without its inner loops.
 
     Attributes:
-      turns: how often it runs in one run of the program.
-      cycles: of one turn, as the compiler estimates them; what it gives no estimate for counts nothing.
-      waiting: bytes that a device sends in one turn while it does nothing else.
-      asynchronous: bytes that it sends in one turn while it computes.
-      between_slices: bytes that its host sends in one turn, while it computes.
+      turns: the number of executions in one run of the program.
+      cycles: of one execution, as the compiler estimates them; operations without an estimate count as zero.
+      waiting: the bytes that a device sends in one execution while it does nothing else.
+      asynchronous: the bytes that it sends in one execution while it computes.
+      between_slices: the bytes that its host sends in one execution, while it computes.
     """
 
     turns: int
@@ -83,10 +83,10 @@ class Part(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What `read_program` finds: see `Traffic` and `Part`.
+    """The result of `read_program`; see `Traffic` and `Part`.
 
-    `unknown_loops` turn as often as only running tells: each is counted for one turn. `has_kernels` tells of kernels
-    that are not XLA's, such as attention's, for which the compiler estimates no cycles.
+    `unknown_loops` have iteration counts that only depend on the run; each counts as one iteration. `has_kernels` says
+    whether there are kernels other than XLA's, such as attention's, for which the compiler estimates no cycles.
     """
 
     traffic: list[Traffic]
@@ -105,24 +105,23 @@ class _Collective(NamedTuple):
 
 
 def read_program(hlo: str, mesh_shape: Mapping[str, int]) -> Program:
-    """Sums up the collectives of a compiled program, and the cycles that the compiler estimates.
+    """Sums the collectives of a compiled program, and the cycles that the compiler estimates.
 
-    A collective is asynchronous where it is written as a start and a done, or stands in the fusions that XLA for TPU
-    makes of it and of what it computes meanwhile.
+    A collective is asynchronous if it is written as a start and a done, or is part of the fusions into which XLA for
+    TPU combines it with the computation meanwhile.
 
     Args:
       hlo: the text of the program after partitioning, `compiled.as_text()`.
-      mesh_shape: the axes of the mesh and their sizes, in their order; where slices are joined they are the first of
-        them, "slices".
+      mesh_shape: the axes of the mesh and their sizes, in order; if slices are joined, the first axis is "slices".
 
     Returns:
-      The traffic, most bytes first; parts in the order in which they begin.
+      The traffic, most bytes first; parts in the order of their begin.
 
     Raises:
-      ValueError: this is no text of a compiled program.
+      ValueError: this is not the text of a compiled program.
     """
     computations, entry = _computations(hlo)
-    # What XLA cuts into pieces, to compute beside it, stands in several places under one channel and name.
+    # A collective that XLA cuts into pieces, to compute beside it, occurs in several places under one channel and name.
     channels: dict[tuple[Any, ...], _Collective] = {}
     turns: dict[str, int] = {}
     unknown = 0
@@ -191,7 +190,7 @@ def _summed(collectives: Iterable[_Collective]) -> list[Traffic]:
 def _read(
     found: re.Match[str], line: str, inside: str, mesh_shape: Mapping[str, int]
 ) -> tuple[str, list[int], float]:
-    """Kind, group and bytes of the result of one collective."""
+    """The kind, group and result bytes of one collective."""
     _, shape, kind, start = found.groups()
     group, size = _group(line, mesh_shape), _bytes(shape)
     if start and kind != "all-reduce":  # its result holds the operand too
@@ -202,7 +201,7 @@ def _read(
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by its name, and the name of the one that is run."""
+    """The lines of each computation by name, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in hlo.splitlines():
@@ -217,7 +216,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _reaching_collectives(computations: Mapping[str, Sequence[str]]) -> set[str]:
-    """Names of computations in which, or in what they call, collectives stand."""
+    """The names of computations that contain collectives, directly or in their callees."""
     reaching = {name for name, lines in computations.items()
                 if any(_COLLECTIVE.match(line) or _HOST.match(line) for line in lines)}
     called = re.compile(rf"(?:calls|to_apply|body|computation)={_NAME}")
@@ -230,10 +229,10 @@ def _reaching_collectives(computations: Mapping[str, Sequence[str]]) -> set[str]
 def _turns(
     computations: Mapping[str, Sequence[str]], inside: str, operand: str, condition: str, body: str
 ) -> int | None:
-    """How often a loop turns whose condition is `counter < constant`; None for others.
+    """The number of iterations of a loop with the condition `counter < constant`; None for others.
 
-    The counter begins at zero and grows by one where the text has no constants that say otherwise; the loops into
-    which XLA cuts a matmul of gathered weights may grow theirs by two.
+    The counter starts at zero and grows by one unless the text has constants that say otherwise; the loops into which
+    XLA cuts a matmul of gathered weights may increment by two.
     """
     text = "\n".join(computations[condition])
     bounds = re.findall(r" [su]32\[\]\S* constant\((\d+)\)", text)
@@ -254,13 +253,13 @@ def _definitions(lines: Sequence[str]) -> dict[str, str]:
 
 
 def _element(line: str, index: int) -> str:
-    """The name of an element of the tuple that a line makes; empty for lines that make none."""
+    """The name of an element of the tuple on a line; empty for lines without one."""
     elements = re.search(r" tuple\((.*?)\)(?:,|$)", line)
     return re.findall(_NAME, re.sub(r"/\*.*?\*/", "", elements.group(1)))[index] if elements else ""
 
 
 def _constant(definitions: Mapping[str, str], name: str) -> int | None:
-    """The value of a constant, through its copies; None for what is no constant."""
+    """The value of a constant, through its copies; None if it is not a constant."""
     while copied := re.search(rf" copy\({_NAME}\)", definitions.get(name, "")):
         name = copied.group(1)
     found = re.search(r" constant\((-?\d+)\)", definitions.get(name, ""))
@@ -268,7 +267,7 @@ def _constant(definitions: Mapping[str, str], name: str) -> int | None:
 
 
 def _bytes(shape: str) -> float:
-    """Bytes of an array's or a tuple's type as HLO writes it."""
+    """The bytes of an array's or a tuple's type in HLO notation."""
     total = 0.0
     for kind, sizes in _ARRAY.findall(shape):
         bits = ITEM_BITS.get(kind)
@@ -298,8 +297,9 @@ def _group(line: str, mesh_shape: Mapping[str, int]) -> list[int]:
 
 
 def _device_ids(order: str) -> np.ndarray:
-    """Numbers of devices in the order that XLA writes as [16,16]T(1,0): counted in a grid whose axes then change
-    places; or as a list of them."""
+    """The device numbers in an order that XLA writes as [16,16]T(1,0), a grid whose axes are then transposed, or as a
+    list.
+    """
     found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
     if not found:
         return np.array([int(device) for device in re.findall(r"\d+", order)])

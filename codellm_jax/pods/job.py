@@ -1,6 +1,6 @@
-"""What a Cloud TPU job is: an accelerator, a commit that workers can fetch, and a command whose files they can reach.
+"""A Cloud TPU job: an accelerator, a commit that workers can fetch, and a command whose files they can reach.
 
-All of it is checked here, before anything is bought.
+Everything is checked here, before any TPU is requested.
 """
 
 import ast
@@ -15,16 +15,16 @@ from typing import Any
 
 from codellm_jax.pods.topologies import parse_topology
 
-# The software of a generation's machines, for those that Cloud TPU makes by a queued resource.
+# The software version of each generation's machines, for generations available as queued resources.
 RUNTIME_VERSIONS = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5",
                     "v6e": "v2-alpha-tpuv6e"}
-# What a job may run, and the setting that says where what it makes is kept.
+# The sub-commands of a job, and the setting with the location of their output.
 VERBS = {"train": "MODEL_DIR", "eval": "CHECKPOINT_PATH", "study": "STUDY_DIR"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """TPUs as they are asked for: `type` is --accelerator-type of one slice."""
+    """The requested TPUs: `type` is --accelerator-type of one slice."""
 
     name: str
     type: str
@@ -34,7 +34,7 @@ class Accelerator:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A commit of this package that workers can fetch, and the folder in it where the command is started."""
+    """A commit of this package that workers can fetch, and the folder in it in which the command starts."""
 
     url: str
     commit: str
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """The same for the same command at the same commit on the same TPUs: 16 hexadecimal digits."""
+        """Equal for the same command at the same commit on the same TPUs: 16 hexadecimal digits."""
         facts = [self.name, self.accelerator.type, self.accelerator.slices, self.source.commit, self.source.folder,
                  *self.command]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -72,17 +72,18 @@ def accelerator(name: str) -> Accelerator:
     """Reads v4-128, v5e-256 or v5litepod-256, v5p-128, v6e-64, or 2xv5e-256 for two slices.
 
     Raises:
-      ValueError: Cloud TPU has no such, with the nearest names; or makes none by a queued resource.
+      ValueError: Cloud TPU has no such type (the message has the nearest names), or does not provide it as a queued
+        resource.
     """
     topology = parse_topology(name)
     if topology.generation not in RUNTIME_VERSIONS:
         raise ValueError(f"--tpu={name}: jobs are started on {', '.join(RUNTIME_VERSIONS)}.")
-    type_ = re.sub(r"^\d+x", "", topology.name).replace("v5e-", "v5litepod-")  # Cloud TPU's word for it
+    type_ = re.sub(r"^\d+x", "", topology.name).replace("v5e-", "v5litepod-")  # Cloud TPU's name for it
     return Accelerator(name, type_, RUNTIME_VERSIONS[topology.generation], topology.slices)
 
 
 def require_one_host(tpu: Accelerator) -> None:
-    """Raises ValueError where a study is to run on several hosts: each of its runs is trained by one."""
+    """Raises ValueError for a study on several hosts: each of its runs is trained by one host."""
     topology = parse_topology(tpu.name)
     most = 4 if topology.chip.cube else 8
     if topology.chips > most or topology.slices > 1:
@@ -94,7 +95,7 @@ def source(folder: Path | None = None) -> Source:
     """The commit that is checked out in a folder, the current one by default.
 
     Raises:
-      ValueError: no checkout of this package, a change that is not committed, or a commit that no remote has.
+      ValueError: the folder is not a checkout of this package, has uncommitted changes, or its commit is on no remote.
     """
     folder = folder or Path.cwd()
     root = _git(folder, "rev-parse", "--show-toplevel")
@@ -114,7 +115,7 @@ def source(folder: Path | None = None) -> Source:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None where it fails."""
+    """The output of git; None if it fails."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
     except FileNotFoundError:
@@ -123,7 +124,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _reachable(url: str) -> str:
-    """A remote's address as a machine without keys can read it. Raises ValueError where there is none."""
+    """A remote's address in a form that a machine without keys can read. Raises ValueError if there is none."""
     by_ssh = re.fullmatch(r"(?:ssh://)?(?:[^@/]+@)([^:/]+)(?::\d+/|[:/])(.+)", url)
     if by_ssh and not url.startswith(("http:", "https:")):
         return f"https://{by_ssh[1]}/{by_ssh[2]}"
@@ -136,7 +137,7 @@ def _reachable(url: str) -> str:
 
 
 def default_name(model_dir: str) -> str:
-    """A resource's name from a run directory's last part."""
+    """The name of a resource, from the last part of a run directory."""
     last = re.sub(r"[^a-z0-9]+", "-", model_dir.rstrip("/").rsplit("/", 1)[-1].lower())
     return f"t5x-{last}"[:40].rstrip("-")
 
@@ -145,20 +146,20 @@ def require_reachable(
     verb: str, gin_files: Sequence[str], search_paths: Sequence[str], settings: Mapping[str, str],
     shipped: Sequence[str], folder: Path | None = None,
 ) -> str:
-    """Checks that workers can reach what a command names, and that what it writes outlives them.
+    """Checks that workers can reach everything that a command names, and that its output outlives them.
 
     Args:
       verb: the sub-command.
       gin_files, search_paths: as on its command line.
       settings: name -> value, as gin writes it.
-      shipped: names of the gin files that come with the package.
-      folder: where the command is given, the current one by default.
+      shipped: the names of the gin files in the package.
+      folder: where the command is entered, the current folder by default.
 
     Returns:
       The directory of the run.
 
     Raises:
-      ValueError: a file or directory that only this machine has.
+      ValueError: a file or directory exists only on this machine.
     """
     folder = folder or Path.cwd()
     for file in gin_files:

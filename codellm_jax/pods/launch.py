@@ -1,12 +1,12 @@
-"""A job on Cloud TPU: a queued resource is bought, the package installed at a commit on every worker, the command
-started there, worker 0's log told, and the resource deleted at the end, whatever the end is.
+"""A job on Cloud TPU: requests a queued resource, installs the package at a commit on every worker, starts the command
+there, prints worker 0's log, and deletes the resource at the end, however it ends.
 
-What a worker holds, in ~/t5x: `source` (the checkout), `venv`, `installed` (the commit, once all of it is there),
-`log`, `lock` (held as long as the command runs), `pid`, and `status` (the command's exit status). The command belongs
-to no ssh connection, so a dropped one costs nothing, and this process may be killed: the same command line finds the
-resource again by its name and goes on telling.
+A worker contains in ~/t5x: `source` (the checkout), `venv`, `installed` (the commit, once everything is installed),
+`log`, `lock` (held while the command runs), `pid`, and `status` (the command's exit status). The command does not
+depend on an ssh connection, so a dropped connection does no harm, and this process may be killed: the same command line
+finds the resource by its name and continues to print the log.
 
-A preempted resource is deleted and made anew, and the same command started, which goes on from its newest checkpoint.
+A preempted resource is deleted and requested again, and the same command continues from its newest checkpoint.
 """
 
 import codecs
@@ -25,23 +25,23 @@ from codellm_jax.pods.job import Job
 
 POLL_SECONDS = 10.0
 LOG_BYTES = 1 << 20  # of the log, read at once
-PYTHON = "3.11"  # TPU VMs come with an older one; uv brings its own
+PYTHON = "3.11"  # TPU VMs have an older version; uv installs its own
 INSTALL_TRIES = 3
-RESTARTS = 5  # in place, of a command that something else ended while the resource stayed
-LOOKS_AFTER_A_FAILURE = 6  # polls: a preemption fails the command some seconds before the resource says so
-DELETE_TRIES = 30  # a resource on its way to another state refuses until it is there
-TERMINATED = "143"  # the exit status of what SIGTERM ended
+RESTARTS = 5  # in place, of a command that ended abnormally while the resource remained
+LOOKS_AFTER_A_FAILURE = 6  # polls: a preemption ends the command some seconds before the resource reports it
+DELETE_TRIES = 30  # a resource refuses deletion during a change of state
+TERMINATED = "143"  # the exit status after SIGTERM
 
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDING", "DELETING")
-GONE = ("SUSPENDED", "FAILED")  # its TPUs are deleted; what is left is an entry of the queue
+GONE = ("SUSPENDED", "FAILED")  # its TPUs are deleted; only an entry of the queue is left
 
-# Tells of the command: running, its exit status, or lost where the machine went down under it. The lock first: once it
-# is free, a status that is not there will never come.
+# The state of the command: running, its exit status, or lost if the machine failed during it. The lock is checked
+# first: once it is free, a missing status will never appear.
 _STATE = "if flock --nonblock lock true; then cat status 2>/dev/null || echo lost; else echo running; fi"
 
 
 def create(job: Job) -> list[str]:
-    """The gcloud command that asks for the TPUs."""
+    """The gcloud command that requests the TPUs."""
     nodes = [f"--node-id={job.name}"] if job.accelerator.slices == 1 else [
         f"--node-count={job.accelerator.slices}", f"--node-prefix={job.name}"]
     return [*_queued_resource(job, "create"), *nodes, f"--accelerator-type={job.accelerator.type}",
@@ -50,12 +50,12 @@ def create(job: Job) -> list[str]:
 
 
 def describe(job: Job) -> list[str]:
-    """The gcloud command that tells the state of the resource, as JSON."""
+    """The gcloud command that prints the state of the resource, as JSON."""
     return [*_queued_resource(job, "describe"), "--format=json"]
 
 
 def delete(job: Job) -> list[str]:
-    """The gcloud command that gives the TPUs back; --force deletes its nodes too."""
+    """The gcloud command that deletes the TPUs; --force also deletes its nodes."""
     return [*_queued_resource(job, "delete"), "--force"]
 
 
@@ -68,23 +68,23 @@ def _where(job: Job) -> list[str]:
 
 
 def nodes(job: Job) -> list[str]:
-    """The TPU VMs' names: the resource's own, or one for each slice."""
+    """The names of the TPU VMs: the resource's own name, or one for each slice."""
     if job.accelerator.slices == 1:
         return [job.name]
     return [f"{job.name}-{number}" for number in range(job.accelerator.slices)]
 
 
 def ssh(job: Job, node: str, worker: str, script: str) -> list[str]:
-    """The gcloud command that runs a shell script on one worker of a node, or on all.
+    """The gcloud command that runs a shell script on one or all workers of a node.
 
-    Without the time-outs ssh would wait many minutes for a machine that is gone.
+    Without the time-outs, ssh would wait many minutes for a machine that no longer exists.
     """
     return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, *_where(job), f"--worker={worker}",
             "--ssh-flag=-oConnectTimeout=20", "--ssh-flag=-oServerAliveInterval=20", f"--command={script}"]
 
 
 def install_script(job: Job) -> str:
-    """Installs the commit in a virtual environment with a Python of its own; does nothing where it is there."""
+    """Installs the commit in a virtual environment with its own Python; does nothing if it is installed."""
     commit, url = job.source.commit, shlex.quote(job.source.url)
     return (f'set -e; cd; if [ "$(cat t5x/installed 2>/dev/null)" != {commit} ]; then rm -rf t5x; mkdir t5x; '
             "PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet --upgrade uv; "
@@ -96,10 +96,10 @@ def install_script(job: Job) -> str:
 
 
 def start_script(job: Job) -> str:
-    """Ends what is left of an earlier start, then starts the command in a session of its own.
+    """Ends the rest of an earlier start, then starts the command in a new session.
 
-    The lock is taken here and handed down open, so that it is held from before this script ends until after `status`
-    is written. Being terminated is not being done, though t5x saves and ends with 0 then: TERM leaves 143.
+    The script takes the lock and passes it on open, so it is held from before this script ends until after `status` is
+    written. A terminated command is not done, although t5x then saves and exits with 0: TERM results in 143.
     """
     runner = (f"trap terminated=1 TERM; ulimit -n hard; cd {shlex.quote(f'source/{job.source.folder}')}; "
               f'PYTHONUNBUFFERED=1 "$HOME"/t5x/venv/bin/t5x {shlex.join(job.command)}; status=$?; cd "$HOME"/t5x; '
@@ -110,23 +110,23 @@ def start_script(job: Job) -> str:
 
 
 def poll_script(job: Job, offset: int) -> str:
-    """Prints a line with the command's state, then the log from a byte on.
+    """Prints a line with the command's state, then the log from a byte offset on.
 
-    gcloud tries a dropped connection again by itself, so that what the first try printed stands before the line.
+    gcloud itself retries a dropped connection, so output of the first try may precede the line.
     """
     return (f"cd ~/t5x 2>/dev/null || exit 0; state=$({_STATE}); echo; echo {job.identity} $state; "
             f"tail --bytes=+{offset + 1} log 2>/dev/null | head --bytes={LOG_BYTES}")
 
 
 def finish_script(job: Job) -> str:
-    """Prints a line with the worker's name and its command's state, and the end of its log where it failed."""
+    """Prints a line with the worker's name and its command's state, and the end of its log if it failed."""
     return (f"cd ~/t5x; flock --timeout 60 lock true || true; state=$({_STATE}); echo; "
             f"echo {job.identity} $(hostname) $state; "
             '[ "$state" = 0 ] || tail --lines=20 log | sed "s/^/$(hostname): /"')
 
 
 def commands(job: Job) -> str:
-    """All that a job runs, in order, as a person would type it."""
+    """All commands of a job, in order, as one would type them."""
     every = [shlex.join(ssh(job, node, "all", script))
              for script in (install_script(job), start_script(job)) for node in nodes(job)]
     count = len(nodes(job))
@@ -146,14 +146,14 @@ def launch(job: Job, keep: bool = False, poll_seconds: float = POLL_SECONDS) -> 
 
     Args:
       job: what to run and where.
-      keep: leave the resource as it is at the end; else it is deleted, after a failure or Ctrl-C too.
-      poll_seconds: between two looks at the resource and the log.
+      keep: leaves the resource running at the end; otherwise it is deleted, also after a failure or Ctrl-C.
+      poll_seconds: between two polls of the resource and the log.
 
     Raises:
       FileNotFoundError: gcloud is not on PATH.
       ValueError: the resource's name is taken by something else.
-      OSError: gcloud refused, or the package could not be installed; in one line.
-      KeyboardInterrupt: on SIGINT or SIGTERM, once the resource is deleted.
+      OSError: gcloud refused, or the package could not be installed; the message is one line.
+      KeyboardInterrupt: on SIGINT or SIGTERM, after the resource is deleted.
     """
     if shutil.which("gcloud") is None:
         raise FileNotFoundError("gcloud is not on PATH: install the Google Cloud CLI, or look at --print_only.")
@@ -169,7 +169,7 @@ def launch(job: Job, keep: bool = False, poll_seconds: float = POLL_SECONDS) -> 
 
 
 class _Launched:
-    """A job on its way. `ours` once the resource is, or may be, one that this job made."""
+    """A job in progress. `ours` is true once this job has, or may have, created the resource."""
 
     def __init__(self, job: Job, poll_seconds: float) -> None:
         self.job, self.ours = job, False
@@ -178,7 +178,7 @@ class _Launched:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def run(self) -> int:
-        """The exit status of the command, through preemptions."""
+        """Returns the exit status of the command, across preemptions."""
         state, reason = self._state(patient=False)
         was_active = False
         while True:
@@ -201,13 +201,13 @@ class _Launched:
 
     def _create(self) -> None:
         self.tell(f"Asking for {self.job.accelerator.name} in {self.job.zone} as {self.job.name}.")
-        self._offset, self.ours = 0, True  # before the request is sent: it may arrive though it is interrupted
+        self._offset, self.ours = 0, True  # set before the request is sent: it may arrive even if interrupted
         done = _gcloud(create(self.job))
         if done.returncode:
             raise OSError(f"gcloud refused to create {self.job.name}: {_last_line(done.stderr)}")
 
     def delete(self) -> None:
-        """Deletes the resource, whatever state it is in, and waits until that is done. Ctrl-C does not stop this."""
+        """Deletes the resource in any state, and waits until it is deleted. Ctrl-C does not stop this."""
         self.tell(f"Deleting {self.job.name}.")
         before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (
             signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
@@ -224,9 +224,9 @@ class _Launched:
                 signal.signal(number, handler)
 
     def _work(self) -> int | None:
-        """From an active resource to the command's exit status; None where the resource must be looked at again."""
+        """From an active resource to the command's exit status; None if the resource must be checked again."""
         state = self._poll()
-        if state is None:  # perhaps it runs: do not start it a second time
+        if state is None:  # it may be running: do not start it a second time
             self._again("Worker 0 cannot be reached")
             return None
         if state != "running":
@@ -247,7 +247,7 @@ class _Launched:
         return self._finish()
 
     def _poll(self) -> str | None:
-        """Tells what is new in worker 0's log; returns the command's state, None where it could not be asked."""
+        """Prints new output of worker 0's log; returns the command's state, None if the worker could not be reached."""
         while True:
             done = _gcloud(ssh(self.job, nodes(self.job)[0], "0", poll_script(self.job, self._offset)))
             _, line, rest = done.stdout.rpartition(f"\n{self.job.identity} ".encode())
@@ -264,7 +264,7 @@ class _Launched:
                 return state.decode()
 
     def _finish(self) -> int | None:
-        """How every worker ended: the exit status, or None where it was a preemption."""
+        """The exit status from the results of all workers, or None after a preemption."""
         found = [_gcloud(ssh(self.job, node, "all", finish_script(self.job))) for node in nodes(self.job)]
         lines = [line for done in found for line in done.stdout.decode(errors="replace").splitlines()]
         states = dict(line.split()[1:3] for line in lines if line.startswith(f"{self.job.identity} "))
@@ -293,7 +293,7 @@ class _Launched:
         self._wait()
 
     def _on_every_worker(self, title: str, script: Callable[[Job], str], tries: int) -> bool:
-        """Runs a script on all workers of all slices at once; False where the resource is not there any more."""
+        """Runs a script on all workers of all slices concurrently; returns False if the resource no longer exists."""
         for attempt in range(tries):
             self.tell(f"{title} on every worker" + (f", try {attempt + 1}." if attempt else "."))
             running = [subprocess.Popen(ssh(self.job, node, "all", script(self.job)), stdin=subprocess.DEVNULL)
@@ -303,20 +303,20 @@ class _Launched:
                     return True
             finally:
                 for process in running:
-                    process.terminate()  # those that an interruption left
+                    process.terminate()  # those left by an interruption
             if self._state()[0] != "ACTIVE":
                 return False
             self._wait()
         raise OSError(f"{title} failed on a worker {tries} times; its output is above.")
 
     def _state(self, patient: bool = True) -> tuple[str | None, str]:
-        """The resource's state, None where there is none, and the reason of a failure.
+        """The resource's state, None if it does not exist, and the reason of a failure.
 
-        A network that is down for a while must not end a job of days: a `patient` look is repeated until it succeeds.
+        A temporary network outage must not end a job of days: a `patient` query is repeated until it succeeds.
 
         Raises:
-          OSError: gcloud fails, and the look is not patient.
-          ValueError: a resource of this name belongs to something else.
+          OSError: gcloud fails, and the query is not patient.
+          ValueError: a resource of this name belongs to another job.
         """
         while True:
             done = _gcloud(describe(self.job))
@@ -342,7 +342,7 @@ class _Launched:
         time.sleep(self._poll_seconds)
 
     def tell(self, text: str) -> None:
-        """A line on stderr, unless it is the one that was told last."""
+        """Prints a line to stderr, unless it repeats the last one."""
         if text != self._told:
             _say(text)
         self._told = text
@@ -366,13 +366,13 @@ def _last_line(stderr: bytes) -> str:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP become KeyboardInterrupt, so that nothing is left behind that costs money."""
+    """Converts SIGINT, SIGTERM and SIGHUP to KeyboardInterrupt, so that no billed resource is left behind."""
     def interrupt(number: int, _: Any) -> None:
         raise KeyboardInterrupt
 
     before = [(number, signal.signal(number, interrupt)) for number in (
         signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]  # as nohup has it
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]  # set by nohup
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""`t5x precompile`: whether a run fits TPUs that are not there, what it sends between them, and how fast it can be."""
+"""`t5x precompile`: whether a run fits on TPUs that are not attached, its traffic between them, and its best speed."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ from codellm_jax.pods.topologies import Topology, topology_names
 from codellm_jax.runtime.state import bytes_per_device
 from codellm_jax.training.plan import GIB, Training, memory_parts
 
-FINENESS = 8  # the largest batch is searched to a part of so many
-# Compiled programs that a search for the largest batch may cost; a refused one costs seconds and is not counted.
+FINENESS = 8  # the largest batch is determined to within 1 / FINENESS
+# The most programs compiled in a search for the largest batch; a refused program takes seconds and is not counted.
 MOST_COMPILED = 4
 
 
@@ -34,19 +34,19 @@ def precompile(
     """Compiles a run's programs for a topology.
 
     Args:
-      training: what the gin file says.
-      topology: what for.
-      title: names the run in the report.
-      scoring, decoding: whether to compile these besides the train step.
-      search: whether to search for the largest batch, or where the step does not fit for what makes it.
-      other: flags, and the run that they make of this one: its train step is compiled too, and compared.
-      report: told what is under way.
+      training: the settings of the run.
+      topology: the target of the compilation.
+      title: the name of the run in the report.
+      scoring, decoding: whether to compile these in addition to the train step.
+      search: whether to search for the largest batch, or, if the step does not fit, for changes that make it fit.
+      other: flags, and the run that results from them: its train step is also compiled, and compared.
+      report: called with progress messages.
 
     Returns:
       Whether all programs of `training` fit, and a page of Markdown.
 
     Raises:
-      ValueError: in one line, where the settings do not fit each other or the topology.
+      ValueError: with a one-line message, if the settings do not fit together or do not fit the topology.
     """
     training = with_slices(training, topology)
     step = compile_train_step(training, topology)
@@ -92,21 +92,22 @@ def chips_of(topology: Topology) -> str:
 
 
 def largest_batch(outcome: Outcome, report: Callable[[str], None]) -> tuple[int, int | None]:
-    """The largest BATCH_SIZE that fits, and the least that was refused; None where none was.
+    """The largest BATCH_SIZE that fits, and the smallest that was refused; None if none was.
 
-    Searched among the multiples of what the mesh and the microbatches divide, until the two are within an eighth or
-    MOST_COMPILED programs have been compiled.
+    The search covers the multiples that the mesh and the microbatches divide, and ends when the two are within an
+    eighth of each other or MOST_COMPILED programs have been compiled.
 
     Args:
-      outcome: of a train step that fits.
-      report: told each try.
+      outcome: the result for a train step that fits.
+      report: called for each attempt.
     """
     training, memory = outcome.training, outcome.memory
     assert memory is not None
     unit = outcome.mesh.shape["data"] * outcome.mesh.shape["fsdp"] * training.microbatches
     fitting, refused, compiled = outcome.rows // unit, None, 0
     room = outcome.topology.chip.memory_gib * GIB - memory.arguments
-    # A first guess: all but the arguments grows with the batch. It is too low; then doubled, then the gap is halved.
+    # The first guess assumes that everything but the arguments grows with the batch, which is too low; the batch is
+    # then doubled, then the gap is halved.
     trial = max(fitting + 1, math.floor(fitting * room / max(1, memory.peak - memory.arguments)))
     while compiled < MOST_COMPILED and (refused is None or refused - fitting > max(1, fitting // FINENESS)):
         found = compile_train_step(dataclasses.replace(training, batch_size=trial * unit), outcome.topology)
@@ -126,11 +127,11 @@ def _fits(outcome: Outcome) -> str:
 
 
 def changes(outcome: Outcome) -> Iterator[tuple[str, Training, Topology]]:
-    """What could make a train step fit, cheapest first: what costs time, then what changes training, then chips.
+    """Changes that may make a train step fit, in this order: costs in time, changes of the training, more chips.
 
-    Sharding more costs traffic; keeping less, up to a third more computing, and in the end traffic with the host;
-    microbatches, gathering parameters more often; splitting the model, traffic in every layer. A smaller batch is
-    another run.
+    More sharding costs traffic; keeping less costs up to a third more computation, and finally traffic with the host;
+    microbatches gather parameters more often; splitting the model causes traffic in every layer. A smaller batch is a
+    different run.
     """
     training, topology, mesh, config = outcome.training, outcome.topology, outcome.mesh, outcome.config
     data, model = mesh.shape["data"], mesh.shape["model"]
@@ -175,10 +176,10 @@ def cheapest_changes(
         try:
             state = lay_out(training, topology)[2]
             least = bytes_per_device(state) + bytes_per_device(state.params)
-            if least > topology.chip.memory_gib * GIB:  # state and gradients alone
+            if least > topology.chip.memory_gib * GIB:  # state and gradients alone do not fit
                 continue
             tried = compile_train_step(training, topology)
-        except ValueError:  # the sizes do not divide so
+        except ValueError:  # the sizes are not divisible that way
             continue
         report(f"{flags}: {_fits(tried)}")
         if tried.memory is not None:
@@ -186,7 +187,7 @@ def cheapest_changes(
     return found
 
 
-# The page.
+# The page of the report.
 
 
 def _what(step: Outcome) -> list[str]:
@@ -203,13 +204,13 @@ def _what(step: Outcome) -> list[str]:
         f"{config.size_of_head}{keys}, vocabulary {config.vocabulary_size:,}; {config.dtype}, remat {config.remat}, "
         f"attention {config.attention}",
         f"- {step.rows} rows of {training.mixture.length}{parts}: {tokens:,} tokens, {full:.4g} model FLOPs a step "
-        f"({causal:.4g} with causal attention counted by half)",
+        f"({causal:.4g} if causal attention counts as half)",
         f"- compiled by {compiled_with(step)}",
     ]
 
 
 def _memory_table(outcomes: list[Outcome]) -> list[str]:
-    lines = ["| GiB a device | arguments | temporaries | total | peak | of | compiled in |",
+    lines = ["| GiB per device | arguments | temporaries | total | peak | of | compiled in |",
              "|---|---|---|---|---|---|---|"]
     for one in outcomes:
         memory = ["", "", "", "does not fit"] if one.memory is None else [f"{size / GIB:.2f}" for size in (
@@ -239,22 +240,22 @@ def _roofline_section(step: Outcome) -> list[str]:
     found = roofline(step.config, tokens, step.topology, step.mesh.devices.flat[0].device_kind, step.mesh.size,
                      step.memory.arguments, step.memory.temporaries, step.traffic)
     return [
-        "| seconds a step, at least | computing | memory | links | network | overlapped | in turn |",
+        "| seconds per step, at least | computing | memory | links | network | overlapped | in turn |",
         "|---|---|---|---|---|---|---|",
         f"| | {' | '.join(f'{seconds:.4f}' for seconds in found[:-1])} |", "",
-        f"At best {tokens / found.overlapped / step.mesh.size:,.0f} tokens/s a device, {found.utilization:.0%} of the "
-        "peak in model FLOPs. Assumed:", "", *(f"- {assumption}" for assumption in ASSUMPTIONS)]
+        f"At best {tokens / found.overlapped / step.mesh.size:,.0f} tokens/s per device, {found.utilization:.0%} of "
+        "the peak in model FLOPs. Assumed:", "", *(f"- {assumption}" for assumption in ASSUMPTIONS)]
 
 
 def _card_section(step: Outcome) -> list[str]:
     parts = memory_parts(step.training, lay_out(step.training, step.topology))
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     return [
-        f"By arithmetic, which is the peak above and decides, a card needs about {sum(parts.values()) / GIB:.2f} GiB: "
-        f"{listed}. What libraries, collectives and gaps between arrays take is not in it.", "",
-        "The other columns are XLA's account of the step compiled for this machine's processor, which stands in for "
-        "the cards: it has other attention, and computes some of bfloat16 in float32. All are estimates. JAX takes "
-        "three quarters of a card at the start unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: give --memory "
+        f"By calculation, which gives the peak above and decides, a card needs about {sum(parts.values()) / GIB:.2f} "
+        f"GiB: {listed}. This excludes libraries, collectives and gaps between arrays.", "",
+        "The other columns come from XLA's analysis of the step compiled for this machine's processor, which replaces "
+        "the cards: its attention differs, and it computes some bfloat16 operations in float32. All are estimates. JAX "
+        "takes three quarters of a card at the start unless XLA_PYTHON_CLIENT_MEM_FRACTION is set: choose --memory "
         "accordingly."]
 
 
@@ -266,16 +267,16 @@ def _estimate(step: Outcome) -> Estimate:
 def _estimate_section(step: Outcome) -> list[str]:
     found, tokens = _estimate(step), step.rows * step.training.mixture.length
     return [
-        "| seconds a step, estimated | computing | attention | waiting for links | links beside computing | step |",
+        "| seconds per step, estimated | computing | attention | waiting for links | links beside computing | step |",
         "|---|---|---|---|---|---|",
         f"| | {' | '.join(f'{seconds:.4f}' for seconds in found[:-1])} |", "",
-        f"By this estimate, which is no measurement, {tokens / found.step / step.mesh.size:,.0f} tokens/s a device, "
+        f"By this estimate (not a measurement), {tokens / found.step / step.mesh.size:,.0f} tokens/s per device, "
         f"{found.utilization:.0%} of the peak in model FLOPs. Assumed:", "",
         *(f"- {assumption}" for assumption in ESTIMATED)]
 
 
 def _comparison_section(step: Outcome, flags: str, other: Outcome) -> list[str]:
-    """Both train steps side by side; of one that does not fit nothing is known."""
+    """Both train steps side by side; nothing is known about one that does not fit."""
 
     def rows(one: Outcome) -> list[float]:
         if one.memory is None:
@@ -287,9 +288,9 @@ def _comparison_section(step: Outcome, flags: str, other: Outcome) -> list[str]:
         found, tokens = _estimate(one), one.rows * one.training.mixture.length
         return [*sizes, *found[:-1], tokens / found.step / one.mesh.size, 100 * found.utilization]
 
-    names = ("peak, GiB a device", "arguments, GiB", "temporaries, GiB", "sent, GiB", "of that asynchronous, GiB",
+    names = ("peak, GiB per device", "arguments, GiB", "temporaries, GiB", "sent, GiB", "of that asynchronous, GiB",
              "computing, s", "attention, s", "waiting for links, s", "links beside computing, s", "estimated step, s",
-             "tokens/s a device", "model FLOPs, % of the peak")
+             "tokens/s per device", "model FLOPs, % of the peak")
     lines = ["", f"| train step | this run | with `{flags}` | second / first |", "|---|---|---|---|"]
     compared = rows(step), rows(other)
     for name, first, second in itertools.zip_longest(names[:max(map(len, compared)) or 1], *compared):
@@ -300,7 +301,7 @@ def _comparison_section(step: Outcome, flags: str, other: Outcome) -> list[str]:
 
 
 def _traffic_section(one: Outcome) -> list[str]:
-    lines = [f"| {one.program} sends | along | operations | GiB a device | of that while it computes |",
+    lines = [f"| {one.program} sends | along | operations | GiB per device | of that while it computes |",
              "|---|---|---|---|---|"]
     lines += [f"| {kind} | {', '.join(axes)} | {operations:,} | {sent / GIB:.3f} | {beside / GIB:.3f} |"
               for kind, axes, operations, sent, beside in one.traffic]
@@ -318,7 +319,7 @@ def _replicated_section(training: Training, topology: Topology) -> list[str]:
         return ["Every parameter and optimizer leaf that an axis of the mesh divides is sharded along it."]
     total = sum(size for *_, size in leaves)
     return [f"Replicated although they could be sharded: {sum(count for *_, count, _ in leaves)} leaves, "
-            f"{total / 2**20:.1f} MiB per device.", "", "| leaf | shape | along | copies | MiB a device |",
+            f"{total / 2**20:.1f} MiB per device.", "", "| leaf | shape | along | copies | MiB per device |",
             "|---|---|---|---|---|",
             *(f"| {name} | {' x '.join(map(str, shape))} | {axes} | {count} | {size / 2**20:.3f} |"
               for name, shape, axes, count, size in leaves)]

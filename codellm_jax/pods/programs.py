@@ -1,9 +1,9 @@
-"""A run's programs, compiled for TPUs that are not there.
+"""A run's programs, compiled for TPUs that are not attached.
 
     outcome = compile_train_step(training, parse_topology("v4-128"))
 
-It is the train step of `train.py` itself, laid out, donated and optimized as the run would. No data is opened: shapes
-follow from the settings alone, so in tuning a step has BATCH_SIZE rows, the most that it could need.
+The train step is that of `train.py` itself, with the run's layout, donation and optimization. No data is opened: shapes
+follow from the settings alone, so in tuning a step has BATCH_SIZE rows, the most that it can need.
 """
 
 import dataclasses
@@ -35,19 +35,19 @@ from codellm_jax.runtime.state import abstract_state
 from codellm_jax.training.plan import GIB, Layout, Training, memory_parts
 from codellm_jax.training.train import jit_train_step
 
-SOURCES = 2  # of the mixture; only two small results of a step depend on it
+SOURCES = 2  # of the mixture; only two small results of a step depend on the number
 
 
 class Memory(NamedTuple):
-    """Bytes of a device while a program runs, as the compiler accounts for them.
+    """The bytes of a device while a program runs, according to the compiler.
 
-    Whether a program fits is decided by its peak: what lives at any one time. The temporaries count more than ever
-    lives at once, so that the total can exceed the memory of a chip on which the program runs.
+    The peak, the largest amount live at one time, decides whether a program fits. The temporaries include more than is
+    ever live at once, so the total can exceed the memory of a chip on which the program runs.
     """
 
     arguments: int  # state and batch
     temporaries: int
-    results: int  # beside those that take the place of arguments
+    results: int  # without those that reuse arguments
     peak: int
 
     @property
@@ -56,14 +56,15 @@ class Memory(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of compiling one program.
+    """The result of compiling one program.
 
     Attributes:
       program: "train step", "scoring" or "decoding".
-      memory: None where it does not fit.
-      refusal: why it does not.
-      traffic, unknown_loops, parts, has_kernels: see `collectives.read_program`; what crosses slices is along "slices".
-      seconds: that compiling took.
+      memory: None if it does not fit.
+      refusal: the reason why it does not fit.
+      traffic, unknown_loops, parts, has_kernels: see `collectives.read_program`; traffic across slices is along
+        "slices".
+      seconds: the compile time.
     """
 
     program: str
@@ -82,7 +83,7 @@ class Outcome(NamedTuple):
 
 
 def with_slices(training: Training, topology: Topology) -> Training:
-    """The run on that topology: where slices are joined and the mesh does not say how, along `data`."""
+    """The run on that topology; if slices are joined and the mesh does not say how, they are joined along `data`."""
     mesh = training.mesh
     if topology.slices == 1 or mesh.slices == topology.slices:
         return training
@@ -91,7 +92,7 @@ def with_slices(training: Training, topology: Topology) -> Training:
 
 
 def with_vocabulary_size(training: Training, pieces: int, multiple: int = 128) -> Training:
-    """The run with a vocabulary of so many pieces, padded as `load_vocabulary` pads."""
+    """The run with a vocabulary of this many pieces, padded as by `load_vocabulary`."""
     vocabulary = dataclasses.replace(training.vocabulary, pieces=pieces, size=-(-pieces // multiple) * multiple)
     return dataclasses.replace(training, vocabulary=vocabulary)
 
@@ -100,7 +101,7 @@ def compile_train_step(training: Training, topology: Topology) -> Outcome:
     """Compiles the train step.
 
     Raises:
-      ValueError: in one line, where the settings do not fit each other or the topology.
+      ValueError: with a one-line message, if the settings do not fit together or do not fit the topology.
     """
     mesh, model, state, rows = layout = lay_out(training, topology)
     optimizer = training.optimizer(training.learning_rate)
@@ -121,7 +122,7 @@ def compile_scoring(training: Training, topology: Topology) -> Outcome:
 
 
 def compile_decoding(training: Training, topology: Topology) -> Outcome:
-    """Compiles a turn of decoding behind prompts as long as the model, drawn as the paper draws."""
+    """Compiles one step of decoding after prompts as long as the model allows, with the paper's sampling."""
     mesh, model, state, _ = lay_out(training, topology)
     sharding = batch_sharding(mesh)
     lower = functools.partial(decoding.lower_largest, state.params, model.config, PAPER_SAMPLING, sharding=sharding)
@@ -129,7 +130,7 @@ def compile_decoding(training: Training, topology: Topology) -> Outcome:
 
 
 def lay_out(training: Training, topology: Topology) -> Layout:
-    """Mesh, model, abstract state, and rows of a step."""
+    """The mesh, the model, the abstract state, and the rows of a step."""
     mesh = make_mesh(training.mesh, compile_only_devices(topology))
     packed = training.mixture.stage == "tuning" and training.mixture.packing
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * training.microbatches
@@ -144,11 +145,11 @@ def _compile(
     program: str, training: Training, topology: Topology, mesh: Mesh, config: DecoderConfig, rows: int,
     lower: Callable[[], jax.stages.Lowered], needed: int | None = None,
 ) -> Outcome:
-    """Compiles a program; on cards, `needed` bytes decide whether it fits, or else XLA's total."""
+    """Compiles a program; for GPUs, `needed` bytes decide whether it fits, or else XLA's total."""
     start = time.monotonic()
     compiled, refusal, memory = None, "", None
     found = Program([], 0, [], False)
-    # Not kept in JAX's cache of programs: what is for absent devices cannot be read back.
+    # Not stored in JAX's compilation cache: programs for absent devices cannot be read back.
     config_of_jax: Any = jax.config
     kept_from = config_of_jax.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
@@ -169,7 +170,7 @@ def _compile(
         if training.mesh.slices > 1:  # joined along `data`, slice after slice
             axes = {"slices": training.mesh.slices} | axes | {"data": axes["data"] // training.mesh.slices}
         found = read_program(compiled.as_text() or "", axes)
-        if topology.generation == "gpu":  # the processor's compiler gives no peak, and refuses nothing
+        if topology.generation == "gpu":  # the CPU compiler reports no peak and refuses nothing
             peak, has = needed or memory.total, topology.chip.memory_gib
             memory = memory._replace(peak=peak) if peak <= has * GIB else None
             refusal = "" if memory else f"it takes about {peak / GIB:.2f} of {has:.2f} GiB"
@@ -178,7 +179,7 @@ def _compile(
 
 
 def compiled_with(outcome: Outcome) -> str:
-    """Releases and options of the compiler: what the run passes to XLA, and what the environment adds."""
+    """The versions and options of the compiler: what the run passes to XLA, and what the environment adds."""
     options = [f"{name}={str(value).lower() if isinstance(value, bool) else value}"
                for name, value in compiler_options(outcome.mesh, outcome.config).items()]
     options += [f"{name}={os.environ[name]!r}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if os.environ.get(name)]
@@ -187,18 +188,18 @@ def compiled_with(outcome: Outcome) -> str:
 
 
 def _refusal(message: str) -> str:
-    """The compiler's words without their table of allocations, which some releases of libtpu add."""
+    """The compiler's message without the table of allocations that some releases of libtpu add."""
     words = " ".join(message.split()).removeprefix("RESOURCE_EXHAUSTED: ")
     sentences = re.split(r"Total hbm usage|Program hbm requirement|Largest program allocations", words)[0]
     return textwrap.shorten(sentences, 300, placeholder=" ...").rstrip(".")
 
 
 def replicated_leaves(training: Training, topology: Topology) -> list[tuple[str, tuple[int, ...], str, int, int]]:
-    """Leaves of parameters and optimizer that are whole along an axis of the mesh which divides one of their sizes.
+    """Leaves of parameters and optimizer that are replicated along a mesh axis that divides one of their sizes.
 
     Returns:
-      For each array of parameters and what the optimizer keeps of it: name, shape, the axes, how many such leaves
-      (itself, moments), and bytes that they take on a device; most bytes first. `data` replicates by design.
+      For each parameter array and its optimizer state: name, shape, the axes, the number of such leaves (itself,
+      moments), and their bytes on a device; most bytes first. `data` replicates by design.
     """
     mesh, _, state, _ = lay_out(training, topology)
     found: dict[tuple[str, tuple[int, ...], str], tuple[int, int]] = {}

@@ -1,5 +1,6 @@
-"""How long a train step takes: at least, by what it computes, reads and sends and by what a chip can in a second; and
-about, by the cycles that its compiler estimates."""
+"""The time of a train step: a lower bound from its computation, memory access and traffic and the chip's peak rates;
+and an estimate from the compiler's cycle counts.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,34 +18,34 @@ ASSUMPTIONS = (
     "links: rings that keep all links of a chip busy in both directions; slices without wrap-around links have "
     "fewer;",
     "network: traffic between slices, over its share of the host's network cards;",
-    "a step takes the longest of these if all overlap, their sum if none do; latencies and the host are left out.",
+    "a step takes the longest of these if all overlap, their sum if none do; latencies and the host are ignored.",
 )
 
-ATTENTION_PART = 0.5  # of the peak: what attention's kernel is taken to reach with heads of a multiple of 128
+ATTENTION_PART = 0.5  # of the peak: the assumed rate of attention's kernel for heads of a multiple of 128
 ESTIMATED = (
-    "computing: the cycles that the compiler estimates for each operation, at the core's clock; it gives none for "
-    "gathers of rows, sorts and copies beside computing, which count nothing;",
-    "attention's kernel, for which it gives none: its FLOPs by causality, and those made again, at "
+    "computing: the cycles that the compiler estimates for each operation, at the core's clock; it estimates none for "
+    "gathers of rows, sorts and concurrent copies, which count as zero;",
+    "attention's kernel, without compiler estimate: its causal FLOPs, including recomputation, at "
     f"{ATTENTION_PART:.0%} of the peak, less where heads are padded to 128;",
     "links: rings that keep all links of a chip busy; collectives that the program waits for take their time alone;",
-    "asynchronous collectives take no time as far as their loop's computing covers them, as if it did so evenly;",
-    "latencies, the host and input are left out.",
+    "asynchronous collectives take no time as far as their loop's computation covers them, assumed to be even;",
+    "latencies, the host and input are ignored.",
 )
 
 
 class Estimate(NamedTuple):
-    """Seconds of one step, by a compiled program's text."""
+    """The estimated seconds of one step, from a compiled program's text."""
 
     computing: float
     attention: float
-    waiting: float  # for collectives that stand alone
-    uncovered: float  # of asynchronous collectives, what computing does not cover
+    waiting: float  # for collectives without concurrent computation
+    uncovered: float  # the part of asynchronous collectives not covered by computation
     step: float  # their sum
     utilization: float  # model FLOPs, causal, over the peak
 
 
 class Roofline(NamedTuple):
-    """Seconds of one step."""
+    """The seconds of one step."""
 
     computing: float
     memory: float
@@ -59,16 +60,16 @@ def roofline(
     config: DecoderConfig, tokens: int, topology: Topology, device_kind: str, devices: int, arguments: float,
     temporaries: float, traffic: Sequence[Traffic],
 ) -> Roofline:
-    """Bounds the time of a train step from below, under ASSUMPTIONS.
+    """A lower bound for the time of a train step, under ASSUMPTIONS.
 
     Args:
       config: the decoder.
       tokens: of the global batch.
-      topology: its chip gives the bandwidths.
-      device_kind: gives the peak, as JAX names it.
-      devices: that share the work evenly.
-      arguments, temporaries: bytes of a device.
-      traffic: bytes that a device sends; over the network those along "slices".
+      topology: its chip determines the bandwidths.
+      device_kind: determines the peak, as named by JAX.
+      devices: the number that share the work evenly.
+      arguments, temporaries: bytes per device.
+      traffic: the bytes that a device sends; entries along "slices" cross the network.
     """
     peak = PEAK_FLOPS[device_kind]
     model_flops = flops_per_token(config, causal=True) * tokens / devices
@@ -85,16 +86,16 @@ def estimate(
     config: DecoderConfig, tokens: int, topology: Topology, device_kind: str, devices: int, parts: Sequence[Part],
     has_kernels: bool,
 ) -> Estimate:
-    """Estimates the time of a train step, as ESTIMATED says.
+    """An estimate for the time of a train step, under ESTIMATED.
 
     Args:
       config: the decoder.
       tokens: of the global batch.
-      topology: its chip gives clock and bandwidths.
-      device_kind: gives the peak, as JAX names it.
-      devices: that share the work evenly.
+      topology: its chip determines clock and bandwidths.
+      device_kind: determines the peak, as named by JAX.
+      devices: the number that share the work evenly.
       parts: of the compiled program (`collectives.read_program`).
-      has_kernels: whether attention is a kernel of its own, without estimated cycles.
+      has_kernels: whether attention is a separate kernel, without estimated cycles.
     """
     peak, chip = PEAK_FLOPS[device_kind], topology.chip
     computing = sum(part.turns * part.cycles for part in parts) / chip.clock
@@ -112,9 +113,9 @@ def estimate(
 
 
 def attention_flops_per_token(config: DecoderConfig) -> float:
-    """FLOPs of attention's own products, causal, those made again counted in, per token of a full row:
+    """The FLOPs of attention's own products, causal, including recomputation, per token of a full row:
 
-      7 layers L H K    two products forward, four backward, and the scores made again;
+      7 layers L H K    two products forward, four backward, and the scores recomputed;
       9 layers L H K    under "offload" and "full", which run the forward pass twice
     """
     again = 2 if config.remat in ("offload", "full") else 0
@@ -122,17 +123,17 @@ def attention_flops_per_token(config: DecoderConfig) -> float:
 
 
 def recomputed_flops_per_token(config: DecoderConfig) -> float:
-    """FLOPs that a backward pass computes again, per token of a full row, a layer's being
+    """The FLOPs that a backward pass recomputes, per token of a full row; for each layer
 
       under "offload", "full"  2 (2 D H K + 2 D G K + D F)  +  2 L H K    projections, the MLP's first matmul (2 D F if
                                                                          gated), attention's products
       under "attention"        2 (D H K + D F)                           the output projection, the MLP's first matmul
-      under "dots", "none"     0                                         but what is elementwise
+      under "dots", "none"     0                                         only elementwise operations
 
-    and L H K more whatever is kept, for attention keeps no scores: its backward pass makes them again. Products of
-    attention are counted by half, as causality allows. The MLP's second matmul is not made again, for no gradient
-    takes what it returns, but that of a norm behind it. So it is with the output projection where the MLP stands beside
-    attention (residual "parallel") and takes nothing of it.
+    plus L H K in every case, since attention keeps no scores: its backward pass recomputes them. Products of attention
+    count as half, for causality. The MLP's second matmul is not recomputed, because no gradient needs its output except
+    that of a norm after it. The same holds for the output projection if the MLP runs beside attention (residual
+    "parallel") and does not use its output.
     """
     attention, products = config.length * config.query_width, products_of_block(config)
     normed = config.norm_place == "after"

@@ -1,10 +1,10 @@
-"""TPU topologies that are not there: their names, what their chips have, and devices to compile for.
+"""Topologies of TPUs that are not attached: their names, the properties of their chips, and devices to compile for.
 
     devices = compile_only_devices(parse_topology("v4-128"))
 
 Names are Cloud TPU's: v2, v3, v4 and v5p count TensorCores (v4-128 has 64 chips), v5e (or v5litepod) and v6e count
-chips; 2xv5e-256 are two slices. `gpu:2` are two cards of one machine, whose memory is given; this machine's processor
-stands in for them.
+chips; 2xv5e-256 means two slices. `gpu:2` means two GPUs of one machine, with their memory given; this machine's
+processor stands in for them.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ GIGA = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a generation of TPUs has, for each device that JAX sees: a chip, or in v2 and v3 one of its two cores.
+    """The properties of a TPU generation, for each device that JAX sees: a chip, or in v2 and v3 one of its two cores.
 
-    Memory is what the compiler refuses to exceed. Bandwidths are the vendor's, in bytes/s: of the memory; of all links
-    to other chips of the slice together, one way; and of the share of its host's network cards, one way.
+    Memory is the compiler's limit. Bandwidths are the vendor's, in bytes/s: of the memory; of all links to other chips
+    of the slice together, one way; and of the chip's share of its host's network cards, one way.
 
     Attributes:
-      cores_in_name: TensorCores of a chip where names count those, else 1.
-      devices: of a chip.
-      largest: chips of the largest slice.
+      cores_in_name: TensorCores per chip if names count those, else 1.
+      devices: per chip.
+      largest: the number of chips in the largest slice.
       cube: slices are three-dimensional, made of cubes of 4 x 4 x 4 from 64 chips on; else two-dimensional.
-      ring: chips along one dimension from which on links close it to a ring.
-      clock: cycles/s of a core: the vendor's bfloat16 peak over what its matrix units multiply and add in one cycle.
+      ring: the number of chips along one dimension from which links close it to a ring.
+      clock: cycles/s of a core: the vendor's bfloat16 peak divided by the multiply-adds of its matrix units per cycle.
     """
 
     memory_gib: float
@@ -65,36 +65,37 @@ MOST_SLICES = 256
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice, or several alike; or cards."""
+    """One slice, or several equal ones; or GPUs."""
 
     name: str
     generation: str  # a key of CHIPS, or "gpu"
     shape: tuple[int, ...]  # chips of a slice along each dimension
     slices: int = 1
-    memory_gib: float = math.nan  # of a card
+    memory_gib: float = math.nan  # of a GPU
 
     @property
     def chip(self) -> Chip:
-        """What a chip has; of a card nothing but its memory is known."""
+        """The properties of its chip; for a GPU, only the memory is known."""
         if self.generation == "gpu":
             return Chip(self.memory_gib, math.nan, math.nan, math.nan, 1, 1, 1, False, self.chips + 1, math.nan)
         return CHIPS[self.generation]
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """The number in all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Of each dimension, whether links close it to a ring: in three-dimensional slices those of whole cubes alone
-        do ("System architecture", Cloud TPU's documentation)."""
+        """For each dimension, whether links close it to a ring: in three-dimensional slices, only dimensions of whole
+        cubes ("System architecture", Cloud TPU's documentation).
+        """
         whole = not self.chip.cube or all(side % self.chip.ring == 0 for side in self.shape)
         return tuple(whole and side >= self.chip.ring for side in self.shape)
 
 
 def _shape(chips: int, cube: bool) -> tuple[int, ...] | None:
-    """The shape that Cloud TPU gives a slice of so many chips, None where it gives none."""
+    """The shape that Cloud TPU gives a slice of this many chips; None if there is no such slice."""
     if chips == 1:
         return None if cube else (1, 1)
     if cube and chips > 32:
@@ -113,7 +114,7 @@ def _shape(chips: int, cube: bool) -> tuple[int, ...] | None:
 
 
 def topology_names() -> dict[str, Topology]:
-    """All slices by their names, smallest first."""
+    """All slices by name, smallest first."""
     found = {}
     for generation, chip in CHIPS.items():
         for chips in range(1, chip.largest + 1):
@@ -125,10 +126,10 @@ def topology_names() -> dict[str, Topology]:
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology of a name such as v4-128, v5litepod-16 or 2xv5e-256.
+    """The topology with a name such as v4-128, v5litepod-16 or 2xv5e-256.
 
     Raises:
-      ValueError: there is none of this name; in one line, with the nearest.
+      ValueError: there is none of this name; the one-line message has the nearest names.
     """
     slices, one = re.fullmatch(r"(?:(\d+)x)?(.*)", name.strip().lower()).groups()  # type: ignore[union-attr]
     one = re.sub(r"^v5litepod-", "v5e-", one)
@@ -151,10 +152,10 @@ def parse_topology(name: str) -> Topology:
 
 
 def with_memory(name: str, memory: str | None) -> Topology:
-    """The topology of a name for TPUs, or of cards such as gpu:2, each of which has so much memory.
+    """The topology of a name for TPUs, or of GPUs such as gpu:2, each with this much memory.
 
     Raises:
-      ValueError: in one line; there is none of this name, or the memory is missing, malformed or given for TPUs.
+      ValueError: with a one-line message; the name is unknown, or the memory is missing, malformed or given for TPUs.
     """
     cards = re.fullmatch(r"gpu:([1-9]\d*)", name.strip().lower())
     if not cards:
@@ -170,34 +171,34 @@ def with_memory(name: str, memory: str | None) -> Topology:
 
 
 def _devices_of_this_machine(count: int) -> "list[jax.Device]":
-    """So many devices of this machine's processor, which share its cores.
+    """`count` devices of this machine's processor, which share its cores.
 
     Raises:
-      ValueError: JAX has begun with fewer.
+      ValueError: JAX has started with fewer.
     """
     flags, count_flag = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count"
-    if count_flag not in flags:  # read once, at the first look at devices
+    if count_flag not in flags:  # read once, at the first use of devices
         os.environ["XLA_FLAGS"] = f"{flags} {count_flag}={count}".strip()
     import jax
 
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise ValueError(f"{count} cards were asked for, and JAX has begun with {len(devices)} devices here.")
+        raise ValueError(f"{count} cards were requested, but JAX has started with {len(devices)} devices here.")
     return devices[:count]
 
 
 def compile_only_devices(topology: Topology, report: Callable[[str], None] = print) -> "list[jax.Device]":
-    """Devices that programs can be compiled for and not run on; waits for other processes that have some.
+    """Devices that programs can be compiled for but not run on; waits for other processes that use libtpu.
 
     Raises:
-      ValueError: libtpu is not installed, or taken by a program that is none of this package's.
+      ValueError: libtpu is not installed, or is in use by a program other than this package's.
     """
     if topology.generation == "gpu":
         return _devices_of_this_machine(topology.chips)
     if not has_libtpu():
         raise ValueError("TPU programs are compiled by libtpu, which is not installed: pip install '.[tpu]'.")
     _wait_for_compiler(report)
-    # Without these libtpu asks for the metadata of a TPU machine, for minutes, and complains that there is none.
+    # Without these, libtpu queries the metadata of a TPU machine for minutes, and complains that there is none.
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v4-8"),
                         ("TPU_WORKER_HOSTNAMES", "localhost")):
         os.environ.setdefault(name, value)
@@ -234,7 +235,7 @@ def has_libtpu() -> bool:
 def _wait_for_compiler(report: Callable[[str], None]) -> None:
     """Waits for other processes of this machine that compile for TPUs: libtpu aborts in the second one.
 
-    libtpu is held until its process ends, and so is this lock, once it is taken.
+    A process holds libtpu until it ends, and likewise this lock.
     """
     global _lock
     if _lock is not None:
@@ -242,7 +243,7 @@ def _wait_for_compiler(report: Callable[[str], None]) -> None:
     path = os.path.join(tempfile.gettempdir(), "codellm_jax_libtpu.lock")
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR))
-        os.chmod(path, 0o666)  # the lock is the machine's, whoever came first
+        os.chmod(path, 0o666)  # all users of the machine share the lock
     _lock = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

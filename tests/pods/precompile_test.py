@@ -115,6 +115,7 @@ def test_every_size_compiles_for_its_pod(size, vocabulary, no_data):
         assert outcome.memory is not None and outcome.memory.peak < topology.chip.memory_gib * GIB, outcome.refusal
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_command_tells_and_writes_what_it_found(no_data, tmp_path, capsys):
     page = tmp_path / "page.md"
@@ -238,11 +239,11 @@ def test_two_configurations_in_one_table(monkeypatch, make_training):
     rows = {cells[0]: cells[1:] for line in page.splitlines()
             if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 4}
     assert fits and rows["train step"] == ["this run", "with `--gin.model.remat=full`", "second / first"]
-    assert rows["peak, GiB a device"] == ["4.500", "4.125", "0.92"]
+    assert rows["peak, GiB per device"] == ["4.500", "4.125", "0.92"]
     assert rows["of that asynchronous, GiB"] == ["0.250", "0.250", "1.00"]
     assert rows["estimated step, s"] == ["1.000", "2.000", "2.00"]
-    assert rows["tokens/s a device"] == ["64.000", "32.000", "0.50"]
-    assert "which is no measurement, 64 tokens/s a device" in page and "- compiled by jax " in page
+    assert rows["tokens/s per device"] == ["64.000", "32.000", "0.50"]
+    assert "By this estimate (not a measurement), 64 tokens/s per device" in page and "- compiled by jax " in page
     huge = dataclasses.replace(full, batch_size=4096)
     _, page = precompile.precompile(dots, parse_topology("v5e-4"), search=False, report=lambda line: None,
                                     other=("--gin.BATCH_SIZE=4096", huge))
@@ -265,7 +266,7 @@ def test_cards_are_judged_by_their_memory(make_training):
     assert refused.memory is None and "it takes about" in refused.refusal
     fits, page = precompile.precompile(training, few, search=False, report=lambda line: None)
     assert not fits and "on gpu:2" in page and "- 2 cards; mesh data 1 x fsdp 2 x model 1" in page
-    assert "By arithmetic, which is the peak above and decides" in page and "All are estimates." in page
+    assert "By calculation, which gives the peak above and decides" in page and "All are estimates." in page
 
 
 def test_topologies_in_words():
