@@ -107,7 +107,7 @@ from tasks.corpora.specs import (
 from tasks.corpora.standard_library import python_corpus, python_documents
 
 # Part of every cache key; increase it whenever the same files give different documents.
-READER_VERSION = 2
+READER_VERSION = 3
 
 
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:

@@ -135,7 +135,7 @@ def test_options_are_part_of_a_caches_key(tmp_path: pathlib.Path) -> None:
     # As it was before these options: no cache that is there is made anew.
     assert sources.describe(spec) == {
         "kind": "json_lines", "options": {"field": "text", "holdout": 0.01, "json_lines": str(tmp_path / "a.jsonl")},
-        "reader": 2, "train_files": [[str(tmp_path / "a.jsonl"), 14]]}
+        "reader": 3, "train_files": [[str(tmp_path / "a.jsonl"), 14]]}
 
 
 # ---- Parquet -----------------------------------------------------------------------------------
