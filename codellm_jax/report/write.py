@@ -151,10 +151,11 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
                    if (path / "results").is_dir() or (path / "metrics.jsonl").exists()]
     else:
         below = folder / "runs"
-        entries = plan.get("runs") if isinstance(plan, dict) else None
-        if not entries or not isinstance(entries, list) or not all(
-                isinstance(entry, dict) and entry.get("run") for entry in entries):
+        listed = plan.get("runs") if isinstance(plan, dict) else None
+        if not listed or not isinstance(listed, list) or not all(
+                isinstance(entry, dict) and entry.get("run") for entry in listed):
             raise ValueError(f"{folder / 'study.json'} lists no runs: create it again with t5x study.")
+        entries = listed
         require_plain_runs(folder / "study.json", entries)
     runs, pending = [], []
     names = {entry["run"]: entry["stage"] for entry in entries if entry.get("stage")}
