@@ -68,6 +68,7 @@ setup(
         "etils[epath]>=1.12",
         "flax>=0.12.4",
         "gin-config>=0.5",
+        "isal>=1.7; platform_machine in 'x86_64 AMD64 aarch64 arm64'",  # checksums of rows
         "importlib_resources>=6.5",  # tensorflow-datasets needs it and does not say so
         "jax>=0.9",
         "jinja2>=3.1.6",  # chat templates are foreign code; older ones let them out of the sandbox

@@ -198,9 +198,6 @@ def _decodes(head: bytes, encoding: str) -> bool:
     return True
 
 
-# ---- Reading -----------------------------------------------------------------------------------
-
-
 def pieces(file: str) -> Iterator[bytes]:
     """The bytes of a file, uncompressed.
 
@@ -259,11 +256,13 @@ def whole_text(file: str) -> str:
 
     Raises:
       OSError: the file cannot be read.
-      UnreadableFile: it is not text, is truncated, or is not valid UTF-8.
+      UnreadableFile: it is not text, is truncated, is not valid UTF-8, or is too large to be held in memory.
     """
-    found: list[str] = []
+    found, held = list[str](), 0
     try:
-        for number, line in enumerate(lines(file), 1):
+        for number, line in enumerate(lines(file, LARGEST), 1):
+            if not line or (held := held + len(line)) > LARGEST:
+                raise UnreadableFile(f"{file} is {TOO_LARGE}.")
             try:
                 found.append(line.decode())
             except UnicodeDecodeError as error:

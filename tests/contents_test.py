@@ -104,6 +104,14 @@ def test_what_breaks_off_is_read_up_to_there(tmp_path, compress):
             contents.whole_text(str(file))
 
 
+@pytest.mark.parametrize("text", ["x" * 200, "x\n" * 100])
+def test_a_text_that_memory_should_not_hold_is_refused(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(contents, "LARGEST", 100)
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(UnreadableFile, match="x is longer than 1 GiB"):
+        contents.whole_text(str(tmp_path / "x"))
+
+
 def test_utf_16_that_breaks_off(tmp_path):
     (tmp_path / "x").write_bytes("one\ntwo".encode("utf-16")[:-1])
     with pytest.raises(UnreadableFile, match="x is damaged: not valid UTF-16: truncated data"):

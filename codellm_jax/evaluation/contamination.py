@@ -176,7 +176,7 @@ def measure_into(
     file = epath.Path(path).expanduser()
     try:
         known = json.loads(file.read_text()) if file.exists() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         known = None
     if known is not None and not (isinstance(known, dict) and {"version", "n", "tasks"} <= known.keys()):
         raise ValueError(f"{path} exists and is not a contamination file: choose another name.")

@@ -192,6 +192,16 @@ def _cached(
                         mixture.stage) for task in tasks]
 
 
+def _remembered(content: bytes) -> dict[str, float | None] | None:
+    """Tasks and their rates as `_tasks_of` wrote them; None of what it did not write."""
+    try:
+        tasks = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(tasks, dict) and all(rate is None or type(rate) is float for rate in tasks.values())
+    return tasks if sound else None
+
+
 def _tasks_of(name: str, definitions: Definitions, cache_dir: str) -> dict[str, float | None]:
     """The tasks of a SeqIO task or mixture with their rates (None for a task by itself that was given none).
 
@@ -201,8 +211,8 @@ def _tasks_of(name: str, definitions: Definitions, cache_dir: str) -> dict[str, 
         return {name: definitions.corpora[name].get("rate")}
     key = hashlib.sha256(json.dumps([name, definitions.describe(name)], sort_keys=True).encode()).hexdigest()[:16]
     remembered = epath.Path(cache_dir).expanduser() / "mixtures" / f"{name}-{key}.json"
-    if remembered.exists():
-        return json.loads(remembered.read_text())
+    if remembered.exists() and (found := _remembered(remembered.read_bytes())):
+        return found
     with quiet_tensorflow():
         import seqio
 

@@ -6,14 +6,14 @@ The curve of a branched run continues that of its trunk, which is dotted up to t
 are counted from the start of its trunk.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from codellm_jax.report import plots
-from codellm_jax.report.runs import read_json
+from codellm_jax.results.files import read_provenance
 from codellm_jax.runtime.progress import read_records
 
 PANELS = {"Training": ("train", "loss"), "Held-out text": ("eval", "loss/text"), "Held-out code": ("eval", "loss/code")}
@@ -66,31 +66,42 @@ def plot(runs: Sequence[str], output: str | None = None, against: str = "steps")
     return "\n".join([*notes, f"Losses of {', '.join(names)}: {path}"])
 
 
-def read_curves(folder: epath.Path) -> Curves:
-    """The losses of a run directory and of the runs it branches from. Raises FileNotFoundError where there are none."""
+def read_curves(folder: epath.Path, branches: Collection[epath.Path] = ()) -> Curves:
+    """The losses of a run directory and of the runs it branches from. Raises FileNotFoundError where there are none.
+
+    Args:
+      folder: the run directory.
+      branches: the runs that branch from it; it cannot branch from them.
+    """
     if not (folder / "metrics.jsonl").exists():
         raise FileNotFoundError(f"There is no {folder / 'metrics.jsonl'}: name a trained run.")
     records = read_records(str(folder))
-    ledger = (read_json(folder / "provenance.json") or {}).get("ledger") or {}
+    ledger = (read_provenance(folder) or {}).get("ledger") or {}
     step, before, notes = 0.0, None, []
     if branch := ledger.get("branch"):
         step = float(branch["step"])
         named = epath.Path(ledger["before"][-1]["model_dir"])
-        found = [path for path in (named, folder.parent / named.name) if (path / "metrics.jsonl").exists()]
+        found = [path for path in (named, folder.parent / named.name)
+                 if (path / "metrics.jsonl").exists() and path not in (folder, *branches)]
         if found:  # the second place is that of a study that was moved
-            before = read_curves(found[0])
+            before = read_curves(found[0], (folder, *branches))
         else:
             notes = [f"{folder.name} is drawn without its trunk {named}, which is not there."]
     counted = [point for point in before.counted if point[0] <= step] if before else []
-    so_far = _at(step, before.counted) if before else 0.0
+    so_far = _at([step], before.counted)[0] if before else 0.0
     counted = [*counted, (step, so_far), *((line["step"], so_far + line["tokens"]) for line in records
                                            if line["split"] == "train" and line.get("tokens") is not None)]
-    own = {title: [(line["step"], _at(line["step"], counted), line[name]) for line in records
-                   if line["split"] == split and line.get(name) is not None] for title, (split, name) in PANELS.items()}
+    own: dict[str, Points] = {}
+    for title, (split, name) in PANELS.items():
+        told = [(line["step"], line[name]) for line in records
+                if line["split"] == split and line.get(name) is not None]
+        tokens = _at([at for at, _ in told], counted)
+        own[title] = [(at, of_tokens, loss) for (at, loss), of_tokens in zip(told, tokens, strict=True)]
     trunk = {title: [*before.trunk[title], *(point for point in before.own[title] if point[0] <= step)]
              for title in PANELS} if before else {title: [] for title in PANELS}
     return Curves(own, trunk, counted, [*notes, *(before.notes if before else ())])
 
 
-def _at(step: float, counted: Sequence[tuple[float, float]]) -> float:
-    return float(np.interp(step, [at for at, _ in counted], [tokens for _, tokens in counted]))
+def _at(steps: Sequence[float], counted: Sequence[tuple[float, float]]) -> list[float]:
+    """The tokens that were counted up to each of these steps."""
+    return np.interp(steps, [at for at, _ in counted], [tokens for _, tokens in counted]).tolist()

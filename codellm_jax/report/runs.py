@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
-from codellm_jax.results.answers import is_measured
-from codellm_jax.results.files import files_of, finished_lines
+from codellm_jax.results.answers import is_measured, levels_of, metrics_of, values_of
+from codellm_jax.results.files import Damaged, files_of, finished_lines, read_result
+from codellm_jax.results.measures import values
 
 # The facts that determine questions and scores; where one differs, two results must not stand in one table. The order
 # is that of the messages: a template, for one, makes different questions from the same data.
@@ -127,7 +129,7 @@ def read_json(path: epath.Path) -> Any:
         return None
     try:
         return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): create it again.") from None
 
 
@@ -140,18 +142,34 @@ def read_results(directory: epath.Path, run: str) -> dict[str, Result]:
     found: dict[str, Result] = {}
     folder = directory / "results"
     for path in files_of(folder, ".json"):
-        result = read_json(path)
-        if not isinstance(result, dict) or not {"task", "n", "settings", "checkpoint", "metric"} <= result.keys():
-            raise ValueError(f"{path} is not the result of an evaluation: move it away, or evaluate the task again.")
+        try:
+            result = read_result(path, ("task", "n", "settings", "metric", "value", "sample"))
+        except Damaged as error:
+            raise ValueError(f"{path} is not the result of an evaluation: move it away, or evaluate the task again "
+                             f"({error})") from None
         lines = finished_lines(path.with_suffix(".jsonl"), result)
         if not lines:
             raise ValueError(f"{path.stem} of {run}: its lines do not match its result: finish the evaluation.")
+        require_measurable(path, result, lines)
         if "correct" in lines[0] and abs(sum(line["correct"] for line in lines) / len(lines) - result["value"]) > 1e-9:
             raise ValueError(f"{path.stem} of {run}: its lines do not add up to its accuracy: evaluate it again.")
         task = result["task"]
         if task not in found or found[task].result["sample"]:
             found[task] = Result(run, task, result, lines)
     return found
+
+
+def require_measurable(path: epath.Path, result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError, in one line, if scores cannot be computed from the lines of a result."""
+    try:
+        found = [values_of(lines, metric) for metric in metrics_of(lines)]
+        levels_of(lines)
+        values(lines, result["settings"].get("scoring", "per_token"))
+        if not all("id" in line for line in lines) or not all(np.isfinite(each).all() for each in found):
+            raise ValueError("no id, or no finite score")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"{path.with_suffix('.jsonl')} is damaged: {type(error).__name__} in a line of it ({error}); "
+                         "evaluate the task again.") from None
 
 
 def read_contamination(directory: epath.Path) -> Contamination | None:

@@ -26,6 +26,7 @@ from codellm_jax.report.runs import (
     read_results,
     require_same_measurement,
 )
+from codellm_jax.results.files import Damaged, read_provenance, require_plain_runs
 from codellm_jax.runtime.progress import read_records
 
 SAME_SHARE = 0.002  # smaller differences between two arms' shares count as none: the draw was half a row off
@@ -200,7 +201,11 @@ def read_runs(folder: epath.Path) -> Sweep:
     """
     plan = read_json(folder / "study.json")
     below = folder / "runs" if (folder / "runs").is_dir() else folder
-    entries = {str(entry["run"]): entry for entry in (plan or {}).get("runs", [])}
+    listed = (plan or {}).get("runs", []) if isinstance(plan, dict | None) else None
+    if not isinstance(listed, list):
+        raise ValueError(f"{folder / 'study.json'} lists no runs: create it again with t5x study.")
+    require_plain_runs(folder / "study.json", listed)
+    entries = {entry["run"]: entry for entry in listed}
     names = list(entries) or sorted(path.name for path in below.iterdir() if (path / "metrics.jsonl").exists())
     sweeps: dict[tuple[Any, ...], list[_Read]] = {}
     notes = []
@@ -241,7 +246,10 @@ class _Read:
 
 def _read(path: epath.Path, entry: Mapping[str, Any]) -> _Read | str:
     """A run, or the reason why it is left out."""
-    provenance = read_json(path / "provenance.json") or {}
+    try:
+        provenance = read_provenance(path) or {}
+    except Damaged:
+        return "its provenance.json is damaged"
     ledger = provenance.get("ledger") or {}
     evaluations = [line for line in read_records(str(path)) if line["split"] == "eval"
                    and any(name.startswith("loss/") and value is not None for name, value in line.items())]

@@ -152,14 +152,15 @@ def read_study(folder: epath.Path, say: Told = print) -> Study:
     else:
         below = folder / "runs"
         listed = plan.get("runs") if isinstance(plan, dict) else None
-        entries = [entry for entry in listed or [] if isinstance(entry, dict) and entry.get("run")]
-        if not entries or len(entries) != len(listed or []):
+        if not listed or not isinstance(listed, list) or not all(
+                isinstance(entry, dict) and entry.get("run") for entry in listed):
             raise ValueError(f"{folder / 'study.json'} lists no runs: create it again with t5x study.")
+        entries = listed
         require_plain_runs(folder / "study.json", entries)
     runs, pending = [], []
-    names = {str(entry["run"]): str(entry["stage"]) for entry in entries if entry.get("stage")}
+    names = {entry["run"]: entry["stage"] for entry in entries if entry.get("stage")}
     for entry in entries:
-        run = read_run(below / str(entry["run"]), entry, names, say)
+        run = read_run(below / entry["run"], entry, names, say)
         if run.results or run.records:
             runs.append(run)
         else:

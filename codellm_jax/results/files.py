@@ -16,11 +16,24 @@ class Damaged(ValueError):
 
 
 Members = Mapping[str, type | tuple[type, ...]]
+_NUMBER = (int, float)
 # What provenance.json of a run may hold, and the ledger in it; see `runtime.provenance`.
 PROVENANCE: Members = {
-    "asked": dict, "order": str, "ledger": dict, "sessions": list, "step": int, "finished": bool, "data": dict,
-    "checkpoint": (str, type(None)), "kept": dict}
-LEDGER: Members = {"stage": str, "rows": dict, "tokens": dict, "phases": list, "before": list}
+    "asked": dict, "order": str, "ledger": dict, "sessions": list, "step": int, "last_step": int, "finished": bool,
+    "data": dict, "checkpoint": (str, type(None)), "kept": dict, "arm": str, "seed": (int, type(None)),
+    "parameters": _NUMBER, "notes": list, "devices": dict, "versions": dict, "code": dict, "config_hash": str,
+    "prepared": dict}
+LEDGER: Members = {"stage": str, "rows": dict, "tokens": dict, "phases": list, "before": list, "model_dir": str,
+                   "branch": (dict, type(None)), "epoch_rows": dict}
+# What TASK.json of an evaluation may hold that others read.
+RESULT: Members = {
+    "task": str, "n": int, "settings": dict, "checkpoint": dict, "metric": str, "sample": bool, "value": _NUMBER,
+    "interval": (list, type(None)), "measured": bool, "ties": int, "measures": dict, "scores": dict,
+    "provenance": dict}
+# What study.json says of a run.
+ENTRY: Members = {
+    "run": str, "arm": str, "seed": (int, type(None)), "stage": str, "kind": str, "from": (str, type(None)),
+    "mix": (str, type(None)), "steps": int}
 
 
 def read_object(path: epath.Path, members: Members, required: Collection[str] = ()) -> dict[str, Any] | None:
@@ -58,11 +71,11 @@ def require_members(found: Any, members: Members, required: Collection[str], wha
 
 
 def require_plain_runs(path: epath.Path, entries: Iterable[Any]) -> None:
-    """Raises Damaged where study.json names a run that is no folder below `runs`."""
+    """Raises Damaged where study.json names a run that is no folder below `runs`, or says what no plan says of it."""
     for entry in entries:
-        name = entry.get("run") if isinstance(entry, dict) else entry
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0\n"):
-            raise Damaged(f"{path} is damaged: it names the run {name!r}.")
+        require_members(entry, ENTRY, ("run",), str(path))
+        if entry["run"] in ("", ".", "..") or set(entry["run"]) & set("/\\\0\n"):
+            raise Damaged(f"{path} is damaged: it names the run {entry['run']!r}.")
 
 
 def read_provenance(
@@ -85,7 +98,10 @@ def read_provenance(
     ledger = (found or {}).get("ledger")
     for stage in [] if ledger is None else [ledger, *ledger.get("before", ())]:
         require_members(stage, LEDGER, of_ledger, f"{path}, in its ledger,")
-        for counts in (stage.get("rows", {}), stage.get("tokens", {})):
+        for phase in stage.get("phases", ()):
+            require_members(phase, {"start": int, "rows": dict}, ("rows",), f"{path}, in a phase of its ledger,")
+        for counts in (stage.get("rows", {}), stage.get("tokens", {}), stage.get("epoch_rows", {}),
+                       *(phase["rows"] for phase in stage.get("phases", ()))):
             require_members(counts, dict.fromkeys(counts, int), (), f"{path}, in its ledger,")
     return found
 
@@ -117,9 +133,12 @@ def lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str,
         if not text:
             continue
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
     return lines[1:] if lines and lines[0] == header else []
 
 
@@ -136,8 +155,7 @@ def finished_lines(path: epath.Path, result: Mapping[str, Any]) -> list[dict[str
 
 def read_result(path: epath.Path, required: Collection[str] = ("task", "n", "settings")) -> dict[str, Any]:
     """What TASK.json holds. Raises Damaged, in one line."""
-    found = read_object(path, {"task": str, "n": int, "settings": dict, "checkpoint": dict}, (
-        "checkpoint", *required))
+    found = read_object(path, RESULT, ("checkpoint", *required))
     if found is None:
         raise Damaged(f"{path} is gone.")
     return found

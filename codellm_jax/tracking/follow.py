@@ -116,7 +116,7 @@ def _changed(path: epath.Path) -> list[float]:
 def _json(path: epath.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -3,7 +3,6 @@ used.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from codellm_jax.results.files import files_of
+from codellm_jax.results.files import Damaged, files_of, read_provenance, read_result
+from codellm_jax.runtime.files import is_step
 from codellm_jax.runtime.progress import read_records
 
 OF_A_RUN = ("provenance.json", "metrics.jsonl", "config.gin", "checkpoints")  # each run directory has one of these
@@ -24,7 +24,7 @@ class OfRun:
 
     Attributes:
       path: the directory.
-      provenance: the content of provenance.json; empty if there is none, or only half of it.
+      provenance: the content of provenance.json; empty if there is none, or it is damaged.
       records: the lines of metrics.jsonl.
       results: by task that was evaluated after training, the content of TASK.json.
       checkpoints, exports, damaged: the steps of those in the directory.
@@ -98,27 +98,25 @@ def is_run(path: epath.Path) -> bool:
 
 
 def read_run(path: epath.Path) -> OfRun:
-    """Reads a run directory; any of its files may be missing."""
-    metrics = path / "metrics.jsonl"
-    results = {str(result["task"]) + "_sample" * bool(result.get("sample")): result
-               for file in files_of(path / "results", ".json")
-               if (result := read_json(file)) and {"task", "n", "value"} <= result.keys()}
-    return OfRun(path, read_json(path / "provenance.json"), read_records(str(path)), results,
+    """Reads a run directory; any of its files may be missing or damaged."""
+    metrics, results = path / "metrics.jsonl", dict[str, Mapping[str, Any]]()
+    for file in files_of(path / "results", ".json"):
+        try:
+            result = read_result(file, ("task", "n", "value"))
+        except Damaged:  # `t5x report` names it
+            continue
+        results[result["task"] + "_sample" * result.get("sample", False)] = result
+    try:
+        provenance = read_provenance(path)
+    except Damaged:
+        provenance = None
+    return OfRun(path, provenance or {}, read_records(str(path)), results,
                  _steps(path / "checkpoints"), _steps(path / "exports"), _steps(path / "damaged_checkpoints"),
                  is_held(path), float(metrics.stat().mtime) if metrics.exists() else None)
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """The content of a file; empty if it does not exist, is incomplete, or is not a JSON object."""
-    try:
-        value = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _steps(folder: epath.Path) -> list[int]:
-    return sorted(int(path.name) for path in (folder.iterdir() if folder.exists() else ()) if path.name.isdigit())
+    return sorted(int(path.name) for path in (folder.iterdir() if folder.exists() else ()) if is_step(path.name))
 
 
 def is_held(path: epath.Path) -> bool | None:

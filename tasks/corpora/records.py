@@ -16,8 +16,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from codellm_jax.contents import (
+    LARGEST,
     PIECE,
     READ_IS,
+    TOO_LARGE,
     BrokenFile,
     UnreadableFile,
     in_utf8,
@@ -81,6 +83,18 @@ def records_of_lines(file: str, source: Iterable[bytes], before: int) -> Iterato
             yield f"{file}, line {number}", Lost(TOO_LONG)
         elif line.strip():
             yield f"{file}, line {number}", _record_of(_parsed(line))
+
+
+def whole(file: str) -> bytes | Lost:
+    """All lines of a file in UTF-8, or a `Lost` for one that is too large to be held in memory; raises as `lines`."""
+    parts: list[bytes] = []
+    held = 0
+    for line in lines(file, LARGEST):
+        parts.append(line)
+        held += len(line)
+        if not line or held > LARGEST:
+            return Lost(TOO_LARGE)
+    return b"".join(parts)
 
 
 def require_json(file: str) -> None:

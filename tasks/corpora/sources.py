@@ -60,14 +60,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from codellm_jax.contents import (
-    LARGEST,
-    TOO_LARGE,
     BrokenFile,
     UnreadableFile,
     compression,
     head,
     kind,
-    lines,
     require_text,
     size,
     without_compression,
@@ -85,7 +82,7 @@ from tasks.corpora.archives import (
 from tasks.corpora.columns import arrow_records, dataset_files, parquet_records, require_arrow, require_parquet
 from tasks.corpora.files import Found, Lost, PassedOver, glance, in_name_of, matches, real, require_readable
 from tasks.corpora.prepared import prepared
-from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json
+from tasks.corpora.records import EMPTY_FILE, broken_rest, placed_records, require_json, whole
 from tasks.corpora.separated import separated_records
 from tasks.corpora.specs import (
     DEFAULT_HOLDOUT,
@@ -362,20 +359,15 @@ def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., 
 
 
 def _text_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-    parts: list[bytes] = []
-    held = 0
-    for line in lines(file, LARGEST):
-        parts.append(line)
-        held += len(line)
-        if not line or held > LARGEST:
-            yield Found(file, Lost(TOO_LARGE))
-            return
-    yield Found(file, b"".join(parts), transforms.language_of_file(without_compression(file)))
+    content = whole(file)
+    yield Found(file, content) if isinstance(content, Lost) else Found(
+        file, content, transforms.language_of_file(without_compression(file)))
 
 
 def _notebooks(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
-    content = b"".join(lines(file))
-    found = adjacent.notebook(content) if content.strip() else Lost(EMPTY_FILE)
+    content = whole(file)
+    found = (content if isinstance(content, Lost) else adjacent.notebook(content) if content.strip() else
+             Lost(EMPTY_FILE))
     yield Found(file, found) if isinstance(found, Lost) else Found(file, *found)
 
 

@@ -281,6 +281,16 @@ def test_arms_that_are_not_the_papers_are_not_called_so(tmp_path):
         assert study.runs[1].arm == "CODE" and study.find("NL") == "A" and study.find("CODE") == papers
 
 
+def test_a_run_that_names_itself_as_its_trunk_is_drawn_alone(tmp_path):
+    folder = write_study(tmp_path, {"TEXT": Arm("pretraining", 0.0),
+                                    "MID": Arm("midtraining", 0.2, "TEXT", 50, rows=500)}, seeds=1)
+    path = folder / "runs" / "MID.seed0" / "provenance.json"
+    facts = json.loads(path.read_text())
+    facts["ledger"]["before"][-1]["model_dir"] = str(path.parent)
+    path.write_text(json.dumps(facts))
+    assert "drawn without its trunk" in read_curves(epath.Path(path.parent)).notes[0]
+
+
 def test_losses_of_a_branch_are_joined_to_its_trunk(tmp_path, capsys):
     folder = write_study(tmp_path, {"TEXT": Arm("pretraining", 0.0),
                                     "MID": Arm("midtraining", 0.2, "TEXT", 50, rows=500)}, seeds=1)

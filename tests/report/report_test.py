@@ -463,6 +463,12 @@ def test_too_little_held_out_is_noted_beside_the_losses(tmp_path):
     (lambda folder: (folder / "runs/NL.seed0/results/cosqa.jsonl").write_text("{}\n"), "its lines do not match"),
     (lambda folder: (path := folder / "runs/NL.seed0/results/cosqa.jsonl").write_text(
         path.read_text().replace('"correct": 1.0', '"correct": 0.0')), "its lines do not add up to its accuracy"),
+    (lambda folder: (path := folder / "runs/NL.seed0/results/cosqa.jsonl").write_text(
+        path.read_text().replace('"log_likelihood": -1.0', '"log_likelihood": "low"')), "cosqa.jsonl is damaged: Type"),
+    (lambda folder: (folder / "runs/NL.seed0/results/cosqa.json").write_text("[" * 100_000), "it is not JSON"),
+    (lambda folder: (folder / "study.json").write_text('{"runs": [{"run": "NL.seed0", "seed": "many"}]}'),
+     "study.json is damaged: 'seed' is 'many'"),
+    (lambda folder: (folder / "study.json").write_text('{"runs": 5}'), "lists no runs"),
 ])
 def test_broken_studies_get_one_line(tmp_path, capsys, spoil, message):
     folder = write_study(tmp_path / "study", ["NL", "CODE"], 1, {"cosqa": 10}, {})

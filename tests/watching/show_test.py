@@ -49,6 +49,8 @@ def test_a_run_that_was_killed_is_told_from_one_that_trains(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
+    pytest.param("provenance.json", b"[" * 100_000, id="nested"), ("provenance.json", b'{"step": "many"}'),
+    ("checkpoints/\u00b2", b""),
     ("provenance.json", b'{"step": 5, "fin'), ("provenance.json", b"[]"), ("provenance.json", b"\xff\xfe"),
     ("metrics.jsonl", b'{"step": "six", "split": "train"}\n{"step": 2, "split": "train", "loss": "low"}\nno\n[]\n')])
 def test_files_that_are_broken_leave_the_rest(tmp_path, name, content):
