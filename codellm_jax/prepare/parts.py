@@ -101,8 +101,8 @@ def _processed(
             if shape:
                 shape.add(document, size)
     return {"read": read, "documents": documents.count, "bytes": documents.bytes, "removed": removed.count,
-            "lost": dict(sorted(lost.items())), "first_lost": first, "overlaps": overlaps, "shape": shape and shape.facts(),
-            "steps": {str(number): count.facts() for number, count in counts.items()}}
+            "lost": dict(sorted(lost.items())), "first_lost": first, "overlaps": overlaps,
+            "shape": shape and shape.facts(), "steps": {str(number): count.facts() for number, count in counts.items()}}
 
 
 def file_hash(path: epath.Path) -> str:

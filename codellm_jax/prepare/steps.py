@@ -76,6 +76,8 @@ def decontaminate(
 ) -> None:
     """Removes documents that hold an n-gram of a benchmark's question, found as `t5x contamination` does.
 
+    The questions are those that the benchmark asks: of JEC-QA not the ones with several right answers.
+
     Args:
       ngram: words of an n-gram.
       minimum: words that a shorter part of a question must have to be looked for as a whole.

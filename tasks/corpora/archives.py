@@ -1,8 +1,8 @@
 """Records of archives: WebDataset's tars, WARC and WET files, and ArrayRecord. All are read sequentially.
 
 WebDataset: members whose names are equal up to the first dot are one record, the rest of each name a field of it; a
-field that a record already has begins another. The text is the member `field`, "txt" by default; "json.text" is the field "text" of the member "json". Only
-requested members are read; "__key__" is the common part of their names.
+field that a record already has begins another. The text is the member `field`, "txt" by default; "json.text" is the
+field "text" of the member "json". Only requested members are read; "__key__" is the common part of their names.
 
 WARC (warcio, extra `readers`): a record's headers are its fields, such as "WARC-Identified-Content-Language",
 besides "text", "url", "title" and "content_type":
@@ -12,9 +12,9 @@ besides "text", "url", "title" and "content_type":
                        text unchanged. A response that is an error or not text is counted.
   others               metadata about these, not documents
 
-A file that is truncated within a record or a gzip member is counted as broken, and so is a record whose stated length
-is not that of its content. Truncation between two records
-cannot be detected, because WARC has no end mark: compare sizes with the publisher's.
+A file that is truncated within a record or a gzip member is counted as broken. So is a record whose stated length is
+not that of its content. Truncation between two records cannot be detected, because WARC has no end mark: compare sizes
+with the publisher's.
 
 ArrayRecord (array_record, extra `readers`): each record is a tf.train.Example or a JSON object, distinguished by its
 first byte. A file in gs:// or on a hub is copied to a temporary file, because that library reads only local files.

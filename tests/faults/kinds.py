@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.faults.world import Ended, World, copied, kill, steps_of
+from tests.faults.world import ARMS, Ended, World, copied, kill, steps_of
 
 TRIES = 3  # of a command that goes on
 
@@ -61,7 +61,8 @@ def judged(
 
 def any_command(world: World, dice: random.Random) -> str:
     """A command, training more often than others."""
-    return dice.choice(["train", "train", "train", *world.commands])
+    return dice.choice(["train", "train", "train", *(
+        name for name, command in world.commands.items() if not command.of_many)])
 
 
 def run_of(world: World, dice: random.Random) -> str:
@@ -255,6 +256,34 @@ def rearranged(world: World, out: Path, dice: random.Random) -> Outcome:
     return judged(world, name, out, [])
 
 
+def damaged_study(world: World, out: Path, dice: random.Random) -> Outcome:
+    """A file of a study that is done is damaged or removed before the same study is asked for again."""
+    copied(world.whole("study"), out)
+    # Records of a run are not made again, and its checkpoints are not read again; they are damaged by other kinds.
+    one = dice.choice([path for path in files_below(out) if path.name != "metrics.jsonl"
+                       and "checkpoints" not in path.parts])
+    content = one.read_bytes()
+    dice.choice([one.unlink, lambda: one.write_bytes(junk(dice, content)),
+                 lambda: one.write_bytes(hostile(dice, content))])()
+    return judged(world, "study", out, [])
+
+
+def killed_study(world: World, out: Path, dice: random.Random) -> Outcome:
+    """SIGKILL or SIGTERM while a study makes what one of its arms lacks."""
+    copied(world.whole("study"), out)
+    run = out / "runs" / f"{dice.choice(list(ARMS))}.seed0"
+    shutil.rmtree(dice.choice([run, run, run / "results"]))
+    (out / "state" / f"{run.name}.json").unlink()
+    for path in dice.sample([out / "report", out / "contamination.json"], dice.randint(0, 2)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    process = world.start("study", out)
+    time.sleep(dice.random() * world.seconds["study"] / 2)
+    number = dice.choice([signal.SIGKILL, signal.SIGTERM])
+    if process.poll() is None:
+        process.send_signal(number)
+    return judged(world, "study", out, [world.ended(process)], may_refuse=False)
+
+
 def damaged_rows(world: World, out: Path, dice: random.Random) -> Outcome:
     """A file of the cache is damaged, removed, or changes places with another, before a run begins."""
     copied(world.whole("cache"), out)
@@ -370,8 +399,9 @@ def is_peer(cmdline: Path, out: Path) -> bool:
 Kind = Callable[[World, Path, random.Random], Outcome]
 KINDS: dict[str, tuple[Kind, int]] = {kind.__name__: (kind, weight) for kind, weight in (
     (killed, 4), (killed_at_a_save, 4), (signalled, 3), (stopped, 1), (clock, 2), (removed_meanwhile, 4), (damaged, 6),
-    (rearranged, 4), (damaged_rows, 3), (limited, 2), (full_disk, 2), (second_beside, 1),
-    (nobody_reads, 1), (peer_killed, 1))}
+    (rearranged, 4), (damaged_rows, 3), (damaged_study, 1), (killed_study, 1), (limited, 2), (full_disk, 2),
+    (second_beside, 1), (nobody_reads, 1), (peer_killed, 1))}
+OF_STUDIES = {"damaged_study", "killed_study"}  # they take minutes each where the machine is busy
 if sys.platform != "linux" or resource.getrlimit(resource.RLIMIT_FSIZE)[0] == 0 or not can_mount():
     del KINDS["full_disk"]
 

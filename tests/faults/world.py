@@ -24,8 +24,10 @@ CLOCK = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization"}
 STEPS, PERIOD = 24, 5
 PATIENCE = 240.0  # seconds after which a command counts as one that hangs, or SLOWER times what it takes by itself
 SLOWER = 20
+INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}  # statuses that say so
 LONGEST = 1800.0  # seconds that a command may take by itself
 SIZE = ["--gin.model.layers=1", "--gin.model.hidden=32", "--gin.model.heads=2", "--gin.model.feedforward=64"]
+ARMS = {"NL": {"CODE_RATE": 0.0}, "CODE": {"CODE_RATE": 0.4}}
 PERIODS = [f"--gin.TRAIN_STEPS={STEPS}", f"--gin.CHECKPOINT_PERIOD={PERIOD}", "--gin.EVAL_PERIOD=12",
            "--gin.LOG_PERIOD=1", "--gin.WARMUP_STEPS=2", "--gin.train.eval_rows=4", "--gin.BATCH_SIZE=4"]
 
@@ -49,7 +51,7 @@ class Ended:
         if "Traceback (most recent call last)" in self.output:
             return f"a traceback: {self.line[:300]}"
         refused = "t5x " in self.line and "error: " in self.line
-        if self.status > 0 and not refused and self.status != 130:
+        if self.status > 0 and not refused and self.status not in INTERRUPTED:
             return f"ends with {self.status} without a word: {self.line[:300]}"
         if refused and "(--debug shows where)" in self.line:
             return f"an error that was not expected: {self.line[:300]}"
@@ -64,6 +66,7 @@ class Command:
     arguments: Callable[[Path], list[str]]
     signature: Callable[[Path], Any]
     trains: bool = False
+    of_many: bool = False  # it starts other commands, and takes as long as they do; faults of its own kind befall it
     refuses_again: str = ""  # words of its refusal where it was done before; what lies there is compared as ever
 
 
@@ -99,6 +102,11 @@ class World:
                 f"--gin.evaluate.results_dir={out}"], of_results),
             Command("export", lambda out: ["export", str(run()), f"--output={out / 'model'}"], of_files,
                     refuses_again="name a new folder"),
+            Command("study", lambda out: [
+                "study", "--gin_file=gin/study.gin", "--gin.PRETRAINING_FILES=['gin/pretrain.gin']",
+                *(flag.replace("--gin.", "--gin.pretraining/", 1) for flag in [*mixed, cached]
+                  if flag.startswith("--gin.")), "--gin.pretraining/TRAIN_STEPS=6", f"--gin.STUDY_DIR={out}",
+                "--gin.SEEDS=[0]", f"--gin.ARMS={ARMS}", "--gin.evaluation/TASKS=['logic']"], of_study, of_many=True),
             Command("import", lambda out: ["import", str(self.whole("export") / "model"), f"--output={out / 'run'}"],
                     lambda out: of_run(out / "run"), refuses_again="is there already"),
         )}
@@ -204,6 +212,14 @@ def of_results(out: Path) -> Any:
     return {path.name: ([json.loads(line) for line in path.read_text().splitlines()[1:]],
                         json.loads(path.with_suffix(".json").read_text())["value"])
             for path in sorted(out.glob("*.jsonl"))}
+
+
+def of_study(out: Path) -> Any:
+    """The run of each arm, what it was asked, the plan, and the losses in the report."""
+    runs = [out / "runs" / f"{arm}.seed0" for arm in ARMS]
+    plan = (out / "study.json").read_text().replace(str(out), "STUDY_DIR")
+    return ([(of_run(run), of_results(run / "results")) for run in runs], json.loads(plan),
+            (out / "report" / "losses.csv").read_text())
 
 
 def of_files(out: Path) -> Any:
