@@ -133,6 +133,7 @@ def test_a_run_directory_that_cannot_be_written_is_refused(capsys, tiny_flags, t
     assert "file" in line and "Traceback" not in line
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_in_one_line(tiny_flags, tmp_path):
     """A file system of four megabytes, in a mount namespace of its own."""
     disk = tmp_path / "disk"

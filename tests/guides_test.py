@@ -66,6 +66,7 @@ def test_there_are_guides():
         assert (ROOT / "docs" / target).exists(), target
 
 
+@pytest.mark.slow
 def test_your_own_corpora(tiny_corpora, tiny_flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     [settings] = blocks("Your own corpora", "gin")
@@ -80,6 +81,7 @@ def test_your_own_corpora(tiny_corpora, tiny_flags, tmp_path, monkeypatch, capsy
     assert Path("my.model").stat().st_size and Path("runs/mine/results/logic_sample.json").exists()
 
 
+@pytest.mark.slow
 def test_a_published_model(tiny_corpora, tiny_flags, tmp_path, monkeypatch, capsys):
     """A small Llama in the place of the one that the guide names, on a stand-in for the hub."""
     title = "A published model, before and after code"
@@ -124,6 +126,7 @@ def test_an_arm(tiny_flags, tiny_tuning_flags, tmp_path, capsys):
     assert all(f"RATE-{rate}.seed0" in told[2] for rate in ("0.1", "0.25", "0.5"))
 
 
+@pytest.mark.slow
 def test_a_trunk_and_its_branches(tiny_corpora, tiny_flags, tmp_path, monkeypatch, capsys):
     """Four steps in the place of 400: the branches begin after the second."""
     monkeypatch.chdir(tmp_path)

@@ -156,6 +156,7 @@ def test_each_process_writes_its_own_profile(together):
     assert len(list(folder.iterdir())) == 4 and files[0] != files[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_keeps_the_others_waiting_is_seen(together):
     lines = lines_of(together)
     line = lines[12, "train"]
@@ -203,6 +204,7 @@ def test_processes_that_are_told_different_things_are_refused(tiny_flags, tmp_pa
         assert "Process 1 has a different order of its data than process 0" in one.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_evaluations_that_are_told_different_things_are_refused(alone, tmp_path):
     """Else the results of one would hold the other's numbers."""
     arguments = ["eval", "--gin_file=gin/eval.gin", f"--gin.CHECKPOINT_PATH={alone}", "--gin.TASKS=['logic']",

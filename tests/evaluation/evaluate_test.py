@@ -170,6 +170,7 @@ def test_a_subset_is_the_same_whoever_asks(evaluated, run_dir, tmp_path):
     assert read(evaluated, "cosqa")[0]["settings"]["questions"] != part["settings"]["questions"]
 
 
+@pytest.mark.slow
 def test_benchmarks_are_asked_while_training(tiny_flags, tmp_path, capsys):
     """With the scores that the same checkpoint gets afterwards, through a resume, and under other questions."""
     arguments = ["train", *tiny_flags, f"--gin.MODEL_DIR={tmp_path}/run", "--gin.TRAIN_STEPS=4", "--gin.EVAL_PERIOD=2",

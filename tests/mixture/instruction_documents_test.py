@@ -281,6 +281,7 @@ def test_records_are_prompt_answer_and_end(tmp_path):
     assert len(prompt) > LENGTH and (first < 0).all()  # all of it prompt
 
 
+@pytest.mark.slow
 def test_registered_tasks_of_tuning(tmp_path, monkeypatch):
     """By their own names, for which no spec tells what they are, and by another with `loss`; then without SeqIO."""
     corpora = {"code.answers": {"task": "code.python_instructions", "loss": "answers"}}

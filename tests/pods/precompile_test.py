@@ -115,6 +115,7 @@ def test_every_size_compiles_for_its_pod(size, vocabulary, no_data):
         assert outcome.memory is not None and outcome.memory.peak < topology.chip.memory_gib * GIB, outcome.refusal
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_command_tells_and_writes_what_it_found(no_data, tmp_path, capsys):
     page = tmp_path / "page.md"

@@ -147,6 +147,7 @@ def test_an_edge_is_called_one_and_no_difference_cannot_be_told():
     assert flat.said("cannot tell", False) >= 0.8 and flat.said("interior", False) <= 0.08
 
 
+@pytest.mark.slow
 def test_outliers_are_named_and_others_are_not():
     found = simulation.tally(KINDS["an outlier"], 20)
     assert found.named >= 0.85 * found.planted and found.falsely <= 3 and np.mean(found.law) > 0.88

@@ -169,6 +169,7 @@ def test_a_checkpoint_of_before_a_part_could_be_chosen_has_its_default(run_with_
         require_same_settings({"model.layers": "3"}, {"model.layers": "3", "model.norm": "'rms'"}, "before")
 
 
+@pytest.mark.slow
 def test_a_run_of_other_parts_goes_on_and_is_read_with_them(tiny_flags, tmp_path, capsys):
     run, prompts, output = tmp_path / "run", tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
     prompts.write_text("the row\n")

@@ -354,6 +354,7 @@ def test_overridden_rules_reach_activations(monkeypatch):
     assert hidden.shard_shape((8, 16, 32)) == (4, 16, 32)
 
 
+@pytest.mark.slow
 def test_offloaded_inputs_of_blocks_lie_with_the_host_and_change_no_gradient():
     """Between the passes the scan hands on one stack of inputs: by "offload" in the host's memory, by no other."""
     shape, ids = MIXED, np.random.default_rng(0).integers(0, 128, (8, 16))

@@ -62,6 +62,7 @@ def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
     assert process.returncode == 0 and printed.splitlines()[-1] == rb"\u4e16\u754c \ud83d"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_reader_and_saves_at_a_hang_up(tiny_flags, tmp_path):
     process = start("-m", "codellm_jax.cli", "train", *tiny_flags, f"--gin.MODEL_DIR={tmp_path / 'run'}",
                     "--gin.TRAIN_STEPS=100000", "--gin.EVAL_PERIOD=100000", "--gin.CHECKPOINT_PERIOD=100000",

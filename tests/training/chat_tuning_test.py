@@ -99,6 +99,7 @@ def test_the_loss_counts_answers_alone(make, chatml, templated, packing):
     assert sorted(found) == sorted(expected * 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("templated", [True, False])
 def test_the_ledger_counts_answers_alone(make, chatml, templated):
     training = make(**({"vocabulary": chatml} if templated else {}))

@@ -146,6 +146,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(mixed, trained, tmp_path):
     assert newest_record(copy.model_dir)[1]["checksums"] == newest_record(mixed.model_dir)[1]["checksums"]
 
 
+@pytest.mark.slow
 def test_a_branch_adds_instructions_to_its_trunk(make_training, corpora, tiny_corpora, tmp_path):
     """What both have is read on from where the trunk stopped, what is new from its first row."""
     trunk = make_training(name=list(tiny_corpora), definitions=tasks.Definitions(corpora=corpora), code_rate=0.5,

@@ -133,6 +133,7 @@ def test_a_run_goes_on_on_another_mesh(command, uninterrupted, tmp_path):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(command, uninterrupted, tmp_path):
     model_dir = tmp_path / "run"
     assert run_until(command(model_dir), model_dir, 30, signal.SIGKILL) == -signal.SIGKILL

@@ -89,6 +89,7 @@ def test_microbatches_give_the_large_batch_update(microbatches, single_device, m
     np.testing.assert_allclose(losses, single_device[0], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_microbatches_on_a_mesh(single_device, make_training):
     losses, _ = losses_on(MeshShape(data=4), 4, make_training(), microbatches=2)
     np.testing.assert_allclose(losses, single_device[0], rtol=2e-5)
@@ -242,6 +243,7 @@ def test_what_no_later_step_proves_is_proven_at_its_save(make_training):
         train(training)
 
 
+@pytest.mark.slow
 def test_records_without_a_checkpoint_are_set_aside(make_training, capsys):
     training = make_training(train_steps=4)
     train(training)

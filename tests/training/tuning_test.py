@@ -74,6 +74,7 @@ def test_each_batch_has_the_examples_its_phase_asks_for(make_training, phases, p
         assert abs(total - float(asked((step + 1) * 16))) <= 0.5
 
 
+@pytest.mark.slow
 def test_packed_and_unpacked_runs_have_the_same_losses(make_training):
     runs = {packing: train(make_training(stage="tuning", packing=packing, batch_size=32)) for packing in (True, False)}
     assert runs[True].plan.rows < runs[False].plan.rows == 32

@@ -323,6 +323,7 @@ def test_a_run_that_is_killed_while_it_exports_goes_on(tiny_flags: list[str], tm
         assert_same_bits(tensors_of(folder / str(step)), expected)
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_does_not_end_the_run(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def continued(source: Path, run: Path, own_data: list[str], *more: str) -> list[
     return [line["loss"] for line in read_records(str(run))]
 
 
+@pytest.mark.slow
 def test_a_folder_and_its_import_start_alike(published, imported, own_data, tmp_path):
     losses = continued(published, tmp_path / "direct", own_data)
     assert losses == continued(imported, tmp_path / "imported", own_data)

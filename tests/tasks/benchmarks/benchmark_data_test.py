@@ -142,6 +142,7 @@ def test_real_prompts() -> None:
     assert not any("\r" in prompt.prompt for prompt in three_shot.questions if isinstance(prompt, Prompt))
 
 
+@pytest.mark.slow
 @real
 @pytest.mark.skipif(not all(sandbox.guarantees().values()), reason="this host lacks namespaces")
 def test_real_functions() -> None:
