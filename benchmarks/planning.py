@@ -1,4 +1,4 @@
-"""Seconds to plan a study of many arms: its runs, and what each of them will be.
+"""The seconds to plan a study of many arms: its runs, and the plan of each.
 
     python -m benchmarks.planning --arms=500
 
@@ -7,7 +7,7 @@ A trunk, arms of several shares of code, branches of the trunk and tuned runs, i
   arms    gin files and flags to the commands of all runs
   survey  the plan of each run: its order, model, tokens and FLOPs, where rows are cached; no step is measured
 
-Each as it passed and, for a machine that does other work, of the processor.
+Each in wall-clock time and, for a machine with other work, in processor time.
 """
 
 import argparse

@@ -170,7 +170,7 @@ def tables(records: Mapping[str, Any], flags: argparse.Namespace) -> str:
         return [name, f"{1 / seconds[name]:,.1f}" if seconds[name] > 1e-4 else "over 10,000", looked, *cells]
 
     sizes = [f"{terabytes * 1000:,.0f} GB" for terabytes in flags.terabytes]
-    head = ["step", "MB/s a core", "of the text", *(f"core hours, {size}" for size in sizes)]
+    head = ["step", "MB/s per core", "of the text", *(f"core hours, {size}" for size in sizes)]
     of_steps = table(head, [row("read, hash, write"), *(row(name) for names in SHIPPED.values() for name in names)])
     others = table(head, [row(name) for name in sorted(seconds) if name not in shipped and name != "read, hash, write"])
     plans = [plan(records, flags, terabytes) for terabytes in flags.terabytes]

@@ -233,7 +233,7 @@ def main() -> None:
     print(f"\n{megabytes:.1f} MB of text")
     for name, rates in speeds.items():
         ratios = [mine / theirs for mine, theirs in zip(rates, speeds["encode"], strict=True)]
-        print(f"{name:<26}{statistics.median(rates):>12.2f} MB/s a core, {statistics.median(ratios):.2f} of encode "
+        print(f"{name:<26}{statistics.median(rates):>12.2f} MB/s per core, {statistics.median(ratios):.2f} of encode "
               f"({min(ratios):.2f}-{max(ratios):.2f})")
 
 

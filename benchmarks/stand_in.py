@@ -1,10 +1,10 @@
-"""Memory of our train step on TPUs beside that of a decoder written the plain way, both compiled here.
+"""Memory of our train step on TPUs compared with that of a plain decoder, both compiled here.
 
     python -m benchmarks.stand_in --records=stand_in.jsonl       needs libtpu (pip install '.[tpu]') and no TPU
 
-The stand-in has the sizes of ours and is JAX alone: AdamW, float32 parameters and moments, bfloat16 products, every
-weight and row split over all chips, one loop over the layers that keeps nothing inside them (full remat), softmax
-attention, all logits at once. Same batch, vocabulary 40,000, rows of 1,024. A minute or two for each program.
+The stand-in has the same sizes and uses only JAX: AdamW, float32 parameters and moments, bfloat16 products, every
+weight and row split over all chips, one loop over the layers with full remat, softmax attention, all logits at once.
+Same batch, vocabulary 40,000, rows of 1,024. Each program takes a minute or two.
 """
 
 import argparse
@@ -33,7 +33,7 @@ VOCABULARY = 40_000
 
 
 def shapes_of(config: DecoderConfig) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Name -> shape, and which of its axes is split."""
+    """Name -> shape, and the index of the axis that is split."""
     layers, width, inner = config.layers, config.hidden, config.feedforward
     return {
         "tokens": ((config.vocabulary_size, width), 1), "positions": ((config.length, width), 1),
@@ -75,7 +75,7 @@ def loss_fn(params: Any, inputs: jax.Array, targets: jax.Array, config: DecoderC
 
 
 def memory_of_stand_in(config: DecoderConfig, batch: int, devices: list[Any]) -> tuple[float, float, float]:
-    """GiB a device: arguments, temporaries, peak."""
+    """GiB per device: arguments, temporaries, peak."""
     mesh = Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, b2=0.95, weight_decay=0.1))
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
@@ -106,8 +106,9 @@ def memory_of_stand_in(config: DecoderConfig, batch: int, devices: list[Any]) ->
 
 
 def least(config: DecoderConfig, batch: int, devices: int) -> float:
-    """GiB a device of any program that keeps float32 parameters, moments and gradients, the bfloat16 input of each
-    scanned block, and one block's gathered weights (bfloat16) and gradients (float32)."""
+    """The GiB per device of any program that keeps float32 parameters, moments and gradients, the bfloat16 input of
+    each scanned block, and one block's gathered weights (bfloat16) and gradients (float32).
+    """
     block = 4 * config.hidden**2 + 2 * config.hidden * config.feedforward
     inputs = 2 * config.scanned_layers * batch * config.length * config.hidden
     return (16 * parameter_count(config) / devices + inputs / devices + 6 * block) / GIB

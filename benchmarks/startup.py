@@ -1,17 +1,17 @@
-"""Seconds from the command to the end of the first step, rows being cached.
+"""Seconds from the command to the end of the first step, with cached rows.
 
     python -m benchmarks.startup
 
 The default run of gin/mixed_pretrain.gin, its evaluation before the first step included:
 
   cold   nothing compiled before
-  warm   the programs of the run before are found in JAX's compilation cache
-  help   `t5x train --help`, all of it
+  warm   with the programs of the run before in JAX's compilation cache
+  help   `t5x train --help`, complete
   slip   a misspelt setting, to its one line
 
     python -m benchmarks.startup --branch --size=125m
 
-A run of that size that goes on from its checkpoint of step 2, warm, to the end of its step 3:
+A run of that size that continues from its checkpoint of step 2, warm, to the end of its step 3:
 
   resume   by the same command
   branch   in a run that branches from it, with another share of code

@@ -1,4 +1,4 @@
-"""The whole train step beside peers, on the same batch in the same minutes.
+"""The whole train step compared with peers, on the same batch in the same run.
 
     python -m benchmarks.step                   needs torch besides this package (pip install torch), and a C++
                                                 compiler for torch.compile
@@ -18,8 +18,8 @@ of keys and values for two of queries.
                 the same under torch.compile, loss and all
   matmul        what a plain JAX matmul reaches on these cores: the step's matmuls at that rate are the floor
 
-Each contender lives in a process of its own, and they take turns; the figure is the median step of each turn, the
-ratio is taken within a turn, and the spread is that of the turns.
+Each contender has its own process, and they take turns; the figure is the median step of each turn, the ratio is taken
+within a turn, and the spread is that of the turns.
 """
 
 import argparse

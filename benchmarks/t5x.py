@@ -1,4 +1,4 @@
-"""Upstream T5X's trainer beside this package's own, on this package's decoder and on T5X's own one of the same size.
+"""Upstream T5X's trainer compared with this package's own, on this package's decoder and on T5X's own of the same size.
 
     PYTHONPATH=T5X python -m benchmarks.t5x     T5X: its source, for its examples are not installed with it
 

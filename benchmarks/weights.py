@@ -1,4 +1,4 @@
-"""Import and export of a model of 1.3 billion parameters: seconds, and the most memory that each takes.
+"""Import and export of a model with 1.3 billion parameters: seconds, and peak memory.
 
     python -m benchmarks.weights                      --layers=24 --hidden=2048 are the defaults
 
@@ -66,7 +66,7 @@ def timed(command: list[str]) -> tuple[float, str]:
 
 
 def measured(what: str, copy: float, size: int, bound: int, *arguments: str) -> str:
-    """A line on a command of t5x that goes through `size` bytes; `copy` is what cp takes for as many."""
+    """A line about a t5x command that processes `size` bytes; `copy` is the time of cp for the same amount."""
     seconds, text = timed([sys.executable, "-c", PEAK, what, *arguments])
     peak = 1024 * int(text.split("VmHWM:")[1].split()[0])
     return (f"{what} {seconds:6.1f} s  {size / seconds / 1e6:5.0f} MB/s  {seconds / copy:5.1f} times cp   "

@@ -95,7 +95,8 @@ def compile_once() -> None:
         return
 
     @functools.wraps(real)
-    def shared(backend: Any, module: Any, devices: Any, options: Any, host_callbacks: Any, *more: Any, **named: Any) -> Any:
+    def shared(backend: Any, module: Any, devices: Any, options: Any, host_callbacks: Any, *more: Any,
+               **named: Any) -> Any:
         compile_anew = functools.partial(real, backend, module, devices, options, host_callbacks, *more, **named)
         if host_callbacks or backend.platform != "cpu":
             return compile_anew()

@@ -1,21 +1,22 @@
-"""Instruction examples as rows, and rows of examples as batches, which tuning trains on; and examples as documents,
-which pre-training joins and cuts.
+"""Instruction examples as rows, and rows of examples as batches for tuning; and examples as documents, which
+pre-training joins and cuts.
 
-An example is a prompt (`inputs`) followed by its answer (`targets`) and the end token; the loss counts the answer and
-the end token alone. A conversation goes on: the loss counts its other answers, too, and not what stands between them.
-An example longer than a row of `length` + 1 tokens is cut there, as the study's released system cuts it; one whose
-prompt alone fills the row has nothing to learn from and is left out. Both are counted.
+An example is a prompt (`inputs`) followed by its answer (`targets`) and the end token; the loss counts only the answer
+and the end token. In a conversation, the loss also counts the later answers, but not the text between them. An example
+longer than a row of `length` + 1 tokens is cut there, as in the study's released system; one whose prompt alone fills
+the row has no training signal and is left out. Both are counted.
 
-In the cache a row holds the tokens, zeros up to length + 1, then two numbers: tokens of the first prompt, and of the
-whole. A token behind the first prompt that the loss does not count stands as its complement, ~id, which is negative.
+A cached row holds the tokens, zeros up to length + 1, then two numbers: the lengths of the first prompt, and of the
+whole, in tokens. A token after the first prompt that the loss does not count is stored as its complement, ~id, which is
+negative.
 
-A step trains on BATCH_SIZE examples. Unpacked, each has a row of its own; packed, the same examples share fewer rows,
-each with positions and attention of its own. So packing changes the cost of a step and nothing else: which examples a
-step has, and the loss and gradient they give, are the same to float32 rounding.
+A step trains on BATCH_SIZE examples. Unpacked, each has its own row; packed, the same examples share fewer rows, each
+with its own positions and attention. Packing therefore changes only the cost of a step: its examples, its loss and its
+gradient are the same to float32 rounding.
 
-As a document an example is prompt, answer and end token. The loss counts all of it or, if the corpus says so, what it
-counts in tuning; the tokens that it does not count are complements. An end token within an example, as behind each
-answer of a conversation, does not end the document: it has `WITHIN` added.
+As a document, an example is prompt, answer and end token. The loss counts all of it or, if the corpus says so, the same
+tokens as in tuning; tokens that it does not count are complements. An end token within an example, such as after each
+answer of a conversation, does not end the document: `WITHIN` is added to it.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-# Raise it whenever the same tokens would give other rows.
+# Increase this whenever the same tokens would give other rows.
 EXAMPLES_VERSION = 2
 # Likewise, of examples as documents.
 DOCUMENTS_VERSION = 1
@@ -36,7 +37,7 @@ EXAMPLES_A_BLOCK = 4096
 
 @dataclasses.dataclass
 class Found:
-    """What is counted while a split is written; the fields of `rows.Rows` that bear the same names."""
+    """Counts collected while a split is written; the fields of `rows.Rows` with the same names."""
 
     count: int = 0
     tokens: int = 0
@@ -51,7 +52,7 @@ class Found:
 
 
 class Tokens(Protocol):
-    """What is asked of `tokens.Example` here."""
+    """The part of `tokens.Example` that is needed here."""
 
     @property
     def inputs(self) -> np.ndarray: ...
@@ -64,7 +65,7 @@ class Tokens(Protocol):
 
 
 class Readable(Protocol):
-    """What is asked of `rows.Rows` here."""
+    """The part of `rows.Rows` that is needed here."""
 
     @property
     def count(self) -> int: ...
@@ -120,8 +121,8 @@ def documents(examples: Iterable[Tokens], loss: str | None, end: int, found: Fou
 def as_document(example: Tokens, loss: str, end: int) -> np.ndarray:
     """An example as one document, int32; empty where it has no answer. `loss` and `end` as for `documents`.
 
-    What a chat template has behind the last answer is dropped. Where the answer does not end with the end token itself,
-    that is added, and is not counted as part of the answer.
+    The text of a chat template after the last answer is dropped. If the answer does not end with the end token itself,
+    it is added, and is not counted as part of the answer.
     """
     answers = np.flatnonzero(example.targets >= 0)
     if not len(answers):
@@ -134,21 +135,21 @@ def as_document(example: Tokens, loss: str, end: int) -> np.ndarray:
 
 
 class Sizes(NamedTuple):
-    """Of each of some examples, two int64 arrays of one shape."""
+    """For some examples, two int64 arrays of one shape."""
 
-    positions: np.ndarray  # columns of a row that it takes: its tokens but the last, which is only predicted
+    positions: np.ndarray  # columns that it takes: all its tokens but the last, which is only predicted
     counted: np.ndarray  # tokens that the loss counts
 
 
 @functools.lru_cache(maxsize=256)
 def example_sizes(examples: Readable) -> Sizes:
-    """The sizes of all examples of a split, [count]; read once a process, as packing needs those of whole batches."""
+    """The sizes of all examples of a split, [count]; read once per process, as packing needs those of whole batches."""
     parts = [np.zeros((0, 3), np.int64)]
     for start in range(0, examples.count, 1 << 16):
         rows = examples.read(np.arange(start, min(start + (1 << 16), examples.count)))
         parts.append(np.column_stack([rows[:, -WIDTH_BESIDE_TOKENS:], np.count_nonzero(rows < 0, axis=1)]))
     prompts, tokens, between = np.concatenate(parts).astype(np.int64).T
-    # Nothing comes before the first token, so that it is never predicted.
+    # Nothing precedes the first token, so it is never predicted.
     return Sizes(tokens - 1, tokens - np.maximum(prompts, 1) - between)
 
 
@@ -158,7 +159,7 @@ def marked_ids(tokens: np.ndarray) -> np.ndarray:
 
 
 def ids_of(tokens: np.ndarray) -> np.ndarray:
-    """The ids of tokens as they are cached, whether the loss counts them or not."""
+    """The ids of cached tokens, whether the loss counts them or not."""
     return marked_ids(tokens) & (WITHIN - 1)
 
 
@@ -173,7 +174,7 @@ def sizes_drawn(examples: Sequence[Readable], source: np.ndarray, row: np.ndarra
 
 
 class Places(NamedTuple):
-    """Where examples stand: two int64 arrays [steps, examples], and the rows that each step needs, int64 [steps]."""
+    """The places of examples: two int64 arrays [steps, examples], and the rows that each step needs, int64 [steps]."""
 
     row: np.ndarray
     column: np.ndarray
@@ -181,10 +182,10 @@ class Places(NamedTuple):
 
 
 def pack(positions: np.ndarray, length: int) -> Places:
-    """Puts the examples of each step into as few rows of `length` as first-fit decreasing finds.
+    """Packs the examples of each step into rows of `length` by first-fit decreasing.
 
-    The longest goes first, each into the first row with room for it: never more than 11/9 of the fewest rows possible,
-    and one more (Johnson, 1973).
+    The longest example is placed first, each in the first row with enough room: never more than 11/9 of the minimum
+    number of rows plus one (Johnson, 1973).
 
     Args:
       positions: int64 [steps, examples], each in 1..length.
@@ -215,7 +216,7 @@ def unpacked(positions: np.ndarray) -> Places:
 def arrays_of_examples(
     examples: np.ndarray, source: np.ndarray, row: np.ndarray, column: np.ndarray, shape: tuple[int, int]
 ) -> dict[str, Any]:
-    """The arrays of a batch, [rows, length] each, from examples and where they stand in it.
+    """The arrays of a batch, [rows, length] each, from examples and their places.
 
     Args:
       examples: int32 [N, length + 3], as they are cached.

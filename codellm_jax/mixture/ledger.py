@@ -1,7 +1,7 @@
-"""What was really trained on: rows or examples, tokens and epochs of each source, saved with every checkpoint.
+"""The actual training data: rows or examples, tokens and epochs of each source, saved with every checkpoint.
 
-The ledger is counted from the batches as they are trained on. At a resume it is compared with what the order says
-must have been drawn; a difference means other data, another seed or another schedule, and is refused.
+The ledger is counted from the batches during training. On a resume it is compared with the draws that the order
+implies; a difference means other data, another seed or another schedule, and is refused.
 """
 
 import dataclasses
@@ -18,18 +18,19 @@ class Ledger:
     """Counts of one stage, and the ledgers of the stages before it.
 
     Attributes:
-      stage: "pretraining" or "tuning"; of published weights, of which nothing else is known, "imported".
-      order_fingerprint: of the order that was followed.
+      stage: "pretraining" or "tuning"; "imported" for published weights, whose training data is unknown.
+      order_fingerprint: of the order in use.
       vocabulary_hash: of the vocabulary's file.
       length: tokens of a row.
-      rows: rows (in tuning: examples) trained on so far, of each source by name.
+      rows: rows (in tuning: examples) trained on so far, by source name.
       tokens: tokens that the loss counted, likewise.
       conversations: in tuning, whether any source has examples with turns.
-      phases: for each phase of the schedule its first row or example, "start", and what of "rows" fell into it.
+      phases: for each phase of the schedule its first row or example, "start", and its part of "rows".
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
-      branch: of a run that branched from another its "step", and what the order took over; see `order.Branch`.
-      prepared: of sources that `t5x prepare` wrote, the hashes of its steps and inputs, and the paths of these.
-      epoch_rows: rows or examples of each source, all of which are an epoch; ledgers of earlier versions have none.
+      branch: for a run that branched from another, its "step", and the state that the order inherited; see
+        `order.Branch`.
+      prepared: for sources that `t5x prepare` wrote, the hashes of its steps and inputs, and the paths of the inputs.
+      epoch_rows: the rows or examples in an epoch of each source; ledgers of earlier versions have none.
     """
 
     stage: str
@@ -50,7 +51,7 @@ class Ledger:
         cls, stage: str, order: Order, vocabulary_hash: str, length: int, parent: Mapping[str, Any] | None = None,
         conversations: bool = False, branch: Mapping[str, Any] | None = None, prepared: Mapping[str, Any] | None = None,
     ) -> "Ledger":
-        """A ledger that has counted nothing yet; `parent` is the ledger, as JSON, of the run it starts from."""
+        """A new ledger without counts; `parent` is the ledger, as JSON, of the run from which it starts."""
         before = [*parent.get("before", []), {name: value for name, value in parent.items() if name != "before"}] \
             if parent else []
         none = {source.name: 0 for source in order.sources}
@@ -86,7 +87,7 @@ class Ledger:
             self.tokens[source.name] += int(tokens[sources == index].sum())
 
     def check(self, order: Order, position: int) -> None:
-        """Raises ValueError where this ledger is not of this order and position."""
+        """Raises ValueError if this ledger does not match this order and position."""
         expected = dict(zip((source.name for source in order.sources), order.counts(position).tolist(), strict=True))
         if self.rows != expected:
             raise ValueError(
@@ -131,19 +132,19 @@ class Ledger:
 
 
 def arm(ledger: Mapping[str, Any]) -> str:
-    """The study's name of the arm that a ledger (as JSON) belongs to: of the paper's NL, CODE, NN, NC, CN or CC.
+    """The study's name of the arm that a ledger (as JSON) belongs to: the paper's NL, CODE, NN, NC, CN or CC.
 
-    N and C say whether a stage was trained on any code. The names of other lines of stages are made of the same
-    letters, and none is one of the paper's:
+    N and C say whether a stage was trained on any code. Other sequences of stages have names from the same letters,
+    none of which is one of the paper's:
 
       NCC             two stages on documents, then tuned: a letter for each stage in order
       NL-CODE         two stages on documents alone: NC is the paper's pre-training without code and tuning with it
-      NC-C, NC-CODE   what follows a tuning stands behind a hyphen: tuned again, or trained on documents again
+      NC-C, NC-CODE   a stage after tuning follows a hyphen: tuned again, or trained on documents again
       imported-C      what published weights were trained on is not known, and stands as "imported" before what was
                       done with them, as also in imported-NL and imported-NC
 
-    A branch is a stage of its own, but where its share of code is that of its trunk, to a row: it goes on as the trunk
-    would have.
+    A branch is a separate stage, unless its share of code equals that of its trunk, to a row: it then continues as the
+    trunk would have.
     """
     stages = stages_of(ledger)
     imported = stages[0]["stage"] == "imported"

@@ -1,4 +1,4 @@
-"""The mixture a run trains on: from the names in a gin file to an order and the rows it draws."""
+"""The mixture a run trains on: from the names in a gin file to an order and the rows that it draws."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ FEWEST_HELD_OUT = 20  # documents or examples of a pool, below which a loss tell
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What a gin file says of the data.
+    """The data settings of a gin file.
 
     Attributes:
       name: a SeqIO mixture or task, or a list of them. Its tasks are named text.NAME or code.NAME.
@@ -82,13 +82,13 @@ class Mixture:
 
 @dataclasses.dataclass(frozen=True)
 class OpenMixture:
-    """The order of a run and the rows it draws from; lists run parallel to `order.sources`."""
+    """The order of a run and the rows that it draws; lists are parallel to `order.sources`."""
 
     order: Order
     training: list[Rows]
     validation: list[Rows | None]
     stage: str
-    warnings: tuple[str, ...] = ()  # of pools with too little held out
+    warnings: tuple[str, ...] = ()  # for pools with too little held-out data
     prepared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # by source, of folders of `t5x prepare`
 
     def sizes(self, draw: Draw) -> Sizes:
@@ -107,16 +107,16 @@ def open_mixture(
     mixture: Mixture, vocabulary: Vocabulary, seed: int, total_rows: int, batch_size: int = 1,
     report: Callable[[str], None] = print, branch: Branch | None = None,
 ) -> OpenMixture:
-    """Resolves names, caches rows that are not cached yet, and lays out the order of `total_rows` rows or examples, of
-    which each step takes `batch_size`; those of a trunk are counted in.
+    """Resolves names, caches rows that are not cached yet, and makes the order of `total_rows` rows or examples, of
+    which each step takes `batch_size`; those of a trunk are included.
 
-    Within a pool a source's share of the tokens is its rate in the SeqIO mixture or the `rate` of its corpus; where
-    no source of the pool has one, it is its size, so that all of them finish their epochs together.
+    Within a pool, a source's share of the tokens is its rate in the SeqIO mixture or the `rate` of its corpus. If no
+    source of the pool has one, it is proportional to its size, so all of them finish their epochs together.
 
     Raises:
       ValueError: unknown names, a pool without a source, a corpus smaller than one row, rates for some only.
     """
-    # First, as it is soon done and may be wrong.
+    # First, because it is quick and may fail.
     schedule = constant(mixture.code_rate or 0.0) if mixture.mix_phases is None else phases(
         mixture.mix_phases, total_rows, batch_size)
     rates = rates_of(mixture)
@@ -142,7 +142,7 @@ def open_mixture(
 
 
 def held_out_warnings(validation: Mapping[str, Rows | None], stage: str) -> Iterator[str]:
-    """A line for each pool of which too little is held out to tell its loss by.
+    """A line for each pool with too little held-out data to measure its loss.
 
     Args:
       validation: the rows of each source's split, where it has one; they may be none.
@@ -167,7 +167,7 @@ def held_out_warnings(validation: Mapping[str, Rows | None], stage: str) -> Iter
 def training_rows(mixture: Mixture, vocabulary: Vocabulary, report: Callable[[str], None] = print) -> list[Rows]:
     """The training rows of each source of a mixture, in the order of `open_mixture`, cached where they are not yet.
 
-    Those are there too that no share of the run falls to. Errors are those of `open_mixture`.
+    Sources without any share of the run are included. Errors are those of `open_mixture`.
     """
     return [splits["train"] for splits in _cached(mixture, rates_of(mixture), vocabulary, report)]
 
@@ -179,7 +179,7 @@ def rates_of(mixture: Mixture) -> dict[str, float | None]:
     for name in names:
         for task, rate in _tasks_of(name, mixture.definitions, mixture.cache_dir).items():
             rates[task] = rates.get(task) if rate is None else rate
-    # By pool and name, so that the order of a list of names makes no other order of rows.
+    # By pool and name, so that the order of names in a list does not change the order of rows.
     return {name: rates[name] for name in sorted(rates, key=lambda name: (name.startswith("code."), name))}
 
 
@@ -232,14 +232,14 @@ def _tasks_of(name: str, definitions: Definitions, cache_dir: str) -> dict[str, 
         raise OSError(f"CACHE_DIR {cache_dir} cannot be created: {error.strerror}. Choose another.") from error
     building = remembered.with_name(f".{remembered.name}.{uuid.uuid4().hex}")
     building.write_text(json.dumps(tasks))
-    building.replace(remembered)  # whole or not there, whoever is killed or reads meanwhile
+    building.replace(remembered)  # atomic, even if a process is killed or reads meanwhile
     return tasks
 
 
 def vocabulary_documents(mixture: Mixture) -> Iterator[str]:
-    """What a vocabulary for a mixture is trained on: its training documents, as much text as code.
+    """The training text of a vocabulary for a mixture: its training documents, as much text as code.
 
-    Of the larger pool documents are taken in the order of a hash until their characters equal the smaller pool's.
+    Documents of the larger pool are taken in the order of a hash until their characters equal the smaller pool's.
     """
     pools: dict[str, list[str]] = {}
     names = [mixture.name] if isinstance(mixture.name, str) else list(mixture.name)

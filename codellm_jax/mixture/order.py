@@ -1,24 +1,24 @@
 """(seed, position) -> (source, epoch, row), in closed form.
 
-Which row stands at global position i is a pure function: there is no iterator to save and nothing to replay. A resume
-needs the position alone, any number of hosts sees the same global batches, and a run of 10^9 rows can be examined
-anywhere without reading a row.
+The row at global position i is a pure function: there is no iterator to save and nothing to replay. A resume needs only
+the position, any number of hosts sees the same global batches, and a run of 10^9 rows can be examined anywhere without
+reading a row.
 
-  pool    the schedule's quota decides whether position i is text or code, and how many of its pool came before;
-  source  within a pool the sources stand at the leaves of a binary tree; at every node the same rounded quota sends a
+  pool    the schedule's quota decides whether position i is text or code, and how many rows of its pool precede it;
+  source  within a pool the sources are the leaves of a binary tree; at every node the same rounded quota sends a
           row left or right, of a share that is constant but where tables of the schedule change it;
   row     the k-th row drawn from a source of n rows is row permutation(k mod n) of epoch k // n, under a permutation
           keyed by seed, source and epoch.
 
-A branch goes on from another order, that of its trunk, at a position: of every source that both have it reads on where
-the trunk stopped, in the same epoch under the same permutation, and what a node of the tree still owes one side is
-carried over. So an order that branches from itself is itself, and it too is a closed form: of the seed, of what the
-trunk had drawn at the branch, and of the position.
+A branch continues another order, that of its trunk, from a position. For every source that both have, it reads on where
+the trunk stopped, in the same epoch under the same permutation, and each node of the tree carries over its rounding
+remainder. An order that branches from itself is therefore identical to itself, and it too is a closed form: of the
+seed, of the trunk's draws up to the branch, and of the position.
 
-Counts of the two pools stay within half a row of what was asked at every position, so a batch is within one row.
-Of three and more sources, each node adds half a row at most to its share of its parent's deviation: a source with d
-nodes above it stays within d / 2 rows at every position. By as many rows it may begin or end early or late where a
-table gives it weight or takes it away; without weight in any phase it is never drawn.
+Counts of the two pools stay within half a row of the requested share at every position, so a batch is within one row.
+With three or more sources, each node adds at most half a row to its share of its parent's deviation: a source with d
+nodes above it stays within d / 2 rows at every position. It may start or end by as many rows early or late where a
+table changes its weight from or to zero; without weight in any phase it is never drawn.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ import numpy as np
 
 from codellm_jax.mixture.schedules import POOLS, Schedule
 
-# Raise it whenever draw() gives other rows for the same arguments: checkpoints of another version are refused.
+# Increase this whenever draw() gives other rows for the same arguments: checkpoints of another version are refused.
 ORDER_VERSION = 1
 FEISTEL_ROUNDS = 12  # with 6, pairs of the smallest sources were some per cent off uniform
 
@@ -55,11 +55,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """What an order takes over from that of its trunk.
+    """The state that an order inherits from its trunk's order.
 
     Attributes:
       position: rows that the trunk and its own trunks had drawn in all; positions go on from there.
-      drawn: of each source by name, (content hash, rows drawn so far, from its first epoch on).
+      drawn: by source name, (content hash, rows drawn so far, from its first epoch on).
       owed: of each node of the tree by name, (rows that reached it, beyond what was asked; rows that were asked of its
         right side and not drawn). The exact fractions.
     """
@@ -79,7 +79,7 @@ class Branch:
 
 
 class Draw(NamedTuple):
-    """What stands at some positions; three int64 arrays of one shape."""
+    """The draws at some positions; three int64 arrays of one shape."""
 
     source: np.ndarray  # index into Order.sources
     epoch: np.ndarray  # from 0

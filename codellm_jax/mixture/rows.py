@@ -1,16 +1,16 @@
-"""The cache of tokenized rows: written once from a SeqIO task, read by number ever after.
+"""The cache of tokenized rows: written once from a SeqIO task, then read by row number.
 
-In pre-training a row is `length` + 1 consecutive tokens of one source: `length` inputs and, shifted by one, as many
-targets. Documents end with the end-of-document token and are joined in the task's own order; what is left after the
-last full row is not trained on, and is recorded. Instructions may be documents too (`examples.py`). In tuning a row is
-one example. One cache holds one split of one task under one vocabulary and length:
+In pre-training a row is `length` + 1 consecutive tokens of one source: `length` inputs and, shifted by one, the same
+number of targets. Documents end with the end-of-document token and are joined in the task's own order; tokens after the
+last full row are not trained on, and are recorded. Instructions may also be documents (`examples.py`). In tuning a row
+is one example. One cache holds one split of one task with one vocabulary and length:
 
   CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of 16 or 32 bits, of instructions signed, [rows, width], with checksums
   CACHE_DIR/rows/<task>/<key>/<split>.digests/   zarr3 of 32 bits, [rows]: a digest of each row, see `checked`
   CACHE_DIR/rows/<task>/<key>/cache.json what it holds; written last, so a cache with this file is whole
 
-A cache that is not there is written here by one process, which is well for corpora up to a few gigabytes; `shards.py`
-writes the same by many. SeqIO and TensorFlow are imported only to write: reading a cache needs neither.
+A missing cache is written by this process, which suits corpora up to a few gigabytes; `shards.py` writes the same with
+many processes. SeqIO and TensorFlow are imported only to write: reading a cache needs neither.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ from codellm_jax.vocabulary import Vocabulary
 STAGES = ("pretraining", "tuning")
 ROWS_A_DIGEST = 4096
 ROWS_HASHED_WHOLE = 1 << 20
-LARGE = 2**30  # bytes of files, from which on many processes are worth while
+LARGE = 2**30  # bytes of files, above which many processes are worthwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Rows:
     conversations: int = 0  # examples with turns, whether kept or left out
     uncounted: int = 0  # in pre-training, tokens that the loss does not count
     loss: str | None = None  # of instructions in pre-training what the loss counts, "all" or "answers"
-    notes: tuple[str, ...] = ()  # what the task's reader warned of, such as records passed over
+    notes: tuple[str, ...] = ()  # warnings of the task's reader, such as skipped records
     digests: str = ""  # the salt of the rows' digests, see `checked`; empty where an earlier version wrote none
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
@@ -83,7 +83,8 @@ class Rows:
         return self.begin(numbers)()
 
     def begin(self, numbers: np.ndarray) -> Callable[[], np.ndarray]:
-        """Begins to read, and gives what waits for the rows: several sources are read at the same time."""
+        """Starts a read and returns a function that waits for the rows, so several sources are read at the same time.
+        """
         # Through unique sorted numbers, so that a chunk is fetched once.
         unique, inverse = np.unique(numbers, return_inverse=True)
         try:
@@ -150,7 +151,7 @@ def _recorded(
     found = {split: Rows(name=task, split=split, path=str(place.directory / f"{split}{suffix}"), length=length,
                          loss=place.loss, **facts) for split, facts in splits.items()}
     width = row_format(vocabulary, length, stage, place.loss).width
-    # Once a process, for a change while a run reads it is no matter of opening it.
+    # Once per process: the check on opening does not cover changes during a run.
     new = [rows for rows in found.values() if (rows.path, rows.content_hash) not in _compared]
     unwatched = [rows.split for rows in new if not _is_compared_whole(rows, width) and not rows.digests]
     _compared.update((rows.path, rows.content_hash) for rows in new)
@@ -295,7 +296,7 @@ def _write_split(
 
 
 def summary(task: str, split: str, found: Found, length: int, stage: str) -> str:
-    """A line of what a split came to; empty where it has nothing."""
+    """A summary line about a split; empty if it has no rows."""
     if found.documents and stage == "tuning":
         return (f"tokenized {task} {split}: {found.documents:,} examples, {found.tokens:,} tokens; {found.cut:,} are "
                 f"cut to {length + 1} tokens, {found.left_out:,} left out, since no token of their target remains")
@@ -308,7 +309,7 @@ def summary(task: str, split: str, found: Found, length: int, stage: str) -> str
 
 
 def unit_of(stage: str) -> str:
-    """What a split consists of."""
+    """The unit that a split consists of."""
     return "examples" if stage == "tuning" else "documents"
 
 
@@ -319,7 +320,7 @@ class RowFormat(NamedTuple):
 
 
 def row_format(vocabulary: Vocabulary, length: int, stage: str, loss: str | None) -> RowFormat:
-    """How rows are kept; `loss` as in `Place`."""
+    """The storage format of rows; `loss` as in `Place`."""
     if stage == "tuning":  # signed, see `examples`; mostly padding, which compresses to nothing
         width = length + 1 + WIDTH_BESIDE_TOKENS
         return RowFormat(width, np.dtype(np.int16 if max(vocabulary.size, width) <= 2**15 else np.int32), True)
@@ -330,10 +331,10 @@ def row_format(vocabulary: Vocabulary, length: int, stage: str, loss: str | None
 
 
 class RowsHash:
-    """A hash of rows, whatever the blocks in which they come.
+    """A hash of rows that does not depend on their division into blocks.
 
-    Up to 2**20 rows it is their SHA-256. Of more it is that of the SHA-256 of each 4,096, so that many processes can
-    take it together.
+    Up to 2**20 rows it is their SHA-256. For more, it is that of the SHA-256 of each 4,096 rows, so many processes can
+    compute it together.
     """
 
     def __init__(self) -> None:
@@ -361,12 +362,12 @@ class RowsHash:
 
 
 def digest(rows: np.ndarray) -> bytes:
-    """What `hash_of_digests` wants of each 4,096 rows in turn, and of those that are left."""
+    """The input of `hash_of_digests` for each 4,096 rows in turn, and for the remaining ones."""
     return hashlib.sha256(rows.astype("<u4").tobytes()).digest()
 
 
 def hash_of_digests(digests: Iterable[bytes]) -> str:
-    """The hash of more rows than are hashed as a whole."""
+    """The hash for more rows than are hashed as a whole."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

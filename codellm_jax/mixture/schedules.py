@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 POOLS = ("text", "code")
-# Shares become fractions with denominators up to this one, so that 0.3333333333 means 1/3 and products with
-# positions stay within int64 for runs of up to 4.6e12 rows.
+# Shares become fractions with at most this denominator, so that 0.3333333333 means 1/3 and products with positions stay
+# within int64 for runs of up to 4.6e12 rows.
 LARGEST_DENOMINATOR = 1_000_000
 # A cosine is this many straight pieces. Straight lines between n + 1 points of a function f leave at most
 # |f''| / (8 n^2) (here pi^2 / (16 n^2) = 9.4e-6 of the way between the two shares, and 0.5e-6 of rounding the points),
@@ -29,7 +29,7 @@ LARGEST_DENOMINATOR = 1_000_000
 COSINE_PIECES = 256
 
 HALF = Fraction(1, 2)
-# A phase of MIX_PHASES by example, and what it does.
+# An example of each kind of phase in MIX_PHASES, and its effect.
 FORMS = {
     "'5:3'": "Five tokens of text for three of code, throughout the phase.",
     "'5:5 to 7:3'": "From one ratio to the other linearly, row by row.",
@@ -111,7 +111,7 @@ class Schedule:
         return self.shares[k] + (position - self.starts[k]) * self._slope(k)
 
     def quota_of(self, position: int) -> int:
-        """What `quota` gives for one number of rows."""
+        """The result of `quota` for one number of rows."""
         return math.floor(self.asked(position) + self.carried + HALF)
 
     def after(self, row: Fraction, carried: Fraction) -> "Schedule":
@@ -123,8 +123,8 @@ class Schedule:
 
     @functools.cached_property
     def phase_starts(self) -> list[int]:
-        """The row at which each phase begins; the pieces of a cosine, and all others through which the share goes on
-        rising or falling without a jump, are one phase.
+        """The row at which each phase begins; pieces through which the share rises or falls without a jump, such as
+        those of a cosine, form one phase.
         """
         change = [end - share for share, end in zip(self.shares, self.ends, strict=True)]
         return [int(start) for k, start in enumerate(self.starts)
@@ -204,7 +204,7 @@ class _Piece(NamedTuple):
 
 
 def phases(ratios: Sequence[Phase] | Mapping[float, Phase], rows: int, batch_size: int = 1) -> Schedule:
-    """The schedule that a value of MIX_PHASES asks for.
+    """The schedule for a value of MIX_PHASES.
 
     Args:
       ratios: a list of phases that take equal parts of training, such as the paper's ["5:5", "6:4", "7:3", "7:3"]
@@ -215,7 +215,7 @@ def phases(ratios: Sequence[Phase] | Mapping[float, Phase], rows: int, batch_siz
                                        start to its end;
           "5:5 to 7:3 cosine"          the same along half a cosine (see COSINE_PIECES);
           {"text.a": 3, "code.b": 1}   sources of the mixture by weight; those not named have none.
-        What the last phase ends with holds for any rows beyond the run.
+        The share at the end of the last phase applies to any rows beyond the run.
       rows: rows of the whole run.
       batch_size: rows of a training step.
 
@@ -263,7 +263,7 @@ def _split(ratios: Any, rows: int, batch_size: int) -> tuple[list[int], list[Pha
 
 
 def _start(key: Any, rows: int, batch_size: int) -> int:
-    """The row that a start of MIX_PHASES means."""
+    """The row for a start in MIX_PHASES."""
     if isinstance(key, bool) or not isinstance(key, int | float | Fraction) or not 0 <= key < math.inf:
         raise ValueError("MIX_PHASES must have starts that are fractions of training from 0 to below 1 (such as 0.5) "
                          f"or training steps (such as 500), found {key!r}.")
@@ -280,7 +280,7 @@ def _start(key: Any, rows: int, batch_size: int) -> int:
 
 
 def _ratio(text: str, phase: Any) -> Fraction:
-    """The share of code that "text:code" asks for."""
+    """The share of code in "text:code"."""
     try:
         prose, code = (Fraction(part) for part in text.split(":"))
     except (ValueError, ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""A SeqIO task as tokens: its examples with the vocabulary of a run in the place of the task's own.
+"""A SeqIO task as tokens: its examples, tokenized with the run's vocabulary instead of the task's own.
 
 The texts of corpora (`tasks.pretraining.CorpusSource`) are read and encoded without TensorFlow, which gives the tokens
 that SeqIO gives, in a fraction of the time; any other task goes through SeqIO and all of its preprocessors.
@@ -28,7 +28,7 @@ CHARACTERS_AT_ONCE = 1 << 20
 
 
 class Definitions(Protocol):
-    """Where task names come from. `tasks.Definitions` is one."""
+    """The origin of task names. `tasks.Definitions` is one."""
 
     @property
     def corpora(self) -> Mapping[str, Mapping[str, Any]]:
@@ -36,15 +36,15 @@ class Definitions(Protocol):
         ...
 
     def is_instructions(self, name: str) -> bool | None:
-        """Whether a task is a corpus of instructions; None where its specs do not tell."""
+        """Whether a task is a corpus of instructions; None if its specs do not say."""
         ...
 
     def loss(self, name: str) -> str | None:
-        """What the loss counts of instructions in pre-training, "all" or "answers", where a spec says so."""
+        """The part of instructions that the loss counts in pre-training, "all" or "answers", if a spec sets it."""
         ...
 
     def describe(self, name: str) -> Mapping[str, Any]:
-        """What identifies the content of a task, as JSON, found without reading it.
+        """The identity of a task's content, as JSON, determined without reading it.
 
         Of a corpus of files it has "train_files" and, where they are others, "validation_files": [[path, bytes], ...]
         in the order in which they are read; and of files that `t5x prepare` wrote "prepared": for each of their folders

@@ -1,1 +1,1 @@
-"""TPUs that are not there yet: jobs on Cloud TPU, programs compiled for a topology, memory and traffic."""
+"""TPUs that are not attached: jobs on Cloud TPU, programs compiled for a topology, memory and traffic."""

@@ -1,6 +1,6 @@
-"""The data card: what was prepared, what each step removed, and what is left, as Markdown and HTML.
+"""The data card: the input, the documents removed by each step, and the result, as Markdown and HTML.
 
-All numbers are counts of what lies beside it: a document that was read is a row of documents-*.parquet or of removed/.
+All numbers are counts of the files beside it: each document read is a row of documents-*.parquet or of removed/.
 """
 
 import json
@@ -27,12 +27,12 @@ NAMED = 20  # licences and languages
 def write_card(
     output: epath.Path, plan: Mapping[str, Any], job: Job, facts: Facts, sources: Sequence[str]
 ) -> dict[str, Any]:
-    """Writes README.md with its plot, and card.html, into a folder; gives the counts that they show, as JSON.
+    """Writes README.md with its plot, and card.html, to a folder; returns the counts that they show, as JSON.
 
     Args:
       output: the folder.
-      plan: inputs and steps, as the manifest has them.
-      job, facts: what was done, and what each part in each stage wrote of itself.
+      plan: inputs and steps, as in the manifest.
+      job, facts: the work, and the facts that each part in each stage wrote.
       sources: the corpora, in the order of the output.
     """
     counts = _counts(job, facts, sources)
@@ -47,8 +47,8 @@ def write_card(
 
 
 def _counts(job: Job, facts: Facts, sources: Sequence[str]) -> dict[str, Any]:
-    """What is counted, by corpus: {"sources": what was read and what is left, "steps": a list of what each did,
-    "overlaps": by benchmark the questions that were found, with an n-gram each}.
+    """The counts by corpus: {"sources": the documents read and remaining, "steps": a list of each step's effects,
+    "overlaps": by benchmark the questions found, with an n-gram each}.
     """
     of_source = {source: [part for part, one in enumerate(job.parts) if one.source == source] for source in sources}
     found: dict[str, Any] = {"sources": {}, "steps": [], "overlaps": {}}
@@ -87,7 +87,7 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _samples(job: Job, facts: Facts) -> dict[int, list[dict[str, Any]]]:
-    """For each step some removed documents, those of lowest hash."""
+    """Some removed documents for each step, those with the lowest hashes."""
     found: dict[int, list[dict[str, Any]]] = {}
     for stage in facts:
         for part in stage:
@@ -125,7 +125,7 @@ def _blocks(
     return [
         Text(f"Prepared by `t5x prepare`: {len(job.steps)} steps leave {left:,} of {read:,} documents. Each document "
              "that was read is a row of `documents-*` or of `removed/*.parquet`, with the file and row that it "
-             f"comes from, so that these counts can be counted again. Steps: `{plan['steps_sha256'][:16]}`, inputs: "
+             f"comes from, so these counts can be verified. Steps: `{plan['steps_sha256'][:16]}`, inputs: "
              f"`{plan['inputs_sha256'][:16]}`; `manifest.json` has both in full."),
         Heading(2, "Corpora"),
         Table(told, ["corpus", "files", "documents read", *(f"{unit} read" for unit in units),
@@ -147,7 +147,7 @@ def _blocks(
 
 
 def _near_duplicates(job: Job) -> list[Block]:
-    """What share of near duplicates is found."""
+    """The share of near duplicates that is found."""
     found = []
     for number, step in enumerate(job.steps, 1):
         if step.name == "near_duplicates":
@@ -161,7 +161,7 @@ def _near_duplicates(job: Job) -> list[Block]:
 
 
 def _by_step(counts: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Each step with its number, a corpus, and what the step did there."""
+    """Each step with its number, a corpus, and the step's effect there."""
     for number, step in enumerate(counts["steps"], 1):
         for source, one in step["sources"].items():
             yield f"{number}. {step['name']}", source, one
@@ -220,7 +220,7 @@ def _shape_blocks(sources: Mapping[str, Any]) -> list[Block]:
 
 
 def _copies(counts: Mapping[str, Any]) -> list[Block]:
-    """Between which corpora duplicates were found."""
+    """The corpora between which duplicates were found."""
     rows = [[label, source, copy, f"{count:,}"] for label, source, one in _by_step(counts)
             for copy, count in one["copies"].items()]
     return [Heading(2, "Duplicates across corpora"), Table(
@@ -229,7 +229,7 @@ def _copies(counts: Mapping[str, Any]) -> list[Block]:
 
 
 def _overlaps(plan: Mapping[str, Any], counts: Mapping[str, Any]) -> list[Block]:
-    """Which benchmarks' questions were found; none where no step looks for them."""
+    """The benchmark questions that were found; none if no step searches for them."""
     if not plan["tasks"]:
         return []
     rows = []
@@ -264,7 +264,7 @@ def _similar(sample: Mapping[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Text of others as code on one line, so that nothing in it is taken for the page's own."""
+    """External text as code on one line, so that nothing in it is interpreted by the page."""
     plain = " ".join(text.replace("`", "'").split())
     return f"`{plain}`" if plain else ""
 

@@ -1,14 +1,15 @@
-"""A preparation as workers are told of it: where its files lie, and what is done with each part in each stage.
+"""The description of a preparation for workers: the places of its files, and the work on each part in each stage.
 
-A part is some files of one corpus, or a piece of a large one. Stages are parted by the steps that need all documents:
+A part consists of some files of one corpus, or of a piece of a large file. Steps that need all documents separate
+stages:
 
-  STAGE 0     each part is read; the rules before the first such step are applied; documents are written, and beside
-              them what that step needs of each (a hash, a signature)
-  reduction   finds out which documents go, for some range of hashes each
-  STAGE 1     each part's documents are read again, without those that go; the next rules are applied; and so on
+  STAGE 0     each part is read; the rules before the first such step are applied; documents are written, together with
+              the data that the step needs of each (a hash, a signature)
+  reduction   determines the documents to remove, for one range of hashes at a time
+  STAGE 1     each part's documents are read again, without the removed ones; the next rules are applied; and so on
 
-What is done leaves a file of facts, written last, and is not done again. All is the same in whatever order, by however
-many processes it is done, for a document is known by its place: its part, and its number among the part's documents.
+Finished work writes a file of facts, last, and is not repeated. The result does not depend on the order or the number
+of processes, since a document is identified by its place: its part, and its index within the part.
 """
 
 import contextlib
@@ -32,28 +33,28 @@ from codellm_jax.prepare.preparation import Inputs
 from codellm_jax.prepare.steps import Step
 from codellm_jax.vocabulary import Vocabulary
 
-SAMPLES = 5  # removed documents of each step and part whose beginnings are kept
+SAMPLES = 5  # removed documents per step and part whose beginnings are kept
 SAMPLE_CHARACTERS = 400
-REASONS = 1000  # of a step and part, that are counted by name; licences may be many
+REASONS = 1000  # per step and part, counted by name; there may be many licences
 BYTES_A_GROUP = 8 << 20  # of text in a row group of Parquet
 
 DOCUMENT = pa.schema([
     ("text", pa.large_string()), ("source", pa.string()), ("file", pa.string()), ("row", pa.int64()),
     ("sha256", pa.string()), ("license", pa.string()), ("language", pa.string()), ("bytes_read", pa.int64()),
-    ("tokens", pa.int64()),  # of the text as it stands, under the preparation's vocabulary; null without one
+    ("tokens", pa.int64()),  # of the final text, with the preparation's vocabulary; null without one
     ("changed_by", pa.list_(pa.string()))])
 REMOVED = pa.schema([
     ("source", pa.string()), ("file", pa.string()), ("row", pa.int64()), ("sha256", pa.string()),
-    ("number", pa.int64()),  # of the step, from 1; 0 is the reading
+    ("number", pa.int64()),  # of the step, from 1; 0 for reading
     ("step", pa.string()), ("reason", pa.string()),
-    ("records", pa.int64()),  # 1, but where a damaged file lost several
+    ("records", pa.int64()),  # 1, or more if a damaged file lost several
     ("bytes", pa.int64()), ("tokens", pa.int64()), ("copy_source", pa.string()), ("copy_sha256", pa.string()),
-    ("similarity", pa.float32())])  # the highest to any document that it was joined with
+    ("similarity", pa.float32())])  # the highest with any document that it was joined with
 
 
 class Part(NamedTuple):
-    """Some files of a corpus, with size and time of the last change; None for a corpus that is read as a whole. Or a
-    piece of one file, from its first byte or row group up to the next piece's.
+    """Some files of a corpus, with size and modification time; None for a corpus that is read as a whole. Or a piece of
+    one file, from its first byte or row group to the start of the next piece.
     """
 
     source: str
@@ -62,7 +63,7 @@ class Part(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What is done between two steps that need all documents: these, and the rules between them, by their numbers."""
+    """The work between two steps that need all documents: the rules between them, by their indices."""
 
     before: int | None
     rules: tuple[int, ...]
@@ -71,15 +72,15 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What each worker is given.
+    """The data that each worker receives.
 
     Attributes:
       inputs: reads the corpora.
       steps: all of them.
       parts: in the order of the output.
       folder: where files lie until the end.
-      hashes: of the plan, which stands in the output's files: {"steps": ..., "inputs": ...}.
-      vocabulary: in whose tokens documents are counted; None for no count.
+      hashes: of the plan, stored in the output's files: {"steps": ..., "inputs": ...}.
+      vocabulary: the vocabulary for counting tokens; None for no count.
       format: of the output's documents, one of `preparation.FORMATS`.
     """
 
@@ -92,24 +93,25 @@ class Job:
     format: str = "parquet"
 
     def documents(self, stage: int, part: int) -> "Table | Records":
-        """What the documents that a part in a stage leaves are written to: behind the last stage the output's form."""
+        """The writer for the documents that remain of a part in a stage; after the last stage, in the output's format.
+        """
         path = self.documents_path(stage, part)
         return Table(path, DOCUMENT, self.hashes) if path.suffix == ".parquet" else Records(path)
 
     def documents_path(self, stage: int, part: int) -> epath.Path:
-        """Where they lie."""
+        """The path of these documents."""
         is_last = self.stages[stage].after is None
         return self.path(stage, "documents", part, f".{self.format if is_last else 'parquet'}")
 
     def tokens(self, text: str) -> int | None:
-        """Tokens of a document, those that begin and end it included, as rows for training have them."""
+        """The number of tokens of a document, including begin and end tokens, as in rows for training."""
         if self.vocabulary is None:
             return None
         return len(self.vocabulary.begin_ids) + len(self.vocabulary.encode(text)) + 1
 
     @property
     def stages(self) -> list[Stage]:
-        """The steps in stages, one more than there are steps that need all documents."""
+        """The stages of the steps, one more than there are steps that need all documents."""
         found: list[Stage] = []
         before: int | None = None
         rules: list[int] = []
@@ -122,7 +124,7 @@ class Job:
         return [*found, Stage(before, tuple(rules), None)]
 
     def path(self, stage: int, kind: str, number: int, suffix: str) -> epath.Path:
-        """Of a file of a stage: such as stage0/documents-00003.parquet."""
+        """The path of a stage's file, such as stage0/documents-00003.parquet."""
         return epath.Path(self.folder) / f"stage{stage}" / f"{kind}-{number:05d}{suffix}"
 
     def files(self, stage: int, kind: str) -> list[epath.Path]:
@@ -131,13 +133,13 @@ class Job:
         return sorted(path for path in folder.iterdir() if path.name.startswith(f"{kind}-"))
 
     def facts(self, stage: int, part: int) -> dict[str, Any] | None:
-        """What a finished part wrote of itself; None where it is not done."""
+        """The facts that a finished part wrote; None if it is not done."""
         path = self.path(stage, "facts", part, ".json")
         return json.loads(path.read_text()) if path.exists() else None
 
 
 class Count:
-    """What a step did to the documents of a part."""
+    """The effect of a step on the documents of a part."""
 
     def __init__(self) -> None:
         self.documents = self.bytes = self.removed = self.removed_bytes = self.changed = self.bytes_dropped = 0
@@ -147,7 +149,7 @@ class Count:
         self.samples: list[tuple[str, dict[str, Any]]] = []
 
     def see(self, size: int, tokens: int | None) -> None:
-        """Counts a document that the step looks at, of so many bytes and tokens."""
+        """Counts a document to which the step applies, with its bytes and tokens."""
         self.documents += 1
         self.bytes += size
         self.tokens += tokens or 0
@@ -159,7 +161,7 @@ class Count:
         self.tokens_dropped += tokens_dropped
 
     def remove(self, reason: str, size: int, tokens: int | None, sample: dict[str, Any]) -> None:
-        """Counts a removed document; of its samples those of lowest hash are kept."""
+        """Counts a removed document; keeps the samples with the lowest hashes."""
         self.removed += 1
         self.removed_bytes += size
         self.removed_tokens += tokens or 0
@@ -182,7 +184,7 @@ class Count:
 
 
 class Table:
-    """A Parquet file that is written row group by row group, under another name until it is whole."""
+    """A Parquet file that is written by row groups, under a temporary name until it is complete."""
 
     def __init__(self, path: epath.Path, schema: pa.Schema, hashes: Mapping[str, str]) -> None:
         self._path, self._schema = path, schema.with_metadata({f"codellm_jax.{key}": value
@@ -196,7 +198,7 @@ class Table:
         self._bytes = self.count = self.bytes = 0
 
     def add(self, row: dict[str, Any], size: int) -> None:
-        """Adds a row; `size` is its text's in bytes."""
+        """Adds a row; `size` is the size of its text in bytes."""
         self._rows.append(row)
         self._bytes += size + 200
         self.bytes += size
@@ -210,7 +212,7 @@ class Table:
         self._rows, self._bytes = [], 0
 
     def close(self) -> None:
-        """Ends the file and puts it in its place."""
+        """Completes the file and moves it to its place."""
         self._flush()
         self._writer.close()
         if self._is_remote:
@@ -221,8 +223,8 @@ class Table:
         self._building.replace(self._path)
 
     def discard(self) -> None:
-        """Removes what is there of a file that will not be whole."""
-        with contextlib.suppress(OSError):  # of what is thrown away
+        """Removes an incomplete file."""
+        with contextlib.suppress(OSError):  # the file is discarded anyway
             self._writer.close()
         self._file.close()
         self._building.unlink(missing_ok=True)
@@ -246,8 +248,8 @@ PART_BITS = 32  # of a document's number, below those of its part
 
 
 def signed(count: int) -> np.dtype:
-    """What is kept of a document to compare it: its number in its part, the first 8 bytes of its hash, its length in
-    bytes, where its shingles begin in their file and how many they are, and its signature of `count` hashes.
+    """The data for comparing a document: its number in its part, the first 8 bytes of its hash, its length in bytes,
+    the offset and number of its shingles in their file, and its signature of `count` hashes.
     """
     return np.dtype([("place", "<u8"), ("rank", "<u8"), ("bytes", "<u8"), ("begin", "<u8"), ("shingles", "<u4"),
                      ("signature", "<u4", (count,))])

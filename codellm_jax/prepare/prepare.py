@@ -1,17 +1,18 @@
-"""`t5x prepare`: documents of CORPORA, through the steps of STEPS, into Parquet files that CORPORA reads again.
+"""`t5x prepare`: runs documents of CORPORA through the steps of STEPS and writes Parquet files that CORPORA reads
+again.
 
-OUTPUT holds in the end
+The final content of OUTPUT:
 
-  documents-00000-of-00007.parquet   what is left; each with the file and row that it was read from, and its hash there;
+  documents-00000-of-00007.parquet   the remaining ones; each with the file and row it was read from, and its hash;
                                      or documents-train.tfrecord-00000-of-00007 (or array_record), a TFDS dataset by
                                      features.json and dataset_info.json
-  removed/                           of each document that is not: the same, and which step removed it and why
+  removed/                           the same for each removed document, with the step and the reason
   manifest.json                      inputs with sizes and times of change, steps with all options, counts, and the
                                      files' hashes
   README.md, card.html, steps.png    the data card
 
-Until then everything lies in OUTPUT.building, and the same command goes on from what is done there. Beam carries names
-of parts alone (`runtime.beam`); with one worker on this machine the same is done without Beam.
+Until the end, all files are in OUTPUT.building, and the same command continues from the parts that are done there. Beam
+only transports names of parts (`runtime.beam`); with one worker on this machine, Beam is not used.
 """
 
 import contextlib
@@ -37,25 +38,25 @@ from codellm_jax.results.files import write_whole
 from codellm_jax.runtime import beam
 from codellm_jax.runtime.process import alone_in
 
-LEAST_PART, MOST_PARTS = 64 << 20, 1 << 14  # bytes; together they are `part_bytes` where that is None
-LAYOUT = 3  # of the files in OUTPUT.building; raise it whenever others would be written
+LEAST_PART, MOST_PARTS = 64 << 20, 1 << 14  # bytes; they determine `part_bytes` if it is None
+LAYOUT = 3  # of the files in OUTPUT.building; increase it whenever they change
 
 
 def prepare(
     preparation: Preparation, workers: int | None = None, runner: str = beam.LOCAL, options: Sequence[str] = (),
     report: Callable[[str], None] = print,
 ) -> None:
-    """Prepares the documents, or goes on where that was interrupted.
+    """Prepares the documents, or continues an interrupted preparation.
 
     Args:
-      preparation: what is prepared, and how.
-      workers: processes on this machine; None for as many as it has cores where Beam is installed, else 1.
-      runner: Beam's: DirectRunner, DataflowRunner, SparkRunner, FlinkRunner, PortableRunner.
-      options: Beam's own, as on its command lines.
-      report: called with a line at a time.
+      preparation: the documents and the steps.
+      workers: processes on this machine; None for one per core if Beam is installed, else 1.
+      runner: Beam's runner: DirectRunner, DataflowRunner, SparkRunner, FlinkRunner, PortableRunner.
+      options: Beam's own options, as on its command lines.
+      report: called with one line at a time.
 
     Raises:
-      ValueError: a setting is wrong, Beam is wanted and not installed, or OUTPUT holds something else.
+      ValueError: a setting is wrong, Beam is needed but not installed, or OUTPUT holds something else.
       OSError: a file cannot be read or written.
     """
     work = _worker(workers, runner, options)
@@ -86,7 +87,7 @@ def prepare(
 
 
 def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[Any]) -> dict[str, Any]:
-    """What is to be done, as JSON: all that the output depends on."""
+    """The plan, as JSON: everything that the output depends on."""
     inputs: list[Any] = []
     changed: dict[str, int] = {}
     of_parts: list[Any] = []
@@ -114,7 +115,7 @@ def _plan(preparation: Preparation, steps: Sequence[Step], questions: Sequence[A
 def _parts(
     preparation: Preparation, source: str, files: Sequence[tuple[str, int, int]], part_bytes: int
 ) -> Iterator[list[Any]]:
-    """The parts of a corpus, each its name, files, and of a file that is parted the piece."""
+    """The parts of a corpus: for each its name, its files, and the piece if a file is divided."""
     part: list[tuple[str, int, int]] = []
     held = 0
     for file in files:
@@ -137,7 +138,7 @@ def _hash(value: Any) -> str:
 
 
 def _questions(preparation: Preparation, steps: Sequence[Step]) -> list[Any]:
-    """The questions of all benchmarks, [task, id, texts] each, where a step looks for them."""
+    """The questions of all benchmarks, [task, id, texts] each, if a step searches for them."""
     if not any(step.name == "decontaminate" for step in steps):
         return []
     if preparation.benchmarks is None or not preparation.tasks:
@@ -156,12 +157,12 @@ _KINDS = {"steps": "STEPS", "inputs": "files of CORPORA", "changed": "contents o
 
 
 def _difference(before: Mapping[str, Any], plan: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """What of a plan is not as it was, in words; None where all is."""
+    """The changed part of a plan, in words; None if nothing changed."""
     return next((_KINDS[key] for key in keys if before.get(key) != plan[key]), None)
 
 
 def _is_done(output: epath.Path, plan: Mapping[str, Any]) -> bool:
-    """Whether an output is that of the plan. Raises ValueError where it is another one, or something else."""
+    """Whether an output matches the plan. Raises ValueError if it belongs to another plan, or is something else."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"OUTPUT {output} is a file: name a folder.")
     manifest = output / "manifest.json"
@@ -177,7 +178,7 @@ def _is_done(output: epath.Path, plan: Mapping[str, Any]) -> bool:
 
 
 def _require_reach(runner: str, output: str, plan: Mapping[str, Any]) -> None:
-    """Raises ValueError where workers of Dataflow would look for files of this machine."""
+    """Raises ValueError if Dataflow's workers would need files of this machine."""
     if not runner.lower().startswith("dataflow"):
         return
     names = [output, *(file for one in plan["inputs"] for file, _ in one["files"] or ())]
@@ -188,7 +189,7 @@ def _require_reach(runner: str, output: str, plan: Mapping[str, Any]) -> None:
 
 
 def _begin(job: Job, plan: Mapping[str, Any], questions: Sequence[Any]) -> None:
-    """Writes down what is to be done, or compares it with what was begun."""
+    """Writes the plan, or compares it with the plan of an earlier start."""
     path = epath.Path(job.folder) / "plan.json"
     if path.exists():
         if differs := _difference(json.loads(path.read_text()), plan, tuple(_KINDS)):
@@ -208,7 +209,7 @@ def _begin(job: Job, plan: Mapping[str, Any], questions: Sequence[Any]) -> None:
 
 
 def _worker(workers: int | None, runner: str, options: Sequence[str]) -> Callable[[Job, Sequence[str]], None]:
-    """What does a job's work: Beam, or without it this process."""
+    """Returns the function that does a job's work: with Beam, or in this process."""
     if workers is not None and workers < 1:
         raise ValueError(f"--workers must be at least 1, found {workers}.")
     if workers is None and runner == beam.LOCAL and not options and importlib.util.find_spec("apache_beam") is None:
@@ -237,7 +238,9 @@ def _alone(job: Job, todo: Sequence[str]) -> None:
 
 
 def do(job: Job, text: str) -> None:
-    """Does what a text names: a part in a stage, a round behind one for a bucket or a unit, or counting of rows."""
+    """Does the work item named by a text: a part in a stage, a round after a stage for a bucket or a unit, or a row
+    count.
+    """
     what, *numbers = json.loads(text)
     if what == "part":
         parts.process(job, *numbers)
@@ -256,7 +259,7 @@ def do(job: Job, text: str) -> None:
 
 
 def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[[str], None]) -> None:
-    """Does all stages that are not done."""
+    """Runs all stages that are not done."""
     stages = job.stages
     for stage, of_stage in enumerate(stages):
         (epath.Path(job.folder) / f"stage{stage}").mkdir(parents=True, exist_ok=True)
@@ -307,7 +310,7 @@ def _tell_lost(job: Job, report: Callable[[str], None]) -> None:
 
 
 def _forget(job: Job, stage: int) -> None:
-    """Removes the documents of a stage, and what was found of them, once the next one is done."""
+    """Removes the documents of a stage and the data derived from them, once the next stage is done."""
     for kind in ("documents", "keys", "signed", "shingles", "met", "brought", "edges", "star", "found"):
         for path in job.files(stage, kind):
             path.unlink()
@@ -317,7 +320,7 @@ def _forget(job: Job, stage: int) -> None:
 
 
 def _finish(job: Job, plan: Mapping[str, Any], output: epath.Path, report: Callable[[str], None]) -> None:
-    """Puts everything in its place, the manifest last."""
+    """Moves everything to its place, the manifest last."""
     facts = [[job.facts(stage, part) or {} for part in range(len(job.parts))] for stage in range(len(job.stages))]
     last = len(job.stages) - 1
     (output / "removed").mkdir(parents=True, exist_ok=True)

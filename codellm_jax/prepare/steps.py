@@ -1,11 +1,11 @@
-"""The steps of a preparation by name, with their options: rules for one document, and what needs all of them.
+"""The steps of a preparation by name, with their options: rules for one document, and steps that need all documents.
 
 A step is a name, or a mapping with the name and options:
 
   ["special_symbols", {"name": "chinese_share", "at_least": 0.5, "sources": ["text.web"]}]
 
-`sources` says which corpora a step looks at: names, or pools ("text", "code"). Without it a rule for prose looks at the
-pool text, a rule for code at the pool code, and all other steps at both.
+`sources` selects the corpora that a step applies to: names, or pools ("text", "code"). By default a rule for prose
+applies to the pool text, a rule for code to the pool code, and all other steps to both.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from codellm_jax.prepare import code, quality, web
 from codellm_jax.prepare.language import language, require_known
 from codellm_jax.settings import nearest
 
-# Part of every step's hash; raise it whenever the same steps would leave other documents.
+# Part of every step's hash; increase it whenever the same steps would leave other documents.
 STEPS_VERSION = 2
 
-# Each takes a text, and what else its parameters name of `FIELDS`.
+# Each takes a text, and those of `FIELDS` that its parameters name.
 FILTERS: dict[str, Callable[..., str | None]] = {
     "chinese_share": web.chinese_share, "minimum_length": web.minimum_length, "title_only": web.title_only,
     "advertising": web.advertising, "language": language, "gopher_quality": quality.gopher_quality,
@@ -49,8 +49,8 @@ class Step:
 
     Attributes:
       name: of a filter, an edit, or one of `GLOBAL` or "decontaminate".
-      options: all of them, those that were left out with their defaults.
-      sources: the corpora and pools it looks at; empty for all.
+      options: all options, with defaults for those that were omitted.
+      sources: the corpora and pools it applies to; empty for all.
     """
 
     name: str
@@ -58,40 +58,41 @@ class Step:
     sources: tuple[str, ...]
 
     def looks_at(self, source: str) -> bool:
-        """Whether the documents of a corpus are its business."""
+        """Whether the step applies to the documents of a corpus."""
         return not self.sources or source in self.sources or source.partition(".")[0] in self.sources
 
     @property
     def needs_all(self) -> bool:
-        """Whether what it removes depends on all documents."""
+        """Whether the documents that it removes depend on all documents."""
         return self.name in GLOBAL
 
 
-# ---- Steps that are no rules: their options ------------------------------------------------------
+# ---- Options of the steps that are not rules ------------------------------------------------------
 
 
 def decontaminate(
     ngram: int = WORDS.n, minimum: int = WORDS.minimum, characters: int = CHARACTERS.n,
     minimum_characters: int = CHARACTERS.minimum, most: int = MOST,
 ) -> None:
-    """Removes documents that hold an n-gram of a benchmark's question, found as `t5x contamination` does.
+    """Removes documents that contain an n-gram of a benchmark's question, found as by `t5x contamination`.
 
-    The questions are those that the benchmark asks: of JEC-QA not the ones with several right answers.
+    The questions are those that the benchmark uses: without JEC-QA's questions with several right answers.
 
     Args:
       ngram: words of an n-gram.
-      minimum: words that a shorter part of a question must have to be looked for as a whole.
-      characters, minimum_characters: the same of Chinese and other scripts without spaces.
-      most: questions of one task that may have an n-gram; of more it is the task's manner of asking.
+      minimum: words that a shorter part of a question must have to be searched as a whole.
+      characters, minimum_characters: the same for Chinese and other scripts without spaces.
+      most: questions of one task that may contain an n-gram; with more, it is part of the task's wording.
     """
 
 
 def exact_duplicates() -> None:
-    """Removes documents that are equal to another but for case, white space and Unicode's compatible forms."""
+    """Removes documents that equal another except for case, white space and Unicode compatibility forms."""
 
 
 def duplicated_paragraphs(characters: int = 50) -> None:
-    """Drops lines of so many characters and more that stand in another document, from all but one of them."""
+    """Removes lines of at least this many characters that occur in another document, from all but one of the documents.
+    """
 
 
 def near_duplicates(ngram: int = 5, bands: int = 14, rows: int = 8, similarity: float = 0.85) -> None:
@@ -100,18 +101,18 @@ def near_duplicates(ngram: int = 5, bands: int = 14, rows: int = 8, similarity: 
     Args:
       ngram: words of a shingle; each Chinese character is a word.
       bands, rows: hashes of a signature; documents that agree in all rows of a band are compared. The default finds
-        98.8% of the pairs at a similarity of 0.85; for 98% at 0.8 give 22 x 8, at 0.7 30 x 6.
-      similarity: the least Jaccard similarity of the shingles; 0 takes all that agree in a band, as FineWeb does.
+        98.8% of the pairs at a similarity of 0.85; for 98% at 0.8 use 22 x 8, at 0.7 30 x 6.
+      similarity: the minimum Jaccard similarity of the shingles; 0 takes all that agree in a band, as FineWeb does.
     """
 
 
 def sample(budgets: Mapping[str, float], unit: str = "bytes", seed: int = 0) -> None:
-    """Keeps documents of each corpus, drawn by a hash of their text, as long as its budget lasts.
+    """Keeps documents of each corpus, drawn by a hash of their text, up to its budget.
 
     Args:
-      budgets: how much of each corpus; one that is not named stays whole.
-      unit: "bytes" of UTF-8, or "tokens" of the preparation's vocabulary, those that begin and end a document included.
-      seed: another draws others.
+      budgets: the amount of each corpus; a corpus without a budget stays whole.
+      unit: "bytes" of UTF-8, or "tokens" of the preparation's vocabulary, including begin and end tokens.
+      seed: another seed draws other documents.
     """
 
 
@@ -125,14 +126,14 @@ ALL: dict[str, Callable[..., Any]] = {**EDITS, **FILTERS, **GLOBAL, "decontamina
 
 
 def steps_of(asked: Sequence[Any], sources: Sequence[str]) -> list[Step]:
-    """The steps of a list as the module describes it.
+    """The steps in a list, in the format that the module describes.
 
     Args:
       asked: names, or mappings with a "name".
-      sources: all corpora that are prepared.
+      sources: all corpora in the preparation.
 
     Raises:
-      ValueError: in one line; a name, an option or a value is not known.
+      ValueError: with a one-line message; a name, an option or a value is unknown.
     """
     if isinstance(asked, str) or not isinstance(asked, Sequence):
         raise ValueError(f"STEPS must be a list such as ['exact_duplicates'], found {asked!r}.")
@@ -185,7 +186,7 @@ def _options(name: str, given: dict[str, Any], sources: Sequence[str]) -> dict[s
 
 
 def _require(name: str, key: str, value: Any, default: Any) -> None:
-    """Raises ValueError where the value of an option is not of the kind of its default."""
+    """Raises ValueError if the value of an option has another type than its default."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(default, bool):
         good, wanted = isinstance(value, bool), "True or False"
@@ -226,7 +227,7 @@ def described(steps: Sequence[Step]) -> list[dict[str, Any]]:
 
 
 def counts_tokens(steps: Sequence[Step]) -> bool:
-    """Whether what a step leaves depends on a vocabulary."""
+    """Whether the output of a step depends on a vocabulary."""
     return any(step.options.get("unit") == "tokens" for step in steps)
 
 

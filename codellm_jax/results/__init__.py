@@ -1,1 +1,1 @@
-"""How sure one may be of a score: intervals, paired tests, seeds, levels to read it against. Needs numpy and SciPy."""
+"""The uncertainty of scores: intervals, paired tests, seeds, and reference levels. Needs numpy and SciPy."""

@@ -1,7 +1,8 @@
-"""What each question adds to a score, of each seed of an arm; scores and differences of scores from that alone.
+"""The contribution of each question to a score, for each seed of an arm; computes scores and their differences from
+these.
 
-Scores are fractions of 1, BLEU too, but for some of `measures.MEASURES`. To an accuracy a question adds its credit: 1,
-0, or 1 / k where k candidates tie.
+Scores are fractions of 1, including BLEU but not some of `measures.MEASURES`. A question contributes its credit to an
+accuracy: 1, 0, or 1 / k if k candidates tie.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,13 +30,13 @@ Lines = Sequence[Mapping[str, Any]]
 NGRAMS = 4
 POWER_QUANTILE = NormalDist().inv_cdf(0.8)
 METRICS = {"accuracy": "accuracy", "pass@1": "pass@1", "bleu": "BLEU", "exact_match": "exact match", "f1": "F1"}
-# What stands beside an accuracy. Of a few questions a bootstrap would be too sure of these: theirs is Student's test.
+# Measures beside an accuracy. With few questions a bootstrap would be too narrow for these: they use Student's test.
 BESIDE = {measure.name: measure for measure in MEASURES if measure.name != "accuracy"}
 
 
 class Estimate(NamedTuple):
     value: float
-    interval: Interval | None  # 95%; None where nothing can be said of it
+    interval: Interval | None  # 95%; None where it is unknown
     n: int
     seeds: int
 
@@ -47,11 +48,11 @@ class Compared(NamedTuple):
     interval: Interval | None
     p_value: float
     test: str  # one of TESTS
-    detectable: float | None  # the smallest difference that these questions, and seeds, show
+    detectable: float | None  # the smallest difference detectable with these questions and seeds
 
 
 class Levels(NamedTuple):
-    """What an accuracy is read against."""
+    """The reference levels of an accuracy."""
 
     chance: float
     majority: float
@@ -74,30 +75,30 @@ TESTS = {
 
 
 def metrics_of(lines: Lines) -> list[str]:
-    """The metrics that a task's lines bear out, in the order they are told."""
+    """The metrics that a task's lines contain, in printing order."""
     if "correct" in lines[0]:
         return ["accuracy"]
     return [name for name in METRICS if name in lines[0] or f"{name}_counts" in lines[0]]
 
 
 def ties_of(lines: Lines) -> int:
-    """Questions of which several candidates share the best score."""
+    """The number of questions for which several candidates share the best score."""
     return sum(bool(line.get("tied")) for line in lines)
 
 
 def is_measured(lines: Lines) -> bool:
-    """False where most questions are ties: such a score tells how many candidates there are, and not of the model."""
+    """False if most questions are ties: such a score reflects the number of candidates, not the model."""
     return 2 * ties_of(lines) <= len(lines)
 
 
 def values_of(lines: Lines, metric: str) -> np.ndarray:
-    """What each question adds: [n], or for BLEU [n, 10], the counts that `corpus_bleu` is a function of."""
+    """The contribution of each question: [n], or for BLEU [n, 10], the counts from which `corpus_bleu` is computed."""
     name = {"accuracy": "correct", "bleu": "bleu_counts"}.get(metric, metric)
     return np.array([line[name] for line in lines], np.float64)
 
 
 def levels_of(lines: Lines) -> Levels | None:
-    """Chance and majority of questions with candidates; None of those that are answered by writing."""
+    """Chance and majority of questions with candidates; None for generated answers."""
     if "correct" not in lines[0]:
         return None
     return Levels(chance_level([len(line["candidates"]) for line in lines]),
@@ -105,10 +106,10 @@ def levels_of(lines: Lines) -> Levels | None:
 
 
 def corpus_bleu(counts: np.ndarray) -> np.ndarray:
-    """BLEU-4 (Papineni et al., 2002) in 0 ... 1, of counts summed over questions, [..., 10] -> [...].
+    """BLEU-4 (Papineni et al., 2002) in 0 ... 1, from counts summed over questions, [..., 10] -> [...].
 
-    Counts are the lengths of the prediction and of the reference, then of each order of n-grams those that match, then
-    those predicted. Nothing is smoothed: without a match of some order it is 0.
+    Counts are the lengths of the prediction and of the reference, then for each order of n-grams the matching and the
+    predicted ones. There is no smoothing: without a match of some order the result is 0.
     """
     counts = np.asarray(counts, np.float64)
     matches, possible = counts[..., 2:2 + NGRAMS], counts[..., 2 + NGRAMS:]
@@ -120,7 +121,7 @@ def corpus_bleu(counts: np.ndarray) -> np.ndarray:
 
 
 def score_of(values: np.ndarray) -> float:
-    """The score of one seed's values."""
+    """The score from one seed's values."""
     return float(values.mean()) if values.ndim == 1 else float(corpus_bleu(values.sum(axis=0)))
 
 
@@ -128,8 +129,9 @@ def estimate(seeds: Sequence[np.ndarray], metric: str) -> Estimate:
     """The mean score of an arm's seeds; of each `values_of`, or what `measures.values` has and is not NaN, of the same
     questions and this metric or measure.
 
-    Of one seed, accuracies and other shares of questions get Wilson's interval, measures beside an accuracy Student's
-    and others a bootstrap's, over questions; of several seeds it is that of `contrast`, over seeds and questions.
+    For one seed, accuracies and other shares of questions get Wilson's interval, measures beside an accuracy Student's,
+    and others a bootstrap interval over questions; for several seeds it is that of `contrast`, over seeds and
+    questions.
     """
     n, value = len(seeds[0]), float(np.mean([score_of(values) for values in seeds]))
     low, high = (BESIDE[metric].lowest, BESIDE[metric].highest) if metric in BESIDE else (0.0, 1.0)
@@ -141,7 +143,7 @@ def estimate(seeds: Sequence[np.ndarray], metric: str) -> Estimate:
     elif len(seeds) == 1 and not shares and metric not in BESIDE:
         drawn = bootstrap(seeds[0], _from_sums(seeds[0]))
         interval = drawn.interval if drawn.standard_error else None
-    if interval is None and shares:  # Wilson's is never a point
+    if interval is None and shares:  # Wilson's interval is never a point
         interval = mean_interval(value, n)
     return Estimate(value, interval and Interval(max(low, interval.low), min(high, interval.high)), n, len(seeds))
 
@@ -193,7 +195,7 @@ def compared(first: Sequence[np.ndarray], second: Sequence[np.ndarray], metric: 
 
 
 def linear(seeds: Sequence[np.ndarray]) -> np.ndarray:
-    """[S, n]: values whose means stand for the scores; see `pseudo_values`."""
+    """[S, n] values whose means stand for the scores; see `pseudo_values`."""
     return np.stack([pseudo_values(values, _from_sums(values)) for values in seeds])
 
 

@@ -1,5 +1,5 @@
-"""Files that commands write and later ones read: JSON objects, and the two files of a result, TASK.json and TASK.jsonl
-with a header and a line for each question.
+"""Files that commands write and later commands read: JSON objects, and the two files of a result, TASK.json and
+TASK.jsonl with a header and a line for each question.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ from etils import epath
 
 
 class Damaged(ValueError):
-    """A file that an earlier command wrote is not what it should be; the message names it."""
+    """A file written by an earlier command is invalid; the message names it."""
 
 
 Members = Mapping[str, type | tuple[type, ...]]
 _NUMBER = (int, float)
-# What provenance.json of a run may hold, and the ledger in it; see `runtime.provenance`.
+# The members of a run's provenance.json, and of the ledger in it; see `runtime.provenance`.
 PROVENANCE: Members = {
     "asked": dict, "order": str, "ledger": dict, "sessions": list, "step": int, "last_step": int, "finished": bool,
     "data": dict, "checkpoint": (str, type(None)), "kept": dict, "arm": str, "seed": (int, type(None)),
@@ -25,7 +25,7 @@ PROVENANCE: Members = {
     "prepared": dict}
 LEDGER: Members = {"stage": str, "rows": dict, "tokens": dict, "phases": list, "before": list, "model_dir": str,
                    "branch": (dict, type(None)), "epoch_rows": dict}
-# What TASK.json of an evaluation may hold that others read.
+# The members of an evaluation's TASK.json that others read.
 RESULT: Members = {
     "task": str, "n": int, "settings": dict, "checkpoint": dict, "metric": str, "sample": bool, "value": _NUMBER,
     "interval": (list, type(None)), "measured": bool, "ties": int, "measures": dict, "scores": dict,
@@ -37,15 +37,15 @@ ENTRY: Members = {
 
 
 def read_object(path: epath.Path, members: Members, required: Collection[str] = ()) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file.
+    """The JSON object in a file; None if there is no file.
 
     Args:
       path: of the file.
       members: types of values by their names.
-      required: names that must be there.
+      required: names that must be present.
 
     Raises:
-      Damaged: in one line; it holds something else.
+      Damaged: with a one-line message; the file contains something else.
     """
     if not path.exists():
         return None
@@ -58,7 +58,7 @@ def read_object(path: epath.Path, members: Members, required: Collection[str] = 
 
 
 def require_members(found: Any, members: Members, required: Collection[str], what: str) -> None:
-    """Raises Damaged where `found` is no object, lacks a name, or has a value of another type."""
+    """Raises Damaged if `found` is not an object, lacks a name, or has a value of another type."""
     if not isinstance(found, dict):
         raise Damaged(f"{what} is damaged: it holds no JSON object.")
     for name in required:
@@ -71,7 +71,7 @@ def require_members(found: Any, members: Members, required: Collection[str], wha
 
 
 def require_plain_runs(path: epath.Path, entries: Iterable[Any]) -> None:
-    """Raises Damaged where study.json names a run that is no folder below `runs`, or says what no plan says of it."""
+    """Raises Damaged if study.json names a run that is not a folder below `runs`, or holds what no plan has."""
     for entry in entries:
         require_members(entry, ENTRY, ("run",), str(path))
         if entry["run"] in ("", ".", "..") or set(entry["run"]) & set("/\\\0\n"):
@@ -81,15 +81,15 @@ def require_plain_runs(path: epath.Path, entries: Iterable[Any]) -> None:
 def read_provenance(
     run: epath.Path, required: Collection[str] = (), of_ledger: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """provenance.json of a run directory; None where there is none.
+    """The content of provenance.json in a run directory; None if there is none.
 
     Args:
       run: the directory.
-      required: names that must be there.
-      of_ledger: names that must be in the ledger of each stage.
+      required: names that must be present.
+      of_ledger: names that must be present in the ledger of each stage.
 
     Raises:
-      Damaged: in one line; it is not what a run writes.
+      Damaged: with a one-line message; the file is not what a run writes.
     """
     path = run / "provenance.json"
     found = read_object(path, PROVENANCE, required)
@@ -107,28 +107,29 @@ def read_provenance(
 
 
 def files_of(folder: epath.Path, *suffixes: str) -> list[epath.Path]:
-    """The files in a folder whose names end so, sorted; none where there is no folder. The folder's own name is no
-    pattern, as it would be for glob.
+    """The files in a folder whose names have one of these suffixes, sorted; none if there is no folder. Unlike with
+    glob, the folder's own name is not a pattern.
     """
     return sorted(path for path in (folder.iterdir() if folder.exists() else ()) if path.suffix in suffixes)
 
 
 def as_lines(values: Sequence[Any]) -> str:
-    """JSON, a line each; it may hold what `encoded` alone can write."""
+    """JSON, one value per line; may contain text that only `encoded` can write."""
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8, whatever the locale. A lone surrogate, which UTF-8 cannot hold, becomes its escape, "\\udc80", which JSON
-    reads as that surrogate again.
+    """UTF-8, whatever the locale. A lone surrogate, which UTF-8 cannot represent, becomes its escape, "\\udc80", which
+    JSON reads as that surrogate again.
     """
     return text.encode("utf-8", "backslashreplace")
 
 
 def lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of an evaluation under this very header, as far as it came; a kill may have cut the last one short."""
+    """The lines of an interrupted evaluation with exactly this header; a kill may have truncated the last one."""
     lines = []
-    # A kill may cut a character too; and U+2028 and its like stand in texts as they are, where `splitlines` splits.
+    # A kill may also truncate a character; and texts contain U+2028 and similar unescaped, where `splitlines` would
+    # split.
     for text in path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []:
         if not text:
             continue
@@ -143,9 +144,9 @@ def lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str,
 
 
 def finished_lines(path: epath.Path, result: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The lines of TASK.jsonl, without its header, where they are those of TASK.json; else None.
+    """The lines of TASK.jsonl, without its header, if they match TASK.json; else None.
 
-    Nor are they where a result tells of ties and its lines do not: earlier versions took the first of those that tie.
+    They do not match if a result has ties but its lines do not: earlier versions chose the first of tied candidates.
     """
     header = {key: result.get(key) for key in ("settings", "checkpoint")}
     lines = lines_written(path, header)
@@ -154,7 +155,7 @@ def finished_lines(path: epath.Path, result: Mapping[str, Any]) -> list[dict[str
 
 
 def read_result(path: epath.Path, required: Collection[str] = ("task", "n", "settings")) -> dict[str, Any]:
-    """What TASK.json holds. Raises Damaged, in one line."""
+    """The content of TASK.json. Raises Damaged with a one-line message."""
     found = read_object(path, RESULT, ("checkpoint", *required))
     if found is None:
         raise Damaged(f"{path} is gone.")
@@ -164,13 +165,13 @@ def read_result(path: epath.Path, required: Collection[str] = ("task", "n", "set
 def write_result(
     folder: epath.Path, name: str, header: Mapping[str, Any], lines: Sequence[Any], result: Mapping[str, Any]
 ) -> None:
-    """Both files of a task, the lines first."""
+    """Writes both files of a task, the lines first."""
     write_whole(folder / f"{name}.jsonl", as_lines([header, *lines]))
     write_whole(folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Whole or not at all, as UTF-8; see `encoded`. Of several that write at the same time one is whole there."""
+    """Writes atomically, as UTF-8; see `encoded`. Of several concurrent writers, one leaves its whole file."""
     building, content = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.building"), encoded(text)
     try:
         with named(path, len(content)):
@@ -183,11 +184,11 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def named(path: epath.Path, size: int) -> Iterator[None]:
-    """Errors of a disk within say which file was written, and how many bytes. Raises OSError, in one line."""
+    """Makes disk errors in the block name the file and the number of bytes. Raises OSError with a one-line message."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(f"{path} cannot be written ({size:,} bytes): {error.strerror}. Fix this and run the same command "
-                      "again: it goes on from what is whole.") from error
+                      "again: it continues from what is complete.") from error

@@ -1,7 +1,7 @@
-"""What a score is read against: chance, the commonest answer, and the smallest difference that n questions show.
+"""Reference levels of a score: chance, the commonest answer, and the smallest difference detectable with n questions.
 
-Levels and differences are fractions of 1. Only `level_test` and the summaries look at what a system answered.
-Detectable differences are those of the very tests that are used, with their power computed and not approximated.
+Levels and differences are fractions of 1. Only `level_test` and the summaries use a system's answers. Detectable
+differences are those of the tests in use, with their power computed exactly, not approximated.
 """
 
 import collections
@@ -28,11 +28,11 @@ ROUNDING = 1e-9  # of differences that are detected
 class Majority(NamedTuple):
     level: float
     answer: int | str
-    questions: int  # of which it is the right answer
+    questions: int  # for which it is the right answer
 
 
 class AccuracySummary(NamedTuple):
-    """Everything that must stand beside an accuracy."""
+    """The numbers reported with an accuracy."""
 
     accuracy: float
     n: int
@@ -47,7 +47,7 @@ class AccuracySummary(NamedTuple):
 
 
 def chance_level(candidate_counts: Sequence[int]) -> float:
-    """The accuracy expected of choosing blindly: the mean of 1 / candidates over questions.
+    """The expected accuracy of random choice: the mean of 1 / candidates over questions.
 
     Raises:
       ValueError: no questions, or one without candidates.
@@ -58,8 +58,8 @@ def chance_level(candidate_counts: Sequence[int]) -> float:
 def majority_level(answers: Sequence[int] | Sequence[str]) -> Majority:
     """The accuracy of always giving the commonest right answer of these questions (its position, or its label).
 
-    Of equally common answers the smallest is named. Known from the answers themselves, it is the best that a system
-    which ignores the question can reach.
+    Among equally common answers the smallest is named. Since it uses the answers themselves, it is the best that a
+    system which ignores the question can reach.
 
     Raises:
       ValueError: no questions.
@@ -71,7 +71,7 @@ def majority_level(answers: Sequence[int] | Sequence[str]) -> Majority:
 
 
 def level_test(correct: int, probabilities: Sequence[float] | np.ndarray) -> float:
-    """p-value, two-sided and exact, of `correct` right answers if each is right with its own probability.
+    """The exact two-sided p-value of `correct` right answers if each is right with its own probability.
 
     The sum of the probabilities of all counts that are no likelier than this one (as R's binom.test), which are
     binomial where all probabilities are equal and Poisson-binomial otherwise. Against chance the probabilities are
@@ -108,8 +108,8 @@ def count_distribution(probabilities: Sequence[float] | np.ndarray) -> np.ndarra
 def detectable_from_level(n: int, level: float, power: float = 0.8, alpha: float = 0.05) -> float | None:
     """The smallest d such that `level_test` finds a true accuracy of level + d in n questions; None if it finds none.
 
-    "Finds" is: with a chance of at least `power`, exactly computed, the p-value is at most alpha and the accuracy
-    above `level`.
+    "Finds" means: with a probability of at least `power`, computed exactly, the p-value is at most alpha and the
+    accuracy is above `level`.
 
     Raises:
       ValueError: no questions, or level, power or alpha out of their ranges.
@@ -123,7 +123,7 @@ def detectable_independent(n: int, accuracy: float, power: float = 0.8, alpha: f
     """The smallest improvement d over `accuracy` that McNemar's exact test finds in n questions on which two systems
     err independently, as `detectable_paired` does; None if it finds none.
 
-    It is the one to state while only one system is known: systems that err alike show smaller differences.
+    It applies while only one system is known: systems with similar errors show smaller differences.
     """
     _check_share(accuracy)
 
@@ -134,7 +134,8 @@ def detectable_independent(n: int, accuracy: float, power: float = 0.8, alpha: f
 
 
 def detectable_paired(n: int, discordant: float, power: float = 0.8, alpha: float = 0.05) -> float | None:
-    """The smallest difference d of two accuracies that McNemar's exact test finds in n questions; None if none is.
+    """The smallest difference d of two accuracies that McNemar's exact test finds in n questions; None if there is
+    none.
 
     "Finds" is as in `detectable_from_level`. `discordant` is the share of questions that exactly one of the systems
     has right; d cannot exceed it.
@@ -147,7 +148,7 @@ def detectable_paired(n: int, discordant: float, power: float = 0.8, alpha: floa
 
 
 def detectable_by_error(standard_error: float, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest difference that a score with this standard error shows: (z_a + z_b) standard_error.
+    """The smallest difference that is detectable at this standard error: (z_a + z_b) standard_error.
 
     For scores that are not shares of questions: the error is that of `bootstrap` (against a fixed level) or of
     `paired_bootstrap` (between two systems), in the unit of the score.

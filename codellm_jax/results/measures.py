@@ -1,16 +1,16 @@
-"""Measures of each question beside right or wrong, which move long before the accuracy of a small model does.
+"""Measures of each question besides right or wrong, which change long before a small model's accuracy does.
 
-All are computed from the log-likelihoods in TASK.jsonl, so that older results have them too. Of a question with
-candidates, whose scores s are those that choose (by default the mean log-likelihood of a token):
+All are computed from the log-likelihoods in TASK.jsonl, so older results have them too. For a question with candidates,
+with the scores s that choose (by default the mean log-likelihood per token):
 
   accuracy       1, 0, or 1 / k where k candidates tie
-  bits_per_byte  -log-likelihood of what is scored of the right candidate, over ln 2, over its bytes of UTF-8
-  margin         s of the right candidate minus the highest s of a wrong one: not negative where the answer is right
+  bits_per_byte  -log-likelihood of the scored text of the right candidate / ln 2 / its UTF-8 bytes
+  margin         s of the right candidate minus the highest s of a wrong one: not negative if the answer is right
   probability    of the right candidate: exp(s) over the sum of exp(s) of all candidates
 
-A score is a mean over questions. The template says what is scored of a candidate: its own text, or the question behind
-it. A candidate that is cut counts as it was scored, in nats and in bytes. Compare runs of different vocabularies by
-bits per byte: scores of tokens depend on the vocabulary.
+A score is a mean over questions. The template determines which text of a candidate is scored: its own, or the question
+after it. A truncated candidate counts as scored, in nats and in bytes. Compare runs with different vocabularies by bits
+per byte: scores per token depend on the vocabulary.
 
 Bits per byte of the right answer are the task loss of Bhagia et al. (2024, "Establishing Task Scaling Laws via
 Compute-Efficient Model Ladders"); margin and probability are after Magnusson et al. (2025, "DataDecide"), where the
@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Lines = Sequence[Mapping[str, Any]]
-# Of each scoring what a score is in.
+# The unit of a score for each kind of scoring.
 UNITS = {"per_token": "nats per token", "sum": "nats", "per_byte": "nats per byte", "released": "nats per token"}
-# Of answers that are written: the first that a line has is what the question adds to the result's own score.
+# For generated answers: the first of these in a line is the question's contribution to the result's own score.
 WRITTEN = ("pass@1", "f1")
 
 
 class Measure(NamedTuple):
-    """What is told of a measure."""
+    """The description of a measure."""
 
     name: str
     title: str
@@ -51,14 +51,14 @@ MEASURES = (
 
 
 def values(lines: Lines, scoring: str = "per_token") -> dict[str, np.ndarray]:
-    """What each question adds under each measure, by its name: float64 [n].
+    """The contribution of each question under each measure, by name: float64 [n].
 
-    NaN where a question does not have it: a margin where there is no wrong candidate, and all but the accuracy of
-    answers that are written, whose accuracy is pass@1 or F1.
+    NaN if a question does not have the measure: a margin without a wrong candidate, and for generated answers
+    everything except the accuracy, which is pass@1 or F1.
 
     Args:
       lines: of a result, without the header.
-      scoring: what chose, "scoring" of the result's settings; see UNITS.
+      scoring: the rule that chooses, "scoring" in the result's settings; see UNITS.
     """
     found = {measure.name: np.full(len(lines), np.nan) for measure in MEASURES}
     for place, line in enumerate(lines):
@@ -77,7 +77,7 @@ def values(lines: Lines, scoring: str = "per_token") -> dict[str, np.ndarray]:
 
 
 def score(candidate: Mapping[str, Any], scoring: str) -> float:
-    """The score of a candidate's line, in UNITS: the highest is chosen."""
+    """The score in a candidate's line, in UNITS: the highest is chosen."""
     if scoring == "released":
         return candidate["released"] / candidate["released_tokens"]
     return candidate["log_likelihood"] / {"per_token": candidate["tokens"], "per_byte": candidate["bytes"],
@@ -85,7 +85,7 @@ def score(candidate: Mapping[str, Any], scoring: str) -> float:
 
 
 class Separation(NamedTuple):
-    """How well a measure tells arms apart whose seeds it was taken of."""
+    """How well a measure distinguishes arms, given their seeds."""
 
     measure: str
     arms: tuple[str, str]  # those whose means lie farthest apart, the higher first
@@ -96,7 +96,7 @@ class Separation(NamedTuple):
 
 
 def signal_over_noise(arms: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> list[Separation]:
-    """Which measure tells arms apart best: a row for each, the highest ratio first and those without one last.
+    """How well each measure distinguishes arms: a row for each, the highest ratio first and those without one last.
 
     After Heineman et al. (2025, "Signal and Noise: A Framework for Reducing Uncertainty in Language Model
     Evaluation"): the largest difference of two means over the noise, which there is taken between the last checkpoints
@@ -104,11 +104,11 @@ def signal_over_noise(arms: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) ->
     `by_chance`, Tukey's studentized range with Kramer's correction for unequal numbers of seeds.
 
     Args:
-      arms: of each arm its seeds, of each of them [n] by measure, as `values` gives them of one task; [1] of a held-out
-        loss. Questions that are NaN are left out, and so are measures that an arm does not have.
+      arms: for each arm its seeds, for each of them [n] by measure, as returned by `values` for one task; [1] for a
+        held-out loss. Questions with NaN are left out, as are measures that an arm does not have.
 
     Returns:
-      Nothing where there are fewer than two arms, or no arm has two seeds.
+      Nothing if there are fewer than two arms, or no arm has two seeds.
     """
     degrees = sum(len(seeds) - 1 for seeds in arms.values())
     if len(arms) < 2 or degrees < 1 or not all(arms.values()):

@@ -1,22 +1,21 @@
-"""How sure one may be of a score where an arm was trained with several seeds: seeds and questions are both samples.
+"""The uncertainty of a score for an arm with several seeds: both seeds and questions are samples.
 
-Another seed would answer otherwise, and so would other questions. The variance of a mean over S seeds and n questions
+Another seed would give other answers, and so would other questions. The variance of a mean over S seeds and n questions
 is taken as
 
     between seeds: v(the seeds' means) / S   +   between questions: v(the questions' means over seeds) / n
 
-each v with its unbiased denominator. In the crossed design seeds x questions both terms hold the variance of a single
-answer, which is thus counted twice, as in min F' (Clark, 1973). Over several tasks, whose questions are others but
-whose seeds are the same, the seeds' means are taken over the tasks first, and each task has a term of its own. Seeds of
-two arms that have nothing in common are taken to vary equally.
+each v with its unbiased denominator. In the crossed design seeds x questions both terms contain the variance of a
+single answer, which is thus counted twice, as in min F' (Clark, 1973). Over several tasks, with different questions but
+the same seeds, the seeds' means are taken over the tasks first, and each task has its own term. Seeds of two unrelated
+arms are assumed to vary equally.
 
-The terms v have few degrees of freedom where there are few seeds, and may be small by luck. So the interval is
-Banerjee's (1960), estimate +- sqrt(sum of t^2 v) with each term's own quantile t of Student's distribution, which
-covers at least as often as it says, however large each term is. The p-value is that of the interval that just
-reaches 0.
+The terms v have few degrees of freedom if there are few seeds, and may be small by luck. The interval is therefore
+Banerjee's (1960), estimate +- sqrt(sum of t^2 v) with each term's own quantile t of Student's distribution, which has
+at least the nominal coverage, however large each term is. The p-value is that of the interval that just reaches 0.
 
-A score that is no mean over questions, as corpus BLEU, goes in by its pseudo-values (Tukey's jackknife). Where all
-questions say the same, one more is imagined that says nothing, for no sample is certain.
+A score that is not a mean over questions, such as corpus BLEU, is represented by its pseudo-values (Tukey's jackknife).
+If all questions agree, one more that carries no information is added, since no sample is certain.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ import numpy as np
 from codellm_jax.results.statistics import Interval
 
 FromSums = Callable[[np.ndarray], np.ndarray]
-LEAST_P_VALUE = 1e-12  # smaller ones are not told apart
+LEAST_P_VALUE = 1e-12  # smaller ones are not distinguished
 
 
 class Contrast(NamedTuple):
@@ -40,7 +39,7 @@ class Contrast(NamedTuple):
 
 
 def pseudo_values(values: np.ndarray, from_sums: FromSums | None = None) -> np.ndarray:
-    """[n] values whose mean stands for the score: the values themselves, or n T - (n - 1) T without question i.
+    """[n] values whose mean represents the score: the values themselves, or n T - (n - 1) T without question i.
 
     Args:
       values: [n], or [n, k] with `from_sums`, the score as a function of the sums [..., k] -> [...].
@@ -63,9 +62,9 @@ def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None = 
       first: for each task [S, n]: what each seed adds on each question.
       second: likewise of another arm, [T, n] with the same questions; None for none.
       paired: row s of both belongs to the same seed, which they have in common.
-      seeds: False leaves the variance between seeds out, where an arm has one alone: what is said holds of these very
-        parameters, and not of others that were trained likewise.
-      estimate: stands in the place of the mean, where the values are pseudo-values of another score.
+      seeds: False ignores the variance between seeds, for arms with a single seed: the result then holds for these
+        parameters, not for others trained in the same way.
+      estimate: replaces the mean, if the values are pseudo-values of another score.
       level: of confidence.
 
     Raises:

@@ -1,9 +1,9 @@
-"""How sure one may be of a score, and of the difference of two: intervals, paired tests, corrections.
+"""The uncertainty of a score and of the difference of two: intervals, paired tests, corrections.
 
 An accuracy, or any other share of questions, gets a Wilson interval; every other score is bootstrapped over questions.
-Two systems that answered the same questions are compared in pairs: by McNemar's test where each question is right or
-wrong, by sign flips where one may be right in part, as a tie of k candidates is to 1 / k. What sampling questions
-cannot tell is how much another training seed would change.
+Two systems with answers to the same questions are compared in pairs: by McNemar's test if each question is right or
+wrong, by sign flips if one can be partly right, as a tie of k candidates is to 1 / k. Resampling questions does not
+show the variation between training seeds.
 """
 
 import math
@@ -62,8 +62,8 @@ def wilson_interval(correct: int, n: int, level: float = 0.95) -> Interval:
 def mean_interval(mean: float, n: int, level: float = 0.95) -> Interval:
     """Wilson's interval for the mean of n values from 0 to 1, such as credits of ties.
 
-    It supposes the variance mean (1 - mean), that of right and wrong, which no values from 0 to 1 exceed. So it is
-    never too narrow on their account.
+    It assumes the variance mean (1 - mean), that of right and wrong, which values from 0 to 1 cannot exceed, so it is
+    never too narrow for that reason.
 
     Raises:
       ValueError: there are no questions, or the mean or the level is out of its range.
@@ -85,8 +85,8 @@ def bootstrap(values: Values, from_sums: FromSums | None = None, *, level: float
               seed: int = 0) -> Bootstrap:
     """A percentile interval over questions drawn with replacement (Efron, 1979).
 
-    Where all questions have the same value the interval is that point, which is too sure: for shares of questions,
-    take `wilson_interval`.
+    If all questions have the same value, the interval is that point, which is too narrow: for shares of questions, use
+    `wilson_interval`.
 
     Args:
       values: [n], one value a question, or [n, k], sufficient statistics of each question.

@@ -129,7 +129,7 @@ def _watched(builds: Sequence[Build], planned: Sequence[Sequence[Shard]]) -> Ite
         first = work if first is None else first
         parts = [f"{text_bytes / 1e6:,.1f} MB of text"]
         if text_bytes and seconds:
-            parts.append(f"{text_bytes / 1e6 / seconds:.1f} MB/s a core")
+            parts.append(f"{text_bytes / 1e6 / seconds:.1f} MB/s per core")
         if first < work < total:
             parts.append(f"{duration((time.monotonic() - began) / (work - first) * (total - work))} left")
         status.show(done, ", ".join(parts))

@@ -79,7 +79,7 @@ def test_a_sweep_and_what_is_tuned_from_it():
     assert [arm.name for arm in arms] == [
         "NL", "R-0.0", "R-0.1", "R-0.5", "RATE-0.1", "RN-0.0", "RN-0.1", "LR-0.0001", "LR-0.0002", "M-0", "M-1"]
     # What would be trained just as NL is NL; what is tuned from it is tuned from NL.
-    assert told == ["RATE-0.0 is NL, which is trained once."]
+    assert told == ["RATE-0.0 equals NL, which is trained once."]
     by_name = {arm.name: arm for arm in arms}
     assert by_name["RN-0.0"].parent == "NL" and by_name["RN-0.1"].parent == "RATE-0.1"
     assert by_name["R-0.5"].settings == {"CODE_RATE": 0.5, "LEARNING_RATE": 1e-4}
@@ -102,7 +102,7 @@ def test_an_arm_starts_from_one_point_of_a_sweep():
     assert [(arm.name, arm.parent, arm.at) for arm in arms] == [
         ("NL", None, None), ("RATE-0.5", None, None), ("TUNED", "RATE-0.5", None), ("FIRST", "NL", None),
         ("MID-0.1", "RATE-0.5", 0.5), ("MID-0.2", "RATE-0.5", 0.5), ("LATE", "MID-0.1", 0.8)]
-    assert told == ["RATE-0.0 is NL, which is trained once."]
+    assert told == ["RATE-0.0 equals NL, which is trained once."]
     with pytest.raises(ValueError, match="TUNED start from 'RATE-0.4', which is not an arm; the arms are NL, .*0.5"):
         expand(make_study(sweep | {"TUNED": {"from": "RATE-0.4"}}))
 

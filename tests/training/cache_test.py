@@ -423,4 +423,4 @@ def test_progress_is_told(corpora, tmp_path, capsys, small, monkeypatch):
           report=silent)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("shard ")]
     assert lines[0] == "shard 0/12 0.0 MB of text" and lines[-1].startswith("shard 12/12 ")
-    assert any("MB/s a core" in line and " left" in line for line in lines)
+    assert any("MB/s per core" in line and " left" in line for line in lines)
