@@ -485,7 +485,7 @@ def test_a_study_that_is_not_done_is_reported_as_far_as_it_is(tmp_path):
     report(str(folder), say=lambda line: None)
     markdown = (folder / "report" / "report.md").read_text()
     assert "Planned and without results yet: `CODE.seed1`." in markdown
-    assert "There is no provenance.json of `NL.seed1`" in markdown
+    assert "There is no provenance.json for `NL.seed1`" in markdown
     [row] = table(folder, "differences")
     assert (row["test"], row["first_seeds"], row["second_seeds"]) == ("questions", "1", "2")
     (folder / "report" / "sweep_old.png").write_bytes(b"")

@@ -225,7 +225,7 @@ def test_tensors_of_another_model_are_listed() -> None:
     with pytest.raises(ValueError) as error:
         matched(facts, config, shapes)
     assert "model.norm.weight [24] is missing" in str(error.value)
-    assert "mlp.up_proj.weight [24, 22] in the place of [22, 24] is of another shape" in str(error.value)
+    assert "mlp.up_proj.weight [24, 22] instead of [22, 24] is of another shape" in str(error.value)
     assert "q_norm.weight [6], " in str(error.value) and "and 3 more are left over" in str(error.value)
 
 
