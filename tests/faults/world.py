@@ -108,7 +108,7 @@ class World:
                   if flag.startswith("--gin.")), "--gin.pretraining/TRAIN_STEPS=6", f"--gin.STUDY_DIR={out}",
                 "--gin.SEEDS=[0]", f"--gin.ARMS={ARMS}", "--gin.evaluation/TASKS=['logic']"], of_study, of_many=True),
             Command("import", lambda out: ["import", str(self.whole("export") / "model"), f"--output={out / 'run'}"],
-                    lambda out: of_run(out / "run"), refuses_again="is there already"),
+                    lambda out: of_run(out / "run"), refuses_again="exists already"),
         )}
 
     @functools.cache  # noqa: B019

@@ -343,7 +343,7 @@ def test_what_is_no_sweep_is_one_line(tmp_path, capsys):
     assert "only one share" in error_of(write_study(tmp_path / "one", (0.5,)))
     other = write_study(tmp_path / "other", seeds=1)
     write_run(other, "RATE-0.3.seed0", 0.3, 3.0, 2.0, vocabulary="another")
-    assert "other vocabularies" in error_of(other)
+    assert "have different vocabularies" in error_of(other)
     files = tmp_path / "files"
     files.mkdir()
     (files / "ratios.csv").write_text("run,a,b\nr0,0.5,0.5\nr1,0.2,0.9\n")

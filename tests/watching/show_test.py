@@ -16,7 +16,7 @@ from codellm_jax.watching.show import describe_state, show
 
 def test_a_run_that_is_trained(tmp_path):
     text = show(str(write_run(tmp_path / "CODE", 10, 10)))
-    assert "trained to its end, step 10 of 10" in text
+    assert "trained to the end, step 10 of 10" in text
     assert "arm CODE, seed 3, 1,234,567 parameters, 2 x cpu" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["training", "10", "8.0000", "-", "-"] in rows

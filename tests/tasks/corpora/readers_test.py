@@ -671,7 +671,7 @@ def test_a_record_that_is_too_long_is_not_parsed(
 def test_what_is_held_at_once_is_bounded(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module, name in ((records, "LONGEST_LINE"), (separated, "LARGEST"), (sources, "LARGEST")):
+    for module, name in ((records, "LONGEST_LINE"), (records, "LARGEST"), (separated, "LARGEST")):
         monkeypatch.setattr(module, name, 1 << 19)
     text = "x" * (1 << 20)
     for content in (text, json.dumps([{"text": text}])):
