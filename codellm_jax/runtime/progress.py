@@ -108,6 +108,7 @@ class _Lines:
     def __init__(self, path: epath.Path, kept: str) -> None:
         self._path = path
         building = path.with_name(f".{path.name}")
+        building.unlink(missing_ok=True)  # a link in its place is not followed
         building.write_text(kept)
         building.replace(path)  # a kill in between loses no line
         self._file = open(path, "a+")

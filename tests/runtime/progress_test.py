@@ -90,6 +90,19 @@ def test_a_kill_while_reopening_loses_no_line(tmp_path, monkeypatch):
     assert [line["step"] for line in read_records(str(tmp_path))] == list(range(1, 9))
 
 
+def test_a_link_in_a_run_directory_is_not_written_through(tmp_path):
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    outside.write_text("mine")
+    run.mkdir()
+    write_steps(run, 0, range(1, 4))
+    for name in (".metrics.jsonl", "metrics.jsonl"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(outside)
+        write_steps(run, 0, range(1, 3))
+        assert outside.read_text() == "mine" and not (run / "metrics.jsonl").is_symlink()
+    assert [line["step"] for line in read_records(str(run))] == [1, 2]
+
+
 def test_no_records_yet(tmp_path):
     assert read_records(str(tmp_path / "nothing")) == []
 
