@@ -8,10 +8,8 @@ from typing import Any
 
 
 class FakeBucket:
-    """A context manager that serves a bucket.
-
-    `url` is for TENSORSTORE_GCS_HTTP_URL. `objects` maps names to (generation, content). The next requests fail with
-    the statuses in `failures`, one each. `asked` has the name and range of each object read.
+    """A context manager; `url` is for TENSORSTORE_GCS_HTTP_URL. `objects` maps names to (generation, content). The next
+    requests fail with the statuses in `failures`, one each. `asked` has the name and range of each object read.
     """
 
     def __init__(self) -> None:

@@ -121,7 +121,7 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
             return False
 
         def _api(self, repository: str, what: str, revision: str, folder: str | None = None) -> None:
-            """Answers of a repository, or, of a data set's, what lies in a folder."""
+            """Sends the facts of a repository, or the content of a data set's folder."""
             if self._refused(hub.refuse.get(repository)):
                 return
             if not (hub.folder / repository).is_dir():
@@ -191,7 +191,7 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
 
         def _send(self, status: int, body: bytes, headers: dict[str, str], most: int | None = None,
                   resets: bool = False) -> None:
-            """Sends an answer, of which the connection ends after so many bytes, if any are given, or is reset."""
+            """Sends an answer; closes the connection after `most` bytes if given, or resets it half-way."""
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(key, value)
@@ -210,7 +210,7 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
     serving = threading.Thread(target=server.serve_forever, args=(0.05,))
     serving.start()
     try:
-        # Other tests may have had the library be offline, which it reads when it is imported, and processes inherit.
+        # Other tests may set the library offline, which it reads when imported, and processes inherit.
         with (mock.patch.object(constants, "HF_HUB_OFFLINE", False),
               mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "0"})):
             yield hub
