@@ -56,8 +56,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def remove_node(self, node: Any) -> str | None:
             """Returns the test in which a worker died, and reassigns the tests after it.
 
-            xdist's own method also reassigns that test, which kills the next worker, and finished files, for which a
-            worker waits forever.
+            xdist's method also reassigns that test, which kills the next worker, and finished files, for which a worker
+            waits forever.
             """
             units = {scope: unit for scope, unit in self.assigned_work.pop(node).items() if not all(unit.values())}
             if not units:

@@ -26,7 +26,7 @@ def read(files: Sequence[str]) -> Iterator[Item | Lost]:
 
 
 def _questions(record: Any, context: Any = None) -> Iterator[Item | Lost]:
-    """Yields the questions of a repackaged record, or of an object at any level of SQuAD's, as broken files give."""
+    """Yields the questions of a repackaged record, or of any level of SQuAD's format, as found in broken files."""
     if isinstance(record, Lost):
         yield record
     elif not isinstance(record, dict):

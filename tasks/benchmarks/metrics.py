@@ -27,7 +27,7 @@ class Accuracy(NamedTuple):
     accuracy: float  # the mean credit
     n: int
     ties: int  # questions whose lowest perplexity is shared by several candidates
-    chosen: list[list[int]]  # positions of the candidates of lowest perplexity, more than one where they tie
+    chosen: list[list[int]]  # positions of the candidates with the lowest perplexity, several if they tie
     credits: list[float]  # 1, 0, or 1 / k if the right candidate is among k that tie
 
 

@@ -8,10 +8,10 @@ TASKS names a file, or an entry of BENCHMARKS. An entry has these options:
   file             the path, local or gs://; JSON and CSV may be compressed. CSV and TSV are recognised by their names
   answers          how questions are answered; by default found from the records
                      'choices'    one of the `choices` is right, and they are scored
-                     'number'     a number is written (`matching.RULES`); the default where all answers are numbers,
+                     'number'     the model writes a number (`matching.RULES`); the default if all answers are numbers,
                                   alone or after GSM8K's "####"
-                     'text'       a text is written (`matching.RULES`)
-                     'programs'   a Python program is written, which must pass `tests`, as in MBPP
+                     'text'       the model writes a text (`matching.RULES`)
+                     'programs'   the model writes a Python program, which must pass `tests`, as in MBPP
                      'functions'  the same, for records in HumanEval's own form, with an `entry_point`
   fields           the file's names for this package's fields (below). A dot leads into an object, and into each item of
                    a list: {'choices': 'question.choices.text'}. Any other key becomes a field of templates:

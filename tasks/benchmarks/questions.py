@@ -38,7 +38,7 @@ class Question(NamedTuple):
     """A question whose answer is the candidate with the lowest perplexity.
 
     Attributes:
-      id: unique within the benchmark; the file's own where it has one.
+      id: unique within the benchmark; the file's own if it has one.
       candidates: two or more, in the file's order.
       answer: positions of the right candidates; all shipped tasks have one.
     """
@@ -52,7 +52,7 @@ class Prompt(NamedTuple):
     """A question that the model answers by writing.
 
     Attributes:
-      id: unique within the benchmark; the file's own where it has one.
+      id: unique within the benchmark; the file's own if it has one.
       prompt: the text to continue.
       references: right answers, one or more.
       extra: further data for metrics and reports, such as MBPP's tests.
@@ -110,7 +110,7 @@ class Item(NamedTuple):
 
 
 class Lacking(UnreadableFile):
-    """A file's form lacks what a task needs; one line with the remedy."""
+    """A file's form lacks data that a task needs; one line with the remedy."""
 
 
 def json_items(

@@ -33,7 +33,7 @@ def require_parquet(file: str) -> None:
 
 
 def group_facts(file: str) -> list[tuple[int, int]]:
-    """The rows and stored bytes of each row group of a Parquet file; raises what `parquet_records` raises."""
+    """The rows and stored bytes of each row group of a Parquet file; errors are those of `parquet_records`."""
     with _parquet(file) as opened:
         groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
         return [(group.num_rows, sum(group.column(number).total_compressed_size for number in range(group.num_columns)))

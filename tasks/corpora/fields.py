@@ -173,7 +173,7 @@ def _number(asked: Any) -> float | int | None:
 
 def _plain(asked: Any) -> Any:
     """Converts values of formats with their own types to JSON types."""
-    if hasattr(asked, "tolist"):  # of NumPy
+    if hasattr(asked, "tolist"):  # NumPy
         asked = asked.tolist()
     if isinstance(asked, bytes):
         return asked.decode(errors="surrogateescape")

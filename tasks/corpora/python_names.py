@@ -1,6 +1,6 @@
 """Decides which names of a Python file may be renamed without changing its meaning, as far as the file itself shows.
 
-A name is renamed at all its occurrences in the file, or nowhere. It is renamed where the file binds it (parameters,
+A name is renamed at all its occurrences in the file, or nowhere. It is renamed if the file binds it (parameters,
 local and global variables, functions, classes, attributes that a class of the file defines in its body or on `self`)
 unless
 
@@ -48,7 +48,7 @@ class Span(NamedTuple):
     is_told: bool  # by a formatted string, as {name=}
 
 
-# ---- Where names stand -------------------------------------------------------------------------
+# ---- Positions of names ------------------------------------------------------------------------
 
 
 def name_spans(code: str) -> list[Span]:

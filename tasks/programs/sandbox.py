@@ -176,7 +176,7 @@ def run_programs(programs: Sequence[Program], *, workers: int | None = None, lim
 
 
 def require_guarantees() -> None:
-    """Raises SandboxError, in one line that says what is missing, if this host lacks any of `guarantees()`."""
+    """Raises SandboxError, with one line on what is missing, if this host lacks any of `guarantees()`."""
     holds, missing = _probe()
     if not all(holds.values()):
         raise SandboxError(f"untrusted programs are not run on this host, which lacks the guarantees "
