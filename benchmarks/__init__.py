@@ -1,3 +1,4 @@
-"""Speed and memory relative to named peers, as ratios within one run: `python -m benchmarks.NAME`. Not part of the
-tests.
+"""Benchmarks of speed and memory, mostly against named peers as ratios within one run: `python -m benchmarks.NAME`.
+
+They are not part of the tests.
 """

@@ -1,18 +1,18 @@
-"""The whole train step on one accelerator, compared with the rate of its matmuls and with PyTorch, in one run.
+"""The whole train step on one accelerator, compared with its matmul rate and with PyTorch, in one run.
 
     python -m benchmarks.accelerator
     python -m benchmarks.accelerator "1_3b,BATCH_SIZE=16,model.remat='full'" --torch 1_3b,BATCH_SIZE=16
 
-A program is a file of gin/models/ and the settings that change it. Rows of 1,024 tokens come from the cache through the
-read-ahead pipeline of `t5x train`, which needs SeqIO only without a cache; the vocabulary has 40,000 rows.
+A program is a file of gin/models/ with changed settings. Rows of 1,024 tokens come from the cache through the
+read-ahead pipeline of `t5x train`, which needs SeqIO only if there is no cache; the vocabulary has 40,000 rows.
 
-  matmul    8192 x 8192 x 8192 in bfloat16, on random numbers, again and again in one program: the rate to compare with
-  ours      train_step as `t5x train` runs it, of each program
+  matmul    8192 x 8192 x 8192 in bfloat16, on random numbers, repeated in one program: the rate to compare with
+  ours      train_step as `t5x train` runs it, for each program
   torch     with `--torch`, a minimal GPT under torch.compile of each program's sizes and rows: bfloat16 autocast, fused
-            AdamW, scaled_dot_product_attention without boundaries of documents, one batch reused, nothing recomputed
+            AdamW, scaled_dot_product_attention without document boundaries, one batch reused, nothing recomputed
 
-Utilization is that of model FLOPs, causal attention counted as half (in brackets: in full), over the rate of the
-matmul.
+Utilization is the rate of model FLOPs, with causal attention counted as half (in brackets: in full), over the matmul
+rate.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MATMULS = 20
 
 
 def timed(step: Callable[[], Any], wait: Callable[[Any], object]) -> list[float]:
-    """Seconds per step, for each turn; waits for the device at the end of a turn."""
+    """Seconds per step in each turn; waits for the device at the end of a turn."""
     for _ in range(WARM_UP):
         wait(step())
     seconds = []
@@ -53,7 +53,7 @@ def matmul_rate() -> float:
     import jax.numpy as jnp
 
     a, x = (jax.random.normal(key, (SIZE, SIZE), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
-    a = a * SIZE**-0.5  # so that products stay of one size
+    a = a * SIZE**-0.5  # so that products keep their magnitude
 
     @jax.jit
     def run(x: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ def matmul_rate() -> float:
 class Timing:
     compiling: float  # seconds
     memory: int  # bytes: arguments and temporaries
-    seconds: list[float]  # a step, of each turn
+    seconds: list[float]  # per step, in each turn
 
 
 def training_of(program: str, settings: list[str]) -> Any:
@@ -172,7 +172,7 @@ def torch_step(training: Any) -> Callable[[], Any]:
 
 
 def peer(program: str, settings: list[str], connection: Connection) -> None:
-    """Runs in a separate process, so its memory is free when it ends."""
+    """Measures PyTorch in a separate process, whose memory is free when it ends."""
     import torch
 
     began = time.perf_counter()
@@ -194,7 +194,7 @@ def peers(programs: list[str], settings: list[str]) -> Iterator[tuple[str, Timin
             timing = here.recv()
         except EOFError:
             timing = None  # its error is on the terminal
-        process.join()  # JAX takes three quarters of the memory at its first use
+        process.join()  # before JAX, which takes three quarters of the memory at its first use
         yield program, timing
 
 

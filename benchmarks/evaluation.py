@@ -1,14 +1,14 @@
 """Scoring and generation compared with lm-evaluation-harness and Hugging Face, with the same weights in the same run.
 
-    python -m benchmarks.evaluation      needs torch and transformers besides: pip install torch 'lm-eval[hf]'
+    python -m benchmarks.evaluation      also needs torch and transformers: pip install torch 'lm-eval[hf]'
 
 A GPT of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 512 positions, float32, with random weights,
 converted to Hugging Face's GPT-2. Both receive token ids, and all their work is measured.
 
   choices    400 questions with four choices of 4 to 16 tokens after stems of 245: lm-evaluation-harness's own scoring
              (its model "hf", the best of batches of 8, 16 and 32) and ours
-  channel    100 questions whose four choices stand before a question of 245 tokens that is scored, as in the study's
-             templates: nothing is shared there
+  channel    100 questions whose four choices precede a scored question of 245 tokens, as in the study's templates:
+             no prefix is shared
   generate   64 tokens after a prompt of 64, greedily, for 1 prompt and for 16: `generate` of Hugging Face and ours
 
 Before the timing, all scores must agree to 1e-3 nats, and all generated tokens must be the same.
@@ -43,7 +43,7 @@ AGREEMENT = 1e-3  # nats
 def our_params() -> Any:
     tokens = np.zeros((1, 8), np.int32)
     params = nn.unbox(jax.jit(Decoder(CONFIG).init)(jax.random.key(0), tokens, tokens, tokens)["params"])
-    return jax.tree.map(lambda leaf: leaf * 2, params)  # likelihoods that differ by far more than rounding
+    return jax.tree.map(lambda leaf: leaf * 2, params)  # so that likelihoods differ by far more than rounding
 
 
 def as_gpt2(params: Any) -> GPT2LMHeadModel:
@@ -79,7 +79,7 @@ def as_gpt2(params: Any) -> GPT2LMHeadModel:
 
 
 def questions(count: int, channel: bool) -> list[Request]:
-    """Four candidates a question, a group each."""
+    """Requests for questions of four candidates, each question a group."""
     dice = np.random.default_rng(channel)
 
     def draw(length: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""How cost grows: compilation with depth, start-up with the corpus, memory with the vocabulary, steps with hosts,
+"""Growth of cost: compilation with depth, start-up with the corpus, memory with the vocabulary, steps with hosts,
 scoring with devices.
 
     python -m benchmarks.growth --records=growth.jsonl --figure=docs/growth.svg
@@ -7,12 +7,12 @@ Measured at the width of gin/models/tiny.gin on this machine's processor, in sec
 which other work on the machine hardly affects; steps also in wall-clock seconds. Existing records are not measured
 again; `--parts=depth,corpus` selects parts. Prints the tables of docs/growth.md.
 
-  depth       trace and compile the train step of 2 to 64 layers; unrolled too, up to 16
-  corpus      what a launch and a resume work out of the order, for 10^6 to 10^12 tokens in rows of 1,024: their rows
-              are not there, and nothing but their number is asked; with 2 sources and with 100
-  vocabulary  the compiler's account of the train step's memory from 8,192 to 262,144 pieces
-  hosts       1, 2 and 4 local processes of `t5x train`: a step's 8 rows shared by all, and 8 rows for each
-  devices     the same 256 choices scored on 1, 2, 4 and 8 devices, which are all this machine's processor
+  depth       tracing and compiling the train step of 2 to 64 layers; also unrolled, up to 16
+  corpus      the computation of the order at a launch and a resume, for 10^6 to 10^12 tokens in rows of 1,024, of which
+              only the number is known; with 2 sources and with 100
+  vocabulary  the train step's memory by the compiler's analysis, from 8,192 to 262,144 pieces
+  hosts       1, 2 and 4 local processes of `t5x train`: 8 rows per step shared by all, and 8 rows for each
+  devices     the same 256 choices scored on 1, 2, 4 and 8 devices, all on this machine's processor
 """
 
 import argparse
@@ -51,7 +51,7 @@ def shipped(**settings: Any) -> Any:
 
 
 def processor_seconds(work: Callable[[], Any], times: int = 1) -> tuple[float, Any]:
-    """The median processor time of this process's threads, and the last result."""
+    """The median processor time of this process's threads over `times` calls, and the last result."""
     taken = []
     for _ in range(times):
         began = time.process_time()
@@ -176,8 +176,9 @@ def hosts(done: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def seconds_a_step(processes: int, batch: int) -> tuple[float, float]:
-    """The wall-clock time of a step of the default run, and the processor time of all its processes; from the record of
-    the second step, when everything is compiled, to that of the last but one.
+    """The wall-clock time of a step of the default run, and the processor time of all its processes.
+
+    Measured from the record of the second step, when everything is compiled, to that of the last but one.
     """
     first, last = 2, STEPS - STEPS % 2
     with tempfile.TemporaryDirectory() as run:
@@ -193,7 +194,8 @@ def seconds_a_step(processes: int, batch: int) -> tuple[float, float]:
         finally:
             started.terminate()
             started.wait()
-    return tuple((after - before) / (last - first) for before, after in zip(*seen, strict=True))  # type: ignore[return-value]
+    return tuple((after - before) / (last - first)  # type: ignore[return-value]
+                 for before, after in zip(*seen, strict=True))
 
 
 def _at_record(started: subprocess.Popen[bytes], records: Path, step: int) -> tuple[float, float]:
@@ -206,7 +208,7 @@ def _at_record(started: subprocess.Popen[bytes], records: Path, step: int) -> tu
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         taken[int(stat.parent.name)] = int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -226,7 +228,7 @@ def devices(done: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def seconds_to_score(count: int) -> float:
-    """In a new process: processor seconds for all choices, with programs compiled before."""
+    """Processor seconds for all choices in a new process, with programs already compiled."""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
     import jax
     import numpy as np

@@ -6,12 +6,12 @@ from typing import Any
 
 Records = dict[str, list[dict[str, Any]]]
 MIB, GIB = 2**20, 2**30
-# Okabe and Ito's colours, suitable for colour-blind readers; markers and labels show the same in black and white.
+# Okabe and Ito's colours, for colour-blind readers; markers and labels distinguish lines in black and white.
 BLACK, ORANGE, GREEN, BLUE, VERMILLION = "#000000", "#E69F00", "#009E73", "#0072B2", "#D55E00"
 
 
 def host_ratios(lines: Sequence[dict[str, Any]], of: str) -> dict[tuple[bool, int], tuple[float, float, float]]:
-    """A step's `of` (the name of a field) over that of one process in the same turn, median, minimum and maximum, for
+    """The ratio of a step's field `of` to that of one process in the same turn: median, minimum and maximum, by
     (whether each process has its own 8 rows, processes).
     """
     values = {(line["turn"], line["processes"], line["batch"]): line[of] for line in lines}
@@ -32,7 +32,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(records: Records) -> str:
-    """As Markdown."""
+    """The tables as Markdown."""
     depth = {(line["layers"], line["unrolled"]): line for line in records["depth"]}
     of_depth = [[str(layers), *(f"{depth[layers, way][what]:.1f}" if (layers, way) in depth else ""
                                 for way in (False, True) for what in ("tracing", "compiling"))]
@@ -64,7 +64,7 @@ def tables(records: Records) -> str:
 
 
 def draw(records: Records, path: str) -> None:
-    """Draws all four parts into one figure; the suffix of the file (.svg, .png, .pdf) selects its format."""
+    """Draws all four parts in one figure; the suffix of the file (.svg, .png, .pdf) selects its format."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,7 +85,7 @@ def draw(records: Records, path: str) -> None:
 
 def _line(axes: Any, points: Sequence[tuple[float, float]], label: str, colour: str, marker: str, style: str = "-",
           above: int = 0) -> None:
-    """A line with its name at its right end, `above` points higher."""
+    """Draws a line with its name at the right end, `above` points higher."""
     x, y = zip(*points, strict=True)
     axes.plot(x, y, style, color=colour, marker=marker, markerfacecolor="white", markeredgewidth=1.6, clip_on=False)
     axes.annotate(label, (x[-1], y[-1]), xytext=(8, above), textcoords="offset points", color=colour, va="center",

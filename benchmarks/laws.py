@@ -1,15 +1,15 @@
-"""Are the intervals of `t5x laws` honest, and are its laws any good?
+"""The coverage of the intervals of `t5x laws`, and the errors of its laws.
 
-    python -m benchmarks.laws                  simulated studies: how often intervals hold the truth
-    python -m benchmarks.laws --data=FOLDER    published sweeps too: misses of shares left out
+    python -m benchmarks.laws                  simulated studies: how often intervals contain the truth
+    python -m benchmarks.laws --data=FOLDER    also published sweeps: errors at left-out shares
 
-Simulated are studies whose laws, noise and best share are known. Of each kind are told: how often the 95% interval of
-the predicted loss holds the true one, over all shares; how often that of the best share does; what is said where the
-best share is inside of the sweep and where it is at its edge; which planted outliers are named, and how many others.
+The laws, noise and best share of a simulated study are known. Reported for each kind: how often the 95% interval of the
+predicted loss contains the true one, over all shares; the same for the best share; the verdicts if the best share is
+inside the sweep, and if it is at the edge; how many planted outliers are named, and how many other runs.
 
-Published sweeps are `pile_two_domains.csv`, `pile_three_domains.csv` (Data Mixing Laws) and `regmix_*` (RegMix); one
-that is absent is passed over. Beside our laws stand a constant, straight interpolation, and the papers' fits:
-c + k exp(sum t r) by least squares from several starts, and linear regression.
+Published sweeps are `pile_two_domains.csv`, `pile_three_domains.csv` (Data Mixing Laws) and `regmix_*` (RegMix); absent
+ones are skipped. Our laws are compared with a constant, linear interpolation, and the papers' fits: c + k exp(sum t r)
+by least squares from several starts, and linear regression.
 """
 
 import argparse
@@ -34,18 +34,18 @@ Truth = Callable[[np.ndarray], np.ndarray]  # shares [n, S] -> losses [D, n]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of study.
+    """A kind of simulated study.
 
     Attributes:
-      shares: of the second of two sources; or how many sources and random mixtures.
-      seeds: of each mixture.
+      shares: shares of the second of two sources; or the numbers of sources and random mixtures.
+      seeds: runs of each mixture.
       noise: the standard deviation of a run.
       truth: "exponential", "power", "repetition", "edge", "flat".
-      loud: how many times the noise is larger at the largest share than at the least.
-      loud_last: likewise, at the largest share alone.
-      outliers: of each loss.
-      questions: of a benchmark, whose measure takes the place of each loss; 0 for losses. Some questions are harder,
-        and some gain more with the share than others; intervals are to hold what all that might be asked would say.
+      loud: the factor by which the noise grows from share 0 to share 1.
+      loud_last: a further factor at the largest share alone.
+      outliers: number of outliers in each loss.
+      questions: number of questions of a benchmark, whose mean replaces each loss; 0 for losses. Questions differ in
+        difficulty and in their gain with the share; intervals should contain the mean over all possible questions.
     """
 
     name: str
@@ -87,26 +87,26 @@ KINDS = (
 
 @dataclasses.dataclass
 class Tally:
-    """What came of the studies of a kind; lists have an entry a study."""
+    """The results of the studies of a kind; lists have an entry per study."""
 
     law: list[float] = dataclasses.field(default_factory=list)
     run: list[float] = dataclasses.field(default_factory=list)
     best: list[float] = dataclasses.field(default_factory=list)
     width: list[float] = dataclasses.field(default_factory=list)
-    inside: list[bool] = dataclasses.field(default_factory=list)  # whether the true best share is
+    inside: list[bool] = dataclasses.field(default_factory=list)  # whether the true best share is inside the sweep
     verdicts: list[str] = dataclasses.field(default_factory=list)
     planted: int = 0
     named: int = 0
     falsely: int = 0
 
     def said(self, verdict: str, inside: bool) -> float:
-        """How often a verdict was given, of the studies whose best share is inside, or at the edge."""
+        """The fraction of a verdict among the studies whose best share is inside the sweep, or not."""
         of = [said == verdict for said, where in zip(self.verdicts, self.inside, strict=True) if where == inside]
         return float(np.mean(of)) if of else float("nan")
 
 
 def truth_of(kind: Kind, dice: np.random.Generator) -> Truth:
-    """The losses of as many sources as there are, a random law of a kind."""
+    """A random law of a kind, with a loss for each source."""
     if isinstance(kind.shares[1], int):
         sources = int(kind.shares[0])
         rates = dice.uniform(0, 1.5, (sources, sources)) + np.diag(dice.uniform(1, 5, sources))
@@ -124,7 +124,7 @@ def truth_of(kind: Kind, dice: np.random.Generator) -> Truth:
             found = floors[:, None] + 0.5 * sizes[:, None] * (shares.T + 0.05) ** -powers[:, None]
         else:
             found = floors[:, None] + sizes[:, None] * np.exp(-rates[:, None] * shares.T)
-        if kind.truth == "repetition":  # of code, from a third of it on
+        if kind.truth == "repetition":  # code is repeated beyond a share of a third
             found[1] += 0.6 * np.maximum(shares[:, 1] - 1 / 3, 0) ** 2
         return found
 
@@ -132,12 +132,12 @@ def truth_of(kind: Kind, dice: np.random.Generator) -> Truth:
 
 
 def deviation_of(kind: Kind, shares: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """[n] the standard deviation of runs at these shares; `last` where it is the largest of the study."""
+    """The standard deviation of runs at these shares, [n]; `last` marks the largest share of the study."""
     return kind.noise * kind.loud ** shares[:, 1] * np.where(last, kind.loud_last, 1)
 
 
 def simulated(kind: Kind, dice: np.random.Generator) -> tuple[Sweep, Truth, list[set[int]]]:
-    """A study, its truth, and the lines of the outliers of each loss."""
+    """A study, its truth, and the positions of the outliers of each loss."""
     truth = truth_of(kind, dice)
     if isinstance(kind.shares[1], int):
         mixes = dice.dirichlet(np.ones(int(kind.shares[0])), kind.shares[1])
@@ -160,7 +160,7 @@ def simulated(kind: Kind, dice: np.random.Generator) -> tuple[Sweep, Truth, list
 
 
 def asked_questions(sweep: Sweep, number: int, dice: np.random.Generator) -> Sweep:
-    """The sweep with as many questions in the place of each loss, which is what all that might be asked would say."""
+    """The sweep with this many random questions in place of each loss, which is the mean over all possible ones."""
     questions = {}
     for place, name in enumerate(sweep.losses):
         hard, gain, curve = dice.normal(0, 0.5, number), dice.normal(0, 0.1, number), dice.normal(0, 0.1, number)
@@ -173,7 +173,7 @@ def asked_questions(sweep: Sweep, number: int, dice: np.random.Generator) -> Swe
 
 
 def answer(sweep: Sweep) -> tuple[Fitted, Best]:
-    """The laws, and the best mixture for the mean of all losses."""
+    """The fitted laws, and the best mixture for the mean of all losses."""
     fitted = fit_sweep(sweep, (), lambda name: None)
     swept = fitted.points.shares
     curves_at = objective_at(fitted, {name: 1 / len(sweep.losses) for name in sweep.losses})
@@ -181,7 +181,7 @@ def answer(sweep: Sweep) -> tuple[Fitted, Best]:
 
 
 def tally(kind: Kind, studies: int, seed: int = 0) -> Tally:
-    """Answers of so many simulated studies, against their truth."""
+    """Compares the answers of `studies` simulated studies with their truth."""
     found = Tally()
     for number in range(studies):
         dice = np.random.default_rng([seed, number])
@@ -195,11 +195,11 @@ def tally(kind: Kind, studies: int, seed: int = 0) -> Tally:
         found.law.append(float(np.mean((intervals[..., 0] <= true) & (true <= intervals[..., 1]))))
         last = asked[:, 1] >= sweep.shares[:, 1].max()
         run = true + dice.normal(size=true.shape) * deviation_of(kind, asked, last)
-        if not kind.questions:  # a further run is asked the same ones, whose truth is another
+        if not kind.questions:  # a further run gets the same questions, whose mean differs from the truth
             found.run.append(float(np.mean((of_runs[..., 0] <= run) & (run <= of_runs[..., 1]))))
         at_best = lowest(fitted.points.shares, lambda shares, truth=truth: truth(shares).mean(axis=0)[None])[0]
         low, high = answered.intervals.T
-        step = 0.00125 * np.ptp(ends) if len(sweep.sources) == 2 else 0.005  # as fine as both are looked for
+        step = 0.00125 * np.ptp(ends) if len(sweep.sources) == 2 else 0.005  # the resolution of both searches
         found.best.append(float(np.mean((low - step <= at_best) & (at_best <= high + step))))
         found.width.append(float((high - low).mean()))
         found.inside.append(kind.truth != "flat" and (len(sweep.sources) > 2 or ends[0] < at_best[1] < ends[1]))
@@ -233,7 +233,7 @@ def coverage(studies: int, only: str = "") -> None:
 
 
 def sweep_of(shares: np.ndarray, values: np.ndarray) -> Sweep:
-    """A sweep of one seed each: shares [n, S], losses [n, D]."""
+    """A sweep of runs with shares [n, S] and losses [n, D]."""
     n, sources, losses = len(shares), shares.shape[1], values.shape[1]
     nothing = np.full(n, np.nan)
     return Sweep("", [f"run{number}" for number in range(n)], [None] * n,
@@ -243,7 +243,7 @@ def sweep_of(shares: np.ndarray, values: np.ndarray) -> Sweep:
 
 
 def left_out(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[n] predictions of our laws, each mixture left out."""
+    """Predictions of our laws for each mixture from all others, [n]."""
     sweep = sweep_of(shares, values[:, None])
     found = np.empty(len(values))
     for out in range(len(values)):
@@ -276,7 +276,7 @@ def linear_fit(shares: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.
 
 
 def interpolation(shares: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Between the two nearest shares of two sources, going on straight beyond the last."""
+    """Linear interpolation between the nearest shares of two sources; extrapolates linearly beyond the ends."""
     order = np.argsort(shares[:, 1])
     x, y = shares[order, 1], values[order]
     place = np.clip(np.searchsorted(x, asked[:, 1]) - 1, 0, len(x) - 2)
@@ -284,7 +284,7 @@ def interpolation(shares: np.ndarray, values: np.ndarray, asked: np.ndarray) -> 
 
 
 def published(folder: Path) -> None:
-    """Prints misses on published sweeps."""
+    """Prints errors on published sweeps."""
     for name, columns in (("pile_two_domains.csv", ("share_pile_cc", "share_github")),
                           ("pile_three_domains.csv", ("share_pile_cc", "share_github", "share_books3"))):
         if not (folder / name).exists():

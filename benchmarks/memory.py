@@ -3,9 +3,9 @@
     python -m benchmarks.memory --records=memory.jsonl
     python -m benchmarks.memory --policies --records=policies.jsonl     each remat policy, for one pod
 
-Needs libtpu (pip install '.[tpu]') and no TPU. The programs run one after the other, a minute or two each; an
-interrupted run continues after the last record. A step that does not fit is cut into more microbatches until it does; a
-batch that the mesh does not divide is raised to the next one that it does.
+Needs libtpu (pip install '.[tpu]') but no TPU. Programs are compiled one after the other, a minute or two each; an
+interrupted run continues after the last record. A step that does not fit is split into more microbatches until it does;
+a batch that the mesh does not divide is raised to the next size that it divides.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def config_of(training: Training) -> DecoderConfig:
 
 
 def measure(training: Training, topology: Topology) -> dict[str, Any]:
-    """Compiles the train step with the fewest microbatches with which it fits."""
+    """Compiles the train step with the fewest microbatches that fit."""
     training = with_slices(training, topology)
     devices = topology.chips * topology.chip.devices
     batch = math.lcm(training.batch_size, devices)
@@ -64,7 +64,7 @@ def measure(training: Training, topology: Topology) -> dict[str, Any]:
 
 
 def cell(found: dict[str, Any], shipped_batch: int) -> str:
-    """One entry of the table."""
+    """An entry of the table."""
     if "peak" not in found:
         return "does not fit"
     notes = [f"{found['microbatches']} microbatches"] if found["microbatches"] > 1 else []
@@ -86,7 +86,7 @@ def table(records: dict[tuple[Any, ...], dict[str, Any]]) -> str:
 
 
 def table_of_policies(records: dict[tuple[Any, ...], dict[str, Any]]) -> str:
-    """Peaks, and the recomputation for them, as fractions of the model FLOPs with causal attention counted as half."""
+    """Peaks, and recomputation as a fraction of the model FLOPs, with causal attention counted as half."""
     lines = ["| size | batch | " + " | ".join(REMAT_POLICIES) + " |", "|---|---|" + "---|" * len(REMAT_POLICIES)]
     for size in BY_SIZE:
         cells = []

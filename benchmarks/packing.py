@@ -4,7 +4,7 @@ run.
     python -m benchmarks.packing
 
   unpacked  a row for each example, as in the study's released system
-  packed    the examples of each step in as few rows as first-fit decreasing finds, as many rows in every step
+  packed    the examples of each step in as few rows as first-fit decreasing finds, the same number in every step
   seqio     seqio.trim_and_pack_dataset on the same examples in the same order
 """
 
@@ -59,7 +59,7 @@ def step(settings: Training) -> Callable[[int], None]:
 
 
 def filled_by_seqio(lengths: np.ndarray, length: int) -> float:
-    """The part of the rows that SeqIO's packer fills with examples of such lengths, in their order."""
+    """The fraction of rows that SeqIO's packer fills with examples of these lengths, in this order."""
     import seqio
     import tensorflow as tf
 

@@ -4,8 +4,8 @@
 
 A trunk, arms of several shares of code, branches of the trunk and tuned runs, in the shipped study at the tiny size:
 
-  arms    gin files and flags to the commands of all runs
-  survey  the plan of each run: its order, model, tokens and FLOPs, where rows are cached; no step is measured
+  arms    from gin files and flags to the commands of all runs
+  survey  the plan of each run, with cached rows: its order, model, tokens and FLOPs; no step is measured
 
 Each in wall-clock time and, for a machine with other work, in processor time.
 """
@@ -20,7 +20,7 @@ from codellm_jax.study.survey import survey
 
 
 def arms(count: int) -> dict[str, dict[str, object]]:
-    """About `count` arms, of each kind as many."""
+    """About `count` arms, the same number of each kind."""
     shares = [(number + 1) / count for number in range(count // 4)]
     return {"TEXT": {"CODE_RATE": 0.0}, "SHARE": {"sweep": {"CODE_RATE": shares}},
             "MID": {"from": "TEXT", "stage": "midtraining", "sweep": {"at": [0.25, 0.5], "CODE_RATE": shares}},
@@ -37,7 +37,7 @@ def main() -> None:
     planned, _ = planned_runs(build(configuration, "study"), configuration, [])
     planning = _since(began)
     requests = [one.request() for one in planned]
-    survey(requests, [], measure=False)  # caches rows, where none are
+    survey(requests, [], measure=False)  # caches missing rows
     began = _now()
     found = survey(requests, [], measure=False, report=lambda line: None)["runs"]
     if errors := [fact["error"] for fact in found.values() if "error" in fact]:

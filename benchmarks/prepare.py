@@ -1,19 +1,19 @@
-"""`t5x prepare` beside datatrove on the same texts, by the same thresholds, in one run on one core; and what it holds.
+"""`t5x prepare` compared with datatrove on the same texts and thresholds, in one run on one core; and its memory.
 
     pip install '.[prepare]' 'datatrove[io,processing]' spacy
-    python -m benchmarks.prepare                   the texts that every Python holds; minutes, most of them datatrove's
-    python -m benchmarks.prepare --corpus="{'json_lines': '/data/web/*.jsonl.gz'}"       of that, as CORPORA takes them
+    python -m benchmarks.prepare                   the texts in every Python; takes minutes, mostly for datatrove
+    python -m benchmarks.prepare --corpus="{'json_lines': '/data/web/*.jsonl.gz'}"       a corpus as in CORPORA
     python -m benchmarks.prepare --parts=planted,memory
 
-  read        Parquet files, to documents
-  rules       Gopher's, C4's and FineWeb's rules, each by itself, on fewer of the texts; how often both decide alike
+  read        Parquet files to documents
+  rules       the rules of Gopher, C4 and FineWeb, each alone, on fewer of the texts; how often both tools agree
   signatures  MinHash signatures of 14 x 8 hashes of 5-grams
-  duplicates  all of near duplicates: Parquet to Parquet, with signatures, comparison, clusters and filter
-  planted     the same on pairs of which the Jaccard similarity is known: how many of a pair both tools remove
-  memory      the most resident memory of a process that does rules and duplicates on generated texts, and on four times
-              as many
+  duplicates  near-duplicate removal, Parquet to Parquet, with signatures, comparison, clusters and filter
+  planted     the same on pairs of known Jaccard similarity: of how many pairs each tool removes a text
+  memory      the peak resident memory of a process that applies rules and duplicates to generated texts, and to four
+              times as many
 
-MB are of UTF-8, time is the processor's of all threads of the process.
+MB are of UTF-8; time is processor time of all threads of the process.
 """
 
 import argparse
@@ -39,13 +39,13 @@ from tasks.corpora.inputs import Inputs
 
 BYTES_A_FILE = 4_000_000
 PAIRS, VOCABULARY = 1500, 20_000
-CHANGED = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)  # shares of the words of a copy
+CHANGED = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)  # fractions of a copy's words
 BANDS_OF_SIMILARITY = ((0.0, 0.6), (0.6, 0.7), (0.7, 0.8), (0.8, 0.85), (0.85, 0.9), (0.9, 1.01))
 MEGABYTES_IN_MEMORY = (64, 256)
 
 
 class Turns(NamedTuple):
-    """Seconds of ours and theirs, turn by turn, and what each gave in the last."""
+    """Seconds of ours and theirs in each turn, and the results of the last turn."""
 
     ours: list[float]
     theirs: list[float]
@@ -64,7 +64,7 @@ def turns(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> Tu
 
 
 def told(name: str, size: float, found: Turns) -> None:
-    """Prints MB/s of both, and how many times faster ours is."""
+    """Prints MB/s of both, and the speedup of ours."""
     ratios = [theirs / ours for ours, theirs in zip(found.ours, found.theirs, strict=True)]
     print(f"{name:<20}{size / statistics.median(found.ours):>9.2f} MB/s, datatrove"
           f"{size / statistics.median(found.theirs):>9.2f}: {statistics.median(ratios):.2f} times as fast "
@@ -87,7 +87,7 @@ def read(spec: Mapping[str, Any]) -> list[str]:
 
 
 def some(texts: Sequence[str], most: float) -> list[str]:
-    """Texts drawn from some, up to so many megabytes."""
+    """A random sample of texts, up to `most` megabytes."""
     drawn, size = [], 0
     for text in random.Random(0).sample(texts, len(texts)):
         size += len(text.encode())
@@ -102,7 +102,7 @@ def word(dice: random.Random) -> str:
 
 
 def pairs(count: int) -> Iterator[tuple[str, str]]:
-    """Texts of 100 to 600 drawn words, and a copy of each in which some are others."""
+    """Yields texts of 100 to 600 random words, each with a copy in which some words are replaced."""
     dice = random.Random(7)
     vocabulary = [word(dice) for _ in range(VOCABULARY)]
     for number in range(count):
@@ -112,7 +112,7 @@ def pairs(count: int) -> Iterator[tuple[str, str]]:
 
 
 def write(folder: Path, texts: Iterator[str] | Sequence[str]) -> str:
-    """Parquet files of texts with their numbers as ids; the pattern of their names."""
+    """Writes texts to Parquet files with their numbers as ids; returns the pattern of the files."""
     folder.mkdir(parents=True)
     rows: list[dict[str, str]] = []
     size = files = 0
@@ -248,7 +248,7 @@ def removed_by_datatrove(folder: Path) -> set[int]:
 
 
 def planted(folder: Path) -> None:
-    """Prints how many of the pairs both tools find, by their true similarity, and how often what they remove is one."""
+    """Prints the recall of both tools on the pairs, by true similarity, and their precision."""
     texts = list(pairs(PAIRS))
     similar = [jaccard(*pair) for pair in texts]
     pattern = write(folder / "texts", [text for pair in texts for text in pair])
@@ -271,14 +271,14 @@ def planted(folder: Path) -> None:
 
 
 def jaccard(one: str, other: str) -> float:
-    """The Jaccard similarity of the 5-grams of two texts of words between blanks."""
+    """The Jaccard similarity of two texts' 5-grams of words between blanks."""
     first, second = ({tuple(found[at : at + 5]) for at in range(len(found) - 4)}
                      for found in (one.split(), other.split()))
     return len(first & second) / len(first | second)
 
 
 def memory(folder: Path) -> None:
-    """Prints the most resident memory of processes that prepare generated texts; their sizes are four times apart."""
+    """Prints the peak resident memory of processes that prepare generated texts, of sizes four times apart."""
     for size in MEGABYTES_IN_MEMORY:
         with multiprocessing.get_context("spawn").Pool(1) as child:
             before, most = child.apply(most_resident, (folder / str(size), size))
@@ -287,7 +287,7 @@ def memory(folder: Path) -> None:
 
 
 def most_resident(folder: Path, size: int) -> tuple[float, float]:
-    """MB that this process held at most before it prepared texts of `size` MB and at its end."""
+    """This process's peak resident memory in MB, before and after it prepares texts of `size` MB."""
     def endless() -> Iterator[str]:
         left = size * 1e6
         for pair in pairs(10**9):
@@ -340,8 +340,8 @@ def main() -> None:
 
 
 def _quiet_datatrove() -> None:
-    """Its log goes to the terminal by a line for each step."""
-    with contextlib.suppress(ModuleNotFoundError):  # the parts without datatrove do without
+    """Silences datatrove's log, which prints a line for each step."""
+    with contextlib.suppress(ModuleNotFoundError):  # some parts do not need datatrove
         from loguru import logger
 
         logger.disable("datatrove")

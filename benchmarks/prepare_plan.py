@@ -1,11 +1,11 @@
-"""What `t5x prepare` costs on many machines: the tables of docs/prepare_at_scale.md.
+"""The cost of `t5x prepare` on many machines: the tables of docs/prepare_at_scale.md.
 
     python -m benchmarks.prepare_plan --records=prepare.json                 measures, in a minute or two
-    python -m benchmarks.prepare_plan --records=prepare.json --vcpu_hour=0.03        of what was measured, another price
+    python -m benchmarks.prepare_plan --records=prepare.json --vcpu_hour=0.03        the same records at another price
 
-What each step costs is measured on this machine, on the texts that every Python holds, in seconds of its processor:
-rules by themselves; a step that needs all documents, and decontamination, by a whole preparation with that step alone,
-less one without any. Sizes of what lies between the stages are those of its files.
+The cost of each step is measured on this machine, on the texts in every Python, in seconds of processor time: rules
+alone; decontamination, and steps that need all documents, as a whole preparation with only that step minus one without
+steps. Sizes of data between the stages are those of its files.
 
 All prices and sizes are flags; the defaults of prices are assumptions, not offers.
 """
@@ -31,15 +31,15 @@ from tasks.benchmarks.judging import Benchmarks
 from tasks.corpora.inputs import Inputs
 
 ROUNDS = 3
-# The steps of gin/prepare.gin: those that look at prose, at code, and at both.
+# The steps of gin/prepare.gin: for prose, for code, and for both.
 SHIPPED = {
     "text": ("special_symbols", "repeated_paragraphs", "minimum_length", "title_only"),
     "code": ("generated", "minified", "line_lengths", "alphanumeric_share", "parses", "test_files"),
     "both": ("mask_secrets", "mask_e_mails", "exact_duplicates", "near_duplicates", "decontaminate")}
 OF_ALL = ("exact_duplicates", "near_duplicates")
 BANDS, ROWS = 14, 8
-ROUNDS_OF_JOINING = 10  # a guess; chains of near duplicates are short
-NAMES_A_LIST = 1000  # in an answer of gs://
+ROUNDS_OF_JOINING = 10  # an estimate; chains of near duplicates are short
+NAMES_A_LIST = 1000  # in a response of gs://
 TASKS = ("logic", "jecqa", "scienceqa", "ekar", "cosqa", "c3", "ocnli", "cmnli", "mbpp", "dureader")
 PARAGRAPHS = "duplicated_paragraphs"
 
@@ -48,7 +48,7 @@ PARAGRAPHS = "duplicated_paragraphs"
 
 
 def measure(most: float) -> dict[str, Any]:
-    """Seconds of a core for each MB, by step, and bytes between the stages."""
+    """Core seconds per MB of each step, and bytes between the stages."""
     texts = {pool: some(read({"python": pool}), most) for pool in ("text", "code")}
     sizes = {pool: megabytes(found) for pool, found in texts.items()}
     seconds: dict[str, float] = {}
@@ -56,7 +56,7 @@ def measure(most: float) -> dict[str, Any]:
         pool = "code" if step.sources == ("code",) else "text"
         fields = [{"text": text, "file": "a.py", "language": "python" if pool == "code" else None, "license": None}
                   for text in texts[pool]]
-        apply(step, fields[0])  # loads what it needs
+        apply(step, fields[0])  # loads its resources
         seconds[step.name] = min(_taken(step, fields) for _ in range(ROUNDS)) / sizes[pool]
     together = texts["text"] + texts["code"]
     whole = sum(sizes.values())
@@ -79,7 +79,7 @@ def _taken(step: Any, fields: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _prepared(folder: Path, pattern: str, steps: Sequence[Any]) -> tuple[float, dict[str, int]]:
-    """Seconds of a preparation up to its card, and the bytes of the files behind its first stage by kind."""
+    """Seconds of a preparation until its card, and the bytes of its first stage's files by kind."""
     found: dict[str, int] = {}
     taken = []
     for turn in range(ROUNDS):
@@ -94,7 +94,7 @@ def _prepared(folder: Path, pattern: str, steps: Sequence[Any]) -> tuple[float, 
             if len(ends) == 1:
                 for file in Path(f"{output}.building", "stage0").iterdir():
                     kind = file.name.split("-")[0]
-                    index = index_bytes(RANGES) if kind == "keys" else 0  # one for a file, however large
+                    index = index_bytes(RANGES) if kind == "keys" else 0  # one per file of any size
                     found[kind] = found.get(kind, 0) + file.stat().st_size - index
 
         found.clear()
@@ -113,23 +113,23 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def shipped_share(name: str, code: float) -> float:
-    """Of a corpus, the share that a shipped step looks at; `code` of it is code."""
+    """The fraction of a corpus to which a shipped step applies, if the fraction `code` of it is code."""
     return 1.0 if name in SHIPPED["both"] else code if name in SHIPPED["code"] else 1 - code
 
 
 def core_seconds(records: Mapping[str, Any], code: float) -> float:
-    """Seconds of a core for an MB of the shipped steps, each looking at all that it may."""
+    """Core seconds per MB of all shipped steps, each on all text to which it applies."""
     seconds = records["seconds_a_megabyte"]
     return seconds["read, hash, write"] + sum(
         seconds[name] * shipped_share(name, code) for name in itertools.chain(*SHIPPED.values()))
 
 
 def plan(records: Mapping[str, Any], flags: argparse.Namespace, terabytes: float) -> dict[str, float]:
-    """What a preparation of so many terabytes of text comes to."""
+    """The amounts of a preparation of this many terabytes of text."""
     text = terabytes * 1e12
     documents = text / flags.bytes_a_document
     near, parquet = records["bytes_between"]["near_duplicates"], records["bytes_between"]["exact_duplicates"]
-    stored = parquet["documents"] / (records["megabytes"] * 1e6)  # of Parquet for a byte of text
+    stored = parquet["documents"] / (records["megabytes"] * 1e6)  # bytes of Parquet per byte of text
     of_documents = {"exact": parquet["keys"] / records["documents"], "keys": near["keys"] / records["documents"],
                     "signed": near["signed"] / records["documents"]}
     shingles = near.get("shingles", 0) / (records["megabytes"] * 1e6)
@@ -139,18 +139,18 @@ def plan(records: Mapping[str, Any], flags: argparse.Namespace, terabytes: float
     units = parts * math.ceil(documents * of_documents["keys"] / parts / BYTES_A_FILE)
     exact, buckets = (min(RANGES, 2 ** math.ceil(math.log2(documents * of_documents[name] / BYTES_A_BUCKET + 1)))
                       for name in ("exact", "keys"))
-    # Near duplicates and what they are compared by, for each band in which two meet: if every time with others.
+    # An upper bound: near duplicates bring their data in each band in which two agree, each time to others.
     near_documents = documents * flags.duplicates
     brought = near_documents * BANDS * flags.similarity**ROWS * (
         of_documents["signed"] + flags.bytes_a_document * shingles)
     joining = min(RANGES, 2 ** math.ceil(math.log2(2 * near_documents * EDGE.itemsize / BYTES_A_BUCKET + 1)))
-    # Each stage but the last writes documents that the next one reads; keys are written once, and read once.
+    # Each stage but the last writes documents that the next one reads; keys are written once and read once.
     moved = text * stored * (2 * len(OF_ALL) + 1) + 2 * between + 2 * brought
-    # Each is where a range begins, and the range.
-    of_exact = 2 * exact * (units + parts)  # of keys by buckets; of what goes, by parts
-    of_near = 2 * 3 * units * buckets  # of keys, of what meets, and of what is brought
+    # Two requests each: for the beginning of a range, and for the range.
+    of_exact = 2 * exact * (units + parts)  # keys by buckets; removed documents by parts
+    of_near = 2 * 3 * units * buckets  # keys, matches, and data for comparison
     of_joining = 2 * joining * (buckets + ROUNDS_OF_JOINING * joining + parts)
-    # A stage's folder, of eight files for a part, is listed for each bucket, unit and part.
+    # A stage's folder, with eight files per part, is listed for each bucket, unit and part.
     lists = 8 * parts / NAMES_A_LIST * (exact + 2 * buckets + ROUNDS_OF_JOINING * joining + units + 2 * parts)
     return {"documents": documents, "core_hours": hours, "between": between, "brought": brought, "moved": moved,
             "stored": text * stored, "parts": parts, "exact": exact, "buckets": buckets, "of_exact": of_exact,
@@ -158,7 +158,7 @@ def plan(records: Mapping[str, Any], flags: argparse.Namespace, terabytes: float
 
 
 def tables(records: Mapping[str, Any], flags: argparse.Namespace) -> str:
-    """As Markdown."""
+    """The tables as Markdown."""
     seconds = records["seconds_a_megabyte"]
     shipped = set(itertools.chain(*SHIPPED.values()))
 

@@ -1,11 +1,11 @@
-"""A profile in numbers: the steps, the gaps between them, the host's part, and which operations take the time.
+"""A profile in numbers: the steps, the gaps between them, the host's part, and the operations that take the time.
 
     t5x train --gin_file=gin/mixed_pretrain.gin --profile_steps=10:15
     python -m benchmarks.profile runs/mixed_pretrain
 
-Of a run on a processor (on TPU and GPU XProf's own pages tell it). A trace names operations as the compiled program
-does; which part of the model they come from is read from that program, compiled again from the run's config.gin, so
-that it takes the software that the run had.
+For runs on a CPU; for TPU and GPU, XProf's own pages show this. A trace names operations as in the compiled program.
+Their part of the model is read from that program, which is compiled again from the run's config.gin; this needs the
+software of the run.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-PARTS = (  # the first whose words are all found in the operation's name
+PARTS = (  # an operation belongs to the first part whose words its name all contains
     ("feed-forward: matmuls", ("feedforward", "dot_general")), ("feed-forward: the rest", ("feedforward",)),
     ("attention: scores and sums", ("attention", "BHL", "dot_general")),
     ("attention: projections", ("attention", "dot_general")), ("attention: softmax and the rest", ("attention",)),
@@ -29,7 +29,7 @@ PARTS = (  # the first whose words are all found in the operation's name
 
 
 def names_of_operations(run: Path) -> dict[str, str]:
-    """Operation of the run's train step -> where it comes from in the model."""
+    """Maps operations of the run's train step to their origin in the model."""
     from benchmarks.growth import lowered_train_step
     from codellm_jax.configuration import build, read_configuration
 
@@ -45,7 +45,7 @@ def part_of(source: str) -> str:
 
 
 def operations(lines: list[Any]) -> tuple[collections.Counter[str], dict[int, tuple[float, float]]]:
-    """Nanoseconds of each operation of the train step, without those inside it, and (begin, end) of each run of it."""
+    """Nanoseconds of each operation of the train step, without nested ones, and each run's (begin, end)."""
     taken: collections.Counter[str] = collections.Counter()
     runs: dict[int, tuple[float, float]] = {}
     for line in lines:

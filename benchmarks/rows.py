@@ -1,22 +1,22 @@
-"""Rows read a second, beside what steps consume, and text tokenized a second, beside the tokenizer's library alone; in
-one run.
+"""Rows read per second, compared with those consumed by steps, and text tokenized per second, compared with the
+tokenizer's library alone; in one run.
 
-    python -m benchmarks.rows        `t5x cache` needs Beam besides: pip install '.[beam]'
-    python -m benchmarks.rows --text                            text alone
-    python -m benchmarks.rows --vocabulary tokenizer.json       of that, and text alone
+    python -m benchmarks.rows        `t5x cache` also needs Beam: pip install '.[beam]'
+    python -m benchmarks.rows --text                            only tokenization
+    python -m benchmarks.rows --vocabulary tokenizer.json       only tokenization, with this vocabulary
 
-  draw     order.draw alone: which rows a batch is made of
+  draw     order.draw alone: the choice of a batch's rows
   read     the rows of a batch from the cache, in their drawn order
-  batch    all of it: draw, read, positions and segments, placed on the device; one thread, no read-ahead
-  ahead    the same as the loop has it, read ahead; `slow` out of a store that answers each request after 50 ms, nothing
-           of it being kept
-  consumed what the step of benchmarks.step takes in the same minutes; by a host of 8 v5e chips, computed: 197 TFLOP/s
-           each, at half of which trains
+  batch    the whole batch: draw, read, positions and segments, placed on the device; one thread, no read-ahead
+  ahead    the same, read ahead as in the training loop; `slow` from a store that answers each request after 50 ms,
+           without keeping any of it in memory
+  consumed by the step of benchmarks.step in the same minutes; and, computed, by a host of 8 v5e chips at half of
+           197 TFLOP/s each
 
-  encode   documents encoded by SentencePiece, one after the other, or by `tokenizers` all at once; by one thread
-  shard    what a worker of `t5x cache` does: read JSON lines, encode, write tokens; cut those into rows
+  encode   encodes documents with SentencePiece, one after the other, or with `tokenizers` all at once; in one thread
+  shard    the work of a worker of `t5x cache`: read JSON lines, encode, write tokens; cut those into rows
   parquet  the same, from Parquet
-  cache    the whole command with one worker, the start of Beam and of TensorFlow in it
+  cache    the whole command with one worker, including the start of Beam and TensorFlow
 """
 
 import argparse
@@ -57,7 +57,7 @@ from tasks.corpora.sources import documents
 
 SECONDS_TO_ANSWER = 0.05
 V5E_FLOPS = 8 * 197e12 * 0.5
-COPIES = 4  # of the library's source files: 28 MB, in as many files
+COPIES = 4  # of the standard library's source files, 28 MB in this many files
 
 
 def draw(opened: OpenMixture, batch_size: int, step: int) -> Draw:
@@ -79,7 +79,7 @@ def rows_a_second(work: Callable[[int], object], batch_size: int, seconds: float
 
 
 class SlowFiles(http.server.BaseHTTPRequestHandler):
-    """Ranges of the files of a folder, each after a while."""
+    """Serves ranges of the files of a folder, each after a delay."""
 
     protocol_version = "HTTP/1.1"
     folder = Path()
@@ -99,7 +99,7 @@ class SlowFiles(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Nothing: there are thousands."""
+        """Logs nothing, since there are thousands of requests."""
 
 
 def serve(folder: str, port: Connection) -> None:
@@ -113,7 +113,7 @@ def serve(folder: str, port: Connection) -> None:
 
 @contextlib.contextmanager
 def served_slowly(opened: OpenMixture, cache: str) -> Iterator[OpenMixture]:
-    """The same mixture, its rows read through a server that takes its time, and nothing of them kept in memory."""
+    """The same mixture, with its rows read through a slow server and none of them kept in memory."""
     spawn, (here, there) = multiprocessing.get_context("spawn"), multiprocessing.Pipe()
     server = spawn.Process(target=serve, args=(cache, there), daemon=True)
     server.start()
@@ -161,7 +161,7 @@ def reading(cache: str, vocabulary: Vocabulary, rounds: int) -> dict[str, list[f
 
 
 def tokenizing(folder: Path, vocabulary: Vocabulary, rounds: int) -> tuple[float, dict[str, list[float]]]:
-    """Megabytes of text, and MB/s of a core for each contender."""
+    """Megabytes of text, and MB/s per core of each contender."""
     texts = list(documents({"python": "code"}, "train"))
     for copy in range(COPIES):
         (folder / f"{copy}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -213,7 +213,7 @@ def tokenizing(folder: Path, vocabulary: Vocabulary, rounds: int) -> tuple[float
 
 
 def consumed(size: str) -> float:
-    """Rows of 1024 a second that 8 v5e chips train on; vocabulary 8,192, causal attention counted by half."""
+    """Rows of 1024 per second that 8 v5e chips train on; vocabulary 8,192, causal attention counted as half."""
     configuration = read_configuration(["gin/mixed_pretrain.gin", f"gin/models/{size}.gin"], [])
     config = build(configuration, "train").model(vocabulary_size=8192, length=1024)
     return V5E_FLOPS / (flops_per_token(config, causal=True) * 1024)
@@ -238,7 +238,7 @@ def main() -> None:
 
 
 def rows(vocabulary: Vocabulary, rounds: int) -> None:
-    """Prints how fast rows are read, and how fast they are consumed."""
+    """Prints the rates at which rows are read and consumed."""
     with tempfile.TemporaryDirectory() as folder:
         step = ours(folder)
         step()

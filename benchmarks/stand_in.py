@@ -1,6 +1,6 @@
 """Memory of our train step on TPUs compared with that of a plain decoder, both compiled here.
 
-    python -m benchmarks.stand_in --records=stand_in.jsonl       needs libtpu (pip install '.[tpu]') and no TPU
+    python -m benchmarks.stand_in --records=stand_in.jsonl       needs libtpu (pip install '.[tpu]') but no TPU
 
 The stand-in has the same sizes and uses only JAX: AdamW, float32 parameters and moments, bfloat16 products, every
 weight and row split over all chips, one loop over the layers with full remat, softmax attention, all logits at once.
@@ -33,7 +33,7 @@ VOCABULARY = 40_000
 
 
 def shapes_of(config: DecoderConfig) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Name -> shape, and the index of the axis that is split."""
+    """Maps names to shapes and the index of the split axis."""
     layers, width, inner = config.layers, config.hidden, config.feedforward
     return {
         "tokens": ((config.vocabulary_size, width), 1), "positions": ((config.length, width), 1),
@@ -106,8 +106,8 @@ def memory_of_stand_in(config: DecoderConfig, batch: int, devices: list[Any]) ->
 
 
 def least(config: DecoderConfig, batch: int, devices: int) -> float:
-    """The GiB per device of any program that keeps float32 parameters, moments and gradients, the bfloat16 input of
-    each scanned block, and one block's gathered weights (bfloat16) and gradients (float32).
+    """A lower bound in GiB per device for programs that keep float32 parameters, moments and gradients, the bfloat16
+    input of each scanned block, and one block's gathered weights (bfloat16) and gradients (float32).
     """
     block = 4 * config.hidden**2 + 2 * config.hidden * config.feedforward
     inputs = 2 * config.scanned_layers * batch * config.length * config.hidden
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--records", default="stand_in.jsonl", help="a line for each case (default: %(default)s)")
     path = Path(parser.parse_args().records)
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    jax.config.update("jax_enable_compilation_cache", False)  # what is for absent devices cannot be read back
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back
     for size, name, batch in CASES:
         if [size, name, batch] not in [[one["size"], one["topology"], one["batch"]] for one in records]:
             records.append(measure(size, name, batch))

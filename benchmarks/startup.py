@@ -2,16 +2,16 @@
 
     python -m benchmarks.startup
 
-The default run of gin/mixed_pretrain.gin, its evaluation before the first step included:
+The default run of gin/mixed_pretrain.gin, including its evaluation before the first step:
 
   cold   nothing compiled before
-  warm   with the programs of the run before in JAX's compilation cache
+  warm   with the previous run's programs in JAX's compilation cache
   help   `t5x train --help`, complete
-  slip   a misspelt setting, to its one line
+  slip   a misspelt setting, until its one-line error
 
     python -m benchmarks.startup --branch --size=125m
 
-A run of that size that continues from its checkpoint of step 2, warm, to the end of its step 3:
+A run of that size that continues from its checkpoint of step 2, warm, to the end of step 3:
 
   resume   by the same command
   branch   in a run that branches from it, with another share of code
@@ -32,7 +32,7 @@ TRAIN = [*COMMAND, "train", "--gin_file=gin/mixed_pretrain.gin"]
 
 
 def seconds_to_step(command: list[str], model_dir: str, step: int, compiled: str) -> float:
-    """Seconds from a command to the record of a step, after which it is killed."""
+    """Seconds from the start of a command to its record of a step; then kills it."""
     records = Path(model_dir) / "metrics.jsonl"
     began = time.perf_counter()
     process = subprocess.Popen([*command, f"--gin.MODEL_DIR={model_dir}", "--gin.LOG_PERIOD=1"],
@@ -69,7 +69,7 @@ def resume_and_branch(size: str, cache: str, rounds: int) -> dict[str, list[floa
             taken = {"resume": seconds_to_step(command, resumed, 3, f"{folder}/compiled"),
                      "branch": seconds_to_step([*command, "--gin.CODE_RATE=0.5", f"--gin.BRANCH_FROM={trunk}@2"],
                                                branch, 3, f"{folder}/compiled")}
-            for name, seconds in taken.items() if number else ():  # the first reads files that no cache holds yet
+            for name, seconds in taken.items() if number else ():  # the first round reads files that are not cached
                 figures[name].append(seconds)
             shutil.rmtree(resumed)
             shutil.rmtree(branch)

@@ -1,22 +1,22 @@
 """The whole train step compared with peers, on the same batch in the same run.
 
-    python -m benchmarks.step                   needs torch besides this package (pip install torch), and a C++
+    python -m benchmarks.step                   also needs torch (pip install torch), and a C++
                                                 compiler for torch.compile
-    python -m benchmarks.step --model=llama     and transformers
+    python -m benchmarks.step --model=llama     also needs transformers
 
 A decoder of 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 8 x 256 tokens, float32, AdamW. It is a GPT,
-or has Llama's parts (RMSNorm, rotary positions, SwiGLU, no biases, a head of its own); "grouped" has besides one head
-of keys and values for two of queries.
+or has Llama's parts (RMSNorm, rotary positions, SwiGLU, no biases, an untied head); "grouped" also has one head of keys
+and values for two heads of queries.
 
   ours          train_step as `t5x train` runs it: shardings, document boundaries, losses per source, chunked loss;
                 fed by the real pipeline of rows; with model.remat = 'none' and model.scan_unroll = 4
-  plain flax    the shape of Flax's lm1b example: linen's own attention, all logits held, one jit, one batch reused
-  plain torch   a GPT as nanoGPT builds and trains it: queries, keys and values in one projection,
-                scaled_dot_product_attention, a tied head, AdamW that decays matrices alone; one batch reused.
-                "compiled torch" is the same under torch.compile, loss and all
+  plain flax    as Flax's lm1b example: linen's own attention, all logits held, one jit, one batch reused
+  plain torch   a GPT as in nanoGPT: queries, keys and values in one projection, scaled_dot_product_attention, a tied
+                head, AdamW that decays only matrices; one batch reused. "compiled torch" is the same under
+                torch.compile, including the loss
   transformers  LlamaForCausalLM with scaled_dot_product_attention and the fused AdamW, one batch reused; "compiled" is
-                the same under torch.compile, loss and all
-  matmul        what a plain JAX matmul reaches on these cores: the step's matmuls at that rate are the floor
+                the same under torch.compile, including the loss
+  matmul        the rate of a plain JAX matmul on these cores: the step's matmuls at that rate are the floor
 
 Each contender has its own process, and they take turns; the figure is the median step of each turn, the ratio is taken
 within a turn, and the spread is that of the turns.
@@ -290,7 +290,7 @@ def main() -> None:
             process.start()
             there.close()
             try:
-                here.recv()  # one at a time: compiling disturbs the others
+                here.recv()  # one at a time, since compiling disturbs the others
             except EOFError:
                 sys.exit(f"The contender {name!r} did not start; its error is above.")
             workers[name] = here

@@ -1,15 +1,15 @@
 """Upstream T5X's trainer compared with this package's own, on this package's decoder and on T5X's own of the same size.
 
-    PYTHONPATH=T5X python -m benchmarks.t5x     T5X: its source, for its examples are not installed with it
+    PYTHONPATH=T5X python -m benchmarks.t5x     T5X: its source, since its examples are not installed with it
 
 The GPT of `benchmarks.step`: 4 layers x 256, 4 heads, feed-forward 1024, vocabulary 8192, 8 x 256 tokens, float32,
-AdamW. T5X's decoder has relative positions, no biases, and its embedding as its head.
+AdamW. T5X's decoder has relative positions, no biases, and a tied head.
 
   own               the step of `t5x train`
   trainer           the step of `t5x train --runner=t5x`: T5X's Trainer on the same decoder and batches
   decoder           T5X's Trainer on T5X's decoder-only network, one batch reused
 
-All live in one process and take turns, each of them first in one of three; the figure is the median step, the ratio is
+All run in one process and take turns, each first in one of three turns; the figure is the median step, the ratio is
 taken within a turn, and the spread is that of the turns.
 """
 
@@ -111,7 +111,7 @@ def main() -> None:
         medians: dict[str, list[float]] = {name: [] for name in contenders}
         names = list(contenders)
         for turn in range(flags.turns):
-            for name in names[turn % len(names):] + names[: turn % len(names)]:  # each of them first in its turn
+            for name in names[turn % len(names):] + names[: turn % len(names)]:  # rotates the order
                 seconds = []
                 for _ in range(flags.steps):
                     began = time.perf_counter()

@@ -2,10 +2,10 @@
 
     python -m benchmarks.weights                      --layers=24 --hidden=2048 are the defaults
 
-The model is made here: random numbers in bfloat16, shaped like a Llama, one file of safetensors.
+The model is generated: random bfloat16 numbers in the shapes of a Llama, in one file of safetensors.
 
-  memory  the process's peak of resident memory (VmHWM), beside the bound: three times the largest tensor and 1 GiB
-  copy    what `cp` of the same file takes, on the same disk in the same minutes
+  memory  the process's peak resident memory (VmHWM), compared with the bound: three times the largest tensor plus 1 GiB
+  copy    the time of `cp` of the same file, on the same disk in the same minutes
 """
 
 import argparse
@@ -41,7 +41,7 @@ def shapes_of(facts: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_model(folder: Path, facts: dict[str, Any]) -> int:
-    """Writes a model of random bfloat16; returns the bytes of its largest tensor."""
+    """Writes a model of random bfloat16 numbers; returns the bytes of its largest tensor."""
     shapes = shapes_of(facts)
     header, at = {}, 0
     for name, shape in shapes.items():
@@ -66,7 +66,7 @@ def timed(command: list[str]) -> tuple[float, str]:
 
 
 def measured(what: str, copy: float, size: int, bound: int, *arguments: str) -> str:
-    """A line about a t5x command that processes `size` bytes; `copy` is the time of cp for the same amount."""
+    """A line on a t5x command that processes `size` bytes; `copy` is the time of cp for the same amount."""
     seconds, text = timed([sys.executable, "-c", PEAK, what, *arguments])
     peak = 1024 * int(text.split("VmHWM:")[1].split()[0])
     return (f"{what} {seconds:6.1f} s  {size / seconds / 1e6:5.0f} MB/s  {seconds / copy:5.1f} times cp   "

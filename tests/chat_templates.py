@@ -1,4 +1,4 @@
-"""Chat templates as they are published, and folders of a small tokenizer with one of them."""
+"""Published chat templates, and folders with a small tokenizer and one of them."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ PHI_3 = (
     "'<|end|>\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
     "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
-# Qwen3's, without its parts for tools: an answer's thoughts are left out once the user asks again.
+# Qwen3's without its parts for tools; it omits an answer's thoughts once the user asks again.
 QWEN_3 = """\
 {%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
@@ -80,13 +80,13 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|
 TEXT = ["You are a helpful assistant.", "system user assistant", "What is one and one? It is two.", "[INST] [/INST]",
         "def add(a, b):\n    return a + b\n\n", "Then two and two? Four, of course. \n\n \t", "<think>\n</think>"] * 4
 
-# How Llama 3 and Qwen part texts.
+# The pre-tokenization of Llama 3 and Qwen.
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
          r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """As Llama 3's and Qwen's."""
+    """A tokenizer as Llama 3's and Qwen's."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
@@ -99,25 +99,25 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def byte_fallback() -> tokenizers.Tokenizer:
-    """As Llama 2's: a space before the first text, bytes for what the vocabulary lacks."""
+    """A tokenizer as Llama 2's: a space before the first text, bytes for characters that the vocabulary lacks."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     made.decoder = tokenizers.decoders.Sequence([
         tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
         tokenizers.decoders.Strip(" ", 1, 0)])
-    lines = [line for text in TEXT for line in text.split("\n")]  # a line end is a byte, as there
+    lines = [line for text in TEXT for line in text.split("\n")]  # a line end is a byte, as in Llama 2
     made.train_from_iterator(lines, tokenizers.trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False))
     facts = json.loads(made.to_str())
-    for token in facts["added_tokens"]:  # bytes are pieces, not special
+    for token in facts["added_tokens"]:  # bytes are not special tokens
         token["special"] = not token["content"].startswith("<0x")
     facts["added_tokens"] = [token for token in facts["added_tokens"] if token["special"]]
     return tokenizers.Tokenizer.from_str(json.dumps(facts))
 
 
 def write_folder(folder: Path, template: str, kind: str = "byte_level", **names: str) -> str:
-    """A folder as published: tokenizer.json, its configuration and its chat template."""
+    """Writes a folder as published: tokenizer.json, its configuration and its chat template."""
     folder.mkdir(exist_ok=True)
     {"byte_level": byte_level, "byte_fallback": byte_fallback}[kind]().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({

@@ -1,13 +1,12 @@
-"""Eight host devices, and tiny corpora whose rows are cached once a session."""
+"""Eight host devices, and tiny corpora whose rows are cached once per session."""
 
 import getpass
 import os
 import tempfile
 
-# Before jax is imported, which reads them once. JAX_PLATFORMS=cuda runs what wants a GPU, and only a file that says so
-# passes there.
+# Set before importing jax, which reads them once. With JAX_PLATFORMS=cuda only test files written for a GPU pass.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's expensive passes make compiling three times as long, which is most of the time of these tests.
+# LLVM's expensive passes would triple the time of compiling, which dominates these tests.
 os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
                            "--xla_llvm_disable_expensive_passes=true").strip()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -36,18 +35,18 @@ WORDS = ("the a row of tokens is read by its number and never lost while one mod
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that no worker is left alone with one at the end."""
+    """Runs the slowest files first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.path.stem not in (*FOR_TPUS, *LONGEST))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where several workers share the tests, a file is one worker's, for its fixtures; and so are all that compile for
-    TPUs, for libtpu serves one process at a time, until that ends.
+    """Keeps a file's tests on one worker, for its fixtures; and all files that compile for TPUs on one worker, since
+    libtpu serves one process at a time, until that process ends.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    config.option.loadscopereorder = False  # else by the number of tests
+    config.option.loadscopereorder = False  # else files are sorted by their number of tests
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
@@ -55,10 +54,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "tpu" if Path(file).stem in FOR_TPUS else file
 
         def remove_node(self, node: Any) -> str | None:
-            """Returns the test that a worker died in, and hands on the tests behind it.
+            """Returns the test in which a worker died, and reassigns the tests after it.
 
-            xdist's own method hands that test on too, so that it ends the next worker, and files that are done, for
-            which a worker waits without end.
+            xdist's method also reassigns that test, which kills the next worker, and finished files, for which a worker
+            waits forever.
             """
             units = {scope: unit for scope, unit in self.assigned_work.pop(node).items() if not all(unit.values())}
             if not units:
@@ -84,9 +83,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def compile_once() -> None:
-    """Makes a file's tests share programs: `train` traces its step anew at each call, and most tests call it.
+    """Makes a file's tests share compiled programs: `train`, which most tests call, traces its step anew at each call.
 
-    JAX's cache on disk holds programs for one device alone; see `partitioning._compile_anew`.
+    JAX's cache on disk holds programs for one device only; see `partitioning._compile_anew`.
     """
     from jax._src import cache_key, compiler
 
@@ -110,8 +109,8 @@ def compile_once() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs() -> Iterator[None]:
-    """Drops compiled programs after each file: with all of them a worker grows to 7 GB, and each collection of garbage
-    takes seconds. The next file has JAX's cache on disk until it makes a mesh.
+    """Drops compiled programs after each file: with all of them a worker grows to 7 GB, and each garbage collection
+    takes seconds. The next file uses JAX's cache on disk until it makes a mesh.
     """
     yield
     compiled.clear()
@@ -142,8 +141,8 @@ def write_json_lines(path: Path, documents: list[str]) -> str:
 
 @pytest.fixture(scope="session")
 def other_vocabularies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """SentencePiece files of other makers' ways: "llama" puts a space before a text and falls back to bytes; "t5"
-    squeezes blanks, line ends among them, and knows few characters.
+    """SentencePiece files with other conventions: "llama" adds a space before a text and falls back to bytes; "t5"
+    merges blanks, including line ends, and knows few characters.
     """
     import io
 
@@ -169,7 +168,7 @@ def other_vocabularies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 @pytest.fixture(scope="session")
 def beginning_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tokenizer.json that gives the ids of python_8k, and of which each text begins with id 0."""
+    """A folder with a tokenizer.json that gives the ids of python_8k, and begins each text with id 0."""
     from codellm_jax.tokenizing.conversion import write_tokenizer
     from codellm_jax.vocabulary import load_vocabulary
 
@@ -180,7 +179,7 @@ def beginning_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_documents() -> dict[tuple[str, str], list[str]]:
-    """(corpus, split) -> documents from one word to many rows long."""
+    """Maps (corpus, split) to documents from one word to many rows long."""
     dice = random.Random(7)
     sizes = [1, 2, 3, 5, 8, 13, 30, 60, 90, 400]
     return {
@@ -193,7 +192,7 @@ def tiny_documents() -> dict[tuple[str, str], list[str]]:
 
 @pytest.fixture(scope="session")
 def tiny_corpora(tmp_path_factory: pytest.TempPathFactory, tiny_documents: Any) -> dict[str, dict[str, Any]]:
-    """CORPORA of two JSON-lines corpora, text.tiny and code.tiny, with validation files of their own."""
+    """CORPORA of two JSON-lines corpora, text.tiny and code.tiny, with separate validation files."""
     folder = tmp_path_factory.mktemp("corpora")
     files = {key: write_json_lines(folder / f"{'.'.join(key)}.jsonl", documents)
              for key, documents in tiny_documents.items()}
@@ -203,7 +202,7 @@ def tiny_corpora(tmp_path_factory: pytest.TempPathFactory, tiny_documents: Any) 
 
 @pytest.fixture(scope="session")
 def tiny_instructions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """CORPORA of two files of {input, target} records, text.asked and code.asked, a fifth of them held out."""
+    """CORPORA of two files of {input, target} records, text.asked and code.asked, with a fifth held out."""
     dice, folder = random.Random(11), tmp_path_factory.mktemp("instructions")
     makers = {"text.asked": lambda: (_prose(dice, dice.randint(1, 3)), _prose(dice, dice.randint(1, 9))),
               "code.asked": lambda: (f"Add {dice.randrange(1000)}.",
@@ -273,7 +272,7 @@ def make_training(
 
 @pytest.fixture(scope="session")
 def tiny_flags(tiny_corpora: dict[str, dict[str, Any]], tiny_cache: str) -> list[str]:
-    """Flags of `t5x train` for a micro model on the tiny corpora; MODEL_DIR and TRAIN_STEPS are the test's."""
+    """Flags of `t5x train` for a micro model on the tiny corpora; the test sets MODEL_DIR and TRAIN_STEPS."""
     return [
         "--gin_file=gin/mixed_pretrain.gin", f"--gin.CORPORA={tiny_corpora}", f"--gin.CACHE_DIR={tiny_cache}",
         f"--gin.MIXTURE_OR_TASK_NAME={list(tiny_corpora)}", f"--gin.TASK_FEATURE_LENGTHS={{'targets': {LENGTH}}}",
@@ -283,8 +282,8 @@ def tiny_flags(tiny_corpora: dict[str, dict[str, Any]], tiny_cache: str) -> list
 
 @pytest.fixture(scope="session")
 def tiny_tuning_flags(tiny_instructions: dict[str, dict[str, Any]], tiny_cache: str) -> list[str]:
-    """Flags of `t5x train` for tuning on the tiny instructions; the arm, where it starts from and MODEL_DIR are the
-    test's.
+    """Flags of `t5x train` for tuning on the tiny instructions; the test sets the arm, its initial checkpoint and
+    MODEL_DIR.
     """
     return [f"--gin.CORPORA={tiny_instructions}", f"--gin.CACHE_DIR={tiny_cache}", "--gin.WARMUP_STEPS=2",
             f"--gin.MIXTURE_OR_TASK_NAME={list(tiny_instructions)}", "--gin.BATCH_SIZE=10", "--gin.train.eval_rows=8",
@@ -293,7 +292,7 @@ def tiny_tuning_flags(tiny_instructions: dict[str, dict[str, Any]], tiny_cache: 
 
 @pytest.fixture
 def of_one_host() -> Callable[..., Any]:
-    """Makes of a sharding what the process sees that holds only some of its devices: (sharding, devices) -> view."""
+    """Makes the view of a sharding from a process that holds only some of its devices: (sharding, devices) -> view."""
 
     class View:
         def __init__(self, sharding: Any, devices: set[Any]) -> None:
@@ -308,7 +307,7 @@ def of_one_host() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def pretrained(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two run directories of four steps: NL, without code, and CODE."""
+    """A folder with two run directories of four steps: NL, without code, and CODE."""
     from codellm_jax import cli
 
     folder = tmp_path_factory.mktemp("pretrained")
@@ -324,7 +323,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout of something with this package's shape, whose commit a remote has."""
+    """A git checkout with the layout of this package, whose commit a remote has."""
     folder = tmp_path / "checkout"
     (folder / "codellm_jax" / "pods").mkdir(parents=True)
     (folder / "codellm_jax" / "pods" / "launch.py").write_text("")
@@ -333,5 +332,5 @@ def checkout(tmp_path: Path) -> Path:
     git(folder, "add", ".")
     git(folder, "commit", "--quiet", "-m", "first")
     git(folder, "remote", "add", "origin", "https://host/me/code.git")
-    git(folder, "update-ref", "refs/remotes/origin/main", "HEAD")  # as a push leaves it
+    git(folder, "update-ref", "refs/remotes/origin/main", "HEAD")  # as after a push
     return folder

@@ -1,4 +1,4 @@
-"""A bucket of gs:// that keeps its preconditions, over HTTP on loopback: what TensorStore asks of it."""
+"""A fake gs:// bucket over HTTP on loopback, with preconditions and the requests that TensorStore makes."""
 
 import json
 import threading
@@ -8,15 +8,15 @@ from typing import Any
 
 
 class FakeBucket:
-    """A context manager; `url` is for TENSORSTORE_GCS_HTTP_URL. `objects` are (generation, content) by name. The next
-    requests fail with the statuses in `failures`, one each. `asked` has the name and the range of each object read.
+    """A context manager; `url` is for TENSORSTORE_GCS_HTTP_URL. `objects` maps names to (generation, content). The next
+    requests fail with the statuses in `failures`, one each. `asked` has the name and range of each object read.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[int, bytes]] = {}
         self.failures: list[int] = []
         self.asked: list[tuple[str, str | None]] = []
-        self.refused = 0  # writes whose precondition did not hold
+        self.refused = 0  # writes whose precondition does not hold
         self.lock = threading.Lock()
         self._last = 0
         bucket = self

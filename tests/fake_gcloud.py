@@ -1,7 +1,7 @@
-"""A recorder in the place of gcloud, which plays a queued resource and its workers.
+"""A fake gcloud that records its commands, and simulates a queued resource and its workers.
 
-$FAKE holds: `plays` (JSON: for each creation the states that describe goes through), `state`, `label`, `commands`
-(JSON lines of what was asked), `breaks` (JSON: [words of an ssh command, exit status] that fail once, in order),
+$FAKE holds: `plays` (JSON: for each creation the successive states that describe returns), `state`, `label`, `commands`
+(JSON lines of all arguments), `breaks` (JSON: [words of an ssh command, exit status] that fail once, in order),
 `refusals` (JSON: verb -> stderr), and a home for each worker, `NODE.NUMBER`, in which ssh commands really run, with
 stand-ins for python3, git and t5x on PATH.
 """

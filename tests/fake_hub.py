@@ -1,11 +1,11 @@
-"""A stand-in for the hub on loopback: what huggingface_hub asks of one, and the faults that a test wants.
+"""A fake hub on loopback, with the requests that huggingface_hub makes, and the faults that a test sets.
 
     with fake_hub(folder) as hub:                     # folder/ORG/NAME/... are the repositories' files
         environment = {**os.environ, **hub.environment(cache)}
 
-The branch main is the folder's own content, and a commit's name a hash of it. Other commits lie in
+The branch main is the folder's own content, and its commit's name a hash of it. Other commits are in
 folder/ORG/NAME/.commits/HASH/..., and a branch or tag is a file folder/ORG/NAME/.refs/REVISION with such a HASH. Files
-whose names end as LARGE says are kept as Git LFS does: named by their SHA-256, and given from another address.
+whose names end as in LARGE are served as in Git LFS: named by their SHA-256, and from another address.
 """
 
 import contextlib
@@ -30,26 +30,26 @@ LARGE = (".safetensors", ".bin", ".ckpt")
 
 @dataclass
 class Hub:
-    """What is served, and the faults that are set; all may be changed while it serves."""
+    """The served content and the faults; all may be changed while it serves."""
 
     folder: Path
     address: str = ""
-    elsewhere: str = ""  # the same server by another name, from which large files come
-    requests: list[tuple[str, str]] = field(default_factory=list)  # method and path of each
-    drop: dict[str, list[int]] = field(default_factory=dict)  # of a file: after how many bytes each answer breaks off
-    drop_always: dict[str, int] = field(default_factory=dict)  # of a file: the same, for every answer
-    reset: dict[str, int] = field(default_factory=dict)  # of a file: how many answers are reset half-way
-    content: dict[str, bytes] = field(default_factory=dict)  # of a file: what is given in its place
-    refuse: dict[str, tuple[int, str]] = field(default_factory=dict)  # of ORG/NAME: status and X-Error-Code
-    refuse_files: dict[str, tuple[int, str]] = field(default_factory=dict)  # the same, of files alone
-    token: str | None = None  # without which nothing is refused
-    listed_besides: list[str] = field(default_factory=list)  # names of files that every repository claims to have
-    silent: bool = False  # takes requests and answers none
-    ranges: bool = True  # whether a part of a file may be asked for
-    handler: Any = None  # the class that answers
+    elsewhere: str = ""  # the same server under another name, which serves large files
+    requests: list[tuple[str, str]] = field(default_factory=list)  # method and path of each request
+    drop: dict[str, list[int]] = field(default_factory=dict)  # by file: after how many bytes successive answers end
+    drop_always: dict[str, int] = field(default_factory=dict)  # by file: the same, for every answer
+    reset: dict[str, int] = field(default_factory=dict)  # by file: how many answers are reset half-way
+    content: dict[str, bytes] = field(default_factory=dict)  # by file: content served instead
+    refuse: dict[str, tuple[int, str]] = field(default_factory=dict)  # by ORG/NAME: status and X-Error-Code
+    refuse_files: dict[str, tuple[int, str]] = field(default_factory=dict)  # the same, only for files
+    token: str | None = None  # requests with this token are not refused
+    listed_besides: list[str] = field(default_factory=list)  # further file names that every repository lists
+    silent: bool = False  # whether requests are accepted but not answered
+    ranges: bool = True  # whether ranges of files may be requested
+    handler: Any = None  # the request handler's class
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """Variables by which a process asks this hub, with a cache of its own."""
+        """Environment variables by which a process uses this hub, with its own cache."""
         return {"HF_ENDPOINT": self.address, "HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"),
                 "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5",
                 "HF_HUB_ETAG_TIMEOUT": "5"}
@@ -62,7 +62,7 @@ class Hub:
                 if path.is_file() and not path.relative_to(folder).parts[0].startswith((".commits", ".refs"))}
 
     def commit(self, repository: str, revision: str) -> str | None:
-        """The commit that a branch, a tag or a commit's hash means; None where there is none."""
+        """The commit of a branch, a tag or a commit's hash; None if there is none."""
         own = self.folder / repository
         if (own / ".refs" / revision).is_file():
             return (own / ".refs" / revision).read_text().strip()
@@ -74,7 +74,7 @@ class Hub:
 
 
 def git_name(content: bytes) -> str:
-    """What git calls a file of this content."""
+    """Git's name (blob hash) of a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -121,7 +121,7 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
             return False
 
         def _api(self, repository: str, what: str, revision: str, folder: str | None = None) -> None:
-            """Answers of a repository, or, of a data set's, what lies in a folder."""
+            """Sends the facts of a repository, or the content of a data set's folder."""
             if self._refused(hub.refuse.get(repository)):
                 return
             if not (hub.folder / repository).is_dir():
@@ -191,7 +191,7 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
 
         def _send(self, status: int, body: bytes, headers: dict[str, str], most: int | None = None,
                   resets: bool = False) -> None:
-            """Sends an answer, of which the connection ends after so many bytes, if any are given, or is reset."""
+            """Sends an answer; closes the connection after `most` bytes if given, or resets it half-way."""
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(key, value)
@@ -210,7 +210,7 @@ def fake_hub(folder: Path) -> Iterator[Hub]:
     serving = threading.Thread(target=server.serve_forever, args=(0.05,))
     serving.start()
     try:
-        # Other tests may have had the library be offline, which it reads when it is imported, and processes inherit.
+        # Other tests may set the library offline, which it reads when imported, and processes inherit.
         with (mock.patch.object(constants, "HF_HUB_OFFLINE", False),
               mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "0"})):
             yield hub

@@ -1,9 +1,9 @@
-"""A stand-in on loopback for the servers that publish files, with the faults that a test wants.
+"""A fake on loopback of the servers that publish files, with the faults that a test sets.
 
     with fake_publisher({"/a.json": b"[]"}) as publisher:
         download(publisher.address + "/a.json", ...)
 
-    with official_publisher():  # small files in official form, in the place of all releases
+    with official_publisher():  # small files in official form, in place of all releases
         cli.main(["fetch", "mbpp", "--data_dir=..."])
 """
 
@@ -29,22 +29,22 @@ from tasks.benchmarks.locating import SAMPLES
 
 @dataclass
 class Publisher:
-    """What is served, by path, and the faults; all may be changed while it serves."""
+    """The served files, by path, and the faults; all may be changed while it serves."""
 
     files: dict[str, bytes]
     address: str = ""
     asked: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range of each request
-    drop: dict[str, list[int]] = field(default_factory=dict)  # of a path: after how many bytes each answer breaks off
-    statuses: dict[str, list[int]] = field(default_factory=dict)  # of a path: statuses that are answered first
-    redirects: dict[str, str] = field(default_factory=dict)  # from a path to another, or to an address
+    drop: dict[str, list[int]] = field(default_factory=dict)  # by path: after how many bytes successive answers end
+    statuses: dict[str, list[int]] = field(default_factory=dict)  # by path: statuses of the first answers
+    redirects: dict[str, str] = field(default_factory=dict)  # from a path to another path or an address
     silent: set[str] = field(default_factory=set)  # paths that are never answered
-    stuck: dict[str, int] = field(default_factory=dict)  # of a path: after how many bytes nothing more comes
-    ranges: bool = True  # whether a part may be asked for
+    stuck: dict[str, int] = field(default_factory=dict)  # by path: after how many bytes answers stall
+    ranges: bool = True  # whether ranges may be requested
     etags: bool = True
-    lengths: bool = True  # whether an answer says how long it is
+    lengths: bool = True  # whether answers state their length
 
     def reset(self) -> None:
-        """Takes all faults away, and forgets what was asked."""
+        """Removes all faults and recorded requests."""
         for each in (self.asked, self.drop, self.statuses, self.redirects, self.silent, self.stuck):
             each.clear()
         self.ranges = self.etags = self.lengths = True
@@ -125,7 +125,7 @@ INSTRUCTIONS = b'[{"instruction": "Name a colour.", "input": "", "output": "Gree
 
 
 def official(place: str) -> bytes:
-    """A small file in the official form of a path below DATA_DIR."""
+    """A small file in the official form of the file at this path in DATA_DIR."""
     if place.endswith(".gz"):
         return gzip.compress(official(place.removesuffix(".gz")))
     name = place.replace("ekar_chinese", "ekar").replace("dureader_robust", "dureader").replace("train.50k", "train")
@@ -139,7 +139,7 @@ def official(place: str) -> bytes:
 
 
 def archived(url: str, members: dict[str, bytes]) -> bytes:
-    """A zip or tar archive, as the address's suffix says, with a member beside those that are wanted."""
+    """A zip or tar archive, by the address's suffix, with these members and a README.md."""
     made = io.BytesIO()
     members = members | {"README.md": b"Cite us."}
     if url.endswith(".zip"):
@@ -163,9 +163,9 @@ DIGESTS: dict[str, Any] = {
 
 @contextlib.contextmanager
 def official_publisher() -> Iterator[Publisher]:
-    """Serves small files in official form where the table of releases has the official ones, but for the host.
+    """Serves small files in official form at the addresses in the table of releases, except for the host.
 
-    Sizes and digests are stated where the table states them, and of the same kinds.
+    Sizes and digests are stated if the table states them, and of the same kinds.
     """
     environment = {name: value for name, value in os.environ.items()
                    if not name.lower().endswith("_proxy") and name != "HF_ENDPOINT"}

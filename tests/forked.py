@@ -1,9 +1,9 @@
-"""Commands in processes of their own, forked from one that has imported the libraries: that takes longer than most
-commands do.
+"""Runs commands in separate processes, forked from one that has imported the libraries, since importing takes longer
+than most commands.
 
-`Forked(environment).run(["-m", "codellm_jax.cli", "train", ...])` or `run(["-c", PROGRAM, ...])` is as
-`subprocess.run([sys.executable, ...])` in that environment, with stdout and stderr together. Commands share nothing but
-what modules do when they are imported.
+`Forked(environment).run(["-m", "codellm_jax.cli", "train", ...])` or `run(["-c", PROGRAM, ...])` is like
+`subprocess.run([sys.executable, ...])` in that environment, with stdout and stderr together. Commands share only the
+effects of imports.
 """
 
 import atexit
@@ -19,14 +19,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# What most commands import. None of it starts JAX's devices, or reads files.
+# The imports of most commands. None of them starts JAX's devices or reads files.
 IMPORTED = ("codellm_jax.cli", "codellm_jax.training.train", "codellm_jax.evaluation.evaluate",
             "codellm_jax.report.write", "codellm_jax.weights.exporting", "tensorflow", "seqio", "tasks.pretraining",
             "tasks.evaluation", "tensorboardX")
 
 
 class Forked:
-    """A context manager; the process that commands are forked from ends with it."""
+    """A context manager; the process from which commands are forked ends with it."""
 
     def __init__(self, environment: Mapping[str, str], timeout: float = 400.0) -> None:
         self._timeout = timeout
@@ -42,7 +42,7 @@ class Forked:
         self._process.wait(timeout=self._timeout)
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
-        """The status of a command, of a signal its negative number, and all that it wrote."""
+        """Runs a command; returns its status (the negative number of a signal) and all its output."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with tempfile.NamedTemporaryFile("r", errors="replace") as output:
             self._process.stdin.write(json.dumps([list(command), output.name, self._timeout]) + "\n")
@@ -68,7 +68,7 @@ def _serve() -> None:
 
 
 def _be(command: Sequence[str], output: str) -> None:
-    """Runs a command in this process, and ends it."""
+    """Runs a command in this process, then ends the process."""
     kind, what, *arguments = command
     with Path(output).open("wb") as file, Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)

@@ -1,4 +1,4 @@
-"""Studies whose truth is known: run directories as evaluation and training write them, with planted effects."""
+"""Studies with known truth: run directories as written by evaluation and training, with planted effects."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -38,12 +38,12 @@ def write_study(
 
     Args:
       arms: labels, such as NL, CODE, NC-decrease, CC-uniform.
-      n: questions of each task.
-      skill: of (arm, task): the logit of how likely a question of middling difficulty is answered rightly; a task's own
-        (arm "") where the arm has none.
+      n: number of questions of each task.
+      skill: for (arm, task), the logit of the probability to answer a question of average difficulty correctly; arm ""
+        is the default of a task.
       spread: standard deviation of a seed's skill.
-      rates: of arms that are swept, their code rate.
-      settings: that all results have besides.
+      rates: code rates of swept arms.
+      settings: further settings of all results.
     """
     entries = []
     for label in arms:
@@ -67,7 +67,7 @@ def write_study(
 
 def write_task(run: Path, task: str, n: int, skill: float, letters: str, sample: bool = False,
                settings: Mapping[str, Any] | None = None, ties: int = 0) -> None:
-    """Both files of a task, as an evaluation writes them; of the last `ties` questions all candidates tie."""
+    """Writes both files of a task, as an evaluation does; all candidates of the last `ties` questions tie."""
     difficulty = seed_of("difficulty", task).normal(size=n)
     dice = seed_of(run.name, task, "answers")
     right = dice.random(n) < 1 / (1 + np.exp(difficulty - skill))
@@ -118,7 +118,7 @@ def write_task(run: Path, task: str, n: int, skill: float, letters: str, sample:
 
 def _write_training(run: Path, letters: str, mix: str | None, seed: int, arrays: Mapping[str, Any], tokens: int,
                     rate: float | None) -> None:
-    """metrics.jsonl, provenance.json, and a checkpoint's record."""
+    """Writes metrics.jsonl, provenance.json, and a checkpoint's record."""
     tuning = letters not in ("NL", "CODE")
     stage = "tuning" if tuning else "pretraining"
     rate = rate if rate is not None else 0.0 if letters[-1] in "NL" else 1 / 3 if not tuning else 0.375

@@ -1,4 +1,4 @@
-"""Published models for tests: folders with config.json, safetensors and a tokenizer, of the golden files or random."""
+"""Published models for tests: folders with config.json, safetensors and a tokenizer, from golden files or random."""
 
 import json
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ import numpy as np
 GOLDEN = Path(__file__).resolve().parent / "model" / "golden"
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "bool": "BOOL", "int64": "I64"}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# Of the random Llama.
+# The sizes of the random Llama.
 LAYERS, HIDDEN, HEADS, KEY_HEADS, HEAD, FEEDFORWARD, POSITIONS = 2, 24, 4, 2, 6, 40, 64
 TEXTS = ["The quick brown fox jumps over the lazy dog.\n", "def add(first, second):\n    return first + second\n",
          "import os\n\nprint(os.getcwd())\n", "At which stage does code help?\n"] * 4
 
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """The configuration, the tensors, tokens and logits of a golden file."""
+    """The configuration, tensors, tokens and logits of a golden file."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = {key: file[key] for key in file.files}
     facts = json.loads(str(arrays.pop("config")))
@@ -26,7 +26,7 @@ def golden(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray
 
 
 def safetensors(tensors: Mapping[str, np.ndarray], metadata: bool = True) -> bytes:
-    """A file's bytes, as the format's documentation has them."""
+    """The bytes of a safetensors file, by the format's documentation."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if metadata else {}
     at = 0
     for name, array in tensors.items():
@@ -42,7 +42,7 @@ def with_header(header: str, content: bytes) -> bytes:
 def write_model(
     folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray], shards: int = 1, tokenizer: bool = True
 ) -> Path:
-    """Writes a folder as models are published; with several shards, an index too."""
+    """Writes a model's folder as published; with several shards, also an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(facts))
     if tokenizer:
@@ -61,7 +61,7 @@ def write_model(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Fifteen pieces: fewer than the embeddings of the golden files have rows."""
+    """Writes a tokenizer of fifteen pieces, fewer than the rows of the golden files' embeddings."""
     letters = [[letter, -3.0] for letter in "▁etaoinshrdlu"]
     spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     end = {"id": 1, "content": "</s>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
@@ -75,7 +75,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_byte_tokenizer(folder: Path) -> int:
-    """Writes a byte-level BPE tokenizer that ends documents with <|endoftext|>; returns how many ids it has."""
+    """Writes a byte-level BPE tokenizer that ends documents with <|endoftext|>; returns its number of ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -92,8 +92,8 @@ def write_byte_tokenizer(folder: Path) -> int:
 
 
 def write_llama(folder: Path, seed: int = 0) -> Path:
-    """Writes a Llama with grouped queries and a head of its own size; returns its folder."""
-    rows = write_byte_tokenizer(folder) + 5  # as many have, more than the tokenizer has ids
+    """Writes a Llama with grouped queries and a separate head size; returns its folder."""
+    rows = write_byte_tokenizer(folder) + 5  # as in many models, more rows than ids
     dice = np.random.default_rng(seed)
     shapes = {"model.embed_tokens.weight": (rows, HIDDEN)}
     for layer in range(LAYERS):

@@ -1,4 +1,4 @@
-"""Run directories and a study written by hand, for what reads them: no model is trained."""
+"""Run directories and a study written by hand, for tests of their readers, without training."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ LEDGER = {"stage": "pretraining", "rows": {"text.a": 30, "code.a": 10}, "tokens"
 
 
 def write_run(path: Path, step: int, last_step: int, ended: bool = True, **facts: Any) -> Path:
-    """A run directory of ten tokens a row and four rows a step, recorded every second step."""
+    """Writes a run directory with ten tokens per row and four rows per step, recorded every second step."""
     path.mkdir(parents=True)
     session = {"from_step": 0, "to_step": step if ended else None, "seconds": 90.0 if ended else None}
     (path / "provenance.json").write_text(json.dumps({
@@ -26,7 +26,7 @@ def write_run(path: Path, step: int, last_step: int, ended: bool = True, **facts
 
 
 def write_study(path: Path) -> None:
-    """Two arms of two seeds, NC after NL: NL.seed0 is done and NL.seed1 failed, both with all their steps."""
+    """Writes two arms of two seeds, NC after NL: NL.seed0 is done and NL.seed1 failed, both with all their steps."""
     plan = [{"run": f"{arm}.seed{seed}", "arm": arm, "stage": stage, "from": start and f"{start}.seed{seed}",
              "steps": 10, "seed": seed} for arm, stage, start in (
                  ("NL", "pretraining", None), ("NC", "tuning", "NL")) for seed in (0, 1)]

@@ -22,7 +22,7 @@ _DIALOGUE = re.compile(r'\[\s*\[\s*"')
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The questions of C3's files, in order; an unreadable dialogue counts as one record."""
+    """Yields the questions of C3's files, in order; an unreadable dialogue counts as one record."""
     for file in files:
         for number, dialogue in enumerate(_dialogues(file)):
             yield from [dialogue] if isinstance(dialogue, Lost) else _items(dialogue, number)
@@ -53,7 +53,7 @@ def _item(question: Any, context: str | None, own: str) -> Item | Lost:
 
 
 def _dialogues(file: str) -> Iterator[Any]:
-    """The entries of the list, with a `Lost` for each broken one; reading continues at the next readable entry."""
+    """Yields the entries of the list, and a `Lost` for each broken one; continues at the next readable entry."""
     content: list[bytes] = []
     broken = False
     try:

@@ -14,7 +14,7 @@ VERDICTS = ("correct", "wrong")
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The records of CosQA's files, in order; the candidates are "correct" and "wrong"."""
+    """Yields the records of CosQA's files, in order; the candidates are "correct" and "wrong"."""
     return json_items(files, _item)
 
 

@@ -1,4 +1,4 @@
-"""DuReader-robust: answer a Chinese question from a text. SQuAD's form, or a repackaged JSON list in two halves.
+"""DuReader-robust: answer a Chinese question from a text. SQuAD's format, or a repackaged JSON list in two halves.
 
 Official: data[].paragraphs[].{context, qas[].{id, question, answers[].text}}. Repackaged: {text_a: context, text_b:
 question, label: one answer}.
@@ -17,7 +17,7 @@ SHOT_FORMS = (Form(("*dureader*/train.json",)), Form(("dureader*train.json",)))
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The questions of either form, in order."""
+    """Yields the questions of either format, in order."""
     for file in files:
         stem = f"{file_stem(file)}-" if len(files) > 1 else ""
         questions = (question for record in json_records(file) for question in _questions(record))
@@ -26,7 +26,7 @@ def read(files: Sequence[str]) -> Iterator[Item | Lost]:
 
 
 def _questions(record: Any, context: Any = None) -> Iterator[Item | Lost]:
-    """The questions inside an object of SQuAD's form, from any level that a broken file leaves; or a repackaged one."""
+    """Yields the questions of a repackaged record, or of any level of SQuAD's format, as found in broken files."""
     if isinstance(record, Lost):
         yield record
     elif not isinstance(record, dict):

@@ -1,7 +1,7 @@
 """E-KAR, Chinese analogies with four choices: the official JSON lines, or a repackaged JSON list.
 
 Official: {question: "a:b", choices: {label: [A ... D], text: [...]}, answerKey, explanation: [the question's, then one
-of each choice], relation}. Repackaged: {text_a: "a:b", text_b: "A. ...\\nB. ...", label: "B. ..."}, which has no
+for each choice], relation}. Repackaged: {text_a: "a:b", text_b: "A. ...\\nB. ...", label: "B. ..."}, without
 explanations.
 """
 
@@ -33,14 +33,14 @@ _LETTERED = re.compile(r"\s*([A-Z])\s*[.．、]\s*")
 
 
 def read(files: Sequence[str], explained: bool = False) -> Iterator[Item | Lost]:
-    """The records of E-KAR's files, in order.
+    """Yields the records of E-KAR's files, in order.
 
     Args:
-      files: of either form.
-      explained: only records with explanations, which become the fields `query_explanation` and `explanation`.
+      files: paths, of either format.
+      explained: requires explanations, which become the fields `query_explanation` and `explanation`.
 
     Raises:
-      Lacking: explanations are asked of a repackaged file.
+      Lacking: explanations are required, but a file is repackaged.
     """
     if explained and (repackaged := [file for file in files if not is_official(file)]):
         raise Lacking(f"{repackaged[0]} is the repackaged form, which has no explanations; replace it by E-KAR's own "

@@ -21,12 +21,12 @@ _KEYS = ("prompt", "entry_point", "test")
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The problems of HumanEval's file, in order."""
+    """Yields the problems of HumanEval's file, in order."""
     return json_items(files, item)
 
 
 def item(record: Mapping[str, Any]) -> Item | Lost:
-    """A record as an item, or the reason why it is not a question."""
+    """Converts a record to an item, or to the reason why it is not a question."""
     code = record.get("canonical_solution")
     if not code:
         return Lost(NO_ANSWER)

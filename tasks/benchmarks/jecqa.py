@@ -1,7 +1,7 @@
 """JEC-QA, questions of the Chinese bar examination with four choices, one or more of them right.
 
-Three forms: the official {statement, option_list: {A: ...}, answer: [letters], id}; the study's own extract of it,
-whose answer is a position and whose option_list may be a list; and AGIEval's {question, options: ["(A)..."], label:
+Three formats: the official {statement, option_list: {A: ...}, answer: [letters], id}; the study's extract of it, where
+the answer is a position and option_list may be a list; and AGIEval's {question, options: ["(A)..."], label:
 [letters]}.
 """
 
@@ -23,7 +23,7 @@ from tasks.benchmarks.questions import (
 )
 from tasks.corpora.files import Lost
 
-# JEC-QA has no development set of its own, and hides the answers of its test set. 0 are knowledge questions, 1 cases.
+# JEC-QA has no development set and hides the answers of its test set. File 0 holds knowledge questions, file 1 cases.
 FORMS = (
     Form(("jec*qa*/dev.json",)),
     Form(("jec*qa.json",)),
@@ -37,14 +37,14 @@ _JOIN = "；"
 
 
 def read(files: Sequence[str], exact_set: bool = False) -> Iterator[Item | Lost]:
-    """The records of JEC-QA's files, in order.
+    """Yields the records of JEC-QA's files, in order.
 
     Args:
-      files: of any form; read one after the other.
-      exact_set: every set of choices is a candidate, 15 of four choices: those of one in order, then those of two, and
-        so on. The texts of a set are joined by "；". Questions with several right answers then have exactly one right
-        candidate, and all questions are kept. Otherwise the choices are the candidates, and those questions are
-        skipped.
+      files: paths, of any format, read in this order.
+      exact_set: makes every non-empty set of choices a candidate, 15 for four choices: sets of one in order, then sets
+        of two, and so on, with their texts joined by "；". A question with several right answers then has exactly one
+        right candidate, and all questions are kept. Otherwise the choices are the candidates, and questions with
+        several right answers are skipped.
     """
     return json_items(files, functools.partial(_item, exact_set=exact_set))
 
@@ -63,7 +63,7 @@ def _item(record: Mapping[str, Any], exact_set: bool) -> Item | Lost:
 
 
 def _choices(options: Any) -> tuple[list[str], list[Any]]:
-    """Letters and texts of the choices, in the order of the letters."""
+    """The letters and texts of the choices, sorted by letter if they are a mapping."""
     if isinstance(options, dict):
         letters = sorted(options, key=str)
         return letters, [options[letter] for letter in letters]

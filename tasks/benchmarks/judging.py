@@ -1,4 +1,4 @@
-"""Benchmarks for an evaluation: read with one choice of files and templates, and judged."""
+"""Loads the benchmarks of an evaluation with one configuration, and judges written answers."""
 
 import dataclasses
 import functools
@@ -17,13 +17,12 @@ class Judged(NamedTuple):
     """The scores of written answers.
 
     Attributes:
-      values: for each metric, the value of each question in 0 ... 1; the score is their mean. The first is the main
-          metric.
-      corpus: for each metric that is not a mean, its counts per question [questions, k], and the function of their
-          sums.
+      values: for each metric, a value in 0 ... 1 per question; the score is their mean. The first is the main metric.
+      corpus: for each metric that is not a mean, its counts per question [questions, k], and the function that
+          computes the score from their sums.
       fixed: scores that cannot be bootstrapped.
-      notes: remarks on each question and answer.
-      rule: when an answer counts as right, in a sentence for the result; empty if the task's name says it.
+      notes: a remark on each answer of each question.
+      rule: a sentence on when an answer counts as right; empty if the task's name implies it.
     """
 
     values: dict[str, list[float]]
@@ -41,11 +40,11 @@ class Benchmarks:
       data_dir: a folder, local or gs://, that is searched for the benchmarks' files by name; None for this package's
         own items.
       template: how questions are formatted: "released", "paper", "multiple_choice", or {"prompt": ..., "continuation":
-        ...} with fields in braces. Or one of these for each task, {"mbpp": "paper", "default": "multiple_choice"},
+        ...} with fields in braces. Or a mapping from tasks to these, {"mbpp": "paper", "default": "multiple_choice"},
         where "default" covers all tasks that are not named, and is "released" if omitted. Users' files are named as in
         TASKS.
       few_shot: number of worked examples before each prompt.
-      seed: seed of the choice of worked examples.
+      seed: seed for drawing worked examples.
       specs: users' benchmarks by name, each with its file of questions and options.
       unconfined: whether generated programs run even if the sandbox cannot give its guarantees (see
         `programs.sandbox`).
@@ -62,7 +61,7 @@ class Benchmarks:
         question_files.parsed(self.specs, BENCHMARKS)
 
     def load(self, task: str) -> Loaded:
-        """The questions of a task; see `tasks.benchmarks.loading.load`.
+        """Loads the questions of a task; see `tasks.benchmarks.loading.load`.
 
         Raises:
           SandboxError: its answers are programs, which cannot be confined on this host, and `unconfined` is False.
@@ -82,13 +81,13 @@ class Benchmarks:
         return metrics.accuracy(losses, answers)
 
     def settings(self, task: str) -> dict[str, Any]:
-        """The settings that change the questions made from a task's files, as JSON."""
+        """The settings that affect the questions made from a task's files, as JSON."""
         template = self._template(task)
         return {"template": template if isinstance(template, str) else dict(template), "few_shot": self.few_shot,
                 "seed": self.seed}
 
     def _template(self, task: str) -> str | Mapping[str, str]:
-        """The template of a task, by its name or as TASKS names it."""
+        """The template of a task, which the setting names by its name or its path in TASKS."""
         if not isinstance(self.template, Mapping):
             return self.template
         files = {key: word_of(key) for key in self.template if isinstance(key, str) and question_files.is_file(key)}
@@ -96,25 +95,26 @@ class Benchmarks:
         return templates.of_task(word_of(task), by_name, [*self.specs, *files.values()])
 
     def judge(self, loaded: Loaded, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]) -> Judged:
-        """Judges written answers: programs by running them, and by BLEU; DuReader by exact match and F1; answers to
+        """Judges written answers: programs by running them and by BLEU, DuReader by exact match and F1, answers to
         users' files by `matching.RULES`.
 
         Args:
           loaded: the questions.
-          texts: for each question one or more answers.
-          tokenize: the model's vocabulary, whose tokens the study's BLEU counts.
+          texts: one or more answers per question.
+          tokenize: encodes with the model's vocabulary, whose tokens the study's BLEU counts.
 
         Raises:
           SandboxError: programs cannot be confined on this host, and `unconfined` is False.
         """
-        # Programs, tokenizers and sacreBLEU need UTF-8, which lone surrogates do not have: they become U+FFFD.
+        # Programs, tokenizers and sacreBLEU need valid UTF-8: lone surrogates become U+FFFD.
         texts = [[text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for text in answers]
                  for answers in texts]
         first = [answers[0] for answers in texts]
         if match := loaded.questions[0].extra.get("match"):  # type: ignore[union-attr]
             return _matched(loaded, texts, match)
         if loaded.name == "dureader":
-            found = metrics.dureader(first, [question.references for question in loaded.questions])  # type: ignore[union-attr]
+            found = metrics.dureader(
+                first, [question.references for question in loaded.questions])  # type: ignore[union-attr]
             return Judged({"f1": found.f1s, "exact_match": [float(match) for match in found.exact_matches]}, {}, {},
                           [[""] for _ in texts])
         return self._run(loaded, texts, tokenize)
@@ -145,7 +145,7 @@ class Benchmarks:
 
 
 def _matched(loaded: Loaded, texts: Sequence[Sequence[str]], match: str) -> Judged:
-    """Judges answers by a rule against references; for several answers the value is the share that is right."""
+    """Judges answers against references by a rule; a question's value is the share of its answers that are right."""
     right = [[matching.is_right(match, text, question.references) for text in answers]
              for question, answers in zip(loaded.questions, texts, strict=True) if isinstance(question, Prompt)]
     read = [[matching.MATCHES[match](text) for text in answers] for answers in texts]

@@ -1,7 +1,6 @@
-"""Reading a benchmark: `load("logic", data_dir)` gives its questions, and how many records were read or skipped, with
-reasons.
+"""Loads benchmarks: `load("logic", data_dir)` returns the questions, and how many records are read or skipped and why.
 
-DESCRIPTIONS names the tasks. A task may also be the path of your own file, or a line of BENCHMARKS; see
+DESCRIPTIONS lists the tasks. A task may also be the path of a user's file, or a name of BENCHMARKS; see
 `question_files`.
 
 Importing this module imports neither TensorFlow nor SeqIO.
@@ -39,14 +38,14 @@ Reader = Callable[[Sequence[str]], Iterator[Item | Lost]]
 
 
 class Benchmark(NamedTuple):
-    """Where a task's questions and worked examples come from.
+    """The sources of a task's questions and worked examples.
 
     Attributes:
       forms: the names of its files, in order of preference.
-      read: makes items of them.
+      read: reads items from them.
       shot_forms: the names of the files of its worked examples; empty if it has none.
-      read_shots: makes items of these.
-      own_shots: the number of fixed worked examples that belong to the task itself.
+      read_shots: reads items from those.
+      own_shots: the number of fixed worked examples that are part of the task.
     """
 
     forms: tuple[Form, ...]
@@ -57,7 +56,7 @@ class Benchmark(NamedTuple):
 
 
 def _benchmark(forms: tuple[Form, ...], shot_forms: tuple[Form, ...], read: Reader) -> Benchmark:
-    """A benchmark whose worked examples are in files of the same form."""
+    """A benchmark whose worked examples are in files of the same format."""
     return Benchmark(forms, read, shot_forms, read)
 
 
@@ -110,9 +109,9 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
-# The start of the next worked example, after the separator: a model that writes it has ended its answer.
+# The start of the next worked example, after the separator: it ends a model's answer.
 NEXT_EXAMPLE = {"mbpp": "Write ", "dureader": ""}
-# Tasks answered by a program, and by any text; their questions are `Prompt`s.
+# Tasks answered by a program, and all answered by writing, whose questions are `Prompt`s.
 PROGRAMS = frozenset({"mbpp", "mbpp_three_shot", "humaneval"})
 GENERATED = PROGRAMS | {"dureader"}
 NO_SPECS: Mapping[str, Mapping[str, Any]] = {}
@@ -122,7 +121,7 @@ class _Source(NamedTuple):
     """The records of a task's questions and of its worked examples.
 
     Attributes:
-      name: the task's.
+      name: the task's name.
       templates: its named templates.
       items, skipped, files: the questions, the counts of skipped records, and the files.
       shots, shots_skipped, shot_files: the same for the worked examples; empty if none are requested.
@@ -150,23 +149,23 @@ def load(
     seed: int = 0,
     specs: Mapping[str, Mapping[str, Any]] = NO_SPECS,
 ) -> Loaded:
-    """Reads a benchmark.
+    """Loads a benchmark.
 
     Args:
       task: one of `BENCHMARKS` or of `specs`, or the path of a file.
       data_dir: a folder, local or gs://, that is searched for its files by name; None for this package's few sample
         items. Users' files are found by their paths.
       template: a name, see `tasks.benchmarks.templates`, or {"prompt": "...{field}...", "continuation": "..."}.
-      few_shot: how many worked examples precede each prompt. They come from the training split (C-Eval's development
-        split; for a user's file, from its file of worked examples or from itself), are drawn by a stable hash of the
+      few_shot: number of worked examples before each prompt. They come from the training split (C-Eval's development
+        split; for a user's file, its file of worked examples or the file itself), are drawn by a stable hash of the
         seed and the question's id, and are never the question itself.
       seed: seed of that draw.
       specs: users' benchmarks, as `question_files` describes them.
 
     Raises:
-      ValueError: one line; there is no such task or template, a template names an unknown field, a file lacks what the
-        task needs or exists twice, the files hold no usable question, there are too few worked examples, or a user's
-        file has any error.
+      ValueError: one line; there is no such task or template, a template names an unknown field, a file lacks data
+        that the task needs or exists twice, the files hold no usable question, there are too few worked examples, or a
+        user's file has any error.
       OSError: one line; the folder or the files do not exist, or cannot be read.
     """
     own = _own_file(task, specs)
@@ -174,7 +173,7 @@ def load(
     name, items = source.name, source.items
     form = templates.resolve(name, template, source.templates)
     contexts = _contexts(name, form, items, source.shots, few_shot or source.own_shots, seed, bool(source.own_shots))
-    # All of one kind, as a reader makes items of one kind.
+    # All `Question` or all `Prompt`: a reader makes items of one kind.
     if few_shot and source.next_example is not None and (stop := form.separator + source.next_example):
         items = [item._replace(extra={**item.extra, "stop": (stop,)}) for item in items]
     made: tuple[Any, ...] = tuple(
@@ -190,8 +189,9 @@ def load(
 def read_items(
     task: str, data_dir: str | None, specs: Mapping[str, Mapping[str, Any]] = NO_SPECS
 ) -> tuple[list[Item], str, list[str]]:
-    """The items of which `load` makes a task's questions, in order and with their ids; the task's name; and the
-    files. Arguments and errors are those of `load`.
+    """The items from which `load` makes a task's questions, in order and with ids; the task's name; and the files.
+
+    Arguments and errors are those of `load`.
     """
     own = _own_file(task, specs)
     source = _source_of_file(own, 0) if own else _source(task, data_dir, 0)
@@ -199,7 +199,7 @@ def read_items(
 
 
 def _own_file(task: str, specs: Mapping[str, Mapping[str, Any]]) -> QuestionFile | None:
-    """The user's file of a task, if it is not one of BENCHMARKS."""
+    """The user's file of a task; None for one of BENCHMARKS."""
     files = question_files.parsed(specs, BENCHMARKS)
     own = question_files.find(task, files, BENCHMARKS) if isinstance(task, str) else None
     if own is None and task not in BENCHMARKS:
@@ -270,7 +270,7 @@ def _read(task: str, read: Reader, files: Sequence[str], what: str) -> tuple[lis
             elif not is_valid_text(item):
                 skipped[BAD_TEXT] += 1
             else:
-                # If a file repeats an id, the question is kept, since it counts, but gets a new id.
+                # A question with a repeated id still counts, so it is kept under a new id.
                 own = next(own for own in _names(item.id) if own not in items)
                 items[own] = item._replace(id=own)
     if not items:
@@ -286,7 +286,7 @@ def _names(own: str) -> Iterator[str]:
 def _contexts(
     task: str, template: Template, items: Sequence[Item], shots: Sequence[Item], wanted: int, seed: int, fixed: bool
 ) -> Iterable[str]:
-    """What precedes the prompt of each item."""
+    """The worked examples before the prompt of each item."""
     if not wanted:
         return [""] * len(items)
     shown = functools.cache(lambda place: templates.worked_example(task, template, shots[place]))
@@ -296,10 +296,10 @@ def _contexts(
 
 
 def _drawn(task: str, item: Item, shots: Sequence[Item], wanted: int, seed: int) -> list[int]:
-    """Positions of worked examples, all different and none the item itself, whatever its id."""
+    """Positions of worked examples: distinct, and never those of an item with the same candidates."""
     key = f"{seed}\0{item.id}".encode()
     drawn: list[int] = []
-    moved: dict[int, int] = {}  # The entry at a position after the earlier draws, where it is not the position itself.
+    moved: dict[int, int] = {}  # A sparse Fisher-Yates shuffle: positions that hold another entry after earlier draws.
     for number in range(len(shots)):
         if len(drawn) == wanted:
             break

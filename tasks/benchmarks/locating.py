@@ -1,4 +1,4 @@
-"""Finds a benchmark's files in a folder by the names that its publishers and repackagers gave them."""
+"""Finds a benchmark's files in a folder by the names that publishers and repackagers give them."""
 
 import fnmatch
 import functools
@@ -20,8 +20,8 @@ class Form(NamedTuple):
     """Names of a benchmark's files; .json also matches .jsonl, and all may be compressed.
 
     Attributes:
-      parts: files that are read one after the other; a name may be a glob. "*ocnli*/dev.json" must be in such a folder,
-        or in its sub-folder data, because many benchmarks have a dev.json. Case does not matter.
+      parts: files that are read in turn; a name may be a glob, and case is ignored. "*ocnli*/dev.json" must be in such
+        a folder, or in its sub-folder data, because many benchmarks have a dev.json.
       companions: further files, read if they exist.
       halves: the parts are the halves of a repackaged file; if the first is the official file, it is complete.
     """
@@ -32,13 +32,13 @@ class Form(NamedTuple):
 
 
 def locate(task: str, forms: Sequence[Form], data_dir: str, purpose: str = "") -> list[str]:
-    """The files of the first of several forms that exists.
+    """Finds the files of the first form that exists.
 
     Args:
       task: the benchmark's name in messages.
       forms: in the order of preference.
       data_dir: a folder, local or gs://.
-      purpose: the purpose of the files, as words that follow their names; empty for the questions.
+      purpose: words that follow the file names in messages; empty for the questions.
 
     Raises:
       OSError: the folder or the files of every form are missing, or one cannot be read.
@@ -74,7 +74,7 @@ def locate(task: str, forms: Sequence[Form], data_dir: str, purpose: str = "") -
 
 
 def is_official(file: str) -> bool:
-    """Whether a file's first record is official, not of the repackaged schema text_a, text_b, label."""
+    """Whether a file's first record is official, not in the repackaged schema text_a, text_b, label."""
     first = next((record for record in json_records(file) if isinstance(record, dict)), {})
     return "text_a" not in first
 
@@ -112,7 +112,7 @@ def _names(forms: Sequence[Form]) -> str:
 
 
 def _named(pattern: str, files: Sequence[str], top: str, task: str) -> str | None:
-    """The file of a name, preferring an official one to a repackaged one; None if there is none."""
+    """The file of this name, an official one rather than a repackaged one; None if there is none."""
     folder, _, base = pattern.lower().rpartition("/")
     found = []
     for file in files:

@@ -10,7 +10,7 @@ from tasks.corpora.files import Lost
 from tasks.corpora.records import broken_rest
 
 FORMS = (Form(("logic_val.csv",)),)
-# C-Eval's own worked examples.
+# C-Eval's worked examples.
 SHOT_FORMS = (Form(("logic_dev.csv",)),)
 
 _LETTERS = ("A", "B", "C", "D")
@@ -38,7 +38,7 @@ def _rows(file: str) -> Iterator[dict[str, str] | Lost]:
         except BrokenFile:
             broken.append(broken_rest(file))
 
-    # Strict, so that an unclosed quotation is an error and not a text of a thousand lines.
+    # Strict, so that an unclosed quote is an error and not a text of a thousand lines.
     rows = csv.DictReader(text(), strict=True)
     while True:
         try:

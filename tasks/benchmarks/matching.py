@@ -1,6 +1,6 @@
-"""Whether a written answer is right: the same text after normalization, or the same number.
+"""Decides whether a written answer is right: the same text after normalization, or the same number.
 
-RULES explains each rule and its source in a sentence.
+RULES describes each rule and its source.
 """
 
 import re
@@ -28,14 +28,14 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalized(text: str) -> str:
-    """A text normalized by SQuAD's rules; if nothing is left, as of "+", the text itself."""
+    """Normalizes a text by SQuAD's rules; if nothing is left, as for "+", only lower-cases and strips it."""
     kept = "".join(letter for letter in text.lower()
                    if letter not in string.punctuation and not unicodedata.category(letter).startswith("P"))
     return " ".join(_ARTICLES.sub(" ", kept).split()) or text.lower().strip()
 
 
 def number_in(text: str) -> Decimal | None:
-    """The number that a text gives as its answer, by RULES[NUMBER]; None if it holds none."""
+    """The number that a text answers by RULES[NUMBER]; None if it holds none."""
     marked = _MARKED.search(text)
     found = marked[1] if marked else next(iter(_NUMBERS.findall(text)[-1:]), None)
     return None if found is None else Decimal(found.replace(",", "").replace("\u2212", "-"))
@@ -50,6 +50,6 @@ MATCHES: dict[str, Callable[[str], object]] = {TEXT: normalized, NUMBER: number_
 
 
 def is_right(match: str, answer: str, references: tuple[str, ...]) -> bool:
-    """Whether an answer matches one of the references by a rule of RULES; an answer without a number matches none."""
+    """Whether an answer matches a reference by a rule of RULES; under NUMBER, an answer without a number does not."""
     read = MATCHES[match](answer)
     return read is not None and any(read == MATCHES[match](reference) for reference in references)

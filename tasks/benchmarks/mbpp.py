@@ -19,29 +19,29 @@ from tasks.programs.programs import program_tests
 SANITIZED_FORMS = (Form(("sanitized-mbpp.json",)),)
 FULL_FORMS = (Form(("mbpp.json",)),)
 
-# The problems that the literature's prompt shows, solved.
+# Ids of the solved problems in the literature's prompt.
 SHOWN = (2, 3, 4)
 BEGIN, DONE = "[BEGIN]", "[DONE]"
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """All problems of a file whose tests can judge a program, from all official splits, in order."""
+    """Yields all problems of a file whose tests can judge a program, from all official splits, in order."""
     return map(_judged, json_items(files, _item))
 
 
 def read_test(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The problems 11 to 510; their `extra` holds the stop sequence of generated programs."""
+    """Yields problems 11 to 510; their `extra` holds the stop sequence of generated programs."""
     for item in map(_judged, json_items(files, functools.partial(_of_split, split="test"))):
         yield item if isinstance(item, Lost) else item._replace(extra={**item.extra, "stop": (DONE,)})
 
 
 def read_shown(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The problems 2, 3 and 4."""
+    """Yields problems 2, 3 and 4."""
     return json_items(files, lambda record: _item(record) if record.get("task_id") in SHOWN else Lost(OTHER_SPLIT))
 
 
 def read_train(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The problems 601 to 974 without those of the sanitized set, which are the questions."""
+    """Yields problems 601 to 974 without those of the sanitized set, which are the questions."""
     return json_items(files, functools.partial(_of_split, split="train", without=sanitized_ids()))
 
 
@@ -53,8 +53,7 @@ def _of_split(record: Mapping[str, Any], split: str, without: frozenset[int] = f
 
 
 def _judged(item: Item | Lost) -> Item | Lost:
-    """Checked when the file is read, before any program is generated: a problem whose tests cannot judge a program is
-    skipped."""
+    """The item, or a `Lost` if its tests cannot judge a program; checked before any program is generated."""
     if isinstance(item, Lost):
         return item
     try:

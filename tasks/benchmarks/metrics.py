@@ -2,8 +2,7 @@
 
 Each takes plain lists, one entry per question, and returns plain numbers with the contribution of every question, so
 that a score can be recomputed, and bootstrapped over questions, from the stored results. BLEU is in 0 ... 100, as
-usual; all other scores are in 0 ... 1. Intervals, chance and majority levels are those of
-`codellm_jax/results`.
+usual; all other scores are in 0 ... 1. `codellm_jax/results` computes intervals, chance and majority levels.
 """
 
 import collections
@@ -18,7 +17,7 @@ import numpy as np
 ORDERS = 4  # of n-grams in BLEU
 # The characters that DuReader-robust's official script removes: neither "?", "!" nor "." of ASCII.
 _REMOVED = str.maketrans("", "", ":_`，。：？！()“”；’《》·、,「」（）－～『』|")
-# Each Chinese character is a token, "=" is too, and the text between them is one, spaces included.
+# Each Chinese character and each "=" is a token; so is any run of other characters, spaces included.
 _CHINESE = ("\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
             "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f")
 _TOKEN = re.compile(f"[={_CHINESE}]|[^={_CHINESE}]+")
@@ -28,8 +27,8 @@ class Accuracy(NamedTuple):
     accuracy: float  # the mean credit
     n: int
     ties: int  # questions whose lowest perplexity is shared by several candidates
-    chosen: list[list[int]]  # positions of the candidates of lowest perplexity, more than one where they tie
-    credits: list[float]  # 1, 0, or 1 / k where the right one is among the k that tie
+    chosen: list[list[int]]  # positions of the candidates with the lowest perplexity, several if they tie
+    credits: list[float]  # 1, 0, or 1 / k if the right candidate is among k that tie
 
 
 class Bleu(NamedTuple):
@@ -38,14 +37,14 @@ class Bleu(NamedTuple):
     brevity_penalty: float
     prediction_length: int
     reference_length: int
-    # One row a question for `bleu_of_counts`: both lengths, matching n-grams and all predicted n-grams of each order.
+    # A row per question for `bleu_of_counts`: both lengths, matching n-grams and all predicted n-grams of each order.
     counts: list[list[int]]
 
 
 class SacreBleu(NamedTuple):
     score: float  # 0 ... 100
-    signature: str  # settings and version, as sacreBLEU asks to have them quoted
-    counts: list[list[int]]  # as in Bleu, of sacreBLEU's own tokens; `bleu_of_counts(..., smoothing="exponential")`
+    signature: str  # settings and version, in the form that sacreBLEU asks to quote
+    counts: list[list[int]]  # as in Bleu, of sacreBLEU's tokens; for `bleu_of_counts(..., smoothing="exponential")`
 
 
 class DuReader(NamedTuple):
@@ -59,13 +58,13 @@ class DuReader(NamedTuple):
 def accuracy(losses: Sequence[Sequence[float]], answers: Sequence[int]) -> Accuracy:
     """The share of questions whose right candidate has the lowest perplexity.
 
-    Perplexity is exp of the loss, so the order is that of the losses, which cannot overflow. If k candidates share the
-    lowest loss exactly, the question is a tie and counts 1 / k if the right candidate is among them: the expected
-    score of a random choice. A question whose candidates all tie thus has chance level.
+    Losses are compared, which have the order of the perplexities but cannot overflow. If k candidates share the lowest
+    loss exactly, the question counts 1 / k if the right candidate is among them: the expected score of a random
+    choice. A question whose candidates all tie thus scores at chance level.
 
     Args:
-      losses: each question's candidates' negative log-likelihoods, as sums or per token or byte; inf is allowed.
-      answers: each question's position of the right candidate.
+      losses: negative log-likelihoods of each question's candidates, as sums or per token or byte; inf is allowed.
+      answers: the position of each question's right candidate.
 
     Raises:
       ValueError: no questions, a different number of answers, a question without candidates or with NaN, or an
@@ -92,12 +91,12 @@ def bleu(predictions: Sequence[Sequence[Hashable]], references: Sequence[Sequenc
 
     BP exp(sum of log p_n / 4 over n = 1 ... 4), where p_n is the share of predicted n-grams that are in the reference,
     each counted at most as often as there, over all questions; BP = min(1, exp(1 - references' / predictions' length)).
-    It is 0 if any p_n is 0, and for empty predictions.
+    The score is 0 if any p_n is 0, and for empty predictions.
 
     Args:
       predictions, references: each question's tokens, in the study those of the model's vocabulary.
-      released: score one segment, all predictions joined, against all references joined, as the study's notebook did;
-        there is then one row of counts, and no bootstrap.
+      released: scores all predictions joined against all references joined, as the study's notebook does; there is
+        then a single row of counts, and no bootstrap.
 
     Raises:
       ValueError: no questions, or a different number of references.
@@ -119,7 +118,7 @@ def bleu(predictions: Sequence[Sequence[Hashable]], references: Sequence[Sequenc
 
 
 def bleu_of_counts(counts: np.ndarray, smoothing: str = "none") -> np.ndarray:
-    """BLEU, times 100, from counts summed over questions: [..., 10] -> [...]; the function that a bootstrap needs.
+    """BLEU, times 100, from counts summed over questions: [..., 10] -> [...]; used for the bootstrap.
 
     Args:
       counts: lengths of predictions and of references, four counts of matching n-grams, four of predicted ones.
@@ -143,7 +142,7 @@ def bleu_of_counts(counts: np.ndarray, smoothing: str = "none") -> np.ndarray:
 
 
 def sacrebleu_score(predictions: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> SacreBleu:
-    """BLEU as sacreBLEU computes it from the texts (Post, 2018): its own tokens and its smoothing, one reference.
+    """BLEU as sacreBLEU computes it from texts (Post, 2018), with its tokens and smoothing, and one reference.
 
     Args:
       predictions, references: each question's text.
@@ -152,7 +151,7 @@ def sacrebleu_score(predictions: Sequence[str], references: Sequence[str], token
     Raises:
       ValueError: no questions, or a different number of references.
     """
-    import sacrebleu  # importing it takes a third of a second
+    import sacrebleu  # imported here since it takes a third of a second
 
     _check_paired(predictions, references)
     metric = sacrebleu.BLEU(tokenize=tokenize, force=True)  # force: no warning that texts look tokenized already
@@ -180,10 +179,10 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def dureader(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> DuReader:
     """Exact match and F1 of DuReader-robust (Tang et al., 2021), averaged over questions.
 
-    Texts are lower-cased and lose punctuation. A prediction matches exactly if it then equals a reference. For F1 each
-    Chinese character is a token, and so is any run of other characters; with L the length of the longest run of tokens
-    common to both texts, precision is L / tokens predicted, recall L / tokens of the reference, F1 = 2 P R / (P + R).
-    The best reference counts. Texts of which nothing is left have F1 = 0, even where they match exactly.
+    Texts are lower-cased and stripped of punctuation. A prediction matches exactly if it then equals a reference. For
+    F1 each Chinese character is a token, and so is any run of other characters. With L the length of the longest run of
+    tokens common to both texts, precision is L / tokens predicted, recall L / tokens of the reference, F1 = 2 P R /
+    (P + R). The best reference counts. If nothing is left of a text, F1 = 0, even for an exact match.
 
     Args:
       predictions: each question's text.
@@ -208,7 +207,7 @@ def dureader(predictions: Sequence[str], references: Sequence[Sequence[str]]) ->
 
 
 def _ngram_counts(prediction: Sequence[Hashable], reference: Sequence[Hashable]) -> list[int]:
-    """A row of counts as in `bleu_of_counts`."""
+    """A row of counts for `bleu_of_counts`."""
     matches = []
     for order in range(1, ORDERS + 1):
         clipped = _ngrams(prediction, order) & _ngrams(reference, order)  # the smaller count of each

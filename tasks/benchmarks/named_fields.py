@@ -1,4 +1,4 @@
-"""The records of a question file by this package's field names; errors name the record's place."""
+"""Reads the records of a question file by this package's field names; errors name the record's place."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ from tasks.corpora.separated import separated_records
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A record.
+    """A record of a question file.
 
     Attributes:
-      of: its file.
+      of: the file.
       place: such as "questions.jsonl, line 3".
-      values: as the file has them.
+      values: the file's own fields.
     """
 
     of: QuestionFile
@@ -58,7 +58,7 @@ class Record:
         return self.as_text(field, self.value(field))
 
     def optional(self, field: str) -> Any:
-        """The value of a field that must be there only if the file's name for it was given; None if it is not."""
+        """The value of a field, which is required only if `fields` names it; None if it is missing."""
         return self.value(field) if field in self.of.fields else self.get(field)
 
     def as_text(self, field: str, value: Any, numbers: bool = False) -> str:
@@ -78,12 +78,12 @@ class Record:
         return str(number) if value is None else self.as_text("id", value, numbers=True)
 
     def for_templates(self) -> dict[str, str]:
-        """The question, and the file's own fields."""
+        """The question, and the further fields that `fields` adds."""
         own = {field: self.text(field) for field in self.of.fields if field not in OUR_FIELDS}
         return {"question": self.text("question"), **own}
 
     def passage(self) -> dict[str, str]:
-        """The passage, which may be missing or empty."""
+        """The fields of the passage, which may be missing or empty."""
         value = self.optional("passage")
         if value is not None and not isinstance(value, str):
             raise self.fault(f"{self._name('passage')!r} must hold text, found {shown(value)}.")
@@ -95,11 +95,11 @@ class Record:
 
 
 def records(of: QuestionFile, path: str) -> Iterator[Record]:
-    """The records of a file in order.
+    """Yields the records of a file in order.
 
     Raises:
-      ValueError: one line; an entry of the file is not a record, or it holds none.
-      OSError: one line; it cannot be read.
+      ValueError: one line; an entry of the file is not a record, or the file holds none.
+      OSError: one line; the file cannot be read.
     """
     is_empty = True
     wanted = "a JSON object in each line, in UTF-8"
@@ -127,7 +127,7 @@ def shown(value: Any) -> str:
 
 
 def _at(value: Any, path: Sequence[str]) -> Any:
-    """The value at the end of a path of names, in a list one for each of its values; None if there is none."""
+    """The value at the end of a path of names, mapped over lists on the way; None if there is none."""
     if not path:
         return value
     if isinstance(value, list):

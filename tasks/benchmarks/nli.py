@@ -1,7 +1,7 @@
 """OCNLI and CMNLI: does one Chinese sentence follow from another? Official JSON lines, or a repackaged JSON list.
 
 Official: {sentence1, sentence2, label: entailment, neutral, contradiction, or "-" where annotators disagree}.
-Repackaged: {text_a, text_b, label in Chinese}, of CMNLI's development set in two halves.
+Repackaged: {text_a, text_b, label in Chinese}, with CMNLI's development set in two halves.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ WORDS = {"word": ("对", "或", "错"), "english_word": ("Yes", "Maybe", "No"), 
 
 
 def read(files: Sequence[str]) -> Iterator[Item | Lost]:
-    """The records of either form, in order; the candidates are entailment, neutral and contradiction."""
+    """Yields the records of either format, in order; the candidates are entailment, neutral and contradiction."""
     return json_items(files, _item)
 
 

@@ -3,24 +3,24 @@
     TASKS = ['questions.jsonl', 'physics']
     BENCHMARKS = {'physics': {'file': 'data/physics.jsonl.gz', 'fields': {'question': 'stem', 'answer': 'key'}}}
 
-TASKS names a file, or a line of BENCHMARKS. Such a line has these options:
+TASKS names a file, or an entry of BENCHMARKS. An entry has these options:
 
   file             the path, local or gs://; JSON and CSV may be compressed. CSV and TSV are recognised by their names
   answers          how questions are answered; by default found from the records
                      'choices'    one of the `choices` is right, and they are scored
-                     'number'     a number is written (`matching.RULES`); the default where all answers are numbers,
+                     'number'     the model writes a number (`matching.RULES`); the default if all answers are numbers,
                                   alone or after GSM8K's "####"
-                     'text'       a text is written (`matching.RULES`)
-                     'programs'   a Python program is written, which must pass `tests`, as in MBPP
+                     'text'       the model writes a text (`matching.RULES`)
+                     'programs'   the model writes a Python program, which must pass `tests`, as in MBPP
                      'functions'  the same, for records in HumanEval's own form, with an `entry_point`
-  fields           the file's names of our fields (below). A dot leads into an object, and into each item of a list:
-                   {'choices': 'question.choices.text'}. Any other name becomes a field of templates:
-                   {'subject': 'topic'}. Choices and tests may be in several fields, of which the last may be
+  fields           the file's names for this package's fields (below). A dot leads into an object, and into each item of
+                   a list: {'choices': 'question.choices.text'}. Any other key becomes a field of templates:
+                   {'subject': 'topic'}. Choices and tests may be in several fields, the last of which may be
                    empty: {'choices': ['A', 'B', 'C', 'D']}
   answer_is        how the right choice is named: 'index' (from 0), 'ordinal' (from 1), 'letter' (one of `labels`,
                    else A, B, C ...) or 'text'; by default the reading that fits all records. An answer that may name
                    two choices is refused
-  worked_examples  a file of the same form for FEW_SHOT; by default they are drawn from the other questions
+  worked_examples  a file of the same format for FEW_SHOT; by default they are drawn from the other questions
   stop             texts that end a written answer; by default a line end for 'text', "\\nQuestion:" for 'number',
                    [DONE] for 'programs', and the stop sequences of HumanEval for 'functions'
 
@@ -30,7 +30,7 @@ them), and optionally passage and id. Of programs: question, tests (asserts: a t
 passes them), and optionally setup and id. Templates name these fields, {passage_line} (the passage and a line end, or
 nothing), and for choices {choice}, {letter} and {options}.
 
-A file with any error is refused as a whole, with a line that names the record.
+A file with any error is refused as a whole, with one line that names the record.
 """
 
 import dataclasses
@@ -53,12 +53,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 SEVERAL = ("choices", "labels", "tests")  # fields that may hold several values
 OUR_FIELDS = frozenset(field for fields in FIELDS.values() for field in fields)
-_MADE = {"passage_line", "choice", "letter", "options"}  # of the fields above
+_MADE = {"passage_line", "choice", "letter", "options"}  # derived from the fields above
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionFile:
-    """A line of BENCHMARKS, or a file that TASKS names. Raises ValueError, one line, if an option is malformed."""
+    """An entry of BENCHMARKS, or a file that TASKS names. Raises ValueError, one line, if an option is malformed."""
 
     name: str
     file: str
@@ -98,7 +98,7 @@ class QuestionFile:
         return f"{option} in BENCHMARKS for {self.name!r}"
 
     def require_fields_of(self, answers: str) -> None:
-        """Raises ValueError if `fields` names one of our fields that questions of this kind do not have."""
+        """Raises ValueError if `fields` names a field of this package that questions of this kind do not have."""
         for field in self.fields:
             if answers == FUNCTIONS or field in OUR_FIELDS and field not in FIELDS[answers]:
                 known = ", ".join(FIELDS[answers]) or "those of HumanEval, under their own names"
@@ -115,10 +115,10 @@ def _are_names(names: Sequence[Any]) -> bool:
 
 
 def parsed(specs: Mapping[str, Mapping[str, Any]], taken: Collection[str]) -> dict[str, QuestionFile]:
-    """The lines of BENCHMARKS, by name.
+    """The entries of BENCHMARKS, by name.
 
     Args:
-      specs: as above.
+      specs: BENCHMARKS as described above.
       taken: names of other tasks.
 
     Raises:
@@ -147,11 +147,11 @@ def parsed(specs: Mapping[str, Mapping[str, Any]], taken: Collection[str]) -> di
 
 
 def find(task: str, files: Mapping[str, QuestionFile], taken: Collection[str]) -> QuestionFile | None:
-    """The file of a task; None if the task is neither a line of BENCHMARKS nor a file.
+    """The file of a task; None if the task is neither an entry of BENCHMARKS nor a file.
 
     Args:
-      task: as TASKS names it.
-      files: as `parsed` gives them.
+      task: a name in TASKS.
+      files: the result of `parsed`.
       taken: names of other tasks.
 
     Raises:
@@ -170,5 +170,5 @@ def find(task: str, files: Mapping[str, QuestionFile], taken: Collection[str]) -
 
 
 def _is_taken(name: str, taken: Collection[str]) -> bool:
-    """Some file systems ignore case, and NAME_sample holds results on the package's sample items."""
+    """Whether a task has this name; some file systems ignore case, and NAME_sample holds results on sample items."""
     return name.casefold().removesuffix("_sample") in {other.casefold() for other in taken}

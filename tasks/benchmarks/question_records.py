@@ -1,4 +1,4 @@
-"""The records of a question file as items; `question_files` describes their forms."""
+"""Makes items from the records of a question file; `question_files` describes their formats."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ _STOPS = {TEXT: ("\n",), NUMBER: ("\nQuestion:",), PROGRAMS: (DONE,), FUNCTIONS:
 
 
 class Read(NamedTuple):
-    """Items of a file.
+    """The items of a file.
 
     Attributes:
       items: in the order of their records.
@@ -35,15 +35,15 @@ class Read(NamedTuple):
 
 
 def read(of: QuestionFile, path: str, like: Read | None = None) -> Read:
-    """The questions of a file.
+    """Reads the questions of a file.
 
     Args:
       of: the file's options.
-      path: of the file itself, or of its worked examples.
-      like: the questions, if these are their worked examples.
+      path: the file itself, or its file of worked examples.
+      like: the questions, if `path` holds their worked examples.
 
     Raises:
-      ValueError: one line that names the record; the file has an error.
+      ValueError: the file has an error; one line that names the record.
       OSError: one line; the file does not exist, or cannot be read.
     """
     path = absolute(path)
@@ -68,7 +68,7 @@ def read(of: QuestionFile, path: str, like: Read | None = None) -> Read:
 
 
 def _kind(found: Sequence[Record]) -> str:
-    """How questions are answered by default: from the first record, and for references from all."""
+    """How questions are answered by default: by the fields of the first record, else by all references."""
     for field, answers in (("choices", CHOICES), ("entry_point", FUNCTIONS), ("tests", PROGRAMS)):
         if found[0].get(field) is not None:
             return answers
@@ -98,7 +98,7 @@ def _program_item(record: Record) -> Item:
     tests, setup = record.value("tests"), record.optional("setup")
     tests = [_code(record, "tests", test) for test in (tests if isinstance(tests, list) else [tests])]
     code = _code(record, "code", record.value("code"))
-    # As in MBPP; the number is not used.
+    # The form of MBPP's problems; the id is not used.
     problem: dict[str, Any] = {"task_id": 0, "test_list": tuple(tests),
                                "test_setup_code": _code(record, "setup", setup) if setup else ""}
     try:

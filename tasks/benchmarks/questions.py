@@ -1,7 +1,7 @@
-"""Questions with candidates to score, or prompts to answer, and how they are made from records.
+"""Questions with candidates to score, prompts to answer, and the items from which both are made.
 
-A reader turns each record of a file into an `Item`, the fields that templates name, or into a `Lost` with the reason.
-A template turns items into questions.
+A reader turns each record of a file into an `Item`, which holds the fields that templates name, or into a `Lost` with
+the reason. A template turns items into questions.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from tasks.corpora.records import json_records
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# Reasons why a record is not a question; each follows a number.
+# Reasons why a record is not a question; in messages each follows a number.
 EMPTY = "empty"
 NO_TEXT = "with a value that is not text"
 NO_ANSWER = "without an answer"
@@ -28,7 +28,7 @@ BAD_TEXT = "not valid UTF-8"
 
 
 class Candidate(NamedTuple):
-    """One of a question's candidates: the text before what is scored, and the text scored."""
+    """A candidate of a question: the text before the scored text, and the scored text."""
 
     prompt: str
     continuation: str
@@ -38,7 +38,7 @@ class Question(NamedTuple):
     """A question whose answer is the candidate with the lowest perplexity.
 
     Attributes:
-      id: unique within the benchmark; the file's own where it has one.
+      id: unique within the benchmark; the file's own if it has one.
       candidates: two or more, in the file's order.
       answer: positions of the right candidates; all shipped tasks have one.
     """
@@ -49,13 +49,13 @@ class Question(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A question that is answered by writing.
+    """A question that the model answers by writing.
 
     Attributes:
-      id: unique within the benchmark; the file's own where it has one.
+      id: unique within the benchmark; the file's own if it has one.
       prompt: the text to continue.
       references: right answers, one or more.
-      extra: what else a metric or a report needs, such as MBPP's tests.
+      extra: further data for metrics and reports, such as MBPP's tests.
     """
 
     id: str
@@ -66,17 +66,17 @@ class Prompt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A benchmark as read, and everything that its result must record about its data.
+    """A loaded benchmark, and everything that its result must record about its data.
 
     Attributes:
       name: the task's name.
       questions: all `Question` or all `Prompt`.
       sha256: of the files' content, uncompressed and joined in order, in hexadecimal.
-      read: records that the files hold; the questions and those skipped.
-      skipped: number of skipped records by reason, which follows the number: "labelled '-'".
+      read: number of records in the files, questions and skipped ones.
+      skipped: number of skipped records by reason, such as "labelled '-'".
       is_sample: whether any file is one of the package's sample files; a result must then say "sample".
       files: the files read, in order; those of worked examples last.
-      worked_examples: number of records that worked examples of few-shot prompts are drawn from; 0 without.
+      worked_examples: number of records from which the worked examples of few-shot prompts are drawn; 0 if none are.
       worked_examples_skipped: number of skipped records of those files, by reason.
     """
 
@@ -92,11 +92,11 @@ class Loaded:
 
 
 class Item(NamedTuple):
-    """A record as fields of templates.
+    """A record as fields for templates.
 
     Attributes:
       id: the file's own id, or "" if it has none.
-      candidates: the fields, once for each candidate; only once if the answer is written.
+      candidates: the fields of each candidate; a single entry if the answer is written.
       answer: positions of the right candidates; (0,) if the answer is written.
       references: as in `Prompt`; empty for questions with candidates.
       extra: as in `Prompt`.
@@ -110,7 +110,7 @@ class Item(NamedTuple):
 
 
 class Lacking(UnreadableFile):
-    """A file's form lacks what a task needs; one line with the remedy."""
+    """A file's form lacks data that a task needs; one line with the remedy."""
 
 
 def json_items(
@@ -118,8 +118,8 @@ def json_items(
 ) -> Iterator[Item | Lost]:
     """Applies a function to the records of JSON files, in order; each item gets an id.
 
-    The id is the record's own, or else its number in its file. With several files it begins with the file's name,
-    because numbers start again in each.
+    The id is the record's own, else its number in its file. With several files it begins with the file's name, because
+    numbers restart in each.
     """
     for file in files:
         stem = f"{file_stem(file)}-" if len(files) > 1 else ""
@@ -174,11 +174,11 @@ def choice_item(
     """An item with a candidate for each choice.
 
     Args:
-      own: the record's id, of any type.
+      own: the record's own id, of any type.
       shared: fields of all candidates; none may be blank.
       choices: the choices' texts; they become the fields `choice`, `letter`, and `options`, which lists all with
         their letters.
-      answer: position of the right one, or why there is none.
+      answer: position of the right choice, or why there is none.
       of_choice: further fields, each with a value for every choice.
     """
     if isinstance(answer, Lost):

@@ -1,4 +1,4 @@
-"""Questions with choices from a user's file: which choice an answer names, by its index, letter or text."""
+"""Questions with choices from a user's file; an answer names the right choice by its index, letter or text."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ _TRIED = (LETTER, INDEX, TEXT)
 
 
 class _Asked(NamedTuple):
-    """A question, and the positions of the choices that its answer may name, by reading."""
+    """A question; `readings` maps each reading of its answer to the position of the choice that it names."""
 
     record: Record
     choices: list[str]
@@ -30,12 +30,12 @@ class _Asked(NamedTuple):
 
 
 def choice_items(records: Sequence[Record], answer_is: str | None) -> tuple[list[Item], str | None]:
-    """Records as items with a candidate for each choice, and how their answers name the right choice.
+    """Makes items with a candidate for each choice; also returns how answers name the right choice.
 
     Args:
-      records: one or more of a file.
-      answer_is: one of `question_files.READINGS`; None for the reading that fits all records, or if none does, for
-        the one that fits each. In the latter case None is also returned.
+      records: one or more records of a file.
+      answer_is: one of `question_files.READINGS`; None for the reading that fits all records. If none does, each record
+        is read as it fits, and None is returned.
 
     Raises:
       ValueError: one line; a record's choices are malformed, or its answer names none of them or more than one.
@@ -77,7 +77,7 @@ def _asked(record: Record) -> _Asked:
 
 
 def _readings(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
-    """The position of the choice that an answer names, for each reading under which it names one."""
+    """Maps each reading under which an answer names a choice to the position of that choice."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return {}
     text = str(answer).strip()
@@ -110,8 +110,7 @@ def _common_reading(asked: Sequence[_Asked]) -> str | None:
 
 
 def _positions(one: _Asked, readings: Sequence[str], answer_is: str | None) -> set[int]:
-    """The position of the choice that an answer names under one of these readings; raises if there is none, or
-    several."""
+    """The position of the choice that an answer names under these readings; raises unless there is exactly one."""
     here = [reading for reading in readings if reading in one.readings]
     positions = {one.readings[reading] for reading in here}
     if not positions:

@@ -22,7 +22,7 @@ EXPLAINED, TEXT_ONLY, ALL = "explained", "text_only", "all"
 
 
 def read(files: Sequence[str], selection: str, split: str = "test") -> Iterator[Item | Lost]:
-    """The questions of one split, in the file's order.
+    """Yields the questions of one split, in the file's order.
 
     Args:
       files: the problems and, if present, pid_splits.json, which then assigns the splits.
@@ -30,7 +30,7 @@ def read(files: Sequence[str], selection: str, split: str = "test") -> Iterator[
       split: "test", "val" or "train".
 
     Raises:
-      Lacking: the file has no lectures, and the selection needs the official file, which has them.
+      Lacking: the file has no lectures, but the selection needs the official file, which has them.
     """
     records = list(_records(files[0]))
     found = [record for record in records if not isinstance(record, Lost)]
@@ -61,7 +61,7 @@ def _item(record: Mapping[str, Any], selection: str) -> Item | Lost:
                        whole_number(record.get("answer")))
     if isinstance(item, Lost):
         return item
-    # May be empty, unlike the question.
+    # Added after the check for blanks, since they may be empty.
     return item._replace(candidates=tuple({**fields, **notes} for fields in item.candidates))
 
 
@@ -76,6 +76,6 @@ def _records(file: str) -> Iterator[dict[str, Any] | Lost]:
 
 
 def _splits(file: str) -> dict[str, str]:
-    """The split of each problem by its id, as pid_splits.json gives them."""
+    """The split of each problem by its id, from pid_splits.json."""
     lists = next((record for record in json_records(file) if isinstance(record, dict)), {})
     return {str(pid): split for split in ("train", "val", "test") for pid in lists.get(split) or ()}

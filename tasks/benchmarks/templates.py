@@ -1,9 +1,9 @@
-"""Templates: which parts of a question are in the prompt, and which are scored.
+"""Templates define which parts of a question form the prompt, and which are scored.
 
 DESCRIPTIONS lists the named ones. In the first two the choice is in the prompt, and the same text, usually the
-question, is scored after each. Fields are those of the benchmark's reader, named in braces.
+question, is scored after each choice. Names in braces are the fields of the benchmark's reader.
 
-In English the space before the scored text belongs to it, since tokens include it.
+In English the scored text begins with the space before it, since tokens include that space.
 """
 
 import difflib
@@ -23,11 +23,11 @@ DESCRIPTIONS: dict[str, str] = {
            "English.",
     MULTIPLE_CHOICE: "Shows the question with all choices, and scores the choice.",
 }
-DEFAULT = "default"  # in a mapping of templates by task, all tasks that are not named
+DEFAULT = "default"  # in a mapping from tasks to templates, stands for all tasks that are not named
 
 
 class Template(NamedTuple):
-    """Texts with fields in braces.
+    """Texts with field names in braces.
 
     Attributes:
       prompt: the text before the scored or written text.
@@ -77,7 +77,7 @@ TEMPLATES: dict[str, dict[str, Template]] = {
         MULTIPLE_CHOICE: Template("Question: {question}\n{options}\nAnswer:", " {choice}"),
     },
     "scienceqa_all": _SCIENCEQA,
-    # The explanation is that of the right answer for every candidate, as in the study.
+    # Every candidate gets the explanation of the right answer, as in the study.
     "scienceqa_cot": {
         RELEASED: Template("Lecture:{lecture}\n question：{question}\n anwser：{choice}\n "
                            "This answer comes from the following reasoning：", "{solution}"),
@@ -96,7 +96,7 @@ TEMPLATES: dict[str, dict[str, Template]] = {
                            "因为{query_explanation},所以{explanation}"),
         PAPER: Template("The reasoning relationship: {question}, the analogy reasoning relationship: {choice}\n",
                         "Because {query_explanation}, so {explanation}"),
-        # With only the explanation of the question: a choice's own reveals whether it is right.
+        # Only the explanation of the question: a choice's explanation reveals whether it is right.
         MULTIPLE_CHOICE: Template(
             "问题：哪一项的词语关系与“{question}”最相似？\n{options}\n推理：{query_explanation}\n答案：", "{choice}"),
     },
@@ -117,7 +117,7 @@ TEMPLATES: dict[str, dict[str, Template]] = {
         RELEASED: Template("{text}", "\n{code}", "\n\n"),
         PAPER: Template("{text}\n Code:\n", "{code}", "\n\n"),
     },
-    # The form of Austin et al., 2021, for which pass@1 is published; the study has none.
+    # The prompt of Austin et al., 2021, for which pass@1 is published; the study has none.
     "mbpp_three_shot": {
         RELEASED: Template("You are an expert Python programmer, and here is your task: {text} Your code should pass "
                            f"these tests:\n\n{{tests}}\n{BEGIN}\n", f"{{code}}\n{DONE}", "\n\n"),
@@ -151,12 +151,12 @@ OF_FILES: dict[str, dict[str, Template]] = {
 def of_task(
     task: str, template: str | Mapping[str, Any], others: Collection[str] = ()
 ) -> str | Mapping[str, str]:
-    """The template of one task: a template for all, or that of a mapping by task, in which "default" covers the rest.
+    """The template of a task: the template for all tasks, or its entry in a mapping, where "default" covers the rest.
 
     Args:
-      task: its name.
+      task: the task's name.
       template: the user's setting.
-      others: names of tasks beside `TEMPLATES`.
+      others: names of tasks other than those of `TEMPLATES`.
 
     Raises:
       ValueError: one line; the mapping names an unknown task.
@@ -172,13 +172,13 @@ def of_task(
 
 
 def resolve(task: str, template: str | Mapping[str, str], named: Mapping[str, Template]) -> Template:
-    """The named template, or the user's own.
+    """Resolves a name to its template, or checks the user's own template.
 
     Args:
-      task: its name, for messages.
-      named: its named templates.
-      template: a name, or {"prompt": ..., "continuation": ...} and perhaps "separator". If the answer is written, only
-        worked examples need the continuation.
+      task: the task's name, for messages.
+      named: the task's named templates.
+      template: a name, or {"prompt": ..., "continuation": ...} and optionally "separator". If the answer is written,
+        only worked examples use the continuation.
 
     Raises:
       ValueError: one line; there is no such template, or the mapping is malformed.
@@ -207,7 +207,7 @@ def resolve(task: str, template: str | Mapping[str, str], named: Mapping[str, Te
 
 
 def render(task: str, template: Template, fields: Mapping[str, str]) -> Candidate:
-    """Puts an item's fields into a template.
+    """Fills a template with an item's fields.
 
     Raises:
       ValueError: one line; the template names a field that the item lacks.
@@ -221,7 +221,7 @@ def render(task: str, template: Template, fields: Mapping[str, str]) -> Candidat
 
 
 def worked_example(task: str, template: Template, item: Item) -> str:
-    """An item with its right answer, and the separator to the next; errors are those of `render`."""
+    """An item with its right answer and the separator; errors are those of `render`."""
     return "".join(render(task, template, item.candidates[item.answer[0]])) + template.separator
 
 
@@ -232,7 +232,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def _fields(task: str, key: str, text: str) -> list[str]:
-    """The fields that a text names; only plain names, so that no attributes are accessed."""
+    """The fields that a text names; only plain names are valid, so that no attributes are accessed."""
     try:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:

@@ -1,9 +1,8 @@
 """The texts of a benchmark's questions as in their records, without the words of any template.
 
-Training data is searched for them (`evaluation.contamination`): the question, its context, the right answer, and in
-chain-of-thought forms the scored reasoning. Left out are wrong choices, which are not evidence; answers that are the
-same few words in all questions, such as "correct"; and ScienceQA's lectures, which belong to no single
-question.
+`evaluation.contamination` searches training data for them: the question, its context, the right answer, and in
+chain-of-thought tasks the scored reasoning. Left out are wrong choices, which are not evidence; answers that are the
+same few words in all questions, such as "correct"; and ScienceQA's lectures, which belong to no single question.
 """
 
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "cmnli": _SENTENCES,
     "dureader": ("context", "question", "answer"),
 }
-# For users' files: those that an item has.
+# For users' files; an item has some of them.
 OF_FILES = ("passage", "prompt", "question", "choice", "answer", "code")
 
 
@@ -43,7 +42,7 @@ class Texts(NamedTuple):
     Attributes:
       name: the task's name.
       is_sample: whether they are the package's own items.
-      sha256: of their files.
+      sha256: hash of their files.
       parts: the texts of each question by its id, with those of the right answer last.
     """
 

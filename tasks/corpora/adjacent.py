@@ -1,8 +1,8 @@
 """Documents that accompany code, as text: notebooks, commits, and questions with answers.
 
-A notebook (JSON of nbformat 4) is its cells in order, a blank line between two; outputs and raw cells are left out.
+A notebook (JSON of nbformat 4) becomes its cells in order, separated by blank lines, without outputs and raw cells.
 Each cell begins with a marker line, as in Jupytext and editors, and everything but code becomes comments, so that a
-Python notebook is a Python file:
+Python notebook becomes a Python file:
 
   # %% [markdown]
   # Some *prose*.
@@ -11,7 +11,7 @@ Python notebook is a Python file:
   x = 1
   # %matplotlib inline                          lines that only IPython reads, such as %magics, !commands and help?
 
-A commit ({"before": text, "after": text, "message": text}; a created or removed file has "" or null) is
+A commit ({"before": text, "after": text, "message": text}; a created or removed file has "" or null) becomes
 
   Before:                                       left out, with its text, if the file is created
   x = 1
@@ -21,8 +21,8 @@ A commit ({"before": text, "after": text, "message": text}; a created or removed
   After:                                        left out, with its text, if the file is removed
   width = 1
 
-A thread ({"question": text, "answers": [text, or {"text": text, "score": 3}]}, and perhaps a "title") is the question
-and its answers, sorted by descending score, ties in their order; an answer without a score has 0:
+A thread ({"question": text, "answers": [text, or {"text": text, "score": 3}]}, optionally with a "title") becomes the
+question and its answers, stably sorted by descending score; an answer without a score has 0:
 
   Question: How wide is it?
 
@@ -41,7 +41,7 @@ from tasks.corpora.files import Lost
 from tasks.corpora.records import BROKEN_JSON, NO_OBJECT, NOT_UTF8
 
 _CODE, _PROSE = "# %%", "# %% [markdown]"
-# Lines that would be read as the start of a cell.
+# Lines that would be mistaken for the start of a cell.
 _LOOKS_LIKE_ONE = re.compile(r"^# (%%[^\S\n]*(\[markdown\])?[^\S\n]*)$", re.MULTILINE)
 _OF_IPYTHON = re.compile(r"\s*([%!]|\?{1,2}[\w%]|[\w.%]+\?{1,2}\s*$)")
 
@@ -50,7 +50,7 @@ _OF_IPYTHON = re.compile(r"\s*([%!]|\?{1,2}[\w%]|[\w.%]+\?{1,2}\s*$)")
 
 
 def notebook(content: bytes) -> tuple[str, str | None] | Lost:
-    """The text of a notebook, and the language that it declares; or why there is none."""
+    """The text of a notebook and the language that it declares, or why there is no text."""
     try:
         found = json.loads(content.decode())
     except UnicodeDecodeError:
@@ -90,14 +90,14 @@ def _language(metadata: Any) -> str:
 
 
 def _without_magic(text: str) -> str:
-    """A Python cell with IPython-only lines as comments; a cell of another language entirely as comments."""
+    """A Python cell with IPython-only lines commented out; a cell of another language is commented out entirely."""
     if text.lstrip().startswith("%%"):
         return "\n".join(f"# {line}".rstrip() for line in text.split("\n"))
     return "\n".join(f"# {line}" if _OF_IPYTHON.match(line) else line for line in text.split("\n"))
 
 
 def code_cells(text: str) -> str:
-    """The code of a notebook in the form above; another text unchanged."""
+    """The code of a notebook in the form above; any other text unchanged."""
     return "\n\n".join(body for is_prose, body in _cells(text) if not is_prose) + "\n"
 
 
@@ -108,7 +108,7 @@ def prose_cells(text: str) -> str:
 
 
 def _cells(text: str) -> list[tuple[bool, str]]:
-    """For each cell, whether it is prose, and its content; code before the first marker is a cell, too."""
+    """For each cell, whether it is prose, and its content; code before the first marker is also a cell."""
     cells: list[tuple[bool, list[str]]] = [(False, [])]
     for line in text.split("\n"):
         if line.rstrip() in (_CODE, _PROSE):

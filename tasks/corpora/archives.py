@@ -1,8 +1,8 @@
 """Records of archives: WebDataset's tars, WARC and WET files, and ArrayRecord. All are read sequentially.
 
-WebDataset: members whose names are equal up to the first dot are one record, the rest of each name a field of it; a
-field that a record already has begins another. The text is the member `field`, "txt" by default; "json.text" is the
-field "text" of the member "json". Only requested members are read; "__key__" is the common part of their names.
+WebDataset: members whose names are equal up to the first dot form a record, with the rest of each name as a field; a
+repeated field begins a new record. The text is the member `field`, "txt" by default; "json.text" is the field "text"
+of the member "json". Only requested members are read; "__key__" is the common part of their names.
 
 WARC (warcio, extra `readers`): a record's headers are its fields, such as "WARC-Identified-Content-Language",
 besides "text", "url", "title" and "content_type":
@@ -12,12 +12,12 @@ besides "text", "url", "title" and "content_type":
                        text unchanged. A response that is an error or not text is counted.
   others               metadata about these, not documents
 
-A file that is truncated within a record or a gzip member is counted as broken. So is a record whose stated length is
-not that of its content. Truncation between two records cannot be detected, because WARC has no end mark: compare sizes
-with the publisher's.
+A file that is truncated within a record or a gzip member counts as broken. So does a record whose content differs from
+its stated length. Truncation between two records cannot be detected, because WARC has no end mark: compare sizes with
+the publisher's.
 
 ArrayRecord (array_record, extra `readers`): each record is a tf.train.Example or a JSON object, distinguished by its
-first byte. A file in gs:// or on a hub is copied to a temporary file, because that library reads only local files.
+first byte. A file on gs:// or a hub is copied to a temporary file, because that library reads only local files.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class _Stream:
 
 
 def _beginning(file: str) -> bytes:
-    """The first uncompressed bytes of a file; none if its beginning is damaged."""
+    """The first uncompressed bytes of a file; empty if its beginning is damaged."""
     try:
         return next(pieces(file), b"")
     except BrokenFile:
@@ -84,7 +84,7 @@ def require_tar(file: str) -> None:
 
 
 def webdataset_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
-    """The records of a tar with the requested members, and their places.
+    """Yields the records of a tar with the requested members, and their places.
 
     Raises:
       OSError: it cannot be read.
@@ -126,7 +126,7 @@ def webdataset_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def _members(file: str, is_asked: Any) -> Iterator[tuple[str, bytes | Lost | None]]:
-    """The files of a tar by name, with the content of those whose suffix is requested."""
+    """Yields the names of a tar's files, with the content of those whose suffix is requested."""
     stream = _Stream(file)
     try:
         archive = tarfile.open(fileobj=stream, mode="r|", errors="surrogateescape")  # type: ignore[call-overload]
@@ -138,7 +138,7 @@ def _members(file: str, is_asked: Any) -> Iterator[tuple[str, bytes | Lost | Non
         while True:
             try:
                 member = archive.next()
-                archive.members.clear()  # type: ignore[attr-defined]  # which it would keep forever
+                archive.members.clear()  # type: ignore[attr-defined]  # otherwise kept until the archive is closed
                 if member is None:
                     break
                 content: bytes | Lost | None = None
@@ -150,7 +150,7 @@ def _members(file: str, is_asked: Any) -> Iterator[tuple[str, bytes | Lost | Non
             except (tarfile.TarError, ValueError) as error:
                 raise BrokenFile(str(error)) from error
             yield member.name, content
-        # A tar ends at a block of zeros; the library also stops at an invalid header, but that is damage.
+        # A tar ends at a block of zeros; tarfile also stops at an invalid header, which is damage.
         begin = archive.offset - (stream.position - len(stream.last))  # type: ignore[attr-defined]
         block = stream.last[begin : begin + 512] if begin >= 0 else b"?"
         if len(block) < 512 or block.strip(b"\0"):
@@ -174,7 +174,7 @@ def require_warc(file: str) -> None:
 
 
 def warc_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
-    """The documents of a WARC or WET file as records, with their places.
+    """Yields the documents of a WARC or WET file as records, with their places.
 
     Raises:
       OSError: it cannot be read.
@@ -202,7 +202,7 @@ def warc_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Reco
         content = record.raw_stream.read(LARGEST + 1)
         if len(content) < min(record.length, LARGEST + 1):
             raise BrokenFile("the last record is truncated")
-        with contextlib.redirect_stderr(StringIO()):  # where the library says what `err_count` counts
+        with contextlib.redirect_stderr(StringIO()):  # warcio prints there the errors that `err_count` counts
             records.read_to_end()
         if records.err_count > wrong_lengths or not (records.next_line or b"WARC/").startswith(b"WARC/"):
             yield place, Lost("with a length that is not that of their content")
@@ -236,7 +236,7 @@ def _page(record: Any, content: bytes) -> Record:
 
 
 def _http(content: bytes) -> tuple[str, bytes] | Lost:
-    """The type and the body of an HTTP response, or why it is not a document."""
+    """The content type and body of an HTTP response, or why it is not a document."""
     from warcio.recordloader import ArcWarcRecord
     from warcio.statusandheaders import StatusAndHeadersParser, StatusAndHeadersParserException
 
@@ -269,7 +269,7 @@ _RIEGELI = bytes.fromhex("83af70d10d884a3f")
 
 
 def array_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
-    """The records of an ArrayRecord file, and their places.
+    """Yields the records of an ArrayRecord file, and their places.
 
     Raises:
       UnreadableFile: it is not one, or damaged as a whole.
@@ -296,7 +296,7 @@ def array_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Rec
                 yield f"{file}, record {number}", _record(content)
         if not count:
             yield file, Lost(EMPTY_FILE)
-        if reader.ok():  # else closing it raises an error that has been counted
+        if reader.ok():  # else closing raises an error that is already counted
             reader.close()
 
 
@@ -311,7 +311,7 @@ def _record(content: bytes) -> Record:
 
 
 def example_record(content: bytes) -> Record:
-    """The features of a serialized tf.train.Example; a list unless a feature has exactly one value."""
+    """The features of a serialized tf.train.Example; each is a list unless it has exactly one value."""
     import tensorflow as tf
     from google.protobuf import message
 
@@ -328,7 +328,7 @@ def example_record(content: bytes) -> Record:
 
 @contextlib.contextmanager
 def _local(file: str) -> Iterator[str]:
-    """A local path of a file; of a copy if the file is remote."""
+    """A local path of a file, or of its temporary copy if it is remote."""
     require_file(file)
     if "://" not in file:
         yield file

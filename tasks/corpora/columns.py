@@ -1,9 +1,9 @@
 """Records of columnar files: Parquet, and Arrow's files and streams. Needs pyarrow (extra `readers`).
 
-Only the requested columns of a file are read, a few megabytes of rows at a time, so that memory does not grow with a
-file or its row groups. Damage within a file is counted in rows if the file says how many there are; a file that cannot
-be read at all is refused by name. An Arrow stream without its end mark counts as broken at the end, because it may
-have been truncated between two batches.
+Only the requested columns of a file are read, a few megabytes of rows at a time, so that memory does not grow with
+files or row groups. Damage within a file is counted in rows if the file states their number; a file that cannot be
+read at all is refused by name. An Arrow stream without its end mark counts as broken at the end, because it may be
+truncated between two batches.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def require_parquet(file: str) -> None:
-    """Raises UnreadableFile or OSError unless a file is complete Parquet by its first bytes and its footer."""
+    """Raises UnreadableFile or OSError unless first bytes and footer show that a file is complete Parquet."""
     with _parquet(file):
         pass
 
 
 def group_facts(file: str) -> list[tuple[int, int]]:
-    """The rows and stored bytes of each row group of a Parquet file; raises what `parquet_records` raises."""
+    """The rows and stored bytes of each row group of a Parquet file; errors are those of `parquet_records`."""
     with _parquet(file) as opened:
         groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
         return [(group.num_rows, sum(group.column(number).total_compressed_size for number in range(group.num_columns)))
@@ -43,12 +43,11 @@ def group_facts(file: str) -> list[tuple[int, int]]:
 def parquet_records(
     file: str, spec: Mapping[str, Any] | None, groups: tuple[int, int] | None = None, before: int = 0
 ) -> Iterator[tuple[str, Record]]:
-    """The rows of a Parquet file with the requested fields, and their places.
+    """Yields the rows of a Parquet file with the requested fields, and their places.
 
     Args:
-      spec: None requests all fields.
-      groups: reads only the row groups from the first of these numbers up to the second, which follow `before` rows;
-        None reads all.
+      spec: names the requested fields; None requests all.
+      groups: the half-open range of row groups to read, which follow `before` rows; None reads all.
 
     Raises:
       UnreadableFile: it is not Parquet, or its footer is damaged.
@@ -90,7 +89,7 @@ def _parquet(file: str) -> Iterator[Any]:
         raise UnreadableFile(f"{file} is {kind(beginning) or 'not a Parquet file'}; expected Parquet.")
     with open_binary(file) as stream:
         try:
-            # Through a buffer, so that no column of a row group is read at once; checksums are verified if present.
+            # Buffered, so that no column of a row group is read whole; checksums are verified if present.
             opened = pyarrow_parquet.ParquetFile(
                 stream, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         except _damages() as error:
@@ -123,7 +122,7 @@ def require_arrow(file: str) -> None:
 
 
 def arrow_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
-    """The rows of an Arrow file or stream (IPC) with the requested fields, and their places.
+    """Yields the rows of an Arrow file or stream (IPC) with the requested fields, and their places.
 
     Raises:
       UnreadableFile: it is neither, or damaged as a whole.
@@ -132,7 +131,7 @@ def arrow_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Rec
     """
     with _batches(file) as (schema, batches):
         if lost := fields.lacking(lambda name: _has(schema, name), spec, "text"):
-            # A stream reveals its number of rows only batch by batch.
+            # A stream does not state its number of rows.
             rows = sum(1 if isinstance(batch, Lost) else batch.num_rows for batch in batches)
             yield (f"{file}, {fields.named(schema.names)}", Lost(lost, rows)) if rows else (file, Lost(EMPTY_FILE))
             return
@@ -164,7 +163,7 @@ def _batches(file: str) -> Iterator[tuple[Any, Iterator[Any]]]:
         raise UnreadableFile(f"{file} is {kind(beginning) or 'not an Arrow file'}; expected an Arrow file or "
                              "stream.")
     with contextlib.ExitStack() as opened:
-        # Memory-mapped, a file's batches may be large without being in memory.
+        # Memory-mapped, so that large batches need not fit in memory.
         source = opened.enter_context(open_binary(file) if "://" in file else pyarrow.memory_map(file))
         try:
             if beginning.startswith(b"ARROW1"):
@@ -195,7 +194,7 @@ def _of_stream(reader: Any, file: str) -> Iterator[Any]:
     except _damages() as error:
         _require_damage(error, file)
         raise BrokenFile(_reason(error)) from error
-    # A stream truncated between two batches lacks only the end mark that writers put after the last.
+    # A stream truncated between two batches lacks only the end mark.
     with open_binary(file) as stream:
         stream.seek(max(0, size(file) - len(_END_OF_STREAM)))
         if stream.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
@@ -205,10 +204,10 @@ def _of_stream(reader: Any, file: str) -> Iterator[Any]:
 def dataset_files(folder: str) -> list[str] | None:
     """The files of a folder written by Hugging Face's `Dataset.save_to_disk`; None for any other folder.
 
-    They are those that its state.json lists; others may be left from an earlier dataset.
+    Only files listed in its state.json count; others may be left from an earlier dataset.
 
     Raises:
-      UnreadableFile: it holds several datasets, by split, or its state.json is damaged.
+      UnreadableFile: it holds several datasets, one per split, or its state.json is damaged.
     """
     state, splits = (_json_in(folder, name) for name in ("state.json", "dataset_dict.json"))
     if splits is not None:
@@ -241,10 +240,9 @@ def _json_in(folder: str, name: str) -> Any:
 
 
 def _rows(batch: Any, is_trusted: bool = False) -> Iterator[Record]:
-    """The rows of a batch; one by one if part of it is damaged.
+    """Yields the rows of a batch; one by one if part of it is damaged.
 
-    A trusted batch has offsets made by pyarrow, as from Parquet: pyarrow reports invalid UTF-8 while making
-    them.
+    The offsets of a trusted batch, as from Parquet, are made by pyarrow, which reports invalid UTF-8 as it makes them.
     """
     try:
         batch.validate(full=not is_trusted)

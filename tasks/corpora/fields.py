@@ -1,10 +1,10 @@
 """Fields of records: found by name, filtered by `where`, and joined into one text by a template.
 
-A name is that of a field, or a dotted path into nested fields, such as "meta.language". A field whose own name has dots
-takes precedence over a path.
+A name is a field's name, or a dotted path into nested fields, such as "meta.language". A field whose name itself has
+dots takes precedence over a path.
 
   'where': {'language': ['Python', 'Go']}       one of these, or a list with one of these
-           {'score': {'at_least': 3}}           a number, or a text such as a date, at or above this; `at_most` likewise
+           {'score': {'at_least': 3}}           a number, or a text such as a date, not below this; `at_most` likewise
            {'meta.kept': True}                  this one
 
 A record is taken if all conditions hold. A number written as text, as in CSV, counts as that number.
@@ -23,7 +23,7 @@ from tasks.corpora.files import Found, Lost
 
 _TEXTLESS, _LACKING = "without text in field {!r}", "without the field {!r} of 'where'"
 _BOUNDS = ("at_least", "at_most")
-BESIDE = "beside"  # not a user's option: fields that are read if records have them
+BESIDE = "beside"  # an internal option: further fields, read if records have them
 
 
 def value(record: Mapping[str, Any], name: str) -> Any:
@@ -57,15 +57,14 @@ def names(template: str) -> list[str]:
 
 
 def wanted(spec: Mapping[str, Any], default: str) -> list[str]:
-    """The fields that are read for the documents of a spec, each once; `default` is the text's field if it names
-    none."""
+    """The distinct fields to read for the documents of a spec; `default` is the text's field if the spec names none."""
     of_text = names(spec["text"]) if "text" in spec else [spec.get("field", default)]
     language = ["language"] if "transform" in spec and "language" not in spec else []
     return list(dict.fromkeys([*of_text, *spec.get("where", ()), *language, *spec.get(BESIDE, ())]))
 
 
 def lacking(present: Callable[[str], bool], spec: Mapping[str, Any], default: str) -> str | None:
-    """Why no record of a file, whose records all have these fields, gives a document; None if some may."""
+    """Why no record with these fields can give a document; None if one may."""
     for name in spec.get("where", ()):
         if not present(name):
             return _LACKING.format(name)
@@ -84,9 +83,9 @@ def found(place: str, record: Mapping[str, Any] | Lost, spec: Mapping[str, Any],
     """The document that a record holds, or why there is none.
 
     Args:
-      place: of the record, for messages.
-      spec: its options `field` or `text`, `where` and `licenses` are used.
-      default: the field of the text if `spec` names none.
+      place: the record's place, for messages.
+      spec: a corpus's spec, of which `field` or `text`, `where` and `licenses` are used.
+      default: the text's field if `spec` names none.
     """
     if isinstance(record, Lost):
         return Found(place, record)
@@ -105,7 +104,7 @@ def found(place: str, record: Mapping[str, Any] | Lost, spec: Mapping[str, Any],
 
 
 def _told(given: Any) -> str | None:
-    """A non-empty text; None for anything else."""
+    """The value if it is a non-empty text, else None."""
     given = given if given is None else _plain(given)
     return given if isinstance(given, str) and given else None
 
@@ -173,8 +172,8 @@ def _number(asked: Any) -> float | int | None:
 
 
 def _plain(asked: Any) -> Any:
-    """Values as JSON types, from formats with their own types."""
-    if hasattr(asked, "tolist"):  # of NumPy
+    """Converts values of formats with their own types to JSON types."""
+    if hasattr(asked, "tolist"):  # NumPy
         asked = asked.tolist()
     if isinstance(asked, bytes):
         return asked.decode(errors="surrogateescape")

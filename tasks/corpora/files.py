@@ -1,6 +1,4 @@
-"""Finds corpus files, local, gs:// or hf://datasets/; reports files that cannot be read, and lost
-records.
-"""
+"""Finds corpus files, local, gs:// or hf://datasets/; reports unreadable files and lost records."""
 
 import collections
 import contextlib
@@ -29,19 +27,19 @@ _WILDCARD = re.compile(r"[*?[]")
 
 
 class Lost(NamedTuple):
-    """Yielded by a reader instead of an unreadable record, or of several lost to one damage."""
+    """Yielded by a reader in place of an unreadable record, or of several records lost to one damage."""
 
     reason: str
     records: int = 1
 
 
 class Found(NamedTuple):
-    """The result of a reader: a document or why there is none, and its place, such as "a.jsonl, line 3"."""
+    """A reader's result: a document, or why there is none, and its place, such as "a.jsonl, line 3"."""
 
     place: str
     content: str | bytes | Lost
     language: str | None = None  # the language that its file declares
-    ids: Any = None  # the document's tokens, if they are given
+    ids: Any = None  # the document's tokens, if the corpus is tokenized
     licence: str | None = None  # from the record's field "license"
 
 
@@ -56,7 +54,7 @@ class PassedOver(dict[str, tuple[int, str]]):
     """Lost records by reason: their number and the place of the first; printed as a line."""
 
     def add(self, reason: str, place: str, records: int = 1) -> None:
-        """Counts more; `place` is such as "a.jsonl, line 3", and is not printed if the reason names it."""
+        """Counts records; `place`, such as "a.jsonl, line 3", is not printed if the reason names it."""
         count, first = self.get(reason, (0, place))
         self[reason] = (count + records, first)
 
@@ -67,10 +65,10 @@ class PassedOver(dict[str, tuple[int, str]]):
 
 
 def library(module: str, file: str, what: str, extra: str = "readers") -> Any:
-    """A module of a library that reads a kind of files.
+    """Imports a module of a library that reads a kind of files.
 
     Raises:
-      ValueError: it is not installed; one line that says how to install it.
+      ValueError: it is not installed; one line with how to install it.
     """
     try:
         return importlib.import_module(module)
@@ -81,13 +79,13 @@ def library(module: str, file: str, what: str, extra: str = "readers") -> Any:
 
 @contextlib.contextmanager
 def in_name_of(name: str) -> Iterator[None]:
-    """Puts the name of a corpus or benchmark before an error about a file."""
+    """Prefixes an error about a file with the name of a corpus or benchmark."""
     try:
         yield
     except UnreadableFile as error:
         raise ValueError(f"{name}: {error}") from error
     except OSError as error:
-        if error.errno is not None:  # else it is one of our one-line errors
+        if error.errno is not None:  # else it is one of this package's one-line errors
             raise
         raise type(error)(f"{name}: {error}") from error
 
@@ -95,10 +93,10 @@ def in_name_of(name: str) -> Iterator[None]:
 def require_readable(files: Sequence[str], require: Callable[[str], object]) -> None:
     """Checks all files before the first is read, so that a long read does not fail at the last one.
 
-    Files in gs:// are checked when they are read: each check takes a request.
+    Files on gs:// are checked only when they are read, since each check takes a request.
 
     Args:
-      require: checks one, and raises UnreadableFile or OSError.
+      require: checks one file, and raises UnreadableFile or OSError.
 
     Raises:
       UnreadableFile, OSError: the error of the first unreadable file, and the names of others.
@@ -123,14 +121,14 @@ def require_readable(files: Sequence[str], require: Callable[[str], object]) -> 
 def matches(
     patterns: str | Sequence[str], name: str, files_of: Callable[[str], list[str] | None] = lambda folder: None
 ) -> list[str]:
-    """The files that one or more globs match, sorted, each once; as absolute paths, gs:// ones, or
-    hf:// ones, which then name the current commit of the data set.
+    """The files that one or more globs match, sorted and each once: absolute paths, gs:// addresses, or hf:// ones
+    with the data set's current commit.
 
     `*`, `?` and `[...]` match within a name, but not a leading dot; `**` matches any folders, including links to
     folders, each once. An existing name is taken literally, even with brackets.
 
     Args:
-      files_of: gives the files of a folder that represents them; None for any other folder.
+      files_of: returns the files that a folder stands for; None for an ordinary folder.
 
     Raises:
       OSError: a pattern matches no file, a broken link, or something unreadable.
@@ -139,7 +137,7 @@ def matches(
     patterns = [patterns] if isinstance(patterns, str) else patterns
     with in_name_of(name):
         found = {file for pattern in patterns for file in _matched(pattern, files_of)}
-    # Through links a file may have many names. The first represents all, also in cache keys.
+    # Through links a file may have several names. The first represents all, also in cache keys.
     once: dict[str, str] = {}
     for file in sorted(found):
         once.setdefault(real(file), file)
@@ -179,7 +177,7 @@ def _matched(pattern: str, files_of: Callable[[str], list[str] | None]) -> set[s
 
 
 def _advice(pattern: str, folder: str) -> str:
-    """A replacement for a pattern that names folders, from the content of one of them."""
+    """Suggests a pattern in place of one that names folders, from the content of one of them."""
     files = below(folder)
     if not files:
         return f"there is no file in {folder}."
@@ -197,10 +195,10 @@ def _is_folder(found: str) -> bool:
 
 
 def _local_matches(pattern: str) -> Iterator[str]:
-    """Everything that a pattern matches, files or not, including broken links."""
+    """Yields everything that a pattern matches, files or not, including broken links."""
     path = os.path.expanduser(pattern)
     start = os.sep if os.path.isabs(path) else os.getcwd()
-    # The implied directory of a relative pattern may hold brackets as well.
+    # The current directory, implied by a relative pattern, may also hold brackets.
     parts = [part for part in os.path.normpath(path).split(os.sep) if part not in ("", ".")]
     return _led_to(start, parts)
 
@@ -231,11 +229,11 @@ def _names(folder: str) -> list[str]:
 
 
 def _folders(top: str) -> Iterator[str]:
-    """A folder and all folders in it, each once, without hidden ones; links are followed."""
+    """Yields a folder and all folders in it, each once, without hidden ones; follows links."""
     waiting, visited = [top], set()
     while waiting:
         folder = waiting.pop()
-        # A link may lead to a folder that is visited anyway, or in a circle.
+        # A link may lead to a folder that is visited anyway, or form a cycle.
         if not os.path.isdir(folder) or os.path.realpath(folder) in visited:
             if not os.path.exists(folder) and os.path.islink(folder) and not os.path.splitext(folder)[1]:
                 _tell(f"{folder} is a link to {os.readlink(folder)}, which does not exist; if that was a folder, none "
@@ -257,7 +255,7 @@ def _remote_matches(pattern: str) -> list[str]:
 
 
 def glance(file: str) -> str:
-    """A hash of 32 evenly spread pieces of a file, in hexadecimal, to detect different content of the same size without
+    """A hash of 32 evenly spread pieces of a file, in hexadecimal; detects most changes that keep the size, without
     reading everything.
     """
     digest, length = hashlib.sha256(), size(file)

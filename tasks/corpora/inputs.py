@@ -16,7 +16,7 @@ _NAME = re.compile(r"(text|code)\.[A-Za-z0-9_]+")
 _NUMBER = re.compile(r"(?:line|record|row) (\d+)(?!\d)")
 _KINDS = [kind for kind in specs.DOCUMENT_KINDS if kind not in specs.TOKEN_KINDS]
 _OF_TRAINING = ("transform", "validation")
-LARGEST = 1 << 26  # largest document in characters; the words and hashes of one take many times as much memory
+LARGEST = 1 << 26  # characters of a document; its words and hashes take many times as much memory
 
 
 class Input(NamedTuple):
@@ -25,10 +25,10 @@ class Input(NamedTuple):
     Attributes:
       file: its file, or the publisher's name for it.
       row: its line or record in the file, from 1; counted while reading if the reader gives none.
-      text: None if the record holds no document.
-      reason: why it holds none; else "".
+      text: the document; None if the record holds none.
+      reason: why the record holds none; else "".
       records: 1, or the number of records lost to a damage.
-      place: where it is, for a person: such as "a.jsonl, line 3, whose fields are 'body', 'id'".
+      place: a readable place, such as "a.jsonl, line 3, whose fields are 'body', 'id'".
     """
 
     file: str
@@ -71,12 +71,11 @@ class Inputs:
                                  "read.")
 
     def files(self, name: str) -> list[tuple[str, int, int]] | None:
-        """The `state` of each file of a corpus, sorted; None if it does not consist of files that can be read one by
-        one.
+        """The `state` of each file of a corpus, sorted; None if it does not consist of separately readable files.
 
         Raises:
           OSError: a pattern matches no file, or a broken link.
-          ValueError: the name of a file is not UTF-8, as it stands with each of its documents.
+          ValueError: the name of a file, which is stored with each of its documents, is not UTF-8.
         """
         spec = self.corpora[name]
         if not specs.is_divisible(spec, "train"):
@@ -87,7 +86,7 @@ class Inputs:
         return [self.state(file) for file in found]
 
     def pieces(self, name: str, file: str, at_most: int) -> list[Piece] | None:
-        """The pieces of about this many bytes that a file of a corpus is divided into; None if it is read as a whole.
+        """Divides a file of a corpus into pieces of about this many bytes; None if it is read as a whole.
 
         Raises:
           ValueError, OSError: the file is not of its kind, or cannot be read.
@@ -101,17 +100,17 @@ class Inputs:
     def documents(
         self, name: str, files: Sequence[str] | None, piece: Piece | None = None, rows_before: int = 0
     ) -> Iterator[Input]:
-        """The records of some or all files of a corpus, in order.
+        """Yields the records of some or all files of a corpus, in order.
 
         Args:
-          files: None for all.
-          piece: the only part of the single file to read; `rows_before` lines or rows precede it.
+          files: the files to read; None for all.
+          piece: the part to read of a single file; `rows_before` lines or rows precede it.
 
         Raises:
           ValueError, OSError: a file is not of its kind, or cannot be read.
         """
         row, before = rows_before, files[0] if piece and files else ""
-        told = {fields.BESIDE: ["license", "language"]}  # no other columns are read
+        told = {fields.BESIDE: ["license", "language"]}  # else these columns are not read
         spec = {**self.corpora[name], **told}
         # Texts from pyarrow were valid UTF-8; a text from JSON, or from a template with bytes, may hold half a
         # character.
@@ -125,12 +124,12 @@ class Inputs:
                         found.content.records if isinstance(found.content, Lost) else 1, found.place)
 
     def state(self, file: str) -> tuple[str, int, int]:
-        """Path, size in bytes, and time of the last change in nanoseconds (0 on gs://) of a file."""
+        """A file's path, size in bytes, and modification time in nanoseconds (0 on gs://)."""
         return file, size(file), 0 if "://" in file else os.stat(file).st_mtime_ns
 
 
 def _records(spec: Mapping[str, Any], name: str, files: Sequence[str] | None) -> Iterator[Found]:
-    """All records of a corpus, including those without a document."""
+    """Yields all records of a corpus, including those without a document."""
     kind = specs.kind_of(spec)
     if kind == "python":
         language = "python" if spec["python"] == "code" else None
@@ -141,9 +140,9 @@ def _records(spec: Mapping[str, Any], name: str, files: Sequence[str] | None) ->
 
 
 def _place(place: str, before: str, files: Iterable[str]) -> tuple[str, int | None]:
-    """The file of a reader's place, such as "a.jsonl, line 3", and the number, if it has one.
+    """The file and, if there is one, the number of a reader's place, such as "a.jsonl, line 3".
 
-    `before` is the file of the previous record, usually also this one's; "" at the first.
+    `before` is the file of the previous record, usually also of this one; "" for the first record.
     """
     file = before if before and _is_of(place, before) else next((one for one in files if _is_of(place, one)), None)
     if file is None:
@@ -157,12 +156,12 @@ def _is_of(place: str, file: str) -> bool:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name is text: other bytes are lone surrogates in Python."""
+    """Whether a name is valid text; Python reads invalid bytes as lone surrogates."""
     return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
 def _text(content: str | bytes | Lost, spec: Mapping[str, Any], is_valid: bool) -> tuple[str | None, str]:
-    """The text of a document, or None and why there is none; `is_valid` if a `str` is known to be valid UTF-8."""
+    """The text of a document, or None and the reason; `is_valid` states that a `str` is known to be valid UTF-8."""
     if isinstance(content, Lost):
         return None, content.reason
     try:

@@ -13,12 +13,12 @@ _SANITIZED = """
 
 @functools.cache
 def sanitized_ids() -> frozenset[int]:
-    """The `task_id`s of the sanitized set: 427 of all splits, 120 of them of the training split."""
+    """The `task_id`s of the sanitized set: 427 from all splits, 120 of them from the training split."""
     runs = (run.split("-") for run in _SANITIZED.split())
     return frozenset(number for run in runs for number in range(int(run[0]), int(run[-1]) + 1))
 
 
 def official_split(task_id: int) -> str | None:
-    """The split that MBPP's authors put a problem into: "prompt", "test", "validation" or "train"; else None."""
+    """The split to which MBPP's authors assign a problem: "prompt", "test", "validation" or "train"; else None."""
     borders = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
     return next((split for split, (first, last) in borders.items() if first <= task_id <= last), None)

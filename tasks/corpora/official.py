@@ -1,4 +1,4 @@
-"""The study's instruction corpora by name: each is found in a folder by its publisher's file name.
+"""The study's instruction corpora by name; each is found in a folder by its publisher's file name.
 
   text.alpaca_gpt4_en   alpaca_gpt4_data.json
   text.alpaca_gpt4_zh   alpaca_gpt4_data_zh.json
@@ -7,7 +7,7 @@
   code.cosqa            cosqa-train.json
   code.mbpp             mbpp.jsonl
 
-Each plain or compressed. The mixture `paper_instructions` joins them as the study joins its 500,000 instructions.
+Files may be compressed. The mixture `paper_instructions` joins them as the study joins its 500,000 instructions.
 """
 
 import fnmatch
@@ -20,9 +20,9 @@ from tasks.corpora.files import below, in_name_of
 from tasks.corpora.specs import OFFICIAL, kind_of
 
 MIXTURE = "paper_instructions"
-# The paper's 454,000 instructions; the 150,000 of code are divided by the sizes of the three sets, MBPP's without the
-# evaluated problems. In this package's runs the share of code is a separate setting, and these rates count within text
-# and within code; in plain SeqIO they count among all.
+# The paper's 454,000 instructions; the 150,000 of code are divided in proportion to the three sets, MBPP without the
+# evaluated problems. In this package's runs the share of code is a separate setting, and these rates apply within text
+# and within code; in plain SeqIO they apply across all corpora.
 _CODE_SIZES = {"code.codealpaca": 20_022, "code.cosqa": 19_604, "code.mbpp": 254}
 MIXTURE_RATES: dict[str, float] = {
     "text.alpaca_gpt4_en": 52_000,
@@ -33,19 +33,19 @@ MIXTURE_RATES: dict[str, float] = {
 
 
 def official_corpora(data_dir: str) -> dict[str, dict[str, Any]]:
-    """Specs of all official corpora, by name; no file is searched for yet."""
+    """Specs of all official corpora, by name; does not search for files."""
     return {name: {"official": name, "data_dir": data_dir} for name in OFFICIAL}
 
 
 def resolve(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Replaces the folder of an official corpus by the files found in it.
+    """Finds the files of an official corpus in its folder.
 
     Args:
-      spec: a valid one of the kind "official".
-      name: what to call the corpus in messages.
+      spec: a valid spec of the kind "official".
+      name: the corpus's name in messages.
 
     Returns:
-      The spec of another kind that reads those files.
+      A spec of another kind, which reads those files.
 
     Raises:
       OSError: the folder or the file does not exist, or cannot be read.

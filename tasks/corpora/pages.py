@@ -1,8 +1,7 @@
 """Web pages as text: HTML without its markup.
 
 Blocks (paragraphs, headings, items, cells, ...) become lines, blanks are merged except in `pre`, and scripts,
-styles, form choices and other invisible elements are left out. Nothing is filtered: navigation and advertisements
-are lines like others.
+styles, form choices and other invisible elements are left out. Navigation and advertisements are not filtered.
 """
 
 import codecs
@@ -18,7 +17,7 @@ _CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{2,40})
 
 
 def decoded(content: bytes, content_type: str) -> str | None:
-    """The text of a page, decoded by the encoding of its type or its own declaration, else UTF-8; None if that
+    """The text of a page, decoded by the encoding in its content type or its own declaration, else UTF-8; None if that
     fails."""
     of_type = re.search(r"charset\s*=\s*[\"']?([\w.:-]{2,40})", content_type, re.IGNORECASE)
     within = _CHARSET.search(content[:4096])
@@ -27,7 +26,7 @@ def decoded(content: bytes, content_type: str) -> str | None:
         encoding = codecs.lookup(named).name
     except LookupError:
         encoding = "utf-8"
-    # As in browsers: text declared as one of these is often in its superset.
+    # As in browsers: text declared in one of these encodings is often in a superset of it.
     encoding = {"gb2312": "gb18030", "gbk": "gb18030", "iso8859-1": "cp1252", "ascii": "utf-8"}.get(encoding, encoding)
     try:
         return content.decode(encoding).removeprefix("\ufeff")
@@ -36,7 +35,7 @@ def decoded(content: bytes, content_type: str) -> str | None:
 
 
 def title_and_text(page: str) -> tuple[str, str] | None:
-    """The title of a page, and its text in lines without empty ones; None if elements nest too deeply."""
+    """The title of a page, and its text without empty lines; None if elements nest too deeply."""
     from lxml import etree
 
     parser = etree.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)

@@ -1,7 +1,7 @@
 """Large files read in pieces, so that several workers share one: JSON lines by byte ranges, Parquet by row groups.
 
-The pieces of a file together give exactly the records and places of the whole file. Errors for which a whole file is
-refused, such as mostly invalid UTF-8 or no JSON at all, are counted in pieces.
+Together the pieces of a file give exactly the records and places of the whole file. Errors for which a whole file is
+refused, such as mostly invalid UTF-8 or no JSON at all, are only counted in pieces.
 """
 
 import json
@@ -15,13 +15,13 @@ from tasks.corpora.files import Found, in_name_of
 from tasks.corpora.records import records_of_lines, require_json
 from tasks.corpora.specs import TEXT_FIELDS, kind_of
 
-LEAST = 1 << 20  # bytes of a piece; smaller ones take longer to open than to read
+LEAST = 1 << 20  # bytes of a piece; smaller pieces take longer to open than to read
 
-Piece = tuple[int, int]  # where it begins and ends, in bytes or row groups
+Piece = tuple[int, int]  # begin and end, in bytes or row groups
 
 
 def pieces(file: str, spec: Mapping[str, Any], name: str, at_most: int) -> list[Piece] | None:
-    """The pieces of about this many bytes that a file is divided into; None if it is read as a whole.
+    """Divides a file into pieces of about this many bytes; None if it is read as a whole.
 
     Raises:
       ValueError, OSError: the file is not of its kind, or cannot be read.
@@ -40,7 +40,7 @@ def pieces(file: str, spec: Mapping[str, Any], name: str, at_most: int) -> list[
 
 
 def _joined(groups: list[tuple[int, int]], at_most: int) -> list[Piece] | None:
-    """Consecutive row groups, joined while they are small enough."""
+    """Joins consecutive row groups up to a size."""
     found, begin, held = [], 0, 0
     for number, (_, group_bytes) in enumerate(groups):
         if number > begin and held + group_bytes > at_most:
@@ -52,7 +52,7 @@ def _joined(groups: list[tuple[int, int]], at_most: int) -> list[Piece] | None:
 
 
 def _is_of_lines(file: str) -> bool:
-    """Whether each line of a file is a record by itself, stored uncompressed."""
+    """Whether a file is uncompressed, with a record in each line."""
     beginning = head(file)
     if compression(beginning) or beginning.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
         return False
@@ -69,7 +69,7 @@ def rows(file: str, spec: Mapping[str, Any], name: str, piece: Piece) -> int:
         if kind_of(spec) == "parquet":
             return sum(count for count, _ in group_facts(file)[slice(*piece)])
         begin, end = piece
-        found, left = int(begin == 0), end - max(begin, 1)  # line ends from the byte before the piece on
+        found, left = int(begin == 0), end - max(begin, 1)  # counts line ends from the byte before the piece
         for read in _bytes_from(file, max(begin - 1, 0)):
             found += read.count(b"\n", 0, left)
             left -= len(read)
@@ -79,7 +79,7 @@ def rows(file: str, spec: Mapping[str, Any], name: str, piece: Piece) -> int:
 
 
 def records(file: str, spec: Mapping[str, Any], name: str, piece: Piece, before: int) -> Iterator[Found]:
-    """The records of a piece with their places; `before` lines or rows of the file precede it.
+    """Yields the records of a piece with their places; `before` lines or rows of the file precede it.
 
     Raises:
       ValueError, OSError: the file is not of its kind, or cannot be read.
@@ -93,7 +93,7 @@ def records(file: str, spec: Mapping[str, Any], name: str, piece: Piece, before:
 
 
 def _between(file: str, begin: int, end: int) -> Iterator[bytes]:
-    """The bytes of the lines of a file that begin in [begin, end)."""
+    """Yields the bytes of the lines of a file that begin in [begin, end)."""
     at, is_within = max(begin - 1, 0), begin == 0  # position of the next bytes; whether a line has begun
     for read in _bytes_from(file, at):
         if not is_within:

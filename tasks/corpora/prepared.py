@@ -1,4 +1,4 @@
-"""The manifest of `t5x prepare` in the folder of a corpus's files: how, and from what, they were prepared."""
+"""The manifest of `t5x prepare` in the folder of a corpus's files: their steps and inputs."""
 
 import json
 import os
@@ -7,17 +7,17 @@ from typing import Any
 
 from codellm_jax.contents import content, is_file
 
-NAMED = 20  # input files that are named one by one; for more, their folders
+NAMED = 20  # input files that are named one by one; beyond that, only their folders
 _HASHES = ("steps_sha256", "inputs_sha256")
 
 
 def prepared(files: Iterable[str]) -> list[dict[str, Any]]:
-    """The manifest of each folder of some files that `t5x prepare` wrote.
+    """The manifest of each folder of these files that `t5x prepare` wrote.
 
     Returns:
       As JSON: "folder", "steps_sha256" (of the steps with all options), "inputs_sha256" (of the inputs' specs, names
-      and sizes), and "inputs": the files of each prepared corpus, or for more than 20, their folders with the number of
-      files in each.
+      and sizes), and "inputs": the files of each prepared corpus, or if there are more than 20, their folders with the
+      number of files in each.
 
     Raises:
       OSError: a manifest cannot be read.
@@ -31,7 +31,7 @@ def prepared(files: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _told(text: bytes) -> dict[str, Any] | None:
-    """The content of a manifest; None if it is another program's."""
+    """The content of a manifest; None if another program wrote the file."""
     try:
         manifest = json.loads(text)
     except ValueError:

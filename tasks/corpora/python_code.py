@@ -1,7 +1,7 @@
-"""Python code read and changed with Python's own tokenizer and syntax tree: the grammar is that of the running Python.
+"""Transforms of Python code with Python's own tokenizer and syntax tree, in the grammar of the running Python.
 
 Each function takes the text of a file and returns its text after a transform (described in `transforms`). All
-raise SyntaxError if this Python cannot read the file. Ends of lines become "\\n", as Python's own reader has them.
+raise SyntaxError if this Python cannot read the file. Line ends become "\\n", as in Python's own reader.
 """
 
 import ast
@@ -20,7 +20,7 @@ from tasks.corpora.standard_library import docstrings_of, parse, split_docstring
 from tasks.corpora.words import keyword_in_words, operator_in_words
 
 _LAYOUT = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-# Since Python 3.12 a formatted string is several tokens, with these first and last ones.
+# Since Python 3.12 a formatted string is several tokens; these are the first and the last.
 _FORMATTED = {name: getattr(tokenize, name) for name in ("FSTRING_START", "FSTRING_END", "TSTRING_START", "TSTRING_END")
               if hasattr(tokenize, name)}
 
@@ -40,8 +40,7 @@ def normalized(source: str) -> str:
 def strip_comments(source: str) -> str:
     """Removes comments and docstrings; a body that holds nothing else gets `pass`.
 
-    A string that thereby becomes a docstring is removed as well. A line with only a comment is removed
-    entirely.
+    A string that thereby becomes a docstring is also removed. A line with only a comment is removed entirely.
     """
     code = normalized(source)
     while (without := split_docstrings(code)[0]) != code:
@@ -73,7 +72,7 @@ def comments_only(source: str) -> str:
 
 
 def renamed(source: str, naming: Naming) -> str:
-    """New names for the file's own names, where `python_names` allows renaming."""
+    """Renames the file's own names where `python_names` allows it."""
     code = normalized(source)
     tree = parse(code)
     spans = name_spans(code)
@@ -111,7 +110,7 @@ def _alike(before: ast.AST, after: ast.AST, renamed: set[str]) -> bool:
 
 
 def pseudocode(source: str) -> str:
-    """A line for each statement, four blanks for each block level; `words` has the vocabulary."""
+    """Writes a line for each statement, with four blanks for each block level; `words` has the vocabulary."""
     code = normalized(source)
     parse(code)
     lines: list[str] = []
@@ -131,7 +130,7 @@ def pseudocode(source: str) -> str:
                 words.append(keyword_in_words(token.text) if keyword.iskeyword(token.text) else token.text)
             case kind if kind not in _LAYOUT:
                 words.append(token.text)
-        # A comment ends a line within brackets, too.
+        # Within brackets, too, a comment ends a line.
         if words and token.type in (tokenize.NEWLINE, tokenize.COMMENT, tokenize.ENDMARKER):
             lines.append("    " * depth + " ".join(words))
             words = []
@@ -142,7 +141,7 @@ def pseudocode(source: str) -> str:
 
 
 def _tokens(code: str) -> Iterator[_Token]:
-    """The tokens of a valid file; a formatted string is one."""
+    """Yields the tokens of a valid file; a formatted string is one token."""
     lines = code.split("\n")
     formatted: list[tuple[int, int]] = []
     try:

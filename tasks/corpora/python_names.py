@@ -1,18 +1,18 @@
-"""Which names of a Python file may be renamed without changing its meaning, as far as the file itself shows.
+"""Decides which names of a Python file may be renamed without changing its meaning, as far as the file itself shows.
 
-A name is renamed at all its occurrences in the file, or nowhere. It is renamed where the file binds it (parameters,
+A name is renamed at all its occurrences in the file, or nowhere. It is renamed if the file binds it (parameters,
 local and global variables, functions, classes, attributes that a class of the file defines in its body or on `self`)
 unless
 
   it is a keyword, a builtin or has two underscores at both ends;
-  an import names it, or makes it;
-  it occurs as an attribute that no class of the file defines, or of an imported object; or that builtin types have as
-    well, if it is accessed on more than a method's own object;
+  an import names or binds it;
+  it occurs as an attribute that no class of the file defines, or of an imported object; or builtin types also have an
+    attribute of this name, and it is accessed on more than a method's own object;
   a call names it as a keyword argument, and no function or class of the file with the called name has such a parameter;
   a class whose base is not in this file defines it, since it may override the base's;
   a scope reads it as a global name that the module never binds;
-  a string holds it: in __slots__, __match_args__, getattr and its like, or {name=} in a formatted string; any string
-    except docstrings counts in a file that calls eval, exec, globals, locals or vars.
+  a string holds it: in __slots__, __match_args__, getattr and the like, or {name=} in a formatted string; in a file
+    that calls eval, exec, globals, locals or vars, any string except docstrings counts.
 
 Attributes that a class of the file defines are thus renamed on every object, and names that other files import from
 this one change.
@@ -48,11 +48,11 @@ class Span(NamedTuple):
     is_told: bool  # by a formatted string, as {name=}
 
 
-# ---- Where names stand -------------------------------------------------------------------------
+# ---- Positions of names ------------------------------------------------------------------------
 
 
 def name_spans(code: str) -> list[Span]:
-    """All names and keywords of a file, in order, including those in formatted strings; raises SyntaxError."""
+    """The names and keywords of a file, in order, including those in formatted strings; may raise SyntaxError."""
     starts = [0]
     for line in code.split("\n"):
         starts.append(starts[-1] + len(line) + 1)
@@ -70,7 +70,7 @@ def name_spans(code: str) -> list[Span]:
                 found += [span._replace(begin=span.begin + begin, end=span.end + begin)
                           for span in _formatted_spans(token.string)]
             elif token.type == tokenize.OP:
-                # Since then its fields are tokens; "=" ends an expression in them alone.
+                # Since then its fields are tokens; only in them does "=" end an expression.
                 if last == "=" and token.string in ("}", ":", "!") and opened:
                     found[opened[-1] :] = [span._replace(is_told=True) for span in found[opened[-1] :]]
                 if token.string in ("(", "[", "{"):
@@ -84,7 +84,7 @@ def name_spans(code: str) -> list[Span]:
 
 
 def _formatted_spans(token: str) -> Iterator[Span]:
-    """The names in a string token; none if it is not formatted."""
+    """Yields the names in a string token; none if it is not a formatted string."""
     opening = re.match("([A-Za-z]*)(\"\"\"|'''|\"|')", token)
     if opening is None or "f" not in opening[1].lower():
         return
@@ -95,8 +95,9 @@ def _formatted_spans(token: str) -> Iterator[Span]:
 
 
 def _fields(text: str, position: int, end: int, is_raw: bool, in_format: bool = False) -> list[tuple[int, int, bool]]:
-    """The start and end of each expression of a formatted string, and whether it ends in "="; for Python before
-    3.12, whose expressions have no backslashes, comments or quotes of the enclosing string.
+    """The start and end of each expression of a formatted string, and whether it ends in "=".
+
+    For Python before 3.12, whose expressions have no backslashes, comments or quotes of the enclosing string.
     """
     found: list[tuple[int, int, bool]] = []
     while position < end:
@@ -144,7 +145,7 @@ def _end_of_expression(text: str, position: int, end: int) -> int:
 
 
 def _closing(text: str, position: int, end: int) -> int:
-    """The position of the closing bracket of the field that is open at a position within its format."""
+    """The position of the bracket that closes the field in whose format a position is."""
     depth = 0
     while position < end:
         if text[position] == "}" and not depth:
@@ -158,15 +159,15 @@ def _closing(text: str, position: int, end: int) -> int:
 
 
 class _Scope(NamedTuple):
-    """The scope of a node, as needed for attributes."""
+    """The scope of a node, as far as attributes need it."""
 
-    of_class: ast.ClassDef | None  # the class whose method or body it is in
+    of_class: ast.ClassDef | None  # the class whose body or method holds the node
     in_body: bool = False  # directly in the body of that class
     own: str | None = None  # the method's name for its object, such as "self"
 
 
 def renameable(tree: ast.Module, code: str, spans: Sequence[Span]) -> set[str]:
-    """The names of a file that may be renamed, as described above; raises SyntaxError if scopes are inconsistent."""
+    """The names of a file that may be renamed, by the rules above; raises SyntaxError if scopes are inconsistent."""
     nodes = list(_scoped(tree))
     parameters, classes = _parameters(nodes), _classes(nodes)
     foreign = _foreign(classes)
@@ -227,7 +228,7 @@ def renameable(tree: ast.Module, code: str, spans: Sequence[Span]) -> set[str]:
 
 
 def _scoped(tree: ast.Module) -> Iterator[tuple[ast.AST, _Scope]]:
-    """All nodes of a tree with their scopes."""
+    """Yields all nodes of a tree with their scopes."""
     pending: list[tuple[ast.AST, _Scope]] = [(tree, _Scope(None))]
     while pending:
         node, scope = pending.pop()
@@ -257,7 +258,7 @@ def _parameters(nodes: Iterable[tuple[ast.AST, _Scope]]) -> dict[str, set[str]]:
             if scope.in_body and scope.of_class and node.name in ("__init__", "__new__"):
                 found[scope.of_class.name] |= names
         elif isinstance(node, ast.AnnAssign) and scope.in_body and scope.of_class and isinstance(node.target, ast.Name):
-            found[scope.of_class.name].add(node.target.id)  # of a dataclass or a named tuple
+            found[scope.of_class.name].add(node.target.id)  # for dataclasses and named tuples
     return found
 
 
@@ -279,8 +280,7 @@ def _foreign(classes: list[ast.ClassDef]) -> set[ast.ClassDef]:
 
 
 def _called(function: ast.expr, imported: set[str]) -> str | None:
-    """The name that a call calls: a function, a class or a method; None if it belongs to another object, or to the base
-    class."""
+    """The name of the called function, class or method; None if it belongs to another object, or to the base class."""
     match function:
         case ast.Attribute(value=ast.Call(func=ast.Name(id="super"))):
             return None

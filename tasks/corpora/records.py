@@ -1,10 +1,10 @@
-"""JSON records from files, one by one: a list or JSON lines, whole or broken.
+"""Reads JSON records one by one: from lists or JSON lines, whole or broken.
 
-The content decides the form: a file that begins with "[" is a list, one with an object in a line is JSON lines.
-In every form a file is read piece by piece, so that memory grows with the longest record and not with the file.
-A broken file is not given up as a whole. Its objects are decoded one by one; after one that does not parse, reading
-continues at the next that does. But a file without any object is not JSON and is refused; so is one where most records
-beyond ASCII are not UTF-8, because the valid ones are then valid by chance.
+The content decides the form: a file that begins with "[" is a list, one with an object in a line is JSON lines. Files
+are read piece by piece, so that memory grows with the longest record and not with the file. The objects of a broken
+file are decoded one by one; after an object that does not parse, reading continues at the next one that does. A file
+without any object is refused as not JSON; so is a file where most records beyond ASCII are not UTF-8, because the
+others are valid only by chance.
 """
 
 import codecs
@@ -32,11 +32,11 @@ BROKEN_JSON = "broken JSON"
 NO_OBJECT = "not a JSON object"
 NOT_UTF8 = "not valid UTF-8"
 EMPTY_FILE = "empty file"
-LONGEST_LINE = 1 << 28  # bytes of a record in a line: parsing takes up to seven times as much memory
+LONGEST_LINE = 1 << 28  # bytes of a line's record; parsing takes up to seven times as much memory
 TOO_LONG = f"longer than {LONGEST_LINE >> 20} MiB"
 WITH_ALL_BEHIND = f"{TOO_LONG}, lost with all that follows it in its file"
-UNDECIDED = 1 << 22  # bytes at a file's beginning in which JSON lines have a line that is a record
-FOREIGN = 10  # invalid UTF-8 records that indicate another encoding; fewer may be damage
+UNDECIDED = 1 << 22  # first bytes of a file within which JSON lines must have a line that is a record
+FOREIGN = 10  # records of invalid UTF-8 that indicate another encoding; fewer may be damage
 
 _BLANK = re.compile(r"\s*")
 _BETWEEN_ITEMS = re.compile(r"[\s,\ufeff]*")
@@ -44,14 +44,14 @@ _BETWEEN_RECORDS = re.compile(r"[\s,\ufeff\[\]]*")
 # Within a string its quotes are escaped, so code in a string does not match.
 _RECORD_START = re.compile(r'\{\s*"[^"\\]*"\s*:')
 _ESCAPED = re.compile("[\udc80-\udcff]")
-_LONGEST_TOKEN = 16  # characters of a JSON token other than a string or a number, "\\ud83d\\ude00" within one included
+_LONGEST_TOKEN = 16  # characters of a JSON token except strings and numbers, or of an escape such as "\\ud83d\\ude00"
 _LONGEST_START = 1 << 16  # characters up to the end of a record's first key
 
 Record = dict[str, Any] | Lost
 
 
 def json_records(file: str) -> Iterator[Record]:
-    """The JSON objects of a file, in order, and a `Lost` for each unreadable one.
+    """Yields the JSON objects of a file, in order, and a `Lost` for each unreadable one.
 
     Raises:
       OSError: the file cannot be read.
@@ -61,7 +61,7 @@ def json_records(file: str) -> Iterator[Record]:
 
 
 def placed_records(file: str) -> Iterator[tuple[str, Record]]:
-    """The records of `json_records` with the place of each, such as "a.jsonl, line 3"; raises the same errors."""
+    """As `json_records`, with the place of each record, such as "a.jsonl, line 3"."""
     found = lost = broken = beyond_ascii = foreign = 0
     for place, record, is_ascii in _records(file):
         found += isinstance(record, dict)
@@ -77,7 +77,7 @@ def placed_records(file: str) -> Iterator[tuple[str, Record]]:
 
 
 def records_of_lines(file: str, source: Iterable[bytes], before: int) -> Iterator[tuple[str, Record]]:
-    """The records of `placed_records` for some lines of a file, each a record by itself, after `before` others."""
+    """As `placed_records`, for some lines of a file, each a whole record, after `before` other lines."""
     for number, line in enumerate(lines(file, LONGEST_LINE, source), before + 1):
         if not line:
             yield f"{file}, line {number}", Lost(TOO_LONG)
@@ -86,7 +86,8 @@ def records_of_lines(file: str, source: Iterable[bytes], before: int) -> Iterato
 
 
 def whole(file: str) -> bytes | Lost:
-    """All lines of a file in UTF-8, or a `Lost` for one that is too large to be held in memory; raises as `lines`."""
+    """The content of a file in UTF-8, or a `Lost` if it is too large to be held in memory; errors are those of
+    `lines`."""
     parts: list[bytes] = []
     held = 0
     for line in lines(file, LARGEST):
@@ -126,12 +127,12 @@ def _beginning(file: str) -> str:
 
 
 def broken_rest(file: str) -> Lost:
-    """The lost rest of a truncated file."""
+    """The `Lost` for the rest of a truncated file."""
     return Lost(f"broken rest of {os.path.basename(file)}")
 
 
 def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
-    """Records with their places, and whether they are in ASCII."""
+    """Yields records with their places, and whether they are in ASCII."""
     broken: list[Lost] = []
     source = _until_broken(file, broken)
     beginning = b""
@@ -153,7 +154,7 @@ def _records(file: str) -> Iterator[tuple[str, Record, bool]]:
 
 
 def _until_broken(file: str, broken: list[Lost]) -> Iterator[bytes]:
-    """The text of a file up to where it is damaged, which is added to a list."""
+    """Yields the text of a file up to the first damage, for which a `Lost` is appended to `broken`."""
     try:
         yield from in_utf8(file)
     except BrokenFile:
@@ -161,8 +162,8 @@ def _until_broken(file: str, broken: list[Lost]) -> Iterator[bytes]:
 
 
 def _of_lines(file: str, source: Iterable[bytes]) -> Iterator[tuple[int, Record, bool]]:
-    """The records of JSON lines, or of objects over several lines, each with its line and whether it is in ASCII."""
-    waiting: list[bytes] = []  # until a line tells which of the two it is
+    """Yields the records of JSON lines, or objects over several lines, with line numbers and whether in ASCII."""
+    waiting: list[bytes] = []  # until a line decides between the two
     held, has_begun = 0, False
     numbered = enumerate(lines(file, LONGEST_LINE, source), 1)
     for number, line in numbered:
@@ -189,12 +190,12 @@ def _of_lines(file: str, source: Iterable[bytes]) -> Iterator[tuple[int, Record,
 
 
 def _part(line: bytes) -> bytes:
-    """A line of a record; of one that was too long, no JSON, so that the record is broken and does not just lack it."""
+    """A line of a record; one that was too long becomes invalid JSON, so that its record is broken, not shorter."""
     return line or b"\0\n"
 
 
 def _parsed(line: bytes) -> Any:
-    """The JSON object of a line; a `Lost` if it is none."""
+    """The JSON object of a line, or a `Lost`."""
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError:
@@ -208,7 +209,7 @@ def _record_of(value: Any) -> Record:
 
 
 class _Window:
-    """The part of a stream of text that is being read; it begins at `position` in `text`."""
+    """A window on a stream of text; what is still to be read begins at `position` in `text`."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = iter(pieces)
@@ -220,7 +221,7 @@ class _Window:
         self._line, self._counted = 1, 0
 
     def read_on(self) -> None:
-        """Drops the text before the position, and reads as much again as is left, or a piece."""
+        """Drops the text before the position, and reads as much again as is left, at least a piece."""
         self.line()
         parts, size = [self.text[self.position :]], 0
         while size < max(PIECE, len(parts[0])) and not self.is_end:
@@ -231,13 +232,13 @@ class _Window:
         self.text, self.position, self._counted = "".join(parts), 0, 0
 
     def line(self) -> int:
-        """The line of the position."""
+        """The line number of the position."""
         self._line += self.text.count("\n", self._counted, self.position)
         self._counted = self.position
         return self._line
 
     def skip(self, pattern: re.Pattern[str]) -> str:
-        """Moves on behind all that a pattern matches; the letter that stands there, "" at the end."""
+        """Moves past all that a pattern matches; returns the character there, "" at the end."""
         while True:
             found = pattern.match(self.text, self.position)
             self.position = found.end() if found else self.position
@@ -246,11 +247,11 @@ class _Window:
             self.read_on()
 
     def value(self) -> tuple[Any, int]:
-        """The JSON value at the position and where it ends; a `Lost` if there is none."""
+        """The JSON value at the position, or a `Lost`, and where it ends."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self.text, self.position)
-                is_whole = isinstance(value, dict) or end < len(self.text)  # a number may go on
+                is_whole = isinstance(value, dict) or end < len(self.text)  # a number may continue
             except (ValueError, RecursionError) as error:
                 value, end = Lost(BROKEN_JSON), self.position
                 is_whole = not str(error).startswith("Unterminated string") and (
@@ -262,7 +263,7 @@ class _Window:
             self.read_on()
 
     def to_next_record(self) -> tuple[bool, bool]:
-        """Moves on to where the next record begins, or to the end; whether all on the way is UTF-8, and ASCII."""
+        """Moves to the next record, or to the end; returns whether the skipped text is UTF-8, and whether ASCII."""
         is_utf8 = is_ascii = True
         while True:
             start = _RECORD_START.search(self.text, self.position + 1)
@@ -277,14 +278,14 @@ class _Window:
 
 
 def _objects(pieces: Iterable[bytes], is_list: bool = False) -> Iterator[tuple[int, Record, bool]]:
-    """The objects of a JSON list, or of any sequence of objects, each with its line and whether it is in ASCII."""
+    """Yields the objects of a JSON list, or of any sequence of objects, with line numbers and whether in ASCII."""
     window = _Window(pieces)
     if is_list:
         window.skip(_BETWEEN_ITEMS)
         window.position += 1
     while letter := window.skip(_BETWEEN_ITEMS if is_list else _BETWEEN_RECORDS):
         if is_list and letter == "]":
-            is_list = False  # what follows is another list, or no JSON
+            is_list = False  # another list may follow, or text that is not JSON
             continue
         line = window.line()
         value, end = window.value()
@@ -303,5 +304,5 @@ def _objects(pieces: Iterable[bytes], is_list: bool = False) -> Iterator[tuple[i
                 yield line, Lost(NO_OBJECT), True
                 continue
         is_list = False
-        is_utf8, is_ascii = window.to_next_record()  # from a piece of a broken one
+        is_utf8, is_ascii = window.to_next_record()  # past the rest of a broken record
         yield line, Lost(BROKEN_JSON if is_utf8 else NOT_UTF8), is_ascii

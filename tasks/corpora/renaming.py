@@ -7,12 +7,12 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-# Maps the occurrences of names, in order, and the kept names to as many new names.
+# Maps the occurrences of names, in order, and the names to be kept, to a new name for each occurrence.
 Naming = Callable[[Sequence[str], set[str]], list[str]]
 
 
 def consistent_names(occurrences: Sequence[str], taken: set[str]) -> list[str]:
-    """v0, v1 ... in order of first occurrence; equal names stay equal."""
+    """v0, v1 ... in order of first occurrence; equal names remain equal."""
     numbers, found = _free(taken), dict[str, str]()
     for name in occurrences:
         if name not in found:
@@ -21,7 +21,7 @@ def consistent_names(occurrences: Sequence[str], taken: set[str]) -> list[str]:
 
 
 def random_names(occurrences: Sequence[str], taken: set[str], dice: random.Random) -> list[str]:
-    """The same names, but each occurrence gets its own, in random order."""
+    """The same names as `consistent_names`, but a different one for each occurrence, in random order."""
     numbers = list(itertools.islice(_free(taken), len(occurrences)))
     dice.shuffle(numbers)
     return [_new(name, number) for name, number in zip(occurrences, numbers, strict=True)]

@@ -14,11 +14,11 @@ from tasks.corpora import fields
 from tasks.corpora.files import Lost
 from tasks.corpora.records import EMPTY_FILE
 
-LONGEST_CELL = 1 << 26  # characters; an unclosed quote would swallow the rest of a file
+LONGEST_CELL = 1 << 26  # characters; without a limit an unclosed quote would swallow the rest of a file
 
 
 def separated_records(file: str, spec: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any] | Lost]]:
-    """The rows of a file as records, with their places.
+    """Yields the rows of a file as records, with their places.
 
     Raises:
       OSError: the file cannot be read.

@@ -1,56 +1,54 @@
 """Sources of pre-training documents: users' files, and the standard library of every Python.
 
-A corpus is described by a *spec*, a mapping with exactly one kind key and that kind's options
-(instructions, which may be mixed with documents, are in `instruction_sets.instructions`):
+A *spec* describes a corpus: a mapping with exactly one kind key and that kind's options
+(`instruction_sets.instructions` describes instructions, which may be mixed with documents):
 
   {"python": "text"}                       prose of the running Python's standard library; or "code"
   {"json_lines": PATTERN, "field": "content", "licenses": ["mit"]}    JSON lines, or a list
   {"parquet": PATTERN, "field": "text"}    a document per row; only the requested columns are read
   {"arrow": PATTERN, "field": "text"}      Arrow's files and streams, and folders of `save_to_disk`
   {"csv": PATTERN, "field": "text"}        CSV and TSV; `separator`, `columns` and `quotes` are in `separated`
-  {"webdataset": PATTERN, "field": "txt"}  tars; the field is a member, or a field of a JSON member; this kind
-  {"warc": PATTERN}                        and the next two are described in `archives`
+  {"webdataset": PATTERN, "field": "txt"}  tars; the field is a member, or a field of a JSON member; `archives`
+  {"warc": PATTERN}                        describes this kind and the next two
   {"array_record": PATTERN, "field": "text"}
-  {"megatron": PATTERN, "vocabulary": V}   tokenized documents; these two are described in `token_arrays`
+  {"megatron": PATTERN, "vocabulary": V}   tokenized documents; `token_arrays` describes these two
   {"tokens": PATTERN, "vocabulary": V}
   {"text_files": PATTERN}                  one document per file
   {"tfrecords": PATTERN, "field": "text"}  tf.train.Example, plain or compressed by gzip
-  {"notebooks": PATTERN}                   Jupyter's, one document per file; the text forms of these three are in
-  {"commits": PATTERN}                     `adjacent`: JSON records of {before, after, message}
-  {"threads": PATTERN}                     and of {question, answers}
+  {"notebooks": PATTERN}                   Jupyter's, one document per file; `adjacent` has the form of these three
+  {"commits": PATTERN}                     JSON records of {before, after, message}
+  {"threads": PATTERN}                     JSON records of {question, answers}
   {"tfds": "name:1.0.0", "field": "text"}  TensorFlow Datasets; its split "train"
   {"task": "name"}                         another SeqIO task, under this corpus's name
 
-PATTERN is a glob or a list of globs, local (`~` and `**` work; relative ones start at the current directory), gs://, or
+PATTERN is a glob or a list of globs: local (with `~` and `**`, relative to the current directory), gs://, or
 hf://datasets/ORG/NAME[@REVISION]/... on Hugging Face's hub. Each file is read once, even if several links lead to it.
 Compression and encoding are detected from its content (`codellm_jax.contents`); a file of another type is refused by
-name. For documents from files or TFDS, a stable hash of each text puts one percent of them into "validation"
-and one percent into "test"; `holdout` sets another fraction. For a small corpus these are the
-texts with the lowest hashes, at least one each (`specs.borders_of`).
-`validation`, a separate pattern (for TFDS a split), leaves the whole main one to "train". `rate`
-is the corpus's weight within its pool and does not change what is read.
+name. For documents from files or TFDS, a stable hash of each text assigns one percent to "validation" and one percent
+to "test"; `holdout` sets another fraction. For a small corpus these are the texts with the lowest hashes, at least one
+each (`specs.borders_of`). `validation`, a separate pattern (for TFDS a split), leaves all of the main one to "train".
+`rate` is the corpus's weight within its pool and does not change which documents are read.
 
 For records, `field` names the text, also nested, as in "meta.text"; `text` joins several fields, and `where` selects
-records; both are described in `fields`:
+records; `fields` describes both:
 
   {"parquet": PATTERN, "text": "{title}: {meta.body}", "where": {"language": ["en"], "score": {"at_least": 3}}}
 
-`sample` reads this fraction of the documents of any kind, chosen by a hash of the text that is independent of the
-split's: a larger sample contains a smaller one, and equal texts are sampled together.
+`sample` is the fraction of the documents of any kind to read, chosen by a hash of the text that is independent of that
+of splits: a larger sample contains a smaller one, and equal texts are sampled together.
 
 `transform` changes the documents of any kind but "task": a list of names, described in `transforms`, applied in turn:
 
   "transform": ["strip_comments", {"name": "shuffle_lines", "seed": 1}]
 
 A document's split is that of its original text, so that corpora that differ only in transforms hold out the same
-documents. Transforms of code use the language of the option `language`; without it that of the record's field
-"language", of the file's suffix, or of the notebook, and Python for the standard library. Documents that do not parse
-are left out; "unparsed": "keep" keeps them untransformed. Both are counted, as are documents that a transform leaves
-empty, which are always left out.
+documents. Transforms of code use the option `language`; without it the record's field "language", the file's suffix,
+or the notebook's language, and Python for the standard library. Documents that do not parse are left out;
+"unparsed": "keep" keeps them untransformed. Both are counted, as are documents that a transform leaves empty, which
+are always left out.
 
-Nothing is lost silently: unreadable records are counted, and reported in one warning per reading, with the place
-of the first of each kind.
-Importing this module imports neither TensorFlow nor SeqIO.
+Nothing is lost silently: unreadable records are counted and reported in one warning per reading, with the place of the
+first of each kind. Importing this module imports neither TensorFlow nor SeqIO.
 """
 
 import json
@@ -110,9 +108,9 @@ READER_VERSION = 3
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     """Identifies a corpus's content without reading it; JSON-able, for cache keys.
 
-    Files are identified by path and size: an edit that keeps a file's size goes unnoticed. `rate` and `loss`
-    are not part of it, since they do not change the documents. For a task it holds only the name, and for files
-    that `t5x prepare` wrote the result of `prepared`.
+    Files are identified by path and size: an edit that keeps a file's size goes unnoticed. `rate` and `loss` are left
+    out, since they do not change the documents. A task is identified only by its name; files written by `t5x prepare`
+    also by the result of `prepared`.
 
     Raises:
       ValueError: the spec is malformed, or a pattern names folders.
@@ -140,7 +138,7 @@ def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
             description[f"{split}_files"] = [[file, size(file)] for file in files(spec, split, name)]
         if found := prepared(file for file, _ in description["train_files"]):
             description["prepared"] = found
-    if kind in TOKEN_KINDS:  # these files keep their size when rewritten with another vocabulary of the same width
+    if kind in TOKEN_KINDS:  # such files keep their size when rewritten with another vocabulary of the same width
         description["contents"] = [
             glance(file) for split in ("train", "validation") for file, _ in description.get(f"{split}_files", ())]
     return description
@@ -156,12 +154,11 @@ def documents(
     """Reads a corpus's documents, in the order of its sorted files.
 
     Args:
-      spec: as the module describes; not of the kind "task", which SeqIO reads.
+      spec: a spec as described above, except of the kind "task", which SeqIO reads.
       split: one of `splits(spec)`.
       name: the corpus's name in messages.
-      only_files: for kinds of files, read only these of `files(spec, split)`, one shard of many. Membership is not
-        checked: listing many files again for each shard would take longer than reading it. It is no error if these
-        hold no document.
+      only_files: for kinds of files, the shard of `files(spec, split)` to read, which may hold no document. Membership
+        is not checked: listing many files again for each shard would take longer than reading it.
       borders: the result of `find_borders`, if known; else the first documents are read for it.
 
     Raises:
@@ -240,11 +237,11 @@ def usable(
     records: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, find: Callable[[], Borders | None],
     whole: bool = True,
 ) -> Iterator[Found]:
-    """The documents of the split; reports the other records, with places, when reading ends.
+    """Yields the documents of the split; at the end reports the other records, with places.
 
     Args:
-      find: gives the borders of splits.
-      whole: whether these are all records of the split; then at least one must be a document.
+      find: returns the borders of splits.
+      whole: whether these are all records of the split, of which at least one must be a document.
     """
     borders = find()
     lost = PassedOver()
@@ -255,7 +252,7 @@ def usable(
             if borders is None or split_of(content, borders) == split:
                 yield document
     finally:
-        if lost or not whole:  # also for a part that lost nothing, so that parts add up to the whole
+        if lost or not whole:  # also for a part without losses, so that parts add up to the whole
             logging.warning(
                 "%s, read for %s: %d records are documents, skipped: %s.",
                 name,
@@ -269,7 +266,7 @@ def usable(
 
 
 def texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -> Iterator[tuple[bytes, Found]]:
-    """The records that are documents, as bytes and with their text; counts the others, with places."""
+    """Yields the records that are documents, as bytes and as text; counts the others, with places."""
     for found in records:
         place, record = found.place, found.content
         if isinstance(record, Lost):
@@ -291,7 +288,7 @@ def texts(records: Iterator[Found], spec: Mapping[str, Any], lost: PassedOver) -
 
 
 def _require_languages(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> None:
-    """Refuses files whose language transforms need if neither an option nor the suffix gives it."""
+    """Raises if a transform needs the language of a file, and neither an option nor the suffix gives it."""
     steps = transforms.steps_of(spec.get("transform", ()))
     if kind != "text_files" or "language" in spec or not any(step.reads_code for step in steps):
         return
@@ -306,7 +303,7 @@ def _require_languages(kind: str, spec: Mapping[str, Any], chosen: Sequence[str]
 def _transformed(
     documents_of_split: Iterator[Found], spec: Mapping[str, Any], split: str, name: str, whole: bool
 ) -> Iterator[str]:
-    """The documents of a split after the transforms; reports those that failed, with places."""
+    """Yields the documents of a split after the transforms; reports those that failed, with places."""
     steps = transforms.steps_of(spec["transform"])
     reads_code = any(step.reads_code for step in steps)
     not_so, given, kept = PassedOver(), 0, 0
@@ -338,7 +335,7 @@ def _transformed(
 
 
 def file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name: str) -> Iterator[Found]:
-    """The records of files with their places, such as "a.jsonl, line 3"."""
+    """Yields the records of files with their places, such as "a.jsonl, line 3"."""
     read, require = _READERS[kind]
     with in_name_of(name):
         require_readable(chosen, require)
@@ -350,7 +347,7 @@ def file_records(kind: str, spec: Mapping[str, Any], chosen: Sequence[str], name
 
 
 def _fields_of(read: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., Iterator[Found]]:
-    """A reader of documents, from a reader of records with their places."""
+    """Makes a reader of documents from a reader of records with their places."""
     def documents_of(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
         default = TEXT_FIELDS[kind_of(spec)]
         return (fields.found(place, record, spec, default) for place, record in read(file, spec))
@@ -405,7 +402,7 @@ def _tf_records(file: str, spec: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _require_tfrecords(file: str) -> str | None:
-    """The compression of a TFRecord file; raises UnreadableFile if its first bytes are not those of one."""
+    """The compression of a TFRecord file; raises UnreadableFile if its first bytes belong to another type."""
     beginning = head(file)
     by = compression(beginning)
     # A record begins with its length, in 8 bytes.

@@ -1,7 +1,7 @@
 """Specs: the mappings that describe corpora, their kinds, options and splits. Reads nothing.
 
-A spec has exactly one kind key and that kind's options. Kinds of documents are described in `corpora.sources`, kinds of
-instructions in `instruction_sets.instructions`.
+A spec has exactly one kind key and that kind's options. `corpora.sources` describes the kinds of documents,
+`instruction_sets.instructions` the kinds of instructions.
 """
 
 import difflib
@@ -15,9 +15,9 @@ from tasks.corpora import fields, transforms
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_HOLDOUT = 0.01
-# If a hash held out fewer texts than this on average, it might hold out none.
+# A hash that holds out fewer texts than this on average might hold out none.
 FEWEST_BY_HASH = 20
-# Documents read per text that a small corpus may have; a corpus with more is large, even if texts repeat.
+# Documents to read for each text that a small corpus may have; a corpus with more is large, even if texts repeat.
 COPIES = 10
 
 _SHARED_OPTIONS = ("validation", "holdout", "rate")
@@ -87,7 +87,7 @@ INSTRUCTION_KINDS = tuple(_INSTRUCTION_OPTIONS)
 DOCUMENT_FILE_KINDS = tuple(kind for kind in _DOCUMENT_OPTIONS if kind not in ("python", "tfds"))
 _KINDS_OF_FILES = (*DOCUMENT_FILE_KINDS, "instructions", "cosqa", "mbpp")
 
-# The corpora that `corpora.official` finds by their publishers' file names: their specs without the files.
+# Specs, without their files, of the corpora that `corpora.official` finds by their publishers' file names.
 OFFICIAL: dict[str, dict[str, Any]] = {
     "text.alpaca_gpt4_en": {"instructions": ["alpaca_gpt4_data.json"], "language": "en"},
     "text.alpaca_gpt4_zh": {"instructions": ["alpaca_gpt4_data_zh.json"], "language": "zh"},
@@ -99,7 +99,7 @@ OFFICIAL: dict[str, dict[str, Any]] = {
 }
 
 
-# Explains an invalid value, for options with a specific message.
+# For options with a specific message, explains an invalid value.
 _WRONG = {"where": fields.wrong_where, "text": fields.wrong_template}
 
 
@@ -109,17 +109,15 @@ def kind_of(spec: Mapping[str, Any]) -> str:
 
 
 def is_divisible(spec: Mapping[str, Any], split: str) -> bool:
-    """Whether each file of a split of a valid spec can be read by itself, with the same result in sequence; else the
-    split is read as a whole.
-    """
+    """Whether the files of a split of a valid spec can be read separately with the same result as in sequence."""
     spec = form_of(spec)
     kind = kind_of(spec)
-    # Documents are sampled by hash; a sample of instructions is chosen from all.
+    # Documents are sampled one by one, by hash; a sample of instructions is chosen from all.
     return kind in DOCUMENT_FILE_KINDS or (kind in _KINDS_OF_FILES and not ("sample" in spec and split == "train"))
 
 
 def splits(spec: Mapping[str, Any]) -> tuple[str, ...]:
-    """The splits of a valid spec; for the kind "task" they are the other task's, here ()."""
+    """The splits of a valid spec; () for the kind "task", whose splits are those of the other task."""
     kind = kind_of(spec)
     if kind == "task":
         return ()
@@ -132,12 +130,12 @@ def splits(spec: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def form_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A valid spec; for the kind "official", the spec of how its files are read, wherever they are."""
+    """The given valid spec; for the kind "official", the spec by which its files are read, without the files."""
     return OFFICIAL[spec["official"]] if kind_of(spec) == "official" else spec
 
 
 def holdout_of(spec: Mapping[str, Any]) -> float:
-    """The fraction of a valid spec's texts that goes into validation by hash, and the same into test; 0 for none."""
+    """The fraction of a valid spec's texts that a hash assigns to validation, and the same to test; 0 for none."""
     spec = form_of(spec)
     by_hash = "holdout" in OPTIONS[kind_of(spec)] and "validation" not in spec
     return spec.get("holdout", DEFAULT_HOLDOUT) if by_hash else 0
@@ -158,7 +156,7 @@ def position(content: bytes) -> float:
 def is_sampled(content: bytes, spec: Mapping[str, Any]) -> bool:
     """Whether a text is in the sample of a spec of documents, by a part of its hash that `position` does not use.
 
-    Equal texts are thus sampled together, a larger sample contains a smaller one, and each split is sampled alike.
+    Thus equal texts are sampled together, a larger sample contains a smaller one, and all splits are sampled alike.
     """
     if "sample" not in spec:
         return True
@@ -169,11 +167,11 @@ def borders_of(positions: Iterable[float], holdout: float) -> Borders:
     """The borders that divide a corpus into splits, from the positions of its texts in any order.
 
     The fraction `holdout` of all hashes is validation, and the same fraction test. For a small corpus, where a hash
-    would hold out fewer than 20 texts, it is that fraction of the texts, those with the lowest hashes, at least one
-    each: of two texts one is validation, of one none. Equal texts count as one, and are in one split.
+    would hold out fewer than 20 texts, it is instead this fraction of the texts, those with the lowest hashes, at least
+    one each: of two texts one is validation, of a single text none. Equal texts count as one, and are in one split.
 
     Args:
-      positions: of all documents of the corpus; only as many as needed are read.
+      positions: the positions of all documents of the corpus; only as many as needed are read.
       holdout: in (0, 0.5).
     """
     enough = math.ceil(FEWEST_BY_HASH / holdout)
@@ -199,7 +197,7 @@ def validate(spec: Mapping[str, Any], name: str = "corpus") -> None:
     """Checks a spec's form; reads nothing.
 
     Raises:
-      ValueError: one line that names the corpus, what is wrong with it, and what is allowed.
+      ValueError: one line with the corpus's name, the fault, and the valid values.
     """
     if not isinstance(spec, Mapping):
         raise ValueError(f"{name}: a corpus is a mapping such as {{'text_files': '~/*.txt'}}, found {spec!r}.")

@@ -1,13 +1,12 @@
 """The corpora in every Python installation: the standard library's source code, and its prose.
 
-Code is each source file without its docstrings. Text is prose for readers: the docstrings of each
-file and of the compiled modules, the language reference of `help()`, and a few text files. Tests,
-installed packages, generated tables and machine-specific files are left
-out.
+Code is each source file without its docstrings. Text is prose: the docstrings of each file and of
+the compiled modules, the language reference of `help()`, and a few text files. Tests, installed
+packages, generated tables and machine-specific files are left out.
 
 About 5% of the documents are "validation" and 5% "test", by a hash of the file's name. Code and
-docstrings of one file fall into the same split, as do `heapq` and its compiled twin `_heapq`; a
-docstring or a topic's paragraph that occurs twice is kept once. No split thus contains another's text.
+docstrings of a file are in the same split, as are `heapq` and its compiled twin `_heapq`; a repeated
+docstring or topic's paragraph is kept once. Thus no split contains another's text.
 On one Python version and platform, documents and their order are always the same: compiled modules
 are read in a separate Python process that sees no installed package, no environment variable and
 no working directory.
@@ -36,12 +35,12 @@ from typing import NamedTuple
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "_bundled"}
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _FOREIGN_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|(site|user)customize\.py")
-# The topics are text; Grammar.txt and the like are neither.
+# The topics are text; Grammar.txt and the like are neither code nor prose.
 _NOT_CODE = {"pydoc_data/topics.py"}
 _NOT_PROSE = re.compile(r".*Grammar\.txt|.*requirements.*\.txt")
-# Some 100 encodings are one generated file with different numbers: near-duplicates across splits.
+# About 100 encodings are generated files that differ only in numbers: near-duplicates across splits.
 _GENERATED = re.compile(r"\bdecoding_(table|map)\b|\b_multibytecodec\b")
-# They print when imported, open a windowing library, or serve Python's tests.
+# These print when imported, open a windowing library, or serve Python's tests.
 _UNSAFE_MODULES = re.compile(r"readline|_tkinter|_test.*|_?xx.*|_ctypes_test")
 
 
@@ -54,7 +53,7 @@ class Document(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """A file of the standard library, split into parts and unchanged."""
+    """A file of the standard library, split into code and docstrings."""
 
     name: str  # Path relative to the standard library, with forward slashes.
     code: str  # Without docstrings.
@@ -78,7 +77,7 @@ class _Docstring(NamedTuple):
 
 
 def python_documents(kind: str, split: str) -> Iterator[str]:
-    """Texts of `python_corpus(kind)` in one split: "train", "validation" or "test"."""
+    """Yields the texts of `python_corpus(kind)` in one split: "train", "validation" or "test"."""
     if split not in ("train", "validation", "test"):
         raise ValueError(f"The Python corpora have train, validation and test, found {split!r}.")
     return (document.text for document in python_corpus(kind) if document.split == split)
@@ -135,7 +134,7 @@ def _is_document(text: str) -> bool:
 
 
 def _prose() -> Iterator[tuple[str, list[str]]]:
-    """Names, and texts that belong together."""
+    """Yields names, each with the texts that belong to it."""
     for file in source_files():
         yield file.name, file.docstrings
     for path, name in _installed_files(".txt"):
@@ -180,7 +179,7 @@ def _root() -> pathlib.Path:
 
 
 def _installed_files(suffix: str) -> Iterator[tuple[pathlib.Path, str]]:
-    """Files of the standard library with their names, sorted by name."""
+    """Yields files of the standard library with their names, sorted by name."""
     found: list[pathlib.Path] = []
     for folder, subfolders, names in os.walk(_root()):
         subfolders[:] = [
@@ -201,8 +200,8 @@ def _installed_files(suffix: str) -> Iterator[tuple[pathlib.Path, str]]:
 def topics() -> dict[str, str]:
     """The language reference of `help()`, by topic; empty if the installation has none.
 
-    Some topics are parts of others: each paragraph is kept in the longest one, and a topic that loses
-    half of its paragraphs is left out.
+    Some topics are parts of others: each paragraph is kept only in the longest topic, and a topic that
+    loses half of its paragraphs is left out.
     """
     path = _root() / "pydoc_data" / "topics.py"
     if not path.is_file():
@@ -224,7 +223,7 @@ def topics() -> dict[str, str]:
 
 @functools.cache
 def compiled_members() -> dict[str, list[Member]]:
-    """The documented members of the compiled modules, by module, as read by an isolated Python."""
+    """The documented members of the compiled modules, by module, read in an isolated Python."""
     command = [sys.executable, "-I", "-S", "-W", "ignore", os.path.abspath(__file__)]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
@@ -296,7 +295,7 @@ def split_docstrings(source: str) -> tuple[str, list[str]]:
       the empty ones.
 
     Raises:
-      SyntaxError: this Python cannot read the source, or could not without its docstrings.
+      SyntaxError: this Python cannot read the source, or the source without its docstrings.
     """
     source = re.sub("\r\n?", "\n", source)  # As in Python's own reader, which counts the lines.
     found = sorted(_docstrings(parse(source)), key=lambda docstring: docstring.begin)
@@ -326,7 +325,7 @@ def docstrings_of(tree: ast.Module) -> list[tuple[int, int, str]]:
 
 
 def _docstrings(tree: ast.Module) -> Iterator[_Docstring]:
-    """All docstrings, unordered; visits only statements, since expressions are most of the work."""
+    """Yields all docstrings, unordered; visits only statements, since expressions would be most of the work."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()

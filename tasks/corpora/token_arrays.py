@@ -1,17 +1,17 @@
 """Tokenized documents: Megatron's .bin with its .idx, and flat arrays, as in OLMo and nanoGPT.
 
-  {"megatron": PATTERN, "vocabulary": "gpt2/tokenizer.json"}     names the .bin files; each has its .idx beside
-  {"tokens": PATTERN, "vocabulary": "...", "dtype": "uint16"}    documents one after the other, ended by a token
+  {"megatron": PATTERN, "vocabulary": "gpt2/tokenizer.json"}     the .bin files; each needs its .idx beside it
+  {"tokens": PATTERN, "vocabulary": "...", "dtype": "uint16"}    consecutive documents, each ended by a token
 
-`vocabulary` names the one with which they were made, as in VOCABULARY; a run must use the same. `end` is the id that
-ends a document in these files, if it is not the vocabulary's own. `dtype` ("uint16" or "uint32", little-endian)
-is by default the smaller one that holds all ids; a NumPy .npy file declares its own.
+`vocabulary` is the vocabulary of the tokens, named as in VOCABULARY; a run must use the same. `end` is the id that ends
+a document in these files, if it is not the vocabulary's own. `dtype` ("uint16" or "uint32", little-endian) is by
+default the smaller one that holds all ids; a NumPy .npy file declares its own.
 
-Nothing is tokenized: the ids become rows unchanged. Only the text of each document is decoded, with a table of the
-bytes of each id, because splits and `sample` depend on the hash of the text. A corpus thus has the same splits as text
-and as tokens, and the same rows if the ids are those that the vocabulary gives the text. Ids outside the vocabulary are
+Nothing is tokenized: the ids become rows unchanged. The text of each document is decoded, with a table of the bytes of
+each id, only because splits and `sample` depend on the hash of the text. A corpus thus has the same splits as text and
+as tokens, and the same rows if its ids are the vocabulary's encoding of the text. Ids outside the vocabulary are
 refused. The first 8 documents of each file are encoded again: if none gives its own ids, the corpus is refused; if
-only some do, a warning gives the number.
+only some do, a warning states the number.
 """
 
 import dataclasses
@@ -32,27 +32,27 @@ from tasks.corpora.specs import Borders, borders_of, holdout_of, kind_of, positi
 BYTES_AT_ONCE = 1 << 22
 LONGEST = 1 << 28  # tokens of a document
 ENDLESS = 1 << 22  # tokens within which at least one document must end
-CHECKED, CHECKED_TOKENS = 8, 256  # documents of a file that are encoded again, and the number of their first tokens
+CHECKED, CHECKED_TOKENS = 8, 256  # documents of a file that are encoded again, and first tokens of each
 _TOO_LONG = "longer than 2**28 tokens"
 _MEGATRON = b"MMIDIDX\0\0"
-_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # by Megatron's type codes; floats are not tokens
+_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # by Megatron's codes, without those of floats
 DOCUMENTS_AT_ONCE = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """Facts about the vocabulary with which tokens were made."""
+    """The vocabulary of the tokens, as far as needed here."""
 
     name: str
     pieces: int  # upper bound of ids
     end: int
-    begin: tuple[int, ...]  # ids that each document may begin with; not part of the result
+    begin: tuple[int, ...]  # ids that may begin a document, and are dropped
     text: Callable[[np.ndarray], bytes]  # of a document's ids
     encode: Callable[[str], Sequence[int]]
 
 
 class Document(NamedTuple):
-    """The ids of a document, int32 [tokens], without those that begin or end it, and their text."""
+    """The ids of a document, int32 [tokens], without those that mark its beginning and end, and their text."""
 
     ids: np.ndarray
     text: str
@@ -62,7 +62,7 @@ def documents(
     spec: Mapping[str, Any], split: str, name: str, known: Known, only_files: Sequence[str] | None = None,
     borders: Borders | None = None,
 ) -> Iterator[Document]:
-    """Reads a corpus of tokens, in the order of its sorted files; arguments and errors as of `sources.documents`."""
+    """Reads a corpus of tokens, in the order of its sorted files; arguments and errors as in `sources.documents`."""
     validate(spec, name)
     whole = only_files is None
     chosen = sources.files(spec, split, name) if only_files is None else only_files
@@ -75,7 +75,7 @@ def documents(
 def _told(
     found: Iterator[Document], differing: PassedOver, split: str, name: str, whole: bool
 ) -> Iterator[Document]:
-    """The same documents; reports differing encodings at the end."""
+    """Yields the same documents; reports differing encodings at the end."""
     yield from found
     if differing or not whole:  # also for a part without differences, so that parts add up to the whole
         logging.warning("%s, read for %s: among the first documents of each file, %s.", name, split, differing)
@@ -93,10 +93,10 @@ def find_borders(spec: Mapping[str, Any], name: str, known: Known) -> Borders | 
 def _records(
     spec: Mapping[str, Any], chosen: Sequence[str], name: str, known: Known, differing: PassedOver | None = None
 ) -> Iterator[Found]:
-    """The documents of files, as text and ids.
+    """Yields the documents of files, as text and ids.
 
     Args:
-      differing: if the first documents of each file are to be checked, collects those that are encoded differently.
+      differing: collects, of the first documents of each file, those that are encoded differently; None checks none.
     """
     end = spec.get("end", known.end)
     read = _megatron if kind_of(spec) == "megatron" else _flat
@@ -129,7 +129,7 @@ def _records(
 
 
 def _bare(ids: np.ndarray, known: Known, end: int, place: str) -> np.ndarray:
-    """The ids of a document without those that begin or end it, all checked to be in the vocabulary."""
+    """The ids of a document without those that mark its beginning and end; checks that all are in the vocabulary."""
     if len(ids) and ids[-1] == end:
         ids = ids[:-1]
     if known.begin and tuple(ids[: len(known.begin)].tolist()) == known.begin:
@@ -141,7 +141,7 @@ def _bare(ids: np.ndarray, known: Known, end: int, place: str) -> np.ndarray:
 
 
 def _comes_back(ids: np.ndarray, known: Known) -> bool:
-    """Whether the text of a document's beginning is encoded to the same ids; ignores its end if it is cut."""
+    """Whether the text of a document's beginning is encoded to the same ids; ignores the last ids if it is cut."""
     some = ids[:CHECKED_TOKENS]
     text = known.text(some).decode(errors="ignore")
     sure = len(some) if len(some) == len(ids) else len(some) * 3 // 4
@@ -185,8 +185,8 @@ def _dtype_of(file: str, stream: Any, spec: Mapping[str, Any], known: Known) -> 
 
 
 def _ended(file: str, stream: Any, dtype: np.dtype, end: int) -> Iterator[tuple[str, np.ndarray | Lost]]:
-    """The documents in an array of ids, split at the end id, with the start of each; empty ones are left out."""
-    waiting: list[np.ndarray] = []  # of a document that has not ended
+    """Yields the documents in an array of ids, split at the end id, with the start of each; omits empty ones."""
+    waiting: list[np.ndarray] = []  # parts of a document that has not ended
     begin = held = at = 0
     has_end = False
     rest = b""
@@ -222,8 +222,7 @@ def _ended(file: str, stream: Any, dtype: np.dtype, end: int) -> Iterator[tuple[
 
 
 class _Index(NamedTuple):
-    """The content of an .idx and its positions: sizes int32 [sequences], offsets int64 [sequences], documents int64
-    [D]."""
+    """The layout of an .idx; its arrays are sizes int32 [sequences], offsets int64 [sequences], documents int64 [D]."""
 
     dtype: np.dtype
     sequences: int
@@ -293,7 +292,7 @@ def _megatron(file: str, spec: Mapping[str, Any], known: Known, end: int) -> Ite
 def _sequences(
     stream: Any, dtype: np.dtype, sizes: Iterable[int], offsets: Iterable[int], length: int
 ) -> np.ndarray | Lost:
-    """The tokens of some sequences, one after the other; `length` is that of the file, in bytes."""
+    """The joined tokens of some sequences; `length` is that of the file, in bytes."""
     found = [np.zeros(0, dtype)]
     for tokens, offset in zip(sizes, offsets, strict=True):
         if tokens < 0 or offset < 0 or offset + tokens * dtype.itemsize > length:

@@ -1,16 +1,15 @@
 """Named transforms of a corpus's documents, to study which aspects of code a model learns from.
 
 A corpus's option `transform` lists them, and they are applied in turn. Each is a name, or {"name": name, "seed": 1}
-where it has a seed (0 by default):
+if it has a seed (0 by default).
 
 DESCRIPTIONS describes each; `python_names` and `tree_code` define which names are renamed, `words` has the words of
 pseudocode, and `adjacent` the form of a notebook.
 
 They are pure functions of a text, its language and their seed. They are idempotent except for
-`rename_identifiers_randomly`, `pseudocode` and `prose_only`. A text that cannot be parsed becomes a
-`Lost`.
+`rename_identifiers_randomly`, `pseudocode` and `prose_only`. A text that cannot be parsed becomes a `Lost`.
 
-The first five read code: Python with the grammar of the running Python, other languages with tree-sitter (the extra
+The first five parse code: Python with the grammar of the running Python, other languages with tree-sitter (the extra
 `tree_sitter`).
 """
 
@@ -64,7 +63,7 @@ class Step(NamedTuple):
 
 
 def steps_of(transform: Sequence[str | Mapping[str, Any]]) -> list[Step]:
-    """A valid list of transforms as steps."""
+    """Converts a valid list of transforms to steps."""
     return [Step(each) if isinstance(each, str) else Step(**each) for each in transform]
 
 
@@ -108,7 +107,7 @@ def language_of_file(file: str) -> str | None:
 
 
 def grammars(language: str | None) -> dict[str, str | None]:
-    """The grammar packages, with versions, that read a language, or all languages; None for those not installed."""
+    """The versions of the grammar packages that read a language, or all languages; None for those not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()} if language in (None, "python") else {}
     for name, grammar in tree_code.LANGUAGES.items():
         if language in (None, name):
@@ -121,7 +120,7 @@ def grammars(language: str | None) -> dict[str, str | None]:
 
 @functools.cache
 def missing(language: str) -> str | None:
-    """What must be installed to read a language, in a line; None if it is installed."""
+    """A line with the packages to install for reading a language; None if all are installed."""
     packages = tree_code.missing(tree_code.LANGUAGES[language]) if language in tree_code.LANGUAGES else []
     return f"transforms of {language} need the extra tree_sitter, whose {' and '.join(packages)} " \
         "are not installed: pip install 'codellm_jax[tree_sitter]'." if packages else None
@@ -138,7 +137,7 @@ def transformed(text: str, language: str | None, steps: Sequence[Step]) -> str |
             return Lost("in a language that transforms do not read")
         try:
             text = _transformed(text, language or "", step)
-            text.encode()  # an escape in a docstring may be half a character
+            text.encode()  # an escape in a docstring may be half a surrogate pair
         except (SyntaxError, UnicodeError, RecursionError):
             return Lost(f"not parsed by {step.name}" + f" as {language}" * step.reads_code)
         if not text.strip():

@@ -1,4 +1,4 @@
-"""Code read and changed with tree-sitter's grammars: JavaScript, Java, C and Go.
+"""Transforms of code with tree-sitter's grammars: JavaScript, Java, C and Go.
 
 Each function of a grammar takes the text of a file and returns its text after a transform, like `python_code` for
 Python. All raise SyntaxError if the grammar finds an error in the file, and ImportError if the extra
@@ -7,7 +7,7 @@ Python. All raise SyntaxError if the grammar finds an error in the file, and Imp
 A name is renamed at all its occurrences in a file, or nowhere. It is renamed if the file declares it (functions,
 classes, parameters, variables; `declares` lists the places), unless it also occurs as something else: a field, a type,
 a label or a package (other identifier kinds of the grammar), or in one of the places of `foreign`, such as an import
-or the method of another object; or unless it is one of `reserved`, which the language refers to by name.
+or the method of another object; or it is one of `reserved`, to which the language refers by name.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _WORD = re.compile(r"[^\W\d]\w*")
 _COMMENTS = ("comment", "line_comment", "block_comment", "html_comment")
 # Node kinds that grammars may or may not split; each is one token here.
 _LITERALS = ("string", "char", "literal", "regex", "hash_bang")
-_WITH_CODE = ("template_string", "composite_literal", "func_literal", "class_literal")  # these are not
+_WITH_CODE = ("template_string", "composite_literal", "func_literal", "class_literal")  # literals of several tokens
 _OF_TYPES = ("declarator", "_type", "type_arguments", "type_parameters", "pointer_expression", "template_substitution")
 
 # A place is a kind of node and the field, or None, that holds the name.
@@ -88,7 +88,7 @@ class Grammar:
         return "".join(f"{comment}\n" for comment in found)
 
     def renamed(self, source: str, naming: Naming) -> str:
-        """New names for the file's own declarations, as described above."""
+        """Renames the file's own declarations, as described above."""
         content = source.encode()
         leaves = _leaves(self._root(content))
         tokens = [token for token, _ in leaves]
@@ -117,7 +117,7 @@ class Grammar:
         return result.decode()
 
     def pseudocode(self, source: str) -> str:
-        """The lines of code with their indentation, in the words of `words`."""
+        """The lines of code with their indentation, with operators and keywords in words (see `words`)."""
         content = source.encode()
         lines: dict[int, list[str]] = {}
         for token in _tokens(self._root(content)):
@@ -146,11 +146,11 @@ def _stands_in(token: Any, field: str | None, places: Places) -> bool:
     """Whether an identifier, in a field of its parent, is in one of these places."""
     parent = token.parent
     place, around = (parent.type, field), parent.parent
-    if place == ("function_declarator", "declarator"):  # C: not of a function that is only declared
+    if place == ("function_declarator", "declarator"):  # C: excludes functions that are only declared
         while around is not None and around.type.endswith("declarator"):
             around = around.parent
         return around is not None and around.type == "function_definition" and place in places
-    if place in (("field_access", "field"), ("method_invocation", "name")):  # Java: of another object
+    if place in (("field_access", "field"), ("method_invocation", "name")):  # Java: a member of another object
         owner = parent.child_by_field_name("object")
         return owner is not None and owner.type != "this" and place in places
     if parent.type == "literal_element":  # Go: the key of a struct
@@ -159,7 +159,7 @@ def _stands_in(token: Any, field: str | None, places: Places) -> bool:
     if parent.type == "expression_list" and around is not None:  # Go: the left-hand side
         return any(around.child_by_field_name(side) == parent and (around.type, side) in places
                    for side in ("left", "alias"))
-    if place == ("method_declaration", "name") and ("method_declaration", "inherited") in places:  # of Java
+    if place == ("method_declaration", "name") and ("method_declaration", "inherited") in places:  # Java
         return around.parent is not None and any(
             each.type in ("superclass", "super_interfaces", "extends_interfaces") for each in around.parent.children)
     return place in places
@@ -186,7 +186,7 @@ def _tokens(root: Any) -> list[Any]:
 
 
 def _code(tokens: list[Any]) -> Iterator[Any]:
-    # The end of a line is a token in some places, and white space in others.
+    # A line end is a token in some places, and white space in others.
     return (token for token in tokens if token.type not in _COMMENTS and token.text.strip())
 
 
@@ -195,12 +195,12 @@ def _text(token: Any, content: bytes) -> str:
 
 
 def _places(text: str) -> Places:
-    """Places from words such as "kind.field", or "kind" without a field."""
+    """Parses places from words such as "kind.field", or "kind" without a field."""
     return frozenset((kind, field or None) for kind, _, field in (each.partition(".") for each in text.split()))
 
 
 def missing(grammar: Grammar) -> list[str]:
-    """The packages that a grammar needs and that are not installed."""
+    """The packages that a grammar needs but that are not installed."""
     return [package for package in ("tree-sitter", grammar.package)
             if importlib.util.find_spec(package.replace("-", "_")) is None]
 

@@ -1,8 +1,8 @@
 """Code as pseudocode: the words for operators and keywords.
 
 Tokens are separated by a blank; operators and keywords become the words in the tables below; names, numbers, strings,
-comments, brackets, commas, colons and dots are unchanged. A Python statement is a line, with four blanks for
-each block level; code of other languages keeps its lines and their indentation.
+comments, brackets, commas, colons and dots are unchanged. A Python statement becomes a line, with four blanks for
+each block level; code of other languages keeps its lines and indentation.
 """
 
 _OPERATORS = {
@@ -29,7 +29,7 @@ _KEYWORDS = {
 
 
 def operator_in_words(text: str) -> str:
-    """An operator as words, and brackets and separators as they stand."""
+    """An operator as words; brackets and separators are unchanged."""
     if text not in _OPERATORS and len(text) > 1 and text[-1] == "=" and text[:-1] in _OPERATORS:
         return f"becomes itself {_OPERATORS[text[:-1]]}"
     return _OPERATORS.get(text, text)

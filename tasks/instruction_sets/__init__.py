@@ -1,1 +1,1 @@
-"""Sources of instructions, and how they become prompts. Needs no SeqIO."""
+"""Sources of instructions, and their conversion to prompts. Needs no SeqIO."""

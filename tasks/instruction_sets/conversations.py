@@ -1,12 +1,12 @@
 """Conversations in records, and the part of them to train on.
 
-A record is {"messages": [{"role": "system" | "user" | "assistant", "content": TEXT}, ...]}, as chat interfaces have it,
-or {"conversations": [{"from": "system" | "human" | "gpt", "value": TEXT}, ...]}, as ShareGPT has it. A content may be a
-list of parts {"type": "text", "text": TEXT}, which a line break joins. Other fields of a message are kept if they are
-texts, for templates that use them, such as "reasoning_content"; other fields of the record are ignored.
+A record is {"messages": [{"role": "system" | "user" | "assistant", "content": TEXT}, ...]}, as in chat interfaces, or
+{"conversations": [{"from": "system" | "human" | "gpt", "value": TEXT}, ...]}, as in ShareGPT. A content may be a list
+of parts {"type": "text", "text": TEXT}, which are joined by line breaks. Other fields of a message that are texts, such
+as "reasoning_content", are kept for templates that use them; other fields of the record are ignored.
 
-A conversation begins with a user's message, optionally after a system's, and has an assistant's answer. Everything
-after the last answer is cut off, since nothing is learned from it.
+A conversation begins with a user message, optionally after a system message, and has an assistant's answer. Everything
+after the last answer is cut off, since it has no loss.
 """
 
 from collections.abc import Mapping

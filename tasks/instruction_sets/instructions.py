@@ -9,25 +9,24 @@ Specs, as in `corpora.sources`, of these kinds:
   {"python_instructions": "text"}          made from the running Python's standard library; or "code"
   {"official": "text.pclue", "data_dir": FOLDER}    found by its official file name, see `corpora.official`
 
-A record of "instructions" is {instruction, input, output}, which is formatted with Alpaca's prompt, in Chinese or
-English by `language`, or else by the record's own characters; or {input, target}, which is used unchanged; or a
-conversation, {messages} or {conversations} (see `conversations`), formatted by the vocabulary's chat template, or by
-`prompts` if there is none. A file may hold all of these. Other keys are ignored, and `input` may be empty
-or missing. `sample` keeps this many records of the training split, chosen by a stable hash.
+A record of "instructions" is {instruction, input, output}, formatted with Alpaca's prompt, in Chinese or English by
+`language`, else by the record's own characters; or {input, target}, used unchanged; or a conversation, {messages} or
+{conversations} (see `conversations`), formatted by the vocabulary's chat template, or by `prompts` if there is none.
+A file may mix these. Other keys are ignored, and `input` may be empty or missing. `sample` keeps this many records of
+the training split, chosen by a stable hash.
 
 `validation`, `holdout` and `rate` are those of `corpora.sources`: a stable hash of the prompt (of a conversation's
-first prompt) puts one percent of the records into "validation" and one percent into "test", at least one prompt
-each. MBPP has its official splits instead: "train" is 601 to 974, "validation" 511 to 600. The problems of the
-sanitized set, which are used for evaluation, are left out of both; `keep_sanitized` keeps them.
+first prompt) assigns one percent of the records to "validation" and one percent to "test", at least one prompt each.
+MBPP has its official splits instead: "train" is 601 to 974, "validation" 511 to 600. The problems of the sanitized
+set, which are used for evaluation, are left out of both; `keep_sanitized` keeps them.
 
-In tuning each is an example, and the loss counts only its answers. In pre-training each is a document of prompt,
-answer and end token. A `rate` counts all its tokens, and so does the loss, as usual when instructions are mixed
-into pre-training; with "loss": "answers" the loss counts only the answers. The kind "task" also has this
-option: {"task": "code.python_instructions", "loss": "answers"}.
+In tuning each instruction is an example, and the loss counts only its answers. In pre-training each is a document of
+prompt, answer and end token. A `rate` counts all its tokens, and so does the loss, as usual when instructions are
+mixed into pre-training; with "loss": "answers" the loss counts only the answers. The kind "task" also has this option:
+{"task": "code.python_instructions", "loss": "answers"}.
 
-Nothing is lost silently: unreadable records are counted, and reported in one warning per reading, with the place
-of the first of each kind. A file that is not JSON is refused.
-Importing this module imports neither TensorFlow nor SeqIO.
+Nothing is lost silently: unreadable records are counted and reported in one warning per reading, with the place of the
+first of each kind. A file that is not JSON is refused. Importing this module imports neither TensorFlow nor SeqIO.
 """
 
 import hashlib
@@ -65,7 +64,7 @@ from tasks.instruction_sets.python_instructions import python_instructions
 
 # Part of every cache key; increase it whenever the same files, or the same Python, give different pairs.
 INSTRUCTIONS_VERSION = 2
-# The same for the kind "instructions": conversations are read since 3, and were skipped before.
+# The same for the kind "instructions"; conversations are read since 3.
 RECORDS_VERSION = 3
 
 COSQA_INSTRUCTION = "Decide whether the Python code answers the query. Reply with one word, correct or wrong."
@@ -85,16 +84,16 @@ class Pair(NamedTuple):
 
     @property
     def asked(self) -> str:
-        """The first prompt, which decides the split."""
+        """The first prompt, whose hash decides the split."""
         return self.inputs
 
 
 class Conversation(NamedTuple):
-    """Several turns: the messages, for a chat template, and the turns, for vocabularies without one."""
+    """A conversation: its messages for a chat template, and its turns for vocabularies without one."""
 
     messages: list[Message]  # each with role and content; the last is the assistant's
     turns: list[str]  # prompt, answer, prompt, answer ...; see `prompts`
-    place: str  # of its record, for messages
+    place: str  # the record's place, for messages
 
     @property
     def inputs(self) -> str:
@@ -124,11 +123,11 @@ def pairs(
     """Reads a corpus of instructions, in the order of its sorted files.
 
     Args:
-      spec: of one of the kinds that the module describes.
+      spec: a spec of one of the kinds described above.
       split: one of `specs.splits(spec)`.
-      name: what to call the corpus in messages.
-      only_files: as in `sources.documents`; not with `sample`, which chooses from all.
-      borders: what `find_borders` gives, where it is known; else the first records are read for it.
+      name: the corpus's name in messages.
+      only_files: as in `sources.documents`; not with `sample`, which chooses from all records.
+      borders: the result of `find_borders`, if known; else the first records are read for it.
 
     Raises:
       ValueError: the spec is malformed or of another kind, has no such split, a file is not JSON, or they hold no pair
@@ -173,9 +172,7 @@ def find_borders(spec: Mapping[str, Any], name: str = "corpus") -> Borders | Non
 def _usable(
     spec: Mapping[str, Any], split: str, name: str, files: Sequence[str], borders: Borders | None, whole: bool = True
 ) -> Iterator[Pair | Conversation]:
-    """The pairs of the split; no prompt is in two splits. Reports other records, with places, when reading
-    ends.
-    """
+    """Yields the pairs of the split; no prompt is in two splits. At the end reports other records, with places."""
     lost = PassedOver()
     kept = elsewhere = 0
     try:
@@ -187,7 +184,7 @@ def _usable(
                 if borders is None or split_of(pair.asked.encode(), borders) == split:
                     yield pair
     finally:
-        if lost or not whole:  # a part that lost nothing too, so that parts add up to the whole
+        if lost or not whole:  # also for a part without losses, so that parts add up to the whole
             logging.warning(
                 "%s, read for %s: %d records are instructions, skipped: %s.", name, split, kept, lost
             )
@@ -206,7 +203,7 @@ def _records(files: Sequence[str], name: str) -> Iterator[tuple[str, Record]]:
 def _pairs(
     spec: Mapping[str, Any], split: str, files: Sequence[str], name: str, lost: PassedOver
 ) -> Iterator[Pair | Conversation | None]:
-    """The pair of each record, None if it officially belongs to another split; counts other records, with places."""
+    """Yields the pair of each record, or None if its official split is another; counts lost records, with places."""
     recast = _RECAST[kind_of(spec)]
     for place, record in _records(files, name):
         pair = record if isinstance(record, Lost) else unlike(record, spec.get("where", {})) or recast(
@@ -222,11 +219,11 @@ def _pairs(
 
 
 def _sampled(found: Iterator[Pair | Conversation], wanted: int, name: str) -> Iterator[Pair | Conversation]:
-    """`wanted` of the found pairs, in order; the selection does not depend on the order of files."""
+    """Yields `wanted` of the found pairs, in order; the selection does not depend on the order of files."""
 
     def place(item: tuple[int, Pair | Conversation]) -> tuple[bytes, int]:
         number, pair = item
-        # Uses other hash bytes than the split, and a salt, so that the sample is independent of it.
+        # Other hash bytes than for the split, and a salt, so that the two are independent.
         return hashlib.sha256(f"sample\0{pair.inputs}\0{pair.targets}".encode()).digest(), number
 
     chosen = heapq.nsmallest(wanted, enumerate(found), key=place)
@@ -244,11 +241,11 @@ def _is_valid_text(pair: Pair | Conversation) -> bool:
     return True
 
 
-# ---- Recasting ---------------------------------------------------------------------------------
+# ---- Converting --------------------------------------------------------------------------------
 
 
 def _instruction(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pair | Conversation | Lost | None:
-    """{instruction, input, output} in a prompt; {input, target} unchanged; else a conversation."""
+    """Converts {instruction, input, output}, {input, target} (unchanged), or a conversation."""
     values: tuple[Any, ...]
     if {"instruction", "output"} <= record.keys():
         given = record.get("input")
@@ -272,7 +269,7 @@ def _instruction(record: Mapping[str, Any], spec: Mapping[str, Any], split: str)
 
 
 def _cosqa(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pair | Lost | None:
-    """A query and code, and whether the code answers the query."""
+    """Converts a query, code, and the label whether the code answers the query."""
     label = record.get("label")
     if not isinstance(label, int) or isinstance(label, bool) or label not in COSQA_ANSWERS:
         return Lost("without label 0 or 1")
@@ -286,7 +283,7 @@ def _cosqa(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pa
 
 
 def _mbpp(record: Mapping[str, Any], spec: Mapping[str, Any], split: str) -> Pair | Lost | None:
-    """A problem and its program; None if it is officially of another split."""
+    """Converts a problem and its program; None if its official split is another."""
     number, problem, program = (record.get(key) for key in ("task_id", "text", "code"))
     if not isinstance(number, int) or isinstance(number, bool):
         return Lost("without task_id")
@@ -314,7 +311,7 @@ _RECAST = {"instructions": _instruction, "cosqa": _cosqa, "mbpp": _mbpp}
 def describe(spec: Mapping[str, Any], name: str = "corpus") -> dict[str, Any]:
     """Identifies a corpus's content without reading it; JSON-able, for cache keys.
 
-    Files are identified by path and size, as in `sources.describe`; an official corpus by the files found.
+    Files are identified by path and size, as in `sources.describe`; an official corpus by its files.
 
     Raises:
       ValueError: the spec is malformed, a pattern names folders, or an official file exists twice.

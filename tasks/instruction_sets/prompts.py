@@ -1,4 +1,4 @@
-"""Turns an instruction into a prompt: that of Stanford Alpaca, and its equivalent in Chinese.
+"""Formats an instruction with the prompt of Stanford Alpaca, or its equivalent in Chinese.
 
 A conversation has the same form. Each user message is an instruction, each assistant message its response, and a
 system message replaces Alpaca's opening sentences:
@@ -15,7 +15,7 @@ system message replaces Alpaca's opening sentences:
 
     ### Response:{answer}<end of document>
 
-A question and its answer without a system message thus equal a record {instruction, output}.
+A single question with its answer, without a system message, thus equals a record {instruction, output}.
 """
 
 import itertools
@@ -48,11 +48,11 @@ _NO_INPUT = re.compile(r"""[\s<>"'`]*(no\s?input|无输入|没有输入|无需�
 
 
 def alpaca_prompt(instruction: str, given: str = "", language: str | None = None) -> str:
-    """The prompt that asks for the response to an instruction.
+    """The prompt for the response to an instruction.
 
     Args:
-      instruction: what to do.
-      given: the input; a blank, or a placeholder such as "<noinput>", leaves the section out.
+      instruction: the instruction.
+      given: the input; if blank, or a placeholder such as "<noinput>", its section is left out.
       language: "en" or "zh"; by default Chinese if instruction or input hold a Chinese character.
 
     Returns:
@@ -70,12 +70,12 @@ def conversation_turns(messages: Sequence[Mapping[str, str]], language: str | No
 
     Args:
       messages: each with role ("system", only at the beginning, "user" or "assistant") and content.
-      language: of the words between messages; by default that of the messages before the first answer, as in
-        `alpaca_prompt`.
+      language: the language of the words between messages; by default that of the messages before the first answer, as
+        in `alpaca_prompt`.
 
     Returns:
-      A prompt, its answer, the next prompt and so on. The last is a prompt if the last message is a user's. The end of
-      document after each answer is not included.
+      A prompt, its answer, the next prompt and so on, without the end of document after each answer. The last is a
+      prompt if the last message is a user's.
     """
     if language is None:
         first = itertools.takewhile(lambda message: message["role"] != "assistant", messages)

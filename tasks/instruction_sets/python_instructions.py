@@ -1,12 +1,11 @@
 """Instructions from every Python installation: questions answered by its documentation, and functions to write.
 
-Made from the running Python's standard library by rules. "text" asks what a module, class, function or topic of the
-language is about; the answer is its documentation, whole or its first paragraphs. "code" gives a function's signature
-and docstring; the answer is its body.
+Rules make them from the running Python's standard library. "text" asks about a module, class, function or topic of the
+language; the answer is all or the first paragraphs of its documentation. "code" gives a function's signature and
+docstring; the answer is its body.
 
-An instruction is in the split of its file in pre-training (`standard_library.split_of`), so both hold out the
-same files. Items in files of several splits are left out, as are repeated questions or
-answers.
+An instruction is in the split of its file in pre-training (`standard_library.split_of`), so both hold out the same
+files. Items that occur in files of several splits are left out, as are repeated questions or answers.
 """
 
 import functools
@@ -87,7 +86,7 @@ class Made(NamedTuple):
     file: str
     split: str
     instruction: str
-    given: str  # The input of the instruction; may be empty.
+    given: str  # The instruction's input; may be empty.
     output: str
 
 
@@ -114,7 +113,7 @@ def python_instructions(kind: str) -> tuple[Made, ...]:
 
 def _answers() -> Iterator[Made]:
     members = documented_members()
-    # Pre-training keeps a duplicate text in the first file's split, whichever that is.
+    # Pre-training keeps a duplicate text in the split of the first file that holds it.
     shared = _in_several_splits((member.text, member.file) for member in members)
     for member in members:
         text = _shortened(member)
@@ -128,7 +127,7 @@ def _question(member: Documented) -> str:
 
 
 def _shortened(member: Documented) -> str:
-    """The first paragraphs of a text that fit; "" if that is too little, or not prose."""
+    """The first paragraphs of a text, as many as fit; "" if they are too short, or not prose."""
     paragraphs = [paragraph.rstrip() for paragraph in re.split(r"\n\s*\n", member.text.strip())]
     if len(paragraphs) > 1 and (paragraphs[0] == member.name or _SIGNATURE.fullmatch(paragraphs[0])):
         del paragraphs[0]
@@ -139,7 +138,7 @@ def _shortened(member: Documented) -> str:
             break
         kept.append(paragraph)
     while kept and kept[-1].endswith(":"):
-        kept.pop()  # It introduces the part cut off here, or is a separate section.
+        kept.pop()  # It introduces the part that is cut off, or is a separate section.
     shortened = "\n\n".join(kept)
     is_prose = not _NO_ANSWER.match(shortened) and len(re.findall(r"[^\W\d_]{2,}", shortened)) >= FEWEST_WORDS
     return shortened if is_prose and _is_valid(shortened) else ""
@@ -178,13 +177,13 @@ def _is_valid(text: str) -> bool:
 
 
 def _in_several_splits(found: Iterable[tuple[Hashable, str]]) -> set[Hashable]:
-    """From pairs of an item and its file, the items whose files are not all in one split."""
+    """Of pairs of an item and its file, the items whose files are not all in one split."""
     splits: dict[Hashable, str] = {}
     return {thing for thing, file in found if splits.setdefault(thing, split_of(file)) != split_of(file)}
 
 
 def _once(made: Iterable[Made]) -> Iterator[Made]:
-    """Those with a new question and a new answer; none whose shortened answer is also in another split."""
+    """Yields those with a new question and a new answer, except where a shortened answer is also in another split."""
     everything = list(made)
     shared = _in_several_splits((one.output, one.file) for one in everything)
     questions: set[tuple[str, str]] = set()

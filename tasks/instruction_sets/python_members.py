@@ -1,6 +1,6 @@
 """The documented and defined members of the standard library, the material of `python_instructions`.
 
-Each member has its file, as named by `corpora.standard_library`, and thus its split.
+Each member has the split of its file, which is named as in `corpora.standard_library`.
 """
 
 import ast
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tasks.corpora import standard_library
 
-# Compiled modules whose members are known by another module's name.
+# Compiled modules whose members are documented under another module's name.
 _KNOWN_AS = {"posix": "os", "nt": "os", "builtins": ""}
 _LONGEST_SIGNATURE = 80
 _TITLE = re.compile(r"^(\S.*)\n([*=~-])\2{2,}$", re.MULTILINE)
@@ -22,12 +22,12 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Documented(NamedTuple):
-    """A docstring, or a section of the language reference, and its subject."""
+    """A docstring or a section of the language reference, with its subject."""
 
     file: str
     kind: str  # module, class, constructor, function, method, property, attribute or topic
-    name: str  # Such as "json.dumps"; empty if it has no public name, and thus makes no question.
-    signature: str  # Such as "(text, width=70)"; empty if it is unknown or long.
+    name: str  # Such as "json.dumps"; empty without a public name, and then it makes no question.
+    signature: str  # Such as "(text, width=70)"; empty if unknown or long.
     text: str
 
 
@@ -36,17 +36,17 @@ class Defined(NamedTuple):
 
     file: str
     module: str
-    owner: str  # The class of a method, else empty.
+    owner: str  # A method's class, else empty.
     name: str
     docstring: str
     header: str  # Decorators, signature and docstring.
     body: str
-    is_trivial: bool  # The body is trivial, such as `pass`.
+    is_trivial: bool  # Whether the body is trivial, such as `pass`.
 
 
 @functools.cache
 def documented_members() -> tuple[Documented, ...]:
-    """Everything that is documented, private members too; in the order of file names."""
+    """All documented members, including private ones, in the order of file names."""
     found = [*_of_sources()[0], *_of_compiled_modules(), *_of_topics()]
     return tuple(sorted(found, key=lambda member: member.file))
 
@@ -85,7 +85,7 @@ def _of_sources() -> tuple[list[Documented], list[Defined]]:
 
 
 def _definitions(body: Sequence[ast.stmt], owner: str) -> Iterator[tuple[str, ast.ClassDef | _Function]]:
-    """Classes, functions and methods with the class they are in; none that is defined within a function."""
+    """Yields classes, functions and methods, each with its enclosing class; omits those defined within a function."""
     for node in body:
         if isinstance(node, _Function):
             yield owner, node
@@ -104,7 +104,7 @@ def _module_of(file: str) -> str:
 
 
 def _public_name(module: str, *within: str) -> str:
-    """A member's name as its users write it; "" if a part of it is private."""
+    """A member's name as users write it; "" if a part of it is private."""
     if module.startswith("_"):  # `_pydecimal` maps to `decimal`; `_strptime` to nothing.
         module = re.sub("^_(py)?", "", module)
         if module not in sys.stdlib_module_names:
@@ -133,7 +133,7 @@ def _signature(node: _Function, is_method: bool) -> str:
 
 
 def _header_and_body(node: _Function, lines: Sequence[str]) -> tuple[str, str] | None:
-    """The source of a function up to its docstring, and after it; None if they cannot be separated by lines."""
+    """The source of a function up to its docstring, and after it; None if they are not on separate lines."""
     if len(node.body) < 2:
         return None
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
@@ -143,7 +143,7 @@ def _header_and_body(node: _Function, lines: Sequence[str]) -> tuple[str, str] |
         return None
     header = _dedented(lines[first - 1 : border], node.col_offset)
     body = _dedented(lines[border:last], following.col_offset)
-    # Moving the lines of a string to the left would change it.
+    # Dedenting the lines of a string would change it.
     if header is None or body is None or '"""' in body or "'''" in body:
         return None
     return header, body
@@ -188,7 +188,7 @@ def _of_compiled_modules() -> Iterator[Documented]:
 
 
 def _of_topics() -> Iterator[Documented]:
-    """The sections of each topic, each named by its title."""
+    """Yields the sections of each topic, each named by its title."""
     for topic, text in standard_library.topics().items():
         titles = list(_TITLE.finditer(text))
         ends = [title.start() for title in titles[1:]] + [len(text)]

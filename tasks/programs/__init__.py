@@ -1,1 +1,1 @@
-"""Untrusted programs and their tests: confined, run, and judged from outside."""
+"""Runs untrusted programs against their tests, confined and judged from outside."""

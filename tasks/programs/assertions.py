@@ -1,18 +1,18 @@
-"""Splits tests into what the program under test computes and what is judged without it."""
+"""Splits tests into the parts that the program under test computes and those that its judge computes."""
 
 import ast
 import builtins
 import warnings
 from collections.abc import Collection, Sequence
 
-ASK = "__ask__"  # the judge's function: ASK(i, *values) has the program compute the i-th call
+ASK = "__ask__"  # a function of the judge: ASK(i, *values) has the program compute the i-th part
 
-# ("import", source): for the judge and for the program; ("run", source): for the program;
-# ("judge", source of the assert, its condition with ASK in it, the program's parts of it as sources of functions);
-# ("check", source of a module that defines `check`, name of the program's function that `check` is given)
+# ("import", source): for the judge and the program; ("run", source): for the program;
+# ("judge", source of the assert, its condition with calls of ASK, the program's parts as sources of functions);
+# ("check", source of a module that defines `check`, name of the program's function that is passed to `check`)
 Step = tuple[str, str] | tuple[str, str, str] | tuple[str, str, str, list[str]]
 
-# Functions that the program may compute if all of their arguments are its own: their results are data.
+# Functions that the program may compute if all their arguments are its own: their results are data.
 _COMPUTED = frozenset("""
     abs ascii bin bytes callable chr complex dict dir divmod float format frozenset getattr hash hex id int iter len
     list max min next oct ord pow repr reversed round set sorted str sum tuple type vars asyncio.run""".split())
@@ -28,15 +28,15 @@ class Unjudged(ValueError):
 
 
 def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
-    """Statements of tests as steps for a judge that trusts nothing of the program.
+    """Converts the statements of tests to steps for a judge that does not trust the program.
 
-    In `assert f(3) == {1, 2}` the program computes `f(3)`; the judge computes the rest. A part is the program's if
-    it starts from a name that is neither a builtin nor imported by the tests, or that is in `defined`; so are some
-    functions, lists and sums of only such parts, such as `sorted(f(3))`, and questions that only the program can
-    answer about its objects: whether two are identical, have an attribute, or are instances of its own class.
+    In `assert f(3) == {1, 2}` the program computes `f(3)`, and the judge the rest. A part is the program's if it starts
+    from a name that is in `defined`, or neither a builtin nor imported by the tests. So are some functions, lists and
+    sums of only such parts, such as `sorted(f(3))`, and questions about its objects that only the program can answer:
+    whether two are identical, have an attribute, or are instances of its own class.
 
     Args:
-      tests: Python statements: asserts, imports, and others that prepare for the asserts that follow.
+      tests: Python statements: asserts, imports, and others that prepare for the following asserts.
       defined: names of builtins that the program must define itself, such as `sum`.
 
     Raises:
@@ -68,14 +68,14 @@ def steps(tests: Sequence[str], defined: Collection[str] = ()) -> list[Step]:
 
 
 def check_steps(tests: Sequence[str], entry_point: str) -> list[Step]:
-    """Tests in HumanEval's form as a step that the judge runs by itself.
+    """Converts tests in HumanEval's form to one step, which the judge runs alone.
 
     Args:
-      tests: Python that, joined, defines `check(candidate)` and everything that it uses; none of it is the program's.
+      tests: Python code that, joined, defines `check(candidate)` and everything that it uses, without the program.
       entry_point: the name of the program's function that becomes `candidate`.
 
     Raises:
-      Unjudged: it is not Python, defines no such function, or one that holds no assert or does not use its argument.
+      Unjudged: the tests are not Python, or define no `check` with an assert that uses its argument.
     """
     source = "\n\n".join(tests)
     checks = [node for node in parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "check"]
@@ -90,9 +90,9 @@ def check_steps(tests: Sequence[str], entry_point: str) -> list[Step]:
 
 
 def parse(source: str) -> ast.Module:
-    """The statements of a test, each of which Python can compile and `ast` can unparse.
+    """Parses a test; Python can compile and `ast` can unparse each of its statements.
 
-    Suppresses warnings about invalid escapes, which are common in others' programs.
+    Suppresses warnings about invalid escapes, which are common in such programs.
 
     Raises:
       Unjudged: it is not Python.
@@ -103,13 +103,13 @@ def parse(source: str) -> ast.Module:
             compile(source, "test", "exec", dont_inherit=True)
             tree = ast.parse(source)
             ast.unparse(tree)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: for code that nests too deeply
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if code nests too deeply
             raise Unjudged("that are not Python", source) from None
     return tree
 
 
 class _Split(ast.NodeTransformer):
-    """Replaces the largest parts of a condition that start from an untrusted name by calls of ASK."""
+    """Replaces the largest parts of a condition that start from an untrusted name with calls of ASK."""
 
     def __init__(self, trusted: Collection[str], assigned: Sequence[str], condition: ast.expr) -> None:
         self._trusted = trusted

@@ -1,6 +1,6 @@
-"""The allowed system calls of an untrusted program; all others fail, by a seccomp filter of the kernel.
+"""The allowed system calls of an untrusted program; a seccomp filter makes all others fail.
 
-Excluded are above all calls that hold memory outside the limits of a process: shared memory, semaphores and queues
+It excludes above all calls that hold memory outside the limits of a process: shared memory, semaphores and queues
 (System V's and POSIX's), anonymous memory files, growing buffers, record locks, watches, keys. Programs that use the
 standard library need none of these; an excluded call fails as if the kernel lacked it.
 """
@@ -46,16 +46,16 @@ _CLONE, _FCNTL, _PRCTL, _SOCKET, _SOCKET_PAIR = (56, 220), (72, 25), (157, 167),
 _MMAP, _MREMAP = (9, 222), (25, 216)
 _MREMAP_FIXED = 2
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS and the following
-# Duplicating, flags, a pipe's size: neither record locks, of which nothing limits the number, nor larger pipes.
+# Duplicating, flags, reading a pipe's size; not record locks, whose number nothing limits, nor larger pipes.
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032)
-# The parent's death, core dumps, names, no new privileges: not the size of the kernel's table of futexes.
+# The parent's death, core dumps, names, no new privileges; not the size of the kernel's futex table.
 _PRCTL_OPTIONS = (1, 2, 3, 4, 15, 16, 38, 39)
 _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF
 
 # BPF: load a word of `struct seccomp_data`; and; jump if equal, if any bit is set; return.
 _LOAD, _AND, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x45, 0x06
 _NUMBER, _ARCHITECTURE = 0, 4
-_ARGUMENTS = (16, 24, 32, 40)  # the low words of the first four; the kernel uses no more in these calls
+_ARGUMENTS = (16, 24, 32, 40)  # the low words of the first four arguments, which suffice for these calls
 _HIGH = 4  # from an argument's low word to its high one
 _PERMIT = (_RETURN, 0, 0, 0x7FFF0000)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -64,10 +64,10 @@ Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, va
 
 
 def allow_listed() -> None:
-    """From now on this process, and those it starts, may make only the listed calls; needs PR_SET_NO_NEW_PRIVS.
+    """Restricts this process, and those it starts, to the listed calls for good; needs PR_SET_NO_NEW_PRIVS.
 
     All sockets except stream pairs are refused, of every family: some, such as AF_VSOCK, reach beyond network
-    namespaces, and a queue of pending connections holds memory that nothing counts.
+    namespaces, and a queue of pending connections holds memory that no limit counts.
 
     Raises:
       OSError: the kernel has no such filters, or there is no list for this processor architecture.
@@ -96,7 +96,7 @@ def _filter(machine: str) -> list[Instruction]:
     of_pair = [(_LOAD, 0, 0, _ARGUMENTS[0]), (_EQUAL, 1, 0, _AF_UNIX), _refuse(errno.ENETDOWN),
                (_LOAD, 0, 0, _ARGUMENTS[1]), (_AND, 0, 0, _SOCK_TYPE_MASK), (_EQUAL, 1, 0, _SOCK_STREAM),
                _refuse(errno.ENETDOWN), _PERMIT]
-    # Addresses far apart each take a page of page tables, two if gigabytes apart: new mappings go near others.
+    # Mappings far apart each take a page of page tables, two if gigabytes apart: new ones go near others.
     here = (ctypes.cast(ctypes.CDLL(None).mmap, ctypes.c_void_p).value or 0) >> 32
     of_mmap = _only(_ARGUMENTS[0] + _HIGH, (0, here - 1, here, here + 1), errno.ENOMEM)
     of_mremap = [(_LOAD, 0, 0, _ARGUMENTS[3]), (_ANY_BIT, 0, 1, _MREMAP_FIXED), _refuse(errno.ENOMEM), _PERMIT]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PIDS, _NEW_NET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _BIND, _REC, _PRIVATE, _NOSUID, _NODEV, _DETACH = 0x1000, 0x4000, 0x40000, 2, 4, 2
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-_WORK = "/tmp"  # the only place where a program can write, in its view of the file system
+_WORK = "/tmp"  # the only writable folder in a program's view of the file system
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -30,7 +30,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def new_process_ids() -> None:
-    """Children from now on are in a new PID namespace, the first as its init: when it dies, all of them die.
+    """Puts future children into a new PID namespace, the first as its init: when it dies, all of them die.
 
     Raises:
       OSError: the kernel refuses.
@@ -39,9 +39,9 @@ def new_process_ids() -> None:
 
 
 def new_namespaces() -> None:
-    """Leaves the host's network, mounts and IPC, and for future children its process ids.
+    """Leaves the host's network, mounts and IPC namespaces, and for future children its PID namespace.
 
-    Root does so directly. Other users, and root in an unprivileged container, use a user namespace.
+    Root does so directly. Other users, and root in an unprivileged container, do so in a user namespace.
 
     Raises:
       OSError: the kernel refuses.
@@ -59,10 +59,10 @@ def new_namespaces() -> None:
 
 
 def new_file_system(folder: str, visible: Sequence[str], work_bytes: int) -> None:
-    """Replaces the root by one with `visible` and three devices, read-only, and an empty /tmp in memory.
+    """Replaces the root with one that holds `visible` and three devices, read-only, and an empty /tmp in memory.
 
     Args:
-      folder: an existing folder of the host, mounted upon in this mount namespace only.
+      folder: an existing folder of the host, used as mount point in this mount namespace only.
       visible: files and folders to show at their own paths; missing ones are left out.
       work_bytes: capacity of /tmp.
 
@@ -84,7 +84,7 @@ def new_file_system(folder: str, visible: Sequence[str], work_bytes: int) -> Non
             _mount(path, world + path, None, _BIND | _REC)
     os.makedirs(world + _WORK, exist_ok=True)
     _make_read_only(folder)
-    for path in _DEVICES:  # afterwards, since devices do not work on read-only mounts either
+    for path in _DEVICES:  # after making mounts read-only, since devices do not work on read-only mounts
         if os.path.exists(path):
             _mount(path, world + path, None, _BIND)
     _mount("tmpfs", world + _WORK, "tmpfs", _NOSUID | _NODEV, f"size={work_bytes},nr_inodes=4096,mode=1777")
@@ -96,7 +96,7 @@ def new_file_system(folder: str, visible: Sequence[str], work_bytes: int) -> Non
 
 
 def _make_read_only(path: str) -> None:
-    """By mount_setattr(2): the same number everywhere, and it reaches the mounts below, as remounting does not."""
+    """Uses mount_setattr(2), whose number is the same everywhere and which, unlike remounting, reaches mounts below."""
     no_writes_suid_devices = (ctypes.c_uint64 * 4)(1 | _NOSUID | _NODEV, 0, 0, 0)
     _call("syscall", ctypes.c_long(442), ctypes.c_long(-100), path, ctypes.c_long(0x8000), no_writes_suid_devices,
           ctypes.c_long(ctypes.sizeof(no_writes_suid_devices)))
@@ -110,19 +110,19 @@ def drop_privileges(user: int | None) -> None:
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
         except OSError:
-            pass  # a container that maps few users; without capabilities the current one is as weak
+            pass  # in a container that maps few users; without capabilities the current user is as weak
     _call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     _call("prctl", 38, *map(ctypes.c_ulong, (1, 0, 0, 0)))  # PR_SET_NO_NEW_PRIVS
     die_with_parent()  # a change of user resets it
 
 
 def die_with_parent() -> None:
-    """The kernel kills this process when its parent thread ends."""
+    """Has the kernel kill this process when its parent thread ends."""
     _call("prctl", 1, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
 
 
 def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, processes: int | None) -> None:
-    """Sets limits of this process and, separately, of each one that it starts; `processes` counts all of this user."""
+    """Limits this process and, separately, each that it starts; `processes` counts all processes of this user."""
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CPU: cpu_seconds,
               resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_FSIZE: file_bytes, resource.RLIMIT_MEMLOCK: 0,
               resource.RLIMIT_MSGQUEUE: 0, resource.RLIMIT_SIGPENDING: 64}

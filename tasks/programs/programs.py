@@ -1,4 +1,4 @@
-"""MBPP and HumanEval for the sandbox: the tests of a record.
+"""Makes sandbox tests from the records of MBPP and HumanEval.
 
 For pass@k see `tasks.benchmarks.metrics`.
 """
@@ -20,7 +20,7 @@ class ProgramTests:
       tests: imports, preparations and asserts, in order; or the definition of HumanEval's `check`.
       defined: names of builtins that the problem asks a program to define.
       begin: the given beginning of a program, which the generated text continues.
-      entry_point: the function that `check` is given.
+      entry_point: the name of the function that is passed to `check`.
     """
 
     task_id: int | str
@@ -30,7 +30,7 @@ class ProgramTests:
     entry_point: str = ""
 
     def of(self, source: str) -> sandbox.Program:
-        """A program, as generated, with these tests."""
+        """A sandbox program of a generated text and these tests."""
         return sandbox.Program(self.begin + source, self.tests, self.defined, self.entry_point)
 
 
@@ -40,15 +40,15 @@ def is_problem(record: Mapping[str, Any]) -> bool:
 
 
 def problem_tests(record: Mapping[str, Any]) -> ProgramTests:
-    """The tests of a HumanEval record, which has an `entry_point`, or else of an MBPP record; raises their errors."""
+    """The tests of a HumanEval record if there is an `entry_point`, else of an MBPP record; raises their errors."""
     return check_tests(record) if "entry_point" in record else program_tests(record)
 
 
 def check_tests(record: Mapping[str, Any]) -> ProgramTests:
     """The tests of a HumanEval record.
 
-    The reference solution also precedes `check`, which uses functions that its prompt defines (problems 32, 38 and
-    50): these are the problem's own, even if a program redefines the names.
+    The reference solution precedes `check`, which may use functions defined by the prompt (problems 32, 38 and 50):
+    these are the problem's own, even if a program redefines the names.
 
     Args:
       record: a record with `task_id`, `prompt`, `code` that continues the prompt, `test` and `entry_point`, all of
@@ -71,13 +71,13 @@ def check_tests(record: Mapping[str, Any]) -> ProgramTests:
 def program_tests(record: Mapping[str, Any], challenge: bool = False) -> ProgramTests:
     """The tests of an MBPP record, of the full file or of the sanitized one.
 
-    A module that the asserts use but the record imports only in its reference solution (problem 596, `sys`) is
-    imported for the tests: a program does not fail for forgetting it.
+    A module that the asserts use but only the record's reference solution imports (problem 596, `sys`) is imported for
+    the tests: a program does not fail for omitting it.
 
     Args:
       record: a record with `task_id`, `code`, `test_list` and, if the file has them, `test_imports`,
         `test_setup_code` and `challenge_test_list`.
-      challenge: add the challenge tests, which few problems have and published results omit.
+      challenge: adds the challenge tests, which few problems have and published results omit.
 
     Raises:
       assertions.Unjudged: its tests cannot be judged.

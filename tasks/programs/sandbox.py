@@ -1,54 +1,53 @@
 """Runs untrusted Python programs against their tests, each in a kernel sandbox, and reports which passed.
 
-The guarantees, by name, which hold if `guarantees()` says so:
+The guarantees, by name; `guarantees()` returns which of them hold:
 
-  network    Only its own empty network: nothing connects, not even to this host. The only sockets are stream
-             pairs.
+  network    The program has only its own empty network: nothing connects, not even to this host. The only sockets are
+             stream pairs.
   reading    It sees Python's library, the system's libraries, three devices and an empty folder. No other file of
-             the host exists for it: no home, no checkpoints, no /proc.
+             the host is visible: no home, no checkpoints, no /proc.
   writing    It writes only to that folder, /tmp, which is memory of bounded size and ends with the program.
   signals    It sees and signals only its own processes, and all of these end with it, even detached ones.
   memory     Each of its processes has at most `memory_bytes`, shared memory counted in each that maps it, and /tmp
              holds at most `folder_bytes`. Other memory that outlives a mapping is refused (`calls`): System V's and
              POSIX's shared memory, queues and semaphores, memfd_create, larger pipes, record locks, watches, keys,
-             io_uring, attributes of files. The kernel keeps for each process tables of its mappings, at most 1.25
-             times as much again where they are single pages far apart, and buffers of 64 descriptors, at most 16 MiB.
-             The judge has 1 GiB. So all together stay below `processes` x (2.25 x `memory_bytes` + 16 MiB) +
-             `folder_bytes` + 1 GiB, and but for such tables below half of it.
+             io_uring, attributes of files. For each process the kernel also keeps page tables, at most 1.25 times its
+             memory if that is single pages far apart, and buffers of 64 descriptors, at most 16 MiB. The judge has
+             1 GiB. The total thus stays below `processes` x (2.25 x `memory_bytes` + 16 MiB) + `folder_bytes` +
+             1 GiB, and without such tables below half of it.
   processes  Their number is limited, including threads.
 
-Besides: an empty environment, no inherited descriptors, no capabilities, no other program that it could start; limits
-on processor time, wall-clock time and file sizes. Its output is discarded, and its input is empty. Python's hashes
-are seeded with 0, so that verdicts are reproducible.
+Further: an empty environment, no inherited descriptors, no capabilities, no other program to start; limits on
+processor time, wall-clock time and file sizes. Output is discarded, and input is empty. Python's hashes are seeded with
+0, so that verdicts are reproducible.
 
-A program cannot claim success. Each `assert` is split (`assertions`). The program's process is asked
-for the values of its own calls and answers in plain data (`values`). The comparison is evaluated in another
-process (`trial`), which the program cannot see, signal or write to, and which reads the tests only when the
-program's process already runs in another memory. Neither the expected values nor the verdict are thus within its reach,
-whatever it does to builtins, frames, exceptions, descriptors, its exit, or its objects' `__eq__`. Tests in HumanEval's
-form, a function `check(candidate)`, run in that other process as a whole; each call of `candidate` is requested
-likewise.
+A program cannot claim success. Each `assert` is split (`assertions`). The program's process computes the values of its
+own calls on request, and returns them as plain data (`values`). The comparison runs in another process (`trial`), which
+the program cannot see, signal or write to, and which reads the tests only when the program's process already runs in
+separate memory. Thus neither the expected values nor the verdict are within the program's reach, whatever it does to
+builtins, frames, exceptions, descriptors, its exit, or its objects' `__eq__`. Tests in HumanEval's form, a function
+`check(candidate)`, run in that other process as a whole, which requests each call of `candidate` in the same way.
 
 A verdict equals that of plain `exec` of program and tests, except for:
   - the program's own objects that claim to equal, or be less than, an expected value of another type; subclasses of
     plain types that do so are compared as those types;
-  - object identity: `is` with a literal or a builtin function, a mutation of a value that is a copy
-    here;
+  - object identity: `is` with a literal or a builtin function, a mutation of a value that is copied here;
   - tests that look up names as text: `eval`, `globals`; names assigned within an assert and used outside;
-  - values of more than 8 MiB as JSON, and values of libraries beyond the standard one: NumPy is not there;
+  - values of more than 8 MiB as JSON, and values of libraries beyond the standard one: NumPy is not available;
   - asserts within other statements, except in a `check`, which are not judged: a record with one is skipped;
   - an iterator from which more than 100 items are requested, which runs ahead by up to as many;
   - features that the sandbox withholds: input, files, sockets, other programs, record locks (SQLite on files needs
-  them).
+    them).
 
 Not guaranteed:
   - A hole in the kernel is a hole in the sandbox.
-  - A test that compares two values of the program's, or one with a variable that a test has assigned, can be forged:
+  - A test that compares two values of the program, or one with a variable that a test has assigned, can be forged:
     such a variable lives in the program's process. Expected values belong in the assert.
   - A program may return a guess.
   - Memory is counted per process, since not every host provides control groups.
   - System calls are filtered on x86_64 and aarch64; elsewhere network and memory are not guaranteed.
-  - Before Linux 5.14 `processes` counts the user's processes outside too; before 5.12 there is no file system apart.
+  - Before Linux 5.14 `processes` also counts the user's processes outside; before 5.12 there is no separate file
+    system.
 """
 
 import contextlib
@@ -73,14 +72,14 @@ from tasks.programs import assertions
 
 _TASKS = pathlib.Path(__file__).resolve().parents[1]
 _START = ("import sys, types; tasks = sys.modules['tasks'] = types.ModuleType('tasks'); "
-          "tasks.__path__ = [sys.argv[1]]; "  # the package itself imports more than is needed
+          "tasks.__path__ = [sys.argv[1]]; "  # importing the package would import more than is needed
           "from tasks.programs import trial; trial.main()")
-_GRACE_SECONDS = 15.0  # beyond a program's own time, for its judge; the rest is killed from here
+_GRACE_SECONDS = 15.0  # for the judge, beyond the program's own time; then this process kills it
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class SandboxError(OSError):
-    """This host lacks what running untrusted programs needs; one line says what."""
+    """This host lacks a feature that confinement needs; one line names it."""
 
 
 class Verdict(enum.StrEnum):
@@ -90,7 +89,7 @@ class Verdict(enum.StrEnum):
     OUT_OF_MEMORY = "out of memory"
     KILLED = "killed"
     OUTPUT_FLOOD = "output flood"
-    CRASHED = "crashed"  # ended, or stopped answering, before its tests did
+    CRASHED = "crashed"  # ended, or stopped answering, before its tests ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +98,10 @@ class Program:
 
     Attributes:
       source: its text, run as a module whose `__name__` is "program".
-      tests: Python statements as `assertions.steps` takes them, run after it in this order.
-      defined: names of builtins that mean the program's own in tests, such as a function called `sum`.
-      entry_point: if given, tests are as for `assertions.check_steps`: a function `check`, which receives the program's
-        function of this name.
+      tests: Python statements for `assertions.steps`, run after the program in this order.
+      defined: builtin names that in tests refer to the program's own objects, such as a function called `sum`.
+      entry_point: if given, tests are for `assertions.check_steps`: a function `check`, to which the program's function
+        of this name is passed.
     """
 
     source: str
@@ -118,7 +117,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The limits of one program. Times are in seconds; processor time and memory are counted per process."""
+    """The limits of a program. Times are in seconds; processor time and memory are counted per process."""
 
     cpu_seconds: int = 10
     wall_seconds: float = 20.0
@@ -137,7 +136,7 @@ class Limits:
 class Outcome:
     """The outcome of a program; `detail` is one line, empty if it passed, and `seconds` the wall-clock time.
 
-    `detail` may quote the program: control characters are replaced, but it is otherwise untrusted.
+    `detail` may quote the program: control characters are replaced, but the rest is untrusted.
     """
 
     verdict: Verdict
@@ -156,12 +155,12 @@ def run_programs(programs: Sequence[Program], *, workers: int | None = None, lim
     An interrupt (or any exception here) kills running programs before it propagates.
 
     Args:
-      programs: what to run.
+      programs: the programs.
       workers: number at a time; by default the number of processors.
-      limits: of each program.
-      insist: run them even if guarantees are missing; without a PID namespace a program can end this process,
+      limits: the limits of each program.
+      insist: runs them even if guarantees are missing; without a PID namespace a program can end this process,
         thereby forge its verdict, and leave processes behind.
-      progress: the label on the terminal; silent by default.
+      progress: the label of progress on the terminal; None shows none.
 
     Raises:
       SandboxError: guarantees are missing, and `insist` is False.
@@ -177,7 +176,7 @@ def run_programs(programs: Sequence[Program], *, workers: int | None = None, lim
 
 
 def require_guarantees() -> None:
-    """Raises SandboxError, in one line that says what is missing, if this host lacks any of `guarantees()`."""
+    """Raises SandboxError, with one line on what is missing, if this host lacks any of `guarantees()`."""
     holds, missing = _probe()
     if not all(holds.values()):
         raise SandboxError(f"untrusted programs are not run on this host, which lacks the guarantees "
@@ -251,7 +250,7 @@ def holds():
 
 @functools.cache
 def _probe() -> tuple[dict[str, bool], str]:
-    """Guarantees, and the kernel's error if it refused one, or else the outcomes of the programs that tried them."""
+    """Guarantees, and the kernel's error if it refused one, else the outcomes of the programs that tested them."""
     limits = Limits(cpu_seconds=5, wall_seconds=10)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="codellm-probe-"))
@@ -269,8 +268,8 @@ def _probe() -> tuple[dict[str, bool], str]:
 
 
 def _visible() -> list[str]:
-    """The files of the host that a program sees: Python's library, and libraries that its compiled modules need."""
-    # Of the Python itself, not of a virtual environment, which may be in the folder that is replaced by an empty one.
+    """The files of the host that a program sees: Python's library, and the libraries of its compiled modules."""
+    # The base Python's, not a virtual environment's, which may be in the folder that an empty one replaces.
     of_base = {"platbase": sys.base_exec_prefix}
     wanted = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache",
               f"{sys.base_prefix}/lib", sysconfig.get_path("stdlib"),
@@ -289,7 +288,7 @@ class _Running:
 
 def _run(jobs: Sequence[bytes], workers: int, limits: Limits, insist: bool,
          progress: str | None) -> list[tuple[Outcome, str | None]]:
-    """Outcomes, each with the kernel's refusals (only if `insist`)."""
+    """Outcomes, each with the kernel's error messages (only if `insist`)."""
     results: dict[int, tuple[Outcome, str | None]] = {}
     waiting = iter(enumerate(jobs))
     running: list[_Running] = []
@@ -317,7 +316,7 @@ def _run(jobs: Sequence[bytes], workers: int, limits: Limits, insist: bool,
             for one in running:
                 one.process.kill()
             for one in running:
-                while os.read(_pipe(one), 1 << 16):  # until its children are gone as well
+                while os.read(_pipe(one), 1 << 16):  # until its children are gone, too
                     pass
                 one.process.wait()
                 os.close(_pipe(one))
@@ -356,7 +355,7 @@ def _result(one: _Running) -> tuple[Outcome, str | None]:
 
 
 class _Show:
-    """A bar on a terminal, elsewhere a plain line every ten seconds and one at the end."""
+    """A progress bar on a terminal, elsewhere a plain line every ten seconds and one at the end."""
 
     def __init__(self, label: str | None, results: dict[int, tuple[Outcome, str | None]], total: int) -> None:
         self._label, self._results, self._total = label, results, total

@@ -1,6 +1,6 @@
-"""The process that judges one untrusted program, and below it the one that runs it.
+"""The process that judges one untrusted program, and its child that runs the program.
 
-`sandbox` starts `main` in a new interpreter, which gives three nested processes:
+`sandbox` starts `main` in a new interpreter, which creates three nested processes:
 
   supervisor   leaves the host's namespaces and waits; when it dies, the others die
   judge        init of a PID namespace; reads the tests only once the program's process exists, evaluates the
@@ -26,7 +26,7 @@ from tasks.programs import assertions, calls, confinement, values
 
 _LONGEST_ANSWER = 8 << 20
 _JUDGE_MEMORY = 1 << 30  # an answer of 8 MiB in JSON can be a large object
-_DEEP = 5_000  # values nest deeper than function calls, and take several calls per level
+_DEEP = 5_000  # recursion limit for values, which nest deeper than function calls and take several calls per level
 _OUT_OF_MEMORY = b'{"raised": "MemoryError", "text": ""}'
 _OUT_OF_MEMORY_FRAME = len(_OUT_OF_MEMORY).to_bytes(4) + _OUT_OF_MEMORY
 
@@ -40,7 +40,7 @@ class Ended(Exception):
         self.raised = raised  # the exception's name and text
 
     def as_builtin(self) -> Exception | None:
-        """The exception that the program raised, if it is a builtin one; else None."""
+        """The exception that the program raised; None unless it is a builtin one."""
         name, text = self.raised
         kind = getattr(builtins, name, None)
         if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
@@ -111,7 +111,7 @@ def _judge(settings: dict[str, Any], null: int, namespaces: bool, user: int | No
     sys.setrecursionlimit(_DEEP)
     confinement.limit(settings["cpu_seconds"] + 10, _JUDGE_MEMORY, 0, None)
     with open(0, "rb", closefd=False) as file:
-        job = json.load(file)  # only now: no copy of the tests is in the program's memory
+        job = json.load(file)  # only now, so that the program's memory holds no copy of the tests
     verdicts = os.dup(1)
     for descriptor in (0, 1):  # tests may also read and print
         os.dup2(null, descriptor)
@@ -136,7 +136,7 @@ def _kill(program: int) -> None:
 
 
 def _go_through(job: dict[str, Any], conversation: "_Conversation") -> None:
-    """Runs the program and every step of its tests; returns if all passed."""
+    """Runs the program and every step of its tests; returns if all pass."""
     conversation.ask({"run": job["source"]})
     names: dict[str, Any] = {}
     for kind, source, *rest in job["steps"]:
@@ -171,8 +171,8 @@ def _judge_assert(source: str, condition: str, parts: list[str], names: dict[str
 
 
 def _check(source: str, entry_point: str, conversation: "_Conversation") -> None:
-    """Runs `check` of a module with a proxy of the program's function; returns if it passed."""
-    ended: list[Ended] = []  # a test that catches all exceptions must not hide this
+    """Runs `check` of a module with a proxy of the program's function; returns if it passes."""
+    ended: list[Ended] = []  # kept, since a test that catches all exceptions would hide it
 
     def candidate(*arguments: Any, **named: Any) -> Any:
         try:
@@ -216,13 +216,13 @@ class _Conversation:
         """The result of a request with these values.
 
         Raises:
-          Ended: as in `ask`.
+          Ended: see `ask`.
         """
         encoded = [values.encode(value, self._known.number) for value in arguments]
         return values.decode(self.ask({**request, "values": encoded})["value"], self._known.named)
 
     def _use(self, how: str, number: int, *arguments: Any) -> Any:
-        """A request of a `Foreign`; a builtin exception of the object is raised here."""
+        """Makes a request for a `Foreign`; raises the object's exception here if it is a builtin one."""
         try:
             return self.value({"use": how, "object": number}, arguments)
         except Ended as ended:
@@ -234,7 +234,7 @@ class _Conversation:
         """The answer of the program's process.
 
         Raises:
-          Ended: it raised, ended, or violated a limit or the form of answers.
+          Ended: it raises, ends, or violates a limit or the form of answers.
         """
         with contextlib.suppress(BrokenPipeError):  # the reason is reported when its answers end
             _send(self._requests, request)
@@ -296,7 +296,7 @@ def _send(descriptor: int, message: dict[str, Any]) -> None:
 
 
 def _become_program(settings: dict[str, Any], null: int, requests: int, replies: int, user: int | None) -> NoReturn:
-    """From here on nothing in this process is trusted; its answers are only values."""
+    """Turns this process into the program's; from here on nothing in it is trusted, and its answers are only values."""
     os.setsid()
     for descriptor in range(3):  # its input is empty, and its output is discarded
         os.dup2(null, descriptor)

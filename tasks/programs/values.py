@@ -1,7 +1,7 @@
-"""Plain values as JSON: how an untrusted program's results reach the process that judges them.
+"""Encodes values as JSON, to pass an untrusted program's results to the process that judges them.
 
-Data crosses unchanged and is compared there as types of the standard library. The program's own objects stay where
-they are and cross as numbers; none of their `__eq__` methods decides about an expected value.
+Plain data crosses unchanged and is compared there as types of the standard library. The program's own objects remain in
+its process and cross as numbers; none of their `__eq__` methods decides about an expected value.
 """
 
 import builtins
@@ -15,7 +15,7 @@ from types import FunctionType, GeneratorType, SimpleNamespace
 from typing import Any
 
 Keep = Callable[[Any], int]  # returns the number of an object that does not cross
-Named = Callable[[int, str, bool], Any]  # returns the proxy for a number, a builtin class and whether it iterates
+Named = Callable[[int, str, bool], Any]  # returns the proxy for a number, a builtin class and whether it is an iterator
 
 # Types of the standard library that are rebuilt from parts; subclasses before their bases.
 _MADE: dict[str, Callable[[Any], Any]] = {
@@ -62,16 +62,16 @@ def _builtin_type(value: Any) -> Any:
 
 
 def _zone(value: Any) -> Any:
-    """The offset of a time's zone at that time, which decides comparisons."""
+    """A fixed zone with a time's UTC offset, which decides comparisons."""
     offset = value.utcoffset()
     return None if offset is None else sys.modules["datetime"].timezone(offset)
 
 
 def encode(value: Any, keep: Keep) -> Any:
-    """A value that json.dumps can write.
+    """Converts a value to one that json.dumps can write.
 
     Plain data and the types of `_MADE` cross with their content, as their nearest such type: a named tuple as a tuple,
-    a member of an IntEnum as an int. Builtin classes cross by name. Other objects cross as numbers.
+    a member of an IntEnum as an int. Builtin classes cross by name, other objects as numbers.
 
     Raises:
       RecursionError: a value nests too deeply, or contains itself.
@@ -101,7 +101,7 @@ def encode(value: Any, keep: Keep) -> Any:
             return [kind.__name__, *(encode(part, keep) for part in value)]
     if isinstance(value, KeysView | ItemsView):
         return ["keys" if isinstance(value, KeysView) else "items", *(encode(part, keep) for part in value)]
-    if isinstance(value, type) and _builtin_type(value) and value is not type:  # which can create others
+    if isinstance(value, type) and _builtin_type(value) and value is not type:  # `type` can create classes
         return ["type", value.__name__]
     for name, single in _SINGLES.items():
         if value is single:
@@ -111,14 +111,14 @@ def encode(value: Any, keep: Keep) -> Any:
 
 
 def decode(data: Any, named: Named) -> Any:
-    """The value of what `encode` wrote, of standard library types only, even if `data` is forged.
+    """Inverts `encode`; makes only standard library types, even if `data` is forged.
 
     Args:
-      data: what json.loads read.
-      named: returns the proxy of an object that did not cross.
+      data: a result of json.loads.
+      named: returns the proxy of an object that crossed as a number.
 
     Raises:
-      ValueError, TypeError, RecursionError, ArithmeticError, LookupError: `encode` never made this.
+      ValueError, TypeError, RecursionError, ArithmeticError, LookupError: `encode` cannot have made this.
     """
     if data is None or isinstance(data, bool | int | float | str):
         return data
@@ -152,7 +152,7 @@ def decode(data: Any, named: Named) -> Any:
 
 
 class Kept:
-    """In the program's process, the objects that its judge knows by number, and the operations on them."""
+    """The objects in the program's process that its judge knows by number, and the operations on them."""
 
     def __init__(self) -> None:
         self._objects: list[Any] = []
@@ -162,14 +162,14 @@ class Kept:
     def number(self, value: Any) -> int:
         number = self._numbers.setdefault(id(value), len(self._objects))
         if number == len(self._objects):
-            self._objects.append(value)  # which also keeps its id from being reused
+            self._objects.append(value)  # a reference also keeps its id from being reused
         return number
 
     def named(self, number: int, base: str, iterates: bool) -> Any:
         return float("nan") if number < 0 else self._objects[number]
 
     def use(self, how: str, number: int, *arguments: Any) -> Any:
-        """One of the operations that a `Foreign` requests; raises what the object raises."""
+        """Performs an operation that a `Foreign` requests; raises the object's exceptions."""
         value = self._objects[number]
         if how == "next":
             return self._next(number, *arguments)
@@ -180,7 +180,7 @@ class Kept:
         return uses[how](value, *arguments)
 
     def _next(self, number: int, count: int) -> list[Any]:
-        """At least one item and at most `count`; an exception after the first is raised at the next request."""
+        """One to `count` items; an exception after the first item is raised at the next request."""
         if number in self._raise_next:
             raise self._raise_next.pop(number)
         items = [next(self._objects[number])]
@@ -193,7 +193,7 @@ class Kept:
 
 
 class Known:
-    """The proxies of a program's objects in its judge's process: the same for the same number."""
+    """The proxies of a program's objects in its judge's process, one per number."""
 
     def __init__(self, ask: Callable[..., Any]) -> None:
         self._ask = ask
@@ -217,8 +217,8 @@ class Known:
 class Foreign:
     """A proxy of a program's own object, which compares only with other such objects.
 
-    Its text, length, items, attributes and results are requested from the program: data that it might as well have
-    returned.
+    Its text, length, items, attributes and results are requested from the program, which could as well return them as
+    data.
     """
 
     def __init__(self, ask: Callable[..., Any], number: int, base: str) -> None:
@@ -285,7 +285,7 @@ class Foreign:
 
 
 class ForeignIterator(Foreign):
-    """A proxy of a program's iterator: requests one item at a time, from the hundredth on several."""
+    """A proxy of a program's iterator; requests one item at a time, from the hundredth on several."""
 
     def __init__(self, ask: Callable[..., Any], number: int, base: str) -> None:
         super().__init__(ask, number, base)

@@ -1,12 +1,12 @@
-"""A campaign of faults: kills, signals, damage, full disks, clocks, files that go away.
+"""A campaign of faults: kills, signals, damage, full disks, clock changes, files that disappear.
 
     python -m tests.faults --minutes=5 --seed=1
-    python -m tests.faults --seed=1 --only=17             the seventeenth trial of it again
-    python -m tests.faults --minutes=5 --kinds=damaged    of some kinds alone
-    python -m tests.faults --minutes=60 --kinds=damaged_study,killed_study    of studies, which take longer
+    python -m tests.faults --seed=1 --only=17             repeats its seventeenth trial
+    python -m tests.faults --minutes=5 --kinds=damaged    only some kinds
+    python -m tests.faults --minutes=60 --kinds=damaged_study,killed_study    kinds for studies, which take longer
 
-After each fault the same command goes on, and what it leaves is compared, bit for bit, with what it leaves when nothing
-happens. Prints a table of kinds and outcomes. Status 1: some outcome was wrong.
+After each fault the same command resumes, and its results are compared, bit for bit, with those without a fault. Prints
+a table of kinds and outcomes. Status 1: some outcome was wrong.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Kinds of faults. Each is a function of a world, a folder OUT of its own and dice, which runs a command, injects the
-fault, lets the command go on to its end as a person would, and returns the outcome: `Outcome`.
+"""Kinds of faults. Each is a function of a world, an output folder OUT and dice, which runs a command, injects the
+fault, resumes the command to its end as a user would, and returns an `Outcome`.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from tests.faults.world import ARMS, Ended, World, copied, kill, steps_of
 
-TRIES = 3  # of a command that goes on
+TRIES = 3  # to resume a command
 
 
 class Outcome(NamedTuple):
-    """What came of a fault."""
+    """The outcome of a fault."""
 
     command: str
     what: str  # "identical", "refused", or "WRONG"
@@ -32,8 +32,8 @@ class Outcome(NamedTuple):
 def judged(
     world: World, name: str, out: Path, before: list[Ended], may_refuse: bool = True, records: bool = True
 ) -> Outcome:
-    """Runs a command until it is done, and compares what it left with a run that nothing happened to; without its
-    records where these themselves were changed.
+    """Runs a command until it is done, and compares its results with those without a fault; `records` is False if the
+    fault changed the records themselves, which are then not compared.
     """
     seen = list(before)
     for _ in range(TRIES):
@@ -60,7 +60,7 @@ def judged(
 
 
 def any_command(world: World, dice: random.Random) -> str:
-    """A command, training more often than others."""
+    """A random command, most often training."""
     return dice.choice(["train", "train", "train", *(
         name for name, command in world.commands.items() if not command.of_many)])
 
@@ -75,7 +75,7 @@ def after_a_while(world: World, name: str, dice: random.Random) -> None:
 
 
 def killed(world: World, out: Path, dice: random.Random) -> Outcome:
-    """SIGKILL at any moment, up to three times."""
+    """SIGKILL at any moment, once or twice."""
     name = any_command(world, dice)
     for _ in range(dice.randint(1, 2)):
         world.whole(name)
@@ -86,7 +86,7 @@ def killed(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def killed_at_a_save(world: World, out: Path, dice: random.Random) -> Outcome:
-    """SIGKILL as soon as the folder of a save is seen."""
+    """SIGKILL soon after the folder of a save appears."""
     name = run_of(world, dice)
     world.whole(name)
     process, folder = world.start(name, out), out / "checkpoints"
@@ -138,7 +138,7 @@ time.time = changed
 
 
 def clock(world: World, out: Path, dice: random.Random) -> Outcome:
-    """The wall clock is set, back or forth, in the middle."""
+    """The wall clock is set back or forward during the run."""
     name = any_command(world, dice)
     shift = dice.choice([-1, 1]) * dice.choice([3600, 86_400 * 366, 2e9])
     program = CLOCK.format(shift=shift, calls=dice.choice([0, 100, 1000, 3000]))
@@ -178,7 +178,7 @@ def removed_meanwhile(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def junk(dice: random.Random, content: bytes) -> bytes:
-    """Content in the place of a file's."""
+    """Junk to replace a file's content."""
     at = dice.randrange(max(1, len(content)))
     return dice.choice([
         lambda: b"", lambda: content[:at], lambda: bytes(len(content)), lambda: content[at:],
@@ -192,7 +192,7 @@ VALUES = (None, "many", -1, 10**30, 1e308, [], {}, True, "../../../etc/passwd", 
 
 
 def hostile(dice: random.Random, content: bytes) -> bytes:
-    """JSON, or a line of JSON, with one value replaced or left out."""
+    """JSON, or JSON lines, with one value replaced or left out; junk for other content."""
     lines = content.split(b"\n")
     place = dice.randrange(len(lines))
     try:
@@ -221,12 +221,12 @@ def hostile(dice: random.Random, content: bytes) -> bytes:
 
 
 def damaged(world: World, out: Path, dice: random.Random) -> Outcome:
-    """A file of a run that was killed is damaged before it goes on."""
+    """One or more files of a killed run are damaged before it resumes."""
     name = run_of(world, dice)
     copied(world.half(name), out)
     files = files_below(out)
     some = dice.sample(files, min(len(files), dice.choice([1, 1, 1, 3])))
-    if dice.random() < 0.5:  # data files are many, others few
+    if dice.random() < 0.5:  # most files hold data, so others are drawn separately
         some = [dice.choice([path for path in files if path.suffix in (".json", ".jsonl", ".gin") or path.name in (
             "metadata", "_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")])]
     for path in some:
@@ -236,7 +236,7 @@ def damaged(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def rearranged(world: World, out: Path, dice: random.Random) -> Outcome:
-    """Checkpoints of a run that was killed are copied, renamed, swapped, removed or mixed with those of another."""
+    """Checkpoints of a killed run are copied, renamed, swapped, removed or mixed with each other."""
     name = run_of(world, dice)
     copied(world.half(name), out)
     folder, steps = out / "checkpoints", steps_of(out)
@@ -257,9 +257,9 @@ def rearranged(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def damaged_study(world: World, out: Path, dice: random.Random) -> Outcome:
-    """A file of a study that is done is damaged or removed before the same study is asked for again."""
+    """A file of a finished study is damaged or removed before the same study runs again."""
     copied(world.whole("study"), out)
-    # Records of a run are not made again, and its checkpoints are not read again; they are damaged by other kinds.
+    # A study neither rewrites a run's records nor rereads its checkpoints; other kinds damage these.
     one = dice.choice([path for path in files_below(out) if path.name != "metrics.jsonl"
                        and "checkpoints" not in path.parts])
     content = one.read_bytes()
@@ -269,7 +269,7 @@ def damaged_study(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def killed_study(world: World, out: Path, dice: random.Random) -> Outcome:
-    """SIGKILL or SIGTERM while a study makes what one of its arms lacks."""
+    """SIGKILL or SIGTERM while a study makes the missing parts of one of its arms."""
     copied(world.whole("study"), out)
     run = out / "runs" / f"{dice.choice(list(ARMS))}.seed0"
     shutil.rmtree(dice.choice([run, run, run / "results"]))
@@ -285,7 +285,7 @@ def killed_study(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def damaged_rows(world: World, out: Path, dice: random.Random) -> Outcome:
-    """A file of the cache is damaged, removed, or changes places with another, before a run begins."""
+    """A file of the cache is damaged, removed, or swapped with another, before a run begins."""
     copied(world.whole("cache"), out)
     shutil.rmtree(out / "run")
     files = [path for path in files_below(out / "cache") if "rows" in path.parts]
@@ -295,11 +295,11 @@ def damaged_rows(world: World, out: Path, dice: random.Random) -> Outcome:
         one.unlink, lambda: one.write_bytes(junk(dice, content)), lambda: one.write_bytes(hostile(dice, content)),
         lambda: (one.write_bytes(other.read_bytes()), other.write_bytes(content)),
         lambda: shutil.rmtree(one.parent)])()
-    # As a large cache, which is not compared as a whole when it is opened.
+    # Simulates a large cache, which is not verified as a whole when it is opened.
     large = "from codellm_jax.mixture import checked\nchecked.BYTES_READ_WHOLE = 0"
     first = [world.run("cache", out, program=large)] if dice.random() < 0.5 else []
     if first and first[0].status and "damaged" in first[0].line:
-        shutil.rmtree(out / "cache")  # as it says
+        shutil.rmtree(out / "cache")  # as its message advises
     return judged(world, "cache", out, first)
 
 
@@ -310,7 +310,7 @@ resource.setrlimit(resource.{name}, ({value}, {value}))
 
 
 def limited(world: World, out: Path, dice: random.Random) -> Outcome:
-    """Files may not grow beyond some size, or no more than some may be open."""
+    """The size of files, or the number of open files, is limited."""
     name = any_command(world, dice)
     limit, value = dice.choice([("RLIMIT_FSIZE", 2 ** dice.randint(8, 21)), ("RLIMIT_NOFILE", 2 ** dice.randint(5, 8))])
     program = "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)" + LIMITS.format(name=limit, value=value)
@@ -318,13 +318,13 @@ def limited(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def can_mount() -> bool:
-    """Whether a disk of its own can be mounted here."""
+    """Whether a separate disk can be mounted here."""
     return shutil.which("unshare") is not None and subprocess.run(
         ["unshare", "-rm", "true"], capture_output=True).returncode == 0
 
 
 def full_disk(world: World, out: Path, dice: random.Random) -> Outcome:
-    """OUT lies on a disk that becomes full; then there is more room."""
+    """OUT is on a disk that becomes full; then there is more space."""
     name = run_of(world, dice)
     world.whole(name)
     size, kept = dice.choice([200, 500, 1000, 2000, 4000, 8000]), out.with_name("kept")
@@ -340,7 +340,7 @@ def full_disk(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def second_beside(world: World, out: Path, dice: random.Random) -> Outcome:
-    """The same command a second time beside the first."""
+    """The same command runs a second time beside the first."""
     name = any_command(world, dice)
     processes = [world.start(name, out)]
     time.sleep(dice.random() * 5)
@@ -349,7 +349,7 @@ def second_beside(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def nobody_reads(world: World, out: Path, dice: random.Random) -> Outcome:
-    """The reader of what a command prints goes away."""
+    """The reader of a command's output goes away."""
     name = any_command(world, dice)
     world.whole(name)
     process = world.start(name, out)
@@ -366,7 +366,7 @@ def nobody_reads(world: World, out: Path, dice: random.Random) -> Outcome:
 
 
 def peer_killed(world: World, out: Path, dice: random.Random) -> Outcome:
-    """One of two processes of a run is killed; one process goes on alone."""
+    """One of two processes of a run is killed; a single process resumes the run."""
     world.whole("train")
     process = world.start("train", out, more=["--local_processes=2"])
     end = time.monotonic() + world.patience
@@ -383,7 +383,7 @@ def peer_killed(world: World, out: Path, dice: random.Random) -> Outcome:
     for one in [first, second := world.run("train", out)]:
         if wrong := one.fault():
             return Outcome("train", "WRONG", wrong)
-    # Sums over two processes are those of one to rounding alone.
+    # Sums over two processes equal those of one only up to rounding.
     return Outcome("train", "identical" if second.status == 0 and steps_of(out) == steps_of(world.whole("train"))
                    else "WRONG", first.line[:160])
 
@@ -401,13 +401,13 @@ KINDS: dict[str, tuple[Kind, int]] = {kind.__name__: (kind, weight) for kind, we
     (killed, 4), (killed_at_a_save, 4), (signalled, 3), (stopped, 1), (clock, 2), (removed_meanwhile, 4), (damaged, 6),
     (rearranged, 4), (damaged_rows, 3), (damaged_study, 1), (killed_study, 1), (limited, 2), (full_disk, 2),
     (second_beside, 1), (nobody_reads, 1), (peer_killed, 1))}
-OF_STUDIES = {"damaged_study", "killed_study"}  # they take minutes each where the machine is busy
+OF_STUDIES = {"damaged_study", "killed_study"}  # each takes minutes on a busy machine
 if sys.platform != "linux" or resource.getrlimit(resource.RLIMIT_FSIZE)[0] == 0 or not can_mount():
     del KINDS["full_disk"]
 
 
 def kind_of(seed: int, number: int) -> tuple[str, Any]:
-    """The kind of a trial and its dice, always the same of the same two numbers."""
+    """The kind of a trial and its dice, determined by the two numbers."""
     dice = random.Random(f"{seed}.{number}")
     names = list(KINDS)
     return dice.choices(names, [KINDS[name][1] for name in names])[0], dice

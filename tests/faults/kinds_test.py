@@ -1,4 +1,4 @@
-"""The campaign's own judgement: what counts as wrong, and that a trial can be repeated."""
+"""Tests of the campaign's judgement of outcomes, and of repeating a trial."""
 
 import random
 

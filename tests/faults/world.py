@@ -1,7 +1,7 @@
-"""What faults are injected into: small commands of each kind, what they leave when nothing happens, and how they end.
+"""The commands into which faults are injected: small ones of each kind, with their results without faults.
 
-Each command writes into one folder, OUT. `signature` says what it left there that must be the same bit for bit however
-often the command was killed: losses and arrays, and not the clock.
+Each command writes to one folder, OUT. `signature` reads the results there that must be the same bit for bit however
+often the command was killed: losses and arrays, but not times.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization"}
 STEPS, PERIOD = 24, 5
-PATIENCE = 240.0  # seconds after which a command counts as one that hangs, or SLOWER times what it takes by itself
+PATIENCE = 240.0  # least seconds after which a command counts as hanging; or SLOWER times the longest without faults
 SLOWER = 20
-INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}  # statuses that say so
-LONGEST = 1800.0  # seconds that a command may take by itself
+INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}  # exit statuses
+LONGEST = 1800.0  # seconds that a command may take without faults
 SIZE = ["--gin.model.layers=1", "--gin.model.hidden=32", "--gin.model.heads=2", "--gin.model.feedforward=64"]
 ARMS = {"NL": {"CODE_RATE": 0.0}, "CODE": {"CODE_RATE": 0.4}}
 PERIODS = [f"--gin.TRAIN_STEPS={STEPS}", f"--gin.CHECKPOINT_PERIOD={PERIOD}", "--gin.EVAL_PERIOD=12",
@@ -34,18 +34,18 @@ PERIODS = [f"--gin.TRAIN_STEPS={STEPS}", f"--gin.CHECKPOINT_PERIOD={PERIOD}", "-
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """The end of a command."""
 
-    status: int | None  # None: it did not, and was killed
+    status: int | None  # None if it hung, and was killed
     output: str
 
     @property
     def line(self) -> str:
-        """The last line that it wrote."""
+        """The last line of its output."""
         return (self.output.strip().splitlines() or [""])[-1]
 
     def fault(self) -> str:
-        """What is wrong with how it ended, whatever befell it; empty where nothing is."""
+        """Why this end is wrong after any fault; empty if it is not."""
         if self.status is None:
             return f"hangs: {self.line[:300]}"
         if "Traceback (most recent call last)" in self.output:
@@ -66,12 +66,12 @@ class Command:
     arguments: Callable[[Path], list[str]]
     signature: Callable[[Path], Any]
     trains: bool = False
-    of_many: bool = False  # it starts other commands, and takes as long as they do; faults of its own kind befall it
-    refuses_again: str = ""  # words of its refusal where it was done before; what lies there is compared as ever
+    of_many: bool = False  # whether it starts other commands; it has its own kinds of faults
+    refuses_again: str = ""  # words with which it refuses to run again once done; the results are still compared
 
 
 class World:
-    """A folder with corpora and a cache, and what each command leaves there when nothing happens to it."""
+    """A folder with corpora, a cache, and the results of each command without faults."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -113,7 +113,7 @@ class World:
 
     @functools.cache  # noqa: B019
     def whole(self, name: str) -> Path:
-        """OUT of a command that nothing happened to."""
+        """OUT of a command without faults."""
         out = self.folder / "whole" / name
         began = time.monotonic()
         ended = waited_for(self.start(name, out), LONGEST)
@@ -124,12 +124,12 @@ class World:
 
     @functools.cached_property
     def seconds(self) -> dict[str, float]:
-        """How long each command takes by itself."""
+        """The time that each command takes without faults."""
         return {}
 
     @functools.cache  # noqa: B019
     def half(self, name: str) -> Path:
-        """OUT of a run that was killed after its second checkpoint."""
+        """OUT of a run killed after its second checkpoint."""
         self.whole(name)
         out = self.folder / "half" / name
         process = self.start(name, out)
@@ -142,7 +142,7 @@ class World:
 
     def start(self, name: str, out: Path, more: Sequence[str] = (), wrapper: Sequence[str] = (), program: str = "",
               **options: Any) -> "subprocess.Popen[str]":
-        """Starts a command, in a group of its own; `program` is Python that runs before it."""
+        """Starts a command in its own process group; `program` is Python code that runs before it."""
         code = f"{program}\nimport sys\nfrom codellm_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
         out.parent.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(
@@ -155,17 +155,17 @@ class World:
         return self.ended(self.start(name, out, **options))
 
     def ended(self, process: "subprocess.Popen[str]") -> Ended:
-        """Waits for a command; one that hangs is killed."""
+        """Waits for a command; kills it if it hangs."""
         return waited_for(process, self.patience)
 
     @property
     def patience(self) -> float:
-        """Seconds after which a command counts as one that hangs, on this machine."""
+        """Seconds after which a command counts as hanging, at the speed of this computer."""
         return max(PATIENCE, SLOWER * max(self.seconds.values(), default=0.0))
 
 
 def waited_for(process: "subprocess.Popen[str]", patience: float) -> Ended:
-    """Waits for a command; one that takes too long is killed."""
+    """Waits for a command; kills it if it takes too long."""
     try:
         output, _ = process.communicate(timeout=patience)
         return Ended(process.returncode, output or "")
@@ -175,7 +175,7 @@ def waited_for(process: "subprocess.Popen[str]", patience: float) -> Ended:
 
 
 def kill(process: "subprocess.Popen[str]") -> None:
-    """Ends a command and all that it started."""
+    """Kills a command and all processes of its group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -184,14 +184,14 @@ def kill(process: "subprocess.Popen[str]") -> None:
 
 
 def steps_of(run: Path) -> list[int]:
-    """The steps of a run's whole checkpoints."""
+    """The steps of a run's complete checkpoints."""
     folder = run / "checkpoints"
     names = [path.name for path in (folder.iterdir() if folder.exists() else ())]
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def of_run(out: Path) -> Any:
-    """Losses and all that is recorded besides, and the sums of the newest checkpoint's arrays."""
+    """The records, and the newest checkpoint's step, checksums of arrays, and ledger of rows and tokens."""
     lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
     records = [{name: value for name, value in json.loads(line).items() if name not in CLOCK} for line in lines]
     newest = steps_of(out)[-1]
@@ -200,7 +200,7 @@ def of_run(out: Path) -> Any:
 
 
 def of_rows(out: Path) -> Any:
-    """The rows of each split, and the run that was trained on them."""
+    """The files of cached rows, and the run trained on them."""
     files = [path for path in sorted((out / "cache" / "rows").glob("*/*/*/**/*"))
              if path.is_file() and ".set_aside." not in str(path) and not path.parent.parent.name.startswith(".")]
     digests = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -208,14 +208,14 @@ def of_rows(out: Path) -> Any:
 
 
 def of_results(out: Path) -> Any:
-    """The value of each task, and the line of each question."""
+    """The lines of questions and the value of each task."""
     return {path.name: ([json.loads(line) for line in path.read_text().splitlines()[1:]],
                         json.loads(path.with_suffix(".json").read_text())["value"])
             for path in sorted(out.glob("*.jsonl"))}
 
 
 def of_study(out: Path) -> Any:
-    """The run of each arm, what it was asked, the plan, and the losses in the report."""
+    """Each arm's run and evaluation results, the plan, and the losses in the report."""
     runs = [out / "runs" / f"{arm}.seed0" for arm in ARMS]
     plan = (out / "study.json").read_text().replace(str(out), "STUDY_DIR")
     return ([(of_run(run), of_results(run / "results")) for run in runs], json.loads(plan),
@@ -223,7 +223,7 @@ def of_study(out: Path) -> Any:
 
 
 def of_files(out: Path) -> Any:
-    """The content of each file but for its README, which names the folder."""
+    """The hash of each file except README.md, which names the folder."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted((out / "model").iterdir()) if path.name != "README.md"}
 
@@ -232,7 +232,7 @@ WORDS = "a row of tokens is read by its number and never lost while one model le
 
 
 def write_corpora(folder: Path) -> dict[str, Any]:
-    """Two corpora of JSON lines."""
+    """Writes two corpora of JSON lines; returns their CORPORA."""
     dice = random.Random(0)
     for name, make in (("a", lambda: " ".join(dice.choices(WORDS, k=60)) + "."),
                        ("b", lambda: f"def f{dice.randrange(99)}(x):\n" + "    x = x * 3\n" * dice.randrange(1, 30))):
@@ -242,7 +242,7 @@ def write_corpora(folder: Path) -> dict[str, Any]:
 
 
 def write_instructions(folder: Path) -> dict[str, Any]:
-    """Two files of instructions."""
+    """Writes two files of instructions; returns their CORPORA."""
     dice = random.Random(1)
     for name in ("text.asked", "code.asked"):
         (folder / f"{name}.json").write_text(json.dumps([
@@ -253,7 +253,7 @@ def write_instructions(folder: Path) -> dict[str, Any]:
 
 
 def copied(source: Path, target: Path) -> Path:
-    """A copy of a folder, links and all."""
+    """Copies a folder, including links as links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, target, symlinks=True)
     return target

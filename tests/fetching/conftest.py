@@ -1,4 +1,4 @@
-"""A publisher on loopback, and one of all official files."""
+"""Fixtures of a fake publisher on loopback, and one of all official files."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from codellm_jax.fetching import download
 
 @pytest.fixture
 def publisher(monkeypatch: pytest.MonkeyPatch) -> Iterator[Publisher]:
-    """One that serves nothing yet, to a client that is impatient."""
+    """A publisher without files, and a client with short timeouts."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(download, "TIMEOUT", 1.0)

@@ -1,11 +1,11 @@
-"""Makes the files of tests/model/golden/ anew: small random models of published families, with inputs and logits.
+"""Regenerates the files of tests/model/golden/: small random models of published families, with inputs and logits.
 
     pip install torch transformers
     python tests/model/golden.py
 
-Each file holds the tensors under their published names (numbers that float16 has exactly), the configuration as JSON,
-tokens int32 [2, L] and the logits float32 [2, L, V] that transformers computes in float32. `families_test.py` compares
-the decoder with them, and needs neither library.
+Each file holds the tensors under their published names (exact in float16), the configuration as JSON, tokens int32
+[2, L] and the logits float32 [2, L, V] that transformers computes in float32. `families_test.py` compares the decoder
+with them, and needs neither library.
 """
 
 import json
@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"model_type": "gpt_neox", "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2,
                  "num_attention_heads": 2, "intermediate_size": 22, "max_position_embeddings": 32, "rotary_pct": 0.25,
                  "use_parallel_residual": True, "tie_word_embeddings": False},
-    # One head of keys for all, and heads that are not D / H.
+    # A single head of keys, and a head size other than D / H.
     "llama": LLAMA | {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
     "llama_llama3": LLAMA | {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -51,7 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make(name: str, settings: dict[str, Any]) -> None:
-    """Writes one model, with parameters that hide nothing: biases and norms drawn too."""
+    """Writes a model with all parameters random, including biases and norms, so that no error stays hidden."""
     config = transformers.AutoConfig.for_model(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     model.eval()
@@ -63,7 +63,7 @@ def make(name: str, settings: dict[str, Any]) -> None:
             parameter.copy_((drawn + 1.0 if is_norm else drawn).to(torch.float16).to(torch.float32))
         tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=generator)
         logits = model(tokens).logits
-    # A tied head is named twice and stored once.
+    # A tied head has two names but is stored once.
     tensors = {key: parameter.detach().numpy().astype(np.float16) for key, parameter in model.named_parameters()}
     FOLDER.mkdir(exist_ok=True)
     np.savez_compressed(

@@ -1,4 +1,4 @@
-"""Cards without their picture, which takes longer to draw than most preparations here; tests of it ask for `draws`."""
+"""Cards without their figure, which takes longer to draw than most preparations here; its tests request `draws`."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from codellm_jax.prepare import card
 
 @pytest.fixture
 def draws() -> None:
-    """The card has its picture in this test."""
+    """The card has its figure in this test."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
-"""Stands in for `t5x train`, `t5x eval` and what surveys them, so that a study of ten runs takes seconds.
+"""Stands in for `t5x train`, `t5x eval` and their survey, so that a study of ten runs takes seconds.
 
-    python stand_in.py study FLAGS...    `t5x study`, whose commands are those below
-    python -m stand_in train FLAGS...    the lock, steps, a checkpoint at every fifth, and the files that tell of them
-    python -m stand_in eval FLAGS...     nothing is asked
-    python -m stand_in report DIR        nothing is written
+    python stand_in.py study FLAGS...    `t5x study` with the commands below
+    python -m stand_in train FLAGS...    the lock, steps, a checkpoint at every fifth step, and their files
+    python -m stand_in eval FLAGS...     evaluates nothing
+    python -m stand_in report DIR        writes nothing
 
-Every step and every end is a line of STUDY_DIR/log: run, step, process. A loss is a hash of all that the run and what
-it starts from were trained on, so that a run that is resumed amiss, or trained from an unfinished one, has another.
+Every step and every refusal is a line of STUDY_DIR/log: run, step, process. A loss is a hash of all training of the run
+and of the run from which it starts, so that it differs if a run is resumed wrongly, or trained from an unfinished one.
 """
 
 import fcntl
@@ -80,7 +80,7 @@ def train() -> None:
 
 
 def worker() -> None:
-    """`t5x study` with the commands above."""
+    """Runs `t5x study` with the commands above."""
     from codellm_jax import cli
     from codellm_jax.runtime import commands
     from codellm_jax.study import devices, execute, planned

@@ -1,4 +1,4 @@
-"""Files for the readers of instructions."""
+"""Files for tests of the readers of instructions."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def write(tmp_path: pathlib.Path) -> Callable[..., str]:
-    """Writes records as a JSON list, or text or bytes as they are, to a file below a folder; returns its path."""
+    """Writes records as a JSON list, or text or bytes unchanged, to a file in a folder; returns its path."""
 
     def write(name: str, content: object) -> str:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Small tokenizer.json files of each kind, trained here with the library `tokenizers`."""
+"""Small tokenizer.json files of each kind, trained with the library `tokenizers`."""
 
 import json
 import random
@@ -28,7 +28,7 @@ def _byte_level() -> Any:
 
 
 def _byte_fallback() -> Any:
-    """As Llama's: a space before each text, spaces as U+2581, rare characters as bytes, and <s> before each text."""
+    """Like Llama's: a space before each text, spaces as U+2581, rare characters as bytes, and <s> before each text."""
     made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
@@ -59,7 +59,7 @@ def facts() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def learned() -> list[str]:
-    """What they were trained on."""
+    """The texts on which they are trained."""
     return LEARNED
 
 

@@ -1,6 +1,6 @@
-"""Run directories of small random models, saved as training saves them.
+"""Run directories of small random models, saved as by training.
 
-A test that takes `decoder` is asked of each of DECODERS, one that takes `own_decoder` of those that are no family's.
+A test that takes `decoder` runs for each of DECODERS, one that takes `own_decoder` for those of no published family.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ NEOX: dict[str, Any] = {
     "positions": "rotary", "rotary_part": 0.25, "residual": "parallel", "activation": "gelu_exact",
     "tied_head": False, "query_layer": False, "hidden": 32}
 
-# Name -> the family that it is written as, and the values.
+# Maps names to the family as which the model is written, and the configuration.
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"query_layer": False, "hidden": 15, "heads": 3}),
     "gpt2_fast_gelu": ("gpt2", {"query_layer": False, "activation": "fast_gelu", "tied_head": False}),
@@ -62,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def random_parameters(config: DecoderConfig, seed: int = 0) -> Any:
-    """Parameters that hide nothing: biases and norms are drawn too."""
+    """Random parameters, including biases and norms, so that no error stays hidden."""
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), ids, ids, ids)["params"])
     leaves, tree = jax.tree.flatten(shapes)
@@ -75,14 +75,14 @@ def random_parameters(config: DecoderConfig, seed: int = 0) -> Any:
 
 @pytest.fixture(scope="session")
 def vocabulary() -> Vocabulary:
-    """The shipped one, with more rows than ids."""
+    """The shipped vocabulary, with more rows than ids."""
     return load_vocabulary("python_8k", multiple=200)
 
 
 @pytest.fixture
 def save_run(tmp_path: Path, vocabulary: Vocabulary) -> Callable[..., tuple[Path, DecoderConfig, Any]]:
-    """Saves a run of a decoder, whose vocabulary is the shipped one; returns its directory, the decoder and what the
-    newest checkpoint holds. `ledger` has what its ledger says besides.
+    """Saves a run of a decoder with the shipped vocabulary; returns its directory, the decoder and the newest
+    checkpoint's parameters. `ledger` adds to or replaces fields of its ledger.
     """
 
     def save(
