@@ -408,7 +408,7 @@ _compared: set[tuple[str, str]] = set()  # arrays that were opened, with the has
 
 
 def _opened(path: str, kept: int = 0) -> tensorstore.TensorStore:
-    """An array, opened once per process as opening costs far more than reading a batch; caches at least `kept` bytes."""
+    """An array, opened once per process because opening costs more than a batch; caches at least `kept` bytes."""
     if path not in _stores:
         of_source = min(BYTES_KEPT, BYTES_KEPT_IN_ALL // (1 + len(_stores)))  # bounds memory for many sources
         _stores[path] = open_store(path, kept=max(kept, of_source))
