@@ -23,7 +23,7 @@ class Ledger:
       vocabulary_hash: of the vocabulary's file.
       length: tokens of a row.
       rows: rows (in tuning: examples) trained on so far, by source name.
-      tokens: tokens that the loss counted, likewise.
+      tokens: tokens that the loss counted so far, by source name.
       conversations: in tuning, whether any source has examples with turns.
       phases: for each phase of the schedule its first row or example, "start", and its part of "rows".
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
@@ -138,7 +138,7 @@ def arm(ledger: Mapping[str, Any]) -> str:
     none of which is one of the paper's:
 
       NCC             two stages on documents, then tuned: a letter for each stage in order
-      NL-CODE         two stages on documents alone: NC is the paper's pre-training without code and tuning with it
+      NL-CODE         two stages, both on documents: NC is the paper's pre-training without code and tuning with it
       NC-C, NC-CODE   a stage after tuning follows a hyphen: tuned again, or trained on documents again
       imported-C      the training data of published weights is unknown; "imported" precedes the later stages, as also
                       in imported-NL and imported-NC

@@ -59,7 +59,7 @@ def cache_place(
     loss = asked or "all"
     of_documents, of_instructions = place({}), place({"instructions": [DOCUMENTS_VERSION, loss]} | template, loss)
     is_instructions = definitions.is_instructions(task)
-    if is_instructions is None:  # a cache tells, or else SeqIO's task, which must be opened then anyway
+    if is_instructions is None:  # known from a cache, or else from SeqIO's task, which is opened then anyway
         is_instructions = not of_documents.is_whole() and (
             of_instructions.is_whole() or "inputs" in open_task(task, definitions, stage).output_features)
     if asked and not is_instructions:
