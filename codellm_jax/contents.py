@@ -10,8 +10,8 @@ A file's type is detected from its content, never from its name:
 Other bytes that are not UTF-8 are passed on unchanged: a reader of records counts them, `whole_text` refuses them. A
 byte order mark at the start of a later line, where files were concatenated, is dropped like the first one.
 
-Needs only the standard library, so every module may import it, `tasks` too; etils for gs://, huggingface_hub for hf://,
-and zstandard for that compression.
+Needs only the standard library, so every module, including `tasks`, may import it; and etils for gs://, huggingface_hub
+for hf://, and zstandard for that compression.
 """
 
 import bz2
@@ -216,15 +216,15 @@ def lines(file: str, longest: int | None = None, source: Iterable[bytes] | None 
     """The lines of a file with their ends, in UTF-8 if its bytes are valid.
 
     Args:
-      longest: maximum bytes of a line; a longer one is given as b"". None sets no maximum.
+      longest: maximum bytes of a line; a longer one is returned as b"". None sets no maximum.
       source: a part of its bytes, in UTF-8, to read instead.
 
     Raises:
       OSError: the file cannot be read.
-      UnreadableFile: it is no text.
+      UnreadableFile: it is not text.
       BrokenFile: it is truncated or damaged; raised after all readable data.
     """
-    waiting: list[bytes] = []  # of a line that has no end yet
+    waiting: list[bytes] = []  # parts of a line without its end
     held, is_longer = 0, False
     broken = None
     try:
@@ -306,7 +306,7 @@ class _RemoteStream(io.RawIOBase):
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._held = contextlib.ExitStack()  # for gs:// the opener is not a stream but gives one
+        self._held = contextlib.ExitStack()  # for gs:// the opener is a context manager, not a stream
         self._stream = self._done(lambda: self._held.enter_context(remote(file).open("rb")))
 
     def _done(self, does: Callable[[], Any]) -> Any:
@@ -353,7 +353,7 @@ def _raw(file: str) -> Iterator[bytes]:
 
 
 def _from_head(found: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes; the first piece is long enough to detect the type, or holds everything, and may be empty."""
+    """Regroups the bytes so that the first piece suffices to detect the type, or is everything, perhaps empty."""
     head, broken = b"", None
     try:
         while len(head) < HEAD and (piece := next(found, b"")):

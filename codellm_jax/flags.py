@@ -61,7 +61,7 @@ EXAMPLES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """What `t5x` and its sub-commands take, --gin.NAME=VALUE left out."""
+    """The parser of `t5x` and its sub-commands, without --gin.NAME=VALUE."""
     whole = argparse.ArgumentParser(
         prog="t5x",
         description="Measures at which training stage code data helps a language model: trains, evaluates "
@@ -312,7 +312,7 @@ def without(arguments: Sequence[str], flag: str) -> list[str]:
 
 
 def words_of(flag: str, text: str) -> list[str]:
-    """The words of a flag's value, parted as a shell parts them. Raises ValueError for an open quotation."""
+    """The words of a flag's value, split as in a shell. Raises ValueError for an unclosed quotation."""
     try:
         return shlex.split(text)
     except ValueError as error:

@@ -1,9 +1,9 @@
 """Files of a hub, through huggingface_hub (extra `hf`): files of published models, hf://ORG/NAME[@REVISION], are
 downloaded; files of data sets, hf://datasets/ORG/NAME[@REVISION]/FILE, are streamed.
 
-That library provides the cache, the server and the access, with its variables HF_HOME, HF_ENDPOINT, HF_TOKEN
-and HF_HUB_OFFLINE. It is imported, and reads them, only when a name is used. It resumes interrupted downloads and
-checks the size of each file, but not the content; this module checks that, once for each file of a commit.
+That library handles the cache, the server and the access, with its variables HF_HOME, HF_ENDPOINT, HF_TOKEN and
+HF_HUB_OFFLINE. It is imported, and reads them, only when a name is used. It resumes interrupted downloads and checks
+the size of each file, but not the content; this module checks that, once for each file of a commit.
 """
 
 import contextlib
@@ -47,8 +47,7 @@ def snapshot(name: str, patterns: Sequence[str]) -> tuple[Path, str]:
 
     Raises:
       ValueError: the name is malformed, does not exist, or may not be read without a token.
-      OSError: the hub cannot be reached, the disk is full, or a file's content is wrong; all in one
-        line.
+      OSError: the hub cannot be reached, the disk is full, or a file's content is wrong; all in one line.
     """
     repository, revision = _parse(name)
     try:
@@ -99,14 +98,14 @@ def _endpoint() -> str:
 
 
 def _cache() -> str:
-    """The folder of the cache; likewise."""
+    """The folder of the cache, also read again."""
     from huggingface_hub import constants
 
     home = os.environ.get("HF_HOME")
     return os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else constants.HF_HUB_CACHE)
 
 
-@functools.cache  # once in a process
+@functools.cache  # once per process
 def _bound_waits() -> None:
     """Limits how long the library's requests wait for an answer, where it sets no limit."""
     import huggingface_hub
@@ -278,7 +277,7 @@ def _file_system() -> Any:
     except ImportError:
         raise ValueError(f"Names that begin with {HUB} need huggingface_hub: pip install 'codellm_jax[hf]'.") from None
     _bound_waits()
-    return huggingface_hub.HfFileSystem(endpoint=_endpoint())  # the same one each time
+    return huggingface_hub.HfFileSystem(endpoint=_endpoint())  # cached by the library
 
 
 @contextlib.contextmanager

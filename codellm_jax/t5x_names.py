@@ -76,7 +76,7 @@ SETTINGS = {
     "create_learning_rate_scheduler.warmup_steps": "WARMUP_STEPS",
     "create_learning_rate_scheduler.factors": "train.learning_rate",
 }
-# Its classes and functions, for the parameters that are not above.
+# Its classes and functions, for parameters that are not listed above.
 CLASSES = {
     "DatasetConfig": "MIXTURE_OR_TASK_NAME, TASK_FEATURE_LENGTHS and BATCH_SIZE",
     "SaveCheckpointConfig": "CHECKPOINT_PERIOD, train.keep_last and KEEP_STEPS",
@@ -121,7 +121,7 @@ COMMANDS = {
 
 
 def of_setting(name: str) -> str | None:
-    """The end of a message about one of T5X's settings or classes, scope and module before it or not; None of other
+    """The end of a message about one of T5X's settings or classes, with or without scope and module; None for other
     names.
     """
     parts = name.split("/")[-1].split(".")
@@ -132,7 +132,7 @@ def of_setting(name: str) -> str | None:
 
 
 def of_flag(flag: str) -> str | None:
-    """Likewise of one of T5X's flags, or of JAX's, which T5X takes."""
+    """The same for one of T5X's flags, or of JAX's, which T5X accepts."""
     if flag.startswith("--jax_"):
         return f"; JAX reads it from the environment, as {flag[2:].upper()}=VALUE."
     return _told(flag, FLAGS.get(flag))

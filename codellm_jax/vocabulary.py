@@ -1,9 +1,8 @@
 """The vocabulary: text to token ids and back, with a SentencePiece file or a tokenizer.json.
 
-A `Vocabulary` is a small frozen description of the file (its path, number of ids, end-of-document
-id and hash), so that it can be a static argument of `jax.jit`, be written beside a checkpoint,
-and be compared. The tokenizer itself is loaded at the first use
-and kept; `tokenizing` has a module for each kind of file.
+A `Vocabulary` is a small frozen description of the file (its path, number of ids, end-of-document id and hash), so that
+it can be a static argument of `jax.jit`, be written beside a checkpoint, and be compared. The tokenizer itself is
+loaded at the first use and kept; `tokenizing` has a module for each kind of file.
 """
 
 import dataclasses
@@ -34,8 +33,8 @@ class Vocabulary:
     Attributes:
       path: the tokenizer's file, or its folder.
       pieces: number of ids in the file.
-      size: number of rows of the model's embedding. Ids in [pieces, size) have no text and are never
-        produced by encoding.
+      size: number of rows of the model's embedding. Ids in [pieces, size) have no text and are never produced by
+        encoding.
       pad_id: the id that fills unused positions; may be the one that ends a document.
       end_of_document_id: the id that ends every document. `encode` does not append it.
       content_hash: SHA-256, in hexadecimal, of the file's bytes and of everything else that changes ids.
@@ -88,12 +87,12 @@ class Vocabulary:
 
         Many tokenizers (Llama's) put a space before a text. After another text that space would be wrong: it is left
         out, and `decode_after` restores the text. Tokenizers that also merge blanks (T5's) lose those between the two
-        anyway; for them the result is that of `encode`, with the space that separates the two.
+        anyway; for them the result is that of `encode`, with the separating space.
         """
         return self.encode(text) if self._begins_text(context) else self.encode_all([text], behind=True)[0]
 
     def encode_all(self, texts: Sequence[str], threads: int = 1, behind: bool = False) -> list[list[int]]:
-        """`encode` of each text, with several threads; with `behind`, `encode_after` each of those contexts."""
+        """`encode` of each text, with several threads; with `behind`, as `encode_after` some context."""
         return self._backend.encode(texts, threads, behind)
 
     def encode_with_special(self, text: str) -> list[int]:
@@ -104,8 +103,7 @@ class Vocabulary:
         """Text of token ids.
 
         Special tokens, including padding and end of document, have no text. An id in [pieces, size), which an untrained
-        model may sample, becomes the unknown piece, in a tokenizer.json U+FFFD; invalid UTF-8 becomes
-        U+FFFD.
+        model may sample, becomes the unknown piece, in a tokenizer.json U+FFFD; invalid UTF-8 becomes U+FFFD.
 
         Raises:
           ValueError: an id is not in [0, size).
@@ -169,8 +167,8 @@ class Vocabulary:
     def bytes_of_ids(self) -> list[bytes]:
         """For each id in [0, pieces) its UTF-8 bytes; joined, they are the text.
 
-        A text can thus be cut between any two ids, even within a character. Special tokens are empty. Vocabularies
-        of other origin may put a space before the text.
+        A text can thus be cut between any two ids, even within a character. Special tokens are empty. Vocabularies not
+        trained here may put a space before the text.
         """
         return list(_bytes_of_ids(self))
 
@@ -203,8 +201,7 @@ def load_vocabulary(
         local or gs://; a folder that holds either; or hf://ORG/NAME[@REVISION].
       pad_id: the padding id; if nothing names one, the id that ends a document.
       end_of_document_id: the id that ends a document.
-      multiple: the embedding's size is padded up to a multiple of this, for even shards and full
-        tiles.
+      multiple: the embedding's size is padded up to a multiple of this, for even shards and full tiles.
       size: rows of the embedding, instead of the size from `multiple`.
       begin_id: the id that documents and prompts begin with; -1 for none.
       text_form: how texts are transformed before tokenization: "plain" (unchanged) or "pangu".

@@ -1,1 +1,1 @@
-"""A trained model asked: benchmarks, prompts, other suites; log-likelihoods and decoding. Knows no gin."""
+"""Evaluation and inference: benchmarks, prompts, other suites; log-likelihoods and decoding. Independent of gin."""

@@ -14,19 +14,19 @@ SHORTEST = 16  # tokens in the smallest bucket; all lengths below it share its p
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is not below `number`, at least 1."""
+    """The smallest power of two that is at least `number`, and at least 1."""
     return 1 << max(0, number - 1).bit_length()
 
 
 def length_bucket(length: int, longest: int) -> int:
-    """The least of 16, 32, 64, 80, 96, 112, 128, 160, ... (four to the octave from 64 on) not below `length`.
+    """The smallest of 16, 32, 64, 80, 96, 112, 128, 160, ... (four per octave from 64 on) that holds `length`.
 
-    At most 20% of a row is padding from 64 tokens on. The list ends with `longest`, whatever it is: 19 lengths up to
+    From 64 tokens on, at most 20% of a row is padding. The list ends with `longest`, whatever it is: 19 lengths up to
     1,024, four more for each doubling.
 
     Args:
       length: tokens, at most `longest`.
-      longest: the longest row that there is.
+      longest: the longest possible row.
     """
     octave = power_of_two(length)
     if octave <= 64:
@@ -36,19 +36,19 @@ def length_bucket(length: int, longest: int) -> int:
 
 
 def shards_of(sharding: NamedSharding | None) -> int:
-    """Parts that a [B, ...] sharding cuts the batch axis into; B must be a multiple of it."""
+    """The number of parts into which a [B, ...] sharding splits the batch axis; B must be a multiple of it."""
     if sharding is None:
         return 1
     return sharding.num_devices // sharding.shard_shape((sharding.num_devices, 1))[0]
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is not below `number`."""
+    """The smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple
 
 
 def place(array: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
-    """An array [B] or [B, ...] that every process holds whole, laid out over the devices by its batch axis."""
+    """Shards an array [B] or [B, ...], which every process holds whole, over the devices by its batch axis."""
     if sharding is None:
         return jax.numpy.asarray(array)
     spec = PartitionSpec(*tuple(sharding.spec)[:1], *[None] * (array.ndim - 1))
@@ -64,7 +64,7 @@ def replicate(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 
 
 def unknown_id(ids: Sequence[int], vocabulary_size: int) -> int | None:
-    """An id outside [0, vocabulary_size), which the device would not notice; None if there is none."""
+    """An id outside [0, vocabulary_size), which the device would not detect; None if there is none."""
     lowest, highest = min(ids, default=0), max(ids, default=0)
     if lowest < 0:
         return lowest

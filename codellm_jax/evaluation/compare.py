@@ -1,12 +1,12 @@
-"""Two runs on the same questions: paired tests, corrected for being several.
+"""Compares two runs on the same questions, by paired tests corrected for multiple comparisons.
 
     t5x compare runs/tune_text runs/tune_mixed
 
-Beside an accuracy stand the other measures of the same questions (`results.measures`), which tell small models apart
-where right and wrong do not.
+Accuracies come with the other measures of the same questions (`results.measures`), which can distinguish small models
+where accuracy cannot.
 
-Only tasks that both runs were evaluated on are compared, and only where the questions were the very same, template and
-data included. The stages of the runs are told beside, for a difference is due to one of them only where the others are
+Only tasks on which both runs were evaluated are compared, and only if the questions were identical, including template
+and data. The stages of the runs are also listed, because a difference is due to one of them only if the others are
 equal.
 """
 
@@ -30,11 +30,11 @@ class OfMeasure(NamedTuple):
 
     name: str
     unit: str
-    n: int  # questions that have it
+    n: int  # questions with this measure
     first: float
     second: float
     found: Compared
-    corrected: float  # p by Holm's method, over the tasks that have this measure
+    corrected: float  # p by Holm's method, over the tasks with this measure
 
 
 class Comparison(NamedTuple):
@@ -45,25 +45,25 @@ class Comparison(NamedTuple):
     first: float
     second: float
     interval: Interval  # of the difference, 95%, by paired bootstrap
-    only_first: int | None  # questions that the first run alone has right; None where answers are more or less right
+    only_first: int | None  # questions that only the first run answers correctly; None where scores are graded
     only_second: int | None
-    p_value: float  # McNemar's exact test, or else of sign flips or of the paired bootstrap
+    p_value: float  # of McNemar's exact test, sign flips, or the paired bootstrap
     corrected: float  # by Holm's method, over the tasks
-    detectable: float | None  # the smallest difference that these questions show
-    ties: tuple[int, int] = (0, 0)  # of either run, which count 1 / k
-    measures: tuple[OfMeasure, ...] = ()  # beside an accuracy
+    detectable: float | None  # the smallest difference that these questions can show
+    ties: tuple[int, int] = (0, 0)  # of each run; they count 1 / k
+    measures: tuple[OfMeasure, ...] = ()  # other than the accuracy
 
 
 class NotMeasured(NamedTuple):
-    """A task that says nothing, for most questions of a run are ties."""
+    """A task without a result, because most questions of a run are ties."""
 
     task: str
     n: int
-    ties: tuple[int, int]  # of either run
+    ties: tuple[int, int]  # of each run
 
 
 def compare(first: str, second: str) -> list[Comparison | NotMeasured]:
-    """The tasks that both run directories have results of, by name.
+    """The tasks for which both run directories have results, by name.
 
     Raises:
       FileNotFoundError: a run has no results, or the two have no task in common.
@@ -104,7 +104,7 @@ def compare(first: str, second: str) -> list[Comparison | NotMeasured]:
 
 def _measures(lines: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]],
               scoring: str) -> tuple[OfMeasure, ...]:
-    """What stands beside the accuracy of two runs, of the same questions; nothing of written answers."""
+    """The measures of two runs on the same questions other than the accuracy; none for written answers."""
     ours, theirs = (values(each, scoring) for each in (lines, others))
     found = []
     for measure in MEASURES:
@@ -117,7 +117,7 @@ def _measures(lines: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, 
 
 
 def _corrected(found: Sequence[Comparison | NotMeasured]) -> list[Comparison | NotMeasured]:
-    """The same with p-values corrected for being of several tasks, those of each measure by themselves."""
+    """The comparisons with p-values corrected for the number of tasks, separately for each measure."""
     told = [one for one in found if isinstance(one, Comparison)]
     scores = _holm_by_task({one.task: one.p_value for one in told})
     beside = {measure.name: _holm_by_task({one.task: of.found.p_value for one in told for of in one.measures
@@ -132,7 +132,7 @@ def _holm_by_task(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _results(run: str) -> dict[str, tuple[Mapping[str, Any], list[dict[str, Any]]]]:
-    """For each task of a run its result, and the lines of its questions."""
+    """For each task of a run, its result and the lines of its questions."""
     folder = epath.Path(run).expanduser() / "results"
     found: dict[str, tuple[Mapping[str, Any], list[dict[str, Any]]]] = {}
     for path in files_of(folder, ".json"):
@@ -179,7 +179,7 @@ def table(comparisons: Sequence[Comparison | NotMeasured], first: str, second: s
 
 
 def _row_of_measure(one: OfMeasure) -> str:
-    """Its line of the table; a probability in per cent, the others in their unit."""
+    """The table's line for a measure; probabilities in per cent, others in their unit."""
     name, scale, digits = {"bits_per_byte": ("bits per byte", 1, 3), "probability": ("probability", 100, 2)}.get(
         one.name, (f"{one.name}, {one.unit}", 1, 3))
     interval = one.found.interval and " - ".join(f"{scale * bound:+.{digits}f}" for bound in one.found.interval)
@@ -190,8 +190,8 @@ def _row_of_measure(one: OfMeasure) -> str:
 
 
 def stages(first: str, second: str) -> str:
-    """Lines of text: the stages of either run, and in how many of them the two differ where these are more than one;
-    empty where nothing tells of a run's stages.
+    """Lines of text: the stages of each run, and the number in which the two differ if it is more than one; empty if a
+    run's stages are unknown.
     """
     lines_of_stages = [_stages(run) for run in (first, second)]
     if not all(lines_of_stages):
@@ -205,7 +205,7 @@ def stages(first: str, second: str) -> str:
 
 
 def _stages(run: str) -> list[Mapping[str, Any]]:
-    """The ledgers of the stages that a run went through, its own last; empty where it has no provenance.json."""
+    """The ledgers of a run's stages, its own last; empty if it has no provenance.json."""
     folder = epath.Path(run).expanduser()
     provenance = read_provenance(folder, ("ledger",), ("stage", "rows", "tokens"))
     if provenance is None:
@@ -223,8 +223,8 @@ def _told(stage: Mapping[str, Any]) -> str:
 
 
 def _differing(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> int:
-    """In how many stages two lines of them differ: those that are left without equal ones at either end, and without
-    the part of a trunk that both have.
+    """The number of stages in which two sequences differ, after removing equal ones at both ends and the part of a
+    trunk that both share.
     """
     one, other = list(first), list(second)
     while one and other and _equal(one[-1], other[-1]):
@@ -237,7 +237,7 @@ def _differing(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str,
 
 
 def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two stages were trained on equally much of the same sources; under two seeds, to a row or two."""
+    """Whether two stages were trained on equal amounts of the same sources; with different seeds, to a row or two."""
     sources = one["rows"].keys() | other["rows"].keys()
     return one["stage"] == other["stage"] and one.get("epoch_rows") == other.get("epoch_rows") and all(
         abs(one["rows"].get(name, 0) - other["rows"].get(name, 0)) <= len(sources) for name in sources) and (

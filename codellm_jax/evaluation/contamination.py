@@ -1,13 +1,13 @@
-"""Contamination: which questions of the benchmarks stand in what a run trains on.
+"""Contamination: finds benchmark questions in a run's training data.
 
     t5x contamination --gin_file=gin/mixed_pretrain.gin --gin.DATA_DIR=/data
 
-A question overlaps with a source if any of its n-grams, 13 words by default or 26 characters of Chinese, stands in the
-source's training text (`mixture/ngrams.py` says what a word and an n-gram are, `tasks/benchmarks/texts.py` what belongs
-to a question). What is searched are the cached training rows, whole sources, whatever share of a run falls to them: the
-arms of a study are compared on the same questions. Where a run starts from another, the rows of that one's stages are
-searched, too. A passage that a question is asked about counts like the question itself. So an overlap is a reason to
-look, and to see the score without these questions.
+A question overlaps with a source if any of its n-grams, 13 words by default or 26 characters of Chinese, occurs in the
+source's training text (`mixture/ngrams.py` defines words and n-grams, `tasks/benchmarks/texts.py` the parts of a
+question). The search covers the cached training rows of whole sources, whatever their share in a run, so that the arms
+of a study are compared on the same questions. If a run starts from another, the rows of that run's stages are also
+searched. A passage to which a question refers counts like the question itself. An overlap is therefore a reason to
+look closer, and at the score without these questions.
 """
 
 import ast
@@ -41,7 +41,7 @@ SHOWN = 100  # characters of an n-gram
 
 
 class Texts(Protocol):
-    """Where the texts of questions come from. `tasks.benchmarks.judging.Benchmarks` is one."""
+    """The source of the texts of questions. `tasks.benchmarks.judging.Benchmarks` is one."""
 
     def texts(self, task: str) -> Any:
         """A `tasks.benchmarks.texts.Texts`."""
@@ -50,21 +50,21 @@ class Texts(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Contamination:
-    """What is looked for.
+    """The settings of a search for contamination.
 
     Attributes:
       tasks: names of benchmarks, or files of questions.
       benchmarks: reads their questions.
       ngram: words of an n-gram.
-      minimum: words that a shorter part of a question must have to be looked for as a whole.
-      characters, minimum_characters: the same of Chinese and other scripts without spaces.
-      most: an n-gram that more questions of one task have is the task's manner of asking, and does not count.
-      processes: at most so many processes search at once; None for as many as there are cores.
+      minimum: words that a shorter part of a question must have to be searched for as a whole.
+      characters, minimum_characters: the same for Chinese and other scripts without spaces.
+      most: an n-gram that more questions of one task share is part of the task's wording, and does not count.
+      processes: the most processes that search at once; None for one per core.
     """
 
     tasks: Sequence[str]
     benchmarks: Texts
-    ngram: int = 13  # these are those of `mixture/ngrams.py`, in numbers for the reference
+    ngram: int = 13  # these equal the defaults of `mixture/ngrams.py`, as numbers for the reference
     minimum: int = 8
     characters: int = 26
     minimum_characters: int = 16
@@ -85,10 +85,10 @@ class Contamination:
 def mixtures_behind(
     configuration: Configuration, report: Callable[[str], None] = print
 ) -> list[tuple[Mixture, Vocabulary]]:
-    """What the run was trained on that a run's configuration starts from, stage by stage, each with its vocabulary.
+    """The training data of the run that a configuration starts from, stage by stage, each with its vocabulary.
 
-    It is read from the settings that checkpoints keep, of which plain values alone are taken. `report` is told of
-    stages that cannot be searched: published weights, and runs whose directories are gone.
+    It is read from the settings in checkpoints, of which only plain values are used. `report` receives a line for each
+    stage that cannot be searched: published weights, and runs whose directories are gone.
 
     Raises:
       FileNotFoundError, ValueError: in one line; the run has no checkpoint.
@@ -122,19 +122,19 @@ def measure(
     """Searches every source of some mixtures, each once, for the questions of every task.
 
     Args:
-      contamination: what for.
-      mixtures: each with what it is tokenized with; rows that are not cached yet are.
-      report: is told a line now and then.
-      known: what was found before; given back, and nothing searched, if it is of the very same questions and rows.
+      contamination: the settings.
+      mixtures: each with its vocabulary; rows that are not cached yet are cached.
+      report: called with a line of progress now and then.
+      known: an earlier result; returned without a search if its questions and rows are the same.
 
     Returns:
       As JSON: {"n": ..., "sources": {SOURCE: ...}, "tasks": {TASK: {"questions": N, "not_measurable": M, "data": the
       hash of its files, "sources": {SOURCE: {"overlapping": K, "ids": [...], "ngrams": {id: words}}}}}}. TASK and ids
-      are those of an evaluation's result files. A source that several mixtures have under other vocabularies or lengths
-      is searched in each form, and a question counts if any form holds it.
+      are those of an evaluation's result files. A source that mixtures use with different vocabularies or lengths is
+      searched in each form, and a question counts if any form contains it.
 
     Raises:
-      ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit.
+      ValueError, FileNotFoundError: in one line, for invalid names, files and settings.
     """
     found_texts = [contamination.benchmarks.texts(task) for task in dict.fromkeys(contamination.tasks)]
     require_names([task.name for task in found_texts])
@@ -172,7 +172,7 @@ def measure_into(
     path: str, contamination: Contamination, mixtures: Sequence[tuple[Mixture, Vocabulary]],
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """What `measure` gives, written to a file, local or gs://; where the file has it already nothing is searched."""
+    """Writes the result of `measure` to a file, local or gs://; nothing is searched if the file already has it."""
     file = epath.Path(path).expanduser()
     try:
         known = json.loads(file.read_text()) if file.exists() else None
@@ -188,7 +188,7 @@ def measure_into(
 def _searched(
     sources: Sequence[Trained], ngrams: NGrams, processes: int, report: Callable[[str], None]
 ) -> np.ndarray:
-    """What `search` gives, with progress."""
+    """The result of `search`, with a progress line."""
     began, total = time.monotonic(), sum(source.rows.count for source in sources)
     status = StatusLine(0, total, True, unit="row")
 
@@ -204,7 +204,7 @@ def _searched(
 
 
 def _described(sources: Sequence[Trained]) -> dict[str, Any]:
-    """What is searched, as JSON."""
+    """The searched sources, as JSON."""
     described: dict[str, Any] = {}
     for source in sources:
         rows = source.rows
@@ -216,7 +216,7 @@ def _described(sources: Sequence[Trained]) -> dict[str, Any]:
 
 
 def _tokens(source: Trained) -> int:
-    """Tokens that are searched."""
+    """The number of searched tokens."""
     rows = source.rows
     if source.stage == "tuning":
         return int(example_sizes(rows).positions.sum()) + rows.count
@@ -224,7 +224,7 @@ def _tokens(source: Trained) -> int:
 
 
 def table(measured: Mapping[str, Any]) -> str:
-    """Lines of text: for each task the questions that overlap, and with which sources, with an n-gram for each."""
+    """Lines of text: for each task the overlapping questions and their sources, with an n-gram for each."""
     lines = [f"{'task':<28} {'questions':>10} {'not tested':>10} {'overlap':>9}   of them in"]
     examples = []
     for name, task in measured["tasks"].items():

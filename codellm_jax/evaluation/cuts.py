@@ -1,16 +1,16 @@
-"""What of a question too long for the model is left out: last of all what tells its candidates apart.
+"""Cuts questions that are too long for the model, keeping the differences between candidates as long as possible.
 
     kept = fitted([(prompt, continuation), ...], length)  # token ids of each candidate
 
-A question that fits is left as it is. Of one that does not, every candidate loses the same from what all have in
-common, so that their scores stay comparable. In this order, until the longest candidate fits:
+A question that fits is unchanged. Of one that does not, every candidate loses the same tokens from the parts that all
+share, so that their scores stay comparable. These are cut in order, until the longest candidate fits:
 
-  1. the common beginning of the prompts, from its beginning;
-  2. the common end of the prompts, behind what differs, from its beginning too: what stands next to the continuation
-     stays. One token of a prompt always stays, for it predicts the continuation's first.
-  3. where prompts differ, the end of the continuations: each keeps as many tokens as the longest prompt leaves. Where
-     they do not, candidates differ in their continuations: the common beginning of these, then their common end;
-  4. what differs, where it is too long by itself: the beginning of a prompt, the end of a continuation.
+  1. the common beginning of the prompts, from its start;
+  2. the common end of the prompts, also from its start, so that the text next to the continuation stays. One token of
+     a prompt always stays, because it predicts the continuation's first.
+  3. if prompts differ, the end of the continuations: each keeps as many tokens as the longest prompt leaves. If they
+     do not, candidates differ in their continuations: the common beginning of these, then their common end;
+  4. the differing parts, if they alone are too long: the beginning of a prompt, the end of a continuation.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Tokens = Sequence[int]
 
 
 class Fitted(NamedTuple):
-    """A candidate as the model can take it: token ids, together at most its positions and one."""
+    """A candidate that fits the model: token ids, in all at most its positions plus one."""
 
     prompt: Tokens
     continuation: Tokens
@@ -29,7 +29,7 @@ class Fitted(NamedTuple):
 
 
 def fitted(candidates: Sequence[tuple[Tokens, Tokens]], length: int) -> list[Fitted]:
-    """The candidates of one question, (prompt, continuation) each, as a model of `length` positions can take them.
+    """Cuts the candidates of one question, (prompt, continuation) each, to fit a model of `length` positions.
 
     The last token of a continuation is only predicted, so prompt and continuation have room for length + 1 tokens.
     """
@@ -60,19 +60,19 @@ def _cut(prompts: list[list[int]], continuations: list[list[int]], room: int) ->
 
 
 def _without(prompt: list[int], beginning: int, end: int, count: int) -> list[int]:
-    """A prompt without `count` tokens of its common parts, of those at its end no more than the beginning lacks."""
+    """A prompt without `count` tokens of its common parts, taken from the beginning first, then from the end."""
     first, behind = min(count, beginning), len(prompt) - end
     return prompt[first:behind] + prompt[behind + count - first :]
 
 
 def _excess(prompts: list[list[int]], continuations: list[list[int]], room: int) -> int:
-    """By how many tokens the longest candidate is too long; 0 or less where all fit."""
+    """The number of tokens by which the longest candidate is too long; 0 or less if all fit."""
     return max(len(prompt) + len(continuation) for prompt, continuation in zip(
         prompts, continuations, strict=True)) - room
 
 
 def _common(texts: list[list[int]]) -> tuple[int, int]:
-    """Tokens that all have in common at the beginning, and behind these at the end."""
+    """The number of tokens common to all at the beginning, and of the rest at the end."""
     shortest, first = min(map(len, texts)), texts[0]
     beginning = next((i for i in range(shortest) if any(text[i] != first[i] for text in texts)), shortest)
     end = next((i for i in range(shortest - beginning) if any(text[-1 - i] != first[-1 - i] for text in texts)),
@@ -81,7 +81,7 @@ def _common(texts: list[list[int]]) -> tuple[int, int]:
 
 
 def _needed(texts: list[list[int]], common: int) -> int:
-    """Common tokens that must stay, so that every text keeps one."""
+    """The number of common tokens that must stay, so that every text keeps at least one."""
     return min(common, int(min(map(len, texts)) == common))
 
 

@@ -4,12 +4,12 @@
         ...
     texts = generate(params, config, prompts, PAPER_SAMPLING, stop_ids={end})      # all at once
 
-Prompts of a batch are padded on the right to one length, in a segment of their own that no token sees; new tokens go
-into the slots behind, at positions that go on from each prompt's own end. Tokens are drawn on the device in turns of
-`turn` steps; between two turns the host looks which rows have ended.
+Prompts of a batch are padded on the right to one length, with a separate segment for the padding that no token attends
+to. New tokens go into the slots after it, at positions that continue from each prompt's end. Tokens are drawn on the
+device in turns of `turn` steps; between turns the host checks which rows have ended.
 
-The randomness of a token depends on the seed, the number of its request, its step and its id, on nothing else: not on
-what stands beside it in the batch. Shape suffixes are explained at the top of `decoder.py`.
+The randomness of a token depends only on the seed, the number of its request, its step and its id, not on the rest of
+the batch. Shape suffixes are explained at the top of `decoder.py`.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ from codellm_jax.evaluation.buckets import SHORTEST, place, power_of_two, replic
 from codellm_jax.evaluation.sampling import Sampling, draw
 from codellm_jax.model.decoder import Decoder, DecoderConfig, blocks_apart, init_cache
 
-TURN = 16  # steps between two looks of the host
-# Layers up to which blocks are compiled one by one, which takes a quarter of a second each; a scan over more of them
-# copies each block's cache, and its kernels, at each step.
+TURN = 16  # steps between two checks by the host
+# Up to this many layers, blocks are compiled one by one, which takes a quarter of a second each; a scan, used for more
+# layers, copies each block's cache and kernels at each step.
 FEW = 24
 
 
 class Generation(NamedTuple):
-    """What one prompt was continued with.
+    """The continuation of one prompt.
 
     Attributes:
       ids: the new tokens, without a stop id.
-      reason: "end", a stop id came; "stop", `stopped` said so; "length", `max_new_tokens` or the model's last position
-        is reached.
-      prompt_tokens_cut: tokens left out at the beginning of a prompt too long.
+      reason: "end", a stop id was drawn; "stop", `stopped` returned True; "length", `max_new_tokens` or the model's
+        last position was reached.
+      prompt_tokens_cut: tokens cut from the beginning of a prompt that is too long.
     """
 
     ids: list[int]
@@ -49,7 +49,7 @@ class Generation(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one turn added to one row: new tokens, and why the row ended, if it did (see `Generation`)."""
+    """The new tokens of one row in one turn, and the reason if the row ended (see `Generation`)."""
 
     row: int  # index of the prompt
     ids: list[int]
@@ -70,10 +70,10 @@ def generate(
 
     Args:
       params, config, prompts, sampling, seed, options: as for `stream`.
-      progress: called with prompts done and prompts in all, each time that some are done.
+      progress: called with prompts done and prompts in all, each time that one is done.
 
     Returns:
-      A generation for each prompt, in their order.
+      A generation for each prompt, in order.
     """
     ids: list[list[int]] = [[] for _ in prompts]
     reasons = [""] * len(prompts)
@@ -95,7 +95,7 @@ def generate(
 def prompt_tokens_cut(prompt: Sequence[int], length: int, room: int = 1) -> int:
     """Tokens cut from the beginning of a prompt, so that a model of `length` positions can add `room` tokens.
 
-    The last new token is never an input, so prompt and new tokens are length + 1 at most.
+    The last new token is never an input, so prompt and new tokens have room for length + 1 tokens.
     """
     return max(0, len(prompt) - (length + 1 - room))
 
@@ -116,32 +116,32 @@ def stream(
     turn: int = TURN,
     sharding: NamedSharding | None = None,
 ) -> Iterator[Piece]:
-    """Continues every prompt, and yields what each turn added to each row of a batch that has not ended.
+    """Continues every prompt, and yields each turn's new tokens for each row of a batch that has not ended.
 
-    The same seed and numbers give the same tokens whatever the batch size, the order, `turn` and the mesh, but for
-    ties that rounding decides: logits of differently shaped programs differ in their last bits.
+    The same seed and numbers give the same tokens for any batch size, order, `turn` and mesh, except for ties decided
+    by rounding: logits of differently shaped programs differ in their last bits.
 
     Args:
       params: the decoder's parameters.
       config: the decoder's configuration.
-      prompts: token ids, at least one each; of a prompt too long the end is kept (`prompt_tokens_cut`).
+      prompts: token ids, at least one each; of a prompt that is too long the end is kept (`prompt_tokens_cut`).
       sampling: how tokens are drawn.
       seed: of all draws.
-      numbers: of each request, in [0, 2^32), which its draws depend on. Default: 0, 1, 2, ... Several samples of one
+      numbers: of each request, in [0, 2^32), on which its draws depend. Default: 0, 1, 2, ... Several samples of one
         prompt need different numbers.
       stop_ids: tokens that end a row; they are not part of it.
-      stopped: told a row (an index of `prompts`) and all of its new tokens, says whether they hold what should stop
-        it. The row is cut behind the first token with which the answer is yes; so the answer must stay yes with more
-        tokens. It is asked a few times a turn.
-      drawable: ids from here on are never drawn: rows of the embedding that stand for nothing. Default: all are.
+      stopped: given a row (an index into `prompts`) and all of its new tokens, returns whether they contain a stop
+        condition. The row is cut after the first token at which it is True, so it must stay True with more tokens. It
+        is called a few times per turn.
+      drawable: ids from here on are never drawn: rows of the embedding without a token. Default: all can be drawn.
       room: positions that a prompt must leave, at least 1.
-      batch_size: rows at a time; prompts of similar length go together.
-      turn: steps between two looks.
+      batch_size: rows at a time; prompts of similar length are batched together.
+      turn: steps between two checks.
       sharding: of a [batch, length] array; call under its mesh and the rules of the logical axes, as in training.
         None: one device.
 
     Raises:
-      ValueError: in one line, if a prompt is empty or holds an unknown id, or an argument is out of its range.
+      ValueError: in one line, if a prompt is empty or contains an unknown id, or an argument is out of range.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     drawable = config.vocabulary_size if drawable is None else drawable
@@ -172,9 +172,9 @@ def _batches(
     numbers: Sequence[int], stop_ids: frozenset[int], stopped: Callable[[int, list[int]], bool] | None, drawable: int,
     batch_size: int, turn: int, sharding: NamedSharding | None,
 ) -> Iterator[Piece]:
-    """Batch after batch, the longest prompts first."""
+    """Generates batch by batch, the longest prompts first."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    rule = dataclasses.replace(sampling, max_new_tokens=1)  # which is no part of the program
+    rule = dataclasses.replace(sampling, max_new_tokens=1)  # so that it does not change the program
     params_of_blocks = _apart(params, config=config)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -189,7 +189,7 @@ def _batches(
         while live:
             used += turn
             if used > slots:
-                # Slots double, so that few programs are compiled and few steps look at empty slots.
+                # Slots double, so that few programs are compiled and few steps attend to empty slots.
                 slots = power_of_two(used)
                 state = state._replace(cache=_grow(state.cache, slots=slots))
             state, ids_SB = _advance(
@@ -210,11 +210,11 @@ def lower_largest(
     params: Any, config: DecoderConfig, sampling: Sampling, *, batch_size: int = 16, turn: int = TURN,
     sharding: NamedSharding,
 ) -> jax.stages.Lowered:
-    """The program of a turn behind prompts as long as the model, to be compiled ahead of time.
+    """The program of a turn after prompts of the model's length, for ahead-of-time compilation.
 
-    Arguments as for `stream`; `params` may be abstract, and the mesh of devices that are not there. The cache lies on
-    the mesh by rows and heads, as `Attention` lays it. The program cuts the parameters into blocks, which `stream` does
-    once beforehand: both copies of them count, as they do there.
+    Arguments as for `stream`; `params` may be abstract, and the mesh may have devices that are not attached. The cache
+    is sharded by rows and heads, as in `Attention`. The program splits the parameters into blocks, which `stream` does
+    once beforehand; both copies count towards memory, as they do there.
     """
     rows = round_up(power_of_two(batch_size), shards_of(sharding))
     slots = power_of_two(config.length + turn)
@@ -241,7 +241,7 @@ def lower_largest(
 
 
 class _Progress:
-    """The tokens of one row, as the host keeps them."""
+    """The tokens of one row on the host."""
 
     def __init__(self, config: DecoderConfig, prompt_length: int, max_new_tokens: int) -> None:
         self.ids: list[int] = []
@@ -250,13 +250,13 @@ class _Progress:
     def add(
         self, new: list[int], stop_ids: frozenset[int], stopped: Callable[[list[int]], bool] | None
     ) -> tuple[list[int], str | None]:
-        """Adds a turn's tokens; returns those that count and why the row ended, or None."""
+        """Adds a turn's tokens; returns those that count, and the reason why the row ended, or None."""
         new = new[: self.most - len(self.ids)]
         end = next((i for i, token in enumerate(new) if token in stop_ids), None)
         new = new[:end]
         reason: str | None
         if stopped is not None and new and stopped([*self.ids, *new]):
-            low, high = 1, len(new)  # the answer is yes with `high` new tokens; find the fewest
+            low, high = 1, len(new)  # `stopped` is True with `high` new tokens; find the fewest
             while low < high:
                 middle = (low + high) // 2
                 low, high = (low, middle) if stopped([*self.ids, *new[:middle]]) else (middle + 1, high)
@@ -273,18 +273,18 @@ class _Progress:
 
 
 class _State(NamedTuple):
-    """Between two steps."""
+    """The state between two steps."""
 
     cache: Any
-    logits_BV: jax.Array  # float32, of the token to be drawn
-    counts_BV: jax.Array | None  # float32, how often each token was generated; None if nobody asks
+    logits_BV: jax.Array  # float32, of the next token
+    counts_BV: jax.Array | None  # float32, how often each token was generated; None without penalties
     step: jax.Array  # int32 scalar, tokens generated
 
 
 def _begin(
     params: Any, config: DecoderConfig, prompts: list[list[int]], counted: bool, sharding: NamedSharding | None
 ) -> tuple[_State, jax.Array]:
-    """The state behind the prompts, and the position int32 [B] of each row's first new token."""
+    """The state after the prompts, and the position int32 [B] of each row's first new token."""
     size = round_up(power_of_two(len(prompts)), shards_of(sharding))
     length = min(config.length, max(SHORTEST, power_of_two(max(map(len, prompts)))))
     tokens_BL, segments_BL = np.zeros((2, size, length), np.int32)
@@ -301,7 +301,7 @@ def _read_prompts(
     params: Any, tokens_BL: jax.Array, segments_BL: jax.Array, length_B: jax.Array, *, config: DecoderConfig,
     counted: bool,
 ) -> _State:
-    """Fills a cache that has just the slots for the prompts; the logits are those behind each one's last token."""
+    """Fills a cache with just the slots for the prompts; the logits are those after each prompt's last token."""
     batch, length = tokens_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(length), tokens_BL.shape)
     variables = {"params": params, "cache": init_cache(config, batch, length)}
@@ -314,7 +314,7 @@ def _read_prompts(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _apart(collection: Any, *, config: DecoderConfig) -> Any:
-    """Parameters or a cache, each block's by themselves if blocks are few."""
+    """Parameters or a cache, with separate blocks if blocks are few."""
     return blocks_apart(collection, config.dtype) if config.layers <= FEW else collection
 
 
@@ -322,7 +322,7 @@ def _append(
     config: DecoderConfig, variables: Any, tokens_BL: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array,
     last_B: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    """Appends tokens to the cache; returns the logits [B, V] behind the ones at `last_B`, and the cache."""
+    """Appends tokens to the cache; returns the logits [B, V] after the ones at `last_B`, and the cache."""
     decoder = Decoder(config, apart="blocks" not in variables["cache"])
     applied: Any = decoder.apply(variables, tokens_BL, positions_BL, segments_BL, decode=True, mutable=["cache"])
     hidden_BLD, changed = applied
@@ -333,7 +333,7 @@ def _append(
 
 @functools.partial(jax.jit, static_argnames=("slots",))
 def _grow(cache: Any, *, slots: int) -> Any:
-    """The same cache with empty slots behind, `slots` in all."""
+    """The cache padded with empty slots to `slots` in all."""
 
     def grow(leaf: jax.Array) -> jax.Array:
         if leaf.ndim == 0:  # the index
@@ -353,7 +353,7 @@ def _advance(
     params: Any, state: _State, base_B: jax.Array, number_B: jax.Array, key: jax.Array, *, config: DecoderConfig,
     sampling: Sampling, drawable: int, turn: int, sharding: NamedSharding | None,
 ) -> tuple[_State, jax.Array]:
-    """Draws `turn` tokens a row; returns the new state and ids_SB, int32 [turn, B]. Rows that ended go on unheard."""
+    """Draws `turn` tokens per row; returns the new state and ids_SB, int32 [turn, B]. Ended rows continue, unused."""
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, number_B)
     params = _apart(params, config=config)
 
@@ -363,7 +363,7 @@ def _advance(
         counts_BV = state.counts_BV
         if counts_BV is not None:
             counts_BV = counts_BV + (ids_B[:, None] == jnp.arange(counts_BV.shape[1]))
-        positions_B1 = jnp.minimum(base_B + state.step, config.length - 1)[:, None]  # beyond: rows that ended
+        positions_B1 = jnp.minimum(base_B + state.step, config.length - 1)[:, None]  # only ended rows go beyond
         variables = {"params": params, "cache": state.cache}
         logits_BV, cache = _append(
             config, variables, ids_B[:, None], positions_B1, jnp.ones_like(positions_B1), last_B=jnp.zeros_like(ids_B)

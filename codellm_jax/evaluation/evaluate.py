@@ -1,25 +1,25 @@
-"""Evaluation: a checkpoint on benchmarks, with what a score must be read against.
+"""Evaluation: scores a checkpoint on benchmarks, with the levels needed to interpret a score.
 
-A question is answered by the candidate whose continuation the model finds likeliest, given its prompt. Prompt and
-continuation are tokenized each by itself, as tuning's inputs and targets are, and joined; the latter as text that
-stands behind other text (`Vocabulary.encode_after`). What is scored, and how:
+The answer to a question is the candidate whose continuation is likeliest under the model, given its prompt. Prompt and
+continuation are tokenized separately, as inputs and targets are in tuning, and joined; the latter as text that follows
+other text (`Vocabulary.encode_after`). Scores of a continuation:
 
-  per_token   the mean log-likelihood of the continuation's tokens: lowest perplexity wins (the default)
+  per_token   the mean log-likelihood of its tokens: lowest perplexity wins (the default)
   sum         their sum
-  per_byte    their sum over the bytes of the continuation's UTF-8
-  released    as the study's released code: without the first token, where it is not the only one, and with one padding
-              token after the last, where the model has room for it with every candidate
+  per_byte    their sum divided by the continuation's UTF-8 bytes
+  released    as in the study's released code: without the first token, unless it is the only one, and with one padding
+              token after the last, if the model has room for it with every candidate
 
-All four are written down for every candidate; one of them decides. Where k candidates tie, the question counts 1 / k if
-the right one is among them, and a task of which most questions are ties is not measured. `cuts` says what is scored of
-a question that is longer than the model. Results lie in RUN/results:
+All four are recorded for every candidate; one of them decides. If k candidates tie, the question counts 1 / k if the
+right one is among them, and a task with ties in most questions is not measured. `cuts` shortens questions that are
+longer than the model. Results are in RUN/results:
 
-  TASK.json   value, n, interval, chance, majority, ties, settings, checkpoint, fingerprint of the data; beside an
+  TASK.json   value, n, interval, chance, majority, ties, settings, checkpoint, fingerprint of the data; with an
               accuracy, the "measures" of `results.measures`
   TASK.jsonl  a line for each question: every candidate's log-likelihood, tokens and bytes; prediction and answer
 
-An evaluation that was interrupted goes on after the questions it has written. A task that fails leaves the others as
-they are.
+An interrupted evaluation continues after the questions that it has written. A task that fails does not affect the
+others.
 """
 
 import contextlib
@@ -51,21 +51,21 @@ from codellm_jax.runtime.provenance import evaluation_hash, software, training_h
 from codellm_jax.weights.start import results_folder
 
 SCORINGS = ("per_token", "sum", "per_byte", "released")
-RESULTS_VERSION = 3  # raise it whenever lines hold other things: those of an earlier one are not gone on from
+RESULTS_VERSION = 3  # raise it whenever the content of lines changes: lines of other versions are not continued
 QUESTIONS_AT_ONCE = 64  # scored between two writes of results
-TEXTS_AT_ONCE = 32  # likewise written
-RAW_OUTPUTS = 3  # shown where a score is 0 or no better than chance: a slip in a template looks like that
+TEXTS_AT_ONCE = 32  # the same for written answers
+RAW_OUTPUTS = 3  # shown if a score is 0 or no better than chance, as after a mistake in a template
 
 
 class Benchmarks(Protocol):
-    """Where questions come from. `tasks.benchmarks.judging.Benchmarks` is one."""
+    """The source of questions. `tasks.benchmarks.judging.Benchmarks` is one."""
 
     def load(self, task: str) -> Any:
         """A `tasks.benchmarks.questions.Loaded`."""
         ...
 
     def judge(self, loaded: Any, texts: Sequence[Sequence[str]], tokenize: Callable[[str], list[int]]) -> Any:
-        """A `tasks.benchmarks.judging.Judged` of what was written for each question."""
+        """A `tasks.benchmarks.judging.Judged` of the answers written to each question."""
         ...
 
     def accuracy(self, losses: Sequence[Sequence[float]], answers: Sequence[int]) -> Any:
@@ -73,22 +73,22 @@ class Benchmarks(Protocol):
         ...
 
     def settings(self, task: str) -> Mapping[str, Any]:
-        """What of a task's questions is a choice, as JSON."""
+        """The settings that determine a task's questions, as JSON."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What is asked, and how the answers are taken.
+    """The settings of an evaluation.
 
     Attributes:
       tasks: names of benchmarks, or files of questions.
       benchmarks: reads their questions.
-      questions: at most so many questions of each task, drawn by a hash of the seed and their ids; None for all.
+      questions: the most questions of each task, drawn by a hash of the seed and their ids; None for all.
       scoring: how candidates are compared: "per_token", "sum", "per_byte" or "released" (the study's code).
       sampling: how answers are written.
       samples: answers to each question that is answered by writing; pass@k needs k or more.
-      seed: seed of what is drawn.
+      seed: seed of all draws.
       batch_tokens: tokens scored at once, over all devices.
     """
 
@@ -114,7 +114,7 @@ class Evaluation:
             raise ValueError(f"SEED must be a whole number from 0 to {2**32 - 1}, found {self.seed}.")
 
     def load(self) -> list[Any]:
-        """The questions of each task, a `tasks.benchmarks.questions.Loaded` each; all mistakes come out here."""
+        """The questions of each task, a `tasks.benchmarks.questions.Loaded` each; any mistake is raised here."""
         loaded = [self._drawn(self.benchmarks.load(task)) for task in dict.fromkeys(self.tasks)]
         require_names([one.name for one in loaded])
         return loaded
@@ -130,7 +130,7 @@ class Evaluation:
 
 
 def require_names(names: Sequence[str]) -> None:
-    """Raises ValueError where two tasks have one name, as two files of questions in different folders may have."""
+    """Raises ValueError if two tasks have the same name, as files of questions in different folders may have."""
     if twice := [name for number, name in enumerate(names) if name.casefold() in map(str.casefold, names[:number])]:
         raise ValueError(f"TASKS names two files of one name, {twice[0]!r}: give one of them another name "
                          "by BENCHMARKS = {'mine': {'file': ...}}, and 'mine' in TASKS.")
@@ -138,12 +138,12 @@ def require_names(names: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointEvaluation:
-    """What a gin file says of the evaluation of a checkpoint.
+    """The settings of the evaluation of a checkpoint.
 
     Attributes:
-      checkpoint: the model that is asked.
-      evaluation: the questions that it is asked, and how its answers are taken.
-      results_dir: the folder of the results; None for RUN/results, or of published weights runs/NAME/results.
+      checkpoint: the evaluated model.
+      evaluation: the questions, and how they are scored.
+      results_dir: the folder of the results; None for RUN/results, or for published weights runs/NAME/results.
     """
 
     checkpoint: Checkpoint
@@ -159,17 +159,17 @@ def evaluate(
     run: CheckpointEvaluation, report: Callable[[str], None] = say,
     settings: Callable[[], Mapping[str, str]] = dict, asked: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Evaluates a checkpoint on every task; returns what RUN/results/TASK.json holds, in the order of the tasks.
+    """Evaluates a checkpoint on every task; returns the contents of RUN/results/TASK.json, in the order of the tasks.
 
     Args:
-      run: what the gin file says.
-      report: is told a few lines for each task.
+      run: the settings.
+      report: called with a few lines for each task.
       settings: called when everything is built; the operative settings, name -> value.
-      asked: what gin files and flags say, likewise, for the results' provenance.
+      asked: the settings of gin files and flags, name -> value, for the results' provenance.
 
     Raises:
-      ValueError, FileNotFoundError: in one line, for names, files and settings that do not fit, before anything is
-        asked; and for tasks that failed, after all others were evaluated.
+      ValueError, FileNotFoundError: in one line, for invalid names, files and settings, before any question is asked;
+        and for tasks that failed, after all others were evaluated.
     """
     loaded, folder = run.evaluation.load(), run.results_dir or results_folder(run.checkpoint.path)
     with trained_model(run.checkpoint, report) as (model, record), alone_at(loaded, folder):
@@ -180,7 +180,7 @@ def evaluate(
             "config_hash": evaluation_hash(settings()), "training_config_hash": training_hash(record["settings"]),
             "asked": dict(asked or {}), "seed": run.evaluation.seed} | software()
         results, failures = ask(run.evaluation, loaded, model, checkpoint, folder, report, provenance=provenance)
-        if agreed(len(failures)):  # of the first process, where several evaluate
+        if agreed(len(failures)):  # the first process's count, if several evaluate
             raise ValueError(f"{len(failures)} of {len(loaded)} tasks failed: {'; '.join(map(str, failures))}"
                              if failures else "a task failed on the first process.") from (
                                  ExceptionGroup("tasks", failures) if failures else None)
@@ -188,11 +188,11 @@ def evaluate(
 
 
 class TaskFailed(Exception):
-    """One task of several that was not evaluated, in a line; its cause says more."""
+    """One of several tasks failed, in one line; the cause has the details."""
 
 
 class Unjudged(Exception):
-    """What was written could not be judged, which the first process alone does."""
+    """Written answers could not be judged; only the first process judges."""
 
 
 def ask(
@@ -201,18 +201,18 @@ def ask(
 ) -> tuple[list[dict[str, Any]], list[TaskFailed]]:
     """Asks a model the questions of each task and writes its results; call under its mesh and axis rules.
 
-    Every process computes; the first one alone writes, judges and returns results, the others return none. A task that
-    fails leaves the others as they are: it is reported, and returned beside the results.
+    Every process computes; only the first one writes, judges and returns results, the others return none. A task that
+    fails does not affect the others: it is reported, and returned beside the results.
 
     Args:
-      evaluation: what is asked.
-      loaded: what `evaluation.load` gave.
-      model: who is asked.
-      checkpoint: what it is, as JSON; lines of an earlier evaluation of the very same are gone on from.
+      evaluation: the settings.
+      loaded: the questions, from `evaluation.load`.
+      model: the evaluated model.
+      checkpoint: its identity, as JSON; lines of an earlier evaluation are continued only if it is the same.
       folder: where results are written.
-      report: is told a few lines for each task.
-      progress: whether to show how far a task has come.
-      provenance: what TASK.json says of configuration, code and packages.
+      report: called with a few lines for each task.
+      progress: whether to show a task's progress.
+      provenance: facts for TASK.json on configuration, code and packages.
     """
     directory = epath.Path(folder).expanduser()
     if jax.process_index() == 0:
@@ -224,7 +224,7 @@ def ask(
             if result := one(evaluation, questions, model, checkpoint, directory, report, progress, provenance or {}):
                 results.append(result)
         except Exception as error:
-            # Several processes compute together: one that failed while they do cannot let the others wait for it.
+            # Processes compute together: if one fails in a computation, the others would wait for it forever.
             if jax.process_count() > 1 and not isinstance(error, Unjudged):
                 raise
             why = " ".join(str(error).split())
@@ -233,7 +233,7 @@ def ask(
             failures.append(TaskFailed(f"{questions.name}: {why}"))
             failures[-1].__cause__ = error
             report(f"{questions.name:<28} failed: {why}")
-        wait_for_all("results")  # programs are judged for minutes, longer than a collective waits, or JAX at the end
+        wait_for_all("results")  # judging programs takes minutes, longer than a collective or JAX's exit waits
     return results, failures
 
 
@@ -241,7 +241,7 @@ def ask_choices(
     evaluation: Evaluation, loaded: Any, model: TrainedModel, checkpoint: Mapping[str, Any], folder: epath.Path,
     report: Callable[[str], None], progress: bool, provenance: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    """One task of questions with candidates, from the first question that has no line yet; writes its two files."""
+    """Evaluates a task of questions with candidates, from the first without a line on; writes its two files."""
     settings = _settings(evaluation, loaded, model) | {"scoring": evaluation.scoring}
     answered = _answered(loaded, settings, checkpoint, folder, QUESTIONS_AT_ONCE,
                          lambda questions: _scored(questions, evaluation, model), progress)
@@ -280,7 +280,7 @@ def ask_texts(
     evaluation: Evaluation, loaded: Any, model: TrainedModel, checkpoint: Mapping[str, Any], folder: epath.Path,
     report: Callable[[str], None], progress: bool, provenance: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    """One task of questions that are answered by writing, likewise."""
+    """The same for a task of questions that are answered by writing."""
     vocabulary, samples = model.vocabulary, evaluation.samples
 
     def written(questions: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -313,7 +313,7 @@ def ask_texts(
     main = next(iter(judged.values))
     for number, line in enumerate(lines):
         line |= {metric: values[number] for metric, values in judged.values.items()} | {"notes": judged.notes[number]}
-        # What a score that is no mean is summed from, so that it can be computed again of any of the questions.
+        # The counts from which a corpus score is computed, so that it can be recomputed for any subset of questions.
         line |= {f"{metric}_counts": list(counts[number]) for metric, (counts, _) in judged.corpus.items()}
     result = answered.header | {
         "task": loaded.name, "sample": loaded.is_sample, "metric": main, "n": len(lines), **scores[main],
@@ -330,7 +330,7 @@ def ask_texts(
 
 
 def _number(task: str, question: str, sample: int) -> int:
-    """What an answer's draws depend on beside the seed, in [0, 2^32): the same wherever the question stands."""
+    """The request number of an answer's draws, in [0, 2^32), independent of the question's position."""
     return int.from_bytes(hashlib.sha256(f"{task}\0{question}\0{sample}".encode()).digest()[:4], "big")
 
 
@@ -349,19 +349,19 @@ def _data(loaded: Any) -> dict[str, Any]:
 
 
 class _Answered(NamedTuple):
-    """All lines of a task, and how they came."""
+    """All lines of a task, and the speed of answering."""
 
     name: str  # of the files
     header: dict[str, Any]
     lines: list[dict[str, Any]]
-    rate: float | None  # questions a second, of those that were new; None if none was
+    rate: float | None  # new questions per second; None if none was new
 
 
 def _answered(
     loaded: Any, settings: Mapping[str, Any], checkpoint: Mapping[str, Any], folder: epath.Path, at_once: int,
     answer: Callable[[Sequence[Any]], Iterator[dict[str, Any]]], progress: bool,
 ) -> _Answered | None:
-    """Answers the questions that have no line yet, and writes a line for each as it comes; None but on the first
+    """Answers the questions that have no line yet, and writes each line at once; returns None except on the first
     process, which alone reads and writes.
     """
     name = name_of_files(loaded)
@@ -373,8 +373,8 @@ def _answered(
     status = StatusLine(before, total, active=first and progress, unit="question")
     if first:
         if not before:
-            (folder / f"{name}.json").unlink(missing_ok=True)  # of other settings, whose lines go now
-        write_whole(path, as_lines([header, *lines]))  # whole, before anything is added to it
+            (folder / f"{name}.json").unlink(missing_ok=True)  # from other settings, whose lines are replaced now
+        write_whole(path, as_lines([header, *lines]))  # atomically, before lines are appended
     with path.open("ab") if first else contextlib.nullcontext() as file:
         for start in range(before, total, at_once):
             for line in answer(loaded.questions[start : start + at_once]):
@@ -397,7 +397,7 @@ def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedMode
     kept = [_fitted(question, model) for question in questions]
     requests = []
     for group, (question, candidates) in enumerate(zip(questions, kept, strict=True)):
-        # For "released" alone, and where it costs no candidate a token.
+        # Only for "released", and only if no candidate would lose a token.
         pad = [vocabulary.pad_id] * all(
             len(candidate.prompt) + len(candidate.continuation) <= length for candidate in candidates)
         for number, candidate in enumerate(candidates):
@@ -406,18 +406,18 @@ def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedMode
             requests.append(Request(group, candidate.prompt, [*candidate.continuation, *pad]))
     values = iter(model.score(requests, evaluation.batch_tokens))
     for question, candidates in zip(questions, kept, strict=True):
-        # Candidates that are the same tokens are one, whatever the bytes of a text that the vocabulary takes for them.
+        # Candidates with the same tokens share their numbers, even if their texts have different bytes.
         numbers: dict[tuple[tuple[int, ...], ...], dict[str, Any]] = {}
         lines = []
         for candidate, whole in zip(candidates, question.candidates, strict=True):
             log_likelihoods = next(values).log_likelihoods
             tokens = len(candidate.continuation)
             released = log_likelihoods[1:] if len(log_likelihoods) > 1 else log_likelihoods
-            cut = candidate.continuation_tokens_cut  # perhaps within a character
+            cut = candidate.continuation_tokens_cut  # the cut may be within a character
             size = vocabulary.byte_count(candidate.continuation) if cut else len(whole.continuation.encode())
             lines.append(numbers.setdefault((tuple(candidate.prompt), tuple(candidate.continuation)), {
                 "log_likelihood": float(log_likelihoods[:tokens].sum()), "tokens": tokens,
-                "bytes": max(1, size),  # a token may stand for nothing by itself
+                "bytes": max(1, size),  # a token alone may have no bytes
                 "released": float(released.sum()), "released_tokens": len(released)}) | {
                 "prompt_tokens_cut": candidate.prompt_tokens_cut, "continuation_tokens_cut": cut})
         [answer] = question.answer
@@ -425,7 +425,7 @@ def _scored(questions: Sequence[Any], evaluation: Evaluation, model: TrainedMode
 
 
 def _fitted(question: Any, model: TrainedModel) -> list[Fitted]:
-    """A question's candidates as tokens, cut where they are longer than the model."""
+    """A question's candidates as tokens, cut if they are longer than the model."""
     candidates = []
     for candidate in question.candidates:
         prompt = model.vocabulary.encode_prompt(candidate.prompt)
@@ -434,7 +434,7 @@ def _fitted(question: Any, model: TrainedModel) -> list[Fitted]:
 
 
 def _texts_scored(question: Any, model: TrainedModel) -> Iterator[tuple[str, str]]:
-    """What was scored of each candidate: the texts of its prompt and its continuation as the model saw them."""
+    """The scored texts of each candidate: its prompt and its continuation as the model sees them."""
     for candidate in _fitted(question, model):
         yield (model.vocabulary.decode(candidate.prompt),
                model.vocabulary.decode_after(candidate.prompt, candidate.continuation))

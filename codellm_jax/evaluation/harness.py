@@ -3,13 +3,13 @@
     python -m codellm_jax.evaluation.harness --model codellm_jax --tasks arc_easy \\
         --model_args checkpoint=runs/mixed_pretrain
 
-That is the harness's own command with one model more, for the harness finds no models that others have. With
---apply_chat_template the messages become the prompt of tuning (`t5x infer --instruction`). Of a model that was tuned on
-conversations, or comes with a chat template, they are messages as there; else a system's text, worked examples and the
-question are one instruction. What an assistant's message begins with follows the prompt's end.
+This is the harness's own command with one more model, because the harness does not discover models of other packages.
+With --apply_chat_template the messages become the prompt of tuning (`t5x infer --instruction`). A model that was tuned
+on conversations, or has a chat template, gets them as messages; for other models, a system's text, worked examples and
+the question become one instruction. The beginning of an assistant's message follows the prompt's end.
 
-Texts become tokens as the harness has it, prompt and continuation together and then parted; stems are shared as in
-`t5x eval`, and what is too long is cut as there: a prompt loses its beginning, a continuation its end, with a warning.
+Texts are tokenized as the harness does, prompt and continuation together and then split. Stems are shared as in
+`t5x eval`, and texts that are too long are cut, with a warning: a prompt loses its beginning, a continuation its end.
 """
 
 import atexit
@@ -44,20 +44,20 @@ except ModuleNotFoundError as error:
     sys.exit(f"codellm_jax harness: error: {package} is not installed: pip install '.[harness]'.")
 
 ARGUMENTS = ("checkpoint", "vocabulary", "batch_tokens", "answers_at_once")
-NEW_TOKENS = 256  # written to a request that does not say how many, as by the harness's other models
+NEW_TOKENS = 256  # for a request that sets no maximum, as in the harness's other models
 
 
 @register_model("codellm_jax")
 class CodellmJax(TemplateLM):
-    """A checkpoint as the harness asks it.
+    """A checkpoint as a model of the harness.
 
     Args:
-      checkpoint: a run directory; its newest checkpoint is asked.
-      vocabulary: the vocabulary's file, where it is no longer where the run had it.
+      checkpoint: a run directory; its newest checkpoint is used.
+      vocabulary: the vocabulary's file, if it has moved since the run.
       batch_tokens: tokens scored at once.
       answers_at_once: texts written at once.
-      batch_size, max_batch_size, device: what the harness gives every model, and not used: batches change speed alone,
-        and JAX chooses its devices by itself (JAX_PLATFORMS).
+      batch_size, max_batch_size, device: passed by the harness to every model, and unused: batches change only the
+        speed, and JAX chooses its devices (JAX_PLATFORMS).
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class CodellmJax(TemplateLM):
                      *([("VOCABULARY", str(vocabulary))] if vocabulary else [])]
         chosen = build(read_configuration(["gin/infer.gin"], overrides), "infer")
         self._instruction_prompt, self._turns = chosen.template, chosen.turns
-        self._prompts: dict[str, list[int]] = {}  # of messages, by their texts
-        self._open = contextlib.ExitStack()  # the mesh holds as long as the process
+        self._prompts: dict[str, list[int]] = {}  # token ids of messages, by their texts
+        self._open = contextlib.ExitStack()  # the mesh stays set for the life of the process
         self._model, record = self._open.enter_context(trained_model(chosen.checkpoint))
         atexit.register(self._open.close)
         self._name = f"{checkpoint}, step {record['step']}"
@@ -93,7 +93,7 @@ class CodellmJax(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no prompt."""
+        """The token before a text without a prompt."""
         return self._model.vocabulary.begin_ids[-1] if self._model.vocabulary.begin_ids else self.eot_token_id
 
     @property
@@ -105,22 +105,22 @@ class CodellmJax(TemplateLM):
         return self._model.vocabulary.content_hash
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes down of the model."""
+        """The harness's record of the model."""
         return {"model": self._name}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Token ids, from the vocabulary's begin token on where it has one, unless `add_special_tokens` is False.
+        """Token ids, beginning with the vocabulary's begin token, if any, unless `add_special_tokens` is False.
 
-        What UTF-8 cannot hold, a lone surrogate, becomes U+FFFD.
+        A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD.
         """
         text, vocabulary = _valid(string), self._model.vocabulary
         return vocabulary.encode(text) if add_special_tokens is False else vocabulary.encode_prompt(text)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The model's chat template, or the prompt of instructions, as the harness writes it down.
+        """The model's chat template, or the prompt of instructions, for the harness's records.
 
         Raises:
-          ValueError: another one is asked for by name.
+          ValueError: a template is requested by name.
         """
         if isinstance(chat_template, str):
             raise ValueError(f"--apply_chat_template: there is no template {chat_template!r}; codellm_jax has only "
@@ -130,7 +130,7 @@ class CodellmJax(TemplateLM):
         return self._model.vocabulary.chat_template if self._by_template else self._instruction_prompt("{instruction}")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt that asks for what comes behind the last message."""
+        """The prompt for the text after the last message."""
         begun = ""
         if not add_generation_prompt:
             *chat_history, last = chat_history
@@ -150,10 +150,10 @@ class CodellmJax(TemplateLM):
         return prompt, self._model.vocabulary.encode_after(prompt, _valid(continuation))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each (prompt, continuation) the log-likelihood in nats, and whether greedy decoding would write it.
+        """For each (prompt, continuation) the log-likelihood in nats, and whether greedy decoding would produce it.
 
-        An empty prompt is the begin token, or else an end of document. A continuation of which no token is left is
-        scored by itself; an empty one has log-likelihood 0.
+        An empty prompt becomes the begin token, or else an end of document. A continuation without a token after the
+        split is tokenized and scored alone; an empty one has log-likelihood 0.
         """
         encoded = []
         for request in requests:
@@ -166,7 +166,7 @@ class CodellmJax(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **unused: Any
     ) -> list[tuple[float, bool]]:
-        # Candidates of a question have its prompt in common, which is then computed once.
+        # Candidates of a question share its prompt, which is then computed once.
         groups: dict[str, int] = {}
         asked = [Request(groups.setdefault(texts[0], len(groups)), prompt or [self.prefix_token_id],
                          continuation[: self.max_length]) for texts, prompt, continuation in requests]
@@ -189,7 +189,7 @@ class CodellmJax(TemplateLM):
                 self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id, max_seq_len=self.max_length,
                 context_len=1)
             parts += [(number, *make_disjoint_window(window)) for window in windows]
-        # No two windows of a text begin alike: they are groups of their own.
+        # Windows of a text have no common beginning, so each is a separate group.
         scored = self._model.score(
             [Request(part, prompt, continuation) for part, (_, prompt, continuation) in enumerate(parts)],
             self._batch_tokens)
@@ -199,9 +199,9 @@ class CodellmJax(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts that go on from the prompts, each up to the first of its stop strings.
+        """Continues the prompts, each up to the first of its stop strings.
 
-        What is drawn depends on the request, and on how often it came before, not on what else is asked.
+        Draws depend on the request and on how often it occurred before, not on other requests.
         """
         answers = [""] * len(requests)
         alike: dict[Sampling, list[int]] = {}
@@ -229,7 +229,7 @@ class CodellmJax(TemplateLM):
 
 
 def _valid(text: str) -> str:
-    """A text in which lone surrogates are U+FFFD."""
+    """A text with lone surrogates replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -238,7 +238,7 @@ def _sum(scores: Scores) -> float:
 
 
 def _draws(requests: Sequence[tuple[str, dict[str, Any]]]) -> list[int]:
-    """What each request's randomness comes from: 32 bits of a hash of its text and of how often it came before."""
+    """The number that seeds each request: 32 bits of a hash of its text and of how often it occurred before."""
     before: collections.Counter[str] = collections.Counter()
     found = []
     for text, options in requests:

@@ -1,4 +1,4 @@
-"""The files of an evaluation, and that one process at a time writes them."""
+"""The files of an evaluation, and locks so that one process at a time writes them."""
 
 import contextlib
 import os
@@ -11,18 +11,18 @@ from codellm_jax.runtime.process import alone_in
 
 
 def name_of_files(loaded: Any) -> str:
-    """The name of a loaded task's files, without an ending: a sample's are not those of the whole benchmark."""
+    """The name of a loaded task's files, without a suffix; a sample's differs from that of the whole benchmark."""
     return f"{loaded.name}_sample" if loaded.is_sample else str(loaded.name)
 
 
 @contextlib.contextmanager
 def alone_at(loaded: Sequence[Any], folder: str) -> Iterator[None]:
-    """Holds the files of some tasks, so that no two evaluations write the same file; others may ask other tasks.
+    """Locks the files of some tasks, so that no two evaluations write the same file; other tasks stay free.
 
-    In gs:// it holds the whole folder.
+    On gs:// it locks the whole folder.
 
     Raises:
-      ValueError: another process evaluates one of them there.
+      ValueError: another process is evaluating one of them there.
     """
     with contextlib.ExitStack() as held:
         if jax.process_index() == 0:

@@ -2,8 +2,8 @@
 
     t5x infer --gin_file=gin/infer.gin --gin.CHECKPOINT_PATH=runs/mixed_pretrain
 
-Prompts are typed, and what is written to each appears as it comes; or they come from a file, are answered in batches,
-and appear in the file's order. The randomness of an answer depends on the seed and the number of its prompt alone.
+Prompts are typed, and each answer is streamed; or they come from a file and are answered in batches, in the file's
+order. The randomness of an answer depends only on the seed and the number of its prompt.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.progress import StatusLine, say
 from codellm_jax.vocabulary import Vocabulary
 
-_INCOMPLETE = "\ufffd"  # what bytes decode to that are no whole character yet
+_INCOMPLETE = "\ufffd"  # the decoded form of bytes that do not complete a character yet
 
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """What a gin file says of an inference.
+    """The settings of an inference.
 
     Attributes:
       checkpoint: the model that writes.
       sampling: how tokens are drawn.
-      seed: seed of what is drawn.
-      template: makes a prompt of an instruction and its input, for a model without a chat template; None where texts
-        are continued as they are.
-      turns: makes prompts and answers of messages, for such a model.
+      seed: seed of all draws.
+      template: makes a prompt from an instruction and its input, for a model without a chat template; None to continue
+        texts unchanged.
+      turns: turns messages into prompts and answers, for such a model.
       batch_size: prompts of a file that are answered at once.
     """
 
@@ -60,7 +60,7 @@ class Inference:
 
 
 Template: TypeAlias = Callable[..., "str | list[Message]"]
-Asked: TypeAlias = str | list[Message]  # a text to go on from, or messages of which the last is to be answered
+Asked: TypeAlias = str | list[Message]  # a text to continue, or messages of which the last is to be answered
 
 
 class Written(NamedTuple):
@@ -79,18 +79,18 @@ def infer(
     """Answers prompts in order.
 
     Args:
-      inference: who writes, and how.
-      prompts: a sequence is answered in batches, each of which is out before the next begins; any other iterable one
-        after the other, as they come.
-      write: is given each part of an answer's text as soon as it is known and all before it are out.
-      begin: is given the number and the text of a prompt before its answer's first part.
-      report: is told what was read.
+      inference: the settings.
+      prompts: a sequence is answered in batches, each finished before the next begins; any other iterable is answered
+        one prompt at a time.
+      write: called with each part of an answer's text, in order, as soon as it is known.
+      begin: called with the number and the text of a prompt before the first part of its answer.
+      report: called with lines about the checkpoint read.
 
     Yields:
-      Each answer once it is whole.
+      Each answer once it is complete.
 
     Raises:
-      ValueError, FileNotFoundError: in one line, for checkpoints and settings that do not fit.
+      ValueError, FileNotFoundError: in one line, for invalid checkpoints and settings.
     """
     with trained_model(inference.checkpoint, report) as (model, record):
         by_template = takes_chat_template(model.vocabulary, record)
@@ -141,10 +141,10 @@ def _prompt(asked: Asked, inference: Inference, vocabulary: Vocabulary, by_templ
 
 
 def answer(inference: Inference, prompts_file: str | None, output: str | None) -> None:
-    """What the command does: prompts of a file, or typed; answers on the terminal, or in a file as JSON lines.
+    """Runs the command: answers prompts from a file or typed, on the terminal or to a file of JSON lines.
 
     Raises:
-      ValueError, FileNotFoundError: in one line, for files, checkpoints and settings that do not fit.
+      ValueError, FileNotFoundError: in one line, for invalid files, checkpoints and settings.
     """
     if output and "://" not in output:
         path = pathlib.Path(output).expanduser().absolute()
@@ -175,7 +175,7 @@ def answer(inference: Inference, prompts_file: str | None, output: str | None) -
     with contextlib.ExitStack() as opened:
         file: Any = None
         for number, written in enumerate(infer(inference, prompts, write, begin, report), 1):
-            if output:  # opened when there is something to write: a slip costs no earlier answers
+            if output:  # opened only now, so that a mistake does not erase earlier answers
                 file = file or opened.enter_context(epath.Path(output).expanduser().open("w"))
                 file.write(json.dumps(written._asdict(), ensure_ascii=False) + "\n")
                 file.flush()
@@ -188,7 +188,7 @@ def answer(inference: Inference, prompts_file: str | None, output: str | None) -
 
 
 def typed() -> Iterator[str]:
-    """Lines from the terminal, or from a pipe, that are not blank."""
+    """Non-blank lines from the terminal or a pipe."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -199,14 +199,14 @@ def typed() -> Iterator[str]:
 
 
 def read_prompts(path: str, template: Template | None) -> list[Asked]:
-    """The prompts of a file, local or gs://: a line each, or JSON records in lines or in a list.
+    """The prompts of a file, local or gs://: one per line, or JSON records in lines or in a list.
 
     A record is {"prompt": ...}, or {"instruction": ..., "input": ...}, which needs the template, or
-    {"messages": [...]}, the last of them a user's. A file holds records where all of it is such, or where it is named
-    .jsonl or .json. Blank lines are passed over.
+    {"messages": [...]}, the last of them a user's. A file is read as records if all of it is, or if its name ends in
+    .jsonl or .json. Blank lines are skipped.
 
     Raises:
-      OSError, ValueError: in one line; the file cannot be read, is no text, holds nothing, or a record is neither.
+      OSError, ValueError: in one line; the file cannot be read, is not text or is empty, or a record has another form.
     """
     file = os.fspath(epath.Path(path).expanduser())
     require_file(file, "file of prompts")
@@ -228,7 +228,7 @@ def read_prompts(path: str, template: Template | None) -> list[Asked]:
 
 
 def in_template(text: str, template: Template | None) -> Asked:
-    """A text as it is, or as an instruction in the template."""
+    """A text unchanged, or as an instruction in the template."""
     return template(text) if template else text
 
 

@@ -1,7 +1,7 @@
-"""What is asked of a tuned model, in the form that it was tuned with.
+"""Prompts for a tuned model, in the format of its tuning.
 
-That is the vocabulary's chat template, where it has one and the model was not tuned here on instruction records alone;
-else the prompts of `tasks.instruction_sets.prompts`.
+This is the vocabulary's chat template, if it has one and the model was not tuned here only on instruction records; else
+the prompts of `tasks.instruction_sets.prompts`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from codellm_jax.vocabulary import Vocabulary
 
 
 def takes_chat_template(vocabulary: Vocabulary, record: Mapping[str, Any]) -> bool:
-    """Whether the chat template is the form of a model whose checkpoint has this record."""
+    """Whether a model whose checkpoint has this record expects the chat template."""
     if vocabulary.chat_template is None:
         return False
     ledger = record["ledger"]
@@ -33,14 +33,14 @@ class Prompt(NamedTuple):
 def prompt_of(
     vocabulary: Vocabulary, messages: Sequence[Message], by_template: bool, turns: Callable[..., list[str]] | None
 ) -> Prompt:
-    """What asks for the answer to messages.
+    """The prompt for the answer to messages.
 
     Args:
-      by_template: whether `takes_chat_template`.
-      turns: makes prompts and answers of messages where that is not so.
+      by_template: the result of `takes_chat_template`.
+      turns: turns messages into prompts and answers; used without the template.
 
     Raises:
-      ValueError: in one line; the template does not take them.
+      ValueError: in one line; the template rejects them.
     """
     if by_template:
         try:

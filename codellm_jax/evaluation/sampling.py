@@ -1,4 +1,4 @@
-"""How a token is drawn from its logits: penalties, temperature, top-k and top-p, with noise of its own for each token.
+"""Draws a token from its logits: penalties, temperature, top-k and top-p, with separate noise for each token.
 
 Shape suffixes are explained at the top of `decoder.py`; here K is the number of tokens kept.
 """
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from its logits; checked when made.
+    """The rule by which a token is drawn from its logits; checked when created.
 
     In this order: the penalties are subtracted from the logits, frequency_penalty x c + presence_penalty x [c > 0] for
-    a token generated c times so far (the prompt does not count); the temperature divides; the `top_k` most likely
-    tokens are kept; of these the most likely ones that together reach `top_p` of what was kept; one is drawn.
+    a token generated c times so far (the prompt does not count); they are divided by the temperature; the `top_k` most
+    likely tokens are kept; of these, the most likely ones that together reach `top_p` of what was kept; one is drawn.
 
     Attributes:
       temperature: 0 takes the most likely token: greedy.
@@ -23,10 +23,10 @@ class Sampling:
       top_p: the probability that the kept tokens reach together; 1 keeps all.
       frequency_penalty: subtracted from a token's logit for each time that it was generated.
       presence_penalty: subtracted once from the logit of each token that was generated.
-      max_new_tokens: the tokens after which an answer ends.
+      max_new_tokens: maximum length of an answer in tokens.
 
     Raises:
-      ValueError: in one line, if a value is out of its range.
+      ValueError: in one line, if a value is out of range.
     """
 
     temperature: float = 1.0
@@ -60,10 +60,10 @@ PAPER_SAMPLING = Sampling(top_k=3, top_p=1.0, frequency_penalty=1.5, presence_pe
 def draw(
     logits_BV: jax.Array, counts_BV: jax.Array | None, key_B: jax.Array, sampling: Sampling, drawable: int | None = None
 ) -> jax.Array:
-    """Draws a token for each row, as `Sampling` says.
+    """Draws a token for each row, as described in `Sampling`.
 
-    A token's noise is Gumbel-distributed from fold_in(row's key, token id), so that a draw does not depend on how the
-    likely tokens are ordered. Of equal logits, greedy and `top_k` take the lower id first.
+    A token's noise is Gumbel-distributed from fold_in(row's key, token id), so that a draw does not depend on the order
+    of the likely tokens. Among equal logits, greedy and `top_k` take the lower id first.
 
     Args:
       logits_BV: float32.
@@ -93,7 +93,7 @@ def draw(
     if sampling.top_p < 1:
         probability_BK = jax.nn.softmax(values_BK)
         before_BK = jnp.cumsum(probability_BK, axis=-1) - probability_BK
-        # The first is kept in any case; behind it `before` is the probability of all that are likelier.
+        # The first is always kept; for the others `before` is the total probability of all likelier tokens.
         values_BK = jnp.where(before_BK.at[:, 0].set(0.0) < sampling.top_p, values_BK, -jnp.inf)
     noise_BK = jax.vmap(jax.vmap(_gumbel, (None, 0)))(key_B, ids_BK)
     chosen_B1 = jnp.argmax(values_BK + noise_BK, axis=-1)[:, None]
@@ -101,8 +101,8 @@ def draw(
 
 
 def _first_highest(logits_BV: jax.Array) -> jax.Array:
-    """What argmax finds, in two passes that XLA on CPU vectorizes, as it does not vectorize argmax: they take a fifth
-    of its time there."""
+    """The argmax, in two passes that XLA on CPU vectorizes, unlike argmax itself: they take a fifth of its time there.
+    """
     highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     last = logits_BV.shape[1] - 1
     return jnp.min(jnp.where(logits_BV == highest_B1, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)

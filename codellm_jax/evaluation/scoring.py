@@ -1,15 +1,15 @@
 """Log-likelihoods of continuations, given prompts.
 
-    values = score(params, config, requests)  # in the order of the requests; `score_greedily` tells more
+    values = score(params, config, requests)  # in the order of the requests; `score_greedily` returns more
 
-Rows are trees. The candidates of one question often begin alike; what all of them share, the stem, stands once in a
-row and each candidate's rest follows as a branch: a segment of its own, whose positions go on from the stem's and
-which sees the stem and itself (`shared_segment` of the decoder). One pass over stem + rest + rest + ... tokens thus
-replaces as many passes over stem + rest, with no cache and no second program. `_plan_group` says when it pays.
+Rows are trees. The candidates of one question often have a common beginning. This stem occurs once in a row, and each
+candidate's rest follows as a branch: a separate segment, whose positions continue from the stem's and which attends to
+the stem and itself (`shared_segment` of the decoder). One pass over stem + rest + rest + ... tokens thus replaces as
+many passes over stem + rest, without a cache or a second program. `_plan_group` decides when it pays off.
 
-A row is cut from few lengths (`buckets.length_bucket`, of which one call uses at most MOST_LENGTHS) and rows of a
-length come in batches of one size, so that few programs are compiled. Only the tokens of continuations are ever
-multiplied with the vocabulary, a chunk at a time. Shape suffixes are explained at the top of `decoder.py`.
+Rows have few different lengths (`buckets.length_bucket`, of which one call uses at most MOST_LENGTHS), and rows of a
+length come in batches of one size, so that few programs are compiled. Only the tokens of continuations are multiplied
+with the vocabulary, a chunk at a time. Shape suffixes are explained at the top of `decoder.py`.
 """
 
 import functools
@@ -36,9 +36,9 @@ from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head, produ
 
 DEFAULT_BATCH_TOKENS = 8192
 MOST_LENGTHS = 6  # row lengths in one call
-# Positions, on one device, whose logits live at a time: 512 x 130,344 x 4 bytes are 0.25 GiB.
+# Positions per device whose logits are in memory at a time: 512 x 130,344 x 4 bytes are 0.25 GiB.
 LOGIT_POSITIONS = 512
-# What a FLOP of attention costs beside one of a large matmul, softmax and masking counted in. Measured on 2 CPU cores,
+# Cost of a FLOP of attention relative to one of a large matmul, including softmax and masking. Measured on 2 CPU cores,
 # 4 layers of width 256 and 512 with rows of 256 to 1,024 tokens: 1.7 to 3.8.
 ATTENTION_SLOWNESS = 2.5
 
@@ -49,8 +49,8 @@ class Request(NamedTuple):
     """One continuation to score.
 
     Attributes:
-      group: requests of the same group may share a stem: a question's candidates. It changes no result.
-      prompt: token ids, at least one; of one too long the end is kept (`prompt_tokens_cut`).
+      group: requests of the same group, such as a question's candidates, may share a stem. It changes no result.
+      prompt: token ids, at least one; of one that is too long the end is kept (`prompt_tokens_cut`).
       continuation: token ids, at least one, each of which gets a log-likelihood.
     """
 
@@ -60,9 +60,9 @@ class Request(NamedTuple):
 
 
 class _Branch(NamedTuple):
-    """What a request needs beyond its row's stem."""
+    """The part of a request beyond its row's stem."""
 
-    requests: tuple[int, ...]  # indices; several where their tokens are the same
+    requests: tuple[int, ...]  # indices; several if their tokens are the same
     tokens: tuple[int, ...]  # the last one is only predicted
     scored: int  # predicted tokens at the end that count
 
@@ -82,13 +82,13 @@ class _Batch(NamedTuple):
     tokens: jax.Array  # int32 [B, L]
     positions: jax.Array  # int32 [B, L]
     segments: jax.Array  # int32 [B, L]
-    scored: jax.Array  # int32 [B, L] padded to whole chunks: indices of hidden states that are scored, those first
-    targets: jax.Array  # int32, like `scored`: what they predict
-    most: np.ndarray  # int32 scalar: scored tokens in the row that has most
+    scored: jax.Array  # int32 [B, L] padded to whole chunks: indices of the scored hidden states, then padding
+    targets: jax.Array  # int32, shaped like `scored`: the tokens that they predict
+    most: np.ndarray  # int32 scalar: the most scored tokens in a row
 
 
 def fault(request: Request, length: int, vocabulary_size: int) -> str | None:
-    """Why a request cannot be scored by a model of `length` positions, as the end of a sentence; None if it can."""
+    """The reason why a model of `length` positions cannot score a request, as the end of a sentence; None if it can."""
     if not request.continuation:
         return "its continuation is empty: there is no token to score"
     if not request.prompt:
@@ -103,7 +103,7 @@ def fault(request: Request, length: int, vocabulary_size: int) -> str | None:
 
 
 def prompt_tokens_cut(request: Request, length: int) -> int:
-    """Tokens that are cut from the beginning of a request's prompt, by a model of `length` positions.
+    """Tokens cut from the beginning of a request's prompt to fit a model of `length` positions.
 
     The last token of a continuation is only predicted, so prompt and continuation have room for length + 1 tokens.
     """
@@ -111,14 +111,14 @@ def prompt_tokens_cut(request: Request, length: int) -> int:
 
 
 class Scores(NamedTuple):
-    """Of one continuation's tokens."""
+    """The scores of one continuation's tokens."""
 
-    log_likelihoods: np.ndarray  # float64, nats: as exact as the model's float32, and so are their sums
-    greedy: np.ndarray  # bool: of all tokens none is likelier
+    log_likelihoods: np.ndarray  # float64, nats, with the precision of the model's float32; so are their sums
+    greedy: np.ndarray  # bool: whether no other token is likelier
 
 
 def score(params: Any, config: DecoderConfig, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
-    """The log-likelihoods, float64 [tokens of the continuation] in nats, that `score_greedily` finds."""
+    """The log-likelihoods from `score_greedily`, float64 [tokens of the continuation] in nats."""
     return [found.log_likelihoods for found in score_greedily(params, config, requests, **options)]
 
 
@@ -133,15 +133,14 @@ def score_greedily(
 ) -> list[Scores]:
     """Computes the log-likelihood of every continuation token, and whether greedy decoding would choose it.
 
-    Results depend neither on the other requests, their order and groups, nor on `batch_tokens` or the mesh, beyond
-    the rounding of `config.dtype`. Requests of a group that are the same tokens are scored once, so that they have the
-    very same numbers.
+    Results do not depend on the other requests, their order and groups, `batch_tokens` or the mesh, beyond the rounding
+    of `config.dtype`. Requests of a group with the same tokens are scored once, so that their numbers are identical.
 
     Args:
       params: the decoder's parameters.
       config: the decoder's configuration.
       requests: what to score.
-      batch_tokens: tokens in a batch, padding counted in; at least one row for each shard is taken anyhow.
+      batch_tokens: tokens in a batch, including padding; a batch has at least one row per shard.
       sharding: of a [batch, length] array; call under its mesh and the rules of the logical axes, as in training.
         None: one device.
       progress: called with requests done and requests in all after each batch.
@@ -151,7 +150,7 @@ def score_greedily(
 
     Raises:
       ValueError: in one line that names the request by its index: its prompt or its continuation is empty, or the
-        continuation alone is longer than the model, or an id is unknown. Nothing is computed then; `fault` tells
+        continuation alone is longer than the model, or an id is unknown. Nothing is computed then; `fault` checks this
         beforehand.
     """
     results: list[Any] = [None] * len(requests)
@@ -168,7 +167,7 @@ def score_greedily(
 def _finished_batches(
     params: Any, config: DecoderConfig, requests: Sequence[Request], batch_tokens: int, sharding: NamedSharding | None
 ) -> Iterator[list[tuple[int, Scores]]]:
-    """The results of one batch after the other; the next is under way while one is handed out."""
+    """Yields the results of each batch while the next is being computed."""
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}.")
     for index, request in enumerate(requests):
@@ -191,9 +190,9 @@ def _finished_batches(
 def lower_largest(
     params: Any, config: DecoderConfig, *, batch_tokens: int = DEFAULT_BATCH_TOKENS, sharding: NamedSharding
 ) -> jax.stages.Lowered:
-    """The program of a full batch of the longest rows, to be compiled ahead of time; arguments as for `score`.
+    """The program of a full batch of the longest rows, for ahead-of-time compilation; arguments as for `score`.
 
-    `params` may be abstract, and the mesh of devices that are not there.
+    `params` may be abstract, and the mesh may have devices that are not attached.
     """
     shards, length = shards_of(sharding), config.length
     rows = _full_batch(batch_tokens, length, shards)
@@ -210,12 +209,12 @@ def _full_batch(batch_tokens: int, length: int, shards: int) -> int:
 
 
 def _chunk(rows: int, shards: int) -> int:
-    """Positions of a row whose logits are made at a time."""
+    """Positions of a row whose logits are computed at a time."""
     return max(1, min(64, power_of_two(LOGIT_POSITIONS * shards // rows + 1) // 2))
 
 
 def _results(rows: list[_Row], scored: tuple[jax.Array, jax.Array]) -> list[tuple[int, Scores]]:
-    """Cuts a batch's scores into (request, those of its tokens); waits for the device."""
+    """Splits a batch's scores into (request, its scores); waits for the device."""
     values_BL, greedy_BL = map(np.asarray, scored)
     found = []
     for b, row in enumerate(rows):  # rows of padding follow
@@ -228,7 +227,7 @@ def _results(rows: list[_Row], scored: tuple[jax.Array, jax.Array]) -> list[tupl
     return found
 
 
-# What stands in which row.
+# Packing requests into rows.
 
 
 def _plan_rows(config: DecoderConfig, requests: Sequence[Request]) -> list[_Row]:
@@ -250,11 +249,11 @@ def _plan_rows(config: DecoderConfig, requests: Sequence[Request]) -> list[_Row]
 
 
 def _plan_group(config: DecoderConfig, sequences: list[_Branch]) -> list[_Row]:
-    """The rows of one group: its sequences share a stem if that is counted to be the cheaper way.
+    """The rows of one group: its sequences share a stem if the estimated cost is lower.
 
-    The rule: the stem is the longest common beginning that leaves each branch the last token of its prompt, which
-    predicts the first that counts. Branches fill a row behind it up to the model's length, then the stem begins
-    another one. This is taken if it costs less than a row for each sequence, both counted by `_cost` on padded rows.
+    The stem is the longest common beginning that leaves each branch the last token of its prompt, which predicts the
+    first scored token. Branches fill a row after the stem up to the model's length; then another row begins with the
+    stem. This is used if it costs less than a row for each sequence, both estimated by `_cost` on padded rows.
     """
     alone = [_Row((), [sequence]) for sequence in sequences]
     if len(sequences) == 1:
@@ -276,18 +275,18 @@ def _plan_group(config: DecoderConfig, sequences: list[_Branch]) -> list[_Row]:
 
 
 def _cost(config: DecoderConfig, length: int) -> float:
-    """Multiply-adds of a row's forward pass, for a token and layer those of the block's kernels and, weighted, L H K of
-    attention."""
+    """Multiply-adds of a row's forward pass per layer: for each token those of the block's kernels and, weighted, L H K
+    of attention."""
     return length * (sum(products_of_block(config)) + ATTENTION_SLOWNESS * length * config.query_width)
 
 
 def _plan_batches(
     rows: list[_Row], longest: int, batch_tokens: int, shards: int
 ) -> Iterator[tuple[list[_Row], int, int]]:
-    """Cuts rows, longest first, into batches; yields (rows, batch size with padding, length).
+    """Divides rows, longest first, into batches; yields (rows, batch size with padding, length).
 
-    The batch size follows from the length. A batch also takes in shorter rows, so only the last one may have rows of
-    padding; it is as small as full size / 4^k can be.
+    The batch size follows from the length. A batch also takes shorter rows, so only the last one may have rows of
+    padding; its size is the smallest full size / 4^k that fits.
     """
     lengths = _few_lengths(Counter(length_bucket(row.length, longest) for row in rows), batch_tokens)
     start = 0
@@ -305,10 +304,10 @@ def _plan_batches(
 
 
 def _few_lengths(rows_of: Counter[int], batch_tokens: int) -> list[int]:
-    """Row lengths to use, ascending: lengths are given up for the next longer one where that costs least padding.
+    """Row lengths to use, ascending: merges lengths into the next longer one where that adds the least padding.
 
-    It ends when at most MOST_LENGTHS remain and giving up another would cost more than a batch of padding, about what
-    compiling costs.
+    It ends when at most MOST_LENGTHS remain and another merge would add more than a batch of padding, which costs about
+    as much as compiling.
     """
     counts = dict(sorted(rows_of.items()))
     while len(counts) > 1:
@@ -324,7 +323,7 @@ def _few_lengths(rows_of: Counter[int], batch_tokens: int) -> list[int]:
 def _assemble(
     rows: list[_Row], batch_size: int, length: int, chunk: int, sharding: NamedSharding | None
 ) -> _Batch:
-    """Lays rows out in arrays."""
+    """Fills the arrays of a batch with rows."""
     tokens_BL, positions_BL = np.zeros((2, batch_size, length), np.int32)
     segments_BL = np.full((batch_size, length), STEM - 1, np.int32)
     scored_BL, targets_BL = np.zeros((2, batch_size, round_up(length, chunk)), np.int32)
@@ -351,15 +350,15 @@ def _assemble(
 def _score_batch(
     params: Any, batch: _Batch, *, config: DecoderConfig, chunk: int, sharding: NamedSharding | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-likelihoods of `batch.targets`, float32, and whether none is likelier, bool, both like them; what lies behind
-    a row's last one is anything.
+    """Log-likelihoods of `batch.targets`, float32, and whether no token is likelier, bool, both of their shape; values
+    after a row's last target are undefined.
 
-    As many chunks are computed as the row that has most needs, so that the stems' logits cost nothing.
+    Only as many chunks are computed as the row with the most targets needs, so that the stems' logits cost nothing.
     """
     hidden_BLD: Any = Decoder(config).apply(
         {"params": params}, batch.tokens, batch.positions, batch.segments, shared_segment=STEM
     )
-    # Cast, and gathered where it is sharded, once instead of in every turn of the loop.
+    # Cast, and gathered if sharded, once instead of in every iteration of the loop.
     embedding_VD = nn.with_logical_constraint(
         output_head(params).astype(hidden_BLD.dtype), ("activation_vocab", "activation_embed")
     )
@@ -373,7 +372,7 @@ def _score_batch(
         hidden_ND = hidden_BCD.reshape(-1, hidden_BCD.shape[-1])
         logits_NV = jnp.einsum("ND,VD->NV", hidden_ND, embedding_VD, preferred_element_type=jnp.float32)
         logits_NV = nn.with_logical_constraint(logits_NV, ("activation_batch", "activation_vocab"))
-        # The very number that the highest is compared with; a sum, for looking it up would gather a sharded vocabulary.
+        # Exactly the value compared with the highest; a sum, because indexing would gather a sharded vocabulary.
         is_target_NV = targets_BC.reshape(-1, 1) == jnp.arange(embedding_VD.shape[0])
         target_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=-1)
         highest_N = jnp.max(logits_NV, axis=-1)

@@ -1,4 +1,4 @@
-"""A trained model on its devices: what evaluation and inference ask."""
+"""A trained model on its devices, for evaluation and inference."""
 
 import contextlib
 import dataclasses
@@ -24,10 +24,10 @@ from codellm_jax.weights.start import newest_record, restore_parameters
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a gin file says of a trained model.
+    """The settings of a trained model.
 
     Attributes:
-      path: a run directory, whose newest undamaged checkpoint is taken, or published weights.
+      path: a run directory, whose newest undamaged checkpoint is used, or published weights.
       vocabulary: the vocabulary that the model was trained with.
       model: makes the decoder's configuration when called with `vocabulary_size` and `length`.
       lengths: {"targets": the longest row in tokens}.
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 class TrainedModel(NamedTuple):
-    """Parameters on devices and what they are of; its methods are called under its mesh and axis rules."""
+    """Parameters on devices with their configuration; call its methods under its mesh and axis rules."""
 
     params: Any
     config: DecoderConfig
@@ -58,8 +58,8 @@ class TrainedModel(NamedTuple):
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
         end_ids: Collection[int] = (), **options: Any,
     ) -> list[Generation]:
-        """Answers, one a prompt, each until one of its texts in `stops` stands in it, or one of `end_ids` comes, as an
-        end of document, which always ends it; see `decoding.stream`.
+        """One answer per prompt, each until it contains one of its texts in `stops`, or until one of `end_ids` or an
+        end of document is drawn; see `decoding.stream`.
         """
         return generate(self.params, self.config, prompts, sampling, seed,
                         **self._options(prompts, stops, sampling, end_ids), **options)
@@ -68,12 +68,12 @@ class TrainedModel(NamedTuple):
         self, prompts: Sequence[Sequence[int]], stops: Sequence[Sequence[str]], sampling: Sampling, seed: int,
         end_ids: Collection[int] = (), **options: Any,
     ) -> Iterator[Piece]:
-        """As `write`, in pieces as they come."""
+        """Like `write`, but yields pieces as they are drawn."""
         return stream(self.params, self.config, prompts, sampling, seed,
                       **self._options(prompts, stops, sampling, end_ids), **options)
 
     def room(self, sampling: Sampling) -> int:
-        """Positions kept for an answer, for which a prompt too long loses its beginning: at most half of them."""
+        """Positions reserved for an answer, at most half of all; a prompt that is too long loses its beginning."""
         return max(1, min(sampling.max_new_tokens, self.config.length // 2))
 
     def _options(
@@ -93,7 +93,7 @@ class TrainedModel(NamedTuple):
 def trained_model(
     checkpoint: Checkpoint, report: Callable[[str], None] = say
 ) -> Iterator[tuple[TrainedModel, dict[str, Any]]]:
-    """Its model, and the record that was saved with it; its mesh and axis rules hold within.
+    """Opens a checkpoint: yields its model and its record, under its mesh and axis rules.
 
     Raises:
       FileNotFoundError, ValueError: in one line; there is no checkpoint, or it is of another vocabulary or model.

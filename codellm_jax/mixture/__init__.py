@@ -1,1 +1,1 @@
-"""What is trained on: schedules, the order of rows, the rows themselves, batches, and the ledger."""
+"""The training data: schedules, the order of rows, the rows, batches, and the ledger."""

@@ -1,4 +1,4 @@
-"""Rows to global batches: what one step trains on, spread over the devices of a mesh, read ahead of the step."""
+"""Builds the global batches of training steps from rows, sharded over a mesh and read ahead."""
 
 import collections
 import concurrent.futures
@@ -23,7 +23,7 @@ from codellm_jax.mixture.order import Draw, Order
 from codellm_jax.mixture.rows import Rows
 from codellm_jax.vocabulary import Vocabulary
 
-# Examples of which the packing is worked out at once: a few megabytes.
+# Examples whose packing is computed at once: a few megabytes.
 EXAMPLES_AT_ONCE = 1 << 17
 ROWS_COUNTED_AT_ONCE = 256  # held-out ones
 
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     inputs: Array
     targets: Array
     positions: Array  # restart at 0 after each end-of-document token
-    segment_ids: Array  # which document of the row, from 1; 0 is padding
+    segment_ids: Array  # number of the document in its row, from 1; 0 is padding
     weights: Array  # 1 where the loss counts the target, else 0
     sources: Array  # index into Order.sources
 
@@ -46,7 +46,7 @@ def batch_of_rows(rows: np.ndarray, sources: np.ndarray, end_of_document_id: int
     """A batch in host memory from rows (int32 [B, L + 1]) and the source of each (int [B]).
 
     An end-of-document token belongs to the document it ends: positions and attention restart after it. Rows of
-    instructions are as `examples.as_document` makes them.
+    instructions are encoded as in `examples.as_document`.
     """
     ids = ids_of(rows)
     inputs, targets = ids[:, :-1], ids[:, 1:]
@@ -67,14 +67,14 @@ def global_batch(
     step: int, batch_size: int, order: Order, rows: Sequence[Rows], end_of_document_id: int,
     sharding: jax.sharding.NamedSharding,
 ) -> tuple[Batch, Draw]:
-    """The batch of one step: rows `step` * `batch_size` and on, of which only this process's own are read.
+    """The batch of one step: `batch_size` rows from position `step` * `batch_size`; a process reads only its own.
 
     Args:
       step: counted from 0.
-      sharding: of a [batch, length] array; splits the batch axis alone.
+      sharding: of a [batch, length] array; splits only the batch axis.
 
     Returns:
-      The batch, and what was drawn for it, all [batch].
+      The batch, and its draw with arrays of shape [batch].
     """
     draw = order.draw(np.arange(step * batch_size, (step + 1) * batch_size))
     length = rows[0].length
@@ -90,16 +90,16 @@ def example_batch(
     step: int, batch_size: int, order: Order, examples: Sequence[Rows], rows: int, packing: bool,
     sharding: jax.sharding.NamedSharding,
 ) -> tuple[Batch, Draw]:
-    """The batch of one step of tuning: examples `step` * `batch_size` and on, of which this process reads its own.
+    """The batch of one tuning step: `batch_size` examples from position `step` * `batch_size`, each process its own.
 
     Args:
       step: counted from 0.
-      batch_size: examples a step.
-      rows: of the batch; without packing `batch_size`, with it what `rows_of_packed_steps` found, or more.
-      sharding: of a [rows, length] array; splits the batch axis alone.
+      batch_size: examples per step.
+      rows: of the batch; without packing `batch_size`, with it at least the result of `rows_of_packed_steps`.
+      sharding: of a [rows, length] array; splits only the batch axis.
 
     Returns:
-      The batch, and what was drawn for it, all [batch_size].
+      The batch, and its draw with arrays of shape [batch_size].
     """
     draw = order.draw(np.arange(step * batch_size, (step + 1) * batch_size))
     length = examples[0].length
@@ -119,9 +119,9 @@ def example_batch(
 def rows_of_packed_steps(
     order: Order, examples: Sequence[Rows], batch_size: int, steps: int, first_step: int = 0
 ) -> tuple[int, int]:
-    """The most rows that any step of a run needs when its examples are packed, and the columns that all steps fill.
+    """The most rows that any step needs when its examples are packed, and the columns that all steps fill.
 
-    Steps are those after `first_step`, up to `steps`.
+    Counts steps `first_step` ... `steps` - 1.
     """
     most = filled = 0
     at_once = max(1, EXAMPLES_AT_ONCE // batch_size)
@@ -138,7 +138,7 @@ def _batch_of_examples(
     examples: Sequence[Rows], source: np.ndarray, number: np.ndarray, row: np.ndarray, column: np.ndarray,
     shape: tuple[int, int],
 ) -> Batch:
-    """Reads the examples `number` of the sources `source` and lays them out, all int64 [N]."""
+    """Reads the examples `number` of the sources `source` and places them at `row` and `column`, all int64 [N]."""
     cached = read_drawn(examples, source, number, shape[1] + 1 + WIDTH_BESIDE_TOKENS)
     return Batch(**arrays_of_examples(cached, source, row, column, shape))
 
@@ -153,7 +153,7 @@ def read_drawn(rows: Sequence[Rows], source: np.ndarray, number: np.ndarray, wid
 
 
 def place(read: Callable[[slice], Batch], shape: tuple[int, int], sharding: jax.sharding.NamedSharding) -> Batch:
-    """A global batch of `shape` from `read`, called once for each slice of the batch axis that this process holds."""
+    """A global batch of `shape`; calls `read` once for each slice of the batch axis that this process holds."""
     indices = sharding.addressable_devices_indices_map(shape).values()
     slices = {index[0].indices(shape[0]): index[0] for index in indices if index is not None}
     parts = {bounds: read(local) for bounds, local in slices.items()}
@@ -172,7 +172,7 @@ def held_out_batches(
     rows: Rows, limit: int, batch_size: int, source: int, end_of_document_id: int,
     sharding: jax.sharding.NamedSharding, stage: str = "pretraining",
 ) -> Iterator[Batch]:
-    """The first `limit` rows (in tuning examples, a row each) of a split in order; rows of weight 0 fill the last."""
+    """The first `limit` rows of a split in order (in tuning, one example per row); rows of weight 0 pad the last."""
     count = min(limit, rows.count)
     for start in range(0, count, batch_size):
 
@@ -193,9 +193,9 @@ def held_out_batches(
 
 @functools.lru_cache(maxsize=256)
 def held_out_bytes(rows: Rows, limit: int, vocabulary: Vocabulary, stage: str = "pretraining") -> int:
-    """Bytes of UTF-8 of what the loss counts in all `held_out_batches` of these rows; read once a process.
+    """UTF-8 bytes of the tokens that the loss counts in `held_out_batches` of these rows; read once per process.
 
-    Tokens that are no text, such as the end of a document, count in the loss and have no bytes.
+    Tokens that are not text, such as the end of a document, count in the loss and have no bytes.
     """
     total = 0
     for start in range(0, min(limit, rows.count), ROWS_COUNTED_AT_ONCE):
@@ -214,12 +214,12 @@ def held_out_bytes(rows: Rows, limit: int, vocabulary: Vocabulary, stage: str = 
 def read_ahead(
     make: Callable[[int], Item], first: int, last: int, depth: int = 4, threads: int = 4
 ) -> Generator[Item, None, None]:
-    """Yields make(first) ... make(last - 1), made by threads that stay up to `depth` items ahead.
+    """Yields make(first) ... make(last - 1), computed by threads that stay up to `depth` items ahead.
 
-    Several threads, for a batch out of a remote cache is mostly waiting: four make up for a store that takes four times
-    as long to answer as a step takes.
+    Reading a batch from a remote cache is mostly waiting, so several threads help: four keep up with a store whose
+    latency is four steps.
 
-    An exception of `make` is raised where its item would have been. Closing the iterator ends the threads.
+    An exception of `make` is raised in place of its item. Closing the iterator ends the threads.
     """
     numbers = iter(range(first, last))
     ahead: collections.deque[concurrent.futures.Future[Item]] = collections.deque()

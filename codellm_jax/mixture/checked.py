@@ -1,10 +1,10 @@
-"""Whether cached rows are those that were written.
+"""Checks that cached rows are the rows that were written.
 
-TensorStore's checksums tell that a chunk is whole, and not that it is this chunk: files that change places with others,
-of this cache or another one, and rows that somebody wrote over are read without a word. Two digests tell:
+TensorStore's checksums show that a chunk is intact, but not that it is the right chunk: files swapped within a cache or
+between caches, and overwritten rows, are read without an error. Two digests detect this:
 
-  content_hash   of all rows. What is small is read whole when a run opens it, and compared.
-  row_digests    one for each row, in an array beside the rows. Each row that is read is compared, every time.
+  content_hash   of all rows. Small arrays are read whole and compared when a run opens them.
+  row_digests    one for each row, in an array beside the rows. Every row is compared each time it is read.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from codellm_jax.mixture.examples import Found
 from codellm_jax.mixture.tokens import SPLITS
 
 try:
-    from isal.isal_zlib import crc32  # the same numbers in a third of the time
-except ImportError:  # not made for this processor
+    from isal.isal_zlib import crc32  # the same values in a third of the time
+except ImportError:  # not available for this processor
     from zlib import crc32
 
 BYTES_READ_WHOLE = 32 << 20
@@ -29,18 +29,18 @@ ROWS_AT_ONCE = 4096
 
 
 class DamagedRows(ValueError):
-    """What lies in a cache is not what was written; the message says in what it differs."""
+    """The content of a cache is not what was written; the message names the difference."""
 
 
 def row_digests(salt: str, numbers: Iterable[int], rows: np.ndarray) -> np.ndarray:
-    """A CRC-32 of each row, its number and what names the array: uint32 [N].
+    """A CRC-32 of each row, its number and the name of the array: uint32 [N].
 
-    It tells of accidents and slips. Who rewrites rows on purpose can rewrite digests too.
+    It detects accidents, not tampering: whoever rewrites rows on purpose can rewrite the digests too.
 
     Args:
-      salt: names the array, so that rows of another one have other digests.
+      salt: names the array, so that the same rows in another array have other digests.
       numbers: of the rows.
-      rows: [N, width], of the type that they are stored in.
+      rows: [N, width], of the type in which they are stored.
     """
     start = crc32(salt.encode())
     stored = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
@@ -49,7 +49,7 @@ def row_digests(salt: str, numbers: Iterable[int], rows: np.ndarray) -> np.ndarr
 
 
 def require_rows(salt: str, numbers: np.ndarray, rows: np.ndarray, written: np.ndarray) -> None:
-    """Raises DamagedRows where rows have other digests than were written; arguments as for `row_digests`."""
+    """Raises DamagedRows if the digests of rows differ from those written; arguments as for `row_digests`."""
     other = row_digests(salt, numbers.tolist(), rows) != written
     if other.any():
         raise DamagedRows(f"row {numbers[other][0]} is another than was written")
@@ -59,15 +59,15 @@ def require_written(
     store: tensorstore.TensorStore, count: int, width: int, content_hash: str,
     hash_of: Callable[[Iterable[np.ndarray]], str],
 ) -> bool:
-    """Whether all rows were compared, which those of a small array are.
+    """Checks the shape and, for a small array, all rows; returns whether the rows were compared.
 
     Args:
       store: the array.
-      count, width: what its shape should be.
-      content_hash: of its rows, as `hash_of` takes it.
+      count, width: its expected shape.
+      content_hash: of its rows, as computed by `hash_of`.
 
     Raises:
-      DamagedRows: the array has another shape, or other rows.
+      DamagedRows: the shape or the rows differ.
     """
     if tuple(store.shape) != (count, width):
         raise DamagedRows(f"the array has the shape {tuple(store.shape)} instead of {(count, width)}")
@@ -81,10 +81,10 @@ def require_written(
 
 
 def recorded_splits(content: bytes, key: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """What a cache.json tells: how names of its arrays end, and the facts of each split, as fields of `rows.Rows`.
+    """Parses a cache.json: the suffix of its arrays' names, and the facts of each split as fields of `rows.Rows`.
 
     Raises:
-      DamagedRows: it is no JSON, or not what `rows.finish_cache` wrote for this key.
+      DamagedRows: it is not JSON, or not what `rows.finish_cache` wrote for this key.
     """
     try:
         recorded = json.loads(content)
@@ -103,7 +103,7 @@ def recorded_splits(content: bytes, key: Mapping[str, Any]) -> tuple[str, dict[s
 def _facts(split: str, facts: Any) -> dict[str, Any]:
     fields = dataclasses.fields(Found)
     if isinstance(facts, dict):
-        facts = {name: value for name, value in facts.items() if name != "heads"}  # of an earlier version
+        facts = {name: value for name, value in facts.items() if name != "heads"}  # from an earlier version
     if split not in SPLITS or not isinstance(facts, dict) or not facts.keys() <= {field.name for field in fields}:
         raise DamagedRows(f"its cache.json has unknown facts about {split!r}")
     default, found = Found(), dict[str, Any]()

@@ -1,13 +1,13 @@
-"""Instruction examples as rows, and rows of examples as batches for tuning; and examples as documents, which
-pre-training joins and cuts.
+"""Instruction examples as rows, and their batches for tuning; and examples as documents, which pre-training joins and
+cuts.
 
 An example is a prompt (`inputs`) followed by its answer (`targets`) and the end token; the loss counts only the answer
 and the end token. In a conversation, the loss also counts the later answers, but not the text between them. An example
 longer than a row of `length` + 1 tokens is cut there, as in the study's released system; one whose prompt alone fills
 the row has no training signal and is left out. Both are counted.
 
-A cached row holds the tokens, zeros up to length + 1, then two numbers: the lengths of the first prompt, and of the
-whole, in tokens. A token after the first prompt that the loss does not count is stored as its complement, ~id, which is
+A cached row holds the tokens, zeros up to length + 1, then two numbers: the token counts of the first prompt and of the
+whole example. A token after the first prompt that the loss does not count is stored as its complement, ~id, which is
 negative.
 
 A step trains on BATCH_SIZE examples. Unpacked, each has its own row; packed, the same examples share fewer rows, each
@@ -28,7 +28,7 @@ import numpy as np
 
 # Increase this whenever the same tokens would give other rows.
 EXAMPLES_VERSION = 2
-# Likewise, of examples as documents.
+# The same for examples as documents.
 DOCUMENTS_VERSION = 1
 WIDTH_BESIDE_TOKENS = 2
 WITHIN = 1 << 30  # above any id
@@ -105,7 +105,7 @@ def documents(examples: Iterable[Tokens], loss: str | None, end: int, found: Fou
     """The tokens of each document of pre-training; counts them in `found`.
 
     Args:
-      loss: None of documents; of instruction examples what the loss counts, "all" or "answers".
+      loss: None for documents; for instruction examples the tokens that the loss counts, "all" or "answers".
       end: the end-of-document token.
     """
     for example in examples:
@@ -137,7 +137,7 @@ def as_document(example: Tokens, loss: str, end: int) -> np.ndarray:
 class Sizes(NamedTuple):
     """For some examples, two int64 arrays of one shape."""
 
-    positions: np.ndarray  # columns that it takes: all its tokens but the last, which is only predicted
+    positions: np.ndarray  # columns taken: all tokens except the last, which is only predicted
     counted: np.ndarray  # tokens that the loss counts
 
 
@@ -154,7 +154,7 @@ def example_sizes(examples: Readable) -> Sizes:
 
 
 def marked_ids(tokens: np.ndarray) -> np.ndarray:
-    """As `ids_of`, but end tokens within an example keep `WITHIN`."""
+    """Like `ids_of`, but end tokens within an example keep `WITHIN`."""
     return np.where(tokens < 0, ~tokens, tokens)
 
 
@@ -207,7 +207,7 @@ def pack(positions: np.ndarray, length: int) -> Places:
 
 
 def unpacked(positions: np.ndarray) -> Places:
-    """Each example in a row of its own; `positions` as for `pack`."""
+    """Places each example in a separate row; `positions` as for `pack`."""
     steps, examples = positions.shape
     row = np.broadcast_to(np.arange(examples), positions.shape)
     return Places(row, np.zeros_like(positions), np.full(steps, examples))

@@ -1,9 +1,9 @@
-"""A folder that is being made beside its place: held by who makes it, and cleared away once nobody does.
+"""A folder under construction beside its final place: locked by its writer, and removed once nothing holds the lock.
 
-What holds it is a lock of the file system on a file in it (flock). It ends with its process, however that ends, and all
-see it that see the disk: other containers too, whose host names and process numbers may be the same, and by NFS other
-machines, unless it is mounted with local locks (`nolock`, `local_lock`), where no machine must share a cache that
-another is writing. Where a file system knows no locks nothing is held, and nothing is cleared away.
+The lock is an flock on a file in the folder. It ends with its process, however that ends, and is visible to everything
+that shares the disk: other containers, whose host names and process ids may coincide, and over NFS other machines. With
+NFS mounted with local locks (`nolock`, `local_lock`), machines must not share a cache that one of them is writing.
+On a file system without locks nothing is locked, and nothing is removed.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ LOCK, CONTENT = ".lock", "content"
 
 @contextlib.contextmanager
 def half_made(place: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new and empty folder on the disk of `place`, to be moved there once it is whole; else it is removed.
+    """A new, empty folder on the disk of `place`. The caller moves it there when complete; otherwise it is removed.
 
-    Folders that others began for the same place, and were killed over, are removed first.
+    Folders left for the same place by processes that were killed are removed first.
     """
     folder, prefix = Path(place).parent, f".{Path(place).name}."
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,11 +38,11 @@ def half_made(place: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _held(folder: Path, prefix: str) -> tuple[Path, IO[str]]:
-    """A new folder that this process holds, and what holds it."""
+    """A new folder that this process has locked, and the lock file."""
     while True:
         own = folder / f"{prefix}{uuid.uuid4().hex[:8]}"
         own.mkdir()
-        # Until it is held another process may take it for one that was left, and remove it: then the next.
+        # Before it is locked, another process may remove it as abandoned: then try another.
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
             lock = (own / LOCK).open("x")
             try:
@@ -50,7 +50,7 @@ def _held(folder: Path, prefix: str) -> tuple[Path, IO[str]]:
             except BlockingIOError:
                 lock.close()
                 raise
-            except OSError:  # there are no locks here, for the others neither
+            except OSError:  # no process can lock here
                 pass
             if (own / LOCK).exists():
                 return own, lock
@@ -59,10 +59,10 @@ def _held(folder: Path, prefix: str) -> tuple[Path, IO[str]]:
 
 def _remove_unless_held(left: Path) -> None:
     try:
-        lock = (left / LOCK).open("r+")  # to be written, as NFS wants it of what is locked
+        lock = (left / LOCK).open("r+")  # NFS requires write access for an exclusive lock
     except FileNotFoundError:
         with contextlib.suppress(OSError):
-            left.rmdir()  # its maker was killed before it held it; one with files in it stays
+            left.rmdir()  # its writer was killed before locking it; a folder with files stays
         return
     except OSError:
         return
@@ -72,5 +72,5 @@ def _remove_unless_held(left: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    shutil.rmtree(folder / CONTENT, ignore_errors=True)  # before its lock, lest a rest stay that none can hold
+    shutil.rmtree(folder / CONTENT, ignore_errors=True)  # before its lock file, so that no unlockable rest remains
     shutil.rmtree(folder, ignore_errors=True)

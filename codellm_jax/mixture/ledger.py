@@ -23,7 +23,7 @@ class Ledger:
       vocabulary_hash: of the vocabulary's file.
       length: tokens of a row.
       rows: rows (in tuning: examples) trained on so far, by source name.
-      tokens: tokens that the loss counted, likewise.
+      tokens: tokens that the loss counted so far, by source name.
       conversations: in tuning, whether any source has examples with turns.
       phases: for each phase of the schedule its first row or example, "start", and its part of "rows".
       before: the ledgers, as JSON, of the stages whose parameters this one started from, oldest first.
@@ -73,8 +73,8 @@ class Ledger:
         return sum(self.rows.values())
 
     def add(self, order: Order, sources: np.ndarray, tokens: np.ndarray) -> None:
-        """Counts one batch, given the source of each of its rows or examples and the tokens of it that the loss counts,
-        both int [batch].
+        """Counts one batch, given the source of each of its rows or examples and the number of its tokens that the loss
+        counts, both int [batch].
         """
         starts = [phase["start"] for phase in self.phases]
         phase_of = np.searchsorted(starts, order.begin + self.position + np.arange(len(sources)), side="right") - 1
@@ -138,10 +138,10 @@ def arm(ledger: Mapping[str, Any]) -> str:
     none of which is one of the paper's:
 
       NCC             two stages on documents, then tuned: a letter for each stage in order
-      NL-CODE         two stages on documents alone: NC is the paper's pre-training without code and tuning with it
+      NL-CODE         two stages, both on documents: NC is the paper's pre-training without code and tuning with it
       NC-C, NC-CODE   a stage after tuning follows a hyphen: tuned again, or trained on documents again
-      imported-C      what published weights were trained on is not known, and stands as "imported" before what was
-                      done with them, as also in imported-NL and imported-NC
+      imported-C      the training data of published weights is unknown; "imported" precedes the later stages, as also
+                      in imported-NL and imported-NC
 
     A branch is a separate stage, unless its share of code equals that of its trunk, to a row: it then continues as the
     trunk would have.
@@ -150,7 +150,7 @@ def arm(ledger: Mapping[str, Any]) -> str:
     imported = stages[0]["stage"] == "imported"
     if not imported and stages[0]["stage"] == "tuning":
         return "none, because it was tuned from new parameters"
-    letters, parts = "", []  # of the stages on documents that nothing follows yet, and what stands before them
+    letters, parts = "", []  # of the stages on documents that nothing follows yet, and the parts before them
     for number, stage in enumerate(stages[imported:], imported):
         if stage.get("branch") and number > imported and _has_share_of(stage, stages[number - 1]):
             continue
@@ -180,8 +180,8 @@ def rows_of_code(ledger: Mapping[str, Any]) -> int:
 
 
 def _has_share_of(branch: Mapping[str, Any], trunk: Mapping[str, Any]) -> bool:
-    """Whether a branch has the share of code that its trunk had, as far as rows can tell: to half a row of the trunk's,
-    and one of its own, for it takes over what the trunk owed."""
+    """Whether a branch has the share of code of its trunk, up to rounding: half a row of the trunk's, and one of its
+    own, because it carries over the trunk's remainder."""
     own, before = sum(branch["rows"].values()), sum(trunk["rows"].values())
     difference = rows_of_code(branch) * before - rows_of_code(trunk) * own
     return branch["stage"] == trunk["stage"] and bool(rows_of_code(branch)) == bool(rows_of_code(trunk)) \

@@ -18,7 +18,7 @@ from codellm_jax.mixture.schedules import constant, phases
 from codellm_jax.mixture.tokens import Definitions, quiet_tensorflow, require_registered, task_tokens
 from codellm_jax.vocabulary import Vocabulary
 
-FEWEST_HELD_OUT = 20  # documents or examples of a pool, below which a loss tells of them and not of the pool
+FEWEST_HELD_OUT = 20  # documents or examples of a pool; with fewer, their loss does not represent the pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Mixture:
     definitions: Definitions
     lengths: Mapping[str, int]
     code_rate: float | None = None
-    mix_phases: Any = None  # whatever is given, `phases` answers
+    mix_phases: Any = None  # checked by `phases`
     max_epochs: int | None = None
     cache_dir: str = "~/.cache/codellm_jax"
     stage: str = "pretraining"
@@ -92,7 +92,7 @@ class OpenMixture:
     prepared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # by source, of folders of `t5x prepare`
 
     def sizes(self, draw: Draw) -> Sizes:
-        """How many columns each of the rows or examples drawn takes, and how many tokens of it the loss counts."""
+        """The number of columns that each drawn row or example takes, and of its tokens that the loss counts."""
         if self.stage == "tuning":
             return sizes_drawn(self.training, draw.source, draw.row)
         full = np.full(draw.source.shape, self.training[0].length, np.int64)
@@ -107,8 +107,8 @@ def open_mixture(
     mixture: Mixture, vocabulary: Vocabulary, seed: int, total_rows: int, batch_size: int = 1,
     report: Callable[[str], None] = print, branch: Branch | None = None,
 ) -> OpenMixture:
-    """Resolves names, caches rows that are not cached yet, and makes the order of `total_rows` rows or examples, of
-    which each step takes `batch_size`; those of a trunk are included.
+    """Resolves names, caches rows that are not cached yet, and makes the order of `total_rows` rows or examples,
+    including a trunk's, of which each step takes `batch_size`.
 
     Within a pool, a source's share of the tokens is its rate in the SeqIO mixture or the `rate` of its corpus. If no
     source of the pool has one, it is proportional to its size, so all of them finish their epochs together.
@@ -145,7 +145,7 @@ def held_out_warnings(validation: Mapping[str, Rows | None], stage: str) -> Iter
     """A line for each pool with too little held-out data to measure its loss.
 
     Args:
-      validation: the rows of each source's split, where it has one; they may be none.
+      validation: the rows of each source's validation split, None if it has none; a split may be empty.
       stage: "pretraining", or "tuning", where rows are the examples.
     """
     for pool in dict.fromkeys(name.split(".")[0] for name in validation):
@@ -165,7 +165,7 @@ def held_out_warnings(validation: Mapping[str, Rows | None], stage: str) -> Iter
 
 
 def training_rows(mixture: Mixture, vocabulary: Vocabulary, report: Callable[[str], None] = print) -> list[Rows]:
-    """The training rows of each source of a mixture, in the order of `open_mixture`, cached where they are not yet.
+    """The training rows of each source of a mixture, in the order of `open_mixture`; caches those not cached yet.
 
     Sources without any share of the run are included. Errors are those of `open_mixture`.
     """
@@ -173,7 +173,7 @@ def training_rows(mixture: Mixture, vocabulary: Vocabulary, report: Callable[[st
 
 
 def rates_of(mixture: Mixture) -> dict[str, float | None]:
-    """The tasks of a mixture with their rates, where they have some; ValueError where a name is unknown."""
+    """The tasks of a mixture with their rates, None where there is none. Raises ValueError for an unknown name."""
     names = [mixture.name] if isinstance(mixture.name, str) else list(mixture.name)
     rates: dict[str, float | None] = {}
     for name in names:
@@ -186,14 +186,14 @@ def rates_of(mixture: Mixture) -> dict[str, float | None]:
 def _cached(
     mixture: Mixture, tasks: Iterable[str], vocabulary: Vocabulary, report: Callable[[str], None]
 ) -> list[dict[str, Rows]]:
-    for task in tasks:  # a file that is not there is told before others are read for minutes
+    for task in tasks:  # reports a missing file before spending minutes on reading others
         mixture.definitions.describe(task)
     return [cached_rows(task, mixture.definitions, vocabulary, mixture.length, mixture.cache_dir, report,
                         mixture.stage) for task in tasks]
 
 
 def _remembered(content: bytes) -> dict[str, float | None] | None:
-    """Tasks and their rates as `_tasks_of` wrote them; None of what it did not write."""
+    """Tasks and their rates as `_tasks_of` wrote them; None for anything else."""
     try:
         tasks = json.loads(content)
     except (ValueError, RecursionError):
@@ -203,7 +203,7 @@ def _remembered(content: bytes) -> dict[str, float | None] | None:
 
 
 def _tasks_of(name: str, definitions: Definitions, cache_dir: str) -> dict[str, float | None]:
-    """The tasks of a SeqIO task or mixture with their rates (None for a task by itself that was given none).
+    """The tasks of a SeqIO task or mixture with their rates (None for a task named without a rate).
 
     Remembered in the cache under the definition's description, so that a second run need not import SeqIO.
     """

@@ -1,16 +1,16 @@
-"""Texts as words, and questions as n-grams of words that other texts are searched for.
+"""Splits texts into words, and indexes word n-grams of questions for which other texts are searched.
 
-Words are what Brown et al. (2020, appendix C) compare: without case and punctuation. In scripts that set no space
-between words each character is one. An n-gram is `n` consecutive words of one part of a question; a part that is
-shorter is one n-gram as a whole if it has `minimum` words (theirs is 8 too), and where no part has so many the parts
-are joined. A question that has no n-gram even then cannot be measured.
+Words are defined as in Brown et al. (2020, appendix C), without case and punctuation. In scripts without spaces between
+words, each character is a word. An n-gram is `n` consecutive words of one part of a question. A shorter part is one
+n-gram as a whole if it has at least `minimum` words (8, as theirs); if no part is long enough, the parts are joined.
+A question without an n-gram even then cannot be measured.
 
-Chinese and other scripts without spaces have lengths of their own, twice as large, because a word there has about two
-characters. So few as 13 are common phrases: "Standing Committee of the National People's Congress" has as many.
+Chinese and other scripts without spaces have separate lengths, twice as large, because a word there has about two
+characters. Thirteen characters may be a common phrase, such as "Standing Committee of the National People's Congress".
 `t5x contamination` and the step `decontaminate` of `t5x prepare` both search with this module and its defaults.
 
-An n-gram that more than `most` questions of a task have is that task's own manner of asking ("which of the following
-sentences about ..."), and is not looked for.
+An n-gram shared by more than `most` questions of a task is boilerplate of that task ("which of the following sentences
+about ..."), and is not searched for.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A byte that no UTF-8 text holds, and what it is decoded to: it ends a document, and no n-gram goes across it.
+# A byte that never occurs in UTF-8, and its decoded form. It ends a document, and no n-gram crosses it.
 END = b"\xff"
 _END_WORD = "\udcff"
-# Han, kana, Thai, Lao, Burmese and Khmer, without their punctuation and digits.
+# Han, kana, Thai, Lao, Burmese and Khmer letters, without punctuation and digits.
 _UNSPACED = ("\u3005\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
              "\U00020000-\U0003ffff\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1780-\u17d3")
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|{_END_WORD}")
 _OF_UNSPACED = re.compile(f"[{_UNSPACED}]")
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd; which one does not matter, as what is found is compared
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # any odd number works, because matches are verified
 _FILTER_BITS = (16, 26)
 
 
@@ -40,7 +40,7 @@ def words(text: str) -> list[str]:
 
 
 class Question(NamedTuple):
-    """A question to be looked for; n-grams do not go from one part into the next."""
+    """A question to search for; n-grams do not cross its parts."""
 
     task: str
     id: str
@@ -49,18 +49,18 @@ class Question(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class NGrams:
-    """The n-grams of questions; `index` makes it.
+    """The n-grams of questions, made by `index`.
 
     Attributes:
-      known: the words that questions have, and their numbers from 1; all others are 0.
-      numbers: int64 [W], the words of all questions one after the other.
-      start, length, question: int64 [N], where each n-gram stands in `numbers`, and whose it is, by `hashes`.
-      prefix: words that each n-gram has at least; those are looked up.
+      known: the words of all questions, numbered from 1; any other word is 0.
+      numbers: int64 [W], the words of all questions, concatenated.
+      start, length, question: int64 [N], each n-gram's span in `numbers` and its question, in the order of `hashes`.
+      prefix: the length of the shortest n-gram in words; the hash covers so many.
       hashes: uint64 [N], ascending, of the first `prefix` words of each.
-      values: uint64 [1 + words], what is hashed for each.
-      maybe: bool [2**b], whether any hash begins with these b bits: far fewer words reach `hashes`.
+      values: uint64 [1 + words], the value of each word in hashes.
+      maybe: bool [2**b], whether any hash begins with these b bits; filters lookups in `hashes`.
       measurable: bool [questions], those with an n-gram.
-      boilerplate: for each task how many different n-grams are not looked for, as too many questions have them.
+      boilerplate: for each task, the number of distinct n-grams left out because too many questions share them.
     """
 
     known: dict[str, int]
@@ -91,11 +91,11 @@ class NGrams:
         return np.fromiter(map(self.known.get, found, itertools.repeat(0)), np.int64, len(found))
 
     def matches(self, text: np.ndarray, but: np.ndarray) -> np.ndarray:
-        """The n-grams in a text, by where they stand there: int64, places in `start`.
+        """The n-grams that occur in a text, in the text's order: int64, indices into `start`.
 
         Args:
           text: int64, numbers of its words.
-          but: bool [questions], those whose n-grams are not wanted.
+          but: bool [questions], questions to exclude.
         """
         if not len(self.start) or len(text) < self.prefix:
             return np.zeros(0, np.int64)
@@ -107,7 +107,7 @@ class NGrams:
         ngram = np.repeat(first + count - np.cumsum(count), count) + np.arange(len(position))
         good = ~but[self.question[ngram]] & (position + self.length[ngram] <= len(text))
         position, ngram = position[good], ngram[good]
-        for offset in range(self.longest):  # equal hashes are no proof
+        for offset in range(self.longest):  # hashes may collide
             length, start = self.length[ngram], self.start[ngram]
             within = np.minimum(offset, length - 1)
             good = text[position + within] == self.numbers[start + within]
@@ -116,27 +116,27 @@ class NGrams:
 
 
 class Lengths(NamedTuple):
-    """Words of n-grams, and those that a shorter part of a question must have to be looked for as a whole."""
+    """The words of an n-gram, and the fewest words with which a shorter part of a question is one n-gram."""
 
     n: int
     minimum: int
 
 
-WORDS, CHARACTERS = Lengths(13, 8), Lengths(26, 16)  # the latter of scripts without spaces
-MOST = 10  # questions of a task that may have an n-gram
+WORDS, CHARACTERS = Lengths(13, 8), Lengths(26, 16)  # the latter for scripts without spaces
+MOST = 10  # questions of a task that may share an n-gram
 
 
 def index(
     questions: Sequence[Question], spaced: Lengths = WORDS, unspaced: Lengths = CHARACTERS, most: int = MOST
 ) -> NGrams:
-    """The n-grams of questions, but for those that more than `most` questions of one task have.
+    """Indexes the n-grams of questions, except those that more than `most` questions of one task share.
 
     Args:
-      questions: whose n-grams.
+      questions: the questions to index.
       spaced: the lengths of n-grams.
-      unspaced: those of parts of which more than half of the words are characters of scripts without spaces. Where no
-        part is long enough, the parts joined need `spaced.minimum` words in any script.
-      most: questions of one task that may have an n-gram.
+      unspaced: the lengths for parts of which more than half of the words are characters of scripts without spaces.
+        Where no part is long enough, the joined parts need `spaced.minimum` words in any script.
+      most: questions of one task that may share an n-gram.
     """
     known: dict[str, int] = {}
     numbers: list[int] = []
@@ -157,7 +157,7 @@ def index(
         spans += parts
     all_numbers = np.array(numbers, np.int64)
     owner, start, size, most_words = np.array(spans, np.int64).reshape(-1, 4).T
-    count = np.maximum(size - most_words, 0) + 1  # of n-grams in each
+    count = np.maximum(size - most_words, 0) + 1  # n-grams of each part
     question = np.repeat(owner, count)
     start = np.repeat(start + count - np.cumsum(count), count) + np.arange(int(count.sum()))
     length = np.repeat(np.minimum(size, most_words), count)
@@ -185,9 +185,9 @@ def _rare(
     questions: Sequence[Question], hashed: np.ndarray, start: np.ndarray, length: np.ndarray, question: np.ndarray,
     most: int,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Which n-grams no more than `most` questions of their task have, bool [N]; and the number of the others by task.
+    """Marks the n-grams that at most `most` questions of their task have, bool [N], and counts the others by task.
 
-    They are told apart by a hash of 64 bits, which any two of a hundred million share with a chance of 1 in 3,700.
+    N-grams are compared by a 64-bit hash; among a hundred million, the chance of any collision is 1 in 3,700.
     """
     tasks = {name: number for number, name in enumerate(dict.fromkeys(one.task for one in questions))}
     task = np.array([tasks[one.task] for one in questions], np.int64)[question]
@@ -208,7 +208,7 @@ def _rare(
 
 
 def _window_hashes(values: np.ndarray, length: int) -> np.ndarray:
-    """A hash of each `length` consecutive values: uint64 [N - length + 1], or none."""
+    """A hash of each window of `length` consecutive values: uint64 [N - length + 1], empty if N is smaller."""
     count = max(0, len(values) - length + 1)
     hashes = values[:count].copy()
     for offset in range(1, length):

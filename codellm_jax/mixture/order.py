@@ -6,7 +6,7 @@ reading a row.
 
   pool    the schedule's quota decides whether position i is text or code, and how many rows of its pool precede it;
   source  within a pool the sources are the leaves of a binary tree; at every node the same rounded quota sends a
-          row left or right, of a share that is constant but where tables of the schedule change it;
+          row left or right, with a share that is constant except where tables of the schedule change it;
   row     the k-th row drawn from a source of n rows is row permutation(k mod n) of epoch k // n, under a permutation
           keyed by seed, source and epoch.
 
@@ -41,7 +41,7 @@ FEISTEL_ROUNDS = 12  # with 6, pairs of the smallest sources were some per cent 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source of rows. Its pool is what stands before the first dot of its name."""
+    """One source of rows. Its pool is the part of its name before the first dot."""
 
     name: str
     rows: int  # in one epoch
@@ -58,10 +58,10 @@ class Branch:
     """The state that an order inherits from its trunk's order.
 
     Attributes:
-      position: rows that the trunk and its own trunks had drawn in all; positions go on from there.
+      position: rows that the trunk and its own trunks had drawn in all; positions continue from there.
       drawn: by source name, (content hash, rows drawn so far, from its first epoch on).
-      owed: of each node of the tree by name, (rows that reached it, beyond what was asked; rows that were asked of its
-        right side and not drawn). The exact fractions.
+      owed: for each node of the tree by name, (rows that reached it minus rows asked of it; rows asked of its right
+        side but not drawn), as exact fractions.
     """
 
     position: int
@@ -87,7 +87,7 @@ class Draw(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """From row `start` of the run on, sources stand in the same relation to the others of their pools."""
+    """From row `start` of the run on, the relative weights of the sources of each pool are constant."""
 
     start: int
     weights: tuple[Fraction, ...]  # of each source
@@ -100,7 +100,7 @@ class _Node(NamedTuple):
     schedule: Schedule
     left: "_Node | int"
     right: "_Node | int"
-    name: str  # of a branch's node and its trunk's that split the same
+    name: str  # equal for the nodes of a branch and its trunk that split the same sources
     begin: Fraction  # rows that reached it before row 0
 
 
@@ -108,8 +108,8 @@ class _Node(NamedTuple):
 class Order:
     """The order in which the rows of `sources` are trained on.
 
-    Positions are those of the whole run. An order that branches from another begins at that one's position, and counts
-    what it draws itself.
+    Positions count over the whole run. An order that branches from another begins at its position, and counts only its
+    own draws.
 
     Raises:
       ValueError: a pool is asked for but has no source, a source has no row, a weight is not positive, or a table of
@@ -117,7 +117,7 @@ class Order:
     """
 
     seed: int
-    schedule: Schedule  # over all positions, those before a branch too
+    schedule: Schedule  # over all positions, including those before a branch
     sources: tuple[Source, ...]
     branch: Branch | None = None
 
@@ -128,14 +128,14 @@ class Order:
 
     @property
     def phase_starts(self) -> list[int]:
-        """The position at which each phase of the schedule begins here."""
+        """The position at which each phase of the schedule begins in this order."""
         later = [start for start in self.schedule.phase_starts if start > self.begin]
         return [self.begin, *later]
 
     @functools.cached_property
     def drawn_before(self) -> np.ndarray:
-        """Rows of each source that were drawn before the first position: int64 [sources]. None of a source that the
-        trunk has not, or whose content is another there.
+        """Rows of each source drawn before the first position: int64 [sources]; 0 for a source that the trunk lacks or
+        has with other content.
         """
         drawn = self.branch.drawn if self.branch else {}
         return np.array([drawn[source.name][1] if drawn.get(source.name, ("", 0))[0] == source.content_hash
@@ -186,7 +186,7 @@ class Order:
     def _balanced_tree(self, members: Sequence[int]) -> "_Node | int":
         """A binary tree whose nodes halve the weight as evenly as taking the heaviest first allows.
 
-        Its shape follows the sources' own weights, whatever tables say.
+        Its shape follows the sources' own weights, not those of tables.
         """
         if len(members) == 1:
             return members[0]
@@ -208,8 +208,8 @@ class Order:
     def _split(self, left: Sequence[int], right: Sequence[int]) -> Schedule:
         """The share of `right` as a function of the number of rows drawn from both.
 
-        It changes where exactly as many rows were asked of both as up to the segment's start. The rows drawn until
-        then are other than that by the node's deviation, which therefore does not grow from segment to segment.
+        It changes at the exact number of rows asked of both up to each segment's start. The number drawn by then
+        differs by the node's deviation, which therefore does not grow from segment to segment.
         """
         starts: list[Fraction] = []
         shares: list[Fraction] = []
@@ -217,20 +217,20 @@ class Order:
             weight = sum((segment.weights[k] for k in right), Fraction(0))
             both = weight + sum(segment.weights[k] for k in left)
             if not both or (shares and shares[-1] == weight / both):
-                continue  # nothing asked of either, or nothing new
+                continue  # nothing asked of either, or no change
             start = sum((segment.asked[k] for k in (*left, *right)), Fraction(0))
-            if starts and starts[-1] == start:  # no row asked of either in all of the segment before
+            if starts and starts[-1] == start:  # no row asked of either in the previous segment
                 del starts[-1], shares[-1]
             starts.append(start)
-            # Exact, where constant() would round to a denominator and so drift, or lose a small source altogether.
+            # Exact: constant() would round to a denominator and so drift, or lose a small source altogether.
             shares.append(weight / both)
-        if not starts:  # never asked of, and so never reached
+        if not starts:  # nothing asked, so the node is never reached
             return Schedule((0,), (Fraction(0),))
         return Schedule(tuple(starts), tuple(shares))  # type: ignore[arg-type]
 
     @functools.cached_property
     def _segments(self) -> list[_Segment]:
-        """Runs of pieces of the schedule with the same weights: those without tables have the sources' own."""
+        """Runs of pieces of the schedule with the same weights: without a table, the sources' own."""
         segments = [_Segment(0, self._weights(0), (Fraction(0),) * len(self.sources))]
         for k, start in enumerate(self.schedule.starts):
             weights = self._weights(k)
@@ -252,7 +252,7 @@ class Order:
         totals = dict.fromkeys(POOLS, Fraction(0))
         for source, weight in zip(self.sources, segment.weights, strict=True):
             totals[source.pool] += weight
-        # A pool without any weight in a segment is asked for no row there.
+        # No row is asked of a pool without any weight in a segment.
         return [before + rows[source.pool] * weight / (totals[source.pool] or 1)
                 for source, weight, before in zip(self.sources, segment.weights, segment.asked, strict=True)]
 
@@ -261,7 +261,7 @@ class Order:
         source, ordinal = self.locate(positions)
         sizes = np.array([s.rows for s in self.sources], dtype=np.int64)[source]
         epoch, within = ordinal // sizes, ordinal % sizes
-        # All sources at once: of hundreds, a batch holds few rows each.
+        # All sources at once: with hundreds of them, a batch holds few rows of each.
         epochs, inverse = np.unique(epoch * len(self.sources) + source, return_inverse=True)
         keys = [permutation_key(self.seed, self.sources[pair % len(self.sources)].name, pair // len(self.sources))
                 for pair in epochs.tolist()]
@@ -269,8 +269,8 @@ class Order:
         return Draw(source, epoch, row)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source at each of `positions` (int64 [N]), and how many rows were drawn from that source before, by the
-        trunk too.
+        """The source at each of `positions` (int64 [N]), and the number of rows drawn from it before, including the
+        trunk's.
         """
         positions = np.asarray(positions, dtype=np.int64)
         source = np.zeros(positions.shape, dtype=np.int64)
@@ -297,7 +297,7 @@ class Order:
         return counts
 
     def _reached(self, position: int) -> Iterator[tuple["_Node | int", int]]:
-        """Each node and leaf with the rows that reach it up to a position, a node before those below it."""
+        """Each node and leaf with the number of rows that reach it up to a position, parents first."""
         waiting = [(self._root, position - self.begin)]
         while waiting:
             node, rows = waiting.pop()
@@ -307,7 +307,7 @@ class Order:
                 waiting += [(node.right, right), (node.left, rows - right)]
 
     def branch_at(self, position: int) -> Branch:
-        """What an order takes over that goes on from this one at a position."""
+        """The state that an order inherits which branches from this one at a position."""
         owed: dict[str, tuple[Fraction, Fraction]] = {}
         for node, rows in self._reached(position):
             if isinstance(node, _Node):
@@ -316,7 +316,7 @@ class Order:
                 right = node.schedule.asked(rows) + node.schedule.carried - node.schedule.quota_of(rows)
                 owed[node.name] = node.begin + rows - asked, right
         drawn = (self.drawn_before + self.counts(position)).tolist()
-        before = dict(self.branch.drawn) if self.branch else {}  # sources that come again later go on, too
+        before = dict(self.branch.drawn) if self.branch else {}  # so that sources that return later continue too
         return Branch(position, before | {source.name: (source.content_hash, count)
                                           for source, count in zip(self.sources, drawn, strict=True)}, owed)
 
@@ -338,7 +338,7 @@ class Order:
         """
 
         def beyond(position: int) -> list[Source]:
-            """The sources of which more than so many epochs are drawn up to a position."""
+            """The sources of which more than `max_epochs` epochs are drawn up to a position."""
             own = self.counts(position)
             return [source for source, drawn, more in zip(
                 self.sources, (self.drawn_before + own).tolist(), own.tolist(), strict=True)
@@ -347,23 +347,23 @@ class Order:
         if not beyond(rows):
             return None
         low, high = self.begin, rows
-        while high - low > 1:  # none is beyond at low, some are at high
+        while high - low > 1:  # invariant: beyond(low) is empty, beyond(high) is not
             middle = (low + high) // 2
             low, high = (low, middle) if beyond(middle) else (middle, high)
         return low, beyond(high)[0]
 
     def fingerprint(self) -> str:
-        """A hash of everything the order depends on, and of a sample of what it draws.
+        """A hash of everything the order depends on, and of a sample of its draws.
 
         Two orders of equal fingerprint draw the same rows with the same content. The sample guards against a change
-        of the code that forgot to raise ORDER_VERSION.
+        of the code without an increase of ORDER_VERSION.
         """
         definition: dict[str, Any] = {
             "version": ORDER_VERSION, "seed": self.seed, "starts": self.schedule.starts,
             "shares": [str(share) for share in self.schedule.shares],
             "sources": [[s.name, s.rows, str(s.weight), s.content_hash] for s in self.sources],
         }
-        # Only where there are any, so that orders without them are still those of checkpoints written before.
+        # Only if present, so that the fingerprints of orders without them still match older checkpoints.
         if self.schedule.ends != self.schedule.shares:
             definition["ends"] = [str(share) for share in self.schedule.ends]
         if any(self.schedule.tables):

@@ -1,9 +1,9 @@
-"""What was trained on, as text again, searched for the n-grams of questions.
+"""Searches the training text, decoded from cached rows, for the n-grams of questions.
 
-A source is read from its cached rows: what follows the last full row, or stands beyond the end of a row of tuning, was
-not trained on and is not read. Documents are whole again across rows. A source is shared out in ranges of rows, each
-with the documents that begin in it, so that one pass over all of them can be made by several processes, and what is
-found does not depend on their number. No more than a few rows are held as text, however long a document is.
+Only the tokens in cached rows are read: those after the last full row, or beyond the end of a row in tuning, were not
+trained on. Documents are rejoined across rows. A source is divided into ranges of rows, each with the documents that
+begin in it, so that several processes share one pass, and the result does not depend on their number. At most a few
+rows are held as text, however long a document is.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ TOKENS_A_BLOCK = 1 << 18  # read at once
 
 
 class Trained(NamedTuple):
-    """A source to search: its training rows, what they are tokenized with, and whether they are examples of tuning."""
+    """A source to search: its training rows, their vocabulary, and the stage, which gives the format of the rows."""
 
     rows: Rows
     vocabulary: Vocabulary
@@ -44,16 +44,16 @@ class _Range(NamedTuple):
 def search(
     sources: Sequence[Trained], ngrams: NGrams, processes: int, progress: Callable[[int, int], None] = lambda *_: None,
 ) -> np.ndarray:
-    """For each source and question the first of the question's n-grams in the source's training text.
+    """Finds, for each source and question, the first of the question's n-grams in the source's training text.
 
     Args:
       sources: searched whole, whatever part of them a run draws.
-      ngrams: what for.
-      processes: at most so many at a time.
-      progress: told of rows searched so far and in all.
+      ngrams: the n-grams to search for.
+      processes: the most to run at a time.
+      progress: called with the rows searched so far and in all.
 
     Returns:
-      int64 [sources, questions], places in `ngrams.start`; -1 where there is none.
+      int64 [sources, questions], indices into `ngrams.start`; -1 where there is none.
 
     Raises:
       ValueError: rows are damaged.
@@ -63,7 +63,7 @@ def search(
               for first in range(0, source.rows.count, step)]
     total, done = sum(source.rows.count for source in sources), 0
     found = np.full((len(sources), len(ngrams.measurable)), -1, np.int64)
-    where = np.full(found.shape, len(ranges))  # the range of what is found, of which the first counts
+    where = np.full(found.shape, len(ranges))  # the range of each match; the lowest wins
     for number, first in _searched(ranges, sources, ngrams, processes):
         one = ranges[number]
         better = (first >= 0) & (number < where[one.source])
@@ -76,13 +76,13 @@ def search(
 def _searched(
     ranges: Sequence[_Range], sources: Sequence[Trained], ngrams: NGrams, processes: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The number of each range and what `_search_range` finds there, as it comes."""
+    """The number of each range with the result of `_search_range`, in the order of completion."""
     processes = min(processes, len(ranges))
     if processes < 2:
         for number, one in enumerate(ranges):
             yield number, _search_range(sources[one.source], one, ngrams)
         return
-    context = multiprocessing.get_context("spawn")  # not forked: threads of libraries would be lost in the child
+    context = multiprocessing.get_context("spawn")  # a fork would lose the threads of libraries
     waiting = list(reversed(range(len(ranges))))
     idle: list[Any] = []  # connections
     busy: dict[Any, int] = {}
@@ -91,9 +91,9 @@ def _searched(
             ours, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(theirs, sources, ngrams), daemon=True)
             worker.start()
-            theirs.close()  # so that the end of one is the end of what can be read
+            theirs.close()  # so that recv raises EOFError when the worker ends
             workers.callback(worker.join)
-            workers.callback(worker.terminate)  # before that
+            workers.callback(worker.terminate)  # callbacks run in reverse
             idle.append(ours)
         while waiting or busy:
             while waiting and idle:
@@ -114,7 +114,7 @@ def _searched(
 
 
 def _serve(asked: Any, sources: Sequence[Trained], ngrams: NGrams) -> None:
-    """Searches ranges as they are asked for, until the process that asks is gone; says nothing of its own at Ctrl-C."""
+    """Searches ranges on request until the parent process is gone; prints no traceback at Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
@@ -127,7 +127,7 @@ def _serve(asked: Any, sources: Sequence[Trained], ngrams: NGrams) -> None:
 
 def _search_range(source: Trained, one: _Range, ngrams: NGrams) -> np.ndarray:
     found = np.full(len(ngrams.measurable), -1, np.int64)
-    before = np.zeros(0, np.int64)  # words that an n-gram may begin with and go on from
+    before = np.zeros(0, np.int64)  # trailing words with which an n-gram may begin
     for text in texts(source, one.first, one.last):
         numbers = np.concatenate([before, ngrams.number(words(text))])
         matched = ngrams.matches(numbers, but=found >= 0)
@@ -140,13 +140,13 @@ def _search_range(source: Trained, one: _Range, ngrams: NGrams) -> np.ndarray:
 def texts(source: Trained, first: int, last: int) -> Iterator[str]:
     """The text of the documents or examples that begin in rows first ... last - 1, in pieces that end between words.
 
-    Each document ends with what `ngrams.words` takes for its end.
+    Each document ends with `ngrams.END`.
     """
     rows, vocabulary = source.rows, source.vocabulary
     bytes_of_ids = _bytes_of_ids(vocabulary)
     blocks = _examples(rows, first, last, vocabulary.end_of_document_id) if source.stage == "tuning" else _documents(
         rows, first, last, vocabulary.end_of_document_id)
-    waiting: list[bytes] = []  # a word that may go on in the next block
+    waiting: list[bytes] = []  # a word that may continue in the next block
     for tokens in blocks:
         text = b"".join(map(bytes_of_ids.__getitem__, tokens.tolist()))
         cut = max(text.rfind(blank) for blank in (b" ", b"\n", b"\t", END)) + 1
@@ -170,7 +170,7 @@ def _decoded(parts: Sequence[bytes]) -> str:
 
 
 def _examples(rows: Rows, first: int, last: int, end: int) -> Iterator[np.ndarray]:
-    """The tokens of examples, each of which ends with the end token, cut or not."""
+    """The tokens of examples, each followed by an end token, even where it was cut."""
     width = rows.length + 1
     step = max(1, TOKENS_A_BLOCK // width)
     for start in range(first, last, step):
@@ -183,10 +183,10 @@ def _examples(rows: Rows, first: int, last: int, end: int) -> Iterator[np.ndarra
 
 
 def _documents(rows: Rows, first: int, last: int, end: int) -> Iterator[np.ndarray]:
-    """The tokens of the documents that begin in rows first ... last - 1, which may go on behind them."""
+    """The tokens of the documents that begin in rows first ... last - 1 and may continue beyond them."""
     width = rows.length + 1
     step = max(1, TOKENS_A_BLOCK // width)
-    # What the row before leaves unfinished belongs to the range before.
+    # A document that the previous row leaves unfinished belongs to the previous range.
     inside = first == 0 or ids_of(rows.read(np.array([first - 1])))[0, -1] == end
     start, unfinished = first, False
     while start < last or (unfinished and start < rows.count):

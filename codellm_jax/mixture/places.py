@@ -1,4 +1,4 @@
-"""Where the rows of a task lie, and what says that they are these rows: the key of their cache."""
+"""The location of a task's cached rows, and the key that identifies them."""
 
 import contextlib
 import hashlib
@@ -16,11 +16,11 @@ ROWS_VERSION = 2  # raise it whenever the same task would give other rows, or ot
 
 
 class Place(NamedTuple):
-    """Where the rows of a task lie or will lie."""
+    """The location of a task's cached rows, whether or not they exist yet."""
 
     directory: epath.Path
     key: dict[str, Any]
-    loss: str | None = None  # of instructions in pre-training what the loss counts, "all" or "answers"
+    loss: str | None = None  # for instructions in pre-training, the tokens the loss counts: "all" or "answers"
 
     def is_whole(self) -> bool:
         return (self.directory / "cache.json").exists()
@@ -36,7 +36,7 @@ def cache_place(
     """The place of a task's rows; arguments as for `rows.cached_rows`.
 
     Raises:
-      ValueError: no such task, or its option "loss" does not fit.
+      ValueError: the task is unknown, or its option "loss" does not fit.
     """
     key: dict[str, Any] = {
         "version": ROWS_VERSION, "task": task, "definition": definitions.describe(task), "length": length,
@@ -59,7 +59,7 @@ def cache_place(
     loss = asked or "all"
     of_documents, of_instructions = place({}), place({"instructions": [DOCUMENTS_VERSION, loss]} | template, loss)
     is_instructions = definitions.is_instructions(task)
-    if is_instructions is None:  # told by what is cached, or else by SeqIO's task, which is then opened anyhow
+    if is_instructions is None:  # known from a cache, or else from SeqIO's task, which is opened then anyway
         is_instructions = not of_documents.is_whole() and (
             of_instructions.is_whole() or "inputs" in open_task(task, definitions, stage).output_features)
     if asked and not is_instructions:
@@ -68,7 +68,7 @@ def cache_place(
 
 
 def move_aside(directory: epath.Path) -> str:
-    """Moves a cache on a disk to a name beside it, which it returns."""
+    """Renames a cache on disk to a free name beside it; returns the new path."""
     number = 1
     while (aside := directory.with_name(f"{directory.name}.set_aside.{number}")).exists():
         number += 1
@@ -78,10 +78,10 @@ def move_aside(directory: epath.Path) -> str:
 
 
 def storage_error(error: Exception, directory: epath.Path) -> OSError | None:
-    """Of an error that a full or closed disk made, one that says which disk and what to do."""
+    """For an error from a full or inaccessible disk, one that names the disk and the remedy; else None."""
     file = getattr(error, "filename", None)
     if isinstance(file, str) and not file.startswith(str(directory.parent)) and not str(directory).startswith(file):
-        return None  # a file that is read
+        return None  # an input file
     if isinstance(error, OSError) and error.errno or "No space left on device" in str(error):
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "No space left on device"
         return OSError(f"Rows cannot be cached in {directory.parent}: {reason}. Fix this or set CACHE_DIR.")

@@ -1,7 +1,7 @@
-"""Whether texts come back from a vocabulary as they went in: looked at in a sample while rows are made.
+"""Checks on a sample, while rows are made, that a vocabulary decodes texts to what was encoded.
 
-The sample is of the texts with the smallest hashes, of each its beginning. So it is the same in whatever order texts
-come, and that of parts of a split together is that of the split.
+The sample is the beginnings of the texts with the smallest hashes. It therefore does not depend on the order of the
+texts, and the samples of a split's parts combine to that of the split.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from codellm_jax.vocabulary import Vocabulary
 
-SAMPLED = 64  # texts of a split
-LOOKED_AT = 500  # characters of each: ten milliseconds in all
-SHOWN = 30  # characters before and after the first that differs
+SAMPLED = 64  # texts per split
+LOOKED_AT = 500  # characters of each text: ten milliseconds in all
+SHOWN = 30  # characters before and after the first difference
 
 
 class Looked(NamedTuple):
-    """A text that was looked at; where it differs a piece of it before and after, else "" twice."""
+    """A text that was checked; if it differs, an excerpt before and after, else "" for both."""
 
     hash: int
     before: str
@@ -25,14 +25,14 @@ class Looked(NamedTuple):
 
 
 class Sample:
-    """Texts of one split, or of a part of it."""
+    """A sample of the texts of a split, or of a part of it."""
 
     def __init__(self) -> None:
         self._texts: dict[int, tuple[str, ...]] = {}
         self._largest = 0
 
     def add(self, texts: Iterable[str]) -> None:
-        """Takes a document, or the prompt and the answer of an example, if it belongs to the sample so far."""
+        """Adds a document, or the prompt and answer of an example, if its hash is small enough."""
         parts = tuple(map(_beginning, texts))
         hash_ = int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "big")
         if len(self._texts) == SAMPLED and hash_ >= self._largest:
@@ -48,17 +48,17 @@ class Sample:
 
 
 def _beginning(text: str) -> str:
-    # A cut before a blank would leave one at the end, which some vocabularies lose there alone.
+    # Some vocabularies lose a blank at the end of a text; a cut must not add one.
     return text if len(text) <= LOOKED_AT else text[:LOOKED_AT].rstrip()
 
 
 def _difference(parts: Sequence[str], vocabulary: Vocabulary) -> tuple[str, str]:
-    """Where the first part that differs differs, before and after; "" twice where none does."""
+    """Excerpts before and after at the first difference of the first part that differs; "" for both if none does."""
     context: list[int] = []
     for part in parts:
         ids = vocabulary.encode_after(context, part)
         back = vocabulary.decode_after(context, ids)
-        # Where blanks are squeezed one may stand between prompt and answer; it is no part of either.
+        # A vocabulary that collapses blanks may decode one between prompt and answer, which belongs to neither.
         if back != part and not (context and back == f" {part}"):
             first = len(os.path.commonprefix([part, back]))
             shown = slice(max(0, first - SHOWN), first + SHOWN)
@@ -68,12 +68,12 @@ def _difference(parts: Sequence[str], vocabulary: Vocabulary) -> tuple[str, str]
 
 
 def of_whole(parts: Iterable[Looked]) -> list[Looked]:
-    """The sample of a split, from those of its parts."""
+    """The sample of a split, merged from those of its parts."""
     return sorted(set(parts))[:SAMPLED]
 
 
 def warned(task: str, split: str, looked: Sequence[Looked], unit: str) -> list[str]:
-    """A warning, with the first example, where texts of the sample differ; else nothing."""
+    """A warning with the first example if texts of the sample differ; else empty."""
     differing = [one for one in looked if one.before != one.after]
     if not differing:
         return []

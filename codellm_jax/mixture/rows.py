@@ -1,16 +1,16 @@
 """The cache of tokenized rows: written once from a SeqIO task, then read by row number.
 
 In pre-training a row is `length` + 1 consecutive tokens of one source: `length` inputs and, shifted by one, the same
-number of targets. Documents end with the end-of-document token and are joined in the task's own order; tokens after the
+number of targets. Documents end with the end-of-document token and are joined in the task's order; tokens after the
 last full row are not trained on, and are recorded. Instructions may also be documents (`examples.py`). In tuning a row
-is one example. One cache holds one split of one task with one vocabulary and length:
+is one example. A cache holds the splits of one task with one vocabulary and length:
 
-  CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of 16 or 32 bits, of instructions signed, [rows, width], with checksums
+  CACHE_DIR/rows/<task>/<key>/<split>/   zarr3 of 16 or 32 bits, signed for instructions, [rows, width], with checksums
   CACHE_DIR/rows/<task>/<key>/<split>.digests/   zarr3 of 32 bits, [rows]: a digest of each row, see `checked`
-  CACHE_DIR/rows/<task>/<key>/cache.json what it holds; written last, so a cache with this file is whole
+  CACHE_DIR/rows/<task>/<key>/cache.json the contents; written last, so a cache with this file is complete
 
 A missing cache is written by this process, which suits corpora up to a few gigabytes; `shards.py` writes the same with
-many processes. SeqIO and TensorFlow are imported only to write: reading a cache needs neither.
+many processes. SeqIO and TensorFlow are imported only for writing.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ from codellm_jax.vocabulary import Vocabulary
 STAGES = ("pretraining", "tuning")
 ROWS_A_DIGEST = 4096
 ROWS_HASHED_WHOLE = 1 << 20
-LARGE = 2**30  # bytes of files, above which many processes are worthwhile
+LARGE = 2**30  # bytes of files above which many processes are worthwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,31 +61,30 @@ class Rows:
     path: str
     count: int
     length: int  # inputs of a row; a row has one token more
-    tokens: int  # of all documents or examples, their end tokens included
+    tokens: int  # of all documents or examples, including end tokens
     documents: int  # or examples, whether kept or left out
-    content_hash: str  # of the rows, in order, as `RowsHash` takes it
+    content_hash: str  # of the rows in order, computed by `RowsHash`
     cut: int = 0  # examples longer than a row
     left_out: int = 0  # examples of which no target token would be left
     conversations: int = 0  # examples with turns, whether kept or left out
     uncounted: int = 0  # in pre-training, tokens that the loss does not count
-    loss: str | None = None  # of instructions in pre-training what the loss counts, "all" or "answers"
+    loss: str | None = None  # for instructions in pre-training, the tokens the loss counts: "all" or "answers"
     notes: tuple[str, ...] = ()  # warnings of the task's reader, such as skipped records
-    digests: str = ""  # the salt of the rows' digests, see `checked`; empty where an earlier version wrote none
+    digests: str = ""  # the salt of the rows' digests, see `checked`; empty in caches of versions without digests
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of these numbers (int64 [N], in any order, repeats allowed) as int32 [N, width].
 
-        The width is length + 1, and in tuning what `examples.py` adds.
+        The width is length + 1, plus in tuning the columns that `examples.py` adds.
 
         Raises:
-          ValueError: what lies there is not what was written.
+          ValueError: the cache does not hold the rows that were written.
         """
         return self.begin(numbers)()
 
     def begin(self, numbers: np.ndarray) -> Callable[[], np.ndarray]:
-        """Starts a read and returns a function that waits for the rows, so several sources are read at the same time.
-        """
-        # Through unique sorted numbers, so that a chunk is fetched once.
+        """Starts a read and returns a function that waits for the rows, so that several sources are read at once."""
+        # Unique and sorted, so that a chunk is fetched once.
         unique, inverse = np.unique(numbers, return_inverse=True)
         try:
             store = _opened(self.path)
@@ -113,8 +112,8 @@ def cached_rows(
     """The rows of each split of a SeqIO task, from the cache or written to it now.
 
     Args:
-      task: name of a registered SeqIO task with a feature `targets`, and of instructions `inputs`.
-      definitions: describes the task and, only where rows are to be written, registers it.
+      task: name of a registered SeqIO task with a feature `targets`, and for instructions `inputs`.
+      definitions: describes the task; registers it only if rows must be written.
       vocabulary: replaces the task's own.
       length: inputs of a row.
       cache_dir: local directory or gs:// address.
@@ -122,14 +121,14 @@ def cached_rows(
       stage: "pretraining" joins documents or examples and cuts them into rows; "tuning" makes each example a row.
 
     Raises:
-      ValueError: no such task, or it is none for the stage, or its training split does not fill one row.
+      ValueError: the task is unknown or does not fit the stage, or its training split does not fill one row.
     """
     place = cache_place(task, definitions, vocabulary, length, cache_dir, stage)
     if not place.is_whole():
         _write_cache(task, definitions, vocabulary, length, place, report, stage)
     try:
         return _recorded(place, task, vocabulary, length, stage, report)
-    except (ValueError, IsADirectoryError) as error:  # TensorStore has no class of its own for what is damaged
+    except (ValueError, IsADirectoryError) as error:  # TensorStore has no class of its own for damage
         if is_transient(error):
             raise _damaged(str(place.directory / "cache.json"), error) from error
         reason = _reason(error)
@@ -145,7 +144,7 @@ def cached_rows(
 def _recorded(
     place: Place, task: str, vocabulary: Vocabulary, length: int, stage: str, report: Callable[[str], None]
 ) -> dict[str, Rows]:
-    """What cache.json tells. Raises ValueError where that, or what lies beside it, is not what was written."""
+    """The rows that cache.json records. Raises ValueError if it or an array is not what was written."""
     read = (place.directory / "cache.json").read_bytes
     suffix, splits = recorded_splits(asked_again(read) if place.is_remote else read(), place.key)
     found = {split: Rows(name=task, split=split, path=str(place.directory / f"{split}{suffix}"), length=length,
@@ -162,13 +161,13 @@ def _recorded(
 
 
 def _is_compared_whole(rows: Rows, width: int) -> bool:
-    """Whether all rows were compared with their hash and their digests, which those of a small array are.
+    """Compares all rows of a small array with their hash and digests; returns whether they were compared.
 
     Raises:
-      DamagedRows, or what TensorStore raises: the array or its digests are not those that were written.
+      DamagedRows, or an error of TensorStore: the array or its digests are not those that were written.
     """
     for path in (rows.path, digests_path(rows.path)):
-        _stores.pop(path, None)  # of what was there before it was set aside
+        _stores.pop(path, None)  # may be of an array that was set aside
     written = _opened(digests_path(rows.path), 4 * rows.count) if rows.digests else None
     if written is not None and written.shape != (rows.count,):
         raise DamagedRows("its digests are not those of its rows")
@@ -190,9 +189,9 @@ def _write_cache(
     task: str, definitions: Definitions, vocabulary: Vocabulary, length: int, place: Place,
     report: Callable[[str], None], stage: str,
 ) -> None:
-    """Writes all splits beside their place and moves them there when whole. On gs:// nothing can be moved: they are
-    written straight into it, under names that cache.json completes, so that of many hosts that do so at once none
-    takes away what another reads.
+    """Writes all splits beside their place and moves them there when complete. On gs:// nothing can be moved: they are
+    written in place, under names with a suffix that cache.json records, so that hosts that write at once do not
+    overwrite what another reads.
     """
     directory = place.directory
     suffix = f".{uuid.uuid4().hex[:8]}" if place.is_remote else ""
@@ -224,7 +223,7 @@ def _write_cache(
 def finish_cache(
     task: str, place: Place, splits: Mapping[str, Found], building: epath.Path, suffix: str, length: int, stage: str
 ) -> None:
-    """Writes cache.json beside the splits that lie in `building`, and on disk moves it all to its place.
+    """Writes cache.json beside the splits in `building`, and on disk moves everything into place.
 
     Raises:
       ValueError: there is nothing to train on.
@@ -256,7 +255,7 @@ def finish_cache(
         except OSError:
             if place.is_whole():  # another process wrote the same cache first
                 return
-            move_aside(place.directory)  # what has no cache.json nobody reads
+            move_aside(place.directory)  # without cache.json it is never read
             os.rename(building, place.directory)
 
 
@@ -274,7 +273,7 @@ def _write_split(
     blocks = example_rows(examples, length, found) if stage == "tuning" else document_rows(
         documents(examples, place.loss, vocabulary.end_of_document_id, found), length)
     for block in blocks:
-        if not found.count:  # the first comes once libraries are imported, which is not the tokenizer's time
+        if not found.count:  # excludes the import of libraries from the tokenizer's speed
             start = last_report = time.monotonic()
         store = store.resize(exclusive_max=[found.count + len(block), width]).result()
         stored = block.astype(dtype)
@@ -296,7 +295,7 @@ def _write_split(
 
 
 def summary(task: str, split: str, found: Found, length: int, stage: str) -> str:
-    """A summary line about a split; empty if it has no rows."""
+    """A line that summarizes a split; empty if it has no tokens."""
     if found.documents and stage == "tuning":
         return (f"tokenized {task} {split}: {found.documents:,} examples, {found.tokens:,} tokens; {found.cut:,} are "
                 f"cut to {length + 1} tokens, {found.left_out:,} left out, since no token of their target remains")
@@ -309,7 +308,7 @@ def summary(task: str, split: str, found: Found, length: int, stage: str) -> str
 
 
 def unit_of(stage: str) -> str:
-    """The unit that a split consists of."""
+    """The plural noun for the items of a split."""
     return "examples" if stage == "tuning" else "documents"
 
 
@@ -321,10 +320,10 @@ class RowFormat(NamedTuple):
 
 def row_format(vocabulary: Vocabulary, length: int, stage: str, loss: str | None) -> RowFormat:
     """The storage format of rows; `loss` as in `Place`."""
-    if stage == "tuning":  # signed, see `examples`; mostly padding, which compresses to nothing
+    if stage == "tuning":  # signed, see `examples`; mostly padding, which compresses well
         width = length + 1 + WIDTH_BESIDE_TOKENS
         return RowFormat(width, np.dtype(np.int16 if max(vocabulary.size, width) <= 2**15 else np.int32), True)
-    if loss:  # signed and with marks above the ids, which leave bytes that compress
+    if loss:  # signed, with marks above the ids; the unused bytes compress
         return RowFormat(length + 1, np.dtype(np.int32), True)
     # Ids would hardly compress at all.
     return RowFormat(length + 1, np.dtype(np.uint16 if max(vocabulary.size, length + 1) <= 2**16 else np.uint32), False)
@@ -333,8 +332,8 @@ def row_format(vocabulary: Vocabulary, length: int, stage: str, loss: str | None
 class RowsHash:
     """A hash of rows that does not depend on their division into blocks.
 
-    Up to 2**20 rows it is their SHA-256. For more, it is that of the SHA-256 of each 4,096 rows, so many processes can
-    compute it together.
+    Up to 2**20 rows it is their SHA-256. Beyond that it is the SHA-256 of the SHA-256 of each 4,096 rows, so that many
+    processes can share the work.
     """
 
     def __init__(self) -> None:
@@ -342,7 +341,7 @@ class RowsHash:
         self._digests: list[bytes] = []
 
     def update(self, rows: np.ndarray) -> None:
-        """Adds rows, [rows, width] of any type of integer."""
+        """Adds rows, [rows, width] of any integer type."""
         while len(rows):
             part, rows = np.split(rows, [ROWS_A_DIGEST - self._rows % ROWS_A_DIGEST])
             content = part.astype("<u4").tobytes()
@@ -362,20 +361,20 @@ class RowsHash:
 
 
 def digest(rows: np.ndarray) -> bytes:
-    """The input of `hash_of_digests` for each 4,096 rows in turn, and for the remaining ones."""
+    """The SHA-256 of a block of up to 4,096 rows, an input of `hash_of_digests`."""
     return hashlib.sha256(rows.astype("<u4").tobytes()).digest()
 
 
 def hash_of_digests(digests: Iterable[bytes]) -> str:
-    """The hash for more rows than are hashed as a whole."""
+    """The hash of more rows than ROWS_HASHED_WHOLE, from the digests of their blocks."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def document_rows(each_document: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
     """Joins the tokens of documents and cuts them into blocks of rows, int32 [rows, length + 1]."""
     width = length + 1
-    waiting: list[np.ndarray] = []  # documents not yet cut, the rest of the last block first
-    tokens = 0  # in them
+    waiting: list[np.ndarray] = []  # documents not yet cut, after the rest of the last block
+    tokens = 0  # in `waiting`
 
     def cut(rows: int) -> np.ndarray:
         nonlocal waiting, tokens
@@ -409,8 +408,8 @@ _compared: set[tuple[str, str]] = set()  # arrays that were opened, with the has
 
 
 def _opened(path: str, kept: int = 0) -> tensorstore.TensorStore:
-    """Opened once a process: opening costs far more than reading a batch. Of digests all are kept that were read."""
+    """An array, opened once per process because opening costs more than a batch; caches at least `kept` bytes."""
     if path not in _stores:
-        of_source = min(BYTES_KEPT, BYTES_KEPT_IN_ALL // (1 + len(_stores)))  # lest memory grow with their number
+        of_source = min(BYTES_KEPT, BYTES_KEPT_IN_ALL // (1 + len(_stores)))  # bounds memory for many sources
         _stores[path] = open_store(path, kept=max(kept, of_source))
     return _stores[path]

@@ -56,13 +56,13 @@ class Schedule:
     """A piecewise linear share of code.
 
     Attributes:
-      starts: the row at which each piece begins, rising from 0. (`order` alone makes schedules of fractional starts, to
-        which all below applies; they are not of positions but of numbers of rows drawn.)
+      starts: the row at which each piece begins, rising from 0. (Only `order` makes schedules with fractional starts,
+        which are functions of the number of rows drawn, not of the position; everything below applies to them too.)
       shares: of code, at the start of each piece.
       ends: of code, at the end of each piece; by default those at the start. The last piece is constant, without end.
-      tables: for each piece the shares of all sources, or None where it tells nothing but code from text.
-      carried: rows of code, at most half of one, that were asked for before row 0 and not drawn; below 0 if they were
-        drawn and not asked for.
+      tables: for each piece the shares of all sources, or None where it gives only the share of code.
+      carried: rows of code, at most half of one, asked for before row 0 but not drawn; negative if drawn but not asked
+        for.
     """
 
     starts: tuple[int, ...]
@@ -82,8 +82,8 @@ class Schedule:
                              f"{self.starts[0]} and a last piece from {self.shares[-1]} to {self.ends[-1]}.")
 
     def quota(self, positions: np.ndarray) -> np.ndarray:
-        """How many of the first `positions` rows are code: the integral of the share and what is carried, rounded
-        half up.
+        """The number of code rows among the first `positions`: the integral of the share plus `carried`, rounded half
+        up.
 
         Args:
           positions: int64 array of numbers of rows, each at least 0.
@@ -304,7 +304,7 @@ def _ramp(phase: Any, start: int, end: int) -> list[_Piece]:
     length = end - start
     count = min(COSINE_PIECES, length)
     offsets = [k * length // count for k in range(count + 1)]
-    # Rounded to rationals, which also makes them the same under every library of mathematics.
+    # Rounded to rationals, which also makes them independent of the math library.
     ways = [Fraction(round((1 - math.cos(math.pi * offset / length)) / 2 * LARGEST_DENOMINATOR), LARGEST_DENOMINATOR)
             for offset in offsets]
     shares = [share + (last - share) * way for way in ways]

@@ -1,17 +1,17 @@
-"""The rows of a task written by many processes: what each of them does, and what it leaves for the next.
+"""Writes the rows of a task with many processes, in stages.
 
-  plan      files of each split, in their order, as shards: consecutive files of some 64 MiB. Where a split cannot be
-            divided (a SeqIO task of others' making, TFDS, what Python holds, a sample of all) it is one shard. What
-            parts the splits of a corpus is found here too, for no shard sees all of it.
-  tokenize  a shard to the numbers of its rows, one after the other: tokens, or in tuning whole rows
-  pieces    sums of the shards' numbers tell where each begins among all; all of them are cut into rows at fixed
-            places, and a piece is some whole files of the cache
-  cut       a piece, from the one or more shards that it lies in
-  finish    puts the cache in its place
+  plan      divides each split into shards: consecutive files of about 64 MiB. A split that cannot be divided (a
+            third-party SeqIO task, TFDS, data held in Python, a sample of the whole) is one shard. The borders between
+            a corpus's splits are also found here, because no shard sees the whole corpus.
+  tokenize  turns a shard into a flat array of numbers: tokens, or in tuning whole rows
+  pieces    computes each shard's offset from the cumulative sizes; the concatenation is cut into rows at fixed
+            offsets, and a piece covers whole files of the cache
+  cut       writes the rows of a piece from the one or more shards that it spans
+  finish    moves the cache into place
 
-So the rows, and every file of the cache, are those that `rows.cached_rows` writes, in whatever order and by however
-many processes shards and pieces are done. What is done leaves a file of facts, written last; it is not done again, and
-where two do the same both are right. All of it lies beside the cache until that is whole:
+The rows and every file of the cache are identical to those of `rows.cached_rows`, whatever the number of processes and
+the order of their work. Each finished shard or piece leaves a file of facts, written last, and is not done again; if
+two processes do the same one, both results are valid. Everything stays beside the cache until the cache is complete:
 
   CACHE_DIR/rows/<task>/<key>.building/plan.json, vocabulary.model
                                        tokens/<split>/<shard>.json and <shard>.<random>/     zarr3 of numbers
@@ -76,13 +76,13 @@ SHARD_BYTES = 64 << 20
 ROWS_A_PIECE = DIGESTS_A_CHUNK
 NUMBERS_AT_ONCE = 1 << 20
 SECONDS_BETWEEN_PARTS = 5.0
-# Of files that a hash divides into splits, about this part goes into one that is not the training split.
+# Where a hash divides files into splits, about this fraction goes to each split other than training.
 HELD_OUT = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """The cache of a task that is to be written; `place` is where, the others are as for `rows.cached_rows`."""
+    """A cache to write for a task, at `place`; the other fields are as for `rows.cached_rows`."""
 
     task: str
     definitions: Definitions
@@ -90,7 +90,7 @@ class Build:
     length: int
     stage: str
     place: Place
-    threads: int = 1  # that tokenize a shard
+    threads: int = 1  # for tokenizing a shard
 
     @property
     def format(self) -> RowFormat:
@@ -102,38 +102,38 @@ class Build:
 
 
 class Shard(NamedTuple):
-    """What one process tokenizes at a time: these files of a split, or all of it."""
+    """The unit of tokenization for one process: these files of a split, or all of it."""
 
     split: str
     number: int
     files: list[str] | None
-    work: int  # bytes of text to be expected; 0 where it is not known
+    work: int  # expected bytes of text; 0 if unknown
 
 
 class Piece(NamedTuple):
-    """What one process cuts at a time: rows `first` and on of a split, from parts of arrays of numbers in turn."""
+    """The unit of cutting for one process: rows of a split from `first` on, read from consecutive array spans."""
 
     split: str
     number: int
     first: int
     rows: int
-    spans: list[tuple[str, int, int]]  # array, and of it the numbers from one to before the other
+    spans: list[tuple[str, int, int]]  # array name, start, stop (exclusive)
 
 
 class Progress(NamedTuple):
     """Sums over shards."""
 
-    shards: int  # that are done
+    shards: int  # finished
     work: int
     text_bytes: int
-    seconds: float  # of processors
+    seconds: float  # of processor time
 
 
 def plan(build: Build) -> list[Shard]:
-    """The shards of all splits; the same at every call, once made.
+    """The shards of all splits, planned at the first call and read back afterwards.
 
     Raises:
-      ValueError, OSError: the task is none, is of another stage, or its files cannot be found.
+      ValueError, OSError: the task does not exist, belongs to another stage, or its files cannot be found.
     """
     file = build.working / "plan.json"
     if not file.exists():
@@ -141,7 +141,7 @@ def plan(build: Build) -> list[Shard]:
         found = [shard for split in SPLITS if split in task.splits
                  for shard in _shards(split, is_divisible(task, split), build.place.key["definition"])]
         build.working.mkdir(parents=True, exist_ok=True)
-        # Where processes run elsewhere they have no other file of this machine.
+        # Workers on other machines have no access to the local file.
         (build.working / "vocabulary.model").write_bytes(epath.Path(build.vocabulary.file).read_bytes())
         suffix = f".{uuid.uuid4().hex[:8]}" if build.place.is_remote else ""
         _write(file, {"suffix": suffix, "splits": [s for s in SPLITS if s in task.splits], "shards": found,
@@ -166,22 +166,22 @@ def _shards(split: str, divisible: bool, definition: Mapping[str, Any]) -> Itera
 
 
 def missing(build: Build, planned: Sequence[Shard]) -> list[Shard]:
-    """Those that are not tokenized yet."""
+    """The shards that are not tokenized yet."""
     done = {(split, file.name) for split in SPLITS for file in _files(build.working / "tokens" / split)}
     return [shard for shard in planned if (shard.split, f"{shard.number:06}.json") not in done]
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """What lies in a folder, which may not be there; a name like runs[1] is no pattern here."""
+    """The entries of a folder, none if it does not exist. Not a glob, so that names like runs[1] work."""
     return folder.iterdir() if folder.exists() else iter(())
 
 
-# Reading a task's warnings and keeping TensorFlow quiet concern a whole process, whose threads may be many.
+# Collecting a task's warnings and silencing TensorFlow affect the whole process, which may have many threads.
 _one_at_a_time = threading.Lock()
 
 
 def tokenize(build: Build, shard: Shard) -> None:
-    """Writes the numbers of a shard, and its facts; nothing where they are there."""
+    """Writes the numbers of a shard, then its facts; does nothing if they exist."""
     with _one_at_a_time:
         facts = build.working / "tokens" / shard.split / f"{shard.number:06}.json"
         if facts.exists():
@@ -218,7 +218,7 @@ def tokenize(build: Build, shard: Shard) -> None:
 
 
 def _write_numbers(build: Build, path: str, tokenized: Iterator[Any], found: Found) -> int:
-    """Writes the numbers of examples into an array; returns how many they are."""
+    """Writes the numbers of examples to an array; returns their count."""
     dtype = build.format.dtype
     store, written = create_numbers(path, dtype), 0
     parts: Iterator[np.ndarray]
@@ -244,7 +244,7 @@ def _write_numbers(build: Build, path: str, tokenized: Iterator[Any], found: Fou
 
 
 def progress(build: Build, shards: Sequence[Shard]) -> Progress:
-    """How far the shards are, those that are being tokenized included."""
+    """The progress of the shards, including those being tokenized."""
     done, work, text_bytes, seconds = 0, 0.0, 0, 0.0
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         folder = build.working / "tokens" / split
@@ -260,14 +260,14 @@ def progress(build: Build, shards: Sequence[Shard]) -> Progress:
             for file in whole or newest:
                 try:
                     facts = _facts_of(file)
-                except (ValueError, OSError):  # of a part, which may be gone by now or half written
+                except (ValueError, OSError):  # a .part file may be deleted by now or half written
                     continue
                 text_bytes, seconds = text_bytes + facts["bytes"], seconds + facts["seconds"]
                 work += shard.work if whole else min(shard.work, facts["bytes"])
     return Progress(done, round(work), text_bytes, seconds)
 
 
-# What is done stays as it is.
+# Facts of finished shards never change.
 _known_facts: dict[str, dict[str, Any]] = {}
 
 
@@ -281,7 +281,7 @@ def _facts_of(file: epath.Path) -> dict[str, Any]:
 
 
 def pieces(build: Build, shards: Sequence[Shard]) -> list[Piece]:
-    """Of tokenized shards, what is to be cut; makes the arrays that it goes into."""
+    """The pieces to cut from tokenized shards; creates the arrays that receive them."""
     width, found = build.format.width, []
     for split, of_split in itertools.groupby(shards, key=lambda shard: shard.split):
         facts = [_facts_of(build.working / "tokens" / split / f"{shard.number:06}.json") for shard in of_split]
@@ -312,7 +312,7 @@ def _facts_of_piece(build: Build, piece: Piece) -> epath.Path:
 
 
 def cut(build: Build, piece: Piece) -> None:
-    """Writes the rows of a piece, and its facts; nothing where they are there."""
+    """Writes the rows of a piece, then its facts; does nothing if they exist."""
     facts = _facts_of_piece(build, piece)
     if facts.exists():
         return
@@ -337,7 +337,7 @@ def cut(build: Build, piece: Piece) -> None:
 
 
 def _joined(build: Build, piece: Piece, size: int) -> Iterator[np.ndarray]:
-    """The numbers of a piece in arrays of `size`, the last one with what is left."""
+    """The numbers of a piece in arrays of `size`, the last one with the remainder."""
     waiting: list[np.ndarray] = []
     missing = size
     for name, start, stop in piece.spans:
@@ -363,7 +363,7 @@ def _cache(build: Build) -> epath.Path:
 
 
 def finish(build: Build, shards: Sequence[Shard], cut_pieces: Sequence[Piece]) -> list[str]:
-    """Puts the cache in its place once all is cut, and removes what it was made from; returns what to tell of it.
+    """Moves the cache into place once everything is cut, and removes the working files; returns lines to report.
 
     Raises:
       ValueError: there is nothing to train on.
@@ -400,18 +400,18 @@ def _hash_of_rows(array: str, count: int, of_pieces: Sequence[epath.Path]) -> st
 
 
 def for_workers(build: Build, planned: Sequence[Shard]) -> Build:
-    """The build without the names of all files, which may be more than a runner takes in."""
+    """The build without the list of all files, which may be too large for a runner."""
     needed = {"definition": build.place.key["definition"]} if any(shard.files is None for shard in planned) else {}
     return dataclasses.replace(build, place=build.place._replace(key=needed))
 
 
 def as_text(build: int, what: Shard | Piece) -> str:
-    """A shard or piece of the build of this number, for `do`; of a shard's files the plan tells."""
+    """A shard or piece of build number `build`, for `do`; a shard's files are read from the plan."""
     return json.dumps([build, what[:2] if isinstance(what, Shard) else what])
 
 
 def do(builds: Sequence[Build], text: str) -> None:
-    """Tokenizes or cuts what `as_text` wrote."""
+    """Tokenizes or cuts the shard or piece that `as_text` wrote."""
     number, what = json.loads(text)
     build = builds[number]
     if len(what) > 2:
@@ -421,7 +421,7 @@ def do(builds: Sequence[Build], text: str) -> None:
 
 
 def _write(file: epath.Path, value: Any) -> None:
-    """A file of JSON that is whole or not there."""
+    """Writes a JSON file atomically."""
     building = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     building.write_text(json.dumps(value))
     building.replace(file)

@@ -1,9 +1,9 @@
 """A SeqIO task as tokens: its examples, tokenized with the run's vocabulary instead of the task's own.
 
-The texts of corpora (`tasks.pretraining.CorpusSource`) are read and encoded without TensorFlow, which gives the tokens
-that SeqIO gives, in a fraction of the time; any other task goes through SeqIO and all of its preprocessors.
+The texts of corpora (`tasks.pretraining.CorpusSource`) are read and encoded without TensorFlow, which yields the same
+tokens as SeqIO in a fraction of the time; any other task goes through SeqIO and all of its preprocessors.
 
-SeqIO and TensorFlow are imported here alone, and only when a task is opened.
+SeqIO and TensorFlow are imported only when a task is opened.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ class Definitions(Protocol):
     def describe(self, name: str) -> Mapping[str, Any]:
         """The identity of a task's content, as JSON, determined without reading it.
 
-        Of a corpus of files it has "train_files" and, where they are others, "validation_files": [[path, bytes], ...]
-        in the order in which they are read; and of files that `t5x prepare` wrote "prepared": for each of their folders
-        the hashes of its steps and inputs, "steps_sha256" and "inputs_sha256", and the paths of these inputs.
+        For a corpus of files it has "train_files" and, if separate, "validation_files": [[path, bytes], ...] in reading
+        order. For files that `t5x prepare` wrote it has "prepared": for each of their folders the hashes of its steps
+        and inputs, "steps_sha256" and "inputs_sha256", and the paths of these inputs.
         """
         ...
 
@@ -60,14 +60,14 @@ class Definitions(Protocol):
 class Example(NamedTuple):
     """The tokens of a document (`targets` alone) or of an instruction example; int arrays.
 
-    The targets end with the end-of-document token unless they are empty. Documents that are not, and inputs, begin with
-    what the vocabulary begins them with. The targets of a conversation begin with its first answer; what its chat
-    template has behind an answer is in them, too, and what is no answer as the complement ~id.
+    The targets end with the end-of-document token unless they are empty. Non-empty documents, and inputs, begin with
+    the vocabulary's `begin_ids`. The targets of a conversation begin with its first answer, and include the chat
+    template's text after answers; tokens outside of answers are complements, ~id.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
-    text_bytes: int  # of what was tokenized, in UTF-8; 0 where the task does not tell
+    text_bytes: int  # of the tokenized text, in UTF-8; 0 if unknown
     is_conversation: bool = False
 
 
@@ -78,7 +78,7 @@ def open_task(task: str, definitions: Definitions, stage: str) -> Any:
     """The SeqIO task of this name.
 
     Raises:
-      ValueError: there is none, or it is one of documents and the stage is tuning.
+      ValueError: the task is unknown, or consists of documents and the stage is tuning.
     """
     with quiet_tensorflow():
         import seqio
@@ -94,15 +94,15 @@ def open_task(task: str, definitions: Definitions, stage: str) -> Any:
 
 
 def is_divisible(task: Any, split: str) -> bool:
-    """Whether the tokens of each file of a split, one after the other, are those of the split."""
+    """Whether the tokens of a split are the concatenation of those of its files."""
     return _is_plain(task) and task.source.is_divisible(split)
 
 
 def find_borders(task: Any) -> Sequence[float] | None:
-    """What divides a task's documents into splits, for `examples` of some of its files; None where no hash does.
+    """The borders of the hash that divides documents into splits, for `examples` of some files; None without a hash.
 
     Raises:
-      ValueError: the source cannot be read; in the line of its reader.
+      ValueError: the source cannot be read; the message is its reader's line.
     """
     return task.source.find_borders() if _is_plain(task) else None
 
@@ -115,13 +115,13 @@ def examples(
 
     Args:
       task: a SeqIO task.
-      files: of a divisible split those to read, else None.
-      threads: that tokenize.
-      borders: what `find_borders` gives, where it is known.
-      sample: what `sample_of` gave; is given the texts that are read.
+      files: the files of a divisible split to read, else None.
+      threads: number of threads that tokenize.
+      borders: the result of `find_borders`, if known.
+      sample: from `sample_of`; receives the texts that are read.
 
     Raises:
-      ValueError: the source cannot be read; in the line of its reader.
+      ValueError: the source cannot be read; the message is its reader's line.
     """
     with quiet_tensorflow():
         if _is_plain(task) and task.source.vocabulary is not None:
@@ -133,7 +133,7 @@ def examples(
         if _is_plain(task):
             texts = task.source.texts(split, files, borders)
             texts = texts if sample is None else _sampled(texts, sample)
-            passed_over: dict[str, tuple[int, str]] = {}  # by reason, how many and where the first is
+            passed_over: dict[str, tuple[int, str]] = {}  # by reason, the count and the place of the first
             for some in _batches(texts):
                 encoded = _instructions(some, vocabulary, threads, passed_over) if "inputs" in some[0] else \
                     _documents(some, vocabulary, threads)
@@ -158,7 +158,7 @@ def examples(
 
 
 def _require_same(task: Any, vocabulary: Vocabulary) -> None:
-    """Raises ValueError unless the tokens of a task were made with the vocabulary of the run."""
+    """Raises ValueError unless a task's tokens were made with the run's vocabulary."""
     made_with = load_vocabulary(task.source.vocabulary)
     if made_with.content_hash != vocabulary.content_hash:
         raise ValueError(f"{task.name}: its tokens were made with {task.source.vocabulary!r} (hash "
@@ -168,7 +168,7 @@ def _require_same(task: Any, vocabulary: Vocabulary) -> None:
 
 
 def _for_seqio(vocabulary: Vocabulary) -> Any:
-    """A vocabulary as SeqIO's preprocessors use one."""
+    """A vocabulary as a SeqIO vocabulary."""
     import seqio
 
     if vocabulary.is_sentence_pieces:
@@ -179,7 +179,7 @@ def _for_seqio(vocabulary: Vocabulary) -> Any:
         return np.array(vocabulary.encode(text.decode("utf-8", "replace")), np.int32)
 
     class OfSeqio(seqio.PassThroughVocabulary):
-        """Encodes in Python what preprocessors give; nothing is decoded by SeqIO."""
+        """Encodes the preprocessors' output in Python; SeqIO does not decode."""
 
         def _encode_tf(self, text: Any) -> Any:
             return tf.ensure_shape(tf.numpy_function(encoded, [text], tf.int32), [None])
@@ -188,11 +188,11 @@ def _for_seqio(vocabulary: Vocabulary) -> Any:
 
 
 def sample_of(task: Any, split: str) -> Sample:
-    """A sample for `examples` to fill; of a task with preprocessors of its own, which see no texts there, its first."""
+    """A sample for `examples` to fill; for a task that SeqIO tokenizes, already filled with its first texts."""
     sample = Sample()
     if _is_plain(task):
         return sample
-    with quiet_tensorflow(), warnings_of(task.name):  # that reading ends early is nobody's concern
+    with quiet_tensorflow(), warnings_of(task.name):  # discards the warning that reading ended early
         import seqio
 
         as_bytes = seqio.ByteVocabulary()
@@ -208,7 +208,7 @@ def _sampled(texts: Iterable[Mapping[str, Any]], sample: Sample) -> Iterator[Map
 
 
 def _is_plain(task: Any) -> bool:
-    """Whether a task does nothing but tokenize texts that its source gives without TensorFlow."""
+    """Whether a task only tokenizes texts, which its source reads without TensorFlow."""
     import seqio
 
     ends = {name: feature.add_eos for name, feature in task.output_features.items()}
@@ -226,7 +226,7 @@ def _documents(some: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, thread
 def _instructions(
     some: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, threads: int, passed_over: dict[str, tuple[int, str]]
 ) -> Iterator[Example]:
-    """Examples of prompts and answers, and of conversations; counts those that the chat template does not take."""
+    """Examples of prompts and answers, and of conversations; counts those that the chat template rejects."""
     has_template = vocabulary.chat_template is not None
     encoded = iter(chat.turns_tokens(vocabulary, [
         text.get("turns", [text["inputs"], text["targets"]]) for text in some
@@ -251,7 +251,7 @@ def _instructions(
 
 
 def _batches(texts: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    """Texts by the megabyte, in their order."""
+    """Texts in batches of about a megabyte, in order."""
     some: list[Mapping[str, Any]] = []
     characters = 0
     for text in texts:
@@ -269,7 +269,7 @@ def _bytes(text: Mapping[str, Any]) -> int:
 
 
 def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[dict[str, np.ndarray]]:
-    """The features of a SeqIO task's examples, tokenized with a SeqIO vocabulary in the place of the task's own."""
+    """The features of a SeqIO task's examples, tokenized with a SeqIO vocabulary instead of the task's own."""
     swapped = task.replace(output_features={
         name: dataclasses.replace(feature, vocabulary=vocabulary) for name, feature in task.output_features.items()})
     import tensorflow as tf
@@ -278,14 +278,14 @@ def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[dict[str, np
         for example in swapped.get_dataset(sequence_length=None, split=split, shuffle=False).as_numpy_iterator():
             yield {name: example[name] for name in ("inputs", "targets") if name in task.output_features}
     except tf.errors.OpError as error:
-        # TensorFlow wraps what a reader raised into a page of its own; the reader's line is what helps.
+        # TensorFlow wraps a reader's error in a page of text; only the reader's line helps.
         own = re.findall(r"^.*?\b(?:\w+Error): (.+)$", error.message, flags=re.MULTILINE)
         raise ValueError(own[-1] if own else f"{task.name}: {error.message.splitlines()[0]}") from error
 
 
 class Note(NamedTuple):
-    """What a reader warned of: `template` % `values`, which are texts, numbers, and by reason a number of records and
-    the place of the first.
+    """A reader's warning: `template` % `values`. Values are texts, numbers, and dicts from a reason to the number of
+    records and the place of the first.
     """
 
     template: str
@@ -299,8 +299,8 @@ class Note(NamedTuple):
 
 
 def added(notes: Iterable[Note]) -> list[Note]:
-    """The notes of parts of a split as those of the whole: numbers of the same warning are added, and a warning that
-    counts nothing is none.
+    """Merges the notes of a split's parts: the numbers of equal warnings are added, and warnings with an empty count
+    are dropped.
     """
     def sum_of(values: tuple[Any, ...]) -> Any:
         if isinstance(values[0], dict):
@@ -322,10 +322,10 @@ def added(notes: Iterable[Note]) -> list[Note]:
 
 @contextlib.contextmanager
 def warnings_of(task: str) -> Iterator[list[Note]]:
-    """Collects what is warned of a task, in messages that begin with its name, in the place of the log."""
+    """Collects a task's warnings, the log messages that begin with its name, and keeps them out of the log."""
     notes: list[Note] = []
     root = logging.getLogger()
-    level = root.level  # of a worker of Beam it may be above warnings
+    level = root.level  # in a Beam worker it may be above WARNING
 
     def is_of_another(record: logging.LogRecord) -> bool:
         of_task = record.getMessage().startswith((f"{task},", f"{task}:"))
@@ -349,7 +349,7 @@ def warnings_of(task: str) -> Iterator[list[Note]]:
 
 @contextlib.contextmanager
 def quiet_tensorflow() -> Iterator[None]:
-    """Keeps TensorFlow off accelerators, and its C++ log off the terminal; what Python writes to stderr still shows."""
+    """Keeps TensorFlow off accelerators, and its C++ log off the terminal; Python's stderr still shows."""
     with quiet_stderr():
         import tensorflow as tf
 
@@ -359,10 +359,10 @@ def quiet_tensorflow() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Keeps off the terminal what libraries and the processes that are started write to stderr past this Python."""
+    """Hides what libraries and child processes write to file descriptor 2; Python's stderr still shows."""
     if getattr(sys.stderr, "name", None) == "<stderr>" and sys.stderr.fileno() == 2:
-        # Python's own way to the terminal, kept for good: logging handlers made inside hold on to it, and those made
-        # before are given it.
+        # A second descriptor for Python's stderr, never restored: logging handlers created inside keep it, and
+        # existing ones are switched to it.
         before: Any = sys.stderr
         sys.stderr = type(before)(
             os.fdopen(os.dup(2), "wb"), encoding=before.encoding, errors=before.errors, line_buffering=True)
@@ -380,7 +380,7 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def require_registered(name: str) -> None:
-    """Raises ValueError with the nearest names where SeqIO knows neither a task nor a mixture of this name."""
+    """Raises ValueError with the nearest names if SeqIO has neither a task nor a mixture of this name."""
     import seqio
 
     known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]

@@ -1,1 +1,1 @@
-"""Documents of users made into training text: cleaned, without duplicates and benchmarks, sampled. `t5x prepare`."""
+"""`t5x prepare`: turns documents into training text by cleaning, deduplication, decontamination and sampling."""

@@ -1,6 +1,6 @@
 """The data card: the input, the documents removed by each step, and the result, as Markdown and HTML.
 
-All numbers are counts of the files beside it: each document read is a row of documents-*.parquet or of removed/.
+All numbers are counts of the files beside it: every document read is a row of documents-*.parquet or of removed/.
 """
 
 import json
@@ -27,12 +27,12 @@ NAMED = 20  # licences and languages
 def write_card(
     output: epath.Path, plan: Mapping[str, Any], job: Job, facts: Facts, sources: Sequence[str]
 ) -> dict[str, Any]:
-    """Writes README.md with its plot, and card.html, to a folder; returns the counts that they show, as JSON.
+    """Writes README.md with its plot, and card.html, to a folder; returns the counts shown, as JSON.
 
     Args:
       output: the folder.
       plan: inputs and steps, as in the manifest.
-      job, facts: the work, and the facts that each part in each stage wrote.
+      job, facts: the work, and the facts written by each part in each stage.
       sources: the corpora, in the order of the output.
     """
     counts = _counts(job, facts, sources)
@@ -48,7 +48,7 @@ def write_card(
 
 def _counts(job: Job, facts: Facts, sources: Sequence[str]) -> dict[str, Any]:
     """The counts by corpus: {"sources": the documents read and remaining, "steps": a list of each step's effects,
-    "overlaps": by benchmark the questions found, with an n-gram each}.
+    "overlaps": by benchmark, the questions found with one n-gram each}.
     """
     of_source = {source: [part for part, one in enumerate(job.parts) if one.source == source] for source in sources}
     found: dict[str, Any] = {"sources": {}, "steps": [], "overlaps": {}}
@@ -147,7 +147,7 @@ def _blocks(
 
 
 def _near_duplicates(job: Job) -> list[Block]:
-    """The share of near duplicates that is found."""
+    """The expected share of near duplicates found."""
     found = []
     for number, step in enumerate(job.steps, 1):
         if step.name == "near_duplicates":

@@ -1,10 +1,10 @@
-"""Rules for source code: CodeParrot's and StarCoder's, and what must not be learned from any text.
+"""Rules for source code: CodeParrot's and StarCoder's, and masks for personal data and secrets in any text.
 
   CodeParrot  Tunstall et al. (2022), "Natural Language Processing with Transformers", and the data set's card
   Codex       Chen et al. (2021), arXiv:2107.03374, section 3.1
   StarCoder   Li et al. (2023), arXiv:2305.06161, sections 3 and 4
 
-A filter gives the reason why a text is removed, or None. An edit gives the text that is left of it.
+A filter returns the reason for removing a text, or None. An edit returns the remaining text.
 """
 
 import ast
@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
-# SPDX identifiers, and the forms of GitHub's API, in lower case.
+# SPDX identifiers, and those of GitHub's API, in lower case.
 PERMISSIVE = (
     "mit", "mit-0", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsd", "0bsd", "isc", "unlicense", "cc0-1.0", "zlib",
     "python-2.0", "psf-2.0", "bsl-1.0", "artistic-2.0",
@@ -35,9 +35,9 @@ def licence(
     """Removes files whose licence is not among those allowed, as StarCoder does (section 3.1); case does not count.
 
     Args:
-      license: the record's; where it has none, of the line "SPDX-License-Identifier:" in the first 2,000 characters.
+      license: the record's; without one, from a line "SPDX-License-Identifier:" in the first 2,000 characters.
       allowed: SPDX identifiers.
-      unknown: whether files that tell no licence stay.
+      unknown: whether files without a stated licence stay.
     """
     if not license:
         found = _SPDX.search(text[:2000])
@@ -54,7 +54,7 @@ def generated(text: str, lines: int = 5) -> str | None:
 
 
 def minified(text: str, white: float = 0.05, longest: int = 500) -> str | None:
-    """Removes files with a line of over `longest` characters of which white space is a smaller share than `white`."""
+    """Removes files with a line of over `longest` characters, of which less than the share `white` is white space."""
     for line in text.split("\n"):
         if len(line) > longest and sum(map(str.isspace, line)) / len(line) < white:
             return "minified"
@@ -62,7 +62,7 @@ def minified(text: str, white: float = 0.05, longest: int = 500) -> str | None:
 
 
 def line_lengths(text: str, longest: int = 1000, mean: float = 100) -> str | None:
-    """Removes files with longer lines, or longer ones on average (Codex, section 3.1; CodeParrot)."""
+    """Removes files whose longest line or mean line is longer than this (Codex, section 3.1; CodeParrot)."""
     lengths = [len(line) for line in text.splitlines()] or [0]
     if max(lengths) > longest:
         return f"a line over {longest} characters"
@@ -70,7 +70,7 @@ def line_lengths(text: str, longest: int = 1000, mean: float = 100) -> str | Non
 
 
 def alphanumeric_share(text: str, at_least: float = 0.25) -> str | None:
-    """Removes files of which a smaller share is letters and digits (CodeParrot; StarCoder, section 3.2)."""
+    """Removes files with a smaller share of letters and digits (CodeParrot; StarCoder, section 3.2)."""
     share = sum(map(str.isalnum, text)) / max(len(text), 1)
     return None if share >= at_least else f"under {at_least:.0%} letters and digits"
 
@@ -81,7 +81,7 @@ def parses(text: str, language: str | None) -> str | None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes in the files
+            warnings.simplefilter("ignore")  # about invalid escapes in the files
             ast.parse(text)
     except (SyntaxError, ValueError):
         return "does not parse"
@@ -91,12 +91,12 @@ def parses(text: str, language: str | None) -> str | None:
 
 
 def test_files(text: str, file: str) -> str | None:
-    """Removes tests, by the name of the file or the record's path."""
+    """Removes tests, recognized by the name of the file or the record's path."""
     del text
     return "a test" if _TEST_FILE.search(file) else None
 
 
-# ---- Edits: what is masked ----------------------------------------------------------------------
+# ---- Edits: masks -------------------------------------------------------------------------------
 
 _E_MAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w@]|:\w)")
 _SECRETS = re.compile("|".join((
@@ -109,11 +109,11 @@ _SECRETS = re.compile("|".join((
     r"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{20,}|\bhf_[A-Za-z0-9]{30,}\b|\bnpm_[A-Za-z0-9]{36}\b|\bpypi-[\w-]{50,}",
     r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",  # JSON Web Token
 )), re.DOTALL)
-# What is given to a name of a secret, as a quoted text of eight signs and more without blanks.
+# A quoted value of at least eight characters without blanks, assigned to a name that suggests a secret.
 _ASSIGNED = re.compile(
     r"""((?:pass(?:word|wd)|secret|api_?key|access_?key|auth_?token|access_?token|private_?key|client_?secret)"""
     r"""[\w-]{0,20}["']?\s{0,4}(?:=|:|=>)\s{0,4})(["'])(?!<)([^\s"'<>{}$%]{8,200})\2""", re.IGNORECASE)
-# One of these stands in whatever the patterns find. To look for them first takes less time than the patterns alone.
+# Every match of the patterns contains one of these. Searching for them first is faster than the patterns alone.
 _MARKS = ("PRIVATE KEY-----", "AKIA", "ASIA", "AGPA", "AIDA", "AROA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_",
           "github_pat_", "glpat-", "xox", "AIza", "ya29.", "k_live_", "k_test_", "sk-", "hf_", "npm_", "pypi-", "eyJ")
 _NAMES = ("password", "passwd", "secret", "api_key", "apikey", "access_key", "accesskey", "auth_token", "authtoken",
@@ -122,12 +122,12 @@ E_MAIL_MASK, SECRET_MASK = "<EMAIL>", "<KEY>"  # StarCoder, section 4
 
 
 def mask_e_mails(text: str) -> str:
-    """Puts <EMAIL> in the place of e-mail addresses (StarCoder, section 4)."""
+    """Replaces e-mail addresses by <EMAIL> (StarCoder, section 4)."""
     return _E_MAIL.sub(E_MAIL_MASK, text) if "@" in text else text
 
 
 def mask_secrets(text: str) -> str:
-    """Puts <KEY> in the place of private keys, tokens of known forms, and quoted values of names such as api_key."""
+    """Replaces private keys, tokens of known forms, and quoted values of names such as api_key by <KEY>."""
     if any(mark in text for mark in _MARKS):
         text = _SECRETS.sub(SECRET_MASK, text)
     folded = text.casefold()
@@ -138,5 +138,5 @@ def mask_secrets(text: str) -> str:
 
 
 def _looks_random(value: str) -> bool:
-    """Whether a value has a digit beside letters, or signs beside both: "changeme" and a name of a field have not."""
+    """Whether a value has both digits and letters, unlike "changeme" or the name of a field."""
     return any(map(str.isdigit, value)) and any(map(str.isalpha, value))

@@ -1,12 +1,12 @@
-"""Duplicates among texts: by a hash of what is the same in copies, and by MinHash where copies differ a little.
+"""Duplicates among texts: exact ones by a hash of the normalised text, near ones by MinHash.
 
 A shingle is `ngram` consecutive words (`mixture.ngrams`: without case and punctuation, each Chinese character a word);
 a text with fewer words is one shingle. The signature of a text is, for each of bands x rows hash functions, the least
 hash of its shingles (Broder 1997). The share of hashes in which two signatures agree estimates the Jaccard similarity s
-of their sets of shingles, with a standard error of sqrt(s (1 - s) / (bands x rows)). Two texts are compared where they
-agree in all rows of any band, which happens with the chance that `chance_to_meet` gives: of 14 x 8, which FineWeb uses,
-0.77 at s = 0.75, 0.92 at 0.8, 0.988 at 0.85, 0.9996 at 0.9. Those that meet are compared by the shingles themselves: of
-the pairs that are as similar as the default, 0.85, 98.8% are found, of more similar ones more, and no pair below it.
+of their sets of shingles, with a standard error of sqrt(s (1 - s) / (bands x rows)). Two texts are compared if they
+agree in all rows of any band; `chance_to_meet` gives the probability. For 14 x 8, which FineWeb uses, it is 0.77 at
+s = 0.75, 0.92 at 0.8, 0.988 at 0.85, 0.9996 at 0.9. Texts that meet are compared by the shingles themselves: of the
+pairs at the default similarity, 0.85, 98.8% are found, of more similar ones more, and no pair below it.
 """
 
 import functools
@@ -20,17 +20,17 @@ from scipy.sparse.csgraph import connected_components
 
 from codellm_jax.mixture.ngrams import words
 
-_BLOCK = 2048  # shingles that are hashed at once: their hashes fit in a core's cache
+_BLOCK = 2048  # shingles hashed at once, so that their hashes fit in a core's cache
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def normalised(text: str) -> str:
-    """What equal texts have in common: Unicode's compatible form, lower case, white space as single blanks."""
+    """A text in Unicode's compatibility form and lower case, with runs of white space as single blanks."""
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
 def text_hash(text: str) -> tuple[int, int]:
-    """128 bits of a hash of the normalised text, as two numbers of 64 bits."""
+    """A 128-bit hash of the normalised text, as two 64-bit numbers."""
     return divmod(xxhash.xxh3_128_intdigest(normalised(text).encode()), 1 << 64)
 
 
@@ -40,7 +40,7 @@ def _word_hash(word: str) -> int:
 
 
 def shingles(text: str, ngram: int) -> np.ndarray:
-    """The hashes of a text's shingles: uint32, one for each place of an n-gram; empty for a text without words."""
+    """The hashes of a text's shingles: uint32, one for each position; empty for a text without words."""
     found = words(text)
     if not found:
         return np.zeros(0, np.uint32)
@@ -57,13 +57,13 @@ def shingles(text: str, ngram: int) -> np.ndarray:
 
 @functools.lru_cache
 def _functions(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Multipliers (odd) and summands of hash functions: uint32 [count, 1] each."""
+    """Odd multipliers and summands of hash functions: uint32 [count, 1] each."""
     drawn = np.random.default_rng(0).integers(0, 1 << 32, (2, count, 1), np.uint32)
     return drawn[0] | np.uint32(1), drawn[1]
 
 
 def signature(hashes: np.ndarray, count: int) -> np.ndarray:
-    """The least of each of `count` hash functions over the hashes of shingles, of which there is one at least.
+    """The minimum of each of `count` hash functions over the hashes of at least one shingle.
 
     Returns:
       uint32 [count].
@@ -74,7 +74,7 @@ def signature(hashes: np.ndarray, count: int) -> np.ndarray:
     for start in range(0, len(hashes), _BLOCK):
         each = multiplier * hashes[None, start : start + _BLOCK]
         each += summand
-        # The low bits of a product depend on few bits of its factors; the high ones are mixed in.
+        # The low bits of a product depend on few bits of its factors, so the high ones are mixed in.
         each ^= each >> np.uint32(15)
         each *= np.uint32(0x2C1B3C6D)
         np.minimum(least, each.min(axis=1), out=least)
@@ -82,26 +82,26 @@ def signature(hashes: np.ndarray, count: int) -> np.ndarray:
 
 
 def band_keys(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
-    """A hash of each band: uint64 [documents, bands]; equal bands of other numbers have other hashes."""
+    """A hash of each band: uint64 [documents, bands]; equal values in different bands have different hashes."""
     parts = signatures.reshape(len(signatures), bands, rows).astype(np.uint64)
     keys = np.broadcast_to(np.arange(1, bands + 1, dtype=np.uint64) * _MIX, parts.shape[:2]).copy()
     for row in range(rows):
         keys ^= parts[:, :, row]
         keys *= _MIX
         keys ^= keys >> np.uint64(32)
-    keys *= _MIX  # its high bits part the keys into ranges
+    keys *= _MIX  # its high bits divide the keys into ranges
     return keys
 
 
 def chance_to_meet(similarity: float, bands: int, rows: int) -> float:
-    """The chance that texts of a Jaccard similarity s agree in all rows of any band: 1 - (1 - s^rows)^bands (Leskovec,
-    Rajaraman and Ullman, "Mining of Massive Datasets", 3.4).
+    """The probability that texts of Jaccard similarity s agree in all rows of any band: 1 - (1 - s^rows)^bands
+    (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4).
     """
     return 1 - (1 - similarity**rows) ** bands
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    """The Jaccard similarity of two sets, sorted arrays of different numbers."""
+    """The Jaccard similarity of two sets, given as sorted arrays of distinct numbers."""
     both = len(np.intersect1d(one, other, assume_unique=True))
     return both / (len(one) + len(other) - both)
 
@@ -109,15 +109,15 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
 def similar_pairs(
     signatures: np.ndarray, similarity: float, exact: Callable[[int, int], float]
 ) -> list[tuple[int, int, float]]:
-    """Pairs that join those of some documents that are similar, each with its Jaccard similarity.
+    """Pairs that connect the similar ones of some documents, each with its Jaccard similarity.
 
-    Those that pairs join already, through others too, are not compared: a thousand copies of a text are 999 pairs. Of
-    1,024 documents and fewer all others are compared; of more each with the first ones, at least 64.
+    Documents already connected, directly or through others, are not compared: a thousand copies give 999 pairs. Up to
+    1,024 documents are all compared with each other; more are compared only with the first ones, at least 64.
 
     Args:
       signatures: uint32 [documents, hashes].
-      similarity: the least one; 0 joins all by what their signatures estimate.
-      exact: gives the similarity of two documents by their places.
+      similarity: the minimum; 0 connects all documents, with the similarity that their signatures estimate.
+      exact: returns the similarity of two documents, given by index.
     """
     count = len(signatures)
     pairs, label = [], np.arange(count)
@@ -136,7 +136,7 @@ def similar_pairs(
 
 
 def components(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the numbers in pairs belong together.
+    """The connected components of numbers linked by pairs.
 
     Args:
       first, second: uint64 [pairs].

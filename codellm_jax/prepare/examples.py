@@ -1,8 +1,8 @@
 """Documents as ArrayRecord or TFRecord files, which `tfds.builder_from_directory(OUTPUT)` opens as a dataset.
 
-Of ArrayRecord TensorFlow Datasets makes a data source, of TFRecord a tf.data.Dataset, too. A record is a
-tf.train.Example in protobuf's wire format, written here, so that workers do without TensorFlow and the bytes are always
-the same (protobuf's own order of a map's entries is not). A text that is missing is empty.
+TensorFlow Datasets reads ArrayRecord as a data source, and TFRecord also as a tf.data.Dataset. A record is a
+tf.train.Example in protobuf's wire format, encoded here so that workers need no TensorFlow and the bytes are
+deterministic (protobuf's order of a map's entries is not). A missing text is empty.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from etils import epath
 NAME, VERSION = "documents", "1.0.0"  # of the dataset
 TEXTS = ("text", "source", "file", "sha256", "license", "language")
 NUMBERS = ("row", "bytes_read", "tokens")
-_OPTIONS = "group_size:1,zstd"  # each record is found by itself
+_OPTIONS = "group_size:1,zstd"  # each record can be read alone
 
 
 class _TFRecords:
-    """Writes a TFRecord file: each record between its length and checksums (CRC-32C, masked as TensorFlow does it)."""
+    """Writes a TFRecord file: each record with its length and checksums (CRC-32C, masked as in TensorFlow)."""
 
     def __init__(self, path: str) -> None:
         self._checksum = importlib.import_module("google_crc32c").value
@@ -44,10 +44,10 @@ class _TFRecords:
 
 
 class Records:
-    """A file of documents that is written under another name until it is whole.
+    """A file of documents, written under a temporary name until it is complete.
 
     Args:
-      path: of the file; its suffix says the form, .array_record or .tfrecord.
+      path: of the file; its suffix gives the format, .array_record or .tfrecord.
     """
 
     def __init__(self, path: epath.Path) -> None:
@@ -55,14 +55,14 @@ class Records:
         self._building = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         self._held = contextlib.ExitStack()
         self._local = os.fspath(self._building)
-        if "://" in self._local:  # the library writes to this machine's disk alone
+        if "://" in self._local:  # the library writes only to a local disk
             self._local = self._held.enter_context(tempfile.NamedTemporaryFile(suffix=path.suffix)).name
         self._writer: Any = _TFRecords(self._local) if path.suffix == ".tfrecord" else importlib.import_module(
             "array_record.python.array_record_module").ArrayRecordWriter(self._local, _OPTIONS)
         self.count = self.bytes = 0
 
     def add(self, row: Mapping[str, Any], size: int) -> None:
-        """Adds a document; `size` is its text's in bytes."""
+        """Adds a document; `size` is the size of its text in bytes."""
         del size
         record = example(row)
         self._writer.write(record)
@@ -70,7 +70,7 @@ class Records:
         self.bytes += len(record)
 
     def close(self) -> None:
-        """Ends the file and puts it in its place."""
+        """Completes the file and moves it into place."""
         self._writer.close()
         if self._local != os.fspath(self._building):
             with open(self._local, "rb") as written, self._building.open("wb") as file:
@@ -79,8 +79,8 @@ class Records:
         self._building.replace(self._path)
 
     def discard(self) -> None:
-        """Removes what is there of a file that will not be whole."""
-        with contextlib.suppress(RuntimeError):  # of what is thrown away
+        """Removes the incomplete file."""
+        with contextlib.suppress(RuntimeError):  # the file is discarded anyway
             self._writer.close()
         self._held.close()
         self._building.unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def _texts(texts: Sequence[str]) -> bytes:
 
 
 def _message(field: int, content: bytes) -> bytes:
-    """A field of protobuf whose length stands before it."""
+    """A length-delimited protobuf field."""
     return bytes([field << 3 | 2]) + _varint(len(content)) + content
 
 
@@ -123,11 +123,11 @@ def shard(form: str, number: int, count: int) -> str:
 
 
 def descriptions(form: str, documents: Sequence[int], size: int, tokens: bool) -> Iterator[tuple[str, str]]:
-    """The files that make a dataset of the others in a folder, by name.
+    """The names and contents of the files that turn a folder of records into a TFDS dataset.
 
     Args:
       form: "array_record" or "tfrecord".
-      documents: of each file.
+      documents: number of documents in each file.
       size: bytes of all records.
       tokens: whether documents have a number of tokens.
     """

@@ -4,7 +4,7 @@ A part consists of some files of one corpus, or of a piece of a large file. Step
 stages:
 
   STAGE 0     each part is read; the rules before the first such step are applied; documents are written, together with
-              the data that the step needs of each (a hash, a signature)
+              the data that the step needs about each (a hash, a signature)
   reduction   determines the documents to remove, for one range of hashes at a time
   STAGE 1     each part's documents are read again, without the removed ones; the next rules are applied; and so on
 
@@ -53,8 +53,8 @@ REMOVED = pa.schema([
 
 
 class Part(NamedTuple):
-    """Some files of a corpus, with size and modification time; None for a corpus that is read as a whole. Or a piece of
-    one file, from its first byte or row group to the start of the next piece.
+    """Some files of a corpus, with size and modification time; None for a corpus that is read as a whole. Or one file's
+    piece, from its first byte or row group to the start of the next piece.
     """
 
     source: str
@@ -78,7 +78,7 @@ class Job:
       inputs: reads the corpora.
       steps: all of them.
       parts: in the order of the output.
-      folder: where files lie until the end.
+      folder: holds the files until the end.
       hashes: of the plan, stored in the output's files: {"steps": ..., "inputs": ...}.
       vocabulary: the vocabulary for counting tokens; None for no count.
       format: of the output's documents, one of `preparation.FORMATS`.
@@ -190,7 +190,7 @@ class Table:
         self._path, self._schema = path, schema.with_metadata({f"codellm_jax.{key}": value
                                                                for key, value in hashes.items()})
         self._building = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        # What reads and writes gs:// is no file to Parquet's library: there it goes by way of this machine's disk.
+        # Parquet's library cannot write to etils' files on gs://: there it goes through a local file.
         self._is_remote = "://" in os.fspath(path)
         self._file: Any = tempfile.TemporaryFile() if self._is_remote else open(self._building, "wb")
         self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd")

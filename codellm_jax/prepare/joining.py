@@ -1,11 +1,11 @@
-"""Pairs of near duplicates joined into components, of each of which one document stays: the best.
+"""Joins pairs of near duplicates into components, each of which keeps one document: the best.
 
-The longer of two is better, of equally long ones that with the lower hash, of equal ones the first.
+A longer document is better; among equally long ones the lower hash, then the lower number.
 
-Few pairs are joined at once. Of many, each bucket of documents by hash holds its own alone, in rounds of stars (Kiveris
-et al., 2014, "Connected Components in MapReduce and Beyond", section 4). A large star ties the worse neighbours of a
-document to the best of it and all its neighbours; a small star ties it and its better neighbours to the best of these.
-Once neither changes anything, all documents of a component are tied to its best one alone.
+A few pairs are joined at once. Many are joined in rounds of stars, with documents hashed to buckets that each hold only
+their own pairs (Kiveris et al., 2014, "Connected Components in MapReduce and Beyond", section 4). A large star links
+the worse neighbours of a document to the best of it and all its neighbours; a small star links it and its better
+neighbours to the best of these. Once neither changes anything, every document of a component is linked to its best one.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ _SIDES = ("first", "second")
 
 
 def both_ways(edges: np.ndarray) -> np.ndarray:
-    """Each pair twice, the other way round as well: EDGE [2 N]."""
+    """Each pair in both directions: EDGE [2 N]."""
     swapped = edges.copy()
     for one, other in (_SIDES, _SIDES[::-1]):
         for name in ("", "_bytes", "_rank"):
@@ -32,17 +32,17 @@ def hashed(edges: np.ndarray) -> np.ndarray:
 
 
 def star(edges: np.ndarray, large: bool) -> tuple[np.ndarray, bool]:
-    """A round of pairs.
+    """Applies one round of stars.
 
     Args:
-      edges: EDGE [N], all in which some documents are the first.
-      large: a large star, or else a small one.
+      edges: EDGE [N], all pairs whose first document is in the bucket.
+      large: whether the round is a large star, else a small one.
 
     Returns:
       The new pairs, the worse document first, and whether the star changed anything.
     """
     vertices, place = _vertices(edges)
-    pairs = np.unique(np.stack(place, axis=1), axis=0)  # by what is better, as places in `vertices` are
+    pairs = np.unique(np.stack(place, axis=1), axis=0)  # sorted by quality, like `vertices`
     if not large:
         pairs = pairs[pairs[:, 1] < pairs[:, 0]]
     if not len(pairs):
@@ -69,7 +69,7 @@ def star(edges: np.ndarray, large: bool) -> tuple[np.ndarray, bool]:
 
 
 def _vertices(edges: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """All documents of pairs, the best first, as the first ones of pairs; and where those of each side stand there."""
+    """The documents of pairs, best first, as the first sides of pairs; and the index there of each pair's two sides."""
     twice = both_ways(edges)
     order = np.lexsort((twice["first"], twice["first_rank"], ~twice["first_bytes"]))
     of_order = twice["first"][order]
@@ -80,11 +80,11 @@ def _vertices(edges: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def dropped_by_stars(stars: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The documents that go.
+    """The documents to remove.
 
     Args:
-      stars: the last pairs in which some documents are first.
-      edges: of the same documents all pairs in which they are first, for their similarities.
+      stars: the pairs after the last round whose first document is in the bucket.
+      edges: all pairs found whose first document is in the bucket, for their similarities.
 
     Returns:
       DROPPED [N].
@@ -100,7 +100,7 @@ def dropped_by_stars(stars: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def joined(edges: np.ndarray) -> np.ndarray:
-    """Of all pairs the documents that go."""
+    """The documents to remove, given all pairs."""
     if not len(edges):
         return np.zeros(0, DROPPED)
     numbers, label = components(edges["first"], edges["second"])
@@ -110,7 +110,7 @@ def joined(edges: np.ndarray) -> np.ndarray:
         at = np.searchsorted(numbers, edges[name])
         size[at], rank[at] = edges[f"{name}_bytes"], edges[f"{name}_rank"]
         np.maximum.at(similarity, at, edges["similarity"])
-    order = np.lexsort((numbers, rank, ~size, label))  # the longest of each component first
+    order = np.lexsort((numbers, rank, ~size, label))  # the best of each component first
     leads = np.concatenate([[True], np.diff(label[order]) != 0])
     kept = order[np.maximum.accumulate(np.where(leads, np.arange(len(order)), 0))]
     gone = order[~leads]

@@ -1,6 +1,6 @@
-"""What a step that needs all documents is told of each: written beside the documents of a part.
+"""The keys of documents for a step that needs all documents, written beside the documents of a part.
 
-A part has one file of keys, unless these are more than `BYTES_A_FILE`, as of a corpus that is read as a whole.
+A part has one file of keys, or several of about `BYTES_A_FILE`, as for a corpus that is read as a whole.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ from codellm_jax.prepare.job import BAND, DRAWN, EQUAL, PART_BITS, Job, signed
 from codellm_jax.prepare.steps import Step
 
 RANGES = 4096  # of hashes, by their first bits
-BYTES_A_FILE = 64 << 20  # of keys, which are held until they are sorted and written
-DOCUMENTS_AT_ONCE = 1 << 11  # that become arrays together
-BINS = 1 << 20  # that hashes fall into when documents are drawn
+BYTES_A_FILE = 64 << 20  # of keys, held until they are sorted and written
+DOCUMENTS_AT_ONCE = 1 << 11  # converted to arrays together
+BINS = 1 << 20  # of hashes for sampling documents
 
 
 def bin_of(sha256: str, seed: int) -> int:
-    """Where a document falls when documents are drawn: a number in [0, BINS), by its text and the seed."""
+    """The bin of a document for sampling: a number in [0, BINS), from its text's hash and the seed."""
     hashed = hashlib.sha256(f"{seed} {sha256}".encode()).digest()
     return int.from_bytes(hashed[:8], "big") * BINS >> 64
 
 
 class Keys:
-    """Collects what a step wants to know of the documents of a part, and writes it."""
+    """Collects and writes the keys that a step needs of the documents of a part."""
 
     def __init__(self, job: Job, stage: int, part: int, step: Step | None) -> None:
         self._job, self._stage, self._part, self._step = job, stage, part, step
@@ -36,11 +36,11 @@ class Keys:
         self._bytes = self._files = 0
         self._signed: ranged.Growing | None = None
         self._shingles: ranged.Growing | None = None
-        self._next = self._begin = 0  # the document of the next signature; where the next shingles begin
+        self._next = self._begin = 0  # document of the next signature; offset of the next shingles
         self._first = ""
 
     def add(self, place: int, document: dict[str, Any], size: int) -> None:
-        """Takes a document, which is the part's of that number."""
+        """Adds document number `place` of the part."""
         step = self._step
         if step is None:
             return
@@ -65,12 +65,12 @@ class Keys:
             self._gather()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining keys."""
         self._gather()
         self._write()
 
     def discard(self) -> None:
-        """Removes files that will not be whole."""
+        """Removes incomplete files."""
         for file in (self._signed, self._shingles):
             if file is not None:
                 file.discard()
@@ -79,7 +79,7 @@ class Keys:
         return self._job.path(self._stage, kind, self._part, f"-{self._files:05d}{first}.bin")
 
     def _gather(self) -> None:
-        """Makes arrays of what was found."""
+        """Converts the collected keys to an array."""
         step, found = self._step, self._found
         if not found:
             return
@@ -97,14 +97,14 @@ class Keys:
             self._write()
 
     def _sign(self, step: Step, found: list[Any]) -> np.ndarray:
-        """Writes signatures and shingles of documents; gives the keys of their bands."""
+        """Writes signatures and shingles of documents; returns the keys of their bands."""
         numbers = np.array([number for number, *_ in found], np.uint64)
         signatures = np.array([of_document for *_, of_document, _ in found])
         if self._signed is None:
             self._next, self._begin = int(numbers[0]), 0
-            self._first = f"-{self._next & (1 << PART_BITS) - 1}"  # in the names, so that nobody has to look
+            self._first = f"-{self._next & (1 << PART_BITS) - 1}"  # in the names, so that files need not be opened
             self._signed = ranged.Growing(self._path("signed", self._first))
-        # A row for each document from the first to the last, so that one's row follows from its number.
+        # A row for every number from the first to the last, so that a document's row follows from its number.
         row = numbers.astype(np.int64) - self._next
         told = np.zeros(row[-1] + 1, signed(signatures.shape[1]))
         told["place"] = (self._next & (1 << PART_BITS) - 1) + np.arange(len(told))
@@ -126,7 +126,7 @@ class Keys:
         return keys
 
     def _write(self) -> None:
-        """Sorts and writes all keys that are held."""
+        """Sorts and writes all keys held in memory."""
         if not self._keys:
             return
         assert self._step is not None

@@ -7,11 +7,11 @@ from typing import Any
 
 
 def language(text: str, languages: Sequence[str] = ("en", "zh"), at_least: float = 0.65) -> str | None:
-    """Removes text of other languages.
+    """Removes text in other languages.
 
     Args:
-      languages: codes of ISO 639-1.
-      at_least: probability of the likeliest language; FineWeb (arXiv:2406.17557, section 3.1) has 0.65, of another
+      languages: ISO 639-1 codes.
+      at_least: probability of the likeliest language; FineWeb (arXiv:2406.17557, section 3.1) has 0.65, with another
         classifier.
     """
     found, probability = _identifier().classify(text)
@@ -21,7 +21,7 @@ def language(text: str, languages: Sequence[str] = ("en", "zh"), at_least: float
 
 
 def require_known(languages: Sequence[str]) -> None:
-    """Raises ValueError where py3langid is not installed, or does not know one of the languages."""
+    """Raises ValueError if py3langid is not installed, or does not support one of the languages."""
     if unknown := [code for code in languages if code not in _identifier().labels]:
         raise ValueError(f"language: py3langid does not know {unknown[0]!r}: give a code of two letters, such as 'en'.")
 

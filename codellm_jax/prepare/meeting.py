@@ -1,14 +1,14 @@
-"""Near duplicates found: documents that agree in a band meet, and are compared by their shingles.
+"""Finds near duplicates: documents that agree in a band meet, and are compared by their shingles.
 
-Nobody asks for one document. Work goes to and fro between buckets, ranges of the bands' hashes, and units, the files of
-signatures that parts wrote; in each round everybody reads one range of each file of the round before:
+No document is read alone. Work alternates between buckets, which are ranges of the bands' hashes, and units, the files
+of signatures that parts wrote. In each round, a worker reads one range of each file of the previous round:
 
-  MEET     a bucket finds which documents agree in a band: its groups
-  BRING    a unit has signature and shingles of its documents put into one file, in ranges for the buckets that asked
-  COMPARE  a bucket compares the documents of each group, and writes the pairs that are similar
+  MEET     a bucket finds the groups of documents that agree in a band
+  BRING    a unit writes the signatures and shingles of its documents to one file, with a range for each bucket
+  COMPARE  a bucket compares the documents of each group and writes the similar pairs
 
-So reads are counted in units times buckets, however many duplicates there are. Near duplicates agree in many bands, and
-mostly the same ones: of the groups of the very same documents one is compared.
+The number of reads is therefore units times buckets, however many duplicates there are. Near duplicates often agree in
+many bands: of groups with exactly the same documents, only one is compared.
 """
 
 import functools
@@ -28,12 +28,12 @@ from codellm_jax.prepare.steps import Step
 
 MET = np.dtype([("document", "<u8"), ("set", "<u8"), ("bucket", "<u4"), ("group", "<u4")])
 BROUGHT = np.dtype([("document", "<u8"), ("rank", "<u8"), ("bytes", "<u8"), ("group", "<u4"), ("shingles", "<u4")])
-WORD = np.dtype("<u4")  # of which all is made that is brought
-SETS_HELD = 1 << 10  # of shingles, of documents that are compared
+WORD = np.dtype("<u4")  # the unit of everything brought
+SETS_HELD = 1 << 10  # sets of shingles held in memory
 
 
 class Unit(NamedTuple):
-    """A file of signatures: its first document, and where its shingles are."""
+    """A file of signatures: its first document, its path, and the path of its shingles."""
 
     first: int
     signed: epath.Path
@@ -41,7 +41,7 @@ class Unit(NamedTuple):
 
 
 def units(job: Job, stage: int) -> list[Unit]:
-    """The files of signatures of a stage, by the numbers of their documents."""
+    """The files of signatures of a stage, sorted by the numbers of their documents."""
     found = []
     for path in job.files(stage, "signed"):
         part, _, place = path.name.removesuffix(".bin").split("-")[1:]
@@ -51,7 +51,7 @@ def units(job: Job, stage: int) -> list[Unit]:
 
 
 def meet(job: Job, stage: int, bucket: int, count: int) -> None:
-    """Writes which documents agree in a band of one of `count` buckets, by units, unless that is done."""
+    """Writes the documents that agree in a band of one of `count` buckets, by unit, unless that is done."""
     path = job.path(stage, "met", bucket, ".bin")
     if path.exists():
         return
@@ -64,13 +64,13 @@ def meet(job: Job, stage: int, bucket: int, count: int) -> None:
 
 
 def groups(bands: np.ndarray) -> np.ndarray:
-    """The documents of each band that several have.
+    """The groups of documents that share a band.
 
     Args:
       bands: BAND [N].
 
     Returns:
-      MET, by document; groups are numbered as their keys ascend, and `set` is a hash of all documents of the group.
+      MET, sorted by document; groups are numbered by ascending key, and `set` is a hash of the group's documents.
     """
     bands = bands[np.lexsort((bands["document"], bands["key"]))]
     key, document = bands["key"], bands["document"]
@@ -90,14 +90,14 @@ def groups(bands: np.ndarray) -> np.ndarray:
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """A hash of each number, whose sums differ where sets of numbers do (Steele et al., 2014, SplitMix64)."""
+    """A hash of each number, so that sums of hashes identify sets of numbers (Steele et al., 2014, SplitMix64)."""
     mixed = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
 
 
 def bring(job: Job, stage: int, number: int, count: int) -> None:
-    """Writes what each of `count` buckets needs of the documents of a unit, unless that is done."""
+    """Writes the data that each of `count` buckets needs about a unit's documents, unless that is done."""
     path = job.path(stage, "brought", number, ".bin")
     if path.exists():
         return
@@ -105,7 +105,7 @@ def bring(job: Job, stage: int, number: int, count: int) -> None:
     unit, dtype = everyone[number], _signed(_step(job, stage))
     met = _wanted(job, stage, number, count, len(everyone))
     with ranged.on_disk(unit.signed) as signatures:
-        # Rows of a file that may be large; what is not asked for is not read.
+        # The file may be large; only the requested rows are read.
         rows = np.memmap(signatures, dtype, "r")[(met["document"] - np.uint64(unit.first)).astype(np.int64)]
     brought = np.zeros(len(met), BROUGHT)
     for name in ("document", "group"):
@@ -117,7 +117,7 @@ def bring(job: Job, stage: int, number: int, count: int) -> None:
     sizes = np.diff(borders) * (BROUGHT.itemsize + rows.dtype["signature"].itemsize) + np.diff(words) * WORD.itemsize
     file = ranged.Growing(path)
     try:
-        # A range is its documents, then their signatures, then their shingles; the number of documents is before it.
+        # A range holds the number of documents, the documents, their signatures, then their shingles.
         file.write(np.append(0, np.cumsum(sizes + 8)).astype(np.uint64))
         with ranged.on_disk(unit.shingles) if words[-1] else tempfile.TemporaryFile() as shingles:
             of_unit = np.memmap(shingles, WORD, "r") if words[-1] else np.zeros(0, WORD)
@@ -134,10 +134,10 @@ def bring(job: Job, stage: int, number: int, count: int) -> None:
 
 
 def _wanted(job: Job, stage: int, number: int, count: int, among: int) -> np.ndarray:
-    """Of the documents of one `among` units those that meet others: MET, by bucket, group and document."""
+    """The documents of one of `among` units that meet others: MET, sorted by bucket, group and document."""
     paths = [job.path(stage, "met", bucket, ".bin") for bucket in range(count)]
     met = ranged.read(paths, MET, among, number, number + 1)
-    # Of a document's groups of the very same documents the first stays, which is the same one for each of these.
+    # Of a document's groups with identical documents keep the first, which is the same group for each of them.
     met = met[np.lexsort((met["group"], met["bucket"], met["set"], met["document"]))]
     first = np.ones(len(met), bool)
     first[1:] = (met["document"][1:] != met["document"][:-1]) | (met["set"][1:] != met["set"][:-1])
@@ -161,17 +161,17 @@ def compare(job: Job, stage: int, bucket: int, count: int) -> None:
 
 
 def _edges(step: Step, words: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """The similar pairs of what units brought, EDGE.
+    """The similar pairs among the documents that units brought, EDGE.
 
     Args:
-      words: WORD, all that was brought, unit by unit.
-      sizes: bytes that each unit brought.
+      words: WORD, the data brought, unit by unit.
+      sizes: bytes brought by each unit.
     """
     hashes, similarity = step.options["bands"] * step.options["rows"], step.options["similarity"]
     brought, signatures, begins = _parsed(words, sizes, hashes)
     order = np.argsort(brought["document"], kind="stable")
     numbers, first = np.unique(brought["document"][order], return_index=True)
-    row_of = order[first]  # any row of a document has its shingles
+    row_of = order[first]  # all rows of a document have the same shingles
 
     @functools.lru_cache(maxsize=SETS_HELD)
     def shingles(at: int) -> np.ndarray:
@@ -202,7 +202,7 @@ def _edges(step: Step, words: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 
 def _parsed(words: np.ndarray, sizes: Sequence[int], hashes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The documents that were brought, and for each where in `words` its signature and its shingles begin."""
+    """The documents brought, and for each the offsets in `words` of its signature and its shingles."""
     found: list[Any] = [(np.zeros(0, BROUGHT), np.zeros(0, np.int64), np.zeros(0, np.int64))]
     at = 0
     for size in sizes:
@@ -218,14 +218,14 @@ def _parsed(words: np.ndarray, sizes: Sequence[int], hashes: int) -> tuple[np.nd
 
 
 def _by_group(brought: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows of each group, in an order that depends on the texts alone."""
+    """The rows of each group, in an order that depends only on the texts."""
     order = np.lexsort((brought["document"], brought["rank"], brought["group"]))
     borders = np.flatnonzero(np.diff(brought["group"][order])) + 1
     yield from (rows for rows in np.split(order, borders) if len(rows))
 
 
 def write_edges(path: epath.Path, edges: np.ndarray) -> None:
-    """Writes pairs both ways, by ranges of a hash of the first document."""
+    """Writes pairs in both directions, in ranges of the hash of the first document."""
     edges = joining.both_ways(edges)
     ranges = (joining.hashed(edges) >> np.uint64(64 - 12)).astype(np.int64)
     order = np.argsort(ranges, kind="stable")

@@ -1,4 +1,4 @@
-"""What is done with one part in one stage: documents are read, rules applied, and what is left is written."""
+"""Processes one part in one stage: reads documents, applies rules, and writes the remaining documents."""
 
 import functools
 import hashlib
@@ -24,7 +24,7 @@ def process(job: Job, stage: int, part: int) -> None:
     """Does one part in one stage, unless it is done.
 
     Raises:
-      ValueError: a file is not what it was when the preparation was planned, or is not of its kind.
+      ValueError: a file has changed since the preparation was planned, or is not of its kind.
       OSError: a file cannot be read or written.
     """
     if job.facts(stage, part) is not None:
@@ -51,7 +51,7 @@ def process(job: Job, stage: int, part: int) -> None:
 def _processed(
     job: Job, stage: int, part: int, documents: Table | Records, removed: Table, keys: Keys
 ) -> dict[str, Any]:
-    """Writes the documents that are left and those that are removed; gives the facts."""
+    """Writes the remaining and the removed documents; returns the facts."""
     of_stage, source = job.stages[stage], job.parts[part].source
     rules = [(number, job.steps[number]) for number in of_stage.rules if job.steps[number].looks_at(source)]
     before = None if of_stage.before is None else job.steps[of_stage.before]
@@ -115,7 +115,7 @@ def file_hash(path: epath.Path) -> str:
 
 
 def _changed(job: Job, document: dict[str, Any], step: Step, text: str, size: int, count: Count) -> int:
-    """Puts the text that a step gives into a document; the document's bytes from now on."""
+    """Replaces a document's text by a step's output; returns the document's new size in bytes."""
     if text == document["text"]:
         return size
     document["text"] = text
@@ -127,19 +127,19 @@ def _changed(job: Job, document: dict[str, Any], step: Step, text: str, size: in
 
 
 def _copy(job: Job, dropped: np.void) -> dict[str, Any]:
-    """Of what a removed document is a copy: the beginning of its hash, its corpus, and how similar they are."""
+    """The document of which a removed one is a copy: its corpus, the beginning of its hash, and the similarity."""
     return {"copy_source": job.parts[int(dropped["copy"]) >> PART_BITS].source,
             "copy_sha256": f"{int(dropped['rank']):016x}", "similarity": round(float(dropped["similarity"]), 4)}
 
 
-# ---- What a part holds ---------------------------------------------------------------------------
+# ---- Reading a part ------------------------------------------------------------------------------
 
 
 def _read(
     job: Job, part: int, lost: dict[str, int], first: dict[str, str], removed: Table
 ) -> Iterator[dict[str, Any]]:
-    """The documents of a part as its files have them; counts and writes down records that hold none, and where the
-    first of each reason is.
+    """The documents in a part's files. Counts and records those that hold none, with the place of the first for each
+    reason.
     """
     source, files, piece = job.parts[part]
     for file in files or ():
@@ -162,7 +162,7 @@ def _read(
 
 
 def count_rows(job: Job, part: int) -> None:
-    """Writes down how many rows a part has that is a piece of a file, unless that is done."""
+    """Writes the number of rows of a part that is a piece of a file, unless that is done."""
     path = job.path(0, "rows", part, ".json")
     source, files, piece = job.parts[part]
     if files and piece and not path.exists():
@@ -170,7 +170,7 @@ def count_rows(job: Job, part: int) -> None:
 
 
 def sum_rows(job: Job) -> None:
-    """Writes down, once all are counted, how many rows of its file come before each part that is a piece of one."""
+    """Once all pieces are counted, writes for each part the number of rows of its file before it."""
     before, of_file = 0, None
     found = []
     for number, part in enumerate(job.parts):
@@ -182,19 +182,19 @@ def sum_rows(job: Job) -> None:
 
 
 def _rows_before(job: Job, part: int) -> int:
-    """Of a part that is a piece of a file, how many rows the pieces before it have."""
+    """The number of rows of its file before a part; 0 if the part is not a piece of a file."""
     if not job.parts[part].piece:
         return 0
     return json.loads((epath.Path(job.folder) / "stage0" / "rows_before.json").read_text())[part]
 
 
 def _left(job: Job, stage: int, part: int) -> Iterator[dict[str, Any]]:
-    """The documents that the stage before left."""
+    """The documents that remain after the previous stage."""
     return read_rows(job.path(stage - 1, "documents", part, ".parquet"))
 
 
 class _Gone:
-    """What a step that needs all documents takes away of a part."""
+    """The documents and lines of a part that a step which needs all documents removes."""
 
     def __init__(self, job: Job, stage: int, part: int, step: Step | None) -> None:
         self._step, self._at = step, 0
@@ -212,7 +212,8 @@ class _Gone:
         self._dropped = found[np.lexsort((found["place"], found["document"]))]
 
     def of(self, place: int, document: dict[str, Any]) -> tuple[str | None, np.void | None, str]:
-        """Of the document of that number: why it goes, of what it is a copy, and the text that is left."""
+        """For document number `place`: the reason for removal or None, the record of its copy, and the remaining text.
+        """
         step, text = self._step, document["text"]
         assert step is not None
         if step.name == "sample":
@@ -239,14 +240,14 @@ class _Gone:
 def _questions(
     path: str, ngram: int, minimum: int, characters: int, minimum_characters: int, most: int
 ) -> tuple[NGrams, list[Question], np.ndarray]:
-    """The n-grams of the benchmarks' questions, whose they are, and that none of them is left out."""
+    """The n-grams of the benchmarks' questions, the questions, and an all-false mask of questions to exclude."""
     questions = [Question(task, own, tuple(parts)) for task, own, parts in json.loads(epath.Path(path).read_text())]
     ngrams = index(questions, Lengths(ngram, minimum), Lengths(characters, minimum_characters), most)
     return ngrams, questions, np.zeros(len(questions), bool)
 
 
 def _overlap(job: Job, step: Step, text: str, overlaps: dict[str, dict[str, str]]) -> str | None:
-    """The reason for which a document with a question in it is removed; notes which questions are found, and where."""
+    """The reason to remove a document that contains a question, or None; adds the questions found to `overlaps`."""
     ngrams, questions, none = _questions(f"{job.folder}/questions.json", **step.options)
     matched = ngrams.matches(ngrams.number(words(text)), none)
     if not len(matched):

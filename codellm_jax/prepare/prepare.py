@@ -11,8 +11,8 @@ The final content of OUTPUT:
                                      files' hashes
   README.md, card.html, steps.png    the data card
 
-Until the end, all files are in OUTPUT.building, and the same command continues from the parts that are done there. Beam
-only transports names of parts (`runtime.beam`); with one worker on this machine, Beam is not used.
+Until the end, all files are in OUTPUT.building, and the same command continues from the parts done there. Beam only
+transports names of parts (`runtime.beam`); it is not used with one local worker.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def prepare(
 
     Args:
       preparation: the documents and the steps.
-      workers: processes on this machine; None for one per core if Beam is installed, else 1.
+      workers: local processes; None for one per core if Beam is installed, else 1.
       runner: Beam's runner: DirectRunner, DataflowRunner, SparkRunner, FlinkRunner, PortableRunner.
       options: Beam's own options, as on its command lines.
       report: called with one line at a time.
@@ -178,7 +178,7 @@ def _is_done(output: epath.Path, plan: Mapping[str, Any]) -> bool:
 
 
 def _require_reach(runner: str, output: str, plan: Mapping[str, Any]) -> None:
-    """Raises ValueError if Dataflow's workers would need files of this machine."""
+    """Raises ValueError if Dataflow's workers would need local files."""
     if not runner.lower().startswith("dataflow"):
         return
     names = [output, *(file for one in plan["inputs"] for file, _ in one["files"] or ())]
@@ -288,7 +288,7 @@ def _run(job: Job, work: Callable[[Job, Sequence[str]], None], report: Callable[
 
 
 def _tell_lost(job: Job, report: Callable[[str], None]) -> None:
-    """Reports the records of each corpus that could not be read. Raises ValueError where that was all of them."""
+    """Reports the unreadable records of each corpus. Raises ValueError if no record of a corpus could be read."""
     read: Counter[str] = Counter()
     lost: dict[str, Counter[str]] = {}
     first: dict[str, str] = {}
@@ -320,7 +320,7 @@ def _forget(job: Job, stage: int) -> None:
 
 
 def _finish(job: Job, plan: Mapping[str, Any], output: epath.Path, report: Callable[[str], None]) -> None:
-    """Moves everything to its place, the manifest last."""
+    """Moves everything into place, the manifest last."""
     facts = [[job.facts(stage, part) or {} for part in range(len(job.parts))] for stage in range(len(job.stages))]
     last = len(job.stages) - 1
     (output / "removed").mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
-"""Published rules of quality for English web text: Gopher's, C4's and FineWeb's, with their thresholds.
+"""Published quality rules for English web text: Gopher's, C4's and FineWeb's, with their thresholds.
 
-  Gopher   Rae et al. (2021), arXiv:2112.11446, appendix A.1.1: `gopher_quality` and, of its table A1,
+  Gopher   Rae et al. (2021), arXiv:2112.11446, appendix A.1.1: `gopher_quality` and, from its table A1,
            `gopher_repetition`
-  C4       Raffel et al. (2020), JMLR 21(140), section 2.2, as TensorFlow Datasets' `c4_utils.py` does it
+  C4       Raffel et al. (2020), JMLR 21(140), section 2.2, as implemented in TensorFlow Datasets' `c4_utils.py`
   FineWeb  Penedo et al. (2024), arXiv:2406.17557, section 3.6
 
-A filter gives the reason why a text is removed, or None. An edit gives the text that is left of it. The papers do not
-say what a word is. Here, nearly as spaCy parts English and so as datatrove counts, it is a run of letters and digits,
-with underscores and apostrophes within; "don't" is "do" and "n't", "she's" is "she" and "'s", "3.5", "U.S." and "Mr."
-are one, and each other sign but white space is a word of its own, not counted where it says so.
+A filter returns the reason for removing a text, or None. An edit returns the remaining text. The papers do not define
+a word. Here, nearly as in spaCy's English tokenizer and so in datatrove, it is a run of letters and digits, with
+underscores and apostrophes within; "don't" is "do" and "n't", "she's" is "she" and "'s"; "3.5", "U.S." and "Mr." are
+one word each, and any other symbol except white space is a word, not counted where the rule says so.
 """
 
 import re
@@ -28,7 +28,7 @@ TERMINAL = tuple(".?!。！？…．｡؟۔।‼⁇⁈⁉‽։።၊။។")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, signs among them."""
+    """The words of a text, including symbols."""
     return _WORD.findall(text)
 
 
@@ -37,15 +37,15 @@ def gopher_quality(
     symbols: float = 0.1, bullets: float = 0.9, ellipses: float = 0.3, alphabetic: float = 0.8,
     stop_words: Sequence[str] = STOP_WORDS, fewest_stop_words: int = 2,
 ) -> str | None:
-    """Gopher's rules of quality (arXiv:2112.11446, A.1.1 "Quality Filtering").
+    """Gopher's quality rules (arXiv:2112.11446, A.1.1 "Quality Filtering").
 
     Args:
-      fewest_words, most_words: of words that are no signs.
-      shortest_mean, longest_mean: of their mean length in characters.
-      symbols: the most of "#", and the most of "..." and "…", for each word.
-      bullets, ellipses: the most of lines that begin with a bullet or a dash, and that end with an ellipsis.
-      alphabetic: the least share of words with a letter.
-      stop_words, fewest_stop_words: so many different ones must occur, as they are written.
+      fewest_words, most_words: bounds on the number of words, without symbols.
+      shortest_mean, longest_mean: bounds on their mean length in characters.
+      symbols: the maximum number of "#", and of "..." and "…", per word.
+      bullets, ellipses: the maximum share of lines that begin with a bullet or dash, and that end with an ellipsis.
+      alphabetic: the minimum share of words with a letter.
+      stop_words, fewest_stop_words: at least this many different stop words must occur; case counts.
     """
     found = words(text)
     plain = [word for word in found if word[0].isalnum() or word[-1].isalnum()]
@@ -78,13 +78,13 @@ def gopher_repetition(
     paragraph_characters: float = 0.2, top: Sequence[float] = (0.2, 0.18, 0.16),
     repeated: Sequence[float] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
 ) -> str | None:
-    """Gopher's rules of repetition (arXiv:2112.11446, table A1).
+    """Gopher's repetition rules (arXiv:2112.11446, table A1).
 
     Args:
-      lines, paragraphs: the most of lines and paragraphs that stood before in the text.
-      line_characters, paragraph_characters: the most of characters in such.
-      top: the most of characters in the commonest n-gram of words, for n = 2, 3, 4.
-      repeated: the most of characters in n-grams that stood before, none counted twice, for n = 5 ... 10.
+      lines, paragraphs: the maximum share of lines and paragraphs that repeat an earlier one.
+      line_characters, paragraph_characters: the maximum share of characters in these.
+      top: the maximum share of characters in the most common word n-gram, for n = 2, 3, 4.
+      repeated: the maximum share of characters in repeated n-grams, none counted twice, for n = 5 ... 10.
     """
     of_text = max(len(text), 1)
     for name, parts, most, most_characters in (
@@ -100,7 +100,7 @@ def gopher_repetition(
         grams = Counter(zip(*(found[offset:] for offset in range(n)), strict=False))
         if grams:
             gram, count = grams.most_common(1)[0]
-            # The blanks between the words are counted, as the n-gram stands in the text.
+            # Includes the blanks between the words.
             if count > 1 and (sum(map(len, gram)) + n - 1) * count / of_text > most:
                 return f"Gopher: over {most:.0%} of characters are in one {n}-gram"
     for n, most in enumerate(repeated, 5):
@@ -110,7 +110,7 @@ def gopher_repetition(
 
 
 def _repeated(parts: Sequence[str]) -> tuple[int, int]:
-    """How many parts stood before, and their characters."""
+    """The number of parts that repeat an earlier one, and of their characters."""
     seen: set[str] = set()
     count = characters = 0
     for part in parts:
@@ -121,7 +121,7 @@ def _repeated(parts: Sequence[str]) -> tuple[int, int]:
 
 
 def _in_repeated(found: Sequence[str], n: int) -> int:
-    """Characters in n-grams of words that stood before, found from the left, none within another."""
+    """Characters in repeated word n-grams, matched from the left without overlap."""
     seen: set[tuple[str, ...]] = set()
     characters = position = 0
     while position + n <= len(found):
@@ -136,15 +136,15 @@ def _in_repeated(found: Sequence[str], n: int) -> int:
 
 
 def repeated_share(text: str) -> float:
-    """The share of a text's characters that is in lines which stood before in it."""
+    """The share of a text's characters in lines that repeat an earlier one."""
     return _repeated(re.split(r"\n+", text))[1] / max(len(text), 1)
 
 
 def c4_lines(text: str, fewest_words: int = 5, longest_word: int = 1000) -> str:
     """C4's rules for lines: keeps those that end a sentence and have enough words.
 
-    Dropped are lines with a word of over `longest_word` characters, with "javascript", and with phrases of cookies and
-    policies; marks of citations, [1] and [edit], are cut out.
+    Drops lines with a word of over `longest_word` characters, with "javascript", or with phrases about cookies and
+    policies; removes citation marks such as [1] and [edit].
     """
     kept = []
     for line in text.splitlines():
@@ -160,9 +160,9 @@ def c4_lines(text: str, fewest_words: int = 5, longest_word: int = 1000) -> str:
 
 
 def c4_page(text: str, fewest_sentences: int = 3) -> str | None:
-    """C4's rules for pages: none with a curly bracket, with "lorem ipsum", or with fewer sentences.
+    """C4's rules for pages: removes those with a curly bracket, with "lorem ipsum", or with fewer sentences.
 
-    C4 counts sentences after its rules for lines: put `c4_lines` before. A sentence ends with . ! or ? before a blank.
+    C4 counts sentences after its rules for lines: put `c4_lines` first. A sentence ends with . ! or ? before a blank.
     """
     if "{" in text:
         return "C4: a curly bracket"
@@ -175,13 +175,13 @@ def fineweb_quality(
     text: str, punctuated: float = 0.12, short_lines: float = 0.67, short: int = 30, repeated: float = 0.01,
     line_ends: float = 0.3,
 ) -> str | None:
-    """FineWeb's rules (arXiv:2406.17557, section 3.6), empty lines left out.
+    """FineWeb's rules (arXiv:2406.17557, section 3.6), without empty lines.
 
     Args:
-      punctuated: the least share of lines that end a sentence.
-      short_lines, short: the most of lines with at most `short` characters.
-      repeated: the most of characters in lines that stood before.
-      line_ends: the most of line ends for each word.
+      punctuated: the minimum share of lines that end a sentence.
+      short_lines, short: the maximum share of lines with at most `short` characters.
+      repeated: the maximum share of characters in lines that repeat an earlier one.
+      line_ends: the maximum number of line ends per word.
     """
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:

@@ -1,11 +1,11 @@
-"""Files of records of fixed size, sorted and parted into ranges, one of which is read without the rest.
+"""Files of fixed-size records, sorted and divided into ranges, each of which can be read without the rest.
 
-A file begins with where each range begins and the last one ends, uint64 [ranges + 1] in records, and has the records
-behind. Files are written whole, under another name until they are.
+A file begins with the offsets of its ranges and the end of the last, uint64 [ranges + 1] in records, followed by the
+records. Files are written under a temporary name until they are complete.
 
-In gs:// a range is two requests, and those for many files go out together: TensorStore asks for exactly the bytes that
-are wanted, and has 32 requests under way at a time. TensorFlow's files, which etils opens there, read up to 64 MiB
-ahead, which suits only what is read from its beginning to its end.
+On gs:// a range takes two requests, and those for many files are sent together: TensorStore requests exactly the bytes
+needed, with 32 requests in flight. TensorFlow's files, which etils opens there, read up to 64 MiB ahead, which suits
+only sequential reading.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-BYTES_A_PIECE, BYTES_AT_ONCE = 8 << 20, 64 << 20  # of what is copied to this machine's disk
+BYTES_A_PIECE, BYTES_AT_ONCE = 8 << 20, 64 << 20  # copied to the local disk
 _IN_BUCKET = "gs://"
 
 
 def index_bytes(count: int) -> int:
-    """Bytes that a file of so many ranges has before its records."""
+    """Bytes before the records of a file with `count` ranges."""
     return 8 * (count + 1)
 
 
@@ -46,51 +46,51 @@ def write(path: epath.Path, records: np.ndarray, ranges: np.ndarray, count: int)
 
 
 def write_bytes(path: epath.Path, content: bytes) -> None:
-    """Writes a file whole or not at all; several may write the same."""
+    """Writes a file atomically; several processes may write the same file."""
     file = Growing(path)
     file.write(content)
     file.close()
 
 
 class Growing:
-    """A file that is written piece by piece, under another name until it is whole."""
+    """A file written piece by piece, under a temporary name until it is complete."""
 
     def __init__(self, path: epath.Path) -> None:
         self._path = path
         self._building = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        self._held = contextlib.ExitStack()  # TensorFlow's file in gs:// comes as a context
+        self._held = contextlib.ExitStack()  # on gs:// etils opens a context manager
         self._file: Any = self._held.enter_context(self._building.open("wb"))
 
     def write(self, piece: bytes | np.ndarray) -> None:
-        """Adds some bytes, or those of an array."""
+        """Appends bytes, or those of an array."""
         self._file.write(piece if isinstance(piece, bytes) else piece.tobytes())
 
     def close(self) -> None:
-        """Ends the file and puts it in its place."""
+        """Completes the file and moves it into place."""
         self._held.close()
         self._building.replace(self._path)
 
     def discard(self) -> None:
-        """Removes what is there of a file that will not be whole."""
+        """Removes the incomplete file."""
         self._held.close()
         self._building.unlink(missing_ok=True)
 
 
 def read(paths: Sequence[epath.Path], dtype: np.dtype, count: int, first: int, last: int) -> np.ndarray:
-    """The records of ranges first ... last - 1 of some files, one file after the other."""
+    """The records of ranges first ... last - 1 of some files, concatenated in their order."""
     heads = [np.frombuffer(head, np.uint64).astype(np.int64)
              for head in pieces((path, 8 * first, 8 * (last + 1)) for path in paths)]
     behind = index_bytes(count)
     found = pieces((path, behind + int(head[0]) * dtype.itemsize, behind + int(head[-1]) * dtype.itemsize)
                    for path, head in zip(paths, heads, strict=True))
-    return np.frombuffer(bytearray().join(found), dtype)  # which may be written to
+    return np.frombuffer(bytearray().join(found), dtype)  # a bytearray makes it writable
 
 
 def pieces(wanted: Iterable[tuple[epath.Path, int, int]]) -> list[bytes]:
-    """Bytes of files, each from a first place up to another one.
+    """Byte ranges of files, each given as (path, begin, end).
 
     Raises:
-      OSError: a file is not there, or is too short.
+      OSError: a file is missing or too short.
     """
     asked = list(wanted)
     if any(os.fspath(path).startswith(_IN_BUCKET) for path, _, _ in asked):
@@ -115,7 +115,7 @@ def _from_bucket(asked: Sequence[tuple[epath.Path, int, int]]) -> list[bytes]:
     for (path, _, _), future in zip(asked, futures, strict=True):
         try:
             answer = None if future is None else future.result()
-        except ValueError as error:  # of any kind
+        except ValueError as error:  # TensorStore raises it for every failure
             raise OSError(f"{path} cannot be read: {error}") from None
         if answer is not None and answer.state != "value":
             raise FileNotFoundError(f"{path} is gone.")
@@ -138,7 +138,7 @@ def _whole(asked: Sequence[tuple[epath.Path, int, int]], found: list[bytes]) -> 
 
 
 def copy(wanted: Iterable[tuple[epath.Path, int, int]], to: BinaryIO) -> list[int]:
-    """Appends bytes of files, as `pieces` takes them, to a file on this machine's disk; how many bytes each gave."""
+    """Appends byte ranges of files, given as for `pieces`, to a local file; returns the size of each range."""
     sizes, held, some = [], 0, []
     for path, begin, end in wanted:
         sizes.append(end - begin)
@@ -155,7 +155,7 @@ def copy(wanted: Iterable[tuple[epath.Path, int, int]], to: BinaryIO) -> list[in
 
 @contextlib.contextmanager
 def on_disk(path: epath.Path) -> Iterator[BinaryIO]:
-    """A file opened for reading at any place: from gs:// it is copied to this machine's disk, from begin to end."""
+    """Opens a file for random access; one on gs:// is first copied whole to the local disk."""
     if "://" not in os.fspath(path):
         with open(path, "rb") as own:
             yield own

@@ -1,4 +1,4 @@
-"""Which documents go where that depends on all of them: for ranges of hashes each by itself, then together."""
+"""Determines which documents are removed by steps that need all documents: per range of hashes, then jointly."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from codellm_jax.prepare.job import DRAWN, DROPPED, EDGE, EQUAL, PART_BITS, Job
 from codellm_jax.prepare.keys import BINS, RANGES
 from codellm_jax.prepare.steps import Step
 
-BYTES_A_BUCKET = 64 << 20  # of keys that are held at once
+BYTES_A_BUCKET = 64 << 20  # of keys held in memory at once
 
 
 def rounds(job: Job, stage: int) -> list[list[str]]:
-    """What is to be done behind a stage, as texts that `prepare.do` does: all of one list before the next one."""
+    """The work after a stage, as texts for `prepare.do`: each list must finish before the next one begins."""
     count = _buckets(job, stage)
     of_buckets = [json.dumps(["bucket", stage, bucket, count]) for bucket in range(count)]
     if not count or _step(job, stage).name != "near_duplicates":
@@ -26,7 +26,7 @@ def rounds(job: Job, stage: int) -> list[list[str]]:
 
 
 def _buckets(job: Job, stage: int) -> int:
-    """Into how many jobs the ranges of hashes are shared out: by the keys' size alone, whatever is killed."""
+    """The number of buckets, from the number of parts and the keys' size alone, so that a restart repeats it."""
     step = _step(job, stage)
     if step.name == "sample":
         return 0
@@ -47,7 +47,7 @@ def _step(job: Job, stage: int) -> Step:
 
 
 def reduce(job: Job, stage: int, bucket: int, count: int) -> None:
-    """Does one of `count` buckets behind a stage, unless it is done; of near duplicates the first round."""
+    """Does one of `count` buckets after a stage, unless it is done; for near duplicates the first round."""
     step = _step(job, stage)
     if step.name == "near_duplicates":
         meeting.meet(job, stage, bucket, count)
@@ -62,7 +62,7 @@ def reduce(job: Job, stage: int, bucket: int, count: int) -> None:
 
 
 def _equal(found: np.ndarray, whole: bool) -> np.ndarray:
-    """Of sorted hashes the documents, or lines, that are equal to an earlier one; of lines not within one document."""
+    """Documents, or lines, whose hash equals an earlier one in sorted order; for lines, one of another document."""
     same = (found["high"][1:] == found["high"][:-1]) & (found["low"][1:] == found["low"][:-1])
     starts = np.flatnonzero(np.concatenate([[True], ~same])[: len(found)])
     first = np.repeat(starts, np.diff(np.append(starts, len(found))))
@@ -82,10 +82,10 @@ def _write_dropped(job: Job, path: epath.Path, dropped: np.ndarray) -> None:
 
 
 def finish(job: Job, stage: int, work: Callable[[Sequence[str]], None]) -> None:
-    """What is left once all buckets behind a stage are done; of near duplicates and of samples it is the choice itself.
+    """Completes a stage's reduction after all its buckets: chooses near duplicates and samples.
 
     Args:
-      work: has others do what texts name, as `prepare.do` does it.
+      work: distributes texts for `prepare.do` to workers.
     """
     step = _step(job, stage)
     if step.name == "near_duplicates":
@@ -103,7 +103,7 @@ def finish(job: Job, stage: int, work: Callable[[Sequence[str]], None]) -> None:
 
 
 def _join_in_rounds(job: Job, stage: int, count: int, work: Callable[[Sequence[str]], None]) -> None:
-    """Joins pairs by `count` buckets of documents, round after round, until nothing changes."""
+    """Joins pairs in rounds of `count` buckets of documents until nothing changes."""
     number, quiet = 0, 0
     while quiet < 2:  # a large star and a small one
         number += 1
@@ -114,7 +114,7 @@ def _join_in_rounds(job: Job, stage: int, count: int, work: Callable[[Sequence[s
 
 
 def star(job: Job, stage: int, number: int, bucket: int, count: int) -> None:
-    """Does one bucket of a round, of which those of odd numbers are large stars, unless it is done."""
+    """Does one bucket of a round, unless it is done. Rounds of odd numbers are large stars."""
     told = job.path(stage, "star", bucket, f"-{number}.json")
     if told.exists():
         return
@@ -125,7 +125,7 @@ def star(job: Job, stage: int, number: int, bucket: int, count: int) -> None:
 
 
 def drop_joined(job: Job, stage: int, number: int, bucket: int, count: int) -> None:
-    """Of the documents of a bucket, writes those that go by the last round, of that number, unless that is done."""
+    """Writes the documents of a bucket that the last round, `number`, removes, unless that is done."""
     path = job.path(stage, "found", bucket, ".bin")
     if not path.exists():
         stars, edges = (_edges_of_bucket(job, stage, each, bucket, count) for each in (number, 0))
@@ -133,14 +133,14 @@ def drop_joined(job: Job, stage: int, number: int, bucket: int, count: int) -> N
 
 
 def _edges_of_bucket(job: Job, stage: int, number: int, bucket: int, count: int) -> np.ndarray:
-    """The pairs that a round left, of number 0 those that were found, whose first document is in a bucket."""
+    """The pairs after a round (0: the pairs found) whose first document is in a bucket."""
     paths = [path for path in job.files(stage, "star") if path.name.endswith(f"-{number}.bin")] if number else \
         job.files(stage, "edges")
     return ranged.read(paths, EDGE, RANGES, bucket * RANGES // count, (bucket + 1) * RANGES // count)
 
 
 def _borders(job: Job, stage: int, step: Step) -> dict[str, int]:
-    """For each corpus with a budget the first bin that is beyond it."""
+    """For each corpus with a budget, the first bin beyond it."""
     borders = {}
     keys = job.files(stage, "keys")
     for source, budget in step.options["budgets"].items():

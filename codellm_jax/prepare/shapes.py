@@ -1,4 +1,4 @@
-"""What documents are like, counted: their lengths, how Chinese and how repetitive they are, and their licences."""
+"""Statistics of documents: lengths, shares of Chinese and of repeated text, licences and languages."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -7,16 +7,16 @@ from typing import Any
 from codellm_jax.prepare.quality import repeated_share
 from codellm_jax.prepare.web import share_of_chinese
 
-SHARES = 10  # bins of a share, each as wide; 1 falls into the last
-LICENCES = 1000  # of a part, that are counted by name
+SHARES = 10  # equal bins of a share; 1 falls into the last
+LICENCES = 1000  # counted by name in a part
 
 
 class Shape:
-    """Counts documents as they come.
+    """Accumulates the statistics of documents.
 
-    Facts are {"documents", "bytes", "tokens" (0 without a vocabulary), "characters": {exponent: documents of 2^exponent
-    characters and more, under twice as many}, "chinese" and "repeated": {bin: documents}, "licences", "languages":
-    {name or "": documents}}.
+    Facts are {"documents", "bytes", "tokens" (0 without a vocabulary), "characters": {exponent: documents of at least
+    2^exponent and under 2^(exponent + 1) characters}, "chinese" and "repeated": {bin: documents}, "licences",
+    "languages": {name or "": documents}}.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Shape:
             name: Counter() for name in ("characters", "chinese", "repeated", "licences", "languages")}
 
     def add(self, document: Mapping[str, Any], size: int) -> None:
-        """Counts a document of so many bytes; its tokens stand in it."""
+        """Counts a document of `size` bytes; its number of tokens is in `document`."""
         self._documents += 1
         self._bytes += size
         self._tokens += document["tokens"] or 0
@@ -39,13 +39,13 @@ class Shape:
             of[value if value in of or len(of) < LICENCES else "others"] += 1
 
     def facts(self) -> dict[str, Any]:
-        """As JSON."""
+        """The facts as JSON."""
         return {"documents": self._documents, "bytes": self._bytes, "tokens": self._tokens,
                 **{name: dict(sorted(found.items())) for name, found in self._counts.items()}}
 
 
 def joined(shapes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The facts of several shapes as those of one."""
+    """Merges the facts of several shapes."""
     whole: dict[str, Any] = {}
     for shape in shapes:
         for name, value in shape.items():

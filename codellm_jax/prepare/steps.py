@@ -23,7 +23,7 @@ from codellm_jax.settings import nearest
 # Part of every step's hash; increase it whenever the same steps would leave other documents.
 STEPS_VERSION = 2
 
-# Each takes a text, and those of `FIELDS` that its parameters name.
+# Each takes a text, and those `FIELDS` that are among its parameters.
 FILTERS: dict[str, Callable[..., str | None]] = {
     "chinese_share": web.chinese_share, "minimum_length": web.minimum_length, "title_only": web.title_only,
     "advertising": web.advertising, "language": language, "gopher_quality": quality.gopher_quality,
@@ -232,8 +232,8 @@ def counts_tokens(steps: Sequence[Step]) -> bool:
 
 
 def hash_of(steps: Sequence[Step], vocabulary: str | None = None) -> str:
-    """SHA-256 of the steps, their options and the version of their rules, in hexadecimal; of steps that count tokens
-    also of the vocabulary's own hash.
+    """SHA-256 of the steps, their options and the version of their rules, in hexadecimal; for steps that count tokens
+    also of the vocabulary's hash.
     """
     counted = [vocabulary] if counts_tokens(steps) else []
     text = json.dumps([STEPS_VERSION, described(steps), *counted], sort_keys=True, ensure_ascii=False)
@@ -244,14 +244,14 @@ def hash_of(steps: Sequence[Step], vocabulary: str | None = None) -> str:
 
 
 def apply(step: Step, fields: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What a rule leaves of a document.
+    """Applies a rule to a document.
 
     Args:
       step: a filter or an edit.
       fields: `FIELDS` of the document.
 
     Returns:
-      The text, and why the document is removed, or None.
+      The text, and the reason for removing the document, or None.
     """
     text = fields["text"]
     if step.name in FILTERS:

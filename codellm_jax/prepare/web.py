@@ -1,10 +1,10 @@
 """The rules for web text of Ma et al. (2024, arXiv:2309.16298), where they describe the pre-training data.
 
-The paper names what it removes: pages with under 60% Chinese characters, with under 150 characters, with a title only,
-with advertising words; and within pages special symbols, repeated paragraphs and navigation bars. It gives neither word
-lists nor patterns: those here are ours, and options change them.
+The paper lists what it removes: pages with under 60% Chinese characters, with under 150 characters, with only a title,
+or with advertising words; and within pages special symbols, repeated paragraphs and navigation bars. It gives neither
+word lists nor patterns: those here are ours, and options change them.
 
-A filter gives the reason why a text is removed, or None. An edit gives the text that is left of it.
+A filter returns the reason for removing a text, or None. An edit returns the remaining text.
 """
 
 import functools
@@ -32,44 +32,44 @@ NAVIGATION = (
 )
 # Symbols that belong to prose.
 _KEPT_SYMBOLS = frozenset("°©®™№℃℉")
-_JOINERS = frozenset("\u200c\u200d")  # which Persian and Indic scripts are written with
+_JOINERS = frozenset("\u200c\u200d")  # needed in Persian and Indic scripts
 
 
 # ---- Filters -----------------------------------------------------------------------------------
 
 
 def chinese_share(text: str, at_least: float = 0.6) -> str | None:
-    """Removes text of which a smaller share is Chinese characters; white space is not counted."""
+    """Removes text with a smaller share of Chinese characters, white space not counted."""
     share = share_of_chinese(text)
     return None if share >= at_least else f"under {at_least:.0%} Chinese characters"
 
 
 def share_of_chinese(text: str) -> float:
-    """Han characters over all that are not white space; 0 of a text without any."""
+    """The share of Han characters among those that are not white space; 0 if there are none."""
     letters = len(_WHITE.sub("", text))
     return len(_HAN.findall(text)) / letters if letters else 0.0
 
 
 def minimum_length(text: str, characters: int = 150) -> str | None:
-    """Removes text of fewer characters, white space at its ends not counted."""
+    """Removes text with fewer characters, not counting white space at its ends."""
     return None if len(text.strip()) >= characters else f"under {characters} characters"
 
 
 def title_only(text: str, lines: int = 2) -> str | None:
-    """Removes text of at most so many lines none of which ends a sentence."""
+    """Removes text of at most `lines` lines, none of which ends a sentence."""
     found = [line for line in text.splitlines() if line.strip()]
     return "title only" if len(found) <= lines and not _ENDS_A_SENTENCE.search(text) else None
 
 
 def advertising(text: str, words: Sequence[str] = ADVERTISING, at_least: int = 1) -> str | None:
-    """Removes text in which advertising words occur, all together so many times; case does not count."""
+    """Removes text with at least this many occurrences of advertising words in all; case does not count."""
     found = _any_of(tuple(words)).findall(text.lower())
     return f"advertising: {found[0]}" if len(found) >= at_least else None
 
 
 @functools.lru_cache
 def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
-    # Words of letters that take blanks stand alone: "border now" holds no "order now".
+    # Words of scripts with blanks match only whole words: "border now" does not contain "order now".
     bounded = (rf"\b{re.escape(word)}\b" if word.isascii() else re.escape(word) for word in map(str.lower, words))
     return re.compile("|".join(bounded))
 
@@ -78,7 +78,7 @@ def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 class _Symbols(dict[int, int | None]):
-    """For str.translate: characters to themselves, or to None where they are dropped."""
+    """For str.translate: maps characters to themselves, or to None to drop them."""
 
     def __missing__(self, code: int) -> int | None:
         character = chr(code)
@@ -94,15 +94,15 @@ _SYMBOLS = _Symbols()
 def special_symbols(text: str) -> str:
     """Drops control, private and unassigned characters, and pictures such as stars, boxes and emoji.
 
-    By Unicode's general category: So (but for °©®™№℃℉), Co, Cn, Cs, Cc (but for tab and line feed), Cf (but for
-    joiners). A carriage return ends a line.
+    By Unicode's general category: So (except °©®™№℃℉), Co, Cn, Cs, Cc (except tab and line feed), Cf (except joiners).
+    A carriage return ends a line.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text if text.isascii() and text.isprintable() else text.translate(_SYMBOLS)
 
 
 def repeated_paragraphs(text: str, at_least: int = 10) -> str:
-    """Drops each line that stood in the text before, white space aside; lines of fewer letters and digits stay."""
+    """Drops each line that repeats an earlier one, ignoring white space; lines of fewer letters and digits stay."""
     seen: set[str] = set()
     kept = []
     for line in text.split("\n"):
@@ -119,9 +119,9 @@ _BETWEEN_ITEMS = re.compile(r"\s*(?:[|｜>＞»›·•\t]|::|\s{2,}|(?<=[^\x00-
 
 
 def navigation_bars(text: str, words: Sequence[str] = NAVIGATION, longest_item: int = 20) -> str:
-    """Drops lines that are menus: three short items or more, one of them a word of navigation; or such words alone.
+    """Drops menu lines: three or more short items, one of them a navigation word; or only navigation words.
 
-    Items stand between | > » › · • :: tabs, two blanks, or one blank between Chinese characters.
+    Items are separated by | > » › · • :: tabs, two blanks, or one blank between Chinese characters.
     """
     known = _known(tuple(words))
     return "\n".join(line for line in text.split("\n") if not _is_menu(line, known, longest_item))

@@ -27,10 +27,10 @@ def require_beam(otherwise: str) -> None:
 
 
 def run(do: Callable[[str], None], todo: Sequence[str], runner: str, options: Sequence[str] = ()) -> None:
-    """Has a runner do the work that each text names, in any order, in bundles of any size.
+    """Runs `do` on each text with a Beam runner, in any order, in bundles of any size.
 
     Args:
-      do: is sent to workers, and must be picklable.
+      do: does the work that a text names; sent to workers, so it must be picklable.
       runner: Beam's name of the runner. DirectRunner uses a process per core unless `options` say otherwise.
       options: Beam's own, as on its command lines: ["--direct_num_workers=8"].
 
@@ -47,7 +47,7 @@ def run(do: Callable[[str], None], todo: Sequence[str], runner: str, options: Se
     workers = min(len(os.sched_getaffinity(0)), len(todo))
     if runner == LOCAL and workers > 1:
         options = [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing", *options]
-    # Workers on this machine would repeat warnings.
+    # Local workers would repeat warnings.
     parsed = PipelineOptions(["--default_sdk_harness_log_level=ERROR", *options])
     try:
         with beam.Pipeline(runner=_local_runner(parsed) if runner == LOCAL else runner, options=parsed) as pipeline:

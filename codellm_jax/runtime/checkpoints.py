@@ -101,7 +101,7 @@ class Checkpoints:
             self.wait()
 
     def is_there(self, step: int) -> bool:
-        """Whether a complete checkpoint of a step exists now."""
+        """Whether a complete checkpoint of a step exists."""
         return (self._directory / str(step) / "record").exists() and (self._directory / str(step) / "state").exists()
 
     def reload(self) -> None:
@@ -302,7 +302,7 @@ def undamaged_records(
 
 
 def _why_none(directory: epath.Path) -> str:
-    """Why there is no checkpoint in a run directory, from what is there instead."""
+    """The reason why a run directory has no checkpoint, judged by its other content."""
     if not directory.exists():
         return f"There is no directory {directory}"
     if not directory.is_dir():
@@ -434,7 +434,7 @@ def _verify(saved: Mapping[str, list[Any]], tree: Any) -> None:
 
 
 def require_same_arrays(saved: Mapping[str, list[Any]], abstract: Any, step: int) -> None:
-    """Raises ValueError if the checkpoint's arrays are not those of `abstract`: another model or optimizer."""
+    """Raises ValueError if the checkpoint's arrays differ from `abstract`: another model or optimizer."""
     wanted = {name: list(leaf.shape) for name, leaf in named_leaves(abstract).items()}
     found = {name: list(facts[0]) for name, facts in saved.items()}
     for name in [*wanted, *found]:

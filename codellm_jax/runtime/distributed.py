@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a process counts as lost
 JOIN_TIMEOUT = 300  # seconds for all processes to join
-PATIENCE = 86_400  # seconds to wait for what one process does for all, such as the cache of rows
+PATIENCE = 86_400  # seconds to wait for work that one process does for all, such as caching rows
 
 
 def join(

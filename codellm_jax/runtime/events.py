@@ -14,7 +14,7 @@ from etils import epath
 
 from codellm_jax.mixture.transient import asked_again, is_transient
 
-# Where nothing can be appended to, a file is uploaded as a whole; so it is no longer than this.
+# On gs:// files cannot be appended to and are uploaded whole, so their size and frequency are limited.
 SECONDS_BETWEEN_UPLOADS = 60.0
 BYTES_OF_FILE = 4 << 20
 
@@ -88,13 +88,13 @@ class Events:
 
 
 class _RemoteFile:
-    """A file of events in gs://: once in a while, and at the end, all of it is written again, in a thread. When it has
-    become long the next events go into another, whose name ends in its number; TensorBoard reads them in turn.
+    """A file of events on gs://, rewritten whole by a thread from time to time and at the end. Once it is long, further
+    events go to another file, whose name ends in its number; TensorBoard reads them in order.
     """
 
     def __init__(self, path: str) -> None:
         self._path, self._uploaded = path, -math.inf
-        self._files = {0: bytearray()}  # by number, those that are not uploaded whole yet, and the last
+        self._files = {0: bytearray()}  # by number: those not completely uploaded, and the last
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "events")
         self._uploading: concurrent.futures.Future[list[int]] | None = None
 
@@ -104,7 +104,7 @@ class _RemoteFile:
 
     @staticmethod
     def directory_check(path: str) -> None:
-        """Does nothing: there are no directories to make."""
+        """Does nothing: gs:// has no directories to create."""
 
     def write(self, data: bytes) -> None:
         self._files[max(self._files)] += data
@@ -119,7 +119,7 @@ class _RemoteFile:
             if error is None:
                 self._drop(uploading.result())
             elif not isinstance(error, Exception) or not is_transient(error):
-                raise error  # else the next upload has all that this one had
+                raise error  # otherwise the next upload includes this content
         if time.monotonic() - self._uploaded >= SECONDS_BETWEEN_UPLOADS:
             self._uploaded = time.monotonic()
             self._uploading = self._thread.submit(self._upload, self._contents())
@@ -140,7 +140,7 @@ class _RemoteFile:
         return list(contents)
 
     def _drop(self, uploaded: Sequence[int]) -> None:
-        """Forgets files that nothing is added to any more."""
+        """Drops uploaded files to which nothing more is added."""
         for number in uploaded:
             if number != max(self._files):
                 del self._files[number]

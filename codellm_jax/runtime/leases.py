@@ -1,5 +1,5 @@
-"""Leases on the parts of a study, so that several workers share it and no two do the same work, and on a run directory
-in gs://, where nothing else keeps a second run out.
+"""Leases on the parts of a study, so that several workers share it without doing the same work twice, and on a run
+directory on gs://, which nothing else protects against a second run.
 
     STUDY_DIR/state/NAME.lease   the worker of NAME: a run, or "plan", "contamination" or "report"
     MODEL_DIR/.lease/run.lease   the trainer
@@ -55,7 +55,7 @@ class Holder:
     Attributes:
       worker: host name and process number.
       token: unique to this worker.
-      place: the scope of process numbers, see `_place`; None if the system does not tell.
+      place: the scope of process numbers, see `_place`; None if unknown.
       process, started: its number and start time, see `_started`.
       since, beat_at: seconds of the holder's wall clock, for display only.
       beats: number of renewals.
@@ -76,7 +76,7 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether its process is known to have ended; False also if this machine cannot tell."""
+        """Whether its process is known to have ended; False also if this cannot be determined here."""
         return self.place is not None and self.place == _place() and _started(self.process) != self.started
 
 
@@ -136,7 +136,7 @@ class State:
             raise OSError(f"{self._setting} {self.directory} cannot be read or written: {reason}") from None
 
     def within(self, seconds: float) -> "State":
-        """The same, which gives up on a file after this many seconds."""
+        """The same state, with a timeout of this many seconds for each file."""
         other = copy.copy(self)
         other._timeout = seconds
         return other
@@ -186,7 +186,7 @@ def as_holder(value: dict[str, Any] | None) -> Holder | None:
 
 
 def as_record(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    """How a run ended; None of what is no such record, which is as if there were none."""
+    """How a run ended; None for an invalid record, which is treated as missing."""
     try:
         require_members(value, OF_RECORD, ("state",), "a record")
         if value is not None and value["state"] == "failed":

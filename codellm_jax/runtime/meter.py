@@ -1,7 +1,7 @@
 """The metrics of each step: read one step late, checked, summed, recorded and shown.
 
-A record covers all steps since the previous one: its losses are means over their tokens, its shares those of everything
-drawn. Values of only the last step are in last_step/loss and so on.
+A record covers all steps since the previous one: its losses are means over their tokens, its shares are over everything
+drawn in them. Values of only the last step are in last_step/loss and so on.
 """
 
 import math
@@ -107,10 +107,10 @@ class Meter:
         return batch
 
     def add(self, step: int, metrics: Metrics, positions: int, tokens: int) -> None:
-        """Takes the metrics of a dispatched step, and settles those of the step before it.
+        """Adds the metrics of a dispatched step, and settles those of the previous step.
 
-        `positions` is the number of input tokens of the step, with prompts but without padding, which its speed counts;
-        `tokens` the number that the loss has counted since the run began.
+        `positions` is the step's number of input tokens, with prompts but without padding, for its speed; `tokens` is
+        the number that the loss has counted since the run began.
 
         A step that is recorded is settled at once: every measured interval ends with the devices idle, so that its
         rate is exact, at the price of one gap in `log_period` steps.
@@ -152,7 +152,7 @@ class Meter:
         interval = self._interval
         losses = loss_by_source(interval.source_losses, interval.source_tokens, names)
         counted = sum(interval.source_tokens)
-        loss = interval.loss / counted if counted else math.nan  # of prompts alone
+        loss = interval.loss / counted if counted else math.nan  # only prompts
         rows = step * self._batch_size
         drawn = self._order.counts(rows)
         last_step = {"loss": float(values.loss), "grad_norm": float(values.grad_norm)} | loss_by_source(
@@ -186,9 +186,9 @@ class Meter:
         return shares
 
     def _straggler(self, seconds: float) -> dict[str, float | None]:
-        """The process that delayed the others most, by its input or its own work, and for what part of the time.
+        """The process that delayed the others most, by its input or other host work, and its fraction of busy time.
 
-        A slow chip cannot be identified: all wait for it within the step.
+        A slow chip cannot be identified: all processes wait for it within the step.
         """
         if jax.process_count() == 1:
             return {}

@@ -2,9 +2,9 @@
 
 An optimizer is a function from a learning-rate schedule to an `optax.GradientTransformation`, so that the rate can be
 recorded beside the loss. A schedule is a pure function of the step, counted from 0: step s is trained at schedule(s).
-All schedules rise linearly from 0 to the peak at step `warmup_steps`; they differ in what
-follows. `train_steps` are those of the whole run. With `begin_step` they start there, as if it were step 0: a branch
-that warms up again sets it to %BRANCH_STEP.
+All schedules rise linearly from 0 to the peak at step `warmup_steps` and differ only afterwards. `train_steps` are
+those of the whole run. With `begin_step` they start there, as if it were step 0: a branch that warms up again sets it
+to %BRANCH_STEP.
 """
 
 from collections.abc import Callable, Sequence
@@ -173,7 +173,7 @@ def adamw(
     """The study's optimizer: Adam with decoupled weight decay after clipping to a global norm.
 
     Args:
-      learning_rate: the schedule, which `train.learning_rate` gives.
+      learning_rate: the schedule, from `train.learning_rate`.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added to the root of the second moment.
@@ -197,7 +197,7 @@ def chain(
     """Any optax transformations in order, then multiplication by minus the learning rate.
 
     Args:
-      learning_rate: the schedule, which `train.learning_rate` gives.
+      learning_rate: the schedule, from `train.learning_rate`.
       transformations: optax's, such as @optax.clip_by_global_norm() and @optax.scale_by_lion().
     """
     return optax.chain(*transformations, optax.scale_by_learning_rate(learning_rate))

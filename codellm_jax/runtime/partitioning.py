@@ -1,6 +1,6 @@
-"""The mesh, and the rules that lay logical axes of parameters and activations onto it.
+"""The mesh, and the rules that map logical axes of parameters and activations to it.
 
-Mesh axes: `data` replicates parameters and splits the batch; `fsdp` splits the batch and the parameters both; `model`
+Mesh axes: `data` replicates parameters and splits the batch; `fsdp` splits both the batch and the parameters; `model`
 splits heads, the MLP and the vocabulary (tensor parallelism). Several slices of a pod are joined along `data`, so that
 only gradients cross the slower network between them.
 """
@@ -25,11 +25,11 @@ AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("activation_length", None),
     ("activation_embed", None),
     ("activation_heads", "model"),
-    ("activation_kv_heads", "model"),  # of keys and values where they are fewer than those of queries
+    ("activation_kv_heads", "model"),  # for keys and values with fewer heads than queries
     ("activation_kv", None),
     ("activation_mlp", "model"),
     ("activation_vocab", "model"),
-    ("lookup_batch", "data"),  # while an embedding is looked up, its columns are spread over fsdp
+    ("lookup_batch", "data"),  # during an embedding lookup, whose columns are split over fsdp
     ("vocab", "model"),
     ("embed", "fsdp"),
     ("heads", "model"),
@@ -43,15 +43,14 @@ AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each axis; one of `data`, `fsdp`, `model` may be -1: all devices that the others leave.
+    """Devices along each axis; one of `data`, `fsdp`, `model` may be -1: all remaining devices.
 
     Attributes:
       data: devices that each take a part of the batch and hold all parameters.
       fsdp: devices that each take a part of the batch and hold a part of the parameters.
       model: devices that each compute a part of each matrix product.
       slices: TPU slices joined along `data`; divides it.
-      rules: overrides of AXIS_RULES, each a logical axis and the mesh axis, tuple of mesh axes or None that it is laid
-        onto.
+      rules: overrides of AXIS_RULES, each a logical axis and the mesh axis, tuple of mesh axes or None that it maps to.
     """
 
     data: int = -1
@@ -76,7 +75,7 @@ class MeshShape:
                                      f"{', '.join(MESH_AXES)}.")
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
-        """The axes' sizes on that many devices. Raises ValueError if they do not multiply to it."""
+        """The axes' sizes on `devices` devices. Raises ValueError if their product differs."""
         sizes = [self.data, self.fsdp, self.model]
         known = int(np.prod([size for size in sizes if size != -1]))
         if -1 in sizes and devices % known == 0:
@@ -96,13 +95,13 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), nearest devices along `model`.
+    """The mesh over `devices` (default: all), with the nearest devices along `model`.
 
-    An axis of a TPU's torus is shared by two axes of the mesh only if it must be, as for 4 x 4 x 4 chips with model=2.
+    Two mesh axes share an axis of a TPU's torus only if they must, as for 4 x 4 x 4 chips with model=2.
 
-    Axis types are Auto: under Explicit, which jax.make_mesh defaults to, Flax's partitioned parameters fail.
+    Axis types are Auto: under Explicit, the default of jax.make_mesh, Flax's partitioned parameters fail.
 
-    On several CPU devices JAX's persistent compilation cache is off from here on; see `_compile_anew`.
+    For several CPU devices this turns off JAX's persistent compilation cache; see `_compile_anew`.
     """
     devices = jax.devices() if devices is None else devices
     if devices[0].platform == "cpu" and len(devices) > 1:
@@ -119,12 +118,11 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
 def _compile_anew() -> None:
     """Turns JAX's persistent compilation cache off in this process.
 
-    A program for several CPU devices that jaxlib 0.10.2 reads back from the cache has lost the order of its
-    collectives: devices wait for each other without end, and XLA aborts the process after 40 seconds. Compiled anew,
-    it runs.
+    A program for several CPU devices that jaxlib 0.10.2 reads from the cache has lost the order of its collectives:
+    devices wait for each other forever, and XLA aborts the process after 40 seconds. Freshly compiled, it runs.
     """
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX then looks at the setting again
+    compilation_cache.reset_cache()  # makes JAX read the setting again
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -145,7 +143,7 @@ def require_divisible(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 def shardings_of(boxed: object, mesh: Mesh, shape: MeshShape) -> object:
     """NamedShardings for a tree of Flax's LogicallyPartitioned values; leaves without a box are replicated.
 
-    The rules decide, and on TPU `by_rows` after them.
+    The rules determine them, and on TPU then `by_rows`.
     """
     names = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(names, mesh, shape.all_rules())
@@ -155,16 +153,16 @@ def shardings_of(boxed: object, mesh: Mesh, shape: MeshShape) -> object:
 
 
 def is_laid_by_rows(mesh: Mesh) -> bool:
-    """Whether `by_rows` holds: on TPU, whose memory is laid out in tiles. Elsewhere a kernel's layout plays no part."""
+    """Whether `by_rows` applies: on TPU, whose memory is tiled. Elsewhere a kernel's layout does not matter."""
     return mesh.devices.flat[0].platform == "tpu"
 
 
 def by_rows(names: PartitionSpec, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    """The sharding of an output or down kernel [..., heads or mlp, embed] with whole columns and its rows split by all.
+    """Shards an output or down kernel [..., heads or mlp, embed] only by rows, split over all its mesh axes.
 
-    By the rules `fsdp` splits its columns. Of 2,560 or 5,120, 256 devices have 10 or 20 each, small parts of a tile of
-    128, and a copy into another layout follows each gather of the kernel. Where the mesh does not
-    divide the rows so, the rules hold. Global shapes stay as they are, and so do checkpoints.
+    By the rules, `fsdp` splits its columns. Of 2,560 or 5,120, each of 256 devices has 10 or 20, small parts of a tile
+    of 128, and each gather of the kernel is followed by a copy to another layout. If the mesh does not divide the rows
+    this way, the rules apply. Global shapes and checkpoints do not change.
     """
     if tuple(names)[-2:] not in (("heads", "embed"), ("mlp", "embed")):
         return sharding

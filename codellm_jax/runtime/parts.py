@@ -1,7 +1,7 @@
-"""Checkpoints that are never in memory as a whole: they are written part by part, and read so.
+"""Writes and reads checkpoints part by part, so that they are never in memory as a whole.
 
-Orbax writes arrays of one chunk each, TensorStore makes them as long as they are to be and writes the parts, and the
-record comes last. What `checkpoints` and upstream T5X restore is such a checkpoint too.
+Orbax writes arrays of one chunk each, TensorStore resizes them to their full shapes and writes the parts, and the
+record comes last. `checkpoints` and upstream T5X restore such a checkpoint like any other.
 """
 
 import collections
@@ -18,8 +18,8 @@ from flax import traverse_util
 
 from codellm_jax.runtime.checkpoints import digest, first_line, named_leaves, undamaged_records
 
-CHUNK = 2**24  # bytes at most, of an array's numbers that are stored as one
-IN_FLIGHT = 2**26  # bytes that may wait to be written
+CHUNK = 2**24  # maximum bytes of an array's chunk
+IN_FLIGHT = 2**26  # maximum bytes waiting to be written
 
 
 class Part(NamedTuple):
@@ -27,32 +27,32 @@ class Part(NamedTuple):
 
     leaf: str
     layer: int | None
-    first: int  # row that `rows` begin at
+    first: int  # row at which `rows` begin
     rows: np.ndarray
 
 
 def rows_of_chunk(shape: tuple[int, ...], itemsize: int = 4) -> int:
-    """Rows of a leaf, or of a layer of it, that are stored as one: parts of so many are written fastest."""
+    """Rows per chunk of a leaf, or of a layer of it: parts of this many rows are written fastest."""
     return min(shape[0], max(1, CHUNK // (itemsize * math.prod(shape[1:]))))
 
 
 def save_in_parts(
     folder: epath.Path, shapes: Mapping[str, tuple[int, ...]], parts: Iterable[Part], record: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Writes a checkpoint of parameters, float32.
+    """Writes a checkpoint of float32 parameters.
 
     Args:
-      folder: RUN/checkpoints/STEP, which is not there yet.
+      folder: RUN/checkpoints/STEP, which does not exist yet.
       shapes: of each leaf, with layers stacked in "blocks".
       parts: every number of each leaf once; at most `IN_FLIGHT` bytes of them are held at a time.
-      record: what is saved beside, as it is after the last part; checksums and digest are added.
+      record: saved beside the state, read after the last part; checksums and digest are added.
 
     Returns:
-      The record as it is saved.
+      The record as saved.
 
     Raises:
-      ValueError: the parts are not all of the leaves.
-      OSError: the disk cannot take them.
+      ValueError: the parts do not cover the leaves.
+      OSError: writing failed.
     """
     tree = traverse_util.unflatten_dict(
         {f"params/{leaf}": jax.ShapeDtypeStruct(shape, np.float32) for leaf, shape in shapes.items()}, sep="/")
@@ -64,16 +64,16 @@ def write_arrays(folder: epath.Path, tree: Any, parts: Iterable[Part]) -> dict[s
     """Writes FOLDER/state, as Orbax would write `tree`.
 
     Args:
-      folder: of the step, which is not there yet.
-      tree: of jax.ShapeDtypeStructs or arrays, of which shapes and dtypes are looked at.
+      folder: of the step, which does not exist yet.
+      tree: of jax.ShapeDtypeStructs or arrays; only shapes and dtypes are used.
       parts: every number of each leaf once, under the names of `named_leaves`; as in `save_in_parts`.
 
     Returns:
-      What `checkpoints.checksums` gives.
+      The checksums, as from `checkpoints.checksums`.
 
     Raises:
-      ValueError: the parts are not all of the leaves.
-      OSError: the disk cannot take them.
+      ValueError: the parts do not cover the leaves.
+      OSError: writing failed.
     """
     leaves = named_leaves(tree)
     begun = [np.zeros(_chunk(name, leaf), leaf.dtype) for name, leaf in leaves.items()]
@@ -97,7 +97,7 @@ def write_arrays(folder: epath.Path, tree: Any, parts: Iterable[Part]) -> dict[s
                 _finish(waiting.popleft()[0], folder)
         while waiting:
             _finish(waiting.popleft()[0], folder)
-    finally:  # after an error nothing may be written any more, for the folder is removed
+    finally:  # after an error, wait for pending writes, because the folder is removed
         for future, _ in waiting:
             future.exception()
     for name, leaf in leaves.items():
@@ -107,7 +107,7 @@ def write_arrays(folder: epath.Path, tree: Any, parts: Iterable[Part]) -> dict[s
 
 
 def write_record(folder: epath.Path, record: Mapping[str, Any], sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes FOLDER/record, with checksums, step and digest, by which the step is a checkpoint; returns it."""
+    """Writes FOLDER/record with checksums, step and digest, which completes the checkpoint; returns the record."""
     whole = dict(record) | {"checksums": dict(sums), "step": int(folder.name)}
     whole["digest"] = digest(whole)
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "record", ocp.args.JsonSave(whole))
@@ -116,17 +116,17 @@ def write_record(folder: epath.Path, record: Mapping[str, Any], sums: Mapping[st
 
 
 def mark_whole(folder: epath.Path) -> None:
-    """Marks the folder of a step as Orbax does once it is whole; in gs:// Orbax asks for it."""
+    """Marks a step's folder as complete, as Orbax does; on gs:// Orbax requires the mark."""
     (folder / "commit_success.txt").write_text(f"Checkpoint commit was successful to {folder}")
 
 
 def copied(state: epath.Path, names: Mapping[str, str], wanted: Mapping[str, Any]) -> Iterator[Part]:
-    """Arrays of a checkpoint as the parts of another: a chunk is held at a time, at most an array.
+    """Arrays of a checkpoint as the parts of another; holds one chunk at a time, which is at most an array.
 
     Args:
       state: the folder that Orbax wrote.
-      names: of the wanted arrays there.
-      wanted: what has shape and dtype, by the names of the parts.
+      names: name of a part -> name of the array in `state`.
+      wanted: name of a part -> an object with its shape and dtype.
 
     Raises:
       Damaged: an array cannot be read.
@@ -147,7 +147,7 @@ def copied(state: epath.Path, names: Mapping[str, str], wanted: Mapping[str, Any
                 (first + number, 0, values) for number, values in enumerate(slab)] if stacked else [(None, first, slab)]
             for layer, row, values in layers:
                 for at in range(0, len(values), rows):
-                    # A copy, so that the slab may go before all of it is written.
+                    # A copy, so that the slab can be freed before all of it is written.
                     yield Part(name, layer, row + at, values[at: at + rows].astype(leaf.dtype, order="C"))
             del slab, layers, values
 
@@ -160,9 +160,9 @@ class SavedParameters:
     """The parameters of a checkpoint, read an array or one layer of it at a time, and checked against its checksums.
 
     Attributes:
-      step: that it was saved after.
-      record: what was saved with it.
-      shapes: of each parameter, such as "blocks/attention/query_kernel".
+      step: after which it was saved.
+      record: the JSON saved with it.
+      shapes: of each parameter, by names such as "blocks/attention/query_kernel".
     """
 
     def __init__(self, path: epath.Path, record: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ class SavedParameters:
         self._sums: dict[str, dict[int | None, int]] = {name: {} for name in self._saved}
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """A whole parameter, or one layer of a stacked one. Raises Damaged where it cannot be read."""
+        """A whole parameter, or one layer of a stacked one. Raises Damaged if it cannot be read."""
         if name not in self._stores:
             self._stores[name] = _tried(name, _opened, self._state, f"params/{name}", self._context)
         store = self._stores[name] if layer is None else self._stores[name][layer]
@@ -186,7 +186,7 @@ class SavedParameters:
         return found
 
     def require_undamaged(self) -> None:
-        """Raises Damaged where what was read is not all that was saved."""
+        """Raises Damaged if a parameter was not read whole or differs from what was saved."""
         for name, (shape, _, saved) in self._saved.items():
             sums = self._sums[name]
             whole = sums[None] if None in sums else sum(sums.values()) % 2**32
@@ -199,7 +199,7 @@ class SavedParameters:
 def saved_parameters(
     model_dir: str, step: int | None = None, report: Callable[[str], None] = print
 ) -> Iterator[SavedParameters]:
-    """The parameters of a run directory's checkpoints with whole records, newest first; with `step` of that one alone.
+    """The parameters of a run directory's checkpoints with undamaged records, newest first, or only those of `step`.
 
     Raises:
       FileNotFoundError: the directory holds no checkpoint, or none of that step.
@@ -209,20 +209,20 @@ def saved_parameters(
 
 
 def _finish(write: Any, folder: epath.Path) -> None:
-    """Waits for a write. Raises OSError where it failed."""
+    """Waits for a write. Raises OSError if it failed."""
     try:
         write.result()
-    except Exception as error:  # TensorStore has no class of its own for a disk that is full
+    except Exception as error:  # TensorStore has no class of its own for a full disk
         full = "No space left on device" in str(error)
         raise OSError(f"Writing to {folder} failed: "
                       f"{'No space left on device' if full else ' '.join(str(error).split())[:200]}.") from error
 
 
 def _tried(name: str, read: Callable[..., Any], *arguments: Any) -> Any:
-    """What a reading gives. Raises Damaged where it fails."""
+    """The result of a read. Raises Damaged if it fails."""
     try:
         return read(*arguments)
-    except Exception as error:  # TensorStore has no class of its own for what is damaged
+    except Exception as error:  # TensorStore has no class of its own for damage
         raise Damaged(f"{name} cannot be read: {first_line(error)}") from error
 
 
@@ -239,7 +239,7 @@ def _chunk(name: str, leaf: Any) -> tuple[int, ...]:
 
 def _opened(state: epath.Path, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
     handlers = ocp.type_handlers
-    in_one = (state / "manifest.ocdbt").exists()  # else a folder for each array, as Orbax wrote once
+    in_one = (state / "manifest.ocdbt").exists()  # else a folder for each array, as in older Orbax
     info = handlers.ParamInfo(name=name.replace("/", "."), path=state / name.replace("/", "."), parent_dir=state,
                               is_ocdbt_checkpoint=in_one, use_zarr3=False, ts_context=context)
     return tensorstore.open(tensorstore.Spec(handlers.get_json_tspec_read(info, use_ocdbt=in_one)), open=True,

@@ -18,13 +18,13 @@ from typing import IO, Any
 from codellm_jax.runtime.files import is_still_at
 from codellm_jax.runtime.terminal import ending_signals
 
-ONE_CTRL_C = 1.0  # seconds within which further SIGINTs are the first one, as a terminal and a parent both send it
+ONE_CTRL_C = 1.0  # seconds within which SIGINTs count as one, since both terminal and parent may send it
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM (a preemption), SIGHUP (a terminal that goes away) or a first SIGINT sets; a second SIGINT,
-    a second later or more, interrupts at once.
+    """An event set by SIGTERM (a preemption), SIGHUP (a closed terminal) or a first SIGINT; another SIGINT, more than a
+    second later, interrupts at once.
     """
     stop = threading.Event()
 
@@ -48,11 +48,11 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without them say
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
 
 
 def require_plain_name(setting: str, directory: str) -> None:
-    """Raises ValueError for a directory in which Orbax could save and never find again: it takes names for patterns."""
+    """Raises ValueError for a directory in which Orbax could save but not restore, because it globs names."""
     absolute = directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
     if found := sorted(set(absolute) & set("*?[]\\")):
         raise ValueError(f"{setting} {absolute} holds {' '.join(found)}, which the checkpoints' library reads as a "
@@ -64,24 +64,24 @@ def require_plain_name(setting: str, directory: str) -> None:
 def alone_in(
     directory: str, setting: str = "MODEL_DIR", doing: str = "training", part: str = ""
 ) -> Iterator[Callable[[], None]]:
-    """Holds a directory against other processes; a killed one lets go of it by itself.
+    """Locks a directory against other processes; the lock ends with its process.
 
-    What it gives raises OSError, when it is called, where the directory was moved or removed meanwhile: another process
-    may then be at work in one of the same name.
+    Yields a function that raises OSError if the directory was moved or removed meanwhile: another process may then be
+    using a directory of the same name.
 
-    It is held by a lock of the file system, and so against other containers and, by NFS, other machines; in gs:// by a
-    lease, see `leases`. Not held is one on a file system that knows no locks.
+    The lock is the file system's, and so holds across containers and, over NFS, across machines; on gs:// it is a
+    lease, see `leases`. On a file system without locks nothing is locked.
 
     Args:
-      setting: that names the directory.
-      doing: what another process would be doing there.
-      part: holds not all of it, but what bears this name, such as a task; in gs:// all of it is held nevertheless.
+      setting: the setting that names the directory.
+      doing: the activity of a process there, for messages.
+      part: locks only the part of this name, such as a task; on gs:// the whole directory is locked nevertheless.
 
     Raises:
       ValueError: another process holds it.
     """
     if directory.startswith("gs://"):
-        from codellm_jax.runtime.leases import leased  # which wants TensorStore
+        from codellm_jax.runtime.leases import leased  # imports TensorStore
 
         with leased(directory, setting, doing, lambda line: print(line, flush=True)) as lease:
             yield lease.require
@@ -110,7 +110,7 @@ def alone_in(
 
 
 def _locked(path: str, refusal: str) -> IO[str]:
-    """A file that is open and locked. Raises ValueError with `refusal` where another process has locked it."""
+    """Opens and locks a file. Raises ValueError with `refusal` if another process has locked it."""
     while True:
         lock = open(path, "w")
         try:
@@ -124,7 +124,7 @@ def _locked(path: str, refusal: str) -> IO[str]:
                 raise
         if is_still_at(lock, path) or not os.path.isdir(os.path.dirname(path)):
             return lock
-        lock.close()  # who held it has removed it since it was opened
+        lock.close()  # its holder removed it after it was opened here
 
 
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
@@ -132,10 +132,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what is freed, up to 2 GiB, where steps run on the processor; to be called before threads.
+    """Makes glibc keep freed memory, up to 2 GiB, if steps run on the CPU. Call before threads start.
 
-    XLA there takes the temporaries of a step anew at each step. Out of fresh pages, each of which the kernel clears at
-    its first touch (40,000 in a step of the default run), a step takes 6% longer. Other C libraries stay as they are.
+    There XLA allocates a step's temporaries anew at each step. With fresh pages, each of which the kernel clears at its
+    first touch (40,000 in a step of the default run), a step takes 6% longer. Other C libraries are left unchanged.
     """
     on_processor = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(glob.glob(name) for name in ACCELERATORS)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -145,7 +145,7 @@ def keep_freed_memory() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user has already set a place."""
+    """Enables JAX's persistent compilation cache, in the user's folder if one is set."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

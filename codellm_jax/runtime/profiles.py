@@ -1,12 +1,12 @@
-"""Profiles: what some steps of a run did and when, on the host and on its devices.
+"""Profiles: traces of some steps of a run, on the host and on its devices.
 
     MODEL_DIR/tensorboard/plugins/profile/steps_10-15/
-      process_0.xplane.pb           TensorBoard with the plugin of `pip install xprof` finds it there
+      process_0.xplane.pb           for TensorBoard with the plugin of `pip install xprof`
       process_0.perfetto.json.gz    the same for https://ui.perfetto.dev
 
-On the row of the main thread `train` is the host's part of a step; what takes time in it and between steps has its
-function's name, such as Meter.settle, evaluate and Checkpoints.save, and so has batch_of_step in the thread that reads
-ahead. All other functions of Python are left out: tracing them slows the very host that is to be looked at.
+In the row of the main thread, `train` is the host's part of a step. Functions that take time in it and between steps
+appear by name, such as Meter.settle, evaluate and Checkpoints.save, as does batch_of_step in the threads that read
+ahead. All other Python functions are left out, because tracing them would slow the host being profiled.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ from codellm_jax.runtime.meter import Meter
 
 @dataclasses.dataclass(frozen=True)
 class ProfileSteps:
-    """Steps `first` to `last`, both included; counted from 1, as the status line counts them."""
+    """Steps `first` to `last`, both included, counted from 1 as in the status line."""
 
     first: int
     last: int
 
     def require_within(self, last_step: int) -> None:
-        """Raises ValueError where a run of `last_step` steps does not have all of these."""
+        """Raises ValueError if a run of `last_step` steps does not have all of these."""
         if self.last > last_step:
             raise ValueError(f"--profile_steps={self.first}:{self.last} exceeds the run, which has {last_step} "
                              "steps.")
 
 
 def parse_profile_steps(text: str) -> ProfileSteps:
-    """What --profile_steps=FIRST:LAST asks for. Raises ValueError in one line."""
+    """Parses --profile_steps=FIRST:LAST. Raises ValueError in one line."""
     found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
     if found is None:
         raise ValueError(f"--profile_steps must be FIRST:LAST, two steps such as 10:15, found {text!r}.")
@@ -49,13 +49,13 @@ def parse_profile_steps(text: str) -> ProfileSteps:
 
 
 class Profile:
-    """Traces the asked steps of a run, if any; each process writes its own files.
+    """Traces the requested steps of a run, if any; each process writes its own files.
 
     Args:
-      steps: which; None for none.
-      done: steps done before; of a resumed run only the asked steps after these can be traced.
+      steps: the steps to trace; None for none.
+      done: steps done before; a resumed run can trace only later ones.
       model_dir: the run directory, local or gs://.
-      say: tells a line, on the first process alone.
+      say: prints a line, only on the first process.
     """
 
     def __init__(self, steps: ProfileSteps | None, done: int, model_dir: str, say: Callable[[str], None]) -> None:
@@ -73,27 +73,27 @@ class Profile:
             self._steps = ProfileSteps(done + 1, steps.last)
 
     def begin_before(self, step: int, meter: Meter) -> None:
-        """Starts tracing where `step`, about to be taken, is the first asked for."""
+        """Starts tracing if `step`, about to be taken, is the first one requested."""
         if self._steps is None or step != self._steps.first:
             return
-        meter.settle()  # else the end of the step before would be on the trace
+        meter.settle()  # keeps the end of the previous step off the trace
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
-        # JAX writes to local folders alone, and names files by the host, which processes may share.
+        # JAX writes only to local folders, and names files by host, which processes may share.
         self._traced = tempfile.TemporaryDirectory()
         jax.profiler.start_trace(self._traced.name, create_perfetto_trace=True, profiler_options=options)
         self._began = step
         meter.restart()
 
     def end_after(self, step: int, meter: Meter) -> None:
-        """Stops tracing and writes where `step`, which has been dispatched, is the last asked for."""
+        """Stops tracing and writes the profile if `step`, already dispatched, is the last one requested."""
         if self._steps is not None and step == self._steps.last:
             meter.settle()
             self.close(step)
             meter.restart()
 
     def close(self, step: int) -> None:
-        """Writes what is traced so far, where that is not done yet; `step` is the last step taken."""
+        """Writes the trace so far, unless that is done; `step` is the last step taken."""
         if self._traced is None or self._began is None:
             return
         jax.profiler.stop_trace()
@@ -113,5 +113,5 @@ class Profile:
             (folder / f"{process}.perfetto.json.gz").write_bytes((written / "perfetto_trace.json.gz").read_bytes())
             self._say(f"Profile of steps {first} to {last}: {folder}. Drop {process}.perfetto.json.gz onto "
                       f"https://ui.perfetto.dev, or: pip install xprof; tensorboard --logdir {self._model_dir}")
-        except OSError as error:  # no reason to end a run for
+        except OSError as error:  # must not end the run
             self._say(f"WARNING: the profile of steps {first} to {last} is not written: {error}.")

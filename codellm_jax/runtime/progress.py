@@ -16,7 +16,7 @@ from codellm_jax.results.files import named, write_whole
 from codellm_jax.runtime.events import Events
 from codellm_jax.runtime.files import is_still_at, set_aside
 
-# Dense bfloat16 peak, FLOP/s per device, from the vendors' data sheets. A device that is not here has no utilisation.
+# Dense bfloat16 peak, FLOP/s per device, from the vendors' data sheets. Other devices have no utilisation.
 PEAK_FLOPS = {
     "TPU v2": 45e12 / 2, "TPU v3": 123e12 / 2, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
     "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
@@ -26,8 +26,8 @@ PEAK_FLOPS = {
 
 
 def peak_flops() -> float | None:
-    """The peak of this process's devices, FLOP/s each, where it is known."""
-    import jax  # not above: what a study has done is read without it
+    """The peak of this process's devices, FLOP/s each; None if unknown."""
+    import jax  # not at the top: a study's progress is read without it
 
     return PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
@@ -40,11 +40,11 @@ class Records:
 
     Args:
       model_dir: local or gs://.
-      step: steps that are done.
+      step: steps done.
       active: whether this process writes.
-      require_held: called before each line; raises OSError where the directory is no longer this run's.
-      warn: told a line.
-      tensorboard: whether TensorBoard's events are written, too.
+      require_held: called before each line; raises OSError if the directory is no longer this run's.
+      warn: called with a line of text.
+      tensorboard: whether TensorBoard events are also written.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Records:
             aside = set_aside([self._path], epath.Path(model_dir))
             warn(f"WARNING: {broken} lines of {self._path} are not records of a run; the original file is kept in "
                  f"{aside}, and the other lines are used.")
-        # A run without a checkpoint begins anew, its evaluation before the first step included.
+        # A run without a checkpoint starts over, including its evaluation before the first step.
         kept = "".join(json.dumps(record) + "\n" for record in found if step and record["step"] <= step)
         with named(self._path, len(kept)):
             self._lines = (_RemoteLines if "://" in model_dir else _Lines)(self._path, kept)
@@ -70,7 +70,7 @@ class Records:
                               warn) if tensorboard else None
 
     def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """Adds one line; values that are not known are left out, and those not finite become null.
+        """Adds one line; values that are None are left out, and those not finite become null.
 
         Raises:
           OSError: the line cannot be written, or the directory is no longer this run's.
@@ -91,7 +91,7 @@ class Records:
             self._events.write(step, {f"{split}/{name}": value for name, value in known.items()})
 
     def settle(self) -> None:
-        """Returns when all lines are stored, as a checkpoint that is saved now expects of a resume."""
+        """Returns when all lines are stored; a resume from a checkpoint saved now relies on them."""
         if self._lines is not None:
             self._lines.settle()
 
@@ -103,18 +103,18 @@ class Records:
 
 
 class _Lines:
-    """The lines of a file on a disk, which begins with `kept`."""
+    """The lines of a local file, which begins with `kept`."""
 
     def __init__(self, path: epath.Path, kept: str) -> None:
         self._path = path
         building = path.with_name(f".{path.name}")
-        building.unlink(missing_ok=True)  # a link in its place is not followed
+        building.unlink(missing_ok=True)  # so that a link is not followed
         building.write_text(kept)
-        building.replace(path)  # a kill in between loses no line
+        building.replace(path)  # atomic, so that a kill loses no line
         self._file = open(path, "a+")
 
     def is_gone(self) -> bool:
-        """Whether the open file no longer lies in its place."""
+        """Whether the open file is no longer the one at its path."""
         return not is_still_at(self._file, str(self._path))
 
     def write_anew(self) -> None:
@@ -131,15 +131,15 @@ class _Lines:
         self._file.flush()
 
     def settle(self) -> None:
-        """Each line is stored when it is added."""
+        """Does nothing: each line is stored when it is added."""
 
     def close(self) -> None:
         self._file.close()
 
 
 class _RemoteLines:
-    """The lines of a file in gs://, where nothing can be appended to: all are written again, in a thread, so often that
-    it takes a fiftieth of the time, and whenever a checkpoint is to be saved.
+    """The lines of a file on gs://, where files cannot be appended to: a thread rewrites all of them, for at most a
+    fiftieth of the time, and before every checkpoint.
     """
 
     SECONDS_BETWEEN_WRITES = 10.0
@@ -152,18 +152,18 @@ class _RemoteLines:
         self.settle()
 
     def is_gone(self) -> bool:
-        """Never: what somebody removes is there again at the next write."""
+        """Always False: the next write restores a removed file."""
         return False
 
     def write_anew(self) -> None:
-        """Nothing to do."""
+        """Does nothing: every write is whole."""
 
     def add(self, line: str) -> None:
         self._lines.append(line)
         if self._writing is not None and self._writing.done():
             try:
                 took = self._finish()
-            except OSError:  # all is written again later, and before a checkpoint at the latest, where it is raised
+            except OSError:  # the next write retries; before a checkpoint the error is raised
                 took = 0.0
             self._next = time.monotonic() + max(self.SECONDS_BETWEEN_WRITES, 50 * took)
         if self._writing is None and time.monotonic() >= self._next:
@@ -194,21 +194,20 @@ class _RemoteLines:
         assert writing is not None
         try:
             return writing.result()
-        except Exception as error:  # of the client of the storage service, which has classes of its own
+        except Exception as error:  # the storage client has its own classes
             self._stored = 0
             raise OSError(f"{self._path} cannot be written: {' '.join(str(error).split())[:200]}. Run the same "
                           "command again once it can: it continues from the last complete checkpoint.") from error
 
 
 def read_records(model_dir: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without any that a kill cut short or that are no records."""
+    """The records of metrics.jsonl, without a line that a kill cut short or lines that are not records."""
     path = epath.Path(model_dir).expanduser() / "metrics.jsonl"
     return parsed_records(path.read_bytes())[0] if path.exists() else []
 
 
 def parsed_records(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The records in the content of metrics.jsonl, and how many lines are none, not counting a last one without its
-    end.
+    """The records in the content of metrics.jsonl, and the number of other lines, not counting an unfinished last one.
     """
     records, broken = [], 0
     *lines, cut = content.decode(errors="replace").split("\n")
@@ -225,7 +224,7 @@ def parsed_records(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether it is an object with a step, a split, and numbers; null stands for what is not finite."""
+    """Whether it is an object with a step, a split, and numbers, where null means a value that is not finite."""
     if not isinstance(record, dict) or not isinstance(record.get("split"), str):
         return False
     step = record.get("step")
@@ -234,7 +233,7 @@ def _is_record(record: Any) -> bool:
 
 
 class StatusLine:
-    """One line of progress: a bar on a terminal, a plain line every so often elsewhere; silent if not `active`."""
+    """One line of progress: a bar on a terminal, else a plain line from time to time; silent if not `active`."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
@@ -260,7 +259,7 @@ class StatusLine:
         self._step = step
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Prints a separate line, above the bar."""
         if not self._active:
             return
         if self._bar is not None:
@@ -274,7 +273,7 @@ class StatusLine:
 
 
 def say(text: str) -> None:
-    """Prints on the first process alone."""
+    """Prints only on the first process."""
     import jax
 
     if jax.process_index() == 0:

@@ -19,30 +19,30 @@ from codellm_jax.runtime.partitioning import MeshShape, shardings_of
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Step (int32 scalar), float32 parameters, the optimizer's state, and the key that dropout is drawn from."""
+    """Step (int32 scalar), float32 parameters, the optimizer's state, and the key for dropout."""
 
     step: jax.Array
     params: Any
     opt_state: Any
-    rng: jax.Array  # raw key data, uint32; constant: a step folds its number into it
+    rng: jax.Array  # raw key data, uint32; constant: each step folds in its number
 
 
 def _initial_parameters(model: Decoder, rng: jax.Array) -> Any:
-    """The first parameters, in Flax's partitioning boxes."""
+    """The initial parameters, in Flax's partitioning boxes."""
     tokens = jnp.zeros((1, min(8, model.config.length)), jnp.int32)
     return model.init(rng, tokens, tokens, tokens)["params"]
 
 
-@functools.lru_cache(maxsize=16)  # tracing is most of the time that the plan of a run takes, and a study has few models
+@functools.lru_cache(maxsize=16)  # tracing takes most of a plan's time, and a study has few models
 def _abstract_parameters(model: Decoder) -> Any:
     """The shapes and dtypes of `_initial_parameters`."""
     return jax.eval_shape(lambda: _initial_parameters(model, jax.random.key(0)))
 
 
 def _with_optimizer(params: Any, optimizer: optax.GradientTransformation, dropout_rng: jax.Array) -> TrainState:
-    """The first state of some parameters, whose boxes the optimizer's moments inherit.
+    """The initial state for some parameters, whose boxes the optimizer's moments inherit.
 
-    Moments of another shape, as Adafactor's rows and columns, are without a box, and so whole on each device.
+    Moments of another shape, such as Adafactor's rows and columns, have no box and so are replicated.
     """
     def of_its_shape(box: Any) -> Any:
         boxed = isinstance(box, nn.Partitioned)
@@ -80,8 +80,8 @@ def abstract_state(
 
 
 def _require_whole_heads(config: DecoderConfig, mesh: Mesh, shape: MeshShape) -> None:
-    """Raises ValueError where a head would be split: kernels have all heads in one axis, which the mesh may divide all
-    the same."""
+    """Raises ValueError if a head would be split: kernels have all heads in one axis, which the mesh might divide
+    nevertheless."""
     for name, heads, axis in (("heads", config.heads, "heads"), ("kv_heads", config.key_heads, config.key_axis)):
         axes = dict(shape.all_rules())[f"activation_{axis}"]
         parts = math.prod(mesh.shape[one] for one in ((axes,) if isinstance(axes, str) else axes or ()))
@@ -95,7 +95,7 @@ def _require_whole_heads(config: DecoderConfig, mesh: Mesh, shape: MeshShape) ->
 def initial_state(
     model: Decoder, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
 ) -> TrainState:
-    """The first state, made on the devices it belongs to; the same numbers on any mesh, to float32 rounding."""
+    """The initial state, created on its devices; the same numbers on any mesh, up to float32 rounding."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     on_cpu = shardings.step.mesh.devices.flat[0].platform == "cpu"
 
@@ -105,13 +105,13 @@ def initial_state(
 
     make = jax.jit(
         first, out_shardings=shardings,
-        # What runs once need not be fast: the same bits, compiled in half the time.
+        # It runs only once, so compile time matters more: the same bits, compiled in half the time.
         compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None)
     return make(jnp.uint32(seed))
 
 
 def memory_per_device() -> int:
-    """Bytes that one of this process's devices has; a CPU device has its part of the machine's, or the container's."""
+    """Bytes of memory of one of this process's devices; for a CPU device, its share of the host's or container's."""
     device = jax.local_devices()[0]
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:

@@ -1,5 +1,4 @@
-"""Processes that watch others: each process of a multi-process run has one, and so has a multi-process run on one
-machine.
+"""Watching processes: one for each process of a multi-process run, and one for a multi-process run on one machine.
 
 When one process of a run is lost, JAX aborts the others within a minute from C++, with a page of stack trace. The
 watching process then prints one line about what happened. Nothing here needs JAX.
@@ -20,13 +19,13 @@ from typing import IO
 
 from codellm_jax.runtime.terminal import ending_signals
 
-GRACE_SECONDS = 5.0  # for the others to tell what they have to, once one has failed
+GRACE_SECONDS = 5.0  # for the others to report, once one has failed
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def has_others() -> bool:
-    """Whether the surroundings may hold other processes of this run: TPUs, Slurm or Open MPI. A process that was given
-    chips of its own (TPU_PROCESS_BOUNDS) is alone.
+    """Whether the environment suggests other processes of this run: TPUs, Slurm or Open MPI. A process restricted to
+    its own chips (TPU_PROCESS_BOUNDS) is alone.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     on_tpu = (not platforms or "tpu" in platforms) and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
@@ -36,9 +35,10 @@ def has_others() -> bool:
 
 
 def watched(command: str) -> int | None:
-    """Goes on in a child process: None there; here, once it has ended, its exit status. Call before threads begin.
+    """Continues in a forked child: returns None there, and its exit status here once it has ended. Call before threads
+    start.
 
-    SIGTERM and SIGHUP are passed on; a terminal gives Ctrl-C to both. Neither outlives the other.
+    SIGTERM and SIGHUP are forwarded; a terminal sends Ctrl-C to both. Neither process outlives the other.
     """
     child = os.fork()
     if not child:
@@ -59,31 +59,31 @@ def watched(command: str) -> int | None:
 
 
 def die_with_parent() -> None:
-    """Lets the kernel end this process, by SIGKILL, when the one that started it is gone."""
+    """Makes the kernel kill this process by SIGKILL when its parent ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
 
 
 def without_others(environment: Mapping[str, str]) -> dict[str, str]:
-    """The surroundings of a process that is no part of a run of several, though this one may be one of Slurm's tasks:
-    those of a study are workers, each with runs of its own.
+    """The environment for a process that runs alone, although this one may be one of several Slurm tasks: those of a
+    study are workers with separate runs.
     """
     return {name: value for name, value in environment.items()
             if name not in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")}
 
 
 def main(parent: str, *arguments: str) -> None:
-    """Becomes `python -m ARGUMENTS`, which ends when the process PARENT that started it is gone."""
+    """Becomes `python -m ARGUMENTS`, which is killed when its parent, process PARENT, ends."""
     die_with_parent()
-    if os.getppid() != int(parent):  # it was gone before this process was bound to it
+    if os.getppid() != int(parent):  # the parent ended before the binding
         sys.exit(1)
     os.execv(sys.executable, [sys.executable, "-m", *arguments])
 
 
 def run_local_processes(arguments: Sequence[str], count: int) -> int:
-    """Runs `t5x ARGUMENTS` in `count` processes on this machine's processor; returns the exit status.
+    """Runs `t5x ARGUMENTS` in `count` local CPU processes; returns the exit status.
 
-    The first one has the terminal. When one fails the others are ended, and a line says which and why. SIGTERM and
-    SIGHUP are passed on, as a terminal passes on Ctrl-C by itself.
+    The first one uses the terminal. When one fails, the others are killed, and a line says which failed and why.
+    SIGTERM and SIGHUP are forwarded; a terminal sends Ctrl-C to all.
 
     Raises:
       ValueError: the count is below 2.
@@ -141,7 +141,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]
             if process.returncode < 0:
                 said[number] = (f"t5x {command}: error: ended by {signal.Signals(-process.returncode).name}. The same "
                                 "command continues from the newest checkpoint.")
-    # A process killed from outside is the cause, whichever noticed first; the first process has printed its own error.
+    # A process killed from outside is the cause, whichever failed first; process 0 has printed its own error.
     causes = [number for number, line in said.items() if "ended by" in line and signal.SIGABRT.name not in line]
     for number in causes[:1] or [number for number in said if number == index]:
         print(f"process {number} of {len(processes)}: {said[number]}", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
-"""What a command prints, where nobody may be left to read it: a closed pipe, a terminal that is gone, a full disk. And
-its errors in one line, without what libraries print besides.
+"""A command's output, which must survive a closed pipe, a closed terminal or a full disk; and its errors in one line,
+without the output of libraries.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
 
 class LastingStream(io.TextIOWrapper):
-    """A text file that loses what cannot be written and raises nothing, for work that must not end over its log.
+    """A text file that drops what cannot be written instead of raising, for work that must not end because of its log.
 
-    What its encoding lacks is written as an escape. Where nobody reads any more, nothing is written from then on; where
-    a disk is full, what is printed later is tried again.
+    Characters that its encoding lacks are escaped. After its reader is gone, nothing more is written; after a full
+    disk, later output is tried again.
     """
 
     def write(self, text: str) -> int:
@@ -41,12 +41,12 @@ class LastingStream(io.TextIOWrapper):
 
 
 def lasting(binary: io.BufferedWriter, encoding: str = "utf-8") -> LastingStream:
-    """A `LastingStream`, by lines, into an open file."""
+    """A line-buffered `LastingStream` for an open file."""
     return LastingStream(binary, encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
 def outlive_the_terminal() -> None:
-    """Has stdout and stderr of this process lose what cannot be written, in the place of raising an error."""
+    """Makes stdout and stderr drop what cannot be written, instead of raising an error."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
@@ -57,30 +57,30 @@ def outlive_the_terminal() -> None:
 
 
 def escape_what_cannot_be_encoded() -> None:
-    """Has stdout and stderr write an escape for what the terminal's encoding lacks, and raise no error."""
+    """Makes stdout and stderr escape characters that the terminal's encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def to_nowhere(descriptor: int) -> None:
-    """Has a descriptor lead to /dev/null, also for what is buffered and not written yet."""
+    """Redirects a file descriptor to /dev/null, including output still buffered."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 def ending_signals() -> list[signal.Signals]:
-    """The signals by which others end this process in good order: a preemption, Ctrl-C, and a terminal that goes away
-    (but for a process that was started to outlive it, as nohup does).
+    """The signals that request an orderly end: a preemption, Ctrl-C, and a closed terminal (unless the process ignores
+    SIGHUP, as under nohup).
     """
     gone = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
     return [signal.SIGTERM, signal.SIGINT, *gone]
 
 
 def quiet_libraries() -> None:
-    """A failed save is raised and told in one line. Orbax logs its traceback besides, and each of its other writes
-    that finds the event loop closed prints one of its own, where no `except` can reach it.
+    """Silences tracebacks of failed saves, which are raised and reported in one line. Orbax also logs a traceback, and
+    each of its other writes that finds the event loop closed prints one that no `except` can catch.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -92,8 +92,8 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Until steps are taken there is nothing to save: Ctrl-C ends the process at once, even inside a library that would
-    swallow Python's KeyboardInterrupt.
+    """Lets Ctrl-C end the process at once, even inside a library that would swallow Python's KeyboardInterrupt; for use
+    before the first step, when there is nothing to save.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -103,8 +103,8 @@ def interruptible() -> Iterator[None]:
 
 
 def is_of_peers(error: BaseException) -> bool:
-    """Whether an error says that another process of the run is gone: of a collective that found the other end closed,
-    or of the service that the processes meet at.
+    """Whether an error shows that another process of the run is gone: it comes from a collective with a closed peer,
+    or from the coordination service.
     """
     return any(word in str(error) for word in ("Gloo", "another task", "coordination service", "CoordinationService"))
 
@@ -112,7 +112,7 @@ def is_of_peers(error: BaseException) -> bool:
 def one_line(error: Exception) -> str:
     """An error as one line, for the end of a command."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r" In call to configurable '.*$", "", text)  # gin's postscript, with addresses of functions
+    text = re.sub(r" In call to configurable '.*$", "", text)  # gin's suffix, with addresses of functions
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return text
     if is_of_peers(error):

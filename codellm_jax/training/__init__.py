@@ -1,1 +1,1 @@
-"""The train step, the loop around it, what a run will be, and its rows made before it by many processes."""
+"""The train step, the loop around it, the plan of a run, and `t5x cache`, which tokenizes its rows beforehand."""

@@ -2,7 +2,7 @@
 published weights, or from new ones.
 
     BRANCH_FROM=RUN@STEP             parameters, optimizer, random state, and place in the data of RUN after STEP
-    INITIAL_CHECKPOINT_PATH=START    parameters alone
+    INITIAL_CHECKPOINT_PATH=START    only parameters
 
 A branch continues its trunk's step count, and everything that depends on the step: the learning rate, the mix. Its
 first session reads the trunk; after its first checkpoint it no longer needs it.
@@ -49,15 +49,15 @@ class Point(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """What a run branches from, as its ledger keeps it."""
+    """The state inherited from the run that a run branches from, as recorded in its ledger."""
 
     step: int
     branch: Branch  # its position is counted in this run's batches
-    learning_rates: tuple[float, float]  # of the trunk's last step, and of the one that it would have gone on with
+    learning_rates: tuple[float, float]  # of the trunk's last step, and of its next one had it continued
 
 
 def trunk_of(training: "Training") -> Trunk | None:
-    """What a run branches from: told by its own newest checkpoint, and before there is one by the trunk's.
+    """The trunk of a run, read from its own newest checkpoint, or from the trunk's if it has none yet.
 
     Raises:
       FileNotFoundError, ValueError: in one line; there is no such step, or SEED is not the trunk's.
@@ -82,14 +82,14 @@ def trunk_of(training: "Training") -> Trunk | None:
 
 
 def trunk_at(saved: Mapping[str, Any], training: "Training") -> Trunk:
-    """What `training` takes over where it branches from a run at a step of it, given "step" and the `place` there."""
+    """The trunk of `training`, given "step", at which it branches from another run, and the `place` saved there."""
     branch = dataclasses.replace(Branch.from_json(saved), position=saved["step"] * training.batch_size)
     last, following = saved["learning_rates"]
     return Trunk(saved["step"], branch, (last, following))
 
 
 def place(training: "Training", plan: "Plan", step: int) -> dict[str, Any]:
-    """What a checkpoint keeps for those that branch from it, as JSON."""
+    """The part of a checkpoint for runs that branch from it, as JSON."""
     return plan.mixture.order.branch_at(step * training.batch_size).to_json() | {
         "seed": training.seed, "learning_rates": [float(training.learning_rate(at)) for at in (step - 1, step)]}
 
@@ -109,7 +109,7 @@ class Run:
 
 
 def begin_or_resume(training: "Training", plan: "Plan", checkpoints: Checkpoints, settings: Mapping[str, str]) -> Run:
-    """The newest checkpoint of MODEL_DIR, else that of a trunk, else parameters of another run, else new ones."""
+    """Starts from the newest checkpoint of MODEL_DIR, else a trunk's, else another run's parameters, else new ones."""
     order, vocabulary = plan.mixture.order, training.vocabulary
     trunk = Point.of(training.branch_from) if training.branch_from else None
     path = trunk.run if trunk else training.initial_checkpoint_path
@@ -143,7 +143,7 @@ def begin_or_resume(training: "Training", plan: "Plan", checkpoints: Checkpoints
         branch = {"step": trunk.step} | record["place"]
         return Run(training, plan, state, begun(_parent(record, trunk.run), branch=branch), trunk.step,
                    held_out=record.get("held_out"))
-    if path:  # before anything is allocated for a model that may be far too large
+    if path:  # before allocating anything for a model that may be far too large
         same_model(start.newest_record(path)[1])
     require_memory(plan.state, STATE)
     state = initial_state(plan.model, plan.optimizer, plan.state, training.seed)
@@ -154,5 +154,5 @@ def begin_or_resume(training: "Training", plan: "Plan", checkpoints: Checkpoints
 
 
 def _parent(record: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The ledger of what is started from, and where it is."""
+    """The ledger of the run started from, with its directory."""
     return record["ledger"] | {"model_dir": resolved(path), "step": record["step"], "digest": record["digest"]}

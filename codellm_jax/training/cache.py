@@ -36,10 +36,10 @@ def cache(
     """Writes the rows of each source of a mixture that are not cached yet.
 
     Args:
-      mixture, vocabulary: of the run that is to find them.
-      runner: by Beam's name: DirectRunner, DataflowRunner, SparkRunner, FlinkRunner, PortableRunner.
+      mixture, vocabulary: of the run that will use the rows.
+      runner: Beam's runner: DirectRunner, DataflowRunner, SparkRunner, FlinkRunner, PortableRunner.
       options: Beam's own, as on its command lines: ["--direct_num_workers=8"].
-      report: called with a line at a time.
+      report: called with one line at a time.
 
     Raises:
       ValueError: Beam is not installed, a setting is wrong, or a source has nothing to train on.
@@ -73,7 +73,7 @@ def _write(builds: list[Build], runner: str, options: Sequence[str], report: Cal
     count = sum(map(len, planned))
     if len(todo) < count:
         report(f"{count - len(todo):,} of {count:,} shards are already tokenized; continuing.")
-    if runner == LOCAL and todo:  # few files leave cores over
+    if runner == LOCAL and todo:  # with few files, cores would be idle
         threads = max(1, len(os.sched_getaffinity(0)) // len(todo))
         builds = [dataclasses.replace(build, threads=threads) for build in builds]
     sent = [shards.for_workers(build, of_task) for build, of_task in zip(builds, planned, strict=True)]
@@ -91,7 +91,7 @@ def _write(builds: list[Build], runner: str, options: Sequence[str], report: Cal
 
 
 def _require_reach(runner: str, task: str, definition: dict[str, Any], cache_dir: str) -> None:
-    """Raises ValueError if workers of Dataflow would need files of this machine."""
+    """Raises ValueError if Dataflow's workers would need local files."""
     if not runner.lower().startswith("dataflow"):
         return
     files = [file for split in ("train_files", "validation_files") for file, _ in definition.get(split, ())]
@@ -104,7 +104,7 @@ def _require_reach(runner: str, task: str, definition: dict[str, Any], cache_dir
 
 
 def _run(builds: Sequence[Build], todo: Sequence[str], runner: str, options: Sequence[str]) -> None:
-    """Has a runner do the work that each text names, in any order, in bundles of any size."""
+    """Does the work named by texts with a Beam runner; storage errors become one line."""
     try:
         with quiet_tensorflow() if runner == LOCAL else contextlib.nullcontext():
             run(functools.partial(shards.do, builds), todo, runner, options)
@@ -116,7 +116,7 @@ def _run(builds: Sequence[Build], todo: Sequence[str], runner: str, options: Seq
 
 @contextlib.contextmanager
 def _watched(builds: Sequence[Build], planned: Sequence[Sequence[Shard]]) -> Iterator[None]:
-    """Tells, while shards are tokenized, how far they are, by what lies in CACHE_DIR."""
+    """Shows the progress of tokenization, read from CACHE_DIR."""
     total, count = sum(shard.work for of_task in planned for shard in of_task), sum(map(len, planned))
     pause = SECONDS_BETWEEN_LOOKS * (10 if any(build.place.is_remote for build in builds) else 1)
     status = StatusLine(0, count, active=bool(count), unit="shard")
@@ -138,7 +138,7 @@ def _watched(builds: Sequence[Build], planned: Sequence[Sequence[Shard]]) -> Ite
         while not ended.wait(pause):
             try:
                 look()
-            except Exception as error:  # while the work goes on
+            except Exception as error:  # must not stop the work
                 status.say(f"Progress can no longer be shown: {error}")
                 return
             if done == count:

@@ -17,7 +17,7 @@ from codellm_jax.training.begin import Run
 
 
 def set_earlier_aside(model_dir: epath.Path, report: Callable[[str], None]) -> None:
-    """Moves what a run without a checkpoint to go on from has left, before the run begins anew; says so."""
+    """Sets aside, with a report, the records of a run that left no checkpoint, before the run starts over."""
     left = [path for name in ("metrics.jsonl", "results", "exports") if (path := model_dir / name).exists()]
     if left:
         steps = max((line["step"] for line in read_records(str(model_dir))), default=0)
@@ -28,7 +28,7 @@ def set_earlier_aside(model_dir: epath.Path, report: Callable[[str], None]) -> N
 
 
 def _before(path: epath.Path, report: Callable[[str], None]) -> dict[str, Any]:
-    """What the sessions before wrote; a file that is damaged is set aside."""
+    """The facts written by earlier sessions; a damaged file is set aside."""
     try:
         return read_provenance(path.parent, ("sessions", "finished")) or {}
     except Damaged as error:
@@ -38,8 +38,8 @@ def _before(path: epath.Path, report: Callable[[str], None]) -> dict[str, Any]:
 
 
 class Provenance:
-    """MODEL_DIR/provenance.json, written by one process at the start of a session and at its end; see
-    `runtime.provenance`. What the sessions before wrote is kept, and one that has nothing left to train writes nothing.
+    """MODEL_DIR/provenance.json, written by one process at the start and the end of a session; see
+    `runtime.provenance`. Facts of earlier sessions are kept, and a session with nothing left to train writes nothing.
     """
 
     def __init__(self, run: Run, settings: Mapping[str, str], asked: Mapping[str, str], runner: str,
@@ -55,7 +55,8 @@ class Provenance:
         self.write(run, before.get("checkpoint"), before.get("kept", {}), ended=False)
 
     def write(self, run: Run, checkpoint: str | None, kept: Mapping[str, str], ended: bool = True) -> None:
-        """Writes what holds now; `checkpoint` is the digest of the newest one, `kept` those of KEEP_STEPS by step."""
+        """Writes the current facts; `checkpoint` is the digest of the newest one, `kept` those of KEEP_STEPS by step.
+        """
         if self._path is None:
             return
         if ended:

@@ -43,20 +43,20 @@ class Training:
       mesh: devices along each axis.
       batch_size: rows per step, over all devices; in tuning examples per step, packed or not.
       train_steps: steps of the whole run.
-      eval_period: steps between evaluations of held-out rows; the last step is evaluated, too.
-      checkpoint_period: steps between checkpoints; the last step has one, too.
+      eval_period: steps between evaluations of held-out rows; the last step is also evaluated.
+      checkpoint_period: steps between checkpoints; the last step also has one.
       log_period: steps between lines of the log.
       eval_rows: held-out rows of each source that are evaluated.
       keep_last: number of the newest checkpoints to keep.
-      keep_every: checkpoints at multiples of this step are kept, too; None for none.
-      keep_steps: checkpoints after these steps are written and kept, too; whole numbers are steps, fractions are of
+      keep_every: checkpoints at multiples of this step are also kept; None for none.
+      keep_steps: checkpoints after these steps are also written and kept; whole numbers are steps, fractions are of
         train_steps.
-      microbatches: parts a batch is trained on in turn before one update, to save memory.
+      microbatches: parts of a batch that are processed in turn before one update, to save memory.
       initial_checkpoint_path: a run directory or published weights (a folder, hf://ORG/NAME) whose parameters the run
         starts from.
       branch_from: RUN@STEP, a checkpoint that the run continues with its optimizer, random state and place in the data.
       evaluation: benchmarks of each evaluation during training; None for none.
-      export_period: steps between exports; the last step is exported, too. An export writes the parameters in float32
+      export_period: steps between exports; the last step is also exported. An export writes the parameters in float32
         to MODEL_DIR/exports/STEP as a folder for Hugging Face's libraries; None for never.
       trackers: destinations of records besides MODEL_DIR/metrics.jsonl, some of "tensorboard", "wandb" and "mlflow".
       seed: seed of the parameters, the order of the data and dropout.
@@ -120,14 +120,14 @@ class Plan:
     state: TrainState
     mixture: OpenMixture
     last_step: int  # train_steps, or fewer where MAX_EPOCHS ends the run first
-    rows: int  # of a step's arrays: batch_size, or fewer where examples are packed
-    filled: float  # the part of them that packed examples fill, on average
-    questions: tuple[Any, ...]  # of each benchmark that is asked while training, as `Evaluation.load` gives them
-    trunk: Trunk | None = None  # what the run branches from
+    rows: int  # of a step's arrays: batch_size, or fewer if examples are packed
+    filled: float  # the mean fraction of them that packed examples fill
+    questions: tuple[Any, ...]  # of the benchmarks asked during training, from `Evaluation.load`
+    trunk: Trunk | None = None  # of a branch
 
     @property
     def first_step(self) -> int:
-        """Steps that were done when the run began: those of its trunk."""
+        """The steps already done when the run begins: those of its trunk."""
         return self.trunk.step if self.trunk else 0
 
 
@@ -135,10 +135,10 @@ def make_plan(
     training: Training, report: Callable[[str], None] = print, trunk: Trunk | None = None,
     state: TrainState | None = None,
 ) -> Plan:
-    """Builds everything but arrays; writes the cache of rows where there is none.
+    """Builds everything except arrays; writes the cache of rows if it is missing.
 
-    `trunk` stands in for that of BRANCH_FROM, where that is not trained yet; `state` is the abstract state, where it is
-    known from a run of the same model, optimizer and mesh.
+    `trunk` replaces that of BRANCH_FROM if the latter is not trained yet; `state` is the abstract state, if it is known
+    from a run with the same model, optimizer and mesh.
 
     Raises:
       ValueError: in one line, for any setting that does not fit the others.
@@ -181,13 +181,13 @@ def make_plan(
 
 
 def kept_steps(training: Training) -> list[int]:
-    """KEEP_STEPS in steps: a part of the run is rounded to the nearest, and at least the first."""
+    """KEEP_STEPS in steps: a fraction of the run is rounded to the nearest step, at least the first."""
     return sorted({step if isinstance(step, int) else max(1, round(step * training.train_steps))
                    for step in training.keep_steps})
 
 
 def unit(mixture: OpenMixture) -> str:
-    """What a position of the order is."""
+    """The plural noun for positions of the order."""
     return "examples" if mixture.stage == "tuning" else "rows"
 
 
@@ -306,7 +306,7 @@ def schedule_lines(order: Order, batch_size: int, last_step: int) -> list[str]:
 
 
 def branch_lines(training: Training, plan: Plan) -> list[str]:
-    """Of a branch, whether its learning rate goes on from its trunk's."""
+    """For a branch, a line on whether its learning rate continues its trunk's."""
     if plan.trunk is None:
         return []
     (last, following), now = plan.trunk.learning_rates, float(training.learning_rate(plan.trunk.step))
@@ -326,7 +326,7 @@ def learning_rate_lines(schedule: Schedule, first_step: int, last_step: int) -> 
 
 
 class Layout(NamedTuple):
-    """How a run lies on devices, as `Plan` has it."""
+    """The part of a `Plan` that determines a run's memory on devices."""
 
     mesh: Mesh
     model: Decoder
@@ -335,15 +335,15 @@ class Layout(NamedTuple):
 
 
 def memory_parts(training: Training, plan: Plan | Layout) -> dict[str, int]:
-    """Bytes a device: the state exactly, gradients as large as the parameters, activations by what remat keeps."""
+    """Bytes per device: the exact state, gradients as large as the parameters, activations estimated from remat."""
     config = plan.model.config
     shards = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
     tokens = plan.rows // shards // training.microbatches * training.mixture.length
     itemsize = jax.numpy.dtype(config.dtype).itemsize
-    # Values that a block keeps for a token: its input; outputs of its matmuls, split along `model` where heads or the
-    # MLP are; and without remat those of norms and activations too, and attention's probabilities over half the keys.
+    # Values that a block keeps per token: its input; outputs of its matmuls, split along `model` like heads and the
+    # MLP; and without remat also those of norms and activations, and attention's probabilities over half the keys.
     model = plan.mesh.shape["model"]
-    attended = 2 * config.query_width + 2 * config.key_width  # queries, keys, values, and what attention returns
+    attended = 2 * config.query_width + 2 * config.key_width  # queries, keys, values, and attention's output
     matmuls = 2 * config.hidden + (attended + config.feedforward * (2 if config.is_gated else 1)) / model
     kept = itemsize * {
         "full": config.hidden,
@@ -360,7 +360,7 @@ def memory_parts(training: Training, plan: Plan | Layout) -> dict[str, int]:
 
 
 def memory_estimate(training: Training, plan: Plan) -> str:
-    """`memory_parts` as a line of text, and a second one that warns where a device has less."""
+    """`memory_parts` as a line of text, and a second one that warns if a device has less."""
     parts, has = memory_parts(training, plan), memory_per_device()
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     line = f"about {sum(parts.values()) / GIB:.2f} GiB per device: {listed}"

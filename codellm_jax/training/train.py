@@ -158,12 +158,12 @@ def train(
       training: the settings.
       settings: called when everything is built; the operative configuration as text and as name -> value. The text
         goes to MODEL_DIR/config.gin, the values into every checkpoint, and a resume with others is refused.
-      asked: what gin files and flags say, name -> value, for MODEL_DIR/provenance.json.
-      profile_steps: steps to write a trace of, if any.
-      runner: whose steps it takes.
+      asked: the settings of gin files and flags, name -> value, for MODEL_DIR/provenance.json.
+      profile_steps: steps to trace, if any.
+      runner: the trainer.
 
     Raises:
-      ValueError: a mistake in the configuration, a MODEL_DIR of another one, or steps to profile that the run has not.
+      ValueError: a mistake in the configuration, a MODEL_DIR of another one, or steps to profile that the run lacks.
       FloatingPointError: the loss is not finite.
     """
     with first_process_first():
@@ -211,7 +211,7 @@ def train(
                                f"The last good checkpoint is step {good} in {model_dir}. ")
                 + "A lower learning rate or a longer warm-up may help.") from None
         except OSError:
-            require_held()  # what failed may follow from that alone
+            require_held()  # a lost directory explains the error
             raise
         finally:
             status.close()
@@ -221,14 +221,14 @@ def train(
 
 
 def _held_by_another() -> None:
-    """The first process alone holds the directory."""
+    """Does nothing: only the first process holds the directory."""
 
 
 def loop(
     run: Run, checkpoints: Checkpoints, records: Records, status: StatusLine, settings: Mapping[str, str],
     stop: threading.Event, profile: Profile, runner: Runner, require_held: Callable[[], None] = _held_by_another,
 ) -> None:
-    """Trains `run` on to the plan's last step, in place. `require_held` is called before each save."""
+    """Trains `run` in place up to the plan's last step. `require_held` is called before each save."""
     training, plan, order = run.training, run.plan, run.plan.mixture.order
     sources, keep_steps = len(order.sources), kept_steps(training)
     step_fn = runner.make_step(training, plan)
@@ -246,7 +246,7 @@ def loop(
         nonlocal saved
         meter.settle()
         require_held()
-        if not bool(all_finite(run.state.params)):  # of the last step no loss will tell
+        if not bool(all_finite(run.state.params)):  # after the last step no loss would show it
             raise NotFinite(f"The parameters became infinite or NaN at step {run.step}.", run.step)
         records.settle()
         checkpoints.save(run.step, run.state, {"settings": dict(settings), "ledger": run.ledger.to_json(),
@@ -278,7 +278,7 @@ def loop(
                 meter.settle()
                 evaluate(run, eval_fn, records, status)
                 meter.restart()
-            # Before the checkpoint: a run that is killed meanwhile comes this way again.
+            # Before the checkpoint, so that a run killed meanwhile exports again.
             if training.export_period and (
                     run.step % training.export_period == 0 or run.step == plan.last_step):
                 export()
@@ -303,13 +303,13 @@ def loop(
 
 @jax.jit
 def all_finite(params: Any) -> jax.Array:
-    """Whether each number of each array is finite: a scalar of bool."""
+    """Whether every number of every array is finite: a bool scalar."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
 def stops(stop: threading.Event, step: int, log_period: int) -> bool:
-    """Whether to stop after `step` steps. A signal may reach one process alone, and all must stop after the same step:
-    several agree at each record, where they wait for each other anyhow.
+    """Whether to stop after `step` steps. A signal may reach only one process, but all must stop after the same step:
+    several processes agree at each record, where they wait for each other anyway.
     """
     if jax.process_count() == 1:
         return stop.is_set()
@@ -318,7 +318,7 @@ def stops(stop: threading.Event, step: int, log_period: int) -> bool:
 
 @jax.profiler.annotate_function
 def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Draw]:
-    """What step `step`, from 0, trains on, and where it was drawn from."""
+    """The batch of step `step`, from 0, and its draw."""
     mixture, sharding = plan.mixture, batch_sharding(plan.mesh)
     if mixture.stage == "tuning":
         return example_batch(step, training.batch_size, mixture.order, mixture.training, plan.rows,
@@ -328,14 +328,14 @@ def batch_of_step(training: Training, plan: Plan, step: int) -> tuple[Batch, Dra
 
 
 def batch_and_sizes(training: Training, plan: Plan, step: int) -> tuple[Batch, Draw, Sizes]:
-    """What `batch_of_step` gives, and the sizes of what was drawn, for which rows may have to be read."""
+    """The result of `batch_of_step`, and the sizes of the drawn rows, which may have to be read for this."""
     batch, drawn = batch_of_step(training, plan, step)
     return batch, drawn, plan.mixture.sizes(drawn)
 
 
 @jax.profiler.annotate_function
 def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: StatusLine) -> None:
-    """Held-out losses and benchmarks, recorded and shown. A branch has its trunk's losses of the step it begins at."""
+    """Records and shows held-out losses and benchmarks. At its first step a branch takes over its trunk's losses."""
     found, of_what = run.held_out, held_out_rows(run)
     if not found or (found["step"], found["of"]) != (run.step, of_what):
         found = run.held_out = {"step": run.step, "of": of_what, "losses": held_out(run, eval_fn)}
@@ -360,7 +360,7 @@ def evaluate(run: Run, eval_fn: Callable[..., Any], records: Records, status: St
 
 
 def held_out_rows(run: Run) -> dict[str, Any]:
-    """What held-out losses depend on besides the parameters, as JSON."""
+    """Everything that held-out losses depend on besides the parameters, as JSON."""
     rows = zip(run.plan.mixture.order.sources, run.plan.mixture.validation, strict=True)
     return {"eval_rows": run.training.eval_rows, "rows": {
         source.name: of_source and of_source.content_hash for source, of_source in rows}}
@@ -368,10 +368,10 @@ def held_out_rows(run: Run) -> dict[str, Any]:
 
 def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
     """Loss of each source and each pool on the first rows of its validation split, in nats per token and in bits per
-    byte; empty where there are none.
+    byte; empty if there are none.
 
-    Bits per byte are the nats of all tokens that the loss counts, ends of documents too, over ln 2, over the bytes of
-    the text that they are (`Vocabulary.bytes_behind`).
+    Bits per byte are the nats of all tokens that the loss counts, including ends of documents, over ln 2, over the
+    bytes of their text (`Vocabulary.bytes_behind`).
     """
     training, plan, order = run.training, run.plan, run.plan.mixture.order
     losses, tokens, sizes = np.zeros((3, len(order.sources)))
@@ -392,13 +392,13 @@ def held_out(run: Run, eval_fn: Callable[..., Any]) -> dict[str, float]:
 
 
 def ask_benchmarks(run: Run) -> tuple[dict[str, dict[str, Any]], list[TaskFailed]]:
-    """Results of the benchmarks, {"score/logic": ...}, whose files lie in results/in_training/STEP, and what failed."""
+    """Results of the benchmarks, {"score/logic": ...}, with files in results/in_training/STEP, and the failures."""
     training, plan = run.training, run.plan
     if training.evaluation is None or not plan.questions:
         return {}, []
     folder = epath.Path(training.model_dir).expanduser() / "results" / "in_training" / str(run.step)
     if jax.process_index() == 0 and folder.exists():
-        folder.rmtree()  # of a run that was killed after its last checkpoint, or of one before
+        folder.rmtree()  # left by a run that was killed after its last checkpoint, or by an earlier run
     model = TrainedModel(run.state.params, plan.model.config, training.vocabulary, plan.mesh)
     checkpoint = {"run": resolved(training.model_dir), "step": run.step, "arm": arm(run.ledger.to_json())}
     results, failures = ask(training.evaluation, plan.questions, model, checkpoint, str(folder),
@@ -407,7 +407,7 @@ def ask_benchmarks(run: Run) -> tuple[dict[str, dict[str, Any]], list[TaskFailed
 
 
 def utilization(plan: Plan, tokens_per_second: float) -> tuple[float | None, float | None]:
-    """Model FLOPs over the devices' peak, with full and with causal attention counted; None if it is not known."""
+    """Model FLOPs over the devices' peak, counting full and causal attention; None if the peak is unknown."""
     peak = peak_flops()
     if peak is None:
         return None, None
