@@ -204,7 +204,7 @@ def test_watching_a_run_and_a_study(tmp_path, monkeypatch, capsys):
     told = {shlex.join(arguments): run(arguments, capsys) for arguments in commands(title)}
     assert "gin/models/tiny.gin" in told["list models"] and "DROPOUT_RATE" in told["settings dropout"]
     assert "--gin_file" not in told["explain --gin_file=gin/mixed_pretrain.gin"]
-    assert "trained to its end" in told["show runs/first"] and "1 of 4 runs are done" in told["show studies/first"]
+    assert "trained to the end" in told["show runs/first"] and "1 of 4 runs are done" in told["show studies/first"]
     assert told["show runs"].splitlines()[1].split()[:3] == ["first", "trained", "10/10"]
     assert served == [("studies/first", "127.0.0.1", None)]
     [trackers] = blocks(title, "gin")

@@ -400,7 +400,7 @@ def scaled(scaling: dict[str, Any]) -> dict[str, Any]:
         ({"rotary_theta": 5e5}, "rotary_theta is set, but positions are 'learned': set positions = 'rotary'"),
         ({"positions": "rotary", "rotary_theta": 1.0}, "rotary_theta must be above 1"),
         ({"positions": "rotary", "rotary_part": 1.5}, "rotary_part must be above 0 and at most 1"),
-        ({"positions": "rotary", "head_size": 5}, "heads of 5 is 5 numbers, which must be even"),
+        ({"positions": "rotary", "head_size": 5}, "heads of size 5 is 5 numbers, which must be even"),
         ({"positions": "rotary", "rotary_part": 0.2}, "is 0 numbers, which must be even and not 0"),
         (scaled({}), "'kind' of linear, llama3, yarn, found {}"),
         (scaled({"kind": ["linear"]}), "'kind' of linear, llama3, yarn"),
