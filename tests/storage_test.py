@@ -180,7 +180,7 @@ def test_a_run_in_the_bucket_is_the_run_on_disk(bucket, runs):
     assert (kept, damaged, has_config) == (["4", "6"], [], True)
     assert events == sum(len(line) - 2 for line in on_disk)
     shown = [bucket(*t5x("show", run)) for run in (f"{folder}/run", "gs://bucket/run")]
-    assert "trained to its end, step 6 of 6" in shown[1] and "checkpoints 4, 6" in shown[1]
+    assert "trained to the end, step 6 of 6" in shown[1] and "checkpoints 4, 6" in shown[1]
     of_disk, of_bucket = ([line for line in page.splitlines() if line.startswith(("  ", "text.", "code."))]
                           for page in shown)
     assert of_disk == of_bucket and len(of_disk) > 4

@@ -112,8 +112,11 @@ def open_mlflow(run: Tracked) -> Tracker:
         experiment = client.get_experiment_by_name(name)
         try:
             number = experiment.experiment_id if experiment else client.create_experiment(name)
-        except MlflowException:  # another run has just made it
-            number = client.get_experiment_by_name(name).experiment_id
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+            number = experiment.experiment_id  # another run has just made it
         made = client.create_run(number, run_name=run.name, tags={"study": run.group} if run.group else {})
         known = made.info.run_id
         client.log_batch(known, params=[Param(name, str(value)[:LONGEST]) for name, value in run.configuration.items()])

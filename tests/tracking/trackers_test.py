@@ -53,7 +53,7 @@ def test_all_of_a_run_is_sent_once(tmp_path, sent):
     follower.records()
     assert [(step, sorted(values)[0], values.get("train/loss")) for step, values in sent.records] == [
         (2, "train/loss", 8.8), (4, "train/loss", 8.6), (4, "eval/loss", None)]
-    # Killed, gone on with from step 2, and trained to its end: what was sent is not sent again.
+    # Killed, gone on with from step 2, and trained to the end: what was sent is not sent again.
     lines = (run / "metrics.jsonl").read_text().splitlines()[:1]
     more = [json.dumps({"step": step, "split": "train", "loss": float(step)}) for step in (4, 6)]
     (run / "metrics.jsonl").write_text("\n".join([*lines, *more]) + "\n")
