@@ -285,14 +285,15 @@ def task_tokens(task: Any, split: str, vocabulary: Any) -> Iterator[dict[str, np
 
 class Note(NamedTuple):
     """A reader's warning: `template` % `values`. Values are texts, numbers, and dicts from a reason to the number of
-    records and the place of the first.
+    records and the place of the first, which is not printed if the reason names its file.
     """
 
     template: str
     values: tuple[Any, ...]
 
     def __str__(self) -> str:
-        told = tuple(", ".join(f"{count} {reason}" + (f" (first: {place})" if place else "")
+        told = tuple(", ".join(f"{count} {reason}" + f" (first: {place})" * (
+                                   bool(place) and not reason.endswith(f" {os.path.basename(place)}"))
                                for reason, (count, place) in sorted(value.items()))
                      if isinstance(value, dict) else value for value in self.values)
         return self.template % told if told else self.template
