@@ -242,7 +242,10 @@ def test_arrays_of_many_chunks_are_copied_whole(
 
 @pytest.mark.slow
 def test_memory_is_that_of_an_array(tmp_path: Path):
-    """Of 12 arrays of 32 MiB, each stored as one, a few are held at a time, with what waits to be written."""
+    """Of 12 arrays of 32 MiB, each stored as one, a few are held at a time, with what waits to be written.
+
+    The allocator returns at once what is freed, so that its own reserves, which grow with the load, are not measured.
+    """
     arrays, (layers, rows, columns) = 12, (8, 1024, 1024)
     size = 4 * layers * rows * columns
     for name, state in (("small", state_of(4, 4, 2, 1)), ("large", state_of(rows, columns, layers, arrays))):
@@ -266,5 +269,6 @@ print(-peak("small", 4, 4, 2, 1) + peak("large", *sizes))
 """
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path, *map(str, (rows, columns, layers, arrays))], text=True,
-        capture_output=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)])})
-    assert int(done.stdout) < 8 * size
+        capture_output=True, check=True, env=os.environ | {
+            "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)]), "MALLOC_MMAP_THRESHOLD_": str(2**20)})
+    assert int(done.stdout) < 3 * size + 2**27
