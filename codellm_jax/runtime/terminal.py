@@ -79,15 +79,22 @@ def ending_signals() -> list[signal.Signals]:
 
 
 def quiet_libraries() -> None:
-    """Silences tracebacks of failed saves, which are raised and reported in one line. Orbax also logs a traceback, and
-    each of its other writes that finds the event loop closed prints one that no `except` can catch.
+    """Silences tracebacks of failed saves and restores, which are raised and reported in one line. Orbax also logs a
+    traceback, and prints others that no `except` can catch: of each further write that finds the event loop closed, and
+    of each further read that Python closes unfinished (GeneratorExit) after another read of the checkpoint failed.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     told, told_unraisable = sys.excepthook, sys.unraisablehook
     late = "Event loop is closed"
+
+    def unraisable(found: "sys.UnraisableHookArgs") -> None:
+        error = found.exc_value
+        if str(error) != late and not isinstance(getattr(error, "__context__", None), GeneratorExit):
+            told_unraisable(found)
+
     sys.excepthook = lambda kind, error, trace: None if str(error) == late else told(kind, error, trace)
-    sys.unraisablehook = lambda found: None if str(found.exc_value) == late else told_unraisable(found)
+    sys.unraisablehook = unraisable
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ REFUSED = "t5x train: error: CODE_RATE must lie between 0 and 1, found 2."
     (0, "done", ""), (1, f"step 1\n{REFUSED}\n", ""), (-9, "step 1", ""), (130, "t5x train: error: interrupted.", ""),
     (143, "Interrupted; the same command continues from here.", ""), (137, "step 1", "without a word"),
     (None, "step 1", "hangs"), (1, f"Traceback (most recent call last):\n{REFUSED}", "a traceback"),
-    (0, "Exception in thread\nTraceback (most recent call last):\nOSError\ndone", "a traceback"),
+    (0, "Exception in thread\nTraceback (most recent call last):\n  in a file\nOSError\ndone", "a traceback: OSError"),
     (1, "step 1", "without a word"), (1, "t5x train: error: KeyError: 'x' (--debug shows where)", "not expected")])
 def test_how_a_command_may_end(status: int | None, output: str, wrong: str) -> None:
     found = Ended(status, output).fault()

@@ -49,7 +49,8 @@ class Ended:
         if self.status is None:
             return f"hangs: {self.line[:300]}"
         if "Traceback (most recent call last)" in self.output:
-            return f"a traceback: {self.line[:300]}"
+            trace = self.output.partition("Traceback (most recent call last)")[2].splitlines()[1:]
+            return f"a traceback: {next((line for line in trace if not line.startswith(' ')), self.line)[:300]}"
         refused = "t5x " in self.line and "error: " in self.line
         if self.status > 0 and not refused and self.status not in INTERRUPTED:
             return f"ends with {self.status} without a word: {self.line[:300]}"

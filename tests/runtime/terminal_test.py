@@ -25,6 +25,34 @@ for number in range(20_000):
 print("\\u4e16\\u754c", "\\ud83d")
 open(sys.argv[1], "w").write("done")
 """
+ABANDONS = """
+import asyncio
+from codellm_jax.runtime.terminal import quiet_libraries
+
+async def read(number):
+    try:
+        await asyncio.sleep(60 * number)
+    except BaseException as error:
+        raise Exception(f"read {number} of a damaged checkpoint") from error
+    raise Exception("the first read failed")
+
+class Broken:
+    def __del__(self):
+        raise Exception("a fault of its own")
+
+async def reads():
+    await asyncio.gather(read(0), read(1), read(2))
+
+quiet_libraries()
+loop = asyncio.new_event_loop()
+try:
+    loop.run_until_complete(reads())
+except Exception as error:
+    print(error)
+loop.close()
+del loop
+Broken()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +81,13 @@ def test_a_process_outlives_its_terminal(tmp_path, gone):
             process = start("-c", PRINTS, str(tmp_path / "file"), stdout=full, stderr=full)
     assert process.wait(60) == 0
     assert (tmp_path / "file").read_text() == "done"
+
+
+def test_reads_that_python_closes_after_another_failed_print_no_traceback_and_other_faults_do():
+    process = start("-c", ABANDONS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "the first read failed\n")
+    assert errors.count("Traceback") == 1 and "a fault of its own" in errors
 
 
 def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
