@@ -89,39 +89,45 @@ def _searched(
     with contextlib.ExitStack() as workers:
         for _ in range(processes):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(theirs, sources, ngrams), daemon=True)
+            worker = context.Process(target=_serve, args=(theirs,), daemon=True)
             worker.start()
             theirs.close()  # so that recv raises EOFError when the worker ends
             workers.callback(worker.join)
             workers.callback(worker.terminate)  # callbacks run in reverse
             idle.append(ours)
-        while waiting or busy:
-            while waiting and idle:
-                connection = idle.pop()
-                busy[connection] = waiting.pop()
-                connection.send(ranges[busy[connection]])
-            finished: list[Any] = multiprocessing.connection.wait(list(busy))
-            for ready in finished:
-                try:
+        try:
+            for connection in idle:
+                connection.send((sources, ngrams))
+            while waiting or busy:
+                while waiting and idle:
+                    connection = idle.pop()
+                    busy[connection] = waiting.pop()
+                    connection.send(ranges[busy[connection]])
+                finished: list[Any] = multiprocessing.connection.wait(list(busy))
+                for ready in finished:
                     answer = ready.recv()
-                except EOFError:
-                    raise ChildProcessError("A search process was killed, perhaps for lack of memory; "
-                                            "contamination.processes sets their number.") from None
-                if isinstance(answer, Exception):
-                    raise answer
-                yield busy.pop(ready), answer
-                idle.append(ready)
+                    if isinstance(answer, Exception):
+                        raise answer
+                    yield busy.pop(ready), answer
+                    idle.append(ready)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise ChildProcessError("A search process was killed, perhaps for lack of memory; "
+                                    "contamination.processes sets their number.") from None
 
 
-def _serve(asked: Any, sources: Sequence[Trained], ngrams: NGrams) -> None:
-    """Searches ranges on request until the parent process is gone; prints no traceback at Ctrl-C."""
+def _serve(asked: Any) -> None:
+    """Searches ranges on request until the parent process is gone, be it in the middle of a message; prints no
+    traceback then, nor at Ctrl-C.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with contextlib.suppress(EOFError, OSError):
+        # Not arguments of the process: multiprocessing prints a traceback if its parent is killed while it sends them.
+        sources, ngrams = asked.recv()
         while True:
             one = asked.recv()
             try:
                 asked.send(_search_range(sources[one.source], one, ngrams))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 asked.send(error)
 
 

@@ -58,12 +58,18 @@ class Checkpoints:
                 raise ValueError(f"{directory} needs google-cloud-storage: pip install google-cloud-storage "
                                  "google-cloud-storage-control, or this package with [gcs] or [tpu].") from None
         self._directory = _absolute(directory)  # Orbax refuses relative paths, but only when saving
+        self._kept = _kept(keep_last, keep_every, keep_steps)
         self._saving = False
         self._bytes = 0  # of what is saved
-        self._manager = ocp.CheckpointManager(
+        self._manager = self._opened()
+
+    def _opened(self) -> ocp.CheckpointManager:
+        """A manager of the steps that exist now."""
+        # Lightweight: it reads no file of a checkpoint, which may be damaged. Its own `reload` reads them.
+        return ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_kept(keep_last, keep_every, keep_steps), cleanup_tmp_directories=True,
+                preservation_policy=self._kept, cleanup_tmp_directories=True, lightweight_initialize=True,
                 # In the background, a folder that cannot be created keeps threads and the process for five minutes.
                 async_options=ocp.AsyncOptions(
                     timeout_secs=int(SAVE_TIMEOUT.total_seconds()), create_directories_asynchronously=False)),
@@ -106,8 +112,8 @@ class Checkpoints:
 
     def reload(self) -> None:
         """Lists the steps again, since others may have removed some."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._manager.reload()
+        self._manager.close()
+        self._manager = self._opened()
 
     def newest_step(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -198,7 +204,7 @@ class Checkpoints:
                 (self._directory / str(step)).rename(aside)
         if damaged:
             wait_for_all("set aside")
-            self._manager.reload()
+            self.reload()
 
 
 def restore_parameters(
@@ -367,12 +373,8 @@ def checksums(tree: Any) -> dict[str, list[Any]]:
 def _kept(last: int, every: int | None, steps: Collection[int]) -> Any:
     """Orbax's policy of which checkpoints to keep."""
     policies = ocp.checkpoint_managers.preservation_policy
-    kept = [policies.LatestN(last)]
-    if every is not None:
-        kept.append(policies.EveryNSteps(every))
-    if steps:
-        kept.append(policies.CustomSteps(sorted(steps)))
-    return policies.AnyPreservationPolicy(kept)
+    regular = [] if every is None else [policies.EveryNSteps(every)]
+    return policies.AnyPreservationPolicy([policies.LatestN(last), *regular, policies.CustomSteps(sorted(steps))])
 
 
 def _chunked(state: Any) -> Any:
@@ -414,8 +416,7 @@ def _require_undamaged(record: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 def _require_step(found: Any, step: int) -> None:
-    """Raises ValueError if a checkpoint is stored under another number; None, as in earlier versions, is not
-    checked."""
+    """Raises ValueError if a checkpoint is stored under another number; None, of earlier versions, is not checked."""
     if found is not None and int(found) != step:
         raise ValueError(f"it is the checkpoint of step {int(found)} under another number")
 

@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import multiprocessing
+import os
 import random
+import signal
+import struct
 import unicodedata
 
 import numpy as np
@@ -179,6 +183,17 @@ def test_several_processes_find_the_same_first_ngrams(planted, make_source, monk
         np.testing.assert_array_equal(found, alone)
     total = source.rows.count + another.rows.count
     assert told[-1] == (total, total) and len(told) > 10
+
+
+def test_a_process_ends_in_silence_if_its_parent_is_killed_in_the_middle_of_a_message():
+    ours, theirs = multiprocessing.Pipe()
+    os.write(ours.fileno(), struct.pack("!i", 1_000) + b"the first bytes of 1,000")  # as Connection.send begins
+    ours.close()
+    interrupted = signal.getsignal(signal.SIGINT)
+    try:
+        overlap._serve(theirs)
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def test_damaged_rows_are_told_by_other_processes_too(make_source, monkeypatch):

@@ -271,6 +271,18 @@ def test_two_damaged_ones(tmp_path):
     assert sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["4", "5"]
 
 
+@pytest.mark.parametrize("content", ["[" * 99_999, '{"commit_timestamp_nsecs": 1e308}', '{"item_handlers": 1}', "null"])
+def test_what_orbax_notes_of_each_step_is_not_needed(tmp_path, content):
+    save(tmp_path, 3, 4, 5, keep_last=3)
+    for step in ("4", "5"):
+        (tmp_path / "checkpoints" / step / "_CHECKPOINT_METADATA").write_text(content)
+    restored, _, reports = restore(tmp_path)
+    assert_same_bits(restored, values(5))
+    assert not reports
+    save(tmp_path, 6, keep_last=2)
+    assert kept(tmp_path) == [5, 6]
+
+
 def test_all_are_damaged(tmp_path):
     save(tmp_path, 3, 4)
     for step in ("3", "4"):
