@@ -98,6 +98,8 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
         if any(one.tasks for one in sound) and not _contamination_file(asked).exists():
             _contamination(processes, sound, asked, options, leases)  # the first searching process was killed
         unreported = _report(processes, chosen, asked, leases)
+        if unreported and processes.stopped:
+            return tell_stopped(processes.stopped, report)
     for line in [*failures, *unreported]:
         print(f"t5x study: error: {line}", file=sys.stderr)
     evaluated = any(one.tasks for one in chosen)

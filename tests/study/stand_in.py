@@ -3,7 +3,7 @@
     python stand_in.py study FLAGS...    `t5x study` with the commands below
     python -m stand_in train FLAGS...    the lock, steps, a checkpoint at every fifth step, and their files
     python -m stand_in eval FLAGS...     evaluates nothing
-    python -m stand_in report DIR        writes nothing
+    python -m stand_in report DIR        notes that it began, and takes REPORT_SECONDS
 
 Every step and every refusal is a line of STUDY_DIR/log: run, step, process. A loss is a hash of all training of the run
 and of the run from which it starts, so that it differs if a run is resumed wrongly, or trained from an unfinished one.
@@ -79,6 +79,11 @@ def train() -> None:
     print(f"step {step}/{steps} of the stand-in", flush=True)
 
 
+def report() -> None:
+    (Path(sys.argv[2]) / "reporting").touch()
+    time.sleep(float(os.environ.get("REPORT_SECONDS", "0")))
+
+
 def worker() -> None:
     """Runs `t5x study` with the commands above."""
     from codellm_jax import cli
@@ -96,4 +101,4 @@ def worker() -> None:
 
 
 if __name__ == "__main__":
-    {"train": train, "study": worker, "eval": lambda: None, "report": lambda: None}[sys.argv[1]]()
+    {"train": train, "study": worker, "eval": lambda: None, "report": report}[sys.argv[1]]()

@@ -176,6 +176,14 @@ def test_a_stopped_worker_gives_its_run_back_at_once(start, tmp_path, alone):
     require_trained_once(directory)
 
 
+def test_a_study_stopped_while_it_writes_its_report_says_so(start, tmp_path):
+    study = start(STEP_SECONDS="0.001", REPORT_SECONDS="60")
+    wait_until((tmp_path / "s" / "reporting").exists)
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(20) == 128 + signal.SIGTERM
+    assert said(tmp_path, 0).splitlines()[-1] == "Interrupted; the same command continues from here."
+
+
 @pytest.mark.slow
 def test_a_suspended_worker_loses_its_run_and_leaves_it_to_the_other(start, tmp_path, alone):
     """Its command goes on meanwhile, and holds the run's directory; the other waits for that, too."""
