@@ -10,10 +10,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from codellm_jax.results.answers import corpus_bleu
-from codellm_jax.results.files import write_result
+from codellm_jax.results.files import digest, write_result
 from codellm_jax.results.levels import accuracy_summary
 from codellm_jax.results.statistics import bootstrap
-from codellm_jax.runtime import checkpoints
 
 CANDIDATES = {"logic": 4, "jecqa": 4, "scienceqa": 3, "scienceqa_cot": 3, "ekar": 4, "ekar_cot": 4, "cosqa": 2, "c3": 4,
               "ocnli": 3, "cmnli": 3}
@@ -131,7 +130,7 @@ def _write_training(run: Path, letters: str, mix: str | None, seed: int, arrays:
         first = 0.0 if letters[0] == "N" else 1 / 3
         ledger["before"] = [_ledger("pretraining", (first,) * 4, tokens, False)]
     record = {"settings": settings, "ledger": ledger, "checksums": dict(arrays)}
-    record["digest"] = checkpoints.digest(record)
+    record["digest"] = digest(record)
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save((run / "checkpoints" / str(STEPS) / "record").absolute(), record)
     dice, unit = seed_of(run.name, "loss"), "example" if tuning else "token"
     lines: list[dict[str, Any]] = []

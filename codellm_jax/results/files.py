@@ -1,8 +1,10 @@
 """Files that commands write and later commands read: JSON objects, and the two files of a result, TASK.json and
-TASK.jsonl with a header and a line for each question.
+TASK.jsonl with a header and a line for each question. TASK.json and each line have a digest of the rest, so that damage
+is noticed; earlier versions wrote none.
 """
 
 import contextlib
+import hashlib
 import json
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -113,9 +115,20 @@ def files_of(folder: epath.Path, *suffixes: str) -> list[epath.Path]:
     return sorted(path for path in (folder.iterdir() if folder.exists() else ()) if path.suffix in suffixes)
 
 
-def as_lines(values: Sequence[Any]) -> str:
-    """JSON, one value per line; may contain text that only `encoded` can write."""
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+def digest(record: Mapping[str, Any]) -> str:
+    """A hash of everything else in a record."""
+    text = json.dumps({key: value for key, value in record.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _with_digest(value: Mapping[str, Any]) -> dict[str, Any]:
+    plain = json.loads(json.dumps(value))  # as it will be read: keys are texts
+    return plain | {"digest": digest(plain)}
+
+
+def as_lines(values: Iterable[Mapping[str, Any]]) -> str:
+    """JSON, one value per line, each with its digest; may contain text that only `encoded` can write."""
+    return "".join(json.dumps(_with_digest(value), ensure_ascii=False) + "\n" for value in values)
 
 
 def encoded(text: str) -> bytes:
@@ -126,8 +139,11 @@ def encoded(text: str) -> bytes:
 
 
 def lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of an interrupted evaluation with exactly this header; a kill may have truncated the last one."""
-    lines = []
+    """The lines of an interrupted evaluation with exactly this header, up to the first one that a kill truncated or
+    that is damaged.
+    """
+    lines: list[dict[str, Any]] = []
+    have_digests = False
     # A kill may also truncate a character; and texts contain U+2028 and similar unescaped, where `splitlines` would
     # split.
     for text in path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []:
@@ -138,6 +154,10 @@ def lines_written(path: epath.Path, header: Mapping[str, Any]) -> list[dict[str,
         except (ValueError, RecursionError):
             break
         if not isinstance(line, dict):
+            break
+        found = line.pop("digest", None)
+        have_digests = have_digests if lines else found is not None
+        if have_digests and found != digest(line):
             break
         lines.append(line)
     return lines[1:] if lines and lines[0] == header else []
@@ -159,6 +179,8 @@ def read_result(path: epath.Path, required: Collection[str] = ("task", "n", "set
     found = read_object(path, RESULT, ("checkpoint", *required))
     if found is None:
         raise Damaged(f"{path} is gone.")
+    if found.pop("digest", None) not in (None, digest(found)):
+        raise Damaged(f"{path} is damaged: it differs from what was written.")
     return found
 
 
@@ -167,7 +189,7 @@ def write_result(
 ) -> None:
     """Writes both files of a task, the lines first."""
     write_whole(folder / f"{name}.jsonl", as_lines([header, *lines]))
-    write_whole(folder / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / f"{name}.json", json.dumps(_with_digest(result), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_whole(path: epath.Path, text: str) -> None:

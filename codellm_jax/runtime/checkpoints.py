@@ -10,8 +10,6 @@ one before it is used.
 
 import contextlib
 import datetime
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from codellm_jax.mixture.transient import SECONDS_BETWEEN_TRIES, is_transient
+from codellm_jax.results.files import digest
 from codellm_jax.runtime.distributed import gathered, wait_for_all
 from codellm_jax.runtime.files import is_step
 from codellm_jax.runtime.terminal import is_of_peers
@@ -400,12 +399,6 @@ def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
         return jnp.sum(bits, dtype=jnp.uint32)
 
     return [bit_sum(leaf) for leaf in leaves]
-
-
-def digest(record: Mapping[str, Any]) -> str:
-    """A hash of everything else in a record."""
-    text = json.dumps({key: value for key, value in record.items() if key != "digest"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _require_undamaged(record: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import tensorstore
 from etils import epath
 from flax import traverse_util
 
-from codellm_jax.runtime.checkpoints import digest, first_line, named_leaves, undamaged_records
+from codellm_jax.results.files import digest
+from codellm_jax.runtime.checkpoints import first_line, named_leaves, undamaged_records
 
 CHUNK = 2**24  # maximum bytes of an array's chunk
 IN_FLIGHT = 2**26  # maximum bytes waiting to be written

@@ -100,13 +100,13 @@ def study(configuration: Configuration, options: Options, report: Callable[[str]
         unreported = _report(processes, chosen, asked, leases)
         if unreported and processes.stopped:
             return tell_stopped(processes.stopped, report)
-    for line in [*failures, *unreported]:
-        print(f"t5x study: error: {line}", file=sys.stderr)
     evaluated = any(one.tasks for one in chosen)
     if not evaluated:
         report(losses(chosen))
     report(f"{len(chosen) - len(failures)} of {len(chosen)} runs are done: {asked.directory}" if failures else
            f"All {len(chosen)} runs are trained{' and evaluated' * evaluated}: {asked.directory}")
+    for line in [*failures, *unreported]:
+        print(f"t5x study: error: {line}", file=sys.stderr)
     return 1 if failures or unreported else 0
 
 

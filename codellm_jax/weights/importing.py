@@ -32,7 +32,8 @@ from codellm_jax import hub
 from codellm_jax.mixture.half_made import half_made
 from codellm_jax.model.config import DecoderConfig
 from codellm_jax.model.decoder import flops_per_token, parameter_count
-from codellm_jax.runtime.checkpoints import digest, resolved
+from codellm_jax.results.files import digest
+from codellm_jax.runtime.checkpoints import resolved
 from codellm_jax.runtime.parts import Part, rows_of_chunk, save_in_parts
 from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.provenance import software

@@ -28,7 +28,7 @@ from codellm_jax.evaluation.scoring import Scores
 from codellm_jax.model.decoder import Decoder
 from codellm_jax.results import tables
 from codellm_jax.results.answers import corpus_bleu
-from codellm_jax.results.files import as_lines, lines_written
+from codellm_jax.results.files import as_lines, lines_written, read_result
 from codellm_jax.results.statistics import holm, sign_flips
 from codellm_jax.runtime.checkpoints import restore_parameters
 from codellm_jax.runtime.partitioning import make_mesh
@@ -123,7 +123,8 @@ def test_a_result_says_what_it_is(evaluated):
     assert result["interval"][0] <= result["value"] <= result["interval"][1]
     assert result["chance"] == 0.25 and 0 < result["majority"] <= 1
     assert set(result["accuracy_by_scoring"]) == set(evaluate.SCORINGS)
-    assert {name: result[name] for name in header} == header
+    assert {name: result[name] for name in header if name != "digest"} == {
+        name: header[name] for name in header if name != "digest"}
     assert result["settings"]["data"] == load("logic", None).sha256
     # Of the right answers, from the candidates as they stand in the lines.
     losses = [[-one["log_likelihood"] / one["tokens"] for one in line["candidates"]] for line in lines]
@@ -227,7 +228,7 @@ def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeyp
     started = [{key: value for key, value in json.loads(line).items() if key not in ("prediction", "tied", "correct")}
                for line in lines[:4]]
     (tmp_path / "run" / "results" / "cosqa_sample.jsonl").write_text(
-        "\n".join([*map(json.dumps, started), lines[4][:20]]))
+        as_lines(started) + lines[4][:20])
     (tmp_path / "run" / "results" / "cosqa_sample.json").unlink()
     scored: list = []
     real = evaluate._scored
@@ -240,12 +241,12 @@ def test_an_interrupted_evaluation_goes_on(evaluated, run_dir, tmp_path, monkeyp
         assert found.get("prediction") == wanted.get("prediction") and found.keys() == wanted.keys()
     # While the first new line is made, the old ones lie on the disk: a kill then loses none.
     path = tmp_path / "run" / "results" / "cosqa_sample.jsonl"
-    path.write_text("\n".join(map(json.dumps, started)))
+    path.write_text(as_lines(started))
     on_disk = []
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "_scored", lambda *rest: on_disk.append(path.read_text()) or real(*rest))
         assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']")) == 0
-    assert [json.loads(line) for line in on_disk[0].splitlines()] == started
+    assert on_disk[0] == as_lines(started)
     # Under other settings all questions are scored again.
     scored.clear()
     assert cli.main(flags(tmp_path / "run", "--gin.TASKS=['cosqa']", "--gin.SCORING=sum")) == 0
@@ -260,6 +261,20 @@ def test_lines_that_a_kill_cut_anywhere_are_gone_on_from(tmp_path, cut):
     path.write_bytes(whole[: whole.index("界".encode()) + 1] if cut == "inside a character" else whole)
     assert lines_written(path, header) == (lines[:2] if cut == "inside a character" else lines)
     assert lines_written(path, header | {"settings": {"other": 1}}) == []
+
+
+@pytest.mark.parametrize("old, new", [
+    ("-1.25", "-1.26"), ('"answer": 0', '"answer": null'), ('"id": "2", ', ""), (', "digest": ', ', "other": ')])
+def test_lines_end_before_the_first_that_differs_from_what_was_written(tmp_path, old, new):
+    header = {"settings": {}, "checkpoint": {}}
+    lines = [{"id": str(number), "answer": number % 2, "values": {0: -1.25, 10: float(number)}} for number in range(4)]
+    text = as_lines([header, *lines]).splitlines()
+    path = epath.Path(tmp_path / "task.jsonl")
+    path.write_text("\n".join([*text[:3], text[3].replace(old, new), *text[4:]]))
+    assert lines_written(path, header) == json.loads(json.dumps(lines[:2]))
+    # Earlier versions wrote no digests.
+    path.write_text("\n".join(map(json.dumps, [header, *lines])))
+    assert lines_written(path, header) == json.loads(json.dumps(lines))
 
 
 def test_another_model_of_the_same_arrays_is_asked_again(run_dir, tmp_path):
@@ -462,7 +477,7 @@ def test_measures_of_the_right_answer_are_compared(tmp_path):
     header, first, *rest = path.read_text().splitlines()
     line = json.loads(first)
     line["candidates"][line["answer"]]["log_likelihood"] -= 2
-    path.write_text("\n".join([header, json.dumps(line), *rest]) + "\n")
+    path.write_text(as_lines([line if text is first else json.loads(text) for text in (header, first, *rest)]))
     found = {one.task: one for one in compare(str(tmp_path / "A"), str(tmp_path / "B"))}
     assert found["mbpp"].measures == ()
     bits, margin, probability = found["logic"].measures
@@ -500,7 +515,7 @@ def test_results_of_other_versions_are_not_compared(tmp_path):
         compare(str(tmp_path / "A"), str(tmp_path / "B"))
     # An earlier version took the first of those that tie.
     path = tmp_path / "A" / "results" / "logic.json"
-    path.write_text(path.read_text().replace('"ties": 0', '"ties": 4'))
+    path.write_text(json.dumps(read_result(epath.Path(path)) | {"ties": 4}))
     with pytest.raises(ValueError, match="logic of .*A: its lines do not match its result"):
         compare(str(tmp_path / "A"), str(tmp_path / "B"))
 

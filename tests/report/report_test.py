@@ -453,6 +453,11 @@ def test_too_little_held_out_is_noted_beside_the_losses(tmp_path):
     assert "<are>" not in (folder / "report" / "report.html").read_text()
 
 
+def without_digests(path: Path) -> str:
+    """The text of a result's lines as earlier versions wrote it."""
+    return re.sub(r', "digest": "[0-9a-f]{64}"', "", path.read_text())
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda folder: shutil.rmtree(folder), "There is no directory"),
     (lambda folder: [shutil.rmtree(path) for path in folder.glob("runs/*")], "No run in"),
@@ -462,9 +467,13 @@ def test_too_little_held_out_is_noted_beside_the_losses(tmp_path):
      "is not the result of an evaluation"),
     (lambda folder: (folder / "runs/NL.seed0/results/cosqa.jsonl").write_text("{}\n"), "its lines do not match"),
     (lambda folder: (path := folder / "runs/NL.seed0/results/cosqa.jsonl").write_text(
-        path.read_text().replace('"correct": 1.0', '"correct": 0.0')), "its lines do not add up to its accuracy"),
+        path.read_text().replace('"correct": 1.0', '"correct": 0.0')), "its lines do not match"),
     (lambda folder: (path := folder / "runs/NL.seed0/results/cosqa.jsonl").write_text(
-        path.read_text().replace('"log_likelihood": -1.0', '"log_likelihood": "low"')), "cosqa.jsonl is damaged: Type"),
+        without_digests(path).replace('"correct": 1.0', '"correct": 0.0')), "its lines do not add up to its accuracy"),
+    (lambda folder: (path := folder / "runs/NL.seed0/results/cosqa.jsonl").write_text(without_digests(path).replace(
+        '"log_likelihood": -1.0', '"log_likelihood": "low"')), "cosqa.jsonl is damaged: Type"),
+    (lambda folder: (path := folder / "runs/NL.seed0/results/cosqa.json").write_text(
+        path.read_text().replace('"n": 10', '"n": 9')), "it differs from what was written"),
     (lambda folder: (folder / "runs/NL.seed0/results/cosqa.json").write_text("[" * 100_000), "it is not JSON"),
     (lambda folder: (folder / "study.json").write_text('{"runs": [{"run": "NL.seed0", "seed": "many"}]}'),
      "study.json is damaged: 'seed' is 'many'"),

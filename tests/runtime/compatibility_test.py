@@ -10,7 +10,7 @@ import pytest
 from codellm_jax import cli
 from codellm_jax.configuration import read_configuration
 from codellm_jax.model.decoder import DecoderConfig
-from codellm_jax.runtime import checkpoints
+from codellm_jax.results.files import digest
 from codellm_jax.runtime.checkpoints import newest_record
 from codellm_jax.runtime.compatibility import (
     literal,
@@ -41,7 +41,7 @@ def forged(run: Path, target: Path, **settings: object) -> Path:
     [file] = (target / "checkpoints" / "4" / "record").glob("metadata")
     record = json.loads(file.read_text())
     record["settings"] |= settings
-    record["digest"] = checkpoints.digest(record)
+    record["digest"] = digest(record)
     file.write_text(json.dumps(record))
     return target
 
