@@ -37,10 +37,11 @@ from codellm_jax.runtime.parts import Part, rows_of_chunk, save_in_parts
 from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.provenance import software
 from codellm_jax.tokenizing import files as tokenizer_files
+from codellm_jax.tokenizing import foreign
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 from codellm_jax.weights.layouts import PublishedTensor, decoder_values, matched, published_tensors, stacked_shapes
 from codellm_jax.weights.mindspore import is_mindspore, open_mindspore
-from codellm_jax.weights.reading import FLOATS, Tensors, json_object, open_tensors
+from codellm_jax.weights.reading import FLOATS, Tensors, open_tensors
 
 CONFIGURATION = "config.json"
 # The names requested from a hub, one after the other until weights are found.
@@ -140,7 +141,7 @@ def _read_headers(folder: str) -> tuple[dict[str, Any], Tensors]:
     configuration = place / CONFIGURATION
     if not configuration.exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIGURATION}, so it is not a published model.")
-    return json_object(configuration), open_tensors(folder)
+    return foreign.json_object(str(configuration)), open_tensors(folder)
 
 
 def _vocabulary(folder: str, given: str | None, facts: Mapping[str, Any], rows: int) -> Vocabulary:
@@ -314,7 +315,8 @@ def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> 
     place = epath.Path(source.folder)
     path = _copy_tokenizer(source.vocabulary.path, made / "vocabulary", run / "vocabulary")
     held = settings(source, path)
-    (made / "config.gin").write_text("".join(f"{name} = {value}  # {source.name}\n" for name, value in held.items()))
+    name_in_a_line = " ".join(source.name.split())
+    (made / "config.gin").write_text("".join(f"{name} = {value}  # {name_in_a_line}\n" for name, value in held.items()))
     status = StatusLine(0, max(1, size // 10**6), active=jax.process_index() == 0, unit="MB")
     with contextlib.closing(status), concurrent.futures.ThreadPoolExecutor(1) as beside:
         sums = [beside.submit(_file_facts, place / name) for name in source.files]
@@ -371,7 +373,6 @@ def _copy_tokenizer(path: str, made: epath.Path, place: epath.Path) -> str:
         found.copy(made / found.name)
         return str(place / found.name)
     made.mkdir(parents=True)
-    for pattern in tokenizer_files.PATTERNS:
-        for file in epath.Path(folder).glob(pattern):
-            file.copy(made / file.name, overwrite=True)
+    for name in tokenizer_files.names_in(folder):
+        (made / name).write_bytes(tokenizer_files.read_beside(folder, name))
     return str(place)
