@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.provenance import software
 from codellm_jax.tokenizing import files as tokenizer_files
 from codellm_jax.tokenizing import foreign
+from codellm_jax.tokenizing.apart import try_tokenizer
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 from codellm_jax.weights.layouts import PublishedTensor, decoder_values, matched, published_tensors, stacked_shapes
 from codellm_jax.weights.mindspore import is_mindspore, open_mindspore
@@ -147,10 +149,12 @@ def _read_headers(folder: str) -> tuple[dict[str, Any], Tensors]:
 def _vocabulary(folder: str, given: str | None, facts: Mapping[str, Any], rows: int) -> Vocabulary:
     """The tokenizer of a folder, or the one given instead."""
     path, options = given or folder, dict[str, Any](size=rows)
-    if facts["model_type"] == "gpt_pangu" and tokenizer_files.tokenizer_file(
-            tokenizer_files.resolve(path)).endswith(".model"):
-        options["text_form"] = "pangu"
     try:
+        if given is None or re.search(r"[./\\]", given):  # not the name of a shipped one
+            file = tokenizer_files.tokenizer_file(tokenizer_files.resolve(path))
+            try_tokenizer(tokenizer_files.read(file), file)
+            if facts["model_type"] == "gpt_pangu" and file.endswith(".model"):
+                options["text_form"] = "pangu"
         return load_vocabulary(path, **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Name one: t5x import {folder} --output=RUN --vocabulary=FILE.") from None
