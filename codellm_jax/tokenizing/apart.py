@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 # Seconds of the processor and bytes of memory for a rendering, which takes a millisecond, and for a tokenizer.
 RENDERING = 10.0, 1 << 30
-LOADING = 120.0, 4 << 30
+LOADING = 60.0, 4 << 30
 WAITING = 20  # times the seconds of the processor: the most of the clock, on a busy machine
 ROOT = Path(__file__).resolve().parents[2]
 LETTERS = "".join(chr(code) for first, last in ((32, 127), (0xA1, 0x250), (0x370, 0x590), (0x3041, 0x3100),
@@ -60,9 +60,6 @@ class _Process:
         if line.endswith(b"\n"):
             found: dict[str, Any] = json.loads(line)
             return found
-        with contextlib.suppress(BrokenPipeError):
-            to.close()
-        answers.close()
         status = self._process.wait()
         if status in (-signal.SIGPROF, -signal.SIGALRM):
             raise Ended(f"takes more than {self._seconds:g} seconds")
@@ -71,7 +68,8 @@ class _Process:
 
     def close(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        with contextlib.suppress(BrokenPipeError), self._process:  # closes its pipes and waits
+            pass
 
 
 _renderer: _Process | None = None

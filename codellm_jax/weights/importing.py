@@ -16,11 +16,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,6 +110,7 @@ def open_source(source: str, vocabulary: str | None = None) -> Source:
             if tensor.name in tensors.dtypes and tensors.dtypes[tensor.name] not in {str(d) for d in FLOATS.values()}:
                 raise ValueError(f"{tensor.name} has the dtype {tensors.dtypes[tensor.name]}; supported are "
                                  f"{', '.join(str(dtype) for dtype in FLOATS.values())}.")
+        _require_memory(tensors, published)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     first: dict[Any, str] = {}
@@ -118,6 +120,14 @@ def open_source(source: str, vocabulary: str | None = None) -> Source:
     own = sorted((tensor for tensor in published if tensor.name not in copies), key=lambda tensor: order[tensor.name])
     return Source(name, folder, revision, facts, values, tensors, tuple(own), copies,
                   _vocabulary(folder, vocabulary, facts, config.vocabulary_size))
+
+
+def _require_memory(tensors: Tensors, published: Sequence[PublishedTensor]) -> None:
+    """Raises ValueError if a tensor, which is read as a whole, is larger than this machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for tensor in published:
+        if (size := _bytes_of(tensors, tensor.name)) > memory:
+            raise ValueError(f"{tensor.name} has {size / 1e9:,.0f} GB, more than the memory of this machine.")
 
 
 def _located(source: str) -> tuple[str, str, str | None]:
@@ -291,7 +301,7 @@ def import_run(source: str, output: str, vocabulary: str | None = None, report: 
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"{run} exists already, but an import needs a new run: choose another --output or remove it.")
     opened = open_source(source, vocabulary)
-    size = sum(_bytes_of(opened, tensor.name) for tensor in opened.published)
+    size = sum(_bytes_of(opened.tensors, tensor.name) for tensor in opened.published)
     report(f"{opened.name}: {opened.facts['model_type']}, {parameter_count(opened.config):,} parameters in "
            f"{len(opened.published)} tensors, {size / 1e9:.3f} GB.")
     with contextlib.ExitStack() as stack:
@@ -310,8 +320,8 @@ def import_run(source: str, output: str, vocabulary: str | None = None, report: 
     return opened
 
 
-def _bytes_of(source: Source, name: str) -> int:
-    return int(np.prod(source.tensors.shapes[name], dtype=np.int64)) * jnp.dtype(source.tensors.dtypes[name]).itemsize
+def _bytes_of(tensors: Tensors, name: str) -> int:
+    return math.prod(tensors.shapes[name]) * jnp.dtype(tensors.dtypes[name]).itemsize
 
 
 def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> dict[str, Any]:
