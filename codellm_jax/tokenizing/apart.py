@@ -27,9 +27,9 @@ WAITING = 20  # times the seconds of the processor: the most of the clock, on a 
 ROOT = Path(__file__).resolve().parents[2]
 LETTERS = "".join(chr(code) for first, last in ((32, 127), (0xA1, 0x250), (0x370, 0x590), (0x3041, 0x3100),
                                                 (0x4E00, 0x4E80), (0x1F600, 0x1F640)) for code in range(first, last))
-# Long runs are where a regular expression tries every way of parting a text.
-TEXTS = ("x  x", LETTERS, "def f(x):\n\treturn  x + 1\r\n", *(one * 4000 for one in ("a", " ", "1", "\n", "ab", "a ")),
-         "\0\x7f\u2028\u200d\ufeff\ufffd e\u0301")
+# A long run with another end is where a regular expression tries every way of parting a text.
+TEXTS = ("x  x", LETTERS, "def f(x):\n\treturn  x + 1\r\n",
+         *(one * 4000 + "!\0" for one in ("a", "x", " ", "1", "\n", "ab", "a ")), "\0\x7f\u2028\u200d\ufeff\ufffd e\u0301")
 
 
 class Ended(ValueError):
