@@ -29,7 +29,8 @@ LETTERS = "".join(chr(code) for first, last in ((32, 127), (0xA1, 0x250), (0x370
                                                 (0x4E00, 0x4E80), (0x1F600, 0x1F640)) for code in range(first, last))
 # A long run with another end is where a regular expression tries every way of parting a text.
 TEXTS = ("x  x", LETTERS, "def f(x):\n\treturn  x + 1\r\n",
-         *(one * 4000 + "!\0" for one in ("a", "x", " ", "1", "\n", "ab", "a ")), "\0\x7f\u2028\u200d\ufeff\ufffd e\u0301")
+         *(one * 4000 + "!\0" for one in ("a", "x", " ", "1", "\n", "ab", "a ")),
+         "\0\x7f\u2028\u200d\ufeff\ufffd e\u0301")
 
 
 class Ended(ValueError):

@@ -1,4 +1,4 @@
-"""Small files of a published folder, whose authors are strangers: where they may lie, how large they may be, their JSON.
+"""Small files of a published folder, whose authors are strangers: where they may lie, their largest size, their JSON.
 
 A file counts only if it is a regular file in its folder. Links are followed within the folder, and in the cache of a
 hub from a snapshot to the same repository's blobs; a link that leads elsewhere could copy any file of this machine into

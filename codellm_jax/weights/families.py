@@ -137,7 +137,8 @@ def decoder_values(facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = facts.get("model_type")
     if kind != OWN and kind not in list(FAMILIES):
-        raise ValueError(f"config.json has model_type = {_short(kind)}{_nearest(kind)}; known: {', '.join(known_types())}.")
+        raise ValueError(f"config.json has model_type = {_short(kind)}{_nearest(kind)}; known: "
+                         f"{', '.join(known_types())}.")
     if kind == OWN:
         values = _own_values(facts)
     else:
@@ -277,8 +278,6 @@ def _require_full_attention(given: Mapping[str, Any], layers: int, length: int) 
     window = given.get("sliding_window")
     if given.get("use_sliding_window", True) is False:
         window = None
-    if window is not None:
-        _number("sliding_window", window)
     if kinds is None:
         first = given.get("max_window_layers") if "use_sliding_window" in given else None
         if first is not None and type(first) is not int:
@@ -291,7 +290,7 @@ def _require_full_attention(given: Mapping[str, Any], layers: int, length: int) 
         if other:
             raise _refused("layer_types", other[0])
         binds = "sliding_attention" in kinds and window is not None
-    if binds and window < length:
+    if binds and _number("sliding_window", window) < length:
         raise _refused("sliding_window", window, f"a window shorter than its {length} positions, which this "
                        f"decoder does not support; with max_position_embeddings = {window} it would have no effect")
 

@@ -54,7 +54,8 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
 @pytest.mark.parametrize(("name", "value"), [
     ("num_hidden_layers", 10**9), ("num_hidden_layers", 10**400), ("num_hidden_layers", True), ("hidden_size", 10**30),
     ("hidden_size", 20.0), ("vocab_size", 2**40), ("max_position_embeddings", 10**30), ("rms_norm_eps", 10**400),
-    ("rms_norm_eps", 1e-300), ("rope_scaling", {"rope_theta": float("nan")}), ("rope_scaling", {"rope_theta": [1]}), ("model_type", "x" * 10**6),
+    ("rms_norm_eps", 1e-300), ("rope_scaling", {"rope_theta": float("nan")}),
+    ("rope_scaling", {"rope_theta": [1]}), ("model_type", "x" * 10**6),
     ("num_attention_heads", 3), ("rope_scaling", {"rope_type": "longrope", "factor": 2.0}),
     ("rope_scaling", {"rope_type": "yarn", "original_max_position_embeddings": 10**400}),
     ("rope_scaling", {"rope_type": "yarn", "factor": 10**400}), ("sliding_window", float("nan")),
@@ -144,9 +145,9 @@ def test_a_models_own_code_is_not_run(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", [
-    '{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}' % ",".join(["9" * 4000] * 2000),
+    '{"a": {"dtype": "F32", "data_offsets": [0, 4], "shape": [' + ",".join(["9" * 4000] * 2000) + "]}}",
     '{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 0]}}',
-    '{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}' % ",".join("1" * 100),
+    '{"a": {"dtype": "F32", "data_offsets": [0, 4], "shape": [' + ",".join("1" * 100) + "]}}",
     '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', '{"a": Infinity}', '{"\\ud800": 1}',
     '{"a": ' + "[" * 5000, '{"a": 1e999}'])
 def test_a_header_that_is_damaged(folder: Path, refused: Refused, header: str) -> None:
@@ -277,15 +278,13 @@ TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</
      "is not a tokenizer"),
     ({"normalizer": {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10**6}}, "too much memory"),
     ({"added_tokens": [TOKEN | {"content": ["a"]}]}, "'added_tokens' are not a list"),
-    ({"added_tokens": [3]}, "'added_tokens' are not a list"), ({"post_processor": TEMPLATE}, "begins texts with the ids"),
+    ({"added_tokens": [3]}, "'added_tokens' are not a list"), ({"post_processor": TEMPLATE}, "begins texts with"),
     ({"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 2**32 - 1}, "merges": []}}, "has the id 4,294,967,295"),
     ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]]}}, "is not a tokenizer.json"),
     ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "is not a tokenizer.json"),
     ({"model": {"type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0]]}}, "is not a tokenizer.json"),
     ({"normalizer": {"type": "Sequence", "normalizers": 3}}, "is not a tokenizer.json"), ({"model": []}, "no 'model'")])
 def test_tokenizers(folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, changes: Any, told: str) -> None:
-    import re
-
     monkeypatch.setattr(apart, "LOADING", (5.0, 1 << 30))
     whole = json.loads((folder / "tokenizer.json").read_text()) | changes
     (folder / "tokenizer.json").write_text(json.dumps(whole))
