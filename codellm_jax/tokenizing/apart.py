@@ -152,16 +152,23 @@ def _loaded(content: bytes, file: str) -> dict[str, str]:
 
     try:
         backend = read_backend(content, file)
+    except MemoryError:
+        raise
+    except BaseException as error:  # a library may raise any
+        # What is refused as a ValueError, the caller refuses itself; but a panic of the library would print a trace.
+        told = isinstance(error, ValueError) and isinstance(error.__context__, Exception | None)
+        return {} if told else _failed(error)
+    try:
         ids = [token for text in backend.encode(TEXTS) for token in text]
         backend.encode(TEXTS[:2], behind=True)
-        if any(not 0 <= token < backend.pieces for token in (*ids, *backend.begin_ids)):
-            return {"failed": "it gives ids beyond its own"}
         backend.decode(ids)
         backend.bytes_of_ids()
     except MemoryError:
         raise
-    except ValueError:
-        return {}  # told by the caller, which does the same
-    except BaseException as error:  # a library may raise any
-        return {"failed": f"its library fails on it: {' '.join(str(error).split())[:200] or type(error).__name__}"}
-    return {}
+    except BaseException as error:
+        return _failed(error)
+    return {"failed": "it gives ids beyond its own"} if any(token >= backend.pieces for token in ids) else {}
+
+
+def _failed(error: BaseException) -> dict[str, str]:
+    return {"failed": f"its library fails on it: {' '.join(str(error).split())[:200] or type(error).__name__}"}

@@ -167,10 +167,12 @@ def _as_read(tokenizer: Any, part: str) -> dict[str, Any] | None:
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    except TypeError:
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
         for text in texts:
             text.encode()  # raises if one contains lone surrogates
-        raise
+        raise ValueError(f"A tokenizer.json fails on a text: {' '.join(str(error).split())[:200]}") from error
 
 
 def _some(texts: Sequence[str]) -> Iterator[list[str]]:

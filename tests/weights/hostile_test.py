@@ -33,14 +33,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
     """The line with which an import of the folder ends."""
 
     def importing(seconds: float = 20) -> str:
         began = time.monotonic()
         assert main(["import", str(tmp_path / "model"), f"--output={tmp_path / 'run'}"]) == 1
         assert time.monotonic() - began < seconds
-        line = capsys.readouterr().err
+        line = capfd.readouterr().err
         assert line.startswith("t5x import: error: ") and line.count("\n") == 1 and "--debug" not in line
         assert line[:-1].isprintable() and not any(path.name.startswith((".run", "run")) for path in tmp_path.iterdir())
         return line
@@ -274,6 +274,7 @@ TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</
 
 @pytest.mark.parametrize(("changes", "told"), [
     ({"pre_tokenizer": split("(a+)+$")}, "its library fails on it|takes more than"),
+    ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "its library fails on it: chunk size must be non-zero"),
     ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes([255] * 4)).decode()}},
      "is not a tokenizer"),
     ({"normalizer": {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10**6}}, "too much memory"),
