@@ -1,6 +1,7 @@
 """Conversations as tokens in the form of the vocabulary's chat template, with the answer tokens marked.
 
-A template is Jinja, as in the tokenizers of published models, and is rendered in a sandbox, as transformers does.
+A template is Jinja, as in the tokenizers of published models, and is rendered in a sandbox, as transformers does, in a
+process of its own, since templates of strangers may loop for ever (`tokenizing/apart.py`).
 Text that the template writes itself may be special tokens. The same words within a message are always plain text:
 private-use characters replace them while a conversation is rendered.
 
@@ -17,18 +18,13 @@ The tokens before an answer are exactly those of `prompt_tokens`. The text is sp
 would merge the answer with the text before it.
 """
 
-import datetime
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jinja2
-import jinja2.ext
-from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from codellm_jax.tokenizing import apart
+from codellm_jax.tokenizing.templates import END, FIRST
 from codellm_jax.vocabulary import Vocabulary
 
 # Increase it whenever the same messages and template give different tokens.
@@ -37,13 +33,9 @@ CHAT_VERSION = 1
 Message = Mapping[str, str]  # role, content, and other texts that a template may use
 
 # Private-use characters that mark the start and the end of an answer, and an answer itself.
-_FIRST, _END, _ANSWER = "\U000f0000", "\U000f0001", "\U000f0002"
+_FIRST, _END, _ANSWER = FIRST, END, "\U000f0002"
 _STAND_INS, _LAST = 0xF0003, 0xFFFFD
 _PRIVATE = "[\U000f0000-\U000ffffd]"
-# The date for templates that print one (Llama 3's), fixed so that the tokens are the same every day.
-_TODAY = datetime.datetime(2024, 7, 26)
-# Errors that a faulty template may raise, besides Jinja's own.
-_MISTAKES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
 
 
 class Refused(ValueError):
@@ -79,7 +71,7 @@ def conversation_tokens(vocabulary: Vocabulary, messages: Sequence[Message]) -> 
 
     Raises:
       Refused: the template rejects it, or its renderings do not show where an answer begins.
-      ValueError: the template is not valid Jinja.
+      ValueError: the template is not valid Jinja, or takes too long or too much memory.
     """
     safe, back = _protected(vocabulary, messages)
     return [_tokens(vocabulary, rendered, back) for rendered in _examples(vocabulary, safe)]
@@ -136,54 +128,21 @@ def joined(turns: Sequence[Sequence[int]]) -> Tokens:
 # ---- Rendering ---------------------------------------------------------------------------------
 
 
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} encloses an answer."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
-
-    def marked(self, caller: Any) -> str:
-        return f"{_FIRST}{caller()}{_END}"
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-               separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = tojson  # Jinja's own filter escapes for HTML
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": _TODAY.strftime}
-    return environment.from_string(template)
-
-
 def _render(
     vocabulary: Vocabulary, messages: Sequence[Message], add_generation_prompt: bool
 ) -> tuple[str, list[_Answer]]:
     """The text of messages, and the answers that the template's tags mark, if any."""
+    template = f"The chat template of vocabulary {vocabulary.path}"
     try:
-        template = _compiled(vocabulary.chat_template or "")
-    except (jinja2.TemplateError, RecursionError) as error:
-        where = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise ValueError(f"The chat template of vocabulary {vocabulary.path} is not a valid Jinja template: {where}"
-                         f"{_line(error)}.") from error
-    try:
-        marked = template.render(messages=messages, tools=None, documents=None,
-                                 add_generation_prompt=add_generation_prompt, **dict(vocabulary.template_tokens))
-    except jinja2.TemplateError as error:
-        raise Refused(f"refused by the chat template: {_line(error)}") from error
-    except _MISTAKES as error:
-        raise Refused(f"on which the chat template fails: {_line(error)}") from error
-    parts = re.split(f"([{_FIRST}{_END}])", marked)
+        rendered = apart.render(vocabulary.chat_template or "", messages, dict(vocabulary.template_tokens),
+                                add_generation_prompt)
+    except apart.Ended as error:  # the next conversation would take as long
+        raise ValueError(f"{template} {error} for a conversation: it is damaged or hostile.") from None
+    if "invalid" in rendered:
+        raise ValueError(f"{template} is not a valid Jinja template: {rendered['invalid']}.")
+    if "refused" in rendered:
+        raise Refused(rendered["refused"])
+    parts = re.split(f"([{_FIRST}{_END}])", rendered["text"])
     text, answers, first = "", [], 0
     for part in parts:
         if part == _FIRST:
@@ -193,10 +152,6 @@ def _render(
         else:
             text += part
     return text, answers
-
-
-def _line(error: Exception) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__}"[:200].rstrip(".")
 
 
 # ---- Answers -----------------------------------------------------------------------------------

@@ -251,8 +251,8 @@ def lines(file: str, longest: int | None = None, source: Iterable[bytes] | None 
         raise broken
 
 
-def whole_text(file: str) -> str:
-    """The whole text of a file.
+def whole_text(file: str, source: Iterable[bytes] | None = None) -> str:
+    """The whole text of a file; of `source`, as for `lines`, if it is given.
 
     Raises:
       OSError: the file cannot be read.
@@ -260,7 +260,7 @@ def whole_text(file: str) -> str:
     """
     found, held = list[str](), 0
     try:
-        for number, line in enumerate(lines(file, LARGEST), 1):
+        for number, line in enumerate(lines(file, LARGEST, source), 1):
             if not line or (held := held + len(line)) > LARGEST:
                 raise UnreadableFile(f"{file} is {TOO_LARGE}.")
             try:

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from chat_templates import CHATML, LLAMA_3, MISTRAL, PHI_3, QWEN_3, TAGGED, ZEPHYR, write_folder
 
 from codellm_jax import chat
+from codellm_jax.tokenizing import apart
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -210,6 +213,30 @@ def test_a_template_that_is_no_jinja(tmp_path):
     words = load_vocabulary(write_folder(tmp_path / "t", "{% for m in messages %}\n{{ m.content }"))
     with pytest.raises(ValueError, match="/t is not a valid Jinja template: line 2: unexpected '}'"):
         chat.conversation_tokens(words, CONVERSATION)
+
+
+@pytest.mark.parametrize("template", [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10 ** 10 }}",
+    "{% set x = namespace(a='aa') %}{% for i in range(99) %}{% set x.a = x.a ~ x.a %}{% endfor %}{{ x.a }}",
+    "{{ 'a'.ljust(10 ** 10) }}", "{{ 10 ** (10 ** 10) }}", "{{ '%10000000000d' % 1 }}",
+    "{% set x = namespace(a=[1]) %}{% for i in range(99) %}{% set x.a = [x.a, x.a] %}{% endfor %}{{ x.a }}"])
+def test_templates_without_end(tmp_path, monkeypatch, template):
+    monkeypatch.setattr(apart, "RENDERING", (1.0, 1 << 29))
+    words = load_vocabulary(write_folder(tmp_path / "t", template))
+    with pytest.raises(ValueError, match="The chat template of vocabulary .*/t (takes more|needs too much)") as told:
+        chat.prompt_text(words, [{"role": "user", "content": "a"}])
+    assert not isinstance(told.value, chat.Refused)  # which would let the next conversation take as long
+    good = load_vocabulary(write_folder(tmp_path / "good", "{{ messages[0].content }}"))
+    assert chat.prompt_text(good, [{"role": "user", "content": "a \ud800 \U000f0001"}]) == "a \ud800 \U000f0001"
+
+
+def test_a_forked_process_renders_too():
+    """In a process without threads, which may be forked."""
+    script = ("import os; from codellm_jax.tokenizing import apart\n"
+              "def told(): return apart.render('{{ messages | length }}', [{}], {}, False)\n"
+              "told(); forked = os.fork() == 0; assert told() == {'text': '1'}\n"
+              "os._exit(0) if forked else None; assert os.wait()[1] == 0 and told() == {'text': '1'}")
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_the_day_is_always_the_same(tmp_path):

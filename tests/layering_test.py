@@ -50,7 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "tokenizing": {"contents", "hub"},
     "vocabulary": {"tokenizing", "contents"},
     "results": set(),
-    "chat": {"vocabulary"},
+    "chat": {"vocabulary", "tokenizing"},
     "mixture": {"chat", "vocabulary"},
     "model": set(),
     "weights": {"runtime", "results", "mixture", "model", "vocabulary", "tokenizing", "contents", "hub"},

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+LONGEST_LINE = 4000  # characters of an error
 NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
 
@@ -117,9 +118,15 @@ def is_of_peers(error: BaseException) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """An error as one line, for the end of a command."""
+    """An error as one line, for the end of a command. It may quote a file: what would control the terminal is escaped,
+    and an endless name is cut.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r" In call to configurable '.*$", "", text)  # gin's suffix, with addresses of functions
+    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[:LONGEST_LINE + 1])
+    text = text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "..."
+    if isinstance(error, MemoryError):
+        return f"there is too little memory: {text}"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return text
     if is_of_peers(error):

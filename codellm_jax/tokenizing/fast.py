@@ -16,6 +16,8 @@ from typing import Any
 UNKNOWN = "\ufffd"  # the text of ids without a token
 # The names of the token that ends a document, for a file without a configuration.
 END_TOKENS = ("<|endofdocument|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+MOST_PIECES = 1 << 24  # the largest known have 2 ** 18
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _CHARACTERS_A_CALL = 1 << 16
 # The parts of a decoder that restore spaces and bytes rewritten by a normalizer or pre-tokenizer.
 _OF_SPACES = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}
@@ -35,8 +37,12 @@ class FastTokenizer:
             "truncation": None, "padding": None, "model": facts["model"] | {"dropout": None},
             "added_tokens": [token | {"special": token["content"] in own.union(special)} for token in added]}
         whole = _tokenizer(self._facts, file)
+        self._facts |= {part: _as_read(whole, part) for part in PARTS}
         self._ids: dict[str, int] = whole.get_vocab(with_added_tokens=True)
         self.pieces = 1 + max(self._ids.values(), default=-1)
+        if self.pieces > MOST_PIECES:
+            raise ValueError(f"{file} has the id {self.pieces - 1:,}; at most {MOST_PIECES:,} ids are supported.")
+        self.begin_ids = self._begin_ids()
         self.named_special = tuple(name for name in special if name in self._ids and name not in own)
         self.special_tokens: dict[str, int] = {
             name: token for name, token in sorted(self._ids.items(), key=lambda item: item[1])
@@ -56,13 +62,13 @@ class FastTokenizer:
             if b"  " not in b"".join(self._bytes[token] for token in ids):  # it collapses blanks, as T5 does
                 self._behind = self._plain
 
-    @property
-    def begin_ids(self) -> tuple[int, ...]:
+    def _begin_ids(self) -> tuple[int, ...]:
         """The ids that the post-processor's template puts before a text."""
-        for step in _steps(self._facts.get("post_processor"), "processors"):
-            if step["type"] == "TemplateProcessing":
-                return tuple(_begin_of(step))
-        return ()
+        found = next((tuple(_begin_of(step)) for step in _steps(self._facts["post_processor"], "processors")
+                      if step["type"] == "TemplateProcessing"), ())
+        if any(token >= self.pieces for token in found):
+            raise ValueError(f"{self._file} begins texts with the ids {list(found[:9])}, but has {self.pieces} ids.")
+        return found
 
     @property
     def end_id(self) -> int | None:
@@ -127,7 +133,8 @@ def _facts(content: bytes, file: str) -> dict[str, Any]:
         raise ValueError(f"{file} is a word tokenizer ({kind}), whose tokens do not restore the text; only BPE "
                          "and Unigram are supported.")
     added = facts.get("added_tokens") or []
-    if not isinstance(added, list) or not all(isinstance(token, dict) and "content" in token for token in added):
+    if not isinstance(added, list) or not all(
+            isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
         raise ValueError(f"{file} is not a tokenizer.json: its 'added_tokens' are not a list of tokens with 'content'.")
     if affix := next((model[name] for name in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(name)),
                      None):
@@ -143,18 +150,29 @@ def _tokenizer(facts: dict[str, Any], file: str) -> Any:
 
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(facts))
-    except Exception as error:  # the library raises no other class
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
         raise ValueError(f"{file} is not a tokenizer.json that tokenizers {tokenizers.__version__} can read: "
                          f"{' '.join(str(error).split())[:200]}") from None
+
+
+def _as_read(tokenizer: Any, part: str) -> dict[str, Any] | None:
+    """A part of a tokenizer as the library writes it, in which nothing is missing or of another type."""
+    found = getattr(tokenizer, part)
+    read: dict[str, Any] | None = found and json.loads(found.__getstate__())
+    return read
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    except TypeError:
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
         for text in texts:
             text.encode()  # raises if one contains lone surrogates
-        raise
+        raise ValueError(f"A tokenizer.json fails on a text: {' '.join(str(error).split())[:200]}") from error
 
 
 def _some(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -247,7 +265,7 @@ def _without(facts: dict[str, Any], special: Collection[str]) -> dict[str, Any]:
         changed: dict[str, Any] = {
             "vocab": [["" if piece in given else piece, score] for piece, score in model["vocab"]]}
     else:
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
         made = {left + right for left, right in merges}
         given = {name for name in special if name in model["vocab"] and (
             model.get("ignore_merges") or name in made or len(name) == 1)}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from codellm_jax import contents, hub
+from codellm_jax.tokenizing import foreign
 
 TOKENIZER = "tokenizer.json"
 SENTENCE_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.model")
@@ -38,32 +39,46 @@ def tokenizer_file(path: str) -> str:
 
     Raises:
       FileNotFoundError: a folder has none.
+      UnreadableFile: the file is not a file of the folder.
       ValueError: a folder has several SentencePiece files with non-standard names.
     """
     if not is_folder(path):
         return path
     names = {file.name for file in _path(path).iterdir()}
-    for name in (TOKENIZER, *SENTENCE_PIECES):
-        if name in names:
-            return os.path.join(path, name)
     others = sorted(name for name in names if name.endswith(".model"))
-    if not others:
+    found = [name for name in (TOKENIZER, *SENTENCE_PIECES) if name in names][:1] or others
+    if not found:
         raise FileNotFoundError(f"{path} holds no tokenizer: neither {TOKENIZER} nor a SentencePiece file (*.model).")
-    if len(others) > 1:
-        raise ValueError(f"{path} holds several SentencePiece files, {', '.join(others)}: name one of them.")
-    return os.path.join(path, others[0])
+    if len(found) > 1:
+        raise ValueError(f"{path} holds several SentencePiece files, {', '.join(found[:9])}: name one of them.")
+    file = os.path.join(path, found[0])
+    foreign.require_own(file)
+    return file
 
 
 def read(file: str) -> bytes:
-    """The bytes of a file; raises OSError and UnreadableFile with a one-line message."""
+    """The bytes of a tokenizer's file; raises OSError and UnreadableFile with a one-line message."""
     contents.require_file(file, "vocabulary file")
+    if (size := contents.size(file)) > foreign.LARGEST_TOKENIZER:
+        raise contents.UnreadableFile(f"{file} has {size:,} bytes, too large for a tokenizer: at most "
+                                      f"{foreign.LARGEST_TOKENIZER:,} are read.")
     return contents.content(file)
+
+
+def read_beside(folder: str, name: str) -> bytes:
+    """The bytes of a file in a folder; raises OSError and UnreadableFile with a one-line message."""
+    foreign.require_own(os.path.join(folder, name))
+    return read(os.path.join(folder, name))
 
 
 def read_if_there(folder: str | None, name: str) -> bytes | None:
     """The bytes of a file in a folder; None if it does not exist."""
-    file = None if folder is None else os.path.join(folder, name)
-    return read(file) if file and _exists(file) else None
+    return read_beside(folder, name) if folder is not None and _exists(os.path.join(folder, name)) else None
+
+
+def names_in(folder: str) -> list[str]:
+    """The names of the files of a tokenizer in a folder, sorted."""
+    return sorted({file.name for pattern in PATTERNS for file in _path(folder).glob(pattern)})
 
 
 def write(folder: str, name: str, content: bytes) -> None:
@@ -78,15 +93,15 @@ def configurations(path: str) -> dict[str, dict[str, Any]]:
       ValueError: a file is not a JSON object.
     """
     folder = folder_of(path)
-    return {} if folder is None else {name: found for name in CONFIGURATIONS
-                                      if (found := _json_object(os.path.join(folder, name))) is not None}
+    return {} if folder is None else {name: foreign.json_object(os.path.join(folder, name)) for name in CONFIGURATIONS
+                                      if _exists(os.path.join(folder, name))}
 
 
 def chat_template_file(path: str) -> str | None:
     """The text of the Jinja file beside a tokenizer, if there is one."""
     folder = folder_of(path)
     file = None if folder is None else os.path.join(folder, CHAT_TEMPLATE)
-    return contents.whole_text(file) if file and _exists(file) else None
+    return foreign.text(file) if file and _exists(file) else None
 
 
 def folder_of(path: str) -> str | None:
@@ -107,20 +122,6 @@ def content_hash(content: bytes, special: Sequence[str], text_form: str) -> str:
     beside: dict[str, Any] = {"special": sorted(special)} if special else {}
     beside |= {"text_form": text_form} if text_form != "plain" else {}
     return hashlib.sha256(content + (json.dumps(beside, sort_keys=True).encode() if beside else b"")).hexdigest()
-
-
-def _json_object(file: str) -> dict[str, Any] | None:
-    if not _exists(file):
-        return None
-    try:
-        found = json.loads(contents.whole_text(file))
-    except RecursionError:
-        found = None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object.")
-    return found
 
 
 def _exists(file: str) -> bool:

@@ -104,7 +104,7 @@ def _numbered(files: Mapping[str, Mapping[str, Any]], kind: str, pieces: int) ->
     for file in NUMBERING:
         value = files.get(file, {}).get(f"{kind}_token_id")
         for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, int) and 0 <= token < pieces:
+            if type(token) is int and 0 <= token < pieces:
                 return token
     return None
 

@@ -7,13 +7,15 @@ features that this decoder does not support are refused by name.
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from codellm_jax.model.config import DecoderConfig
 from codellm_jax.model.rotary import SCALINGS, RotaryScaling
 
 OWN = "codellm"
+LARGEST_SIZE = 2**31 - 1  # which positions and shapes have room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +137,10 @@ def decoder_values(facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = facts.get("model_type")
     if kind != OWN and kind not in list(FAMILIES):
-        raise ValueError(f"config.json has model_type = {kind!r}{_nearest(kind)}; known: {', '.join(known_types())}.")
+        raise ValueError(f"config.json has model_type = {_short(kind)}{_nearest(kind)}; known: "
+                         f"{', '.join(known_types())}.")
     if kind == OWN:
-        fields = {field.name for field in dataclasses.fields(DecoderConfig)} - set(RUNTIME_FIELDS)
-        values = {name: value for name, value in facts.items() if name in fields}
+        values = _own_values(facts)
     else:
         for name, harmless in REFUSED.items():
             if name in facts and not any(facts[name] == value for value in harmless):
@@ -146,9 +148,26 @@ def decoder_values(facts: Mapping[str, Any]) -> dict[str, Any]:
         values = _values(kind, facts)
     try:
         DecoderConfig(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError("config.json does not describe a valid decoder: "
                          f"{str(error).removeprefix('DecoderConfig.')}") from None
+    return values
+
+
+def _own_values(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in a config.json of our own family, which has the names of `DecoderConfig`."""
+    checks: dict[Any, Callable[[str, Any], Any]] = {
+        int: _size, int | None: _size, bool: _truth, float: _fraction, str: _name}
+    kinds = typing.get_type_hints(DecoderConfig)
+    values = {name: facts[name] for name in kinds if name in facts and name not in RUNTIME_FIELDS}
+    for name, value in values.items():
+        if kinds[name] in checks:
+            checks[kinds[name]](name, value)
+        elif not (value is None or isinstance(value, Mapping)):
+            raise ValueError(f"config.json has {name} = {_short(value)}: it must be an object.")
+    missing = [name for name in SIZES if values.get(name) is None]
+    if missing:
+        raise ValueError(f"config.json has {missing[0]} = None: it must be a whole number.")
     return values
 
 
@@ -191,12 +210,16 @@ def _meant(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _refused(name: str, value: Any, why: str = "a feature that this decoder does not support") -> ValueError:
+    return ValueError(f"config.json has {name} = {_short(value)}: {why}.")
+
+
+def _short(value: Any) -> str:
     text = repr(value)
-    return ValueError(f"config.json has {name} = {text if len(text) < 100 else text[:97] + '...'}: {why}.")
+    return text if len(text) < 100 else text[:97] + "..."
 
 
 def _nearest(kind: Any) -> str:
-    near = difflib.get_close_matches(str(kind), known_types(), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(_short(kind), known_types(), n=1, cutoff=0.4)
     return f", which is not supported; nearest: {near[0]}" if near else ", which is not supported"
 
 
@@ -256,7 +279,9 @@ def _require_full_attention(given: Mapping[str, Any], layers: int, length: int) 
     if given.get("use_sliding_window", True) is False:
         window = None
     if kinds is None:
-        first = given.get("max_window_layers", 0) if "use_sliding_window" in given else 0
+        first = given.get("max_window_layers") if "use_sliding_window" in given else None
+        if first is not None and type(first) is not int:
+            raise _refused("max_window_layers", first, "it must be a whole number")
         binds = window is not None and (first or 0) < layers
     else:
         if not isinstance(kinds, list) or len(kinds) < layers:
@@ -265,11 +290,7 @@ def _require_full_attention(given: Mapping[str, Any], layers: int, length: int) 
         if other:
             raise _refused("layer_types", other[0])
         binds = "sliding_attention" in kinds and window is not None
-    if not binds:
-        return
-    if not isinstance(window, (int, float)):
-        raise _refused("sliding_window", window)
-    if window < length:
+    if binds and _number("sliding_window", window) < length:
         raise _refused("sliding_window", window, f"a window shorter than its {length} positions, which this "
                        f"decoder does not support; with max_position_embeddings = {window} it would have no effect")
 
@@ -305,15 +326,16 @@ def _rotary(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("truncate") is False:
         raise _refused("truncate", False, "a form of yarn that this decoder does not support")
     length = given["max_position_embeddings"]
-    original = given.get("original_max_position_embeddings") or told("original_max_position_embeddings", length)
-    factor = told("factor", length / original if named == "yarn" and isinstance(original, (int, float)) else None)
+    original = _size("original_max_position_embeddings", given.get("original_max_position_embeddings")
+                     or told("original_max_position_embeddings", length))
+    factor = told("factor", length / original if named == "yarn" and original else None)
     if factor is None:
         raise ValueError(f"config.json has a rope_type = {named!r} without a factor.")
     names = {"linear": {}, "llama3": {"slow": "low_freq_factor", "fast": "high_freq_factor"},
              "yarn": {"slow": "beta_slow", "fast": "beta_fast"}}[named]
     scaling = {"kind": named, "factor": _number("factor", factor)}
     if named != "linear":
-        scaling["original_length"] = _size("original_max_position_embeddings", original)
+        scaling["original_length"] = original
     scaling |= {ours: _number(theirs, rope[theirs]) for ours, theirs in names.items() if rope.get(theirs)}
     if named == "yarn":
         scaling["attention_factor"] = _attention_factor(rope, scaling["factor"])
@@ -335,20 +357,32 @@ def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
 
 
 def _size(name: str, value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"config.json has {name} = {value!r}: it must be a whole number above 0.")
+    if value is not None and (type(value) is not int or not 1 <= value <= LARGEST_SIZE):
+        raise ValueError(f"config.json has {name} = {_short(value)}: it must be a whole number from 1 to "
+                         f"{LARGEST_SIZE:,}.")
     return value
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"config.json has {name} = {value!r}: it must be a number above 0.")
+    # Beyond these bounds a float32 or its square becomes 0 or infinite.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-18 <= value <= 1e18:
+        raise ValueError(f"config.json has {name} = {_short(value)}: it must be a number above 0, at most 1e18.")
     return float(value)
+
+
+def _fraction(name: str, value: Any) -> float:
+    return 0.0 if type(value) in (int, float) and value == 0 else _number(name, value)
 
 
 def _truth(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"config.json has {name} = {value!r}: it must be true or false.")
+        raise ValueError(f"config.json has {name} = {_short(value)}: it must be true or false.")
+    return value
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"config.json has {name} = {_short(value)}: it must be a name.")
     return value
 
 

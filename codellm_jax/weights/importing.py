@@ -16,10 +16,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,10 +40,12 @@ from codellm_jax.runtime.parts import Part, rows_of_chunk, save_in_parts
 from codellm_jax.runtime.progress import StatusLine, duration, say
 from codellm_jax.runtime.provenance import software
 from codellm_jax.tokenizing import files as tokenizer_files
+from codellm_jax.tokenizing import foreign
+from codellm_jax.tokenizing.apart import try_tokenizer
 from codellm_jax.vocabulary import Vocabulary, load_vocabulary
 from codellm_jax.weights.layouts import PublishedTensor, decoder_values, matched, published_tensors, stacked_shapes
 from codellm_jax.weights.mindspore import is_mindspore, open_mindspore
-from codellm_jax.weights.reading import FLOATS, Tensors, json_object, open_tensors
+from codellm_jax.weights.reading import FLOATS, Tensors, open_tensors
 
 CONFIGURATION = "config.json"
 # The names requested from a hub, one after the other until weights are found.
@@ -107,6 +111,7 @@ def open_source(source: str, vocabulary: str | None = None) -> Source:
             if tensor.name in tensors.dtypes and tensors.dtypes[tensor.name] not in {str(d) for d in FLOATS.values()}:
                 raise ValueError(f"{tensor.name} has the dtype {tensors.dtypes[tensor.name]}; supported are "
                                  f"{', '.join(str(dtype) for dtype in FLOATS.values())}.")
+        _require_memory(tensors, published)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     first: dict[Any, str] = {}
@@ -116,6 +121,14 @@ def open_source(source: str, vocabulary: str | None = None) -> Source:
     own = sorted((tensor for tensor in published if tensor.name not in copies), key=lambda tensor: order[tensor.name])
     return Source(name, folder, revision, facts, values, tensors, tuple(own), copies,
                   _vocabulary(folder, vocabulary, facts, config.vocabulary_size))
+
+
+def _require_memory(tensors: Tensors, published: Sequence[PublishedTensor]) -> None:
+    """Raises ValueError if a tensor, which is read as a whole, is larger than this machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for tensor in published:
+        if (size := _bytes_of(tensors, tensor.name)) > memory:
+            raise ValueError(f"{tensor.name} has {size / 1e9:,.0f} GB, more than the memory of this machine.")
 
 
 def _located(source: str) -> tuple[str, str, str | None]:
@@ -141,16 +154,18 @@ def _read_headers(folder: str) -> tuple[dict[str, Any], Tensors]:
     configuration = place / CONFIGURATION
     if not configuration.exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIGURATION}, so it is not a published model.")
-    return json_object(configuration), open_tensors(folder)
+    return foreign.json_object(str(configuration)), open_tensors(folder)
 
 
 def _vocabulary(folder: str, given: str | None, facts: Mapping[str, Any], rows: int) -> Vocabulary:
     """The tokenizer of a folder, or the one given instead."""
     path, options = given or folder, dict[str, Any](size=rows)
-    if facts["model_type"] == "gpt_pangu" and tokenizer_files.tokenizer_file(
-            tokenizer_files.resolve(path)).endswith(".model"):
-        options["text_form"] = "pangu"
     try:
+        if given is None or re.search(r"[./\\]", given):  # not the name of a shipped one
+            file = tokenizer_files.tokenizer_file(tokenizer_files.resolve(path))
+            try_tokenizer(tokenizer_files.read(file), file)
+            if facts["model_type"] == "gpt_pangu" and file.endswith(".model"):
+                options["text_form"] = "pangu"
         return load_vocabulary(path, **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Name one: t5x import {folder} --output=RUN --vocabulary=FILE.") from None
@@ -287,7 +302,7 @@ def import_run(source: str, output: str, vocabulary: str | None = None, report: 
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"{run} exists already, but an import needs a new run: choose another --output or remove it.")
     opened = open_source(source, vocabulary)
-    size = sum(_bytes_of(opened, tensor.name) for tensor in opened.published)
+    size = sum(_bytes_of(opened.tensors, tensor.name) for tensor in opened.published)
     report(f"{opened.name}: {opened.facts['model_type']}, {parameter_count(opened.config):,} parameters in "
            f"{len(opened.published)} tensors, {size / 1e9:.3f} GB.")
     with contextlib.ExitStack() as stack:
@@ -306,8 +321,8 @@ def import_run(source: str, output: str, vocabulary: str | None = None, report: 
     return opened
 
 
-def _bytes_of(source: Source, name: str) -> int:
-    return int(np.prod(source.tensors.shapes[name], dtype=np.int64)) * jnp.dtype(source.tensors.dtypes[name]).itemsize
+def _bytes_of(tensors: Tensors, name: str) -> int:
+    return math.prod(tensors.shapes[name]) * jnp.dtype(tensors.dtypes[name]).itemsize
 
 
 def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> dict[str, Any]:
@@ -315,7 +330,8 @@ def _write_run(source: Source, made: epath.Path, run: epath.Path, size: int) -> 
     place = epath.Path(source.folder)
     path = _copy_tokenizer(source.vocabulary.path, made / "vocabulary", run / "vocabulary")
     held = settings(source, path)
-    (made / "config.gin").write_text("".join(f"{name} = {value}  # {source.name}\n" for name, value in held.items()))
+    name_in_a_line = " ".join(source.name.split())
+    (made / "config.gin").write_text("".join(f"{name} = {value}  # {name_in_a_line}\n" for name, value in held.items()))
     status = StatusLine(0, max(1, size // 10**6), active=jax.process_index() == 0, unit="MB")
     with contextlib.closing(status), concurrent.futures.ThreadPoolExecutor(1) as beside:
         sums = [beside.submit(_file_facts, place / name) for name in source.files]
@@ -372,7 +388,6 @@ def _copy_tokenizer(path: str, made: epath.Path, place: epath.Path) -> str:
         found.copy(made / found.name)
         return str(place / found.name)
     made.mkdir(parents=True)
-    for pattern in tokenizer_files.PATTERNS:
-        for file in epath.Path(folder).glob(pattern):
-            file.copy(made / file.name, overwrite=True)
+    for name in tokenizer_files.names_in(folder):
+        (made / name).write_bytes(tokenizer_files.read_beside(folder, name))
     return str(place)

@@ -190,7 +190,7 @@ def matched(
       ValueError: tensors are missing, left over or of another shape; it lists the first few of each and their number.
     """
     naming = NAMINGS[facts["model_type"]]
-    if config.layers > len(shapes):  # too few tensors for any layout, so none are listed
+    if config.layers * len(_block(naming, config, 0)) > 2 * len(shapes):  # most are missing, so none are listed
         raise ValueError(f"config.json has {config.layers} layers, but there are {len(shapes)} tensors.")
     found = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(BUFFERS)}
     bare = not any(name.startswith(naming.prefix) for name in found)

@@ -21,6 +21,7 @@ The names and orientations were taken from public code, since the tensors do not
 Shapes do not reveal the heads: they follow from the sizes of PanGu-alpha, or from a config.json beside the checkpoint.
 """
 
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -30,10 +31,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from codellm_jax.weights.reading import Tensors, json_object
+from codellm_jax.tokenizing import foreign
+from codellm_jax.weights.reading import Tensors
 from codellm_jax.weights.wire import Layout, Stored, layouts, stored_tensors
 
 HEADS = {1024: 16, 2560: 32, 5120: 40, 16384: 128}  # hidden size -> heads, of 350M, 1.3B and 2.6B, 13B, 200B
+
+LONGEST_HEADER = 1 << 16  # bytes of a .npy file
 
 # Entries of checkpoints that are not parameters: optimizer state, counters, caches of keys and values.
 NO_PARAMETERS = re.compile(
@@ -102,6 +106,8 @@ def open_mindspore(source: str) -> tuple[dict[str, Any], Tensors]:
     """
     folder = epath.Path(source)
     files = _found(folder, ".ckpt")
+    for file in (*files, *_found(folder, ".npy")):
+        foreign.require_own(file, source)
     strategies = [file for file in files if "strategy" in file.removeprefix(str(folder))]
     ranks = _by_rank([file for file in files if file not in strategies])
     if not ranks:
@@ -199,16 +205,19 @@ def _arrays(files: Sequence[str]) -> dict[str, Stored]:
         ending = next((ending for ending in ARRAYS if file.removesuffix(".npy").endswith(ending)), None)
         if ending is None:
             continue
-        with epath.Path(file).open("rb") as stream:
-            try:
-                version = np.lib.format.read_magic(stream)
-                read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                        else np.lib.format.read_array_header_2_0)
-                shape, by_columns, dtype = read(stream)
-            except ValueError as error:
-                raise ValueError(f"{file} is not a NumPy array: {' '.join(str(error).split())}") from None
-            begin, size = stream.tell(), epath.Path(file).stat().length
-        if by_columns or dtype.hasobject or len(shape) != 2 or math.prod(shape) * dtype.itemsize != size - begin:
+        size = epath.Path(file).stat().length
+        with epath.Path(file).open("rb") as opened:
+            stream = io.BytesIO(opened.read(LONGEST_HEADER))
+        try:
+            version = np.lib.format.read_magic(stream)
+            read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0)
+            shape, by_columns, dtype = read(stream)
+        except Exception as error:  # the header is an expression, whose reader raises many
+            raise ValueError(f"{file} is not a NumPy array: {' '.join(str(error).split())[:200]}") from None
+        begin = stream.tell()
+        if (by_columns or dtype.hasobject or len(shape) != 2 or any(axis < 1 for axis in shape)
+                or math.prod(shape) * dtype.itemsize != size - begin):
             raise ValueError(f"{file} does not hold a row-major table of numbers, or is truncated.")
         found[ARRAYS[ending]] = Stored(file, shape, dtype, ((begin, size - begin),))
     return found
@@ -247,7 +256,7 @@ def _facts(source: str, folder: epath.Path, tensors: Mapping[str, Sliced], tags:
         raise ValueError(f"{source} has no top_query_layer, like models trained in pipeline stages: their last "
                          "norm follows the query layer, which this decoder does not support.")
     beside = folder / "config.json"
-    given = json_object(beside) if beside.exists() else {}
+    given = foreign.json_object(str(beside)) if beside.exists() else {}
     (vocabulary, hidden), (length, _) = tensors["transformer.wte.weight"].shape, tensors["transformer.wpe.weight"].shape
     heads = given.get("num_heads", HEADS.get(hidden))
     if heads is None:

@@ -17,9 +17,11 @@ import numpy as np
 from etils import epath
 
 from codellm_jax import contents
+from codellm_jax.tokenizing import foreign
 
-LONGEST_HEADER = 100_000_000  # bytes, the library's limit
+LONGEST_HEADER = foreign.LARGEST_SETTINGS  # bytes
 LONGEST_NAME = 200  # characters of a tensor's name
+MOST_AXES = 32  # of a tensor
 
 # Name in the header -> the NumPy dtype. The types that the numbers of a model may have:
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -104,34 +106,9 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without duplicate names."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs twice")
-    return found
-
-
-def json_object(file: epath.Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises OSError and ValueError with a one-line message that names the file."""
-    try:
-        found = json.loads(contents.whole_text(str(file)), object_pairs_hook=_unique)
-    except RecursionError:
-        found = None
-    except contents.UnreadableFile:
-        raise
-    except ValueError as error:
-        head = contents.head(str(file))
-        raise ValueError(f"{file} is {contents.kind(head) or f'no JSON: {error}'}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object.")
-    return found
-
-
 def _shards_of_index(index: epath.Path) -> dict[str, str]:
     """Tensor -> the file in the same folder that an index names for it."""
-    named = json_object(index).get("weight_map")
+    named = foreign.json_object(str(index)).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files.")
     outside = [name for name in named.values() if os.path.basename(name) != name or name in ("", ".", "..")]
@@ -179,7 +156,7 @@ def _header(file: epath.Path) -> dict[str, Stored]:
     """The location of each tensor, by offset. Raises ValueError with a one-line message that names the file if it is
     incomplete.
     """
-    contents.require_file(str(file), "file of weights")
+    foreign.require_own(str(file))
     size = contents.size(str(file))
     with file.open("rb") as opened:
         start = opened.read(8)
@@ -188,16 +165,17 @@ def _header(file: epath.Path) -> dict[str, Stored]:
         if what := contents.kind(start + beginning):
             if what != "a safetensors file":
                 raise ValueError(f"{file} is {what}, not a safetensors file.")
-        if len(start) < 8 or length > LONGEST_HEADER or beginning[:1] != b"{":
+        if len(start) < 8 or beginning[:1] != b"{" or not length:
             raise ValueError(f"{file} is not a safetensors file: it does not begin with a header.")
         if 8 + length > size:
             raise ValueError(f"{file} is incomplete: its header has {length} bytes, but the file has {size}.")
+        if length > LONGEST_HEADER:
+            raise ValueError(f"{file} has a header of {length:,} bytes; at most {LONGEST_HEADER:,} are read.")
         text = beginning + opened.read(max(0, length - len(beginning)))
     try:
-        header = json.loads(text[:length].decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{file} has a damaged header: {why}.") from None
+        header = foreign.parsed(text[:length].decode())
+    except ValueError as error:
+        raise ValueError(f"{file} has a damaged header: {' '.join(str(error).split())[:200]}.") from None
     header.pop("__metadata__", None)
     stored, spans = {}, []
     for name, facts in header.items():
@@ -206,11 +184,12 @@ def _header(file: epath.Path) -> dict[str, Stored]:
         try:
             dtype, shape = DTYPES[facts["dtype"]], tuple(facts["shape"])
             begin, end = facts["data_offsets"]
-            sound = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            sound = len(shape) <= MOST_AXES and all(
+                type(number) is int and 0 <= number <= size for number in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{file} has a damaged header: {name} is {json.dumps(facts)[:200]}.")
+            raise ValueError(f"{file} has a damaged header: {name} is {json.dumps(facts)[:foreign.LONGEST_QUOTE]}.")
         stored[name] = Stored(file, dtype, shape, 8 + length + begin)
         spans.append((begin, end, name))
     at = 0
@@ -238,6 +217,7 @@ def _open_pickled(folder: epath.Path, names: list[str]) -> Tensors:
 
     def opened(name: str) -> dict[str, Any]:
         file = folder / name
+        foreign.require_own(str(file))
         if what := contents.kind(contents.head(str(file))):
             if what not in ("a zip archive", "a pickled file"):
                 raise ValueError(f"{file} is {what}, not a PyTorch file.")
@@ -249,7 +229,10 @@ def _open_pickled(folder: epath.Path, names: list[str]) -> Tensors:
             raise ValueError(
                 f"{file} has the format of PyTorch before 1.6, which is not supported: convert it to safetensors."
                 if old else f"{file} cannot be read by PyTorch as weights alone: {line}") from None
-        if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        if not isinstance(found, dict) or not all(
+                isinstance(tensor, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+                and value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()  # not repeated
+                for tensor, value in found.items()):
             raise ValueError(f"{file} contains other objects than named tensors.")
         return found
 

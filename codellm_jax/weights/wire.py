@@ -34,9 +34,11 @@ DTYPES = {name: np.dtype(name) for name in (
 DTYPES |= {"bfloat16": np.dtype(ml_dtypes.bfloat16), "bool_": np.dtype(bool)}
 
 MOST_VALUES = 200_000  # of a checkpoint, which bounds the memory for their offsets
-MOST_STRATEGY = 1 << 26  # bytes of a strategy file
+MOST_STRATEGY = 1 << 24  # bytes of a strategy file
 MOST_AXES = 8  # of a tensor
 MOST_DEVICE_AXES = 32
+MOST_DEVICES = 1 << 20
+MOST_FIELDS = 100  # of a message without repeated messages
 CHECKSUM = b"crc_num"  # followed by ten bytes, at the end of some checkpoints
 
 
@@ -113,11 +115,16 @@ def _varint(stream: IO[bytes], at: int, end: int) -> tuple[int, int]:
     raise Malformed(f"is damaged or truncated: no number at byte {at:,}")
 
 
-def _fields(stream: IO[bytes], span: Span) -> Iterator[tuple[int, int | Span]]:
-    """The number and the value of each field: a number, or the span of its bytes."""
+def _fields(stream: IO[bytes], span: Span, most: int = MOST_FIELDS) -> Iterator[tuple[int, int | Span]]:
+    """The number and the value of each field: a number, or the span of its bytes. More than `most` are refused, which
+    bounds the time.
+    """
     at, end = span
+    count = 0
     while at < end:
         begin = at
+        if (count := count + 1) > most:
+            raise Malformed(f"has more than {most:,} values before byte {begin:,}; it is damaged, or too large")
         key, at = _varint(stream, at, end)
         number, wire = key >> 3, key & 7
         if wire == 0:
@@ -186,10 +193,9 @@ def stored_tensors(file: str) -> dict[str, Stored]:
         with path.open("rb") as stream:
             stream.seek(max(size - 17, 0))
             end = size - 17 if size > 17 and stream.read(7) == CHECKSUM else size
-            for count, (number, value) in enumerate(_fields(stream, (0, end))):
-                if number != 1 or count >= MOST_VALUES:
-                    raise Malformed("is damaged: it holds an invalid value" if number != 1 else
-                                    f"has more than {MOST_VALUES:,} values")
+            for number, value in _fields(stream, (0, end), MOST_VALUES):
+                if number != 1:
+                    raise Malformed("is damaged: it holds an invalid value")
                 tag, shape, kind, content = _value(stream, _span(value, "a value"))
                 if dims.setdefault(tag, shape) != shape or kinds.setdefault(tag, kind) != kind:
                     raise Malformed(f"is damaged: the pieces of {tag} do not belong to one tensor")
@@ -258,7 +264,7 @@ def layouts(file: str) -> dict[str, Layout]:
         if size > MOST_STRATEGY:
             raise Malformed(f"has {size:,} bytes, too large for a strategy file")
         with path.open("rb") as stream:
-            for number, value in _fields(stream, (0, size)):
+            for number, value in _fields(stream, (0, size), MOST_VALUES):
                 if number != 3:
                     continue
                 name, layout = None, None
@@ -291,7 +297,7 @@ def _layout(stream: IO[bytes], span: Span) -> Layout:
     devices, axes, uneven = numbers.values()
     if uneven or single.get(5, 0):
         raise Malformed("slices a parameter unevenly (param_split_shape, field), which is not supported")
-    if (not 0 < len(devices) <= MOST_DEVICE_AXES or any(not 0 < count <= 1 << 20 for count in devices)
-            or any(not -1 <= axis < len(devices) for axis in axes)):
+    if (not 0 < len(devices) <= MOST_DEVICE_AXES or any(count < 1 for count in devices)
+            or math.prod(devices) > MOST_DEVICES or any(not -1 <= axis < len(devices) for axis in axes)):
         raise Malformed(f"is damaged: a device matrix {devices[:MOST_AXES]} and a tensor map {axes[:MOST_AXES]}")
     return Layout(tuple(devices), tuple(axes), single.get(6, 0), single.get(7, 0))

@@ -11,7 +11,7 @@ import pytest
 
 from codellm_jax.runtime.commands import Commands
 from codellm_jax.runtime.process import stop_on_signal
-from codellm_jax.runtime.terminal import ending_signals
+from codellm_jax.runtime.terminal import LONGEST_LINE, ending_signals, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 PRINTS = """
@@ -144,3 +144,9 @@ def test_a_hang_up_stops_in_good_order_but_for_a_process_that_was_started_to_out
             assert not stop.wait(0.2)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_line_neither_controls_the_terminal_nor_fills_it() -> None:
+    assert one_line(ValueError("a\n\x1b[2J\u202e b")) == "a \\x1b[2J\\u202e b"
+    assert len(one_line(ValueError("x" * 10**6))) == LONGEST_LINE + 3
+    assert one_line(MemoryError()) == "there is too little memory: MemoryError"

@@ -231,8 +231,8 @@ def test_tensors_of_another_model_are_listed() -> None:
 
 def test_more_layers_than_there_are_tensors_take_no_time() -> None:
     facts, _, shapes = shapes_of_golden("llama")
-    facts |= {"num_hidden_layers": 10**12}
-    with pytest.raises(ValueError, match="1000000000000 layers, but there are 21 tensors"):
+    facts |= {"num_hidden_layers": 10**9}
+    with pytest.raises(ValueError, match="1000000000 layers, but there are 21 tensors"):
         matched(facts, DecoderConfig(**decoder_values(facts)), shapes)
 
 
