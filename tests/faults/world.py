@@ -17,8 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+if TYPE_CHECKING:
+    from tests.faults.served import Served
+    from tests.forked import Started
+
+Process: TypeAlias = "subprocess.Popen[str] | Started"
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization"}
 STEPS, PERIOD = 24, 5
@@ -76,6 +81,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.served: Served | None = None  # a bucket, once a kind of fault needs one
         (folder / "data").mkdir(parents=True)
         corpora = write_corpora(folder / "data")
         self.environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
@@ -142,8 +148,12 @@ class World:
         return out
 
     def start(self, name: str, out: Path, more: Sequence[str] = (), wrapper: Sequence[str] = (), program: str = "",
-              **options: Any) -> "subprocess.Popen[str]":
-        """Starts a command in its own process group; `program` is Python code that runs before it."""
+              **options: Any) -> Process:
+        """Starts a command in its own process group; `program` is Python code that runs before it. One whose OUT is in
+        the served bucket starts without these options.
+        """
+        if self.served is not None and out.is_relative_to(self.served.root):
+            return self.served.start(["-m", "codellm_jax.cli", *self.commands[name].arguments(out)])
         code = f"{program}\nimport sys\nfrom codellm_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
         out.parent.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(
@@ -155,7 +165,7 @@ class World:
         """Runs a command to its end."""
         return self.ended(self.start(name, out, **options))
 
-    def ended(self, process: "subprocess.Popen[str]") -> Ended:
+    def ended(self, process: Process) -> Ended:
         """Waits for a command; kills it if it hangs."""
         return waited_for(process, self.patience)
 
@@ -165,7 +175,7 @@ class World:
         return max(PATIENCE, SLOWER * max(self.seconds.values(), default=0.0))
 
 
-def waited_for(process: "subprocess.Popen[str]", patience: float) -> Ended:
+def waited_for(process: Process, patience: float) -> Ended:
     """Waits for a command; kills it if it takes too long."""
     try:
         output, _ = process.communicate(timeout=patience)
@@ -175,7 +185,7 @@ def waited_for(process: "subprocess.Popen[str]", patience: float) -> Ended:
         return Ended(None, process.communicate()[0] or "")
 
 
-def kill(process: "subprocess.Popen[str]") -> None:
+def kill(process: Process) -> None:
     """Kills a command and all processes of its group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
