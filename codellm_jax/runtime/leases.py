@@ -161,11 +161,15 @@ class State:
         """Writes a file, or removes it if the value is None; with `where` only if it has that generation.
 
         Returns:
-          Its new generation; b"" if it had another one.
+          Its new generation; b"" if it had another one. A file that has the value already counts as written.
         """
         text = None if value is None else json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
         written = self._done(self._store.write(name + ending, text, if_equal=where))
-        return written.generation
+        if where is None or written.generation or text is None:
+            return written.generation
+        # If the answer to a request is lost, TensorStore repeats it, and finds that the generation has changed.
+        found = self._done(self._store.read(name + ending))
+        return found.stamp.generation if found.value == text else b""
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

@@ -303,6 +303,24 @@ def test_storage_that_fails_for_a_while_is_asked_again(bucket, failures):
     assert state.read("A.seed0") == ({"worker": "w"}, generation) and not bucket.failures
 
 
+def test_a_write_whose_answer_is_lost_counts_as_written(bucket, clock):
+    """TensorStore repeats it, and finds the generation that it wrote itself instead of the one before."""
+    bucket.objects.clear()
+    one, other = Leases(State("gs://bucket/a study #1")), Leases(State("gs://bucket/a study #1"))
+    bucket.lost = [503]
+    with one.held("A.seed0", stop) as lease:
+        assert lease is not None and not bucket.lost
+        with other.held("A.seed0", stop) as second:
+            assert second is None
+        bucket.lost = [503]
+        lease._renew_once()
+        assert not bucket.lost and not lease.lost
+        lease._renew_once()
+        assert not lease.lost and (other.state.read("A.seed0")[0] or {})["beats"] == 2
+        bucket.lost = [503]
+    assert not bucket.lost and one.holder("A.seed0") is None
+
+
 HOLDER = {"worker": "host:7", "token": "t", "place": None, "process": 7, "started": None, "since": 1.0, "beat_at": 2,
           "beats": 3, "expires": 120.0, "step": 5}
 
