@@ -9,7 +9,8 @@ from typing import Any
 
 class FakeBucket:
     """A context manager; `url` is for TENSORSTORE_GCS_HTTP_URL. `objects` maps names to (generation, content). The next
-    requests fail with the statuses in `failures`, one each; so do those in `lost`, after they had their effect. `asked` has the name and range of each object read.
+    requests fail with the statuses in `failures`, one each; the next writes with those in `lost`, after they had their
+    effect. `asked` has the name and range of each object read.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,6 @@ import atexit
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +31,7 @@ class Forked:
 
     def __init__(self, environment: Mapping[str, str], timeout: float = 400.0) -> None:
         self._timeout = timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="forked.")  # for outputs of started commands
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -42,6 +42,7 @@ class Forked:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=self._timeout)
+        self._folder.cleanup()
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
         """Runs a command; returns its status (the negative number of a signal) and all its output."""
@@ -56,7 +57,7 @@ class Forked:
     def start(self, command: Sequence[str]) -> "Started":
         """Starts a command, in its own process group."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        folder = Path(tempfile.mkdtemp(prefix="forked."))
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
         self._process.stdin.write(json.dumps([list(command), str(folder / "output"), None]) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -85,11 +86,9 @@ class Started:
         return status
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """Waits for its end; returns all its output, and removes it from the disk."""
+        """Waits for its end; returns all its output."""
         self.wait(timeout)
-        output = (self._folder / "output").read_text(errors="replace")
-        shutil.rmtree(self._folder)
-        return output, None
+        return (self._folder / "output").read_text(errors="replace"), None
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 from tests.faults.kinds import Outcome, files_below, hostile, judged, junk
-from tests.faults.served import Failure, Fails, Served, any_failure
+from tests.faults.served import Fails, Failure, Served, any_failure
 from tests.faults.world import World, copied, kill, steps_of
 
+SMALL = (".json", ".jsonl", ".gin", ".lease", ".txt", "metadata", "_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
 AWAY = (3, 10, 30, 80)  # seconds; a lease is lost after 60
 
 
@@ -65,7 +66,7 @@ def unreliable_bucket(world: World, out: Path, dice: random.Random) -> Outcome:
     name, served = any_command(dice), served_for(world)
     long = whole_there(world, name)
     if dice.random() < 0.5:
-        served.fails = at_a_rate(dice, dice.choice([0.02, 0.05, 0.1, 0.2]))
+        served.fails = at_a_rate(dice, dice.choice([0.01, 0.03, 0.1]))
     else:
         served.fails = at_a_rate(dice, 0.8, dice.random() * long, dice.uniform(1, 8))
     served.asked = served.failed = 0
@@ -83,7 +84,8 @@ def bucket_away(world: World, out: Path, dice: random.Random) -> Outcome:
     """The service fails in everything for a while, which retries may not survive."""
     name, served = any_command(dice), served_for(world)
     long = whole_there(world, name)
-    failure, seconds = dice.choice([Failure(503), Failure("closed"), Failure(429), Failure(503, True)]), dice.choice(AWAY)
+    failure = dice.choice([Failure(503), Failure("closed"), Failure(429), Failure(503, done=True)])
+    seconds = dice.choice(AWAY)
     process = world.start(name, there(world, out))
     try:
         time.sleep(dice.random() * long)
@@ -95,7 +97,8 @@ def bucket_away(world: World, out: Path, dice: random.Random) -> Outcome:
         served.fails = lambda: None
     first = world.ended(process)
     outcome = judged(world, name, there(world, out), [first], may_refuse=False)
-    return outcome._replace(told=f"away for {seconds} s: {outcome.told or first.line[:160]}")
+    told = outcome.told if outcome.what == "WRONG" else first.line[:160] if first.status else "it went on"
+    return outcome._replace(told=f"away for {seconds} s: {told}")
 
 
 def killed_on_bucket(world: World, out: Path, dice: random.Random) -> Outcome:
@@ -129,8 +132,7 @@ def damaged_object(world: World, out: Path, dice: random.Random) -> Outcome:
     copied(half_there(world), target)
     files = files_below(target)
     if dice.random() < 0.5:  # most objects hold data, so others are drawn separately
-        files = [path for path in files if path.suffix in (".json", ".jsonl", ".gin", ".lease", ".txt") or path.name in (
-            "metadata", "_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")]
+        files = [path for path in files if path.suffix in SMALL or path.name in SMALL]
     one = dice.choice(files)
     content = one.read_bytes()
     how = dice.choice(["removed", "junk", "hostile"])

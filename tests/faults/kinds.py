@@ -6,15 +6,12 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tests.faults.world import ARMS, Ended, World, copied, kill, steps_of
 

