@@ -47,7 +47,7 @@ def there(world: World, out: Path) -> Path:
 
 
 def any_command(dice: random.Random) -> str:
-    return dice.choice(["train", "train", "cache"])
+    return dice.choice(["train", "train", "cache_there"])
 
 
 def at_a_rate(dice: random.Random, rate: float, begin: float = 0.0, seconds: float = float("inf")) -> Fails:

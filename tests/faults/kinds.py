@@ -59,7 +59,7 @@ def judged(
 def any_command(world: World, dice: random.Random) -> str:
     """A random command, most often training."""
     return dice.choice(["train", "train", "train", *(
-        name for name, command in world.commands.items() if not command.of_many)])
+        name for name, command in world.commands.items() if not command.apart)])
 
 
 def run_of(world: World, dice: random.Random) -> str:
