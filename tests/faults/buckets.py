@@ -66,7 +66,7 @@ def unreliable_bucket(world: World, out: Path, dice: random.Random) -> Outcome:
     name, served = any_command(dice), served_for(world)
     long = whole_there(world, name)
     if dice.random() < 0.5:
-        served.fails = at_a_rate(dice, dice.choice([0.01, 0.03, 0.1]))
+        served.fails = at_a_rate(dice, dice.choice([0.01, 0.03, 0.06]))
     else:
         served.fails = at_a_rate(dice, 0.8, dice.random() * long, dice.uniform(1, 8))
     served.asked = served.failed = 0

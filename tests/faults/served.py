@@ -45,6 +45,7 @@ def any_failure(dice: random.Random) -> Failure:
     return Failure(kind, dice.random() < 0.4, dice.uniform(0.5, 4) if kind == "slow" else 0.0)
 
 
+Answer = tuple[int, list[tuple[str, str]], bytes]
 Fails = Callable[[], Failure | None]
 
 
@@ -73,6 +74,7 @@ class Served:
         self.root = Path(directory.name).resolve() / BUCKET
         self.fails: Fails = lambda: None
         self.asked = self.failed = 0
+        self.uploaded: dict[str, Answer] = {}  # the answers to whole uploads
         self._lock = threading.Lock()
         certificate = _certificate(folder)
         self._front = Front(self, certificate)
@@ -214,11 +216,15 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _forwarded(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    def _forwarded(self, body: bytes) -> Answer:
         """The store's answer. What the store does not know is left out: an encoding that is none, and a question about
-        folders. Addresses in an answer, at which an upload goes on, lead back here.
+        folders. Addresses in an answer, at which an upload goes on, lead back here. How far an upload came is answered
+        here, because the store takes the question for the upload's end.
         """
-        store = self.server.served.store
+        store, uploaded = self.server.served.store, self.server.served.uploaded
+        asks = (self.headers.get("Content-Range") or "").startswith("bytes */")
+        if self.command == "PUT" and (asks or self.path in uploaded):
+            return uploaded.get(self.path, (308, [], b""))
         connection = http.client.HTTPConnection(store.removeprefix("http://"), timeout=60)
         try:
             connection.putrequest(self.command, self.path.removesuffix("/storageLayout"), skip_host=True,
@@ -233,6 +239,8 @@ class Handler(BaseHTTPRequestHandler):
             here = f"https://{HOSTS[0]}" if self.inside else self.server.served.url
             headers = [(name, re.sub("^http://[^/]*", here, value)) for name, value in answer.getheaders()
                        if name.lower() not in ("content-length", "transfer-encoding", "connection", "date")]
+            if self.command == "PUT" and answer.status == 200:
+                uploaded[self.path] = answer.status, headers, content
             return answer.status, headers, content
         finally:
             connection.close()

@@ -49,8 +49,16 @@ def test_objects_are_files_and_the_real_hosts_are_answered_for(served: Served) -
     begun.read()
     place = begun.getheader("Location") or ""
     assert place.startswith(f"https://{HOSTS[0]}/upload/")
+    asking = {"Content-Range": "bytes */9"}
+    proxy.request("PUT", place.removeprefix(f"https://{HOSTS[0]}"), b"", asking)
+    unfinished = proxy.getresponse()
+    assert (unfinished.status, unfinished.read(), (served.root / "c").exists()) == (308, b"", False)
     proxy.request("PUT", place.removeprefix(f"https://{HOSTS[0]}"), iter([b"in ", b"chunks"]), {
         "Content-Range": "bytes 0-8/9", "Transfer-Encoding": "chunked"}, encode_chunked=True)
+    finished = proxy.getresponse()
+    assert finished.status == 200
+    finished.read()
+    proxy.request("PUT", place.removeprefix(f"https://{HOSTS[0]}"), b"", asking)
     assert proxy.getresponse().status == 200
     assert (served.root / "c").read_bytes() == b"in chunks"
     proxy.close()
