@@ -1,6 +1,7 @@
 """Tests of the bucket whose service fails as the campaign tells it to."""
 
 import http.client
+import os
 import random
 import signal
 import ssl
@@ -10,14 +11,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.served import BUCKET, HOSTS, Failure, Served, any_failure
-from tests.faults.world import kill
+from tests.faults.world import ROOT, kill
 
 NAME = f"/storage/v1/b/{BUCKET}/o/a%2Fb?alt=media"
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(tmp_path_factory.mktemp("served"), {"LANG": "C"})
+    made = Served(tmp_path_factory.mktemp("served"), os.environ | {"PYTHONPATH": str(ROOT)})
     made.write(made.root / "a" / "b", b"what it holds")
     yield made
     made.close()
