@@ -309,13 +309,16 @@ class Lease:
         return f"{held.worker} took it over" if held else "it was removed"
 
     def give_back(self) -> None:
-        """Ends the lease at once; another's lease is left unchanged."""
+        """Ends the lease at once; another's lease is left unchanged. If the directory cannot be reached, the lease
+        expires by itself, and the work under it ends as it would have: with its own error, or none.
+        """
         self._ended.set()
         self._thread.join()
-        value, generation = self._state.read(self.name)
-        held = as_holder(value)
-        if held is not None and held.token == self._holder.token:
-            self._state.write(self.name, None, where=generation)
+        with contextlib.suppress(OSError):
+            value, generation = self._state.read(self.name)
+            held = as_holder(value)
+            if held is not None and held.token == self._holder.token:
+                self._state.write(self.name, None, where=generation)
 
 
 @contextlib.contextmanager

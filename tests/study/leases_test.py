@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,6 +213,19 @@ def test_who_cannot_renew_stops_before_others_may_take_it(tmp_path, monkeypatch,
             clock.sleep(BEAT + 0.5)
             assert stopped.is_set()
         assert lease.lost == "it could not be renewed (the disk is away)"
+
+
+def test_a_lease_that_cannot_be_given_back_hides_neither_success_nor_the_error(tmp_path, monkeypatch):
+    def away(*_: object) -> None:
+        raise OSError("the disk is away")
+
+    for error in (None, ValueError("a loss is not finite")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="a loss") if error else nullcontext():
+            with Leases(State(str(tmp_path / str(error)))).held("A.seed0", stop) as lease:
+                assert lease is not None
+                patch.setattr(State, "read", away)
+                if error:
+                    raise error
 
 
 def test_a_process_that_is_gone_from_this_machine_is_known_to_be(place):
