@@ -9,12 +9,14 @@ from typing import Any
 
 class FakeBucket:
     """A context manager; `url` is for TENSORSTORE_GCS_HTTP_URL. `objects` maps names to (generation, content). The next
-    requests fail with the statuses in `failures`, one each. `asked` has the name and range of each object read.
+    requests fail with the statuses in `failures`, one each; the next writes with those in `lost`, after they had their
+    effect. `asked` has the name and range of each object read.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[int, bytes]] = {}
         self.failures: list[int] = []
+        self.lost: list[int] = []
         self.asked: list[tuple[str, str | None]] = []
         self.refused = 0  # writes whose precondition does not hold
         self.lock = threading.Lock()
@@ -44,6 +46,8 @@ class FakeBucket:
                     failure = bucket.failures.pop(0) if bucket.failures else None
                     status, generation, content = (failure, 0, b"") if failure else ask(
                         name, dict(urllib.parse.parse_qsl(parts.query)), body)
+                    if bucket.lost and self.command != "GET":
+                        status, content = bucket.lost.pop(0), b""
                     if self.command == "GET" and name:
                         bucket.asked.append((name, self.headers.get("Range")))
                 if status == 200 and name and (wanted := self.headers.get("Range")):

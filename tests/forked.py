@@ -2,8 +2,8 @@
 than most commands.
 
 `Forked(environment).run(["-m", "codellm_jax.cli", "train", ...])` or `run(["-c", PROGRAM, ...])` is like
-`subprocess.run([sys.executable, ...])` in that environment, with stdout and stderr together. Commands share only the
-effects of imports.
+`subprocess.run([sys.executable, ...])` in that environment, with stdout and stderr together, and `start` is like
+`subprocess.Popen` in its own process group. Commands share only the effects of imports.
 """
 
 import atexit
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ class Forked:
 
     def __init__(self, environment: Mapping[str, str], timeout: float = 400.0) -> None:
         self._timeout = timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="forked.")  # for outputs of started commands
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -40,6 +42,7 @@ class Forked:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=self._timeout)
+        self._folder.cleanup()
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
         """Runs a command; returns its status (the negative number of a signal) and all its output."""
@@ -51,12 +54,55 @@ class Forked:
             assert answer, "the process that commands are forked from has ended"
             return json.loads(answer), output.read()
 
+    def start(self, command: Sequence[str]) -> "Started":
+        """Starts a command, in its own process group."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        self._process.stdin.write(json.dumps([list(command), str(folder / "output"), None]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the process that commands are forked from has ended"
+        return Started(json.loads(answer), folder)
+
+
+class Started:
+    """A started command, with the methods of `subprocess.Popen` that the campaign of faults needs."""
+
+    def __init__(self, pid: int, folder: Path) -> None:
+        self.pid, self._folder = pid, folder
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (file := self._folder / "output.status").exists():
+            self.returncode = int(file.read_text())
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout or float("inf"))
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked command", timeout or 0)
+            time.sleep(0.02)
+        return status
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Waits for its end; returns all its output."""
+        self.wait(timeout)
+        return (self._folder / "output").read_text(errors="replace"), None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
 
 def _serve() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:
         command, output, timeout = json.loads(line)
+        if timeout is None:
+            print(_started(command, output), flush=True)
+            continue
         child = os.fork()
         if child == 0:
             _be(command, output)
@@ -65,6 +111,38 @@ def _serve() -> None:
         _, status = os.waitpid(child, 0)
         alarm.cancel()
         print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+
+
+def _started(command: Sequence[str], output: str) -> int:
+    """Starts a command; returns its process number. Its parent is another process, which writes its status to a file
+    once it has ended.
+    """
+    reading, writing = os.pipe()
+    if between := os.fork():
+        os.close(writing)
+        with open(reading) as pipe:
+            found = int(pipe.read())
+        os.waitpid(between, 0)
+        return found
+    os.setsid()
+    if os.fork():
+        os._exit(0)  # so that nobody has to wait for the process that waits
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        os.setpgid(0, 0)
+        _be(command, output)
+    try:
+        os.setpgid(child, child)
+    except OSError:
+        pass  # the command did it, or has ended
+    os.write(writing, str(child).encode())
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    part = Path(f"{output}.part")
+    part.write_text(str(os.waitstatus_to_exitcode(status)))
+    part.rename(f"{output}.status")
+    os._exit(0)
 
 
 def _be(command: Sequence[str], output: str) -> None:

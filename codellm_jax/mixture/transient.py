@@ -23,7 +23,13 @@ def is_transient(error: Exception) -> bool:
     """Whether an error is temporary, so that it says nothing about the stored data."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return bool(kinds & OF_STORAGE) or any(word in str(error) for word in (
-        "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "CANCELLED"))
+        "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "CANCELLED",
+        "Could not resolve host"))  # the last is a failed precondition to TensorFlow, which does not retry it
+
+
+def is_of_storage(error: Exception) -> bool:
+    """Whether an error is temporary and of a storage client, rather than of JAX, which uses some of the same words."""
+    return is_transient(error) and type(error).__module__.partition(".")[0] in ("tensorflow", "google")
 
 
 def asked_again(ask: Callable[[], Found]) -> Found:

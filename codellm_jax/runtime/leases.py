@@ -161,11 +161,15 @@ class State:
         """Writes a file, or removes it if the value is None; with `where` only if it has that generation.
 
         Returns:
-          Its new generation; b"" if it had another one.
+          Its new generation; b"" if it had another one. A file that has the value already counts as written.
         """
         text = None if value is None else json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
         written = self._done(self._store.write(name + ending, text, if_equal=where))
-        return written.generation
+        if where is None or written.generation or text is None:
+            return written.generation
+        # If the answer to a request is lost, TensorStore repeats it, and finds that the generation has changed.
+        found = self._done(self._store.read(name + ending))
+        return found.stamp.generation if found.value == text else b""
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
@@ -305,13 +309,16 @@ class Lease:
         return f"{held.worker} took it over" if held else "it was removed"
 
     def give_back(self) -> None:
-        """Ends the lease at once; another's lease is left unchanged."""
+        """Ends the lease at once; another's lease is left unchanged. If the directory cannot be reached, the lease
+        expires by itself, and the work under it ends as it would have: with its own error, or none.
+        """
         self._ended.set()
         self._thread.join()
-        value, generation = self._state.read(self.name)
-        held = as_holder(value)
-        if held is not None and held.token == self._holder.token:
-            self._state.write(self.name, None, where=generation)
+        with contextlib.suppress(OSError):
+            value, generation = self._state.read(self.name)
+            held = as_holder(value)
+            if held is not None and held.token == self._holder.token:
+                self._state.write(self.name, None, where=generation)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from codellm_jax.mixture.transient import is_of_storage
+
 LONGEST_LINE = 4000  # characters of an error
 NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
@@ -132,4 +134,7 @@ def one_line(error: Exception) -> str:
     if is_of_peers(error):
         return ("another process of this run failed or is lost. Start the same command again on all: it continues from "
                 f"the newest checkpoint. ({text[:200]})")
+    if is_of_storage(error):
+        return (f"the storage fails, or cannot be reached: {text[:300]}. Start the same command again once it answers: "
+                "it continues from what is there.")
     return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -4,9 +4,11 @@
     python -m tests.faults --seed=1 --only=17             repeats its seventeenth trial
     python -m tests.faults --minutes=5 --kinds=damaged    only some kinds
     python -m tests.faults --minutes=60 --kinds=damaged_study,killed_study    kinds for studies, which take longer
+    python -m tests.faults --minutes=60 --kinds=unreliable_bucket,bucket_away,killed_on_bucket,damaged_object
 
-After each fault the same command resumes, and its results are compared, bit for bit, with those without a fault. Prints
-a table of kinds and outcomes. Status 1: some outcome was wrong.
+The kinds of the last line are for runs in gs://, on a service that fails in some requests, is away, or has lost an
+object. They take longer, too. After each fault the same command resumes, and its results are compared, bit for bit,
+with those without a fault. Prints a table of kinds and outcomes. Status 1: some outcome was wrong.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.kinds import KINDS, OF_STUDIES, Outcome, kind_of
+from tests.faults.drawn import KINDS, WHERE_ASKED, kind_of
+from tests.faults.kinds import Outcome
 from tests.faults.world import World
 
 
@@ -26,10 +29,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="no trial begins after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one trial")
-    parser.add_argument("--kinds", help=f"with commas between: {', '.join(KINDS)}; all but those of studies by default")
+    parser.add_argument("--kinds", help=f"with commas between: {', '.join(KINDS)}; by default all but those of studies "
+                                        "and of buckets")
     parser.add_argument("--keep", action="store_true", help="leave the folders of trials that went wrong")
     flags = parser.parse_args()
-    kinds = set(flags.kinds.split(",")) if flags.kinds else set(KINDS) - OF_STUDIES
+    kinds = set(flags.kinds.split(",")) if flags.kinds else set(KINDS) - WHERE_ASKED
     if unknown := kinds - set(KINDS):
         parser.error(f"there is no kind {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     folder, began = Path(tempfile.mkdtemp(prefix="faults.")), time.monotonic()

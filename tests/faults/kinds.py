@@ -6,15 +6,12 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tests.faults.world import ARMS, Ended, World, copied, kill, steps_of
 
@@ -62,7 +59,7 @@ def judged(
 def any_command(world: World, dice: random.Random) -> str:
     """A random command, most often training."""
     return dice.choice(["train", "train", "train", *(
-        name for name, command in world.commands.items() if not command.of_many)])
+        name for name, command in world.commands.items() if not command.apart)])
 
 
 def run_of(world: World, dice: random.Random) -> str:
@@ -394,20 +391,3 @@ def is_peer(cmdline: Path, out: Path) -> bool:
     except OSError:
         return False
     return b"--process_index=" in text and str(out).encode() in text
-
-
-Kind = Callable[[World, Path, random.Random], Outcome]
-KINDS: dict[str, tuple[Kind, int]] = {kind.__name__: (kind, weight) for kind, weight in (
-    (killed, 4), (killed_at_a_save, 4), (signalled, 3), (stopped, 1), (clock, 2), (removed_meanwhile, 4), (damaged, 6),
-    (rearranged, 4), (damaged_rows, 3), (damaged_study, 1), (killed_study, 1), (limited, 2), (full_disk, 2),
-    (second_beside, 1), (nobody_reads, 1), (peer_killed, 1))}
-OF_STUDIES = {"damaged_study", "killed_study"}  # each takes minutes on a busy machine
-if sys.platform != "linux" or resource.getrlimit(resource.RLIMIT_FSIZE)[0] == 0 or not can_mount():
-    del KINDS["full_disk"]
-
-
-def kind_of(seed: int, number: int) -> tuple[str, Any]:
-    """The kind of a trial and its dice, determined by the two numbers."""
-    dice = random.Random(f"{seed}.{number}")
-    names = list(KINDS)
-    return dice.choices(names, [KINDS[name][1] for name in names])[0], dice

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from tests.faults.kinds import KINDS, hostile, junk, kind_of
+from tests.faults.drawn import KINDS, kind_of
+from tests.faults.kinds import hostile, junk
 from tests.faults.world import Ended
 
 REFUSED = "t5x train: error: CODE_RATE must lie between 0 and 1, found 2."

@@ -17,8 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+if TYPE_CHECKING:
+    from tests.faults.served import Served
+    from tests.forked import Started
+
+Process: TypeAlias = "subprocess.Popen[str] | Started"
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = {"tokens_per_second", "data_wait_fraction", "model_flops_utilization"}
 STEPS, PERIOD = 24, 5
@@ -67,7 +72,7 @@ class Command:
     arguments: Callable[[Path], list[str]]
     signature: Callable[[Path], Any]
     trains: bool = False
-    of_many: bool = False  # whether it starts other commands; it has its own kinds of faults
+    apart: bool = False  # whether only its own kinds of faults draw it, as one that starts other commands
     refuses_again: str = ""  # words with which it refuses to run again once done; the results are still compared
 
 
@@ -76,6 +81,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.served: Served | None = None  # a bucket, once a kind of fault needs one
         (folder / "data").mkdir(parents=True)
         corpora = write_corpora(folder / "data")
         self.environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
@@ -85,12 +91,18 @@ class World:
         mixed = ["--gin_file=gin/mixed_pretrain.gin", f"--gin.CORPORA={corpora}", *SIZE, *PERIODS,
                  "--gin.MIXTURE_OR_TASK_NAME=['text.a', 'code.b']", "--gin.TASK_FEATURE_LENGTHS={'targets': 32}"]
         cached = f"--gin.CACHE_DIR={folder / 'cache'}"
+
+        def caching(out: Path) -> list[str]:
+            return ["train", *mixed, f"--gin.CACHE_DIR={out / 'cache'}", f"--gin.MODEL_DIR={out / 'run'}",
+                    "--gin.TRAIN_STEPS=3"]
+
         asked = write_instructions(folder / "data")
         run = functools.partial(self.whole, "train")
         self.commands = {command.name: command for command in (
             Command("train", lambda out: ["train", *mixed, cached, f"--gin.MODEL_DIR={out}"], of_run, True),
-            Command("cache", lambda out: ["train", *mixed, f"--gin.CACHE_DIR={out / 'cache'}",
-                                          f"--gin.MODEL_DIR={out / 'run'}", "--gin.TRAIN_STEPS=3"], of_rows),
+            Command("cache", caching, of_rows),
+            # In gs:// names of rows' folders are random, and those of killed commands stay.
+            Command("cache_there", caching, lambda out: of_run(out / "run"), apart=True),
             Command("tune", lambda out: [
                 "train", "--gin_file=gin/tune_mixed.gin", f"--gin.CORPORA={asked}", cached, *PERIODS,
                 "--gin.MIXTURE_OR_TASK_NAME=['text.asked', 'code.asked']", f"--gin.MODEL_DIR={out}",
@@ -107,7 +119,7 @@ class World:
                 "study", "--gin_file=gin/study.gin", "--gin.PRETRAINING_FILES=['gin/pretrain.gin']",
                 *(flag.replace("--gin.", "--gin.pretraining/", 1) for flag in [*mixed, cached]
                   if flag.startswith("--gin.")), "--gin.pretraining/TRAIN_STEPS=6", f"--gin.STUDY_DIR={out}",
-                "--gin.SEEDS=[0]", f"--gin.ARMS={ARMS}", "--gin.evaluation/TASKS=['logic']"], of_study, of_many=True),
+                "--gin.SEEDS=[0]", f"--gin.ARMS={ARMS}", "--gin.evaluation/TASKS=['logic']"], of_study, apart=True),
             Command("import", lambda out: ["import", str(self.whole("export") / "model"), f"--output={out / 'run'}"],
                     lambda out: of_run(out / "run"), refuses_again="exists already"),
         )}
@@ -142,8 +154,12 @@ class World:
         return out
 
     def start(self, name: str, out: Path, more: Sequence[str] = (), wrapper: Sequence[str] = (), program: str = "",
-              **options: Any) -> "subprocess.Popen[str]":
-        """Starts a command in its own process group; `program` is Python code that runs before it."""
+              **options: Any) -> Process:
+        """Starts a command in its own process group; `program` is Python code that runs before it. One whose OUT is in
+        the served bucket starts without these options.
+        """
+        if self.served is not None and out.is_relative_to(self.served.root):
+            return self.served.start(["-m", "codellm_jax.cli", *self.commands[name].arguments(out)])
         code = f"{program}\nimport sys\nfrom codellm_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
         out.parent.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(
@@ -155,7 +171,7 @@ class World:
         """Runs a command to its end."""
         return self.ended(self.start(name, out, **options))
 
-    def ended(self, process: "subprocess.Popen[str]") -> Ended:
+    def ended(self, process: Process) -> Ended:
         """Waits for a command; kills it if it hangs."""
         return waited_for(process, self.patience)
 
@@ -165,7 +181,7 @@ class World:
         return max(PATIENCE, SLOWER * max(self.seconds.values(), default=0.0))
 
 
-def waited_for(process: "subprocess.Popen[str]", patience: float) -> Ended:
+def waited_for(process: Process, patience: float) -> Ended:
     """Waits for a command; kills it if it takes too long."""
     try:
         output, _ = process.communicate(timeout=patience)
@@ -175,7 +191,7 @@ def waited_for(process: "subprocess.Popen[str]", patience: float) -> Ended:
         return Ended(None, process.communicate()[0] or "")
 
 
-def kill(process: "subprocess.Popen[str]") -> None:
+def kill(process: Process) -> None:
     """Kills a command and all processes of its group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)

@@ -13,6 +13,7 @@ class UnavailableError(Exception):
 @pytest.mark.parametrize("error, passes", [
     (ConnectionResetError("reset"), True), (TimeoutError(), True), (UnavailableError(), True),
     (ValueError("DEADLINE_EXCEEDED: no answer"), True), (RuntimeError("UNAUTHENTICATED: the token has expired"), True),
+    (RuntimeError("libcurl code 6, error details: Could not resolve host: www.googleapis.com"), True),
     (ValueError("DATA_LOSS: a checksum differs"), False), (FileNotFoundError("gs://bucket/x"), False)], ids=repr)
 def test_which_errors_pass(error: Exception, passes: bool) -> None:
     assert is_transient(error) == passes

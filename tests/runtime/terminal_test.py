@@ -90,6 +90,25 @@ def test_reads_that_python_closes_after_another_failed_print_no_traceback_and_ot
     assert errors.count("Traceback") == 1 and "a fault of its own" in errors
 
 
+def of_library(module: str, name: str, text: str) -> Exception:
+    """An error as a library raises it, which is not imported here."""
+    return type(name, (RuntimeError,), {"__module__": module})(text)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("AbortedError", "All 10 retry attempts failed. The last failure: HTTP response code 503\n\t when reading gs://b/o"),
+    ("FailedPreconditionError", "libcurl code 6, error details: Could not resolve host: www.googleapis.com")])
+def test_storage_that_fails_is_one_line_that_says_how_to_go_on(name, text):
+    said = one_line(of_library("tensorflow.python.framework.errors_impl", name, text))
+    assert said.startswith("the storage fails, or cannot be reached: ") and " ".join(text.split())[:60] in said
+    assert said.endswith("Start the same command again once it answers: it continues from what is there.")
+
+
+def test_a_device_without_memory_is_not_taken_for_storage():
+    said = one_line(of_library("jaxlib._jax", "XlaRuntimeError", "RESOURCE_EXHAUSTED: Out of memory"))
+    assert said == "XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory (--debug shows where)"
+
+
 def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
     process = start("-c", PRINTS, str(tmp_path / "file"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                     env={"PYTHONIOENCODING": "ascii:strict"})

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,6 +215,19 @@ def test_who_cannot_renew_stops_before_others_may_take_it(tmp_path, monkeypatch,
         assert lease.lost == "it could not be renewed (the disk is away)"
 
 
+def test_a_lease_that_cannot_be_given_back_hides_neither_success_nor_the_error(tmp_path, monkeypatch):
+    def away(*_: object) -> None:
+        raise OSError("the disk is away")
+
+    for error in (None, ValueError("a loss is not finite")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="a loss") if error else nullcontext():
+            with Leases(State(str(tmp_path / str(error)))).held("A.seed0", stop) as lease:
+                assert lease is not None
+                patch.setattr(State, "read", away)
+                if error:
+                    raise error
+
+
 def test_a_process_that_is_gone_from_this_machine_is_known_to_be(place):
     script = ("import sys, time; from codellm_jax.runtime.leases import Leases, State\n"
               "with Leases(State(sys.argv[1])).held('A.seed0', print): print('held', flush=True); time.sleep(60)")
@@ -301,6 +315,24 @@ def test_storage_that_fails_for_a_while_is_asked_again(bucket, failures):
     generation = state.write("A.seed0", {"worker": "w"})
     bucket.failures = list(failures)
     assert state.read("A.seed0") == ({"worker": "w"}, generation) and not bucket.failures
+
+
+def test_a_write_whose_answer_is_lost_counts_as_written(bucket, clock):
+    """TensorStore repeats it, and finds the generation that it wrote itself instead of the one before."""
+    bucket.objects.clear()
+    one, other = Leases(State("gs://bucket/a study #1")), Leases(State("gs://bucket/a study #1"))
+    bucket.lost = [503]
+    with one.held("A.seed0", stop) as lease:
+        assert lease is not None and not bucket.lost
+        with other.held("A.seed0", stop) as second:
+            assert second is None
+        bucket.lost = [503]
+        lease._renew_once()
+        assert not bucket.lost and not lease.lost
+        lease._renew_once()
+        assert not lease.lost and (other.state.read("A.seed0")[0] or {})["beats"] == 2
+        bucket.lost = [503]
+    assert not bucket.lost and one.holder("A.seed0") is None
 
 
 HOLDER = {"worker": "host:7", "token": "t", "place": None, "process": 7, "started": None, "since": 1.0, "beat_at": 2,
