@@ -126,8 +126,9 @@ def _positions(one: _Asked, readings: Sequence[str], answer_is: str | None) -> s
 
 def _outside(one: _Asked, answer_is: str | None) -> str:
     count = len(one.choices)
+    first, last = (label if label.isalnum() else shown(label) for label in (one.labels[0], one.labels[-1]))
     ways = {INDEX: f"an index from 0 to {count - 1}", ORDINAL: f"a number from 1 to {count}",
-            LETTER: f"a letter from {one.labels[0]} to {one.labels[-1]}", TEXT: "the text of one"}
+            LETTER: f"a letter from {first} to {last}", TEXT: "the text of one"}
     wanted = ways[answer_is] if answer_is else f"{ways[INDEX]}, {ways[LETTER]} or {ways[TEXT]}"
     option = "'answer_is': 'ordinal'"
     hint = (f" If the file counts from 1, set {one.record.of.setting(option)}."
