@@ -279,8 +279,9 @@ FIELDS = "set BENCHMARKS = {'questions': {'file': 'FILE', 'fields': {'answer': .
     (choice(-1), f"the answer -1 is not one of the 3 choices; {WAYS}"),
     (choice(True), f"the answer True is not one of the 3 choices; {WAYS}"),
     (choice("same", "same", "same", "other"), f"the answer 'same' is not one of the 3 choices; {WAYS}"),
-    (SKY | {"choices": {"A": "x", "B\b": "y"}, "answer": "C"}, "the answer 'C' is not one of the 2 choices; it must be an "
-     "index from 0 to 1, a letter from A to 'B\\x08' or the text of one."),
+    (SKY | {"choices": {"A": "x", "B\b": "y"}, "answer": "C"},
+     "the answer 'C' is not one of the 2 choices; it must be an index from 0 to 1, a letter from A to 'B\\x08' or the "
+     "text of one."),
     (choice(["A", "B"]), "a question must have one right choice, found ['A', 'B']."),
     (choice(0, "one"), "a question must have 2 to 26 choices, found 1."),
     (choice(0, *map(str, range(27))), "a question must have 2 to 26 choices, found 27."),
