@@ -180,4 +180,4 @@ def test_the_files_of_a_run_are_those_of_the_page(pretrained):
     for task in ("logic", "mbpp"):
         assert set(json.loads((run / "results" / f"{task}_sample.json").read_text())) <= fields
         first, second, *_ = map(json.loads, (run / "results" / f"{task}_sample.jsonl").read_text().splitlines())
-        assert set(first) == {"settings", "checkpoint"} and set(second) <= fields
+        assert set(first) == {"settings", "checkpoint", "digest"} and set(second) <= fields

@@ -20,7 +20,7 @@ from codellm_jax.results.files import digest
 from codellm_jax.runtime.checkpoints import first_line, named_leaves, undamaged_records
 
 CHUNK = 2**24  # maximum bytes of an array's chunk
-IN_FLIGHT = 2**26  # maximum bytes waiting to be written
+IN_FLIGHT = 2**25  # maximum bytes waiting to be written; TensorStore holds as much again, compressed
 
 
 class Part(NamedTuple):
