@@ -78,7 +78,7 @@ class Started:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        end = time.monotonic() + (timeout or float("inf"))
+        end = float("inf") if timeout is None else time.monotonic() + timeout
         while (status := self.poll()) is None:
             if time.monotonic() > end:
                 raise subprocess.TimeoutExpired("a forked command", timeout or 0)
