@@ -7,11 +7,14 @@ the backward pass (`jax.checkpoint`) takes four. Shape suffixes are explained at
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from codellm_jax.model.attention import platform
 
@@ -19,6 +22,8 @@ from codellm_jax.model.attention import platform
 # width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; 145 for all logits at once.
 DEFAULT_CHUNK = 64
 LOGITS = 2**28  # bytes of a chunk's logits on a device
+PARTS = 4  # in which the embedding's gradient is summed over devices
+COLUMNS = 128  # of a TPU's tile
 FLOATS_OF_LINE = 16  # of a processor's cache
 
 
@@ -34,8 +39,8 @@ def chunk_of(rows: int, vocabulary_size: int, *, gradients: bool) -> int:
     mesh).
 
     This is DEFAULT_CHUNK, or fewer if their logits would exceed LOGITS on a device. For gradients over several devices,
-    however, each chunk costs a reduction of the embedding's gradient, V x D x 4 bytes: then a chunk is as large as
-    LOGITS allows (all positions, if each device has few rows), and never smaller than DEFAULT_CHUNK.
+    however, where many small chunks are slow, a chunk is as large as LOGITS allows (all positions, if each device
+    has few rows), and never smaller than DEFAULT_CHUNK.
     """
     devices = max(1, jax.sharding.get_abstract_mesh().size)
     most = max(1, LOGITS * devices // (4 * rows * vocabulary_size))
@@ -94,17 +99,17 @@ def _chunked(
     hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """The forward pass alone, used without differentiation."""
-    (loss_sum, loss_BL), _ = _scan(hidden_BLD, embedding_VD, targets_BL, weights_BL, chunk, False)
-    return loss_sum, loss_BL
+    loss_BL, _ = _scan(hidden_BLD, embedding_VD, targets_BL, weights_BL, chunk, False)
+    return jnp.sum(loss_BL * weights_BL), loss_BL
 
 
 def _chunked_forward(
     hidden_BLD: jax.Array, embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, chunk: int
 ) -> tuple[tuple[jax.Array, jax.Array], _Gradients]:
     """The forward pass under differentiation: it computes the gradients, and keeps only them."""
-    value, gradients = _scan(hidden_BLD, embedding_VD, targets_BL, weights_BL, chunk, True)
+    loss_BL, gradients = _scan(hidden_BLD, embedding_VD, targets_BL, weights_BL, chunk, True)
     assert gradients is not None
-    return value, gradients
+    return (jnp.sum(loss_BL * weights_BL), loss_BL), gradients
 
 
 def _chunked_backward(
@@ -127,19 +132,75 @@ def _scan(
     weights_BL: jax.Array,
     chunk: int,
     with_gradients: bool,
-) -> tuple[tuple[jax.Array, jax.Array], _Gradients | None]:
-    """Passes over the chunks; returns (loss sum, loss_BL) and, if asked for, the gradients of the former."""
-    batch, length, width = hidden_BLD.shape
-    dtype = hidden_BLD.dtype
-    # Named so that an embedding sharded over its width is gathered once, before the loop, and its gradient is summed
-    # into shards; without a mesh the names have no effect. The barrier keeps XLA from gathering it in float32.
+) -> tuple[jax.Array, _Gradients | None]:
+    """Passes over the chunks; returns loss_BL and, if asked for, the gradients of the weighted sum of losses."""
+    # Named so that an embedding sharded over its width is gathered once, before the loop; without a mesh the names have
+    # no effect. The barrier keeps XLA from gathering it in float32.
     compute_embedding_VD = nn.with_logical_constraint(
-        jax.lax.optimization_barrier(embedding_VD.astype(dtype)), ("activation_vocab", "activation_embed")
+        jax.lax.optimization_barrier(embedding_VD.astype(hidden_BLD.dtype)), ("activation_vocab", "activation_embed")
     )
+    loop: Callable[..., Any] = functools.partial(_loop, chunk=chunk, with_gradients=with_gradients)
+    if with_gradients and (axes := _axes_of_rows()):
+        loop = _summed_once(loop, *axes)
+    loss_BL, gradients = loop(hidden_BLD, compute_embedding_VD, targets_BL, weights_BL)
+    if gradients is None:
+        return loss_BL, None
+    return loss_BL, gradients._replace(embedding_VD=gradients.embedding_VD.astype(embedding_VD.dtype))
+
+
+def _axes_of_rows() -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The axes of the mesh that split the batch, and those that split the embedding's width; None unless the former are
+    several devices, all of the mesh.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    if mesh.empty or not rules:
+        return None
+    batch, width = (tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[axis] > 1)
+                    for axes in (rules["activation_batch"], rules["embed"]))
+    of_batch = math.prod(mesh.shape[axis] for axis in batch)
+    return (batch, width) if of_batch == mesh.size > 1 and set(width) <= set(batch) else None
+
+
+def _summed_once(loop: Callable[..., Any], batch: tuple[str, ...], width: tuple[str, ...]) -> Callable[..., Any]:
+    """The loop on the rows of each device, with one sum of the embedding's gradient over the devices.
+
+    The partitioner would add a sum to each iteration. The gradient is summed in the compute dtype, like those of all
+    kernels, and sharded over its width like the embedding.
+    """
+    rows, whole, columns = (PartitionSpec(*axes) for axes in ((batch,), (), (None, width)))
+    results: Any = rows, _Gradients(rows, columns)  # type: ignore[arg-type]
+    others = tuple(axis for axis in batch if axis not in width)
+
+    def on_one_device(*arrays: jax.Array) -> tuple[jax.Array, _Gradients]:
+        dtype = arrays[0].dtype
+
+        def summed(part_VD: jax.Array) -> jax.Array:
+            part_VD = part_VD.astype(dtype)
+            if width:
+                part_VD = jax.lax.psum_scatter(part_VD, width, scatter_dimension=1, tiled=True)
+            return jax.lax.psum(part_VD, others) if others else part_VD
+
+        with nn.logical_axis_rules(()):  # its constraints are for the partitioner, which is not at work here
+            return loop(*arrays, summed=summed)
+
+    return jax.shard_map(on_one_device, in_specs=(rows, whole, rows, rows), out_specs=results, check_vma=False)
+
+
+def _loop(
+    hidden_BLD: jax.Array, compute_embedding_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, *,
+    chunk: int, with_gradients: bool, summed: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, _Gradients | None]:
+    """`_scan` with an embedding in the compute dtype.
+
+    The embedding's gradient is float32, unless `summed` sums parts of it over devices: [V', D] float32 to its result.
+    """
+    batch, length, width = hidden_BLD.shape
+    dtype, vocabulary_size = hidden_BLD.dtype, compute_embedding_VD.shape[0]
     # On CPU the embedding's gradient is summed as [D, V], from a transposed copy: see `parts._products`.
     turned = platform() == "cpu"
 
-    def one_chunk(embedding_gradient: Any, start: jax.Array) -> tuple[Any, tuple[jax.Array, Any]]:
+    def one_chunk(start: jax.Array) -> tuple[jax.Array, Any, Any]:
+        """loss_BC; and if asked for, hidden_gradient_BCD and the factors of the embedding's gradient."""
         # Flattened to N: with two contracted axes, XLA on CPU would transpose the logits by a copy.
         hidden_ND, target_N, weight_N = (
             jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1).reshape(-1, *array.shape[2:])
@@ -156,34 +217,61 @@ def _scan(
         partition_N = jnp.sum(exponential_NV, axis=-1)
         loss_BC = (jnp.log(partition_N) + highest_N - target_logit_N).reshape(batch, chunk)
         if not with_gradients:
-            return None, (loss_BC, None)
+            return loss_BC, None, None
         # d loss / d logits = weight x (softmax - one-hot of the target)
-        is_target_NV = target_N[:, None] == jnp.arange(embedding_VD.shape[0])
+        is_target_NV = target_N[:, None] == jnp.arange(vocabulary_size)
         logits_gradient_NV = exponential_NV * (weight_N / partition_N)[:, None]
         logits_gradient_NV -= jnp.where(is_target_NV, weight_N[:, None], 0.0)
         logits_gradient_NV = logits_gradient_NV.astype(dtype)
         hidden_gradient_ND = logits_gradient_NV @ compute_embedding_VD
+        return loss_BC, hidden_gradient_ND.reshape(batch, chunk, width), (hidden_ND, logits_gradient_NV)
+
+    def product(hidden_ND: jax.Array, logits_gradient_NV: jax.Array) -> jax.Array:
+        """Their part of the embedding's gradient, [V, D] or on CPU [D, V]."""
         factors = (("DN,NV->DV", jax.lax.optimization_barrier(hidden_ND.T), logits_gradient_NV) if turned else
                    ("NV,ND->VD", logits_gradient_NV, hidden_ND))
-        embedding_gradient += jnp.einsum(*factors, preferred_element_type=jnp.float32)
+        return jnp.einsum(*factors, preferred_element_type=jnp.float32)
+
+    def in_order(gradient: jax.Array) -> jax.Array:
+        return _transposed(gradient) if turned else gradient
+
+    def added(embedding_gradient: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        loss_BC, hidden_gradient_BCD, factors = one_chunk(start)
         embedding_gradient = nn.with_logical_constraint(
-            embedding_gradient, ("embed", "vocab") if turned else ("vocab", "embed"))
-        return embedding_gradient, (loss_BC, hidden_gradient_ND.reshape(batch, chunk, width))
+            embedding_gradient + product(*factors), ("embed", "vocab") if turned else ("vocab", "embed"))
+        return embedding_gradient, (loss_BC, hidden_gradient_BCD)
 
     def along_length(chunks: jax.Array) -> jax.Array:
         """[chunks, B, C, ...] to [B, L, ...]."""
         return jnp.moveaxis(chunks, 0, 1).reshape(batch, length, *chunks.shape[3:])
 
-    shape = embedding_VD.shape[::-1] if turned else embedding_VD.shape
-    initial: Any = jnp.zeros(shape, jnp.float32) if with_gradients else None
-    embedding_gradient, (losses, hidden_gradients) = jax.lax.scan(one_chunk, initial, jnp.arange(0, length, chunk))
-    loss_BL = along_length(losses)
-    value = jnp.sum(loss_BL * weights_BL), loss_BL
+    starts = jnp.arange(0, length, chunk)
     if not with_gradients:
-        return value, None
-    if turned:
-        embedding_gradient = _transposed(embedding_gradient)
-    return value, _Gradients(along_length(hidden_gradients), embedding_gradient.astype(embedding_VD.dtype))
+        return along_length(jax.lax.map(lambda start: one_chunk(start)[0], starts)), None
+    if summed is not None and batch * length <= 2 * width:
+        # All gradients of logits, in the compute dtype, take no more memory than the embedding's in float32.
+        losses, hidden_gradients, factors = jax.lax.map(one_chunk, starts)
+        hidden_ND, logits_gradient_NV = (array.reshape(-1, array.shape[-1]) for array in factors)
+        gradient_VD = _by_parts(lambda part, array: summed(in_order(product(hidden_ND, array[:, part]))),
+                                logits_gradient_NV, vocabulary_size)
+    else:
+        shape = compute_embedding_VD.shape[::-1] if turned else compute_embedding_VD.shape
+        gradient, (losses, hidden_gradients) = jax.lax.scan(added, jnp.zeros(shape, jnp.float32), starts)
+        gradient_VD = in_order(gradient)
+        if summed is not None:
+            gradient_VD = _by_parts(lambda part, array: summed(array[part]), gradient_VD, vocabulary_size)
+    return along_length(losses), _Gradients(along_length(hidden_gradients), gradient_VD)
+
+
+def _by_parts(of_part: Callable[[slice, jax.Array], jax.Array], array: jax.Array, rows: int) -> jax.Array:
+    """Computes PARTS of [rows, D] one after another, from `array`: the memory of a part is free before the next."""
+    size = -(-rows // (PARTS * COLUMNS)) * COLUMNS
+    parts = []
+    for start in range(0, rows, size):
+        # The barrier gives the parts an order; otherwise XLA combines their sums over devices, and holds them all.
+        array, part = jax.lax.optimization_barrier((array, of_part(slice(start, start + size), array)))
+        parts.append(part)
+    return jnp.concatenate(parts)
 
 
 def _transposed(array_DV: jax.Array) -> jax.Array:

@@ -149,6 +149,28 @@ def _linear(x_BLI: jax.Array, projections: Sequence[Projection], name: str) -> l
     return found
 
 
+def _into_heads(x_BLI: jax.Array, projection: Projection, heads: int) -> jax.Array:
+    """The product with a kernel [I, Q] and its bias, split into heads, [B, L, heads, K], for TPU.
+
+    XLA then writes each head's tokens together, as attention's kernel reads them. From a product [B, L, Q] it copies
+    twice, with tokens along the lanes in between, and likewise the gradient.
+    """
+    kernel_IO, bias_O = projection
+    kernel_IHK = kernel_IO.astype(x_BLI.dtype).reshape(len(kernel_IO), heads, -1)
+    y_BLHK = jnp.einsum("BLI,IHK->BLHK", x_BLI, kernel_IHK)
+    y_BLHK = y_BLHK if bias_O is None else y_BLHK + bias_O.astype(x_BLI.dtype)
+    return checkpoint_name(y_BLHK, "projected")
+
+
+def _out_of_heads(x_BLHK: jax.Array, projection: Projection) -> jax.Array:
+    """The product of all heads with a kernel [Q, O] and its bias, [B, L, O], for TPU; see `_into_heads`."""
+    kernel_IO, bias_O = projection
+    kernel_HKO = kernel_IO.astype(x_BLHK.dtype).reshape(*x_BLHK.shape[2:], -1)
+    y_BLO = jnp.einsum("BLHK,HKO->BLO", x_BLHK, kernel_HKO)
+    y_BLO = y_BLO if bias_O is None else y_BLO + bias_O.astype(x_BLHK.dtype)
+    return checkpoint_name(y_BLO, "mixed")
+
+
 class Attention(nn.Module):
     """Multi-head attention, and a cache of keys and values for decoding."""
 
@@ -164,7 +186,10 @@ class Attention(nn.Module):
         kernel_QD = parameter(self, "output_kernel", (config.query_width, config.hidden), ("heads", "embed"))
         output = Projection(kernel_QD, _bias(self, "output", (config.hidden,), ("embed",)))
         query, key, value, output = _gathered((query, key, value, output), source_BLD.dtype)
-        if query_BLD is source_BLD:
+        if platform() == "tpu":
+            projected = [_into_heads(query_BLD if name == "query" else source_BLD, projection, self._sizes(name)[0])
+                         for name, projection in (("query", query), ("key", key), ("value", value))]
+        elif query_BLD is source_BLD:
             projected = _linear(source_BLD, (query, key, value), "projected")
         else:
             projected = _linear(query_BLD, (query,), "projected") + _linear(source_BLD, (key, value), "projected")
@@ -177,6 +202,8 @@ class Attention(nn.Module):
         attended_BLHK = dot_product_attention(
             query_BLHK, key_BMGK, value_BMGK, mask, implementation=config.attention,
             is_query_layer=query_BLD is not source_BLD)
+        if platform() == "tpu":
+            return _out_of_heads(attended_BLHK, output)
         attended_BLQ = attended_BLHK.reshape(*query_BLD.shape[:2], config.query_width)
         return _linear(attended_BLQ, (output,), "mixed")[0]
 
@@ -192,7 +219,7 @@ class Attention(nn.Module):
         return Projection(kernel_DQ, _bias(self, name, (heads, size), (axis, "kv")))
 
     def _heads(self, name: str, projected_BLQ: jax.Array, rotation: Rotation | None) -> jax.Array:
-        """The projected heads, [B, L, heads, K]; queries and keys are then normalised and rotated if configured."""
+        """A projection's heads, [B, L, heads, K]; queries and keys are then normalised and rotated if configured."""
         (heads, axis), config = self._sizes(name), self.config
         x_BLHK = projected_BLQ.reshape(*projected_BLQ.shape[:2], heads, config.size_of_head)
         x_BLHK = constrain(x_BLHK, "activation_batch", "activation_length", f"activation_{axis}", "activation_kv")

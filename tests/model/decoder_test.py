@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from codellm_jax.model import parts
 from codellm_jax.model.decoder import (
     Decoder,
     DecoderConfig,
@@ -200,6 +201,25 @@ def loss_gradients(config: DecoderConfig, params: Any, inputs: Inputs) -> Any:
         return jnp.sum(jnp.sin(hidden_BLD))
 
     return jax.jit(jax.grad(loss))(params)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_into_heads_are_the_same_decoder(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On TPU kernels are multiplied as [D, H, K] and [H, K, D]: same logits and gradients."""
+    config = ARCHITECTURES[architecture]
+    params, inputs = make_params(config), make_inputs(config)
+
+    def found() -> tuple[Any, Any, str]:
+        traced = str(jax.make_jaxpr(functools.partial(Decoder(config).apply, {"params": params}))(*inputs))
+        return compute_logits(config, params, inputs), loss_gradients(config, params, inputs), traced
+
+    *expected, before = found()
+    monkeypatch.setattr(parts, "platform", lambda: "tpu")
+    *same, after = found()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), same, expected)
+    product = f"3,{config.size_of_head}] = dot_general"
+    assert after.count(product) > before.count(product)
+
 
 
 @pytest.mark.slow

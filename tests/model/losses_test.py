@@ -1,12 +1,17 @@
 """The chunked cross-entropy equals the one by the book, and never holds all logits."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.model.losses import DEFAULT_CHUNK, _transposed, chunk_of, cross_entropy
+from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 10, 8, 37
 
@@ -65,6 +70,40 @@ def test_bfloat16_hidden_states() -> None:
         np.testing.assert_allclose(np.asarray(gradient, np.float32), np.asarray(expected, np.float32), atol=0.06)
 
 
+@pytest.mark.parametrize("chunk", [4, LENGTH])  # several chunks, and a single one
+@pytest.mark.parametrize("rows", [8, 16])  # 10 tokens of a device are fewer than twice the width, 20 are more
+@pytest.mark.parametrize("shape", [MeshShape(data=1, fsdp=8), MeshShape(data=2, fsdp=4), MeshShape(data=8)])
+def test_devices_sum_the_gradient_once(shape: MeshShape, rows: int, chunk: int) -> None:
+    """On eight devices the gradients are those of one; the embedding's is summed in four parts, outside of the loop and
+    in the compute dtype, and sharded like the embedding.
+    """
+    rng, vocabulary = np.random.default_rng(1), 400  # parts of 128, 128, 128 and 16
+    inputs = (jnp.asarray(rng.normal(size=(rows, LENGTH, WIDTH)), jnp.float32),
+              jnp.asarray(rng.normal(size=(vocabulary, WIDTH)), jnp.float32),
+              jnp.asarray(rng.integers(vocabulary, size=(rows, LENGTH)), jnp.int32),
+              jnp.asarray(rng.uniform(size=(rows, LENGTH)), jnp.float32))
+
+    def loss(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cross_entropy(*arrays, chunk=chunk)
+
+    (expected_sum, expected_BL), expected = value_and_gradients(loss, inputs)
+    mesh = make_mesh(shape)
+    of_rows, of_width = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    sharded = [jax.device_put(array, of_width if index == 1 else of_rows) for index, array in enumerate(inputs)]
+    with jax.set_mesh(mesh), nn.logical_axis_rules(shape.all_rules()):
+        (loss_sum, loss_BL), gradients = value_and_gradients(loss, sharded)
+        gradient = jax.jit(jax.grad(lambda *a: loss(*a)[0], argnums=1))
+        in_half = gradient.lower(sharded[0].astype("bfloat16"), *sharded[1:])
+    np.testing.assert_allclose(loss_sum, expected_sum, rtol=1e-6)
+    np.testing.assert_allclose(loss_BL, expected_BL, atol=1e-5)
+    for found, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert gradients[1].sharding.shard_shape(gradients[1].shape) == (vocabulary, WIDTH // shape.fsdp)
+    kind = "reduce_scatter" if shape.fsdp > 1 else "all_reduce"
+    sums = re.findall(rf"stablehlo.{kind}.*?: \((tensor<[^)]*)\) ->", in_half.as_text(), re.DOTALL)
+    assert sums == [f"tensor<{size}x{WIDTH}xbf16>" for size in (128, 128, 128, 16)]
+
+
 def test_weight_zero_counts_nothing() -> None:
     hidden_BLD, embedding_VD, targets_BL, _ = make_inputs()
     weights_BL = jnp.ones((BATCH, LENGTH)).at[1].set(0.0)
@@ -112,7 +151,7 @@ def test_never_holds_all_logits(differentiated: bool) -> None:
     (1, 8, 8192, DEFAULT_CHUNK, DEFAULT_CHUNK),
     (1, 32, 40_064, 52, 52),  # 32 x 52 x 40,064 x 4 bytes are just under 256 MiB
     (1, 2048, 130_432, 1, 1),  # one position at least, though it takes a GiB
-    # Several devices reduce a gradient with each chunk: 4 rows of 418 positions on each of 64 are just under 256 MiB.
+    # Several devices take large chunks: 4 rows of 418 positions on each of 64 are just under 256 MiB.
     (64, 256, 40_064, 418, DEFAULT_CHUNK),
     (8, 4096, 130_432, DEFAULT_CHUNK, 1),
 ])

@@ -16,7 +16,8 @@ from codellm_jax.runtime.compiler import compiler_options, is_deterministic
 def test_a_gpu_adds_in_one_order_unless_layers_are_out_of_their_loop(
     platform: str, scan_unroll: int, options: set[str], deterministic: bool
 ) -> None:
-    mesh: Any = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)], object))
+    device = types.SimpleNamespace(platform=platform, device_kind="TPU v3")
+    mesh: Any = types.SimpleNamespace(devices=np.array([device], object))
     config = DecoderConfig(layers=3, hidden=8, heads=2, feedforward=8, vocabulary_size=16, length=4,
                            scan_unroll=scan_unroll)
     assert set(compiler_options(mesh, config)) == options
