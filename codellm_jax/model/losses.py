@@ -208,10 +208,14 @@ def _loop(
         )
         logits_NV = jnp.einsum("ND,VD->NV", hidden_ND, compute_embedding_VD, preferred_element_type=jnp.float32)
         logits_NV = nn.with_logical_constraint(logits_NV, ("activation_batch", "activation_vocab"))
-        # Computing the target's logit from a row of the embedding saves a pass over the logits.
-        target_logit_N = jnp.einsum(
-            "ND,ND->N", hidden_ND, compute_embedding_VD[target_N], preferred_element_type=jnp.float32
-        )
+        is_target_NV = target_N[:, None] == jnp.arange(vocabulary_size)
+        if platform() == "tpu":
+            # In the pass that sums the exponentials. Rows of the embedding would need a copy of it in another layout.
+            target_logit_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=-1)
+        else:
+            # Computing the target's logit from a row of the embedding saves a pass over the logits.
+            target_logit_N = jnp.einsum(
+                "ND,ND->N", hidden_ND, compute_embedding_VD[target_N], preferred_element_type=jnp.float32)
         highest_N = jnp.max(logits_NV, axis=-1)
         exponential_NV = jnp.exp(logits_NV - highest_N[:, None])
         partition_N = jnp.sum(exponential_NV, axis=-1)
@@ -219,7 +223,6 @@ def _loop(
         if not with_gradients:
             return loss_BC, None, None
         # d loss / d logits = weight x (softmax - one-hot of the target)
-        is_target_NV = target_N[:, None] == jnp.arange(vocabulary_size)
         logits_gradient_NV = exponential_NV * (weight_N / partition_N)[:, None]
         logits_gradient_NV -= jnp.where(is_target_NV, weight_N[:, None], 0.0)
         logits_gradient_NV = logits_gradient_NV.astype(dtype)

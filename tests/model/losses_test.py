@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from codellm_jax.model import losses
 from codellm_jax.model.losses import DEFAULT_CHUNK, _transposed, chunk_of, cross_entropy
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 
@@ -39,8 +40,10 @@ def value_and_gradients(function, inputs, scale: float = 1.0):
     return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))(*inputs[:2])
 
 
+@pytest.mark.parametrize("kind", ["cpu", "tpu"])
 @pytest.mark.parametrize("chunk", [1, 4, 5, 10, 64])  # 4 does not divide 10
-def test_equals_full_logits(chunk: int) -> None:
+def test_equals_full_logits(chunk: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "platform", lambda: kind)
     inputs = make_inputs()
     (loss_sum, loss_BL), gradients = value_and_gradients(lambda *a: cross_entropy(*a, chunk=chunk), inputs, scale=2.5)
     (expected_sum, expected_BL), expected_gradients = value_and_gradients(by_the_book, inputs, scale=2.5)
