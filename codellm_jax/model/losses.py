@@ -17,13 +17,13 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from codellm_jax.model.attention import platform
+from codellm_jax.model.parts import TILE_COLUMNS
 
 # Positions in a chunk: B x C x V x 4 bytes of logits are live at a time. Measured on 2 CPU cores at 8 x 256 tokens,
 # width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; 145 for all logits at once.
 DEFAULT_CHUNK = 64
 LOGITS = 2**28  # bytes of a chunk's logits on a device
 PARTS = 4  # in which the embedding's gradient is summed over devices
-COLUMNS = 128  # of a TPU's tile
 FLOATS_OF_LINE = 16  # of a processor's cache
 
 
@@ -268,7 +268,7 @@ def _loop(
 
 def _by_parts(of_part: Callable[[slice, jax.Array], jax.Array], array: jax.Array, rows: int) -> jax.Array:
     """Computes PARTS of [rows, D] one after another, from `array`: the memory of a part is free before the next."""
-    size = -(-rows // (PARTS * COLUMNS)) * COLUMNS
+    size = -(-rows // (PARTS * TILE_COLUMNS)) * TILE_COLUMNS
     parts = []
     for start in range(0, rows, size):
         # The barrier gives the parts an order; otherwise XLA combines their sums over devices, and holds them all.

@@ -68,7 +68,7 @@ def _apart(array: jax.Array, like: Sequence[jax.Array]) -> tuple[jax.Array, ...]
     return tuple(jnp.split(array, ends[:-1], axis=1))
 
 
-TILE_ROWS = 8  # of a TPU's tile of float32; its columns are 128
+TILE_ROWS, TILE_COLUMNS = 8, 128  # of a TPU's tile of float32
 
 
 def gathers_at_once(rows: int) -> bool:
@@ -150,10 +150,11 @@ def _linear(x_BLI: jax.Array, projections: Sequence[Projection], name: str) -> l
 
 
 def _into_heads(x_BLI: jax.Array, projection: Projection, heads: int) -> jax.Array:
-    """The product with a kernel [I, Q] and its bias, split into heads, [B, L, heads, K], for TPU.
+    """The product with a kernel [I, Q] and its bias, split into heads, [B, L, heads, K].
 
-    XLA then writes each head's tokens together, as attention's kernel reads them. From a product [B, L, Q] it copies
-    twice, with tokens along the lanes in between, and likewise the gradient.
+    For TPU, if heads are not whole lanes: XLA then writes the tokens of each head together, as attention's kernel reads
+    them. It would copy a product [B, L, Q] twice for this, with tokens along the lanes in between, and likewise the
+    gradient. Heads of 128 or 256 take one copy, and the product is faster without them.
     """
     kernel_IO, bias_O = projection
     kernel_IHK = kernel_IO.astype(x_BLI.dtype).reshape(len(kernel_IO), heads, -1)
@@ -163,7 +164,7 @@ def _into_heads(x_BLI: jax.Array, projection: Projection, heads: int) -> jax.Arr
 
 
 def _out_of_heads(x_BLHK: jax.Array, projection: Projection) -> jax.Array:
-    """The product of all heads with a kernel [Q, O] and its bias, [B, L, O], for TPU; see `_into_heads`."""
+    """The product of all heads with a kernel [Q, O] and its bias, [B, L, O]; see `_into_heads`."""
     kernel_IO, bias_O = projection
     kernel_HKO = kernel_IO.astype(x_BLHK.dtype).reshape(*x_BLHK.shape[2:], -1)
     y_BLO = jnp.einsum("BLHK,HKO->BLO", x_BLHK, kernel_HKO)
@@ -186,7 +187,8 @@ class Attention(nn.Module):
         kernel_QD = parameter(self, "output_kernel", (config.query_width, config.hidden), ("heads", "embed"))
         output = Projection(kernel_QD, _bias(self, "output", (config.hidden,), ("embed",)))
         query, key, value, output = _gathered((query, key, value, output), source_BLD.dtype)
-        if platform() == "tpu":
+        in_heads = platform() == "tpu" and config.size_of_head % TILE_COLUMNS > 0
+        if in_heads:
             projected = [_into_heads(query_BLD if name == "query" else source_BLD, projection, self._sizes(name)[0])
                          for name, projection in (("query", query), ("key", key), ("value", value))]
         elif query_BLD is source_BLD:
@@ -202,7 +204,7 @@ class Attention(nn.Module):
         attended_BLHK = dot_product_attention(
             query_BLHK, key_BMGK, value_BMGK, mask, implementation=config.attention,
             is_query_layer=query_BLD is not source_BLD)
-        if platform() == "tpu":
+        if in_heads:
             return _out_of_heads(attended_BLHK, output)
         attended_BLQ = attended_BLHK.reshape(*query_BLD.shape[:2], config.query_width)
         return _linear(attended_BLQ, (output,), "mixed")[0]
