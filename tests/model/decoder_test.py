@@ -204,8 +204,10 @@ def loss_gradients(config: DecoderConfig, params: Any, inputs: Inputs) -> Any:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_products_into_heads_are_the_same_decoder(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On TPU kernels are multiplied as [D, H, K] and [H, K, D]: same logits and gradients."""
+def test_products_on_tpu_are_the_same_decoder(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There attention's kernels are multiplied as [D, H, K] and [H, K, D], and rows stay apart: same logits and
+    gradients.
+    """
     config = ARCHITECTURES[architecture]
     params, inputs = make_params(config), make_inputs(config)
 
