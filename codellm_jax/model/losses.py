@@ -140,7 +140,7 @@ def _scan(
         jax.lax.optimization_barrier(embedding_VD.astype(hidden_BLD.dtype)), ("activation_vocab", "activation_embed")
     )
     loop: Callable[..., Any] = functools.partial(_loop, chunk=chunk, with_gradients=with_gradients)
-    if with_gradients and (axes := _axes_of_rows()):
+    if with_gradients and (axes := _axes_of_rows(len(hidden_BLD))):
         loop = _summed_once(loop, *axes)
     loss_BL, gradients = loop(hidden_BLD, compute_embedding_VD, targets_BL, weights_BL)
     if gradients is None:
@@ -148,17 +148,18 @@ def _scan(
     return loss_BL, gradients._replace(embedding_VD=gradients.embedding_VD.astype(embedding_VD.dtype))
 
 
-def _axes_of_rows() -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+def _axes_of_rows(rows: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """The axes of the mesh that split the batch, and those that split the embedding's width; None unless the former are
-    several devices, all of the mesh.
+    several devices, all of the mesh, and divide the rows.
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
-    if mesh.empty or not rules:
+    if mesh.empty or not {"activation_batch", "embed"} <= rules.keys():
         return None
     batch, width = (tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[axis] > 1)
                     for axes in (rules["activation_batch"], rules["embed"]))
     of_batch = math.prod(mesh.shape[axis] for axis in batch)
-    return (batch, width) if of_batch == mesh.size > 1 and set(width) <= set(batch) else None
+    fits = of_batch == mesh.size > 1 and set(width) <= set(batch) and rows % of_batch == 0
+    return (batch, width) if fits else None
 
 
 def _summed_once(loop: Callable[..., Any], batch: tuple[str, ...], width: tuple[str, ...]) -> Callable[..., Any]:
@@ -208,14 +209,10 @@ def _loop(
         )
         logits_NV = jnp.einsum("ND,VD->NV", hidden_ND, compute_embedding_VD, preferred_element_type=jnp.float32)
         logits_NV = nn.with_logical_constraint(logits_NV, ("activation_batch", "activation_vocab"))
-        is_target_NV = target_N[:, None] == jnp.arange(vocabulary_size)
-        if platform() == "tpu":
-            # In the pass that sums the exponentials. Rows of the embedding would need a copy of it in another layout.
-            target_logit_N = jnp.sum(jnp.where(is_target_NV, logits_NV, 0.0), axis=-1)
-        else:
-            # Computing the target's logit from a row of the embedding saves a pass over the logits.
-            target_logit_N = jnp.einsum(
-                "ND,ND->N", hidden_ND, compute_embedding_VD[target_N], preferred_element_type=jnp.float32)
+        # Computing the target's logit from a row of the embedding saves a pass over the logits.
+        target_logit_N = jnp.einsum(
+            "ND,ND->N", hidden_ND, compute_embedding_VD[target_N], preferred_element_type=jnp.float32
+        )
         highest_N = jnp.max(logits_NV, axis=-1)
         exponential_NV = jnp.exp(logits_NV - highest_N[:, None])
         partition_N = jnp.sum(exponential_NV, axis=-1)
@@ -223,6 +220,7 @@ def _loop(
         if not with_gradients:
             return loss_BC, None, None
         # d loss / d logits = weight x (softmax - one-hot of the target)
+        is_target_NV = target_N[:, None] == jnp.arange(vocabulary_size)
         logits_gradient_NV = exponential_NV * (weight_N / partition_N)[:, None]
         logits_gradient_NV -= jnp.where(is_target_NV, weight_N[:, None], 0.0)
         logits_gradient_NV = logits_gradient_NV.astype(dtype)

@@ -10,7 +10,6 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from codellm_jax.model import losses
 from codellm_jax.model.losses import DEFAULT_CHUNK, _transposed, chunk_of, cross_entropy
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 
@@ -40,10 +39,8 @@ def value_and_gradients(function, inputs, scale: float = 1.0):
     return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))(*inputs[:2])
 
 
-@pytest.mark.parametrize("kind", ["cpu", "tpu"])
 @pytest.mark.parametrize("chunk", [1, 4, 5, 10, 64])  # 4 does not divide 10
-def test_equals_full_logits(chunk: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "platform", lambda: kind)
+def test_equals_full_logits(chunk: int) -> None:
     inputs = make_inputs()
     (loss_sum, loss_BL), gradients = value_and_gradients(lambda *a: cross_entropy(*a, chunk=chunk), inputs, scale=2.5)
     (expected_sum, expected_BL), expected_gradients = value_and_gradients(by_the_book, inputs, scale=2.5)
@@ -105,6 +102,18 @@ def test_devices_sum_the_gradient_once(shape: MeshShape, rows: int, chunk: int) 
     kind = "reduce_scatter" if shape.fsdp > 1 else "all_reduce"
     sums = re.findall(rf"stablehlo.{kind}.*?: \((tensor<[^)]*)\) ->", in_half.as_text(), re.DOTALL)
     assert sums == [f"tensor<{size}x{WIDTH}xbf16>" for size in (128, 128, 128, 16)]
+
+
+@pytest.mark.parametrize(("shape", "rows"), [(MeshShape(data=2, fsdp=2, model=2), 8), (MeshShape(data=1, fsdp=8), 3)],
+                         ids=["vocabulary_split_too", "rows_not_divided"])
+def test_the_partitioner_sums_on_other_meshes(shape: MeshShape, rows: int) -> None:
+    inputs = tuple(jnp.tile(array, (3, *[1] * (array.ndim - 1)))[:rows] if index != 1 else array
+                   for index, array in enumerate(make_inputs()))
+    _, expected = value_and_gradients(cross_entropy, inputs)
+    with jax.set_mesh(make_mesh(shape)), nn.logical_axis_rules(shape.all_rules()):
+        _, found = value_and_gradients(cross_entropy, inputs)
+    for gradient, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(gradient, wanted, atol=1e-5)
 
 
 def test_weight_zero_counts_nothing() -> None:
