@@ -17,13 +17,13 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from codellm_jax.model.attention import platform
-from codellm_jax.model.parts import TILE_COLUMNS
 
 # Positions in a chunk: B x C x V x 4 bytes of logits are live at a time. Measured on 2 CPU cores at 8 x 256 tokens,
 # width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; 145 for all logits at once.
 DEFAULT_CHUNK = 64
 LOGITS = 2**28  # bytes of a chunk's logits on a device
 PARTS = 4  # in which the embedding's gradient is summed over devices
+TILE_COLUMNS = 128  # of a TPU
 FLOATS_OF_LINE = 16  # of a processor's cache
 
 
