@@ -5,8 +5,8 @@ from jax.sharding import Mesh
 from codellm_jax.model.decoder import DecoderConfig
 
 FUSION = "xla_tpu_enable_async_collective_fusion"
-# Collectives beside computation, by the kind of device. On v4 XLA gathers while it multiplies; with the flags
-# multiple_steps or overlap_compute_collective_tc, this step's compilation does not end in an hour. On v5e gathers are
+# Collectives beside computation, by the kind of device. On v4 XLA gathers while it multiplies; with multiple_steps and
+# overlap_compute_collective_tc as well, the compilation of this step does not end in an hour. On v5e gathers are
 # asynchronous by default, and here also the sums of gradients, each by itself: XLA would combine those of attention's
 # four kernels into one at the end of the layer, where nothing is left to compute. There, fusions also get twice the
 # default of 16 of 128 MiB fast memory. docs/precompile.md has the estimated effect.

@@ -22,3 +22,15 @@ def test_a_gpu_adds_in_one_order_unless_layers_are_out_of_their_loop(
                            scan_unroll=scan_unroll)
     assert set(compiler_options(mesh, config)) == options
     assert is_deterministic(mesh, config) == deterministic
+
+
+@pytest.mark.parametrize(("kind", "overlapped"), [
+    ("TPU v4", {"all_gather"}), ("TPU v5 lite", {"all_reduce"}), ("TPU v5e", {"all_reduce"}), ("TPU v5p", set()),
+    ("TPU v3", set())])
+def test_collectives_that_run_beside_computation_by_kind_of_tpu(kind: str, overlapped: set[str]) -> None:
+    device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+    mesh: Any = types.SimpleNamespace(devices=np.array([device], object))
+    config = DecoderConfig(layers=1, hidden=8, heads=2, feedforward=8, vocabulary_size=16, length=4)
+    options = compiler_options(mesh, config)
+    assert options["xla_jf_bf16_propagation"] is False
+    assert {name for name in ("all_gather", "all_reduce") if options.get(f"xla_enable_async_{name}")} == overlapped
