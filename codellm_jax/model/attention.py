@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 # "blocked" cuts the queries into at most MOST_BLOCKS blocks, none smaller than SMALLEST_BLOCK. Measured on 2 CPU cores,
@@ -265,6 +266,14 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def axes_that_split(name: str) -> tuple[str, ...]:
+    """The axes of the mesh, of several devices each, that split a logical axis; none without a mesh or a rule for it.
+    """
+    mesh, axes = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules()).get(name)
+    named = (axes,) if isinstance(axes, str) else axes or ()
+    return () if mesh.empty else tuple(axis for axis in named if mesh.shape[axis] > 1)
 
 
 def check_name(what: str, found: str, known: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from codellm_jax.model.attention import platform
+from codellm_jax.model.attention import axes_that_split, platform
 
 # Positions in a chunk: B x C x V x 4 bytes of logits are live at a time. Measured on 2 CPU cores at 8 x 256 tokens,
 # width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; 145 for all logits at once.
@@ -152,11 +152,8 @@ def _axes_of_rows(rows: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """The axes of the mesh that split the batch, and those that split the embedding's width; None unless the former are
     several devices, all of the mesh, and divide the rows.
     """
-    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
-    if mesh.empty or not {"activation_batch", "embed"} <= rules.keys():
-        return None
-    batch, width = (tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[axis] > 1)
-                    for axes in (rules["activation_batch"], rules["embed"]))
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, width = axes_that_split("activation_batch"), axes_that_split("embed")
     of_batch = math.prod(mesh.shape[axis] for axis in batch)
     fits = of_batch == mesh.size > 1 and set(width) <= set(batch) and rows % of_batch == 0
     return (batch, width) if fits else None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from codellm_jax.model.attention import AttentionMask, dot_product_attention, platform
+from codellm_jax.model.attention import AttentionMask, axes_that_split, dot_product_attention, platform
 from codellm_jax.model.config import ACTIVATIONS, BIASES, DecoderConfig
 from codellm_jax.model.rotary import Rotation, rotate
 
@@ -78,15 +78,10 @@ def gathers_at_once(rows: int) -> bool:
     256 devices. XLA gathers small parts of this kind by summing arrays of zeros, which sends twice as much. It gathers
     whole tiles, such as 2,560 over 64, directly.
     """
-    rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
-    if platform() != "tpu" or mesh.empty or "embed" not in rules:
+    axes, mesh = axes_that_split("embed"), jax.sharding.get_abstract_mesh()
+    if platform() != "tpu" or not axes or axes_that_split("heads"):
         return False
-
-    def parts(name: str) -> int:
-        axes = rules[name]
-        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-
-    return parts("embed") > 1 == parts("heads") and rows // parts("embed") % TILE_ROWS > 0
+    return rows // math.prod(mesh.shape[axis] for axis in axes) % TILE_ROWS > 0
 
 
 def _gathered(projections: Sequence[Projection], dtype: jnp.dtype) -> Sequence[Projection]:

@@ -223,7 +223,6 @@ def test_products_on_tpu_are_the_same_decoder(architecture: str, monkeypatch: py
     assert after.count(product) > before.count(product)
 
 
-
 @pytest.mark.slow
 def test_remat_and_unrolling_change_no_gradient() -> None:
     """With dropout, whose draws must come out the same the second time."""
