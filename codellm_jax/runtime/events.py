@@ -5,10 +5,12 @@ wall clock, dies if that clock is set back, and then blocks the recording thread
 """
 
 import concurrent.futures
+import contextlib
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -17,6 +19,19 @@ from codellm_jax.mixture.transient import asked_again, is_transient
 # On gs:// files cannot be appended to and are uploaded whole, so their size and frequency are limited.
 SECONDS_BETWEEN_UPLOADS = 60.0
 BYTES_OF_FILE = 4 << 20
+
+
+@contextlib.contextmanager
+def _not_imported(*names: str) -> Iterator[None]:
+    """Makes imports of these modules fail. tensorboardX imports those that are installed, and needs none for scalars
+    and texts; PyTorch takes longer than all other imports of a run."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: the import fails
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 class Events:
@@ -32,9 +47,10 @@ class Events:
     def __init__(
         self, folder: str, first_step: int | None, warn: Callable[[str], None], name: str = "events"
     ) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import register_writer_factory
+        with _not_imported("torch", "google.cloud.storage"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.record_writer import register_writer_factory
 
         # tensorboardX's own access to gs:// needs another client of the storage service.
         register_writer_factory("gs", _RemoteFile)

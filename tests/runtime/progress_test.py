@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -125,6 +128,25 @@ def test_tensorboard_reads_the_same_values(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (1, 1), (2, 2), (3, 3), (4, 4), (5, 10), (6, 12)]
+
+
+def test_tensorboard_events_do_not_import_an_installed_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("print('torch was imported')\n")
+    program = """if True:
+        import sys
+        from codellm_jax.runtime.progress import Records
+        records = Records(sys.argv[1], 0, active=True)
+        records.write(1, "train", {"loss": 1.0})
+        records.close()
+        print("written")
+        import torch  # still possible
+        """
+    (tmp_path / "run").mkdir()
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], env=os.environ | {"PYTHONPATH": path},
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["written", "torch was imported"]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
 def test_plain_status_lines_come_now_and_then(capsys, monkeypatch):
