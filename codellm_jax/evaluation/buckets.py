@@ -1,6 +1,6 @@
 """Ragged sequences in arrays of few shapes, on one device or many; shared by scoring and decoding.
 
-Every shape is compiled once, so shapes come from short lists: lengths from quarter octaves (`length_bucket`), numbers
+Every shape is compiled once, so shapes come from short lists: lengths from parts of octaves (`length_bucket`), numbers
 of rows from powers of two.
 """
 
@@ -18,21 +18,22 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def length_bucket(length: int, longest: int) -> int:
+def length_bucket(length: int, longest: int, per_octave: int = 4) -> int:
     """The smallest of 16, 32, 64, 80, 96, 112, 128, 160, ... (four per octave from 64 on) that holds `length`.
 
     From 64 tokens on, at most 20% of a row is padding. The list ends with `longest`, whatever it is: 19 lengths up to
-    1,024, four more for each doubling.
+    1,024, four more for each doubling. With more lengths per octave, all are still multiples of 16.
 
     Args:
       length: tokens, at most `longest`.
       longest: the longest possible row.
+      per_octave: lengths between a power of two and the next, itself a power of two.
     """
     octave = power_of_two(length)
     if octave <= 64:
         return min(max(octave, SHORTEST), longest)
-    step = octave // 8  # of the quarters between octave / 2 and octave
-    return min(-(-length // step) * step, longest)
+    step = max(SHORTEST, octave // (2 * per_octave))
+    return min(round_up(length, step), longest)
 
 
 def shards_of(sharding: NamedSharding | None) -> int:

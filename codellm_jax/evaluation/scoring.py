@@ -7,9 +7,9 @@ candidate's rest follows as a branch: a separate segment, whose positions contin
 the stem and itself (`shared_segment` of the decoder). One pass over stem + rest + rest + ... tokens thus replaces as
 many passes over stem + rest, without a cache or a second program. `_plan_group` decides when it pays off.
 
-Rows have few different lengths (`buckets.length_bucket`, of which one call uses at most MOST_LENGTHS), and rows of a
-length come in batches of one size, so that few programs are compiled. Only the tokens of continuations are multiplied
-with the vocabulary, a chunk at a time. Shape suffixes are explained at the top of `decoder.py`.
+Rows have few different lengths (`_few_lengths`: at most MOST_LENGTHS in a call), and rows of a length come in batches
+of one size, so that few programs are compiled. Only the tokens of continuations are multiplied with the vocabulary, a
+chunk at a time. Shape suffixes are explained at the top of `decoder.py`.
 """
 
 import functools
@@ -36,6 +36,10 @@ from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head, produ
 
 DEFAULT_BATCH_TOKENS = 8192
 MOST_LENGTHS = 6  # row lengths in one call
+FINE = 16  # lengths per octave among which a call chooses
+# Padding, in batches, that justifies another program. To compile one costs about a batch on 2 CPU cores, but once:
+# an evaluation is repeated for every checkpoint.
+WORTH = 0.25
 # Positions per device whose logits are in memory at a time: 512 x 130,344 x 4 bytes are 0.25 GiB.
 LOGIT_POSITIONS = 512
 # Cost of a FLOP of attention relative to one of a large matmul, including softmax and masking. Measured on 2 CPU cores,
@@ -288,7 +292,7 @@ def _plan_batches(
     The batch size follows from the length. A batch also takes shorter rows, so only the last one may have rows of
     padding; its size is the smallest full size / 4^k that fits.
     """
-    lengths = _few_lengths(Counter(length_bucket(row.length, longest) for row in rows), batch_tokens)
+    lengths = _few_lengths(rows, longest, batch_tokens)
     start = 0
     while start < len(rows):
         length = next(length for length in lengths if length >= rows[start].length)
@@ -303,21 +307,25 @@ def _plan_batches(
         start += len(taken)
 
 
-def _few_lengths(rows_of: Counter[int], batch_tokens: int) -> list[int]:
-    """Row lengths to use, ascending: merges lengths into the next longer one where that adds the least padding.
+def _few_lengths(rows: list[_Row], longest: int, batch_tokens: int) -> list[int]:
+    """Row lengths to use, ascending.
 
-    It ends when at most MOST_LENGTHS remain and another merge would add more than a batch of padding, which costs about
-    as much as compiling.
+    Fine lengths are merged into the next longer one where that adds the least padding, until at most MOST_LENGTHS
+    remain and another merge would add more than WORTH of a batch. Then they are rounded up to lengths that other calls
+    are likely to have compiled, unless that adds as much.
     """
-    counts = dict(sorted(rows_of.items()))
+    worth = int(WORTH * batch_tokens)
+    counts = dict(sorted(Counter(length_bucket(row.length, longest, FINE) for row in rows).items()))
     while len(counts) > 1:
         lengths = list(counts)
         padding = [(longer - length) * counts[length] for length, longer in zip(lengths, lengths[1:], strict=False)]
         least = int(np.argmin(padding))
-        if len(lengths) <= MOST_LENGTHS and padding[least] > batch_tokens:
+        if len(lengths) <= MOST_LENGTHS and padding[least] > worth:
             break
         counts[lengths[least + 1]] += counts.pop(lengths[least])
-    return list(counts)
+    common = {length: length_bucket(length, longest) for length in counts}
+    return sorted({length if (common[length] - length) * count > worth else common[length]
+                   for length, count in counts.items()})
 
 
 def _assemble(

@@ -205,10 +205,27 @@ def test_few_programs_are_compiled() -> None:
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+def test_rows_of_a_call_are_as_long_as_pays() -> None:
+    """By hand, with batches of 4,096 tokens, of which a quarter, 1,024 tokens of padding, justifies a program."""
+    def lengths(*rows_of: tuple[int, int]) -> list[int]:
+        branches = [scoring._Branch((0,), (1,) * (length + 1), 1) for length, count in rows_of for _ in range(count)]
+        return scoring._few_lengths([scoring._Row((), [branch]) for branch in branches], 512, 4096)
+
+    assert lengths((260, 21)) == [320]  # 48 x 21 = 1,008 more than with 272
+    assert lengths((260, 22)) == [272]  # 1,056 more
+    assert lengths((250, 64), (260, 22)) == [272]  # 16 x 64 = 1,024 more than with 256 and 272
+    assert lengths((250, 65), (260, 22)) == [256, 272]
+    assert lengths((17, 2), (500, 2)) == [512]
+    many = lengths(*[(length, 100) for length in range(16, 512, 16)])
+    assert len(many) == scoring.MOST_LENGTHS and many[-1] == 496 and many == sorted(set(many))
+
+
 def test_buckets() -> None:
     lengths = sorted({length_bucket(n, 1024) for n in range(1, 1025)})
     assert lengths == [16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
     assert all(n <= length_bucket(n, 1000) <= 1000 for n in range(1, 1001))
+    fine = sorted({length_bucket(n, 1024, scoring.FINE) for n in range(1, 1025)})
+    assert fine == [16, 32, *range(64, 512, 16), *range(512, 1025, 32)]
     assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5)] == [1, 1, 2, 4, 4, 8]
 
 
