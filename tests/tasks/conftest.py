@@ -1,4 +1,4 @@
-"""Files for tests of the readers of instructions."""
+"""Fixtures of several files of tests."""
 
 import json
 import pathlib
@@ -19,3 +19,10 @@ def write(tmp_path: pathlib.Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def tree_sitter() -> None:
+    """Skips a test where a grammar that it needs is not installed."""
+    for package in ("tree_sitter", *(f"tree_sitter_{name}" for name in ("javascript", "java", "c", "go"))):
+        pytest.importorskip(package)
