@@ -284,32 +284,55 @@ class _State(NamedTuple):
 def _begin(
     params: Any, config: DecoderConfig, prompts: list[list[int]], counted: bool, sharding: NamedSharding | None
 ) -> tuple[_State, jax.Array]:
-    """The state after the prompts, and the position int32 [B] of each row's first new token."""
-    size = round_up(power_of_two(len(prompts)), shards_of(sharding))
+    """The state after the prompts, and the position int32 [B] of each row's first new token.
+
+    If the rows of a batch are on one device, a prompt of several rows is read once if this divides the rows to read by
+    a power of four; that few sizes are compiled.
+    """
+    shards = shards_of(sharding)
+    size = read = round_up(power_of_two(len(prompts)), shards)
+    distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+    while shards == 1 and (fewer := read // 4) >= len(distinct):
+        read = fewer
+    shared = read < size
     length = min(config.length, max(SHORTEST, power_of_two(max(map(len, prompts)))))
-    tokens_BL, segments_BL = np.zeros((2, size, length), np.int32)
-    length_B = np.ones(size, np.int32)
-    for b, prompt in enumerate(prompts):
-        tokens_BL[b, : len(prompt)], segments_BL[b, : len(prompt)], length_B[b] = prompt, 1, len(prompt)
-    base_B = place(length_B, sharding)
-    arrays = place(tokens_BL, sharding), place(segments_BL, sharding), base_B
-    return _read_prompts(params, *arrays, config=config, counted=counted), base_B
+    tokens_RL, segments_RL = np.zeros((2, read, length), np.int32)
+    length_R = np.ones(read, np.int32)
+    for r, prompt in enumerate(distinct if shared else prompts):
+        tokens_RL[r, : len(prompt)], segments_RL[r, : len(prompt)], length_R[r] = prompt, 1, len(prompt)
+    rows_B = np.zeros(size, np.int32)
+    rows_B[: len(prompts)] = [distinct.index(prompt) for prompt in prompts]
+    base_B = length_R[rows_B] if shared else length_R
+    arrays = place(tokens_RL, sharding), place(segments_RL, sharding), place(length_R, sharding)
+    state = _read_prompts(params, *arrays, rows_B if shared else None, config=config, counted=counted)
+    return state, place(base_B, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "counted"))
 def _read_prompts(
-    params: Any, tokens_BL: jax.Array, segments_BL: jax.Array, length_B: jax.Array, *, config: DecoderConfig,
-    counted: bool,
+    params: Any, tokens_RL: jax.Array, segments_RL: jax.Array, length_R: jax.Array, rows_B: np.ndarray | None, *,
+    config: DecoderConfig, counted: bool,
 ) -> _State:
-    """Fills a cache with just the slots for the prompts; the logits are those after each prompt's last token."""
-    batch, length = tokens_BL.shape
-    positions_BL = jnp.broadcast_to(jnp.arange(length), tokens_BL.shape)
-    variables = {"params": params, "cache": init_cache(config, batch, length)}
-    logits_BV, cache = _append(config, variables, tokens_BL, positions_BL, segments_BL, last_B=length_B - 1)
+    """Fills a cache with just the slots for the prompts; the logits are those after each prompt's last token.
+
+    Row b of the state continues prompt `rows_B[b]`; None: prompt b.
+    """
+    read, length = tokens_RL.shape
+    positions_RL = jnp.broadcast_to(jnp.arange(length), tokens_RL.shape)
+    variables = {"params": params, "cache": init_cache(config, read, length)}
+    logits_BV, cache = _append(config, variables, tokens_RL, positions_RL, segments_RL, last_B=length_R - 1)
+    if rows_B is not None:
+        logits_BV = logits_BV[rows_B]
+        cache = jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=_row_axis(leaf)) if leaf.ndim else leaf, cache)
     counts_BV = None
     if counted:
         counts_BV = nn.with_logical_constraint(jnp.zeros_like(logits_BV), ("activation_batch", "activation_vocab"))
     return _State(_apart(cache, config=config), logits_BV, counts_BV, jnp.zeros((), jnp.int32))
+
+
+def _row_axis(leaf: jax.Array) -> int:
+    """The axis of rows in a leaf of a cache: [B, M] of the mask, [..., B, H, M, K] of keys and values."""
+    return 0 if leaf.ndim == 2 else leaf.ndim - 4
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

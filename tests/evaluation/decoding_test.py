@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.evaluation import decoding
 from codellm_jax.evaluation.decoding import Generation, generate, prompt_tokens_cut, stream
@@ -119,6 +120,29 @@ def test_batches_and_order_change_nothing(batch_size: int, turn: int) -> None:
     options: dict[str, Any] = {"numbers": order, "batch_size": batch_size, "turn": turn}
     found = generate(make_params(TINY), TINY, [PROMPTS[r] for r in order], rule, seed=5, **options)
     assert ids_of(found) == [expected[r] for r in order]
+
+
+@pytest.mark.parametrize("model", [1, 2])
+@pytest.mark.parametrize(("of_prompts", "read"), [
+    ((5, 3), 2), ((8,), 2), ((13, 1, 2), 4), ((1,) * 8, 8), ((6, 1, 1), 8)])
+def test_samples_share_the_reading_of_their_prompt(
+    of_prompts: tuple[int, ...], read: int, model: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, shape, sizes = SAMPLINGS["paper"], MeshShape(data=1, model=model), []
+    mesh = make_mesh(shape, jax.devices()[:model])
+    prompts = [prompt for prompt, samples in zip(PROMPTS, of_prompts, strict=False) for _ in range(samples)]
+    real = decoding._read_prompts
+
+    def spy(params: Any, tokens_RL: jax.Array, *rest: Any, **options: Any) -> Any:
+        sizes.append(tokens_RL.shape[0])
+        return real(params, tokens_RL, *rest, **options)
+
+    monkeypatch.setattr(decoding, "_read_prompts", spy)
+    params = jax.device_put(make_params(TINY), NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(shape.all_rules()):
+        found = generate(params, TINY, prompts, rule, seed=3, batch_size=16, sharding=batch_sharding(mesh))
+    assert ids_of(found) == [slow_generate(TINY, prompt, r, rule, 3) for r, prompt in enumerate(prompts)]
+    assert sizes == [read]
 
 
 def test_numbers_and_seeds_make_different_samples() -> None:
