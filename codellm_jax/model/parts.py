@@ -79,18 +79,37 @@ def gathers_at_once(rows: int) -> bool:
     whole tiles, such as 2,560 over 64, directly.
     """
     axes, mesh = axes_that_split("embed"), jax.sharding.get_abstract_mesh()
-    if platform() != "tpu" or not axes or axes_that_split("heads"):
-        return False
-    return rows // math.prod(mesh.shape[axis] for axis in axes) % TILE_ROWS > 0
+    return _only_rows_are_split() and rows // math.prod(mesh.shape[axis] for axis in axes) % TILE_ROWS > 0
 
 
-def _gathered(projections: Sequence[Projection], dtype: jnp.dtype) -> Sequence[Projection]:
-    """Projections whose kernels have the same number of rows, with the kernels gathered at once if that is faster."""
+def _only_rows_are_split() -> bool:
+    """Whether the mesh splits attention's kernels by rows alone, on TPU."""
+    return platform() == "tpu" and bool(axes_that_split("embed")) and not axes_that_split("heads")
+
+
+@jax.custom_vjp
+def _whole(kernel_IO: jax.Array) -> jax.Array:
+    """A kernel named whole, but not its gradient, which may then be reduced and scattered."""
+    return constrain(kernel_IO, "activation_embed", None)
+
+
+_whole.defvjp(lambda kernel_IO: (_whole(kernel_IO), None), lambda _, gradient_IO: (gradient_IO,))
+
+
+def _gathered(projections: Sequence[Projection], dtype: jnp.dtype, in_heads: bool) -> Sequence[Projection]:
+    """Projections with their kernels gathered, at once if that is faster and they have the same number of rows.
+
+    Otherwise each is named whole here, so that both passes use one gather: for heads of whole lanes XLA would merge the
+    split into heads with the product, differently in each pass, and gather a kernel twice.
+    """
     kernels = [projection.kernel_IO for projection in projections]
-    if len({len(kernel_IO) for kernel_IO in kernels}) > 1 or not gathers_at_once(len(kernels[0])):
+    if len({len(kernel_IO) for kernel_IO in kernels}) == 1 and gathers_at_once(len(kernels[0])):
+        together = _side_by_side([kernel_IO.astype(dtype) for kernel_IO in kernels])
+        whole: Sequence[jax.Array] = _apart(constrain(together, "activation_embed", None), kernels)
+    elif _only_rows_are_split() and not in_heads:
+        whole = [_whole(kernel_IO.astype(dtype)) for kernel_IO in kernels]
+    else:
         return projections
-    together = _side_by_side([kernel_IO.astype(dtype) for kernel_IO in kernels])
-    whole = _apart(constrain(together, "activation_embed", None), kernels)
     return [Projection(kernel_IO, bias_O) for kernel_IO, (_, bias_O) in zip(whole, projections, strict=True)]
 
 
@@ -184,8 +203,8 @@ class Attention(nn.Module):
         query, key, value = (self._projection(name) for name in ("query", "key", "value"))
         kernel_QD = parameter(self, "output_kernel", (config.query_width, config.hidden), ("heads", "embed"))
         output = Projection(kernel_QD, _bias(self, "output", (config.hidden,), ("embed",)))
-        query, key, value, output = _gathered((query, key, value, output), source_BLD.dtype)
         in_heads = platform() == "tpu" and config.size_of_head % TILE_COLUMNS > 0
+        query, key, value, output = _gathered((query, key, value, output), source_BLD.dtype, in_heads)
         if in_heads:
             projected = [_into_heads(query_BLD if name == "query" else source_BLD, projection, self._sizes(name)[0])
                          for name, projection in (("query", query), ("key", key), ("value", value))]

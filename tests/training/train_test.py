@@ -72,13 +72,15 @@ def test_every_mesh_gives_the_single_device_losses(shape, single_device, make_tr
 
 
 @pytest.mark.slow
-def test_the_layout_of_tpus_gives_the_same_bits(make_training, monkeypatch):
-    """Output and down kernels by rows, and attention's gathered at once, on eight devices."""
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_layout_of_tpus_gives_the_same_bits(at_once, make_training, monkeypatch):
+    """Output and down kernels by rows, and attention's gathered at once or each by itself, on eight devices."""
     shape, config, training = MeshShape(data=1, fsdp=8), dataclasses.replace(CONFIG, layers=2), make_training()
     expected, _ = losses_on(shape, 8, training, steps=3, config=config)
     gathered = []
     monkeypatch.setattr(partitioning, "is_laid_by_rows", lambda mesh: True)
-    monkeypatch.setattr(parts, "gathers_at_once", lambda rows: not gathered.append(rows))
+    monkeypatch.setattr(parts, "_only_rows_are_split", lambda: True)
+    monkeypatch.setattr(parts, "gathers_at_once", lambda rows: not gathered.append(rows) and at_once)
     found, _ = losses_on(shape, 8, training, steps=3, config=config)
     assert found == expected and set(gathered) == {32}  # rows of the four kernels
 
