@@ -313,7 +313,7 @@ def _read_prompts(
     params: Any, tokens_RL: jax.Array, segments_RL: jax.Array, length_R: jax.Array, rows_B: np.ndarray | None, *,
     config: DecoderConfig, counted: bool,
 ) -> _State:
-    """Fills a cache with just the slots for the prompts; the logits are those after each prompt's last token.
+    """Fills a cache with just the slots for R prompts; the logits are those after each prompt's last token.
 
     Row b of the state continues prompt `rows_B[b]`; None: prompt b.
     """

@@ -23,8 +23,11 @@ BYTES_OF_FILE = 4 << 20
 
 @contextlib.contextmanager
 def _not_imported(*names: str) -> Iterator[None]:
-    """Makes imports of these modules fail. tensorboardX imports those that are installed, and needs none for scalars
-    and texts; PyTorch takes longer than all other imports of a run."""
+    """Makes imports of these modules fail.
+
+    tensorboardX imports those that are installed, and needs none for scalars and texts. PyTorch takes longer than all
+    other imports of a run.
+    """
     hidden = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: the import fails
     try:
