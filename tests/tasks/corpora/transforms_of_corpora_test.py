@@ -3,18 +3,14 @@
 import json
 import logging
 import pathlib
-import textwrap
 
 import pytest
 
 import tasks
 from tasks.corpora import sources, specs, transforms
+from tests.transformed import apply, dedent
 
 WHOLE = {"holdout": 0}
-
-
-def dedent(text: str) -> str:
-    return textwrap.dedent(text).removeprefix("\n")
 
 
 def documents(spec: dict, split: str = "train", name: str = "code.mine") -> list[str]:
@@ -223,7 +219,7 @@ def test_notebooks(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> 
     code = documents(spec | {"transform": ["code_cells_only"]})
     assert code[0] == (
         "# %matplotlib inline\nx = 1  # one\n# !ls\n# x?\n\n# %%bash\n# ls\n# # %%\n\ndef f(y):\n    return y\n")
-    assert [transforms.transformed(text, "python", [transforms.Step("code_cells_only")]) for text in code] == code
+    assert [apply(text, "code_cells_only") for text in code] == code
 
 
 def test_commits(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:

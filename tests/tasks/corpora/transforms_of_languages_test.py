@@ -1,27 +1,10 @@
 """Named transforms of source in languages other than Python, by tree-sitter's grammars."""
 
-import textwrap
-
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from tasks.corpora import transforms
-from tasks.corpora.files import Lost
-
-AGAIN_THE_SAME = ("strip_comments", "comments_only", "rename_identifiers", "shuffle_lines", "flatten_indentation",
-                  "code_cells_only")
-OF_PYTHON = ("strip_comments", "comments_only", "rename_identifiers", "rename_identifiers_randomly", "pseudocode",
-             "shuffle_lines", "flatten_indentation")
-
-
-def apply(text: str, *names: str, language: str | None = "python") -> str | Lost:
-    return transforms.transformed(text, language, [transforms.Step(name) for name in names])
-
-
-def dedent(text: str) -> str:
-    return textwrap.dedent(text).removeprefix("\n")
-
+from tests.transformed import AGAIN_THE_SAME, OF_PYTHON, apply, dedent
 
 JAVASCRIPT = dedent('''
     #!/usr/bin/env node

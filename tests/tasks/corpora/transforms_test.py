@@ -21,20 +21,9 @@ from hypothesis import strategies as st
 
 from tasks.corpora import sources, transforms
 from tasks.corpora.files import Lost
+from tests.transformed import AGAIN_THE_SAME, OF_PYTHON, apply, dedent
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-AGAIN_THE_SAME = ("strip_comments", "comments_only", "rename_identifiers", "shuffle_lines", "flatten_indentation",
-                  "code_cells_only")
-OF_PYTHON = ("strip_comments", "comments_only", "rename_identifiers", "rename_identifiers_randomly", "pseudocode",
-             "shuffle_lines", "flatten_indentation")
-
-
-def apply(text: str, *names: str, language: str | None = "python") -> str | Lost:
-    return transforms.transformed(text, language, [transforms.Step(name) for name in names])
-
-
-def dedent(text: str) -> str:
-    return textwrap.dedent(text).removeprefix("\n")
 
 
 def parsed(source: str) -> ast.Module:
