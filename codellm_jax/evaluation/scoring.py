@@ -37,8 +37,8 @@ from codellm_jax.model.decoder import Decoder, DecoderConfig, output_head, produ
 DEFAULT_BATCH_TOKENS = 8192
 MOST_LENGTHS = 6  # row lengths in one call
 FINE = 16  # lengths per octave among which a call chooses
-# Padding, in batches, that justifies another program. To compile one costs about a batch on 2 CPU cores, but once:
-# an evaluation is repeated for every checkpoint.
+# Padding, in batches, that justifies another program. To compile one takes as long as two batches (a small model on 2
+# CPU cores), but once: an evaluation is repeated for every checkpoint.
 WORTH = 0.25
 # Positions per device whose logits are in memory at a time: 512 x 130,344 x 4 bytes are 0.25 GiB.
 LOGIT_POSITIONS = 512

@@ -100,7 +100,7 @@ def _gathered(projections: Sequence[Projection], dtype: jnp.dtype, in_heads: boo
     """Projections with their kernels gathered, at once if that is faster and they have the same number of rows.
 
     Otherwise each is named whole here, so that both passes use one gather: for heads of whole lanes XLA would merge the
-    split into heads with the product, differently in each pass, and gather a kernel twice.
+    split into heads with the product, differently in each pass, and gather some of the kernels twice.
     """
     kernels = [projection.kernel_IO for projection in projections]
     if len({len(kernel_IO) for kernel_IO in kernels}) == 1 and gathers_at_once(len(kernels[0])):
