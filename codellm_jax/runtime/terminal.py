@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 
 from codellm_jax.mixture.transient import is_of_storage
@@ -84,8 +85,10 @@ def ending_signals() -> list[signal.Signals]:
 def quiet_libraries() -> None:
     """Silences tracebacks of failed saves and restores, which are raised and reported in one line. Orbax also logs a
     traceback, and prints others that no `except` can catch: of each further write that finds the event loop closed, and
-    of each further read that Python closes unfinished (GeneratorExit) after another read of the checkpoint failed.
+    of each further read that Python closes unfinished (GeneratorExit) after another read of the checkpoint failed. At
+    the end Python warns of each write that a failed save never began, after the error, which must be the last line.
     """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     told, told_unraisable = sys.excepthook, sys.unraisablehook

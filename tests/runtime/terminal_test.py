@@ -52,6 +52,7 @@ except Exception as error:
 loop.close()
 del loop
 Broken()
+read("never")
 """
 
 
@@ -88,6 +89,7 @@ def test_reads_that_python_closes_after_another_failed_print_no_traceback_and_ot
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "the first read failed\n")
     assert errors.count("Traceback") == 1 and "a fault of its own" in errors
+    assert "never awaited" not in errors
 
 
 def of_library(module: str, name: str, text: str) -> Exception:
