@@ -22,6 +22,7 @@ from codellm_jax.model.attention import axes_that_split, platform
 # width 256, vocabulary 8,192, gradients included: 111 ms for 32, 104 for 64; 145 for all logits at once.
 DEFAULT_CHUNK = 64
 LOGITS = 2**28  # bytes of a chunk's logits on a device
+LOGITS_ON_GPU = 2**30  # each chunk reads and writes the embedding's whole gradient
 PARTS = 4  # in which the embedding's gradient is summed over devices
 TILE_COLUMNS = 128  # of a TPU
 FLOATS_OF_LINE = 16  # of a processor's cache
@@ -38,13 +39,15 @@ def chunk_of(rows: int, vocabulary_size: int, *, gradients: bool) -> int:
     """Positions in a chunk for `rows` rows, which are distributed over all devices of the mesh (one device without a
     mesh).
 
-    This is DEFAULT_CHUNK, or fewer if their logits would exceed LOGITS on a device. For gradients over several devices,
-    however, where many small chunks are slow, a chunk is as large as LOGITS allows (all positions, if each device
-    has few rows), and never smaller than DEFAULT_CHUNK.
+    This is DEFAULT_CHUNK, or fewer if their logits would exceed LOGITS on a device. For gradients over several devices
+    or on a GPU, however, where many small chunks are slow, a chunk is as large as LOGITS (or LOGITS_ON_GPU) allows
+    (all positions, if each device has few rows); over several devices it is never smaller than DEFAULT_CHUNK.
     """
-    devices = max(1, jax.sharding.get_abstract_mesh().size)
-    most = max(1, LOGITS * devices // (4 * rows * vocabulary_size))
-    return max(DEFAULT_CHUNK, most) if gradients and devices > 1 else min(DEFAULT_CHUNK, most)
+    devices, on_gpu = max(1, jax.sharding.get_abstract_mesh().size), gradients and platform() == "gpu"
+    most = max(1, (LOGITS_ON_GPU if on_gpu else LOGITS) * devices // (4 * rows * vocabulary_size))
+    if gradients and devices > 1:
+        return max(DEFAULT_CHUNK, most)
+    return most if on_gpu else min(DEFAULT_CHUNK, most)
 
 
 def cross_entropy(

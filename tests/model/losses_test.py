@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from codellm_jax.model import losses
 from codellm_jax.model.losses import DEFAULT_CHUNK, _transposed, chunk_of, cross_entropy
 from codellm_jax.runtime.partitioning import MeshShape, batch_sharding, make_mesh
 
@@ -175,6 +176,13 @@ def test_the_chunk_is_what_a_device_can_hold(
         assert chunk_of(rows, vocabulary_size, gradients=True) == training
         assert chunk_of(rows, vocabulary_size, gradients=False) == evaluating
     assert chunk_of(8, 8192, gradients=True) == DEFAULT_CHUNK  # outside a mesh
+
+
+def test_a_gpu_takes_larger_chunks_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "platform", lambda: "gpu")
+    assert chunk_of(16, 40_064, gradients=True) == 418  # 16 x 418 x 40,064 x 4 bytes are just under 1 GiB
+    assert chunk_of(16, 40_064, gradients=False) == DEFAULT_CHUNK
+    assert chunk_of(16_384, 130_432, gradients=True) == 1
 
 
 def test_evaluation_computes_no_gradients() -> None:
