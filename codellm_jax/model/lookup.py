@@ -58,18 +58,21 @@ _many.defvjp(lambda table_VD, ids_BL, rows: (table_VD[ids_BL], ids_BL), _many_ba
 def sum_of_equal(ids_N: jax.Array, values_ND: jax.Array, rows: int) -> jax.Array:
     """Sums of the values of equal ids, [rows, D]; only whole sums are scattered, each to its own place.
 
-    The values are sorted by id. Each value adds the one before it, then the one two before, then four, if their ids are
-    equal: after log2 N passes the last of a run holds the whole sum.
+    The values are sorted by id. Each value adds the three before it, then those 4, 8 and 12 before it, then 16, 32 and
+    48, if their ids are equal: after log4 N passes the last of a run holds the whole sum.
     """
     tokens = len(ids_N)
     order_N = jnp.argsort(ids_N, stable=True)
     ids_N, values_ND = ids_N[order_N], values_ND[order_N]
     distance = 1
     while distance < tokens:
-        equal_N = jnp.pad(ids_N[distance:] == ids_N[:-distance], (distance, 0))
-        before_ND = jnp.pad(values_ND[:-distance], ((distance, 0), (0, 0)))
-        values_ND = jax.lax.optimization_barrier(values_ND + jnp.where(equal_N[:, None], before_ND, 0))
-        distance *= 2
+        sums_ND = values_ND
+        for back in range(distance, min(4 * distance, tokens), distance):
+            equal_N = jnp.pad(ids_N[back:] == ids_N[:-back], (back, 0))
+            before_ND = jnp.pad(values_ND[:-back], ((back, 0), (0, 0)))
+            sums_ND = sums_ND + jnp.where(equal_N[:, None], before_ND, 0)
+        values_ND = jax.lax.optimization_barrier(sums_ND)
+        distance *= 4
     is_last_N = jnp.pad(ids_N[1:] != ids_N[:-1], (0, 1), constant_values=True)
     place_N = jnp.where(is_last_N, ids_N, rows + jnp.arange(tokens))  # beyond the table: dropped
     return jnp.zeros((rows, values_ND.shape[1]), values_ND.dtype).at[place_N].set(
