@@ -3,11 +3,12 @@
 All implementations compute the same function, softmax(Q K^T / sqrt(K)) V under one mask, and are tested against
 "reference" in values and gradients. There may be fewer heads of keys and values than of queries: each then serves a
 group of neighbouring query heads. "auto" chooses by the devices that a program is compiled for: "splash" on TPU,
-"fused" on GPU, "blocked" elsewhere. Shape suffixes are explained at the top of `decoder.py`.
+"fused" on GPU, "blocked" elsewhere; "cudnn" is for GPUs too. Shape suffixes are explained at the top of `decoder.py`.
 """
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 # "blocked" cuts the queries into at most MOST_BLOCKS blocks, none smaller than SMALLEST_BLOCK. Measured on 2 CPU cores,
 # both passes, before the backward pass was custom: 256 tokens 11 ms against 22 unblocked, 1,024 tokens 240 against 382.
@@ -215,16 +217,34 @@ def fused_attention(
     With `prescaled`, the queries are already scaled, which gives the same result. XLA confuses equal calls of cuDNN's
     deterministic backward pass (openxla/xla#46500), so the calls of one program must differ.
     """
-    can = query_BLHK.dtype in (jnp.float16, jnp.bfloat16) and query_BLHK.shape[-1] % 8 == 0 \
-        and query_BLHK.shape[-1] <= 128 and query_BLHK.shape[1] % 2 == key_BMGK.shape[1] % 2 == 0
     scale = query_BLHK.shape[-1] ** -0.5
     if prescaled:
         query_BLHK, scale = query_BLHK * scale, 1.0
     attend = functools.partial(
         jax.nn.dot_product_attention, mask=mask.dense(), is_causal=mask.query_offset is None, scale=scale)
-    if can and platform() == "gpu":
+    if _cudnn_supports(query_BLHK, key_BMGK):
         return attend(query_BLHK, key_BMGK, value_BMGK, implementation="cudnn")
     return checkpoint_name(attend(query_BLHK, key_BMGK, value_BMGK, implementation="xla"), "attended")
+
+
+def _cudnn_supports(query_BLHK: jax.Array, key_BMGK: jax.Array) -> bool:
+    """Whether cuDNN has a kernel for these arrays, on the devices of the current program."""
+    return platform() == "gpu" and query_BLHK.dtype in (jnp.float16, jnp.bfloat16) and query_BLHK.shape[-1] % 8 == 0 \
+        and query_BLHK.shape[-1] <= 128 and query_BLHK.shape[1] % 2 == key_BMGK.shape[1] % 2 == 0
+
+
+def cudnn_attention(
+    query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask
+) -> jax.Array:
+    """cuDNN's kernel by the calls of `cudnn.py`, which may be equal; "fused" for what it does not support, and for
+    rows or heads that the mesh does not divide.
+    """
+    spec = layout(query_BLHK.shape[0], key_BMGK.shape[2])
+    if spec is None or not _cudnn_supports(query_BLHK, key_BMGK):
+        return fused_attention(query_BLHK, key_BMGK, value_BMGK, mask)
+    from codellm_jax.model import cudnn
+
+    return cudnn.attend(query_BLHK, key_BMGK, value_BMGK, mask.dense(), mask.query_offset is None, spec)
 
 
 def attended_saveable(primitive: Any, *inputs: Any, **parameters: Any) -> Any:
@@ -245,7 +265,7 @@ def splash_attention(
     """
     from codellm_jax.model import splash  # import Pallas only when it is used
 
-    spec = splash.layout(query_BLHK.shape[0], key_BMGK.shape[2])
+    spec = layout(query_BLHK.shape[0], key_BMGK.shape[2])
     whole_rows = mask.query_offset is None or query_BLHK.shape[1] == key_BMGK.shape[1]
     if spec is None or not whole_rows or mask.shared_segment is not None:
         return blocked_attention(query_BLHK, key_BMGK, value_BMGK, mask)
@@ -255,7 +275,7 @@ def splash_attention(
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference_attention, "blocked": blocked_attention, "fused": fused_attention,
-    "splash": splash_attention}
+    "splash": splash_attention, "cudnn": cudnn_attention}
 BY_PLATFORM = {"tpu": "splash", "gpu": "fused", "cpu": "blocked"}
 NAMES = ("auto", *IMPLEMENTATIONS)
 
@@ -274,6 +294,25 @@ def axes_that_split(name: str) -> tuple[str, ...]:
     mesh, axes = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules()).get(name)
     named = (axes,) if isinstance(axes, str) else axes or ()
     return () if mesh.empty else tuple(axis for axis in named if mesh.shape[axis] > 1)
+
+
+def layout(batch: int, key_heads: int) -> PartitionSpec | None:
+    """The layout of [B, L, H, K] on the mesh; None if a kernel for single rows and heads cannot work on it.
+
+    This is the case if the length or the head size is sharded, or if the mesh does not divide the batch or the key
+    heads, each of which stays with its query heads. Without a mesh, or without rules for the logical axes, everything
+    is on one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
+    spec = PartitionSpec() if mesh.empty else nn.logical_to_mesh_axes(names) or PartitionSpec()
+    axes = [*spec, *[None] * (4 - len(spec))]
+
+    def parts(axis: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+
+    fits = parts(axes[1]) == parts(axes[3]) == 1 and batch % parts(axes[0]) == 0 and key_heads % parts(axes[2]) == 0
+    return PartitionSpec(axes[0], None, axes[2], None) if fits else None
 
 
 def check_name(what: str, found: str, known: Iterable[str]) -> None:

@@ -266,6 +266,20 @@ class Attention(nn.Module):
         return cache.value.swapaxes(1, 2)
 
 
+def _activation(config: DecoderConfig) -> Callable[..., jax.Array]:
+    """The activation of the first projection, or its product with the activation of the second.
+
+    On GPU the backward pass computes it again if everything is kept: XLA would also keep what the derivative shares
+    with it, such as the tanh of "gelu", and write and read as much as for the activation itself.
+    """
+    function = ACTIVATIONS[config.activation]
+
+    def activate(up_BLF: jax.Array, *gate: jax.Array) -> jax.Array:
+        return function(gate[0]) * up_BLF if gate else function(up_BLF)
+
+    return jax.checkpoint(activate) if platform() == "gpu" and config.remat == "none" else activate
+
+
 class FeedForward(nn.Module):
     """Two projections with an activation between them; if gated, the activation of a third is multiplied with the
     first.
@@ -276,9 +290,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         config = self.config
-        activation = ACTIVATIONS[config.activation]
-        x_BLF = self._expand("up", x_BLD)
-        x_BLF = activation(self._expand("gate", x_BLD)) * x_BLF if config.is_gated else activation(x_BLF)
+        expanded = [self._expand(name, x_BLD) for name in (("up", "gate") if config.is_gated else ("up",))]
+        x_BLF = _activation(config)(*expanded)
         kernel_FD = parameter(self, "down_kernel", (config.feedforward, config.hidden), ("mlp", "embed"))
         bias_D = _bias(self, "down", (config.hidden,), ("embed",))
         # Only the gradient of a norm after it uses its output: then it is kept like attention's.

@@ -6,11 +6,9 @@ top of `decoder.py`.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.experimental.pallas.ops.tpu import splash_attention as kernel
 from jax.sharding import PartitionSpec
 
@@ -18,25 +16,6 @@ LANES = 128  # rows are padded to a multiple of this, and blocks are multiples o
 # Queries and keys in a block: the largest of these that divides the padded length. 512 x 512 float32 scores are 1 MiB
 # of a core's 16 MiB of fast memory.
 BLOCKS = (512, 256, 128)
-
-
-def layout(batch: int, key_heads: int) -> PartitionSpec | None:
-    """The layout of [B, L, H, K] on the mesh; None if a kernel for single rows and heads cannot work on it.
-
-    This is the case if the length or the head size is sharded, or if the mesh does not divide the batch or the key
-    heads, each of which stays with its query heads. Without a mesh, or without rules for the logical axes, everything
-    is on one device.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    names = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
-    spec = PartitionSpec() if mesh.empty else nn.logical_to_mesh_axes(names) or PartitionSpec()
-    axes = [*spec, *[None] * (4 - len(spec))]
-
-    def parts(axis: str | tuple[str, ...] | None) -> int:
-        return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
-
-    fits = parts(axes[1]) == parts(axes[3]) == 1 and batch % parts(axes[0]) == 0 and key_heads % parts(axes[2]) == 0
-    return PartitionSpec(axes[0], None, axes[2], None) if fits else None
 
 
 def attend(
@@ -49,7 +28,7 @@ def attend(
       query_BLHK: queries, scaled.
       key_BLGK, value_BLGK: of the same tokens.
       segments_BL: int32, the document each token belongs to.
-      spec: the layout of the first three on the mesh (`layout`).
+      spec: the layout of the first three on the mesh (`attention.layout`).
       interpret: runs the kernel in JAX, anywhere, slowly.
 
     Returns:

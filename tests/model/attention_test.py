@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from codellm_jax.model import attention, splash
+from codellm_jax.model import attention
 from codellm_jax.model.attention import IMPLEMENTATIONS, AttentionMask, dot_product_attention, reference_attention
 from codellm_jax.pods.topologies import compile_only_devices, has_libtpu, parse_topology
 from codellm_jax.runtime.partitioning import AXIS_RULES
@@ -179,7 +179,7 @@ def test_rows_and_heads_are_split_over_a_mesh(implementation: str) -> None:
         "reference", inputs, AttentionMask(segments_BL, segments_BL))
     with on_mesh((2, 2, 2)):
         spec = PartitionSpec(("data", "fsdp"), None, "model", None)
-        assert splash.layout(4, 2) == spec
+        assert attention.layout(4, 2) == spec
         inputs = [jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), spec)) for array in inputs]
         value, gradients = value_and_gradients(implementation, inputs, AttentionMask(segments_BL, segments_BL))
         assert value.sharding.shard_shape(value.shape) == (1, 20, 1, 8)
@@ -197,17 +197,17 @@ def test_grouped_heads_are_split_over_a_mesh_that_divides_those_of_the_keys(key_
     mask = AttentionMask(segments_BL, segments_BL)
     expected = value_and_gradients("reference", inputs, mask)
     with on_mesh((2, 2, 2)):
-        assert (splash.layout(4, key_heads) is not None) == (key_heads == 2)
+        assert (attention.layout(4, key_heads) is not None) == (key_heads == 2)
         found = value_and_gradients("splash", inputs, mask)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 def test_splash_leaves_what_the_mesh_does_not_divide_to_another() -> None:
-    assert splash.layout(3, 5) == PartitionSpec(None, None, None, None)  # outside a mesh
+    assert attention.layout(3, 5) == PartitionSpec(None, None, None, None)  # outside a mesh
     with on_mesh((2, 2, 2)):
-        assert splash.layout(3, 2) is None and splash.layout(4, 3) is None
+        assert attention.layout(3, 2) is None and attention.layout(4, 3) is None
         with nn.logical_axis_rules([("activation_length", "model")]):
-            assert splash.layout(4, 2) is None
+            assert attention.layout(4, 2) is None
         inputs, segments_BL = make_inputs(6, batch=1), documents(6)[:1]
         mask = AttentionMask(segments_BL, segments_BL)
         np.testing.assert_allclose(jax.jit(dot_product_attention, static_argnames="implementation")(
