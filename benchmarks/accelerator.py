@@ -1,32 +1,40 @@
 """The whole train step on one accelerator, compared with its matmul rate and with PyTorch, in one run.
 
-    python -m benchmarks.accelerator
-    python -m benchmarks.accelerator "1_3b,BATCH_SIZE=16,model.remat='full'" --torch 1_3b,BATCH_SIZE=16
+    python -m benchmarks.accelerator --torch
+    python -m benchmarks.accelerator "1_3b,BATCH_SIZE=16,model.remat='full'"
 
-A program is a file of gin/models/ with changed settings. Rows of 1,024 tokens come from the cache through the
-read-ahead pipeline of `t5x train`, which needs SeqIO only if there is no cache; the vocabulary has 40,000 rows.
+A program is a file of gin/models/ with changed settings. Rows come from the cache through the read-ahead pipeline of
+`t5x train`, which needs SeqIO only if there is no cache; the vocabulary has 40,000 rows.
 
   matmul    8192 x 8192 x 8192 in bfloat16, on random numbers, repeated in one program: the rate to compare with
   ours      train_step as `t5x train` runs it, for each program
-  torch     with `--torch`, a minimal GPT under torch.compile of each program's sizes and rows: bfloat16 autocast, fused
-            AdamW, scaled_dot_product_attention without document boundaries, one batch reused, nothing recomputed
+  torch     with `--torch`, the model of `torch_peer` under torch.compile, for the sizes and rows of each program:
+            bfloat16 autocast, fused AdamW, the documents of our first batch, which is reused, by each kind of
+            attention. Nothing is recomputed but what torch.compile chooses: compare it with `model.remat='none'`
 
-Utilization is the rate of model FLOPs, with causal attention counted as half (in brackets: in full), over the matmul
-rate.
+Both compile at the same time; then ours is measured alone, then PyTorch. Utilization is the rate of model FLOPs, with
+causal attention counted as half (in brackets: in full), over the matmul rate.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
+import os
 import statistics
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PROGRAMS = ["125m,BATCH_SIZE=64,model.remat='dots'", "350m,BATCH_SIZE=32", "1_3b,BATCH_SIZE=16,model.remat='dots'"]
+UNROLLED = "model.remat='none',model.attention='cudnn',model.scan_unroll"
+PROGRAMS = ["1_3b,BATCH_SIZE=16,model.remat='dots'", f"1_3b,BATCH_SIZE=16,{UNROLLED}=16",
+            f"llama_1b,BATCH_SIZE=8,{UNROLLED}=16", f"350m,BATCH_SIZE=32,{UNROLLED}=24",
+            f"125m,BATCH_SIZE=64,{UNROLLED}=12"]
+MEMORY_BESIDE_TORCH = "0.5"  # of the device, for JAX
 VOCABULARY = 40_000
 WARM_UP, STEPS, TURNS = 3, 5, 5
 SIZE = 8192
@@ -81,24 +89,49 @@ def training_of(program: str, settings: list[str]) -> Any:
     return with_vocabulary_size(build(read_configuration(files, bindings), "train"), VOCABULARY)
 
 
-def ours(training: Any, trace: str | None) -> Timing:
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A train step of ours, and what it takes to run it."""
+
+    training: Any
+    plan: Any
+    step: Any
+    compiling: float  # seconds
+
+
+CONFIGURING = threading.Lock()  # gin has one configuration
+
+
+def compiled_of(program: str, settings: list[str]) -> Compiled:
+    import jax
+    from flax import linen as nn
+
+    from codellm_jax.training.plan import make_plan
+    from codellm_jax.training.train import batch_of_step, jit_train_step
+
+    with CONFIGURING:
+        training = training_of(program, settings)
+        plan = make_plan(training, lambda line: print(line, flush=True))
+    began = time.perf_counter()
+    with jax.set_mesh(plan.mesh), nn.logical_axis_rules(training.mesh.all_rules()):
+        step_fn = jit_train_step(plan.model, plan.optimizer, plan.state, len(plan.mixture.order.sources),
+                                 training.microbatches)
+        step = step_fn.lower(plan.state, batch_of_step(training, plan, 0)[0]).compile()
+    return Compiled(training, plan, step, time.perf_counter() - began)
+
+
+def ours(found: Compiled, trace: str | None) -> Timing:
     import jax
     from flax import linen as nn
 
     from codellm_jax.mixture.batches import read_ahead
     from codellm_jax.runtime.state import initial_state
-    from codellm_jax.training.plan import make_plan
-    from codellm_jax.training.train import batch_of_step, jit_train_step
+    from codellm_jax.training.train import batch_of_step
 
-    plan = make_plan(training, print)
+    training, plan, compiled = found.training, found.plan, found.step
     with jax.set_mesh(plan.mesh), nn.logical_axis_rules(training.mesh.all_rules()):
-        step_fn = jit_train_step(plan.model, plan.optimizer, plan.state, len(plan.mixture.order.sources),
-                                 training.microbatches)
         batches = read_ahead(functools.partial(batch_of_step, training, plan), 0, plan.last_step)
-        state, (batch, _) = initial_state(plan.model, plan.optimizer, plan.state, 0), next(batches)
-        began = time.perf_counter()
-        compiled = step_fn.lower(state, batch).compile()
-        compiling = time.perf_counter() - began
+        state = initial_state(plan.model, plan.optimizer, plan.state, 0)
         memory = compiled.memory_analysis()
 
         def step() -> Any:
@@ -113,134 +146,127 @@ def ours(training: Any, trace: str | None) -> Timing:
                     metrics = step()
                 jax.device_get(metrics)
             (Path(trace) / "program.txt").write_text(compiled.as_text())
-    return Timing(compiling, memory.argument_size_in_bytes + memory.temp_size_in_bytes, seconds)
+    return Timing(found.compiling, memory.argument_size_in_bytes + memory.temp_size_in_bytes, seconds)
 
 
-def torch_step(training: Any) -> Callable[[], Any]:
-    """A PyTorch step of the same sizes; returns the loss as a tensor on the device."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    config = training.model(vocabulary_size=VOCABULARY, length=training.mixture.length)
-    hidden, length, batch = config.hidden, config.length, training.batch_size
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-            self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-            self.up, self.down = nn.Linear(hidden, config.feedforward), nn.Linear(config.feedforward, hidden)
-
-        def forward(self, x):
-            q, k, v = (part.view(batch, length, config.heads, -1).transpose(1, 2)
-                       for part in self.qkv(self.norm1(x)).split(hidden, dim=2))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.out(y.transpose(1, 2).reshape(batch, length, hidden))
-            return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
-
-    class GPT(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens, self.positions = nn.Embedding(VOCABULARY, hidden), nn.Embedding(length, hidden)
-            self.blocks, self.norm = nn.ModuleList([Block() for _ in range(config.layers)]), nn.LayerNorm(hidden)
-
-        def forward(self, tokens, targets):
-            x = self.tokens(tokens) + self.positions.weight
-            for block in self.blocks:
-                x = block(x)
-            logits = self.norm(x) @ self.tokens.weight.T
-            return F.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
-
-    gpt = GPT().cuda()
-    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, VOCABULARY, (batch, length + 1), device="cuda")
-    compiled = torch.compile(gpt)
-
-    def step() -> Any:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = compiled(tokens[:, :-1], tokens[:, 1:])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        optimizer.step()
-        return loss
-
-    return step
+Given = tuple[str, Any, dict[str, Any]]  # the name of a program, its DecoderConfig, and the arrays of its first batch
 
 
-def peer(program: str, settings: list[str], connection: Connection) -> None:
-    """Measures PyTorch in a separate process, whose memory is free when it ends."""
+def peer(given: list[Given], connection: Connection) -> None:
+    """Compiles PyTorch's steps in a process of their own, then waits until ours are measured, and measures them."""
     import torch
 
-    began = time.perf_counter()
-    step = torch_step(training_of(program, settings))
-    step().item()
-    compiling = time.perf_counter() - began
-    seconds = timed(step, lambda loss: loss.item())
-    connection.send(Timing(compiling, torch.cuda.max_memory_allocated(), seconds))
+    from benchmarks.torch_peer import ATTENTION, TrainStep
+
+    steps = {}
+    for name, config, batch in given:
+        for kind in ATTENTION:
+            began = time.perf_counter()
+            try:
+                steps[name, kind] = TrainStep(config, batch, kind)
+                steps[name, kind].gradients().item()
+            except Exception as error:  # a kind that this release or this device lacks
+                steps.pop((name, kind), None)
+                print(f"torch {name} {kind} does not run: {type(error).__name__}: {str(error)[:500]}", flush=True)
+                continue
+            steps[name, kind].optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            print(f"torch {name} {kind}: compiled in {time.perf_counter() - began:.0f} s", flush=True)
+            connection.send((name, kind, time.perf_counter() - began))
+    connection.send(None)
+    connection.recv()
+    while steps:
+        (name, kind), step = steps.popitem()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = timed(step, lambda loss: loss.item())
+        connection.send((name, kind, torch.cuda.max_memory_allocated(), seconds))
+        del step
+        torch.cuda.empty_cache()
+    connection.send(None)
 
 
-def peers(programs: list[str], settings: list[str]) -> Iterator[tuple[str, Timing | None]]:
-    context = multiprocessing.get_context("spawn")
+def first_batches(programs: list[str], settings: list[str]) -> list[Given]:
+    """One for each model and number of rows."""
+    import jax
+    import numpy as np
+
+    from codellm_jax.training.plan import make_plan
+    from codellm_jax.training.train import batch_of_step
+
+    found = {}
     for program in programs:
-        here, there = context.Pipe()
-        process = context.Process(target=peer, args=(program, settings, there), daemon=True)
-        process.start()
-        there.close()
-        try:
-            timing = here.recv()
-        except EOFError:
-            timing = None  # its error is on the terminal
-        process.join()  # before JAX, which takes three quarters of the memory at its first use
-        yield program, timing
+        name = ",".join(part for part in program.split(",") if not part.startswith("model."))
+        if name not in found:
+            training = training_of(program, settings)
+            plan = make_plan(training, lambda line: None)
+            with jax.set_mesh(plan.mesh):
+                batch = batch_of_step(training, plan, 0)[0]
+            arrays = {key: np.asarray(value) for key, value in batch._asdict().items() if key != "sources"}
+            found[name] = (name, training.model(vocabulary_size=VOCABULARY, length=training.mixture.length), arrays)
+    return list(found.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programs", nargs="*", default=PROGRAMS)
-    parser.add_argument("--torch", nargs="*", default=[], help="programs that PyTorch runs too", metavar="PROGRAM")
+    parser.add_argument("--torch", action="store_true", help="also PyTorch, for the sizes and rows of each program")
     parser.add_argument("--settings", nargs="*", default=[], help="gin files, and settings, of all programs")
     parser.add_argument("--trace", help="a folder for a trace of three steps of each program, and its compiled text")
     flags = parser.parse_args()
-    timings = [(f"torch {program}", program, timing) for program, timing in peers(flags.torch, flags.settings)]
-    for _, program, timing in timings:
-        print(f"torch {program}: {timing}", flush=True)
-
+    if flags.torch:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_BESIDE_TORCH)
     import jax
 
     from codellm_jax.model.decoder import flops_per_token
     from codellm_jax.runtime.progress import peak_flops
 
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    compiling: dict[tuple[str, str], float] = {}
+    if flags.torch:
+        given = first_batches(flags.programs, flags.settings)
+        context.Process(target=peer, args=(given, there), daemon=True).start()
+        there.close()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        steps = [pool.submit(compiled_of, program, flags.settings) for program in flags.programs]
+    while flags.torch and (message := here.recv()) is not None:
+        name, kind, seconds = message
+        compiling[name, kind] = seconds
+    timings: list[tuple[str, Any, Timing | None]] = []
     before = matmul_rate()
     for number, program in enumerate(flags.programs):
         trace = f"{flags.trace}/{number}" if flags.trace else None
         try:
-            timing = ours(training_of(program, flags.settings), trace)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            timing = None
-        print(f"ours {program}: {timing}", flush=True)
-        timings.append((f"ours {program}", program, timing))
-    rate = statistics.median([before, after := matmul_rate()])
+            found = steps[number].result()
+            timings.append((f"ours {program}", found.training, ours(found, trace)))
+        except Exception as error:  # too little memory, or a call that this device lacks; the others are measured
+            timings.append((f"ours {program}", None, None))
+            print(f"ours {program} does not run: {type(error).__name__}: {str(error)[:1000]}", flush=True)
+        print(f"ours {program}: {timings[-1][2]}", flush=True)
+    after = matmul_rate()
+    if flags.torch:
+        trainings = {name: training_of(name, flags.settings) for name, *_ in given}
+        here.send("go")
+        while (message := here.recv()) is not None:
+            name, kind, memory, seconds = message
+            timing = Timing(compiling[name, kind], memory, seconds)
+            print(f"torch {name} {kind}: {timing}", flush=True)
+            timings.append((f"torch {name} {kind}", trainings[name], timing))
+    rate = statistics.median([before, after])
     peak = peak_flops()
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}: matmul {before / 1e12:.0f} TFLOP/s before, "
           f"{after / 1e12:.0f} after, " + (f"{rate / peak:.2f} of the vendor's {peak / 1e12:.0f}" if peak else ""))
     print("| program | compiling, s | GiB | step, ms | tokens/s | of the matmul's rate | of the vendor's peak |\n"
           "|---|---|---|---|---|---|---|")
-    for name, program, timing in timings:
+    for title, training, timing in timings:
         if timing is None:
-            print(f"| {name} | does not run here | | | | | |")
+            print(f"| {title} | does not run here | | | | | |")
             continue
-        training = training_of(program, flags.settings)
         config = training.model(vocabulary_size=VOCABULARY, length=training.mixture.length)
         tokens = training.batch_size * config.length
         median, low, high = statistics.median(timing.seconds), min(timing.seconds), max(timing.seconds)
         causal, full = (flops_per_token(config, causal=causal) * tokens / median for causal in (True, False))
-        print(f"| {name} | {timing.compiling:.0f} | {timing.memory / 2**30:.1f} | {1e3 * median:.1f} "
+        print(f"| {title} | {timing.compiling:.0f} | {timing.memory / 2**30:.1f} | {1e3 * median:.1f} "
               f"({1e3 * low:.1f}-{1e3 * high:.1f}) | {tokens / median:,.0f} | {causal / rate:.1%} ({full / rate:.1%}) "
               f"| {causal / peak if peak else float('nan'):.1%} |")
 
