@@ -346,7 +346,8 @@ def _append(
     last_B: jax.Array,
 ) -> tuple[jax.Array, Any]:
     """Appends tokens to the cache; returns the logits [B, V] after the ones at `last_B`, and the cache."""
-    decoder = Decoder(config, apart="blocks" not in variables["cache"])
+    has_head = "lm_head" in variables["params"]  # also of a tied head, once rounded by `blocks_apart`
+    decoder = Decoder(dataclasses.replace(config, tied_head=not has_head), apart="blocks" not in variables["cache"])
     applied: Any = decoder.apply(variables, tokens_BL, positions_BL, segments_BL, decode=True, mutable=["cache"])
     hidden_BLD, changed = applied
     hidden_B1D = jnp.take_along_axis(hidden_BLD, last_B[:, None, None], axis=1)

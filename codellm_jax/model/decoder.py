@@ -215,22 +215,25 @@ def output_head(params: Any) -> jax.Array:
 def blocks_apart(collection: Any, dtype: str) -> Any:
     """The parameters or the cache of `Decoder(config, apart=True)`, from those of `Decoder(config)`.
 
-    Each block is cut from the stack, and kernels are rounded to `dtype`, as the computation would do anyway.
+    Each block is cut from the stack. Kernels and the head are rounded to `dtype`, as each computation would do anyway;
+    a tied head thereby becomes an `lm_head` of its own, because the token embedding is looked up in float32.
 
     Args:
       collection: the parameters, not boxed, or the cache.
       dtype: the compute dtype.
     """
-    def of_layer(layer: int) -> Any:
-        def cut(path: tuple[Any, ...], leaf_of_layers: jax.Array) -> jax.Array:
-            leaf = leaf_of_layers[layer]
-            return leaf.astype(dtype) if path[-1].key.endswith("_kernel") else leaf
+    def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key.endswith("_kernel") else leaf
 
-        return jax.tree_util.tree_map_with_path(cut, stacked)
+    def of_layer(layer: int) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: rounded(path, leaf[layer]), stacked)
 
     stacked = collection.get("blocks", {})
     layers = len(next(iter(jax.tree.leaves(stacked)), ()))
     others = {name: part for name, part in collection.items() if name != "blocks"}
+    others = jax.tree_util.tree_map_with_path(rounded, others)
+    if "token_embedding" in others and dtype != "float32":
+        others["lm_head"] = output_head(others).astype(dtype)
     return others | {f"blocks_{layer}": of_layer(layer) for layer in range(layers)}
 
 

@@ -324,6 +324,29 @@ def test_the_largest_program_is_the_one_that_the_longest_prompts_take(monkeypatc
     assert cached and all(found.is_equivalent_to(sharding, len(shape)) for found, sharding, shape in cached)
 
 
+@pytest.mark.parametrize("more", [{}, {"query_layer": False}, {"query_layer": False, "tied_head": False}],
+                         ids=["query layer", "gpt", "untied"])
+def test_in_bfloat16_logits_are_those_of_the_whole_row(more: dict[str, Any]) -> None:
+    """Each token written is the best by the model without a cache, or within rounding of it; kernels and the head are
+    rounded once, before the first step.
+    """
+    config = dataclasses.replace(TINY, dtype="bfloat16", **more)
+    params = make_params(dataclasses.replace(TINY, **more))
+    for prompt, answer in zip(PROMPTS, generate(params, config, PROMPTS, GREEDY), strict=True):
+        assert len(answer.ids) == min(20, config.length + 1 - len(prompt))
+        for place, token in enumerate(answer.ids):
+            row = np.zeros(config.length, np.int32)
+            length = len(prompt) + place
+            row[:length] = [*prompt, *answer.ids[:place]]
+            logits_V = next_logits(config)(params, jnp.asarray(row), length)
+            assert logits_V[token] > logits_V.max() - 0.02 * logits_V.std()
+    rounded = decoding._apart(params, config=config)
+    floats = {"token_embedding", "position_embedding", "query_embedding"}
+    assert {leaf.dtype.name for path, leaf in jax.tree_util.tree_leaves_with_path(rounded)
+            if path[-1].key == "lm_head" or path[-1].key.endswith("_kernel")} == {"bfloat16"}
+    assert all(rounded[name].dtype == jnp.float32 for name in floats & rounded.keys())
+
+
 def test_bfloat16_runs() -> None:
     config = dataclasses.replace(TINY, dtype="bfloat16")
     found = generate(make_params(TINY), config, PROMPTS, SAMPLINGS["paper"])
