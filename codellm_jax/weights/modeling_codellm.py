@@ -286,6 +286,7 @@ class CodellmBlock(nn.Module):
 class CodellmPreTrainedModel(PreTrainedModel):
     """The facts about both models that transformers needs."""
 
+    config: CodellmConfig
     config_class = CodellmConfig
     base_model_prefix = "transformer"
     _no_split_modules = ["CodellmBlock"]
@@ -322,7 +323,7 @@ class CodellmModel(CodellmPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.wte = value
 
     def forward(
@@ -370,7 +371,7 @@ class CodellmModel(CodellmPreTrainedModel):
 class CodellmForCausalLM(CodellmPreTrainedModel, GenerationMixin):
     """Tokens to logits; with labels, also the mean loss of the next tokens."""
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"} \
+    _tied_weights_keys: Any = {"lm_head.weight": "transformer.wte.weight"} \
         if int(transformers.__version__.split(".")[0]) >= 5 else ["lm_head.weight"]
 
     def __init__(self, config: CodellmConfig) -> None:
@@ -382,7 +383,7 @@ class CodellmForCausalLM(CodellmPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.transformer.wte = value
 
     def get_output_embeddings(self) -> nn.Module:
