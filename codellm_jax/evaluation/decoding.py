@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from codellm_jax.evaluation.buckets import SHORTEST, place, power_of_two, replicate, round_up, shards_of, unknown_id
 from codellm_jax.evaluation.sampling import Sampling, draw
-from codellm_jax.model.decoder import Decoder, DecoderConfig, blocks_apart, init_cache
+from codellm_jax.model.decoder import Decoder, DecoderConfig, blocks_apart, init_cache, rounded
 
 TURN = 16  # steps between two checks by the host
 # Up to this many layers, blocks are compiled one by one, which takes a quarter of a second each; a scan, used for more
@@ -337,8 +337,10 @@ def _row_axis(leaf: jax.Array) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _apart(collection: Any, *, config: DecoderConfig) -> Any:
-    """Parameters or a cache, with separate blocks if blocks are few."""
-    return blocks_apart(collection, config.dtype) if config.layers <= FEW else collection
+    """Rounded parameters or a cache, with separate blocks if blocks are few."""
+    if "token_embedding" in collection:
+        collection = rounded(collection, config.dtype)
+    return blocks_apart(collection) if config.layers <= FEW else collection
 
 
 def _append(
@@ -346,7 +348,7 @@ def _append(
     last_B: jax.Array,
 ) -> tuple[jax.Array, Any]:
     """Appends tokens to the cache; returns the logits [B, V] after the ones at `last_B`, and the cache."""
-    has_head = "lm_head" in variables["params"]  # also of a tied head, once rounded by `blocks_apart`
+    has_head = "lm_head" in variables["params"]  # also of a tied head, once it is `rounded`
     decoder = Decoder(dataclasses.replace(config, tied_head=not has_head), apart="blocks" not in variables["cache"])
     applied: Any = decoder.apply(variables, tokens_BL, positions_BL, segments_BL, decode=True, mutable=["cache"])
     hidden_BLD, changed = applied

@@ -17,6 +17,7 @@ the compute dtype; norms, rotation and softmax are float32.
 """
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -212,29 +213,27 @@ def output_head(params: Any) -> jax.Array:
     return nn.unbox(params["lm_head" if "lm_head" in params else "token_embedding"])
 
 
-def blocks_apart(collection: Any, dtype: str) -> Any:
-    """The parameters or the cache of `Decoder(config, apart=True)`, from those of `Decoder(config)`.
+def rounded(params: Any, dtype: str) -> Any:
+    """Parameters, not boxed, whose kernels and head are rounded to the compute dtype, as each computation would do.
 
-    Each block is cut from the stack. Kernels and the head are rounded to `dtype`, as each computation would do anyway;
-    a tied head thereby becomes an `lm_head` of its own, because the token embedding is looked up in float32.
-
-    Args:
-      collection: the parameters, not boxed, or the cache.
-      dtype: the compute dtype.
+    A tied head thereby becomes an `lm_head` of its own, because the token embedding is looked up in float32.
     """
-    def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key.endswith("_kernel") else leaf
+    if dtype == "float32":
+        return params
+    kernels = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path[-1].key.endswith("_kernel") else leaf, params)
+    return kernels | {"lm_head": output_head(params).astype(dtype)}
 
-    def of_layer(layer: int) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: rounded(path, leaf[layer]), stacked)
 
+def blocks_apart(collection: Any) -> Any:
+    """The parameters or the cache of `Decoder(config, apart=True)`, from those of `Decoder(config)`: each block is cut
+    from the stack. Parameters must not be boxed.
+    """
     stacked = collection.get("blocks", {})
     layers = len(next(iter(jax.tree.leaves(stacked)), ()))
     others = {name: part for name, part in collection.items() if name != "blocks"}
-    others = jax.tree_util.tree_map_with_path(rounded, others)
-    if "token_embedding" in others and dtype != "float32":
-        others["lm_head"] = output_head(others).astype(dtype)
-    return others | {f"blocks_{layer}": of_layer(layer) for layer in range(layers)}
+    return others | {
+        f"blocks_{layer}": jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(layers)}
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int | None = None) -> Any:

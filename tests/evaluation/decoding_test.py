@@ -326,10 +326,15 @@ def test_the_largest_program_is_the_one_that_the_longest_prompts_take(monkeypatc
 
 @pytest.mark.parametrize("more", [{}, {"query_layer": False}, {"query_layer": False, "tied_head": False}],
                          ids=["query layer", "gpt", "untied"])
-def test_in_bfloat16_logits_are_those_of_the_whole_row(more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("few", [24, 0])
+def test_in_bfloat16_logits_are_those_of_the_whole_row(
+    more: dict[str, Any], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each token written is the best by the model without a cache, or within rounding of it; kernels and the head are
     rounded once, before the first step.
     """
+    monkeypatch.setattr(decoding, "FEW", few)
+    jax.clear_caches()
     config = dataclasses.replace(TINY, dtype="bfloat16", **more)
     params = make_params(dataclasses.replace(TINY, **more))
     for prompt, answer in zip(PROMPTS, generate(params, config, PROMPTS, GREEDY), strict=True):
