@@ -5,8 +5,8 @@
 
 A program is a file of gin/models/ with changed settings, a vocabulary of 40,000, and `model.attention='cudnn'`, whose
 calls need no card to be compiled. Counted are the operands and results of all kernels but matmuls and attention, each
-once for each iteration of the loops around it; of an array that a kernel only slices or updates, the slice. At 4.3 TB/s,
-nine tenths of the vendor's rate, they give a time for these kernels: arithmetic, no measurement.
+once for each iteration of the loops around it; of an array that a kernel only slices or updates, the slice. At RATE,
+nine tenths of the vendor's 4.8 TB/s, they give a time for these kernels: arithmetic, no measurement.
 """
 
 import argparse
