@@ -18,6 +18,7 @@ causal attention counted as half (in brackets: in full), over the matmul rate.
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -25,7 +26,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,23 @@ def peer(given: list[Given], connection: Connection) -> None:
     while steps:
         (name, kind), step = steps.popitem()
         torch.cuda.reset_peak_memory_stats()
-        seconds = timed(step, lambda loss: loss.item())
-        connection.send((name, kind, torch.cuda.max_memory_allocated(), seconds))
+        try:
+            seconds = timed(step, lambda loss: loss.item())
+            connection.send((name, kind, torch.cuda.max_memory_allocated(), seconds))
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"torch {name} {kind} does not run: {str(error)[:500]}", flush=True)
         del step
         torch.cuda.empty_cache()
     connection.send(None)
+
+
+def received(connection: Connection) -> Iterator[Any]:
+    """The peer's messages until it sends None, or until its process ends with an error, which is on the terminal."""
+    try:
+        while (message := connection.recv()) is not None:
+            yield message
+    except EOFError:
+        print("PyTorch's process has ended before its time.", flush=True)
 
 
 def first_batches(programs: list[str], settings: list[str]) -> list[Given]:
@@ -222,16 +235,14 @@ def main() -> None:
 
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    compiling: dict[tuple[str, str], float] = {}
     if flags.torch:
         given = first_batches(flags.programs, flags.settings)
         context.Process(target=peer, args=(given, there), daemon=True).start()
         there.close()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         steps = [pool.submit(compiled_of, program, flags.settings) for program in flags.programs]
-    while flags.torch and (message := here.recv()) is not None:
-        name, kind, seconds = message
-        compiling[name, kind] = seconds
+    if flags.torch:
+        compiling = {(name, kind): seconds for name, kind, seconds in received(here)}
     timings: list[tuple[str, Any, Timing | None]] = []
     before = matmul_rate()
     for number, program in enumerate(flags.programs):
@@ -246,9 +257,9 @@ def main() -> None:
     after = matmul_rate()
     if flags.torch:
         trainings = {name: training_of(name, flags.settings) for name, *_ in given}
-        here.send("go")
-        while (message := here.recv()) is not None:
-            name, kind, memory, seconds = message
+        with contextlib.suppress(BrokenPipeError):  # of a peer that has ended
+            here.send("go")
+        for name, kind, memory, seconds in received(here):
             timing = Timing(compiling[name, kind], memory, seconds)
             print(f"torch {name} {kind}: {timing}", flush=True)
             timings.append((f"torch {name} {kind}", trainings[name], timing))

@@ -236,12 +236,12 @@ def _cudnn_supports(query_BLHK: jax.Array, key_BMGK: jax.Array) -> bool:
 def cudnn_attention(
     query_BLHK: jax.Array, key_BMGK: jax.Array, value_BMGK: jax.Array, mask: AttentionMask
 ) -> jax.Array:
-    """cuDNN's kernel by the calls of `cudnn.py`, which may be equal; "fused" for what it does not support, and for
-    rows or heads that the mesh does not divide.
+    """cuDNN's kernel by the calls of `cudnn.py`, which may be equal; "blocked" for what it does not support, and for
+    rows or heads that the mesh does not divide: "fused" could make equal calls that XLA confuses.
     """
     spec = layout(query_BLHK.shape[0], key_BMGK.shape[2])
     if spec is None or not _cudnn_supports(query_BLHK, key_BMGK):
-        return fused_attention(query_BLHK, key_BMGK, value_BMGK, mask)
+        return blocked_attention(query_BLHK, key_BMGK, value_BMGK, mask)
     from codellm_jax.model import cudnn
 
     return cudnn.attend(query_BLHK, key_BMGK, value_BMGK, mask.dense(), mask.query_offset is None, spec)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax._src.cudnn import fused_attention_stablehlo as of_jax
 
 from codellm_jax.model import attention, parts
@@ -82,12 +83,14 @@ def test_what_cudnn_lacks_is_left_to_another() -> None:
 def test_a_mesh_calls_it_for_its_own_rows_and_heads() -> None:
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rules = (("activation_batch", "data"), ("activation_heads", "model"))
-    from flax import linen as nn
-
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         found = calls("cudnn", inputs(), masks()["documents"])
     assert [re.findall(r"tensor<(\w+)x64x\w+x80xbf16>", operands)[0] for _, _, operands, _ in found] == ["1"] * 2
     assert all("1x64x2x80xbf16" in operands for _, _, operands, _ in found)
+    # Two devices do not divide three heads: there is no call, and none by JAX either.
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        arrays = [jax.ShapeDtypeStruct((ROWS, LENGTH, 3, 80), "bfloat16")] * 3
+        assert not calls("cudnn", arrays, masks()["documents"])
 
 
 def test_a_backward_pass_that_keeps_what_attention_returned_attends_once() -> None:
